@@ -1,0 +1,36 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test style quality venv clean
+
+demo: .venv/.demo
+	$(BIN)/python examples/demo.py
+
+# Each worker of xdist gets one thread: the cores are shared already. Exit code 5 means that no test is marked slow.
+test: export HF_HUB_OFFLINE := 1
+test: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --junitxml=build/tests/fast.xml
+	$(BIN)/python -m pytest -m slow --junitxml=build/tests/slow.xml || test $$? -eq 5
+
+style: .venv/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+quality: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+venv: .venv/.dev
+
+clean:
+	rm -rf .venv build dist
+
+# One stamp per extra: .venv/.test stands for `pip install -e ".[test]"`.
+.venv/.%: pyproject.toml | $(BIN)/activate
+	$(BIN)/python -m pip install -e ".[$*]"
+	touch $@
+
+# venv writes `activate` last, so an interrupted creation is made again.
+$(BIN)/activate:
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,43 @@
+"""Structured pruning for the Hugging Face stack: physically smaller models that plain `from_pretrained` loads."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "AutoStructPruner": "pruner",
+    "DomainConfig": "config",
+    "InPlaceError": "errors",
+    "Plan": "plan",
+    "StructPruneConfig": "config",
+    "StructPruneError": "errors",
+    "StructPruner": "pruner",
+    "perplexity": "evaluate",
+    "prune_model": "pruner",
+    "register_criterion": "criteria",
+    "register_pruner": "pruner",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from .config import DomainConfig, StructPruneConfig
+    from .criteria import register_criterion
+    from .errors import InPlaceError, StructPruneError
+    from .evaluate import perplexity
+    from .plan import Plan
+    from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

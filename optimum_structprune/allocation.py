@@ -1,0 +1,121 @@
+"""How much is removed where: from a budget to widths, and from a width to the steps of several rounds."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .arch.shrink import legal_sizes, shrunk_config
+from .arch.spec import ArchSpec
+from .config import StructPruneConfig
+from .errors import StructPruneError
+from .registry import did_you_mean
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def target_widths(config: StructPruneConfig, spec: ArchSpec, model_config: PretrainedConfig) -> dict[str, int]:
+    """The final number of units of each space, the same in every block.
+
+    Raises:
+        StructPruneError: If a space is not there, a width is not legal (the nearest legal ones are named), or the
+            sparsity cannot be reached.
+    """
+    wanted = config.widths if config.widths is not None else dict.fromkeys(config.targets)
+    legal = {}
+    for name in wanted:
+        if name not in spec.names:
+            reason = dict(spec.missing).get(name)
+            raise StructPruneError(
+                f"A {spec.model_type} model has no space {name!r} to prune"
+                + (f": {reason}." if reason else f".{did_you_mean(name, spec.names)}")
+            )
+        legal[name] = legal_sizes(model_config, spec, name)
+    if config.widths is not None:
+        for name, width in config.widths.items():
+            _check_width(spec, name, width, legal[name])
+        widths = dict(config.widths)
+    else:
+        widths = widths_for_sparsity(spec, config.sparsity, legal, config.round_to)
+    shrunk_config(model_config, spec, widths)
+    return widths
+
+
+def _check_width(spec: ArchSpec, name: str, width: int, legal: Sequence[int]) -> None:
+    if width in legal:
+        return
+    below = [size for size in legal if size < width][-1:]
+    above = [size for size in legal if size > width][:1]
+    nearest = " or ".join(map(str, below + above))
+    raise StructPruneError(
+        f"widths[{name!r}] = {width} is not legal for this {spec.model_type} model, which has "
+        f"{spec.of(name)[0].size}; the nearest legal choice is {nearest}."
+    )
+
+
+def widths_for_sparsity(
+    spec: ArchSpec, sparsity: float, legal: Mapping[str, Sequence[int]], round_to: int
+) -> dict[str, int]:
+    """Widths that remove a share of the blocks' parameters.
+
+    Spaces come coarsest unit first. Each takes the smallest legal width that is not below its proportional share, and
+    the finest one absorbs what is then still to be removed, to the nearest multiple of `round_to`.
+
+    Args:
+        spec: The model.
+        sparsity: Share of the blocks' parameters to remove.
+        legal: Legal widths, ascending, by space.
+        round_to: Multiple for spaces whose unit is a single channel.
+    """
+    goal = sparsity * sum(spec.block_params)
+    cost = {name: sum(space.unit_params for space in spec.of(name)) for name in legal}
+    order = sorted(legal, key=lambda name: -cost[name])
+    widths: dict[str, int] = {}
+    for position, name in enumerate(order):
+        size = spec.of(name)[0].size
+        pool = sum(cost[other] * spec.of(other)[0].size for other in order[position:])
+        choices = _rounded(legal[name], size, round_to if len(spec.of(name)[0].config) == 1 else 1)
+        ideal = size * (1 - goal / pool)
+        if position < len(order) - 1:
+            widths[name] = choices[min(bisect_left(choices, ideal), len(choices) - 1)]
+        else:
+            widths[name] = min(choices, key=lambda width: abs(width - ideal))
+            if ideal < choices[0] - 0.5 * (choices[1] - choices[0] if len(choices) > 1 else 1):
+                most = sum(cost[other] * (spec.of(other)[0].size - legal[other][0]) for other in order)
+                raise StructPruneError(
+                    f"sparsity={sparsity} is more than {', '.join(order)} can give: at most "
+                    f"{most / sum(spec.block_params):.3f} of the blocks' parameters; lower it or add targets."
+                )
+        goal -= cost[name] * (size - widths[name])
+    return widths
+
+
+def _rounded(legal: Sequence[int], size: int, multiple: int) -> list[int]:
+    return [width for width in legal if width % multiple == 0 or width == size] or list(legal)
+
+
+def round_widths(
+    config: StructPruneConfig, spec: ArchSpec, model_config: PretrainedConfig, widths: Mapping[str, int]
+) -> list[dict[str, int]]:
+    """The widths after each round; the last are `widths`.
+
+    After the share t of the rounds, `linear` has removed t of what is to go, `geometric` keeps the same ratio per
+    round, and `cubic` removes `1 - (1 - t)³` (Zhu & Gupta 2017, eq. 1).
+    """
+    steps = []
+    for number in range(1, config.rounds + 1):
+        t = number / config.rounds
+        step = {}
+        for name, width in widths.items():
+            size = spec.of(name)[0].size
+            fraction = {
+                "linear": t,
+                "cubic": 1 - (1 - t) ** 3,
+                "geometric": (1 - (width / size) ** t) / (1 - width / size) if width < size else 1.0,
+            }[config.schedule]
+            step[name] = width if number == config.rounds else round(size - fraction * (size - width))
+        steps.append(step)
+    return steps

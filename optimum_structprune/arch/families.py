@@ -1,0 +1,113 @@
+"""Reads `families.yaml`: strict about keys, so that no datum can die unnoticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import StructPruneError
+from ..registry import did_you_mean
+
+
+BUILTIN = Path(__file__).with_name("families.yaml")
+UNITS = ("unit", "kv", "q")
+
+
+@dataclass(frozen=True)
+class Template:
+    """One space of a family, with names relative to a block."""
+
+    size: str
+    out: Mapping[str, list[str]]
+    into: Mapping[str, list[str]]
+    also: tuple[str, ...] = ()
+    pin: tuple[str, ...] = ()
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture that one or more model types share."""
+
+    model_types: tuple[str, ...]
+    blocks: str
+    spaces: Mapping[str, Template]
+    transposed: bool = False
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+def _only(entry: Mapping[str, Any], required: Iterable[str], optional: Iterable[str], where: str) -> None:
+    required, optional = set(required), set(optional)
+    for key in entry:
+        if key not in required | optional:
+            raise StructPruneError(f"{where}: unknown key {key!r}.{did_you_mean(key, required | optional)}")
+    if absent := sorted(required - set(entry)):
+        raise StructPruneError(f"{where}: {absent[0]!r} is missing.")
+
+
+def _parts(entry: Mapping[str, Any], where: str) -> dict[str, list[str]]:
+    parts = {name: units if isinstance(units, list) else [units] for name, units in entry.items()}
+    for name, units in parts.items():
+        for unit in units:
+            if unit not in UNITS:
+                raise StructPruneError(f"{where}.{name}: unknown unit {unit!r}.{did_you_mean(str(unit), UNITS)}")
+    return parts
+
+
+def _template(entry: Mapping[str, Any], where: str) -> Template:
+    _only(entry, ("size", "out", "in"), ("also", "pin", "bias"), where)
+    return Template(
+        size=entry["size"],
+        out=_parts(entry["out"], f"{where}.out"),
+        into=_parts(entry["in"], f"{where}.in"),
+        also=tuple(entry.get("also", ())),
+        pin=tuple(entry.get("pin", ())),
+        bias=entry.get("bias"),
+    )
+
+
+def read_families(path: str | Path) -> list[Family]:
+    """The families of a YAML file of the form of `families.yaml`.
+
+    Raises:
+        StructPruneError: If a key or a unit is unknown or a key is missing.
+    """
+    families = []
+    for entry in yaml.safe_load(Path(path).read_text()):
+        where = f"{Path(path).name}: {', '.join(entry.get('model_types', ['?']))}"
+        _only(entry, ("model_types", "blocks", "spaces"), ("transposed", "missing"), where)
+        families.append(
+            Family(
+                model_types=tuple(entry["model_types"]),
+                blocks=entry["blocks"],
+                spaces={name: _template(space, f"{where}.{name}") for name, space in entry["spaces"].items()},
+                transposed=entry.get("transposed", False),
+                missing=entry.get("missing", {}),
+            )
+        )
+    return families
+
+
+@lru_cache
+def builtin_families() -> dict[str, Family]:
+    """The families that the package knows, by model type."""
+    return {name: family for family in read_families(BUILTIN) for name in family.model_types}
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a model type.
+
+    Raises:
+        StructPruneError: If the model type is not known; the message names the nearest one.
+    """
+    known = builtin_families()
+    if model_type not in known:
+        raise StructPruneError(
+            f"The model type {model_type!r} is not described in families.yaml.{did_you_mean(model_type, known)}"
+        )
+    return known[model_type]

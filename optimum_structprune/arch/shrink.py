@@ -1,0 +1,66 @@
+"""The config of a smaller model, and which sizes a config class accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+from huggingface_hub.errors import StrictDataclassError
+
+from ..errors import StructPruneError
+from .spec import ArchSpec
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def shrunk_config(
+    config: PretrainedConfig, spec: ArchSpec, sizes: Mapping[str, int], biased: Collection[str] = ()
+) -> PretrainedConfig:
+    """A copy of `config` with new sizes.
+
+    Args:
+        config: The dense model's config.
+        spec: Its description.
+        sizes: New number of units, by name of the space.
+        biased: Names of spaces whose projections get a bias.
+
+    Raises:
+        StructPruneError: If the config class refuses the sizes.
+    """
+    new = deepcopy(config)
+    for name, size in sizes.items():
+        space = spec.of(name)[0]
+        for key, value in space.pins:
+            setattr(new, key, value)
+        for key, per_unit in space.config:
+            setattr(new, key, size * per_unit)
+        if name in biased and space.bias_flag is not None:
+            setattr(new, space.bias_flag, True)
+    try:
+        type(new).from_dict(new.to_dict())
+    except (StrictDataclassError, ValueError) as error:
+        raise StructPruneError(f"{spec.model_type} does not accept the sizes {dict(sizes)}: {error}") from error
+    return new
+
+
+def legal_sizes(config: PretrainedConfig, spec: ArchSpec, name: str) -> list[int]:
+    """Every number of units that a plain config of this model can express for the space `name`, ascending.
+
+    A space whose size is one config key alone (channels) takes any size. Where several keys go together (KV groups
+    and heads), each size is tried against the config class's own validation.
+    """
+    space = spec.of(name)[0]
+    if len(space.config) == 1:
+        return list(range(1, space.size + 1))
+    return [size for size in range(1, space.size + 1) if _accepts(config, spec, {name: size})]
+
+
+def _accepts(config: PretrainedConfig, spec: ArchSpec, sizes: Mapping[str, int]) -> bool:
+    try:
+        shrunk_config(config, spec, sizes)
+    except StructPruneError:
+        return False
+    return True

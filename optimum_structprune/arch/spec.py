@@ -1,0 +1,108 @@
+"""The vocabulary of removable dimensions, as frozen values: integers and strings only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where a space appears in one parameter.
+
+    Unit `i` owns the indices `[offset + i * block, offset + (i + 1) * block)` of dimension `dim` of `param`.
+
+    Attributes:
+        param: Full name of the parameter in the model's state dict.
+        dim: The dimension, counted from the front.
+        block: Indices per unit (1 for a channel, the head dimension for a KV head).
+        offset: First index of unit 0 (non-zero in packed weights).
+    """
+
+    param: str
+    dim: int
+    block: int = 1
+    offset: int = 0
+
+    def indices(self, keep: Sequence[int]) -> list[int]:
+        """Indices of `dim` that the units in `keep` own, in order."""
+        return [self.offset + unit * self.block + i for unit in keep for i in range(self.block)]
+
+    @property
+    def module(self) -> str:
+        """Full name of the module that holds the parameter."""
+        return self.param.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Space:
+    """One removable dimension of one block.
+
+    Attributes:
+        name: Kind of space, such as `mlp` or `attention`.
+        layer: Index of the block.
+        size: Number of units.
+        out: Axes of the producers (rows).
+        into: Axes of the consumers (columns); their inputs are observed and their weights refitted.
+        config: Pairs of a config key and its value per unit.
+        pins: Config keys and values that must be written out, because they would otherwise be derived.
+        unit_params: Parameters that go with one unit, over all axes.
+        bias_flag: Config key that gives the projections of this space a bias, where the architecture has one.
+    """
+
+    name: str
+    layer: int
+    size: int
+    out: tuple[Axis, ...]
+    into: tuple[Axis, ...]
+    config: tuple[tuple[str, int], ...]
+    pins: tuple[tuple[str, int], ...]
+    unit_params: int
+    bias_flag: str | None = None
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """All axes, producers first."""
+        return self.out + self.into
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """What may shrink in a model, and what shrinks with it.
+
+    Attributes:
+        model_type: The Hugging Face model type.
+        blocks: Dotted path of the list of blocks.
+        block_params: Number of parameters of each block.
+        spaces: Every space of every block, in the order in which a block is pruned.
+        missing: Why a space that users ask for is not offered, by name.
+    """
+
+    model_type: str
+    blocks: str
+    block_params: tuple[int, ...]
+    spaces: tuple[Space, ...]
+    missing: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.block_params)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Kinds of space that some block has, in pruning order."""
+        return tuple(dict.fromkeys(space.name for space in self.spaces))
+
+    def at(self, layer: int) -> Iterator[Space]:
+        """The spaces of block `layer`."""
+        return (space for space in self.spaces if space.layer == layer)
+
+    def of(self, name: str) -> list[Space]:
+        """The spaces called `name`, one for each block that has it."""
+        return [space for space in self.spaces if space.name == name]
+
+    def block_prefix(self, layer: int) -> str:
+        """Prefix of the state-dict names of block `layer`, with the dot."""
+        return f"{self.blocks}.{layer}."

@@ -1,0 +1,55 @@
+"""The only file that registers hooks. They live inside `with` and are gone on every way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class StopForward(Exception):
+    """Ends a forward pass early, once everything that was wanted has been seen."""
+
+
+@contextmanager
+def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see(name, input)` whenever a module runs.
+
+    Args:
+        model: Holds the modules.
+        names: Their full names.
+        see: Gets the module's name and its first positional input.
+    """
+    with ExitStack() as stack:
+        for name in names:
+
+            def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                see(name, args[0])
+
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def intercept(
+    modules: Iterable[nn.Module],
+    before: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
+    after: Callable[[int, Any], None] | None = None,
+) -> Iterator[None]:
+    """Call `before(index, args, kwargs)` and `after(index, output)` around each of `modules`."""
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+
+            def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
+                before(index, args, kwargs)
+
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            if after is not None:
+
+                def leave(module: nn.Module, args: tuple[Any, ...], output: Any, index: int = index) -> None:
+                    after(index, output)
+
+                stack.callback(module.register_forward_hook(leave).remove)
+        yield

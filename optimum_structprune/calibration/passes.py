@@ -1,0 +1,238 @@
+"""Runs the calibration blocks through the model and gathers moments at the taps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from ..arch.spec import ArchSpec, Space
+from ..errors import StructPruneError
+from .collect import StopForward, intercept, observe
+from .stats import Moments
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .blocks import Domain
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token blocks of one domain, shape `(batch, seq_length)`."""
+
+    domain: int
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls one block, hidden states left out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+
+class Passes(Protocol):
+    """Forward passes over the calibration blocks, seen by one block of the model after the other."""
+
+    def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
+        """Moments of the inputs of the space's consumers: for each consumer, one per domain."""
+        ...
+
+    def advance(self, layer: int) -> None:
+        """Block `layer` has its final weights for this round; go on to the next."""
+        ...
+
+
+def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
+    """Cut every domain into batches; no batch holds two domains."""
+    return [
+        Batch(index, ids) for index, domain in enumerate(domains) for ids in domain.blocks.split(batch_size) if len(ids)
+    ]
+
+
+class BlockPasses:
+    """One block at a time, on stored inputs that have come through the blocks already pruned.
+
+    Memory: the hidden states of the calibration set and one block's statistics.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]):
+        self.blocks = model.get_submodule(spec.blocks)
+        self.prefix = spec.blocks
+        self.domains = [batch.domain for batch in batches]
+        self.hidden: list[Tensor] = []
+        self.calls: dict[int, list[Call]] = {}
+        for batch in batches:
+            size = len(batch.ids)
+            hidden, calls = capture(model, spec, batch.ids, whole=size not in self.calls)
+            if not _same(self.calls.setdefault(size, calls)[0], calls[0]):
+                raise NotSequentialError(f"the blocks of {spec.model_type!r} are called with more than hidden states")
+            self.hidden.append(hidden)
+
+    def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
+        """See `Passes.gather`."""
+        tally = Tally([space], gram, 1 + max(self.domains), self.blocks)
+        local = {tap.removeprefix(f"{self.prefix}.{layer}."): tap for tap in tally.taps}
+        with observe(self.blocks[layer], local, lambda name, x: tally.see(local[name], x)):
+            for index, domain in enumerate(self.domains):
+                tally.domain = domain
+                self._run(layer, index)
+        return tally.of(space)
+
+    def advance(self, layer: int) -> None:
+        """See `Passes.advance`."""
+        for index in range(len(self.hidden)):
+            self.hidden[index] = self._run(layer, index)
+
+    @torch.no_grad()
+    def _run(self, layer: int, index: int) -> Tensor:
+        hidden = self.hidden[index]
+        call = self.calls[len(hidden)][layer]
+        block = self.blocks[layer]
+        device = next(block.parameters()).device
+        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), device)
+        output = block(hidden_states=hidden, **kwargs) if call.by_name else block(hidden, *args, **kwargs)
+        return _first(output)
+
+
+class ModelPasses:
+    """The whole model at once: for architectures whose blocks hand on more than hidden states.
+
+    Every tap is observed in the same pass, on the model as it stands when the round begins.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]):
+        self.model, self.spec, self.batches = model, spec, batches
+        self.tally: Tally | None = None
+
+    def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
+        """See `Passes.gather`."""
+        if self.tally is None:
+            self.tally = Tally(self.spec.spaces, gram, 1 + max(batch.domain for batch in self.batches), self.model)
+            with observe(self.model, self.tally.taps, self.tally.see), torch.no_grad():
+                for batch in self.batches:
+                    self.tally.domain = batch.domain
+                    self.model(batch.ids.to(self.model.device), use_cache=False)
+        return self.tally.of(space)
+
+    def advance(self, layer: int) -> None:
+        """See `Passes.advance`."""
+
+
+class NotSequentialError(StructPruneError):
+    """The model's blocks cannot be run one by one."""
+
+
+def passes_over(model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]) -> Passes:
+    """Block by block where the model allows it, the whole model otherwise."""
+    try:
+        return BlockPasses(model, spec, batches)
+    except NotSequentialError:
+        return ModelPasses(model, spec, batches)
+
+
+class Tally:
+    """Moments by tap and domain; `domain` says which one is running."""
+
+    def __init__(self, spaces: Sequence[Space], gram: bool, num_domains: int, model: nn.Module):
+        self.domain = 0
+        device = next(model.parameters()).device
+        self.taps = {
+            axis.module: [Moments.empty(space.size * axis.block, gram, device) for _ in range(num_domains)]
+            for space in spaces
+            for axis in space.into
+        }
+
+    def see(self, tap: str, x: Tensor) -> None:
+        """Take in one activation."""
+        self.taps[tap][self.domain].update(x)
+
+    def of(self, space: Space) -> list[list[Moments]]:
+        """The moments of a space's consumers.
+
+        Raises:
+            StructPruneError: If a NaN or an infinity came in, or a tap saw nothing.
+        """
+        for axis in space.into:
+            for domain, moments in enumerate(self.taps[axis.module]):
+                if not moments.finite:
+                    raise StructPruneError(
+                        f"NaN or infinite activations at {axis.module} in domain {domain}; "
+                        "load the model in float32 or bfloat16, or check its weights."
+                    )
+                if moments.count == 0:
+                    raise StructPruneError(f"{axis.module} never ran during calibration in domain {domain}.")
+        return [self.taps[axis.module] for axis in space.into]
+
+
+@torch.no_grad()
+def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) -> tuple[Tensor, list[Call]]:
+    """The hidden states that enter the first block, and how the model calls its blocks.
+
+    The calls carry masks and rotary embeddings, which may differ by layer type.
+
+    Args:
+        model: The model.
+        spec: Its description.
+        ids: Token ids, shape `(batch, seq_length)`.
+        whole: Whether to see every block's call, or to stop at the first.
+
+    Raises:
+        NotSequentialError: If a block's input is not just the output of the block before it.
+    """
+    blocks = model.get_submodule(spec.blocks)
+    inputs: list[Tensor] = []
+    calls: list[Call] = []
+    outputs: list[Tensor] = []
+
+    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        by_name = "hidden_states" in kwargs
+        hidden = kwargs["hidden_states"] if by_name else args[0]
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        if index and not _equal(hidden, outputs[-1]):
+            raise NotSequentialError(f"the model changes hidden states between blocks {index - 1} and {index}")
+        inputs.append(hidden)
+        calls.append(Call(args if by_name else args[1:], rest, by_name))
+        if not whole:
+            raise StopForward
+
+    def after(index: int, output: Any) -> None:
+        outputs[:] = [_first(output)]
+
+    with intercept(blocks, before, after):
+        try:
+            model(ids.to(model.device), use_cache=False)
+        except StopForward:
+            pass
+    return inputs[0], calls
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return left is right or (left.shape == right.shape and torch.equal(left, right.to(left.device)))
+
+
+def _same(left: Call, right: Call) -> bool:
+    pairs = list(zip(_tensors((left.args, left.kwargs)), _tensors((right.args, right.kwargs)), strict=True))
+    return all(_equal(a, b) for a, b in pairs)

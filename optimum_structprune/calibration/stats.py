@@ -1,0 +1,139 @@
+"""Running sufficient statistics of one tap, for one domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import StructPruneError
+
+
+@dataclass
+class Moments:
+    """Count, mean and second moment of a stream of vectors.
+
+    Kept as running *means*, not sums, so that fp32 does not lose digits however long the stream is.
+
+    Attributes:
+        count: Number of vectors seen.
+        mean: E[x], shape `(n,)`, fp64.
+        square: E[x²], shape `(n,)`, fp64.
+        gram: E[x xᵀ], shape `(n, n)`, fp32; None where only the diagonal is kept.
+    """
+
+    count: int
+    mean: Tensor
+    square: Tensor
+    gram: Tensor | None = None
+
+    @classmethod
+    def empty(cls, size: int, gram: bool = False, device: torch.device | str = "cpu") -> Moments:
+        """Nothing seen yet."""
+        return cls(
+            count=0,
+            mean=torch.zeros(size, dtype=torch.float64, device=device),
+            square=torch.zeros(size, dtype=torch.float64, device=device),
+            gram=torch.zeros(size, size, device=device) if gram else None,
+        )
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> Moments:
+        """Take in `x` of shape `(..., n)`; returns self."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        if len(x) == 0:
+            return self
+        self.count += len(x)
+        share = len(x) / self.count
+        wide = x.double()
+        self.mean.lerp_(wide.mean(0).to(self.mean.device), share)
+        self.square.lerp_(wide.square().mean(0).to(self.square.device), share)
+        if self.gram is not None:
+            x = x.to(self.gram.device, torch.float32)
+            self.gram.addmm_(x.T, x, beta=1 - share, alpha=1 / self.count)
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both streams together; neither operand changes."""
+        return mix([self, other], [float(self.count), float(other.count)])
+
+    def select(self, columns: Sequence[int] | Tensor) -> Moments:
+        """The moments of some components only."""
+        index = torch.as_tensor(columns, device=self.mean.device)
+        gram = None if self.gram is None else self.gram[index][:, index]
+        return Moments(self.count, self.mean[index], self.square[index], gram)
+
+    @property
+    def variance(self) -> Tensor:
+        """Var[x], shape `(n,)`, fp64."""
+        return (self.square - self.mean.square()).clamp(min=0)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no NaN or infinity has come in."""
+        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.square).all())
+
+
+def mix(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
+    """The weighted average of several moments: those of the mixture distribution.
+
+    Args:
+        parts: Moments of the same tap, all with or all without a Gram matrix.
+        weights: One non-negative weight each; they are normalised to sum to one.
+    """
+    total = sum(weights)
+    if total <= 0:
+        raise StructPruneError("There is nothing to mix: every weight is 0.")
+    shares = [weight / total for weight in weights]
+
+    def average(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([share * tensor for share, tensor in zip(shares, tensors)]).sum(0)
+
+    grams = [part.gram for part in parts if part.gram is not None]
+    return Moments(
+        count=sum(part.count for part in parts),
+        mean=average([part.mean for part in parts]),
+        square=average([part.square for part in parts]),
+        gram=average(grams) if grams else None,
+    )
+
+
+def save_stats(stats: Mapping[str, Moments], path: str | Path) -> None:
+    """Write moments, by name, to one safetensors file."""
+    tensors = {}
+    for name, moments in stats.items():
+        tensors[f"{name}/count"] = torch.tensor(moments.count)
+        tensors[f"{name}/mean"] = moments.mean
+        tensors[f"{name}/square"] = moments.square
+        if moments.gram is not None:
+            tensors[f"{name}/gram"] = moments.gram
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def load_stats(path: str | Path) -> dict[str, Moments]:
+    """Read what `save_stats` wrote.
+
+    Raises:
+        StructPruneError: If the file is missing, damaged or not a statistics file.
+    """
+    try:
+        tensors = load_file(path)
+        names = [name.removesuffix("/count") for name in tensors if name.endswith("/count")]
+        if not names:
+            raise KeyError("count")
+        return {
+            name: Moments(
+                count=int(tensors[f"{name}/count"]),
+                mean=tensors[f"{name}/mean"],
+                square=tensors[f"{name}/square"],
+                gram=tensors.get(f"{name}/gram"),
+            )
+            for name in names
+        }
+    except (OSError, SafetensorError, KeyError) as error:
+        raise StructPruneError(f"{path} is not a readable statistics file ({error}); calibrate again.") from error

@@ -1,0 +1,53 @@
+"""`structprune inspect`: what may shrink in a model, from its config alone."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+
+
+NAME = "inspect"
+HELP = "Show a model's family, spaces, units, legal widths and parameter shares."
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("model", help="Model id or folder.")
+    parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
+
+
+def run(args: Namespace) -> int:
+    """Build the model on the meta device and describe it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..arch.load import describe
+    from ..arch.shrink import legal_sizes
+    from .loading import load_config
+
+    config = load_config(args.model, args.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    spec = describe(model)
+    total = model.num_parameters()
+    print(f"{args.model}: {spec.model_type}, {spec.num_blocks} blocks, {total:,} parameters")
+    print(f"{'space':<12}{'units':>8}{'parameters':>16}{'share':>8}  legal widths")
+    for name in spec.names:
+        spaces = spec.of(name)
+        parameters = sum(space.size * space.unit_params for space in spaces)
+        legal = _ranges(legal_sizes(config, spec, name))
+        print(f"{name:<12}{spaces[0].size:>8}{parameters:>16,}{parameters / total:>8.1%}  {legal}")
+    for name, reason in spec.missing:
+        print(f"{name:<12}cannot be pruned: {reason}")
+    return 0
+
+
+def _ranges(sizes: Sequence[int]) -> str:
+    """`[1, 2, 3, 6]` as `1-3, 6`."""
+    runs: list[list[int]] = []
+    for size in sizes:
+        if runs and size == runs[-1][-1] + 1:
+            runs[-1].append(size)
+        else:
+            runs.append([size])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,57 @@
+"""Loads what a command line names, and turns failures into one sentence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..errors import StructPruneError
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model_and_tokenizer(
+    name: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer.
+
+    Raises:
+        StructPruneError: If either cannot be loaded, with the reason.
+    """
+    if dtype not in DTYPES:
+        raise StructPruneError(f"--dtype {dtype} is not known; choose one of {', '.join(DTYPES)}.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(name, error) from error
+    try:
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise StructPruneError(f"The model does not fit on --device {device}: {_first_line(error)}") from error
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A model's config.
+
+    Raises:
+        StructPruneError: If it cannot be loaded, with the reason.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(name, error) from error
+
+
+def _cannot_load(name: str, error: Exception) -> StructPruneError:
+    return StructPruneError(f"{name!r} cannot be loaded: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,21 @@
+"""Criteria: weights and statistics in, one score per unit out (higher = keep)."""
+
+from .base import CRITERIA, Criterion, per_unit, register_criterion
+from .flap import Flap
+from .magnitude import Magnitude
+from .obs import OptimalBrainSurgeon
+from .random import Random
+from .wanda import Wanda
+
+
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "Flap",
+    "Magnitude",
+    "OptimalBrainSurgeon",
+    "Random",
+    "Wanda",
+    "per_unit",
+    "register_criterion",
+]

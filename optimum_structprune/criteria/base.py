@@ -1,0 +1,47 @@
+"""What every criterion has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..calibration.stats import Moments
+from ..config import StructPruneConfig
+from ..registry import Registry
+
+
+class Criterion(ABC):
+    """Judges the units of a space by the weights that consume them and by the statistics of what they consume.
+
+    Attributes:
+        needs_gram: Whether `score` reads `moments.gram`; without it only mean and square are gathered.
+    """
+
+    needs_gram: ClassVar[bool] = False
+
+    def __init__(self, config: StructPruneConfig):
+        self.config = config
+
+    @abstractmethod
+    def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
+        """One score per unit, higher = keep.
+
+        Args:
+            weight: The consumer, shape `(out, units * block)`, fp32.
+            moments: Of the consumer's input, `units * block` components.
+            block: Columns per unit.
+
+        Returns:
+            Shape `(units,)`.
+        """
+
+
+def per_unit(columns: Tensor, block: int) -> Tensor:
+    """Sum a value per column, shape `(units * block,)`, over the columns of each unit."""
+    return columns.reshape(-1, block).sum(1)
+
+
+CRITERIA: Registry[Criterion] = Registry("criterion", "optimum_structprune.criteria")
+register_criterion = CRITERIA.register

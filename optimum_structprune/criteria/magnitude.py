@@ -1,0 +1,15 @@
+"""Weight magnitude: the baseline that looks at no data."""
+
+from torch import Tensor
+
+from ..calibration.stats import Moments
+from .base import Criterion, per_unit, register_criterion
+
+
+@register_criterion("magnitude")
+class Magnitude(Criterion):
+    """‖W_:u‖, the norm of the columns that consume the unit."""
+
+    def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
+        """See `Criterion.score`."""
+        return per_unit(weight.square().sum(0), block).sqrt()

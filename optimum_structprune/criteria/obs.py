@@ -1,0 +1,25 @@
+"""Optimal Brain Surgeon: the error that is left after the best refit of the other columns."""
+
+import torch
+from torch import Tensor
+
+from ..calibration.stats import Moments
+from ..refit import solve_damped
+from .base import Criterion, register_criterion
+
+
+@register_criterion("obs")
+class OptimalBrainSurgeon(Criterion):
+    """½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) for a unit u; ½ ‖W_:j‖² / [H⁻¹]_jj for one column (ZipLM, Kurtic et al. 2023, eq. 2)."""
+
+    needs_gram = True
+
+    def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
+        """See `Criterion.score`."""
+        gram = moments.gram.to(weight)
+        eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        inverse = solve_damped(gram, eye, self.config.damping)
+        units = len(gram) // block
+        tiles = inverse.reshape(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        columns = weight.reshape(len(weight), units, block).permute(1, 2, 0).double()  # (unit, block, out)
+        return 0.5 * (columns * torch.linalg.solve(tiles, columns)).sum((1, 2)).to(weight)

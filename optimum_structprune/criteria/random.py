@@ -1,0 +1,21 @@
+"""Random scores: the floor that every criterion has to beat."""
+
+import torch
+from torch import Tensor
+
+from ..calibration.stats import Moments
+from ..config import StructPruneConfig
+from .base import Criterion, register_criterion
+
+
+@register_criterion("random")
+class Random(Criterion):
+    """Uniform noise from the config's seed."""
+
+    def __init__(self, config: StructPruneConfig):
+        super().__init__(config)
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
+        """See `Criterion.score`."""
+        return torch.rand(weight.shape[1] // block, generator=self.generator).to(weight)

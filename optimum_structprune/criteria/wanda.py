@@ -1,0 +1,16 @@
+"""Wanda in structured form: weight magnitude times activation norm."""
+
+from torch import Tensor
+
+from ..calibration.stats import Moments
+from .base import Criterion, per_unit, register_criterion
+
+
+@register_criterion("wanda")
+class Wanda(Criterion):
+    """‖W_:j‖ · √E[x_j²], as energy summed over the columns of a unit (Sun et al. 2023, eq. 1, per column)."""
+
+    def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
+        """See `Criterion.score`."""
+        energy = weight.square().sum(0) * moments.square.to(weight)
+        return per_unit(energy, block).sqrt()

@@ -1,0 +1,103 @@
+"""Writes a pruned model to disk, and only calls it saved once plain `from_pretrained` has read it back."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .config import StructPruneConfig
+from .errors import StructPruneError
+from .plan import Plan
+from .report import Report
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PLAN_NAME = "pruning_plan.json"
+REPORT_NAME = "report.json"
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    config: StructPruneConfig,
+    plan: Plan | None,
+    report: Report | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save a pruned model with its config, plan, report and tokenizer.
+
+    Everything is written to a temporary folder beside the target, reloaded and compared, and then moved into place, so
+    that a failure leaves whatever was there before.
+
+    Raises:
+        StructPruneError: If the folder exists, nothing was pruned, or the saved model does not come back the same.
+    """
+    target = Path(save_directory)
+    check_target(target, overwrite)
+    if plan is None or report is None:
+        raise StructPruneError("There is nothing to save: call prune_model first.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        model.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        config.save_pretrained(staging)
+        plan.save(staging / PLAN_NAME)
+        report.save(staging / REPORT_NAME)
+        check_reload(model, staging)
+        staging.chmod(0o755)
+        _swap(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_target(target: str | Path, overwrite: bool) -> None:
+    """Refuse to write over something.
+
+    Raises:
+        StructPruneError: If the folder exists and `overwrite` is off, or it is a file.
+    """
+    target = Path(target)
+    if target.is_file():
+        raise StructPruneError(f"{target} is a file; name a folder.")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise StructPruneError(f"The folder {target} exists and is not empty; choose another or allow overwriting.")
+
+
+@torch.no_grad()
+def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
+    """Load a saved model with plain `from_pretrained` and compare logits.
+
+    Raises:
+        StructPruneError: If it does not load or its logits differ.
+    """
+    again = type(model).from_pretrained(folder, dtype=model.dtype).to(model.device)
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocab, (1, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
+    training = model.training
+    difference = float((model.eval()(ids).logits.float() - again.eval()(ids).logits.float()).abs().max())
+    model.train(training)
+    if not difference <= 1e-4:
+        raise StructPruneError(f"The model saved to {folder} gives other logits: they differ by {difference:.2g}.")
+
+
+def _swap(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)

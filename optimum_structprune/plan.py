@@ -1,0 +1,80 @@
+"""The plan: which units are kept. A value; nothing has changed yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .arch.spec import ArchSpec
+from .errors import StructPruneError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept units by block and space, as ascending indices into the dense model.
+
+    Attributes:
+        model_type: What the plan is for.
+        keep: `{(layer, space): kept indices}`; spaces that are not named stay whole.
+    """
+
+    model_type: str
+    keep: Mapping[tuple[int, str], tuple[int, ...]]
+
+    def check(self, spec: ArchSpec) -> None:
+        """Hold the plan against a model.
+
+        Raises:
+            StructPruneError: If it is for another model type, names a space the model does not have, or keeps units
+                that are not there.
+        """
+        if self.model_type != spec.model_type:
+            raise StructPruneError(f"The plan is for a {self.model_type!r} model, this is a {spec.model_type!r} model.")
+        sizes = {(space.layer, space.name): space.size for space in spec.spaces}
+        for (layer, name), keep in self.keep.items():
+            if (layer, name) not in sizes:
+                raise StructPruneError(f"The plan names {name!r} in block {layer}, which this model does not have.")
+            size = sizes[layer, name]
+            if not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= size:
+                raise StructPruneError(
+                    f"The plan for {name!r} in block {layer} has to keep ascending units between 0 and {size - 1}."
+                )
+
+    def widths(self) -> dict[str, dict[int, int]]:
+        """Number of kept units, by space and block."""
+        widths: dict[str, dict[int, int]] = {}
+        for (layer, name), keep in sorted(self.keep.items()):
+            widths.setdefault(name, {})[layer] = len(keep)
+        return widths
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; `from_dict` reads it."""
+        keep: dict[str, dict[str, list[int]]] = {}
+        for (layer, name), units in sorted(self.keep.items()):
+            keep.setdefault(name, {})[str(layer)] = list(units)
+        return {"model_type": self.model_type, "keep": keep}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Inverse of `to_dict`."""
+        keep = {(int(layer), name): tuple(units) for name, at in data["keep"].items() for layer, units in at.items()}
+        return cls(model_type=data["model_type"], keep=keep)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            StructPruneError: If the file is not a plan.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StructPruneError(f"{path} is not a pruning plan: {error}") from error

@@ -1,0 +1,204 @@
+"""The main path: a model in, a smaller model of the same class out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from .allocation import round_widths, target_widths
+from .arch.load import describe
+from .arch.shrink import shrunk_config
+from .arch.spec import ArchSpec
+from .calibration.blocks import Domain, load_domains
+from .calibration.passes import batches_of, passes_over
+from .config import StructPruneConfig
+from .criteria import CRITERIA
+from .errors import InPlaceError, StructPruneError
+from .evaluate import perplexity
+from .hub import save_pruned
+from .plan import Plan
+from .registry import Registry
+from .report import Report
+from .surgery import adopt_config_, skeleton
+from .sweep import Sweep
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
+register_pruner = PRUNERS.register
+
+
+@register_pruner("iterative")
+class StructPruner:
+    """Prunes a causal language model by calibration, scoring, removal and refit, in rounds.
+
+    After `prune_model`, `report` holds the numbers of the run and `plan` what was kept.
+    """
+
+    def __init__(self, config: StructPruneConfig):
+        self.config = config
+        self.report: Report | None = None
+        self.plan: Plan | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain values."""
+        return self.config.to_dict()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StructPruner:
+        """A pruner from what `to_dict` gave."""
+        return cls(StructPruneConfig.from_dict(data))
+
+    def prune_model(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, inplace: bool = False
+    ) -> PreTrainedModel:
+        """Prune a model.
+
+        Args:
+            model: A causal language model, in any floating-point dtype.
+            tokenizer: Its tokenizer; reads the calibration domains.
+            inplace: Change and return `model` itself, block by block, which saves the memory of a copy. Otherwise
+                `model` is left as it is and a new one is returned.
+
+        Raises:
+            StructPruneError: If the model, the config or a domain cannot be used; nothing has changed then.
+            InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
+        """
+        _check_model(model, self.config)
+        arch = describe(model)
+        widths = target_widths(self.config, arch, model.config)
+        CRITERIA.get(self.config.criterion)
+        report = Report(arch.model_type)
+        with report.timed("domains"):
+            domains = load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size)
+        with report.timed("perplexity"):
+            before = _perplexities(model, domains, self.config.batch_size)
+        report.parameters["before"], report.block_parameters["before"] = model.num_parameters(), sum(arch.block_params)
+
+        work = model if inplace else deepcopy(model)
+        try:
+            plan = self._prune_(work, arch, domains, widths, report)
+        except Exception as error:
+            if inplace:
+                raise InPlaceError(
+                    f"Pruning stopped ({error}), and the model had already begun to change: load it again."
+                ) from error
+            raise
+        with report.timed("perplexity"):
+            after = _perplexities(work, domains, self.config.batch_size)
+        report.parameters["after"] = work.num_parameters()
+        report.block_parameters["after"] = sum(describe(work).block_params)
+        report.perplexity = {name: {"before": before[name], "after": after[name]} for name in before}
+        report.widths = plan.widths()
+        report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
+        report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
+        self.plan, self.report = plan, report
+        return work
+
+    def save(
+        self,
+        model: PreTrainedModel,
+        save_directory: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Save the pruned model with the config, the plan and the report of the run.
+
+        The folder appears only after plain `from_pretrained` has loaded it and given the same logits.
+
+        Args:
+            model: What `prune_model` returned.
+            save_directory: Where to.
+            tokenizer: Saved beside the model.
+            overwrite: Replace a folder that exists.
+
+        Raises:
+            StructPruneError: If the folder exists, or the saved model does not come back the same.
+        """
+        save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite)
+
+    def _prune_(
+        self,
+        model: PreTrainedModel,
+        arch: ArchSpec,
+        domains: list[Domain],
+        widths: Mapping[str, int],
+        report: Report,
+    ) -> Plan:
+        config = self.config
+        training = model.training
+        model.eval()
+        biased = _biased(arch, widths) if config.refit == "bias" else ()
+        new_config = shrunk_config(model.config, arch, widths, biased)
+        smaller = skeleton(model, new_config)
+        batches = batches_of(domains, config.batch_size)
+        sweep = Sweep(model, arch, config, [domain.weight for domain in domains])
+        for number, step in enumerate(round_widths(config, arch, widths), start=1):
+            with report.timed(f"round {number}"):
+                last = smaller if number == config.rounds else None
+                sweep.run_(passes_over(model, arch, batches), step, last, f"round {number}/{config.rounds}")
+        adopt_config_(model, new_config, smaller)
+        model.train(training)
+        return sweep.plan
+
+
+class AutoStructPruner:
+    """Finds the pruner class for a config by its `method`."""
+
+    @staticmethod
+    def from_config(config: StructPruneConfig) -> StructPruner:
+        """The pruner that `config.method` names.
+
+        Raises:
+            StructPruneError: If no pruner is registered under that name.
+        """
+        return PRUNERS.get(config.method)(config)
+
+
+def prune_model(
+    model: PreTrainedModel,
+    config: StructPruneConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    inplace: bool = False,
+) -> PreTrainedModel:
+    """Prune a model in one call; see `StructPruner.prune_model`."""
+    return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace)
+
+
+def _perplexities(model: PreTrainedModel, domains: list[Domain], batch_size: int) -> dict[str, float]:
+    return {domain.name: perplexity(model, domain.heldout, batch_size) for domain in domains}
+
+
+def _biased(arch: ArchSpec, widths: Mapping[str, int]) -> tuple[str, ...]:
+    for name in widths:
+        space = arch.of(name)[0]
+        has_bias = any(axis.param.endswith(".bias") for axis in space.out)
+        if space.bias_flag is None and not has_bias:
+            raise StructPruneError(
+                f"refit='bias' needs a bias in the projections of {name!r}, which a {arch.model_type} config cannot "
+                "express; use refit='least_squares' or 'none'."
+            )
+    return tuple(widths)
+
+
+def _check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
+    name = type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise StructPruneError(f"{name} carries a PEFT adapter; prune `model.merge_and_unload()` instead.")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise StructPruneError(f"{name} is quantized; prune `model.dequantize()`, or load it without quantization.")
+    if model.get_output_embeddings() is None:
+        raise StructPruneError(f"{name} has no language-model head; load it with AutoModelForCausalLM.")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.seq_length > longest:
+        raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
+    if config.skip_layers:
+        raise StructPruneError(
+            f"skip_layers={config.skip_layers} would leave blocks of different widths, which "
+            f"allocation={config.allocation!r} cannot express; leave skip_layers empty."
+        )

@@ -1,0 +1,106 @@
+"""New values of the kept weights that make up for the removed ones. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .calibration.stats import Moments
+from .errors import StructPruneError
+
+
+logger = logging.getLogger(__name__)
+
+Refit = Callable[[Tensor, "Tensor | None", Moments, Tensor, float], "tuple[Tensor, Tensor | None]"]
+
+
+def solve_damped(matrix: Tensor, right: Tensor, damping: float) -> Tensor:
+    """Solve `X (matrix + λ I) = right` for symmetric `matrix`, by Cholesky.
+
+    The factorisation is tried in fp32, then in fp64, then with ten times the damping, and so on.
+
+    Args:
+        matrix: Positive semi-definite, shape `(n, n)`.
+        right: Shape `(m, n)`.
+        damping: λ, relative to the mean diagonal of `matrix`.
+
+    Returns:
+        X, shape `(m, n)`, in the dtype of `right`.
+    """
+    scale = float(matrix.diagonal().mean())
+    if scale <= 0:
+        return torch.zeros_like(right)
+    for attempt in range(6):
+        ridge = max(damping, 1e-8) * 10.0**attempt
+        for dtype in (torch.float32, torch.float64):
+            damped = matrix.to(dtype, copy=True)
+            damped.diagonal().add_(ridge * scale)
+            factor, info = torch.linalg.cholesky_ex(damped)
+            if info == 0:
+                solution = torch.cholesky_solve(right.to(dtype).T, factor).T
+                if torch.isfinite(solution).all():
+                    return solution.to(right.dtype)
+        logger.warning("The Gram matrix is not positive definite with damping %g; trying ten times that.", ridge)
+    raise StructPruneError("The Gram matrix of a tap cannot be inverted even with damping; its activations are broken.")
+
+
+def no_refit(
+    weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
+) -> tuple[Tensor, Tensor | None]:
+    """The kept columns as they are."""
+    return weight[:, keep], bias
+
+
+def bias_refit(
+    weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
+) -> tuple[Tensor, Tensor | None]:
+    """The kept columns as they are, and the mean output of the removed ones as a bias (FLAP, An et al. 2023, eq. 8)."""
+    gone = _others(keep, weight.shape[1])
+    shift = weight[:, gone] @ moments.mean[gone].to(weight)
+    return weight[:, keep], shift if bias is None else bias + shift
+
+
+def least_squares(
+    weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
+) -> tuple[Tensor, Tensor | None]:
+    """Kept weights that give the dense output with the least squared error.
+
+    Minimises `E‖W x − W' x_S‖² + λ‖W' − W_S‖²`. The ridge pulls toward the original kept weights, so the solution is
+    these plus what the kept components predict of the removed ones: `W' = W_S + W_R H_RS (H_SS + λ I)⁻¹`. With a bias
+    the fit is affine: H is centred, and the bias takes what the means leave over.
+
+    Args:
+        weight: W, shape `(out, n)`.
+        bias: Shape `(out,)`, or None.
+        moments: Of the input x, with Gram matrix, for all n components.
+        keep: Kept columns S, ascending.
+        damping: λ, relative to the mean diagonal of H_SS.
+
+    Returns:
+        W', shape `(out, kept)`, and the bias.
+    """
+    if moments.gram is None:
+        raise ValueError("least_squares needs moments with a Gram matrix")
+    gone = _others(keep, weight.shape[1])
+    cross, square = moments.gram[gone][:, keep], moments.gram[keep][:, keep]
+    if bias is not None:
+        mean = moments.mean.to(square)
+        cross = cross - torch.outer(mean[gone], mean[keep])
+        square = square - torch.outer(mean[keep], mean[keep])
+    refitted = weight[:, keep] + solve_damped(square, weight[:, gone] @ cross.to(weight), damping)
+    if bias is not None:
+        bias = bias + weight @ mean.to(weight) - refitted @ mean[keep].to(weight)
+    return refitted, bias
+
+
+def _others(keep: Tensor, size: int) -> Tensor:
+    left = torch.ones(size, dtype=torch.bool, device=keep.device)
+    left[keep] = False
+    return left.nonzero().squeeze(1)
+
+
+REFITS: dict[str, Refit] = {"none": no_refit, "bias": bias_refit, "least_squares": least_squares}
+NEEDS_GRAM = frozenset({"least_squares"})

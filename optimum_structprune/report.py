@@ -1,0 +1,85 @@
+"""The numbers of a run, and the short table that shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from math import exp, log
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+from typing import Any
+
+
+@dataclass
+class Report:
+    """What was done and what it cost.
+
+    Attributes:
+        model_type: Of the model.
+        parameters: Number of parameters `{"before": …, "after": …}`.
+        block_parameters: The same for the blocks alone.
+        widths: Number of kept units, by space and block.
+        dense_widths: Number of units before, by space.
+        calibration_tokens: Tokens seen in each round, by domain.
+        perplexity: `{domain: {"before": …, "after": …}}` on held-out text of that domain.
+        seconds: Time spent, by stage.
+    """
+
+    model_type: str
+    parameters: dict[str, int] = field(default_factory=dict)
+    block_parameters: dict[str, int] = field(default_factory=dict)
+    widths: dict[str, dict[int, int]] = field(default_factory=dict)
+    dense_widths: dict[str, int] = field(default_factory=dict)
+    calibration_tokens: dict[str, int] = field(default_factory=dict)
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside `with` to a stage."""
+        start = perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the blocks' parameters that is gone."""
+        return 1 - self.block_parameters["after"] / self.block_parameters["before"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**asdict(self), "sparsity": self.sparsity}
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def table(self) -> str:
+        """Widths, parameters and perplexity per domain as text."""
+        rows = [("", "before", "after", "")]
+        rows += [(f"width {name}", *self._width(name)) for name in sorted(self.widths)]
+        for label, counts in (("parameters", self.parameters), ("  in the blocks", self.block_parameters)):
+            before, after = counts["before"], counts["after"]
+            rows.append((label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"))
+        rows += [(f"perplexity {name}", *_change(ppl["before"], ppl["after"])) for name, ppl in self.perplexity.items()]
+        if len(self.perplexity) > 1:
+            means = [exp(fmean(log(ppl[when]) for ppl in self.perplexity.values())) for when in ("before", "after")]
+            rows.append(("  geometric mean", *_change(*means)))
+        sizes = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:]))]).rstrip()
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+    def _width(self, name: str) -> tuple[str, str, str]:
+        widths, dense = list(self.widths[name].values()), self.dense_widths[name]
+        low, high = min(widths), max(widths)
+        return str(dense), str(low) if low == high else f"{low}-{high}", f"{fmean(widths) / dense - 1:+.1%}"
+
+
+def _change(before: float, after: float) -> tuple[str, str, str]:
+    return f"{before:.2f}", f"{after:.2f}", f"x {after / before:.3f}"

@@ -1,0 +1,145 @@
+"""The only file that creates or changes parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from .arch.spec import ArchSpec, Axis, Space
+from .errors import StructPruneError
+from .plan import Plan
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def read_consumer(model: nn.Module, axis: Axis) -> tuple[Tensor, Tensor | None]:
+    """Weight `(out, n)` and bias `(out,)` of a consumer as fp32 copies, whichever way round it is stored."""
+    module = model.get_submodule(axis.module)
+    weight = module.get_parameter(axis.param.rpartition(".")[2]).detach().movedim(axis.dim, -1)
+    bias = getattr(module, "bias", None)
+    return weight.to(torch.float32, copy=True), None if bias is None else bias.detach().to(torch.float32, copy=True)
+
+
+@torch.no_grad()
+def write_consumer_(model: nn.Module, axis: Axis, keep: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a consumer refitted columns, and zeros where a column is removed: the block then computes what the
+    smaller block will compute.
+
+    Args:
+        model: The model that is changed.
+        axis: The consumer.
+        keep: Kept columns.
+        weight: Their new values, shape `(out, kept)`.
+        bias: New bias, shape `(out,)`; None leaves the module without one.
+    """
+    module = model.get_submodule(axis.module)
+    columns = module.get_parameter(axis.param.rpartition(".")[2]).movedim(axis.dim, -1)
+    columns.zero_()
+    columns[:, keep] = weight.to(columns)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.to(columns), requires_grad=columns.requires_grad)
+
+
+def skeleton(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """A model of the same class with `config`, parameters on the meta device, buffers real."""
+    with init_empty_weights(include_buffers=False):
+        return type(model)(config)
+
+
+def slice_tensors(tensors: Mapping[str, Tensor], spaces: Collection[Space], plan: Plan) -> dict[str, Tensor]:
+    """Cut tensors down to the units that the plan keeps.
+
+    Args:
+        tensors: By full name; those that no space touches come back as they are.
+        spaces: The spaces to cut along.
+        plan: What is kept.
+    """
+    cuts: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for space in spaces:
+        keep = plan.keep.get((space.layer, space.name))
+        for axis in space.axes if keep is not None else ():
+            cuts[axis.param, axis.dim] += axis.indices(keep)
+    sliced = dict(tensors)
+    for (param, dim), indices in cuts.items():
+        sliced[param] = sliced[param].index_select(dim, torch.tensor(indices, device=sliced[param].device))
+    return sliced
+
+
+@torch.no_grad()
+def shrink_block_(model: PreTrainedModel, spec: ArchSpec, layer: int, plan: Plan, smaller: PreTrainedModel) -> None:
+    """Replace one block by its smaller self.
+
+    The strict load proves that no coupled tensor was forgotten.
+
+    Args:
+        model: The model that is changed.
+        spec: Its description.
+        layer: Index of the block.
+        plan: What is kept.
+        smaller: `skeleton` of the shrunk config; gives up its block.
+
+    Raises:
+        StructPruneError: If a tensor of the smaller block does not come out in the shape that its config says.
+    """
+    prefix = spec.block_prefix(layer)
+    old = model.get_submodule(spec.blocks)[layer]
+    new = smaller.get_submodule(spec.blocks)[layer]
+    full = {prefix + name: tensor for name, tensor in old.state_dict().items()}
+    state = {name.removeprefix(prefix): tensor for name, tensor in slice_tensors(full, list(spec.at(layer)), plan).items()}
+    for name, tensor in new.state_dict().items():
+        if name not in state and name.endswith(".bias"):
+            weight = state[name.removesuffix("bias") + "weight"]
+            state[name] = torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
+    try:
+        new.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise StructPruneError(
+            f"The description of {spec.model_type!r} does not fit this model: {' '.join(str(error).split())}"
+        ) from error
+    _take_over(old, new)
+    model.get_submodule(spec.blocks)[layer] = new
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    """Buffers that no state dict holds, training mode and requires_grad."""
+    new.train(old.training)
+    frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    saved = set(old.state_dict())
+    for name, buffer in old.named_buffers():
+        if name not in saved:
+            owner, _, leaf = name.rpartition(".")
+            new.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+
+
+def adopt_config_(model: PreTrainedModel, config: PretrainedConfig, smaller: PreTrainedModel) -> None:
+    """Make `config` the model's own, and hold every tensor against the model that it describes.
+
+    Raises:
+        StructPruneError: If a tensor does not have the shape that the config says.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in smaller.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            raise StructPruneError(
+                f"{name} has shape {found.get(name)}, but the shrunk config makes it {expected.get(name)}; "
+                f"the description of {config.model_type!r} is incomplete."
+            )
+    old = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = config
+
+
+def units_to_columns(keep: Sequence[int], axis: Axis, device: torch.device) -> Tensor:
+    """Kept columns of a consumer, from kept units."""
+    return torch.tensor(axis.indices(keep), device=device)

@@ -1,0 +1,102 @@
+"""One round: block by block, gather, score, choose, refit, shrink."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers.utils.logging import tqdm
+
+from .arch.spec import ArchSpec, Axis, Space
+from .calibration.evidence import judge, pool
+from .calibration.passes import Passes
+from .calibration.stats import Moments
+from .criteria import CRITERIA, Criterion
+from .plan import Plan
+from .refit import NEEDS_GRAM, REFITS
+from .surgery import read_consumer, shrink_block_, units_to_columns, write_consumer_
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .config import StructPruneConfig
+
+
+@dataclass
+class Sweep:
+    """Prunes a model in place, one round after the other.
+
+    Between rounds, removed units are only masked (their columns in the consumers are zero), and the dense consumers
+    are remembered. So every refit starts from the dense weights and aims at the dense block's output on the present
+    stream: no error of an earlier round is fitted again. Scores, in contrast, judge the refitted weights, in which a
+    kept unit already carries the load of those removed before.
+
+    Attributes:
+        model: The model that is changed.
+        spec: Its description.
+        config: How to prune.
+        shares: Weight of each domain.
+        keep: What is kept so far.
+        dense: Dense weight and bias of the consumers that earlier rounds have changed, by parameter name.
+    """
+
+    model: PreTrainedModel
+    spec: ArchSpec
+    config: StructPruneConfig
+    shares: Sequence[float]
+    keep: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
+    dense: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.criterion: Criterion = CRITERIA.get(self.config.criterion)(self.config)
+        self.gram = self.criterion.needs_gram or self.config.refit in NEEDS_GRAM
+
+    def run_(self, passes: Passes, widths: Mapping[str, int], smaller: PreTrainedModel | None, title: str) -> None:
+        """One round.
+
+        Args:
+            passes: The calibration data.
+            widths: Number of units to keep, by space.
+            smaller: In the last round, the `skeleton` of the shrunk model, into which the blocks move.
+            title: Label of the progress bar.
+        """
+        for layer in tqdm(range(self.spec.num_blocks), desc=title, unit="block"):
+            for space in self.spec.at(layer):
+                if widths.get(space.name, space.size) < space.size:
+                    self._prune_(space, passes.gather(layer, space, self.gram), widths[space.name], smaller is None)
+            if smaller is not None:
+                shrink_block_(self.model, self.spec, layer, self.plan, smaller)
+            passes.advance(layer)
+
+    @property
+    def plan(self) -> Plan:
+        """What is kept, as a value."""
+        return Plan(self.spec.model_type, dict(self.keep))
+
+    def _prune_(self, space: Space, evidence: Sequence[Sequence[Moments]], width: int, remember: bool) -> None:
+        key = (space.layer, space.name)
+        before = self.keep.get(key, tuple(range(space.size)))
+        scores = sum(self._score(axis, parts, before) for axis, parts in zip(space.into, evidence))
+        best = scores.topk(width).indices.sort().values.tolist()
+        self.keep[key] = tuple(before[i] for i in best)
+        for axis, parts in zip(space.into, evidence):
+            self._refit_(axis, parts, self.keep[key], remember)
+
+    def _score(self, axis: Axis, parts: Sequence[Moments], units: Sequence[int]) -> Tensor:
+        weight, _ = read_consumer(self.model, axis)
+        columns = units_to_columns(units, axis, weight.device)
+        parts = [part.select(columns) for part in parts]
+        config = self.config
+        return judge(self.criterion, weight[:, columns], parts, self.shares, axis.block, config.aggregation)
+
+    def _refit_(self, axis: Axis, parts: Sequence[Moments], units: Sequence[int], remember: bool) -> None:
+        weight, bias = self.dense.get(axis.param) or read_consumer(self.model, axis)
+        if remember:
+            self.dense[axis.param] = (weight, bias)
+        columns = units_to_columns(units, axis, weight.device)
+        moments = pool(weight, parts, self.shares)
+        refitted = REFITS[self.config.refit](weight, bias, moments, columns, float(self.config.damping))
+        write_consumer_(self.model, axis, columns, *refitted)

@@ -1,0 +1,65 @@
+"""Tiny random models, one entry for every family and variant."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+
+VOCAB = 96
+TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GROUPED = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    **TOKENS,
+}
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+PLAIN = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    **TOKENS,
+}
+
+# name -> (model type, config fields)
+CASES: dict[str, tuple[str, dict]] = {
+    "llama-tied": ("llama", {**GROUPED, "tie_word_embeddings": True}),
+    "llama-untied": ("llama", {**GROUPED, "tie_word_embeddings": False}),
+    "llama-bias": ("llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {**GROUPED, "sliding_window": 4}),
+    "qwen2": ("qwen2", {**GROUPED, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {**GROUPED, **SLIDING, "use_sliding_window": True}),
+    "gemma2": ("gemma2", {**GROUPED, **SLIDING, "query_pre_attn_scalar": 4}),
+    "gemma3_text": ("gemma3_text", {**GROUPED, **SLIDING, "query_pre_attn_scalar": 4}),
+    "phi3": ("phi3", {**GROUPED, "tie_word_embeddings": False}),
+    "gpt2-tied": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **TOKENS}),
+    "gpt2-inner": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 40, **TOKENS}),
+    "opt": ("opt", {**PLAIN, "ffn_dim": 40, "word_embed_proj_dim": 32}),
+    "opt-no-bias": ("opt", {**PLAIN, "ffn_dim": 40, "word_embed_proj_dim": 32, "enable_bias": False}),
+    "gpt_neox": ("gpt_neox", {**PLAIN, "use_parallel_residual": True}),
+    "gpt_neox-serial": ("gpt_neox", {**PLAIN, "use_parallel_residual": False, "tie_word_embeddings": True}),
+}
+
+
+def build(case: str, seed: int = 0) -> PreTrainedModel:
+    """A random model in fp32, with biases and norms away from their trivial initial values."""
+    model_type, fields = CASES[case]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.add_(noise, alpha=0.1 if parameter.ndim == 1 else 0.05)
+    return model
+
+
+def token_ids(batch: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
+    """Random token ids."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
