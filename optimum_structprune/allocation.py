@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -34,12 +33,12 @@ def target_widths(config: StructPruneConfig, spec: ArchSpec, model_config: Pretr
                 + (f": {reason}." if reason else f".{did_you_mean(name, spec.names)}")
             )
         legal[name] = legal_sizes(model_config, spec, name)
-    if config.widths is not None:
+    if config.widths is None:
+        widths = widths_for_sparsity(spec, float(config.sparsity or 0), legal, config.round_to)
+    else:
         for name, width in config.widths.items():
             _check_width(spec, name, width, legal[name])
         widths = dict(config.widths)
-    else:
-        widths = widths_for_sparsity(spec, config.sparsity, legal, config.round_to)
     shrunk_config(model_config, spec, widths)
     return widths
 
@@ -61,8 +60,9 @@ def widths_for_sparsity(
 ) -> dict[str, int]:
     """Widths that remove a share of the blocks' parameters.
 
-    Spaces come coarsest unit first. Each takes the smallest legal width that is not below its proportional share, and
-    the finest one absorbs what is then still to be removed, to the nearest multiple of `round_to`.
+    Spaces come coarsest unit first. Each takes the smallest legal width that is not below its proportional share,
+    unless the finer ones could not make up for it, and the finest one absorbs what is then still to be removed, to the
+    nearest multiple of `round_to`.
 
     Args:
         spec: The model.
@@ -71,35 +71,37 @@ def widths_for_sparsity(
         round_to: Multiple for spaces whose unit is a single channel.
     """
     goal = sparsity * sum(spec.block_params)
+    size = {name: spec.of(name)[0].size for name in legal}
     cost = {name: sum(space.unit_params for space in spec.of(name)) for name in legal}
+    single = {name: len(spec.of(name)[0].config) == 1 for name in legal}
+    choices = {name: _rounded(legal[name], size[name], round_to if single[name] else 1) for name in legal}
+    most = {name: cost[name] * (size[name] - choices[name][0]) for name in legal}
+    if goal > sum(most.values()):
+        raise StructPruneError(
+            f"sparsity={sparsity} is more than {', '.join(legal)} can give: at most "
+            f"{sum(most.values()) / sum(spec.block_params):.3f} of the blocks' parameters; lower it or add targets."
+        )
     order = sorted(legal, key=lambda name: -cost[name])
     widths: dict[str, int] = {}
     for position, name in enumerate(order):
-        size = spec.of(name)[0].size
-        pool = sum(cost[other] * spec.of(other)[0].size for other in order[position:])
-        choices = _rounded(legal[name], size, round_to if len(spec.of(name)[0].config) == 1 else 1)
-        ideal = size * (1 - goal / pool)
-        if position < len(order) - 1:
-            widths[name] = choices[min(bisect_left(choices, ideal), len(choices) - 1)]
+        rest = order[position + 1 :]
+        ideal = size[name] * (1 - goal / sum(cost[other] * size[other] for other in [name, *rest]))
+        if rest:
+            room = sum(most[other] for other in rest)
+            fitting = [width for width in choices[name] if goal - cost[name] * (size[name] - width) <= room]
+            widths[name] = next((width for width in fitting if width >= ideal), fitting[-1])
         else:
-            widths[name] = min(choices, key=lambda width: abs(width - ideal))
-            if ideal < choices[0] - 0.5 * (choices[1] - choices[0] if len(choices) > 1 else 1):
-                most = sum(cost[other] * (spec.of(other)[0].size - legal[other][0]) for other in order)
-                raise StructPruneError(
-                    f"sparsity={sparsity} is more than {', '.join(order)} can give: at most "
-                    f"{most / sum(spec.block_params):.3f} of the blocks' parameters; lower it or add targets."
-                )
-        goal -= cost[name] * (size - widths[name])
+            widths[name] = min(choices[name], key=lambda width: abs(width - ideal))
+        goal -= cost[name] * (size[name] - widths[name])
     return widths
 
 
 def _rounded(legal: Sequence[int], size: int, multiple: int) -> list[int]:
-    return [width for width in legal if width % multiple == 0 or width == size] or list(legal)
+    multiples = [width for width in legal if width % multiple == 0 and width < size]
+    return [*multiples, size] if multiples else list(legal)
 
 
-def round_widths(
-    config: StructPruneConfig, spec: ArchSpec, model_config: PretrainedConfig, widths: Mapping[str, int]
-) -> list[dict[str, int]]:
+def round_widths(config: StructPruneConfig, spec: ArchSpec, widths: Mapping[str, int]) -> list[dict[str, int]]:
     """The widths after each round; the last are `widths`.
 
     After the share t of the rounds, `linear` has removed t of what is to go, `geometric` keeps the same ratio per

@@ -29,7 +29,7 @@ def perplexity(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4) -> f
     for ids in blocks.split(batch_size):
         ids = ids.to(model.device)
         logits = model(ids, use_cache=False).logits[:, :-1]
-        for row, target in zip(logits, ids[:, 1:]):
+        for row, target in zip(logits, ids[:, 1:], strict=True):
             loss += float(cross_entropy(row.float(), target.to(row.device), reduction="sum"))
             count += target.numel()
     model.train(training)

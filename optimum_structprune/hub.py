@@ -79,7 +79,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         StructPruneError: If it does not load or its logits differ.
     """
-    again = type(model).from_pretrained(folder, dtype=model.dtype).to(model.device)
+    again = type(model).from_pretrained(folder, dtype=model.dtype, device_map=model.device)
     vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab, (1, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
     training = model.training

@@ -32,7 +32,9 @@ class Plan:
                 that are not there.
         """
         if self.model_type != spec.model_type:
-            raise StructPruneError(f"The plan is for a {self.model_type!r} model, this is a {spec.model_type!r} model.")
+            raise StructPruneError(
+                f"The plan is for a {self.model_type!r} model, this is a {spec.model_type!r} model."
+            )
         sizes = {(space.layer, space.name): space.size for space in spec.spaces}
         for (layer, name), keep in self.keep.items():
             if (layer, name) not in sizes:

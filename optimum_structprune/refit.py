@@ -44,7 +44,9 @@ def solve_damped(matrix: Tensor, right: Tensor, damping: float) -> Tensor:
                 if torch.isfinite(solution).all():
                     return solution.to(right.dtype)
         logger.warning("The Gram matrix is not positive definite with damping %g; trying ten times that.", ridge)
-    raise StructPruneError("The Gram matrix of a tap cannot be inverted even with damping; its activations are broken.")
+    raise StructPruneError(
+        "The Gram matrix of a tap cannot be inverted even with damping; its activations are broken."
+    )
 
 
 def no_refit(
@@ -57,7 +59,7 @@ def no_refit(
 def bias_refit(
     weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The kept columns as they are, and the mean output of the removed ones as a bias (FLAP, An et al. 2023, eq. 8)."""
+    """The kept columns as they are, the mean output of the removed ones as a bias (FLAP, An et al. 2023, eq. 8)."""
     gone = _others(keep, weight.shape[1])
     shift = weight[:, gone] @ moments.mean[gone].to(weight)
     return weight[:, keep], shift if bias is None else bias + shift
@@ -82,10 +84,9 @@ def least_squares(
     Returns:
         W', shape `(out, kept)`, and the bias.
     """
-    if moments.gram is None:
-        raise ValueError("least_squares needs moments with a Gram matrix")
+    gram = moments.full_gram()
     gone = _others(keep, weight.shape[1])
-    cross, square = moments.gram[gone][:, keep], moments.gram[keep][:, keep]
+    cross, square = gram[gone][:, keep], gram[keep][:, keep]
     if bias is not None:
         mean = moments.mean.to(square)
         cross = cross - torch.outer(mean[gone], mean[keep])

@@ -57,20 +57,24 @@ class Report:
         """Write JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
-    def table(self) -> str:
-        """Widths, parameters and perplexity per domain as text."""
+    def __str__(self) -> str:
+        """Widths, parameters and perplexity per domain, as a table."""
         rows = [("", "before", "after", "")]
         rows += [(f"width {name}", *self._width(name)) for name in sorted(self.widths)]
         for label, counts in (("parameters", self.parameters), ("  in the blocks", self.block_parameters)):
             before, after = counts["before"], counts["after"]
             rows.append((label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"))
-        rows += [(f"perplexity {name}", *_change(ppl["before"], ppl["after"])) for name, ppl in self.perplexity.items()]
+        rows += [
+            (f"perplexity {name}", *_change(ppl["before"], ppl["after"])) for name, ppl in self.perplexity.items()
+        ]
         if len(self.perplexity) > 1:
             means = [exp(fmean(log(ppl[when]) for ppl in self.perplexity.values())) for when in ("before", "after")]
             rows.append(("  geometric mean", *_change(*means)))
         sizes = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
-            "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:]))]).rstrip()
+            "  ".join(
+                [row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))]
+            ).rstrip()
             for row in rows
         ]
         return "\n".join(lines)

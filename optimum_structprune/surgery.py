@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from .arch.load import block_list
 from .arch.spec import ArchSpec, Axis, Space
 from .errors import StructPruneError
 from .plan import Plan
@@ -63,9 +64,9 @@ def slice_tensors(tensors: Mapping[str, Tensor], spaces: Collection[Space], plan
     """
     cuts: dict[tuple[str, int], list[int]] = defaultdict(list)
     for space in spaces:
-        keep = plan.keep.get((space.layer, space.name))
-        for axis in space.axes if keep is not None else ():
-            cuts[axis.param, axis.dim] += axis.indices(keep)
+        if (keep := plan.keep.get((space.layer, space.name))) is not None:
+            for axis in space.axes:
+                cuts[axis.param, axis.dim] += axis.indices(keep)
     sliced = dict(tensors)
     for (param, dim), indices in cuts.items():
         sliced[param] = sliced[param].index_select(dim, torch.tensor(indices, device=sliced[param].device))
@@ -89,10 +90,12 @@ def shrink_block_(model: PreTrainedModel, spec: ArchSpec, layer: int, plan: Plan
         StructPruneError: If a tensor of the smaller block does not come out in the shape that its config says.
     """
     prefix = spec.block_prefix(layer)
-    old = model.get_submodule(spec.blocks)[layer]
-    new = smaller.get_submodule(spec.blocks)[layer]
+    blocks = block_list(model, spec)
+    old, new = blocks[layer], block_list(smaller, spec)[layer]
     full = {prefix + name: tensor for name, tensor in old.state_dict().items()}
-    state = {name.removeprefix(prefix): tensor for name, tensor in slice_tensors(full, list(spec.at(layer)), plan).items()}
+    state = {
+        name.removeprefix(prefix): tensor for name, tensor in slice_tensors(full, list(spec.at(layer)), plan).items()
+    }
     for name, tensor in new.state_dict().items():
         if name not in state and name.endswith(".bias"):
             weight = state[name.removesuffix("bias") + "weight"]
@@ -104,7 +107,7 @@ def shrink_block_(model: PreTrainedModel, spec: ArchSpec, layer: int, plan: Plan
             f"The description of {spec.model_type!r} does not fit this model: {' '.join(str(error).split())}"
         ) from error
     _take_over(old, new)
-    model.get_submodule(spec.blocks)[layer] = new
+    blocks[layer] = new
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:
@@ -112,7 +115,7 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     new.train(old.training)
     frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
     for name, parameter in new.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        parameter.requires_grad = name not in frozen
     saved = set(old.state_dict())
     for name, buffer in old.named_buffers():
         if name not in saved:
@@ -137,7 +140,7 @@ def adopt_config_(model: PreTrainedModel, config: PretrainedConfig, smaller: Pre
     old = model.config
     for module in model.modules():
         if getattr(module, "config", None) is old:
-            module.config = config
+            setattr(module, "config", config)  # noqa: B010  # a plain assignment is typed as Tensor | Module
 
 
 def units_to_columns(keep: Sequence[int], axis: Axis, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
@@ -79,10 +80,10 @@ class Sweep:
     def _prune_(self, space: Space, evidence: Sequence[Sequence[Moments]], width: int, remember: bool) -> None:
         key = (space.layer, space.name)
         before = self.keep.get(key, tuple(range(space.size)))
-        scores = sum(self._score(axis, parts, before) for axis, parts in zip(space.into, evidence))
-        best = scores.topk(width).indices.sort().values.tolist()
+        scores = [self._score(axis, parts, before) for axis, parts in zip(space.into, evidence, strict=True)]
+        best = torch.stack(scores).sum(0).topk(width).indices.sort().values.tolist()
         self.keep[key] = tuple(before[i] for i in best)
-        for axis, parts in zip(space.into, evidence):
+        for axis, parts in zip(space.into, evidence, strict=True):
             self._refit_(axis, parts, self.keep[key], remember)
 
     def _score(self, axis: Axis, parts: Sequence[Moments], units: Sequence[int]) -> Tensor:

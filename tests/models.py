@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from optimum_structprune import DomainConfig, StructPruneConfig
 
 
 VOCAB = 96
@@ -54,7 +61,7 @@ def build(case: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             noise = torch.randn_like(parameter)
             parameter.add_(noise, alpha=0.1 if parameter.ndim == 1 else 0.05)
     return model
@@ -63,3 +70,28 @@ def build(case: str, seed: int = 0) -> PreTrainedModel:
 def token_ids(batch: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
     """Random token ids."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over `w3` … `w95`, with BOS 1, EOS 2 and padding 0."""
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+    backend = Tokenizer(WordLevel(vocab, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=64
+    )
+
+
+def documents(count: int = 60, seed: int = 0) -> list[str]:
+    """Documents of random words."""
+    rng = random.Random(seed)
+    return [" ".join(f"w{rng.randrange(3, VOCAB)}" for _ in range(rng.randrange(10, 40))) for _ in range(count)]
+
+
+def config(**fields) -> StructPruneConfig:
+    """A config that calibrates on a few short blocks of two in-memory domains."""
+    domains = [DomainConfig(name="a", source=documents(seed=0)), DomainConfig(name="b", source=documents(seed=1))]
+    defaults = {"domains": domains, "num_samples": 8, "seq_length": 24, "batch_size": 3}
+    if "sparsity" not in fields:
+        defaults["widths"] = {"mlp": 24}
+    return StructPruneConfig(**{**defaults, **fields})

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from ..errors import StructPruneError
 from .families import Family, Template, family_of
 from .spec import ArchSpec, Axis, Space
@@ -29,6 +31,14 @@ def describe(model: PreTrainedModel) -> ArchSpec:
     prefix = f"{base}." if base and hasattr(model, base) else ""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return resolve(family, model.config, shapes, prefix)
+
+
+def block_list(model: nn.Module, spec: ArchSpec) -> nn.ModuleList:
+    """The list of blocks of a model."""
+    blocks = model.get_submodule(spec.blocks)
+    if not isinstance(blocks, nn.ModuleList):
+        raise StructPruneError(f"{spec.blocks} should be a list of blocks, found {type(blocks).__name__}.")
+    return blocks
 
 
 def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: str = "") -> ArchSpec:
@@ -106,9 +116,7 @@ def _space(
     )
 
 
-def _axes(
-    param: str, dim: int, parts: list[str], size: int, shapes: Shapes, units: Mapping[str, int]
-) -> list[Axis]:
+def _axes(param: str, dim: int, parts: list[str], size: int, shapes: Shapes, units: Mapping[str, int]) -> list[Axis]:
     if param not in shapes:
         raise StructPruneError(f"{param} is missing; the description of this family expects it.")
     blocks = [units[part] for part in parts]
@@ -118,4 +126,4 @@ def _axes(
             f"{size * sum(blocks)}. The description of this family does not fit this model."
         )
     offsets = [size * sum(blocks[:i]) for i in range(len(blocks))]
-    return [Axis(param, dim, block, offset) for block, offset in zip(blocks, offsets)]
+    return [Axis(param, dim, block, offset) for block, offset in zip(blocks, offsets, strict=True)]

@@ -34,7 +34,7 @@ def pool(weight: Tensor, parts: Sequence[Moments], shares: Sequence[float]) -> M
     energies = [output_energy(weight, part) for part in parts]
     if min(energies) <= 0:
         return mix(parts, shares)
-    return mix(parts, [share / energy for share, energy in zip(shares, energies)])
+    return mix(parts, [share / energy for share, energy in zip(shares, energies, strict=True)])
 
 
 def judge(

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from ..arch.load import block_list
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
 from .collect import StopForward, intercept, observe
@@ -54,7 +55,10 @@ class Passes(Protocol):
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
     """Cut every domain into batches; no batch holds two domains."""
     return [
-        Batch(index, ids) for index, domain in enumerate(domains) for ids in domain.blocks.split(batch_size) if len(ids)
+        Batch(index, ids)
+        for index, domain in enumerate(domains)
+        for ids in domain.blocks.split(batch_size)
+        if len(ids)
     ]
 
 
@@ -65,7 +69,7 @@ class BlockPasses:
     """
 
     def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]):
-        self.blocks = model.get_submodule(spec.blocks)
+        self.blocks = block_list(model, spec)
         self.prefix = spec.blocks
         self.domains = [batch.domain for batch in batches]
         self.hidden: list[Tensor] = []
@@ -188,7 +192,6 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
     Raises:
         NotSequentialError: If a block's input is not just the output of the block before it.
     """
-    blocks = model.get_submodule(spec.blocks)
     inputs: list[Tensor] = []
     calls: list[Call] = []
     outputs: list[Tensor] = []
@@ -207,7 +210,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
     def after(index: int, output: Any) -> None:
         outputs[:] = [_first(output)]
 
-    with intercept(blocks, before, after):
+    with intercept(block_list(model, spec), before, after):
         try:
             model(ids.to(model.device), use_cache=False)
         except StopForward:

@@ -55,7 +55,7 @@ class Moments:
         self.square.lerp_(wide.square().mean(0).to(self.square.device), share)
         if self.gram is not None:
             x = x.to(self.gram.device, torch.float32)
-            self.gram.addmm_(x.T, x, beta=1 - share, alpha=1 / self.count)
+            self.gram.lerp_(x.T @ x / len(x), share)
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -72,6 +72,12 @@ class Moments:
     def variance(self) -> Tensor:
         """Var[x], shape `(n,)`, fp64."""
         return (self.square - self.mean.square()).clamp(min=0)
+
+    def full_gram(self) -> Tensor:
+        """The Gram matrix, where it was gathered; a ValueError otherwise."""
+        if self.gram is None:
+            raise ValueError("these moments were gathered without a Gram matrix")
+        return self.gram
 
     @property
     def finite(self) -> bool:
@@ -92,7 +98,7 @@ def mix(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
     shares = [weight / total for weight in weights]
 
     def average(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack([share * tensor for share, tensor in zip(shares, tensors)]).sum(0)
+        return torch.stack([share * tensor for share, tensor in zip(shares, tensors, strict=True)]).sum(0)
 
     grams = [part.gram for part in parts if part.gram is not None]
     return Moments(

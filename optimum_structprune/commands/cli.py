@@ -38,7 +38,7 @@ def execute(args: Namespace) -> int:
     try:
         return args.run(args)
     except StructPruneError as error:
-        sys.stderr.write(f"structprune: error: {error}\n")
+        sys.stderr.write(f"structprune: error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
         return 130

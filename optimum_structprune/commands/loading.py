@@ -26,15 +26,17 @@ def load_model_and_tokenizer(
     """
     if dtype not in DTYPES:
         raise StructPruneError(f"--dtype {dtype} is not known; choose one of {', '.join(DTYPES)}.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(name, error) from error
-    try:
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise StructPruneError(f"The model does not fit on --device {device}: {_first_line(error)}") from error
+    except RuntimeError as error:
+        raise StructPruneError(f"The model cannot be put on --device {device}: {_first_line(error)}") from error
+    return model.eval(), tokenizer
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -53,5 +55,5 @@ def _cannot_load(name: str, error: Exception) -> StructPruneError:
     return StructPruneError(f"{name!r} cannot be loaded: {_first_line(error)}")
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]

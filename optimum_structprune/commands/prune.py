@@ -53,7 +53,7 @@ def run(args: Namespace) -> int:
     model, tokenizer = load_model_and_tokenizer(args.model, args.dtype, args.device, args.trust_remote_code)
     pruned = pruner.prune_model(model, tokenizer, inplace=True)
     pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
-    print(pruner.report.table())
+    print(pruner.report)
     print(f"saved to {args.output}; it loads with AutoModelForCausalLM.from_pretrained({args.output!r})")
     return 0
 

@@ -10,13 +10,16 @@ from .base import Criterion, register_criterion
 
 @register_criterion("obs")
 class OptimalBrainSurgeon(Criterion):
-    """½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) for a unit u; ½ ‖W_:j‖² / [H⁻¹]_jj for one column (ZipLM, Kurtic et al. 2023, eq. 2)."""
+    """½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) for a unit u, which is ½ ‖W_:j‖² / [H⁻¹]_jj for one column.
+
+    ZipLM (Kurtic et al. 2023), eq. 2.
+    """
 
     needs_gram = True
 
     def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
         """See `Criterion.score`."""
-        gram = moments.gram.to(weight)
+        gram = moments.full_gram().to(weight)
         eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
         inverse = solve_damped(gram, eye, self.config.damping)
         units = len(gram) // block

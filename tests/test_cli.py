@@ -1,0 +1,126 @@
+"""The command line, through both names, as a user calls it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import build, documents, token_ids, tokenizer
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
+
+from optimum_structprune import StructPruneConfig
+from optimum_structprune.commands.cli import main
+from optimum_structprune.commands.prune import config_from
+
+
+BIN = Path(sys.executable).parent
+NAMES = {"structprune": [str(BIN / "structprune")], "optimum-cli": [str(BIN / "optimum-cli"), "structprune"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    build("llama-tied").save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "a.txt").write_text("\n\n".join(documents(80)))
+    return folder
+
+
+def command(folder, *extra):
+    domain = f"a={folder / 'a.txt'}"
+    small = ["--num-samples", "6", "--seq-length", "24", "--device", "cpu"]
+    return ["prune", str(folder / "model"), str(folder / "out"), "--domain", domain, *small, *extra]
+
+
+def call(name, *arguments):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([*NAMES[name], *arguments], capture_output=True, text=True, env=environment, timeout=180)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prune_in_a_subprocess(name, folder):
+    done = call(name, *command(folder, "--width", "mlp=24", "--width", "attention=2", "--overwrite"))
+    assert done.returncode == 0, done.stderr
+    assert "width mlp" in done.stdout and "perplexity a" in done.stdout and "from_pretrained" in done.stdout
+    small = AutoModelForCausalLM.from_pretrained(folder / "out")
+    assert (small.config.intermediate_size, small.config.num_key_value_heads) == (24, 2)
+    assert torch.isfinite(small(token_ids()).logits).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_users_mistake_is_one_line_and_exit_code_2(name, folder):
+    done = call(name, *command(folder, "--width", "attention=3", "--overwrite"))
+    assert done.returncode == 2
+    assert "nearest legal choice is 2 or 4" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help(name):
+    assert call(name, "--help").returncode == 0
+
+
+def test_inspect(folder, capsys):
+    assert main(["inspect", str(folder / "model")]) == 0
+    shown = capsys.readouterr().out
+    assert "llama, 2 blocks" in shown and "1-2, 4" in shown and "1-40" in shown
+
+
+def test_flags_override_the_file(tmp_path, folder):
+    StructPruneConfig(sparsity=0.4, criterion="flap", rounds=3).to_yaml(tmp_path / "run.yaml")
+    from argparse import ArgumentParser
+
+    from optimum_structprune.commands import prune
+
+    parser = ArgumentParser()
+    prune.add_arguments(parser)
+    arguments = ["m", "o", "--config", str(tmp_path / "run.yaml"), "--width", "mlp=8", "--rounds", "2"]
+    config = config_from(parser.parse_args([*arguments, "--domain", "a=x@y.txt@0.5", "--domain", "b=c@d.txt"]))
+    assert (config.sparsity, config.widths, config.rounds, config.criterion) == (None, {"mlp": 8}, 2, "flap")
+    assert [(d.name, d.source, d.weight) for d in config.domains] == [("a", "x@y.txt", 0.5), ("b", "c@d.txt", 1.0)]
+
+
+def test_bad_input(folder, tmp_path, capsys):
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    ).save_pretrained(tmp_path / "bert")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "run.yaml").write_text("sparsiti: 0.2\n")
+    model, out = str(folder / "model"), str(tmp_path / "out")
+    cases = [
+        (["prune", str(tmp_path / "missing"), out, "--sparsity", "0.2"], "missing"),
+        (["prune", str(tmp_path / "bert"), out, "--sparsity", "0.2"], "bert"),
+        (["prune", model, out], "exactly one of sparsity and widths"),
+        (["prune", model, out, "--sparsity", "0"], "between 0 and 1"),
+        (["prune", model, out, "--sparsity", "1"], "between 0 and 1"),
+        (["prune", model, out, "--sparsity", "-0.5"], "between 0 and 1"),
+        (["prune", model, out, "--config", str(tmp_path / "run.yaml")], "Did you mean 'sparsity'"),
+        (["prune", model, out, "--config", str(tmp_path / "none.yaml")], "none.yaml cannot be read"),
+        (["prune", model, out, "--sparsity", "0.2", "--domain", f"a={tmp_path / 'empty.txt'}"], "'a'"),
+        (["prune", model, out, "--sparsity", "0.2", "--dtype", "int4"], "--dtype int4 is not known"),
+        (["prune", model, out, "--sparsity", "0.2", "--device", "warp"], "warp"),
+        (["prune", model, str(folder), "--sparsity", "0.2"], "exists and is not empty"),
+        (["inspect", str(tmp_path / "missing")], "missing"),
+        (["inspect", str(tmp_path / "bert")], "'bert' is not described"),
+    ]
+    for arguments, message in cases:
+        assert main(arguments) == 2, arguments
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if line.startswith("structprune: error:")]
+        assert len(lines) == 1 and message in lines[0], (arguments, captured.err)
+        assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("flag", [["--width", "mlp"], ["--domain", "wiki"], ["--sparsity", "0.2", "--width", "mlp=3"]])
+def test_argparse_refuses_what_it_cannot_read(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["prune", "m", "o", *flag])
+    assert stop.value.code == 2
+
+
+def test_the_registration_stays_light():
+    code = "import sys, optimum.commands.register.register_structprune; print('torch' in sys.modules)"
+    before = "import sys, optimum.commands.base; print('torch' in sys.modules)"
+    shown = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True).stdout for c in (before, code)]
+    assert shown[0] == shown[1], "the registration imports torch, which optimum itself does not"

@@ -1,0 +1,112 @@
+"""Strictness and round trips of the config."""
+
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError
+
+
+words = st.text("abcxyz_", min_size=1, max_size=8)
+domains = st.lists(
+    st.builds(DomainConfig, name=words, source=words, weight=st.floats(0.1, 10), text_column=words),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda domain: domain.name,
+)
+amounts = st.one_of(
+    st.fixed_dictionaries({"sparsity": st.floats(0.01, 0.99)}),
+    st.fixed_dictionaries({"widths": st.dictionaries(words, st.integers(1, 9999), min_size=1, max_size=3)}),
+)
+others = st.fixed_dictionaries(
+    {},
+    optional={
+        "targets": st.lists(words, min_size=1, max_size=3).map(tuple),
+        "refit": st.sampled_from(["none", "bias", "least_squares"]),
+        "schedule": st.sampled_from(["linear", "geometric", "cubic"]),
+        "rounds": st.integers(1, 9),
+        "num_samples": st.integers(1, 999),
+        "damping": st.one_of(st.integers(0, 3), st.floats(0, 3)),
+        "skip_layers": st.lists(st.integers(0, 9)).map(tuple),
+        "domains": domains,
+        "seed": st.integers(0, 2**31),
+    },
+)
+configs = st.tuples(amounts, others).map(lambda parts: StructPruneConfig(**parts[0], **parts[1]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(config=configs)
+def test_round_trips(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    assert StructPruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config.save_pretrained(folder)
+    assert (folder / "structprune_config.json").exists()
+    assert StructPruneConfig.from_pretrained(folder) == config
+    config.to_yaml(folder / "run.yaml")
+    assert StructPruneConfig.from_yaml(folder / "run.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "exactly one of sparsity and widths.*sparsity=None and widths=None"),
+        ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity and widths.*sparsity=0.2"),
+        ({"sparsity": 0}, "'sparsity'.*between 0 and 1.*got 0"),
+        ({"sparsity": 1}, "'sparsity'.*between 0 and 1.*got 1"),
+        ({"sparsity": -0.1}, "'sparsity'.*between 0 and 1.*got -0.1"),
+        ({"sparsity": "0.2"}, "'sparsity'.*0.2"),
+        ({"sparsity": True}, "'sparsity'.*True"),
+        ({"widths": {}}, "widths has to name at least one space"),
+        ({"widths": {"mlp": 0}}, r"widths\['mlp'\] has to be 1 or more, got 0"),
+        ({"widths": {"mlp": 2.5}}, "'widths'.*2.5"),
+        ({"sparsity": 0.2, "rounds": 0}, "'rounds'.*greater than 0, got 0"),
+        ({"sparsity": 0.2, "rounds": "3"}, "'rounds'.*expected int, got str.*3"),
+        ({"sparsity": 0.2, "refit": "ls"}, "'refit'.*'none', 'bias', 'least_squares'.*got ls"),
+        ({"sparsity": 0.2, "schedule": "slow"}, "'schedule'.*linear.*slow"),
+        ({"sparsity": 0.2, "damping": -1}, "'damping'.*0 or more, got -1"),
+        ({"sparsity": 0.2, "targets": []}, "'targets'.*at least one"),
+        ({"sparsity": 0.2, "domains": []}, "domains has to name at least one domain"),
+        ({"sparsity": 0.2, "domains": ["wiki"]}, "'domains'.*wiki"),
+        ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x"}] * 2}, "two entries of the same name: a, a"),
+        ({"sparsity": 0.2, "domains": [{"name": "a", "source": ""}]}, "'source'.*name something"),
+        ({"sparsity": 0.2, "domains": [{"name": "a", "source": 3}]}, "'source'.*got int"),
+        ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "weight": 0}]}, "'weight'.*greater than 0, got 0"),
+        ({"sparsity": 0.2, "domains": [{"name": "a"}]}, "source"),
+        ({"sparsiti": 0.2}, r"no field 'sparsiti'. Did you mean 'sparsity'\?"),
+        ({"sparsity": 0.2, "domains": [{"name": "a", "sorce": "x"}]}, r"no field 'sorce'. Did you mean 'source'\?"),
+    ],
+)
+def test_bad_values_name_the_field_and_the_value(fields, message):
+    with pytest.raises(StructPruneError, match=message) as caught:
+        StructPruneConfig.from_dict(fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_assignment_is_checked_too():
+    config = StructPruneConfig(sparsity=0.2)
+    with pytest.raises(StrictDataclassError, match="'sparsity'"):
+        config.sparsity = 1.5
+    assert config.sparsity == 0.2
+
+
+def test_lists_become_tuples_and_sources_in_memory_are_named():
+    config = StructPruneConfig(sparsity=0.2, targets=["mlp"], domains=[DomainConfig(name="a", source=["text"])])
+    assert config.targets == ("mlp",)
+    assert config.to_dict()["domains"][0]["source"] == "memory:list"
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "sparsity: [0.2\n", "", "!!python/object/apply:os.system ['true']"])
+def test_a_file_that_is_no_mapping_is_named(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(StructPruneError, match="run.yaml"):
+        StructPruneConfig.from_yaml(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(StructPruneError, match="structprune_config.json"):
+        StructPruneConfig.from_pretrained(tmp_path)

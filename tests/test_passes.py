@@ -1,0 +1,98 @@
+"""Block by block and whole model see the same; hooks are gone on every way out."""
+
+import pytest
+import torch
+from models import CASES, build, config, tokenizer
+from torch import nn
+
+from optimum_structprune import StructPruneError
+from optimum_structprune.arch.load import describe
+from optimum_structprune.calibration.blocks import load_domains
+from optimum_structprune.calibration.collect import observe
+from optimum_structprune.calibration.passes import (
+    BlockPasses,
+    ModelPasses,
+    NotSequentialError,
+    batches_of,
+    capture,
+    passes_over,
+)
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def batches():
+    return batches_of(load_domains(config(), tokenizer()), 3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_block_by_block_equals_whole_model(case):
+    model = build(case)
+    spec = describe(model)
+    blocks, whole = BlockPasses(model, spec, batches()), ModelPasses(model, spec, batches())
+    for layer in range(spec.num_blocks):
+        for space in spec.at(layer):
+            for left, right in zip(blocks.gather(layer, space, True), whole.gather(layer, space, True), strict=True):
+                for mine, theirs in zip(left, right, strict=True):
+                    assert mine.count == theirs.count > 0
+                    torch.testing.assert_close(mine.gram, theirs.gram, rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(mine.mean, theirs.mean, rtol=1e-4, atol=1e-5)
+        blocks.advance(layer)
+    assert count_hooks(model) == 0
+
+
+def test_a_batch_holds_one_domain_and_nothing_is_lost():
+    domains = load_domains(config(), tokenizer())
+    cut = batches_of(domains, 3)
+    for index, domain in enumerate(domains):
+        mine = torch.cat([batch.ids for batch in cut if batch.domain == index])
+        assert torch.equal(mine, domain.blocks)
+    assert max(len(batch.ids) for batch in cut) <= 3
+
+
+def test_hooks_are_gone_after_an_exception():
+    model = build("llama-tied")
+    with pytest.raises(RuntimeError, match="in the middle"), observe(model, ["model.layers.0.mlp"], print):
+        assert count_hooks(model) == 1
+        raise RuntimeError("in the middle")
+    assert count_hooks(model) == 0
+
+
+def test_observing_a_missing_module_leaves_no_hook():
+    model = build("llama-tied")
+    with pytest.raises(AttributeError), observe(model, ["model.layers.0.mlp", "model.layers.9.mlp"], print):
+        pass
+    assert count_hooks(model) == 0
+
+
+def test_nan_activations_name_the_tap():
+    model = build("llama-tied")
+    model.model.layers[1].mlp.up_proj.weight.data[3] = float("nan")
+    spec = describe(model)
+    passes = BlockPasses(model, spec, batches())
+    passes.advance(0)
+    with pytest.raises(StructPruneError, match=r"NaN or infinite activations at model.layers.1.mlp.down_proj"):
+        passes.gather(1, spec.of("mlp")[1], False)
+    assert count_hooks(model) == 0
+
+
+def test_a_model_that_works_between_its_blocks_falls_back(monkeypatch):
+    model = build("llama-tied")
+    original = type(model.model).forward
+
+    def forward(self, *args, **kwargs):
+        first, second = self.layers
+        hook = second.register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]))
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(type(model.model), "forward", forward)
+    spec = describe(model)
+    assert isinstance(passes_over(model, spec, batches()), ModelPasses)
+    with pytest.raises(NotSequentialError, match="between blocks 0 and 1"):
+        capture(model, spec, batches()[0].ids, whole=True)
+    assert count_hooks(model) == 0

@@ -1,0 +1,229 @@
+"""The main path on tiny models: what it promises about models, hooks, seeds and errors."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from models import CASES, build, config, documents, token_ids, tokenizer
+from test_passes import count_hooks
+from transformers import AutoModelForCausalLM
+
+from optimum_structprune import (
+    AutoStructPruner,
+    DomainConfig,
+    InPlaceError,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+    prune_model,
+    register_criterion,
+    register_pruner,
+    sweep,
+)
+from optimum_structprune.calibration.passes import ModelPasses
+from optimum_structprune.criteria import CRITERIA, Criterion
+from optimum_structprune.pruner import PRUNERS
+
+
+@torch.no_grad()
+def logits(model):
+    return model(token_ids()).logits
+
+
+def same_weights(left, right) -> bool:
+    mine, theirs = left.state_dict(), right.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_every_family_end_to_end(case, rounds, tmp_path):
+    model = build(case)
+    before = deepcopy(model)
+    pruner = StructPruner(config(rounds=rounds))
+    small = pruner.prune_model(model, tokenizer())
+    assert type(small) is type(model) and same_weights(model, before)
+    assert count_hooks(small) == count_hooks(model) == 0
+    assert pruner.report.widths["mlp"] == {0: 24, 1: 24}
+    assert small.num_parameters() == pruner.report.parameters["after"] < pruner.report.parameters["before"]
+    pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("refit", ["none", "bias", "least_squares"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "flap", "obs", "random"])
+def test_every_criterion_with_every_refit(criterion, refit):
+    model = build("llama-tied")
+    widths = {"mlp": 24, "attention": 2}
+    small = prune_model(model, config(widths=widths, criterion=criterion, refit=refit), tokenizer())
+    assert small.config.intermediate_size == 24 and small.config.num_key_value_heads == 2
+    assert small.config.mlp_bias == (refit == "bias")
+    assert torch.isfinite(logits(small)).all()
+
+
+def test_refit_brings_the_logits_nearer():
+    model = build("llama-tied")
+    distance = {
+        refit: float((logits(prune_model(model, config(refit=refit), tokenizer())) - logits(model)).square().mean())
+        for refit in ("none", "least_squares")
+    }
+    assert distance["least_squares"] < 0.9 * distance["none"]
+
+
+def test_one_round_of_the_masked_form_equals_the_shrunk_form():
+    # With two rounds that both end at the target, the first works on masked blocks and the second on shrunk ones.
+    model = build("qwen2")
+    once = prune_model(model, config(criterion="magnitude", refit="none"), tokenizer())
+    twice = prune_model(model, config(criterion="magnitude", refit="none", rounds=2), tokenizer())
+    assert same_weights(once, twice)
+
+
+def test_the_whole_model_fallback_prunes_too(monkeypatch):
+    monkeypatch.setattr("optimum_structprune.pruner.passes_over", ModelPasses)
+    model = build("llama-tied")
+    for rounds in (1, 2):
+        small = prune_model(model, config(rounds=rounds), tokenizer())
+        assert small.config.intermediate_size == 24 and count_hooks(small) == 0
+
+
+def test_same_seed_same_plan_other_seed_other_text():
+    pruners = [StructPruner(config(seed=seed)) for seed in (0, 0, 1)]
+    models = [pruner.prune_model(build("llama-tied"), tokenizer()) for pruner in pruners]
+    assert pruners[0].plan == pruners[1].plan and same_weights(models[0], models[1])
+    assert not same_weights(models[0], models[2])
+
+
+def test_in_place_returns_the_same_object():
+    model = build("llama-tied")
+    expected = logits(prune_model(model, config(), tokenizer()))
+    small = prune_model(model, config(), tokenizer(), inplace=True)
+    assert small is model and model.config.intermediate_size == 24
+    torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_exception_in_the_middle(monkeypatch, inplace):
+    original = sweep.shrink_block_
+
+    def fail(model, spec, layer, plan, smaller):
+        if layer == 1:
+            raise RuntimeError("disk on fire")
+        original(model, spec, layer, plan, smaller)
+
+    monkeypatch.setattr(sweep, "shrink_block_", fail)
+    model = build("llama-tied")
+    before = deepcopy(model)
+    expected = InPlaceError if inplace else RuntimeError
+    with pytest.raises(expected, match="disk on fire.*load it again" if inplace else "disk on fire"):
+        StructPruner(config()).prune_model(model, tokenizer(), inplace=inplace)
+    assert count_hooks(model) == 0
+    assert inplace or same_weights(model, before)
+
+
+def test_training_mode_comes_back():
+    assert prune_model(build("llama-tied").train(), config(), tokenizer()).training
+    assert not prune_model(build("llama-tied").eval(), config(), tokenizer()).training
+
+
+def test_bfloat16_stays_bfloat16():
+    small = prune_model(build("llama-tied").to(torch.bfloat16), config(), tokenizer())
+    assert small.dtype == torch.bfloat16 and torch.isfinite(logits(small)).all()
+
+
+def test_pruning_twice():
+    once = prune_model(build("llama-tied"), config(widths={"mlp": 32, "attention": 2}), tokenizer())
+    twice = prune_model(once, config(widths={"mlp": 16, "attention": 1}), tokenizer())
+    assert (twice.config.intermediate_size, twice.config.num_key_value_heads) == (16, 1)
+
+
+def test_the_report_adds_up():
+    pruner = StructPruner(config(widths={"mlp": 20, "attention": 2}))
+    small = pruner.prune_model(build("llama-untied"), tokenizer())
+    report = pruner.report
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)
+    assert report.parameters["after"] == small.num_parameters()
+    assert set(report.perplexity) == {"a", "b"} and report.perplexity["a"]["after"] > 1
+    assert report.calibration_tokens == {"a": 4 * 24, "b": 4 * 24}
+    assert {"domains", "perplexity", "round 1"} <= set(report.seconds)
+    table = str(report)
+    assert "width mlp" in table and "-50.0%" in table and "geometric mean" in table
+    assert json.loads(json.dumps(report.to_dict()))["sparsity"] == report.sparsity
+
+
+def test_pruners_resolve_by_method():
+    @register_pruner("test-pruner")
+    class Mine(StructPruner):
+        pass
+
+    try:
+        assert type(AutoStructPruner.from_config(config(method="test-pruner"))) is Mine
+        with pytest.raises(StructPruneError, match=r"no pruner 'test-prunner'. Did you mean 'test-pruner'\?"):
+            AutoStructPruner.from_config(config(method="test-prunner"))
+    finally:
+        del PRUNERS._classes["test-pruner"]
+
+
+def test_a_registered_criterion_is_used():
+    @register_criterion("test-first")
+    class First(Criterion):
+        def score(self, weight, moments, block):
+            return -torch.arange(weight.shape[1] // block, dtype=torch.float32)
+
+    try:
+        pruner = StructPruner(config(criterion="test-first"))
+        pruner.prune_model(build("llama-tied"), tokenizer())
+        assert pruner.plan.keep[0, "mlp"] == tuple(range(24))
+    finally:
+        del CRITERIA._classes["test-first"]
+
+
+def test_pruner_round_trips_through_dict():
+    fields = StructPruneConfig(sparsity=0.3).to_dict()
+    assert StructPruner.from_dict(fields).to_dict() == fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"criterion": "wnada"}, r"no criterion 'wnada'. Did you mean 'wanda'\?"),
+        ({"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
+        ({"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
+        ({"skip_layers": (0,)}, r"skip_layers=\(0,\) would leave blocks of different widths"),
+        ({"domains": [DomainConfig(name="none", source=[])]}, "none"),
+        ({"domains": [DomainConfig(name="short", source=documents(2))]}, "short"),
+        ({"domains": [DomainConfig(name="gone", source="./gone.jsonl")]}, "gone.jsonl"),
+    ],
+)
+def test_bad_input_changes_nothing(fields, message):
+    model = build("llama-tied")
+    before = deepcopy(model)
+    with pytest.raises(StructPruneError, match=message):
+        StructPruner(config(**fields)).prune_model(model, tokenizer(), inplace=True)
+    assert same_weights(model, before) and count_hooks(model) == 0
+
+
+def test_models_that_cannot_be_pruned_say_why():
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(build("llama-tied"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(StructPruneError, match="merge_and_unload"):
+        prune_model(wrapped, config(), tokenizer())
+    with pytest.raises(StructPruneError, match="no language-model head; load it with AutoModelForCausalLM"):
+        prune_model(build("llama-tied").model, config(), tokenizer())
+    quantized = build("llama-tied")
+    quantized.hf_quantizer = object()
+    with pytest.raises(StructPruneError, match="is quantized; prune `model.dequantize"):
+        prune_model(quantized, config(), tokenizer())
+    with pytest.raises(StructPruneError, match="refit='bias' needs a bias in the projections of 'mlp'"):
+        prune_model(build("qwen2"), config(refit="bias"), tokenizer())
+    with pytest.raises(StructPruneError, match="tokenizer"):
+        prune_model(build("llama-tied"), config())
+
+
+def test_nan_weights_are_noticed_before_anything_changes():
+    model = build("llama-tied")
+    model.model.layers[0].mlp.up_proj.weight.data[0] = float("nan")
+    with pytest.raises(StructPruneError, match="NaN or infinite activations at model.layers.0.mlp.down_proj"):
+        prune_model(model, config(), tokenizer())
