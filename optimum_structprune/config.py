@@ -170,7 +170,7 @@ class StructPruneConfig(_Serialisable):
         """
         domains = data.get("domains")
         if isinstance(domains, list):
-            data = {**data, "domains": [DomainConfig.from_dict(d) if isinstance(d, Mapping) else d for d in domains]}
+            data = {**data, "domains": [_domain(item) for item in domains]}
         return super().from_dict(data)
 
     def validate_amount(self) -> None:
@@ -213,6 +213,14 @@ class StructPruneConfig(_Serialisable):
     def from_yaml(cls, path: str | Path) -> "StructPruneConfig":
         """Read a YAML file."""
         return cls.from_dict(read_yaml(path))
+
+
+def _domain(item: Any) -> DomainConfig:
+    if isinstance(item, DomainConfig):
+        return item
+    if not isinstance(item, Mapping):
+        raise StructPruneError(f"StructPruneConfig: 'domains' takes mappings with a name and a source, got {item!r}.")
+    return DomainConfig.from_dict(item)
 
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:

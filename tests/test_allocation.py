@@ -87,7 +87,7 @@ def test_sparsity_rounds_channels_and_explicit_widths_do_not():
         ),
         ("llama-tied", {"widths": {"mpl": 4}}, r"no space 'mpl' to prune. Did you mean 'mlp'\?"),
         ("opt", {"widths": {"attention": 2}}, "no space 'attention' to prune: OPT derives the head dimension"),
-        ("llama-tied", {"sparsity": 0.99}, "sparsity=0.99 is more than mlp, attention can give: at most 0.9"),
+        ("llama-tied", {"sparsity": 0.99}, "sparsity=0.99 is more than mlp, attention can give: at most 0.8"),
     ],
 )
 def test_illegal_wishes_name_what_is_legal(case, fields, message):

@@ -1,5 +1,6 @@
 """The command line, through both names, as a user calls it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -19,19 +20,21 @@ BIN = Path(sys.executable).parent
 NAMES = {"structprune": [str(BIN / "structprune")], "optimum-cli": [str(BIN / "optimum-cli"), "structprune"]}
 
 
+SHORT = ["--num-samples", "6", "--seq-length", "24"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     build("llama-tied").save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
-    (folder / "a.txt").write_text("\n\n".join(documents(80)))
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80)))
     return folder
 
 
 def command(folder, *extra):
-    domain = f"a={folder / 'a.txt'}"
-    small = ["--num-samples", "6", "--seq-length", "24", "--device", "cpu"]
-    return ["prune", str(folder / "model"), str(folder / "out"), "--domain", domain, *small, *extra]
+    domain = f"a={folder / 'a.jsonl'}"
+    return ["prune", str(folder / "model"), str(folder / "out"), "--domain", domain, *SHORT, "--device", "cpu", *extra]
 
 
 def call(name, *arguments):
@@ -97,7 +100,10 @@ def test_bad_input(folder, tmp_path, capsys):
         (["prune", model, out, "--sparsity", "-0.5"], "between 0 and 1"),
         (["prune", model, out, "--config", str(tmp_path / "run.yaml")], "Did you mean 'sparsity'"),
         (["prune", model, out, "--config", str(tmp_path / "none.yaml")], "none.yaml cannot be read"),
-        (["prune", model, out, "--sparsity", "0.2", "--domain", f"a={tmp_path / 'empty.txt'}"], "'a'"),
+        (
+            ["prune", model, out, "--sparsity", "0.2", "--seq-length", "24", "--domain", f"a={tmp_path}/empty.txt"],
+            "'a'",
+        ),
         (["prune", model, out, "--sparsity", "0.2", "--dtype", "int4"], "--dtype int4 is not known"),
         (["prune", model, out, "--sparsity", "0.2", "--device", "warp"], "warp"),
         (["prune", model, str(folder), "--sparsity", "0.2"], "exists and is not empty"),

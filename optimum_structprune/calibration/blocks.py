@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..config import DomainConfig, StructPruneConfig
+from ..config import StructPruneConfig
 from ..errors import StructPruneError
 from .sources import documents
 

@@ -72,13 +72,13 @@ def _files(domain: DomainConfig) -> list[Path]:
     if os.path.isfile(path):
         if path.suffix.lower() not in READERS:
             raise StructPruneError(
-                f"The domain {domain.name!r}: {path} has the suffix {path.suffix!r}.{did_you_mean(path.suffix, READERS)}"
+                f"The domain {domain.name!r}: files like {path} are not read.{did_you_mean(path.suffix, READERS)}"
             )
         return [path]
     if os.path.isdir(path):
-        found, what = path.rglob("*"), f"the folder {path}"
+        found, what = [*path.rglob("*")], f"the folder {path}"
     elif "*" in domain.source:
-        found, what = map(Path, glob(str(path), recursive=True)), f"the pattern {domain.source!r}"
+        found, what = [Path(name) for name in glob(str(path), recursive=True)], f"the pattern {domain.source!r}"
     elif domain.source.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
         raise StructPruneError(f"The domain {domain.name!r}: there is no file or folder {path}.{_nearest(path)}")
     else:
@@ -158,7 +158,8 @@ def _strings(items: Iterable[Any], domain: DomainConfig) -> Iterator[str]:
 def _string(value: Any, domain: DomainConfig, where: str) -> str:
     if not isinstance(value, str):
         raise StructPruneError(
-            f"The domain {domain.name!r} has to give strings; {where} holds {value!r:.60} of type {type(value).__name__}."
+            f"The domain {domain.name!r} has to give strings; {where} holds the {type(value).__name__} "
+            f"{str(value):.60}."
         )
     return value
 
