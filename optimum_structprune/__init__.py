@@ -10,9 +10,10 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "AutoStructPruner": "pruner",
-    "DomainConfig": "config",
+    "DomainConfig": "schema",
     "InPlaceError": "errors",
     "Plan": "plan",
+    "RecoveryConfig": "recovery_config",
     "StructPruneConfig": "config",
     "StructPruneError": "errors",
     "StructPruner": "pruner",
@@ -25,12 +26,14 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from .config import DomainConfig, StructPruneConfig
+    from .config import StructPruneConfig
     from .criteria import register_criterion
     from .errors import InPlaceError, StructPruneError
     from .evaluate import perplexity
     from .plan import Plan
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner
+    from .recovery_config import RecoveryConfig
+    from .schema import DomainConfig
 
 
 def __getattr__(name: str) -> Any:

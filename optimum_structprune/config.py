@@ -2,102 +2,31 @@
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from huggingface_hub.dataclasses import strict, validated_field
-from huggingface_hub.errors import StrictDataclassError
 
-from .errors import StructPruneError
-from .registry import did_you_mean
+from .recovery_config import RecoveryConfig
+from .schema import (
+    DomainConfig,
+    Number,
+    Serialisable,
+    as_domain,
+    check_names,
+    filled,
+    not_negative,
+    positive,
+    read_mapping,
+    read_yaml,
+    share,
+)
 
 
 CONFIG_NAME = "structprune_config.json"
-IN_MEMORY = "memory:"
-Number = float | int
-
-
-def _positive(value: Any) -> None:
-    if isinstance(value, (int, float)) and value <= 0:
-        raise ValueError(f"has to be greater than 0, got {value}")
-
-
-def _not_negative(value: Any) -> None:
-    if isinstance(value, (int, float)) and value < 0:
-        raise ValueError(f"has to be 0 or more, got {value}")
-
-
-def _share(value: Any) -> None:
-    if isinstance(value, (int, float)) and not 0 < value < 1:
-        raise ValueError(f"has to lie between 0 and 1 (both excluded), got {value}; 0.2 removes a fifth")
-
-
-def _filled(value: Any) -> None:
-    if not value:
-        raise ValueError(f"has to name at least one, got {value!r}")
-
-
-def _source(value: Any) -> None:
-    if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):
-        raise ValueError(f"has to be a path, a name, a dataset or an iterable of strings, got {type(value).__name__}")
-    if value == "":
-        raise ValueError("has to name something, got ''")
-
-
-class _Serialisable:
-    """`to_dict` and `from_dict` with strict keys."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # a dataclass
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]):
-        """Inverse of `to_dict`.
-
-        Raises:
-            StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
-        """
-        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every subclass is a dataclass
-        for key in data:
-            if key not in known:
-                raise StructPruneError(f"{cls.__name__} has no field {key!r}.{did_you_mean(key, known)}")
-        try:
-            return cls(**data)
-        except (StrictDataclassError, TypeError) as error:
-            raise StructPruneError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
-
-
-@strict
-@dataclass
-class DomainConfig(_Serialisable):
-    """A named calibration stream.
-
-    Args:
-        name: What the report calls it.
-        source: A file (`.txt`, `.jsonl`, `.json`, `.parquet`, `.csv`), a glob, a folder, `builtin:prose`,
-            `builtin:code`, `builtin:math`, a dataset id on the Hub, a `datasets` object, or any iterable of strings.
-        weight: Share of the calibration tokens, relative to the other domains.
-        text_column: Column that holds the text.
-        dataset_config: Name of the configuration of a Hub dataset.
-        split: Split of a Hub dataset.
-    """
-
-    name: str = validated_field(_filled)
-    source: Any = validated_field(_source)
-    weight: Number = validated_field(_positive, default=1.0)
-    text_column: str = "text"
-    dataset_config: str | None = None
-    split: str = "train"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values; a source that lives in memory is only named."""
-        named = self.source if isinstance(self.source, str) else f"{IN_MEMORY}{type(self.source).__name__}"
-        return {**super().to_dict(), "source": named}
 
 
 def builtin_domains() -> list[DomainConfig]:
@@ -107,7 +36,7 @@ def builtin_domains() -> list[DomainConfig]:
 
 @strict
 @dataclass(kw_only=True)
-class StructPruneConfig(_Serialisable):
+class StructPruneConfig(Serialisable):
     """How a model is pruned. Exactly one of `sparsity` and `widths` says how much.
 
     Args:
@@ -130,27 +59,29 @@ class StructPruneConfig(_Serialisable):
         damping: Ridge of the refit toward the original weights, relative to the mean diagonal of the Gram matrix.
         holdout: Share of each domain's blocks that is set aside, from other documents, for perplexity.
         skip_layers: Blocks that stay whole; needs an allocation that may differ between blocks.
+        recovery: Training after the last round, or after each; None leaves it out.
         seed: Of everything random.
     """
 
     method: str = "iterative"
-    sparsity: Number | None = validated_field(_share, default=None)
+    sparsity: Number | None = validated_field(share, default=None)
     widths: dict[str, int] | None = None
-    targets: tuple[str, ...] | list[str] = validated_field(_filled, default=("mlp", "attention"))
+    targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
     criterion: str = "wanda"
     refit: Literal["none", "bias", "least_squares"] = "least_squares"
-    rounds: int = validated_field(_positive, default=1)
+    rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
     allocation: Literal["uniform"] = "uniform"
-    round_to: int = validated_field(_positive, default=64)
+    round_to: int = validated_field(positive, default=64)
     domains: list[DomainConfig] = field(default_factory=builtin_domains)
     aggregation: Literal["mean", "max"] = "mean"
-    num_samples: int = validated_field(_positive, default=128)
-    seq_length: int = validated_field(_positive, default=512)
-    batch_size: int = validated_field(_positive, default=4)
-    damping: Number = validated_field(_not_negative, default=1e-2)
-    holdout: Number = validated_field(_share, default=0.125)
+    num_samples: int = validated_field(positive, default=128)
+    seq_length: int = validated_field(positive, default=512)
+    batch_size: int = validated_field(positive, default=4)
+    damping: Number = validated_field(not_negative, default=1e-2)
+    holdout: Number = validated_field(share, default=0.125)
     skip_layers: tuple[int, ...] | list[int] = ()
+    recovery: RecoveryConfig | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -159,18 +90,21 @@ class StructPruneConfig(_Serialisable):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
-        return {**super().to_dict(), "domains": [domain.to_dict() for domain in self.domains]}
+        recovery = None if self.recovery is None else self.recovery.to_dict()
+        return {**super().to_dict(), "domains": [domain.to_dict() for domain in self.domains], "recovery": recovery}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
-        """Inverse of `to_dict`; domains may be mappings.
+        """Inverse of `to_dict`; domains and recovery may be mappings.
 
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
         domains = data.get("domains")
         if isinstance(domains, list):
-            data = {**data, "domains": [_domain(item) for item in domains]}
+            data = {**data, "domains": [as_domain(item, cls.__name__) for item in domains]}
+        if isinstance(recovery := data.get("recovery"), Mapping):
+            data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
         return super().from_dict(data)
 
     def validate_amount(self) -> None:
@@ -188,11 +122,7 @@ class StructPruneConfig(_Serialisable):
 
     def validate_domains(self) -> None:
         """At least one domain, and no two of the same name."""
-        names = [domain.name for domain in self.domains]
-        if not names:
-            raise ValueError("domains has to name at least one domain, got []")
-        if len(set(names)) < len(names):
-            raise ValueError(f"domains has two entries of the same name: {', '.join(names)}")
+        check_names(self.domains)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `structprune_config.json` into a folder, which is made if need be."""
@@ -203,7 +133,7 @@ class StructPruneConfig(_Serialisable):
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> "StructPruneConfig":
         """Read `structprune_config.json` from a folder."""
-        return cls.from_dict(_mapping(Path(save_directory) / CONFIG_NAME, json.loads))
+        return cls.from_dict(read_mapping(Path(save_directory) / CONFIG_NAME, json.loads))
 
     def to_yaml(self, path: str | Path) -> None:
         """Write a YAML file."""
@@ -213,30 +143,3 @@ class StructPruneConfig(_Serialisable):
     def from_yaml(cls, path: str | Path) -> "StructPruneConfig":
         """Read a YAML file."""
         return cls.from_dict(read_yaml(path))
-
-
-def _domain(item: Any) -> DomainConfig:
-    if isinstance(item, DomainConfig):
-        return item
-    if not isinstance(item, Mapping):
-        raise StructPruneError(f"StructPruneConfig: 'domains' takes mappings with a name and a source, got {item!r}.")
-    return DomainConfig.from_dict(item)
-
-
-def read_yaml(path: str | Path) -> Mapping[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        StructPruneError: If the file cannot be read or holds something else.
-    """
-    return _mapping(Path(path), yaml.safe_load)
-
-
-def _mapping(path: Path, parse) -> Mapping[str, Any]:
-    try:
-        data = parse(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise StructPruneError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, Mapping):
-        raise StructPruneError(f"{path} has to hold a mapping of fields, found {type(data).__name__}.")
-    return data

@@ -15,6 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors"],
     ["registry", "arch.spec", "calibration.problems"],
+    ["schema"],
+    ["recovery_config"],
     ["calibration.stats", "arch.families", "config", "plan", "report"],
     ["arch.load", "arch.shrink", "refit", "calibration.collect", "calibration.builtin", "evaluate"],
     ["criteria.base", "surgery", "allocation", "calibration.sources"],

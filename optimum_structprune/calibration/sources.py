@@ -11,9 +11,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from ..config import IN_MEMORY, DomainConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
+from ..schema import IN_MEMORY, DomainConfig
 from .builtin import builtin_documents, sections
 
 

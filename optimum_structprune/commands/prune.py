@@ -60,7 +60,8 @@ def run(args: Namespace) -> int:
 
 def config_from(args: Namespace):
     """The config file, if any, with the flags laid over it."""
-    from ..config import StructPruneConfig, read_yaml
+    from ..config import StructPruneConfig
+    from ..schema import read_yaml
 
     values: dict[str, Any] = dict(read_yaml(args.config)) if args.config else {}
     if args.sparsity is not None:

@@ -1,0 +1,93 @@
+"""How a pruned model is trained afterwards: one strict, serialisable dataclass."""
+
+# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict, validated_field
+
+from .schema import DomainConfig, Number, Serialisable, as_domain, check_names, positive
+
+
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+TRAINING = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "logging_steps": 10,
+    "report_to": "none",
+}
+
+
+def _proportion(value: Any) -> None:
+    if isinstance(value, (int, float)) and not 0 <= value <= 1:
+        raise ValueError(f"has to lie between 0 and 1, got {value}; 0 is cross-entropy alone, 1 the teacher alone")
+
+
+@strict
+@dataclass(kw_only=True)
+class RecoveryConfig(Serialisable):
+    """LoRA training after pruning, with or without a teacher.
+
+    Fields that are None follow the pruning config where there is one, and its defaults otherwise.
+
+    Args:
+        tokens: Training tokens in all, the same number from each domain.
+        seq_length: Tokens per training block.
+        domains: Training text; documents that the perplexity is measured on are left out.
+        lora: Fields of `peft.LoraConfig`, laid over `LORA`.
+        training: Fields of `transformers.TrainingArguments`, laid over `TRAINING`. With an `output_dir`, checkpoints
+            go there and training can be resumed.
+        kl_weight: Share of the divergence from the teacher in the loss; the rest is cross-entropy. Without a teacher
+            the loss is cross-entropy whatever stands here.
+        temperature: Divides the logits of both models before they are compared.
+        direction: `forward` is KL(teacher‖model), which covers all that the teacher does; `reverse` is
+            KL(model‖teacher), which keeps to what the teacher does most.
+        top_k: Compare the teacher's k likeliest tokens and all others as one, which saves memory; None compares all.
+        merge: Fold the adapter into the weights at the end; otherwise the result is the pruned model and an adapter.
+        every_round: Train after every round of pruning, each with an equal part of the tokens.
+        seed: Of the order and of the adapter.
+    """
+
+    tokens: int = validated_field(positive, default=200_000)
+    seq_length: int | None = validated_field(positive, default=None)
+    domains: list[DomainConfig] | None = None
+    lora: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    kl_weight: Number = validated_field(_proportion, default=0.5)
+    temperature: Number = validated_field(positive, default=1.0)
+    direction: Literal["forward", "reverse"] = "forward"
+    top_k: int | None = validated_field(positive, default=None)
+    merge: bool = True
+    every_round: bool = False
+    seed: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        domains = None if self.domains is None else [domain.to_dict() for domain in self.domains]
+        return {**super().to_dict(), "domains": domains}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "RecoveryConfig":
+        """Inverse of `to_dict`; domains may be mappings.
+
+        Raises:
+            StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
+        """
+        domains = data.get("domains")
+        if isinstance(domains, list):
+            data = {**data, "domains": [as_domain(item, cls.__name__) for item in domains]}
+        return super().from_dict(data)
+
+    def validate_domains(self) -> None:
+        """At least one domain, and no two of the same name."""
+        if self.domains is not None:
+            check_names(self.domains)
+
+    def validate_rounds(self) -> None:
+        """An adapter cannot be left beside a model that is pruned further."""
+        if self.every_round and not self.merge:
+            raise ValueError("every_round=True trains models that are pruned again, so it needs merge=True, got False")
