@@ -13,12 +13,15 @@ _HOME = {
     "DomainConfig": "schema",
     "InPlaceError": "errors",
     "Plan": "plan",
+    "Recovery": "recovery",
     "RecoveryConfig": "recovery_config",
     "StructPruneConfig": "config",
     "StructPruneError": "errors",
     "StructPruner": "pruner",
+    "load_adapter": "adapter",
     "perplexity": "evaluate",
     "prune_model": "pruner",
+    "recover": "recovery",
     "register_criterion": "criteria",
     "register_pruner": "pruner",
 }
@@ -26,12 +29,14 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from .adapter import load_adapter
     from .config import StructPruneConfig
     from .criteria import register_criterion
     from .errors import InPlaceError, StructPruneError
     from .evaluate import perplexity
     from .plan import Plan
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner
+    from .recovery import Recovery, recover
     from .recovery_config import RecoveryConfig
     from .schema import DomainConfig
 

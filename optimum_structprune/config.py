@@ -120,6 +120,14 @@ class StructPruneConfig(Serialisable):
         if self.widths == {}:
             raise ValueError("widths has to name at least one space, such as {'mlp': 1152}, got {}")
 
+    def validate_recovery(self) -> None:
+        """A result that one folder can hold."""
+        if self.recovery is not None and not self.recovery.merge:
+            raise ValueError(
+                "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, "
+                "then call recover"
+            )
+
     def validate_domains(self) -> None:
         """At least one domain, and no two of the same name."""
         check_names(self.domains)

@@ -11,11 +11,12 @@ from torch.nn.functional import cross_entropy
 
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4) -> float:
+def perplexity(model: PreTrainedModel | PeftModel, blocks: Tensor, batch_size: int = 4) -> float:
     """Perplexity over token blocks; each block's first token is context only.
 
     Args:

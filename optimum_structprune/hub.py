@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +17,7 @@ from .report import Report
 
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PLAN_NAME = "pruning_plan.json"
@@ -31,28 +33,57 @@ def save_pruned(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a pruned model with its config, plan, report and tokenizer.
-
-    Everything is written to a temporary folder beside the target, reloaded and compared, and then moved into place, so
-    that a failure leaves whatever was there before.
+    """Save a pruned model with its config, plan, report and tokenizer; see `save_checked`.
 
     Raises:
         StructPruneError: If the folder exists, nothing was pruned, or the saved model does not come back the same.
     """
-    target = Path(save_directory)
-    check_target(target, overwrite)
+    check_target(save_directory, overwrite)
     if plan is None or report is None:
         raise StructPruneError("There is nothing to save: call prune_model first.")
+
+    def write(folder: Path) -> None:
+        config.save_pretrained(folder)
+        plan.save(folder / PLAN_NAME)
+        report.save(folder / REPORT_NAME)
+
+    save_checked(model, save_directory, tokenizer, overwrite, write, check_reload)
+
+
+def save_checked(
+    model: PreTrainedModel | PeftModel,
+    save_directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    overwrite: bool,
+    write: Callable[[Path], None],
+    check: Callable[[Any, Path], Any],
+) -> None:
+    """Save a model, and make the folder appear only once it has been read back.
+
+    Everything is written to a temporary folder beside the target, reloaded and compared, and then moved into place, so
+    that a failure leaves whatever was there before.
+
+    Args:
+        model: To be saved.
+        save_directory: Where to.
+        tokenizer: Saved beside the model.
+        overwrite: Replace a folder that exists.
+        write: Puts further files into the folder.
+        check: Holds the folder against the model; raises where they differ.
+
+    Raises:
+        StructPruneError: If the folder exists, or the saved model does not come back the same.
+    """
+    target = Path(save_directory)
+    check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        model.save_pretrained(staging)
+        model.save_pretrained(str(staging))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        config.save_pretrained(staging)
-        plan.save(staging / PLAN_NAME)
-        report.save(staging / REPORT_NAME)
-        check_reload(model, staging)
+        write(staging)
+        check(model, staging)
         staging.chmod(0o755)
         _swap(staging, target)
     finally:

@@ -45,6 +45,13 @@ class Plan:
                     f"The plan for {name!r} in block {layer} has to keep ascending units between 0 and {size - 1}."
                 )
 
+    def then(self, later: Plan) -> Plan:
+        """This plan and a later one for the smaller model, as one plan for the dense model."""
+        keep = dict(self.keep)
+        for at, units in later.keep.items():
+            keep[at] = tuple(keep[at][unit] for unit in units) if at in keep else units
+        return Plan(self.model_type, keep)
+
     def widths(self) -> dict[str, dict[int, int]]:
         """Number of kept units, by space and block."""
         widths: dict[str, dict[int, int]] = {}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .allocation import round_widths, target_widths
 from .arch.load import describe
-from .arch.shrink import shrunk_config
+from .arch.shrink import legal_sizes, shrunk_config
 from .arch.spec import ArchSpec
 from .calibration.blocks import Domain, load_domains
 from .calibration.passes import batches_of, passes_over
@@ -18,6 +19,7 @@ from .errors import InPlaceError, StructPruneError
 from .evaluate import perplexity
 from .hub import save_pruned
 from .plan import Plan
+from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
 from .surgery import adopt_config_, skeleton
@@ -80,20 +82,20 @@ class StructPruner:
             before = _perplexities(model, domains, self.config.batch_size)
         report.parameters["before"], report.block_parameters["before"] = model.num_parameters(), sum(arch.block_params)
 
+        distils = self.config.recovery is not None and self.config.recovery.kl_weight
+        teacher = deepcopy(model) if inplace and distils else model
         work = model if inplace else deepcopy(model)
         try:
-            plan = self._prune_(work, arch, domains, widths, report)
+            plan = self._rounds_(work, domains, widths, report, tokenizer, teacher)
         except Exception as error:
             if inplace:
                 raise InPlaceError(
                     f"Pruning stopped ({error}), and the model had already begun to change: load it again."
                 ) from error
             raise
-        with report.timed("perplexity"):
-            after = _perplexities(work, domains, self.config.batch_size)
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work).block_params)
-        report.perplexity = {name: {"before": before[name], "after": after[name]} for name in before}
+        report.perplexity = {name: {"before": ppl, **report.perplexity[name]} for name, ppl in before.items()}
         report.widths = plan.widths()
         report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
@@ -122,15 +124,19 @@ class StructPruner:
         """
         save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite)
 
-    def _prune_(
-        self,
-        model: PreTrainedModel,
-        arch: ArchSpec,
-        domains: list[Domain],
-        widths: Mapping[str, int],
-        report: Report,
+    def prune_to_(
+        self, model: PreTrainedModel, domains: list[Domain], widths: Mapping[str, int], report: Report
     ) -> Plan:
+        """Prune a model in place to given widths, in `config.rounds` rounds, without any recovery.
+
+        Args:
+            model: The model that is changed.
+            domains: Calibration text.
+            widths: Number of units to keep, by space; they have to be legal.
+            report: Takes the time.
+        """
         config = self.config
+        arch = describe(model)
         training = model.training
         model.eval()
         biased = _biased(arch, widths) if config.refit == "bias" else ()
@@ -145,6 +151,38 @@ class StructPruner:
         adopt_config_(model, new_config, smaller)
         model.train(training)
         return sweep.plan
+
+    def _rounds_(
+        self,
+        model: PreTrainedModel,
+        domains: list[Domain],
+        widths: Mapping[str, int],
+        report: Report,
+        tokenizer: PreTrainedTokenizerBase | None,
+        teacher: PreTrainedModel,
+    ) -> Plan:
+        config, recovery = self.config, self.config.recovery
+        pruner, steps = self, [dict(widths)]
+        if recovery is not None and recovery.every_round:
+            arch = describe(model)
+            pruner = type(self)(replace(config, rounds=1))
+            steps = [_next_legal(model, arch, step) for step in round_widths(config, arch, widths)]
+        plan = Plan(model.config.model_type, {})
+        for number, step in enumerate(steps, start=1):
+            plan = plan.then(pruner.prune_to_(model, domains, step, report))
+            with report.timed("perplexity"):
+                after = _perplexities(model, domains, config.batch_size)
+            report.perplexity = {name: {"after": ppl} for name, ppl in after.items()}
+            if recovery is not None:
+                # Training libraries take seconds to import, and most runs do without.
+                from .recovery import Recovery
+
+                with report.timed("recovery"):
+                    healer = Recovery(_part(recovery, number, len(steps)), config)
+                    healer.recover_model(model, tokenizer, teacher)
+                    assert healer.report is not None
+                    report.recovery = healer.report.after(report.recovery)
+        return plan
 
 
 class AutoStructPruner:
@@ -172,6 +210,24 @@ def prune_model(
 
 def _perplexities(model: PreTrainedModel, domains: list[Domain], batch_size: int) -> dict[str, float]:
     return {domain.name: perplexity(model, domain.heldout, batch_size) for domain in domains}
+
+
+def _next_legal(model: PreTrainedModel, arch: ArchSpec, widths: Mapping[str, int]) -> dict[str, int]:
+    """The least legal widths that are not below `widths`, since a model that is trained has to exist."""
+    return {
+        name: min(size for size in legal_sizes(model.config, arch, name) if size >= width)
+        for name, width in widths.items()
+    }
+
+
+def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
+    """One of `count` equal parts of a recovery, each with its own folder for checkpoints."""
+    if count == 1:
+        return recovery
+    training = dict(recovery.training)
+    if "output_dir" in training:
+        training["output_dir"] = f"{training['output_dir']}/round-{number}"
+    return replace(recovery, tokens=recovery.tokens // count, training=training)
 
 
 def _biased(arch: ArchSpec, widths: Mapping[str, int]) -> tuple[str, ...]:

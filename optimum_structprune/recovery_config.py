@@ -18,6 +18,7 @@ TRAINING = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "logging_steps": 10,
+    "include_num_input_tokens_seen": "all",
     "report_to": "none",
 }
 

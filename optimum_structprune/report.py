@@ -3,14 +3,51 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import exp, log
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
 from typing import Any
+
+
+@dataclass
+class RecoveryReport:
+    """What training after pruning did and what it cost.
+
+    Attributes:
+        tokens: Training tokens seen.
+        steps: Optimizer steps taken.
+        seconds: Time spent in training.
+        perplexity: `{domain: {"dense": …, "pruned": …, "recovered": …}}` on held-out text; without "dense" where no
+            teacher was at hand.
+        stopped: Why training ended early; empty where it did not.
+    """
+
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    stopped: str = ""
+
+    def after(self, earlier: RecoveryReport | None) -> RecoveryReport:
+        """The outcome of this training and the cost of both."""
+        if earlier is None:
+            return self
+        total = {name: getattr(self, name) + getattr(earlier, name) for name in ("tokens", "steps", "seconds")}
+        return replace(self, **total, stopped=" ".join(filter(None, [earlier.stopped, self.stopped])))
+
+    def __str__(self) -> str:
+        """Perplexity per domain and in the mean, as a table, and the cost."""
+        rows = [[f"perplexity {name}", *ppl.values()] for name, ppl in self.perplexity.items()]
+        if len(rows) > 1:
+            rows.append(["  geometric mean", *map(_geometric_mean, zip(*(row[1:] for row in rows), strict=True))])
+        head = ["", *next(iter(self.perplexity.values()), ())]
+        table = [head, *([row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows)]
+        cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s"
+        return "\n".join([_table(table), cost, *filter(None, [self.stopped])])
 
 
 @dataclass
@@ -25,6 +62,7 @@ class Report:
         dense_widths: Number of units before, by space.
         calibration_tokens: Tokens seen in each round, by domain.
         perplexity: `{domain: {"before": …, "after": …}}` on held-out text of that domain.
+        recovery: What training after the last round did; None where there was none.
         seconds: Time spent, by stage.
     """
 
@@ -35,6 +73,7 @@ class Report:
     dense_widths: dict[str, int] = field(default_factory=dict)
     calibration_tokens: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    recovery: RecoveryReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -68,16 +107,9 @@ class Report:
             (f"perplexity {name}", *_change(ppl["before"], ppl["after"])) for name, ppl in self.perplexity.items()
         ]
         if len(self.perplexity) > 1:
-            means = [exp(fmean(log(ppl[when]) for ppl in self.perplexity.values())) for when in ("before", "after")]
+            means = [_geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
             rows.append(("  geometric mean", *_change(*means)))
-        sizes = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join(
-                [row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))]
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join(lines)
+        return "\n".join([_table(rows), *([] if self.recovery is None else ["", str(self.recovery)])])
 
     def _width(self, name: str) -> tuple[str, str, str]:
         widths, dense = list(self.widths[name].values()), self.dense_widths[name]
@@ -87,3 +119,16 @@ class Report:
 
 def _change(before: float, after: float) -> tuple[str, str, str]:
     return f"{before:.2f}", f"{after:.2f}", f"x {after / before:.3f}"
+
+
+def _geometric_mean(values: Iterable[float]) -> float:
+    return exp(fmean(log(value) for value in values))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)

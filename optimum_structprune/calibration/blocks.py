@@ -40,16 +40,23 @@ class Domain:
 
 @dataclass(frozen=True)
 class _Frame:
-    """What a block holds apart from text."""
+    """What a block holds apart from text, and how many blocks are held out."""
 
     seq_length: int
     prefix: int | None
     eos: int | None
+    holdout: float
+    num_heldout: int | None
 
     @property
     def body(self) -> int:
         """Tokens of text per block."""
         return self.seq_length - (self.prefix is not None)
+
+    def needs(self, count: int) -> list[int]:
+        """Tokens of text for the held-out blocks and for `count` others."""
+        heldout = self.num_heldout or num_heldout(count, self.holdout)
+        return [self.body * heldout, self.body * count]
 
     def pack(self, tokens: list[int]) -> Tensor:
         """Blocks of `seq_length` out of a whole number of bodies."""
@@ -60,7 +67,10 @@ class _Frame:
 
 
 def load_domains(
-    config: StructPruneConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int | None = None
+    config: StructPruneConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int | None = None,
+    heldout_blocks: int | None = None,
 ) -> list[Domain]:
     """Read, tokenise and pack the domains of a config.
 
@@ -68,6 +78,7 @@ def load_domains(
         config: Names the domains, and says how many blocks of what length.
         tokenizer: The model's own.
         vocab_size: Size of the model's vocabulary, which every token has to lie in.
+        heldout_blocks: Held-out blocks per domain, in place of the share that the config says.
 
     Raises:
         StructPruneError: If there is no tokenizer or one of another model, a domain gives too little text, or there
@@ -75,7 +86,8 @@ def load_domains(
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
-    frame = _Frame(config.seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
+    prefix, eos = prefix_token(tokenizer), tokenizer.eos_token_id
+    frame = _Frame(config.seq_length, prefix, eos, float(config.holdout), heldout_blocks)
     if frame.body < 1:
         raise StructPruneError(
             f"seq_length={config.seq_length} has no room for text after the prefix; 2 is the least."
@@ -143,7 +155,7 @@ def _pack(
 ) -> tuple[Tensor, Tensor]:
     # Held-out blocks come first, so that they are the same text however much calibration follows.
     lengths: list[int] = []
-    needs = [frame.body * num_heldout(count, config.holdout), frame.body * count]
+    needs = frame.needs(count)
     heldout, blocks = (_take(tokenised, need, frame.eos, lengths) for need in needs)
     if len(blocks) < needs[1]:
         raise StructPruneError(_too_little(config, index, frame, lengths, sum(needs)))
@@ -169,7 +181,7 @@ def _too_little(config: StructPruneConfig, index: int, frame: _Frame, lengths: l
     weights = [domain.weight for domain in config.domains]
     for fewer in range(config.num_samples - 1, len(weights) - 1, -1):
         count = split_samples(fewer, weights)[index]
-        if _suffice(lengths, [frame.body * num_heldout(count, config.holdout), frame.body * count], frame.eos):
+        if _suffice(lengths, frame.needs(count), frame.eos):
             advice = f"num_samples={fewer} would do."
             break
     else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from .arguments import add_model_arguments, add_text_arguments, width
+
 
 NAME = "prune"
 HELP = "Prune a model and save one that plain from_pretrained loads."
@@ -18,36 +20,33 @@ def add_arguments(parser: ArgumentParser) -> None:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help="Share of the blocks' parameters to remove, such as 0.2.")
     amount.add_argument(
-        "--width", action="append", type=_width, metavar="SPACE=N", help="Units to keep, such as mlp=1152; repeatable."
+        "--width", action="append", type=width, metavar="SPACE=N", help="Units to keep, such as mlp=1152; repeatable."
     )
     parser.add_argument("--target", action="append", metavar="SPACE", help="Space that may shrink; repeatable.")
     parser.add_argument("--criterion", help="How units are scored, such as wanda.")
     parser.add_argument("--refit", help="How kept weights make up for removed ones.")
     parser.add_argument("--rounds", type=int, help="Times that calibration and removal are repeated.")
-    parser.add_argument(
-        "--domain",
-        action="append",
-        type=_domain,
-        metavar="NAME=SOURCE[@WEIGHT]",
-        help="Calibration text: a file, glob, folder, builtin:prose|code|math or Hub dataset; repeatable.",
-    )
+    add_text_arguments(parser)
     parser.add_argument("--num-samples", type=int, help="Calibration blocks in all.")
-    parser.add_argument("--seq-length", type=int, help="Tokens per block.")
     parser.add_argument("--batch-size", type=int, help="Blocks per forward pass.")
-    parser.add_argument("--seed", type=int, help="Seed of everything random.")
-    parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16.")
-    parser.add_argument("--device", help="Such as cpu or cuda; by default cuda where there is one.")
-    parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace the output folder.")
+    parser.add_argument("--recover", action="store_true", help="Train afterwards, the dense model being the teacher.")
+    parser.add_argument("--recovery-tokens", type=int, metavar="N", help="Training tokens in all; implies --recover.")
+    add_model_arguments(parser)
 
 
 def run(args: Namespace) -> int:
     """Prune, save, and show what came of it."""
+    from dataclasses import replace
+
     from ..hub import check_target
     from ..pruner import AutoStructPruner
     from .loading import load_model_and_tokenizer
+    from .recover import heal
 
     config = config_from(args)
+    # The pruned model is saved before it is trained, so that an interruption loses nothing.
+    later = None if config.recovery is None or config.recovery.every_round else config.recovery
+    config = config if later is None else replace(config, recovery=None)
     check_target(args.output, args.overwrite)
     pruner = AutoStructPruner.from_config(config)
     model, tokenizer = load_model_and_tokenizer(args.model, args.dtype, args.device, args.trust_remote_code)
@@ -55,7 +54,9 @@ def run(args: Namespace) -> int:
     pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
     print(pruner.report)
     print(f"saved to {args.output}; it loads with AutoModelForCausalLM.from_pretrained({args.output!r})")
-    return 0
+    if later is None:
+        return 0
+    return heal(args, later, config, pruned, tokenizer, args.model, args.output, overwrite=True)
 
 
 def config_from(args: Namespace):
@@ -68,6 +69,9 @@ def config_from(args: Namespace):
         values.update(sparsity=args.sparsity, widths=None)
     if args.width:
         values.update(widths=dict(args.width), sparsity=None)
+    if args.recover or args.recovery_tokens is not None:
+        tokens = {} if args.recovery_tokens is None else {"tokens": args.recovery_tokens}
+        values["recovery"] = {**(values.get("recovery") or {}), **tokens}
     flags = {
         "targets": args.target,
         "domains": args.domain,
@@ -78,19 +82,3 @@ def config_from(args: Namespace):
     }
     values.update({name: value for name, value in flags.items() if value is not None})
     return StructPruneConfig.from_dict(values)
-
-
-def _width(text: str) -> tuple[str, int]:
-    name, _, number = text.partition("=")
-    return name, int(number)
-
-
-def _domain(text: str) -> dict[str, Any]:
-    name, equals, source = text.partition("=")
-    if not (name and equals and source):
-        raise ValueError(f"expected NAME=SOURCE[@WEIGHT], got {text!r}")
-    head, at, weight = source.rpartition("@")
-    try:
-        return {"name": name, "source": head, "weight": float(weight)} if at else {"name": name, "source": source}
-    except ValueError:
-        return {"name": name, "source": source}

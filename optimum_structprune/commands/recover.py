@@ -1,0 +1,120 @@
+"""`structprune recover`: a pruned model in, the same model trained to make up for the loss out."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import add_model_arguments, add_text_arguments, setting
+
+
+if TYPE_CHECKING:
+    from ..config import StructPruneConfig
+    from ..recovery_config import RecoveryConfig
+
+NAME = "recover"
+HELP = "Train a pruned model with LoRA, with or without a teacher, and save it."
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags; each one given overrides the config file."""
+    parser.add_argument("model", help="Folder or id of the pruned model.")
+    parser.add_argument("output", help="Folder for the recovered model.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the fields of RecoveryConfig.")
+    parser.add_argument("--teacher", metavar="MODEL", help="Model to agree with, usually the dense one.")
+    parser.add_argument("--tokens", type=int, help="Training tokens in all.")
+    add_text_arguments(parser)
+    parser.add_argument(
+        "--lora", action="append", type=setting, metavar="NAME=VALUE", help="Field of peft.LoraConfig; repeatable."
+    )
+    parser.add_argument(
+        "--training",
+        action="append",
+        type=setting,
+        metavar="NAME=VALUE",
+        help="Field of TrainingArguments.",
+    )
+    parser.add_argument("--kl-weight", type=float, help="Share of the divergence from the teacher in the loss.")
+    parser.add_argument("--temperature", type=float, help="Divides the logits before they are compared.")
+    parser.add_argument("--direction", help="forward (teacher's view) or reverse (the model's).")
+    parser.add_argument("--top-k", type=int, help="Compare the teacher's k likeliest tokens only.")
+    parser.add_argument("--adapter", action="store_true", help="Save the adapter instead of merging it.")
+    parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint of the same command.")
+    add_model_arguments(parser)
+
+
+def run(args: Namespace) -> int:
+    """Train, save, and show what came of it."""
+    from ..config import CONFIG_NAME, StructPruneConfig
+    from ..hub import check_target
+    from .loading import load_model_and_tokenizer
+
+    config = config_from(args)
+    check_target(args.output, args.overwrite)
+    pruned = (Path(args.model) / CONFIG_NAME).is_file()
+    pruning = StructPruneConfig.from_pretrained(args.model) if pruned else None
+    model, tokenizer = load_model_and_tokenizer(args.model, args.dtype, args.device, args.trust_remote_code)
+    return heal(args, config, pruning, model, tokenizer, args.teacher, args.model, args.overwrite)
+
+
+def heal(
+    args: Namespace,
+    config: RecoveryConfig,
+    pruning: StructPruneConfig | None,
+    model: Any,
+    tokenizer: Any,
+    teacher: str | None,
+    pruned: str,
+    overwrite: bool,
+) -> int:
+    """Train a loaded model and save it, with checkpoints beside the output while it is under way.
+
+    Args:
+        args: The arguments, of which `output` and `resume` are read.
+        config: How to train.
+        pruning: How the model was pruned.
+        model: The pruned model.
+        tokenizer: Its tokenizer.
+        teacher: Model to agree with.
+        pruned: Folder of the pruned model.
+        overwrite: Replace the output folder.
+    """
+    import shutil
+    from dataclasses import replace
+
+    from ..recovery import Recovery
+
+    beside = f"{args.output.rstrip('/')}.checkpoints"
+    own = "output_dir" not in config.training
+    recovery = Recovery(replace(config, training={"output_dir": beside, **config.training}), pruning)
+    try:
+        recovered = recovery.recover_model(model, tokenizer, teacher, resume=getattr(args, "resume", False))
+    except KeyboardInterrupt:
+        again = f"structprune recover {pruned} {args.output} --resume"
+        sys.stderr.write(f"structprune: interrupted; go on with `{again}` and the same flags.\n")
+        raise
+    recovery.save(recovered, args.output, tokenizer=tokenizer, overwrite=overwrite, pruned=pruned)
+    if own:
+        shutil.rmtree(beside, ignore_errors=True)
+    print(recovery.report)
+    print(f"saved to {args.output}")
+    return 0
+
+
+def config_from(args: Namespace) -> RecoveryConfig:
+    """The config file, if any, with the flags laid over it."""
+    from ..recovery_config import RecoveryConfig
+    from ..schema import read_yaml
+
+    values: dict[str, Any] = dict(read_yaml(args.config)) if args.config else {}
+    names = ("tokens", "seq_length", "seed", "kl_weight", "temperature", "direction", "top_k")
+    flags = {"domains": args.domain, **{name: getattr(args, name) for name in names}}
+    values.update({name: value for name, value in flags.items() if value is not None})
+    for name, pairs in (("lora", args.lora), ("training", args.training)):
+        if pairs:
+            values[name] = {**values.get(name, {}), **dict(pairs)}
+    if args.adapter:
+        values["merge"] = False
+    return RecoveryConfig.from_dict(values)

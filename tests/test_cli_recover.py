@@ -1,0 +1,106 @@
+"""`structprune recover` and `structprune prune --recover`."""
+
+import json
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+from models import build, config, documents, tokenizer
+from transformers import AutoModelForCausalLM
+
+from optimum_structprune import Recovery, StructPruner
+from optimum_structprune.commands import recover
+from optimum_structprune.commands.arguments import setting
+from optimum_structprune.commands.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    text = folder / "a.jsonl"
+    text.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(200)))
+    build("llama-tied").save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    pruner = StructPruner(config())
+    pruner.save(pruner.prune_model(build("llama-tied"), tokenizer()), folder / "pruned", tokenizer=tokenizer())
+    return folder
+
+
+def command(folder, *extra, output="out"):
+    flags = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--tokens", "480", "--device", "cpu"]
+    training = ["--training", "disable_tqdm=true", "--training", "learning_rate=1e-2", "--lora", "r=2"]
+    return ["recover", str(folder / "pruned"), str(folder / output), *flags, *training, *extra]
+
+
+def test_recover(folder, capsys):
+    assert main(command(folder, "--teacher", str(folder / "model"), "--top-k", "8", "--overwrite")) == 0
+    shown = capsys.readouterr().out
+    assert "perplexity a" in shown and "recovered" in shown and "recovery: 480 tokens" in shown
+    again = AutoModelForCausalLM.from_pretrained(folder / "out")
+    assert again.config.intermediate_size == 24
+    names = {path.name for path in (folder / "out").iterdir()}
+    assert {"structprune_config.json", "pruning_plan.json", "recovery_report.json", "recovery_config.json"} <= names
+    assert not (folder / "out.checkpoints").exists()
+
+
+def test_the_adapter_alone(folder):
+    assert main(command(folder, "--adapter", output="adapter")) == 0
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (folder / "adapter" / "model.safetensors").exists()
+
+
+def test_interrupted_and_resumed(folder, capsys, monkeypatch):
+    def interrupt(self, *arguments, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recovery, "recover_model", interrupt)
+        assert main(command(folder, output="later")) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert main(command(folder, "--resume", output="later")) == 2
+    assert "no checkpoint in" in capsys.readouterr().err
+
+
+def test_prune_and_recover(folder, capsys):
+    arguments = ["prune", str(folder / "model"), str(folder / "both"), "--width", "mlp=24", "--num-samples", "6"]
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu", "--recovery-tokens", "240"]
+    assert main([*arguments, *text]) == 0
+    shown = capsys.readouterr().out
+    assert "width mlp" in shown and "recovery: 240 tokens" in shown
+    assert AutoModelForCausalLM.from_pretrained(folder / "both").config.intermediate_size == 24
+    assert json.loads(Path(folder / "both" / "recovery_report.json").read_text())["tokens"] == 240
+
+
+def test_flags_override_the_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("tokens: 5\nlora: {r: 4, lora_alpha: 8}\n")
+    parser = ArgumentParser()
+    recover.add_arguments(parser)
+    flags = ["--config", str(tmp_path / "run.yaml"), "--tokens", "7", "--lora", "r=2", "--training", "bf16=true"]
+    read = recover.config_from(parser.parse_args(["m", "o", *flags, "--kl-weight", "0"]))
+    assert (read.tokens, read.lora, read.training) == (7, {"r": 2, "lora_alpha": 8}, {"bf16": True})
+    assert read.kl_weight == 0 and read.merge
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("a=1e-4", 1e-4), ("a=true", True), ("a=3", 3), ("a=cosine", "cosine"), ("a=[q, v]", ["q", "v"])],
+)
+def test_settings_have_types(text, value):
+    assert setting(text) == ("a", value) and type(setting(text)[1]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens", "3"], "24 is the least"),
+        (["--training", "learning_rat=1"], "Did you mean 'learning_rate'"),
+        (["--teacher", "no/where"], "'no/where' cannot be loaded"),
+        (["--kl-weight", "2"], "between 0 and 1"),
+        (["--domain", "b=./gone.txt"], "gone.txt"),
+    ],
+)
+def test_mistakes_are_one_line(folder, flags, message, capsys):
+    assert main(command(folder, *flags, output="wrong")) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("structprune: error:")]
+    assert len(lines) == 1 and message in lines[0]
+    assert not (folder / "wrong").exists()

@@ -1,0 +1,226 @@
+"""Recovery brings quality back, leaves an ordinary model, and says what is wrong with bad input."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from models import build, config, documents, tokenizer
+from peft import PeftModel
+from test_pruner import logits, same_weights
+from trained import needs_shared, stories_config, stories_model
+from transformers import AutoModelForCausalLM
+
+from optimum_structprune import (
+    DomainConfig,
+    Plan,
+    Recovery,
+    RecoveryConfig,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+    load_adapter,
+    prune_model,
+    recover,
+)
+from optimum_structprune.calibration.blocks import load_domains
+from optimum_structprune.distill_trainer import DistillTrainer
+
+
+TEXT = {"domains": [DomainConfig(name=n, source=documents(200, seed=s)) for s, n in enumerate("ab")]}
+
+
+def recovery(**fields) -> RecoveryConfig:
+    training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
+    defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, **TEXT}
+    return RecoveryConfig(**{**defaults, **fields, "training": {**training, **fields.get("training", {})}})
+
+
+@pytest.fixture
+def pruned():
+    return prune_model(build("llama-tied"), config(), tokenizer())
+
+
+@needs_shared
+@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
+def test_recovery_closes_most_of_the_gap_on_a_trained_model(kl_weight, tmp_path):
+    dense, words = stories_model()
+    pruning = stories_config()
+    pruned = prune_model(dense, pruning, words)
+    healer = Recovery(RecoveryConfig(tokens=20_000, kl_weight=kl_weight, training={"learning_rate": 3e-3}), pruning)
+    recovered = healer.recover_model(pruned, words, dense)
+    ppl = healer.report.perplexity["stories"]
+    assert ppl["recovered"] < 0.6 * ppl["pruned"]
+    assert ("dense" in ppl) == (kl_weight > 0)
+    assert type(recovered) is type(dense) and recovered is pruned
+    assert healer.report.tokens == pytest.approx(20_000, rel=0.02) and healer.report.seconds > 0
+    healer.save(recovered, tmp_path / "out", words)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.config.intermediate_size == 96 and same_weights(again, recovered)
+
+
+def test_the_result_is_an_ordinary_model(pruned):
+    before = deepcopy(pruned)
+    recovered = recover(pruned, tokenizer(), recovery(), teacher=build("llama-tied"))
+    assert recovered is pruned and not any("lora" in name for name, _ in recovered.named_modules())
+    assert not same_weights(recovered, before) and recovered.training == before.training
+    assert all(parameter.requires_grad for parameter in recovered.parameters())
+
+
+def test_held_out_documents_of_the_pruning_are_not_trained_on():
+    pruning = config(**TEXT, num_samples=32, holdout=0.25)
+    healer = Recovery(recovery(domains=None, tokens=96), pruning)
+    heldout = load_domains(pruning, tokenizer())
+    text = load_domains(healer._text(), tokenizer(), None, healer._heldout_blocks(24))
+    for before, after in zip(heldout, text, strict=True):
+        assert torch.equal(before.heldout, after.heldout) and len(after.blocks) == 2
+        seen = {tuple(ids[1:5].tolist()) for ids in before.heldout}
+        assert not seen & {tuple(ids[1:5].tolist()) for ids in after.blocks}
+
+
+def test_every_domain_gives_the_same_number_of_tokens():
+    uneven = [DomainConfig(name="a", source=documents(200), weight=9.0), DomainConfig(name="b", source=documents(200))]
+    assert [len(d.blocks) for d in load_domains(Recovery(recovery(domains=uneven))._text(), tokenizer())] == [10, 10]
+
+
+def test_prune_and_recover_in_one_call(tmp_path):
+    pruner = StructPruner(config(recovery=recovery()))
+    small = pruner.prune_model(build("llama-tied"), tokenizer())
+    assert set(pruner.report.recovery.perplexity["a"]) == {"dense", "pruned", "recovered"}
+    assert "recovered" in str(pruner.report) and "recovery" in pruner.report.seconds
+    pruner.save(small, tmp_path / "out", tokenizer())
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["recovery"]["tokens"] == 480
+    saved = StructPruneConfig.from_pretrained(tmp_path / "out")
+    assert saved.recovery.tokens == 480 and saved.recovery.lora == {"r": 2}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_recovery_between_rounds(inplace):
+    pruner = StructPruner(config(rounds=2, widths={"mlp": 24, "attention": 2}, recovery=recovery(every_round=True)))
+    model = build("llama-tied")
+    small = pruner.prune_model(model, tokenizer(), inplace=inplace)
+    assert (small is model) == inplace
+    assert (small.config.intermediate_size, small.config.num_key_value_heads) == (24, 2)
+    assert pruner.report.recovery.tokens == 2 * 240
+    assert all(len(keep) == {"mlp": 24, "attention": 2}[name] for (_, name), keep in pruner.plan.keep.items())
+
+
+def test_a_plan_after_a_plan():
+    first = Plan("llama", {(0, "mlp"): (1, 3, 5), (1, "mlp"): (0, 1)})
+    second = Plan("llama", {(0, "mlp"): (0, 2), (0, "attention"): (1,)})
+    assert first.then(second).keep == {(0, "mlp"): (1, 5), (1, "mlp"): (0, 1), (0, "attention"): (1,)}
+
+
+def test_an_adapter_on_the_pruned_model(pruned, tmp_path):
+    base = deepcopy(pruned)
+    healer = Recovery(recovery(merge=False))
+    adapted = healer.recover_model(pruned, tokenizer())
+    assert isinstance(adapted, PeftModel)
+    healer.save(adapted, tmp_path / "adapter")
+    again = load_adapter(deepcopy(base), tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), logits(adapted))
+    wide = build("llama-tied")
+    before = deepcopy(wide)
+    with pytest.raises(StructPruneError, match=r"mlp.*has shape \(2, 24\) there, and this model takes \(2, 40\)"):
+        load_adapter(wide, tmp_path / "adapter")
+    assert same_weights(wide, before)
+    with pytest.raises(StructPruneError, match="holds no adapter"):
+        load_adapter(wide, tmp_path)
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_weights(pruned, monkeypatch):
+    seen = []
+    original = DistillTrainer._divergence
+
+    def spoiled(self, *arguments):
+        seen.append({name: tensor.clone() for name, tensor in self._trainable().items()})
+        return original(self, *arguments) * (float("nan") if self.state.global_step == 3 else 1)
+
+    monkeypatch.setattr(DistillTrainer, "_divergence", spoiled)
+    healer = Recovery(recovery(merge=False))
+    adapted = healer.recover_model(pruned, tokenizer(), build("llama-tied"))
+    assert "loss of step 4 is nan" in healer.report.stopped and healer.report.stopped in str(healer.report)
+    kept = {name: parameter for name, parameter in adapted.named_parameters() if name in seen[0]}
+    assert all(torch.equal(kept[name], tensor) for name, tensor in seen[2].items())
+
+
+def test_a_loss_that_never_was_a_number(pruned):
+    pruned.model.norm.weight.data.fill_(float("nan"))
+    before = deepcopy(pruned)
+    with pytest.raises(StructPruneError, match="loss of step 1 is nan; lower training"):
+        recover(pruned, tokenizer(), recovery())
+    assert [*pruned.state_dict()] == [*before.state_dict()]
+
+
+def test_an_interrupted_run_goes_on(pruned, tmp_path, monkeypatch):
+    training = {"output_dir": str(tmp_path / "run"), "save_steps": 2}
+    expected = recover(deepcopy(pruned), tokenizer(), recovery(training=training))
+    original = DistillTrainer.compute_loss
+    training["output_dir"] = str(tmp_path / "again")
+    before = deepcopy(pruned)
+
+    def interrupted(self, *arguments, **more):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "compute_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recover(pruned, tokenizer(), recovery(training=training))
+    assert same_weights(pruned, before)
+    other = prune_model(build("llama-tied"), config(widths={"mlp": 16}), tokenizer())
+    with pytest.raises(StructPruneError, match=r"\(2, 24\) there, and this model takes \(2, 16\)"):
+        recover(other, tokenizer(), recovery(training=training), resume=True)
+    resumed = recover(pruned, tokenizer(), recovery(training=training), resume=True)
+    torch.testing.assert_close(logits(resumed), logits(expected))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tokens": 40}, "tokens=40 does not give each of the 2 domains a block of 24 tokens; 48 is the least"),
+        ({"domains": [DomainConfig(name="none", source=[])]}, "'none' is empty"),
+        ({"lora": {"rank": 4}}, "LoraConfig has no field 'rank'"),
+        ({"lora": {"r": 0}}, "LoraConfig|adapter"),
+        ({"training": {"learning_rat": 1}}, "Did you mean 'learning_rate'"),
+        ({"lora": {"target_modules": ["nothing"]}}, "peft cannot put the adapter on LlamaForCausalLM"),
+    ],
+)
+def test_bad_input(pruned, fields, message):
+    before = deepcopy(pruned)
+    with pytest.raises(StructPruneError, match=message):
+        recover(pruned, tokenizer(), recovery(**fields))
+    assert same_weights(pruned, before)
+
+
+def test_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
+    teacher = build("llama-tied")
+    teacher.resize_token_embeddings(50)
+    with pytest.raises(StructPruneError, match="vocabulary of 50 tokens and the model one of 96"):
+        recover(pruned, tokenizer(), recovery(), teacher=teacher)
+    with pytest.raises(StructPruneError, match="teacher 'no/where' cannot be loaded"):
+        recover(pruned, tokenizer(), recovery(), teacher="no/where")
+    with pytest.raises(StructPruneError, match="no checkpoint in .*nowhere to resume from"):
+        recover(pruned, tokenizer(), recovery(training={"output_dir": str(tmp_path / "nowhere")}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kl_weight": 1.5}, "between 0 and 1, got 1.5"),
+        ({"tokens": 0}, "greater than 0"),
+        ({"domains": []}, "at least one domain"),
+        ({"every_round": True, "merge": False}, "needs merge=True"),
+        ({"direction": "sideways"}, "direction"),
+        ({"token": 5}, "Did you mean 'tokens'"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        RecoveryConfig.from_dict(fields)
+
+
+def test_an_adapter_has_no_place_in_a_pruning_config():
+    with pytest.raises(StructPruneError, match="merge=False leaves an adapter"):
+        StructPruneConfig.from_dict({"sparsity": 0.2, "recovery": {"merge": False}})
