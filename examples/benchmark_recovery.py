@@ -1,0 +1,120 @@
+"""What training after pruning brings back, over tokens, with and without a teacher, all in one run.
+
+    python examples/benchmark_recovery.py MODEL DATA [--tokens 10000 50000 200000] [--json out.json]
+
+DATA holds `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain. `heldout/` has other documents
+of the training domains, `unseen/` has domains that neither calibration nor training saw. Beside the perplexities
+stands the share of the log-perplexity gap between dense and pruned that is closed.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from copy import deepcopy
+from math import exp, log
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruneConfig, perplexity, prune_model
+from optimum_structprune.calibration.blocks import load_domains
+
+
+DOMAINS = ["wiki", "code", "math", "dialogue", "web"]
+WAYS = {"LoRA": 0.0, "distilled": 0.5}
+
+
+def evaluation_blocks(folder: Path, names: list[str], tokenizer, args: Namespace) -> dict[str, torch.Tensor]:
+    """Token blocks of each file in a folder, the same for every row."""
+    domains = [DomainConfig(name=name, source=str(folder / f"{name}.jsonl")) for name in names]
+    samples = args.eval_blocks * len(names)
+    config = StructPruneConfig(sparsity=0.5, domains=domains, num_samples=samples, seq_length=args.seq_length)
+    return {domain.name: domain.blocks for domain in load_domains(config, tokenizer)}
+
+
+def geometric_mean(values) -> float:
+    """Of positive numbers."""
+    return exp(fmean(log(value) for value in values))
+
+
+def run(args: Namespace) -> dict[str, dict]:
+    """Prune once, then recover a copy for each row and evaluate it."""
+    data = Path(args.data)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=args.device)
+    unseen = sorted(path.stem for path in (data / "unseen").glob("*.jsonl"))
+    texts = evaluation_blocks(data / "heldout", args.domains, tokenizer, args)
+    if unseen:
+        texts |= evaluation_blocks(data / "unseen", unseen, tokenizer, args)
+    domains = [DomainConfig(name=name, source=str(data / "calibration" / f"{name}.jsonl")) for name in args.domains]
+    pruning = StructPruneConfig(
+        widths={"mlp": args.mlp}, domains=domains, num_samples=args.samples * len(domains), seq_length=args.seq_length
+    )
+    results: dict[str, dict] = {}
+
+    def row(name: str, measured, seconds: float = 0.0) -> None:
+        ppl = {text: perplexity(measured, blocks) for text, blocks in texts.items()}
+        means = {"heldout": geometric_mean(ppl[n] for n in args.domains)}
+        if unseen:
+            means["unseen"] = geometric_mean(ppl[n] for n in unseen)
+        results[name] = {"perplexity": ppl, **means, "seconds": seconds}
+        closed = {part: closed_gap(results, part, means[part]) for part in means}
+        show(name, [*means.values(), *closed.values(), *ppl.values(), f"{seconds:.0f}"])
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+
+    parts = ["held-out", "unseen"] if unseen else ["held-out"]
+    show("row", [*parts, *(f"{part} closed" for part in parts), *texts, "seconds"])
+    show("---", ["---"] * (2 * len(parts) + len(texts) + 1))
+    row("dense", model)
+    pruned = prune_model(model, pruning, tokenizer)
+    row("pruned", pruned)
+    for tokens in args.tokens:
+        for way, kl_weight in WAYS.items():
+            training = {"learning_rate": args.learning_rate, "per_device_train_batch_size": args.batch_size}
+            config = RecoveryConfig(tokens=tokens, kl_weight=kl_weight, training={**training, "disable_tqdm": True})
+            recovery = Recovery(config, pruning)
+            recovered = recovery.recover_model(deepcopy(pruned), tokenizer, model if kl_weight else None)
+            row(f"{way}, {recovery.report.tokens:,} tokens", recovered, recovery.report.seconds)
+    return results
+
+
+def closed_gap(results: dict[str, dict], part: str, value: float) -> float:
+    """Share of the log-perplexity gap between dense and pruned that is gone."""
+    if "pruned" not in results:
+        return float("nan")
+    dense, pruned = (log(results[name][part]) for name in ("dense", "pruned"))
+    return (pruned - log(value)) / (pruned - dense)
+
+
+def show(name: str, values: list) -> None:
+    """One row of a Markdown table."""
+    cells = [value if isinstance(value, str) else f"{value:.3f}" for value in values]
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the arguments and run."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--mlp", type=int, default=1152, help="FFN width to keep")
+    parser.add_argument("--domains", nargs="+", default=DOMAINS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[10_000, 50_000, 200_000], help="two rows each")
+    parser.add_argument("--samples", type=int, default=12, help="calibration blocks per domain")
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--eval-blocks", type=int, default=24, help="blocks per evaluation file")
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json")
+    disable_progress_bar()
+    run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
