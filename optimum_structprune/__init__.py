@@ -15,9 +15,11 @@ _HOME = {
     "Plan": "plan",
     "Recovery": "recovery",
     "RecoveryConfig": "recovery_config",
+    "StructPruneCallback": "trainer",
     "StructPruneConfig": "config",
     "StructPruneError": "errors",
     "StructPruner": "pruner",
+    "attach_pruner": "trainer",
     "load_adapter": "adapter",
     "perplexity": "evaluate",
     "prune_model": "pruner",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .recovery import Recovery, recover
     from .recovery_config import RecoveryConfig
     from .schema import DomainConfig
+    from .trainer import StructPruneCallback, attach_pruner
 
 
 def __getattr__(name: str) -> Any:

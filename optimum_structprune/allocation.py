@@ -101,6 +101,13 @@ def _rounded(legal: Sequence[int], size: int, multiple: int) -> list[int]:
     return [*multiples, size] if multiples else list(legal)
 
 
+def next_legal(config: PretrainedConfig, spec: ArchSpec, widths: Mapping[str, int]) -> dict[str, int]:
+    """The least legal widths that are not below `widths`; a step on the way to a target may lie between two."""
+    return {
+        name: min(size for size in legal_sizes(config, spec, name) if size >= width) for name, width in widths.items()
+    }
+
+
 def round_widths(config: StructPruneConfig, spec: ArchSpec, widths: Mapping[str, int]) -> list[dict[str, int]]:
     """The widths after each round; the last are `widths`.
 

@@ -7,9 +7,9 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .allocation import round_widths, target_widths
+from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
-from .arch.shrink import legal_sizes, shrunk_config
+from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec
 from .calibration.blocks import Domain, load_domains
 from .calibration.passes import batches_of, passes_over
@@ -71,7 +71,7 @@ class StructPruner:
             StructPruneError: If the model, the config or a domain cannot be used; nothing has changed then.
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
-        _check_model(model, self.config)
+        check_model(model, self.config)
         arch = describe(model)
         widths = target_widths(self.config, arch, model.config)
         CRITERIA.get(self.config.criterion)
@@ -166,7 +166,7 @@ class StructPruner:
         if recovery is not None and recovery.every_round:
             arch = describe(model)
             pruner = type(self)(replace(config, rounds=1))
-            steps = [_next_legal(model, arch, step) for step in round_widths(config, arch, widths)]
+            steps = [next_legal(model.config, arch, step) for step in round_widths(config, arch, widths)]
         plan = Plan(model.config.model_type, {})
         for number, step in enumerate(steps, start=1):
             plan = plan.then(pruner.prune_to_(model, domains, step, report))
@@ -212,14 +212,6 @@ def _perplexities(model: PreTrainedModel, domains: list[Domain], batch_size: int
     return {domain.name: perplexity(model, domain.heldout, batch_size) for domain in domains}
 
 
-def _next_legal(model: PreTrainedModel, arch: ArchSpec, widths: Mapping[str, int]) -> dict[str, int]:
-    """The least legal widths that are not below `widths`, since a model that is trained has to exist."""
-    return {
-        name: min(size for size in legal_sizes(model.config, arch, name) if size >= width)
-        for name, width in widths.items()
-    }
-
-
 def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
     """One of `count` equal parts of a recovery, each with its own folder for checkpoints."""
     if count == 1:
@@ -242,7 +234,13 @@ def _biased(arch: ArchSpec, widths: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(widths)
 
 
-def _check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
+def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
+    """Refuse what cannot be pruned.
+
+    Raises:
+        StructPruneError: If the model carries an adapter, is quantized, has no language-model head or too few
+            positions.
+    """
     name = type(model).__name__
     if hasattr(model, "peft_config"):
         raise StructPruneError(f"{name} carries a PEFT adapter; prune `model.merge_and_unload()` instead.")

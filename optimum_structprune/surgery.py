@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .arch.load import block_list
+from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Axis, Space
 from .errors import StructPruneError
 from .plan import Plan
@@ -18,6 +20,9 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+# What transformers sets on modules when activation checkpointing is switched on.
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 def read_consumer(model: nn.Module, axis: Axis) -> tuple[Tensor, Tensor | None]:
@@ -45,7 +50,10 @@ def write_consumer_(model: nn.Module, axis: Axis, keep: Tensor, weight: Tensor, 
     columns.zero_()
     columns[:, keep] = weight.to(columns)
     if bias is not None:
-        module.bias = nn.Parameter(bias.to(columns), requires_grad=columns.requires_grad)
+        if isinstance(module.bias, Tensor):
+            module.bias.copy_(bias)
+        else:
+            module.bias = nn.Parameter(bias.to(columns), requires_grad=columns.requires_grad)
 
 
 def skeleton(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
@@ -58,7 +66,7 @@ def slice_tensors(tensors: Mapping[str, Tensor], spaces: Collection[Space], plan
     """Cut tensors down to the units that the plan keeps.
 
     Args:
-        tensors: By full name; those that no space touches come back as they are.
+        tensors: By full name, some or all; those that no space touches come back as they are.
         spaces: The spaces to cut along.
         plan: What is kept.
     """
@@ -69,15 +77,15 @@ def slice_tensors(tensors: Mapping[str, Tensor], spaces: Collection[Space], plan
                 cuts[axis.param, axis.dim] += axis.indices(keep)
     sliced = dict(tensors)
     for (param, dim), indices in cuts.items():
-        sliced[param] = sliced[param].index_select(dim, torch.tensor(indices, device=sliced[param].device))
+        if param in sliced:
+            sliced[param] = sliced[param].index_select(dim, torch.tensor(indices, device=sliced[param].device))
     return sliced
 
 
 @torch.no_grad()
 def shrink_block_(model: PreTrainedModel, spec: ArchSpec, layer: int, plan: Plan, smaller: PreTrainedModel) -> None:
-    """Replace one block by its smaller self.
-
-    The strict load proves that no coupled tensor was forgotten.
+    """Replace one block by its smaller self, whose parameters are the same objects with less data in them, so that an
+    optimizer still holds them.
 
     Args:
         model: The model that is changed.
@@ -100,27 +108,107 @@ def shrink_block_(model: PreTrainedModel, spec: ArchSpec, layer: int, plan: Plan
         if name not in state and name.endswith(".bias"):
             weight = state[name.removesuffix("bias") + "weight"]
             state[name] = torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
-    try:
-        new.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise StructPruneError(
-            f"The description of {spec.model_type!r} does not fit this model: {' '.join(str(error).split())}"
-        ) from error
+    _fill(new, state, spec)
     _take_over(old, new)
     blocks[layer] = new
 
 
+@torch.no_grad()
+def resize_(model: PreTrainedModel, spec: ArchSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Give the blocks the widths of a state dict that is about to be loaded; the values are zero until then.
+
+    Args:
+        model: The model that is changed.
+        spec: Its description.
+        tensors: The state dict, or a part of it.
+
+    Raises:
+        StructPruneError: If the state dict has blocks of different widths.
+    """
+    sizes: dict[str, int] = {}
+    for space in spec.spaces:
+        axis = space.out[0]
+        if axis.param in tensors:
+            here, there = (held.shape[axis.dim] for held in (model.get_parameter(axis.param), tensors[axis.param]))
+            size = space.size * there // here
+            if sizes.setdefault(space.name, size) != size:
+                raise StructPruneError(
+                    f"The state dict has {sizes[space.name]} units of {space.name!r} in one block and {size} in "
+                    f"block {space.layer}; a plain {spec.model_type} config takes one width for all."
+                )
+    if all(space.size == sizes.get(space.name, space.size) for space in spec.spaces):
+        return
+    config = shrunk_config(model.config, spec, sizes)
+    resized = skeleton(model, config)
+    blocks = block_list(model, spec)
+    for layer, (old, new) in enumerate(zip(list(blocks), block_list(resized, spec), strict=True)):
+        like = next(old.parameters())
+        shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
+        _fill(new, {name: like.new_zeros(shape) for name, shape in shapes.items()}, spec)
+        _take_over(old, new)
+        blocks[layer] = new
+    adopt_config_(model, config, resized)
+
+
+@torch.no_grad()
+def slice_state_(optimizer: Optimizer, model: nn.Module, spec: ArchSpec, plan: Plan) -> None:
+    """Cut an optimizer's state down with its parameters, so that a kept weight keeps its moments.
+
+    Args:
+        optimizer: Its state is a number, or a tensor of the parameter's own shape, as `check_state` found.
+        model: The model, already shrunk.
+        spec: Its description before that.
+        plan: What was kept.
+    """
+    states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+    for key in {key for state in states.values() for key in state}:
+        tensors = {name: state[key] for name, state in states.items() if isinstance(state.get(key), Tensor)}
+        for name, tensor in slice_tensors({n: t for n, t in tensors.items() if t.ndim}, spec.spaces, plan).items():
+            states[name][key] = tensor
+
+
+def check_state(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state does not go with single weights.
+
+    Raises:
+        StructPruneError: If a tensor of its state has another shape than its parameter.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise StructPruneError(
+                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape "
+                    f"{tuple(parameter.shape)}, which cannot be cut with it; use optim='adamw_torch'."
+                )
+
+
+def _fill(block: nn.Module, state: Mapping[str, Tensor], spec: ArchSpec) -> None:
+    # The strict load proves that no coupled tensor was forgotten.
+    try:
+        block.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise StructPruneError(
+            f"The description of {spec.model_type!r} does not fit this model: {' '.join(str(error).split())}"
+        ) from error
+
+
 def _take_over(old: nn.Module, new: nn.Module) -> None:
-    """Buffers that no state dict holds, training mode and requires_grad."""
+    """The parameter objects, buffers that no state dict holds, training mode, activation checkpointing."""
     new.train(old.training)
-    frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
-    for name, parameter in new.named_parameters():
-        parameter.requires_grad = name not in frozen
+    for name, parameter in old.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        parameter.data, parameter.grad = new.get_parameter(name).data, None
+        setattr(new.get_submodule(owner), leaf, parameter)
     saved = set(old.state_dict())
     for name, buffer in old.named_buffers():
         if name not in saved:
             owner, _, leaf = name.rpartition(".")
             new.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    modules = dict(old.named_modules())
+    for name, module in new.named_modules():
+        for key in CHECKPOINTING:
+            if key in vars(modules[name]):
+                setattr(module, key, vars(modules[name])[key])
 
 
 def adopt_config_(model: PreTrainedModel, config: PretrainedConfig, smaller: PreTrainedModel) -> None:

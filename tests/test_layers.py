@@ -27,6 +27,7 @@ LAYERS = [
     ["sweep", "hub"],
     ["recovery"],
     ["pruner"],
+    ["trainer"],
     ["commands.loading", "commands.arguments"],
     ["commands.recover", "commands.inspect"],
     ["commands.prune"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,6 +30,20 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
 
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
         yield
+
+
+@contextmanager
+def before_load(model: nn.Module, adapt: Callable[[Mapping[str, Tensor]], None]) -> Iterator[None]:
+    """Call `adapt(state_dict)` before `model.load_state_dict` copies anything."""
+
+    def hook(module: nn.Module, state_dict: Mapping[str, Tensor], *_: Any) -> None:
+        adapt(state_dict)
+
+    handle = model.register_load_state_dict_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -1,0 +1,264 @@
+"""Pruning inside a Trainer: widths, optimizer state, checkpoints, resuming, and what is refused."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from models import build, config, token_ids, tokenizer
+from test_passes import count_hooks
+from test_pruner import logits, same_weights
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from optimum_structprune import StructPruneCallback, StructPruneError, attach_pruner
+from optimum_structprune.arch.load import describe
+from optimum_structprune.plan import Plan
+from optimum_structprune.surgery import resize_, slice_state_
+
+
+# Newer versions of transformers call it the first; the old name warns.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+ROWS = [{"input_ids": ids, "labels": ids} for ids in token_ids(32, 24)]
+
+
+def trainer(folder, model=None, callbacks=(), **fields) -> Trainer:
+    defaults = {"max_steps": 8, "per_device_train_batch_size": 2, "logging_steps": 2, "learning_rate": 1e-3}
+    quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
+    arguments = TrainingArguments(str(folder), **{**defaults, **quiet, **fields})
+    model = build("llama-tied") if model is None else model
+    more = {"eval_dataset": ROWS[:4]} if arguments.eval_strategy != "no" else {}
+    return Trainer(
+        model, arguments, train_dataset=ROWS, callbacks=list(callbacks), processing_class=tokenizer(), **more
+    )
+
+
+class Watch(TrainerCallback):
+    """Notes width, optimizer state and loss at every step."""
+
+    def __init__(self):
+        self.widths = {}
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.widths[state.global_step] = model.config.intermediate_size
+        for parameter in model.parameters():
+            moments = optimizer.optimizer.state[parameter]
+            assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
+        held = {id(p) for group in optimizer.optimizer.param_groups for p in group["params"]}
+        assert held == {id(parameter) for parameter in model.parameters()}
+
+
+def pruner(start=2, **schedule) -> StructPruneCallback:
+    fields = {name: schedule.pop(name) for name in ("widths", "rounds", "schedule", "seq_length") if name in schedule}
+    return StructPruneCallback(config(**{"widths": {"mlp": 24}, **fields}), start, **schedule)
+
+
+@pytest.mark.parametrize("calibration", ["batches", "domains"])
+def test_one_shot(tmp_path, calibration):
+    watch, callback = Watch(), pruner(calibration=calibration)
+    run = trainer(tmp_path, callbacks=[callback, watch])
+    run.train()
+    assert watch.widths == {**dict.fromkeys((1,), 40), **dict.fromkeys(range(2, 9), 24)}
+    assert {len(keep) for keep in callback.plan.keep.values()} == {24}
+    assert count_hooks(run.model) == 0 and not run.model._load_state_dict_pre_hooks
+    run.save_model(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(again), logits(run.model.eval()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({"end": 6, "every": 2, "schedule": "linear"}, {2: 35, 4: 29, 6: 24}),
+        ({"end": 6, "rounds": 3, "schedule": "cubic"}, {2: 29, 4: 25, 6: 24}),
+        ({"start": 0.25, "end": 0.75, "rounds": 2, "schedule": "linear"}, {2: 32, 6: 24}),
+        ({"start": 8}, {8: 24}),
+    ],
+)
+def test_schedules(tmp_path, fields, steps):
+    watch, callback = Watch(), pruner(**fields)
+    trainer(tmp_path, callbacks=[callback, watch]).train()
+    assert {step: stage["mlp"] for step, stage in callback.steps.items()} == steps
+    assert {step: watch.widths[step] for step in steps} == steps
+
+
+def test_attention_goes_through_legal_widths(tmp_path):
+    callback = pruner(end=6, rounds=3, schedule="linear", widths={"mlp": 24, "attention": 1})
+    run = trainer(tmp_path, callbacks=[callback, Watch()])
+    run.train()
+    assert [stage["attention"] for stage in callback.steps.values()] == [4, 2, 1]
+    assert run.model.config.num_key_value_heads == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gradient_accumulation_steps": 2},
+        {CHECKPOINTING: True},
+        {"bf16": True},
+        {"optim": "sgd"},
+        {"max_grad_norm": 0.1, "weight_decay": 0.1},
+    ],
+    ids=str,
+)
+def test_what_else_a_trainer_does(tmp_path, fields):
+    callback = pruner(end=4, rounds=2)
+    run = trainer(tmp_path, callbacks=[callback], **fields)
+    run.train()
+    assert run.model.config.intermediate_size == 24
+    if CHECKPOINTING in fields:
+        assert all(block.gradient_checkpointing for block in run.model.model.layers)
+    assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
+
+
+def test_moments_go_with_their_weights():
+    model = build("llama-bias")
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    model(token_ids(), labels=token_ids()).loss.backward()
+    optimizer.step()
+    before = {name: deepcopy(optimizer.state[parameter]) for name, parameter in model.named_parameters()}
+    spec = describe(model)
+    callback = pruner()
+    callback._domains = [callback._text()] if callback._seen else []
+    callback._take(model.train(), (), {"input_ids": token_ids(8, 24)})
+    optimizer.zero_grad()
+    assert callback.prune_(model, optimizer, {"mlp": 24, "attention": 2})
+    keep = callback.plan.keep[0, "mlp"]
+    name = "model.layers.0.mlp.down_proj.weight"
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        after = optimizer.state[model.get_parameter(name)][key]
+        assert torch.equal(after, before[name][key][:, list(keep)])
+    name = "model.layers.0.mlp.up_proj.bias"
+    assert torch.equal(optimizer.state[model.get_parameter(name)]["exp_avg"], before[name]["exp_avg"][list(keep)])
+    assert {space.size for space in spec.of("mlp")} == {40}
+    model(token_ids(), labels=token_ids()).loss.backward()
+    optimizer.step()
+
+
+def test_an_optimizer_without_state_needs_no_cut():
+    model = build("llama-tied")
+    slice_state_(torch.optim.SGD(model.parameters()), model, describe(model), Plan("llama", {}))
+
+
+def test_padding_and_evaluation_are_no_calibration_text():
+    model = build("llama-tied")
+    callback = pruner()
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    callback._take(model.eval(), (), {"input_ids": torch.arange(6).view(2, 3)})
+    callback._take(model.train(), (), {"input_ids": torch.arange(6).view(2, 3), "attention_mask": mask})
+    assert torch.cat(list(callback._seen)).tolist() == [0, 1, 4, 5]
+
+
+def test_memory_of_seen_batches_is_bounded():
+    callback, model = pruner(), build("llama-tied").train()
+    for _ in range(100):
+        callback._take(model, (token_ids(4, 24),), {})
+    assert sum(map(len, callback._seen)) == 8 * 24
+    assert callback._text().blocks.shape == (8, 24)
+
+
+def test_checkpoints_on_the_way_reload_plainly_and_runs_resume(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer(tmp_path / "whole", callbacks=[pruner(end=6, every=2, schedule="linear")], **saving)
+    whole.train()
+    widths = {}
+    for step in (2, 4, 6, 8):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / f"checkpoint-{step}")
+        widths[step] = again.config.intermediate_size
+    assert widths == {2: 35, 4: 29, 6: 24, 8: 24}
+    resumed = trainer(tmp_path / "again", callbacks=[pruner(end=6, every=2, schedule="linear"), Watch()], **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert resumed.model.config.intermediate_size == 24
+    # Only the text seen since the checkpoint calibrates, so the weights are alike and not the same.
+    late = trainer(tmp_path / "late", callbacks=[pruner(end=6, every=2, schedule="linear"), Watch()], **saving)
+    late.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert same_weights(late.model, whole.model)
+
+
+def test_the_best_model_is_one_of_the_final_width(tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    callback = pruner(start=4)
+    run = trainer(tmp_path, callbacks=[callback], load_best_model_at_end=True, **best)
+    run.train()
+    assert run.state.best_model_checkpoint is not None and int(run.state.best_model_checkpoint[-1]) >= 4
+    assert run.model.config.intermediate_size == 24
+
+
+def test_the_trainers_own_logging(tmp_path):
+    class Dashboard(TrainerCallback):
+        seen = {}
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen[state.global_step] = dict(logs)
+
+    run = trainer(tmp_path, callbacks=[Dashboard()])
+    attach_pruner(run, config(), 3)
+    run.train()
+    assert Dashboard.seen[2]["structprune/width/mlp"] == 40 and Dashboard.seen[3]["structprune/width/mlp"] == 24
+    assert Dashboard.seen[8]["structprune/params"] == run.model.num_parameters()
+    logged = [entry["structprune/width/mlp"] for entry in run.state.log_history]
+    assert logged == sorted(logged, reverse=True) and {40, 24} == set(logged)
+
+
+def test_sharded_and_compiled_training_is_refused(tmp_path):
+    for name, value, what in (
+        ("fsdp", "full_shard", "FSDP"),
+        ("deepspeed", "zero3.json", "DeepSpeed"),
+        ("torch_compile", True, "torch.compile"),
+    ):
+        run = trainer(tmp_path, callbacks=[callback := pruner()])
+        setattr(run.args, name, value)
+        with pytest.raises(StructPruneError, match=f"{what} fixes the shapes.*prune first"):
+            callback.on_train_begin(run.args, run.state, run.control, model=run.model, optimizer=None)
+
+
+def test_optimizers_that_cannot_be_cut_are_refused(tmp_path):
+    run = trainer(tmp_path, callbacks=[pruner()], optim="adafactor")
+    with pytest.raises(StructPruneError, match="state of Adafactor cannot be cut.*adamw_torch"):
+        run.train()
+    model = build("llama-tied")
+
+    class Blockwise(torch.optim.AdamW):
+        """Keeps its state in other shapes than the weights."""
+
+    optimizer = Blockwise(model.parameters())
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"state1": torch.zeros(7)}
+    callback = pruner()
+    with pytest.raises(StructPruneError, match="Blockwise keeps 'state1' of shape"):
+        callback.prune_(model, optimizer, {"mlp": 24})
+    assert model.config.intermediate_size == 40
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"start": 9}, "after step 9, but training has 8 steps"),
+        ({"start": 1, "seq_length": 60}, "seq_length=60 tokens, but training has shown 48 so far"),
+        ({"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
+    ],
+)
+def test_bad_input(tmp_path, fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        trainer(tmp_path, callbacks=[pruner(**fields)]).train()
+
+
+def test_bad_arguments():
+    with pytest.raises(StructPruneError, match="'batches' or 'domains', got 'batch'"):
+        StructPruneCallback(config(), calibration="batch")
+    with pytest.raises(StructPruneError, match="refit='bias'"):
+        StructPruneCallback(config(refit="bias"))
+
+
+def test_a_model_takes_the_widths_of_a_state_dict():
+    for case in ("llama-untied", "phi3", "gpt2-inner"):
+        small = build(case)
+        sizes = {"mlp": 24} if case == "gpt2-inner" else {"mlp": 24, "attention": 2}
+        callback = pruner()
+        callback._take(small.train(), (), {"input_ids": token_ids(8, 24)})
+        callback.prune_(small, torch.optim.AdamW(small.parameters()), sizes)
+        model = build(case, seed=5)
+        for source, target in ((small, model), (build(case), small)):
+            resize_(target, describe(target), source.state_dict())
+            target.load_state_dict(source.state_dict())
+            torch.testing.assert_close(logits(target.eval()), logits(source.eval()))
