@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+from itertools import islice
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from optimum_structprune import DomainConfig, StructPruneConfig
+from optimum_structprune.calibration.builtin import builtin_documents
 
 
 VOCAB = 96
@@ -95,3 +99,17 @@ def config(**fields) -> StructPruneConfig:
     if "sparsity" not in fields:
         defaults["widths"] = {"mlp": 24}
     return StructPruneConfig(**{**defaults, **fields})
+
+
+def real_text_model() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A random Llama with SmolLM2's proportions and a byte-level tokenizer that reads any text."""
+    backend = Tokenizer(BPE(unk_token=None))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=ByteLevel.alphabet()
+    )
+    backend.train_from_iterator(islice(builtin_documents("math"), 50), trainer)
+    reader = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    fields = {**GROUPED, "vocab_size": len(reader), "intermediate_size": 1536, "max_position_embeddings": 1024}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval(), reader

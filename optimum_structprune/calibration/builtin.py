@@ -103,21 +103,18 @@ def _english_of_source(path: Path, seen: set[str]) -> str:
     source = _read(path)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = [ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
-    comments = [match.group() for match in re.finditer(r"(?m)(^[ \t]*#.*\n){3,}", source)]
-    bare = [re.sub(r"(?m)^[ \t]*#+ ?", "", comment) for comment in comments]
-    return _english([*filter(None, docstrings), *bare], seen)
+    comments = [re.sub(r"(?m)^[ \t]*#+ ?", "", m[0]) for m in re.finditer(r"(?m)(^[ \t]*#.*\n){3,}", source)]
+    return _english([*filter(None, docstrings), *comments], seen)
 
 
 def _english(texts: list[str], seen: set[str]) -> str:
     # Lines are unwrapped because running text elsewhere has no breaks at column 79; a paragraph counts as English if
     # it is nearly all words, which drops signatures, tables and examples.
     kept = []
-    for text in texts:
-        for raw in re.split(r"\n\s*\n", text):
-            paragraph = " ".join(raw.split())
-            words = sum(letter.isalpha() or letter == " " for letter in paragraph)
-            english = len(paragraph) >= 80 and words >= 0.9 * len(paragraph) and paragraph[-1] in ".:!?)"
-            if english and paragraph not in seen:
-                seen.add(paragraph)
-                kept.append(paragraph)
+    for paragraph in (" ".join(raw.split()) for text in texts for raw in re.split(r"\n\s*\n", text)):
+        words = sum(letter.isalpha() or letter == " " for letter in paragraph)
+        english = len(paragraph) >= 80 and words >= 0.9 * len(paragraph) and paragraph[-1] in ".:!?)"
+        if english and paragraph not in seen:
+            seen.add(paragraph)
+            kept.append(paragraph)
     return "\n\n".join(kept)
