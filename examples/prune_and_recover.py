@@ -1,0 +1,45 @@
+"""Prune a model, train it with the dense one as its teacher, and save it.
+
+    python examples/prune_and_recover.py MODEL OUTPUT [--sparsity 0.2] [--tokens 200000] [--domain NAME=SOURCE ...]
+
+With `--rounds 3 --every-round` the model is pruned a little and trained a little, three times.
+"""
+
+from argparse import ArgumentParser
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig, StructPruner
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("output")
+    parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--num-samples", type=int, default=128, help="calibration blocks")
+    parser.add_argument("--every-round", action="store_true", help="train after every round of pruning")
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--domain", action="append", default=[], help="NAME=SOURCE; by default the built-in texts")
+    args = parser.parse_args(argv)
+
+    model = AutoModelForCausalLM.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    domains = [DomainConfig(*pair.split("=", 1)) for pair in args.domain]
+    config = StructPruneConfig(
+        sparsity=args.sparsity,
+        targets=("mlp",),
+        rounds=args.rounds,
+        num_samples=args.num_samples,
+        recovery=RecoveryConfig(tokens=args.tokens, every_round=args.every_round, lora={"r": 16}),
+        **({"domains": domains} if domains else {}),
+    )
+    pruner = StructPruner(config)
+    pruned = pruner.prune_model(model, tokenizer)
+    pruner.save(pruned, args.output, tokenizer=tokenizer)
+    print(pruner.report)
+
+
+if __name__ == "__main__":
+    main()
