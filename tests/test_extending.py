@@ -1,0 +1,73 @@
+"""A third party's package, made of the snippets in docs/extending.md, is installed and used from the command line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import build, documents, tokenizer
+from transformers import AutoModelForCausalLM
+
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "extending.md").read_text()
+CODE = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+PROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "my-pruning"
+version = "1.0"
+
+[tool.hatch.build.targets.wheel]
+include = ["my_pruning.py"]
+
+"""
+
+
+def test_each_takes_thirty_lines_at_most():
+    assert len(CODE) == 2 and all(code.count("\n") <= 30 for code in CODE)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder for PYTHONPATH that holds the installed package."""
+    folder = tmp_path_factory.mktemp("third_party")
+    (folder / "source").mkdir()
+    (folder / "source" / "my_pruning.py").write_text("\n\n".join(CODE))
+    points = re.search(r"^```toml\n(.*?)^```", PAGE, re.M | re.S)[1]
+    (folder / "source" / "pyproject.toml").write_text(PROJECT + points)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", str(folder / "target")]
+    command = [sys.executable, "-m", "pip", "install", *options, str(folder / "source")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return folder / "target"
+
+
+def test_a_third_partys_classes_on_the_command_line(installed, tmp_path):
+    build("llama-tied").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80)))
+    (tmp_path / "run.yaml").write_text("method: careful\nnum_samples: 6\nseq_length: 24\n")
+    flags = ["--config", "run.yaml", "--criterion", "redundancy", "--width", "mlp=24", "--domain", "a=a.jsonl"]
+    paths = os.pathsep.join([str(installed), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+
+    def call(*more):
+        command = [Path(sys.executable).parent / "structprune", "prune", "model", "out", *flags, *more]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180, check=False
+        )
+
+    done = call("--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
+    made = json.loads((tmp_path / "out" / "structprune_config.json").read_text())
+    assert (made["method"], made["criterion"]) == ("careful", "redundancy")
+    wrong = call("--criterion", "redundance", "--overwrite")
+    assert wrong.returncode == 2 and "Did you mean 'redundancy'" in wrong.stderr
