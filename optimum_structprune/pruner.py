@@ -77,7 +77,7 @@ class StructPruner:
         with report.timed("domains"):
             domains = load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size)
         with report.timed("perplexity"):
-            before = _perplexities(model, domains, self.config.batch_size)
+            before = _perplexities(model, domains)
         report.parameters["before"], report.block_parameters["before"] = model.num_parameters(), sum(arch.block_params)
 
         work = model if inplace else deepcopy(model)
@@ -90,7 +90,7 @@ class StructPruner:
                 ) from error
             raise
         with report.timed("perplexity"):
-            after = _perplexities(work, domains, self.config.batch_size)
+            after = _perplexities(work, domains)
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work).block_params)
         report.perplexity = {name: {"before": before[name], "after": after[name]} for name in before}
@@ -170,8 +170,8 @@ def prune_model(
     return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace)
 
 
-def _perplexities(model: PreTrainedModel, domains: list[Domain], batch_size: int) -> dict[str, float]:
-    return {domain.name: perplexity(model, domain.heldout, batch_size) for domain in domains}
+def _perplexities(model: PreTrainedModel, domains: list[Domain]) -> dict[str, float]:
+    return {domain.name: perplexity(model, domain.heldout) for domain in domains}
 
 
 def _biased(arch: ArchSpec, widths: Mapping[str, int]) -> tuple[str, ...]:
