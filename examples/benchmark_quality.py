@@ -4,7 +4,7 @@
 
 DATA holds `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain. Perplexity is given as a
 multiple of the dense model's. `heldout/` has other documents of the calibration domains, `unseen/` has domains that no
-calibration set contains; neither is ever used for calibration.
+calibration set contains; neither is ever used for calibration. Of each file the first blocks count, in file order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, perplexity
-from optimum_structprune.calibration.blocks import load_domains
+from optimum_structprune.calibration.blocks import prefix_token
 
 
 THREE = ("wiki", "code", "math")
@@ -52,11 +52,19 @@ def cells(mlp: int) -> dict[str, dict]:
     return {name: {"widths": {"mlp": mlp}, **fields} for name, fields in rows.items()}
 
 
-def evaluation_blocks(folder: Path, names: list[str], tokenizer, blocks: int) -> dict[str, torch.Tensor]:
-    """Token blocks of each file in a folder, the same for every row."""
-    domains = [DomainConfig(name=name, source=str(folder / f"{name}.jsonl")) for name in names]
-    config = StructPruneConfig(sparsity=0.5, domains=domains, num_samples=blocks * len(names), seq_length=SEQ_LENGTH)
-    return {domain.name: domain.blocks for domain in load_domains(config, tokenizer)}
+def evaluation_blocks(folder: Path, names: list[str], tokenizer, count: int) -> dict[str, torch.Tensor]:
+    """The first `count` token blocks of each file, in the file's order, each with the tokenizer's prefix token."""
+    return {name: first_blocks(folder / f"{name}.jsonl", tokenizer, count) for name in names}
+
+
+def first_blocks(path: Path, tokenizer, count: int) -> torch.Tensor:
+    """Documents in order, an EOS token between them, cut into blocks; shape `(count, SEQ_LENGTH)`."""
+    prefix, body, tokens = prefix_token(tokenizer), SEQ_LENGTH - 1, []
+    with path.open() as lines:
+        while len(tokens) < count * body:
+            text = json.loads(next(lines))["text"]
+            tokens += [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
+    return torch.tensor([[prefix, *tokens[i * body : (i + 1) * body]] for i in range(count)])
 
 
 def geometric_mean(values) -> float:

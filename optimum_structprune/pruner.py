@@ -79,7 +79,7 @@ class StructPruner:
         with report.timed("domains"):
             domains = load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size)
         with report.timed("perplexity"):
-            before = _perplexities(model, domains, self.config.batch_size)
+            before = _perplexities(model, domains)
         report.parameters["before"], report.block_parameters["before"] = model.num_parameters(), sum(arch.block_params)
 
         distils = self.config.recovery is not None and self.config.recovery.kl_weight
@@ -171,7 +171,7 @@ class StructPruner:
         for number, step in enumerate(steps, start=1):
             plan = plan.then(pruner.prune_to_(model, domains, step, report))
             with report.timed("perplexity"):
-                after = _perplexities(model, domains, config.batch_size)
+                after = _perplexities(model, domains)
             report.perplexity = {name: {"after": ppl} for name, ppl in after.items()}
             if recovery is not None:
                 # Training libraries take seconds to import, and most runs do without.
@@ -208,8 +208,8 @@ def prune_model(
     return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace)
 
 
-def _perplexities(model: PreTrainedModel, domains: list[Domain], batch_size: int) -> dict[str, float]:
-    return {domain.name: perplexity(model, domain.heldout, batch_size) for domain in domains}
+def _perplexities(model: PreTrainedModel, domains: list[Domain]) -> dict[str, float]:
+    return {domain.name: perplexity(model, domain.heldout) for domain in domains}
 
 
 def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -57,8 +56,8 @@ def write_consumer_(model: nn.Module, axis: Axis, keep: Tensor, weight: Tensor, 
 
 
 def skeleton(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """A model of the same class with `config`, parameters on the meta device, buffers real."""
-    with init_empty_weights(include_buffers=False):
+    """A model of the same class with `config`, on the meta device: shapes without memory."""
+    with torch.device("meta"):
         return type(model)(config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sysconfig
 import tokenize
@@ -63,14 +64,16 @@ def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
 
 
 def _library() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    files = (path for path in sorted(root.rglob("*.py")) if not SKIP.intersection(path.relative_to(root).parts))
-    found = [path for path in files if not path.name.startswith("_sysconfigdata")]
+    root = sysconfig.get_path("stdlib")
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - SKIP
+        found += [Path(folder, name) for name in names if re.fullmatch(r"(?!_sysconfigdata).*\.py", name)]
     if not found:
         raise StructPruneError(
             f"builtin:prose and builtin:code read Python's sources; {root} has none. Use builtin:math."
         )
-    return found
+    return sorted(found)
 
 
 def _code(rng: Random) -> Iterator[str]:

