@@ -92,8 +92,9 @@ def heal(
     try:
         recovered = recovery.recover_model(model, tokenizer, teacher, resume=getattr(args, "resume", False))
     except KeyboardInterrupt:
-        again = f"structprune recover {pruned} {args.output} --resume"
-        sys.stderr.write(f"structprune: interrupted; go on with `{again}` and the same flags.\n")
+        words = ["structprune recover", pruned, args.output, *(["--teacher", teacher] if teacher else [])]
+        again = " ".join([*words, *(["--overwrite"] if overwrite else []), "--resume"])
+        sys.stderr.write(f"structprune: interrupted; go on with `{again}` and the same settings.\n")
         raise
     recovery.save(recovered, args.output, tokenizer=tokenizer, overwrite=overwrite, pruned=pruned)
     if own:
