@@ -176,9 +176,7 @@ def _perplexities(model: PreTrainedModel, domains: list[Domain], batch_size: int
 
 def _biased(arch: ArchSpec, widths: Mapping[str, int]) -> tuple[str, ...]:
     for name in widths:
-        space = arch.of(name)[0]
-        has_bias = any(axis.param.endswith(".bias") for axis in space.out)
-        if space.bias_flag is None and not has_bias:
+        if any(space.bias_flag is None and not space.biased for space in arch.of(name)):
             raise StructPruneError(
                 f"refit='bias' needs a bias in the projections of {name!r}, which a {arch.model_type} config cannot "
                 "express; use refit='least_squares' or 'none'."

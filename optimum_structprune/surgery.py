@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
 def read_consumer(model: nn.Module, axis: Axis) -> tuple[Tensor, Tensor | None]:
     """Weight `(out, n)` and bias `(out,)` of a consumer as fp32 copies, whichever way round it is stored."""
-    module = model.get_submodule(axis.module)
-    weight = module.get_parameter(axis.param.rpartition(".")[2]).detach().movedim(axis.dim, -1)
-    bias = getattr(module, "bias", None)
-    return weight.to(torch.float32, copy=True), None if bias is None else bias.detach().to(torch.float32, copy=True)
+    weight, bias = _consumer(model, axis)
+    return weight.to(torch.float32, copy=True), None if bias is None else bias.to(torch.float32, copy=True)
 
 
 @torch.no_grad()
@@ -40,12 +38,28 @@ def write_consumer_(model: nn.Module, axis: Axis, keep: Tensor, weight: Tensor, 
         weight: Their new values, shape `(out, kept)`.
         bias: New bias, shape `(out,)`; None leaves the module without one.
     """
-    module = model.get_submodule(axis.module)
-    columns = module.get_parameter(axis.param.rpartition(".")[2]).movedim(axis.dim, -1)
+    columns, old = _consumer(model, axis)
     columns.zero_()
     columns[:, keep] = weight.to(columns)
-    if bias is not None:
-        module.bias = nn.Parameter(bias.to(columns), requires_grad=columns.requires_grad)
+    if bias is None:
+        return
+    if old is not None:
+        old.copy_(bias)
+    else:
+        module = model.get_submodule(axis.module)
+        trained = module.get_parameter(axis.param.rpartition(".")[2]).requires_grad
+        module.bias = nn.Parameter(bias.to(columns), requires_grad=trained)
+
+
+def _consumer(model: nn.Module, axis: Axis) -> tuple[Tensor, Tensor | None]:
+    """Views of a consumer's weight, `(out, n)`, and bias: those of one expert where the axis names one."""
+    module, leaf = model.get_submodule(axis.module), axis.param.rpartition(".")[2]
+    weight = module.get_parameter(leaf).detach()
+    bias = getattr(module, "bias" if axis.part is None else f"{leaf}_bias", None)
+    bias = None if bias is None else bias.detach()
+    if axis.part is None:
+        return weight.movedim(axis.dim, -1), bias
+    return weight[axis.part].movedim(axis.dim - 1, -1), None if bias is None else bias[axis.part]
 
 
 def skeleton(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
@@ -63,14 +77,24 @@ def slice_tensors(tensors: Mapping[str, Tensor], spaces: Collection[Space], plan
         plan: What is kept.
     """
     cuts: dict[tuple[str, int], list[int]] = defaultdict(list)
+    inside: dict[tuple[str, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for space in spaces:
         if (keep := plan.keep.get((space.layer, space.name))) is not None:
             for axis in space.axes:
-                cuts[axis.param, axis.dim] += axis.indices(keep)
+                cut = cuts[axis.param, axis.dim] if axis.part is None else inside[axis.param, axis.dim][axis.part]
+                cut += axis.indices(keep)
     sliced = dict(tensors)
+    for (param, dim), experts in inside.items():
+        kept = cuts.pop((param, 0), None) or range(len(tensors[param]))
+        cut_matrices = [_pick(tensors[param][expert], dim - 1, experts[expert]) for expert in kept]
+        sliced[param] = torch.stack(cut_matrices)
     for (param, dim), indices in cuts.items():
-        sliced[param] = sliced[param].index_select(dim, torch.tensor(indices, device=sliced[param].device))
+        sliced[param] = _pick(sliced[param], dim, indices)
     return sliced
+
+
+def _pick(tensor: Tensor, dim: int, indices: Sequence[int]) -> Tensor:
+    return tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ class Sweep:
         config: How to prune.
         shares: Weight of each domain.
         keep: What is kept so far.
-        dense: Dense weight and bias of the consumers that earlier rounds have changed, by parameter name.
+        dense: Dense weight and bias of the consumers that earlier rounds have changed.
     """
 
     model: PreTrainedModel
@@ -49,7 +49,7 @@ class Sweep:
     config: StructPruneConfig
     shares: Sequence[float]
     keep: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
-    dense: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    dense: dict[Axis, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.criterion: Criterion = CRITERIA.get(self.config.criterion)(self.config)
@@ -66,8 +66,9 @@ class Sweep:
         """
         for layer in tqdm(range(self.spec.num_blocks), desc=title, unit="block"):
             for space in self.spec.at(layer):
-                if widths.get(space.name, space.size) < space.size:
-                    self._prune_(space, passes.gather(layer, space, self.gram), widths[space.name], smaller is None)
+                width = widths[space.kind] * space.scale if space.kind in widths else space.size
+                if width < space.size:
+                    self._prune_(space, passes.gather(layer, space, self.gram), width, smaller is None)
             if smaller is not None:
                 shrink_block_(self.model, self.spec, layer, self.plan, smaller)
             passes.advance(layer)
@@ -94,9 +95,9 @@ class Sweep:
         return judge(self.criterion, weight[:, columns], parts, self.shares, axis.block, config.aggregation)
 
     def _refit_(self, axis: Axis, parts: Sequence[Moments], units: Sequence[int], remember: bool) -> None:
-        weight, bias = self.dense.get(axis.param) or read_consumer(self.model, axis)
+        weight, bias = self.dense.get(axis) or read_consumer(self.model, axis)
         if remember:
-            self.dense[axis.param] = (weight, bias)
+            self.dense[axis] = (weight, bias)
         columns = units_to_columns(units, axis, weight.device)
         moments = pool(weight, parts, self.shares)
         refitted = REFITS[self.config.refit](weight, bias, moments, columns, float(self.config.damping))

@@ -35,24 +35,58 @@ PLAIN = {
     **TOKENS,
 }
 
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **TOKENS}
+
 # name -> (model type, config fields)
 CASES: dict[str, tuple[str, dict]] = {
     "llama-tied": ("llama", {**GROUPED, "tie_word_embeddings": True}),
     "llama-untied": ("llama", {**GROUPED, "tie_word_embeddings": False}),
     "llama-bias": ("llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "smollm3": ("smollm3", {**GROUPED, "no_rope_layers": [1, 0]}),
+    "granite": ("granite", {**GROUPED, "attention_multiplier": 0.5, "residual_multiplier": 0.7}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {**GROUPED, "tie_word_embeddings": True}),
     "mistral": ("mistral", {**GROUPED, "sliding_window": 4}),
+    "ministral": ("ministral", {**GROUPED, **SLIDING}),
+    "ministral3": ("ministral3", GROUPED),
     "qwen2": ("qwen2", {**GROUPED, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**GROUPED, **SLIDING, "use_sliding_window": True}),
+    "exaone4": ("exaone4", {**GROUPED, **SLIDING}),
+    "ernie4_5": ("ernie4_5", {**GROUPED, "use_bias": True}),
+    "gemma": ("gemma", GROUPED),
     "gemma2": ("gemma2", {**GROUPED, **SLIDING, "query_pre_attn_scalar": 4}),
     "gemma3_text": ("gemma3_text", {**GROUPED, **SLIDING, "query_pre_attn_scalar": 4}),
+    "olmo": ("olmo", {**GROUPED, "clip_qkv": 0.5}),
+    "olmo2": ("olmo2", GROUPED),
+    "olmo3": ("olmo3", {**GROUPED, **SLIDING}),
+    "cohere": ("cohere", {**GROUPED, "use_qk_norm": False}),
+    "cohere-qk-norm": ("cohere", {**GROUPED, "use_qk_norm": True}),
+    "cohere2": ("cohere2", {**GROUPED, **SLIDING}),
+    "seed_oss": ("seed_oss", {**GROUPED, "attention_out_bias": True}),
+    "nemotron": ("nemotron", GROUPED),
     "phi3": ("phi3", {**GROUPED, "tie_word_embeddings": False}),
-    "gpt2-tied": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **TOKENS}),
-    "gpt2-inner": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 40, **TOKENS}),
+    "glm": ("glm", GROUPED),
+    "glm4": ("glm4", {**GROUPED, "attention_bias": False}),
+    "phi": ("phi", GROUPED),
+    "phi-qk-norm": ("phi", {**GROUPED, "qk_layernorm": True}),
+    "starcoder2": ("starcoder2", GROUPED),
+    "stablelm": ("stablelm", {**PLAIN, "num_key_value_heads": 2, "use_parallel_residual": True}),
+    "helium": ("helium", {**GROUPED, "attention_bias": False}),
+    "gpt2-tied": ("gpt2", GPT),
+    "gpt2-inner": ("gpt2", {**GPT, "n_inner": 40}),
+    "codegen": ("codegen", {**GPT, "rotary_dim": 4, "n_inner": 40}),
+    "gptj": ("gptj", {**GPT, "rotary_dim": 4, "n_inner": 40}),
     "opt": ("opt", {**PLAIN, "ffn_dim": 40, "word_embed_proj_dim": 32}),
     "opt-no-bias": ("opt", {**PLAIN, "ffn_dim": 40, "word_embed_proj_dim": 32, "enable_bias": False}),
     "gpt_neox": ("gpt_neox", {**PLAIN, "use_parallel_residual": True}),
     "gpt_neox-serial": ("gpt_neox", {**PLAIN, "use_parallel_residual": False, "tie_word_embeddings": True}),
+    "falcon": ("falcon", {**PLAIN, "ffn_hidden_size": 40, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-alibi": ("falcon", {**PLAIN, "ffn_hidden_size": 40, "alibi": True, "parallel_attn": False, "bias": True}),
+    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, **TOKENS}),
+    "mpt": ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **TOKENS}),
 }
+# Model types whose configs cannot say that anything is gone.
+RIGID = {"bloom", "mpt"}
+PRUNABLE = [case for case, (model_type, _) in CASES.items() if model_type not in RIGID]
 
 
 def build(case: str, seed: int = 0) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import CASES, build, config, tokenizer
+from models import PRUNABLE, build, config, tokenizer
 from torch import nn
 
 from optimum_structprune import StructPruneError
@@ -27,7 +27,7 @@ def batches():
     return batches_of(load_domains(config(), tokenizer()), 3)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PRUNABLE)
 def test_block_by_block_equals_whole_model(case):
     model = build(case)
     spec = describe(model)

@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from models import CASES, build, config, documents, token_ids, tokenizer
+from models import PRUNABLE, build, config, documents, token_ids, tokenizer
 from test_passes import count_hooks
 from transformers import AutoModelForCausalLM
 
@@ -36,7 +36,7 @@ def same_weights(left, right) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PRUNABLE)
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_every_family_end_to_end(case, rounds, tmp_path):
     model = build(case)

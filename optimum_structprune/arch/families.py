@@ -15,19 +15,26 @@ from ..registry import did_you_mean
 
 
 BUILTIN = Path(__file__).with_name("families.yaml")
-UNITS = ("unit", "kv", "q")
+UNITS = ("unit", "pair", "heads", "kv", "q")
 
 
 @dataclass(frozen=True)
 class Template:
-    """One space of a family, with names relative to a block."""
+    """One space of a family, with names relative to a block; `families.yaml` says what the fields mean."""
 
     size: str
-    out: Mapping[str, list[str]]
-    into: Mapping[str, list[str]]
+    out: Mapping[str, list[str]] = field(default_factory=dict)
+    into: Mapping[str, list[str]] = field(default_factory=dict)
+    along: Mapping[str, list[str]] = field(default_factory=dict)
     also: tuple[str, ...] = ()
     pin: tuple[str, ...] = ()
     bias: str | None = None
+    transposed: bool = False
+    experts: str | None = None
+    router: str | None = None
+    least: str | None = None
+    times: str | None = None
+    requires: Mapping[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,6 @@ class Family:
     model_types: tuple[str, ...]
     blocks: str
     spaces: Mapping[str, Template]
-    transposed: bool = False
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -59,15 +65,26 @@ def _parts(entry: Mapping[str, Any], where: str) -> dict[str, list[str]]:
     return parts
 
 
-def _template(entry: Mapping[str, Any], where: str) -> Template:
-    _only(entry, ("size", "out", "in"), ("also", "pin", "bias"), where)
+def _template(entry: Mapping[str, Any], where: str, transposed: bool) -> Template:
+    optional = {"also", "pin", "bias", "with", "transposed", "experts", "least", "times", "requires"}
+    if "router" in entry:
+        _only(entry, ("size", "router", "experts"), optional, where)
+    else:
+        _only(entry, ("size", "out", "in"), optional, where)
     return Template(
         size=entry["size"],
-        out=_parts(entry["out"], f"{where}.out"),
-        into=_parts(entry["in"], f"{where}.in"),
+        out=_parts(entry.get("out", {}), f"{where}.out"),
+        into=_parts(entry.get("in", {}), f"{where}.in"),
+        along=_parts(entry.get("with", {}), f"{where}.with"),
         also=tuple(entry.get("also", ())),
         pin=tuple(entry.get("pin", ())),
         bias=entry.get("bias"),
+        transposed=entry.get("transposed", transposed),
+        experts=entry.get("experts"),
+        router=entry.get("router"),
+        least=entry.get("least"),
+        times=entry.get("times"),
+        requires=entry.get("requires", {}),
     )
 
 
@@ -85,8 +102,10 @@ def read_families(path: str | Path) -> list[Family]:
             Family(
                 model_types=tuple(entry["model_types"]),
                 blocks=entry["blocks"],
-                spaces={name: _template(space, f"{where}.{name}") for name, space in entry["spaces"].items()},
-                transposed=entry.get("transposed", False),
+                spaces={
+                    name: _template(space, f"{where}.{name}", entry.get("transposed", False))
+                    for name, space in entry["spaces"].items()
+                },
                 missing=entry.get("missing", {}),
             )
         )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..errors import StructPruneError
-from .families import Family, Template, family_of
-from .spec import ArchSpec, Axis, Space
+from .families import Family, family_of
+from .spaces import Shapes, spaces_of
+from .spec import ArchSpec
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def describe(model: PreTrainedModel) -> ArchSpec:
@@ -58,72 +56,25 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
     sizes = [0] * count
     for name in own:
         sizes[int(name[len(blocks) + 1 :].split(".")[0])] += prod(shapes[name])
-    units = _rows_per_unit(config)
-    spaces = (
-        _space(name, template, layer, f"{blocks}.{layer}.", shapes, units, family.transposed)
+    found = [
+        space
         for layer in range(count)
         for name, template in family.spaces.items()
-    )
+        for space in spaces_of(name, template, layer, f"{blocks}.{layer}.", shapes, config)
+    ]
     return ArchSpec(
         model_type=config.model_type,
         blocks=blocks,
         block_params=tuple(sizes),
-        spaces=tuple(space for space in spaces if space is not None),
-        missing=tuple(family.missing.items()),
+        spaces=tuple(found),
+        missing=(*family.missing.items(), *_refused(family, config)),
     )
 
 
-def _rows_per_unit(config: PretrainedConfig) -> dict[str, int]:
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {"unit": 1, "kv": head_dim, "q": head_dim * (heads // groups)}
-
-
-def _space(
-    name: str,
-    template: Template,
-    layer: int,
-    block: str,
-    shapes: Shapes,
-    units: Mapping[str, int],
-    transposed: bool,
-) -> Space | None:
-    first, parts = next(iter(template.out.items()))
-    weight = f"{block}{first}.weight"
-    if weight not in shapes:
-        return None
-    rows = shapes[weight][1 if transposed else 0]
-    size = rows // sum(units[part] for part in parts)
-    out, into = [], []
-    for module, parts in template.out.items():
-        out += _axes(f"{block}{module}.weight", 1 if transposed else 0, parts, size, shapes, units)
-        if f"{block}{module}.bias" in shapes:
-            out += _axes(f"{block}{module}.bias", 0, parts, size, shapes, units)
-    for module, parts in template.into.items():
-        into += _axes(f"{block}{module}.weight", 0 if transposed else 1, parts, size, shapes, units)
-    per_unit = {key: units["q"] // units["kv"] for key in template.also}
-    return Space(
-        name=name,
-        layer=layer,
-        size=size,
-        out=tuple(out),
-        into=tuple(into),
-        config=((template.size, 1), *per_unit.items()),
-        pins=tuple((key, units["kv"]) for key in template.pin),
-        unit_params=sum(prod(shapes[axis.param]) // shapes[axis.param][axis.dim] * axis.block for axis in out + into),
-        bias_flag=template.bias,
-    )
-
-
-def _axes(param: str, dim: int, parts: list[str], size: int, shapes: Shapes, units: Mapping[str, int]) -> list[Axis]:
-    if param not in shapes:
-        raise StructPruneError(f"{param} is missing; the description of this family expects it.")
-    blocks = [units[part] for part in parts]
-    if shapes[param][dim] != size * sum(blocks):
-        raise StructPruneError(
-            f"{param}: dimension {dim} is {shapes[param][dim]}, but {size} units of {sum(blocks)} make "
-            f"{size * sum(blocks)}. The description of this family does not fit this model."
-        )
-    offsets = [size * sum(blocks[:i]) for i in range(len(blocks))]
-    return [Axis(param, dim, block, offset) for block, offset in zip(blocks, offsets, strict=True)]
+def _refused(family: Family, config: PretrainedConfig) -> list[tuple[str, str]]:
+    return [
+        (name, f"it takes {key} = {' or '.join(map(str, values))}, and this config has {getattr(config, key, None)}")
+        for name, template in family.spaces.items()
+        for key, values in template.requires.items()
+        if getattr(config, key, None) not in values
+    ]

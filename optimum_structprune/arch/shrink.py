@@ -54,8 +54,8 @@ def legal_sizes(config: PretrainedConfig, spec: ArchSpec, name: str) -> list[int
     """
     space = spec.of(name)[0]
     if len(space.config) == 1:
-        return list(range(1, space.size + 1))
-    return [size for size in range(1, space.size + 1) if _accepts(config, spec, {name: size})]
+        return list(range(space.least, space.size + 1))
+    return [size for size in range(space.least, space.size + 1) if _accepts(config, spec, {name: size})]
 
 
 def _accepts(config: PretrainedConfig, spec: ArchSpec, sizes: Mapping[str, int]) -> bool:
