@@ -11,6 +11,8 @@ from typing import Any
 from .arch.spec import ArchSpec
 from .errors import StructPruneError
 
+EXPERT = "expert"  # the space whose units are whole experts
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,11 +48,24 @@ class Plan:
                 )
 
     def widths(self) -> dict[str, dict[int, int]]:
-        """Number of kept units, by space and block."""
+        """Number of kept units, by kind of space and block: the width in the config."""
         widths: dict[str, dict[int, int]] = {}
         for (layer, name), keep in sorted(self.keep.items()):
-            widths.setdefault(name, {})[layer] = len(keep)
+            at = widths.setdefault(name.partition("/")[0], {})
+            at[layer] = min(at.get(layer, len(keep)), len(keep))
         return widths
+
+    def then(self, later: Plan) -> Plan:
+        """This plan and one made after it, as one plan of the dense model.
+
+        Where this one removes whole experts, the later one numbers those that are left.
+        """
+        keep = dict(self.keep)
+        for (layer, name), units in later.keep.items():
+            kind, _, label = name.partition("/")
+            left = self.keep.get((layer, EXPERT), ())
+            keep[layer, f"{kind}/{left[int(label)]}" if left and label.isdigit() else name] = units
+        return Plan(self.model_type, keep)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it."""

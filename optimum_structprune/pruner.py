@@ -11,7 +11,7 @@ from .arch.load import describe
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec
 from .calibration.blocks import Domain, load_domains
-from .calibration.passes import batches_of, passes_over
+from .calibration.passes import Batch, batches_of, passes_over
 from .config import StructPruneConfig
 from .criteria import CRITERIA
 from .errors import InPlaceError, StructPruneError
@@ -130,20 +130,36 @@ class StructPruner:
         widths: Mapping[str, int],
         report: Report,
     ) -> Plan:
-        config = self.config
         training = model.training
         model.eval()
+        batches = batches_of(domains, self.config.batch_size)
+        shares = [domain.weight for domain in domains]
+        experts = {name: width for name, width in widths.items() if arch.of(name)[0].whole}
+        rest = {name: width for name, width in widths.items() if name not in experts}
+        plan = Plan(arch.model_type, {})
+        if experts:
+            with report.timed("experts"):
+                sweep = Sweep(model, arch, self.config, shares)
+                new_config = shrunk_config(model.config, arch, experts)
+                smaller = skeleton(model, new_config)
+                sweep.remove_experts_(passes_over(model, arch, batches), experts, smaller)
+                adopt_config_(model, new_config, smaller)
+                plan, arch = sweep.plan, describe(model)
+        if rest:
+            plan = plan.then(self._rounds_(Sweep(model, arch, self.config, shares), batches, rest, report))
+        model.train(training)
+        return plan
+
+    def _rounds_(self, sweep: Sweep, batches: list[Batch], widths: Mapping[str, int], report: Report) -> Plan:
+        config, model, arch = self.config, sweep.model, sweep.spec
         biased = _biased(arch, widths) if config.refit == "bias" else ()
         new_config = shrunk_config(model.config, arch, widths, biased)
         smaller = skeleton(model, new_config)
-        batches = batches_of(domains, config.batch_size)
-        sweep = Sweep(model, arch, config, [domain.weight for domain in domains])
         for number, step in enumerate(round_widths(config, arch, widths), start=1):
             with report.timed(f"round {number}"):
                 last = smaller if number == config.rounds else None
                 sweep.run_(passes_over(model, arch, batches), step, last, f"round {number}/{config.rounds}")
         adopt_config_(model, new_config, smaller)
-        model.train(training)
         return sweep.plan
 
 

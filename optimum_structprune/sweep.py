@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from .arch.spec import ArchSpec, Axis, Space
-from .calibration.evidence import judge, pool
+from .calibration.evidence import judge, judge_experts, pool
 from .calibration.passes import Passes
 from .calibration.stats import Moments
 from .criteria import CRITERIA, Criterion
@@ -73,6 +73,26 @@ class Sweep:
                 shrink_block_(self.model, self.spec, layer, self.plan, smaller)
             passes.advance(layer)
 
+    def remove_experts_(self, passes: Passes, widths: Mapping[str, int], smaller: PreTrainedModel) -> None:
+        """Take whole experts out of every block.
+
+        Nothing short of that silences an expert, since a router is a softmax over logits: there is no weight that
+        makes one minus infinity. So this is done once, before the rounds, and the blocks move at once.
+
+        Args:
+            passes: The calibration data.
+            widths: Number of experts to keep, by space.
+            smaller: The `skeleton` of the model without them.
+        """
+        for layer in tqdm(range(self.spec.num_blocks), desc="experts", unit="block"):
+            for space in self.spec.at(layer):
+                if space.kind in widths:
+                    found = passes.contributions(layer, space)
+                    scores = judge_experts(found, self.shares, self.config.aggregation)
+                    self.keep[layer, space.name] = _best(scores, widths[space.kind])
+            shrink_block_(self.model, self.spec, layer, self.plan, smaller)
+            passes.advance(layer)
+
     @property
     def plan(self) -> Plan:
         """What is kept, as a value."""
@@ -82,8 +102,7 @@ class Sweep:
         key = (space.layer, space.name)
         before = self.keep.get(key, tuple(range(space.size)))
         scores = [self._score(axis, parts, before) for axis, parts in zip(space.into, evidence, strict=True)]
-        best = torch.stack(scores).sum(0).topk(width).indices.sort().values.tolist()
-        self.keep[key] = tuple(before[i] for i in best)
+        self.keep[key] = tuple(before[i] for i in _best(torch.stack(scores).sum(0), width))
         for axis, parts in zip(space.into, evidence, strict=True):
             self._refit_(axis, parts, self.keep[key], remember)
 
@@ -102,3 +121,8 @@ class Sweep:
         moments = pool(weight, parts, self.shares)
         refitted = REFITS[self.config.refit](weight, bias, moments, columns, float(self.config.damping))
         write_consumer_(self.model, axis, columns, *refitted)
+
+
+def _best(scores: Tensor, width: int) -> tuple[int, ...]:
+    """The units with the highest scores, ascending."""
+    return tuple(scores.topk(width).indices.sort().values.tolist())

@@ -36,6 +36,20 @@ PLAIN = {
 }
 
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **TOKENS}
+TOP_2 = {"num_experts": 4, "num_experts_per_tok": 2}
+MOE = {**GROUPED, **TOP_2, "moe_intermediate_size": 28}
+DEEPSEEK = {
+    **PLAIN,
+    "moe_intermediate_size": 28,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "topk_group": 1,
+}
 
 # name -> (model type, config fields)
 CASES: dict[str, tuple[str, dict]] = {
@@ -81,6 +95,15 @@ CASES: dict[str, tuple[str, dict]] = {
     "gpt_neox-serial": ("gpt_neox", {**PLAIN, "use_parallel_residual": False, "tie_word_embeddings": True}),
     "falcon": ("falcon", {**PLAIN, "ffn_hidden_size": 40, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-alibi": ("falcon", {**PLAIN, "ffn_hidden_size": 40, "alibi": True, "parallel_attn": False, "bias": True}),
+    "mixtral": ("mixtral", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("olmoe", {**GROUPED, **TOP_2, "norm_topk_prob": False}),
+    "granitemoe": ("granitemoe", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": ("gpt_oss", {**GROUPED, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 36}),
+    "qwen3_moe": ("qwen3_moe", {**MOE, "norm_topk_prob": True, "mlp_only_layers": [0]}),
+    "deepseek_v2": ("deepseek_v2", {**DEEPSEEK, "q_lora_rank": None, "n_shared_experts": 2}),
+    "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": 8, "n_shared_experts": 1, "n_group": 1}),
+    "deepseek_v3-groups": ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": 8, "n_group": 2, "topk_group": 2}),
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, **TOKENS}),
     "mpt": ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **TOKENS}),
 }

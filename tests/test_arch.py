@@ -55,9 +55,11 @@ def test_the_tensor_parallel_plan_agrees(case):
         pytest.skip("transformers has no tensor-parallel plan for this model")
     prefix = f"{model.base_model_prefix}."
     for space in describe(model).spaces:
+        if space.whole:
+            continue
         for axes, expected in ((space.out, "colwise"), (space.into, "rowwise")):
             for axis in axes:
-                name = axis.module.removeprefix(prefix)
+                name = (axis.module if axis.part is None else axis.param).removeprefix(prefix)
                 styles = [style for pattern, style in plan.items() if fnmatch.fnmatch(name, pattern)]
                 assert not styles or expected in styles[0] or "gather" in styles[0], (name, styles)
 

@@ -21,6 +21,7 @@ from optimum_structprune import (
     register_pruner,
     sweep,
 )
+from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.passes import ModelPasses
 from optimum_structprune.criteria import CRITERIA, Criterion
 from optimum_structprune.pruner import PRUNERS
@@ -45,7 +46,7 @@ def test_every_family_end_to_end(case, rounds, tmp_path):
     small = pruner.prune_model(model, tokenizer())
     assert type(small) is type(model) and same_weights(model, before)
     assert count_hooks(small) == count_hooks(model) == 0
-    assert pruner.report.widths["mlp"] == {0: 24, 1: 24}
+    assert pruner.report.widths["mlp"] == {space.layer: 24 for space in describe(model).of("mlp")}
     assert small.num_parameters() == pruner.report.parameters["after"] < pruner.report.parameters["before"]
     pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,6 +1,7 @@
 """Pruned ≡ masked, and reload ≡ in memory, for every family and space."""
 
 from copy import deepcopy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from optimum_structprune.surgery import (
 )
 
 
-KEEP = {"mlp": 24, "attention": 2}
+KEEP = {"mlp": 24, "attention": 2, "expert": 3, "shared_mlp": 20, "dense_mlp": 24}
 SPACES = [(case, name) for case in PRUNABLE for name in describe(build(case)).names]
 
 
@@ -28,15 +29,16 @@ def random_plan(spec, names) -> Plan:
     generator = torch.Generator().manual_seed(3)
     keep = {}
     for space in spec.spaces:
-        if space.name in names:
-            units = torch.randperm(space.size, generator=generator)[: KEEP[space.name]].sort().values
+        if space.kind in names:
+            width = KEEP[space.kind] * space.scale
+            units = torch.randperm(space.size, generator=generator)[:width].sort().values
             keep[space.layer, space.name] = tuple(units.tolist())
     return Plan(spec.model_type, keep)
 
 
 def shrunk(model, spec, plan):
     small = deepcopy(model)
-    sizes = {name: KEEP[name] for _, name in plan.keep}
+    sizes = {name: KEEP[name] for name in plan.widths()}
     new_config = shrunk_config(model.config, spec, sizes)
     smaller = skeleton(small, new_config)
     for layer in range(spec.num_blocks):
@@ -48,11 +50,33 @@ def shrunk(model, spec, plan):
 def masked(model, spec, plan):
     model = deepcopy(model)
     for space in spec.spaces:
+        if space.whole and (space.layer, space.name) in plan.keep:
+            silence(model, space, plan.keep[space.layer, space.name])
         for axis in space.into if (space.layer, space.name) in plan.keep else ():
             weight, bias = read_consumer(model, axis)
             keep = units_to_columns(plan.keep[space.layer, space.name], axis, weight.device)
             write_consumer_(model, axis, keep, weight[:, keep], bias)
     return model
+
+
+def silence(model, space, keep):
+    """Make a router's logits minus infinity where an expert is gone."""
+    router = model.get_submodule(space.out[0].module)
+    gone = [expert for expert in range(space.size) if expert not in keep]
+    forward, linear = router.forward, torch.nn.functional.linear
+
+    def silent_linear(*args):
+        logits = linear(*args)
+        logits[..., gone] = float("-inf")
+        return logits
+
+    def silent_forward(hidden):
+        with patch("torch.nn.functional.linear", silent_linear):
+            return forward(hidden)
+
+    router.forward = silent_forward
+    if hasattr(router, "e_score_correction_bias"):
+        router.e_score_correction_bias[gone] = float("-inf")
 
 
 @torch.no_grad()

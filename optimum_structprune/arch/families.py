@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +17,7 @@ from ..registry import did_you_mean
 
 BUILTIN = Path(__file__).with_name("families.yaml")
 UNITS = ("unit", "pair", "heads", "kv", "q")
+WIDTHS = re.compile(r"\w+_dim(\+\w+_dim)*")  # config keys, added up
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def _parts(entry: Mapping[str, Any], where: str) -> dict[str, list[str]]:
     parts = {name: units if isinstance(units, list) else [units] for name, units in entry.items()}
     for name, units in parts.items():
         for unit in units:
-            if unit not in UNITS:
+            if unit not in UNITS and not WIDTHS.fullmatch(str(unit)):
                 raise StructPruneError(f"{where}.{name}: unknown unit {unit!r}.{did_you_mean(str(unit), UNITS)}")
     return parts
 

@@ -36,7 +36,7 @@ def spaces_of(
     """
     if any(getattr(config, key, None) not in values for key, values in template.requires.items()):
         return
-    units = _rows_per_unit(config)
+    units = _rows_per_unit(config, template)
     base = Space(
         name=name,
         layer=layer,
@@ -59,16 +59,19 @@ def spaces_of(
         yield from _plain(base, template, block, shapes, units)
 
 
-def _rows_per_unit(config: PretrainedConfig) -> dict[str, int]:
+def _rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {"unit": 1, "pair": 2, "heads": heads // groups, "kv": head_dim, "q": head_dim * (heads // groups)}
+    units = {"unit": 1, "pair": 2, "heads": heads // groups, "kv": head_dim, "q": head_dim * (heads // groups)}
+    for parts in (*template.out.values(), *template.into.values(), *template.along.values()):
+        for part in parts:
+            if part not in units:
+                units[part] = sum(getattr(config, key) for key in part.split("+"))
+    return units
 
 
-def _plain(
-    base: Space, template: Template, block: str, shapes: Shapes, units: Mapping[str, int]
-) -> Iterator[Space]:
+def _plain(base: Space, template: Template, block: str, shapes: Shapes, units: Mapping[str, int]) -> Iterator[Space]:
     rows, columns = (1, 0) if template.transposed else (0, 1)
     first, parts = next(iter(template.out.items()))
     if f"{block}{first}.weight" not in shapes:
