@@ -37,10 +37,11 @@ PLAIN = {
 
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **TOKENS}
 TOP_2 = {"num_experts": 4, "num_experts_per_tok": 2}
-MOE = {**GROUPED, **TOP_2, "moe_intermediate_size": 28}
+MOE = {**GROUPED, **TOP_2, "moe_intermediate_size": 40}
 DEEPSEEK = {
     **PLAIN,
-    "moe_intermediate_size": 28,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 40,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,

@@ -96,7 +96,7 @@ def _whole_experts(base: Space, router: str, shapes: Shapes) -> Iterator[Space]:
     if f"{router}.weight" not in shapes:
         return
     size = shapes[f"{router}.weight"][0]
-    names = [name for name in shapes if name.startswith((f"{router}.", f"{base.experts}."))]
+    names = [name for owner in (router, base.experts) for name in shapes if name.startswith(f"{owner}.")]
     out = [axis for name in names for axis in _axes(name, 0, ["unit"], size, shapes, {"unit": 1})]
     yield _with_axes(replace(base, size=size, whole=True), out, [], shapes)
 

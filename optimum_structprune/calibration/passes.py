@@ -143,14 +143,15 @@ class ModelPasses:
         self.model, self.spec, self.batches = model, spec, batches
         self.domains = [batch.domain for batch in batches]
         self.tally: Tally | None = None
-        self.routed: tuple[Routed, ...] = ()
+        self.routed: tuple[str, tuple[Routed, ...]] = ("", ())
 
     def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
         """See `Passes.gather`."""
         if space.experts is not None:
             experts = self.model.get_submodule(space.experts)
-            self.routed = self.routed or self._route(experts)
-            return [finite(space, inner_moments(experts, space, self.routed, gram, 1 + max(self.domains)))]
+            if self.routed[0] != space.experts:
+                self.routed = space.experts, self._route(experts)
+            return [finite(space, inner_moments(experts, space, self.routed[1], gram, 1 + max(self.domains)))]
         if self.tally is None:
             spaces = [other for other in self.spec.spaces if other.experts is None]
             self.tally = Tally(spaces, gram, 1 + max(self.domains), self.model)
@@ -167,7 +168,6 @@ class ModelPasses:
 
     def advance(self, layer: int) -> None:
         """See `Passes.advance`."""
-        self.routed = ()
 
     def _route(self, experts: nn.Module) -> tuple[Routed, ...]:
         return listen(experts, self.domains, self._run)
