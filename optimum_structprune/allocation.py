@@ -49,8 +49,8 @@ def _check_disjoint(spec: ArchSpec, names: Sequence[str]) -> None:
     inside = [name for name in names if name not in whole and spec.of(name)[0].experts is not None]
     if whole and inside:
         raise StructPruneError(
-            f"targets={list(names)} would remove whole experts and channels inside them, and sparsity does not say how "
-            f"much of each; target one of {', '.join(whole + inside)}, or give both widths."
+            f"targets={list(names)} would remove whole experts and channels inside them, and sparsity does not say "
+            f"how much of each; target one of {', '.join(whole + inside)}, or give both widths."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from .arch.spec import ArchSpec
 from .errors import StructPruneError
 
+
 EXPERT = "expert"  # the space whose units are whole experts
 
 

@@ -19,6 +19,14 @@ from .plan import Plan
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+FORWARD_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
 
 def read_consumer(model: nn.Module, axis: Axis) -> tuple[Tensor, Tensor | None]:
     """Weight `(out, n)` and bias `(out,)` of a consumer as fp32 copies, whichever way round it is stored."""
@@ -135,7 +143,11 @@ def shrink_block_(model: PreTrainedModel, spec: ArchSpec, layer: int, plan: Plan
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:
-    """Buffers that no state dict holds, training mode and requires_grad."""
+    """Buffers that no state dict holds, training mode, requires_grad and hooks.
+
+    Transformers marks a model as hooked once it has been asked for hidden states, and never looks again; without their
+    hooks, the new blocks would be left out of these from then on.
+    """
     new.train(old.training)
     frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
     for name, parameter in new.named_parameters():
@@ -145,6 +157,9 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
         if name not in saved:
             owner, _, leaf = name.rpartition(".")
             new.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    for name, module in old.named_modules():
+        for kind in FORWARD_HOOKS:
+            getattr(new.get_submodule(name), kind).update(getattr(module, kind))
 
 
 def adopt_config_(model: PreTrainedModel, config: PretrainedConfig, smaller: PreTrainedModel) -> None:

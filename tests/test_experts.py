@@ -107,14 +107,18 @@ def test_experts_choose_their_own_channels():
     assert len({pruner.plan.keep[0, f"mlp/{expert}"] for expert in range(4)}) == 4
 
 
-def test_refit_brings_the_logits_nearer():
+def test_refit_brings_the_block_nearer():
+    # The first block only: later ones route other tokens to other experts once their input has changed.
     model = build("mixtral")
     distance = {}
     for refit in ("none", "least_squares"):
-        # Every expert sees only a part of the tokens, so it takes more of them than a dense model.
         small = prune_model(model, config(refit=refit, num_samples=48), tokenizer())
-        distance[refit] = float((logits(small) - logits(model)).square().mean())
-    assert distance["least_squares"] < distance["none"]
+        with torch.no_grad():
+            ours, dense = (
+                one.model(token_ids(), output_hidden_states=True).hidden_states[1] for one in (small, model)
+            )
+        distance[refit] = float((ours - dense).square().mean())
+    assert distance["least_squares"] < 0.9 * distance["none"]
 
 
 def test_an_expert_that_no_token_chose_is_judged_by_its_weights():

@@ -18,7 +18,7 @@ LAYERS = [
     ["calibration.stats", "arch.families", "config", "plan", "report"],
     ["arch.spaces", "calibration.experts", "refit", "calibration.collect", "calibration.builtin", "evaluate"],
     ["arch.load", "arch.shrink"],
-    ["criteria.base", "surgery", "allocation", "calibration.sources"],
+    ["calibration.taps", "criteria.base", "surgery", "allocation", "calibration.sources"],
     ["criteria.flap", "criteria.magnitude", "criteria.obs", "criteria.random", "criteria.wanda"],
     ["criteria", "calibration.blocks"],
     ["calibration.evidence", "calibration.passes"],

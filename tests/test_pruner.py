@@ -128,6 +128,15 @@ def test_training_mode_comes_back():
     assert not prune_model(build("llama-tied").eval(), config(), tokenizer()).training
 
 
+@torch.no_grad()
+def test_hidden_states_come_out_of_a_model_that_gave_them_before():
+    model = build("llama-tied")
+    assert len(model(token_ids(), output_hidden_states=True).hidden_states) == 3
+    small = prune_model(model, config(), tokenizer())
+    output = small(token_ids(), output_hidden_states=True)
+    assert len(output.hidden_states) == 3
+
+
 def test_bfloat16_stays_bfloat16():
     small = prune_model(build("llama-tied").to(torch.bfloat16), config(), tokenizer())
     assert small.dtype == torch.bfloat16 and torch.isfinite(logits(small)).all()
