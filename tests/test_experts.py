@@ -107,18 +107,19 @@ def test_experts_choose_their_own_channels():
     assert len({pruner.plan.keep[0, f"mlp/{expert}"] for expert in range(4)}) == 4
 
 
-def test_refit_brings_the_block_nearer():
+def test_refit_lets_a_channel_stand_in_for_its_twin():
     # The first block only: later ones route other tokens to other experts once their input has changed.
     model = build("mixtral")
+    rows = model.model.layers[0].mlp.experts.gate_up_proj.data
+    rows[:, 20:40], rows[:, 60:80] = rows[:, :20].clone(), rows[:, 40:60].clone()
     distance = {}
     for refit in ("none", "least_squares"):
-        small = prune_model(model, config(refit=refit, num_samples=48), tokenizer())
+        small = prune_model(model, config(refit=refit), tokenizer())
         with torch.no_grad():
-            ours, dense = (
-                one.model(token_ids(), output_hidden_states=True).hidden_states[1] for one in (small, model)
-            )
+            outputs = [one.model(token_ids(), output_hidden_states=True) for one in (small, model)]
+        ours, dense = (output.hidden_states[1] for output in outputs)
         distance[refit] = float((ours - dense).square().mean())
-    assert distance["least_squares"] < 0.9 * distance["none"]
+    assert distance["least_squares"] < 0.2 * distance["none"]
 
 
 def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
