@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from .allocation import round_widths, target_widths
 from .arch.load import describe
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec
-from .calibration.blocks import Domain, load_domains
+from .calibration.blocks import Domain, given_domains, load_domains
 from .calibration.passes import Batch, batches_of, passes_over
 from .config import StructPruneConfig
 from .criteria import CRITERIA
 from .errors import InPlaceError, StructPruneError
-from .evaluate import perplexity
+from .evaluate import model_outputs, output_error, perplexity
 from .hub import save_pruned
 from .plan import Plan
 from .registry import Registry
@@ -55,13 +57,19 @@ class StructPruner:
         return cls(StructPruneConfig.from_dict(data))
 
     def prune_model(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, inplace: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        inplace: bool = False,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> PreTrainedModel:
         """Prune a model.
 
         Args:
-            model: A causal language model, in any floating-point dtype.
+            model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype.
             tokenizer: Its tokenizer; reads the calibration domains.
+            inputs: Calibration inputs by domain, in place of the text that the config names: pixels, or token blocks,
+                shape `(samples, ...)`; a part of each is held out.
             inplace: Change and return `model` itself, block by block, which saves the memory of a copy. Otherwise
                 `model` is left as it is and a new one is returned.
 
@@ -71,13 +79,18 @@ class StructPruner:
         """
         _check_model(model, self.config)
         arch = describe(model)
+        if arch.causal and model.get_output_embeddings() is None:
+            raise StructPruneError(
+                f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
+            )
         widths = target_widths(self.config, arch, model.config)
         CRITERIA.get(self.config.criterion)
         report = Report(arch.model_type)
         with report.timed("domains"):
-            domains = load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size)
+            domains = self._domains(model, tokenizer, inputs)
+        measure = _Measure(domains, self.config.batch_size, arch.causal)
         with report.timed("perplexity"):
-            before = _perplexities(model, domains, self.config.batch_size)
+            measure.before(model)
         report.parameters["before"], report.block_parameters["before"] = model.num_parameters(), sum(arch.block_params)
 
         work = model if inplace else deepcopy(model)
@@ -90,10 +103,9 @@ class StructPruner:
                 ) from error
             raise
         with report.timed("perplexity"):
-            after = _perplexities(work, domains, self.config.batch_size)
+            measure.after(work, report)
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work).block_params)
-        report.perplexity = {name: {"before": before[name], "after": after[name]} for name in before}
         report.widths = plan.widths()
         report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
@@ -121,6 +133,16 @@ class StructPruner:
             StructPruneError: If the folder exists, or the saved model does not come back the same.
         """
         save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite)
+
+    def _domains(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        inputs: Mapping[str, Tensor] | None,
+    ) -> list[Domain]:
+        if inputs is not None:
+            return given_domains(inputs, float(self.config.holdout))
+        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size)
 
     def _prune_(
         self,
@@ -181,13 +203,35 @@ def prune_model(
     config: StructPruneConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     inplace: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """Prune a model in one call; see `StructPruner.prune_model`."""
-    return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace)
+    return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
 
 
-def _perplexities(model: PreTrainedModel, domains: list[Domain], batch_size: int) -> dict[str, float]:
-    return {domain.name: perplexity(model, domain.heldout, batch_size) for domain in domains}
+class _Measure:
+    """How good the model is before and after, on held-out text: perplexity, or for models that do not predict the next
+    token how far their hidden states have moved."""
+
+    def __init__(self, domains: list[Domain], batch_size: int, causal: bool):
+        self.heldout = {domain.name: domain.heldout for domain in domains}
+        self.batch_size = batch_size
+        self.causal = causal
+
+    def before(self, model: PreTrainedModel) -> None:
+        self.dense = {name: self._of(model, blocks) for name, blocks in self.heldout.items()}
+
+    def after(self, model: PreTrainedModel, report: Report) -> None:
+        for name, blocks in self.heldout.items():
+            before, after = self.dense[name], self._of(model, blocks)
+            if isinstance(before, float):
+                report.perplexity[name] = {"before": before, "after": after}
+            else:
+                report.output_error[name] = output_error(after, before)
+
+    def _of(self, model: PreTrainedModel, blocks: Tensor):
+        run = perplexity if self.causal else model_outputs
+        return run(model, blocks, self.batch_size)
 
 
 def _biased(arch: ArchSpec, widths: Mapping[str, int]) -> tuple[str, ...]:
@@ -206,8 +250,6 @@ def _check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
         raise StructPruneError(f"{name} carries a PEFT adapter; prune `model.merge_and_unload()` instead.")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise StructPruneError(f"{name} is quantized; prune `model.dequantize()`, or load it without quantization.")
-    if model.get_output_embeddings() is None:
-        raise StructPruneError(f"{name} has no language-model head; load it with AutoModelForCausalLM.")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")

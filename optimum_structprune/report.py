@@ -25,6 +25,8 @@ class Report:
         dense_widths: Number of units before, by space.
         calibration_tokens: Tokens seen in each round, by domain.
         perplexity: `{domain: {"before": …, "after": …}}` on held-out text of that domain.
+        output_error: Of a model that does not predict the next token: squared error of the last hidden states on
+            held-out text against the dense model's, relative to their variance, by domain.
         seconds: Time spent, by stage.
     """
 
@@ -35,6 +37,7 @@ class Report:
     dense_widths: dict[str, int] = field(default_factory=dict)
     calibration_tokens: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    output_error: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -67,6 +70,7 @@ class Report:
         rows += [
             (f"perplexity {name}", *_change(ppl["before"], ppl["after"])) for name, ppl in self.perplexity.items()
         ]
+        rows += [(f"output error {name}", "0", f"{error:.4f}", "") for name, error in self.output_error.items()]
         if len(self.perplexity) > 1:
             means = [exp(fmean(log(ppl[when]) for ppl in self.perplexity.values())) for when in ("before", "after")]
             rows.append(("  geometric mean", *_change(*means)))

@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from .arch.load import block_list
+from .arch.load import block_list, put_block_
 from .arch.spec import ArchSpec, Axis, Space
 from .errors import StructPruneError
 from .plan import Plan
@@ -122,8 +122,7 @@ def shrink_block_(model: PreTrainedModel, spec: ArchSpec, layer: int, plan: Plan
         StructPruneError: If a tensor of the smaller block does not come out in the shape that its config says.
     """
     prefix = spec.block_prefix(layer)
-    blocks = block_list(model, spec)
-    old, new = blocks[layer], block_list(smaller, spec)[layer]
+    old, new = block_list(model, spec)[layer], block_list(smaller, spec)[layer]
     full = {prefix + name: tensor for name, tensor in old.state_dict().items()}
     state = {
         name.removeprefix(prefix): tensor for name, tensor in slice_tensors(full, list(spec.at(layer)), plan).items()
@@ -139,7 +138,7 @@ def shrink_block_(model: PreTrainedModel, spec: ArchSpec, layer: int, plan: Plan
             f"The description of {spec.model_type!r} does not fit this model: {' '.join(str(error).split())}"
         ) from error
     _take_over(old, new)
-    blocks[layer] = new
+    put_block_(model, spec, layer, new)
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:
@@ -176,10 +175,11 @@ def adopt_config_(model: PreTrainedModel, config: PretrainedConfig, smaller: Pre
                 f"{name} has shape {found.get(name)}, but the shrunk config makes it {expected.get(name)}; "
                 f"the description of {config.model_type!r} is incomplete."
             )
-    old = model.config
-    for module in model.modules():
-        if getattr(module, "config", None) is old:
-            setattr(module, "config", config)  # noqa: B010  # a plain assignment is typed as Tensor | Module
+    # Some models give a part of theirs a config of its own: a copy, or the text half of a multimodal one.
+    twins = dict(smaller.named_modules())
+    for name, module in model.named_modules():
+        if hasattr(module, "config") and hasattr(twins[name], "config"):
+            setattr(module, "config", twins[name].config)  # noqa: B010  # a plain assignment is typed as Tensor | Module
 
 
 def units_to_columns(keep: Sequence[int], axis: Axis, device: torch.device) -> Tensor:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from optimum_structprune import DomainConfig, StructPruneConfig
 
@@ -112,12 +123,84 @@ CASES: dict[str, tuple[str, dict]] = {
 RIGID = {"bloom", "mpt"}
 PRUNABLE = [case for case, (model_type, _) in CASES.items() if model_type not in RIGID]
 
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+PATCHES = {**VISION, "image_size": 8, "patch_size": 4}
+QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4}
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}}
+QWEN_VL = {**PLAIN, **MROPE, "num_key_value_heads": 2}
+GEMMA = {**GROUPED, "query_pre_attn_scalar": 4}
+
+# name -> (class, model type, config fields): what is no causal language model alone
+OTHERS: dict[str, tuple[type, str, dict]] = {
+    "bert": (AutoModelForMaskedLM, "bert", PLAIN),
+    "bert-no-head": (AutoModel, "bert", PLAIN),
+    "roberta": (AutoModelForMaskedLM, "roberta", PLAIN),
+    "distilbert": (AutoModelForMaskedLM, "distilbert", {"dim": 32, "hidden_dim": 40, "n_layers": 2, "n_heads": 4}),
+    "electra": (AutoModelForMaskedLM, "electra", {**PLAIN, "embedding_size": 16}),
+    "modernbert": (
+        AutoModelForMaskedLM,
+        "modernbert",
+        {**PLAIN, "local_attention": 8, "global_attn_every_n_layers": 2},
+    ),
+    "deberta-v2": (
+        AutoModelForMaskedLM,
+        "deberta-v2",
+        {**PLAIN, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
+    ),
+    "t5": (AutoModelForSeq2SeqLM, "t5", {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}),
+    "t5-gated": (
+        AutoModelForSeq2SeqLM,
+        "t5",
+        {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
+    ),
+    "bart": (
+        AutoModelForSeq2SeqLM,
+        "bart",
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 40,
+            "decoder_ffn_dim": 36,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "vit": (AutoModelForImageClassification, "vit", {**PATCHES, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "llava": (AutoModelForImageTextToText, "llava", {"text_config": {"model_type": "llama", **GROUPED}}),
+    "gemma3": (AutoModelForImageTextToText, "gemma3", {"text_config": {**GEMMA, **SLIDING}, "vision_config": PATCHES}),
+    "paligemma": (
+        AutoModelForImageTextToText,
+        "paligemma",
+        {"text_config": {"model_type": "gemma", **GROUPED}, "vision_config": {**PATCHES, "projection_dim": 32}},
+    ),
+    "qwen2_vl": (
+        AutoModelForImageTextToText,
+        "qwen2_vl",
+        {"text_config": QWEN_VL, "vision_config": {**QWEN_VISION, "embed_dim": 16, "hidden_size": 32}},
+    ),
+    "qwen2_5_vl": (
+        AutoModelForImageTextToText,
+        "qwen2_5_vl",
+        {
+            "text_config": QWEN_VL,
+            "vision_config": {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32},
+        },
+    ),
+}
+OTHERS["llava"][2]["vision_config"] = {"model_type": "clip_vision_model", **PATCHES}
+
 
 def build(case: str, seed: int = 0) -> PreTrainedModel:
     """A random model in fp32, with biases and norms away from their trivial initial values."""
-    model_type, fields = CASES[case]
+    if case in OTHERS:
+        auto, model_type, fields = OTHERS[case]
+        fields = fields if "text_config" in fields else {**TOKENS, **fields}
+    else:
+        auto, (model_type, fields) = AutoModelForCausalLM, CASES[case]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
+    model = auto.from_config(AutoConfig.for_model(model_type, **deepcopy(fields))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)

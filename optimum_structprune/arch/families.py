@@ -37,6 +37,7 @@ class Template:
     least: str | None = None
     times: str | None = None
     requires: Mapping[str, list[Any]] = field(default_factory=dict)
+    within: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ class Family:
     """An architecture that one or more model types share."""
 
     model_types: tuple[str, ...]
-    blocks: str
-    spaces: Mapping[str, Template]
+    blocks: tuple[str, ...] = ()
+    spaces: Mapping[str, Template] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
+    causal: bool = True
+    text: str | None = None
 
 
 def _only(entry: Mapping[str, Any], required: Iterable[str], optional: Iterable[str], where: str) -> None:
@@ -68,7 +71,7 @@ def _parts(entry: Mapping[str, Any], where: str) -> dict[str, list[str]]:
 
 
 def _template(entry: Mapping[str, Any], where: str, transposed: bool) -> Template:
-    optional = {"also", "pin", "bias", "with", "transposed", "experts", "least", "times", "requires"}
+    optional = {"also", "pin", "bias", "with", "transposed", "experts", "least", "times", "requires", "within"}
     if "router" in entry:
         _only(entry, ("size", "router", "experts"), optional, where)
     else:
@@ -87,6 +90,7 @@ def _template(entry: Mapping[str, Any], where: str, transposed: bool) -> Templat
         least=entry.get("least"),
         times=entry.get("times"),
         requires=entry.get("requires", {}),
+        within=entry.get("within"),
     )
 
 
@@ -96,22 +100,26 @@ def read_families(path: str | Path) -> list[Family]:
     Raises:
         StructPruneError: If a key or a unit is unknown or a key is missing.
     """
-    families = []
-    for entry in yaml.safe_load(Path(path).read_text()):
-        where = f"{Path(path).name}: {', '.join(entry.get('model_types', ['?']))}"
-        _only(entry, ("model_types", "blocks", "spaces"), ("transposed", "missing"), where)
-        families.append(
-            Family(
-                model_types=tuple(entry["model_types"]),
-                blocks=entry["blocks"],
-                spaces={
-                    name: _template(space, f"{where}.{name}", entry.get("transposed", False))
-                    for name, space in entry["spaces"].items()
-                },
-                missing=entry.get("missing", {}),
-            )
-        )
-    return families
+    return [_family(entry, Path(path).name) for entry in yaml.safe_load(Path(path).read_text())]
+
+
+def _family(entry: Mapping[str, Any], file: str) -> Family:
+    where = f"{file}: {', '.join(entry.get('model_types', ['?']))}"
+    if "text" in entry:
+        _only(entry, ("model_types", "text"), (), where)
+        return Family(model_types=tuple(entry["model_types"]), text=entry["text"])
+    _only(entry, ("model_types", "blocks", "spaces"), ("transposed", "missing", "causal"), where)
+    blocks = entry["blocks"]
+    return Family(
+        model_types=tuple(entry["model_types"]),
+        blocks=(blocks,) if isinstance(blocks, str) else tuple(blocks),
+        spaces={
+            name: _template(space, f"{where}.{name}", entry.get("transposed", False))
+            for name, space in entry["spaces"].items()
+        },
+        missing=entry.get("missing", {}),
+        causal=entry.get("causal", True),
+    )
 
 
 @lru_cache

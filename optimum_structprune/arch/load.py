@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,9 @@ from torch import nn
 
 from ..errors import StructPruneError
 from .families import Family, family_of
+from .shrink import text_config
 from .spaces import Shapes, spaces_of
-from .spec import ArchSpec
+from .spec import ArchSpec, Space
 
 
 if TYPE_CHECKING:
@@ -24,18 +26,33 @@ def describe(model: PreTrainedModel) -> ArchSpec:
         StructPruneError: If the model type is unknown, or a parameter does not have the shape that the family's
             description says; the message names the parameter and both numbers.
     """
-    family = family_of(model.config.model_type)
+    config = model.config
     base = model.base_model_prefix
     prefix = f"{base}." if base and hasattr(model, base) else ""
+    family = family_of(config.model_type)
+    if family.text is not None:
+        config, prefix = text_config(config), f"{prefix}{family.text}."
+        family = family_of(config.model_type)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return resolve(family, model.config, shapes, prefix)
+    spec = resolve(family, config, shapes, prefix)
+    return replace(spec, model_type=model.config.model_type)
 
 
-def block_list(model: nn.Module, spec: ArchSpec) -> nn.ModuleList:
-    """The list of blocks of a model."""
-    blocks = model.get_submodule(spec.blocks)
+def block_list(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
+    """The blocks of a model, over all lists that hold them."""
+    return [block for path in dict.fromkeys([spec.blocks, *dict(spec.stacks)]) for block in _blocks_at(model, path)]
+
+
+def put_block_(model: nn.Module, spec: ArchSpec, layer: int, block: nn.Module) -> None:
+    """Put a module in the place of a block."""
+    path, index = spec.place(layer)
+    _blocks_at(model, path)[index] = block
+
+
+def _blocks_at(model: nn.Module, path: str) -> nn.ModuleList:
+    blocks = model.get_submodule(path)
     if not isinstance(blocks, nn.ModuleList):
-        raise StructPruneError(f"{spec.blocks} should be a list of blocks, found {type(blocks).__name__}.")
+        raise StructPruneError(f"{path} should be a list of blocks, found {type(blocks).__name__}.")
     return blocks
 
 
@@ -48,27 +65,41 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
         shapes: Name and shape of every tensor in the state dict.
         prefix: Path of the base model inside the model, with the dot.
     """
-    blocks = f"{prefix}{family.blocks}"
-    own = [name for name in shapes if name.startswith(f"{blocks}.")]
-    if not own:
-        raise StructPruneError(f"A {config.model_type} model should have its blocks at {blocks!r}; nothing is there.")
-    count = 1 + max(int(name[len(blocks) + 1 :].split(".")[0]) for name in own)
-    sizes = [0] * count
-    for name in own:
-        sizes[int(name[len(blocks) + 1 :].split(".")[0])] += prod(shapes[name])
-    found = [
-        space
-        for layer in range(count)
-        for name, template in family.spaces.items()
-        for space in spaces_of(name, template, layer, f"{blocks}.{layer}.", shapes, config)
-    ]
+    stacks: list[tuple[str, int]] = []
+    sizes: list[int] = []
+    found: list[Space] = []
+    for path in family.blocks:
+        blocks = f"{prefix}{path}"
+        own = _sizes(blocks, shapes)
+        if not own:
+            raise StructPruneError(
+                f"A {config.model_type} model should have its blocks at {blocks!r}; nothing is there."
+            )
+        for index in range(len(own)):
+            for name, template in family.spaces.items():
+                if template.within in (None, path):
+                    layer = len(sizes) + index
+                    found += spaces_of(name, template, layer, f"{blocks}.{index}.", shapes, config)
+        stacks.append((blocks, len(own)))
+        sizes += own
     return ArchSpec(
         model_type=config.model_type,
-        blocks=blocks,
+        blocks=stacks[0][0],
         block_params=tuple(sizes),
         spaces=tuple(found),
         missing=(*family.missing.items(), *_refused(family, config)),
+        stacks=tuple(stacks),
+        causal=family.causal,
     )
+
+
+def _sizes(blocks: str, shapes: Shapes) -> list[int]:
+    sizes: dict[int, int] = {}
+    for name, shape in shapes.items():
+        if name.startswith(f"{blocks}."):
+            index = int(name[len(blocks) + 1 :].split(".")[0])
+            sizes[index] = sizes.get(index, 0) + prod(shape)
+    return [sizes[index] for index in sorted(sizes)]
 
 
 def _refused(family: Family, config: PretrainedConfig) -> list[tuple[str, str]]:

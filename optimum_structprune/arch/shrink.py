@@ -33,19 +33,25 @@ def shrunk_config(
         StructPruneError: If the config class refuses the sizes.
     """
     new = deepcopy(config)
+    text = text_config(new)
     for name, size in sizes.items():
         space = spec.of(name)[0]
         for key, value in space.pins:
-            setattr(new, key, value)
+            setattr(text, key, value)
         for key, per_unit in space.config:
-            setattr(new, key, size * per_unit)
+            setattr(text, key, size * per_unit)
         if name in biased and space.bias_flag is not None:
-            setattr(new, space.bias_flag, True)
+            setattr(text, space.bias_flag, True)
     try:
         type(new).from_dict(new.to_dict())
     except (StrictDataclassError, ValueError) as error:
         raise StructPruneError(f"{spec.model_type} does not accept the sizes {dict(sizes)}: {error}") from error
     return new
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a multimodal model's config that describes its text model; a plain config as it is."""
+    return getattr(config, "text_config", None) or config
 
 
 def legal_sizes(config: PretrainedConfig, spec: ArchSpec, name: str) -> list[int]:

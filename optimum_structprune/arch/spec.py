@@ -91,10 +91,12 @@ class ArchSpec:
 
     Attributes:
         model_type: The Hugging Face model type.
-        blocks: Dotted path of the list of blocks.
+        blocks: Dotted path of the list of blocks; the first one where there are several.
         block_params: Number of parameters of each block.
         spaces: Every space of every block, in the order in which a block is pruned.
         missing: Why a space that users ask for is not offered, by name.
+        stacks: Paths of the lists of blocks and how many each holds, where blocks count through several.
+        causal: Whether the model predicts the next token, and perplexity measures it.
     """
 
     model_type: str
@@ -102,6 +104,8 @@ class ArchSpec:
     block_params: tuple[int, ...]
     spaces: tuple[Space, ...]
     missing: tuple[tuple[str, str], ...] = ()
+    stacks: tuple[tuple[str, int], ...] = ()
+    causal: bool = True
 
     @property
     def num_blocks(self) -> int:
@@ -123,4 +127,13 @@ class ArchSpec:
 
     def block_prefix(self, layer: int) -> str:
         """Prefix of the state-dict names of block `layer`, with the dot."""
-        return f"{self.blocks}.{layer}."
+        path, index = self.place(layer)
+        return f"{path}.{index}."
+
+    def place(self, layer: int) -> tuple[str, int]:
+        """Path of the list that holds block `layer`, and its index there."""
+        for path, count in self.stacks:
+            if layer < count:
+                return path, layer
+            layer -= count
+        return self.blocks, layer

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..arch.load import block_list
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
+from ..evaluate import run_model
 from .collect import StopForward, intercept, observe
 from .experts import Routed, contributions, inner_moments
 from .stats import Moments
@@ -77,7 +78,8 @@ class BlockPasses:
 
     def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]):
         self.blocks = block_list(model, spec)
-        self.prefix = spec.blocks
+        self.spec = spec
+        self.device = next(model.parameters()).device
         self.domains = [batch.domain for batch in batches]
         self.hidden: list[Tensor] = []
         self.calls: dict[int, list[Call]] = {}
@@ -97,8 +99,8 @@ class BlockPasses:
             self.routed = self.routed or self._route(layer, experts)
             return [finite(space, inner_moments(experts, space, self.routed, gram, 1 + max(self.domains)))]
         self.routed = ()
-        tally = Tally([space], gram, 1 + max(self.domains), self.blocks)
-        local = {tap.removeprefix(f"{self.prefix}.{layer}."): tap for tap in tally.taps}
+        tally = Tally([space], gram, 1 + max(self.domains), self.device)
+        local = {tap.removeprefix(self.spec.block_prefix(layer)): tap for tap in tally.taps}
         with observe(self.blocks[layer], local, lambda name, x: tally.see(local[name], x)):
             for index, domain in enumerate(self.domains):
                 tally.domain = domain
@@ -117,7 +119,7 @@ class BlockPasses:
             self.hidden[index] = self._run(layer, index)
 
     def _experts(self, layer: int, name: str) -> nn.Module:
-        return self.blocks[layer].get_submodule(name.removeprefix(f"{self.prefix}.{layer}."))
+        return self.blocks[layer].get_submodule(name.removeprefix(self.spec.block_prefix(layer)))
 
     def _route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
         return listen(experts, self.domains, lambda index: self._run(layer, index))
@@ -155,7 +157,7 @@ class ModelPasses:
             return [finite(space, inner_moments(experts, space, self.routed[1], gram, 1 + max(self.domains)))]
         if self.tally is None:
             spaces = [other for other in self.spec.spaces if other.experts is None]
-            self.tally = Tally(spaces, gram, 1 + max(self.domains), self.model)
+            self.tally = Tally(spaces, gram, 1 + max(self.domains), next(self.model.parameters()).device)
             with observe(self.model, self.tally.taps, self.tally.see):
                 for index, domain in enumerate(self.domains):
                     self.tally.domain = domain
@@ -175,7 +177,7 @@ class ModelPasses:
 
     @torch.no_grad()
     def _run(self, index: int) -> None:
-        self.model(self.batches[index].ids.to(self.model.device), use_cache=False)
+        run_model(self.model, self.batches[index].ids)
 
 
 class NotSequentialError(StructPruneError):
@@ -225,7 +227,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
 
     with intercept(block_list(model, spec), before, after):
         try:
-            model(ids.to(model.device), use_cache=False)
+            run_model(model, ids)
         except StopForward:
             pass
     return inputs[0], calls

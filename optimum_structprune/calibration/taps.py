@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..arch.spec import Space
@@ -54,9 +55,8 @@ def finite(space: Space, parts: list[Moments]) -> list[Moments]:
 class Tally:
     """Moments by tap and domain; `domain` says which one is running."""
 
-    def __init__(self, spaces: Sequence[Space], gram: bool, num_domains: int, model: nn.Module):
+    def __init__(self, spaces: Sequence[Space], gram: bool, num_domains: int, device: torch.device):
         self.domain = 0
-        device = next(model.parameters()).device
         self.taps = {
             axis.module: [Moments.empty(space.size * axis.block, gram, device) for _ in range(num_domains)]
             for space in spaces
