@@ -131,6 +131,7 @@ class StructPruneConfig(_Serialisable):
         holdout: Share of each domain's blocks that is set aside, from other documents, for perplexity.
         skip_layers: Blocks that stay whole; needs an allocation that may differ between blocks.
         seed: Of everything random.
+        arch_file: YAML file that describes architectures of your own, in the form of the built-in `families.yaml`.
     """
 
     method: str = "iterative"
@@ -152,6 +153,7 @@ class StructPruneConfig(_Serialisable):
     holdout: Number = validated_field(_share, default=0.125)
     skip_layers: tuple[int, ...] | list[int] = ()
     seed: int = 0
+    arch_file: str | None = None
 
     def __post_init__(self) -> None:
         self.targets = tuple(self.targets)

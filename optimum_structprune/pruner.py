@@ -78,7 +78,7 @@ class StructPruner:
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
         _check_model(model, self.config)
-        arch = describe(model)
+        arch = describe(model, self.config.arch_file)
         if arch.causal and model.get_output_embeddings() is None:
             raise StructPruneError(
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
@@ -105,7 +105,7 @@ class StructPruner:
         with report.timed("perplexity"):
             measure.after(work, report)
         report.parameters["after"] = work.num_parameters()
-        report.block_parameters["after"] = sum(describe(work).block_params)
+        report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
         report.widths = plan.widths()
         report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
@@ -166,7 +166,7 @@ class StructPruner:
                 smaller = skeleton(model, new_config)
                 sweep.remove_experts_(passes_over(model, arch, batches), experts, smaller)
                 adopt_config_(model, new_config, smaller)
-                plan, arch = sweep.plan, describe(model)
+                plan, arch = sweep.plan, describe(model, self.config.arch_file)
         if rest:
             plan = plan.then(self._rounds_(Sweep(model, arch, self.config, shares), batches, rest, report))
         model.train(training)

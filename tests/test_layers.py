@@ -26,7 +26,7 @@ LAYERS = [
         "evaluate",
     ],
     ["arch.load", "calibration.experts"],
-    ["calibration.taps", "criteria.base", "surgery", "allocation", "calibration.sources"],
+    ["arch.stub", "calibration.taps", "criteria.base", "surgery", "allocation", "calibration.sources"],
     ["criteria.flap", "criteria.magnitude", "criteria.obs", "criteria.random", "criteria.wanda"],
     ["criteria", "calibration.blocks"],
     ["calibration.evidence", "calibration.passes"],

@@ -98,9 +98,15 @@ def read_families(path: str | Path) -> list[Family]:
     """The families of a YAML file of the form of `families.yaml`.
 
     Raises:
-        StructPruneError: If a key or a unit is unknown or a key is missing.
+        StructPruneError: If the file cannot be read, a key or a unit is unknown, or a key is missing.
     """
-    return [_family(entry, Path(path).name) for entry in yaml.safe_load(Path(path).read_text())]
+    try:
+        entries = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise StructPruneError(f"{path} cannot be read: {error}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise StructPruneError(f"{path} has to hold a list of families, each with model_types, blocks and spaces.")
+    return [_family(entry, Path(path).name) for entry in entries]
 
 
 def _family(entry: Mapping[str, Any], file: str) -> Family:
@@ -128,15 +134,21 @@ def builtin_families() -> dict[str, Family]:
     return {name: family for family in read_families(BUILTIN) for name in family.model_types}
 
 
-def family_of(model_type: str) -> Family:
+def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
     """The family of a model type.
+
+    Args:
+        model_type: The Hugging Face model type.
+        arch_file: A file of the form of `families.yaml`, which goes before the built-in one.
 
     Raises:
         StructPruneError: If the model type is not known; the message names the nearest one.
     """
-    known = builtin_families()
+    own = {name: family for family in read_families(arch_file) for name in family.model_types} if arch_file else {}
+    known = {**builtin_families(), **own}
     if model_type not in known:
         raise StructPruneError(
-            f"The model type {model_type!r} is not described in families.yaml.{did_you_mean(model_type, known)}"
+            f"The model type {model_type!r} is not described in families.yaml.{did_you_mean(model_type, known)} "
+            "`structprune inspect MODEL --stub` prints a description to check and to pass as --arch."
         )
     return known[model_type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def describe(model: PreTrainedModel) -> ArchSpec:
+def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> ArchSpec:
     """What may shrink in `model`.
+
+    Args:
+        model: The model; its parameters may be on the meta device.
+        arch_file: Descriptions of your own, see `families.yaml`.
 
     Raises:
         StructPruneError: If the model type is unknown, or a parameter does not have the shape that the family's
@@ -29,10 +34,10 @@ def describe(model: PreTrainedModel) -> ArchSpec:
     config = model.config
     base = model.base_model_prefix
     prefix = f"{base}." if base and hasattr(model, base) else ""
-    family = family_of(config.model_type)
+    family = family_of(config.model_type, arch_file)
     if family.text is not None:
         config, prefix = text_config(config), f"{prefix}{family.text}."
-        family = family_of(config.model_type)
+        family = family_of(config.model_type, arch_file)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     spec = resolve(family, config, shapes, prefix)
     return replace(spec, model_type=model.config.model_type)

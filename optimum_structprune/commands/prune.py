@@ -35,6 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seq-length", type=int, help="Tokens per block.")
     parser.add_argument("--batch-size", type=int, help="Blocks per forward pass.")
     parser.add_argument("--seed", type=int, help="Seed of everything random.")
+    parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16.")
     parser.add_argument("--device", help="Such as cpu or cuda; by default cuda where there is one.")
     parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
@@ -50,7 +51,9 @@ def run(args: Namespace) -> int:
     config = config_from(args)
     check_target(args.output, args.overwrite)
     pruner = AutoStructPruner.from_config(config)
-    model, tokenizer = load_model_and_tokenizer(args.model, args.dtype, args.device, args.trust_remote_code)
+    model, tokenizer = load_model_and_tokenizer(
+        args.model, args.dtype, args.device, args.trust_remote_code, config.arch_file
+    )
     pruned = pruner.prune_model(model, tokenizer, inplace=True)
     pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
     print(pruner.report)
@@ -70,6 +73,7 @@ def config_from(args: Namespace):
     flags = {
         "targets": args.target,
         "domains": args.domain,
+        "arch_file": args.arch,
         **{
             name: getattr(args, name)
             for name in ("criterion", "refit", "rounds", "num_samples", "seq_length", "batch_size", "seed")
