@@ -19,6 +19,7 @@ LAYERS = [
     [
         "arch.spaces",
         "arch.shrink",
+        "arch.table",
         "calibration.experts",
         "refit",
         "calibration.collect",
