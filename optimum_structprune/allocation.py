@@ -34,6 +34,7 @@ def target_widths(config: StructPruneConfig, spec: ArchSpec, model_config: Pretr
             )
         legal[name] = legal_sizes(model_config, spec, name)
     if config.widths is None:
+        _check_disjoint(spec, list(wanted))
         widths = widths_for_sparsity(spec, float(config.sparsity or 0), legal, config.round_to)
     else:
         for name, width in config.widths.items():
@@ -41,6 +42,16 @@ def target_widths(config: StructPruneConfig, spec: ArchSpec, model_config: Pretr
         widths = dict(config.widths)
     shrunk_config(model_config, spec, widths)
     return widths
+
+
+def _check_disjoint(spec: ArchSpec, names: Sequence[str]) -> None:
+    whole = [name for name in names if spec.of(name)[0].whole]
+    inside = [name for name in names if name not in whole and spec.of(name)[0].experts is not None]
+    if whole and inside:
+        raise StructPruneError(
+            f"targets={list(names)} would remove whole experts and channels inside them, and sparsity does not say "
+            f"how much of each; target one of {', '.join(whole + inside)}, or give both widths."
+        )
 
 
 def _check_width(spec: ArchSpec, name: str, width: int, legal: Sequence[int]) -> None:
@@ -72,7 +83,7 @@ def widths_for_sparsity(
     """
     goal = sparsity * sum(spec.block_params)
     size = {name: spec.of(name)[0].size for name in legal}
-    cost = {name: sum(space.unit_params for space in spec.of(name)) for name in legal}
+    cost = {name: sum(space.unit_params * space.scale for space in spec.of(name)) for name in legal}
     single = {name: len(spec.of(name)[0].config) == 1 for name in legal}
     choices = {name: _rounded(legal[name], size[name], round_to if single[name] else 1) for name in legal}
     most = {name: cost[name] * (size[name] - choices[name][0]) for name in legal}

@@ -61,6 +61,7 @@ class StructPruneConfig(Serialisable):
         skip_layers: Blocks that stay whole; needs an allocation that may differ between blocks.
         recovery: Training after the last round, or after each; None leaves it out.
         seed: Of everything random.
+        arch_file: YAML file that describes architectures of your own, in the form of the built-in `families.yaml`.
     """
 
     method: str = "iterative"
@@ -83,6 +84,7 @@ class StructPruneConfig(Serialisable):
     skip_layers: tuple[int, ...] | list[int] = ()
     recovery: RecoveryConfig | None = None
     seed: int = 0
+    arch_file: str | None = None
 
     def __post_init__(self) -> None:
         self.targets = tuple(self.targets)

@@ -12,6 +12,7 @@ import torch
 
 from .config import StructPruneConfig
 from .errors import StructPruneError
+from .evaluate import outputs_of, run_model
 from .plan import Plan
 from .report import Report
 
@@ -105,19 +106,28 @@ def check_target(target: str | Path, overwrite: bool) -> None:
 
 @torch.no_grad()
 def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
-    """Load a saved model with plain `from_pretrained` and compare logits.
+    """Load a saved model with plain `from_pretrained` and compare logits, or hidden states where it has no head.
 
     Raises:
-        StructPruneError: If it does not load or its logits differ.
+        StructPruneError: If it does not load or its outputs differ.
     """
     again = type(model).from_pretrained(folder, dtype=model.dtype, device_map=model.device)
-    vocab = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocab, (1, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
+    probe = _probe(model)
     training = model.training
-    difference = float((model.eval()(ids).logits.float() - again.eval()(ids).logits.float()).abs().max())
+    ours, theirs = (outputs_of(run_model(one.eval(), probe)).float() for one in (model, again))
+    difference = float((ours - theirs).abs().max())
     model.train(training)
     if not difference <= 1e-4:
-        raise StructPruneError(f"The model saved to {folder} gives other logits: they differ by {difference:.2g}.")
+        raise StructPruneError(f"The model saved to {folder} gives other outputs: they differ by {difference:.2g}.")
+
+
+def _probe(model: PreTrainedModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    if model.main_input_name == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        return torch.randn(1, config.num_channels, size, size, generator=generator).to(model.dtype)
+    return torch.randint(config.get_text_config().vocab_size, (1, 16), generator=generator)
 
 
 def _swap(staging: Path, target: Path) -> None:

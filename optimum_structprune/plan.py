@@ -12,6 +12,9 @@ from .arch.spec import ArchSpec
 from .errors import StructPruneError
 
 
+EXPERT = "expert"  # the space whose units are whole experts
+
+
 @dataclass(frozen=True)
 class Plan:
     """Kept units by block and space, as ascending indices into the dense model.
@@ -45,19 +48,26 @@ class Plan:
                     f"The plan for {name!r} in block {layer} has to keep ascending units between 0 and {size - 1}."
                 )
 
-    def then(self, later: Plan) -> Plan:
-        """This plan and a later one for the smaller model, as one plan for the dense model."""
-        keep = dict(self.keep)
-        for at, units in later.keep.items():
-            keep[at] = tuple(keep[at][unit] for unit in units) if at in keep else units
-        return Plan(self.model_type, keep)
-
     def widths(self) -> dict[str, dict[int, int]]:
-        """Number of kept units, by space and block."""
+        """Number of kept units, by kind of space and block: the width in the config."""
         widths: dict[str, dict[int, int]] = {}
         for (layer, name), keep in sorted(self.keep.items()):
-            widths.setdefault(name, {})[layer] = len(keep)
+            at = widths.setdefault(name.partition("/")[0], {})
+            at[layer] = min(at.get(layer, len(keep)), len(keep))
         return widths
+
+    def then(self, later: Plan) -> Plan:
+        """This plan and a later one for the smaller model, as one plan for the dense model.
+
+        Where this one removes whole experts, the later one numbers those that are left.
+        """
+        keep = dict(self.keep)
+        for (layer, name), units in later.keep.items():
+            kind, _, label = name.partition("/")
+            left = self.keep.get((layer, EXPERT), ())
+            at = (layer, f"{kind}/{left[int(label)]}" if left and label.isdigit() else name)
+            keep[at] = tuple(keep[at][unit] for unit in units) if at in keep else units
+        return Plan(self.model_type, keep)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it."""

@@ -7,17 +7,19 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec
-from .calibration.blocks import Domain, load_domains
-from .calibration.passes import batches_of, passes_over
+from .calibration.blocks import Domain, given_domains, load_domains
+from .calibration.passes import Batch, batches_of, passes_over
 from .config import StructPruneConfig
 from .criteria import CRITERIA
 from .errors import InPlaceError, StructPruneError
-from .evaluate import perplexity
 from .hub import save_pruned
+from .measure import Measure
 from .plan import Plan
 from .recovery_config import RecoveryConfig
 from .registry import Registry
@@ -57,13 +59,19 @@ class StructPruner:
         return cls(StructPruneConfig.from_dict(data))
 
     def prune_model(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, inplace: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        inplace: bool = False,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> PreTrainedModel:
         """Prune a model.
 
         Args:
-            model: A causal language model, in any floating-point dtype.
+            model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype.
             tokenizer: Its tokenizer; reads the calibration domains.
+            inputs: Calibration inputs by domain, in place of the text that the config names: pixels, or token blocks,
+                shape `(samples, ...)`; a part of each is held out.
             inplace: Change and return `model` itself, block by block, which saves the memory of a copy. Otherwise
                 `model` is left as it is and a new one is returned.
 
@@ -72,21 +80,26 @@ class StructPruner:
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
         check_model(model, self.config)
-        arch = describe(model)
+        arch = describe(model, self.config.arch_file)
+        if arch.causal and model.get_output_embeddings() is None:
+            raise StructPruneError(
+                f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
+            )
         widths = target_widths(self.config, arch, model.config)
         CRITERIA.get(self.config.criterion)
         report = Report(arch.model_type)
         with report.timed("domains"):
-            domains = load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size)
+            domains = self._domains(model, tokenizer, inputs)
+        measure = Measure(domains, arch.causal)
         with report.timed("perplexity"):
-            before = _perplexities(model, domains)
+            measure.before(model)
         report.parameters["before"], report.block_parameters["before"] = model.num_parameters(), sum(arch.block_params)
 
         distils = self.config.recovery is not None and self.config.recovery.kl_weight
         teacher = deepcopy(model) if inplace and distils else model
         work = model if inplace else deepcopy(model)
         try:
-            plan = self._rounds_(work, domains, widths, report, tokenizer, teacher)
+            plan = self._rounds_(work, domains, widths, report, measure, tokenizer, teacher)
         except Exception as error:
             if inplace:
                 raise InPlaceError(
@@ -94,8 +107,7 @@ class StructPruner:
                 ) from error
             raise
         report.parameters["after"] = work.num_parameters()
-        report.block_parameters["after"] = sum(describe(work).block_params)
-        report.perplexity = {name: {"before": ppl, **report.perplexity[name]} for name, ppl in before.items()}
+        report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
         report.widths = plan.widths()
         report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
@@ -124,6 +136,16 @@ class StructPruner:
         """
         save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite)
 
+    def _domains(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        inputs: Mapping[str, Tensor] | None,
+    ) -> list[Domain]:
+        if inputs is not None:
+            return given_domains(inputs, float(self.config.holdout))
+        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size)
+
     def prune_to_(
         self, model: PreTrainedModel, domains: list[Domain], widths: Mapping[str, int], report: Report
     ) -> Plan:
@@ -135,21 +157,37 @@ class StructPruner:
             widths: Number of units to keep, by space; they have to be legal.
             report: Takes the time.
         """
-        config = self.config
-        arch = describe(model)
+        arch = describe(model, self.config.arch_file)
         training = model.training
         model.eval()
+        batches = batches_of(domains, self.config.batch_size)
+        shares = [domain.weight for domain in domains]
+        experts = {name: width for name, width in widths.items() if arch.of(name)[0].whole}
+        rest = {name: width for name, width in widths.items() if name not in experts}
+        plan = Plan(arch.model_type, {})
+        if experts:
+            with report.timed("experts"):
+                sweep = Sweep(model, arch, self.config, shares)
+                new_config = shrunk_config(model.config, arch, experts)
+                smaller = skeleton(model, new_config)
+                sweep.remove_experts_(passes_over(model, arch, batches), experts, smaller)
+                adopt_config_(model, new_config, smaller)
+                plan, arch = sweep.plan, describe(model, self.config.arch_file)
+        if rest:
+            plan = plan.then(self._sweeps_(Sweep(model, arch, self.config, shares), batches, rest, report))
+        model.train(training)
+        return plan
+
+    def _sweeps_(self, sweep: Sweep, batches: list[Batch], widths: Mapping[str, int], report: Report) -> Plan:
+        config, model, arch = self.config, sweep.model, sweep.spec
         biased = _biased(arch, widths) if config.refit == "bias" else ()
         new_config = shrunk_config(model.config, arch, widths, biased)
         smaller = skeleton(model, new_config)
-        batches = batches_of(domains, config.batch_size)
-        sweep = Sweep(model, arch, config, [domain.weight for domain in domains])
         for number, step in enumerate(round_widths(config, arch, widths), start=1):
             with report.timed(f"round {number}"):
                 last = smaller if number == config.rounds else None
                 sweep.run_(passes_over(model, arch, batches), step, last, f"round {number}/{config.rounds}")
         adopt_config_(model, new_config, smaller)
-        model.train(training)
         return sweep.plan
 
     def _rounds_(
@@ -158,21 +196,21 @@ class StructPruner:
         domains: list[Domain],
         widths: Mapping[str, int],
         report: Report,
+        measure: Measure,
         tokenizer: PreTrainedTokenizerBase | None,
         teacher: PreTrainedModel,
     ) -> Plan:
         config, recovery = self.config, self.config.recovery
         pruner, steps = self, [dict(widths)]
         if recovery is not None and recovery.every_round:
-            arch = describe(model)
+            arch = describe(model, config.arch_file)
             pruner = type(self)(replace(config, rounds=1))
             steps = [next_legal(model.config, arch, step) for step in round_widths(config, arch, widths)]
         plan = Plan(model.config.model_type, {})
         for number, step in enumerate(steps, start=1):
             plan = plan.then(pruner.prune_to_(model, domains, step, report))
             with report.timed("perplexity"):
-                after = _perplexities(model, domains)
-            report.perplexity = {name: {"after": ppl} for name, ppl in after.items()}
+                measure.after(model, report)
             if recovery is not None:
                 # Training libraries take seconds to import, and most runs do without.
                 from .recovery import Recovery
@@ -203,13 +241,10 @@ def prune_model(
     config: StructPruneConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     inplace: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """Prune a model in one call; see `StructPruner.prune_model`."""
-    return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace)
-
-
-def _perplexities(model: PreTrainedModel, domains: list[Domain]) -> dict[str, float]:
-    return {domain.name: perplexity(model, domain.heldout) for domain in domains}
+    return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
 
 
 def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
@@ -224,9 +259,7 @@ def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
 
 def _biased(arch: ArchSpec, widths: Mapping[str, int]) -> tuple[str, ...]:
     for name in widths:
-        space = arch.of(name)[0]
-        has_bias = any(axis.param.endswith(".bias") for axis in space.out)
-        if space.bias_flag is None and not has_bias:
+        if any(space.bias_flag is None and not space.biased for space in arch.of(name)):
             raise StructPruneError(
                 f"refit='bias' needs a bias in the projections of {name!r}, which a {arch.model_type} config cannot "
                 "express; use refit='least_squares' or 'none'."
@@ -246,8 +279,6 @@ def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
         raise StructPruneError(f"{name} carries a PEFT adapter; prune `model.merge_and_unload()` instead.")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise StructPruneError(f"{name} is quantized; prune `model.dequantize()`, or load it without quantization.")
-    if model.get_output_embeddings() is None:
-        raise StructPruneError(f"{name} has no language-model head; load it with AutoModelForCausalLM.")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")

@@ -63,6 +63,8 @@ class Report:
         calibration_tokens: Tokens seen in each round, by domain.
         perplexity: `{domain: {"before": …, "after": …}}` on held-out text of that domain.
         recovery: What training after the last round did; None where there was none.
+        output_error: Of a model that does not predict the next token: squared error of the last hidden states on
+            held-out text against the dense model's, relative to their variance, by domain.
         seconds: Time spent, by stage.
     """
 
@@ -74,6 +76,7 @@ class Report:
     calibration_tokens: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
     recovery: RecoveryReport | None = None
+    output_error: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -106,6 +109,7 @@ class Report:
         rows += [
             (f"perplexity {name}", *_change(ppl["before"], ppl["after"])) for name, ppl in self.perplexity.items()
         ]
+        rows += [(f"output error {name}", "0", f"{error:.4f}", "") for name, error in self.output_error.items()]
         if len(self.perplexity) > 1:
             means = [_geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
             rows.append(("  geometric mean", *_change(*means)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .arch.load import block_list
+from .arch.load import block_list, put_block_
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Axis, Space
 from .errors import StructPruneError
@@ -22,14 +22,19 @@ if TYPE_CHECKING:
 
 # What transformers sets on modules when activation checkpointing is switched on.
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+FORWARD_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 def read_consumer(model: nn.Module, axis: Axis) -> tuple[Tensor, Tensor | None]:
     """Weight `(out, n)` and bias `(out,)` of a consumer as fp32 copies, whichever way round it is stored."""
-    module = model.get_submodule(axis.module)
-    weight = module.get_parameter(axis.param.rpartition(".")[2]).detach().movedim(axis.dim, -1)
-    bias = getattr(module, "bias", None)
-    return weight.to(torch.float32, copy=True), None if bias is None else bias.detach().to(torch.float32, copy=True)
+    weight, bias = _consumer(model, axis)
+    return weight.to(torch.float32, copy=True), None if bias is None else bias.to(torch.float32, copy=True)
 
 
 @torch.no_grad()
@@ -44,15 +49,28 @@ def write_consumer_(model: nn.Module, axis: Axis, keep: Tensor, weight: Tensor, 
         weight: Their new values, shape `(out, kept)`.
         bias: New bias, shape `(out,)`; None leaves the module without one.
     """
-    module = model.get_submodule(axis.module)
-    columns = module.get_parameter(axis.param.rpartition(".")[2]).movedim(axis.dim, -1)
+    columns, old = _consumer(model, axis)
     columns.zero_()
     columns[:, keep] = weight.to(columns)
-    if bias is not None:
-        if isinstance(module.bias, Tensor):
-            module.bias.copy_(bias)
-        else:
-            module.bias = nn.Parameter(bias.to(columns), requires_grad=columns.requires_grad)
+    if bias is None:
+        return
+    if old is not None:
+        old.copy_(bias)
+    else:
+        module = model.get_submodule(axis.module)
+        trained = module.get_parameter(axis.param.rpartition(".")[2]).requires_grad
+        module.bias = nn.Parameter(bias.to(columns), requires_grad=trained)
+
+
+def _consumer(model: nn.Module, axis: Axis) -> tuple[Tensor, Tensor | None]:
+    """Views of a consumer's weight, `(out, n)`, and bias: those of one expert where the axis names one."""
+    module, leaf = model.get_submodule(axis.module), axis.param.rpartition(".")[2]
+    weight = module.get_parameter(leaf).detach()
+    bias = getattr(module, "bias" if axis.part is None else f"{leaf}_bias", None)
+    bias = None if bias is None else bias.detach()
+    if axis.part is None:
+        return weight.movedim(axis.dim, -1), bias
+    return weight[axis.part].movedim(axis.dim - 1, -1), None if bias is None else bias[axis.part]
 
 
 def skeleton(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
@@ -70,15 +88,25 @@ def slice_tensors(tensors: Mapping[str, Tensor], spaces: Collection[Space], plan
         plan: What is kept.
     """
     cuts: dict[tuple[str, int], list[int]] = defaultdict(list)
+    inside: dict[tuple[str, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for space in spaces:
         if (keep := plan.keep.get((space.layer, space.name))) is not None:
             for axis in space.axes:
-                cuts[axis.param, axis.dim] += axis.indices(keep)
+                cut = cuts[axis.param, axis.dim] if axis.part is None else inside[axis.param, axis.dim][axis.part]
+                cut += axis.indices(keep)
     sliced = dict(tensors)
+    for (param, dim), experts in inside.items():
+        kept = cuts.pop((param, 0), None) or range(len(tensors[param]))
+        cut_matrices = [_pick(tensors[param][expert], dim - 1, experts[expert]) for expert in kept]
+        sliced[param] = torch.stack(cut_matrices)
     for (param, dim), indices in cuts.items():
         if param in sliced:
-            sliced[param] = sliced[param].index_select(dim, torch.tensor(indices, device=sliced[param].device))
+            sliced[param] = _pick(sliced[param], dim, indices)
     return sliced
+
+
+def _pick(tensor: Tensor, dim: int, indices: Sequence[int]) -> Tensor:
+    return tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
 
 
 @torch.no_grad()
@@ -97,8 +125,7 @@ def shrink_block_(model: PreTrainedModel, spec: ArchSpec, layer: int, plan: Plan
         StructPruneError: If a tensor of the smaller block does not come out in the shape that its config says.
     """
     prefix = spec.block_prefix(layer)
-    blocks = block_list(model, spec)
-    old, new = blocks[layer], block_list(smaller, spec)[layer]
+    old, new = block_list(model, spec)[layer], block_list(smaller, spec)[layer]
     full = {prefix + name: tensor for name, tensor in old.state_dict().items()}
     state = {
         name.removeprefix(prefix): tensor for name, tensor in slice_tensors(full, list(spec.at(layer)), plan).items()
@@ -109,7 +136,7 @@ def shrink_block_(model: PreTrainedModel, spec: ArchSpec, layer: int, plan: Plan
             state[name] = torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
     _fill(new, state, spec)
     _take_over(old, new)
-    blocks[layer] = new
+    put_block_(model, spec, layer, new)
 
 
 @torch.no_grad()
@@ -145,7 +172,7 @@ def resize_(model: PreTrainedModel, spec: ArchSpec, tensors: Mapping[str, Tensor
         shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
         _fill(new, {name: like.new_zeros(shape) for name, shape in shapes.items()}, spec)
         _take_over(old, new)
-        blocks[layer] = new
+        put_block_(model, spec, layer, new)
     adopt_config_(model, config, resized)
 
 
@@ -192,7 +219,11 @@ def _fill(block: nn.Module, state: Mapping[str, Tensor], spec: ArchSpec) -> None
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:
-    """The parameter objects, buffers that no state dict holds, training mode, activation checkpointing."""
+    """The parameter objects, buffers that no state dict holds, training mode, activation checkpointing and hooks.
+
+    Transformers marks a model as hooked once it has been asked for hidden states, and never looks again; without their
+    hooks, the new blocks would be left out of these from then on.
+    """
     new.train(old.training)
     for name, parameter in old.named_parameters():
         owner, _, leaf = name.rpartition(".")
@@ -203,11 +234,13 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
         if name not in saved:
             owner, _, leaf = name.rpartition(".")
             new.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-    modules = dict(old.named_modules())
-    for name, module in new.named_modules():
+    modules = dict(new.named_modules())
+    for name, module in old.named_modules():
         for key in CHECKPOINTING:
-            if key in vars(modules[name]):
-                setattr(module, key, vars(modules[name])[key])
+            if key in vars(module):
+                setattr(modules[name], key, vars(module)[key])
+        for kind in FORWARD_HOOKS:
+            getattr(modules[name], kind).update(getattr(module, kind))
 
 
 def adopt_config_(model: PreTrainedModel, config: PretrainedConfig, smaller: PreTrainedModel) -> None:
@@ -224,10 +257,11 @@ def adopt_config_(model: PreTrainedModel, config: PretrainedConfig, smaller: Pre
                 f"{name} has shape {found.get(name)}, but the shrunk config makes it {expected.get(name)}; "
                 f"the description of {config.model_type!r} is incomplete."
             )
-    old = model.config
-    for module in model.modules():
-        if getattr(module, "config", None) is old:
-            setattr(module, "config", config)  # noqa: B010  # a plain assignment is typed as Tensor | Module
+    # Some models give a part of theirs a config of its own: a copy, or the text half of a multimodal one.
+    twins = dict(smaller.named_modules())
+    for name, module in model.named_modules():
+        if hasattr(module, "config") and hasattr(twins[name], "config"):
+            setattr(module, "config", twins[name].config)  # noqa: B010  # a plain assignment is typed as Tensor | Module
 
 
 def units_to_columns(keep: Sequence[int], axis: Axis, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from .arch.spec import ArchSpec, Axis, Space
-from .calibration.evidence import judge, pool
+from .calibration.evidence import judge, judge_experts, pool
 from .calibration.passes import Passes
 from .calibration.stats import Moments
 from .criteria import CRITERIA, Criterion
@@ -41,7 +41,7 @@ class Sweep:
         config: How to prune.
         shares: Weight of each domain.
         keep: What is kept so far.
-        dense: Dense weight and bias of the consumers that earlier rounds have changed, by parameter name.
+        dense: Dense weight and bias of the consumers that earlier rounds have changed.
     """
 
     model: PreTrainedModel
@@ -49,7 +49,7 @@ class Sweep:
     config: StructPruneConfig
     shares: Sequence[float]
     keep: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
-    dense: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    dense: dict[Axis, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.criterion: Criterion = CRITERIA.get(self.config.criterion)(self.config)
@@ -66,10 +66,31 @@ class Sweep:
         """
         for layer in tqdm(range(self.spec.num_blocks), desc=title, unit="block"):
             for space in self.spec.at(layer):
-                if widths.get(space.name, space.size) < space.size:
-                    self._prune_(space, passes.gather(layer, space, self.gram), widths[space.name], smaller is None)
+                width = widths[space.kind] * space.scale if space.kind in widths else space.size
+                if width < space.size:
+                    self._prune_(space, passes.gather(layer, space, self.gram), width, smaller is None)
             if smaller is not None:
                 shrink_block_(self.model, self.spec, layer, self.plan, smaller)
+            passes.advance(layer)
+
+    def remove_experts_(self, passes: Passes, widths: Mapping[str, int], smaller: PreTrainedModel) -> None:
+        """Take whole experts out of every block.
+
+        Nothing short of that silences an expert, since a router is a softmax over logits: there is no weight that
+        makes one minus infinity. So this is done once, before the rounds, and the blocks move at once.
+
+        Args:
+            passes: The calibration data.
+            widths: Number of experts to keep, by space.
+            smaller: The `skeleton` of the model without them.
+        """
+        for layer in tqdm(range(self.spec.num_blocks), desc="experts", unit="block"):
+            for space in self.spec.at(layer):
+                if space.kind in widths:
+                    found = passes.contributions(layer, space)
+                    scores = judge_experts(found, self.shares, self.config.aggregation)
+                    self.keep[layer, space.name] = _best(scores, widths[space.kind])
+            shrink_block_(self.model, self.spec, layer, self.plan, smaller)
             passes.advance(layer)
 
     @property
@@ -81,8 +102,7 @@ class Sweep:
         key = (space.layer, space.name)
         before = self.keep.get(key, tuple(range(space.size)))
         scores = [self._score(axis, parts, before) for axis, parts in zip(space.into, evidence, strict=True)]
-        best = torch.stack(scores).sum(0).topk(width).indices.sort().values.tolist()
-        self.keep[key] = tuple(before[i] for i in best)
+        self.keep[key] = tuple(before[i] for i in _best(torch.stack(scores).sum(0), width))
         for axis, parts in zip(space.into, evidence, strict=True):
             self._refit_(axis, parts, self.keep[key], remember)
 
@@ -94,10 +114,15 @@ class Sweep:
         return judge(self.criterion, weight[:, columns], parts, self.shares, axis.block, config.aggregation)
 
     def _refit_(self, axis: Axis, parts: Sequence[Moments], units: Sequence[int], remember: bool) -> None:
-        weight, bias = self.dense.get(axis.param) or read_consumer(self.model, axis)
+        weight, bias = self.dense.get(axis) or read_consumer(self.model, axis)
         if remember:
-            self.dense[axis.param] = (weight, bias)
+            self.dense[axis] = (weight, bias)
         columns = units_to_columns(units, axis, weight.device)
         moments = pool(weight, parts, self.shares)
         refitted = REFITS[self.config.refit](weight, bias, moments, columns, float(self.config.damping))
         write_consumer_(self.model, axis, columns, *refitted)
+
+
+def _best(scores: Tensor, width: int) -> tuple[int, ...]:
+    """The units with the highest scores, ascending."""
+    return tuple(scores.topk(width).indices.sort().values.tolist())

@@ -82,11 +82,13 @@ class StructPruneCallback(TrainerCallback):
         if model is None:
             return
         check_model(model, self.config)
-        arch = describe(model)
+        arch = describe(model, self.config.arch_file)
         self._dense = arch, target_widths(self.config, arch, model.config)
         self.plan = Plan(arch.model_type, {})
         self._loading.close()
-        self._loading.enter_context(before_load(model, lambda tensors: resize_(model, describe(model), tensors)))
+        self._loading.enter_context(
+            before_load(model, lambda tensors: resize_(model, describe(model, self.config.arch_file), tensors))
+        )
 
     def on_train_begin(
         self,
@@ -137,7 +139,7 @@ class StructPruneCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, model=None, **kwargs) -> None:
         """Put the number of parameters and the widths into what the Trainer logs."""
-        arch = describe(model)
+        arch = describe(model, self.config.arch_file)
         names = () if self._dense is None else self._dense[1]
         values = {f"structprune/width/{name}": arch.of(name)[0].size for name in names}
         values["structprune/params"] = model.num_parameters()
@@ -162,7 +164,7 @@ class StructPruneCallback(TrainerCallback):
         Returns:
             Whether anything was removed.
         """
-        arch = describe(model)
+        arch = describe(model, self.config.arch_file)
         smaller = {name: width for name, width in widths.items() if width < arch.of(name)[0].size}
         if not smaller:
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from itertools import islice
 
 import torch
@@ -11,7 +12,17 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from optimum_structprune import DomainConfig, StructPruneConfig
 from optimum_structprune.calibration.builtin import builtin_documents
@@ -39,31 +50,161 @@ PLAIN = {
     **TOKENS,
 }
 
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **TOKENS}
+TOP_2 = {"num_experts": 4, "num_experts_per_tok": 2}
+MOE = {**GROUPED, **TOP_2, "moe_intermediate_size": 40}
+DEEPSEEK = {
+    **PLAIN,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 40,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "topk_group": 1,
+}
+
 # name -> (model type, config fields)
 CASES: dict[str, tuple[str, dict]] = {
     "llama-tied": ("llama", {**GROUPED, "tie_word_embeddings": True}),
     "llama-untied": ("llama", {**GROUPED, "tie_word_embeddings": False}),
     "llama-bias": ("llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "smollm3": ("smollm3", {**GROUPED, "no_rope_layers": [1, 0]}),
+    "granite": ("granite", {**GROUPED, "attention_multiplier": 0.5, "residual_multiplier": 0.7}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {**GROUPED, "tie_word_embeddings": True}),
     "mistral": ("mistral", {**GROUPED, "sliding_window": 4}),
+    "ministral": ("ministral", {**GROUPED, **SLIDING}),
+    "ministral3": ("ministral3", GROUPED),
     "qwen2": ("qwen2", {**GROUPED, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**GROUPED, **SLIDING, "use_sliding_window": True}),
+    "exaone4": ("exaone4", {**GROUPED, **SLIDING}),
+    "ernie4_5": ("ernie4_5", {**GROUPED, "use_bias": True}),
+    "gemma": ("gemma", GROUPED),
     "gemma2": ("gemma2", {**GROUPED, **SLIDING, "query_pre_attn_scalar": 4}),
     "gemma3_text": ("gemma3_text", {**GROUPED, **SLIDING, "query_pre_attn_scalar": 4}),
+    "olmo": ("olmo", {**GROUPED, "clip_qkv": 0.5}),
+    "olmo2": ("olmo2", GROUPED),
+    "olmo3": ("olmo3", {**GROUPED, **SLIDING}),
+    "cohere": ("cohere", {**GROUPED, "use_qk_norm": False}),
+    "cohere-qk-norm": ("cohere", {**GROUPED, "use_qk_norm": True}),
+    "cohere2": ("cohere2", {**GROUPED, **SLIDING}),
+    "seed_oss": ("seed_oss", {**GROUPED, "attention_out_bias": True}),
+    "nemotron": ("nemotron", GROUPED),
     "phi3": ("phi3", {**GROUPED, "tie_word_embeddings": False}),
-    "gpt2-tied": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **TOKENS}),
-    "gpt2-inner": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 40, **TOKENS}),
+    "glm": ("glm", GROUPED),
+    "glm4": ("glm4", {**GROUPED, "attention_bias": False}),
+    "phi": ("phi", GROUPED),
+    "phi-qk-norm": ("phi", {**GROUPED, "qk_layernorm": True}),
+    "starcoder2": ("starcoder2", GROUPED),
+    "stablelm": ("stablelm", {**PLAIN, "num_key_value_heads": 2, "use_parallel_residual": True}),
+    "helium": ("helium", {**GROUPED, "attention_bias": False}),
+    "gpt2-tied": ("gpt2", GPT),
+    "gpt2-inner": ("gpt2", {**GPT, "n_inner": 40}),
+    "codegen": ("codegen", {**GPT, "rotary_dim": 4, "n_inner": 40}),
+    "gptj": ("gptj", {**GPT, "rotary_dim": 4, "n_inner": 40}),
     "opt": ("opt", {**PLAIN, "ffn_dim": 40, "word_embed_proj_dim": 32}),
     "opt-no-bias": ("opt", {**PLAIN, "ffn_dim": 40, "word_embed_proj_dim": 32, "enable_bias": False}),
     "gpt_neox": ("gpt_neox", {**PLAIN, "use_parallel_residual": True}),
     "gpt_neox-serial": ("gpt_neox", {**PLAIN, "use_parallel_residual": False, "tie_word_embeddings": True}),
+    "falcon": ("falcon", {**PLAIN, "ffn_hidden_size": 40, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-alibi": ("falcon", {**PLAIN, "ffn_hidden_size": 40, "alibi": True, "parallel_attn": False, "bias": True}),
+    "mixtral": ("mixtral", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("olmoe", {**GROUPED, **TOP_2, "norm_topk_prob": False}),
+    "granitemoe": ("granitemoe", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": ("gpt_oss", {**GROUPED, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 36}),
+    "qwen3_moe": ("qwen3_moe", {**MOE, "norm_topk_prob": True, "mlp_only_layers": [0]}),
+    "deepseek_v2": ("deepseek_v2", {**DEEPSEEK, "q_lora_rank": None, "n_shared_experts": 2}),
+    "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": 8, "n_shared_experts": 1, "n_group": 1}),
+    "deepseek_v3-groups": ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": 8, "n_group": 2, "topk_group": 2}),
+    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, **TOKENS}),
+    "mpt": ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **TOKENS}),
 }
+# Model types whose configs cannot say that anything is gone.
+RIGID = {"bloom", "mpt"}
+PRUNABLE = [case for case, (model_type, _) in CASES.items() if model_type not in RIGID]
+
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+PATCHES = {**VISION, "image_size": 8, "patch_size": 4}
+QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4}
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}}
+QWEN_VL = {**PLAIN, **MROPE, "num_key_value_heads": 2}
+GEMMA = {**GROUPED, "query_pre_attn_scalar": 4}
+
+# name -> (class, model type, config fields): what is no causal language model alone
+OTHERS: dict[str, tuple[type, str, dict]] = {
+    "bert": (AutoModelForMaskedLM, "bert", PLAIN),
+    "bert-no-head": (AutoModel, "bert", PLAIN),
+    "roberta": (AutoModelForMaskedLM, "roberta", PLAIN),
+    "distilbert": (AutoModelForMaskedLM, "distilbert", {"dim": 32, "hidden_dim": 40, "n_layers": 2, "n_heads": 4}),
+    "electra": (AutoModelForMaskedLM, "electra", {**PLAIN, "embedding_size": 16}),
+    "modernbert": (
+        AutoModelForMaskedLM,
+        "modernbert",
+        {**PLAIN, "local_attention": 8, "global_attn_every_n_layers": 2},
+    ),
+    "deberta-v2": (
+        AutoModelForMaskedLM,
+        "deberta-v2",
+        {**PLAIN, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
+    ),
+    "t5": (AutoModelForSeq2SeqLM, "t5", {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}),
+    "t5-gated": (
+        AutoModelForSeq2SeqLM,
+        "t5",
+        {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
+    ),
+    "bart": (
+        AutoModelForSeq2SeqLM,
+        "bart",
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 40,
+            "decoder_ffn_dim": 36,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "vit": (AutoModelForImageClassification, "vit", {**PATCHES, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "llava": (AutoModelForImageTextToText, "llava", {"text_config": {"model_type": "llama", **GROUPED}}),
+    "gemma3": (AutoModelForImageTextToText, "gemma3", {"text_config": {**GEMMA, **SLIDING}, "vision_config": PATCHES}),
+    "paligemma": (
+        AutoModelForImageTextToText,
+        "paligemma",
+        {"text_config": {"model_type": "gemma", **GROUPED}, "vision_config": {**PATCHES, "projection_dim": 32}},
+    ),
+    "qwen2_vl": (
+        AutoModelForImageTextToText,
+        "qwen2_vl",
+        {"text_config": QWEN_VL, "vision_config": {**QWEN_VISION, "embed_dim": 16, "hidden_size": 32}},
+    ),
+    "qwen2_5_vl": (
+        AutoModelForImageTextToText,
+        "qwen2_5_vl",
+        {
+            "text_config": QWEN_VL,
+            "vision_config": {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32},
+        },
+    ),
+}
+OTHERS["llava"][2]["vision_config"] = {"model_type": "clip_vision_model", **PATCHES}
 
 
 def build(case: str, seed: int = 0) -> PreTrainedModel:
     """A random model in fp32, with biases and norms away from their trivial initial values."""
-    model_type, fields = CASES[case]
+    if case in OTHERS:
+        auto, model_type, fields = OTHERS[case]
+        fields = fields if "text_config" in fields else {**TOKENS, **fields}
+    else:
+        auto, (model_type, fields) = AutoModelForCausalLM, CASES[case]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
+    model = auto.from_config(AutoConfig.for_model(model_type, **deepcopy(fields))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)

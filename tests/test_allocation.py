@@ -86,7 +86,11 @@ def test_sparsity_rounds_channels_and_explicit_widths_do_not():
             r"'mlp'\] = 41 is not legal .* has 40; the nearest legal choice is 40",
         ),
         ("llama-tied", {"widths": {"mpl": 4}}, r"no space 'mpl' to prune. Did you mean 'mlp'\?"),
-        ("opt", {"widths": {"attention": 2}}, "no space 'attention' to prune: OPT derives the head dimension"),
+        (
+            "opt",
+            {"widths": {"attention": 2}},
+            "no space 'attention' to prune: transformers derives the head dimension",
+        ),
         ("llama-tied", {"sparsity": 0.99}, "sparsity=0.99 is more than mlp, attention can give: at most 0.8"),
     ],
 )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build, documents, token_ids, tokenizer
-from transformers import AutoModelForCausalLM, BertConfig, BertModel
+from models import GROUPED, build, documents, token_ids, tokenizer
+from transformers import ArceeConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertModel, XGLMConfig
 
 from optimum_structprune import StructPruneConfig
 from optimum_structprune.commands.cli import main
@@ -70,6 +70,42 @@ def test_inspect(folder, capsys):
     assert "llama, 2 blocks" in shown and "1-2, 4" in shown and "1-40" in shown
 
 
+def test_an_unknown_architecture_from_stub_to_pruned(folder, tmp_path, capsys):
+    config = ArceeConfig(**GROUPED)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    assert main(["inspect", str(tmp_path / "model")]) == 2
+    assert "'arcee' is not described" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "model"), "--stub"]) == 0
+    text = capsys.readouterr().out
+    assert "check every line" in text and "nearest family by names and shapes is nemotron" in text
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text)
+    assert main(["inspect", str(tmp_path / "model"), "--arch", str(mine)]) == 0
+    assert "arcee, 2 blocks" in capsys.readouterr().out
+    domain = f"a={folder / 'a.jsonl'}"
+    widths = ["--width", "mlp=24", "--width", "attention=2"]
+    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), "--arch", str(mine), *widths]
+    assert main(["prune", *arguments, "--domain", domain, *SHORT, "--device", "cpu"]) == 0
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (small.config.intermediate_size, small.config.num_key_value_heads) == (24, 2)
+
+
+def test_a_stub_needs_a_tensor_parallel_plan(tmp_path, capsys):
+    XGLMConfig(d_model=8, ffn_dim=8, num_layers=1, attention_heads=2, vocab_size=16).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--stub"]) == 2
+    assert "no tensor-parallel plan for 'xglm'" in capsys.readouterr().err
+
+
+def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path):
+    build("distilbert").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--domain", f"a={folder / 'a.jsonl'}"]
+    assert main([*arguments, *SHORT, "--width", "mlp=24", "--device", "cpu"]) == 0
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.hidden_dim == 24
+
+
 def test_flags_override_the_file(tmp_path, folder):
     StructPruneConfig(sparsity=0.4, criterion="flap", rounds=3).to_yaml(tmp_path / "run.yaml")
     from argparse import ArgumentParser
@@ -88,6 +124,7 @@ def test_bad_input(folder, tmp_path, capsys):
     BertModel(
         BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     ).save_pretrained(tmp_path / "bert")
+    XGLMConfig(d_model=8, ffn_dim=8, num_layers=1, attention_heads=2, vocab_size=16).save_pretrained(tmp_path / "xglm")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "run.yaml").write_text("sparsiti: 0.2\n")
     model, out = str(folder / "model"), str(tmp_path / "out")
@@ -108,7 +145,8 @@ def test_bad_input(folder, tmp_path, capsys):
         (["prune", model, out, "--sparsity", "0.2", "--device", "warp"], "warp"),
         (["prune", model, str(folder), "--sparsity", "0.2"], "exists and is not empty"),
         (["inspect", str(tmp_path / "missing")], "missing"),
-        (["inspect", str(tmp_path / "bert")], "'bert' is not described"),
+        (["inspect", str(tmp_path / "xglm")], "'xglm' is not described"),
+        (["inspect", model, "--arch", str(tmp_path / "none.yaml")], "none.yaml cannot be read"),
     ]
     for arguments, message in cases:
         assert main(arguments) == 2, arguments

@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from models import CASES, build, config, documents, token_ids, tokenizer
+from models import PRUNABLE, build, config, documents, token_ids, tokenizer
 from test_passes import count_hooks
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +21,7 @@ from optimum_structprune import (
     register_pruner,
     sweep,
 )
+from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.passes import ModelPasses
 from optimum_structprune.criteria import CRITERIA, Criterion
 from optimum_structprune.pruner import PRUNERS
@@ -36,7 +37,7 @@ def same_weights(left, right) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PRUNABLE)
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_every_family_end_to_end(case, rounds, tmp_path):
     model = build(case)
@@ -45,7 +46,7 @@ def test_every_family_end_to_end(case, rounds, tmp_path):
     small = pruner.prune_model(model, tokenizer())
     assert type(small) is type(model) and same_weights(model, before)
     assert count_hooks(small) == count_hooks(model) == 0
-    assert pruner.report.widths["mlp"] == {0: 24, 1: 24}
+    assert pruner.report.widths["mlp"] == {space.layer: 24 for space in describe(model).of("mlp")}
     assert small.num_parameters() == pruner.report.parameters["after"] < pruner.report.parameters["before"]
     pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -125,6 +126,15 @@ def test_an_exception_in_the_middle(monkeypatch, inplace):
 def test_training_mode_comes_back():
     assert prune_model(build("llama-tied").train(), config(), tokenizer()).training
     assert not prune_model(build("llama-tied").eval(), config(), tokenizer()).training
+
+
+@torch.no_grad()
+def test_hidden_states_come_out_of_a_model_that_gave_them_before():
+    model = build("llama-tied")
+    assert len(model(token_ids(), output_hidden_states=True).hidden_states) == 3
+    small = prune_model(model, config(), tokenizer())
+    output = small(token_ids(), output_hidden_states=True)
+    assert len(output.hidden_states) == 3
 
 
 def test_bfloat16_stays_bfloat16():

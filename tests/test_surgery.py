@@ -1,10 +1,11 @@
 """Pruned ≡ masked, and reload ≡ in memory, for every family and space."""
 
 from copy import deepcopy
+from unittest.mock import patch
 
 import pytest
 import torch
-from models import CASES, build, token_ids
+from models import PRUNABLE, build, token_ids
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import Plan, StructPruneError
@@ -20,23 +21,24 @@ from optimum_structprune.surgery import (
 )
 
 
-KEEP = {"mlp": 24, "attention": 2}
-SPACES = [(case, name) for case in CASES for name in describe(build(case)).names]
+KEEP = {"mlp": 24, "attention": 2, "expert": 3, "shared_mlp": 20, "dense_mlp": 24}
+SPACES = [(case, name) for case in PRUNABLE for name in describe(build(case)).names]
 
 
 def random_plan(spec, names) -> Plan:
     generator = torch.Generator().manual_seed(3)
     keep = {}
     for space in spec.spaces:
-        if space.name in names:
-            units = torch.randperm(space.size, generator=generator)[: KEEP[space.name]].sort().values
+        if space.kind in names:
+            width = KEEP[space.kind] * space.scale
+            units = torch.randperm(space.size, generator=generator)[:width].sort().values
             keep[space.layer, space.name] = tuple(units.tolist())
     return Plan(spec.model_type, keep)
 
 
 def shrunk(model, spec, plan):
     small = deepcopy(model)
-    sizes = {name: KEEP[name] for _, name in plan.keep}
+    sizes = {name: KEEP[name] for name in plan.widths()}
     new_config = shrunk_config(model.config, spec, sizes)
     smaller = skeleton(small, new_config)
     for layer in range(spec.num_blocks):
@@ -48,6 +50,8 @@ def shrunk(model, spec, plan):
 def masked(model, spec, plan):
     model = deepcopy(model)
     for space in spec.spaces:
+        if space.whole and (space.layer, space.name) in plan.keep:
+            silence(model, space, plan.keep[space.layer, space.name])
         for axis in space.into if (space.layer, space.name) in plan.keep else ():
             weight, bias = read_consumer(model, axis)
             keep = units_to_columns(plan.keep[space.layer, space.name], axis, weight.device)
@@ -55,12 +59,32 @@ def masked(model, spec, plan):
     return model
 
 
+def silence(model, space, keep):
+    """Make a router's logits minus infinity where an expert is gone."""
+    router = model.get_submodule(space.out[0].module)
+    gone = [expert for expert in range(space.size) if expert not in keep]
+    forward, linear = router.forward, torch.nn.functional.linear
+
+    def silent_linear(*args):
+        logits = linear(*args)
+        logits[..., gone] = float("-inf")
+        return logits
+
+    def silent_forward(hidden):
+        with patch("torch.nn.functional.linear", silent_linear):
+            return forward(hidden)
+
+    router.forward = silent_forward
+    if hasattr(router, "e_score_correction_bias"):
+        router.e_score_correction_bias[gone] = float("-inf")
+
+
 @torch.no_grad()
 def logits(model):
     return model(token_ids()).logits
 
 
-@pytest.mark.parametrize(("case", "name"), [*SPACES, *((case, "all") for case in CASES)])
+@pytest.mark.parametrize(("case", "name"), [*SPACES, *((case, "all") for case in PRUNABLE)])
 def test_pruned_equals_masked_and_reloads(case, name, tmp_path):
     model = build(case)
     spec = describe(model)
@@ -79,7 +103,7 @@ def test_pruned_equals_masked_and_reloads(case, name, tmp_path):
     assert again.generate(token_ids(1, 4), min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PRUNABLE)
 def test_keeping_everything_changes_nothing(case):
     model = build(case)
     spec = describe(model)

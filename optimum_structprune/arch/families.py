@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,19 +16,28 @@ from ..registry import did_you_mean
 
 
 BUILTIN = Path(__file__).with_name("families.yaml")
-UNITS = ("unit", "kv", "q")
+UNITS = ("unit", "pair", "heads", "kv", "q")
+WIDTHS = re.compile(r"\w+_dim(\+\w+_dim)*")  # config keys, added up
 
 
 @dataclass(frozen=True)
 class Template:
-    """One space of a family, with names relative to a block."""
+    """One space of a family, with names relative to a block; `families.yaml` says what the fields mean."""
 
     size: str
-    out: Mapping[str, list[str]]
-    into: Mapping[str, list[str]]
+    out: Mapping[str, list[str]] = field(default_factory=dict)
+    into: Mapping[str, list[str]] = field(default_factory=dict)
+    along: Mapping[str, list[str]] = field(default_factory=dict)
     also: tuple[str, ...] = ()
     pin: tuple[str, ...] = ()
     bias: str | None = None
+    transposed: bool = False
+    experts: str | None = None
+    router: str | None = None
+    least: str | None = None
+    times: str | None = None
+    requires: Mapping[str, list[Any]] = field(default_factory=dict)
+    within: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,10 +45,11 @@ class Family:
     """An architecture that one or more model types share."""
 
     model_types: tuple[str, ...]
-    blocks: str
-    spaces: Mapping[str, Template]
-    transposed: bool = False
+    blocks: tuple[str, ...] = ()
+    spaces: Mapping[str, Template] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
+    causal: bool = True
+    text: str | None = None
 
 
 def _only(entry: Mapping[str, Any], required: Iterable[str], optional: Iterable[str], where: str) -> None:
@@ -54,20 +65,32 @@ def _parts(entry: Mapping[str, Any], where: str) -> dict[str, list[str]]:
     parts = {name: units if isinstance(units, list) else [units] for name, units in entry.items()}
     for name, units in parts.items():
         for unit in units:
-            if unit not in UNITS:
+            if unit not in UNITS and not WIDTHS.fullmatch(str(unit)):
                 raise StructPruneError(f"{where}.{name}: unknown unit {unit!r}.{did_you_mean(str(unit), UNITS)}")
     return parts
 
 
-def _template(entry: Mapping[str, Any], where: str) -> Template:
-    _only(entry, ("size", "out", "in"), ("also", "pin", "bias"), where)
+def _template(entry: Mapping[str, Any], where: str, transposed: bool) -> Template:
+    optional = {"also", "pin", "bias", "with", "transposed", "experts", "least", "times", "requires", "within"}
+    if "router" in entry:
+        _only(entry, ("size", "router", "experts"), optional, where)
+    else:
+        _only(entry, ("size", "out", "in"), optional, where)
     return Template(
         size=entry["size"],
-        out=_parts(entry["out"], f"{where}.out"),
-        into=_parts(entry["in"], f"{where}.in"),
+        out=_parts(entry.get("out", {}), f"{where}.out"),
+        into=_parts(entry.get("in", {}), f"{where}.in"),
+        along=_parts(entry.get("with", {}), f"{where}.with"),
         also=tuple(entry.get("also", ())),
         pin=tuple(entry.get("pin", ())),
         bias=entry.get("bias"),
+        transposed=entry.get("transposed", transposed),
+        experts=entry.get("experts"),
+        router=entry.get("router"),
+        least=entry.get("least"),
+        times=entry.get("times"),
+        requires=entry.get("requires", {}),
+        within=entry.get("within"),
     )
 
 
@@ -75,22 +98,34 @@ def read_families(path: str | Path) -> list[Family]:
     """The families of a YAML file of the form of `families.yaml`.
 
     Raises:
-        StructPruneError: If a key or a unit is unknown or a key is missing.
+        StructPruneError: If the file cannot be read, a key or a unit is unknown, or a key is missing.
     """
-    families = []
-    for entry in yaml.safe_load(Path(path).read_text()):
-        where = f"{Path(path).name}: {', '.join(entry.get('model_types', ['?']))}"
-        _only(entry, ("model_types", "blocks", "spaces"), ("transposed", "missing"), where)
-        families.append(
-            Family(
-                model_types=tuple(entry["model_types"]),
-                blocks=entry["blocks"],
-                spaces={name: _template(space, f"{where}.{name}") for name, space in entry["spaces"].items()},
-                transposed=entry.get("transposed", False),
-                missing=entry.get("missing", {}),
-            )
-        )
-    return families
+    try:
+        entries = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise StructPruneError(f"{path} cannot be read: {error}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise StructPruneError(f"{path} has to hold a list of families, each with model_types, blocks and spaces.")
+    return [_family(entry, Path(path).name) for entry in entries]
+
+
+def _family(entry: Mapping[str, Any], file: str) -> Family:
+    where = f"{file}: {', '.join(entry.get('model_types', ['?']))}"
+    if "text" in entry:
+        _only(entry, ("model_types", "text"), (), where)
+        return Family(model_types=tuple(entry["model_types"]), text=entry["text"])
+    _only(entry, ("model_types", "blocks", "spaces"), ("transposed", "missing", "causal"), where)
+    blocks = entry["blocks"]
+    return Family(
+        model_types=tuple(entry["model_types"]),
+        blocks=(blocks,) if isinstance(blocks, str) else tuple(blocks),
+        spaces={
+            name: _template(space, f"{where}.{name}", entry.get("transposed", False))
+            for name, space in entry["spaces"].items()
+        },
+        missing=entry.get("missing", {}),
+        causal=entry.get("causal", True),
+    )
 
 
 @lru_cache
@@ -99,15 +134,21 @@ def builtin_families() -> dict[str, Family]:
     return {name: family for family in read_families(BUILTIN) for name in family.model_types}
 
 
-def family_of(model_type: str) -> Family:
+def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
     """The family of a model type.
+
+    Args:
+        model_type: The Hugging Face model type.
+        arch_file: A file of the form of `families.yaml`, which goes before the built-in one.
 
     Raises:
         StructPruneError: If the model type is not known; the message names the nearest one.
     """
-    known = builtin_families()
+    own = {name: family for family in read_families(arch_file) for name in family.model_types} if arch_file else {}
+    known = {**builtin_families(), **own}
     if model_type not in known:
         raise StructPruneError(
-            f"The model type {model_type!r} is not described in families.yaml.{did_you_mean(model_type, known)}"
+            f"The model type {model_type!r} is not described in families.yaml.{did_you_mean(model_type, known)} "
+            "`structprune inspect MODEL --stub` prints a description to check and to pass as --arch."
         )
     return known[model_type]

@@ -15,6 +15,8 @@ from .spec import ArchSpec
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+EXPERT_MULTIPLE = 8
+
 
 def shrunk_config(
     config: PretrainedConfig, spec: ArchSpec, sizes: Mapping[str, int], biased: Collection[str] = ()
@@ -31,14 +33,15 @@ def shrunk_config(
         StructPruneError: If the config class refuses the sizes.
     """
     new = deepcopy(config)
+    text = text_config(new)
     for name, size in sizes.items():
         space = spec.of(name)[0]
         for key, value in space.pins:
-            setattr(new, key, value)
+            setattr(text, key, value)
         for key, per_unit in space.config:
-            setattr(new, key, size * per_unit)
+            setattr(text, key, size * per_unit)
         if name in biased and space.bias_flag is not None:
-            setattr(new, space.bias_flag, True)
+            setattr(text, space.bias_flag, True)
     try:
         type(new).from_dict(new.to_dict())
     except (StrictDataclassError, ValueError) as error:
@@ -46,16 +49,24 @@ def shrunk_config(
     return new
 
 
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a multimodal model's config that describes its text model; a plain config as it is."""
+    return getattr(config, "text_config", None) or config
+
+
 def legal_sizes(config: PretrainedConfig, spec: ArchSpec, name: str) -> list[int]:
     """Every number of units that a plain config of this model can express for the space `name`, ascending.
 
     A space whose size is one config key alone (channels) takes any size. Where several keys go together (KV groups
-    and heads), each size is tried against the config class's own validation.
+    and heads), each size is tried against the config class's own validation. Widths inside experts are multiples of 8:
+    the grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes.
     """
     space = spec.of(name)[0]
+    if space.experts is not None and not space.whole:
+        return [size for size in range(1, space.size + 1) if size % EXPERT_MULTIPLE == 0 or size == space.size]
     if len(space.config) == 1:
-        return list(range(1, space.size + 1))
-    return [size for size in range(1, space.size + 1) if _accepts(config, spec, {name: size})]
+        return list(range(space.least, space.size + 1))
+    return [size for size in range(space.least, space.size + 1) if _accepts(config, spec, {name: size})]
 
 
 def _accepts(config: PretrainedConfig, spec: ArchSpec, sizes: Mapping[str, int]) -> bool:

@@ -18,12 +18,14 @@ class Axis:
         dim: The dimension, counted from the front.
         block: Indices per unit (1 for a channel, the head dimension for a KV head).
         offset: First index of unit 0 (non-zero in packed weights).
+        part: Only this index of dimension 0: one expert of a parameter that stacks the experts' matrices.
     """
 
     param: str
     dim: int
     block: int = 1
     offset: int = 0
+    part: int | None = None
 
     def indices(self, keep: Sequence[int]) -> list[int]:
         """Indices of `dim` that the units in `keep` own, in order."""
@@ -40,7 +42,8 @@ class Space:
     """One removable dimension of one block.
 
     Attributes:
-        name: Kind of space, such as `mlp` or `attention`.
+        name: Kind of space, such as `mlp` or `attention`; where a block has several of a kind that share their width
+            and choose their own units, such as the experts' channels, a slash and a label follow.
         layer: Index of the block.
         size: Number of units.
         out: Axes of the producers (rows).
@@ -48,7 +51,12 @@ class Space:
         config: Pairs of a config key and its value per unit.
         pins: Config keys and values that must be written out, because they would otherwise be derived.
         unit_params: Parameters that go with one unit, over all axes.
-        bias_flag: Config key that gives the projections of this space a bias, where the architecture has one.
+        bias_flag: Config key that gives the consumers of this space a bias, where the architecture has one.
+        biased: Whether the consumers have a bias.
+        scale: Units per unit of the width in the config.
+        least: Smallest width that the config allows.
+        experts: Full name of the module that holds the experts, where its routed input is what is observed.
+        whole: Whether a unit is a whole expert.
     """
 
     name: str
@@ -60,6 +68,16 @@ class Space:
     pins: tuple[tuple[str, int], ...]
     unit_params: int
     bias_flag: str | None = None
+    biased: bool = False
+    scale: int = 1
+    least: int = 1
+    experts: str | None = None
+    whole: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The name without a label."""
+        return self.name.partition("/")[0]
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -73,10 +91,12 @@ class ArchSpec:
 
     Attributes:
         model_type: The Hugging Face model type.
-        blocks: Dotted path of the list of blocks.
+        blocks: Dotted path of the list of blocks; the first one where there are several.
         block_params: Number of parameters of each block.
         spaces: Every space of every block, in the order in which a block is pruned.
         missing: Why a space that users ask for is not offered, by name.
+        stacks: Paths of the lists of blocks and how many each holds, where blocks count through several.
+        causal: Whether the model predicts the next token, and perplexity measures it.
     """
 
     model_type: str
@@ -84,6 +104,8 @@ class ArchSpec:
     block_params: tuple[int, ...]
     spaces: tuple[Space, ...]
     missing: tuple[tuple[str, str], ...] = ()
+    stacks: tuple[tuple[str, int], ...] = ()
+    causal: bool = True
 
     @property
     def num_blocks(self) -> int:
@@ -93,16 +115,25 @@ class ArchSpec:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Kinds of space that some block has, in pruning order."""
-        return tuple(dict.fromkeys(space.name for space in self.spaces))
+        return tuple(dict.fromkeys(space.kind for space in self.spaces))
 
     def at(self, layer: int) -> Iterator[Space]:
         """The spaces of block `layer`."""
         return (space for space in self.spaces if space.layer == layer)
 
     def of(self, name: str) -> list[Space]:
-        """The spaces called `name`, one for each block that has it."""
-        return [space for space in self.spaces if space.name == name]
+        """The spaces of the kind `name`, in the order of the blocks."""
+        return [space for space in self.spaces if space.kind == name]
 
     def block_prefix(self, layer: int) -> str:
         """Prefix of the state-dict names of block `layer`, with the dot."""
-        return f"{self.blocks}.{layer}."
+        path, index = self.place(layer)
+        return f"{path}.{index}."
+
+    def place(self, layer: int) -> tuple[str, int]:
+        """Path of the list that holds block `layer`, and its index there."""
+        for path, count in self.stacks:
+            if layer < count:
+                return path, layer
+            layer -= count
+        return self.blocks, layer

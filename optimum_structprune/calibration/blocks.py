@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -105,6 +105,30 @@ def load_domains(
             )
         loaded.append(Domain(domain.name, domain.weight / total, blocks, heldout))
     return loaded
+
+
+def given_domains(inputs: Mapping[str, Tensor], holdout: float) -> list[Domain]:
+    """Domains out of inputs that are ready for the model, in equal shares.
+
+    Args:
+        inputs: By name, shape `(samples, ...)`.
+        holdout: Share of each that is set aside.
+
+    Raises:
+        StructPruneError: If there are no inputs, or too few to set some aside.
+    """
+    if not inputs:
+        raise StructPruneError("inputs has to name at least one domain, got {}.")
+    domains = []
+    for name, samples in inputs.items():
+        aside = num_heldout(len(samples), holdout)
+        if len(samples) <= aside:
+            raise StructPruneError(
+                f"inputs[{name!r}] has {len(samples)} samples, of which {aside} are held out; "
+                f"{aside + 1} is the least."
+            )
+        domains.append(Domain(name, 1 / len(inputs), samples[aside:], samples[:aside]))
+    return domains
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

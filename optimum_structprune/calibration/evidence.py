@@ -31,6 +31,7 @@ def pool(weight: Tensor, parts: Sequence[Moments], shares: Sequence[float]) -> M
         parts: Moments of its input, one per domain.
         shares: Weight of each domain.
     """
+    parts, shares = _seen(parts, shares)
     energies = [output_energy(weight, part) for part in parts]
     if min(energies) <= 0:
         return mix(parts, shares)
@@ -52,5 +53,27 @@ def judge(
     """
     if aggregation == "mean":
         return criterion.score(weight, pool(weight, parts, shares), block)
-    scores = torch.stack([criterion.score(weight, part, block) for part in parts])
+    scores = torch.stack([criterion.score(weight, part, block) for part in _seen(parts, shares)[0]])
+    return loudest(scores)
+
+
+def judge_experts(contributions: Tensor, shares: Sequence[float], aggregation: str) -> Tensor:
+    """One score per expert from its contributions in every domain, shape `(domains, experts)`, on one scale."""
+    if aggregation == "max":
+        return loudest(contributions)
+    weights = torch.tensor(shares, dtype=contributions.dtype)
+    means = contributions.mean(1).clamp(min=torch.finfo(contributions.dtype).tiny)
+    return (weights / means) @ contributions
+
+
+def loudest(scores: Tensor) -> Tensor:
+    """The highest score of each unit over the domains, shape `(domains, units)`, each divided by its mean."""
     return (scores / scores.mean(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)).amax(0)
+
+
+def _seen(parts: Sequence[Moments], shares: Sequence[float]) -> tuple[Sequence[Moments], Sequence[float]]:
+    """Without the domains that never came here; all of them where none did."""
+    pairs = [(part, share) for part, share in zip(parts, shares, strict=True) if part.count]
+    if not pairs:
+        return parts, shares
+    return [part for part, _ in pairs], [share for _, share in pairs]

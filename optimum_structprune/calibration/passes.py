@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from ..arch.load import block_list
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
+from ..evaluate import run_model
 from .collect import StopForward, intercept, observe
+from .experts import Routed, contributions, inner_moments
 from .stats import Moments
+from .taps import Tally, finite, listen
 
 
 if TYPE_CHECKING:
@@ -47,6 +50,10 @@ class Passes(Protocol):
         """Moments of the inputs of the space's consumers: for each consumer, one per domain."""
         ...
 
+    def contributions(self, layer: int, space: Space) -> Tensor:
+        """How much each expert of a space of whole experts contributes, shape `(domains, experts)`."""
+        ...
+
     def advance(self, layer: int) -> None:
         """Block `layer` has its final weights for this round; go on to the next."""
         ...
@@ -65,15 +72,18 @@ def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
 class BlockPasses:
     """One block at a time, on stored inputs that have come through the blocks already pruned.
 
-    Memory: the hidden states of the calibration set and one block's statistics.
+    Memory: the hidden states of the calibration set and one block's statistics; where a block has experts, also what
+    it routes to them, but the statistics of only one expert.
     """
 
     def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]):
         self.blocks = block_list(model, spec)
-        self.prefix = spec.blocks
+        self.spec = spec
+        self.device = next(model.parameters()).device
         self.domains = [batch.domain for batch in batches]
         self.hidden: list[Tensor] = []
         self.calls: dict[int, list[Call]] = {}
+        self.routed: tuple[Routed, ...] = ()
         for batch in batches:
             size = len(batch.ids)
             hidden, calls = capture(model, spec, batch.ids, whole=size not in self.calls)
@@ -83,18 +93,36 @@ class BlockPasses:
 
     def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
         """See `Passes.gather`."""
-        tally = Tally([space], gram, 1 + max(self.domains), self.blocks)
-        local = {tap.removeprefix(f"{self.prefix}.{layer}."): tap for tap in tally.taps}
+        if space.experts is not None:
+            experts = self._experts(layer, space.experts)
+            # The experts of a block see the same stream, whichever of them is pruned first.
+            self.routed = self.routed or self._route(layer, experts)
+            return [finite(space, inner_moments(experts, space, self.routed, gram, 1 + max(self.domains)))]
+        self.routed = ()
+        tally = Tally([space], gram, 1 + max(self.domains), self.device)
+        local = {tap.removeprefix(self.spec.block_prefix(layer)): tap for tap in tally.taps}
         with observe(self.blocks[layer], local, lambda name, x: tally.see(local[name], x)):
             for index, domain in enumerate(self.domains):
                 tally.domain = domain
                 self._run(layer, index)
         return tally.of(space)
 
+    def contributions(self, layer: int, space: Space) -> Tensor:
+        """See `Passes.contributions`."""
+        experts = self._experts(layer, str(space.experts))
+        return contributions(experts, space.size, self._route(layer, experts), 1 + max(self.domains))
+
     def advance(self, layer: int) -> None:
         """See `Passes.advance`."""
+        self.routed = ()
         for index in range(len(self.hidden)):
             self.hidden[index] = self._run(layer, index)
+
+    def _experts(self, layer: int, name: str) -> nn.Module:
+        return self.blocks[layer].get_submodule(name.removeprefix(self.spec.block_prefix(layer)))
+
+    def _route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
+        return listen(experts, self.domains, lambda index: self._run(layer, index))
 
     @torch.no_grad()
     def _run(self, layer: int, index: int) -> Tensor:
@@ -110,25 +138,46 @@ class BlockPasses:
 class ModelPasses:
     """The whole model at once: for architectures whose blocks hand on more than hidden states.
 
-    Every tap is observed in the same pass, on the model as it stands when the round begins.
+    Every tap is observed in the same pass, on the model as it stands when the round begins; experts take a pass of
+    their own for each block.
     """
 
     def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]):
         self.model, self.spec, self.batches = model, spec, batches
+        self.domains = [batch.domain for batch in batches]
         self.tally: Tally | None = None
+        self.routed: tuple[str, tuple[Routed, ...]] = ("", ())
 
     def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
         """See `Passes.gather`."""
+        if space.experts is not None:
+            experts = self.model.get_submodule(space.experts)
+            if self.routed[0] != space.experts:
+                self.routed = space.experts, self._route(experts)
+            return [finite(space, inner_moments(experts, space, self.routed[1], gram, 1 + max(self.domains)))]
         if self.tally is None:
-            self.tally = Tally(self.spec.spaces, gram, 1 + max(batch.domain for batch in self.batches), self.model)
-            with observe(self.model, self.tally.taps, self.tally.see), torch.no_grad():
-                for batch in self.batches:
-                    self.tally.domain = batch.domain
-                    self.model(batch.ids.to(self.model.device), use_cache=False)
+            spaces = [other for other in self.spec.spaces if other.experts is None]
+            self.tally = Tally(spaces, gram, 1 + max(self.domains), next(self.model.parameters()).device)
+            with observe(self.model, self.tally.taps, self.tally.see):
+                for index, domain in enumerate(self.domains):
+                    self.tally.domain = domain
+                    self._run(index)
         return self.tally.of(space)
+
+    def contributions(self, layer: int, space: Space) -> Tensor:
+        """See `Passes.contributions`."""
+        experts = self.model.get_submodule(str(space.experts))
+        return contributions(experts, space.size, self._route(experts), 1 + max(self.domains))
 
     def advance(self, layer: int) -> None:
         """See `Passes.advance`."""
+
+    def _route(self, experts: nn.Module) -> tuple[Routed, ...]:
+        return listen(experts, self.domains, self._run)
+
+    @torch.no_grad()
+    def _run(self, index: int) -> None:
+        run_model(self.model, self.batches[index].ids)
 
 
 class NotSequentialError(StructPruneError):
@@ -141,40 +190,6 @@ def passes_over(model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]
         return BlockPasses(model, spec, batches)
     except NotSequentialError:
         return ModelPasses(model, spec, batches)
-
-
-class Tally:
-    """Moments by tap and domain; `domain` says which one is running."""
-
-    def __init__(self, spaces: Sequence[Space], gram: bool, num_domains: int, model: nn.Module):
-        self.domain = 0
-        device = next(model.parameters()).device
-        self.taps = {
-            axis.module: [Moments.empty(space.size * axis.block, gram, device) for _ in range(num_domains)]
-            for space in spaces
-            for axis in space.into
-        }
-
-    def see(self, tap: str, x: Tensor) -> None:
-        """Take in one activation."""
-        self.taps[tap][self.domain].update(x)
-
-    def of(self, space: Space) -> list[list[Moments]]:
-        """The moments of a space's consumers.
-
-        Raises:
-            StructPruneError: If a NaN or an infinity came in, or a tap saw nothing.
-        """
-        for axis in space.into:
-            for domain, moments in enumerate(self.taps[axis.module]):
-                if not moments.finite:
-                    raise StructPruneError(
-                        f"NaN or infinite activations at {axis.module} in domain {domain}; "
-                        "load the model in float32 or bfloat16, or check its weights."
-                    )
-                if moments.count == 0:
-                    raise StructPruneError(f"{axis.module} never ran during calibration in domain {domain}.")
-        return [self.taps[axis.module] for axis in space.into]
 
 
 @torch.no_grad()
@@ -212,7 +227,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
 
     with intercept(block_list(model, spec), before, after):
         try:
-            model(ids.to(model.device), use_cache=False)
+            run_model(model, ids)
         except StopForward:
             pass
     return inputs[0], calls

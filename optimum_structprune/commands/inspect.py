@@ -13,22 +13,29 @@ HELP = "Show a model's family, spaces, units, legal widths and parameter shares.
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("model", help="Model id or folder.")
+    parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
+    parser.add_argument("--stub", action="store_true", help="Print a description to check, for --arch.")
     parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
 
 
 def run(args: Namespace) -> int:
     """Build the model on the meta device and describe it."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from ..arch.load import describe
     from ..arch.shrink import legal_sizes
-    from .loading import load_config
+    from ..arch.stub import stub
+    from .loading import load_config, model_class
 
     config = load_config(args.model, args.trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-    spec = describe(model)
+        kind = model_class(config, args.arch)
+        make = kind.from_config if hasattr(kind, "from_config") else kind
+        model = make(config, trust_remote_code=True) if args.trust_remote_code and make is not kind else make(config)
+    if args.stub:
+        print(stub(model))
+        return 0
+    spec = describe(model, args.arch)
     total = model.num_parameters()
     print(f"{args.model}: {spec.model_type}, {spec.num_blocks} blocks, {total:,} parameters")
     print(f"{'space':<12}{'units':>8}{'parameters':>16}{'share':>8}  legal widths")

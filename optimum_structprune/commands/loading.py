@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..arch.families import family_of
 from ..errors import StructPruneError
 
 
@@ -17,9 +19,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model_and_tokenizer(
-    name: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+    name: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    arch_file: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer.
+    """A model and its tokenizer.
 
     Raises:
         StructPruneError: If either cannot be loaded, with the reason.
@@ -29,7 +35,8 @@ def load_model_and_tokenizer(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = model_class(config, arch_file).from_pretrained(
             name, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
@@ -37,6 +44,19 @@ def load_model_and_tokenizer(
     except RuntimeError as error:
         raise StructPruneError(f"The model cannot be put on --device {device}: {_first_line(error)}") from error
     return model.eval(), tokenizer
+
+
+def model_class(config: PretrainedConfig, arch_file: str | None = None) -> Any:
+    """What loads a model: the causal language model of its type, or the class that it was saved as where that is an
+    encoder, an encoder-decoder or a multimodal model.
+    """
+    try:
+        family = family_of(config.model_type, arch_file)
+    except StructPruneError:
+        return AutoModelForCausalLM
+    if family.causal and family.text is None:
+        return AutoModelForCausalLM
+    return getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:

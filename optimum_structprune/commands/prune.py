@@ -29,6 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_text_arguments(parser)
     parser.add_argument("--num-samples", type=int, help="Calibration blocks in all.")
     parser.add_argument("--batch-size", type=int, help="Blocks per forward pass.")
+    parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
     parser.add_argument("--recover", action="store_true", help="Train afterwards, the dense model being the teacher.")
     parser.add_argument("--recovery-tokens", type=int, metavar="N", help="Training tokens in all; implies --recover.")
     add_model_arguments(parser)
@@ -49,7 +50,9 @@ def run(args: Namespace) -> int:
     config = config if later is None else replace(config, recovery=None)
     check_target(args.output, args.overwrite)
     pruner = AutoStructPruner.from_config(config)
-    model, tokenizer = load_model_and_tokenizer(args.model, args.dtype, args.device, args.trust_remote_code)
+    model, tokenizer = load_model_and_tokenizer(
+        args.model, args.dtype, args.device, args.trust_remote_code, config.arch_file
+    )
     pruned = pruner.prune_model(model, tokenizer, inplace=True)
     pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
     print(pruner.report)
@@ -75,6 +78,7 @@ def config_from(args: Namespace):
     flags = {
         "targets": args.target,
         "domains": args.domain,
+        "arch_file": args.arch,
         **{
             name: getattr(args, name)
             for name in ("criterion", "refit", "rounds", "num_samples", "seq_length", "batch_size", "seed")

@@ -1,0 +1,148 @@
+"""Fills in one template for one block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING
+
+from ..errors import StructPruneError
+from .families import Template
+from .spec import Axis, Space
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def spaces_of(
+    name: str, template: Template, layer: int, block: str, shapes: Shapes, config: PretrainedConfig
+) -> Iterator[Space]:
+    """The spaces that a template makes of one block: none, one, or one per expert.
+
+    Args:
+        name: Of the space.
+        template: Its description.
+        layer: Index of the block.
+        block: Its full name, with the dot.
+        shapes: Name and shape of every tensor in the state dict.
+        config: The model's config; gives the head counts.
+
+    Raises:
+        StructPruneError: If a parameter is missing or does not have the shape that the template says.
+    """
+    if any(getattr(config, key, None) not in values for key, values in template.requires.items()):
+        return
+    units = _rows_per_unit(config, template)
+    base = Space(
+        name=name,
+        layer=layer,
+        size=0,
+        out=(),
+        into=(),
+        config=((template.size, 1), *((key, units["heads"]) for key in template.also)),
+        pins=tuple((key, units["kv"]) for key in template.pin),
+        unit_params=0,
+        bias_flag=template.bias,
+        scale=getattr(config, template.times) if template.times else 1,
+        least=getattr(config, template.least) if template.least else 1,
+        experts=f"{block}{template.experts}" if template.experts else None,
+    )
+    if template.router is not None:
+        yield from _whole_experts(base, f"{block}{template.router}", shapes)
+    elif template.experts is not None:
+        yield from _inside_experts(base, template, shapes, units)
+    else:
+        yield from _plain(base, template, block, shapes, units)
+
+
+def _rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    units = {"unit": 1, "pair": 2, "heads": heads // groups, "kv": head_dim, "q": head_dim * (heads // groups)}
+    for parts in (*template.out.values(), *template.into.values(), *template.along.values()):
+        for part in parts:
+            if part not in units:
+                units[part] = sum(getattr(config, key) for key in part.split("+"))
+    return units
+
+
+def _plain(base: Space, template: Template, block: str, shapes: Shapes, units: Mapping[str, int]) -> Iterator[Space]:
+    rows, columns = (1, 0) if template.transposed else (0, 1)
+    first, parts = next(iter(template.out.items()))
+    if f"{block}{first}.weight" not in shapes:
+        return
+    size = shapes[f"{block}{first}.weight"][rows] // sum(units[part] for part in parts)
+    out, into = [], []
+    for module, parts in template.out.items():
+        out += _axes(f"{block}{module}.weight", rows, parts, size, shapes, units)
+        if f"{block}{module}.bias" in shapes:
+            out += _axes(f"{block}{module}.bias", 0, parts, size, shapes, units)
+    for param, parts in template.along.items():
+        if f"{block}{param}" in shapes:
+            out += _axes(f"{block}{param}", 0, parts, size, shapes, units)
+    for module, parts in template.into.items():
+        into += _axes(f"{block}{module}.weight", columns, parts, size, shapes, units)
+    biased = all(f"{block}{module}.bias" in shapes for module in template.into)
+    yield _with_axes(replace(base, size=size, biased=biased), out, into, shapes)
+
+
+def _whole_experts(base: Space, router: str, shapes: Shapes) -> Iterator[Space]:
+    """One unit per expert: index 0 of every tensor of the router and of the experts."""
+    if f"{router}.weight" not in shapes:
+        return
+    size = shapes[f"{router}.weight"][0]
+    names = [name for owner in (router, base.experts) for name in shapes if name.startswith(f"{owner}.")]
+    out = [axis for name in names for axis in _axes(name, 0, ["unit"], size, shapes, {"unit": 1})]
+    yield _with_axes(replace(base, size=size, whole=True), out, [], shapes)
+
+
+def _inside_experts(base: Space, template: Template, shapes: Shapes, units: Mapping[str, int]) -> Iterator[Space]:
+    """One space per expert, in parameters that stack the experts' matrices."""
+    rows, columns = (2, 1) if template.transposed else (1, 2)
+    first, parts = next(iter(template.out.items()))
+    weight = shapes.get(f"{base.experts}.{first}")
+    if weight is None:
+        return
+    size = weight[rows] // sum(units[part] for part in parts)
+    out, into = [], []
+    for param, parts in template.out.items():
+        out += _axes(f"{base.experts}.{param}", rows, parts, size, shapes, units)
+        if f"{base.experts}.{param}_bias" in shapes:
+            out += _axes(f"{base.experts}.{param}_bias", 1, parts, size, shapes, units)
+    for param, parts in template.into.items():
+        into += _axes(f"{base.experts}.{param}", columns, parts, size, shapes, units)
+    biased = all(f"{base.experts}.{param}_bias" in shapes for param in template.into)
+    for expert in range(weight[0]):
+        mine = replace(base, name=f"{base.name}/{expert}", size=size, biased=biased)
+        yield _with_axes(
+            mine, [replace(axis, part=expert) for axis in out], [replace(axis, part=expert) for axis in into], shapes
+        )
+
+
+def _with_axes(space: Space, out: list[Axis], into: list[Axis], shapes: Shapes) -> Space:
+    return replace(
+        space, out=tuple(out), into=tuple(into), unit_params=sum(_unit_params(axis, shapes) for axis in out + into)
+    )
+
+
+def _unit_params(axis: Axis, shapes: Shapes) -> int:
+    shape = shapes[axis.param]
+    return prod(shape if axis.part is None else shape[1:]) // shape[axis.dim] * axis.block
+
+
+def _axes(param: str, dim: int, parts: list[str], size: int, shapes: Shapes, units: Mapping[str, int]) -> list[Axis]:
+    if param not in shapes:
+        raise StructPruneError(f"{param} is missing; the description of this family expects it.")
+    blocks = [units[part] for part in parts]
+    if shapes[param][dim] != size * sum(blocks):
+        raise StructPruneError(
+            f"{param}: dimension {dim} is {shapes[param][dim]}, but {size} units of {sum(blocks)} make "
+            f"{size * sum(blocks)}. The description of this family does not fit this model."
+        )
+    offsets = [size * sum(blocks[:i]) for i in range(len(blocks))]
+    return [Axis(param, dim, block, offset) for block, offset in zip(blocks, offsets, strict=True)]

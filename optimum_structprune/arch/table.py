@@ -1,0 +1,67 @@
+"""The table of architectures in the docs: `python -m optimum_structprune.arch.table > docs/architectures.md`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from .families import BUILTIN, Family, Template, read_families
+
+
+HEAD = """# Architectures
+
+Generated from `optimum_structprune/arch/families.yaml` by `python -m optimum_structprune.arch.table`; a test holds
+this page against it.
+
+**Plain** means that the pruned model's own config says it all, with the same width in every block, so that plain
+`from_pretrained` loads it. Every line below is tested on a tiny random model: the pruned model equals the masked one
+within 1e-5 in fp32, reloads, and every tensor has the shape that the smaller config gives it.
+
+- `mlp` inside experts: one config key is the width of all experts, but every expert keeps its own channels, scored and
+  refitted on the tokens that are routed to it. Widths are multiples of 8, because the grouped matrix product takes
+  only rows of whole 16 bytes. Statistics of one expert are held at a time.
+- `expert` removes whole experts with their router rows, in one step before the rounds: a router is a softmax, so
+  nothing short of that silences an expert. The score is the mean of gate x output norm over the tokens that chose it
+  (REAP). At least as many stay as each token chooses.
+- `dense_mlp` are the dense blocks of a mixture-of-experts model, `shared_mlp` a shared expert with a width of its own.
+- Encoders and encoder-decoders are measured by the squared error of their last hidden states (T5: logits) on held-out
+  text, relative to the variance of the dense model's; an encoder-decoder reads the same text on both sides. Vision
+  models take `inputs={"name": pixels}` in place of text.
+- Where a projection already has a bias, or `bias` names the config key that gives it one, `refit="bias"` works.
+
+"""
+
+
+def table() -> str:
+    """The page."""
+    lines = ["| model types | space | plain | config keys | bias |", "|---|---|---|---|---|"]
+    for family in read_families(BUILTIN):
+        lines += _rows(family)
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def _rows(family: Family) -> Iterator[str]:
+    types = ", ".join(f"`{name}`" for name in family.model_types)
+    if family.text is not None:
+        yield f"| {types} | of the text model | yes | in `text_config` | as there |"
+        return
+    kinds: dict[str, Template] = {}
+    for name, template in family.spaces.items():
+        kinds.setdefault(name.partition("/")[0], template)
+    for name, template in kinds.items():
+        keys = ", ".join(f"`{key}`" for key in (template.size, *template.also))
+        when = "".join(
+            f", where `{key}` is {' or '.join(_plain(value) for value in values)}"
+            for key, values in template.requires.items()
+        )
+        yield f"| {types} | `{name}` | yes{when} | {keys} | {f'`{template.bias}`' if template.bias else ''} |"
+    for name, reason in family.missing.items():
+        yield f"| {types} | `{name}` | no: {reason} | | |"
+
+
+def _plain(value: object) -> str:
+    return "null" if value is None else str(value).lower()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

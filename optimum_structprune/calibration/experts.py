@@ -1,0 +1,99 @@
+"""What experts see and do: their routed input, their inner activations, and how much each of them contributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..arch.spec import Space
+from .stats import Moments
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One call of an experts module.
+
+    Attributes:
+        domain: That was running.
+        hidden: Tokens, shape `(tokens, hidden)`.
+        index: Chosen experts, shape `(tokens, top_k)`.
+        gates: Their weights, shape `(tokens, top_k)`.
+    """
+
+    domain: int
+    hidden: Tensor
+    index: Tensor
+    gates: Tensor
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The tokens that chose an expert, and its weight for each."""
+        tokens, slot = torch.where(self.index == expert)
+        return self.hidden[tokens], self.gates[tokens, slot]
+
+
+@torch.no_grad()
+def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tensor:
+    """What one expert's consumer reads for these tokens; the stacked forward keeps it to itself, so it is done again.
+
+    Args:
+        experts: Holds the stacked parameters, in the form that transformers gives all of them.
+        space: Names the producer and the expert.
+        hidden: Tokens, shape `(tokens, hidden)`.
+    """
+    axis = space.out[0]
+    leaf = axis.param.rpartition(".")[2]
+    weight = experts.get_parameter(leaf)[axis.part].movedim(axis.dim - 1, 0)
+    rows = nn.functional.linear(hidden.to(weight.device), weight)
+    if f"{leaf}_bias" in dict(experts.named_parameters()):
+        rows = rows + experts.get_parameter(f"{leaf}_bias")[axis.part]
+    activate = experts._apply_gate if getattr(experts, "has_gate", True) else experts.act_fn
+    return activate(rows)  # type: ignore[operator]  # typed as Tensor | Module
+
+
+def inner_moments(
+    experts: nn.Module, space: Space, calls: Sequence[Routed], gram: bool, num_domains: int
+) -> list[Moments]:
+    """Moments of one expert's inner activations, one per domain, over the tokens that chose it.
+
+    An expert that no token of any domain chose is judged by its weights alone: as if its inner activations were
+    uncorrelated and of unit size.
+    """
+    device = next(experts.parameters()).device
+    moments = [Moments.empty(space.size, gram, device) for _ in range(num_domains)]
+    expert = space.into[0].part or 0
+    for call in calls:
+        hidden, _ = call.of(expert)
+        if len(hidden):
+            moments[call.domain].update(inner_activations(experts, space, hidden))
+    if not any(part.count for part in moments):
+        for part in moments:
+            part.square.fill_(1)
+            if part.gram is not None:
+                part.gram.fill_diagonal_(1)
+    return moments
+
+
+@torch.no_grad()
+def contributions(experts: nn.Module, size: int, calls: Sequence[Routed], num_domains: int) -> Tensor:
+    """Mean of gate × ‖output‖ over the tokens that chose an expert (REAP, Lasby et al. 2025, eq. 8), shape
+    `(domains, experts)`; 0 for an expert that none chose.
+    """
+    total = torch.zeros(num_domains, size, dtype=torch.float64)
+    count = torch.zeros_like(total)
+    for domain, expert, value in _contributions(experts, size, calls):
+        total[domain, expert] += float(value.double().sum())
+        count[domain, expert] += len(value)
+    return total / count.clamp(min=1)
+
+
+def _contributions(experts: nn.Module, size: int, calls: Sequence[Routed]) -> Iterator[tuple[int, int, Tensor]]:
+    for call in calls:
+        for expert in range(size):
+            hidden, gates = call.of(expert)
+            if len(hidden):
+                index = torch.full((len(hidden), 1), expert, device=hidden.device)
+                output = experts(hidden, index, torch.ones_like(gates)[:, None])
+                yield call.domain, expert, output.norm(dim=-1) * gates

@@ -1,0 +1,41 @@
+"""How good a model is before and after, on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .evaluate import model_outputs, output_error, perplexity
+from .report import Report
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .calibration.blocks import Domain
+
+
+class Measure:
+    """Perplexity by domain, or how far the hidden states have moved in a model that does not predict the next token."""
+
+    def __init__(self, domains: Sequence[Domain], causal: bool):
+        self.heldout = {domain.name: domain.heldout for domain in domains}
+        self.causal = causal
+
+    def before(self, model: PreTrainedModel) -> None:
+        """Remember what the dense model gives."""
+        self.dense = {name: self._of(model, blocks) for name, blocks in self.heldout.items()}
+
+    def after(self, model: PreTrainedModel, report: Report) -> None:
+        """Enter what the smaller model gives beside it."""
+        for name, blocks in self.heldout.items():
+            before, after = self.dense[name], self._of(model, blocks)
+            if isinstance(before, float):
+                report.perplexity[name] = {"before": before, "after": after}
+            else:
+                report.output_error[name] = output_error(after, before)
+
+    def _of(self, model: PreTrainedModel, blocks: Tensor):
+        return perplexity(model, blocks) if self.causal else model_outputs(model, blocks)

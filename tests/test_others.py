@@ -1,0 +1,131 @@
+"""Encoders, encoder-decoders and multimodal models: the same promises as for causal language models."""
+
+import pytest
+import torch
+from models import OTHERS, build, config, token_ids, tokenizer
+from test_passes import batches, count_hooks
+from test_surgery import KEEP, masked, random_plan, shrunk
+
+from optimum_structprune import StructPruneError, StructPruner, prune_model
+from optimum_structprune.arch.load import describe
+from optimum_structprune.calibration.passes import BlockPasses, ModelPasses, NotSequentialError
+from optimum_structprune.evaluate import model_outputs, output_error, outputs_of, run_model
+
+
+KEEP |= {"encoder_mlp": 24, "decoder_mlp": 20}
+TEXT = [case for case in OTHERS if case != "vit"]
+SPACES = [(case, name) for case in OTHERS for name in describe(build(case)).names]
+MULTIMODAL = [case for case in OTHERS if describe(build(case)).blocks.startswith("model.language_model.")]
+
+
+def probe(case, batch=2):
+    if case == "vit":
+        return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return token_ids(batch)
+
+
+@torch.no_grad()
+def outputs(model, case):
+    return outputs_of(run_model(model, probe(case)))
+
+
+def keep_for(case):
+    return {"mlp": 12, "attention": 2} if case == "vit" else {}
+
+
+@pytest.mark.parametrize(("case", "name"), [*SPACES, *((case, "all") for case in OTHERS)])
+def test_pruned_equals_masked_and_reloads(case, name, tmp_path, monkeypatch):
+    for kind, width in keep_for(case).items():
+        monkeypatch.setitem(KEEP, kind, width)
+    model = build(case)
+    spec = describe(model)
+    plan = random_plan(spec, spec.names if name == "all" else (name,))
+    small = shrunk(model, spec, plan)
+    torch.testing.assert_close(outputs(small, case), outputs(masked(model, spec, plan), case), atol=1e-5, rtol=0)
+    assert not torch.allclose(outputs(small, case), outputs(model, case), atol=1e-3)
+    assert small.num_parameters() < model.num_parameters()
+    small.save_pretrained(tmp_path)
+    again = OTHERS[case][0].from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    torch.testing.assert_close(outputs(again, case), outputs(small, case), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("case", TEXT)
+def test_every_family_end_to_end(case, tmp_path):
+    model = build(case)
+    spec = describe(model)
+    widths = {name: KEEP[name] for name in spec.names if "mlp" in name}
+    pruner = StructPruner(config(widths=widths))
+    small = pruner.prune_model(model, tokenizer())
+    assert count_hooks(small) == 0
+    pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
+    again = OTHERS[case][0].from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(outputs(again, case), outputs(small, case), atol=1e-6, rtol=0)
+    measured = pruner.report.perplexity if spec.causal else pruner.report.output_error
+    assert set(measured) == {"a", "b"}
+    assert ("perplexity a" if spec.causal else "output error a") in str(pruner.report)
+
+
+def test_pixels_are_given_as_inputs(tmp_path):
+    model = build("vit")
+    pruner = StructPruner(config(widths={"mlp": 12, "attention": 2}))
+    small = pruner.prune_model(model, inputs={"pixels": torch.randn(8, 3, 8, 8)})
+    assert small.config.intermediate_size == 12 and small.config.num_attention_heads == 2
+    assert 0 < pruner.report.output_error["pixels"] < 1
+    pruner.save(small, tmp_path / "out")
+    with pytest.raises(StructPruneError, match=r"inputs\['few'\] has 2 samples, of which 2 are held out; 3 is the"):
+        prune_model(model, config(), inputs={"few": torch.randn(2, 3, 8, 8)})
+    with pytest.raises(StructPruneError, match="at least one domain"):
+        prune_model(model, config(), inputs={})
+
+
+@pytest.mark.parametrize("case", ["bert", "modernbert", "llava"])
+def test_block_by_block_equals_whole_model(case):
+    model = build(case)
+    spec = describe(model)
+    blocks, whole = BlockPasses(model, spec, batches()), ModelPasses(model, spec, batches())
+    for layer in range(spec.num_blocks):
+        for space in spec.at(layer):
+            for left, right in zip(blocks.gather(layer, space, True), whole.gather(layer, space, True), strict=True):
+                for mine, theirs in zip(left, right, strict=True):
+                    torch.testing.assert_close(mine.gram, theirs.gram, rtol=1e-4, atol=1e-5)
+        blocks.advance(layer)
+
+
+@pytest.mark.parametrize("case", ["t5", "bart"])
+def test_two_stacks_take_passes_over_the_whole_model(case):
+    model = build(case)
+    spec = describe(model)
+    assert [count for _, count in spec.stacks] == ([2, 2] if case == "t5" else [2, 1])
+    assert spec.block_prefix(2).endswith(("decoder.block.0.", "decoder.layers.0."))
+    with pytest.raises(NotSequentialError):
+        BlockPasses(model, spec, batches())
+
+
+@pytest.mark.parametrize("case", MULTIMODAL)
+def test_only_the_text_half_shrinks(case):
+    model = build(case)
+    spec = describe(model)
+    small = shrunk(model, spec, random_plan(spec, ("mlp",)))
+    assert small.config.text_config.intermediate_size == 24
+    assert small.model.language_model.config is small.config.text_config
+    prefix = spec.blocks + "."
+    ours, dense = small.state_dict(), model.state_dict()
+    assert all(torch.equal(ours[name], dense[name]) for name in dense if not name.startswith(prefix))
+
+
+def test_output_error():
+    dense = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))
+    assert output_error(dense, dense) == 0
+    assert output_error(dense.flatten(0, 1).mean(0).expand_as(dense), dense) == pytest.approx(1)
+    model = build("bert").train()
+    assert model_outputs(model, token_ids(3), 2).shape == (3, 12, 32) and model.training
+
+
+def test_refit_brings_the_hidden_states_nearer():
+    errors = {}
+    for refit in ("none", "least_squares"):
+        pruner = StructPruner(config(refit=refit))
+        pruner.prune_model(build("bert"), tokenizer())
+        errors[refit] = sum(pruner.report.output_error.values())
+    assert errors["least_squares"] < errors["none"]
