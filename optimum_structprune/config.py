@@ -79,7 +79,7 @@ class StructPruneConfig(Serialisable):
     num_samples: int = validated_field(positive, default=128)
     seq_length: int = validated_field(positive, default=512)
     batch_size: int = validated_field(positive, default=4)
-    damping: Number = validated_field(not_negative, default=1e-2)
+    damping: Number = validated_field(not_negative, default=0.1)
     holdout: Number = validated_field(share, default=0.125)
     skip_layers: tuple[int, ...] | list[int] = ()
     recovery: RecoveryConfig | None = None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Measure:
-    """Perplexity by domain, or how far the hidden states have moved in a model that does not predict the next token."""
+    """Perplexity by domain, or for models that do not predict the next token, how far hidden states have moved."""
 
     def __init__(self, domains: Sequence[Domain], causal: bool):
         self.heldout = {domain.name: domain.heldout for domain in domains}

@@ -77,8 +77,7 @@ class BlockPasses:
     """
 
     def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]):
-        self.blocks = block_list(model, spec)
-        self.spec = spec
+        self.model, self.spec = model, spec
         self.device = next(model.parameters()).device
         self.domains = [batch.domain for batch in batches]
         self.hidden: list[Tensor] = []
@@ -101,7 +100,7 @@ class BlockPasses:
         self.routed = ()
         tally = Tally([space], gram, 1 + max(self.domains), self.device)
         local = {tap.removeprefix(self.spec.block_prefix(layer)): tap for tap in tally.taps}
-        with observe(self.blocks[layer], local, lambda name, x: tally.see(local[name], x)):
+        with observe(self._block(layer), local, lambda name, x: tally.see(local[name], x)):
             for index, domain in enumerate(self.domains):
                 tally.domain = domain
                 self._run(layer, index)
@@ -118,8 +117,12 @@ class BlockPasses:
         for index in range(len(self.hidden)):
             self.hidden[index] = self._run(layer, index)
 
+    def _block(self, layer: int) -> nn.Module:
+        # Asked for anew each time, since a block is replaced when it shrinks.
+        return block_list(self.model, self.spec)[layer]
+
     def _experts(self, layer: int, name: str) -> nn.Module:
-        return self.blocks[layer].get_submodule(name.removeprefix(self.spec.block_prefix(layer)))
+        return self._block(layer).get_submodule(name.removeprefix(self.spec.block_prefix(layer)))
 
     def _route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
         return listen(experts, self.domains, lambda index: self._run(layer, index))
@@ -128,7 +131,7 @@ class BlockPasses:
     def _run(self, layer: int, index: int) -> Tensor:
         hidden = self.hidden[index]
         call = self.calls[len(hidden)][layer]
-        block = self.blocks[layer]
+        block = self._block(layer)
         device = next(block.parameters()).device
         hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), device)
         output = block(hidden_states=hidden, **kwargs) if call.by_name else block(hidden, *args, **kwargs)
