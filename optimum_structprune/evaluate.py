@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import exp
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# The loss takes a second copy of the logits that it is given, so it is given few.
+# A vocabulary is large: the logits of a whole block may take more memory than the model's blocks.
 TOKENS_AT_ONCE = 128
+PROBE_TOKENS = 8
 
 
 def run_model(model: PreTrainedModel, ids: Tensor):
@@ -75,12 +77,46 @@ def perplexity(model: PreTrainedModel | PeftModel, blocks: Tensor, batch_size: i
     training = model.training
     model.eval()
     loss, count = 0.0, 0
-    for ids in blocks.split(batch_size):
-        ids = ids.to(model.device)
-        logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        targets = ids[:, 1:].flatten().to(logits.device)
-        for some, target in zip(logits.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True):
-            loss += float(cross_entropy(some.float(), target, reduction="sum"))
-        count += targets.numel()
+    for logits, target in next_token_logits(model, blocks, batch_size):
+        loss += float(cross_entropy(logits, target, reduction="sum"))
+        count += len(target)
     model.train(training)
     return exp(loss / count)
+
+
+def next_token_logits(
+    model: PreTrainedModel | PeftModel, blocks: Tensor, batch_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits, a few tokens at a time, and the tokens that they are to predict: all but each block's first.
+
+    Where the head is no more than a matrix, only so many logits exist at once; where the model changes them further
+    (soft caps, scales), those of a batch are made together.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        blocks: Token ids, shape `(blocks, seq_length)`.
+        batch_size: Blocks per forward pass.
+
+    Yields:
+        Logits in fp32, shape `(n, vocabulary)`, and token ids, shape `(n,)`, with n up to `TOKENS_AT_ONCE`.
+    """
+    head = model.get_output_embeddings()
+    plain = _plain(model, blocks[:1, :PROBE_TOKENS].to(model.device))
+    for ids in blocks.split(batch_size):
+        ids = ids.to(model.device)
+        output = (model.base_model if plain else model)(ids, use_cache=False)
+        parts = output[0][:, :-1].flatten(0, 1).split(TOKENS_AT_ONCE)
+        for part, target in zip(parts, ids[:, 1:].flatten().split(TOKENS_AT_ONCE), strict=True):
+            logits = head(part.to(head.weight.device)) if plain else part
+            yield logits.float(), target.to(logits.device)
+
+
+def _plain(model: PreTrainedModel | PeftModel, ids: Tensor) -> bool:
+    """Whether a model's logits are what its head makes of the base model's output, tried on a few tokens."""
+    head, base = model.get_output_embeddings(), model.base_model
+    if base is model or head is None:
+        return False
+    hidden = base(ids, use_cache=False)[0]
+    if hidden.shape[-1] != head.weight.shape[-1]:
+        return False
+    return torch.equal(head(hidden.to(head.weight.device)), model(ids, use_cache=False).logits)

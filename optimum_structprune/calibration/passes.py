@@ -180,7 +180,8 @@ class ModelPasses:
 
     @torch.no_grad()
     def _run(self, index: int) -> None:
-        run_model(self.model, self.batches[index].ids)
+        base: Any = self.model.base_model
+        run_model(base, self.batches[index].ids)
 
 
 class NotSequentialError(StructPruneError):
@@ -210,7 +211,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
     Raises:
         NotSequentialError: If a block's input is not just the output of the block before it.
     """
-    inputs: list[Tensor] = []
+    first: list[Tensor] = []
     calls: list[Call] = []
     outputs: list[Tensor] = []
 
@@ -220,9 +221,11 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         if index and not _equal(hidden, outputs[-1]):
             raise NotSequentialError(f"the model changes hidden states between blocks {index - 1} and {index}")
-        inputs.append(hidden)
+        if not index:
+            first.append(hidden)
         calls.append(Call(args if by_name else args[1:], rest, by_name))
-        if not whole:
+        # What follows the last block, such as the logits of a large vocabulary, takes more memory than all before it.
+        if not whole or len(calls) == spec.num_blocks:
             raise StopForward
 
     def after(index: int, output: Any) -> None:
@@ -233,7 +236,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
             run_model(model, ids)
         except StopForward:
             pass
-    return inputs[0], calls
+    return first[0], calls
 
 
 def _first(output: Any) -> Tensor:
