@@ -20,6 +20,8 @@ _HOME = {
     "StructPruneError": "errors",
     "StructPruner": "pruner",
     "attach_pruner": "trainer",
+    "disable_heterogeneous": "heterogeneous",
+    "enable_heterogeneous": "heterogeneous",
     "load_adapter": "adapter",
     "perplexity": "evaluate",
     "prune_model": "pruner",
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from .criteria import register_criterion
     from .errors import InPlaceError, StructPruneError
     from .evaluate import perplexity
+    from .heterogeneous import disable_heterogeneous, enable_heterogeneous
     from .plan import Plan
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner
     from .recovery import Recovery, recover
@@ -52,3 +55,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# Non-uniform models load with plain from_pretrained once this package is imported; see heterogeneous.py.
+import_module(f"{__name__}.heterogeneous").enable_on_import()

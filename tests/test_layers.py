@@ -14,11 +14,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module imports only from its own layer's earlier modules and from lower layers.
 LAYERS = [
     ["errors"],
-    ["registry", "arch.spec", "calibration.problems", "distill"],
+    ["registry", "arch.spec", "block_init", "calibration.problems", "distill"],
     ["schema"],
     ["recovery_config"],
     ["calibration.stats", "arch.families", "config", "plan", "report"],
+    ["modeling_file"],
     [
+        "heterogeneous",
+        "ranking",
         "arch.spaces",
         "arch.shrink",
         "arch.table",
