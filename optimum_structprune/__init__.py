@@ -21,7 +21,7 @@ _HOME = {
     "StructPruner": "pruner",
     "attach_pruner": "trainer",
     "load_adapter": "adapter",
-    "perplexity": "evaluate",
+    "perplexity": "metrics",
     "prune_model": "pruner",
     "recover": "recovery",
     "register_criterion": "criteria",
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .config import StructPruneConfig
     from .criteria import register_criterion
     from .errors import InPlaceError, StructPruneError
-    from .evaluate import perplexity
+    from .metrics import perplexity
     from .plan import Plan
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner
     from .recovery import Recovery, recover

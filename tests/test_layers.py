@@ -26,7 +26,7 @@ LAYERS = [
         "refit",
         "calibration.collect",
         "calibration.builtin",
-        "evaluate",
+        "metrics",
         "adapter",
     ],
     ["arch.load", "measure"],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..arch.load import block_list
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
-from ..evaluate import run_model
+from ..metrics import run_model
 from .collect import StopForward, intercept, observe
 from .experts import Routed, contributions, inner_moments
 from .stats import Moments
