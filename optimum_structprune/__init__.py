@@ -11,6 +11,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "AutoStructPruner": "pruner",
     "DomainConfig": "schema",
+    "Evaluation": "evaluation",
     "InPlaceError": "errors",
     "Plan": "plan",
     "Recovery": "recovery",
@@ -20,6 +21,7 @@ _HOME = {
     "StructPruneError": "errors",
     "StructPruner": "pruner",
     "attach_pruner": "trainer",
+    "evaluate": "evaluation",
     "load_adapter": "adapter",
     "perplexity": "metrics",
     "prune_model": "pruner",
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from .config import StructPruneConfig
     from .criteria import register_criterion
     from .errors import InPlaceError, StructPruneError
+    from .evaluation import Evaluation, evaluate
     from .metrics import perplexity
     from .plan import Plan
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner

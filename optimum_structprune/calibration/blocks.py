@@ -60,10 +60,7 @@ class _Frame:
 
     def pack(self, tokens: list[int]) -> Tensor:
         """Blocks of `seq_length` out of a whole number of bodies."""
-        blocks = torch.tensor(tokens).view(-1, self.body)
-        if self.prefix is None:
-            return blocks
-        return torch.cat([torch.full((len(blocks), 1), self.prefix), blocks], dim=1)
+        return pack(tokens, self.body, self.prefix)
 
 
 def load_domains(
@@ -98,13 +95,29 @@ def load_domains(
     for index, domain in enumerate(config.domains):
         texts = documents(domain, config.seed)
         heldout, blocks = _pack(config, index, counts[index], frame, _tokenised(texts, tokenizer))
-        largest = int(max(heldout.max(), blocks.max()))
-        if vocab_size is not None and largest >= vocab_size:
-            raise StructPruneError(
-                f"The tokenizer does not belong to this model: token id {largest}, vocabulary {vocab_size}."
-            )
+        check_vocabulary(max(heldout.max(), blocks.max()), vocab_size)
         loaded.append(Domain(domain.name, domain.weight / total, blocks, heldout))
     return loaded
+
+
+def pack(tokens: Sequence[int], body: int, prefix: int | None) -> Tensor:
+    """Cut a whole number of `body` tokens into blocks, each with the prefix at its head if there is one."""
+    blocks = torch.tensor(tokens).view(-1, body)
+    if prefix is None:
+        return blocks
+    return torch.cat([torch.full((len(blocks), 1), prefix), blocks], dim=1)
+
+
+def check_vocabulary(largest: Tensor, vocab_size: int | None) -> None:
+    """Refuse token ids that a model does not have.
+
+    Raises:
+        StructPruneError: If the largest id lies outside of the vocabulary, where its size is known.
+    """
+    if vocab_size is not None and int(largest) >= vocab_size:
+        raise StructPruneError(
+            f"The tokenizer does not belong to this model: token id {int(largest)}, vocabulary {vocab_size}."
+        )
 
 
 def given_domains(inputs: Mapping[str, Tensor], holdout: float) -> list[Domain]:

@@ -25,13 +25,13 @@ Row = Mapping[str, Any]
 T = TypeVar("T")
 
 
-def documents(domain: DomainConfig, seed: int) -> Iterator[str]:
+def documents(domain: DomainConfig, seed: int | None) -> Iterator[str]:
     """The texts of a domain in an order that the seed chooses, without the blank ones.
 
     Args:
         domain: Names the source; a relative path is looked for on the disk before the Hub.
         seed: Of the order. Local and in-memory text is shuffled as a whole up to 100 000 documents, beyond that and
-            for a Hub stream through a buffer.
+            for a Hub stream through a buffer. None leaves the source's own order.
 
     Raises:
         StructPruneError: If the source is not there, cannot be read, or does not give strings.
@@ -39,7 +39,13 @@ def documents(domain: DomainConfig, seed: int) -> Iterator[str]:
     return (text for text in _texts(domain, seed) if text.strip())
 
 
-def _texts(domain: DomainConfig, seed: int) -> Iterator[str]:
+def endless(domain: DomainConfig) -> bool:
+    """Whether reading a domain to its end may take forever: built-in text, and what streams from the Hub."""
+    source = domain.source
+    return isinstance(source, str) and (source.startswith(BUILTIN) or not _files(domain))
+
+
+def _texts(domain: DomainConfig, seed: int | None) -> Iterator[str]:
     source = domain.source
     if not isinstance(source, str):
         return _from_memory(domain, seed)
@@ -49,21 +55,20 @@ def _texts(domain: DomainConfig, seed: int) -> Iterator[str]:
             f"config does not hold; set its source again."
         )
     if source.startswith(BUILTIN):
-        return builtin_documents(source.removeprefix(BUILTIN), seed)
+        return builtin_documents(source.removeprefix(BUILTIN), seed or 0)
     if files := _files(domain):
         return _shuffled(_from_files(files, domain, seed), seed)
     return _from_hub(domain, seed)
 
 
-def _from_memory(domain: DomainConfig, seed: int) -> Iterator[str]:
+def _from_memory(domain: DomainConfig, seed: int | None) -> Iterator[str]:
     # An object of the `datasets` library can only exist where that library has been imported.
     datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(domain.source, datasets.Dataset):
-        order = list(range(len(domain.source)))
-        Random(seed).shuffle(order)
+        order = _reordered(range(len(domain.source)), seed)
         return _column((domain.source[i] for i in order), domain)
     if datasets is not None and isinstance(domain.source, datasets.IterableDataset):
-        return _column(domain.source.shuffle(seed=seed, buffer_size=HUB_BUFFER), domain)
+        return _column(_reshuffled(domain.source, seed), domain)
     return _shuffled(_strings(domain.source, domain), seed)
 
 
@@ -95,9 +100,8 @@ def _nearest(path: Path) -> str:
     return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
 
 
-def _from_files(files: list[Path], domain: DomainConfig, seed: int) -> Iterator[str]:
-    order = list(files)
-    Random(seed).shuffle(order)
+def _from_files(files: list[Path], domain: DomainConfig, seed: int | None) -> Iterator[str]:
+    order = _reordered(files, seed)
     for kind in dict.fromkeys(READERS.values()):
         paths = [path for path in order if READERS[path.suffix.lower()] == kind]
         if kind == "text":
@@ -118,16 +122,27 @@ def _stream(kind: str, paths: list[Path]) -> Iterable[Row]:
     return load_dataset(kind, data_files=[escape(str(path)) for path in paths], split="train", streaming=True)
 
 
-def _from_hub(domain: DomainConfig, seed: int) -> Iterator[str]:
+def _from_hub(domain: DomainConfig, seed: int | None) -> Iterator[str]:
     what = f"{domain.source!r} is no local file or folder, and as a dataset of the Hub it"
     return _column(_guarded(domain, what, _hub_stream, domain, seed), domain)
 
 
-def _hub_stream(domain: DomainConfig, seed: int) -> Iterable[Row]:
+def _hub_stream(domain: DomainConfig, seed: int | None) -> Iterable[Row]:
     from datasets import load_dataset
 
     stream = load_dataset(domain.source, domain.dataset_config, split=domain.split, streaming=True)
-    return stream.shuffle(seed=seed, buffer_size=HUB_BUFFER)
+    return _reshuffled(stream, seed)
+
+
+def _reshuffled(stream: Any, seed: int | None) -> Iterable[Row]:
+    return stream if seed is None else stream.shuffle(seed=seed, buffer_size=HUB_BUFFER)
+
+
+def _reordered(items: Iterable[T], seed: int | None) -> list[T]:
+    order = list(items)
+    if seed is not None:
+        Random(seed).shuffle(order)
+    return order
 
 
 def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], *arguments) -> Iterator[T]:
@@ -164,8 +179,11 @@ def _string(value: Any, domain: DomainConfig, where: str) -> str:
     return value
 
 
-def _shuffled(texts: Iterable[str], seed: int) -> Iterator[str]:
+def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
     # A full shuffle of what fits into the buffer; beyond that, memory stays bounded at the price of some order.
+    if seed is None:
+        yield from texts
+        return
     rng = Random(seed)
     held: list[str] = []
     for text in texts:
