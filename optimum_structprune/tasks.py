@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METRICS = ("acc", "acc_norm")
+# The one that lm_eval's own command uses.
+FEWSHOT_SEED = 1234
 Scores = dict[str, dict[str, float]]
 
 
 class Tasks:
-    """Tasks to score models on.
+    """Tasks to score models on, with their data at hand.
 
     Args:
         names: Of registered lm_eval tasks or groups, or paths of JSON-lines files with a multiple-choice item per
@@ -31,27 +33,31 @@ class Tasks:
 
     Raises:
         StructPruneError: If lm_eval is not installed, a name is not registered, a file cannot be read, an item is not
-            one, or two tasks have the same name.
+            one, two tasks have the same name, or the data of a registered task cannot be loaded.
     """
 
     def __init__(self, names: Sequence[str | Path]):
         _require_lm_eval()
         from lm_eval.tasks import TaskManager
 
-        self.specs = [local_task(Path(name)) if Path(name).suffix == ".jsonl" else str(name) for name in names]
-        registered = [spec for spec in self.specs if isinstance(spec, str)]
-        with _quiet():
-            # Indexing the thousands of tasks that lm_eval brings takes seconds.
-            self.manager = TaskManager(include_defaults=bool(registered))
-        for name in registered:
-            if name not in self.manager.all_tasks:
-                raise StructPruneError(
-                    f"lm_eval has no task {name!r}, and a local one is a file that ends in .jsonl."
-                    f"{did_you_mean(name, self.manager.all_tasks)}"
-                )
-        given = [spec if isinstance(spec, str) else spec["task"] for spec in self.specs]
+        specs = [local_task(Path(name)) if Path(name).suffix == ".jsonl" else str(name) for name in names]
+        registered = [spec for spec in specs if isinstance(spec, str)]
+        given = [spec if isinstance(spec, str) else spec["task"] for spec in specs]
         if twice := {name for name in given if given.count(name) > 1}:
             raise StructPruneError(f"Two tasks are named {min(twice)!r}; rename one of the files.")
+        with _quiet():
+            # Indexing the thousands of tasks that lm_eval brings takes seconds.
+            manager = TaskManager(include_defaults=bool(registered))
+            for name in registered:
+                if name not in manager.all_tasks:
+                    raise StructPruneError(
+                        f"lm_eval has no task {name!r}, and a local one is a file that ends in .jsonl."
+                        f"{did_you_mean(name, manager.all_tasks)}"
+                    )
+            try:
+                self.loaded = manager.load(specs)
+            except (OSError, ValueError) as error:  # what `datasets` raises where the Hub or a data set is missing
+                raise StructPruneError(f"The tasks cannot be loaded: {' '.join(str(error).split())}") from error
 
     def score(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, limit: int | None = None
@@ -63,32 +69,26 @@ class Tasks:
             tokenizer: Its own; it is not changed.
             batch_size: Sequences per forward pass.
             limit: Items per task at most, from the beginning.
-
-        Raises:
-            StructPruneError: If the data of a registered task cannot be loaded.
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
+        for task in self.loaded["tasks"].values():
+            task.set_fewshot_seed(FEWSHOT_SEED)
         training = model.training
-        try:
-            with _quiet():
-                # Sums of bf16 log-probabilities would be too coarse; and a padding token is set on the tokenizer.
-                wrapped = HFLM(
-                    pretrained=model,
-                    tokenizer=deepcopy(tokenizer),
-                    backend="causal",
-                    batch_size=batch_size,
-                    softmax_dtype="float32",
-                )
-                seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
-                found = lm_eval.simple_evaluate(
-                    wrapped, tasks=self.specs, task_manager=self.manager, limit=limit, log_samples=False, **seeds
-                )
-        except (OSError, ValueError) as error:  # what `datasets` raises where the Hub or a data set is missing
-            raise StructPruneError(f"The tasks cannot be run: {' '.join(str(error).split())}") from error
-        finally:
-            model.train(training)
+        with _quiet():
+            # Sums of bf16 log-probabilities would be too coarse; and a padding token is set on the tokenizer.
+            wrapped = HFLM(
+                pretrained=model,
+                tokenizer=deepcopy(tokenizer),
+                backend="causal",
+                batch_size=batch_size,
+                softmax_dtype="float32",
+            )
+            try:
+                found = lm_eval.evaluate(wrapped, self.loaded, limit=limit, log_samples=False)
+            finally:
+                model.train(training)
         counts = {name: sizes["effective"] for name, sizes in found["n-samples"].items()}
         return {
             name: {**_metrics(values), **({"items": counts[name]} if name in counts else {})}

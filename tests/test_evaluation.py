@@ -167,7 +167,9 @@ def test_local_items_score_as_log_likelihoods_say(tmp_path):
     model, reader = stories_model()
     model.train()
     (tmp_path / "quiz[1].jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
-    scores = evaluate(model, reader, tasks=[tmp_path / "quiz[1].jsonl"], batch_size=4).tasks["quiz[1]"]["model"]
+    both = evaluate(model, reader, tasks=[tmp_path / "quiz[1].jsonl"], dense=model, batch_size=4).tasks["quiz[1]"]
+    scores = both["model"]
+    assert both["dense"] == scores
     assert model.training and reader.pad_token_id == stories_model()[1].pad_token_id
     model.eval()
     right = {"acc": [], "acc_norm": []}
