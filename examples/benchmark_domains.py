@@ -37,11 +37,13 @@ from optimum_structprune.report import geometric_mean
 from optimum_structprune.tasks import Tasks
 
 
+SELF = ("self:prose", "self:code", "self:math", "self:dialogue", "self:reasoning")
 DOMAINS = ("wiki", "code", "math", "dialogue", "web")
 # What each part of a cell's name adds to the config. `domains` are names in DATA/calibration, or sources of their own.
 MIXES: dict[str, dict[str, Any]] = {
     "mix": {},
     "max": {"aggregation": "max"},
+    "self-generated": {"domains": SELF},
     "built-in": {"domains": ("builtin:prose", "builtin:code", "builtin:math")},
 }
 ROUNDS: dict[str, dict[str, Any]] = {"one-shot": {"rounds": 1}, "iterative": {"rounds": 3}}

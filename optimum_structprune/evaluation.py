@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .calibration.blocks import prefix_token
 from .calibration.heldout import Heldout, read_heldout
+from .calibration.manifest import MANIFEST_NAME, Manifest
+from .calibration.packing import prefix_token
+from .calibration.presets import resolve
 from .errors import StructPruneError
 from .metrics import compare, perplexity
 from .report import geometric_mean, table
-from .schema import as_domain, check_names
+from .schema import as_domain
 from .tasks import Scores, Tasks
 
 
@@ -103,6 +106,7 @@ def evaluate(
     num_blocks: int | None = None,
     batch_size: int = 1,
     limit: int | None = None,
+    manifest: Manifest | None = None,
 ) -> Evaluation:
     """Measure a causal language model, by itself and against the dense one.
 
@@ -117,12 +121,14 @@ def evaluate(
         num_blocks: Blocks per domain at most; None reads every domain to its end.
         batch_size: Blocks, or sequences of a task, per forward pass.
         limit: Items per task at most.
+        manifest: What the model was calibrated on, to warn of domains that share text with it; by default the one in
+            the folder that the model was loaded from, if there is one.
 
     Raises:
         StructPruneError: If there is nothing to measure, a domain or a task cannot be read, or the models do not fit
             each other, the tokenizer or the blocks.
     """
-    named = [as_domain(domain, "evaluate") for domain in domains]
+    named = resolve(as_domain(domain, "evaluate") for domain in domains)
     models = {"model": model} if dense is None else {"model": model, "dense": dense}
     _check(models, named, tasks, seq_length)
     for what, number in {"num_blocks": num_blocks, "batch_size": batch_size, "limit": limit}.items():
@@ -139,6 +145,9 @@ def evaluate(
         seq_length=seq_length,
         prefix=None if prefix is None else str(tokenizer.convert_ids_to_tokens(prefix)),
     )
+    found.warnings = _overlaps(manifest or _manifest(model), texts)
+    for warning in found.warnings:
+        warnings.warn(warning, stacklevel=2)
     for text in texts:
         _measure(found, model, dense, text, batch_size)
     if asked is not None:
@@ -150,13 +159,30 @@ def evaluate(
 def _measure(
     found: Evaluation, model: PreTrainedModel, dense: PreTrainedModel | None, text: Heldout, batch_size: int
 ) -> None:
-    found.tokens[text.name] = text.blocks[:, 1:].numel()
+    found.tokens[text.domain.name] = text.blocks[:, 1:].numel()
     if dense is None:
-        found.perplexity[text.name] = {"model": perplexity(model, text.blocks, batch_size)}
+        found.perplexity[text.domain.name] = {"model": perplexity(model, text.blocks, batch_size)}
         return
     both = compare(model, dense, text.blocks, batch_size)
-    found.perplexity[text.name] = {"model": both.perplexity, "dense": both.dense_perplexity}
-    found.divergence[text.name], found.agreement[text.name] = both.divergence, both.agreement
+    found.perplexity[text.domain.name] = {"model": both.perplexity, "dense": both.dense_perplexity}
+    found.divergence[text.domain.name], found.agreement[text.domain.name] = both.divergence, both.agreement
+
+
+def _manifest(model: PreTrainedModel) -> Manifest | None:
+    if not model.name_or_path:
+        return None
+    path = Path(model.name_or_path) / MANIFEST_NAME
+    return Manifest.load(path) if path.is_file() else None
+
+
+def _overlaps(manifest: Manifest | None, texts: Sequence[Heldout]) -> list[str]:
+    if manifest is None:
+        return []
+    return [
+        f"The domain {text.domain.name!r}: {shared}."
+        for text in texts
+        for shared in manifest.overlaps(text.domain, text.documents)
+    ]
 
 
 def _check(
@@ -167,11 +193,6 @@ def _check(
 ) -> None:
     if not domains and not tasks:
         raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE) or a task.")
-    if domains:
-        try:
-            check_names(domains)
-        except ValueError as error:
-            raise StructPruneError(f"evaluate: {error}") from error
     for model in models.values():
         if model.config.is_encoder_decoder or not model.can_generate():
             raise StructPruneError(f"{type(model).__name__} does not predict the next token: only such models count.")

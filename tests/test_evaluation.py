@@ -2,16 +2,18 @@
 
 import json
 import sys
+import warnings
 from math import exp, log
 
 import pytest
 import torch
-from models import build, documents, token_ids, tokenizer
+from models import build, config, documents, token_ids, tokenizer
 from torch.nn.functional import cross_entropy, log_softmax
 from trained import needs_shared, stories_model
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from optimum_structprune import DomainConfig, StructPruneError, evaluate, perplexity
+from optimum_structprune import DomainConfig, StructPruneError, StructPruner, evaluate, perplexity
 from optimum_structprune.calibration.heldout import read_heldout
 from optimum_structprune.commands.cli import main
 from optimum_structprune.metrics import compare
@@ -127,11 +129,33 @@ def test_evaluate(pair, folder):
     assert alone.divergence == {} and "KL" not in str(alone) and "KL" in str(found)
 
 
+def test_text_that_was_calibrated_on_is_called_out(tmp_path, folder):
+    pruner = StructPruner(config(domains=[DomainConfig("a", str(folder / "a.jsonl"))], num_samples=4))
+    pruned = pruner.prune_model(build("llama-tied"), tokenizer())
+    pruner.save(pruned, tmp_path / "small", tokenizer())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    texts = documents(40)
+    domains = {"same": str(folder / "a.jsonl"), "copy": texts, "other": documents(40, seed=9)}
+    named = [DomainConfig(name, source) for name, source in domains.items()]
+    with pytest.warns(UserWarning, match="calibrated on") as caught:
+        found = evaluate(model, tokenizer(), named, seq_length=24)
+    assert [str(one.message) for one in caught if "domain" in str(one.message)] == found.warnings
+    assert [warning.split("'")[1] for warning in found.warnings] == ["same", "copy"]
+    used = len(pruner.manifest.domains[0].documents)
+    assert 0 < used < 40 and f"{used} of 40 documents were calibrated on" in found.warnings[0]
+    assert found.warnings[0] in str(found)
+    with pytest.warns(UserWarning, match="calibrated on"):
+        evaluate(pruned, tokenizer(), named[1:], seq_length=24, manifest=pruner.manifest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert evaluate(model, tokenizer(), named[2:], seq_length=24).warnings == []
+
+
 def test_what_evaluate_refuses(pair, folder):
     domain = DomainConfig("a", str(folder / "a.jsonl"))
     cases = [
         ({}, "nothing to evaluate"),
-        ({"domains": [domain, domain]}, "two entries of the same name"),
+        ({"domains": [domain, domain]}, "Two domains are named 'a'"),
         ({"domains": [domain], "seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
         ({"domains": [domain], "num_blocks": 0}, "num_blocks has to be 1 or more, got 0"),
         ({"domains": [domain], "dense": build("bert")}, "does not predict the next token"),

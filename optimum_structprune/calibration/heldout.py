@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..errors import StructPruneError
 from ..schema import DomainConfig
-from .blocks import check_vocabulary, pack, prefix_token
+from .blocks import check_vocabulary
+from .packing import Frame, prefix_token, tokenised
 from .sources import documents, endless
 
 
@@ -23,14 +24,12 @@ class Heldout:
     """The first blocks of a domain.
 
     Attributes:
-        name: Of the domain.
-        source: Where it was read from.
+        domain: Where it was read from.
         blocks: Token ids, shape `(num_blocks, seq_length)`, int64.
-        documents: SHA-256 of each text that the blocks were cut from.
+        documents: SHA-256 of each text in the blocks.
     """
 
-    name: str
-    source: str
+    domain: DomainConfig
     blocks: Tensor
     documents: tuple[str, ...]
 
@@ -48,7 +47,7 @@ def read_heldout(
     token of `prefix_token`. What does not fill the last block is left out.
 
     Args:
-        domain: Names the source; its weight plays no part.
+        domain: Names the source, presets resolved; its weight plays no part.
         tokenizer: The model's own.
         seq_length: Tokens per block, the prefix among them.
         num_blocks: Blocks to read at most; None reads everything.
@@ -62,25 +61,16 @@ def read_heldout(
         raise StructPruneError(
             f"The domain {domain.name!r} ({domain.source}) has no known end; say how many blocks to read (num_blocks)."
         )
-    prefix, eos = prefix_token(tokenizer), tokenizer.eos_token_id
-    body = seq_length - (prefix is not None)
-    if body < 1 or seq_length < 2:
+    frame = Frame(seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
+    if seq_length < 2:
         raise StructPruneError(f"seq_length={seq_length} leaves nothing to predict; 2 is the least.")
-    tokens: list[int] = []
-    hashes: list[str] = []
-    for text in documents(domain, seed=None):
-        if tokens and eos is not None:
-            tokens.append(eos)
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        hashes.append(sha256(text.encode()).hexdigest())
-        if num_blocks is not None and len(tokens) >= num_blocks * body:
-            break
-    count = min(len(tokens) // body, num_blocks or len(tokens))
-    if count < 1:
+    most = sys.maxsize if num_blocks is None else num_blocks
+    texts = frame.take(tokenised(documents(domain, None, tokenizer), tokenizer), most * frame.body)
+    if frame.length(texts) < frame.body:
         raise StructPruneError(
-            f"The domain {domain.name!r} has {len(tokens)} tokens, and a block takes {body}; "
-            f"choose a smaller seq_length."
+            f"The domain {domain.name!r} has {sum(len(text.ids) for text in texts)} tokens, and a block takes "
+            f"{frame.body}; choose a smaller seq_length."
         )
-    blocks = pack(tokens[: count * body], body, prefix)
-    check_vocabulary(blocks.max(), vocab_size)
-    return Heldout(domain.name, str(domain.to_dict()["source"]), blocks, tuple(hashes))
+    packed = frame.pack(texts, most)
+    check_vocabulary(int(packed.blocks.max()), vocab_size)
+    return Heldout(domain, packed.blocks, packed.hashes)

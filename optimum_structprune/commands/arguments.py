@@ -15,7 +15,7 @@ def add_text_arguments(parser: ArgumentParser) -> None:
         action="append",
         type=domain,
         metavar="NAME=SOURCE[@WEIGHT]",
-        help="Text: a file, glob, folder, builtin:prose|code|math or Hub dataset; repeatable.",
+        help="Text: a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; repeatable.",
     )
     parser.add_argument("--seq-length", type=int, help="Tokens per block.")
     parser.add_argument("--seed", type=int, help="Seed of everything random.")
