@@ -11,6 +11,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "AutoStructPruner": "pruner",
     "DomainConfig": "schema",
+    "Evaluation": "evaluation",
     "InPlaceError": "errors",
     "Plan": "plan",
     "Recovery": "recovery",
@@ -22,8 +23,9 @@ _HOME = {
     "attach_pruner": "trainer",
     "disable_heterogeneous": "heterogeneous",
     "enable_heterogeneous": "heterogeneous",
+    "evaluate": "evaluation",
     "load_adapter": "adapter",
-    "perplexity": "evaluate",
+    "perplexity": "metrics",
     "prune_model": "pruner",
     "recover": "recovery",
     "register_criterion": "criteria",
@@ -37,8 +39,9 @@ if TYPE_CHECKING:
     from .config import StructPruneConfig
     from .criteria import register_criterion
     from .errors import InPlaceError, StructPruneError
-    from .evaluate import perplexity
     from .heterogeneous import disable_heterogeneous, enable_heterogeneous
+    from .evaluation import Evaluation, evaluate
+    from .metrics import perplexity
     from .plan import Plan
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner
     from .recovery import Recovery, recover

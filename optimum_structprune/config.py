@@ -14,6 +14,7 @@ from .recovery_config import RecoveryConfig
 from .schema import (
     DomainConfig,
     Number,
+    SelfTextConfig,
     Serialisable,
     as_domain,
     check_names,
@@ -58,6 +59,11 @@ class StructPruneConfig(Serialisable):
         domains: Calibration text; more than one kind makes the result general.
         aggregation: How the evidence of several domains becomes one score: `mean` pools it, `max` keeps what any
             domain needs.
+        select: Which blocks of a pool are used: `random`, `length` (of the longest documents), `diverse` (nearest to
+            the centres of k-means on mean activations) or `perplexity` (the middle of the distribution).
+        pool_factor: Size of that pool, as a multiple of the blocks used.
+        presets_file: YAML file with presets of your own, in the form of the built-in `presets.yaml`.
+        self_text: How the model writes the domains `self:NAME`.
         num_samples: Token blocks for calibration in all, divided over the domains by weight.
         seq_length: Tokens per block.
         batch_size: Blocks per forward pass.
@@ -83,6 +89,10 @@ class StructPruneConfig(Serialisable):
     round_to: int = validated_field(positive, default=64)
     domains: list[DomainConfig] = field(default_factory=builtin_domains)
     aggregation: Literal["mean", "max"] = "mean"
+    select: Literal["random", "length", "diverse", "perplexity"] = "random"
+    pool_factor: int = validated_field(positive, default=4)
+    presets_file: str | None = None
+    self_text: SelfTextConfig = field(default_factory=SelfTextConfig)
     num_samples: int = validated_field(positive, default=128)
     seq_length: int = validated_field(positive, default=512)
     batch_size: int = validated_field(positive, default=4)
@@ -99,12 +109,16 @@ class StructPruneConfig(Serialisable):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
-        recovery = None if self.recovery is None else self.recovery.to_dict()
-        return {**super().to_dict(), "domains": [domain.to_dict() for domain in self.domains], "recovery": recovery}
+        nested = {
+            "domains": [domain.to_dict() for domain in self.domains],
+            "self_text": self.self_text.to_dict(),
+            "recovery": None if self.recovery is None else self.recovery.to_dict(),
+        }
+        return {**super().to_dict(), **nested}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
-        """Inverse of `to_dict`; domains and recovery may be mappings.
+        """Inverse of `to_dict`; domains, self_text and recovery may be mappings.
 
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
@@ -112,6 +126,8 @@ class StructPruneConfig(Serialisable):
         domains = data.get("domains")
         if isinstance(domains, list):
             data = {**data, "domains": [as_domain(item, cls.__name__) for item in domains]}
+        if isinstance(self_text := data.get("self_text"), Mapping):
+            data = {**data, "self_text": SelfTextConfig.from_dict(self_text)}
         if isinstance(recovery := data.get("recovery"), Mapping):
             data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
         return super().from_dict(data)

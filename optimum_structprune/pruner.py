@@ -14,6 +14,7 @@ from .arch.load import describe
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
+from .calibration.manifest import Manifest
 from .calibration.passes import Batch, batches_of, passes_over
 from .config import StructPruneConfig
 from .criteria import CRITERIA
@@ -41,13 +42,15 @@ register_pruner = PRUNERS.register
 class StructPruner:
     """Prunes a causal language model by calibration, scoring, removal and refit, in rounds.
 
-    After `prune_model`, `report` holds the numbers of the run and `plan` what was kept.
+    After `prune_model`, `report` holds the numbers of the run, `plan` what was kept and `manifest` what it was
+    calibrated on.
     """
 
     def __init__(self, config: StructPruneConfig):
         self.config = config
         self.report: Report | None = None
         self.plan: Plan | None = None
+        self.manifest: Manifest | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values."""
@@ -116,6 +119,7 @@ class StructPruner:
         report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
+        self.manifest = Manifest.of(self.config, domains, tokenizer)
         return work
 
     def save(
@@ -125,7 +129,7 @@ class StructPruner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Save the pruned model with the config, the plan and the report of the run.
+        """Save the pruned model with the config, the plan, the report and the manifest of the run.
 
         The folder appears only after plain `from_pretrained` has loaded it and given the same logits.
 
@@ -138,7 +142,7 @@ class StructPruner:
         Raises:
             StructPruneError: If the folder exists, or the saved model does not come back the same.
         """
-        save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite)
+        save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite, self.manifest)
 
     def _domains(
         self,
@@ -148,7 +152,7 @@ class StructPruner:
     ) -> list[Domain]:
         if inputs is not None:
             return given_domains(inputs, float(self.config.holdout))
-        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size)
+        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
 
     def _scores(
         self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]

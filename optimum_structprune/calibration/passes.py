@@ -13,25 +13,17 @@ from torch import Tensor, nn
 from ..arch.load import block_list
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
-from ..evaluate import run_model
+from ..metrics import run_model
 from .collect import StopForward, intercept, observe
 from .experts import Routed, contributions, inner_moments
 from .stats import Moments
-from .taps import Tally, finite, listen
+from .taps import Batch, Tally, finite, listen
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .blocks import Domain
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token blocks of one domain, shape `(batch, seq_length)`."""
-
-    domain: int
-    ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,11 +54,17 @@ class Passes(Protocol):
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
     """Cut every domain into batches; no batch holds two domains."""
     return [
-        Batch(index, ids)
+        Batch(index, ids, mask)
         for index, domain in enumerate(domains)
-        for ids in domain.blocks.split(batch_size)
+        for ids, mask in zip(domain.blocks.split(batch_size), _masks(domain, batch_size), strict=True)
         if len(ids)
     ]
+
+
+def _masks(domain: Domain, batch_size: int) -> Sequence[Tensor | None]:
+    if domain.mask is None:
+        return [None] * len(domain.blocks.split(batch_size))
+    return domain.mask.split(batch_size)
 
 
 class BlockPasses:
@@ -80,6 +78,7 @@ class BlockPasses:
         self.model, self.spec = model, spec
         self.device = next(model.parameters()).device
         self.domains = [batch.domain for batch in batches]
+        self.batches = list(batches)
         self.hidden: list[Tensor] = []
         self.calls: dict[int, list[Call]] = {}
         self.routed: tuple[Routed, ...] = ()
@@ -101,8 +100,8 @@ class BlockPasses:
         tally = Tally([space], gram, 1 + max(self.domains), self.device)
         local = {tap.removeprefix(self.spec.block_prefix(layer)): tap for tap in tally.taps}
         with observe(self._block(layer), local, lambda name, x: tally.see(local[name], x)):
-            for index, domain in enumerate(self.domains):
-                tally.domain = domain
+            for index, batch in enumerate(self.batches):
+                tally.batch = batch
                 self._run(layer, index)
         return tally.of(space)
 
@@ -125,7 +124,7 @@ class BlockPasses:
         return self._block(layer).get_submodule(name.removeprefix(self.spec.block_prefix(layer)))
 
     def _route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
-        return listen(experts, self.domains, lambda index: self._run(layer, index))
+        return listen(experts, self.batches, lambda index: self._run(layer, index))
 
     @torch.no_grad()
     def _run(self, layer: int, index: int) -> Tensor:
@@ -162,8 +161,8 @@ class ModelPasses:
             spaces = [other for other in self.spec.spaces if other.experts is None]
             self.tally = Tally(spaces, gram, 1 + max(self.domains), next(self.model.parameters()).device)
             with observe(self.model, self.tally.taps, self.tally.see):
-                for index, domain in enumerate(self.domains):
-                    self.tally.domain = domain
+                for index, batch in enumerate(self.batches):
+                    self.tally.batch = batch
                     self._run(index)
         return self.tally.of(space)
 
@@ -176,7 +175,7 @@ class ModelPasses:
         """See `Passes.advance`."""
 
     def _route(self, experts: nn.Module) -> tuple[Routed, ...]:
-        return listen(experts, self.domains, self._run)
+        return listen(experts, self.batches, self._run)
 
     @torch.no_grad()
     def _run(self, index: int) -> None:
