@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from .config import StructPruneConfig
     from .criteria import register_criterion
     from .errors import InPlaceError, StructPruneError
-    from .heterogeneous import disable_heterogeneous, enable_heterogeneous
     from .evaluation import Evaluation, evaluate
+    from .heterogeneous import disable_heterogeneous, enable_heterogeneous
     from .metrics import perplexity
     from .plan import Plan
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner

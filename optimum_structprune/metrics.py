@@ -101,8 +101,8 @@ class Comparison:
 def compare(model: PreTrainedModel, dense: PreTrainedModel, blocks: Tensor, batch_size: int = 1) -> Comparison:
     """Both perplexities, divergence and agreement in one pass of each model; see `perplexity`.
 
-    What is held at a time is the logits and probabilities of 128 tokens by both models; where a model caps or scales its
-    logits, those of one batch.
+    What is held at a time is the logits and probabilities of 128 tokens by both models; where a model caps or scales
+    its logits, those of one batch.
 
     Args:
         model: A causal language model; its training mode is left as it was.
