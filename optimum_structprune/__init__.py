@@ -22,6 +22,7 @@ _HOME = {
     "attach_pruner": "trainer",
     "disable_heterogeneous": "heterogeneous",
     "enable_heterogeneous": "heterogeneous",
+    "export_uniform": "export",
     "load_adapter": "adapter",
     "perplexity": "evaluate",
     "prune_model": "pruner",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .criteria import register_criterion
     from .errors import InPlaceError, StructPruneError
     from .evaluate import perplexity
+    from .export import export_uniform
     from .heterogeneous import disable_heterogeneous, enable_heterogeneous
     from .plan import Plan
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner
