@@ -24,6 +24,7 @@ _HOME = {
     "disable_heterogeneous": "heterogeneous",
     "enable_heterogeneous": "heterogeneous",
     "evaluate": "evaluation",
+    "export_uniform": "export",
     "load_adapter": "adapter",
     "perplexity": "metrics",
     "prune_model": "pruner",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .criteria import register_criterion
     from .errors import InPlaceError, StructPruneError
     from .evaluation import Evaluation, evaluate
+    from .export import export_uniform
     from .heterogeneous import disable_heterogeneous, enable_heterogeneous
     from .metrics import perplexity
     from .plan import Plan

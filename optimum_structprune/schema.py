@@ -46,6 +46,12 @@ def up_to_one(value: Any) -> None:
         raise ValueError(f"has to lie between 0 (excluded) and 1, got {value}")
 
 
+def above_one(value: Any) -> None:
+    """A ratio above 1."""
+    if isinstance(value, (int, float)) and value <= 1:
+        raise ValueError(f"has to be greater than 1, got {value}; 1.3 allows 30 % more")
+
+
 def filled(value: Any) -> None:
     """Something that is not empty."""
     if not value:
