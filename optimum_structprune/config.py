@@ -24,6 +24,7 @@ from .schema import (
     read_mapping,
     read_yaml,
     share,
+    up_to_one,
 )
 
 
@@ -43,13 +44,17 @@ class StructPruneConfig(Serialisable):
     Args:
         method: Registered pruner.
         sparsity: Share of the blocks' parameters to remove.
-        widths: Number of units to keep, by space, such as `{"mlp": 1152, "attention": 2}`.
+        widths: Number of units to keep, by space, such as `{"mlp": 1152, "attention": 2}`; with `allocation="global"`
+            their mean over the blocks.
         targets: Spaces that may shrink when `sparsity` chooses the widths.
         criterion: Registered criterion that scores the units.
         refit: What makes up for the removed units: `none`, `bias` or `least_squares`.
         rounds: Number of times that calibration, scoring and removal are repeated, each removing a part.
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
-        allocation: How the removal is spread over the blocks; `uniform` keeps the same width everywhere.
+        allocation: How the removal is spread over the blocks: `uniform` keeps the same width everywhere, `global`
+            ranks all units of the model and gives every block a width of its own.
+        min_width: With `global`, the share of its units that every block keeps at least.
+        max_width: With `global`, the share of its units that a block keeps at most.
         round_to: Channel widths that `sparsity` chooses are multiples of this; explicit widths are taken as given.
         domains: Calibration text; more than one kind makes the result general.
         aggregation: How the evidence of several domains becomes one score: `mean` pools it, `max` keeps what any
@@ -64,7 +69,7 @@ class StructPruneConfig(Serialisable):
         batch_size: Blocks per forward pass.
         damping: Ridge of the refit toward the original weights, relative to the mean diagonal of the Gram matrix.
         holdout: Share of each domain's blocks that is set aside, from other documents, for perplexity.
-        skip_layers: Blocks that stay whole; needs an allocation that may differ between blocks.
+        skip_layers: Blocks that stay whole; the others give up as much more.
         recovery: Training after the last round, or after each; None leaves it out.
         seed: Of everything random.
         arch_file: YAML file that describes architectures of your own, in the form of the built-in `families.yaml`.
@@ -78,7 +83,9 @@ class StructPruneConfig(Serialisable):
     refit: Literal["none", "bias", "least_squares"] = "least_squares"
     rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
-    allocation: Literal["uniform"] = "uniform"
+    allocation: Literal["uniform", "global"] = "uniform"
+    min_width: Number = validated_field(share, default=0.1)
+    max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
     domains: list[DomainConfig] = field(default_factory=builtin_domains)
     aggregation: Literal["mean", "max"] = "mean"

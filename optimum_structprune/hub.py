@@ -13,7 +13,7 @@ import torch
 from .calibration.manifest import MANIFEST_NAME, Manifest
 from .config import StructPruneConfig
 from .errors import StructPruneError
-from .evaluate import outputs_of, run_model
+from .metrics import outputs_of, run_model
 from .plan import Plan
 from .report import Report
 

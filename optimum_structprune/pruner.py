@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.shrink import shrunk_config
-from .arch.spec import ArchSpec
+from .arch.spec import ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
 from .calibration.manifest import Manifest
 from .calibration.passes import Batch, batches_of, passes_over
@@ -93,6 +93,9 @@ class StructPruner:
         report = Report(arch.model_type)
         with report.timed("domains"):
             domains = self._domains(model, tokenizer, inputs)
+        if self.config.allocation == "global":
+            with report.timed("ranking"):
+                widths = target_widths(self.config, arch, model.config, self._scores(model, arch, domains, widths))
         measure = Measure(domains, arch.causal)
         with report.timed("perplexity"):
             measure.before(model)
@@ -111,7 +114,8 @@ class StructPruner:
             raise
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
-        report.widths = plan.widths()
+        whole = {name: {space.layer: space.width for space in arch.of(name)} for name in plan.widths()}
+        report.widths = {name: {**whole[name], **at} for name, at in plan.widths().items()}
         report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
@@ -150,15 +154,23 @@ class StructPruner:
             return given_domains(inputs, float(self.config.holdout))
         return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
 
-    def prune_to_(
-        self, model: PreTrainedModel, domains: list[Domain], widths: Mapping[str, int], report: Report
-    ) -> Plan:
+    def _scores(
+        self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]
+    ) -> dict[tuple[int, str], Tensor]:
+        sweep = Sweep(model, arch, self.config, [domain.weight for domain in domains])
+        training = model.training
+        model.eval()
+        scores = sweep.scores(passes_over(model, arch, batches_of(domains, self.config.batch_size)), names)
+        model.train(training)
+        return scores
+
+    def prune_to_(self, model: PreTrainedModel, domains: list[Domain], widths: Widths, report: Report) -> Plan:
         """Prune a model in place to given widths, in `config.rounds` rounds, without any recovery.
 
         Args:
             model: The model that is changed.
             domains: Calibration text.
-            widths: Number of units to keep, by space; they have to be legal.
+            widths: Number of units to keep, by space, in every block or by block; they have to be legal.
             report: Takes the time.
         """
         arch = describe(model, self.config.arch_file)
@@ -182,7 +194,7 @@ class StructPruner:
         model.train(training)
         return plan
 
-    def _sweeps_(self, sweep: Sweep, batches: list[Batch], widths: Mapping[str, int], report: Report) -> Plan:
+    def _sweeps_(self, sweep: Sweep, batches: list[Batch], widths: Widths, report: Report) -> Plan:
         config, model, arch = self.config, sweep.model, sweep.spec
         biased = _biased(arch, widths) if config.refit == "bias" else ()
         new_config = shrunk_config(model.config, arch, widths, biased)
@@ -198,7 +210,7 @@ class StructPruner:
         self,
         model: PreTrainedModel,
         domains: list[Domain],
-        widths: Mapping[str, int],
+        widths: Widths,
         report: Report,
         measure: Measure,
         tokenizer: PreTrainedTokenizerBase | None,
@@ -261,7 +273,7 @@ def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
     return replace(recovery, tokens=recovery.tokens // count, training=training)
 
 
-def _biased(arch: ArchSpec, widths: Mapping[str, int]) -> tuple[str, ...]:
+def _biased(arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:
     for name in widths:
         if any(space.bias_flag is None and not space.biased for space in arch.of(name)):
             raise StructPruneError(
@@ -286,8 +298,3 @@ def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
-    if config.skip_layers:
-        raise StructPruneError(
-            f"skip_layers={config.skip_layers} would leave blocks of different widths, which "
-            f"allocation={config.allocation!r} cannot express; leave skip_layers empty."
-        )

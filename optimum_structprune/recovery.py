@@ -24,8 +24,8 @@ from .calibration.presets import resolve
 from .config import CONFIG_NAME, StructPruneConfig
 from .distill_trainer import DistillTrainer, NotFiniteError
 from .errors import StructPruneError
-from .evaluate import perplexity
 from .hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
+from .metrics import perplexity
 from .recovery_config import LORA, TRAINING, RecoveryConfig
 from .registry import did_you_mean
 from .report import RecoveryReport

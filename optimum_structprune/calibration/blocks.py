@@ -181,12 +181,20 @@ def num_heldout(num_blocks: int, holdout: float) -> int:
     return max(2, round(holdout * num_blocks))
 
 
-def _check_tokens(domain: DomainConfig, heldout: Packed, packed: Packed, vocab_size: int | None) -> None:
-    largest = int(max(heldout.blocks.max(), packed.blocks.max()))
+def check_vocabulary(largest: int, vocab_size: int | None) -> None:
+    """Refuse token ids that a model does not have.
+
+    Raises:
+        StructPruneError: If the largest id lies outside of the vocabulary, where its size is known.
+    """
     if vocab_size is not None and largest >= vocab_size:
         raise StructPruneError(
             f"The tokenizer does not belong to this model: token id {largest}, vocabulary {vocab_size}."
         )
+
+
+def _check_tokens(domain: DomainConfig, heldout: Packed, packed: Packed, vocab_size: int | None) -> None:
+    check_vocabulary(int(max(heldout.blocks.max(), packed.blocks.max())), vocab_size)
     if packed.mask is not None and not packed.mask.any():
         raise StructPruneError(
             f"The domain {domain.name!r} has answers_only, but its {len(packed.hashes)} documents hold no answer."

@@ -17,8 +17,8 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from ..errors import StructPruneError
-from ..evaluate import perplexity
 from ..fingerprint import fingerprint
+from ..metrics import perplexity
 from ..registry import did_you_mean
 from ..schema import SELF, SelfTextConfig, read_yaml
 from .packing import prefix_token

@@ -77,6 +77,8 @@ class Entry:
         """Whether the domain was read from there: by its name, its source, or everything that says where text is."""
         if isinstance(source, str):
             return source == self.name or _absolute(source) == self.origin.get("source")
+        if not isinstance(source.source, str):
+            return False  # an object in memory has no name by which it could be known
         asked = _located(source).to_dict()
         return bool(self.origin) and all(asked[key] == self.origin.get(key) for key in WHERE)
 

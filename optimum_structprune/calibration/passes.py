@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..arch.load import block_list
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
-from ..evaluate import run_model
+from ..metrics import run_model
 from .collect import StopForward, intercept, observe
 from .experts import Routed, contributions, inner_moments
 from .stats import Moments
@@ -179,7 +179,8 @@ class ModelPasses:
 
     @torch.no_grad()
     def _run(self, index: int) -> None:
-        run_model(self.model, self.batches[index].ids)
+        base: Any = self.model.base_model
+        run_model(base, self.batches[index].ids)
 
 
 class NotSequentialError(StructPruneError):
@@ -209,7 +210,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
     Raises:
         NotSequentialError: If a block's input is not just the output of the block before it.
     """
-    inputs: list[Tensor] = []
+    first: list[Tensor] = []
     calls: list[Call] = []
     outputs: list[Tensor] = []
 
@@ -219,9 +220,11 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         if index and not _equal(hidden, outputs[-1]):
             raise NotSequentialError(f"the model changes hidden states between blocks {index - 1} and {index}")
-        inputs.append(hidden)
+        if not index:
+            first.append(hidden)
         calls.append(Call(args if by_name else args[1:], rest, by_name))
-        if not whole:
+        # What follows the last block, such as the logits of a large vocabulary, takes more memory than all before it.
+        if not whole or len(calls) == spec.num_blocks:
             raise StopForward
 
     def after(index: int, output: Any) -> None:
@@ -232,7 +235,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
             run_model(model, ids)
         except StopForward:
             pass
-    return inputs[0], calls
+    return first[0], calls
 
 
 def _first(output: Any) -> Tensor:

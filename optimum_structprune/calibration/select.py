@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arch.load import block_list, describe
 from ..config import StructPruneConfig
 from ..errors import StructPruneError
-from ..evaluate import perplexity, run_model
+from ..metrics import perplexity, run_model
 from .collect import intercept
 from .packing import Frame, Packed, Tokens
 

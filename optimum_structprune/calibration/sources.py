@@ -35,13 +35,13 @@ class _Reader:
     """A domain, and what makes documents of it."""
 
     domain: DomainConfig
-    seed: int
+    seed: int | None
     tokenizer: PreTrainedTokenizerBase | None
 
 
 def documents(
     domain: DomainConfig,
-    seed: int,
+    seed: int | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     write: Callable[[str, int], Iterator[str]] | None = None,
 ) -> Iterator[str]:
@@ -50,7 +50,7 @@ def documents(
     Args:
         domain: Names the source; a relative path is looked for on the disk before the Hub.
         seed: Of the order. Local and in-memory text is shuffled as a whole up to 100 000 documents, beyond that and
-            for a Hub stream through a buffer.
+            for a Hub stream through a buffer. None leaves the source's own order.
         tokenizer: Renders conversations.
         write: Gives the documents of `self:NAME` from the name and the seed.
 
@@ -58,6 +58,12 @@ def documents(
         StructPruneError: If the source is not there, cannot be read, or does not give strings.
     """
     return (text for text in _texts(_Reader(domain, seed, tokenizer), write) if text.strip())
+
+
+def endless(domain: DomainConfig) -> bool:
+    """Whether reading a domain to its end may take forever: built-in text, and what streams from the Hub."""
+    source = domain.source
+    return isinstance(source, str) and (source.startswith(BUILTIN) or not _files(domain))
 
 
 def _texts(reader: _Reader, write: Callable[[str, int], Iterator[str]] | None) -> Iterator[str]:
@@ -71,11 +77,11 @@ def _texts(reader: _Reader, write: Callable[[str, int], Iterator[str]] | None) -
             f"config does not hold; set its source again."
         )
     if source.startswith(BUILTIN):
-        return builtin_documents(source.removeprefix(BUILTIN), seed)
+        return builtin_documents(source.removeprefix(BUILTIN), seed or 0)
     if source.startswith(SELF):
         if write is None:
             raise StructPruneError(f"The domain {domain.name!r} is written by the model itself, and there is none.")
-        return write(source.removeprefix(SELF), seed)
+        return write(source.removeprefix(SELF), seed or 0)
     if files := _files(domain):
         return _shuffled(_from_files(files, reader), seed)
     return _from_hub(reader)
@@ -85,11 +91,10 @@ def _from_memory(reader: _Reader) -> Iterator[str]:
     # An object of the `datasets` library can only exist where that library has been imported.
     datasets, source, seed = sys.modules.get("datasets"), reader.domain.source, reader.seed
     if datasets is not None and isinstance(source, datasets.Dataset):
-        order = list(range(len(source)))
-        Random(seed).shuffle(order)
+        order = _reordered(range(len(source)), seed)
         return _rows((source[i] for i in order), reader)
     if datasets is not None and isinstance(source, datasets.IterableDataset):
-        return _rows(source.shuffle(seed=seed, buffer_size=HUB_BUFFER), reader)
+        return _rows(source if seed is None else source.shuffle(seed=seed, buffer_size=HUB_BUFFER), reader)
     return _shuffled(_items(source, reader), seed)
 
 
@@ -122,8 +127,7 @@ def _nearest(path: Path) -> str:
 
 
 def _from_files(files: list[Path], reader: _Reader) -> Iterator[str]:
-    domain, order = reader.domain, list(files)
-    Random(reader.seed).shuffle(order)
+    domain, order = reader.domain, _reordered(files, reader.seed)
     for kind in dict.fromkeys(READERS.values()):
         paths = [path for path in order if READERS[path.suffix.lower()] == kind]
         if kind == "text":
@@ -155,6 +159,8 @@ def _hub_rows(reader: _Reader) -> Iterable[Row]:
     domain = reader.domain
     fixed = {} if domain.revision is None else {"revision": domain.revision}
     rows = load_dataset(domain.source, domain.dataset_config, split=domain.split, streaming=domain.streaming, **fixed)
+    if reader.seed is None:
+        return rows
     if not domain.streaming:
         return rows.shuffle(seed=reader.seed)
     return rows.shuffle(seed=reader.seed, buffer_size=HUB_BUFFER)
@@ -182,8 +188,18 @@ def _items(items: Iterable[Any], reader: _Reader) -> Iterator[str]:
             yield string(item, reader.domain, f"item {i}")
 
 
-def _shuffled(texts: Iterable[str], seed: int) -> Iterator[str]:
+def _reordered(items: Iterable[T], seed: int | None) -> list[T]:
+    order = list(items)
+    if seed is not None:
+        Random(seed).shuffle(order)
+    return order
+
+
+def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
     # A full shuffle of what fits into the buffer; beyond that, memory stays bounded at the price of some order.
+    if seed is None:
+        yield from texts
+        return
     rng = Random(seed)
     held: list[str] = []
     for text in texts:
