@@ -146,14 +146,19 @@ class DomainConfig(Serialisable):
 
     def validate_answers(self) -> None:
         """Something that tells answers from questions."""
-        known = isinstance(self.source, str) and self.source.startswith((PRESET, SELF))
-        if self.answers_only and self.template is None and not known:
+        preset = isinstance(self.source, str) and self.source.startswith(PRESET)
+        if self.answers_only and self.template is None and not (preset or written_by_model(self)):
             raise ValueError("answers_only needs a template that says what the answers are, got template=None")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values; a source that lives in memory is only named."""
         named = self.source if isinstance(self.source, str) else f"{IN_MEMORY}{type(self.source).__name__}"
         return {**super().to_dict(), "source": named}
+
+
+def written_by_model(domain: DomainConfig) -> bool:
+    """Whether a domain is text that the model writes itself."""
+    return isinstance(domain.source, str) and domain.source.startswith(SELF)
 
 
 @strict
