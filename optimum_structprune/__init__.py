@@ -11,6 +11,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "AutoStructPruner": "pruner",
     "DomainConfig": "schema",
+    "Evaluation": "evaluation",
     "InPlaceError": "errors",
     "Plan": "plan",
     "Recovery": "recovery",
@@ -22,9 +23,10 @@ _HOME = {
     "attach_pruner": "trainer",
     "disable_heterogeneous": "heterogeneous",
     "enable_heterogeneous": "heterogeneous",
+    "evaluate": "evaluation",
     "export_uniform": "export",
     "load_adapter": "adapter",
-    "perplexity": "evaluate",
+    "perplexity": "metrics",
     "prune_model": "pruner",
     "recover": "recovery",
     "register_criterion": "criteria",
@@ -38,9 +40,10 @@ if TYPE_CHECKING:
     from .config import StructPruneConfig
     from .criteria import register_criterion
     from .errors import InPlaceError, StructPruneError
-    from .evaluate import perplexity
+    from .evaluation import Evaluation, evaluate
     from .export import export_uniform
     from .heterogeneous import disable_heterogeneous, enable_heterogeneous
+    from .metrics import perplexity
     from .plan import Plan
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner
     from .recovery import Recovery, recover

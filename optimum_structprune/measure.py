@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .evaluate import model_outputs, output_error, perplexity
+from .metrics import model_outputs, output_error, perplexity
 from .report import Report
 
 
@@ -27,6 +27,10 @@ class Measure:
     def before(self, model: PreTrainedModel) -> None:
         """Remember what the dense model gives."""
         self.dense = {name: self._of(model, blocks) for name, blocks in self.heldout.items()}
+
+    def ratios(self, model: PreTrainedModel) -> dict[str, float]:
+        """Perplexity as a multiple of the dense model's, by domain."""
+        return {name: self._of(model, blocks) / self.dense[name] for name, blocks in self.heldout.items()}
 
     def after(self, model: PreTrainedModel, report: Report) -> None:
         """Enter what the smaller model gives beside it."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from math import exp, log
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .guard import Guarded
 
 
 @dataclass
@@ -43,11 +47,11 @@ class RecoveryReport:
         """Perplexity per domain and in the mean, as a table, and the cost."""
         rows = [[f"perplexity {name}", *ppl.values()] for name, ppl in self.perplexity.items()]
         if len(rows) > 1:
-            rows.append(["  geometric mean", *map(_geometric_mean, zip(*(row[1:] for row in rows), strict=True))])
+            rows.append(["  geometric mean", *map(geometric_mean, zip(*(row[1:] for row in rows), strict=True))])
         head = ["", *next(iter(self.perplexity.values()), ())]
-        table = [head, *([row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows)]
+        lines = [head, *([row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows)]
         cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s"
-        return "\n".join([_table(table), cost, *filter(None, [self.stopped])])
+        return "\n".join([table(lines), cost, *filter(None, [self.stopped])])
 
 
 @dataclass
@@ -66,6 +70,9 @@ class Report:
         output_error: Of a model that does not predict the next token: squared error of the last hidden states on
             held-out text against the dense model's, relative to their variance, by domain.
         seconds: Time spent, by stage.
+        rounds: What was measured after each round but the last: widths, perplexity ratios and shares by domain.
+        guard: By space: blocks in all (`blocks`), those in which the guard chose another refit than the config
+            (`changed`), the mean held-out error relative to the config's (`error`), and the mean strength.
     """
 
     model_type: str
@@ -78,6 +85,19 @@ class Report:
     recovery: RecoveryReport | None = None
     output_error: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    guard: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def note_guard(self, chosen: Mapping[tuple[int, str], Guarded], asked: float) -> None:
+        """Enter what the guard chose, by block and space, where `asked` was the config's damping."""
+        for kind in {name.partition("/")[0] for _, name in chosen}:
+            found = [one for (_, name), one in chosen.items() if name.partition("/")[0] == kind]
+            self.guard[kind] = {
+                "blocks": len(found),
+                "changed": sum(one.damping != asked or one.strength < 1 for one in found),
+                "error": fmean(one.error for one in found),
+                "strength": fmean(one.strength for one in found),
+            }
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -111,9 +131,9 @@ class Report:
         ]
         rows += [(f"output error {name}", "0", f"{error:.4f}", "") for name, error in self.output_error.items()]
         if len(self.perplexity) > 1:
-            means = [_geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
+            means = [geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
             rows.append(("  geometric mean", *_change(*means)))
-        return "\n".join([_table(rows), *([] if self.recovery is None else ["", str(self.recovery)])])
+        return "\n".join([table(rows), *([] if self.recovery is None else ["", str(self.recovery)])])
 
     def _width(self, name: str) -> tuple[str, str, str]:
         widths, dense = list(self.widths[name].values()), self.dense_widths[name]
@@ -125,11 +145,13 @@ def _change(before: float, after: float) -> tuple[str, str, str]:
     return f"{before:.2f}", f"{after:.2f}", f"x {after / before:.3f}"
 
 
-def _geometric_mean(values: Iterable[float]) -> float:
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers."""
     return exp(fmean(log(value) for value in values))
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells as lines, the first column to the left, the others to the right."""
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))])

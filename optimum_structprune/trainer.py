@@ -119,7 +119,7 @@ class StructPruneCallback(TrainerCallback):
         self.steps = self._schedule(state.max_steps, model)
         if self.calibration == "domains":
             vocab_size = model.config.get_text_config().vocab_size
-            self._domains = load_domains(self.config, processing_class, vocab_size)
+            self._domains = load_domains(self.config, processing_class, vocab_size, model=model)
         self._watching.close()
         if self.calibration == "batches" and any(step > state.global_step for step in self.steps):
             self._watching.enter_context(intercept([model], lambda _, args, kwargs: self._take(model, args, kwargs)))
