@@ -11,6 +11,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "AutoStructPruner": "pruner",
     "DomainConfig": "schema",
+    "DryRun": "dryrun",
     "InPlaceError": "errors",
     "Plan": "plan",
     "Recovery": "recovery",
@@ -20,6 +21,7 @@ _HOME = {
     "StructPruneError": "errors",
     "StructPruner": "pruner",
     "attach_pruner": "trainer",
+    "dry_run": "dryrun",
     "load_adapter": "adapter",
     "perplexity": "evaluate",
     "prune_model": "pruner",
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .adapter import load_adapter
     from .config import StructPruneConfig
     from .criteria import register_criterion
+    from .dryrun import DryRun, dry_run
     from .errors import InPlaceError, StructPruneError
     from .evaluate import perplexity
     from .plan import Plan

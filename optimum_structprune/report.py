@@ -45,9 +45,9 @@ class RecoveryReport:
         if len(rows) > 1:
             rows.append(["  geometric mean", *map(_geometric_mean, zip(*(row[1:] for row in rows), strict=True))])
         head = ["", *next(iter(self.perplexity.values()), ())]
-        table = [head, *([row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows)]
+        cells = [head, *([row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows)]
         cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s"
-        return "\n".join([_table(table), cost, *filter(None, [self.stopped])])
+        return "\n".join([table(cells), cost, *filter(None, [self.stopped])])
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Report:
         if len(self.perplexity) > 1:
             means = [_geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
             rows.append(("  geometric mean", *_change(*means)))
-        return "\n".join([_table(rows), *([] if self.recovery is None else ["", str(self.recovery)])])
+        return "\n".join([table(rows), *([] if self.recovery is None else ["", str(self.recovery)])])
 
     def _width(self, name: str) -> tuple[str, str, str]:
         widths, dense = list(self.widths[name].values()), self.dense_widths[name]
@@ -129,7 +129,8 @@ def _geometric_mean(values: Iterable[float]) -> float:
     return exp(fmean(log(value) for value in values))
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length as text: the first column to the left, the others to the right."""
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))])

@@ -18,10 +18,11 @@ from .arch.load import describe
 from .arch.spec import ArchSpec
 from .calibration.blocks import Domain, load_domains
 from .calibration.collect import before_load, intercept
+from .checks import check_model
 from .config import StructPruneConfig
 from .errors import StructPruneError
 from .plan import Plan
-from .pruner import AutoStructPruner, check_model
+from .pruner import AutoStructPruner
 from .report import Report
 from .surgery import check_state, resize_, slice_state_
 
