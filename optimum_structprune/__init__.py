@@ -12,6 +12,7 @@ _HOME = {
     "AutoStructPruner": "pruner",
     "DomainConfig": "schema",
     "DryRun": "dryrun",
+    "Evaluation": "evaluation",
     "InPlaceError": "errors",
     "Plan": "plan",
     "Recovery": "recovery",
@@ -21,9 +22,12 @@ _HOME = {
     "StructPruneError": "errors",
     "StructPruner": "pruner",
     "attach_pruner": "trainer",
+    "disable_heterogeneous": "heterogeneous",
     "dry_run": "dryrun",
+    "enable_heterogeneous": "heterogeneous",
+    "evaluate": "evaluation",
     "load_adapter": "adapter",
-    "perplexity": "evaluate",
+    "perplexity": "metrics",
     "prune_model": "pruner",
     "recover": "recovery",
     "register_criterion": "criteria",
@@ -38,7 +42,9 @@ if TYPE_CHECKING:
     from .criteria import register_criterion
     from .dryrun import DryRun, dry_run
     from .errors import InPlaceError, StructPruneError
-    from .evaluate import perplexity
+    from .evaluation import Evaluation, evaluate
+    from .heterogeneous import disable_heterogeneous, enable_heterogeneous
+    from .metrics import perplexity
     from .plan import Plan
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner
     from .recovery import Recovery, recover
@@ -55,3 +61,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# Non-uniform models load with plain from_pretrained once this package is imported; see heterogeneous.py.
+import_module(f"{__name__}.heterogeneous").enable_on_import()

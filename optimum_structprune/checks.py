@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -37,20 +37,6 @@ def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
-    check_blocks(config)
-
-
-def check_blocks(config: StructPruneConfig) -> None:
-    """Refuse blocks of different widths where the allocation gives all the same.
-
-    Raises:
-        StructPruneError: If `skip_layers` asks for them.
-    """
-    if config.skip_layers:
-        raise StructPruneError(
-            f"skip_layers={config.skip_layers} would leave blocks of different widths, which "
-            f"allocation={config.allocation!r} cannot express; leave skip_layers empty."
-        )
 
 
 def check_no_adapter(model: PreTrainedModel) -> None:
@@ -121,7 +107,7 @@ def _unpacked(model: PreTrainedModel) -> bool:
     )
 
 
-def biased_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Mapping[str, int]) -> tuple[str, ...]:
+def biased_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:
     """The spaces whose consumers get a bias.
 
     Raises:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +16,9 @@ from transformers import Cache
 from .allocation import target_widths
 from .arch.load import describe
 from .arch.meta import meta_model, model_class
-from .arch.shrink import legal_sizes, shrunk_config
-from .arch.spec import ArchSpec
-from .checks import biased_spaces, check_blocks
+from .arch.shrink import legal_sizes, shrunk_config, text_config
+from .arch.spec import ArchSpec, Widths
+from .checks import biased_spaces
 from .config import StructPruneConfig
 from .criteria import CRITERIA
 from .pruner import AutoStructPruner
@@ -25,6 +27,9 @@ from .report import table
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+RANKED = "the widths of single blocks follow from calibration; these remove as much in all"
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,34 @@ class Change:
 
 
 @dataclass(frozen=True)
-class SpaceChoice(Change):
+class SpaceChoice:
     """The width of one space.
 
     Attributes:
         name: Of the space.
-        nearest: The legal widths next to the chosen one, below and above.
+        before: Number of units.
+        after: How many stay: one number, or one per block where blocks come out different.
+        nearest: The legal widths next to the chosen one, below and above; empty where blocks come out different.
         legal: Number of legal widths.
     """
 
     name: str
+    before: int
+    after: int | Mapping[int, int]
     nearest: tuple[int, ...]
     legal: int
+
+    def row(self) -> tuple[str, str, str, str]:
+        """A line of the table."""
+        widths = [self.after] if isinstance(self.after, int) else list(self.after.values())
+        low, high = min(widths), max(widths)
+        after = f"{low:,}" if low == high else f"{low:,}-{high:,}"
+        return f"width {self.name}", f"{self.before:,}", after, f"{fmean(widths) / self.before - 1:+.1%}"
+
+    def __str__(self) -> str:
+        """How many widths there are to choose from, and the nearest ones."""
+        others = f"; next to {self.after}: {' and '.join(map(str, self.nearest))}" if self.nearest else ""
+        return f"{self.name}: {self.legal:,} legal widths{others}"
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,7 @@ class DryRun:
             sliding window keeps no more than its window); None where the model cannot be run without weights, 0
             where it does not generate.
         reload: What loads the result.
+        notes: What is not certain before calibration.
     """
 
     model_type: str
@@ -84,10 +106,11 @@ class DryRun:
     memory: Change
     cache_per_token: Change | None
     reload: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
-    def widths(self) -> dict[str, int]:
-        """The chosen width of each space."""
+    def widths(self) -> dict[str, int | Mapping[int, int]]:
+        """The chosen width of each space: one number, or one per block."""
         return {space.name: space.after for space in self.spaces}
 
     @property
@@ -106,17 +129,13 @@ class DryRun:
     def __str__(self) -> str:
         """Widths, parameters, memory and cache, as a table."""
         rows = [("", "before", "after", "")]
-        rows += [space.row(f"width {space.name}") for space in self.spaces]
+        rows += [space.row() for space in self.spaces]
         rows += [self.parameters.row("parameters"), self.block_parameters.row("  in the blocks")]
         rows.append(self.memory.row(f"bytes in {self.dtype}"))
         if self.cache_per_token is None or self.cache_per_token.before:
             unknown = ("cache bytes per token", "?", "?", "")
             rows.append(unknown if self.cache_per_token is None else self.cache_per_token.row(unknown[0]))
-        lines = [table(rows)]
-        for space in self.spaces:
-            nearest = " and ".join(map(str, space.nearest)) or "none"
-            lines.append(f"{space.name}: {space.legal} legal widths; next to {space.after}: {nearest}")
-        return "\n".join([*lines, *(f"loads with {line}" for line in self.reload)])
+        return "\n".join([table(rows), *map(str, self.spaces), *self.notes, *map("loads with {}".format, self.reload)])
 
 
 def dry_run(
@@ -133,6 +152,9 @@ def dry_run(
         dtype: In which memory is counted; None takes what the model's config says.
         trust_remote_code: Run code that comes with the model.
 
+    With `allocation="global"` the widths of single blocks follow from calibration; those given here remove as much in
+    all, to within one step of one block.
+
     Raises:
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
@@ -144,10 +166,9 @@ def dry_run(
         return meta_model(wanted, config.arch_file, torch.bfloat16, trust_remote_code)
 
     dense = build(model_config)
-    check_blocks(config)
     arch = describe(dense, config.arch_file)
     widths = target_widths(config, arch, model_config)
-    biased = biased_spaces(config, arch, {name: width for name, width in widths.items() if not arch.of(name)[0].whole})
+    biased = biased_spaces(config, arch, [name for name in widths if not arch.of(name)[0].whole])
     small = build(shrunk_config(model_config, arch, widths, biased))
     dtype = dtype or _saved_dtype(model_config)
     parameters = Change(dense.num_parameters(), small.num_parameters())
@@ -156,12 +177,13 @@ def dry_run(
     return DryRun(
         model_type=arch.model_type,
         dtype=str(dtype).removeprefix("torch."),
-        spaces=tuple(_choice(name, width, arch, model_config) for name, width in widths.items()),
+        spaces=tuple(_choice(name, widths, arch, model_config) for name in widths),
         parameters=parameters,
         block_parameters=Change(sum(arch.block_params), sum(describe(small, config.arch_file).block_params)),
         memory=parameters.times(dtype.itemsize),
         cache_per_token=cached and cached.times(dtype.itemsize),
-        reload=(f"plain transformers, {model_class(model_config, config.arch_file).__name__}.from_pretrained",),
+        reload=_reload(small, model_class(model_config, config.arch_file).__name__),
+        notes=(RANKED,) if config.allocation == "global" else (),
     )
 
 
@@ -170,10 +192,23 @@ def _saved_dtype(model_config: PretrainedConfig) -> torch.dtype:
     return getattr(torch, named) if isinstance(named, str) else named
 
 
-def _choice(name: str, width: int, arch: ArchSpec, model_config: PretrainedConfig) -> SpaceChoice:
-    legal = legal_sizes(model_config, arch, name)
-    below, above = legal[: bisect_left(legal, width)][-1:], legal[bisect_right(legal, width) :][:1]
-    return SpaceChoice(arch.of(name)[0].size, width, name, (*below, *above), len(legal))
+def _choice(name: str, widths: Widths, arch: ArchSpec, model_config: PretrainedConfig) -> SpaceChoice:
+    legal, spaces, width = legal_sizes(model_config, arch, name), arch.of(name), widths[name]
+    before = max(space.width for space in spaces)
+    if not isinstance(width, int):
+        return SpaceChoice(name, before, {space.layer: space.width_in(widths) for space in spaces}, (), len(legal))
+    nearest = legal[: bisect_left(legal, width)][-1:] + legal[bisect_right(legal, width) :][:1]
+    return SpaceChoice(name, before, width, tuple(nearest), len(legal))
+
+
+def _reload(small: PreTrainedModel, auto: str) -> tuple[str, ...]:
+    if not text_config(small.config).is_heterogeneous:
+        return (f"plain transformers, {auto}.from_pretrained",)
+    return (
+        f"transformers, {auto}.from_pretrained, once optimum_structprune has been imported",
+        f"transformers without it, {auto}.from_pretrained(..., trust_remote_code=True)",
+        "runtimes that take one width for all blocks, after `structprune export IN OUT --pad-uniform`",
+    )
 
 
 @torch.no_grad()

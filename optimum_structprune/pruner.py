@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ from torch import Tensor
 from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.shrink import shrunk_config
+from .arch.spec import ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
+from .calibration.manifest import Manifest
 from .calibration.passes import Batch, batches_of, passes_over
 from .checks import biased_spaces, check_model, dequantized
 from .config import StructPruneConfig
@@ -41,13 +43,15 @@ register_pruner = PRUNERS.register
 class StructPruner:
     """Prunes a causal language model by calibration, scoring, removal and refit, in rounds.
 
-    After `prune_model`, `report` holds the numbers of the run and `plan` what was kept.
+    After `prune_model`, `report` holds the numbers of the run, `plan` what was kept and `manifest` what it was
+    calibrated on.
     """
 
     def __init__(self, config: StructPruneConfig):
         self.config = config
         self.report: Report | None = None
         self.plan: Plan | None = None
+        self.manifest: Manifest | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values."""
@@ -92,6 +96,9 @@ class StructPruner:
         report = Report(arch.model_type)
         with report.timed("domains"):
             domains = self._domains(model, tokenizer, inputs)
+        if self.config.allocation == "global":
+            with report.timed("ranking"):
+                widths = target_widths(self.config, arch, model.config, self._scores(model, arch, domains, widths))
         measure = Measure(domains, arch.causal)
         with report.timed("perplexity"):
             measure.before(model)
@@ -110,10 +117,12 @@ class StructPruner:
             raise
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
-        report.widths = plan.widths()
+        whole = {name: {space.layer: space.width for space in arch.of(name)} for name in plan.widths()}
+        report.widths = {name: {**whole[name], **at} for name, at in plan.widths().items()}
         report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
+        self.manifest = Manifest.of(self.config, domains, tokenizer)
         return work
 
     def save(
@@ -123,7 +132,7 @@ class StructPruner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Save the pruned model with the config, the plan and the report of the run.
+        """Save the pruned model with the config, the plan, the report and the manifest of the run.
 
         The folder appears only after plain `from_pretrained` has loaded it and given the same logits.
 
@@ -136,7 +145,7 @@ class StructPruner:
         Raises:
             StructPruneError: If the folder exists, or the saved model does not come back the same.
         """
-        save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite)
+        save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite, self.manifest)
 
     def _domains(
         self,
@@ -146,17 +155,25 @@ class StructPruner:
     ) -> list[Domain]:
         if inputs is not None:
             return given_domains(inputs, float(self.config.holdout))
-        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size)
+        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
 
-    def prune_to_(
-        self, model: PreTrainedModel, domains: list[Domain], widths: Mapping[str, int], report: Report
-    ) -> Plan:
+    def _scores(
+        self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]
+    ) -> dict[tuple[int, str], Tensor]:
+        sweep = Sweep(model, arch, self.config, [domain.weight for domain in domains])
+        training = model.training
+        model.eval()
+        scores = sweep.scores(passes_over(model, arch, batches_of(domains, self.config.batch_size)), names)
+        model.train(training)
+        return scores
+
+    def prune_to_(self, model: PreTrainedModel, domains: list[Domain], widths: Widths, report: Report) -> Plan:
         """Prune a model in place to given widths, in `config.rounds` rounds, without any recovery.
 
         Args:
             model: The model that is changed.
             domains: Calibration text.
-            widths: Number of units to keep, by space; they have to be legal.
+            widths: Number of units to keep, by space, in every block or by block; they have to be legal.
             report: Takes the time.
         """
         arch = describe(model, self.config.arch_file)
@@ -180,7 +197,7 @@ class StructPruner:
         model.train(training)
         return plan
 
-    def _sweeps_(self, sweep: Sweep, batches: list[Batch], widths: Mapping[str, int], report: Report) -> Plan:
+    def _sweeps_(self, sweep: Sweep, batches: list[Batch], widths: Widths, report: Report) -> Plan:
         config, model, arch = self.config, sweep.model, sweep.spec
         new_config = shrunk_config(model.config, arch, widths, biased_spaces(config, arch, widths))
         smaller = skeleton(model, new_config)
@@ -195,7 +212,7 @@ class StructPruner:
         self,
         model: PreTrainedModel,
         domains: list[Domain],
-        widths: Mapping[str, int],
+        widths: Widths,
         report: Report,
         measure: Measure,
         tokenizer: PreTrainedTokenizerBase | None,

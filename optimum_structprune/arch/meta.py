@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM
 
 from ..errors import StructPruneError
+from ..heterogeneous import heterogeneous
 from .families import family_of
 
 
@@ -50,7 +51,7 @@ def meta_model(
     """
     kind, config = model_class(config, arch_file), deepcopy(config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), heterogeneous():
             if hasattr(kind, "from_config"):
                 model = kind.from_config(config, trust_remote_code=trust_remote_code)
             else:

@@ -15,7 +15,10 @@ FIELDS = {
     "target": "targets",
     "domain": "domains",
     "arch": "arch_file",
-    **{name: name for name in "round_to criterion refit rounds num_samples seq_length batch_size seed".split()},
+    **{
+        name: name
+        for name in "allocation round_to criterion refit rounds select num_samples seq_length batch_size seed".split()
+    },
 }
 
 
@@ -26,6 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_amount_arguments(parser)
     parser.add_argument("--rounds", type=int, help="Times that calibration and removal are repeated.")
     add_text_arguments(parser)
+    parser.add_argument("--select", help="Which blocks are used: random, length, diverse or perplexity.")
     parser.add_argument("--num-samples", type=int, help="Calibration blocks in all.")
     parser.add_argument("--batch-size", type=int, help="Blocks per forward pass.")
     parser.add_argument("--recover", action="store_true", help="Train afterwards, the dense model being the teacher.")
@@ -42,6 +46,7 @@ def add_amount_arguments(parser: ArgumentParser) -> None:
         "--width", action="append", type=width, metavar="SPACE=N", help="Units to keep, such as mlp=1152; repeatable."
     )
     parser.add_argument("--target", action="append", metavar="SPACE", help="Space that may shrink; repeatable.")
+    parser.add_argument("--allocation", help="uniform (one width for all blocks) or global (by one ranking).")
     parser.add_argument("--round-to", type=int, help="Multiple of the channel widths that --sparsity chooses.")
     parser.add_argument("--criterion", help="How units are scored, such as wanda.")
     parser.add_argument("--refit", help="How kept weights make up for removed ones.")
