@@ -17,7 +17,6 @@ from .schema import (
     SelfTextConfig,
     Serialisable,
     above_one,
-    as_domain,
     check_names,
     filled,
     not_negative,
@@ -26,6 +25,7 @@ from .schema import (
     read_yaml,
     share,
     up_to_one,
+    with_domains,
 )
 
 
@@ -145,9 +145,7 @@ class StructPruneConfig(Serialisable):
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
-        domains = data.get("domains")
-        if isinstance(domains, list):
-            data = {**data, "domains": [as_domain(item, cls.__name__) for item in domains]}
+        data = with_domains(data, cls.__name__)
         if isinstance(self_text := data.get("self_text"), Mapping):
             data = {**data, "self_text": SelfTextConfig.from_dict(self_text)}
         if isinstance(recovery := data.get("recovery"), Mapping):

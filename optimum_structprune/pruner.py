@@ -17,6 +17,7 @@ from .calibration.blocks import Domain, given_domains, load_domains
 from .calibration.gradients import saliencies
 from .calibration.manifest import Manifest
 from .calibration.passes import batches_of, passes_over
+from .checks import biased_spaces, check_model, dequantized
 from .config import StructPruneConfig
 from .criteria import CRITERIA
 from .errors import InPlaceError, StructPruneError
@@ -73,7 +74,8 @@ class StructPruner:
         """Prune a model.
 
         Args:
-            model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype.
+            model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
+                one is unpacked first, where transformers can.
             tokenizer: Its tokenizer; reads the calibration domains.
             inputs: Calibration inputs by domain, in place of the text that the config names: pixels, or token blocks,
                 shape `(samples, ...)`; a part of each is held out.
@@ -84,6 +86,7 @@ class StructPruner:
             StructPruneError: If the model, the config or a domain cannot be used; nothing has changed then.
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
+        model = dequantized(model, inplace)
         check_model(model, self.config)
         arch = describe(model, self.config.arch_file)
         if arch.causal and model.get_output_embeddings() is None:
@@ -204,7 +207,7 @@ class StructPruner:
                 adopt_config_(model, new_config, smaller)
                 plan, arch = sweep.plan, describe(model, self.config.arch_file)
         if rest:
-            biased = _biased(arch, rest) if self.config.refit == "bias" else ()
+            biased = biased_spaces(self.config, arch, rest)
             if measure is None:
                 measure = Measure(domains, arch.causal)
                 if self.config.measures:
@@ -279,30 +282,3 @@ def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
     if "output_dir" in training:
         training["output_dir"] = f"{training['output_dir']}/round-{number}"
     return replace(recovery, tokens=recovery.tokens // count, training=training)
-
-
-def _biased(arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:
-    for name in widths:
-        if any(space.bias_flag is None and not space.biased for space in arch.of(name)):
-            raise StructPruneError(
-                f"refit='bias' needs a bias in the projections of {name!r}, which a {arch.model_type} config cannot "
-                "express; use refit='least_squares' or 'none'."
-            )
-    return tuple(widths)
-
-
-def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
-    """Refuse what cannot be pruned.
-
-    Raises:
-        StructPruneError: If the model carries an adapter, is quantized, has no language-model head or too few
-            positions.
-    """
-    name = type(model).__name__
-    if hasattr(model, "peft_config"):
-        raise StructPruneError(f"{name} carries a PEFT adapter; prune `model.merge_and_unload()` instead.")
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise StructPruneError(f"{name} is quantized; prune `model.dequantize()`, or load it without quantization.")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.seq_length > longest:
-        raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
