@@ -30,6 +30,8 @@ from .schema import (
 
 
 CONFIG_NAME = "structprune_config.json"
+# The fields of which exactly one says how much is removed.
+AMOUNTS = ("sparsity", "widths")
 
 
 def builtin_domains() -> list[DomainConfig]:
@@ -58,6 +60,8 @@ class StructPruneConfig(Serialisable):
         max_width: With `global`, the share of its units that a block keeps at most.
         round_to: Channel widths that `sparsity` chooses are multiples of this; explicit widths are taken as given.
         domains: Calibration text; more than one kind makes the result general.
+        stats: Folder that `structprune calibrate` wrote: its moments of the dense model stand in for calibration, so
+            that no text is run. `domains` then only chooses among its domains and weighs them.
         normalisation: What puts the evidence of the domains on one scale: `energy` divides by what a domain puts
             out, `zscore` and `rank` compare scores only, `none` leaves loud domains loud.
         aggregation: How the evidence of several domains becomes one score: `mean` pools it, `max` keeps what any
@@ -102,6 +106,7 @@ class StructPruneConfig(Serialisable):
     max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
     domains: list[DomainConfig] = field(default_factory=builtin_domains)
+    stats: str | None = None
     normalisation: Literal["none", "energy", "zscore", "rank"] = "energy"
     aggregation: Literal["mean", "max", "worst", "harmonic", "quantile"] = "mean"
     quantile: Number = validated_field(share, default=0.75)
@@ -198,6 +203,21 @@ class StructPruneConfig(Serialisable):
             raise ValueError(f"guard=True guards refit='least_squares', got refit={self.refit!r}")
         if self.keep_rounds and self.checkpoint_dir is None:
             raise ValueError("keep_rounds=True leaves models in checkpoint_dir, which is None; name a folder")
+
+    def validate_stats(self) -> None:
+        """Nothing that stored statistics cannot give."""
+        for clash, text in (
+            (self.guard, "guard=True judges refits on calibration blocks that it sets aside"),
+            (self.select != "random", f"select={self.select!r} chooses text to calibrate on"),
+            (
+                self.recovery is not None and self.recovery.every_round,
+                "recovery with every_round=True calibrates on a trained model after each round",
+            ),
+        ):
+            if clash and self.stats is not None:
+                raise ValueError(
+                    f"{text}, but stats={self.stats!r} holds moments of the dense model; leave out one of the two"
+                )
 
     def validate_domains(self) -> None:
         """At least one domain, and no two of the same name."""

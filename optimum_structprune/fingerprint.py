@@ -1,4 +1,4 @@
-"""A hash that tells models apart by what they compute."""
+"""Hashes that tell models apart by what they compute, and tokenizers by their vocabulary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What a config says about where a model comes from, not about what it does.
 BESIDE = ("_name_or_path", "transformers_version", "architectures", "dtype")
@@ -28,3 +28,8 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer's vocabulary, added tokens included: which token each id stands for."""
+    return sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()

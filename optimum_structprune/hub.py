@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from .calibration.manifest import MANIFEST_NAME, Manifest
 from .config import StructPruneConfig
@@ -78,21 +80,39 @@ def save_checked(
         check: Holds the folder against the model; raises where they differ.
 
     Raises:
-        StructPruneError: If the folder exists, or the saved model does not come back the same.
+        StructPruneError: If the folder exists, something cannot be written, or the saved model does not come back the
+            same.
     """
-    target = Path(save_directory)
-    check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with staged(save_directory, overwrite) as staging:
         with heterogeneous():
             model.save_pretrained(str(staging))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         write(staging)
         check(model, staging)
+
+
+@contextmanager
+def staged(folder: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside the target, moved into place once everything inside `with` has gone well.
+
+    Args:
+        folder: The target.
+        overwrite: Replace a folder that exists.
+
+    Raises:
+        StructPruneError: If the folder exists, or something cannot be written.
+    """
+    target = Path(folder)
+    check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield staging
         staging.chmod(0o755)
         _swap(staging, target)
+    except (OSError, SafetensorError) as error:
+        raise StructPruneError(f"{target} could not be written, and what was there is as it was: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -13,10 +13,11 @@ from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Widths
-from .calibration.blocks import Domain, given_domains, load_domains
-from .calibration.gradients import saliencies
+from .calibration.blocks import Domain, calibration_domains
+from .calibration.clock import Clock
 from .calibration.manifest import Manifest
 from .calibration.passes import batches_of, passes_over
+from .calibration.stored import Statistics
 from .checks import biased_spaces, check_model, dequantized
 from .config import StructPruneConfig
 from .criteria import CRITERIA
@@ -27,7 +28,7 @@ from .plan import Plan
 from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
-from .rounds import Rounds, mixture
+from .rounds import Rounds, mixture, passes_of
 from .surgery import adopt_config_, skeleton
 from .sweep import Sweep
 
@@ -54,6 +55,7 @@ class StructPruner:
         self.report: Report | None = None
         self.plan: Plan | None = None
         self.manifest: Manifest | None = None
+        self.statistics: Statistics | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values."""
@@ -97,10 +99,9 @@ class StructPruner:
         CRITERIA.get(self.config.criterion)
         report = Report(arch.model_type)
         with report.timed("domains"):
-            domains = self._domains(model, tokenizer, inputs)
+            domains = self._domains(model, arch, tokenizer, inputs, widths)
         if self.config.allocation == "global":
-            with report.timed("ranking"):
-                widths = target_widths(self.config, arch, model.config, self._scores(model, arch, domains, widths))
+            widths = self._ranked(model, arch, domains, widths, report)
         measure = Measure(domains, arch.causal)
         with report.timed("perplexity"):
             measure.before(model)
@@ -124,7 +125,8 @@ class StructPruner:
         report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
-        self.manifest = Manifest.of(self.config, domains, tokenizer)
+        given = self.statistics
+        self.manifest = Manifest.of(self.config, domains, tokenizer) if given is None else given.manifest(domains)
         return work
 
     def save(
@@ -152,25 +154,32 @@ class StructPruner:
     def _domains(
         self,
         model: PreTrainedModel,
+        arch: ArchSpec,
         tokenizer: PreTrainedTokenizerBase | None,
         inputs: Mapping[str, Tensor] | None,
+        names: Collection[str],
     ) -> list[Domain]:
+        self.statistics = None
+        if self.config.stats is None:
+            return calibration_domains(self.config, model, tokenizer, inputs)
         if inputs is not None:
-            return given_domains(inputs, float(self.config.holdout))
-        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
+            raise StructPruneError(f"inputs are calibration data, and stats={self.config.stats!r} stands in for them.")
+        self.statistics = Statistics.load(self.config.stats)
+        self.statistics.check(model, tokenizer)
+        self.statistics.check_use(self.config, arch, names, CRITERIA.get(self.config.criterion).needs_gradient)
+        return self.statistics.chosen(self.config)
 
-    def _scores(
-        self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]
-    ) -> dict[tuple[int, str], Tensor]:
+    def _ranked(
+        self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str], report: Report
+    ) -> dict[str, int | Mapping[int, int]]:
         sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
-        batches = batches_of(domains, self.config.batch_size)
-        training = model.training
+        training, clock = model.training, Clock(model.device)
         model.eval()
-        if sweep.criterion.needs_gradient:
-            sweep.saliency = saliencies(model, arch, batches)
-        scores = sweep.scores(passes_over(model, arch, batches), names)
+        with report.timed("ranking"):
+            scores = sweep.scores(passes_of(sweep, domains, self.statistics, clock), names)
         model.train(training)
-        return scores
+        report.note_domains(clock.seconds, [domain.name for domain in domains])
+        return target_widths(self.config, arch, model.config, scores)
 
     def prune_to_(
         self,
@@ -194,11 +203,11 @@ class StructPruner:
         arch = describe(model, self.config.arch_file)
         training = model.training
         model.eval()
-        batches = batches_of(domains, self.config.batch_size)
         experts = {name: width for name, width in widths.items() if arch.of(name)[0].whole}
         rest = {name: width for name, width in widths.items() if name not in experts}
         plan = Plan(arch.model_type, {})
         if experts:
+            batches = batches_of(domains, self.config.batch_size)
             with report.timed("experts"):
                 sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
                 new_config = shrunk_config(model.config, arch, experts)
@@ -212,7 +221,7 @@ class StructPruner:
                 measure = Measure(domains, arch.causal)
                 if self.config.measures:
                     measure.before(model)
-            rounds = Rounds(model, arch, self.config, domains, report, measure, biased, tokenizer)
+            rounds = Rounds(model, arch, self.config, domains, report, measure, biased, tokenizer, self.statistics)
             plan = plan.then(rounds.run_(rest))
         model.train(training)
         return plan

@@ -70,6 +70,7 @@ class Report:
         output_error: Of a model that does not predict the next token: squared error of the last hidden states on
             held-out text against the dense model's, relative to their variance, by domain.
         seconds: Time spent, by stage.
+        domain_seconds: Time spent in calibration, by domain.
         rounds: What was measured after each round but the last: widths, perplexity ratios and shares by domain.
         guard: By space: blocks in all (`blocks`), those in which the guard chose another refit than the config
             (`changed`), the mean held-out error relative to the config's (`error`), and the mean strength.
@@ -85,6 +86,7 @@ class Report:
     recovery: RecoveryReport | None = None
     output_error: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    domain_seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     guard: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -98,6 +100,12 @@ class Report:
                 "error": fmean(one.error for one in found),
                 "strength": fmean(one.strength for one in found),
             }
+
+    def note_domains(self, seconds: Mapping[int, float], names: Sequence[str]) -> None:
+        """Add the time spent on each domain, by number; blocks of the guard count as those of further domains."""
+        for number, spent in seconds.items():
+            name = names[number % len(names)]
+            self.domain_seconds[name] = self.domain_seconds.get(name, 0.0) + spent
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -133,7 +141,11 @@ class Report:
         if len(self.perplexity) > 1:
             means = [geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
             rows.append(("  geometric mean", *_change(*means)))
-        return "\n".join([table(rows), *([] if self.recovery is None else ["", str(self.recovery)])])
+        lines = [table(rows)]
+        if self.domain_seconds:
+            spent = (f"{name} {seconds:.1f} s" for name, seconds in self.domain_seconds.items())
+            lines.append(f"calibration: {', '.join(spent)}")
+        return "\n".join([*lines, *([] if self.recovery is None else ["", str(self.recovery)])])
 
     def _width(self, name: str) -> tuple[str, str, str]:
         widths, dense = list(self.widths[name].values()), self.dense_widths[name]

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from .allocation import next_legal, round_widths
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Widths
+from .calibration.clock import Clock
 from .calibration.evidence import Mixture
 from .calibration.gradients import saliencies
-from .calibration.passes import batches_of, guard_batches, passes_over
+from .calibration.passes import Passes, batches_of, guard_batches, passes_over
+from .calibration.stored import Statistics, StoredPasses
 from .checkpoint import load_round_, run_key, save_round
 from .errors import StructPruneError
 from .hub import PLAN_NAME, check_reload, save_checked
@@ -42,6 +44,29 @@ def mixture(config: StructPruneConfig, domains: list[Domain]) -> Mixture:
     return Mixture(shares, config.normalisation, config.aggregation, float(config.quantile))
 
 
+def passes_of(
+    sweep: Sweep, domains: list[Domain], statistics: Statistics | None, clock: Clock, guard: bool = False
+) -> Passes:
+    """The evidence for a sweep: stored moments, or the domains run through its model as it is now.
+
+    Args:
+        sweep: Where gradients are entered, if its criterion needs them.
+        domains: Calibration text.
+        statistics: Stored moments of the dense model, in place of the text.
+        clock: Takes the time of each domain.
+        guard: Set some of the text aside.
+    """
+    model, spec, config = sweep.model, sweep.spec, sweep.config
+    if statistics is not None:
+        return StoredPasses(statistics, domains, sweep.criterion.needs_gradient, next(model.parameters()).device)
+    batches = batches_of(domains, config.batch_size)
+    if sweep.criterion.needs_gradient:
+        sweep.saliency = saliencies(model, spec, batches, clock)
+    if guard:
+        batches = guard_batches(domains, config.batch_size)
+    return passes_over(model, spec, batches, clock)
+
+
 @dataclass
 class Rounds:
     """Prunes a model in place to given widths.
@@ -55,6 +80,7 @@ class Rounds:
         measure: What the dense model gives on held-out text.
         biased: Spaces whose consumers get a bias.
         tokenizer: Saved beside the models that `keep_rounds` leaves.
+        statistics: Stored moments of the dense model, in place of the text.
     """
 
     model: PreTrainedModel
@@ -65,6 +91,7 @@ class Rounds:
     measure: Measure
     biased: tuple[str, ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
+    statistics: Statistics | None = None
 
     def run_(self, widths: Widths) -> Plan:
         """All rounds; returns what is kept.
@@ -95,15 +122,11 @@ class Rounds:
         return self.sweep.plan
 
     def _round_(self, number: int, step: Widths, smaller: PreTrainedModel | None = None) -> None:
-        config, sweep = self.config, self.sweep
+        config, sweep, clock = self.config, self.sweep, Clock(self.model.device)
         with self.report.timed(f"round {number}"):
-            batches = batches_of(self.domains, config.batch_size)
-            if sweep.criterion.needs_gradient:
-                sweep.saliency = saliencies(self.model, self.spec, batches)
-            if config.guard:
-                batches = guard_batches(self.domains, config.batch_size)
-            title = f"round {number}/{max(number, config.rounds)}"
-            sweep.run_(passes_over(self.model, self.spec, batches), step, smaller, title)
+            passes = passes_of(sweep, self.domains, self.statistics, clock, config.guard)
+            sweep.run_(passes, step, smaller, f"round {number}/{max(number, config.rounds)}")
+        self.report.note_domains(clock.seconds, [domain.name for domain in self.domains])
         self.report.note_guard(sweep.guarded, float(config.damping))
 
     def _between_(self, number: int, step: Widths, key: str) -> float:

@@ -70,6 +70,11 @@ class StructPruneCallback(TrainerCallback):
                 "allocation='global' ranks the units of the dense model before anything is removed, which a Trainer's "
                 "steps do not; use allocation='uniform', or prune first (`structprune prune`)."
             )
+        if config.stats is not None:
+            raise StructPruneError(
+                f"stats={config.stats!r} holds moments of the dense model, which training has changed by then; leave "
+                "it out, or prune first (`structprune prune --stats`)."
+            )
         self.config = config
         self.start, self.end, self.every = start, end, every
         self.calibration = calibration

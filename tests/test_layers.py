@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module imports only from its own layer's earlier modules and from lower layers.
 LAYERS = [
     ["errors"],
-    ["registry", "arch.spec", "block_init", "calibration.problems", "distill"],
+    ["registry", "arch.spec", "block_init", "calibration.problems", "calibration.clock", "distill"],
     ["schema", "fingerprint", "tasks"],
     ["recovery_config", "calibration.presets", "calibration.templates"],
     ["calibration.packing", "calibration.manifest", "calibration.stats", "arch.families", "config", "plan", "report"],
@@ -47,9 +47,9 @@ LAYERS = [
     ["criteria.flap", "criteria.magnitude", "criteria.obs", "criteria.random", "criteria.taylor", "criteria.wanda"],
     ["criteria", "calibration.blocks", "checks"],
     ["calibration.evidence", "calibration.passes", "calibration.heldout", "calibration.gradients", "guard"],
-    ["distill_trainer"],
+    ["distill_trainer", "calibration.stored"],
     ["sweep", "hub", "evaluation", "optimizer_state"],
-    ["checkpoint"],
+    ["checkpoint", "calibration.record"],
     ["rounds"],
     ["recovery", "export"],
     ["pruner"],
@@ -57,7 +57,7 @@ LAYERS = [
     ["commands.loading", "commands.arguments"],
     ["commands.recover", "commands.inspect", "commands.evaluate", "commands.export"],
     ["commands.prune"],
-    ["commands.plan"],
+    ["commands.plan", "commands.calibrate"],
     ["commands.cli"],
     ["commands.register_structprune"],
 ]

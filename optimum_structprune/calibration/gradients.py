@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..arch.spec import ArchSpec
 from ..errors import StructPruneError
+from .clock import Clock
 from .collect import observe
 from .taps import Batch
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def saliencies(model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def saliencies(
+    model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
+) -> dict[str, Tensor]:
     """E|x ∂L/∂x| of every tap's input x, by module, shape `(domains, n)`, fp64.
 
     L is the mean next-token loss of a block times its tokens, so that the scale does not depend on the batch size. A
@@ -29,6 +32,7 @@ def saliencies(model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch])
         model: A causal language model.
         spec: Its description.
         batches: The calibration data.
+        clock: Takes the time of each domain.
 
     Raises:
         StructPruneError: If the model does not predict the next token, or has experts.
@@ -39,13 +43,15 @@ def saliencies(model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch])
             "choose criterion='wanda'."
         )
     taps = sorted({axis.module for space in spec.spaces for axis in space.into})
-    domains = 1 + max(batch.domain for batch in batches)
+    domains, clock = 1 + max(batch.domain for batch in batches), clock or Clock(model.device)
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(domains, dtype=torch.float64)
     with _frozen(model):
         for batch in batches:
             counts[batch.domain] += batch.ids.numel()
-            for tap, found in _backward(model, taps, batch.ids).items():
+            with clock.running(batch.domain):
+                gradients = _backward(model, taps, batch.ids)
+            for tap, found in gradients.items():
                 total = sums.setdefault(tap, torch.zeros(domains, len(found), dtype=torch.float64))
                 total[batch.domain] += found.cpu()
     return {tap: total / counts.clamp(min=1)[:, None] for tap, total in sums.items()}

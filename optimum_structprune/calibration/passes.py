@@ -14,6 +14,7 @@ from ..arch.load import block_list
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
 from ..metrics import run_model
+from .clock import Clock
 from .collect import StopForward, intercept, observe
 from .experts import Routed, contributions, inner_moments
 from .stats import Moments
@@ -99,9 +100,10 @@ class BlockPasses:
     it routes to them, but the statistics of only one expert.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]):
+    def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):
         self.model, self.spec = model, spec
         self.device = next(model.parameters()).device
+        self.clock = clock or Clock(self.device)
         self.domains = [batch.domain for batch in batches]
         self.batches = list(batches)
         self.hidden: list[Tensor] = []
@@ -109,7 +111,8 @@ class BlockPasses:
         self.routed: tuple[Routed, ...] = ()
         for batch in batches:
             size = len(batch.ids)
-            hidden, calls = capture(model, spec, batch.ids, whole=size not in self.calls)
+            with self.clock.running(batch.domain):
+                hidden, calls = capture(model, spec, batch.ids, whole=size not in self.calls)
             if not _same(self.calls.setdefault(size, calls)[0], calls[0]):
                 raise NotSequentialError(f"the blocks of {spec.model_type!r} are called with more than hidden states")
             self.hidden.append(hidden)
@@ -158,7 +161,8 @@ class BlockPasses:
         block = self._block(layer)
         device = next(block.parameters()).device
         hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), device)
-        output = block(hidden_states=hidden, **kwargs) if call.by_name else block(hidden, *args, **kwargs)
+        with self.clock.running(self.domains[index]):
+            output = block(hidden_states=hidden, **kwargs) if call.by_name else block(hidden, *args, **kwargs)
         return _first(output)
 
 
@@ -169,8 +173,9 @@ class ModelPasses:
     their own for each block.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]):
+    def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):
         self.model, self.spec, self.batches = model, spec, batches
+        self.clock = clock or Clock(next(model.parameters()).device)
         self.domains = [batch.domain for batch in batches]
         self.tally: Tally | None = None
         self.routed: tuple[str, tuple[Routed, ...]] = ("", ())
@@ -205,19 +210,22 @@ class ModelPasses:
     @torch.no_grad()
     def _run(self, index: int) -> None:
         base: Any = self.model.base_model
-        run_model(base, self.batches[index].ids)
+        with self.clock.running(self.domains[index]):
+            run_model(base, self.batches[index].ids)
 
 
 class NotSequentialError(StructPruneError):
     """The model's blocks cannot be run one by one."""
 
 
-def passes_over(model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]) -> Passes:
-    """Block by block where the model allows it, the whole model otherwise."""
+def passes_over(
+    model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
+) -> Passes:
+    """Block by block where the model allows it, the whole model otherwise; the clock takes the time of each domain."""
     try:
-        return BlockPasses(model, spec, batches)
+        return BlockPasses(model, spec, batches, clock)
     except NotSequentialError:
-        return ModelPasses(model, spec, batches)
+        return ModelPasses(model, spec, batches, clock)
 
 
 @torch.no_grad()
