@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, floor
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ def target_widths(
     spec: ArchSpec,
     model_config: PretrainedConfig,
     scores: Mapping[tuple[int, str], Tensor] | None = None,
+    legal: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, int | Mapping[int, int]]:
     """The final number of units of each space: one number, or one per block where blocks may differ.
 
@@ -34,13 +35,14 @@ def target_widths(
         model_config: Its config.
         scores: Of all units, on one scale, by block and name of the space: what `allocation="global"` ranks. Without
             them every block gives up the same share, and as much goes in all.
+        legal: What `legal_widths` gives, where it is known.
 
     Raises:
         StructPruneError: If a space is not there, a width is not legal (the nearest legal ones are named), blocks may
             not differ, or the sparsity cannot be reached.
     """
-    legal = _legal_widths(config, spec, model_config)
-    alike = all(len({space.width for space in spec.of(name)}) == 1 for name in legal)
+    legal = legal_widths(config, spec, model_config) if legal is None else legal
+    alike = _alike(spec, legal)
     if config.allocation == "global" or config.skip_layers:
         _check_may_differ(config, spec, list(legal))
     pruned = _without(spec, config.skip_layers)
@@ -55,7 +57,12 @@ def target_widths(
     return dict(widths)
 
 
-def _legal_widths(config: StructPruneConfig, spec: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
+def legal_widths(config: StructPruneConfig, spec: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
+    """Legal widths of the spaces that a config names, ascending.
+
+    Raises:
+        StructPruneError: If a space is not there, spaces do not go together, or a given width is not legal.
+    """
     legal = {}
     for name in config.targets if config.widths is None else config.widths:
         if name not in spec.names:
@@ -71,6 +78,30 @@ def _legal_widths(config: StructPruneConfig, spec: ArchSpec, model_config: Pretr
         for name, width in config.widths.items():
             _check_width(spec, name, width, legal[name])
     return legal
+
+
+def choices(config: StructPruneConfig, spec: ArchSpec, name: str, legal: Sequence[int]) -> list[int]:
+    """The widths of a space that `sparsity` may choose, ascending: legal ones, channels in multiples of `round_to`."""
+    space = spec.of(name)[0]
+    return _rounded(legal, space.width, config.round_to if len(space.config) == 1 else 1)
+
+
+def least_widths(
+    config: StructPruneConfig, spec: ArchSpec, legal: Mapping[str, Sequence[int]]
+) -> dict[str, int | Mapping[int, int]]:
+    """The smallest widths that `sparsity` may choose: one number, or one per block where blocks may differ."""
+    found: dict[str, int | Mapping[int, int]] = {}
+    for name, spaces in ((name, _without(spec, config.skip_layers).of(name)) for name in legal):
+        least = choices(config, spec, name, legal[name])[0]
+        if config.allocation == "global" or not _alike(spec, legal):
+            found[name] = {space.layer: _rungs(config, space, legal[name])[-1] for space in spaces}
+        else:
+            found[name] = _at_most(least, spaces) if config.skip_layers else least
+    return found
+
+
+def _alike(spec: ArchSpec, names: Collection[str]) -> bool:
+    return all(len({space.width for space in spec.of(name)}) == 1 for name in names)
 
 
 def _check_may_differ(config: StructPruneConfig, spec: ArchSpec, names: Sequence[str]) -> None:

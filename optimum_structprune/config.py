@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub.dataclasses import strict, validated_field
 
 from .recovery_config import RecoveryConfig
+from .registry import did_you_mean
 from .schema import (
     DomainConfig,
     Number,
@@ -31,7 +32,8 @@ from .schema import (
 
 CONFIG_NAME = "structprune_config.json"
 # The fields of which exactly one says how much is removed.
-AMOUNTS = ("sparsity", "widths")
+AMOUNTS = ("sparsity", "widths", "budget")
+BUDGETS = ("parameters", "bytes", "cache_bytes_per_token")
 
 
 def builtin_domains() -> list[DomainConfig]:
@@ -42,14 +44,17 @@ def builtin_domains() -> list[DomainConfig]:
 @strict
 @dataclass(kw_only=True)
 class StructPruneConfig(Serialisable):
-    """How a model is pruned. Exactly one of `sparsity` and `widths` says how much.
+    """How a model is pruned. Exactly one of `sparsity`, `widths` and `budget` says how much.
 
     Args:
         method: Registered pruner.
         sparsity: Share of the blocks' parameters to remove.
         widths: Number of units to keep, by space, such as `{"mlp": 1152, "attention": 2}`; with `allocation="global"`
             their mean over the blocks.
-        targets: Spaces that may shrink when `sparsity` chooses the widths.
+        budget: What the whole model may have at most: `{"parameters": 110_000_000}`, `{"bytes": 300_000_000}` of
+            parameters in its dtype, or `{"cache_bytes_per_token": 9000}` of keys and values. The widths are the
+            largest that keep to it.
+        targets: Spaces that may shrink when `sparsity` or `budget` chooses the widths.
         criterion: Registered criterion that scores the units.
         refit: What makes up for the removed units: `none`, `bias` or `least_squares`.
         rounds: Number of times that calibration, scoring and removal are repeated, each removing a part.
@@ -58,7 +63,8 @@ class StructPruneConfig(Serialisable):
             ranks all units of the model and gives every block a width of its own.
         min_width: With `global`, the share of its units that every block keeps at least.
         max_width: With `global`, the share of its units that a block keeps at most.
-        round_to: Channel widths that `sparsity` chooses are multiples of this; explicit widths are taken as given.
+        round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this; explicit widths are taken
+            as given.
         domains: Calibration text; more than one kind makes the result general.
         stats: Folder that `structprune calibrate` wrote: its moments of the dense model stand in for calibration, so
             that no text is run. `domains` then only chooses among its domains and weighs them.
@@ -96,6 +102,7 @@ class StructPruneConfig(Serialisable):
     method: str = "iterative"
     sparsity: Number | None = validated_field(share, default=None)
     widths: dict[str, int] | None = None
+    budget: dict[str, Number] | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
     criterion: str = "wanda"
     refit: Literal["none", "bias", "least_squares"] = "least_squares"
@@ -158,12 +165,18 @@ class StructPruneConfig(Serialisable):
         return super().from_dict(data)
 
     def validate_amount(self) -> None:
-        """Exactly one of `sparsity` and `widths`, and widths that are positive."""
-        if (self.sparsity is None) == (self.widths is None):
-            raise ValueError(
-                f"exactly one of sparsity and widths says how much to remove, "
-                f"got sparsity={self.sparsity} and widths={self.widths}"
-            )
+        """Exactly one of `sparsity`, `widths` and `budget`, and numbers that are positive."""
+        given = {name: getattr(self, name) for name in AMOUNTS}
+        if sum(value is not None for value in given.values()) != 1:
+            found = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"exactly one of sparsity, widths and budget says how much to remove, got {found}")
+        for name, most in (self.budget or {}).items():
+            if name not in BUDGETS:
+                raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")
+            if most <= 0:
+                raise ValueError(f"budget[{name!r}] has to be greater than 0, got {most}")
+        if self.budget is not None and len(self.budget) != 1:
+            raise ValueError(f"budget names exactly one of {', '.join(BUDGETS)}, got {self.budget}")
         for name, width in (self.widths or {}).items():
             if width < 1:
                 raise ValueError(f"widths[{name!r}] has to be 1 or more, got {width}")

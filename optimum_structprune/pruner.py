@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .allocation import next_legal, round_widths, target_widths
+from .allocation import next_legal, round_widths
 from .arch.load import describe
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Widths
+from .budget import widths_of
 from .calibration.blocks import Domain, calibration_domains
 from .calibration.clock import Clock
 from .calibration.manifest import Manifest
@@ -95,7 +96,7 @@ class StructPruner:
             raise StructPruneError(
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
             )
-        widths = target_widths(self.config, arch, model.config)
+        widths = widths_of(self.config, arch, model)
         CRITERIA.get(self.config.criterion)
         report = Report(arch.model_type)
         with report.timed("domains"):
@@ -179,7 +180,7 @@ class StructPruner:
             scores = sweep.scores(passes_of(sweep, domains, self.statistics, clock), names)
         model.train(training)
         report.note_domains(clock.seconds, [domain.name for domain in domains])
-        return target_widths(self.config, arch, model.config, scores)
+        return widths_of(self.config, arch, model, scores)
 
     def prune_to_(
         self,

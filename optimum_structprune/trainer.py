@@ -13,9 +13,10 @@ from torch import Tensor, optim
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
-from .allocation import next_legal, round_widths, target_widths
+from .allocation import next_legal, round_widths
 from .arch.load import describe
 from .arch.spec import ArchSpec, Widths
+from .budget import widths_of
 from .calibration.blocks import Domain, load_domains
 from .calibration.collect import before_load, intercept
 from .checks import check_model
@@ -95,7 +96,7 @@ class StructPruneCallback(TrainerCallback):
             return
         check_model(model, self.config)
         arch = describe(model, self.config.arch_file)
-        self._dense = arch, target_widths(self.config, arch, model.config)
+        self._dense = arch, widths_of(self.config, arch, model)
         self.plan = Plan(arch.model_type, {})
         self._loading.close()
         self._loading.enter_context(

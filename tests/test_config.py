@@ -53,8 +53,8 @@ def test_round_trips(config, tmp_path_factory):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "exactly one of sparsity and widths.*sparsity=None and widths=None"),
-        ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity and widths.*sparsity=0.2"),
+        ({}, "exactly one of sparsity, widths and budget.*sparsity=None, widths=None, budget=None"),
+        ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity, widths and budget.*sparsity=0.2"),
         ({"sparsity": 0}, "'sparsity'.*between 0 and 1.*got 0"),
         ({"sparsity": 1}, "'sparsity'.*between 0 and 1.*got 1"),
         ({"sparsity": -0.1}, "'sparsity'.*between 0 and 1.*got -0.1"),

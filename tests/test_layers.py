@@ -46,7 +46,7 @@ LAYERS = [
     ],
     ["criteria.flap", "criteria.magnitude", "criteria.obs", "criteria.random", "criteria.taylor", "criteria.wanda"],
     ["criteria", "calibration.blocks", "checks"],
-    ["calibration.evidence", "calibration.passes", "calibration.heldout", "calibration.gradients", "guard"],
+    ["budget", "calibration.evidence", "calibration.passes", "calibration.heldout", "calibration.gradients", "guard"],
     ["distill_trainer", "calibration.stored"],
     ["sweep", "hub", "evaluation", "optimizer_state"],
     ["checkpoint", "calibration.record"],

@@ -55,6 +55,12 @@ def width(text: str) -> tuple[str, int]:
     return name, int(number)
 
 
+def budget(text: str) -> tuple[str, float]:
+    """`parameters=110e6` as a pair."""
+    name, _, number = text.partition("=")
+    return name, float(number)
+
+
 def setting(text: str) -> tuple[str, Any]:
     """`NAME=VALUE` as a pair, the value read as YAML: `bf16=true`, `lr_scheduler_type=linear`."""
     name, equals, value = text.partition("=")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from .arguments import add_calibration_arguments, add_config_arguments, add_model_arguments, width
+from .arguments import add_calibration_arguments, add_config_arguments, add_model_arguments, budget, width
 
 
 NAME = "prune"
@@ -44,6 +44,12 @@ def add_amount_arguments(parser: ArgumentParser) -> None:
     amount.add_argument("--sparsity", type=float, help="Share of the blocks' parameters to remove, such as 0.2.")
     amount.add_argument(
         "--width", action="append", type=width, metavar="SPACE=N", help="Units to keep, such as mlp=1152; repeatable."
+    )
+    amount.add_argument(
+        "--budget",
+        type=budget,
+        metavar="WHAT=N",
+        help="Most that the model may have: parameters=110e6, bytes=300e6 or cache_bytes_per_token=9000.",
     )
     parser.add_argument("--target", action="append", metavar="SPACE", help="Space that may shrink; repeatable.")
     parser.add_argument("--allocation", help="uniform (one width for all blocks) or global (by one ranking).")
@@ -94,6 +100,7 @@ def config_from(args: Namespace, sparsity: float | None = None):
     given = {name: value for name, value in vars(args).items() if value is not None}
     values: dict[str, Any] = dict(read_yaml(args.config)) if args.config else {}
     amounts = {"sparsity": given.get("sparsity"), "widths": dict(given.get("width", ())) or None}
+    amounts["budget"] = dict([given["budget"]]) if "budget" in given else None
     if any(value is not None for value in amounts.values()):
         values.update(amounts)
     if all(values.get(name) is None for name in AMOUNTS):
