@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .allocation import next_legal, round_widths
 from .arch.load import describe
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Widths
@@ -30,6 +29,7 @@ from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
 from .rounds import Rounds, mixture, passes_of
+from .schedule import next_legal, round_widths
 from .surgery import adopt_config_, skeleton
 from .sweep import Sweep
 

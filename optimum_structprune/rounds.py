@@ -9,7 +9,6 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .allocation import next_legal, round_widths
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Widths
 from .calibration.clock import Clock
@@ -24,6 +23,7 @@ from .measure import Measure
 from .plan import Plan
 from .report import Report
 from .reweight import reweighted
+from .schedule import next_legal, round_widths
 from .surgery import adopt_config_, shrink_block_, skeleton
 from .sweep import Sweep
 

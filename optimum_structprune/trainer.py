@@ -13,7 +13,6 @@ from torch import Tensor, optim
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
-from .allocation import next_legal, round_widths
 from .arch.load import describe
 from .arch.spec import ArchSpec, Widths
 from .budget import widths_of
@@ -26,6 +25,7 @@ from .optimizer_state import check_state, slice_state_
 from .plan import Plan
 from .pruner import AutoStructPruner
 from .report import Report
+from .schedule import next_legal, round_widths
 from .surgery import resize_
 
 

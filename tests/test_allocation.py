@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from models import build, config, token_ids
 
 from optimum_structprune import StructPruneConfig, StructPruneError
-from optimum_structprune.allocation import ranked_widths, round_widths, target_widths, widths_for_sparsity
+from optimum_structprune.allocation import ranked_widths, target_widths, widths_for_sparsity
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import ArchSpec, Space
 from optimum_structprune.calibration.blocks import Domain
 from optimum_structprune.calibration.passes import batches_of, passes_over
 from optimum_structprune.ranking import standardised
+from optimum_structprune.schedule import round_widths
 from optimum_structprune.sweep import Sweep
 
 

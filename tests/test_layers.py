@@ -41,6 +41,7 @@ LAYERS = [
         "criteria.base",
         "surgery",
         "allocation",
+        "schedule",
         "calibration.sources",
         "calibration.select",
     ],
