@@ -14,7 +14,6 @@ from .arch.load import describe
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
-from .calibration.gradients import saliencies
 from .calibration.manifest import Manifest
 from .calibration.passes import batches_of, passes_over
 from .config import StructPruneConfig
@@ -26,7 +25,7 @@ from .plan import Plan
 from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
-from .rounds import Rounds, mixture
+from .rounds import Rounds, dense_scores, mixture
 from .surgery import adopt_config_, skeleton
 from .sweep import Sweep
 
@@ -97,7 +96,8 @@ class StructPruner:
             domains = self._domains(model, tokenizer, inputs)
         if self.config.allocation == "global":
             with report.timed("ranking"):
-                widths = target_widths(self.config, arch, model.config, self._scores(model, arch, domains, widths))
+                scores = dense_scores(model, arch, self.config, domains, widths)
+                widths = target_widths(self.config, arch, model.config, scores)
         measure = Measure(domains, arch.causal)
         with report.timed("perplexity"):
             measure.before(model)
@@ -118,7 +118,7 @@ class StructPruner:
         report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
         whole = {name: {space.layer: space.width for space in arch.of(name)} for name in plan.widths()}
         report.widths = {name: {**whole[name], **at} for name, at in plan.widths().items()}
-        report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
+        report.dense_widths = {name: max(whole[name].values()) for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
         self.manifest = Manifest.of(self.config, domains, tokenizer)
@@ -155,19 +155,6 @@ class StructPruner:
         if inputs is not None:
             return given_domains(inputs, float(self.config.holdout))
         return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
-
-    def _scores(
-        self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]
-    ) -> dict[tuple[int, str], Tensor]:
-        sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
-        batches = batches_of(domains, self.config.batch_size)
-        training = model.training
-        model.eval()
-        if sweep.criterion.needs_gradient:
-            sweep.saliency = saliencies(model, arch, batches)
-        scores = sweep.scores(passes_over(model, arch, batches), names)
-        model.train(training)
-        return scores
 
     def prune_to_(
         self,

@@ -10,6 +10,19 @@ from .arguments import add_model_arguments, add_text_arguments, width
 
 NAME = "prune"
 HELP = "Prune a model and save one that plain from_pretrained loads."
+# Fields of the config that a flag of the same name sets.
+FLAGS = (
+    "allocation",
+    "round_to",
+    "criterion",
+    "refit",
+    "rounds",
+    "select",
+    "num_samples",
+    "seq_length",
+    "batch_size",
+    "seed",
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,6 +36,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--width", action="append", type=width, metavar="SPACE=N", help="Units to keep, such as mlp=1152; repeatable."
     )
     parser.add_argument("--target", action="append", metavar="SPACE", help="Space that may shrink; repeatable.")
+    parser.add_argument("--allocation", help="uniform: one width for all blocks; global: each block its own.")
+    parser.add_argument("--skip-layer", type=int, action="append", metavar="N", help="Block left whole; repeatable.")
+    parser.add_argument("--round-to", type=int, metavar="N", help="Chosen channel widths are multiples of this.")
     parser.add_argument("--criterion", help="How units are scored, such as wanda.")
     parser.add_argument("--refit", help="How kept weights make up for removed ones.")
     parser.add_argument("--rounds", type=int, help="Times that calibration and removal are repeated.")
@@ -57,7 +73,10 @@ def run(args: Namespace) -> int:
     pruned = pruner.prune_model(model, tokenizer, inplace=True)
     pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
     print(pruner.report)
-    print(f"saved to {args.output}; it loads with AutoModelForCausalLM.from_pretrained({args.output!r})")
+    where = f"AutoModelForCausalLM.from_pretrained({args.output!r})"
+    print(f"saved to {args.output}; it loads with {where}")
+    if pruned.config.get_text_config().is_heterogeneous:
+        print("once optimum_structprune is imported, or with trust_remote_code=True, since its blocks differ in width")
     if later is None:
         return 0
     return heal(args, later, config, pruned, tokenizer, args.model, args.output, overwrite=True)
@@ -80,10 +99,8 @@ def config_from(args: Namespace):
         "targets": args.target,
         "domains": args.domain,
         "arch_file": args.arch,
-        **{
-            name: getattr(args, name)
-            for name in ("criterion", "refit", "rounds", "select", "num_samples", "seq_length", "batch_size", "seed")
-        },
+        "skip_layers": args.skip_layer,
+        **{name: getattr(args, name) for name in FLAGS},
     }
     values.update({name: value for name, value in flags.items() if value is not None})
     return StructPruneConfig.from_dict(values)
