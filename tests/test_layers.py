@@ -31,6 +31,7 @@ LAYERS = [
         "calibration.builtin",
         "calibration.aggregate",
         "reweight",
+        "reconstruct",
         "metrics",
         "adapter",
     ],
