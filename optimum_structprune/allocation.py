@@ -26,11 +26,11 @@ def target_widths(config: StructPruneConfig, spec: ArchSpec, model_config: Pretr
     wanted = config.widths if config.widths is not None else dict.fromkeys(config.targets)
     legal = {}
     for name in wanted:
-        if name not in spec.names:
+        if name not in spec.offered:
             reason = dict(spec.missing).get(name)
             raise StructPruneError(
                 f"A {spec.model_type} model has no space {name!r} to prune"
-                + (f": {reason}." if reason else f".{did_you_mean(name, spec.names)}")
+                + (f": {reason}." if reason else f".{did_you_mean(name, spec.offered)}")
             )
         legal[name] = legal_sizes(model_config, spec, name)
     if config.widths is None:
@@ -45,6 +45,12 @@ def target_widths(config: StructPruneConfig, spec: ArchSpec, model_config: Pretr
 
 
 def _check_disjoint(spec: ArchSpec, names: Sequence[str]) -> None:
+    wide = [space.name for space in spec.wide if space.name in names]
+    if wide and len(names) > 1:
+        raise StructPruneError(
+            f"targets={names} has {wide[0]!r}, which takes a part of all the others with it, so sparsity does not say "
+            f"how much of each is to go; target {wide[0]!r} alone, or give widths."
+        )
     whole = [name for name in names if spec.of(name)[0].whole]
     inside = [name for name in names if name not in whole and spec.of(name)[0].experts is not None]
     if whole and inside:
@@ -84,7 +90,7 @@ def widths_for_sparsity(
     goal = sparsity * sum(spec.block_params)
     size = {name: spec.of(name)[0].size for name in legal}
     cost = {name: sum(space.unit_params * space.scale for space in spec.of(name)) for name in legal}
-    single = {name: len(spec.of(name)[0].config) == 1 for name in legal}
+    single = {name: spec.of(name)[0].single for name in legal}
     choices = {name: _rounded(legal[name], size[name], round_to if single[name] else 1) for name in legal}
     most = {name: cost[name] * (size[name] - choices[name][0]) for name in legal}
     if goal > sum(most.values()):

@@ -12,11 +12,12 @@ from torch import Tensor
 from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.shrink import shrunk_config
-from .arch.spec import ArchSpec
+from .arch.spec import LAYER, ArchSpec
 from .calibration.blocks import Domain, given_domains, load_domains
 from .calibration.passes import Batch, batches_of, passes_over
 from .config import StructPruneConfig
 from .criteria import CRITERIA
+from .depth import check_layer_criterion, judges_layers, remove_layers_
 from .errors import InPlaceError, StructPruneError
 from .hub import save_pruned
 from .measure import Measure
@@ -86,7 +87,9 @@ class StructPruner:
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
             )
         widths = target_widths(self.config, arch, model.config)
-        CRITERIA.get(self.config.criterion)
+        check_layer_criterion(self.config, list(widths))
+        if not judges_layers(self.config):
+            CRITERIA.get(self.config.criterion)
         report = Report(arch.model_type)
         with report.timed("domains"):
             domains = self._domains(model, tokenizer, inputs)
@@ -162,9 +165,13 @@ class StructPruner:
         model.eval()
         batches = batches_of(domains, self.config.batch_size)
         shares = [domain.weight for domain in domains]
-        experts = {name: width for name, width in widths.items() if arch.of(name)[0].whole}
-        rest = {name: width for name, width in widths.items() if name not in experts}
         plan = Plan(arch.model_type, {})
+        if LAYER in widths:
+            with report.timed("layers"):
+                plan = remove_layers_(model, self.config, domains, widths[LAYER])
+            arch = describe(model, self.config.arch_file)
+        experts = {name: width for name, width in widths.items() if arch.of(name)[0].whole and name != LAYER}
+        rest = {name: width for name, width in widths.items() if name not in (LAYER, *experts)}
         if experts:
             with report.timed("experts"):
                 sweep = Sweep(model, arch, self.config, shares)
@@ -172,7 +179,7 @@ class StructPruner:
                 smaller = skeleton(model, new_config)
                 sweep.remove_experts_(passes_over(model, arch, batches), experts, smaller)
                 adopt_config_(model, new_config, smaller)
-                plan, arch = sweep.plan, describe(model, self.config.arch_file)
+                plan, arch = plan.then(sweep.plan), describe(model, self.config.arch_file)
         if rest:
             plan = plan.then(self._sweeps_(Sweep(model, arch, self.config, shares), batches, rest, report))
         model.train(training)

@@ -134,8 +134,7 @@ def shrink_block_(model: PreTrainedModel, spec: ArchSpec, layer: int, plan: Plan
         if name not in state and name.endswith(".bias"):
             weight = state[name.removesuffix("bias") + "weight"]
             state[name] = torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
-    _fill(new, state, spec)
-    _take_over(old, new)
+    replace_(old, new, state, spec)
     put_block_(model, spec, layer, new)
 
 
@@ -170,8 +169,7 @@ def resize_(model: PreTrainedModel, spec: ArchSpec, tensors: Mapping[str, Tensor
     for layer, (old, new) in enumerate(zip(list(blocks), block_list(resized, spec), strict=True)):
         like = next(old.parameters())
         shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
-        _fill(new, {name: like.new_zeros(shape) for name, shape in shapes.items()}, spec)
-        _take_over(old, new)
+        replace_(old, new, {name: like.new_zeros(shape) for name, shape in shapes.items()}, spec)
         put_block_(model, spec, layer, new)
     adopt_config_(model, config, resized)
 
@@ -206,6 +204,22 @@ def check_state(optimizer: Optimizer) -> None:
                     f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape "
                     f"{tuple(parameter.shape)}, which cannot be cut with it; use optim='adamw_torch'."
                 )
+
+
+def replace_(old: nn.Module, new: nn.Module, state: Mapping[str, Tensor], spec: ArchSpec) -> None:
+    """Fill a module of a skeleton, and make it take over everything else from the one that it replaces.
+
+    Args:
+        old: The module; its parameters move, and take the new values.
+        new: Of the `skeleton`.
+        state: Every tensor of the new module's state dict.
+        spec: Description of the model.
+
+    Raises:
+        StructPruneError: If the tensors do not fit.
+    """
+    _fill(new, state, spec)
+    _take_over(old, new)
 
 
 def _fill(block: nn.Module, state: Mapping[str, Tensor], spec: ArchSpec) -> None:

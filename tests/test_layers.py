@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module imports only from its own layer's earlier modules and from lower layers.
 LAYERS = [
     ["errors"],
-    ["registry", "arch.spec", "calibration.problems", "distill"],
+    ["registry", "arch.spec", "arch.depth", "calibration.problems", "distill"],
     ["schema"],
     ["recovery_config"],
     ["calibration.stats", "arch.families", "config", "plan", "report"],
@@ -32,9 +32,9 @@ LAYERS = [
     ["arch.load", "measure"],
     ["arch.stub", "calibration.taps", "criteria.base", "surgery", "allocation", "calibration.sources"],
     ["criteria.flap", "criteria.magnitude", "criteria.obs", "criteria.random", "criteria.wanda"],
-    ["criteria", "calibration.blocks"],
+    ["criteria", "criteria.layers", "calibration.blocks"],
     ["calibration.evidence", "calibration.passes"],
-    ["distill_trainer"],
+    ["depth", "distill_trainer"],
     ["sweep", "hub"],
     ["recovery"],
     ["pruner"],

@@ -50,6 +50,7 @@ class Family:
     missing: Mapping[str, str] = field(default_factory=dict)
     causal: bool = True
     text: str | None = None
+    layer: Template | None = None
 
 
 def _only(entry: Mapping[str, Any], required: Iterable[str], optional: Iterable[str], where: str) -> None:
@@ -114,7 +115,7 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
     if "text" in entry:
         _only(entry, ("model_types", "text"), (), where)
         return Family(model_types=tuple(entry["model_types"]), text=entry["text"])
-    _only(entry, ("model_types", "blocks", "spaces"), ("transposed", "missing", "causal"), where)
+    _only(entry, ("model_types", "blocks", "spaces"), ("transposed", "missing", "causal", "layer"), where)
     blocks = entry["blocks"]
     return Family(
         model_types=tuple(entry["model_types"]),
@@ -125,7 +126,13 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
         },
         missing=entry.get("missing", {}),
         causal=entry.get("causal", True),
+        layer=_depth(entry["layer"], f"{where}.layer") if "layer" in entry else None,
     )
+
+
+def _depth(entry: Mapping[str, Any], where: str) -> Template:
+    _only(entry, ("size",), ("requires",), where)
+    return Template(size=entry["size"], requires=entry.get("requires", {}))
 
 
 @lru_cache

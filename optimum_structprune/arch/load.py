@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -12,8 +13,8 @@ from torch import nn
 from ..errors import StructPruneError
 from .families import Family, family_of
 from .shrink import text_config
-from .spaces import Shapes, spaces_of
-from .spec import ArchSpec, Space
+from .spaces import Shapes, meets, spaces_of
+from .spec import LAYER, MODEL, ArchSpec, Space
 
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
 def block_list(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
     """The blocks of a model, over all lists that hold them."""
     return [block for path in dict.fromkeys([spec.blocks, *dict(spec.stacks)]) for block in _blocks_at(model, path)]
+
+
+def put_blocks_(model: nn.Module, spec: ArchSpec, blocks: Iterable[nn.Module]) -> None:
+    """Put other blocks, fewer perhaps, in the place of those of a model that has one list of them."""
+    modules = _blocks_at(model, spec.blocks)
+    del modules[:]
+    modules.extend(blocks)
 
 
 def put_block_(model: nn.Module, spec: ArchSpec, layer: int, block: nn.Module) -> None:
@@ -95,7 +103,15 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
         missing=(*family.missing.items(), *_refused(family, config)),
         stacks=tuple(stacks),
         causal=family.causal,
+        wide=tuple(_depth(family, config, sizes)),
     )
+
+
+def _depth(family: Family, config: PretrainedConfig, sizes: list[int]) -> Iterator[Space]:
+    if family.layer is not None and meets(config, family.layer):
+        key, count = family.layer.size, len(sizes)
+        mean = round(sum(sizes) / count)
+        yield Space(LAYER, MODEL, count, (), (), config=((key, 1),), pins=(), unit_params=mean, whole=True)
 
 
 def _sizes(blocks: str, shapes: Shapes) -> list[int]:
@@ -110,7 +126,8 @@ def _sizes(blocks: str, shapes: Shapes) -> list[int]:
 def _refused(family: Family, config: PretrainedConfig) -> list[tuple[str, str]]:
     return [
         (name, f"it takes {key} = {' or '.join(map(str, values))}, and this config has {getattr(config, key, None)}")
-        for name, template in family.spaces.items()
+        for name, template in (*family.spaces.items(), (LAYER, family.layer))
+        if template is not None
         for key, values in template.requires.items()
         if getattr(config, key, None) not in values
     ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import StructPruneError
-from .spec import ArchSpec
+from .depth import cut_depth_
+from .spec import LAYER, ArchSpec
 
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ EXPERT_MULTIPLE = 8
 
 
 def shrunk_config(
-    config: PretrainedConfig, spec: ArchSpec, sizes: Mapping[str, int], biased: Collection[str] = ()
+    config: PretrainedConfig,
+    spec: ArchSpec,
+    sizes: Mapping[str, int],
+    biased: Collection[str] = (),
+    blocks: Sequence[int] | None = None,
 ) -> PretrainedConfig:
     """A copy of `config` with new sizes.
 
@@ -28,6 +33,7 @@ def shrunk_config(
         spec: Its description.
         sizes: New number of units, by name of the space.
         biased: Names of spaces whose projections get a bias.
+        blocks: Blocks that stay, where `sizes` says how many; the first ones if it is not known yet.
 
     Raises:
         StructPruneError: If the config class refuses the sizes.
@@ -38,6 +44,8 @@ def shrunk_config(
         space = spec.of(name)[0]
         for key, value in space.pins:
             setattr(text, key, value)
+        if name == LAYER:
+            cut_depth_(text, blocks or range(size), space.size)
         for key, per_unit in space.config:
             setattr(text, key, size * per_unit)
         if name in biased and space.bias_flag is not None:

@@ -34,7 +34,7 @@ def spaces_of(
     Raises:
         StructPruneError: If a parameter is missing or does not have the shape that the template says.
     """
-    if any(getattr(config, key, None) not in values for key, values in template.requires.items()):
+    if not meets(config, template):
         return
     units = _rows_per_unit(config, template)
     base = Space(
@@ -57,6 +57,11 @@ def spaces_of(
         yield from _inside_experts(base, template, shapes, units)
     else:
         yield from _plain(base, template, block, shapes, units)
+
+
+def meets(config: PretrainedConfig, template: Template) -> bool:
+    """Whether a config has the values that a template requires."""
+    return all(getattr(config, key, None) in values for key, values in template.requires.items())
 
 
 def _rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 
+MODEL = -1  # stands for a block's index where a space belongs to the whole model
+LAYER = "layer"  # the space whose units are whole blocks
+
+
 @dataclass(frozen=True)
 class Axis:
     """Where a space appears in one parameter.
@@ -39,12 +43,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Space:
-    """One removable dimension of one block.
+    """One removable dimension of one block, or of the whole model.
 
     Attributes:
         name: Kind of space, such as `mlp` or `attention`; where a block has several of a kind that share their width
             and choose their own units, such as the experts' channels, a slash and a label follow.
-        layer: Index of the block.
+        layer: Index of the block; `MODEL` where the space belongs to all of them.
         size: Number of units.
         out: Axes of the producers (rows).
         into: Axes of the consumers (columns); their inputs are observed and their weights refitted.
@@ -56,7 +60,7 @@ class Space:
         scale: Units per unit of the width in the config.
         least: Smallest width that the config allows.
         experts: Full name of the module that holds the experts, where its routed input is what is observed.
-        whole: Whether a unit is a whole expert.
+        whole: Whether a unit is a whole expert, or a whole block.
     """
 
     name: str
@@ -80,6 +84,11 @@ class Space:
         return self.name.partition("/")[0]
 
     @property
+    def single(self) -> bool:
+        """Whether a unit is one channel, so that round widths suit the hardware."""
+        return len(self.config) == 1 and not self.whole
+
+    @property
     def axes(self) -> tuple[Axis, ...]:
         """All axes, producers first."""
         return self.out + self.into
@@ -97,6 +106,7 @@ class ArchSpec:
         missing: Why a space that users ask for is not offered, by name.
         stacks: Paths of the lists of blocks and how many each holds, where blocks count through several.
         causal: Whether the model predicts the next token, and perplexity measures it.
+        wide: The spaces of the whole model, which go before those of the blocks.
     """
 
     model_type: str
@@ -106,6 +116,7 @@ class ArchSpec:
     missing: tuple[tuple[str, str], ...] = ()
     stacks: tuple[tuple[str, int], ...] = ()
     causal: bool = True
+    wide: tuple[Space, ...] = ()
 
     @property
     def num_blocks(self) -> int:
@@ -117,13 +128,18 @@ class ArchSpec:
         """Kinds of space that some block has, in pruning order."""
         return tuple(dict.fromkeys(space.kind for space in self.spaces))
 
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """All kinds of space, those of the whole model first."""
+        return (*(space.kind for space in self.wide), *self.names)
+
     def at(self, layer: int) -> Iterator[Space]:
         """The spaces of block `layer`."""
         return (space for space in self.spaces if space.layer == layer)
 
     def of(self, name: str) -> list[Space]:
         """The spaces of the kind `name`, in the order of the blocks."""
-        return [space for space in self.spaces if space.kind == name]
+        return [space for space in (*self.wide, *self.spaces) if space.kind == name]
 
     def block_prefix(self, layer: int) -> str:
         """Prefix of the state-dict names of block `layer`, with the dot."""

@@ -1,0 +1,88 @@
+"""The space `layer`: whole blocks go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .allocation import round_widths
+from .arch.load import block_list, describe, put_blocks_
+from .arch.shrink import shrunk_config
+from .arch.spec import LAYER, MODEL, ArchSpec
+from .calibration.evidence import judge_experts
+from .config import StructPruneConfig
+from .criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
+from .errors import StructPruneError
+from .plan import Plan
+from .surgery import adopt_config_, replace_, skeleton
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .calibration.blocks import Domain
+
+
+def judges_layers(config: StructPruneConfig) -> bool:
+    """Whether the criterion of a config judges whole blocks, and nothing else."""
+    return config.criterion in LAYER_CRITERIA.names()
+
+
+def check_layer_criterion(config: StructPruneConfig, names: Sequence[str]) -> None:
+    """Refuse a criterion for whole blocks where other spaces are to be judged as well.
+
+    Raises:
+        StructPruneError: If so.
+    """
+    others = [name for name in names if name != LAYER]
+    if others and judges_layers(config):
+        raise StructPruneError(
+            f"criterion={config.criterion!r} judges whole blocks, and nothing inside them; prune {LAYER!r} in a run "
+            f"of its own, or choose a criterion for {others[0]!r}: {LAYER!r} is judged by {BLOCK_INFLUENCE!r} then."
+        )
+
+
+def remove_layers_(model: PreTrainedModel, config: StructPruneConfig, domains: Sequence[Domain], width: int) -> Plan:
+    """Take out the blocks that matter least, in `config.rounds` steps, each judged on what the last one left.
+
+    Args:
+        model: The model that is changed, in eval mode.
+        config: How to prune; its criterion counts where it judges blocks, otherwise it is block influence.
+        domains: Calibration text.
+        width: Number of blocks to keep.
+    """
+    criterion = LAYER_CRITERIA.get(config.criterion if judges_layers(config) else BLOCK_INFLUENCE)()
+    spec = describe(model, config.arch_file)
+    shares = [domain.weight for domain in domains]
+    plan = Plan(spec.model_type, {})
+    for step in round_widths(config, spec, {LAYER: width}):
+        spec = describe(model, config.arch_file)
+        parts = [criterion.score(model, spec, domain.blocks.split(config.batch_size)) for domain in domains]
+        scores = judge_experts(torch.stack(parts), shares, config.aggregation)
+        keep = tuple(sorted(scores.topk(step[LAYER]).indices.tolist()))
+        drop_blocks_(model, spec, keep)
+        plan = plan.then(Plan(spec.model_type, {(MODEL, LAYER): keep}))
+    return plan
+
+
+@torch.no_grad()
+def drop_blocks_(model: PreTrainedModel, spec: ArchSpec, keep: Sequence[int]) -> None:
+    """Take whole blocks out, and build those that stay anew, with the numbers that the shorter config gives them.
+
+    Args:
+        model: The model that is changed.
+        spec: Its description.
+        keep: Blocks that stay, ascending.
+
+    Raises:
+        StructPruneError: If the config class refuses the depth, or makes other blocks of it than those that stay.
+    """
+    config = shrunk_config(model.config, spec, {LAYER: len(keep)}, blocks=keep)
+    shorter = skeleton(model, config)
+    old, new = block_list(model, spec), block_list(shorter, spec)
+    for index, block in zip(keep, new, strict=True):
+        replace_(old[index], block, old[index].state_dict(), spec)
+    put_blocks_(model, spec, new)
+    adopt_config_(model, config, shorter)
