@@ -13,6 +13,7 @@ from .arch.shrink import shrunk_config
 from .arch.spec import LAYER, MODEL, ArchSpec
 from .calibration.evidence import judge_experts
 from .config import StructPruneConfig
+from .criteria import CRITERIA
 from .criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from .errors import StructPruneError
 from .plan import Plan
@@ -25,19 +26,19 @@ if TYPE_CHECKING:
     from .calibration.blocks import Domain
 
 
-def judges_layers(config: StructPruneConfig) -> bool:
-    """Whether the criterion of a config judges whole blocks, and nothing else."""
-    return config.criterion in LAYER_CRITERIA.names()
+def check_criterion(config: StructPruneConfig, names: Sequence[str]) -> None:
+    """Refuse a criterion that does not exist, or one for whole blocks where other spaces have to be judged too.
 
-
-def check_layer_criterion(config: StructPruneConfig, names: Sequence[str]) -> None:
-    """Refuse a criterion for whole blocks where other spaces are to be judged as well.
+    Args:
+        config: Names the criterion.
+        names: Spaces that are to shrink.
 
     Raises:
         StructPruneError: If so.
     """
-    others = [name for name in names if name != LAYER]
-    if others and judges_layers(config):
+    if config.criterion not in LAYER_CRITERIA.names():
+        CRITERIA.get(config.criterion)
+    elif others := [name for name in names if name != LAYER]:
         raise StructPruneError(
             f"criterion={config.criterion!r} judges whole blocks, and nothing inside them; prune {LAYER!r} in a run "
             f"of its own, or choose a criterion for {others[0]!r}: {LAYER!r} is judged by {BLOCK_INFLUENCE!r} then."
@@ -53,7 +54,9 @@ def remove_layers_(model: PreTrainedModel, config: StructPruneConfig, domains: S
         domains: Calibration text.
         width: Number of blocks to keep.
     """
-    criterion = LAYER_CRITERIA.get(config.criterion if judges_layers(config) else BLOCK_INFLUENCE)()
+    criterion = LAYER_CRITERIA.get(
+        config.criterion if config.criterion in LAYER_CRITERIA.names() else BLOCK_INFLUENCE
+    )()
     spec = describe(model, config.arch_file)
     shares = [domain.weight for domain in domains]
     plan = Plan(spec.model_type, {})

@@ -12,13 +12,13 @@ from torch import Tensor
 from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.shrink import shrunk_config
-from .arch.spec import LAYER, ArchSpec
+from .arch.spec import HIDDEN, LAYER, ArchSpec
 from .calibration.blocks import Domain, given_domains, load_domains
 from .calibration.passes import Batch, batches_of, passes_over
 from .config import StructPruneConfig
-from .criteria import CRITERIA
-from .depth import check_layer_criterion, judges_layers, remove_layers_
+from .depth import check_criterion, remove_layers_
 from .errors import InPlaceError, StructPruneError
+from .hidden import check_stream_refit, remove_channels_
 from .hub import save_pruned
 from .measure import Measure
 from .plan import Plan
@@ -87,9 +87,8 @@ class StructPruner:
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
             )
         widths = target_widths(self.config, arch, model.config)
-        check_layer_criterion(self.config, list(widths))
-        if not judges_layers(self.config):
-            CRITERIA.get(self.config.criterion)
+        check_criterion(self.config, list(widths))
+        check_stream_refit(self.config, list(widths))
         report = Report(arch.model_type)
         with report.timed("domains"):
             domains = self._domains(model, tokenizer, inputs)
@@ -180,6 +179,10 @@ class StructPruner:
                 sweep.remove_experts_(passes_over(model, arch, batches), experts, smaller)
                 adopt_config_(model, new_config, smaller)
                 plan, arch = plan.then(sweep.plan), describe(model, self.config.arch_file)
+        if HIDDEN in rest:
+            with report.timed("channels"):
+                plan = plan.then(remove_channels_(model, arch, self.config, batches, shares, rest.pop(HIDDEN)))
+            arch = describe(model, self.config.arch_file)
         if rest:
             plan = plan.then(self._sweeps_(Sweep(model, arch, self.config, shares), batches, rest, report))
         model.train(training)

@@ -20,6 +20,7 @@ LAYERS = [
     ["calibration.stats", "arch.families", "config", "plan", "report"],
     [
         "arch.spaces",
+        "arch.stream",
         "arch.shrink",
         "arch.table",
         "calibration.experts",
@@ -34,7 +35,7 @@ LAYERS = [
     ["criteria.flap", "criteria.magnitude", "criteria.obs", "criteria.random", "criteria.wanda"],
     ["criteria", "criteria.layers", "calibration.blocks"],
     ["calibration.evidence", "calibration.passes"],
-    ["depth", "distill_trainer"],
+    ["depth", "hidden", "distill_trainer"],
     ["sweep", "hub"],
     ["recovery"],
     ["pruner"],

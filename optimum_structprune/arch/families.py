@@ -41,6 +41,23 @@ class Template:
 
 
 @dataclass(frozen=True)
+class StreamTemplate:
+    """The residual stream of a family; `families.yaml` says what the fields mean."""
+
+    size: str
+    embed: str
+    head: str
+    final: str
+    norms: tuple[str, ...]
+    into: Mapping[str, list[str]]
+    out: tuple[str, ...]
+    pin: tuple[str, ...] = ()
+    plus: float = 0.0
+    scaled: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """An architecture that one or more model types share."""
 
@@ -51,6 +68,7 @@ class Family:
     causal: bool = True
     text: str | None = None
     layer: Template | None = None
+    hidden: StreamTemplate | None = None
 
 
 def _only(entry: Mapping[str, Any], required: Iterable[str], optional: Iterable[str], where: str) -> None:
@@ -115,7 +133,7 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
     if "text" in entry:
         _only(entry, ("model_types", "text"), (), where)
         return Family(model_types=tuple(entry["model_types"]), text=entry["text"])
-    _only(entry, ("model_types", "blocks", "spaces"), ("transposed", "missing", "causal", "layer"), where)
+    _only(entry, ("model_types", "blocks", "spaces"), ("transposed", "missing", "causal", "layer", "hidden"), where)
     blocks = entry["blocks"]
     return Family(
         model_types=tuple(entry["model_types"]),
@@ -127,12 +145,31 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
         missing=entry.get("missing", {}),
         causal=entry.get("causal", True),
         layer=_depth(entry["layer"], f"{where}.layer") if "layer" in entry else None,
+        hidden=_stream(entry["hidden"], f"{where}.hidden") if "hidden" in entry else None,
     )
 
 
 def _depth(entry: Mapping[str, Any], where: str) -> Template:
     _only(entry, ("size",), ("requires",), where)
     return Template(size=entry["size"], requires=entry.get("requires", {}))
+
+
+def _stream(entry: Mapping[str, Any], where: str) -> StreamTemplate:
+    required = ("size", "embed", "head", "final", "norms", "in", "out")
+    _only(entry, required, ("pin", "plus", "scaled", "transposed"), where)
+    return StreamTemplate(
+        size=entry["size"],
+        embed=entry["embed"],
+        head=entry["head"],
+        final=entry["final"],
+        norms=tuple(entry["norms"]),
+        into=entry["in"],
+        out=tuple(entry["out"]),
+        pin=tuple(entry.get("pin", ())),
+        plus=entry.get("plus", 0.0),
+        scaled=entry.get("scaled", False),
+        transposed=entry.get("transposed", False),
+    )
 
 
 @lru_cache

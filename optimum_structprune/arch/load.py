@@ -14,11 +14,15 @@ from ..errors import StructPruneError
 from .families import Family, family_of
 from .shrink import text_config
 from .spaces import Shapes, meets, spaces_of
-from .spec import LAYER, MODEL, ArchSpec, Space
+from .spec import HIDDEN, LAYER, MODEL, ArchSpec, Space
+from .stream import stream_of
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+TWO_HALVES = "what is not text writes to this stream too"
 
 
 def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> ArchSpec:
@@ -39,6 +43,7 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
     if family.text is not None:
         config, prefix = text_config(config), f"{prefix}{family.text}."
         family = family_of(config.model_type, arch_file)
+        family = replace(family, hidden=None, missing={**family.missing, HIDDEN: TWO_HALVES})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     spec = resolve(family, config, shapes, prefix)
     return replace(spec, model_type=model.config.model_type)
@@ -95,6 +100,8 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
                     found += spaces_of(name, template, layer, f"{blocks}.{index}.", shapes, config)
         stacks.append((blocks, len(own)))
         sizes += own
+    places = [f"{path}.{index}." for path, count in stacks for index in range(count)]
+    stream = stream_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
     return ArchSpec(
         model_type=config.model_type,
         blocks=stacks[0][0],
@@ -103,7 +110,8 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
         missing=(*family.missing.items(), *_refused(family, config)),
         stacks=tuple(stacks),
         causal=family.causal,
-        wide=tuple(_depth(family, config, sizes)),
+        wide=(*_depth(family, config, sizes), *([] if stream is None else [stream.space])),
+        stream=stream,
     )
 
 

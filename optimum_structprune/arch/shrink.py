@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import StructPruneError
 from .depth import cut_depth_
-from .spec import LAYER, ArchSpec
+from .spec import HIDDEN, LAYER, ArchSpec
 
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ def legal_sizes(config: PretrainedConfig, spec: ArchSpec, name: str) -> list[int
     space = spec.of(name)[0]
     if space.experts is not None and not space.whole:
         return [size for size in range(1, space.size + 1) if size % EXPERT_MULTIPLE == 0 or size == space.size]
+    if name == HIDDEN:
+        # A class that refuses one channel less wants a multiple of the number of heads.
+        step = 1 if _accepts(config, spec, {name: space.size - 1}) else text_config(config).num_attention_heads
+        return list(range(step, space.size + 1, step))
     if len(space.config) == 1:
         return list(range(space.least, space.size + 1))
     return [size for size in range(space.least, space.size + 1) if _accepts(config, spec, {name: size})]

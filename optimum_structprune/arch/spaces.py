@@ -36,7 +36,7 @@ def spaces_of(
     """
     if not meets(config, template):
         return
-    units = _rows_per_unit(config, template)
+    units = rows_per_unit(config, template)
     base = Space(
         name=name,
         layer=layer,
@@ -64,7 +64,8 @@ def meets(config: PretrainedConfig, template: Template) -> bool:
     return all(getattr(config, key, None) in values for key, values in template.requires.items())
 
 
-def _rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
+def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
+    """Rows of a weight that one unit owns, by the words that templates use for it."""
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -9,6 +9,7 @@ from functools import cached_property
 
 MODEL = -1  # stands for a block's index where a space belongs to the whole model
 LAYER = "layer"  # the space whose units are whole blocks
+HIDDEN = "hidden"  # the space whose units are channels of the residual stream
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,44 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Read:
+    """A place where the residual stream is read.
+
+    Attributes:
+        layer: Index of the block; `MODEL` for the head.
+        tap: Full name of the module whose input is the stream itself: a norm, or where there is none, a reader.
+        readers: Consumers of what comes from there.
+        norm: Whether the tap is a norm.
+    """
+
+    layer: int
+    tap: str
+    readers: tuple[Axis, ...]
+    norm: bool
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream of a model whose norms divide by the root of the mean square.
+
+    Attributes:
+        space: Its channels; `out` holds the embedding, the writers and the norms.
+        embed: Full name of the embedding's weight.
+        writers: Full names of all that is written with, weights and biases.
+        reads: Where it is read, in the order of the forward pass; the last one is the head's.
+        plus: What transformers adds to the weights of norms.
+        scaled: Whether transformers multiplies embeddings by the root of the number of channels.
+    """
+
+    space: Space
+    embed: str
+    writers: tuple[str, ...]
+    reads: tuple[Read, ...]
+    plus: float
+    scaled: bool
+
+
+@dataclass(frozen=True)
 class ArchSpec:
     """What may shrink in a model, and what shrinks with it.
 
@@ -107,6 +146,7 @@ class ArchSpec:
         stacks: Paths of the lists of blocks and how many each holds, where blocks count through several.
         causal: Whether the model predicts the next token, and perplexity measures it.
         wide: The spaces of the whole model, which go before those of the blocks.
+        stream: The residual stream, where its channels are one of these spaces.
     """
 
     model_type: str
@@ -117,6 +157,7 @@ class ArchSpec:
     stacks: tuple[tuple[str, int], ...] = ()
     causal: bool = True
     wide: tuple[Space, ...] = ()
+    stream: Stream | None = None
 
     @property
     def num_blocks(self) -> int:

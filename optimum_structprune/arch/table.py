@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from .families import BUILTIN, Family, Template, read_families
-from .spec import LAYER
+from .spec import HIDDEN, LAYER
 
 
 HEAD = """# Architectures
@@ -57,6 +57,8 @@ def _rows(family: Family) -> Iterator[str]:
             for key, values in template.requires.items()
         )
         yield f"| {types} | `{name}` | yes{when} | {keys} | {f'`{template.bias}`' if template.bias else ''} |"
+    if family.hidden is not None:
+        yield f"| {types} | `{HIDDEN}` | yes | `{family.hidden.size}` | |"
     for name, reason in family.missing.items():
         yield f"| {types} | `{name}` | no: {reason} | | |"
 
