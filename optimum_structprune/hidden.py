@@ -15,7 +15,7 @@ from .arch.shrink import shrunk_config
 from .arch.spec import HIDDEN, MODEL, ArchSpec, Axis, Stream
 from .calibration.collect import observe
 from .calibration.evidence import judge_experts, pool
-from .calibration.passes import Batch, passes_over
+from .calibration.passes import Batch, BlockPasses
 from .calibration.taps import Tally
 from .config import StructPruneConfig
 from .errors import StructPruneError
@@ -97,7 +97,8 @@ def channel_energies(model: PreTrainedModel, stream: Stream, batches: Sequence[B
 
     def see(name: str, hidden: Tensor) -> None:
         hidden = hidden.double()
-        tally.see(name, hidden / hidden.square().mean(-1, keepdim=True).sqrt())
+        size = hidden.square().mean(-1, keepdim=True).sqrt()
+        tally.see(name, hidden / size.clamp(min=torch.finfo(size.dtype).tiny))
 
     with observe(model, names, see):
         for batch in batches:
@@ -125,7 +126,7 @@ def refit_readers_(
         keep: Channels that stay.
     """
     assert spec.stream is not None
-    passes = passes_over(model, spec, batches)
+    passes = BlockPasses(model, spec, batches)
     for layer in range(spec.num_blocks):
         here = [read for read in spec.stream.reads if read.layer == layer]
         # All readers at one place get the same input, so that of the first one stands for all.
