@@ -20,7 +20,6 @@ LAYERS = [
     ["calibration.stats", "arch.families", "config", "plan", "report"],
     [
         "arch.spaces",
-        "arch.stream",
         "arch.shrink",
         "arch.table",
         "calibration.experts",
@@ -30,6 +29,7 @@ LAYERS = [
         "evaluate",
         "adapter",
     ],
+    ["arch.stream"],
     ["arch.load", "measure"],
     ["arch.stub", "calibration.taps", "criteria.base", "surgery", "allocation", "calibration.sources"],
     ["criteria.flap", "criteria.magnitude", "criteria.obs", "criteria.random", "criteria.wanda"],
