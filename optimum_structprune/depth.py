@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +14,7 @@ from .arch.shrink import shrunk_config
 from .arch.spec import LAYER, MODEL, ArchSpec
 from .calibration.evidence import judge_experts
 from .config import StructPruneConfig
-from .criteria import CRITERIA
 from .criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
-from .errors import StructPruneError
 from .plan import Plan
 from .surgery import adopt_config_, replace_, skeleton
 
@@ -23,48 +22,31 @@ from .surgery import adopt_config_, replace_, skeleton
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .calibration.blocks import Domain
+    from .calibration.taps import Batch
 
 
-def check_criterion(config: StructPruneConfig, names: Sequence[str]) -> None:
-    """Refuse a criterion that does not exist, or one for whole blocks where other spaces have to be judged too.
-
-    Args:
-        config: Names the criterion.
-        names: Spaces that are to shrink.
-
-    Raises:
-        StructPruneError: If so.
-    """
-    if config.criterion not in LAYER_CRITERIA.names():
-        CRITERIA.get(config.criterion)
-    elif others := [name for name in names if name != LAYER]:
-        raise StructPruneError(
-            f"criterion={config.criterion!r} judges whole blocks, and nothing inside them; prune {LAYER!r} in a run "
-            f"of its own, or choose a criterion for {others[0]!r}: {LAYER!r} is judged by {BLOCK_INFLUENCE!r} then."
-        )
-
-
-def remove_layers_(model: PreTrainedModel, config: StructPruneConfig, domains: Sequence[Domain], width: int) -> Plan:
+def remove_layers_(
+    model: PreTrainedModel, config: StructPruneConfig, batches: Sequence[Batch], shares: Sequence[float], width: int
+) -> Plan:
     """Take out the blocks that matter least, in `config.rounds` steps, each judged on what the last one left.
 
     Args:
         model: The model that is changed, in eval mode.
         config: How to prune; its criterion counts where it judges blocks, otherwise it is block influence.
-        domains: Calibration text.
+        batches: Calibration text, one domain after the other.
+        shares: Weight of each domain.
         width: Number of blocks to keep.
     """
     criterion = LAYER_CRITERIA.get(
         config.criterion if config.criterion in LAYER_CRITERIA.names() else BLOCK_INFLUENCE
     )()
     spec = describe(model, config.arch_file)
-    shares = [domain.weight for domain in domains]
     plan = Plan(spec.model_type, {})
     for step in round_widths(config, spec, {LAYER: width}):
         spec = describe(model, config.arch_file)
-        parts = [criterion.score(model, spec, domain.blocks.split(config.batch_size)) for domain in domains]
+        parts = [criterion.score(model, spec, list(own)) for _, own in groupby(batches, lambda batch: batch.domain)]
         scores = judge_experts(torch.stack(parts), shares, config.aggregation)
-        keep = tuple(sorted(scores.topk(step[LAYER]).indices.tolist()))
+        keep = tuple(sorted(scores.topk(spec.of(LAYER)[0].width_in(step)).indices.tolist()))
         drop_blocks_(model, spec, keep)
         plan = plan.then(Plan(spec.model_type, {(MODEL, LAYER): keep}))
     return plan

@@ -15,11 +15,11 @@ from .arch.shrink import shrunk_config
 from .arch.spec import HIDDEN, MODEL, ArchSpec, Axis, Stream
 from .calibration.collect import observe
 from .calibration.evidence import judge_experts, pool
-from .calibration.passes import Batch, BlockPasses
-from .calibration.taps import Tally
+from .calibration.passes import BlockPasses
+from .calibration.taps import Batch, Tally
 from .config import StructPruneConfig
-from .errors import StructPruneError
-from .evaluate import run_model
+from .heterogeneous import heterogeneous
+from .metrics import run_model
 from .plan import Plan
 from .refit import NEEDS_GRAM, REFITS
 from .surgery import adopt_config_, read_consumer, replace_, slice_tensors, write_consumer_
@@ -27,18 +27,6 @@ from .surgery import adopt_config_, read_consumer, replace_, slice_tensors, writ
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def check_stream_refit(config: StructPruneConfig, names: Sequence[str]) -> None:
-    """Refuse a refit that the residual stream does not have.
-
-    Raises:
-        StructPruneError: If so.
-    """
-    if HIDDEN in names and config.refit == "bias":
-        raise StructPruneError(
-            f"refit='bias' needs a bias in all that reads {HIDDEN!r}; use refit='least_squares' or 'none'."
-        )
 
 
 def remove_channels_(
@@ -102,7 +90,7 @@ def channel_energies(model: PreTrainedModel, stream: Stream, batches: Sequence[B
 
     with observe(model, names, see):
         for batch in batches:
-            tally.domain = batch.domain
+            tally.batch = batch
             run_model(model, batch.ids)
     return torch.stack([torch.stack([part.square for part in parts]) for parts in tally.of(taps)]).cpu()
 
@@ -169,7 +157,7 @@ def narrow_(model: PreTrainedModel, spec: ArchSpec, keep: Sequence[int], factors
     assert spec.stream is not None
     config = shrunk_config(model.config, spec, {HIDDEN: len(keep)})
     # Buffers that hang on the width, such as the scale of embeddings, have to hold their new values.
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), heterogeneous():
         narrower = type(model)(config)
     state = _narrow_state(model, spec, keep, factors)
     for path, new in _rebuilt(narrower, spec):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,13 @@ from torch import Tensor
 from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.shrink import shrunk_config
-from .arch.spec import HIDDEN, LAYER, ArchSpec
+from .arch.spec import LAYER, MODEL, ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
+from .calibration.manifest import Manifest
 from .calibration.passes import Batch, batches_of, passes_over
+from .coarse import COARSE, check_coarse, prune_coarse_
 from .config import StructPruneConfig
-from .depth import check_criterion, remove_layers_
 from .errors import InPlaceError, StructPruneError
-from .hidden import check_stream_refit, remove_channels_
 from .hub import save_pruned
 from .measure import Measure
 from .plan import Plan
@@ -42,13 +42,15 @@ register_pruner = PRUNERS.register
 class StructPruner:
     """Prunes a causal language model by calibration, scoring, removal and refit, in rounds.
 
-    After `prune_model`, `report` holds the numbers of the run and `plan` what was kept.
+    After `prune_model`, `report` holds the numbers of the run, `plan` what was kept and `manifest` what it was
+    calibrated on.
     """
 
     def __init__(self, config: StructPruneConfig):
         self.config = config
         self.report: Report | None = None
         self.plan: Plan | None = None
+        self.manifest: Manifest | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values."""
@@ -87,11 +89,13 @@ class StructPruner:
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
             )
         widths = target_widths(self.config, arch, model.config)
-        check_criterion(self.config, list(widths))
-        check_stream_refit(self.config, list(widths))
+        check_coarse(self.config, list(widths))
         report = Report(arch.model_type)
         with report.timed("domains"):
             domains = self._domains(model, tokenizer, inputs)
+        if self.config.allocation == "global":
+            with report.timed("ranking"):
+                widths = target_widths(self.config, arch, model.config, self._scores(model, arch, domains, widths))
         measure = Measure(domains, arch.causal)
         with report.timed("perplexity"):
             measure.before(model)
@@ -110,10 +114,13 @@ class StructPruner:
             raise
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
-        report.widths = plan.widths()
+        there = (MODEL, *plan.keep.get((MODEL, LAYER), range(arch.num_blocks)))
+        whole = {name: {at.layer: at.width for at in arch.of(name) if at.layer in there} for name in plan.widths()}
+        report.widths = {name: {**whole[name], **at} for name, at in plan.widths().items()}
         report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
+        self.manifest = Manifest.of(self.config, domains, tokenizer)
         return work
 
     def save(
@@ -123,7 +130,7 @@ class StructPruner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Save the pruned model with the config, the plan and the report of the run.
+        """Save the pruned model with the config, the plan, the report and the manifest of the run.
 
         The folder appears only after plain `from_pretrained` has loaded it and given the same logits.
 
@@ -136,7 +143,7 @@ class StructPruner:
         Raises:
             StructPruneError: If the folder exists, or the saved model does not come back the same.
         """
-        save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite)
+        save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite, self.manifest)
 
     def _domains(
         self,
@@ -146,17 +153,25 @@ class StructPruner:
     ) -> list[Domain]:
         if inputs is not None:
             return given_domains(inputs, float(self.config.holdout))
-        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size)
+        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
 
-    def prune_to_(
-        self, model: PreTrainedModel, domains: list[Domain], widths: Mapping[str, int], report: Report
-    ) -> Plan:
+    def _scores(
+        self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]
+    ) -> dict[tuple[int, str], Tensor]:
+        sweep = Sweep(model, arch, self.config, [domain.weight for domain in domains])
+        training = model.training
+        model.eval()
+        scores = sweep.scores(passes_over(model, arch, batches_of(domains, self.config.batch_size)), names)
+        model.train(training)
+        return scores
+
+    def prune_to_(self, model: PreTrainedModel, domains: list[Domain], widths: Widths, report: Report) -> Plan:
         """Prune a model in place to given widths, in `config.rounds` rounds, without any recovery.
 
         Args:
             model: The model that is changed.
             domains: Calibration text.
-            widths: Number of units to keep, by space; they have to be legal.
+            widths: Number of units to keep, by space, in every block or by block; they have to be legal.
             report: Takes the time.
         """
         arch = describe(model, self.config.arch_file)
@@ -164,31 +179,15 @@ class StructPruner:
         model.eval()
         batches = batches_of(domains, self.config.batch_size)
         shares = [domain.weight for domain in domains]
-        plan = Plan(arch.model_type, {})
-        if LAYER in widths:
-            with report.timed("layers"):
-                plan = remove_layers_(model, self.config, domains, widths[LAYER])
-            arch = describe(model, self.config.arch_file)
-        experts = {name: width for name, width in widths.items() if arch.of(name)[0].whole and name != LAYER}
-        rest = {name: width for name, width in widths.items() if name not in (LAYER, *experts)}
-        if experts:
-            with report.timed("experts"):
-                sweep = Sweep(model, arch, self.config, shares)
-                new_config = shrunk_config(model.config, arch, experts)
-                smaller = skeleton(model, new_config)
-                sweep.remove_experts_(passes_over(model, arch, batches), experts, smaller)
-                adopt_config_(model, new_config, smaller)
-                plan, arch = plan.then(sweep.plan), describe(model, self.config.arch_file)
-        if HIDDEN in rest:
-            with report.timed("channels"):
-                plan = plan.then(remove_channels_(model, arch, self.config, batches, shares, rest.pop(HIDDEN)))
-            arch = describe(model, self.config.arch_file)
+        plan = prune_coarse_(model, arch, self.config, batches, shares, widths, report)
+        arch = describe(model, self.config.arch_file)
+        rest = {name: width for name, width in widths.items() if name not in COARSE}
         if rest:
             plan = plan.then(self._sweeps_(Sweep(model, arch, self.config, shares), batches, rest, report))
         model.train(training)
         return plan
 
-    def _sweeps_(self, sweep: Sweep, batches: list[Batch], widths: Mapping[str, int], report: Report) -> Plan:
+    def _sweeps_(self, sweep: Sweep, batches: list[Batch], widths: Widths, report: Report) -> Plan:
         config, model, arch = self.config, sweep.model, sweep.spec
         biased = _biased(arch, widths) if config.refit == "bias" else ()
         new_config = shrunk_config(model.config, arch, widths, biased)
@@ -204,7 +203,7 @@ class StructPruner:
         self,
         model: PreTrainedModel,
         domains: list[Domain],
-        widths: Mapping[str, int],
+        widths: Widths,
         report: Report,
         measure: Measure,
         tokenizer: PreTrainedTokenizerBase | None,
@@ -267,7 +266,7 @@ def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
     return replace(recovery, tokens=recovery.tokens // count, training=training)
 
 
-def _biased(arch: ArchSpec, widths: Mapping[str, int]) -> tuple[str, ...]:
+def _biased(arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:
     for name in widths:
         if any(space.bias_flag is None and not space.biased for space in arch.of(name)):
             raise StructPruneError(
@@ -292,8 +291,3 @@ def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
-    if config.skip_layers:
-        raise StructPruneError(
-            f"skip_layers={config.skip_layers} would leave blocks of different widths, which "
-            f"allocation={config.allocation!r} cannot express; leave skip_layers empty."
-        )

@@ -19,11 +19,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .adapter import check_adapter
 from .calibration.blocks import Domain, load_domains, num_heldout, split_samples
+from .calibration.manifest import MANIFEST_NAME
+from .calibration.presets import resolve
 from .config import CONFIG_NAME, StructPruneConfig
 from .distill_trainer import DistillTrainer, NotFiniteError
 from .errors import StructPruneError
-from .evaluate import perplexity
 from .hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
+from .metrics import perplexity
 from .recovery_config import LORA, TRAINING, RecoveryConfig
 from .registry import did_you_mean
 from .report import RecoveryReport
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 RECOVERY_CONFIG_NAME = "recovery_config.json"
 RECOVERY_REPORT_NAME = "recovery_report.json"
-CARRIED = (CONFIG_NAME, PLAN_NAME, REPORT_NAME)
+CARRIED = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
 
 
 class Recovery:
@@ -67,7 +69,8 @@ class Recovery:
         text = self._text()
         teacher = _teacher(teacher, model) if config.kl_weight else None
         vocab_size = model.config.get_text_config().vocab_size
-        domains = load_domains(text, tokenizer, vocab_size, self._heldout_blocks(text.seq_length))
+        # Text of its own is the dense model's where that is at hand: it is better, and the pruning has kept it.
+        domains = load_domains(text, tokenizer, vocab_size, self._heldout_blocks(text.seq_length), teacher or model)
         report = RecoveryReport()
         ppl = {} if teacher is None else {"dense": _perplexities(teacher, domains)}
         ppl["pruned"] = _perplexities(model, domains)
@@ -118,7 +121,7 @@ class Recovery:
 
     def _text(self) -> StructPruneConfig:
         config, pruning = self.config, self.pruning
-        domains: Sequence[DomainConfig] = config.domains or pruning.domains
+        domains = resolve(config.domains or pruning.domains, pruning.presets_file)
         seq_length = config.seq_length or pruning.seq_length
         blocks = config.tokens // (seq_length * len(domains))
         if blocks < 1:
@@ -131,6 +134,7 @@ class Recovery:
             domains=[replace(domain, weight=1.0) for domain in domains],
             num_samples=blocks * len(domains),
             seq_length=seq_length,
+            select="random",
             seed=pruning.seed if config.seed is None else config.seed,
         )
 

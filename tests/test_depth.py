@@ -18,9 +18,11 @@ from optimum_structprune.arch.load import block_list, describe
 from optimum_structprune.arch.spec import LAYER, MODEL
 from optimum_structprune.calibration.blocks import given_domains
 from optimum_structprune.calibration.collect import bypass
+from optimum_structprune.calibration.passes import batches_of
+from optimum_structprune.calibration.taps import Batch
 from optimum_structprune.criteria.layers import BlockInfluence, LossIncrease
 from optimum_structprune.depth import drop_blocks_
-from optimum_structprune.evaluate import outputs_of, perplexity, run_model
+from optimum_structprune.metrics import outputs_of, perplexity, run_model
 
 
 DEEPER = [*CASES, *(case for case in OTHERS if case != "vit")]
@@ -142,18 +144,19 @@ def test_a_block_that_does_nothing_goes_first(criterion, aggregation):
 @torch.no_grad()
 def test_block_influence_is_the_mean_angle():
     model = deep("llama-tied")
-    ids = [token_ids(2, 12, seed=1), token_ids(1, 12, seed=2)]
-    found = BlockInfluence().score(model, describe(model), ids)
-    states = model(torch.cat(ids), output_hidden_states=True).hidden_states
+    ids, counts = token_ids(3), torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) > 0.5
+    pairs = zip(ids.split(2), counts.split(2), strict=True)
+    found = BlockInfluence().score(model, describe(model), [Batch(0, *pair) for pair in pairs])
+    states = model(ids, output_hidden_states=True).hidden_states
     for index in range(4):  # transformers puts the last one through the final norm
-        cosine = nn.functional.cosine_similarity(states[index], states[index + 1], dim=-1)
+        cosine = nn.functional.cosine_similarity(states[index], states[index + 1], dim=-1)[counts]
         assert float(found[index]) == pytest.approx(float((1 - cosine).mean()), abs=1e-6)
 
 
 def test_loss_increase_is_measured_without_the_block():
     model = deep("llama-tied")
     spec = describe(model)
-    found = LossIncrease().score(model, spec, [token_ids(2), token_ids(1, seed=2)])
+    found = LossIncrease().score(model, spec, [Batch(0, token_ids(2)), Batch(0, token_ids(1, seed=2))])
     text = torch.cat([token_ids(2), token_ids(1, seed=2)])
     with without(model, (0, 1, 3, 4)):
         shorter = perplexity(model, text)
@@ -163,7 +166,7 @@ def test_loss_increase_is_measured_without_the_block():
 
 def test_the_block_whose_loss_counts_least_goes():
     model, inputs = deep("llama-tied"), token_ids(6)
-    scores = LossIncrease().score(model, describe(model), [given_domains({"a": inputs}, 0.1)[0].blocks])
+    scores = LossIncrease().score(model, describe(model), batches_of(given_domains({"a": inputs}, 0.1), 4))
     pruner = StructPruner(config(widths={LAYER: 4}, criterion="loss_increase"))
     pruner.prune_model(model, inputs={"a": inputs})
     assert {*range(5)} - {*pruner.plan.keep[MODEL, LAYER]} == {int(scores.argmin())}

@@ -38,6 +38,7 @@ class Template:
     times: str | None = None
     requires: Mapping[str, list[Any]] = field(default_factory=dict)
     within: str | None = None
+    uniform: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Family:
     text: str | None = None
     layer: Template | None = None
     hidden: StreamTemplate | None = None
+    block_class: Mapping[str, str] = field(default_factory=dict)
+    uniform: str = ""
 
 
 def _only(entry: Mapping[str, Any], required: Iterable[str], optional: Iterable[str], where: str) -> None:
@@ -90,7 +93,19 @@ def _parts(entry: Mapping[str, Any], where: str) -> dict[str, list[str]]:
 
 
 def _template(entry: Mapping[str, Any], where: str, transposed: bool) -> Template:
-    optional = {"also", "pin", "bias", "with", "transposed", "experts", "least", "times", "requires", "within"}
+    optional = {
+        "also",
+        "pin",
+        "bias",
+        "with",
+        "transposed",
+        "experts",
+        "least",
+        "times",
+        "requires",
+        "within",
+        "uniform",
+    }
     if "router" in entry:
         _only(entry, ("size", "router", "experts"), optional, where)
     else:
@@ -110,6 +125,7 @@ def _template(entry: Mapping[str, Any], where: str, transposed: bool) -> Templat
         times=entry.get("times"),
         requires=entry.get("requires", {}),
         within=entry.get("within"),
+        uniform=entry.get("uniform", ""),
     )
 
 
@@ -133,7 +149,8 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
     if "text" in entry:
         _only(entry, ("model_types", "text"), (), where)
         return Family(model_types=tuple(entry["model_types"]), text=entry["text"])
-    _only(entry, ("model_types", "blocks", "spaces"), ("transposed", "missing", "causal", "layer", "hidden"), where)
+    optional = ("transposed", "missing", "causal", "block_class", "uniform", "layer", "hidden")
+    _only(entry, ("model_types", "blocks", "spaces"), optional, where)
     blocks = entry["blocks"]
     return Family(
         model_types=tuple(entry["model_types"]),
@@ -146,6 +163,8 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
         causal=entry.get("causal", True),
         layer=_depth(entry["layer"], f"{where}.layer") if "layer" in entry else None,
         hidden=_stream(entry["hidden"], f"{where}.hidden") if "hidden" in entry else None,
+        block_class=entry.get("block_class", {}),
+        uniform=entry.get("uniform", ""),
     )
 
 
@@ -196,3 +215,9 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
             "`structprune inspect MODEL --stub` prints a description to check and to pass as --arch."
         )
     return known[model_type]
+
+
+def block_class_name(model_type: str) -> str | None:
+    """Class of the blocks of a built-in model type, where these may have configs of their own."""
+    family = builtin_families().get(model_type)
+    return None if family is None else family.block_class.get(model_type)

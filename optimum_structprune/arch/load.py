@@ -14,7 +14,7 @@ from ..errors import StructPruneError
 from .families import Family, family_of
 from .shrink import text_config
 from .spaces import Shapes, meets, spaces_of
-from .spec import HIDDEN, LAYER, MODEL, ArchSpec, Space
+from .spec import HIDDEN, LAYER, MODEL, WHOLE, ArchSpec, Space
 from .stream import stream_of
 
 
@@ -46,7 +46,11 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
         family = replace(family, hidden=None, missing={**family.missing, HIDDEN: TWO_HALVES})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     spec = resolve(family, config, shapes, prefix)
-    return replace(spec, model_type=model.config.model_type)
+    if config is model.config:
+        return spec
+    return replace(
+        spec, model_type=model.config.model_type, uniform="only a model that is a text model as a whole can be built"
+    )
 
 
 def block_list(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
@@ -97,7 +101,8 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
             for name, template in family.spaces.items():
                 if template.within in (None, path):
                     layer = len(sizes) + index
-                    found += spaces_of(name, template, layer, f"{blocks}.{index}.", shapes, config)
+                    own_config = config.per_layer_config[layer] if config.is_heterogeneous else config
+                    found += spaces_of(name, template, layer, f"{blocks}.{index}.", shapes, own_config)
         stacks.append((blocks, len(own)))
         sizes += own
     places = [f"{path}.{index}." for path, count in stacks for index in range(count)]
@@ -112,6 +117,7 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
         causal=family.causal,
         wide=(*_depth(family, config, sizes), *([] if stream is None else [stream.space])),
         stream=stream,
+        uniform="" if config.model_type in family.block_class else family.uniform or "no block class is described",
     )
 
 
@@ -119,7 +125,9 @@ def _depth(family: Family, config: PretrainedConfig, sizes: list[int]) -> Iterat
     if family.layer is not None and meets(config, family.layer):
         key, count = family.layer.size, len(sizes)
         mean = round(sum(sizes) / count)
-        yield Space(LAYER, MODEL, count, (), (), config=((key, 1),), pins=(), unit_params=mean, whole=True)
+        yield Space(
+            LAYER, MODEL, count, (), (), config=((key, 1),), pins=(), unit_params=mean, whole=True, uniform=WHOLE
+        )
 
 
 def _sizes(blocks: str, shapes: Shapes) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +10,9 @@ from functools import cached_property
 MODEL = -1  # stands for a block's index where a space belongs to the whole model
 LAYER = "layer"  # the space whose units are whole blocks
 HIDDEN = "hidden"  # the space whose units are channels of the residual stream
+WHOLE = "it belongs to the whole model"
+# Widths by kind of space: one number for all blocks, or one per block, where blocks that are not named stay whole.
+Widths = Mapping[str, "int | Mapping[int, int]"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Space:
         least: Smallest width that the config allows.
         experts: Full name of the module that holds the experts, where its routed input is what is observed.
         whole: Whether a unit is a whole expert, or a whole block.
+        uniform: Why all blocks have to keep the same width; empty where they need not.
     """
 
     name: str
@@ -78,6 +82,7 @@ class Space:
     least: int = 1
     experts: str | None = None
     whole: bool = False
+    uniform: str = ""
 
     @property
     def kind(self) -> str:
@@ -93,6 +98,16 @@ class Space:
     def axes(self) -> tuple[Axis, ...]:
         """All axes, producers first."""
         return self.out + self.into
+
+    @property
+    def width(self) -> int:
+        """The width in the config."""
+        return self.size // self.scale
+
+    def width_in(self, widths: Widths) -> int:
+        """The width that `widths` gives to this space; its own where they are silent."""
+        given = widths.get(self.kind, self.width)
+        return given if isinstance(given, int) else given.get(self.layer, self.width)
 
 
 @dataclass(frozen=True)
@@ -147,6 +162,7 @@ class ArchSpec:
         causal: Whether the model predicts the next token, and perplexity measures it.
         wide: The spaces of the whole model, which go before those of the blocks.
         stream: The residual stream, where its channels are one of these spaces.
+        uniform: Why all blocks have to keep the same width; empty where they need not.
     """
 
     model_type: str
@@ -158,6 +174,7 @@ class ArchSpec:
     causal: bool = True
     wide: tuple[Space, ...] = ()
     stream: Stream | None = None
+    uniform: str = ""
 
     @property
     def num_blocks(self) -> int:

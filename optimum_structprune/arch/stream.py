@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import StructPruneError
 from .families import StreamTemplate, Template
 from .spaces import Shapes, rows_per_unit
-from .spec import HIDDEN, MODEL, Axis, Read, Space, Stream
+from .spec import HIDDEN, MODEL, WHOLE, Axis, Read, Space, Stream
 
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def stream_of(
         pins=tuple((key, head_dim) for key in template.pin),
         # Those inside the blocks, of which `sparsity` is a share.
         unit_params=sum(prod(shapes[axis.param]) // size for axis in inside),
+        uniform=WHOLE,
     )
     reads.append(Read(MODEL, final.removesuffix(".weight"), (), norm=True))
     names = tuple(axis.param for axis in writers)
