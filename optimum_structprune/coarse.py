@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .arch.load import describe
 from .arch.shrink import shrunk_config
 from .arch.spec import HIDDEN, LAYER, ArchSpec, Widths
+from .calibration.evidence import Mixture
 from .calibration.passes import passes_over
 from .config import StructPruneConfig
 from .criteria import CRITERIA
@@ -48,6 +49,10 @@ def check_coarse(config: StructPruneConfig, names: Sequence[str]) -> None:
             f"criterion={config.criterion!r} judges whole blocks, and nothing inside them; prune {LAYER!r} in a run "
             f"of its own, or choose a criterion for {others[0]!r}: {LAYER!r} is judged by {BLOCK_INFLUENCE!r} then."
         )
+    if config.max_perplexity_ratio is not None and (wide := [name for name in names if name in (LAYER, HIDDEN)]):
+        raise StructPruneError(
+            f"max_perplexity_ratio is held by rounds, and {wide[0]!r} goes before them; leave either out."
+        )
     if HIDDEN in names and config.refit == "bias":
         raise StructPruneError(
             f"refit='bias' needs a bias in all that reads {HIDDEN!r}; use refit='least_squares' or 'none'."
@@ -59,7 +64,7 @@ def prune_coarse_(
     spec: ArchSpec,
     config: StructPruneConfig,
     batches: Sequence[Batch],
-    shares: Sequence[float],
+    mixture: Mixture,
     widths: Widths,
     report: Report,
 ) -> Plan:
@@ -70,7 +75,7 @@ def prune_coarse_(
         spec: Its description.
         config: How to prune.
         batches: Calibration text, one domain after the other.
-        shares: Weight of each domain.
+        mixture: How the evidence of the domains is brought together.
         widths: Number of units to keep, by space; other spaces are left alone.
         report: Takes the time.
     """
@@ -78,10 +83,10 @@ def prune_coarse_(
     if LAYER in widths:
         with report.timed("layers"):
             depth = spec.of(LAYER)[0].width_in(widths)
-            plan, spec = remove_layers_(model, config, batches, shares, depth), describe(model, config.arch_file)
+            plan, spec = remove_layers_(model, config, batches, mixture, depth), describe(model, config.arch_file)
     if EXPERT in widths:
         with report.timed("experts"):
-            sweep = Sweep(model, spec, config, shares)
+            sweep = Sweep(model, spec, config, mixture)
             new_config = shrunk_config(model.config, spec, {EXPERT: widths[EXPERT]})
             smaller = skeleton(model, new_config)
             sweep.remove_experts_(passes_over(model, spec, batches), {EXPERT: widths[EXPERT]}, smaller)
@@ -90,5 +95,5 @@ def prune_coarse_(
     if HIDDEN in widths:
         with report.timed("channels"):
             width = spec.of(HIDDEN)[0].width_in(widths)
-            plan = plan.then(remove_channels_(model, spec, config, batches, shares, width))
+            plan = plan.then(remove_channels_(model, spec, config, batches, mixture, width))
     return plan

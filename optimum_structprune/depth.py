@@ -12,7 +12,7 @@ from .allocation import round_widths
 from .arch.load import block_list, describe, put_blocks_
 from .arch.shrink import shrunk_config
 from .arch.spec import LAYER, MODEL, ArchSpec
-from .calibration.evidence import judge_experts
+from .calibration.evidence import Mixture
 from .config import StructPruneConfig
 from .criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from .plan import Plan
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def remove_layers_(
-    model: PreTrainedModel, config: StructPruneConfig, batches: Sequence[Batch], shares: Sequence[float], width: int
+    model: PreTrainedModel, config: StructPruneConfig, batches: Sequence[Batch], mixture: Mixture, width: int
 ) -> Plan:
     """Take out the blocks that matter least, in `config.rounds` steps, each judged on what the last one left.
 
@@ -34,7 +34,7 @@ def remove_layers_(
         model: The model that is changed, in eval mode.
         config: How to prune; its criterion counts where it judges blocks, otherwise it is block influence.
         batches: Calibration text, one domain after the other.
-        shares: Weight of each domain.
+        mixture: How the evidence of the domains is brought together.
         width: Number of blocks to keep.
     """
     criterion = LAYER_CRITERIA.get(
@@ -44,9 +44,10 @@ def remove_layers_(
     plan = Plan(spec.model_type, {})
     for step in round_widths(config, spec, {LAYER: width}):
         spec = describe(model, config.arch_file)
+        left = spec.of(LAYER)[0].width_in(step)
         parts = [criterion.score(model, spec, list(own)) for _, own in groupby(batches, lambda batch: batch.domain)]
-        scores = judge_experts(torch.stack(parts), shares, config.aggregation)
-        keep = tuple(sorted(scores.topk(spec.of(LAYER)[0].width_in(step)).indices.tolist()))
+        scores = mixture.judge_experts(torch.stack(parts), left)
+        keep = tuple(sorted(scores.topk(left).indices.tolist()))
         drop_blocks_(model, spec, keep)
         plan = plan.then(Plan(spec.model_type, {(MODEL, LAYER): keep}))
     return plan

@@ -14,7 +14,7 @@ from .arch.load import block_list, put_block_
 from .arch.shrink import shrunk_config
 from .arch.spec import HIDDEN, MODEL, ArchSpec, Axis, Stream
 from .calibration.collect import observe
-from .calibration.evidence import judge_experts, pool
+from .calibration.evidence import Mixture
 from .calibration.passes import BlockPasses
 from .calibration.taps import Batch, Tally
 from .config import StructPruneConfig
@@ -34,7 +34,7 @@ def remove_channels_(
     spec: ArchSpec,
     config: StructPruneConfig,
     batches: Sequence[Batch],
-    shares: Sequence[float],
+    mixture: Mixture,
     width: int,
 ) -> Plan:
     """Take channels out of the residual stream, in one step.
@@ -48,18 +48,18 @@ def remove_channels_(
         spec: Its description.
         config: How to prune.
         batches: Calibration text.
-        shares: Weight of each domain.
+        mixture: How the evidence of the domains is brought together.
         width: Number of channels to keep.
     """
     assert spec.stream is not None
-    energies = channel_energies(model, spec.stream, batches, len(shares))
-    scores = judge_experts(energies.mean(0), shares, config.aggregation)
+    energies = channel_energies(model, spec.stream, batches, len(mixture.shares))
+    scores = mixture.judge_experts(energies.mean(0), width)
     keep = tuple(sorted(scores.topk(width).indices.tolist()))
     left = torch.ones(len(spec.stream.reads))
     if config.refit in NEEDS_GRAM:
-        mixed = torch.tensor(shares, dtype=energies.dtype) @ energies.movedim(1, 0).flatten(1)
+        mixed = torch.tensor(mixture.shares, dtype=energies.dtype) @ energies.movedim(1, 0).flatten(1)
         left = mixed.view(len(left), -1)[:, list(keep)].mean(1) * width / spec.stream.space.size
-        refit_readers_(model, spec, config, batches, shares, keep)
+        refit_readers_(model, spec, config, batches, mixture, keep)
     factors = {read.tap: float(share) ** 0.5 for read, share in zip(spec.stream.reads, left, strict=True)}
     narrow_(model, spec, keep, factors)
     return Plan(spec.model_type, {(MODEL, HIDDEN): keep})
@@ -100,7 +100,7 @@ def refit_readers_(
     spec: ArchSpec,
     config: StructPruneConfig,
     batches: Sequence[Batch],
-    shares: Sequence[float],
+    mixture: Mixture,
     keep: Sequence[int],
 ) -> None:
     """Refit whatever reads the stream inside the blocks on what it reads of the dense stream.
@@ -110,7 +110,7 @@ def refit_readers_(
         spec: Its description.
         config: How to prune.
         batches: Calibration text.
-        shares: Weight of each domain.
+        mixture: How the evidence of the domains is brought together.
         keep: Channels that stay.
     """
     assert spec.stream is not None
@@ -125,7 +125,7 @@ def refit_readers_(
             for axis in _matrices(model, read.readers):
                 weight, bias = read_consumer(model, axis)
                 columns = torch.tensor(keep, device=weight.device)
-                moments = pool(weight, parts, shares)
+                moments = mixture.pool(weight, parts)
                 damping = float(config.damping)
                 write_consumer_(model, axis, columns, *REFITS[config.refit](weight, bias, moments, columns, damping))
 
