@@ -19,8 +19,8 @@ from .arch.meta import meta_model, model_class
 from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import ArchSpec, Widths
 from .checks import biased_spaces
+from .coarse import check_coarse
 from .config import StructPruneConfig
-from .criteria import CRITERIA
 from .pruner import AutoStructPruner
 from .report import table
 
@@ -159,7 +159,6 @@ def dry_run(
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
     AutoStructPruner.from_config(config)
-    CRITERIA.get(config.criterion)
 
     def build(wanted: PretrainedConfig) -> PreTrainedModel:
         # In any precision but this, the product that runs experts refuses tensors without memory.
@@ -168,6 +167,7 @@ def dry_run(
     dense = build(model_config)
     arch = describe(dense, config.arch_file)
     widths = target_widths(config, arch, model_config)
+    check_coarse(config, list(widths))
     biased = biased_spaces(config, arch, [name for name in widths if not arch.of(name)[0].whole])
     small = build(shrunk_config(model_config, arch, widths, biased))
     dtype = dtype or _saved_dtype(model_config)

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module imports only from its own layer's earlier modules and from lower layers.
 LAYERS = [
     ["errors"],
-    ["registry", "arch.spec", "block_init", "calibration.problems", "distill"],
+    ["registry", "arch.spec", "arch.depth", "block_init", "calibration.problems", "distill"],
     ["schema", "fingerprint", "tasks"],
     ["recovery_config", "calibration.presets", "calibration.templates"],
     ["calibration.packing", "calibration.manifest", "calibration.stats", "arch.families", "config", "plan", "report"],
@@ -35,6 +35,7 @@ LAYERS = [
         "metrics",
         "adapter",
     ],
+    ["arch.stream"],
     ["arch.load", "arch.meta", "measure", "calibration.generated"],
     [
         "arch.stub",
@@ -46,11 +47,11 @@ LAYERS = [
         "calibration.select",
     ],
     ["criteria.flap", "criteria.magnitude", "criteria.obs", "criteria.random", "criteria.taylor", "criteria.wanda"],
-    ["criteria", "calibration.blocks", "checks"],
+    ["criteria", "criteria.layers", "calibration.blocks", "checks"],
     ["calibration.evidence", "calibration.passes", "calibration.heldout", "calibration.gradients", "guard"],
-    ["distill_trainer"],
+    ["depth", "hidden", "distill_trainer"],
     ["sweep", "hub", "evaluation", "optimizer_state"],
-    ["checkpoint"],
+    ["checkpoint", "coarse"],
     ["rounds"],
     ["recovery", "export"],
     ["pruner"],
