@@ -68,7 +68,7 @@ def halves(spec):
 
 
 WISHES = [(case, {}) for case in [*PRUNABLE, *(case for case in OTHERS if case != "vit")]]
-WISHES += [("llama-bias", {"refit": "bias", "widths": {"mlp": 17, "attention": 1}})]
+WISHES += [("llama-tied", {"refit": "bias", "widths": {"mlp": 17, "attention": 1}})]
 WISHES += [
     (case, {"sparsity": sparsity, "round_to": round_to})
     for case in ("llama-tied", "qwen2", "gemma2")
