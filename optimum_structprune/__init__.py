@@ -26,6 +26,7 @@ _HOME = {
     "dry_run": "dryrun",
     "enable_heterogeneous": "heterogeneous",
     "evaluate": "evaluation",
+    "export_uniform": "export",
     "load_adapter": "adapter",
     "perplexity": "metrics",
     "prune_model": "pruner",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .dryrun import DryRun, dry_run
     from .errors import InPlaceError, StructPruneError
     from .evaluation import Evaluation, evaluate
+    from .export import export_uniform
     from .heterogeneous import disable_heterogeneous, enable_heterogeneous
     from .metrics import perplexity
     from .plan import Plan

@@ -14,8 +14,9 @@ from .arch.load import describe
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
+from .calibration.gradients import saliencies
 from .calibration.manifest import Manifest
-from .calibration.passes import Batch, batches_of, passes_over
+from .calibration.passes import batches_of, passes_over
 from .checks import biased_spaces, check_model, dequantized
 from .config import StructPruneConfig
 from .criteria import CRITERIA
@@ -26,6 +27,7 @@ from .plan import Plan
 from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
+from .rounds import Rounds, mixture
 from .surgery import adopt_config_, skeleton
 from .sweep import Sweep
 
@@ -160,14 +162,25 @@ class StructPruner:
     def _scores(
         self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]
     ) -> dict[tuple[int, str], Tensor]:
-        sweep = Sweep(model, arch, self.config, [domain.weight for domain in domains])
+        sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
+        batches = batches_of(domains, self.config.batch_size)
         training = model.training
         model.eval()
-        scores = sweep.scores(passes_over(model, arch, batches_of(domains, self.config.batch_size)), names)
+        if sweep.criterion.needs_gradient:
+            sweep.saliency = saliencies(model, arch, batches)
+        scores = sweep.scores(passes_over(model, arch, batches), names)
         model.train(training)
         return scores
 
-    def prune_to_(self, model: PreTrainedModel, domains: list[Domain], widths: Widths, report: Report) -> Plan:
+    def prune_to_(
+        self,
+        model: PreTrainedModel,
+        domains: list[Domain],
+        widths: Widths,
+        report: Report,
+        measure: Measure | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Plan:
         """Prune a model in place to given widths, in `config.rounds` rounds, without any recovery.
 
         Args:
@@ -175,38 +188,34 @@ class StructPruner:
             domains: Calibration text.
             widths: Number of units to keep, by space, in every block or by block; they have to be legal.
             report: Takes the time.
+            measure: What the dense model gives on held-out text; measured now where a setting asks for it.
+            tokenizer: Saved beside the models that `keep_rounds` leaves.
         """
         arch = describe(model, self.config.arch_file)
         training = model.training
         model.eval()
         batches = batches_of(domains, self.config.batch_size)
-        shares = [domain.weight for domain in domains]
         experts = {name: width for name, width in widths.items() if arch.of(name)[0].whole}
         rest = {name: width for name, width in widths.items() if name not in experts}
         plan = Plan(arch.model_type, {})
         if experts:
             with report.timed("experts"):
-                sweep = Sweep(model, arch, self.config, shares)
+                sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
                 new_config = shrunk_config(model.config, arch, experts)
                 smaller = skeleton(model, new_config)
                 sweep.remove_experts_(passes_over(model, arch, batches), experts, smaller)
                 adopt_config_(model, new_config, smaller)
                 plan, arch = sweep.plan, describe(model, self.config.arch_file)
         if rest:
-            plan = plan.then(self._sweeps_(Sweep(model, arch, self.config, shares), batches, rest, report))
+            biased = biased_spaces(self.config, arch, rest)
+            if measure is None:
+                measure = Measure(domains, arch.causal)
+                if self.config.measures:
+                    measure.before(model)
+            rounds = Rounds(model, arch, self.config, domains, report, measure, biased, tokenizer)
+            plan = plan.then(rounds.run_(rest))
         model.train(training)
         return plan
-
-    def _sweeps_(self, sweep: Sweep, batches: list[Batch], widths: Widths, report: Report) -> Plan:
-        config, model, arch = self.config, sweep.model, sweep.spec
-        new_config = shrunk_config(model.config, arch, widths, biased_spaces(config, arch, widths))
-        smaller = skeleton(model, new_config)
-        for number, step in enumerate(round_widths(config, arch, widths), start=1):
-            with report.timed(f"round {number}"):
-                last = smaller if number == config.rounds else None
-                sweep.run_(passes_over(model, arch, batches), step, last, f"round {number}/{config.rounds}")
-        adopt_config_(model, new_config, smaller)
-        return sweep.plan
 
     def _rounds_(
         self,
@@ -226,7 +235,7 @@ class StructPruner:
             steps = [next_legal(model.config, arch, step) for step in round_widths(config, arch, widths)]
         plan = Plan(model.config.model_type, {})
         for number, step in enumerate(steps, start=1):
-            plan = plan.then(pruner.prune_to_(model, domains, step, report))
+            plan = plan.then(pruner.prune_to_(model, domains, step, report, measure, tokenizer))
             with report.timed("perplexity"):
                 measure.after(model, report)
             if recovery is not None:

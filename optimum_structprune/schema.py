@@ -46,6 +46,12 @@ def up_to_one(value: Any) -> None:
         raise ValueError(f"has to lie between 0 (excluded) and 1, got {value}")
 
 
+def above_one(value: Any) -> None:
+    """A ratio above 1."""
+    if isinstance(value, (int, float)) and value <= 1:
+        raise ValueError(f"has to be greater than 1, got {value}; 1.3 allows 30 % more")
+
+
 def filled(value: Any) -> None:
     """Something that is not empty."""
     if not value:
@@ -145,14 +151,19 @@ class DomainConfig(Serialisable):
 
     def validate_answers(self) -> None:
         """Something that tells answers from questions."""
-        known = isinstance(self.source, str) and self.source.startswith((PRESET, SELF))
-        if self.answers_only and self.template is None and not known:
+        preset = isinstance(self.source, str) and self.source.startswith(PRESET)
+        if self.answers_only and self.template is None and not (preset or written_by_model(self)):
             raise ValueError("answers_only needs a template that says what the answers are, got template=None")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values; a source that lives in memory is only named."""
         named = self.source if isinstance(self.source, str) else f"{IN_MEMORY}{type(self.source).__name__}"
         return {**super().to_dict(), "source": named}
+
+
+def written_by_model(domain: DomainConfig) -> bool:
+    """Whether a domain is text that the model writes itself."""
+    return isinstance(domain.source, str) and domain.source.startswith(SELF)
 
 
 @strict

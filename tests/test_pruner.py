@@ -200,7 +200,6 @@ def test_pruner_round_trips_through_dict():
         ({"criterion": "wnada"}, r"no criterion 'wnada'. Did you mean 'wanda'\?"),
         ({"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
         ({"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
-        ({"skip_layers": (0,)}, r"skip_layers=\(0,\) would leave blocks of different widths"),
         ({"domains": [DomainConfig(name="none", source=[])]}, "none"),
         ({"domains": [DomainConfig(name="short", source=documents(2))]}, "short"),
         ({"domains": [DomainConfig(name="gone", source="./gone.jsonl")]}, "gone.jsonl"),
