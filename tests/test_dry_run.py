@@ -171,6 +171,13 @@ def test_the_callers_config_is_left_alone():
     assert model_config.to_dict() == before and model_config._attn_implementation != "eager"
 
 
+def test_a_quantized_model_is_counted_unpacked():
+    plain, packed = config_of(build("llama-tied")), config_of(build("llama-tied"))
+    packed.quantization_config = {"quant_method": "gptq", "bits": 4}
+    ours, theirs = (dry_run(one, config()) for one in (packed, plain))
+    assert ours.memory == theirs.memory and "has to be unpacked" in str(ours) and theirs.notes == ()
+
+
 def test_bias_that_no_config_expresses_is_refused():
     with pytest.raises(StructPruneError, match="refit='bias' needs a bias in the projections of 'mlp'"):
         dry_run(config_of(build("qwen2")), config(refit="bias"))
