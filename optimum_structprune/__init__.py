@@ -11,6 +11,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "AutoStructPruner": "pruner",
     "DomainConfig": "schema",
+    "DryRun": "dryrun",
     "Evaluation": "evaluation",
     "InPlaceError": "errors",
     "Plan": "plan",
@@ -22,6 +23,7 @@ _HOME = {
     "StructPruner": "pruner",
     "attach_pruner": "trainer",
     "disable_heterogeneous": "heterogeneous",
+    "dry_run": "dryrun",
     "enable_heterogeneous": "heterogeneous",
     "evaluate": "evaluation",
     "export_uniform": "export",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .adapter import load_adapter
     from .config import StructPruneConfig
     from .criteria import register_criterion
+    from .dryrun import DryRun, dry_run
     from .errors import InPlaceError, StructPruneError
     from .evaluation import Evaluation, evaluate
     from .export import export_uniform

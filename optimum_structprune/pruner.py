@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
-from .arch.shrink import shrunk_config
-from .arch.spec import ArchSpec, Widths
+from .arch.spec import LAYER, MODEL, ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
 from .calibration.manifest import Manifest
-from .calibration.passes import batches_of, passes_over
+from .calibration.passes import batches_of
+from .checks import biased_spaces, check_model, dequantized
+from .coarse import COARSE, check_coarse, prune_coarse_
 from .config import StructPruneConfig
-from .criteria import CRITERIA
 from .errors import InPlaceError, StructPruneError
 from .hub import save_pruned
 from .measure import Measure
@@ -26,8 +26,6 @@ from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
 from .rounds import Rounds, dense_scores, mixture
-from .surgery import adopt_config_, skeleton
-from .sweep import Sweep
 
 
 if TYPE_CHECKING:
@@ -72,7 +70,8 @@ class StructPruner:
         """Prune a model.
 
         Args:
-            model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype.
+            model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
+                one is unpacked first, where transformers can.
             tokenizer: Its tokenizer; reads the calibration domains.
             inputs: Calibration inputs by domain, in place of the text that the config names: pixels, or token blocks,
                 shape `(samples, ...)`; a part of each is held out.
@@ -83,6 +82,7 @@ class StructPruner:
             StructPruneError: If the model, the config or a domain cannot be used; nothing has changed then.
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
+        model = dequantized(model, inplace)
         check_model(model, self.config)
         arch = describe(model, self.config.arch_file)
         if arch.causal and model.get_output_embeddings() is None:
@@ -90,7 +90,7 @@ class StructPruner:
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
             )
         widths = target_widths(self.config, arch, model.config)
-        CRITERIA.get(self.config.criterion)
+        check_coarse(self.config, list(widths))
         report = Report(arch.model_type)
         with report.timed("domains"):
             domains = self._domains(model, tokenizer, inputs)
@@ -116,9 +116,8 @@ class StructPruner:
             raise
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
-        whole = {name: {space.layer: space.width for space in arch.of(name)} for name in plan.widths()}
-        report.widths = {name: {**whole[name], **at} for name, at in plan.widths().items()}
-        report.dense_widths = {name: max(whole[name].values()) for name in report.widths}
+        report.widths = _widths_of(plan, arch)
+        report.dense_widths = {name: max(space.width for space in arch.of(name)) for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
         self.manifest = Manifest.of(self.config, domains, tokenizer)
@@ -179,19 +178,12 @@ class StructPruner:
         training = model.training
         model.eval()
         batches = batches_of(domains, self.config.batch_size)
-        experts = {name: width for name, width in widths.items() if arch.of(name)[0].whole}
-        rest = {name: width for name, width in widths.items() if name not in experts}
-        plan = Plan(arch.model_type, {})
-        if experts:
-            with report.timed("experts"):
-                sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
-                new_config = shrunk_config(model.config, arch, experts)
-                smaller = skeleton(model, new_config)
-                sweep.remove_experts_(passes_over(model, arch, batches), experts, smaller)
-                adopt_config_(model, new_config, smaller)
-                plan, arch = sweep.plan, describe(model, self.config.arch_file)
+        mixed = mixture(self.config, domains)
+        plan = prune_coarse_(model, arch, self.config, batches, mixed, widths, report)
+        arch = describe(model, self.config.arch_file)
+        rest = {name: width for name, width in widths.items() if name not in COARSE}
         if rest:
-            biased = _biased(arch, rest) if self.config.refit == "bias" else ()
+            biased = biased_spaces(self.config, arch, rest)
             if measure is None:
                 measure = Measure(domains, arch.causal)
                 if self.config.measures:
@@ -258,6 +250,13 @@ def prune_model(
     return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
 
 
+def _widths_of(plan: Plan, arch: ArchSpec) -> dict[str, dict[int, int]]:
+    """Widths of the spaces that the plan names, in all blocks that are left."""
+    there = (MODEL, *plan.keep.get((MODEL, LAYER), range(arch.num_blocks)))
+    whole = {name: {at.layer: at.width for at in arch.of(name) if at.layer in there} for name in plan.widths()}
+    return {name: {**whole[name], **at} for name, at in plan.widths().items()}
+
+
 def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
     """One of `count` equal parts of a recovery, each with its own folder for checkpoints."""
     if count == 1:
@@ -266,30 +265,3 @@ def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
     if "output_dir" in training:
         training["output_dir"] = f"{training['output_dir']}/round-{number}"
     return replace(recovery, tokens=recovery.tokens // count, training=training)
-
-
-def _biased(arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:
-    for name in widths:
-        if any(space.bias_flag is None and not space.biased for space in arch.of(name)):
-            raise StructPruneError(
-                f"refit='bias' needs a bias in the projections of {name!r}, which a {arch.model_type} config cannot "
-                "express; use refit='least_squares' or 'none'."
-            )
-    return tuple(widths)
-
-
-def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
-    """Refuse what cannot be pruned.
-
-    Raises:
-        StructPruneError: If the model carries an adapter, is quantized, has no language-model head or too few
-            positions.
-    """
-    name = type(model).__name__
-    if hasattr(model, "peft_config"):
-        raise StructPruneError(f"{name} carries a PEFT adapter; prune `model.merge_and_unload()` instead.")
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise StructPruneError(f"{name} is quantized; prune `model.dequantize()`, or load it without quantization.")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.seq_length > longest:
-        raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Iterator
 
 from .families import BUILTIN, TEXT_ONLY, Family, Template, read_families
+from .spec import HIDDEN, LAYER
 
 
+ONE_FOR_ALL = "a model has one"
 HEAD = """# Architectures
 
 Generated from `optimum_structprune/arch/families.yaml` by `python -m optimum_structprune.arch.table`; a test holds
@@ -17,6 +19,7 @@ this page against it.
 `from_pretrained` loads it. Every line below is tested on a tiny random model: the pruned model equals the masked one
 within 1e-5 in fp32, reloads, and every tensor has the shape that the smaller config gives it.
 
+- `layer` removes whole blocks, in one step before everything else, and what the config says of each block with them.
 - `mlp` inside experts: one config key is the width of all experts, but every expert keeps its own channels, scored and
   refitted on the tokens that are routed to it. Widths are multiples of 8, because the grouped matrix product takes
   only rows of whole 16 bytes. Statistics of one expert are held at a time.
@@ -47,7 +50,7 @@ def _rows(family: Family) -> Iterator[str]:
     if family.text is not None:
         yield f"| {types} | of the text model | yes | no: {TEXT_ONLY} | in `text_config` | as there |"
         return
-    kinds: dict[str, Template] = {}
+    kinds: dict[str, Template] = {} if family.layer is None else {LAYER: family.layer}
     for name, template in family.spaces.items():
         kinds.setdefault(name.partition("/")[0], template)
     for name, template in kinds.items():
@@ -58,11 +61,15 @@ def _rows(family: Family) -> Iterator[str]:
         )
         bias = f"`{template.bias}`" if template.bias else ""
         yield f"| {types} | `{name}` | yes{when} | {_may_differ(family, template)} | {keys} | {bias} |"
+    if family.hidden is not None:
+        yield f"| {types} | `{HIDDEN}` | yes | no: {ONE_FOR_ALL} | `{family.hidden.size}` | |"
     for name, reason in family.missing.items():
         yield f"| {types} | `{name}` | no: {reason} | | | |"
 
 
 def _may_differ(family: Family, template: Template) -> str:
+    if template is family.layer:
+        return f"no: {ONE_FOR_ALL}"
     if reason := template.uniform or family.uniform:
         return f"no: {reason}"
     left = [f"`{name}`" for name in family.model_types if name not in family.block_class]
