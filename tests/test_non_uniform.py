@@ -107,7 +107,7 @@ def test_pruned_equals_masked_reloads_and_pads(case, tmp_path):
 def test_every_family_says_whether_blocks_may_differ(family):
     assert not (family.block_class and family.uniform)
     if family.text is None and family.spaces:
-        assert family.block_class or family.uniform
+        assert set(family.block_class) == set(family.model_types) or family.uniform
 
 
 @pytest.mark.parametrize("case", NON_UNIFORM)
