@@ -99,7 +99,7 @@ def test_benchmark_domains(desk, capsys, monkeypatch):
     arguments = ["run", str(SHARED / "models" / "stories260K"), str(SHARED / "data"), str(out), "--domains", "stories"]
     small = ["--removed", "50", "--seeds", "0", "1", "--samples", "4", "--eval-blocks", "1", "--tasks", "--limit", "2"]
     run = main("benchmark_domains")
-    run([*arguments, *small, "--cells", "mix, one-shot, wanda*"])
+    run([*arguments, *small, "--cells", "mix, one-shot, wanda", "mix, *shot, wanda + refit"])
     first = json.loads(out.read_text())
     assert [(row["cell"], row["width"], row["seed"]) for row in first["runs"]] == [
         (f"mix, one-shot, wanda{refit}", 88, seed) for seed in (0, 1) for refit in ("", " + refit")
