@@ -11,15 +11,14 @@ from torch import Tensor
 
 from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
-from .arch.shrink import shrunk_config
-from .arch.spec import ArchSpec, Widths
+from .arch.spec import LAYER, MODEL, ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
 from .calibration.gradients import saliencies
 from .calibration.manifest import Manifest
 from .calibration.passes import batches_of, passes_over
 from .checks import biased_spaces, check_model, dequantized
+from .coarse import COARSE, check_coarse, prune_coarse_
 from .config import StructPruneConfig
-from .criteria import CRITERIA
 from .errors import InPlaceError, StructPruneError
 from .hub import save_pruned
 from .measure import Measure
@@ -28,7 +27,6 @@ from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
 from .rounds import Rounds, mixture
-from .surgery import adopt_config_, skeleton
 from .sweep import Sweep
 
 
@@ -94,7 +92,7 @@ class StructPruner:
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
             )
         widths = target_widths(self.config, arch, model.config)
-        CRITERIA.get(self.config.criterion)
+        check_coarse(self.config, list(widths))
         report = Report(arch.model_type)
         with report.timed("domains"):
             domains = self._domains(model, tokenizer, inputs)
@@ -119,8 +117,7 @@ class StructPruner:
             raise
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
-        whole = {name: {space.layer: space.width for space in arch.of(name)} for name in plan.widths()}
-        report.widths = {name: {**whole[name], **at} for name, at in plan.widths().items()}
+        report.widths = _widths_of(plan, arch)
         report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
@@ -195,17 +192,10 @@ class StructPruner:
         training = model.training
         model.eval()
         batches = batches_of(domains, self.config.batch_size)
-        experts = {name: width for name, width in widths.items() if arch.of(name)[0].whole}
-        rest = {name: width for name, width in widths.items() if name not in experts}
-        plan = Plan(arch.model_type, {})
-        if experts:
-            with report.timed("experts"):
-                sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
-                new_config = shrunk_config(model.config, arch, experts)
-                smaller = skeleton(model, new_config)
-                sweep.remove_experts_(passes_over(model, arch, batches), experts, smaller)
-                adopt_config_(model, new_config, smaller)
-                plan, arch = sweep.plan, describe(model, self.config.arch_file)
+        mixed = mixture(self.config, domains)
+        plan = prune_coarse_(model, arch, self.config, batches, mixed, widths, report)
+        arch = describe(model, self.config.arch_file)
+        rest = {name: width for name, width in widths.items() if name not in COARSE}
         if rest:
             biased = biased_spaces(self.config, arch, rest)
             if measure is None:
@@ -272,6 +262,13 @@ def prune_model(
 ) -> PreTrainedModel:
     """Prune a model in one call; see `StructPruner.prune_model`."""
     return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
+
+
+def _widths_of(plan: Plan, arch: ArchSpec) -> dict[str, dict[int, int]]:
+    """Widths of the spaces that the plan names, in all blocks that are left."""
+    there = (MODEL, *plan.keep.get((MODEL, LAYER), range(arch.num_blocks)))
+    whole = {name: {at.layer: at.width for at in arch.of(name) if at.layer in there} for name in plan.widths()}
+    return {name: {**whole[name], **at} for name, at in plan.widths().items()}
 
 
 def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:

@@ -91,6 +91,12 @@ class StructPruneCallback(TrainerCallback):
         check_model(model, self.config)
         arch = describe(model, self.config.arch_file)
         self._dense = arch, target_widths(self.config, arch, model.config)
+        for space in arch.wide:
+            if space.name in self._dense[1]:
+                raise StructPruneError(
+                    f"{space.name!r} belongs to the whole model, and a Trainer prunes inside the blocks only; prune "
+                    "it first (`structprune prune`), then train."
+                )
         self.plan = Plan(arch.model_type, {})
         self._loading.close()
         self._loading.enter_context(

@@ -35,7 +35,7 @@ def run(args: Namespace) -> int:
     total = model.num_parameters()
     print(f"{args.model}: {spec.model_type}, {spec.num_blocks} blocks, {total:,} parameters")
     print(f"{'space':<12}{'units':>8}{'parameters':>16}{'share':>8}  legal widths")
-    for name in spec.names:
+    for name in spec.offered:
         spaces = spec.of(name)
         parameters = sum(space.size * space.unit_params for space in spaces)
         legal = _ranges(legal_sizes(config, spec, name))
