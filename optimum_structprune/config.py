@@ -16,7 +16,7 @@ from .schema import (
     Number,
     SelfTextConfig,
     Serialisable,
-    as_domain,
+    above_one,
     check_names,
     filled,
     not_negative,
@@ -25,6 +25,7 @@ from .schema import (
     read_yaml,
     share,
     up_to_one,
+    with_domains,
 )
 
 
@@ -48,7 +49,10 @@ class StructPruneConfig(Serialisable):
             their mean over the blocks.
         targets: Spaces that may shrink when `sparsity` chooses the widths.
         criterion: Registered criterion that scores the units.
-        refit: What makes up for the removed units: `none`, `bias` or `least_squares`.
+        refit: What makes up for the removed units: `none`, `bias`, `least_squares`, or `reconstruct`, which after that
+            trains each block toward the dense block's output.
+        reconstruct_epochs: Passes over the calibration blocks at most, for each block of the model.
+        reconstruct_rate: Learning rate of these.
         rounds: Number of times that calibration, scoring and removal are repeated, each removing a part.
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
         allocation: How the removal is spread over the blocks: `uniform` keeps the same width everywhere, `global`
@@ -57,8 +61,21 @@ class StructPruneConfig(Serialisable):
         max_width: With `global`, the share of its units that a block keeps at most.
         round_to: Channel widths that `sparsity` chooses are multiples of this; explicit widths are taken as given.
         domains: Calibration text; more than one kind makes the result general.
+        normalisation: What puts the evidence of the domains on one scale: `energy` divides by what a domain puts
+            out, `zscore` and `rank` compare scores only, `none` leaves loud domains loud.
         aggregation: How the evidence of several domains becomes one score: `mean` pools it, `max` keeps what any
-            domain needs.
+            domain needs, `worst` protects the domain that would lose most, `harmonic` drops what any domain can do
+            without, `quantile` lies between.
+        quantile: For the aggregation `quantile`.
+        adaptive_rate: After each round, domains that have lost more than the mean on held-out text count more, the
+            faster the higher this is; 0 leaves the weights as they are.
+        objective: `mean` lets weights move by a factor of 2; `worst` re-weights (at the rate 1 unless said otherwise)
+            by up to 8, so that no domain is left behind.
+        guard: Choose damping and strength of every refit on calibration blocks that it has not seen, an eighth of all.
+        max_perplexity_ratio: Prune no further than every domain's held-out perplexity stays below this multiple of the
+            dense model's; the rounds go toward the target and stop there.
+        checkpoint_dir: Folder that remembers each round; a run that was killed goes on from there.
+        keep_rounds: Also leave the model of each round there, as `round-1`, `round-2`, … .
         select: Which blocks of a pool are used: `random`, `length` (of the longest documents), `diverse` (nearest to
             the centres of k-means on mean activations) or `perplexity` (the middle of the distribution).
         pool_factor: Size of that pool, as a multiple of the blocks used.
@@ -80,7 +97,9 @@ class StructPruneConfig(Serialisable):
     widths: dict[str, int] | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
     criterion: str = "wanda"
-    refit: Literal["none", "bias", "least_squares"] = "least_squares"
+    refit: Literal["none", "bias", "least_squares", "reconstruct"] = "least_squares"
+    reconstruct_epochs: int = validated_field(positive, default=4)
+    reconstruct_rate: Number = validated_field(positive, default=1e-4)
     rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
     allocation: Literal["uniform", "global"] = "uniform"
@@ -88,7 +107,15 @@ class StructPruneConfig(Serialisable):
     max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
     domains: list[DomainConfig] = field(default_factory=builtin_domains)
-    aggregation: Literal["mean", "max"] = "mean"
+    normalisation: Literal["none", "energy", "zscore", "rank"] = "energy"
+    aggregation: Literal["mean", "max", "worst", "harmonic", "quantile"] = "mean"
+    quantile: Number = validated_field(share, default=0.75)
+    adaptive_rate: Number = validated_field(not_negative, default=0.0)
+    objective: Literal["mean", "worst"] = "mean"
+    guard: bool = False
+    max_perplexity_ratio: Number | None = validated_field(above_one, default=None)
+    checkpoint_dir: str | None = None
+    keep_rounds: bool = False
     select: Literal["random", "length", "diverse", "perplexity"] = "random"
     pool_factor: int = validated_field(positive, default=4)
     presets_file: str | None = None
@@ -123,9 +150,7 @@ class StructPruneConfig(Serialisable):
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
-        domains = data.get("domains")
-        if isinstance(domains, list):
-            data = {**data, "domains": [as_domain(item, cls.__name__) for item in domains]}
+        data = with_domains(data, cls.__name__)
         if isinstance(self_text := data.get("self_text"), Mapping):
             data = {**data, "self_text": SelfTextConfig.from_dict(self_text)}
         if isinstance(recovery := data.get("recovery"), Mapping):
@@ -152,6 +177,32 @@ class StructPruneConfig(Serialisable):
                 "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, "
                 "then call recover"
             )
+
+    @property
+    def reweights(self) -> bool:
+        """Whether the weights of the domains change from round to round."""
+        return self.adaptive_rate > 0 or self.objective == "worst"
+
+    @property
+    def measures(self) -> bool:
+        """Whether a round that is not the last is measured on held-out text."""
+        return self.reweights or self.keep_rounds or self.max_perplexity_ratio is not None
+
+    def validate_evidence(self) -> None:
+        """Settings that only work together."""
+        if self.reweights and self.rounds < 2:
+            raise ValueError(
+                f"adaptive_rate={self.adaptive_rate} and objective={self.objective!r} re-weight domains between "
+                f"rounds, and rounds={self.rounds} leaves none; set rounds=3"
+            )
+        if self.aggregation == "harmonic" and self.normalisation == "zscore":
+            raise ValueError(
+                "aggregation='harmonic' takes positive scores, and normalisation='zscore' gives negative ones"
+            )
+        if self.guard and self.refit not in ("least_squares", "reconstruct"):
+            raise ValueError(f"guard=True guards refit='least_squares' or 'reconstruct', got refit={self.refit!r}")
+        if self.keep_rounds and self.checkpoint_dir is None:
+            raise ValueError("keep_rounds=True leaves models in checkpoint_dir, which is None; name a folder")
 
     def validate_domains(self) -> None:
         """At least one domain, and no two of the same name."""

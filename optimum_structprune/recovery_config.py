@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
-from .schema import DomainConfig, Number, Serialisable, as_domain, check_names, positive
+from .schema import DomainConfig, Number, Serialisable, check_names, positive, with_domains
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -78,10 +78,7 @@ class RecoveryConfig(Serialisable):
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
-        domains = data.get("domains")
-        if isinstance(domains, list):
-            data = {**data, "domains": [as_domain(item, cls.__name__) for item in domains]}
-        return super().from_dict(data)
+        return super().from_dict(with_domains(data, cls.__name__))
 
     def validate_domains(self) -> None:
         """At least one domain, and no two of the same name."""

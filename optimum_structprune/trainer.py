@@ -18,12 +18,14 @@ from .arch.load import describe
 from .arch.spec import ArchSpec, Widths
 from .calibration.blocks import Domain, load_domains
 from .calibration.collect import before_load, intercept
+from .checks import check_model
 from .config import StructPruneConfig
 from .errors import StructPruneError
+from .optimizer_state import check_state, slice_state_
 from .plan import Plan
-from .pruner import AutoStructPruner, check_model
+from .pruner import AutoStructPruner
 from .report import Report
-from .surgery import check_state, resize_, slice_state_
+from .surgery import resize_
 
 
 if TYPE_CHECKING:
@@ -89,6 +91,12 @@ class StructPruneCallback(TrainerCallback):
         check_model(model, self.config)
         arch = describe(model, self.config.arch_file)
         self._dense = arch, target_widths(self.config, arch, model.config)
+        for space in arch.wide:
+            if space.name in self._dense[1]:
+                raise StructPruneError(
+                    f"{space.name!r} belongs to the whole model, and a Trainer prunes inside the blocks only; prune "
+                    "it first (`structprune prune`), then train."
+                )
         self.plan = Plan(arch.model_type, {})
         self._loading.close()
         self._loading.enter_context(

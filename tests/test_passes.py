@@ -27,7 +27,7 @@ def batches():
     return batches_of(load_domains(config(), tokenizer()), 3)
 
 
-@pytest.mark.parametrize("case", PRUNABLE)
+@pytest.mark.parametrize("case", [*PRUNABLE, "bert", "modernbert", "llava"])
 def test_block_by_block_equals_whole_model(case):
     model = build(case)
     spec = describe(model)

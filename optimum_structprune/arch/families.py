@@ -42,6 +42,23 @@ class Template:
 
 
 @dataclass(frozen=True)
+class StreamTemplate:
+    """The residual stream of a family; `families.yaml` says what the fields mean."""
+
+    size: str
+    embed: str
+    head: str
+    final: str
+    norms: tuple[str, ...]
+    into: Mapping[str, list[str]]
+    out: tuple[str, ...]
+    pin: tuple[str, ...] = ()
+    plus: float = 0.0
+    scaled: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """An architecture that one or more model types share."""
 
@@ -51,6 +68,8 @@ class Family:
     missing: Mapping[str, str] = field(default_factory=dict)
     causal: bool = True
     text: str | None = None
+    layer: Template | None = None
+    hidden: StreamTemplate | None = None
     block_class: Mapping[str, str] = field(default_factory=dict)
     uniform: str = ""
 
@@ -130,7 +149,7 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
     if "text" in entry:
         _only(entry, ("model_types", "text"), (), where)
         return Family(model_types=tuple(entry["model_types"]), text=entry["text"])
-    optional = ("transposed", "missing", "causal", "block_class", "uniform")
+    optional = ("transposed", "missing", "causal", "block_class", "uniform", "layer", "hidden")
     _only(entry, ("model_types", "blocks", "spaces"), optional, where)
     blocks = entry["blocks"]
     return Family(
@@ -142,8 +161,33 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
         },
         missing=entry.get("missing", {}),
         causal=entry.get("causal", True),
+        layer=_depth(entry["layer"], f"{where}.layer") if "layer" in entry else None,
+        hidden=_stream(entry["hidden"], f"{where}.hidden") if "hidden" in entry else None,
         block_class=entry.get("block_class", {}),
         uniform=entry.get("uniform", ""),
+    )
+
+
+def _depth(entry: Mapping[str, Any], where: str) -> Template:
+    _only(entry, ("size",), ("requires",), where)
+    return Template(size=entry["size"], requires=entry.get("requires", {}))
+
+
+def _stream(entry: Mapping[str, Any], where: str) -> StreamTemplate:
+    required = ("size", "embed", "head", "final", "norms", "in", "out")
+    _only(entry, required, ("pin", "plus", "scaled", "transposed"), where)
+    return StreamTemplate(
+        size=entry["size"],
+        embed=entry["embed"],
+        head=entry["head"],
+        final=entry["final"],
+        norms=tuple(entry["norms"]),
+        into=entry["in"],
+        out=tuple(entry["out"]),
+        pin=tuple(entry.get("pin", ())),
+        plus=entry.get("plus", 0.0),
+        scaled=entry.get("scaled", False),
+        transposed=entry.get("transposed", False),
     )
 
 

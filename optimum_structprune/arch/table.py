@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from .families import BUILTIN, Family, Template, read_families
+from .spec import HIDDEN, LAYER
 
 
 HEAD = """# Architectures
@@ -17,6 +18,7 @@ this page against it.
 `from_pretrained` loads it. Every line below is tested on a tiny random model: the pruned model equals the masked one
 within 1e-5 in fp32, reloads, and every tensor has the shape that the smaller config gives it.
 
+- `layer` removes whole blocks, in one step before everything else, and what the config says of each block with them.
 - `mlp` inside experts: one config key is the width of all experts, but every expert keeps its own channels, scored and
   refitted on the tokens that are routed to it. Widths are multiples of 8, because the grouped matrix product takes
   only rows of whole 16 bytes. Statistics of one expert are held at a time.
@@ -45,7 +47,7 @@ def _rows(family: Family) -> Iterator[str]:
     if family.text is not None:
         yield f"| {types} | of the text model | yes | in `text_config` | as there |"
         return
-    kinds: dict[str, Template] = {}
+    kinds: dict[str, Template] = {} if family.layer is None else {LAYER: family.layer}
     for name, template in family.spaces.items():
         kinds.setdefault(name.partition("/")[0], template)
     for name, template in kinds.items():
@@ -55,6 +57,8 @@ def _rows(family: Family) -> Iterator[str]:
             for key, values in template.requires.items()
         )
         yield f"| {types} | `{name}` | yes{when} | {keys} | {f'`{template.bias}`' if template.bias else ''} |"
+    if family.hidden is not None:
+        yield f"| {types} | `{HIDDEN}` | yes | `{family.hidden.size}` | |"
     for name, reason in family.missing.items():
         yield f"| {types} | `{name}` | no: {reason} | | |"
 

@@ -33,6 +33,21 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
 
 
 @contextmanager
+def bypass(block: nn.Module) -> Iterator[None]:
+    """Make a block hand on its hidden states as they are; it runs all the same."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = block.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def before_load(model: nn.Module, adapt: Callable[[Mapping[str, Tensor]], None]) -> Iterator[None]:
     """Call `adapt(state_dict)` before `model.load_state_dict` copies anything."""
 

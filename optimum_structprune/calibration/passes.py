@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import convert_to_fp32, send_to_device
 from torch import Tensor, nn
 
 from ..arch.load import block_list
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .blocks import Domain
+
+
+# One block out of so many.
+GUARDED = 8
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,27 @@ def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
         for ids, mask in zip(domain.blocks.split(batch_size), _masks(domain, batch_size), strict=True)
         if len(ids)
     ]
+
+
+def guard_batches(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
+    """The batches of `batches_of`, some of whose blocks count as those of further domains, `len(domains)` on: an
+    eighth of each domain's, the last ones, on which a refit is judged.
+
+    Raises:
+        StructPruneError: If a domain has only one block.
+    """
+    used, aside = [], []
+    for domain in domains:
+        count = max(1, round(len(domain.blocks) / GUARDED))
+        if len(domain.blocks) <= count:
+            raise StructPruneError(
+                f"guard=True sets calibration blocks of each domain aside, but {domain.name!r} has only "
+                f"{len(domain.blocks)}; give it {count + 1} or more through num_samples."
+            )
+        masks = (None, None) if domain.mask is None else (domain.mask[:-count], domain.mask[-count:])
+        used.append(replace(domain, blocks=domain.blocks[:-count], mask=masks[0]))
+        aside.append(replace(domain, blocks=domain.blocks[-count:], mask=masks[1]))
+    return batches_of([*used, *aside], batch_size)
 
 
 def _masks(domain: Domain, batch_size: int) -> Sequence[Tensor | None]:
@@ -126,13 +151,23 @@ class BlockPasses:
     def _route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
         return listen(experts, self.batches, lambda index: self._run(layer, index))
 
+    def outputs(self, layer: int) -> list[Tensor]:
+        """What block `layer` makes of every batch."""
+        return [self._run(layer, index) for index in range(len(self.hidden))]
+
     @torch.no_grad()
     def _run(self, layer: int, index: int) -> Tensor:
+        return self.run(layer, index)
+
+    def run(self, layer: int, index: int) -> Tensor:
+        """What block `layer` makes of one batch, in the block's own precision."""
         hidden = self.hidden[index]
         call = self.calls[len(hidden)][layer]
         block = self._block(layer)
-        device = next(block.parameters()).device
-        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), device)
+        like = next(block.parameters())
+        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
+        if like.dtype == torch.float32:
+            hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
         output = block(hidden_states=hidden, **kwargs) if call.by_name else block(hidden, *args, **kwargs)
         return _first(output)
 
