@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,8 @@ from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.spec import LAYER, MODEL, ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
-from .calibration.gradients import saliencies
 from .calibration.manifest import Manifest
-from .calibration.passes import batches_of, passes_over
+from .calibration.passes import batches_of
 from .checks import biased_spaces, check_model, dequantized
 from .coarse import COARSE, check_coarse, prune_coarse_
 from .config import StructPruneConfig
@@ -26,8 +25,7 @@ from .plan import Plan
 from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
-from .rounds import Rounds, mixture
-from .sweep import Sweep
+from .rounds import Rounds, dense_scores, mixture
 
 
 if TYPE_CHECKING:
@@ -98,7 +96,8 @@ class StructPruner:
             domains = self._domains(model, tokenizer, inputs)
         if self.config.allocation == "global":
             with report.timed("ranking"):
-                widths = target_widths(self.config, arch, model.config, self._scores(model, arch, domains, widths))
+                scores = dense_scores(model, arch, self.config, domains, widths)
+                widths = target_widths(self.config, arch, model.config, scores)
         measure = Measure(domains, arch.causal)
         with report.timed("perplexity"):
             measure.before(model)
@@ -118,7 +117,7 @@ class StructPruner:
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
         report.widths = _widths_of(plan, arch)
-        report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
+        report.dense_widths = {name: max(space.width for space in arch.of(name)) for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
         self.manifest = Manifest.of(self.config, domains, tokenizer)
@@ -155,19 +154,6 @@ class StructPruner:
         if inputs is not None:
             return given_domains(inputs, float(self.config.holdout))
         return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
-
-    def _scores(
-        self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]
-    ) -> dict[tuple[int, str], Tensor]:
-        sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
-        batches = batches_of(domains, self.config.batch_size)
-        training = model.training
-        model.eval()
-        if sweep.criterion.needs_gradient:
-            sweep.saliency = saliencies(model, arch, batches)
-        scores = sweep.scores(passes_over(model, arch, batches), names)
-        model.train(training)
-        return scores
 
     def prune_to_(
         self,

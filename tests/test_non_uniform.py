@@ -372,7 +372,7 @@ def test_export_says_what_padding_costs(saved, tmp_path, capsys):
         ("mixtral", {"widths": {"expert": 3}, "skip_layers": (0,)}, r"skip_layers=\[0\].*'expert'.*router"),
         ("bert", {"allocation": "global"}, "offered for decoders only; use allocation='uniform' without"),
         ("t5", {"allocation": "global"}, "this model has two"),
-        ("llava", {"allocation": "global"}, "text model as a whole"),
+        ("llava", {"allocation": "global"}, "only a text model by itself"),
         ("llama-tied", {"skip_layers": (2,)}, "names block 2; the blocks are 0 to 1"),
         ("llama-tied", {"skip_layers": (0, 1)}, "leaves no block whose 'attention'"),
         ("llama-tied", {"sparsity": 0.6, "allocation": "global", "min_width": 0.5}, "sparsity=0.6 asks for .* change"),

@@ -50,7 +50,8 @@ class Watch(TrainerCallback):
 
 
 def pruner(start=2, **schedule) -> StructPruneCallback:
-    fields = {name: schedule.pop(name) for name in ("widths", "rounds", "schedule", "seq_length") if name in schedule}
+    names = ("widths", "rounds", "schedule", "seq_length", "skip_layers")
+    fields = {name: schedule.pop(name) for name in names if name in schedule}
     return StructPruneCallback(config(**{"widths": {"mlp": 24}, **fields}), start, **schedule)
 
 
@@ -176,6 +177,21 @@ def test_checkpoints_on_the_way_reload_plainly_and_runs_resume(tmp_path):
     assert same_weights(late.model, whole.model)
 
 
+def test_a_skipped_block_stays_whole_on_the_way_and_after_resuming(tmp_path):
+    def skipping():
+        return pruner(end=6, every=2, skip_layers=(0,), schedule="linear")
+
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer(tmp_path / "whole", callbacks=[skipping()], **saving)
+    whole.train()
+    resumed = trainer(tmp_path / "again", callbacks=[skipping()], **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert same_weights(resumed.model, whole.model)
+    middle = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-2")
+    for model, width in ((middle, 35), (whole.model, 24)):
+        assert [block.mlp.down_proj.in_features for block in model.model.layers] == [40, width]
+
+
 def test_the_best_model_is_one_of_the_final_width(tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     callback = pruner(start=4)
@@ -249,6 +265,8 @@ def test_bad_arguments():
         StructPruneCallback(config(), calibration="batch")
     with pytest.raises(StructPruneError, match="refit='bias'"):
         StructPruneCallback(config(refit="bias"))
+    with pytest.raises(StructPruneError, match="allocation='global' ranks the units of the dense model"):
+        StructPruneCallback(config(allocation="global"))
 
 
 def test_a_model_takes_the_widths_of_a_state_dict():
