@@ -15,7 +15,6 @@ from .schema import (
     DomainConfig,
     Number,
     Serialisable,
-    as_domain,
     check_names,
     filled,
     not_negative,
@@ -23,6 +22,7 @@ from .schema import (
     read_mapping,
     read_yaml,
     share,
+    with_domains,
 )
 
 
@@ -102,9 +102,7 @@ class StructPruneConfig(Serialisable):
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
-        domains = data.get("domains")
-        if isinstance(domains, list):
-            data = {**data, "domains": [as_domain(item, cls.__name__) for item in domains]}
+        data = with_domains(data, cls.__name__)
         if isinstance(recovery := data.get("recovery"), Mapping):
             data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
         return super().from_dict(data)

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 128
 
 
+def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
+    """Where a model takes its inputs. Weights that accelerate has offloaded lie on the meta device, and their inputs
+    are fetched from the CPU.
+    """
+    device = torch.device(model.device)
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def run_model(model: PreTrainedModel, ids: Tensor):
     """One forward pass over a batch; an encoder-decoder model reads the same text on both sides.
 
@@ -25,7 +33,7 @@ def run_model(model: PreTrainedModel, ids: Tensor):
         model: Any model whose first argument is the batch.
         ids: Token ids, shape `(batch, seq_length)`, or what else the model takes.
     """
-    ids = ids.to(model.device)
+    ids = ids.to(input_device(model))
     if model.config.is_encoder_decoder:
         return model(ids, decoder_input_ids=ids, use_cache=False)
     if hasattr(model.config.get_text_config(), "use_cache"):
@@ -76,7 +84,7 @@ def perplexity(model: PreTrainedModel | PeftModel, blocks: Tensor, batch_size: i
     model.eval()
     loss, count = 0.0, 0
     for ids in blocks.split(batch_size):
-        ids = ids.to(model.device)
+        ids = ids.to(input_device(model))
         logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         targets = ids[:, 1:].flatten().to(logits.device)
         for some, target in zip(logits.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True):

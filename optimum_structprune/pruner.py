@@ -21,7 +21,6 @@ from .errors import InPlaceError, StructPruneError
 from .hub import save_pruned
 from .measure import Measure
 from .plan import Plan
-from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
 from .surgery import adopt_config_, skeleton
@@ -95,8 +94,7 @@ class StructPruner:
             measure.before(model)
         report.parameters["before"], report.block_parameters["before"] = model.num_parameters(), sum(arch.block_params)
 
-        distils = self.config.recovery is not None and self.config.recovery.kl_weight
-        teacher = deepcopy(model) if inplace and distils else model
+        teacher = self._teacher(model, tokenizer, inplace)
         work = model if inplace else deepcopy(model)
         try:
             plan = self._rounds_(work, domains, widths, report, measure, tokenizer, teacher)
@@ -145,6 +143,21 @@ class StructPruner:
         if inputs is not None:
             return given_domains(inputs, float(self.config.holdout))
         return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size)
+
+    def _teacher(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, inplace: bool
+    ) -> PreTrainedModel | None:
+        """What recovery learns from: the dense model, or nothing where its predictions go to disk."""
+        recovery = self.config.recovery
+        if recovery is None or not recovery.distils:
+            return None
+        if recovery.teacher_logits is None:
+            return deepcopy(model) if inplace else model
+        from .recovery import Recovery
+
+        rounds = self.config.rounds if recovery.every_round else 1
+        Recovery(recovery.part(1, rounds), self.config).write_teacher_logits(model, tokenizer)
+        return None
 
     def prune_to_(
         self, model: PreTrainedModel, domains: list[Domain], widths: Mapping[str, int], report: Report
@@ -198,7 +211,7 @@ class StructPruner:
         report: Report,
         measure: Measure,
         tokenizer: PreTrainedTokenizerBase | None,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | None,
     ) -> Plan:
         config, recovery = self.config, self.config.recovery
         pruner, steps = self, [dict(widths)]
@@ -216,7 +229,7 @@ class StructPruner:
                 from .recovery import Recovery
 
                 with report.timed("recovery"):
-                    healer = Recovery(_part(recovery, number, len(steps)), config)
+                    healer = Recovery(recovery.part(number, len(steps)), config)
                     healer.recover_model(model, tokenizer, teacher)
                     assert healer.report is not None
                     report.recovery = healer.report.after(report.recovery)
@@ -245,16 +258,6 @@ def prune_model(
 ) -> PreTrainedModel:
     """Prune a model in one call; see `StructPruner.prune_model`."""
     return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
-
-
-def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
-    """One of `count` equal parts of a recovery, each with its own folder for checkpoints."""
-    if count == 1:
-        return recovery
-    training = dict(recovery.training)
-    if "output_dir" in training:
-        training["output_dir"] = f"{training['output_dir']}/round-{number}"
-    return replace(recovery, tokens=recovery.tokens // count, training=training)
 
 
 def _biased(arch: ArchSpec, widths: Mapping[str, int]) -> tuple[str, ...]:

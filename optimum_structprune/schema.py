@@ -64,14 +64,23 @@ class Serialisable:
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
-        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every subclass is a dataclass
-        for key in data:
-            if key not in known:
-                raise StructPruneError(f"{cls.__name__} has no field {key!r}.{did_you_mean(key, known)}")
-        try:
-            return cls(**data)
-        except (StrictDataclassError, TypeError) as error:
-            raise StructPruneError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
+        return build(cls, data)
+
+
+def build(cls: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass, of ours or of another library, from values by field.
+
+    Raises:
+        StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
+    """
+    known = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in known:
+            raise StructPruneError(f"{cls.__name__} has no field {key!r}.{did_you_mean(key, known)}")
+    try:
+        return cls(**values)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise StructPruneError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
 
 
 @strict
@@ -102,12 +111,17 @@ class DomainConfig(Serialisable):
         return {**super().to_dict(), "source": named}
 
 
-def as_domain(item: Any, owner: str) -> DomainConfig:
-    """A domain from its mapping; a domain comes back as it is.
+def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
+    """Fields of a config whose domains are no longer mappings.
 
     Raises:
-        StructPruneError: If it is neither.
+        StructPruneError: If an entry is neither a mapping nor a domain.
     """
+    domains = data.get("domains")
+    return {**data, "domains": [_domain(item, owner) for item in domains]} if isinstance(domains, list) else data
+
+
+def _domain(item: Any, owner: str) -> DomainConfig:
     if isinstance(item, DomainConfig):
         return item
     if not isinstance(item, Mapping):

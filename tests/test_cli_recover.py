@@ -49,6 +49,22 @@ def test_the_adapter_alone(folder):
     assert not (folder / "adapter" / "model.safetensors").exists()
 
 
+def test_the_teacher_is_gone_before_the_model_is_loaded(folder, capsys, monkeypatch):
+    loaded, original = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(name, **kwargs):
+        loaded.append(Path(name).name)
+        return original(name, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    stored = ["--top-k", "8", "--teacher-logits", str(folder / "logits"), "--teacher", str(folder / "model")]
+    assert main(command(folder, *stored, output="from-disk")) == 0
+    assert loaded == ["model", "pruned"] and "dense" in capsys.readouterr().out
+    loaded.clear()
+    assert main(command(folder, *stored[:4], "--overwrite", output="from-disk")) == 0
+    assert loaded == ["pruned"]
+
+
 def test_interrupted_and_resumed(folder, capsys, monkeypatch):
     def interrupt(self, *arguments, **more):
         raise KeyboardInterrupt

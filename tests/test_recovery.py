@@ -130,13 +130,13 @@ def test_an_adapter_on_the_pruned_model(pruned, tmp_path):
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_weights(pruned, monkeypatch):
     seen = []
-    original = DistillTrainer._divergence
+    original = DistillTrainer._mixed
 
     def spoiled(self, *arguments):
         seen.append({name: tensor.clone() for name, tensor in self._trainable().items()})
         return original(self, *arguments) * (float("nan") if self.state.global_step == 3 else 1)
 
-    monkeypatch.setattr(DistillTrainer, "_divergence", spoiled)
+    monkeypatch.setattr(DistillTrainer, "_mixed", spoiled)
     healer = Recovery(recovery(merge=False))
     adapted = healer.recover_model(pruned, tokenizer(), build("llama-tied"))
     assert "loss of step 4 is nan" in healer.report.stopped and healer.report.stopped in str(healer.report)
@@ -213,6 +213,10 @@ def test_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
         ({"domains": []}, "at least one domain"),
         ({"every_round": True, "merge": False}, "needs merge=True"),
         ({"direction": "sideways"}, "direction"),
+        ({"hidden_weight": -1.0}, "0 or more"),
+        ({"teacher_logits": "there"}, "needs top_k, such as 64"),
+        ({"teacher_logits": "there", "top_k": 4, "hidden_weight": 0.1}, "no hidden states, so hidden_weight has to"),
+        ({"teacher_logits": "there", "top_k": 4, "kl_weight": 0}, "of no use with kl_weight=0"),
         ({"token": 5}, "Did you mean 'tokens'"),
     ],
 )

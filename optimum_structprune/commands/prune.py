@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from .arguments import add_model_arguments, add_text_arguments, width
+from .arguments import add_model_arguments, add_path_arguments, add_text_arguments, width
 
 
 NAME = "prune"
@@ -14,9 +14,7 @@ HELP = "Prune a model and save one that plain from_pretrained loads."
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one given overrides the config file."""
-    parser.add_argument("model", help="Model id or folder.")
-    parser.add_argument("output", help="Folder for the pruned model.")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the fields of StructPruneConfig.")
+    add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.", "StructPruneConfig")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help="Share of the blocks' parameters to remove, such as 0.2.")
     amount.add_argument(
