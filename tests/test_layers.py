@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module imports only from its own layer's earlier modules and from lower layers.
 LAYERS = [
     ["errors"],
-    ["registry", "arch.spec", "calibration.problems", "distill"],
+    ["registry", "reporting", "arch.spec", "calibration.problems", "distill"],
     ["schema"],
     ["recovery_config"],
     ["calibration.stats", "arch.families", "config", "plan", "report"],
@@ -36,7 +36,7 @@ LAYERS = [
     ["criteria", "calibration.blocks"],
     ["calibration.evidence", "calibration.passes"],
     ["distill_trainer"],
-    ["sweep", "hub"],
+    ["sweep", "hub", "averages"],
     ["recovery"],
     ["pruner"],
     ["trainer"],
