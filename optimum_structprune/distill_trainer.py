@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .distill import divergence, divergence_from_likeliest, hidden_distance
 from .errors import StructPruneError
@@ -20,8 +23,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ADVICE = "lower training['learning_rate'], or train in float32 or bfloat16."
+
+
 class NotFiniteError(StructPruneError):
     """The loss is NaN or infinite."""
+
+
+def last_checkpoint(folder: str | None) -> str:
+    """The last whole checkpoint in a folder. A kill in the middle of writing one leaves it without the Trainer's
+    state, which is written last; the one before is still there then.
+
+    Raises:
+        StructPruneError: If there is none.
+    """
+    whole = [path.parent for path in Path(folder or "").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    if folder is None or not whole:
+        raise StructPruneError(f"There is no checkpoint in {folder} to resume from; start without resuming.")
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
 class DistillTrainer(Trainer):
@@ -87,6 +106,15 @@ class DistillTrainer(Trainer):
             self._good = self.state.global_step, self._trainable(copy=True)
         return (loss, outputs) if return_outputs else loss
 
+    def check_weights(self) -> None:
+        """Look at the outcome of the last step, whose loss nobody computes any more.
+
+        Raises:
+            NotFiniteError: If a weight is NaN or infinite.
+        """
+        if not all(tensor.isfinite().all() for tensor in self._trainable().values()):
+            raise NotFiniteError(f"The weights after step {self.state.global_step} are not finite; {ADVICE}")
+
     @torch.no_grad()
     def restore_good_(self) -> bool:
         """Give the adapter the last values whose loss was finite; False where there were none."""
@@ -134,6 +162,5 @@ class DistillTrainer(Trainer):
         finite = torch.isfinite(loss.detach()).float()
         if not self.accelerator.gather(finite[None]).all():
             raise NotFiniteError(
-                f"The loss of step {self.state.global_step + 1} is {float(loss.detach()):g}; "
-                "lower training['learning_rate'], or train in float32 or bfloat16."
+                f"The loss of step {self.state.global_step + 1} is {float(loss.detach()):g}; {ADVICE}"
             )

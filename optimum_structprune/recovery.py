@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from .adapter import check_adapter, fresh_adapter
 from .calibration.blocks import Domain, load_domains, num_heldout, split_samples
 from .config import CONFIG_NAME, StructPruneConfig
-from .distill_trainer import DistillTrainer, NotFiniteError
+from .distill_trainer import DistillTrainer, NotFiniteError, last_checkpoint
 from .errors import StructPruneError
 from .evaluate import perplexity
 from .hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
@@ -86,7 +86,7 @@ class Recovery:
         blocks = TrainingBlocks(_blocks(domains), stored)
         with tempfile.TemporaryDirectory() as scratch:
             arguments = self._arguments(model, text.seed, scratch)
-            checkpoint = _checkpoint(arguments.output_dir) if resume else None
+            checkpoint = last_checkpoint(arguments.output_dir) if resume else None
             with fresh_adapter(model, self._lora(), text.seed) as adapted:
                 self._train(DistillTrainer(adapted, arguments, blocks, config, teacher), checkpoint, report)
         recovered = adapted.merge_and_unload() if config.merge else adapted
@@ -224,6 +224,12 @@ class Recovery:
         start = perf_counter()
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.check_weights()
+        except (OSError, SafetensorError) as error:
+            raise StructPruneError(
+                f"Training stopped at step {trainer.state.global_step} because a checkpoint could not be written: "
+                f"{error}. The model is as it was; resuming goes on from the last whole checkpoint."
+            ) from error
         except NotFiniteError as error:
             if not trainer.restore_good_():
                 raise
@@ -262,13 +268,6 @@ def recover(
     if domains is not None and config.domains is None:
         config = replace(config, domains=list(domains))
     return Recovery(config).recover_model(pruned, tokenizer, teacher, resume)
-
-
-def _checkpoint(folder: str | None) -> str:
-    last = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
-    if last is None:
-        raise StructPruneError(f"There is no checkpoint in {folder} to resume from; start without resuming.")
-    return last
 
 
 def _perplexities(model: PreTrainedModel | PeftModel, domains: Sequence[Domain]) -> dict[str, float]:

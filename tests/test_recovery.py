@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from models import build, config, documents, tokenizer
+from models import build, config, documents, full_disk, tokenizer
 from peft import PeftModel
 from test_pruner import logits, same_weights
 from trained import needs_shared, stories_config, stories_model
@@ -152,6 +152,59 @@ def test_a_loss_that_never_was_a_number(pruned):
     assert [*pruned.state_dict()] == [*before.state_dict()]
 
 
+def test_a_last_step_that_is_no_number_is_taken_back(pruned, monkeypatch):
+    original = DistillTrainer.training_step
+
+    def spoiled(self, model, inputs, *arguments, **more):
+        loss = original(self, model, inputs, *arguments, **more)
+        if self.state.global_step == 9:  # its loss is finite, and no loss follows
+            next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(DistillTrainer, "training_step", spoiled)
+    healer = Recovery(recovery())
+    recovered = healer.recover_model(pruned, tokenizer())
+    assert "weights after step 10 are not finite" in healer.report.stopped
+    assert all(torch.isfinite(parameter).all() for parameter in recovered.parameters())
+    assert all(ppl["recovered"] < 200 for ppl in healer.report.perplexity.values())
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(pruned, tmp_path):
+    training = {"output_dir": str(tmp_path), "save_steps": 4, "save_total_limit": 2}
+    expected = recover(deepcopy(pruned), tokenizer(), recovery(training=training))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-8", "checkpoint-10"}
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-10" / "adapter_model.safetensors").write_bytes(b"half")
+    healer = Recovery(recovery(training=training))
+    resumed = healer.recover_model(pruned, tokenizer(), resume=True)
+    torch.testing.assert_close(logits(resumed), logits(expected))
+    assert healer.report.steps == 10
+
+
+def test_a_full_disk_while_training(pruned, tmp_path):
+    before = deepcopy(pruned)
+    training = {"output_dir": str(tmp_path / "run"), "save_steps": 3}
+    with (
+        full_disk(2_000),
+        pytest.raises(StructPruneError, match="stopped at step 3 because a checkpoint could not be"),
+    ):
+        recover(pruned, tokenizer(), recovery(training=training))
+    assert same_weights(pruned, before)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_full_disk_while_saving_leaves_what_was_there(pruned, tmp_path, merge):
+    healer = Recovery(recovery(merge=merge, lora={"r": 16}))
+    recovered = healer.recover_model(pruned, tokenizer())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with full_disk(10_000), pytest.raises(StructPruneError, match="out could not be written"):
+        healer.save(recovered, tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
+    healer.save(recovered, tmp_path / "out", overwrite=True)
+
+
 def test_an_interrupted_run_goes_on(pruned, tmp_path, monkeypatch):
     training = {"output_dir": str(tmp_path / "run"), "save_steps": 2}
     expected = recover(deepcopy(pruned), tokenizer(), recovery(training=training))
@@ -195,6 +248,8 @@ def test_bad_input(pruned, fields, message):
 
 
 def test_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
+    with pytest.raises(StructPruneError, match="reading them takes a tokenizer"):
+        recover(pruned, None, recovery())
     teacher = build("llama-tied")
     teacher.resize_token_embeddings(50)
     with pytest.raises(StructPruneError, match="vocabulary of 50 tokens and the model one of 96"):
