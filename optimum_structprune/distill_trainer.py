@@ -135,7 +135,8 @@ class DistillTrainer(Trainer):
         teacher = self.teacher
         assert teacher is not None
         hidden = bool(self.recovery.hidden_weight)
-        return teacher(ids.to(input_device(teacher)), use_cache=False, output_hidden_states=hidden)
+        with self.accelerator.autocast():
+            return teacher(ids.to(input_device(teacher)), use_cache=False, output_hidden_states=hidden)
 
     def _taught(self, loss: Tensor, outputs: Any, theirs: Any) -> Tensor:
         recovery, device = self.recovery, outputs.logits.device

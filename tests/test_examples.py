@@ -155,12 +155,15 @@ def test_sft_trl(desk):
 @needs_shared
 def test_benchmark_recovery(desk, capsys):
     arguments = [str(SHARED / "models" / "stories260K"), str(SHARED / "data"), "--mlp", "96", "--domains", "stories"]
-    small = ["--tokens", "4000", "--seq-length", "128", "--eval-blocks", "2", "--learning-rate", "2e-3"]
-    main("benchmark_recovery")([*arguments, *small, "--json", str(desk / "out.json")])
+    small = ["--tokens", "2000", "4000", "--seq-length", "128", "--eval-blocks", "2", "--learning-rate", "2e-3"]
+    main("benchmark_recovery")([*arguments, *small, "--bf16", "--json", str(desk / "out.json")])
     rows = json.loads((desk / "out.json").read_text())
-    assert [*rows] == ["dense", "pruned", "LoRA, 3,968 tokens", "distilled, 3,968 tokens"]
-    assert rows["distilled, 3,968 tokens"]["heldout"] < rows["pruned"]["heldout"]
-    assert capsys.readouterr().out.count("\n| ") == 5
+    curves = [f"{way}, {tokens} tokens" for way in ("LoRA", "distilled") for tokens in ("2,048", "3,968")]
+    assert [*rows] == ["dense", "pruned", *curves]
+    for way in ("LoRA", "distilled"):
+        half, whole = (rows[f"{way}, {tokens} tokens"] for tokens in ("2,048", "3,968"))
+        assert whole["heldout"] < half["heldout"] < rows["pruned"]["heldout"] and half["seconds"] < whole["seconds"]
+    assert capsys.readouterr().out.count("\n| ") == 7
 
 
 def test_every_example_says_how_to_call_it():

@@ -9,7 +9,7 @@ from models import build, config, documents, full_disk, tokenizer
 from peft import PeftModel
 from test_pruner import logits, same_weights
 from trained import needs_shared, stories_config, stories_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from optimum_structprune import (
     DomainConfig,
@@ -65,6 +65,19 @@ def test_the_result_is_an_ordinary_model(pruned):
     assert recovered is pruned and not any("lora" in name for name, _ in recovered.named_modules())
     assert not same_weights(recovered, before) and recovered.training == before.training
     assert all(parameter.requires_grad for parameter in recovered.parameters())
+
+
+def test_callbacks_reach_the_trainer(pruned):
+    class Watch(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.steps += 1
+            control.should_training_stop = self.steps == 3
+
+    healer = Recovery(recovery(), callbacks=[watch := Watch()])
+    healer.recover_model(pruned, tokenizer())
+    assert watch.steps == healer.report.steps == 3
 
 
 def test_held_out_documents_of_the_pruning_are_not_trained_on():
