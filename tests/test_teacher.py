@@ -157,3 +157,11 @@ def test_an_offloaded_teacher_teaches_the_same(pruned):
     cpu_offload(teacher, execution_device=torch.device("cpu"))
     assert teacher.device.type == "meta"
     torch.testing.assert_close(logits(recover(pruned, tokenizer(), recovery(), teacher=teacher)), logits(expected))
+
+
+def test_mixed_precision_includes_the_teacher(pruned, tmp_path):
+    blocks = TrainingBlocks(token_ids(6, 24))
+    for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", bf16=bf16)
+        trainer = DistillTrainer(pruned, arguments, blocks, recovery(), build("llama-tied"))
+        assert trainer._asked(token_ids()).logits.dtype == dtype
