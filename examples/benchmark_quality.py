@@ -1,6 +1,6 @@
 """Quality after pruning, by criterion, refit, domains and rounds, all in one run.
 
-    python examples/benchmark_quality.py MODEL DATA [--cells NAME ...] [--json out.json]
+    python examples/benchmark_quality.py MODEL DATA [--cells NAME ...] [--dtype bfloat16] [--json out.json]
 
 DATA holds `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain. Perplexity is given as a
 multiple of the dense model's. `heldout/` has other documents of the calibration domains, `unseen/` has domains that no
@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from math import exp, log
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from time import perf_counter
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, perplexity
-from optimum_structprune.calibration.blocks import prefix_token
+from optimum_structprune.calibration.heldout import read_heldout
+from optimum_structprune.report import geometric_mean
 
 
 THREE = ("wiki", "code", "math")
@@ -52,34 +53,53 @@ def cells(mlp: int) -> dict[str, dict]:
     return {name: {"widths": {"mlp": mlp}, **fields} for name, fields in rows.items()}
 
 
-def evaluation_blocks(folder: Path, names: list[str], tokenizer, count: int) -> dict[str, torch.Tensor]:
-    """The first `count` token blocks of each file, in the file's order, each with the tokenizer's prefix token."""
-    return {name: first_blocks(folder / f"{name}.jsonl", tokenizer, count) for name in names}
+def load(args: Namespace):
+    """The model in the dtype that was asked for, and its tokenizer."""
+    if args.dtype == "bfloat16":
+        # Products of fp32 copies of bf16 values then run on the units for bf16, which have the same values to work on.
+        torch.set_float32_matmul_precision("medium")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=args.device)
+    return model, AutoTokenizer.from_pretrained(args.model)
 
 
-def first_blocks(path: Path, tokenizer, count: int) -> torch.Tensor:
-    """Documents in order, an EOS token between them, cut into blocks; shape `(count, SEQ_LENGTH)`."""
-    prefix, body, tokens = prefix_token(tokenizer), SEQ_LENGTH - 1, []
-    with path.open() as lines:
-        while len(tokens) < count * body:
-            text = json.loads(next(lines))["text"]
-            tokens += [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
-    return torch.tensor([[prefix, *tokens[i * body : (i + 1) * body]] for i in range(count)])
+def evaluation_texts(args: Namespace, domains: Sequence[str], tokenizer) -> tuple[dict[str, Tensor], list[str]]:
+    """The first blocks of every evaluation file by name, and which of the names nobody calibrates on."""
+    data = Path(args.data)
+    unseen = sorted(path.stem for path in (data / "unseen").glob("*.jsonl"))
+    paths = [
+        *(data / "heldout" / f"{name}.jsonl" for name in domains),
+        *(data / "unseen" / f"{n}.jsonl" for n in unseen),
+    ]
+    texts = [DomainConfig(name=path.stem, source=str(path)) for path in paths]
+    return {t.name: read_heldout(t, tokenizer, SEQ_LENGTH, args.eval_blocks).blocks for t in texts}, unseen
 
 
-def geometric_mean(values) -> float:
-    """Of positive numbers."""
-    return exp(fmean(log(value) for value in values))
+def calibration(args: Namespace, names: Sequence[str]) -> list[DomainConfig]:
+    """Domains by their names in DATA/calibration; a name with a colon is a source of its own."""
+    folder = Path(args.data) / "calibration"
+    return [
+        DomainConfig(name=n.replace(":", "-"), source=n if ":" in n else str(folder / f"{n}.jsonl")) for n in names
+    ]
+
+
+def pruned_by(model, tokenizer, config: StructPruneConfig):
+    """A smaller copy of the model and the seconds that it took."""
+    start = perf_counter()
+    pruned = StructPruner(config).prune_model(model, tokenizer)
+    return pruned, perf_counter() - start
+
+
+def write_json(path: str | None, data) -> None:
+    """Replace a file as a whole, so that a kill leaves the former one."""
+    if path:
+        Path(f"{path}.part").write_text(json.dumps(data, indent=2) + "\n")
+        Path(f"{path}.part").replace(path)
 
 
 def run(args: Namespace) -> dict[str, dict]:
     """Prune once per row and evaluate."""
-    data = Path(args.data)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = evaluation_blocks(data / "heldout", list(THREE), tokenizer, args.eval_blocks)
-    unseen = sorted(path.stem for path in (data / "unseen").glob("*.jsonl"))
-    texts |= evaluation_blocks(data / "unseen", unseen, tokenizer, args.eval_blocks)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=args.device)
+    model, tokenizer = load(args)
+    texts, unseen = evaluation_texts(args, THREE, tokenizer)
     dense = {name: perplexity(model, blocks) for name, blocks in texts.items()}
     results = {"dense": {"perplexity": dense}}
     columns = ["held-out", *THREE, "worst", "unseen", *unseen, "seconds"]
@@ -89,14 +109,10 @@ def run(args: Namespace) -> dict[str, dict]:
         if args.cells and name not in args.cells:
             continue
         names = fields.get("domains", THREE)
-        domains = [DomainConfig(name=n, source=str(data / "calibration" / f"{n}.jsonl")) for n in names]
         samples = BLOCKS_PER_DOMAIN * (len(THREE) if len(names) == 1 else len(names))
-        config = StructPruneConfig(
-            **{**fields, "domains": domains, "num_samples": samples, "seq_length": SEQ_LENGTH, "seed": args.seed}
-        )
-        start = perf_counter()
-        pruned = StructPruner(config).prune_model(model, tokenizer)
-        seconds = perf_counter() - start
+        more = {"domains": calibration(args, names), "num_samples": samples}
+        config = StructPruneConfig(**{**fields, **more, "seq_length": SEQ_LENGTH, "seed": args.seed})
+        pruned, seconds = pruned_by(model, tokenizer, config)
         # A row calibrated on one domain answers how it does on the three; the rest would double its time.
         asked = {text: blocks for text, blocks in texts.items() if len(names) > 1 or text in THREE}
         ratio = {text: perplexity(pruned, blocks) / dense[text] for text, blocks in asked.items()}
@@ -104,8 +120,7 @@ def run(args: Namespace) -> dict[str, dict]:
         elsewhere = [geometric_mean(other), *other] if other else ["" for _ in ["mean", *unseen]]
         results[name] = {"ratio": ratio, "seconds": seconds}
         show(name, [geometric_mean(held), *held, max(held), *elsewhere, f"{seconds:.0f}"])
-        if args.json:
-            Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results)
     return results
 
 
@@ -115,19 +130,25 @@ def show(name: str, values: list) -> None:
     print(f"| {name} | {' | '.join(cells_)} |", flush=True)
 
 
-def main() -> None:
-    """Read the arguments and run."""
-    parser = ArgumentParser(description=__doc__)
+def add_arguments(parser: ArgumentParser) -> None:
+    """What every benchmark of quality takes."""
     parser.add_argument("model")
     parser.add_argument("data")
-    parser.add_argument("--mlp", type=int, default=1152, help="FFN width to keep")
-    parser.add_argument("--eval-blocks", type=int, default=8, help="blocks of 512 tokens per evaluation file")
-    parser.add_argument("--cells", nargs="*", help="only these rows")
+    parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--eval-blocks", type=int, default=8, help="blocks of 512 tokens per evaluation file")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the arguments and run."""
+    parser = ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--mlp", type=int, default=1152, help="FFN width to keep")
+    parser.add_argument("--cells", nargs="*", help="only these rows")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json")
+    parser.add_argument("--json", help="file for the results")
     disable_progress_bar()
-    run(parser.parse_args())
+    run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "AutoStructPruner": "pruner",
     "DomainConfig": "schema",
+    "Evaluation": "evaluation",
     "InPlaceError": "errors",
     "Plan": "plan",
     "Recovery": "recovery",
@@ -20,8 +21,11 @@ _HOME = {
     "StructPruneError": "errors",
     "StructPruner": "pruner",
     "attach_pruner": "trainer",
+    "disable_heterogeneous": "heterogeneous",
+    "enable_heterogeneous": "heterogeneous",
+    "evaluate": "evaluation",
     "load_adapter": "adapter",
-    "perplexity": "evaluate",
+    "perplexity": "metrics",
     "prune_model": "pruner",
     "recover": "recovery",
     "register_criterion": "criteria",
@@ -35,7 +39,9 @@ if TYPE_CHECKING:
     from .config import StructPruneConfig
     from .criteria import register_criterion
     from .errors import InPlaceError, StructPruneError
-    from .evaluate import perplexity
+    from .evaluation import Evaluation, evaluate
+    from .heterogeneous import disable_heterogeneous, enable_heterogeneous
+    from .metrics import perplexity
     from .plan import Plan
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner
     from .recovery import Recovery, recover
@@ -52,3 +58,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# Non-uniform models load with plain from_pretrained once this package is imported; see heterogeneous.py.
+import_module(f"{__name__}.heterogeneous").enable_on_import()

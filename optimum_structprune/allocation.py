@@ -3,29 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import ceil, floor
 from typing import TYPE_CHECKING
 
 from .arch.shrink import legal_sizes, shrunk_config
-from .arch.spec import ArchSpec
+from .arch.spec import ArchSpec, Space, Widths
 from .config import StructPruneConfig
 from .errors import StructPruneError
+from .ranking import Ladder, descend_, ladder, spaces_by_block
 from .registry import did_you_mean
 
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 
-def target_widths(config: StructPruneConfig, spec: ArchSpec, model_config: PretrainedConfig) -> dict[str, int]:
-    """The final number of units of each space, the same in every block.
+def target_widths(
+    config: StructPruneConfig,
+    spec: ArchSpec,
+    model_config: PretrainedConfig,
+    scores: Mapping[tuple[int, str], Tensor] | None = None,
+) -> dict[str, int | Mapping[int, int]]:
+    """The final number of units of each space: one number, or one per block where blocks may differ.
+
+    Args:
+        config: How much to remove, and how it is spread.
+        spec: The model.
+        model_config: Its config.
+        scores: Of all units, on one scale, by block and name of the space: what `allocation="global"` ranks. Without
+            them every block gives up the same share, and as much goes in all.
 
     Raises:
-        StructPruneError: If a space is not there, a width is not legal (the nearest legal ones are named), or the
-            sparsity cannot be reached.
+        StructPruneError: If a space is not there, a width is not legal (the nearest legal ones are named), blocks may
+            not differ, or the sparsity cannot be reached.
     """
-    wanted = config.widths if config.widths is not None else dict.fromkeys(config.targets)
+    legal = _legal_widths(config, spec, model_config)
+    alike = all(len({space.width for space in spec.of(name)}) == 1 for name in legal)
+    if config.allocation == "global" or config.skip_layers:
+        _check_may_differ(config, spec, list(legal))
+    pruned = _without(spec, config.skip_layers)
+    widths: Widths
+    if config.allocation == "global" or not (alike or config.widths):
+        widths = ranked_widths(config, pruned, legal, scores or {})
+    else:
+        widths = config.widths or widths_for_sparsity(pruned, float(config.sparsity or 0), legal, config.round_to)
+        if config.skip_layers or not alike:
+            widths = {name: _at_most(width, pruned.of(name)) for name, width in widths.items()}
+    shrunk_config(model_config, spec, widths)
+    return dict(widths)
+
+
+def _legal_widths(config: StructPruneConfig, spec: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
     legal = {}
-    for name in wanted:
+    for name in config.targets if config.widths is None else config.widths:
         if name not in spec.names:
             reason = dict(spec.missing).get(name)
             raise StructPruneError(
@@ -34,14 +66,91 @@ def target_widths(config: StructPruneConfig, spec: ArchSpec, model_config: Pretr
             )
         legal[name] = legal_sizes(model_config, spec, name)
     if config.widths is None:
-        _check_disjoint(spec, list(wanted))
-        widths = widths_for_sparsity(spec, float(config.sparsity or 0), legal, config.round_to)
+        _check_disjoint(spec, list(legal))
     else:
         for name, width in config.widths.items():
             _check_width(spec, name, width, legal[name])
-        widths = dict(config.widths)
-    shrunk_config(model_config, spec, widths)
-    return widths
+    return legal
+
+
+def _check_may_differ(config: StructPruneConfig, spec: ArchSpec, names: Sequence[str]) -> None:
+    cause = f"skip_layers={list(config.skip_layers)}" if config.skip_layers else f"allocation={config.allocation!r}"
+    for name in names:
+        if reason := spec.uniform or spec.of(name)[0].uniform:
+            raise StructPruneError(
+                f"{cause} makes blocks of different widths, which {name!r} of a {spec.model_type} model cannot have: "
+                f"{reason}; use allocation='uniform' without skip_layers."
+            )
+
+
+def _without(spec: ArchSpec, layers: Sequence[int]) -> ArchSpec:
+    """The spec with nothing to remove in some blocks."""
+    for layer in layers:
+        if not 0 <= layer < spec.num_blocks:
+            raise StructPruneError(f"skip_layers names block {layer}; the blocks are 0 to {spec.num_blocks - 1}.")
+    left = replace(spec, spaces=tuple(space for space in spec.spaces if space.layer not in layers))
+    if gone := [name for name in spec.names if name not in left.names]:
+        raise StructPruneError(f"skip_layers={list(layers)} leaves no block whose {gone[0]!r} could be pruned.")
+    return left
+
+
+def _at_most(width: int | Mapping[int, int], spaces: Sequence[Space]) -> dict[int, int]:
+    return {space.layer: min(space.width_in({space.kind: width}), space.width) for space in spaces}
+
+
+def ranked_widths(
+    config: StructPruneConfig,
+    spec: ArchSpec,
+    legal: Mapping[str, Sequence[int]],
+    scores: Mapping[tuple[int, str], Tensor],
+) -> dict[str, dict[int, int]]:
+    """Widths per block from one ranking of all units.
+
+    With `sparsity`, spaces compete for the budget; each of `widths` is the mean over the blocks, and a budget of its
+    own. The budget is met to within half of the cheapest step.
+
+    Args:
+        config: How much to remove, and the least and largest share of its units that a block may keep.
+        spec: The model.
+        legal: Legal widths, ascending, by space.
+        scores: Of all units, by block and name of the space; none removes the same share everywhere.
+
+    Raises:
+        StructPruneError: If the bounds of a block do not leave room for the budget.
+    """
+    ladders = {
+        name: [ladder(spaces, _rungs(config, spaces[0], legal[name]), scores) for spaces in by_block.values()]
+        for name in legal
+        for by_block in [spaces_by_block(spec, name)]
+    }
+    if config.widths is None:
+        goal = float(config.sparsity or 0) * sum(spec.block_params)
+        _descend_(config, [one for found in ladders.values() for one in found], goal)
+    else:
+        for name, width in config.widths.items():
+            goal = sum(one.unit_params * max(len(one.scores) - width, 0) for one in ladders[name])
+            _descend_(config, ladders[name], goal)
+    return {name: {one.layer: one.width for one in found} for name, found in ladders.items()}
+
+
+def _rungs(config: StructPruneConfig, space: Space, legal: Sequence[int]) -> list[int]:
+    """The widths that a block may take, descending."""
+    own = sorted({*(width for width in legal if width < space.width), space.width})
+    choices = _rounded(own, space.width, config.round_to if len(space.config) == 1 else 1)
+    least, most = ceil(config.min_width * space.width), floor(config.max_width * space.width)
+    inside = [width for width in choices if least <= width <= most]
+    return (inside or [min(width for width in choices if width >= least)])[::-1]
+
+
+def _descend_(config: StructPruneConfig, ladders: Sequence[Ladder], goal: float) -> None:
+    least, most = (sum(one.unit_params * (len(one.scores) - one.widths[at]) for one in ladders) for at in (0, -1))
+    amount = f"sparsity={config.sparsity}" if config.widths is None else f"widths={config.widths}"
+    if not least <= goal <= most:
+        raise StructPruneError(
+            f"{amount} asks for {goal:,.0f} parameters to go, but between min_width={config.min_width} and "
+            f"max_width={config.max_width} of their units the blocks give {least:,} to {most:,}; change either."
+        )
+    descend_(ladders, goal - least)
 
 
 def _check_disjoint(spec: ArchSpec, names: Sequence[str]) -> None:
@@ -112,30 +221,49 @@ def _rounded(legal: Sequence[int], size: int, multiple: int) -> list[int]:
     return [*multiples, size] if multiples else list(legal)
 
 
-def next_legal(config: PretrainedConfig, spec: ArchSpec, widths: Mapping[str, int]) -> dict[str, int]:
+def next_legal(config: PretrainedConfig, spec: ArchSpec, widths: Widths) -> dict[str, int | Mapping[int, int]]:
     """The least legal widths that are not below `widths`; a step on the way to a target may lie between two."""
-    return {
-        name: min(size for size in legal_sizes(config, spec, name) if size >= width) for name, width in widths.items()
-    }
+    found: dict[str, int | Mapping[int, int]] = {}
+    for name, width in widths.items():
+        legal = legal_sizes(config, spec, name)
+        if isinstance(width, int):
+            found[name] = _not_below(width, legal)
+        else:
+            found[name] = {layer: _not_below(least, legal) for layer, least in width.items()}
+    return found
 
 
-def round_widths(config: StructPruneConfig, spec: ArchSpec, widths: Mapping[str, int]) -> list[dict[str, int]]:
+def _not_below(width: int, legal: Sequence[int]) -> int:
+    return min(size for size in legal if size >= width)
+
+
+def round_widths(
+    config: StructPruneConfig, spec: ArchSpec, widths: Widths
+) -> list[dict[str, int | Mapping[int, int]]]:
     """The widths after each round; the last are `widths`.
 
     After the share t of the rounds, `linear` has removed t of what is to go, `geometric` keeps the same ratio per
     round, and `cubic` removes `1 - (1 - t)³` (Zhu & Gupta 2017, eq. 1).
     """
-    steps = []
-    for number in range(1, config.rounds + 1):
+    steps: list[dict[str, int | Mapping[int, int]]] = []
+    for number in range(1, config.rounds):
         t = number / config.rounds
-        step = {}
+        step: dict[str, int | Mapping[int, int]] = {}
         for name, width in widths.items():
-            size = spec.of(name)[0].size
-            fraction = {
-                "linear": t,
-                "cubic": 1 - (1 - t) ** 3,
-                "geometric": (1 - (width / size) ** t) / (1 - width / size) if width < size else 1.0,
-            }[config.schedule]
-            step[name] = width if number == config.rounds else round(size - fraction * (size - width))
+            sizes = {space.layer: space.width for space in spec.of(name)}
+            if isinstance(width, int):
+                step[name] = _on_the_way(config.schedule, t, max(sizes.values()), width)
+            else:
+                step[name] = {at: _on_the_way(config.schedule, t, sizes[at], least) for at, least in width.items()}
         steps.append(step)
-    return steps
+    return [*steps, dict(widths)]
+
+
+def _on_the_way(schedule: str, t: float, size: int, width: int) -> int:
+    """The width after the share t of the rounds."""
+    fraction = {
+        "linear": t,
+        "cubic": 1 - (1 - t) ** 3,
+        "geometric": (1 - (width / size) ** t) / (1 - width / size) if width < size else 1.0,
+    }[schedule]
+    return round(size - fraction * (size - width))

@@ -14,6 +14,7 @@ from .recovery_config import RecoveryConfig
 from .schema import (
     DomainConfig,
     Number,
+    SelfTextConfig,
     Serialisable,
     check_names,
     filled,
@@ -22,6 +23,7 @@ from .schema import (
     read_mapping,
     read_yaml,
     share,
+    up_to_one,
     with_domains,
 )
 
@@ -42,23 +44,32 @@ class StructPruneConfig(Serialisable):
     Args:
         method: Registered pruner.
         sparsity: Share of the blocks' parameters to remove.
-        widths: Number of units to keep, by space, such as `{"mlp": 1152, "attention": 2}`.
+        widths: Number of units to keep, by space, such as `{"mlp": 1152, "attention": 2}`; with `allocation="global"`
+            their mean over the blocks.
         targets: Spaces that may shrink when `sparsity` chooses the widths.
         criterion: Registered criterion that scores the units.
         refit: What makes up for the removed units: `none`, `bias` or `least_squares`.
         rounds: Number of times that calibration, scoring and removal are repeated, each removing a part.
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
-        allocation: How the removal is spread over the blocks; `uniform` keeps the same width everywhere.
+        allocation: How the removal is spread over the blocks: `uniform` keeps the same width everywhere, `global`
+            ranks all units of the model and gives every block a width of its own.
+        min_width: With `global`, the share of its units that every block keeps at least.
+        max_width: With `global`, the share of its units that a block keeps at most.
         round_to: Channel widths that `sparsity` chooses are multiples of this; explicit widths are taken as given.
         domains: Calibration text; more than one kind makes the result general.
         aggregation: How the evidence of several domains becomes one score: `mean` pools it, `max` keeps what any
             domain needs.
+        select: Which blocks of a pool are used: `random`, `length` (of the longest documents), `diverse` (nearest to
+            the centres of k-means on mean activations) or `perplexity` (the middle of the distribution).
+        pool_factor: Size of that pool, as a multiple of the blocks used.
+        presets_file: YAML file with presets of your own, in the form of the built-in `presets.yaml`.
+        self_text: How the model writes the domains `self:NAME`.
         num_samples: Token blocks for calibration in all, divided over the domains by weight.
         seq_length: Tokens per block.
         batch_size: Blocks per forward pass.
         damping: Ridge of the refit toward the original weights, relative to the mean diagonal of the Gram matrix.
         holdout: Share of each domain's blocks that is set aside, from other documents, for perplexity.
-        skip_layers: Blocks that stay whole; needs an allocation that may differ between blocks.
+        skip_layers: Blocks that stay whole; the others give up as much more.
         recovery: Training after the last round, or after each; None leaves it out.
         seed: Of everything random.
         arch_file: YAML file that describes architectures of your own, in the form of the built-in `families.yaml`.
@@ -72,10 +83,16 @@ class StructPruneConfig(Serialisable):
     refit: Literal["none", "bias", "least_squares"] = "least_squares"
     rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
-    allocation: Literal["uniform"] = "uniform"
+    allocation: Literal["uniform", "global"] = "uniform"
+    min_width: Number = validated_field(share, default=0.1)
+    max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
     domains: list[DomainConfig] = field(default_factory=builtin_domains)
     aggregation: Literal["mean", "max"] = "mean"
+    select: Literal["random", "length", "diverse", "perplexity"] = "random"
+    pool_factor: int = validated_field(positive, default=4)
+    presets_file: str | None = None
+    self_text: SelfTextConfig = field(default_factory=SelfTextConfig)
     num_samples: int = validated_field(positive, default=128)
     seq_length: int = validated_field(positive, default=512)
     batch_size: int = validated_field(positive, default=4)
@@ -92,17 +109,23 @@ class StructPruneConfig(Serialisable):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
-        recovery = None if self.recovery is None else self.recovery.to_dict()
-        return {**super().to_dict(), "domains": [domain.to_dict() for domain in self.domains], "recovery": recovery}
+        nested = {
+            "domains": [domain.to_dict() for domain in self.domains],
+            "self_text": self.self_text.to_dict(),
+            "recovery": None if self.recovery is None else self.recovery.to_dict(),
+        }
+        return {**super().to_dict(), **nested}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
-        """Inverse of `to_dict`; domains and recovery may be mappings.
+        """Inverse of `to_dict`; domains, self_text and recovery may be mappings.
 
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
         data = with_domains(data, cls.__name__)
+        if isinstance(self_text := data.get("self_text"), Mapping):
+            data = {**data, "self_text": SelfTextConfig.from_dict(self_text)}
         if isinstance(recovery := data.get("recovery"), Mapping):
             data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
         return super().from_dict(data)

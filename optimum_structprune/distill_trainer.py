@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .distill import divergence, divergence_from_likeliest, hidden_distance
 from .errors import StructPruneError
-from .evaluate import input_device
+from .metrics import input_device
 from .recovery_config import RecoveryConfig
 from .teacher_logits import LOG_PROBABILITIES, TOKENS, TrainingBlocks
 

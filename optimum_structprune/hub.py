@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from .calibration.manifest import MANIFEST_NAME, Manifest
 from .config import StructPruneConfig
 from .errors import StructPruneError
-from .evaluate import outputs_of, run_model
+from .metrics import outputs_of, run_model
 from .plan import Plan
 from .report import Report
 
@@ -34,8 +35,9 @@ def save_pruned(
     report: Report | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
+    manifest: Manifest | None = None,
 ) -> None:
-    """Save a pruned model with its config, plan, report and tokenizer; see `save_checked`.
+    """Save a pruned model with its config, plan, report, manifest and tokenizer; see `save_checked`.
 
     Raises:
         StructPruneError: If the folder exists, nothing was pruned, or the saved model does not come back the same.
@@ -48,6 +50,8 @@ def save_pruned(
         config.save_pretrained(folder)
         plan.save(folder / PLAN_NAME)
         report.save(folder / REPORT_NAME)
+        if manifest is not None:
+            manifest.save(folder / MANIFEST_NAME)
 
     save_checked(model, save_directory, tokenizer, overwrite, write, check_reload)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .evaluate import model_outputs, output_error, perplexity
+from .metrics import model_outputs, output_error, perplexity
 from .report import Report
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ from torch import Tensor
 from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.shrink import shrunk_config
-from .arch.spec import ArchSpec
+from .arch.spec import ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
+from .calibration.manifest import Manifest
 from .calibration.passes import Batch, batches_of, passes_over
 from .config import StructPruneConfig
 from .criteria import CRITERIA
@@ -40,13 +41,15 @@ register_pruner = PRUNERS.register
 class StructPruner:
     """Prunes a causal language model by calibration, scoring, removal and refit, in rounds.
 
-    After `prune_model`, `report` holds the numbers of the run and `plan` what was kept.
+    After `prune_model`, `report` holds the numbers of the run, `plan` what was kept and `manifest` what it was
+    calibrated on.
     """
 
     def __init__(self, config: StructPruneConfig):
         self.config = config
         self.report: Report | None = None
         self.plan: Plan | None = None
+        self.manifest: Manifest | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values."""
@@ -89,6 +92,9 @@ class StructPruner:
         report = Report(arch.model_type)
         with report.timed("domains"):
             domains = self._domains(model, tokenizer, inputs)
+        if self.config.allocation == "global":
+            with report.timed("ranking"):
+                widths = target_widths(self.config, arch, model.config, self._scores(model, arch, domains, widths))
         measure = Measure(domains, arch.causal)
         with report.timed("perplexity"):
             measure.before(model)
@@ -106,10 +112,12 @@ class StructPruner:
             raise
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
-        report.widths = plan.widths()
+        whole = {name: {space.layer: space.width for space in arch.of(name)} for name in plan.widths()}
+        report.widths = {name: {**whole[name], **at} for name, at in plan.widths().items()}
         report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
+        self.manifest = Manifest.of(self.config, domains, tokenizer)
         return work
 
     def save(
@@ -119,7 +127,7 @@ class StructPruner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Save the pruned model with the config, the plan and the report of the run.
+        """Save the pruned model with the config, the plan, the report and the manifest of the run.
 
         The folder appears only after plain `from_pretrained` has loaded it and given the same logits.
 
@@ -132,7 +140,7 @@ class StructPruner:
         Raises:
             StructPruneError: If the folder exists, or the saved model does not come back the same.
         """
-        save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite)
+        save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite, self.manifest)
 
     def _domains(
         self,
@@ -142,32 +150,40 @@ class StructPruner:
     ) -> list[Domain]:
         if inputs is not None:
             return given_domains(inputs, float(self.config.holdout))
-        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size)
+        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
 
-    def _teacher(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, inplace: bool
-    ) -> PreTrainedModel | None:
+    def _teacher(self, model: PreTrainedModel, tokenizer: Any, inplace: bool) -> PreTrainedModel | None:
         """What recovery learns from: the dense model, or nothing where its predictions go to disk."""
         recovery = self.config.recovery
         if recovery is None or not recovery.distils:
             return None
-        if recovery.teacher_logits is None:
-            return deepcopy(model) if inplace else model
+        if recovery.teacher_logits is not None:
+            return self._healer(recovery, self.config.rounds).write_teacher_logits(model, tokenizer)
+        return deepcopy(model) if inplace else model
+
+    def _healer(self, recovery: Any, count: int, number: int = 1) -> Any:
+        # Training libraries take seconds to import, and most runs do without.
         from .recovery import Recovery
 
-        rounds = self.config.rounds if recovery.every_round else 1
-        Recovery(recovery.part(1, rounds), self.config).write_teacher_logits(model, tokenizer)
-        return None
+        return Recovery(recovery.part(number, count) if recovery.every_round else recovery, self.config)
 
-    def prune_to_(
-        self, model: PreTrainedModel, domains: list[Domain], widths: Mapping[str, int], report: Report
-    ) -> Plan:
+    def _scores(
+        self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]
+    ) -> dict[tuple[int, str], Tensor]:
+        sweep = Sweep(model, arch, self.config, [domain.weight for domain in domains])
+        training = model.training
+        model.eval()
+        scores = sweep.scores(passes_over(model, arch, batches_of(domains, self.config.batch_size)), names)
+        model.train(training)
+        return scores
+
+    def prune_to_(self, model: PreTrainedModel, domains: list[Domain], widths: Widths, report: Report) -> Plan:
         """Prune a model in place to given widths, in `config.rounds` rounds, without any recovery.
 
         Args:
             model: The model that is changed.
             domains: Calibration text.
-            widths: Number of units to keep, by space; they have to be legal.
+            widths: Number of units to keep, by space, in every block or by block; they have to be legal.
             report: Takes the time.
         """
         arch = describe(model, self.config.arch_file)
@@ -191,7 +207,7 @@ class StructPruner:
         model.train(training)
         return plan
 
-    def _sweeps_(self, sweep: Sweep, batches: list[Batch], widths: Mapping[str, int], report: Report) -> Plan:
+    def _sweeps_(self, sweep: Sweep, batches: list[Batch], widths: Widths, report: Report) -> Plan:
         config, model, arch = self.config, sweep.model, sweep.spec
         biased = _biased(arch, widths) if config.refit == "bias" else ()
         new_config = shrunk_config(model.config, arch, widths, biased)
@@ -207,7 +223,7 @@ class StructPruner:
         self,
         model: PreTrainedModel,
         domains: list[Domain],
-        widths: Mapping[str, int],
+        widths: Widths,
         report: Report,
         measure: Measure,
         tokenizer: PreTrainedTokenizerBase | None,
@@ -225,13 +241,9 @@ class StructPruner:
             with report.timed("perplexity"):
                 measure.after(model, report)
             if recovery is not None:
-                # Training libraries take seconds to import, and most runs do without.
-                from .recovery import Recovery
-
                 with report.timed("recovery"):
-                    healer = Recovery(recovery.part(number, len(steps)), config)
+                    healer = self._healer(recovery, len(steps), number)
                     healer.recover_model(model, tokenizer, teacher)
-                    assert healer.report is not None
                     report.recovery = healer.report.after(report.recovery)
         return plan
 
@@ -260,7 +272,7 @@ def prune_model(
     return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
 
 
-def _biased(arch: ArchSpec, widths: Mapping[str, int]) -> tuple[str, ...]:
+def _biased(arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:
     for name in widths:
         if any(space.bias_flag is None and not space.biased for space in arch.of(name)):
             raise StructPruneError(
@@ -285,8 +297,3 @@ def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
-    if config.skip_layers:
-        raise StructPruneError(
-            f"skip_layers={config.skip_layers} would leave blocks of different widths, which "
-            f"allocation={config.allocation!r} cannot express; leave skip_layers empty."
-        )

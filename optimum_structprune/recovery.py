@@ -20,14 +20,16 @@ from transformers import TrainerCallback, TrainingArguments
 
 from .adapter import check_adapter, fresh_adapter
 from .calibration.blocks import Domain, load_domains, num_heldout, split_samples
+from .calibration.manifest import MANIFEST_NAME
+from .calibration.presets import resolve
 from .config import CONFIG_NAME, StructPruneConfig
 from .distill_trainer import DistillTrainer, NotFiniteError, last_checkpoint
 from .errors import StructPruneError
-from .evaluate import perplexity
 from .hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
+from .metrics import perplexity
 from .recovery_config import LORA, TRAINING, RecoveryConfig
 from .report import RecoveryReport
-from .schema import build
+from .schema import SELF, build
 from .teacher import check_teacher, load_teacher
 from .teacher_logits import TeacherLogits, TrainingBlocks, write_teacher_logits
 
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 RECOVERY_CONFIG_NAME = "recovery_config.json"
 RECOVERY_REPORT_NAME = "recovery_report.json"
-CARRIED = (CONFIG_NAME, PLAN_NAME, REPORT_NAME)
+CARRIED = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
 
 
 class Recovery:
@@ -75,10 +77,11 @@ class Recovery:
         """Train a model; see `recover`."""
         config, text = self.config, self._text()
         teacher, stored = self._teacher(teacher, model, tokenizer)
-        domains = self._domains(text, tokenizer, model)
+        # Text of its own is the dense model's where that is at hand: it is better, and the pruning has kept it.
+        domains = self._domains(text, tokenizer, teacher or model)
         report, ppl = RecoveryReport(), {}
         if stored is not None:
-            _check_stored(stored, config, domains, model)
+            stored.check(_blocks(domains), config, model.config.get_text_config().vocab_size)
             ppl["dense"] = stored.index["perplexity"]
         elif teacher is not None:
             ppl["dense"] = _perplexities(teacher, domains)
@@ -114,7 +117,14 @@ class Recovery:
             if Path(config.teacher_logits).exists():
                 return
             teacher = load_teacher(teacher)
-            domains = self._domains(self._text(), tokenizer, teacher)
+            text = self._text()
+            for domain in text.domains:
+                if isinstance(domain.source, str) and domain.source.startswith(SELF):
+                    raise StructPruneError(
+                        f"The domain {domain.name!r} is written by the model itself, so it is other text for the "
+                        "teacher than for the pruned model; use another domain, or leave teacher_logits out."
+                    )
+            domains = self._domains(text, tokenizer, teacher)
             ppl = _perplexities(teacher, domains)
             write_teacher_logits(
                 config.teacher_logits, teacher, _blocks(domains), config.top_k, float(config.temperature), ppl
@@ -156,7 +166,7 @@ class Recovery:
 
     def _text(self) -> StructPruneConfig:
         config, pruning = self.config, self.pruning
-        domains: Sequence[DomainConfig] = config.domains or pruning.domains
+        domains = resolve(config.domains or pruning.domains, pruning.presets_file)
         seq_length = config.seq_length or pruning.seq_length
         blocks = config.tokens // (seq_length * len(domains))
         if blocks < 1:
@@ -169,6 +179,7 @@ class Recovery:
             domains=[replace(domain, weight=1.0) for domain in domains],
             num_samples=blocks * len(domains),
             seq_length=seq_length,
+            select="random",
             seed=pruning.seed if config.seed is None else config.seed,
         )
 
@@ -214,7 +225,7 @@ class Recovery:
         self, text: StructPruneConfig, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
     ) -> list[Domain]:
         vocab_size = model.config.get_text_config().vocab_size
-        return load_domains(text, tokenizer, vocab_size, self._heldout_blocks(text.seq_length))
+        return load_domains(text, tokenizer, vocab_size, self._heldout_blocks(text.seq_length), model)
 
     def _train(self, trainer: DistillTrainer, checkpoint: str | None, report: RecoveryReport) -> None:
         for callback in self.callbacks:
@@ -277,11 +288,3 @@ def _perplexities(model: PreTrainedModel | PeftModel, domains: Sequence[Domain])
 
 def _blocks(domains: Sequence[Domain]) -> Tensor:
     return torch.cat([domain.blocks for domain in domains])
-
-
-def _check_stored(
-    stored: TeacherLogits, config: RecoveryConfig, domains: Sequence[Domain], model: PreTrainedModel
-) -> None:
-    assert config.top_k is not None
-    vocab_size = model.config.get_text_config().vocab_size
-    stored.check(_blocks(domains), config.top_k, float(config.temperature), vocab_size)

@@ -43,11 +43,11 @@ class RecoveryReport:
         """Perplexity per domain and in the mean, as a table, and the cost."""
         rows = [[f"perplexity {name}", *ppl.values()] for name, ppl in self.perplexity.items()]
         if len(rows) > 1:
-            rows.append(["  geometric mean", *map(_geometric_mean, zip(*(row[1:] for row in rows), strict=True))])
+            rows.append(["  geometric mean", *map(geometric_mean, zip(*(row[1:] for row in rows), strict=True))])
         head = ["", *next(iter(self.perplexity.values()), ())]
-        table = [head, *([row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows)]
+        lines = [head, *([row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows)]
         cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s"
-        return "\n".join([_table(table), cost, *filter(None, [self.stopped])])
+        return "\n".join([table(lines), cost, *filter(None, [self.stopped])])
 
 
 @dataclass
@@ -111,9 +111,9 @@ class Report:
         ]
         rows += [(f"output error {name}", "0", f"{error:.4f}", "") for name, error in self.output_error.items()]
         if len(self.perplexity) > 1:
-            means = [_geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
+            means = [geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
             rows.append(("  geometric mean", *_change(*means)))
-        return "\n".join([_table(rows), *([] if self.recovery is None else ["", str(self.recovery)])])
+        return "\n".join([table(rows), *([] if self.recovery is None else ["", str(self.recovery)])])
 
     def _width(self, name: str) -> tuple[str, str, str]:
         widths, dense = list(self.widths[name].values()), self.dense_widths[name]
@@ -125,11 +125,13 @@ def _change(before: float, after: float) -> tuple[str, str, str]:
     return f"{before:.2f}", f"{after:.2f}", f"x {after / before:.3f}"
 
 
-def _geometric_mean(values: Iterable[float]) -> float:
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers."""
     return exp(fmean(log(value) for value in values))
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells as lines, the first column to the left, the others to the right."""
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))])

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import yaml
@@ -15,6 +16,9 @@ from .registry import did_you_mean
 
 
 IN_MEMORY = "memory:"
+PRESET = "preset:"
+SELF = "self:"
+CHAT = "chat"
 Number = float | int
 
 
@@ -36,6 +40,12 @@ def share(value: Any) -> None:
         raise ValueError(f"has to lie between 0 and 1 (both excluded), got {value}; 0.2 removes a fifth")
 
 
+def up_to_one(value: Any) -> None:
+    """A number above 0 and not above 1."""
+    if isinstance(value, (int, float)) and not 0 < value <= 1:
+        raise ValueError(f"has to lie between 0 (excluded) and 1, got {value}")
+
+
 def filled(value: Any) -> None:
     """Something that is not empty."""
     if not value:
@@ -47,6 +57,26 @@ def _source(value: Any) -> None:
         raise ValueError(f"has to be a path, a name, a dataset or an iterable of strings, got {type(value).__name__}")
     if value == "":
         raise ValueError("has to name something, got ''")
+
+
+def _template(value: Any) -> None:
+    if value is not None and value != CHAT and not template_fields(value):
+        raise ValueError(f"has to be 'chat' or to hold column names such as {{question}}, got {value!r}")
+
+
+def template_fields(template: str) -> list[str]:
+    """The columns that a text template names, in order.
+
+    Raises:
+        ValueError: If a brace is left open, or a field is more than a name.
+    """
+    names = []
+    for _, name, form, conversion in Formatter().parse(template):
+        if name is not None:
+            if not name.isidentifier() or form or conversion:
+                raise ValueError(f"a field of the template {template!r} has to be a column's name, got {name!r}")
+            names.append(name)
+    return names
 
 
 class Serialisable:
@@ -91,11 +121,19 @@ class DomainConfig(Serialisable):
     Args:
         name: What the report calls it.
         source: A file (`.txt`, `.jsonl`, `.json`, `.parquet`, `.csv`), a glob, a folder, `builtin:prose`,
-            `builtin:code`, `builtin:math`, a dataset id on the Hub, a `datasets` object, or any iterable of strings.
+            `builtin:code`, `builtin:math`, a preset (`preset:code`, `preset:hybrid` …), text that the model writes
+            itself (`self:code`, `self:math`, `self:prose`, `self:dialogue`, `self:reasoning`), a dataset id on the
+            Hub, a `datasets` object, or any iterable of strings, or with a template of rows.
         weight: Share of the calibration tokens, relative to the other domains.
-        text_column: Column that holds the text.
+        text_column: Column that holds the text, or with `template="chat"` the messages.
         dataset_config: Name of the configuration of a Hub dataset.
         split: Split of a Hub dataset.
+        revision: Commit, tag or branch of a Hub dataset.
+        streaming: Read a Hub dataset row by row; otherwise the split is downloaded as a whole.
+        template: How a row becomes text: `chat` puts its messages through the tokenizer's chat template; else a text
+            with column names, such as `"Question: {question}\nAnswer: {answer}"`.
+        answers_only: Take evidence only from answers: what the assistant says in a chat, the last field of a template,
+            what the model wrote.
     """
 
     name: str = validated_field(filled)
@@ -104,11 +142,48 @@ class DomainConfig(Serialisable):
     text_column: str = "text"
     dataset_config: str | None = None
     split: str = "train"
+    revision: str | None = None
+    streaming: bool = True
+    template: str | None = validated_field(_template, default=None)
+    answers_only: bool = False
+
+    def validate_answers(self) -> None:
+        """Something that tells answers from questions."""
+        known = isinstance(self.source, str) and self.source.startswith((PRESET, SELF))
+        if self.answers_only and self.template is None and not known:
+            raise ValueError("answers_only needs a template that says what the answers are, got template=None")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values; a source that lives in memory is only named."""
         named = self.source if isinstance(self.source, str) else f"{IN_MEMORY}{type(self.source).__name__}"
         return {**super().to_dict(), "source": named}
+
+
+@strict
+@dataclass(kw_only=True)
+class SelfTextConfig(Serialisable):
+    """How a model writes its own calibration text, for the sources `self:NAME`.
+
+    Args:
+        max_new_tokens: Length of a document, at most.
+        batch_size: Documents that are written at once.
+        temperature: Of the sampling.
+        top_p: Of the sampling: the likeliest tokens that together have this probability.
+        min_tokens: Shorter documents are dropped.
+        min_distinct: Least share of different runs of 4 tokens among all; a document that repeats itself is dropped.
+        max_perplexity_ratio: A document is dropped if its perplexity is this many times above or below the median of
+            its batch.
+        cache_dir: Where the documents are kept; by default `structprune` in the Hugging Face home folder.
+    """
+
+    max_new_tokens: int = validated_field(positive, default=384)
+    batch_size: int = validated_field(positive, default=16)
+    temperature: Number = validated_field(positive, default=1.0)
+    top_p: Number = validated_field(positive, default=0.95)
+    min_tokens: int = validated_field(positive, default=32)
+    min_distinct: Number = validated_field(not_negative, default=0.5)
+    max_perplexity_ratio: Number = validated_field(positive, default=4.0)
+    cache_dir: str | None = None
 
 
 def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
@@ -118,10 +193,15 @@ def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
         StructPruneError: If an entry is neither a mapping nor a domain.
     """
     domains = data.get("domains")
-    return {**data, "domains": [_domain(item, owner) for item in domains]} if isinstance(domains, list) else data
+    return {**data, "domains": [as_domain(item, owner) for item in domains]} if isinstance(domains, list) else data
 
 
-def _domain(item: Any, owner: str) -> DomainConfig:
+def as_domain(item: Any, owner: str) -> DomainConfig:
+    """A domain from its mapping; a domain comes back as it is.
+
+    Raises:
+        StructPruneError: If it is neither.
+    """
     if isinstance(item, DomainConfig):
         return item
     if not isinstance(item, Mapping):

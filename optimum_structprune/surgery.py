@@ -14,6 +14,7 @@ from .arch.load import block_list, put_block_
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Axis, Space
 from .errors import StructPruneError
+from .heterogeneous import heterogeneous
 from .plan import Plan
 
 
@@ -75,7 +76,7 @@ def _consumer(model: nn.Module, axis: Axis) -> tuple[Tensor, Tensor | None]:
 
 def skeleton(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     """A model of the same class with `config`, on the meta device: shapes without memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), heterogeneous():
         return type(model)(config)
 
 
@@ -149,20 +150,24 @@ def resize_(model: PreTrainedModel, spec: ArchSpec, tensors: Mapping[str, Tensor
         tensors: The state dict, or a part of it.
 
     Raises:
-        StructPruneError: If the state dict has blocks of different widths.
+        StructPruneError: If the blocks' widths differ where this architecture takes one for all.
     """
-    sizes: dict[str, int] = {}
+    found: dict[str, dict[int, int]] = {}
     for space in spec.spaces:
         axis = space.out[0]
         if axis.param in tensors:
             here, there = (held.shape[axis.dim] for held in (model.get_parameter(axis.param), tensors[axis.param]))
-            size = space.size * there // here
-            if sizes.setdefault(space.name, size) != size:
-                raise StructPruneError(
-                    f"The state dict has {sizes[space.name]} units of {space.name!r} in one block and {size} in "
-                    f"block {space.layer}; a plain {spec.model_type} config takes one width for all."
-                )
-    if all(space.size == sizes.get(space.name, space.size) for space in spec.spaces):
+            found.setdefault(space.kind, {})[space.layer] = space.width * there // here
+    sizes: dict[str, int | Mapping[int, int]] = {}
+    for name, widths in found.items():
+        least, most = min(widths.values()), max(widths.values())
+        if least < most and (reason := spec.uniform or spec.of(name)[0].uniform):
+            raise StructPruneError(
+                f"The state dict has {least} units of {name!r} in one block and {most} in another; a plain "
+                f"{spec.model_type} config takes one width for all: {reason}."
+            )
+        sizes[name] = most if least == most else widths
+    if all(space.width_in(sizes) == space.width for space in spec.spaces):
         return
     config = shrunk_config(model.config, spec, sizes)
     resized = skeleton(model, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from .arch.spec import ArchSpec, Axis, Space
+from .arch.spec import ArchSpec, Axis, Space, Widths
 from .calibration.evidence import judge, judge_experts, pool
 from .calibration.passes import Passes
 from .calibration.stats import Moments
 from .criteria import CRITERIA, Criterion
 from .plan import Plan
+from .ranking import standardised
 from .refit import NEEDS_GRAM, REFITS
 from .surgery import read_consumer, shrink_block_, units_to_columns, write_consumer_
 
@@ -55,25 +56,42 @@ class Sweep:
         self.criterion: Criterion = CRITERIA.get(self.config.criterion)(self.config)
         self.gram = self.criterion.needs_gram or self.config.refit in NEEDS_GRAM
 
-    def run_(self, passes: Passes, widths: Mapping[str, int], smaller: PreTrainedModel | None, title: str) -> None:
+    def run_(self, passes: Passes, widths: Widths, smaller: PreTrainedModel | None, title: str) -> None:
         """One round.
 
         Args:
             passes: The calibration data.
-            widths: Number of units to keep, by space.
+            widths: Number of units to keep, by space, in every block or by block.
             smaller: In the last round, the `skeleton` of the shrunk model, into which the blocks move.
             title: Label of the progress bar.
         """
         for layer in tqdm(range(self.spec.num_blocks), desc=title, unit="block"):
             for space in self.spec.at(layer):
-                width = widths[space.kind] * space.scale if space.kind in widths else space.size
+                width = space.width_in(widths) * space.scale
                 if width < space.size:
                     self._prune_(space, passes.gather(layer, space, self.gram), width, smaller is None)
             if smaller is not None:
                 shrink_block_(self.model, self.spec, layer, self.plan, smaller)
             passes.advance(layer)
 
-    def remove_experts_(self, passes: Passes, widths: Mapping[str, int], smaller: PreTrainedModel) -> None:
+    def scores(self, passes: Passes, names: Collection[str]) -> dict[tuple[int, str], Tensor]:
+        """Scores of the units of the dense model that compare over blocks and spaces; nothing is changed.
+
+        Args:
+            passes: The calibration data.
+            names: Kinds of space.
+        """
+        found = {}
+        for layer in tqdm(range(self.spec.num_blocks), desc="ranking", unit="block"):
+            for space in self.spec.at(layer):
+                if space.kind in names:
+                    evidence = passes.gather(layer, space, self.criterion.needs_gram)
+                    parts = [self._standardised(*pair) for pair in zip(space.into, evidence, strict=True)]
+                    found[layer, space.name] = torch.stack(parts).mean(0)
+            passes.advance(layer)
+        return found
+
+    def remove_experts_(self, passes: Passes, widths: Widths, smaller: PreTrainedModel) -> None:
         """Take whole experts out of every block.
 
         Nothing short of that silences an expert, since a router is a softmax over logits: there is no weight that
@@ -89,7 +107,7 @@ class Sweep:
                 if space.kind in widths:
                     found = passes.contributions(layer, space)
                     scores = judge_experts(found, self.shares, self.config.aggregation)
-                    self.keep[layer, space.name] = _best(scores, widths[space.kind])
+                    self.keep[layer, space.name] = _best(scores, space.width_in(widths))
             shrink_block_(self.model, self.spec, layer, self.plan, smaller)
             passes.advance(layer)
 
@@ -112,6 +130,11 @@ class Sweep:
         parts = [part.select(columns) for part in parts]
         config = self.config
         return judge(self.criterion, weight[:, columns], parts, self.shares, axis.block, config.aggregation)
+
+    def _standardised(self, axis: Axis, parts: Sequence[Moments]) -> Tensor:
+        weight, _ = read_consumer(self.model, axis)
+        columns = judge(self.criterion, weight, parts, self.shares, 1, self.config.aggregation)
+        return standardised(columns, axis.block).cpu()
 
     def _refit_(self, axis: Axis, parts: Sequence[Moments], units: Sequence[int], remember: bool) -> None:
         weight, bias = self.dense.get(axis) or read_consumer(self.model, axis)

@@ -18,12 +18,14 @@ from transformers.utils import logging
 
 from .distill import likeliest
 from .errors import StructPruneError
-from .evaluate import input_device
+from .metrics import input_device
 from .schema import read_mapping
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .recovery_config import RecoveryConfig
 
 INDEX_NAME = "teacher_logits.json"
 # 64 likeliest tokens take 512 bytes per position, so a shard takes 32 MiB.
@@ -106,13 +108,19 @@ class TeacherLogits:
             (_shard_name(number), row) for number, count in enumerate(self.index["shards"]) for row in range(count)
         ]
 
-    def check(self, blocks: Tensor, top_k: int, temperature: float, vocab_size: int) -> None:
+    def check(self, blocks: Tensor, recovery: RecoveryConfig, vocab_size: int) -> None:
         """Hold the folder against a training run.
+
+        Args:
+            blocks: Its text.
+            recovery: Its settings.
+            vocab_size: Of its model.
 
         Raises:
             StructPruneError: If it belongs to another one, with what differs.
         """
-        wanted = {"top_k": min(top_k, vocab_size), "temperature": temperature, "vocab_size": vocab_size}
+        top_k = min(recovery.top_k or vocab_size, vocab_size)
+        wanted = {"top_k": top_k, "temperature": float(recovery.temperature), "vocab_size": vocab_size}
         for name, value in wanted.items():
             if self.index[name] != value:
                 raise StructPruneError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -15,7 +16,7 @@ from transformers.training_args import ParallelMode
 
 from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
-from .arch.spec import ArchSpec
+from .arch.spec import ArchSpec, Widths
 from .averages import Average
 from .calibration.blocks import Domain, load_domains
 from .calibration.collect import before_load, intercept
@@ -68,13 +69,18 @@ class StructPruneCallback(TrainerCallback):
             raise StructPruneError(
                 "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'."
             )
+        if config.allocation == "global":
+            raise StructPruneError(
+                "allocation='global' ranks the units of the dense model before anything is removed, which a Trainer's "
+                "steps do not; use allocation='uniform', or prune first (`structprune prune`)."
+            )
         self.config = config
         self.start, self.end, self.every = start, end, every
         self.calibration = calibration
         self.averages = list(averages)
         self.plan: Plan | None = None
-        self.steps: dict[int, dict[str, int]] = {}
-        self._dense: tuple[ArchSpec, dict[str, int]] | None = None
+        self.steps: dict[int, Widths] = {}
+        self._dense: tuple[ArchSpec, Widths] | None = None
         self._domains: list[Domain] = []
         self._seen: deque[Tensor] = deque()
         self._loading, self._watching = ExitStack(), ExitStack()
@@ -113,7 +119,7 @@ class StructPruneCallback(TrainerCallback):
         self.steps = self._schedule(state.max_steps, model)
         if self.calibration == "domains":
             vocab_size = model.config.get_text_config().vocab_size
-            self._domains = load_domains(self.config, processing_class, vocab_size)
+            self._domains = load_domains(self.config, processing_class, vocab_size, model=model)
         self._watching.close()
         if self.calibration == "batches" and any(step > state.global_step for step in self.steps):
             self._watching.enter_context(intercept([model], lambda _, args, kwargs: self._take(model, args, kwargs)))
@@ -132,7 +138,9 @@ class StructPruneCallback(TrainerCallback):
         """Put the number of parameters and the widths into what the Trainer logs."""
         arch = describe(model, self.config.arch_file)
         names = () if self._dense is None else self._dense[1]
-        values = {f"structprune/width/{name}": arch.of(name)[0].size for name in names}
+        values: dict[str, float] = {
+            f"structprune/width/{name}": fmean(space.width for space in arch.of(name)) for name in names
+        }
         values["structprune/params"] = model.num_parameters()
         for entry in (logs, state.log_history[-1] if state.log_history else None):
             if entry is not None:
@@ -144,19 +152,23 @@ class StructPruneCallback(TrainerCallback):
         self._loading.close()
         self._seen.clear()
 
-    def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Mapping[str, int]) -> bool:
+    def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:
         """Bring a model down to widths, and the optimizer's state and the averages with it.
 
         Args:
             model: The model that is changed; its parameters stay the same objects.
             optimizer: Holds them.
-            widths: Number of units to keep, by space.
+            widths: Number of units to keep, by space, in every block or by block.
 
         Returns:
             Whether anything was removed.
         """
         arch = describe(model, self.config.arch_file)
-        smaller = {name: width for name, width in widths.items() if width < arch.of(name)[0].size}
+        smaller = {
+            name: width
+            for name, width in widths.items()
+            if any(space.width_in(widths) < space.width for space in arch.of(name))
+        }
         if not smaller:
             return False
         check_state(optimizer)
@@ -169,7 +181,7 @@ class StructPruneCallback(TrainerCallback):
         self.plan = plan if self.plan is None else self.plan.then(plan)
         return True
 
-    def _schedule(self, max_steps: int, model: PreTrainedModel) -> dict[int, dict[str, int]]:
+    def _schedule(self, max_steps: int, model: PreTrainedModel) -> dict[int, Widths]:
         assert self._dense is not None
         arch, widths = self._dense
         start, end = (

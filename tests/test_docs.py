@@ -36,6 +36,8 @@ def desk(tmp_path_factory):
         saved.save_pretrained(folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     lines = (json.dumps({"text": text}) for _, text in zip(range(400), builtin_documents("math", 7), strict=False))
     (folder / "notes.jsonl").write_text("\n".join(lines))
+    items = ({"query": "Question: One and one?", "choices": ["two", "three"], "gold": i % 2} for i in range(4))
+    (folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, items)))
     readme = (ROOT / "README.md").read_text()
     (folder / "run.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", readme, re.M | re.S)[1])
     return folder

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from trained import SHARED, needs_shared
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from optimum_structprune import StructPruneError
 from optimum_structprune.calibration.builtin import builtin_documents
 
 
@@ -164,6 +165,34 @@ def test_benchmark_recovery(desk, capsys):
         half, whole = (rows[f"{way}, {tokens} tokens"] for tokens in ("2,048", "3,968"))
         assert whole["heldout"] < half["heldout"] < rows["pruned"]["heldout"] and half["seconds"] < whole["seconds"]
     assert capsys.readouterr().out.count("\n| ") == 7
+
+
+@needs_shared
+def test_benchmark_domains(desk, capsys, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    out = desk / "grid.json"
+    arguments = ["run", str(SHARED / "models" / "stories260K"), str(SHARED / "data"), str(out), "--domains", "stories"]
+    small = ["--removed", "50", "--seeds", "0", "1", "--samples", "4", "--eval-blocks", "1", "--tasks", "--limit", "2"]
+    run = main("benchmark_domains")
+    run([*arguments, *small, "--cells", "mix, one-shot, wanda*"])
+    first = json.loads(out.read_text())
+    assert [(row["cell"], row["width"], row["seed"]) for row in first["runs"]] == [
+        (f"mix, one-shot, wanda{refit}", 88, seed) for seed in (0, 1) for refit in ("", " + refit")
+    ]
+    assert first["runs"][1]["perplexity"]["stories"] < first["runs"][0]["perplexity"]["stories"]
+    capsys.readouterr()
+    run([*arguments, *small, "--cells", "mix, one-shot, wanda", "mix, one-shot, flap + bias"])
+    again = json.loads(out.read_text())
+    assert again["runs"][:4] == first["runs"] and capsys.readouterr().out.count("\n") == 2
+    run(["table", str(out)])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| mix")]
+    assert len(rows) == 3 and rows[0][0] == "| mix, one-shot, wanda + refit"
+    ratios = [row["perplexity"]["stories"] / first["dense"]["perplexity"]["stories"] for row in first["runs"][1::2]]
+    mean, apart = sum(ratios) / 2, abs(ratios[0] - ratios[1]) / 2**0.5
+    assert rows[0][1:3] == ["2", f"{mean:.3f} ± {apart:.3f}"]
+    with pytest.raises(StructPruneError, match="other settings: samples"):
+        run([*arguments, *small, "--samples", "5"])
 
 
 def test_every_example_says_how_to_call_it():

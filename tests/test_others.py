@@ -9,7 +9,7 @@ from test_surgery import KEEP, masked, random_plan, shrunk
 from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.passes import BlockPasses, ModelPasses, NotSequentialError
-from optimum_structprune.evaluate import model_outputs, output_error, outputs_of, run_model
+from optimum_structprune.metrics import model_outputs, output_error, outputs_of, run_model
 
 
 KEEP |= {"encoder_mlp": 24, "decoder_mlp": 20}

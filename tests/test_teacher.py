@@ -11,7 +11,7 @@ from test_pruner import logits, same_weights
 from test_recovery import TEXT, recovery
 from transformers import TrainingArguments
 
-from optimum_structprune import Recovery, StructPruneError, StructPruner, prune_model, pruner, recover
+from optimum_structprune import DomainConfig, Recovery, StructPruneError, StructPruner, prune_model, pruner, recover
 from optimum_structprune.distill import hidden_distance
 from optimum_structprune.distill_trainer import DistillTrainer
 from optimum_structprune.teacher_logits import TeacherLogits, TrainingBlocks, write_teacher_logits
@@ -111,6 +111,14 @@ def test_no_predictions_and_broken_ones(pruned, tmp_path):
     assert index["top_k"] == 7 and index["shards"] == [20]
     with pytest.raises(StructPruneError, match="says where the teacher's logits go"):
         Recovery(recovery()).write_teacher_logits(build("llama-tied"), tokenizer())
+
+
+def test_text_that_the_teacher_would_write_is_refused(tmp_path):
+    own = [DomainConfig(name="mine", source="self:prose")]
+    settings = recovery(top_k=7, teacher_logits=str(tmp_path / "logits"), domains=own)
+    with pytest.raises(StructPruneError, match="'mine' is written by the model itself"):
+        Recovery(settings).write_teacher_logits(build("llama-tied"), tokenizer())
+    assert not list(tmp_path.iterdir())
 
 
 def test_hidden_states_come_closer_to_the_teachers(pruned):

@@ -38,6 +38,7 @@ class Template:
     times: str | None = None
     requires: Mapping[str, list[Any]] = field(default_factory=dict)
     within: str | None = None
+    uniform: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Family:
     missing: Mapping[str, str] = field(default_factory=dict)
     causal: bool = True
     text: str | None = None
+    block_class: Mapping[str, str] = field(default_factory=dict)
+    uniform: str = ""
 
 
 def _only(entry: Mapping[str, Any], required: Iterable[str], optional: Iterable[str], where: str) -> None:
@@ -71,7 +74,19 @@ def _parts(entry: Mapping[str, Any], where: str) -> dict[str, list[str]]:
 
 
 def _template(entry: Mapping[str, Any], where: str, transposed: bool) -> Template:
-    optional = {"also", "pin", "bias", "with", "transposed", "experts", "least", "times", "requires", "within"}
+    optional = {
+        "also",
+        "pin",
+        "bias",
+        "with",
+        "transposed",
+        "experts",
+        "least",
+        "times",
+        "requires",
+        "within",
+        "uniform",
+    }
     if "router" in entry:
         _only(entry, ("size", "router", "experts"), optional, where)
     else:
@@ -91,6 +106,7 @@ def _template(entry: Mapping[str, Any], where: str, transposed: bool) -> Templat
         times=entry.get("times"),
         requires=entry.get("requires", {}),
         within=entry.get("within"),
+        uniform=entry.get("uniform", ""),
     )
 
 
@@ -114,7 +130,8 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
     if "text" in entry:
         _only(entry, ("model_types", "text"), (), where)
         return Family(model_types=tuple(entry["model_types"]), text=entry["text"])
-    _only(entry, ("model_types", "blocks", "spaces"), ("transposed", "missing", "causal"), where)
+    optional = ("transposed", "missing", "causal", "block_class", "uniform")
+    _only(entry, ("model_types", "blocks", "spaces"), optional, where)
     blocks = entry["blocks"]
     return Family(
         model_types=tuple(entry["model_types"]),
@@ -125,6 +142,8 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
         },
         missing=entry.get("missing", {}),
         causal=entry.get("causal", True),
+        block_class=entry.get("block_class", {}),
+        uniform=entry.get("uniform", ""),
     )
 
 
@@ -152,3 +171,9 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
             "`structprune inspect MODEL --stub` prints a description to check and to pass as --arch."
         )
     return known[model_type]
+
+
+def block_class_name(model_type: str) -> str | None:
+    """Class of the blocks of a built-in model type, where these may have configs of their own."""
+    family = builtin_families().get(model_type)
+    return None if family is None else family.block_class.get(model_type)

@@ -40,7 +40,11 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
         family = family_of(config.model_type, arch_file)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     spec = resolve(family, config, shapes, prefix)
-    return replace(spec, model_type=model.config.model_type)
+    if config is model.config:
+        return spec
+    return replace(
+        spec, model_type=model.config.model_type, uniform="only a model that is a text model as a whole can be built"
+    )
 
 
 def block_list(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
@@ -84,7 +88,8 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
             for name, template in family.spaces.items():
                 if template.within in (None, path):
                     layer = len(sizes) + index
-                    found += spaces_of(name, template, layer, f"{blocks}.{index}.", shapes, config)
+                    own_config = config.per_layer_config[layer] if config.is_heterogeneous else config
+                    found += spaces_of(name, template, layer, f"{blocks}.{index}.", shapes, own_config)
         stacks.append((blocks, len(own)))
         sizes += own
     return ArchSpec(
@@ -95,6 +100,7 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
         missing=(*family.missing.items(), *_refused(family, config)),
         stacks=tuple(stacks),
         causal=family.causal,
+        uniform="" if config.model_type in family.block_class else family.uniform or "no block class is described",
     )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import StructPruneError
-from .spec import ArchSpec
+from ..modeling_file import forget_modeling_file
+from .spec import ArchSpec, Widths
 
 
 if TYPE_CHECKING:
@@ -19,14 +20,17 @@ EXPERT_MULTIPLE = 8
 
 
 def shrunk_config(
-    config: PretrainedConfig, spec: ArchSpec, sizes: Mapping[str, int], biased: Collection[str] = ()
+    config: PretrainedConfig, spec: ArchSpec, sizes: Widths, biased: Collection[str] = ()
 ) -> PretrainedConfig:
     """A copy of `config` with new sizes.
+
+    Where blocks come out with different sizes, the config has the largest, and `per_layer_config` those of the blocks
+    that have less.
 
     Args:
         config: The dense model's config.
         spec: Its description.
-        sizes: New number of units, by name of the space.
+        sizes: New number of units, by kind of space: one number, or one per block.
         biased: Names of spaces whose projections get a bias.
 
     Raises:
@@ -34,19 +38,49 @@ def shrunk_config(
     """
     new = deepcopy(config)
     text = text_config(new)
-    for name, size in sizes.items():
+    per_layer: dict[int, dict[str, Any]] = {
+        int(layer): dict(values) for layer, values in (text.to_dict().get("per_layer_config") or {}).items()
+    }
+    text.per_layer_config = None
+    for name in sizes:
         space = spec.of(name)[0]
         for key, value in space.pins:
             setattr(text, key, value)
-        for key, per_unit in space.config:
-            setattr(text, key, size * per_unit)
+        _set_sizes_(text, per_layer, spec, name, sizes)
         if name in biased and space.bias_flag is not None:
             setattr(text, space.bias_flag, True)
+    _set_per_layer_(text, per_layer, spec)
     try:
         type(new).from_dict(new.to_dict())
     except (StrictDataclassError, ValueError) as error:
         raise StructPruneError(f"{spec.model_type} does not accept the sizes {dict(sizes)}: {error}") from error
     return new
+
+
+def _set_sizes_(
+    text: PretrainedConfig, per_layer: dict[int, dict[str, Any]], spec: ArchSpec, name: str, sizes: Widths
+) -> None:
+    widths = {space.layer: space.width_in(sizes) for space in spec.of(name)}
+    most = max(widths.values())
+    for key, per_unit in spec.of(name)[0].config:
+        setattr(text, key, most * per_unit)
+        for layer, width in widths.items():
+            per_layer.setdefault(layer, {}).pop(key, None)
+            if width < most:
+                per_layer[layer][key] = width * per_unit
+
+
+def _set_per_layer_(text: PretrainedConfig, per_layer: dict[int, dict[str, Any]], spec: ArchSpec) -> None:
+    vars(text).pop("allow_global_per_layer_attribute_access", None)
+    differing = {layer: values for layer, values in per_layer.items() if values}
+    if not differing:
+        forget_modeling_file(text)
+        return
+    text.per_layer_config = differing  # type: ignore[assignment]  # keys may be numbers or strings
+    # Config classes and rotary embeddings read a head count, to derive what a pinned head_dim already says.
+    heads = {key for space in spec.spaces if len(space.config) > 1 for key, _ in space.config}
+    if any(key in heads for values in differing.values() for key in values):
+        text.allow_global_per_layer_attribute_access = True
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -61,15 +95,15 @@ def legal_sizes(config: PretrainedConfig, spec: ArchSpec, name: str) -> list[int
     and heads), each size is tried against the config class's own validation. Widths inside experts are multiples of 8:
     the grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes.
     """
-    space = spec.of(name)[0]
+    space = max(spec.of(name), key=lambda space: space.width)
     if space.experts is not None and not space.whole:
-        return [size for size in range(1, space.size + 1) if size % EXPERT_MULTIPLE == 0 or size == space.size]
+        return [size for size in range(1, space.width + 1) if size % EXPERT_MULTIPLE == 0 or size == space.width]
     if len(space.config) == 1:
-        return list(range(space.least, space.size + 1))
-    return [size for size in range(space.least, space.size + 1) if _accepts(config, spec, {name: size})]
+        return list(range(space.least, space.width + 1))
+    return [size for size in range(space.least, space.width + 1) if _accepts(config, spec, {name: size})]
 
 
-def _accepts(config: PretrainedConfig, spec: ArchSpec, sizes: Mapping[str, int]) -> bool:
+def _accepts(config: PretrainedConfig, spec: ArchSpec, sizes: Widths) -> bool:
     try:
         shrunk_config(config, spec, sizes)
     except StructPruneError:

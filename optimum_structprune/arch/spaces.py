@@ -50,6 +50,7 @@ def spaces_of(
         scale=getattr(config, template.times) if template.times else 1,
         least=getattr(config, template.least) if template.least else 1,
         experts=f"{block}{template.experts}" if template.experts else None,
+        uniform=template.uniform,
     )
     if template.router is not None:
         yield from _whole_experts(base, f"{block}{template.router}", shapes)

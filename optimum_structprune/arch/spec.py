@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+
+# Widths by kind of space: one number for all blocks, or one per block, where blocks that are not named stay whole.
+Widths = Mapping[str, "int | Mapping[int, int]"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Space:
         least: Smallest width that the config allows.
         experts: Full name of the module that holds the experts, where its routed input is what is observed.
         whole: Whether a unit is a whole expert.
+        uniform: Why all blocks have to keep the same width; empty where they need not.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Space:
     least: int = 1
     experts: str | None = None
     whole: bool = False
+    uniform: str = ""
 
     @property
     def kind(self) -> str:
@@ -83,6 +89,16 @@ class Space:
     def axes(self) -> tuple[Axis, ...]:
         """All axes, producers first."""
         return self.out + self.into
+
+    @property
+    def width(self) -> int:
+        """The width in the config."""
+        return self.size // self.scale
+
+    def width_in(self, widths: Widths) -> int:
+        """The width that `widths` gives to this space; its own where they are silent."""
+        given = widths.get(self.kind, self.width)
+        return given if isinstance(given, int) else given.get(self.layer, self.width)
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,7 @@ class ArchSpec:
         missing: Why a space that users ask for is not offered, by name.
         stacks: Paths of the lists of blocks and how many each holds, where blocks count through several.
         causal: Whether the model predicts the next token, and perplexity measures it.
+        uniform: Why all blocks have to keep the same width; empty where they need not.
     """
 
     model_type: str
@@ -106,6 +123,7 @@ class ArchSpec:
     missing: tuple[tuple[str, str], ...] = ()
     stacks: tuple[tuple[str, int], ...] = ()
     causal: bool = True
+    uniform: str = ""
 
     @property
     def num_blocks(self) -> int:

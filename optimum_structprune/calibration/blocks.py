@@ -1,24 +1,26 @@
-"""Packing: documents to token blocks of equal length, some of them held out."""
+"""The domains of a config, as token blocks of equal length, some of them held out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..config import StructPruneConfig
 from ..errors import StructPruneError
+from ..schema import DomainConfig
+from .generated import self_documents
+from .packing import Frame, Packed, Tokens, prefix_token, tokenised
+from .presets import resolve
+from .select import Selector
 from .sources import documents
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-DOCUMENTS_PER_CALL = 32
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -30,40 +32,20 @@ class Domain:
         weight: Share of the calibration that was asked for; the weights of all domains sum to 1.
         blocks: For calibration, shape `(num_blocks, seq_length)`, int64.
         heldout: For perplexity, shape `(num_heldout, seq_length)`, int64.
+        mask: Tokens of `blocks` that give evidence, of the same shape; None for all.
+        origin: Where the text came from, presets resolved; None for inputs that were given.
+        documents: Hashes of the documents in `blocks`.
+        heldout_documents: Hashes of the documents in `heldout`.
     """
 
     name: str
     weight: float
     blocks: Tensor
     heldout: Tensor
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """What a block holds apart from text, and how many blocks are held out."""
-
-    seq_length: int
-    prefix: int | None
-    eos: int | None
-    holdout: float
-    num_heldout: int | None
-
-    @property
-    def body(self) -> int:
-        """Tokens of text per block."""
-        return self.seq_length - (self.prefix is not None)
-
-    def needs(self, count: int) -> list[int]:
-        """Tokens of text for the held-out blocks and for `count` others."""
-        heldout = self.num_heldout or num_heldout(count, self.holdout)
-        return [self.body * heldout, self.body * count]
-
-    def pack(self, tokens: list[int]) -> Tensor:
-        """Blocks of `seq_length` out of a whole number of bodies."""
-        blocks = torch.tensor(tokens).view(-1, self.body)
-        if self.prefix is None:
-            return blocks
-        return torch.cat([torch.full((len(blocks), 1), self.prefix), blocks], dim=1)
+    mask: Tensor | None = None
+    origin: DomainConfig | None = None
+    documents: tuple[str, ...] = ()
+    heldout_documents: tuple[str, ...] = ()
 
 
 def load_domains(
@@ -71,6 +53,7 @@ def load_domains(
     tokenizer: PreTrainedTokenizerBase | None,
     vocab_size: int | None = None,
     heldout_blocks: int | None = None,
+    model: PreTrainedModel | None = None,
 ) -> list[Domain]:
     """Read, tokenise and pack the domains of a config.
 
@@ -79,6 +62,7 @@ def load_domains(
         tokenizer: The model's own.
         vocab_size: Size of the model's vocabulary, which every token has to lie in.
         heldout_blocks: Held-out blocks per domain, in place of the share that the config says.
+        model: Writes the domains `self:NAME`, and sees the pool that `config.select` chooses from.
 
     Raises:
         StructPruneError: If there is no tokenizer or one of another model, a domain gives too little text, or there
@@ -86,24 +70,32 @@ def load_domains(
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
-    prefix, eos = prefix_token(tokenizer), tokenizer.eos_token_id
-    frame = _Frame(config.seq_length, prefix, eos, float(config.holdout), heldout_blocks)
+    frame = Frame(config.seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
     if frame.body < 1:
         raise StructPruneError(
             f"seq_length={config.seq_length} has no room for text after the prefix; 2 is the least."
         )
-    counts = split_samples(config.num_samples, [domain.weight for domain in config.domains])
-    total = sum(domain.weight for domain in config.domains)
+    domains = resolve(config.domains, config.presets_file)
+    packer = _Packer(config, domains, frame, heldout_blocks, Selector(config, model))
+    write = partial(self_documents, model, tokenizer, config.self_text) if model is not None else None
+    total = sum(domain.weight for domain in domains)
     loaded = []
-    for index, domain in enumerate(config.domains):
-        texts = documents(domain, config.seed)
-        heldout, blocks = _pack(config, index, counts[index], frame, _tokenised(texts, tokenizer))
-        largest = int(max(heldout.max(), blocks.max()))
-        if vocab_size is not None and largest >= vocab_size:
-            raise StructPruneError(
-                f"The tokenizer does not belong to this model: token id {largest}, vocabulary {vocab_size}."
+    for index, domain in enumerate(domains):
+        texts = documents(domain, config.seed, tokenizer, write)
+        heldout, packed = packer.pack(index, tokenised(texts, tokenizer, domain.answers_only))
+        _check_tokens(domain, heldout, packed, vocab_size)
+        loaded.append(
+            Domain(
+                domain.name,
+                domain.weight / total,
+                packed.blocks,
+                heldout.blocks,
+                packed.mask,
+                domain,
+                packed.hashes,
+                heldout.hashes,
             )
-        loaded.append(Domain(domain.name, domain.weight / total, blocks, heldout))
+        )
     return loaded
 
 
@@ -129,15 +121,6 @@ def given_domains(inputs: Mapping[str, Tensor], holdout: float) -> list[Domain]:
             )
         domains.append(Domain(name, 1 / len(inputs), samples[aside:], samples[:aside]))
     return domains
-
-
-def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that stands at the head of a text: the tokenizer's own prefix, else its BOS, else its EOS token."""
-    whole = tokenizer("a")["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    if whole[:1] != plain[:1]:
-        return whole[0]
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def split_samples(num_samples: int, weights: Sequence[float]) -> list[int]:
@@ -169,60 +152,73 @@ def num_heldout(num_blocks: int, holdout: float) -> int:
     return max(2, round(holdout * num_blocks))
 
 
-def _tokenised(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    while batch := list(islice(texts, DOCUMENTS_PER_CALL)):
-        yield from filter(None, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"])
+def check_vocabulary(largest: int, vocab_size: int | None) -> None:
+    """Refuse token ids that a model does not have.
+
+    Raises:
+        StructPruneError: If the largest id lies outside of the vocabulary, where its size is known.
+    """
+    if vocab_size is not None and largest >= vocab_size:
+        raise StructPruneError(
+            f"The tokenizer does not belong to this model: token id {largest}, vocabulary {vocab_size}."
+        )
 
 
-def _pack(
-    config: StructPruneConfig, index: int, count: int, frame: _Frame, tokenised: Iterator[list[int]]
-) -> tuple[Tensor, Tensor]:
-    # Held-out blocks come first, so that they are the same text however much calibration follows.
-    lengths: list[int] = []
-    needs = frame.needs(count)
-    heldout, blocks = (_take(tokenised, need, frame.eos, lengths) for need in needs)
-    if len(blocks) < needs[1]:
-        raise StructPruneError(_too_little(config, index, frame, lengths, sum(needs)))
-    return frame.pack(heldout), frame.pack(blocks)
+def _check_tokens(domain: DomainConfig, heldout: Packed, packed: Packed, vocab_size: int | None) -> None:
+    check_vocabulary(int(max(heldout.blocks.max(), packed.blocks.max())), vocab_size)
+    if packed.mask is not None and not packed.mask.any():
+        raise StructPruneError(
+            f"The domain {domain.name!r} has answers_only, but its {len(packed.hashes)} documents hold no answer."
+        )
 
 
-def _take(tokenised: Iterator[list[int]], need: int, eos: int | None, lengths: list[int]) -> list[int]:
-    # Whole documents: what is left of the last one is dropped, so that no document serves twice.
-    tokens: list[int] = []
-    while len(tokens) < need and (document := next(tokenised, None)) is not None:
-        if tokens and eos is not None:
-            tokens.append(eos)
-        tokens += document
-        lengths.append(len(document))
-    return tokens[:need]
+@dataclass(frozen=True)
+class _Packer:
+    """Divides the text of each domain into held-out and calibration blocks."""
 
+    config: StructPruneConfig
+    domains: Sequence[DomainConfig]
+    frame: Frame
+    num_heldout: int | None
+    selector: Selector
 
-def _too_little(config: StructPruneConfig, index: int, frame: _Frame, lengths: list[int], need: int) -> str:
-    domain = config.domains[index]
-    if not lengths:
-        spent = "; a generator gives its text only once" if isinstance(domain.source, Iterator) else ""
-        return f"The domain {domain.name!r} is empty{spent}."
-    weights = [domain.weight for domain in config.domains]
-    for fewer in range(config.num_samples - 1, len(weights) - 1, -1):
-        count = split_samples(fewer, weights)[index]
-        if _suffice(lengths, frame.needs(count), frame.eos):
-            advice = f"num_samples={fewer} would do."
-            break
-    else:
+    def pack(self, index: int, stream: Iterator[Tokens]) -> tuple[Packed, Packed]:
+        # Held-out blocks come first, so that they are the same text however much calibration follows.
+        count = self._counts(self.config.num_samples)[index]
+        aside, need = self._needs(count)
+        heldout = self.frame.take(stream, aside)
+        pool = self.frame.take(stream, need * self.selector.factor)
+        if self.frame.length(pool) < need:
+            raise StructPruneError(self._too_little(index, [*heldout, *pool]))
+        blocks = self.selector.pack(self.frame, pool, count)
+        return self.frame.pack(heldout, aside // self.frame.body), blocks
+
+    def _counts(self, num_samples: int) -> list[int]:
+        return split_samples(num_samples, [domain.weight for domain in self.domains])
+
+    def _needs(self, count: int) -> tuple[int, int]:
+        aside = self.num_heldout or num_heldout(count, float(self.config.holdout))
+        return self.frame.body * aside, self.frame.body * count
+
+    def _too_little(self, index: int, found: Sequence[Tokens]) -> str:
+        domain, config = self.domains[index], self.config
+        if not found:
+            spent = "; a generator gives its text only once" if isinstance(domain.source, Iterator) else ""
+            return f"The domain {domain.name!r} is empty{spent}."
         advice = "Give it more documents, or choose a smaller seq_length."
-    return (
-        f"The domain {domain.name!r} has {sum(lengths)} tokens in {len(lengths)} documents, but calibration and "
-        f"held-out blocks take {need}, and a document serves only one of the two. {advice}"
-    )
+        for fewer in range(config.num_samples - 1, len(self.domains) - 1, -1):
+            if self._suffices(found, self._counts(fewer)[index]):
+                advice = f"num_samples={fewer} would do."
+                break
+        tokens, need = (
+            sum(len(document.ids) for document in found),
+            sum(self._needs(self._counts(config.num_samples)[index])),
+        )
+        return (
+            f"The domain {domain.name!r} has {tokens} tokens in {len(found)} documents, but calibration and "
+            f"held-out blocks take {need}, and a document serves only one of the two. {advice}"
+        )
 
-
-def _suffice(lengths: list[int], needs: list[int], eos: int | None) -> bool:
-    left = iter(lengths)
-    for need in needs:
-        have = 0
-        while have < need:
-            length = next(left, None)
-            if length is None:
-                return False
-            have += length + (have > 0 and eos is not None)
-    return True
+    def _suffices(self, found: Sequence[Tokens], count: int) -> bool:
+        left = iter(found)
+        return all(self.frame.length(self.frame.take(left, need)) >= need for need in self._needs(count))

@@ -13,25 +13,17 @@ from torch import Tensor, nn
 from ..arch.load import block_list
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
-from ..evaluate import run_model
+from ..metrics import run_model
 from .collect import StopForward, intercept, observe
 from .experts import Routed, contributions, inner_moments
 from .stats import Moments
-from .taps import Tally, finite, listen
+from .taps import Batch, Tally, finite, listen
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .blocks import Domain
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token blocks of one domain, shape `(batch, seq_length)`."""
-
-    domain: int
-    ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,11 +54,17 @@ class Passes(Protocol):
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
     """Cut every domain into batches; no batch holds two domains."""
     return [
-        Batch(index, ids)
+        Batch(index, ids, mask)
         for index, domain in enumerate(domains)
-        for ids in domain.blocks.split(batch_size)
+        for ids, mask in zip(domain.blocks.split(batch_size), _masks(domain, batch_size), strict=True)
         if len(ids)
     ]
+
+
+def _masks(domain: Domain, batch_size: int) -> Sequence[Tensor | None]:
+    if domain.mask is None:
+        return [None] * len(domain.blocks.split(batch_size))
+    return domain.mask.split(batch_size)
 
 
 class BlockPasses:
@@ -80,6 +78,7 @@ class BlockPasses:
         self.model, self.spec = model, spec
         self.device = next(model.parameters()).device
         self.domains = [batch.domain for batch in batches]
+        self.batches = list(batches)
         self.hidden: list[Tensor] = []
         self.calls: dict[int, list[Call]] = {}
         self.routed: tuple[Routed, ...] = ()
@@ -101,8 +100,8 @@ class BlockPasses:
         tally = Tally([space], gram, 1 + max(self.domains), self.device)
         local = {tap.removeprefix(self.spec.block_prefix(layer)): tap for tap in tally.taps}
         with observe(self._block(layer), local, lambda name, x: tally.see(local[name], x)):
-            for index, domain in enumerate(self.domains):
-                tally.domain = domain
+            for index, batch in enumerate(self.batches):
+                tally.batch = batch
                 self._run(layer, index)
         return tally.of(space)
 
@@ -125,7 +124,7 @@ class BlockPasses:
         return self._block(layer).get_submodule(name.removeprefix(self.spec.block_prefix(layer)))
 
     def _route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
-        return listen(experts, self.domains, lambda index: self._run(layer, index))
+        return listen(experts, self.batches, lambda index: self._run(layer, index))
 
     @torch.no_grad()
     def _run(self, layer: int, index: int) -> Tensor:
@@ -162,8 +161,8 @@ class ModelPasses:
             spaces = [other for other in self.spec.spaces if other.experts is None]
             self.tally = Tally(spaces, gram, 1 + max(self.domains), next(self.model.parameters()).device)
             with observe(self.model, self.tally.taps, self.tally.see):
-                for index, domain in enumerate(self.domains):
-                    self.tally.domain = domain
+                for index, batch in enumerate(self.batches):
+                    self.tally.batch = batch
                     self._run(index)
         return self.tally.of(space)
 
@@ -176,11 +175,12 @@ class ModelPasses:
         """See `Passes.advance`."""
 
     def _route(self, experts: nn.Module) -> tuple[Routed, ...]:
-        return listen(experts, self.domains, self._run)
+        return listen(experts, self.batches, self._run)
 
     @torch.no_grad()
     def _run(self, index: int) -> None:
-        run_model(self.model, self.batches[index].ids)
+        base: Any = self.model.base_model
+        run_model(base, self.batches[index].ids)
 
 
 class NotSequentialError(StructPruneError):
@@ -210,7 +210,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
     Raises:
         NotSequentialError: If a block's input is not just the output of the block before it.
     """
-    inputs: list[Tensor] = []
+    first: list[Tensor] = []
     calls: list[Call] = []
     outputs: list[Tensor] = []
 
@@ -220,9 +220,11 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         if index and not _equal(hidden, outputs[-1]):
             raise NotSequentialError(f"the model changes hidden states between blocks {index - 1} and {index}")
-        inputs.append(hidden)
+        if not index:
+            first.append(hidden)
         calls.append(Call(args if by_name else args[1:], rest, by_name))
-        if not whole:
+        # What follows the last block, such as the logits of a large vocabulary, takes more memory than all before it.
+        if not whole or len(calls) == spec.num_blocks:
             raise StopForward
 
     def after(index: int, output: Any) -> None:
@@ -233,7 +235,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
             run_model(model, ids)
         except StopForward:
             pass
-    return inputs[0], calls
+    return first[0], calls
 
 
 def _first(output: Any) -> Tensor:

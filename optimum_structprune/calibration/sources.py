@@ -5,66 +5,97 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import escape, glob
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import StructPruneError
 from ..registry import did_you_mean
-from ..schema import IN_MEMORY, DomainConfig
+from ..schema import IN_MEMORY, SELF, DomainConfig
 from .builtin import builtin_documents, sections
+from .templates import Row, rendered, string
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 BUILTIN = "builtin:"
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_BUFFER = 10_000
 LOCAL_BUFFER = 100_000
-Row = Mapping[str, Any]
 T = TypeVar("T")
 
 
-def documents(domain: DomainConfig, seed: int) -> Iterator[str]:
+@dataclass(frozen=True)
+class _Reader:
+    """A domain, and what makes documents of it."""
+
+    domain: DomainConfig
+    seed: int | None
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def documents(
+    domain: DomainConfig,
+    seed: int | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    write: Callable[[str, int], Iterator[str]] | None = None,
+) -> Iterator[str]:
     """The texts of a domain in an order that the seed chooses, without the blank ones.
 
     Args:
         domain: Names the source; a relative path is looked for on the disk before the Hub.
         seed: Of the order. Local and in-memory text is shuffled as a whole up to 100 000 documents, beyond that and
-            for a Hub stream through a buffer.
+            for a Hub stream through a buffer. None leaves the source's own order.
+        tokenizer: Renders conversations.
+        write: Gives the documents of `self:NAME` from the name and the seed.
 
     Raises:
         StructPruneError: If the source is not there, cannot be read, or does not give strings.
     """
-    return (text for text in _texts(domain, seed) if text.strip())
+    return (text for text in _texts(_Reader(domain, seed, tokenizer), write) if text.strip())
 
 
-def _texts(domain: DomainConfig, seed: int) -> Iterator[str]:
+def endless(domain: DomainConfig) -> bool:
+    """Whether reading a domain to its end may take forever: built-in text, and what streams from the Hub."""
+    source = domain.source
+    return isinstance(source, str) and (source.startswith(BUILTIN) or not _files(domain))
+
+
+def _texts(reader: _Reader, write: Callable[[str, int], Iterator[str]] | None) -> Iterator[str]:
+    domain, seed = reader.domain, reader.seed
     source = domain.source
     if not isinstance(source, str):
-        return _from_memory(domain, seed)
+        return _from_memory(reader)
     if source.startswith(IN_MEMORY):
         raise StructPruneError(
             f"The domain {domain.name!r} was read from a {source.removeprefix(IN_MEMORY)} in memory, which a saved "
             f"config does not hold; set its source again."
         )
     if source.startswith(BUILTIN):
-        return builtin_documents(source.removeprefix(BUILTIN), seed)
+        return builtin_documents(source.removeprefix(BUILTIN), seed or 0)
+    if source.startswith(SELF):
+        if write is None:
+            raise StructPruneError(f"The domain {domain.name!r} is written by the model itself, and there is none.")
+        return write(source.removeprefix(SELF), seed or 0)
     if files := _files(domain):
-        return _shuffled(_from_files(files, domain, seed), seed)
-    return _from_hub(domain, seed)
+        return _shuffled(_from_files(files, reader), seed)
+    return _from_hub(reader)
 
 
-def _from_memory(domain: DomainConfig, seed: int) -> Iterator[str]:
+def _from_memory(reader: _Reader) -> Iterator[str]:
     # An object of the `datasets` library can only exist where that library has been imported.
-    datasets = sys.modules.get("datasets")
-    if datasets is not None and isinstance(domain.source, datasets.Dataset):
-        order = list(range(len(domain.source)))
-        Random(seed).shuffle(order)
-        return _column((domain.source[i] for i in order), domain)
-    if datasets is not None and isinstance(domain.source, datasets.IterableDataset):
-        return _column(domain.source.shuffle(seed=seed, buffer_size=HUB_BUFFER), domain)
-    return _shuffled(_strings(domain.source, domain), seed)
+    datasets, source, seed = sys.modules.get("datasets"), reader.domain.source, reader.seed
+    if datasets is not None and isinstance(source, datasets.Dataset):
+        order = _reordered(range(len(source)), seed)
+        return _rows((source[i] for i in order), reader)
+    if datasets is not None and isinstance(source, datasets.IterableDataset):
+        return _rows(source if seed is None else source.shuffle(seed=seed, buffer_size=HUB_BUFFER), reader)
+    return _shuffled(_items(source, reader), seed)
 
 
 def _files(domain: DomainConfig) -> list[Path]:
@@ -95,9 +126,8 @@ def _nearest(path: Path) -> str:
     return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
 
 
-def _from_files(files: list[Path], domain: DomainConfig, seed: int) -> Iterator[str]:
-    order = list(files)
-    Random(seed).shuffle(order)
+def _from_files(files: list[Path], reader: _Reader) -> Iterator[str]:
+    domain, order = reader.domain, _reordered(files, reader.seed)
     for kind in dict.fromkeys(READERS.values()):
         paths = [path for path in order if READERS[path.suffix.lower()] == kind]
         if kind == "text":
@@ -105,7 +135,7 @@ def _from_files(files: list[Path], domain: DomainConfig, seed: int) -> Iterator[
                 yield from _guarded(domain, str(path), _read_text, path)
         elif paths:
             what = str(paths[0]) if len(paths) == 1 else f"one of {len(paths)} {kind} files"
-            yield from _column(_guarded(domain, what, _stream, kind, paths), domain)
+            yield from _rows(_guarded(domain, what, _stream, kind, paths), reader)
 
 
 def _read_text(path: Path) -> Iterator[str]:
@@ -118,16 +148,22 @@ def _stream(kind: str, paths: list[Path]) -> Iterable[Row]:
     return load_dataset(kind, data_files=[escape(str(path)) for path in paths], split="train", streaming=True)
 
 
-def _from_hub(domain: DomainConfig, seed: int) -> Iterator[str]:
-    what = f"{domain.source!r} is no local file or folder, and as a dataset of the Hub it"
-    return _column(_guarded(domain, what, _hub_stream, domain, seed), domain)
+def _from_hub(reader: _Reader) -> Iterator[str]:
+    what = f"{reader.domain.source!r} is no local file or folder, and as a dataset of the Hub it"
+    return _rows(_guarded(reader.domain, what, _hub_rows, reader), reader)
 
 
-def _hub_stream(domain: DomainConfig, seed: int) -> Iterable[Row]:
+def _hub_rows(reader: _Reader) -> Iterable[Row]:
     from datasets import load_dataset
 
-    stream = load_dataset(domain.source, domain.dataset_config, split=domain.split, streaming=True)
-    return stream.shuffle(seed=seed, buffer_size=HUB_BUFFER)
+    domain = reader.domain
+    fixed = {} if domain.revision is None else {"revision": domain.revision}
+    rows = load_dataset(domain.source, domain.dataset_config, split=domain.split, streaming=domain.streaming, **fixed)
+    if reader.seed is None:
+        return rows
+    if not domain.streaming:
+        return rows.shuffle(seed=reader.seed)
+    return rows.shuffle(seed=reader.seed, buffer_size=HUB_BUFFER)
 
 
 def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], *arguments) -> Iterator[T]:
@@ -140,32 +176,30 @@ def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], 
         raise StructPruneError(f"The domain {domain.name!r}: {what} cannot be read: {reason}") from error
 
 
-def _column(rows: Iterable[Row], domain: DomainConfig) -> Iterator[str]:
-    for row in rows:
-        if domain.text_column not in row:
-            raise StructPruneError(
-                f"The domain {domain.name!r} has no column {domain.text_column!r}; set text_column."
-                f"{did_you_mean(domain.text_column, row)}"
-            )
-        text = row[domain.text_column]
-        yield "" if text is None else _string(text, domain, f"the column {domain.text_column!r}")
+def _rows(rows: Iterable[Row], reader: _Reader) -> Iterator[str]:
+    return (rendered(row, reader.domain, reader.tokenizer) for row in rows)
 
 
-def _strings(items: Iterable[Any], domain: DomainConfig) -> Iterator[str]:
-    return (_string(item, domain, f"item {i}") for i, item in enumerate(items))
+def _items(items: Iterable[Any], reader: _Reader) -> Iterator[str]:
+    for i, item in enumerate(items):
+        if reader.domain.template is not None and isinstance(item, Mapping):
+            yield rendered(item, reader.domain, reader.tokenizer)
+        else:
+            yield string(item, reader.domain, f"item {i}")
 
 
-def _string(value: Any, domain: DomainConfig, where: str) -> str:
-    if not isinstance(value, str):
-        raise StructPruneError(
-            f"The domain {domain.name!r} has to give strings; {where} holds the {type(value).__name__} "
-            f"{str(value):.60}."
-        )
-    return value
+def _reordered(items: Iterable[T], seed: int | None) -> list[T]:
+    order = list(items)
+    if seed is not None:
+        Random(seed).shuffle(order)
+    return order
 
 
-def _shuffled(texts: Iterable[str], seed: int) -> Iterator[str]:
+def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
     # A full shuffle of what fits into the buffer; beyond that, memory stays bounded at the price of some order.
+    if seed is None:
+        yield from texts
+        return
     rng = Random(seed)
     held: list[str] = []
     for text in texts:

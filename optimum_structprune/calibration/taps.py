@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,24 +16,50 @@ from .experts import Routed
 from .stats import Moments
 
 
-def listen(experts: nn.Module, domains: Sequence[int], run: Callable[[int], object]) -> tuple[Routed, ...]:
+def evidence(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens of an activation that statistics are taken from.
+
+    Args:
+        x: Shape `(..., n)`.
+        mask: One value per token; None for all of them.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    return x if mask is None else x[mask.flatten().to(x.device)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token blocks of one domain.
+
+    Attributes:
+        domain: Its number.
+        ids: Shape `(batch, seq_length)`.
+        mask: Tokens that give evidence, of the same shape; None for all.
+    """
+
+    domain: int
+    ids: Tensor
+    mask: Tensor | None = None
+
+
+def listen(experts: nn.Module, batches: Sequence[Batch], run: Callable[[int], object]) -> tuple[Routed, ...]:
     """What an experts module is called with while `run(index)` runs each batch.
 
     Args:
         experts: The module.
-        domains: Of each batch.
+        batches: What is run.
         run: Runs one batch through the module.
     """
     found: list[Routed] = []
-    current = 0
+    current = batches[0]
 
     def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, choice, gates = [*args, *kwargs.values()][:3]
-        found.append(Routed(current, hidden.detach().reshape(-1, hidden.shape[-1]), choice, gates))
+        tokens = (evidence(x.detach(), current.mask) for x in [*args, *kwargs.values()][:3])
+        found.append(Routed(current.domain, *tokens))
 
     with intercept([experts], before):
-        for index, domain in enumerate(domains):
-            current = domain
+        for index, batch in enumerate(batches):
+            current = batch
             run(index)
     return tuple(found)
 
@@ -53,10 +80,10 @@ def finite(space: Space, parts: list[Moments]) -> list[Moments]:
 
 
 class Tally:
-    """Moments by tap and domain; `domain` says which one is running."""
+    """Moments by tap and domain; `batch` says what is running."""
 
     def __init__(self, spaces: Sequence[Space], gram: bool, num_domains: int, device: torch.device):
-        self.domain = 0
+        self.batch: Batch | None = None
         self.taps = {
             axis.module: [Moments.empty(space.size * axis.block, gram, device) for _ in range(num_domains)]
             for space in spaces
@@ -65,7 +92,8 @@ class Tally:
 
     def see(self, tap: str, x: Tensor) -> None:
         """Take in one activation."""
-        self.taps[tap][self.domain].update(x)
+        assert self.batch is not None
+        self.taps[tap][self.batch.domain].update(evidence(x, self.batch.mask))
 
     def of(self, space: Space) -> list[list[Moments]]:
         """The moments of a space's consumers.

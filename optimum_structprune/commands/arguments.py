@@ -22,17 +22,22 @@ def add_text_arguments(parser: ArgumentParser) -> None:
         action="append",
         type=domain,
         metavar="NAME=SOURCE[@WEIGHT]",
-        help="Text: a file, glob, folder, builtin:prose|code|math or Hub dataset; repeatable.",
+        help="Text: a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; repeatable.",
     )
     parser.add_argument("--seq-length", type=int, help="Tokens per block.")
     parser.add_argument("--seed", type=int, help="Seed of everything random.")
 
 
-def add_model_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags that say how a model is loaded and saved."""
+def add_loading_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags that say how a model is loaded."""
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16.")
     parser.add_argument("--device", help="Such as cpu or cuda; by default cuda where there is one.")
     parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags that say how a model is loaded and saved."""
+    add_loading_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="Replace the output folder.")
 
 

@@ -25,6 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--refit", help="How kept weights make up for removed ones.")
     parser.add_argument("--rounds", type=int, help="Times that calibration and removal are repeated.")
     add_text_arguments(parser)
+    parser.add_argument("--select", help="Which blocks are used: random, length, diverse or perplexity.")
     parser.add_argument("--num-samples", type=int, help="Calibration blocks in all.")
     parser.add_argument("--batch-size", type=int, help="Blocks per forward pass.")
     parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
@@ -79,7 +80,7 @@ def config_from(args: Namespace):
         "arch_file": args.arch,
         **{
             name: getattr(args, name)
-            for name in ("criterion", "refit", "rounds", "num_samples", "seq_length", "batch_size", "seed")
+            for name in ("criterion", "refit", "rounds", "select", "num_samples", "seq_length", "batch_size", "seed")
         },
     }
     values.update({name: value for name, value in flags.items() if value is not None})

@@ -1,0 +1,207 @@
+"""Does it help to mix domains, to weigh them, and to prune in rounds? A grid of cells over seeds and widths.
+
+    python examples/benchmark_domains.py run MODEL DATA out.json [--cells "mix, *" ...] [--seeds 0 1 2] [--tasks]
+    python examples/benchmark_domains.py table out.json
+
+DATA is as for `benchmark_quality.py`, with multiple-choice items in `tasks/`. A cell is a calibration text, a number
+of rounds and a method, such as `mix, one-shot, wanda + refit`; `run … --list` names them all. Every cell gets the same
+number of calibration tokens. `run` leaves out what `out.json` already holds, so it can be interrupted and go on, and
+`table` shows what is there so far: means ± standard deviations over seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmark_quality import (
+    SEQ_LENGTH,
+    add_arguments,
+    calibration,
+    evaluation_texts,
+    load,
+    pruned_by,
+    show,
+    write_json,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from optimum_structprune import StructPruneConfig, StructPruneError, perplexity
+from optimum_structprune.arch.load import describe
+from optimum_structprune.report import geometric_mean
+from optimum_structprune.tasks import Tasks
+
+
+SELF = ("self:prose", "self:code", "self:math", "self:dialogue", "self:reasoning")
+DOMAINS = ("wiki", "code", "math", "dialogue", "web")
+# What each part of a cell's name adds to the config. `domains` are names in DATA/calibration, or sources of their own.
+MIXES: dict[str, dict[str, Any]] = {
+    "mix": {},
+    "max": {"aggregation": "max"},
+    "self-generated": {"domains": SELF},
+    "built-in": {"domains": ("builtin:prose", "builtin:code", "builtin:math")},
+}
+ROUNDS: dict[str, dict[str, Any]] = {"one-shot": {"rounds": 1}, "iterative": {"rounds": 3}}
+METHODS: dict[str, dict[str, Any]] = {
+    "flap + bias": {"criterion": "flap", "refit": "bias"},
+    "flap + refit": {"criterion": "flap", "refit": "least_squares"},
+    "wanda": {"criterion": "wanda", "refit": "none"},
+    "wanda + refit": {"criterion": "wanda", "refit": "least_squares"},
+    "obs": {"criterion": "obs", "refit": "none"},
+    "obs + refit": {"criterion": "obs", "refit": "least_squares"},
+}
+
+
+def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
+    """Every cell: its name and its part of the config."""
+    texts = {**{f"{name} only": {"domains": (name,)} for name in domains}, **MIXES}
+    return {
+        f"{text}, {rounds}, {method}": {"domains": tuple(domains), **texts[text], **ROUNDS[rounds], **METHODS[method]}
+        for text in texts
+        for rounds in ROUNDS
+        for method in METHODS
+    }
+
+
+def chosen(args: Namespace) -> dict[str, dict[str, Any]]:
+    """The cells that match one of the patterns."""
+    found = cells(args.domains)
+    return {name: cell for name, cell in found.items() if any(fnmatchcase(name, one) for one in args.cells)}
+
+
+def keys(results: dict[str, Any]) -> set[tuple]:
+    """What is there already."""
+    return {(one["cell"], one["removed"], one["seed"]) for one in results["runs"]}
+
+
+def config_of(args: Namespace, cell: dict[str, Any], width: int, seed: int) -> StructPruneConfig:
+    """The whole config of one run."""
+    more = {"widths": {"mlp": width}, "num_samples": args.samples, "seq_length": SEQ_LENGTH, "seed": seed}
+    return StructPruneConfig.from_dict({**cell, **more, "domains": calibration(args, cell["domains"])})
+
+
+def run(args: Namespace) -> None:
+    """Prune and evaluate what is missing."""
+    names = chosen(args)
+    if args.list:
+        print("\n".join(names))
+        return
+    for cell in names.values():
+        config_of(args, cell, 1, 0)  # an illegal cell shows before hours have gone by
+    results = begin(args)
+    model, tokenizer = load(args)
+    size = describe(model).of("mlp")[0].size
+    texts, unseen = evaluation_texts(args, args.domains, tokenizer)
+    tasks = Tasks(sorted((Path(args.data) / "tasks").glob("*.jsonl"))) if args.tasks else None
+
+    def measured(one) -> dict[str, Any]:
+        found: dict[str, Any] = {"perplexity": {name: perplexity(one, blocks) for name, blocks in texts.items()}}
+        return found if tasks is None else {**found, "tasks": tasks.score(one, tokenizer, limit=args.limit)}
+
+    if "dense" not in results:
+        results |= {"unseen": unseen, "dense": measured(model)}
+    # Seeds come last, so that an interrupted run has a first answer to everything.
+    todo = [(seed, removed, name) for seed in args.seeds for removed in args.removed for name in names]
+    for seed, removed, name in todo:
+        if (name, removed, seed) in keys(results):
+            continue
+        width = 8 * round(size * (100 - removed) / 100 / 8)
+        pruned, seconds = pruned_by(model, tokenizer, config_of(args, names[name], width, seed))
+        row = {"cell": name, "removed": removed, "width": width, "seed": seed, "seconds": seconds, **measured(pruned)}
+        results["runs"].append(row)
+        write_json(args.out, results)
+        print(f"{name}, {removed} %, seed {seed}: {summary(results, row)}", flush=True)
+
+
+def begin(args: Namespace) -> dict[str, Any]:
+    """The results so far, which have to come from the same settings."""
+    same = ("model", "data", "dtype", "domains", "samples", "eval_blocks", "tasks", "limit")
+    setting = {name: getattr(args, name) for name in same}
+    if not Path(args.out).exists():
+        return {"setting": setting, "runs": []}
+    results = json.loads(Path(args.out).read_text())
+    if differing := [name for name in same if results["setting"].get(name) != setting[name]]:
+        raise StructPruneError(f"{args.out} was made with other settings: {', '.join(differing)}; name another file.")
+    return results
+
+
+def columns(results: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
+    """What a row of the table says about one run: multiples of the dense perplexity, and accuracies."""
+    ratio = {name: value / results["dense"]["perplexity"][name] for name, value in row["perplexity"].items()}
+    held = {name: value for name, value in ratio.items() if name not in results["unseen"]}
+    found = {"held-out": geometric_mean(held.values()), "worst": max(held.values())}
+    if results["unseen"]:
+        found["unseen"] = geometric_mean(ratio[name] for name in results["unseen"])
+    scores = {f"{name} acc": score["acc"] for name, score in row.get("tasks", {}).items()}
+    mean = {"tasks acc": fmean(scores.values())} if scores else {}
+    return {**found, **ratio, **mean, **scores, "seconds": row["seconds"]}
+
+
+def summary(results: dict[str, Any], row: dict[str, Any]) -> str:
+    """The first columns in a line."""
+    found = columns(results, row)
+    return ", ".join(
+        f"{name} {found[name]:.3f}" for name in ("held-out", "worst", "unseen", "tasks acc") if name in found
+    )
+
+
+def groups(results: dict[str, Any], removed: int) -> Iterator[tuple[str, list[dict[str, float]]]]:
+    """Cells with their runs of all seeds, the best on held-out text first."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for row in results["runs"]:
+        if row["removed"] == removed:
+            found.setdefault(row["cell"], []).append(columns(results, row))
+    yield from sorted(found.items(), key=lambda cell: fmean(one["held-out"] for one in cell[1]))
+
+
+def table(args: Namespace) -> None:
+    """One Markdown table for each share of channels removed."""
+    results = json.loads(Path(args.out).read_text())
+    accuracies = {f"{name} acc": score["acc"] for name, score in results["dense"].get("tasks", {}).items()}
+    for removed in sorted({row["removed"] for row in results["runs"]}):
+        print(f"\n{removed} % of the FFN channels removed\n")
+        rows = list(groups(results, removed))
+        names = list(rows[0][1][0])
+        show("cell", ["seeds", *names])
+        show("---", ["---"] * (len(names) + 1))
+        dense = {**dict.fromkeys(results["dense"]["perplexity"], 1.0), **accuracies}
+        show("dense", ["", *(dense.get(name, "") for name in names)])
+        for cell, runs in rows:
+            show(cell, [str(len(runs)), *(spread([one[name] for one in runs]) for name in names)])
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, where there are several, standard deviation."""
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the arguments and run or show."""
+    parser = ArgumentParser(description=__doc__)
+    modes = parser.add_subparsers(required=True)
+    running, showing = modes.add_parser("run"), modes.add_parser("table")
+    running.set_defaults(mode=run)
+    showing.set_defaults(mode=table)
+    add_arguments(running)
+    for mode in (running, showing):
+        mode.add_argument("out", help="JSON file with the results")
+    running.add_argument("--cells", nargs="+", default=["*"], help='patterns such as "mix, *, wanda*"')
+    running.add_argument("--list", action="store_true", help="name the cells and stop")
+    running.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of files in DATA/calibration")
+    running.add_argument("--removed", nargs="+", type=int, default=[20, 35, 50], help="FFN channels, in percent")
+    running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    running.add_argument("--samples", type=int, default=60, help="calibration blocks of 512 tokens in all")
+    running.add_argument("--tasks", action="store_true", help="score DATA/tasks/*.jsonl as well")
+    running.add_argument("--limit", type=int, help="items per task")
+    args = parser.parse_args(argv)
+    disable_progress_bar()
+    args.mode(args)
+
+
+if __name__ == "__main__":
+    main()

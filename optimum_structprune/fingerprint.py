@@ -1,0 +1,30 @@
+"""A hash that tells models apart by what they compute."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import torch
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What a config says about where a model comes from, not about what it does.
+BESIDE = ("_name_or_path", "transformers_version", "architectures", "dtype")
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's config and of every weight, in hexadecimal digits.
+
+    Args:
+        model: The model; each tensor is copied to the CPU in turn.
+    """
+    config = {name: value for name, value in model.config.to_dict().items() if name not in BESIDE}
+    digest = sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
