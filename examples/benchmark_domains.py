@@ -43,6 +43,9 @@ DOMAINS = ("wiki", "code", "math", "dialogue", "web")
 MIXES: dict[str, dict[str, Any]] = {
     "mix": {},
     "max": {"aggregation": "max"},
+    "worst score": {"aggregation": "worst"},
+    "adaptive": {"adaptive_rate": 1.0},
+    "worst-case": {"objective": "worst"},
     "self-generated": {"domains": SELF},
     "built-in": {"domains": ("builtin:prose", "builtin:code", "builtin:math")},
 }
@@ -54,7 +57,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda + refit": {"criterion": "wanda", "refit": "least_squares"},
     "obs": {"criterion": "obs", "refit": "none"},
     "obs + refit": {"criterion": "obs", "refit": "least_squares"},
+    "taylor": {"criterion": "taylor", "refit": "none"},
+    "taylor + refit": {"criterion": "taylor", "refit": "least_squares"},
+    "flap global + bias": {"criterion": "flap", "refit": "bias", "allocation": "global"},
+    "flap global + refit": {"criterion": "flap", "refit": "least_squares", "allocation": "global"},
+    "wanda global + refit": {"criterion": "wanda", "refit": "least_squares", "allocation": "global"},
+    "wanda + guarded refit": {"criterion": "wanda", "refit": "least_squares", "guard": True},
 }
+# What re-weights domains between rounds needs some.
+ITERATIVE = ("adaptive", "worst-case")
 
 
 def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
@@ -65,6 +76,7 @@ def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
         for text in texts
         for rounds in ROUNDS
         for method in METHODS
+        if not (text in ITERATIVE and rounds == "one-shot")
     }
 
 

@@ -11,6 +11,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "AutoStructPruner": "pruner",
     "DomainConfig": "schema",
+    "DryRun": "dryrun",
     "Evaluation": "evaluation",
     "InPlaceError": "errors",
     "Plan": "plan",
@@ -22,8 +23,10 @@ _HOME = {
     "StructPruner": "pruner",
     "attach_pruner": "trainer",
     "disable_heterogeneous": "heterogeneous",
+    "dry_run": "dryrun",
     "enable_heterogeneous": "heterogeneous",
     "evaluate": "evaluation",
+    "export_uniform": "export",
     "load_adapter": "adapter",
     "perplexity": "metrics",
     "prune_model": "pruner",
@@ -38,8 +41,10 @@ if TYPE_CHECKING:
     from .adapter import load_adapter
     from .config import StructPruneConfig
     from .criteria import register_criterion
+    from .dryrun import DryRun, dry_run
     from .errors import InPlaceError, StructPruneError
     from .evaluation import Evaluation, evaluate
+    from .export import export_uniform
     from .heterogeneous import disable_heterogeneous, enable_heterogeneous
     from .metrics import perplexity
     from .plan import Plan

@@ -16,6 +16,7 @@ from .schema import (
     Number,
     SelfTextConfig,
     Serialisable,
+    above_one,
     check_names,
     filled,
     not_negative,
@@ -57,8 +58,21 @@ class StructPruneConfig(Serialisable):
         max_width: With `global`, the share of its units that a block keeps at most.
         round_to: Channel widths that `sparsity` chooses are multiples of this; explicit widths are taken as given.
         domains: Calibration text; more than one kind makes the result general.
+        normalisation: What puts the evidence of the domains on one scale: `energy` divides by what a domain puts
+            out, `zscore` and `rank` compare scores only, `none` leaves loud domains loud.
         aggregation: How the evidence of several domains becomes one score: `mean` pools it, `max` keeps what any
-            domain needs.
+            domain needs, `worst` protects the domain that would lose most, `harmonic` drops what any domain can do
+            without, `quantile` lies between.
+        quantile: For the aggregation `quantile`.
+        adaptive_rate: After each round, domains that have lost more than the mean on held-out text count more, the
+            faster the higher this is; 0 leaves the weights as they are.
+        objective: `mean` lets weights move by a factor of 2; `worst` re-weights (at the rate 1 unless said otherwise)
+            by up to 8, so that no domain is left behind.
+        guard: Choose damping and strength of every refit on calibration blocks that it has not seen, an eighth of all.
+        max_perplexity_ratio: Prune no further than every domain's held-out perplexity stays below this multiple of the
+            dense model's; the rounds go toward the target and stop there.
+        checkpoint_dir: Folder that remembers each round; a run that was killed goes on from there.
+        keep_rounds: Also leave the model of each round there, as `round-1`, `round-2`, … .
         select: Which blocks of a pool are used: `random`, `length` (of the longest documents), `diverse` (nearest to
             the centres of k-means on mean activations) or `perplexity` (the middle of the distribution).
         pool_factor: Size of that pool, as a multiple of the blocks used.
@@ -88,7 +102,15 @@ class StructPruneConfig(Serialisable):
     max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
     domains: list[DomainConfig] = field(default_factory=builtin_domains)
-    aggregation: Literal["mean", "max"] = "mean"
+    normalisation: Literal["none", "energy", "zscore", "rank"] = "energy"
+    aggregation: Literal["mean", "max", "worst", "harmonic", "quantile"] = "mean"
+    quantile: Number = validated_field(share, default=0.75)
+    adaptive_rate: Number = validated_field(not_negative, default=0.0)
+    objective: Literal["mean", "worst"] = "mean"
+    guard: bool = False
+    max_perplexity_ratio: Number | None = validated_field(above_one, default=None)
+    checkpoint_dir: str | None = None
+    keep_rounds: bool = False
     select: Literal["random", "length", "diverse", "perplexity"] = "random"
     pool_factor: int = validated_field(positive, default=4)
     presets_file: str | None = None
@@ -150,6 +172,32 @@ class StructPruneConfig(Serialisable):
                 "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, "
                 "then call recover"
             )
+
+    @property
+    def reweights(self) -> bool:
+        """Whether the weights of the domains change from round to round."""
+        return self.adaptive_rate > 0 or self.objective == "worst"
+
+    @property
+    def measures(self) -> bool:
+        """Whether a round that is not the last is measured on held-out text."""
+        return self.reweights or self.keep_rounds or self.max_perplexity_ratio is not None
+
+    def validate_evidence(self) -> None:
+        """Settings that only work together."""
+        if self.reweights and self.rounds < 2:
+            raise ValueError(
+                f"adaptive_rate={self.adaptive_rate} and objective={self.objective!r} re-weight domains between "
+                f"rounds, and rounds={self.rounds} leaves none; set rounds=3"
+            )
+        if self.aggregation == "harmonic" and self.normalisation == "zscore":
+            raise ValueError(
+                "aggregation='harmonic' takes positive scores, and normalisation='zscore' gives negative ones"
+            )
+        if self.guard and self.refit != "least_squares":
+            raise ValueError(f"guard=True guards refit='least_squares', got refit={self.refit!r}")
+        if self.keep_rounds and self.checkpoint_dir is None:
+            raise ValueError("keep_rounds=True leaves models in checkpoint_dir, which is None; name a folder")
 
     def validate_domains(self) -> None:
         """At least one domain, and no two of the same name."""

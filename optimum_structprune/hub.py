@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from .calibration.manifest import MANIFEST_NAME, Manifest
 from .config import StructPruneConfig
 from .errors import StructPruneError
+from .heterogeneous import heterogeneous
 from .metrics import outputs_of, run_model
 from .plan import Plan
 from .report import Report
@@ -86,7 +87,8 @@ def save_checked(
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        model.save_pretrained(str(staging))
+        with heterogeneous():
+            model.save_pretrained(str(staging))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         write(staging)
@@ -119,7 +121,8 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         StructPruneError: If it does not load or its outputs differ.
     """
-    again = type(model).from_pretrained(folder, dtype=model.dtype, device_map=model.device)
+    with heterogeneous():
+        again = type(model).from_pretrained(folder, dtype=model.dtype, device_map=model.device)
     probe = _probe(model)
     training = model.training
     ours, theirs = (outputs_of(run_model(one.eval(), probe)).float() for one in (model, again))

@@ -28,6 +28,10 @@ class Measure:
         """Remember what the dense model gives."""
         self.dense = {name: self._of(model, blocks) for name, blocks in self.heldout.items()}
 
+    def ratios(self, model: PreTrainedModel) -> dict[str, float]:
+        """Perplexity as a multiple of the dense model's, by domain."""
+        return {name: self._of(model, blocks) / self.dense[name] for name, blocks in self.heldout.items()}
+
     def after(self, model: PreTrainedModel, report: Report) -> None:
         """Enter what the smaller model gives beside it."""
         for name, blocks in self.heldout.items():

@@ -24,24 +24,27 @@ With optimum-structprune imported, or a transformers that builds such models by 
 
 CLASSES = '''
 
-class {base}(stock.{base}):
+class OwnConfigs:
+    def __init__(self, config, *args, **kwargs):
+        with own_configs(stock.{block}):
+            super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def is_custom_code(cls):
+        # The weights have the stock class's names, and are converted as for it.
+        return False
+
+
+class {base}(OwnConfigs, stock.{base}):
     """The stock model without a head."""
 
     _auto_class = "AutoModel"
 
-    def __init__(self, config, *args, **kwargs):
-        with own_configs(stock.{block}):
-            super().__init__(config, *args, **kwargs)
 
-
-class {language_model}(stock.{language_model}):
+class {language_model}(OwnConfigs, stock.{language_model}):
     """The stock language model."""
 
     _auto_class = "AutoModelForCausalLM"
-
-    def __init__(self, config, *args, **kwargs):
-        with own_configs(stock.{block}):
-            super().__init__(config, *args, **kwargs)
 '''
 
 

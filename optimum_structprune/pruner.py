@@ -14,8 +14,10 @@ from .arch.load import describe
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
+from .calibration.gradients import saliencies
 from .calibration.manifest import Manifest
-from .calibration.passes import Batch, batches_of, passes_over
+from .calibration.passes import batches_of, passes_over
+from .checks import biased_spaces, check_model, dequantized
 from .config import StructPruneConfig
 from .criteria import CRITERIA
 from .errors import InPlaceError, StructPruneError
@@ -24,6 +26,7 @@ from .measure import Measure
 from .plan import Plan
 from .registry import Registry
 from .report import Report
+from .rounds import Rounds, mixture
 from .surgery import adopt_config_, skeleton
 from .sweep import Sweep
 
@@ -70,7 +73,8 @@ class StructPruner:
         """Prune a model.
 
         Args:
-            model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype.
+            model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
+                one is unpacked first, where transformers can.
             tokenizer: Its tokenizer; reads the calibration domains.
             inputs: Calibration inputs by domain, in place of the text that the config names: pixels, or token blocks,
                 shape `(samples, ...)`; a part of each is held out.
@@ -81,6 +85,7 @@ class StructPruner:
             StructPruneError: If the model, the config or a domain cannot be used; nothing has changed then.
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
+        model = dequantized(model, inplace)
         check_model(model, self.config)
         arch = describe(model, self.config.arch_file)
         if arch.causal and model.get_output_embeddings() is None:
@@ -170,14 +175,25 @@ class StructPruner:
     def _scores(
         self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]
     ) -> dict[tuple[int, str], Tensor]:
-        sweep = Sweep(model, arch, self.config, [domain.weight for domain in domains])
+        sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
+        batches = batches_of(domains, self.config.batch_size)
         training = model.training
         model.eval()
-        scores = sweep.scores(passes_over(model, arch, batches_of(domains, self.config.batch_size)), names)
+        if sweep.criterion.needs_gradient:
+            sweep.saliency = saliencies(model, arch, batches)
+        scores = sweep.scores(passes_over(model, arch, batches), names)
         model.train(training)
         return scores
 
-    def prune_to_(self, model: PreTrainedModel, domains: list[Domain], widths: Widths, report: Report) -> Plan:
+    def prune_to_(
+        self,
+        model: PreTrainedModel,
+        domains: list[Domain],
+        widths: Widths,
+        report: Report,
+        measure: Measure | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Plan:
         """Prune a model in place to given widths, in `config.rounds` rounds, without any recovery.
 
         Args:
@@ -185,39 +201,34 @@ class StructPruner:
             domains: Calibration text.
             widths: Number of units to keep, by space, in every block or by block; they have to be legal.
             report: Takes the time.
+            measure: What the dense model gives on held-out text; measured now where a setting asks for it.
+            tokenizer: Saved beside the models that `keep_rounds` leaves.
         """
         arch = describe(model, self.config.arch_file)
         training = model.training
         model.eval()
         batches = batches_of(domains, self.config.batch_size)
-        shares = [domain.weight for domain in domains]
         experts = {name: width for name, width in widths.items() if arch.of(name)[0].whole}
         rest = {name: width for name, width in widths.items() if name not in experts}
         plan = Plan(arch.model_type, {})
         if experts:
             with report.timed("experts"):
-                sweep = Sweep(model, arch, self.config, shares)
+                sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
                 new_config = shrunk_config(model.config, arch, experts)
                 smaller = skeleton(model, new_config)
                 sweep.remove_experts_(passes_over(model, arch, batches), experts, smaller)
                 adopt_config_(model, new_config, smaller)
                 plan, arch = sweep.plan, describe(model, self.config.arch_file)
         if rest:
-            plan = plan.then(self._sweeps_(Sweep(model, arch, self.config, shares), batches, rest, report))
+            biased = biased_spaces(self.config, arch, rest)
+            if measure is None:
+                measure = Measure(domains, arch.causal)
+                if self.config.measures:
+                    measure.before(model)
+            rounds = Rounds(model, arch, self.config, domains, report, measure, biased, tokenizer)
+            plan = plan.then(rounds.run_(rest))
         model.train(training)
         return plan
-
-    def _sweeps_(self, sweep: Sweep, batches: list[Batch], widths: Widths, report: Report) -> Plan:
-        config, model, arch = self.config, sweep.model, sweep.spec
-        biased = _biased(arch, widths) if config.refit == "bias" else ()
-        new_config = shrunk_config(model.config, arch, widths, biased)
-        smaller = skeleton(model, new_config)
-        for number, step in enumerate(round_widths(config, arch, widths), start=1):
-            with report.timed(f"round {number}"):
-                last = smaller if number == config.rounds else None
-                sweep.run_(passes_over(model, arch, batches), step, last, f"round {number}/{config.rounds}")
-        adopt_config_(model, new_config, smaller)
-        return sweep.plan
 
     def _rounds_(
         self,
@@ -237,7 +248,7 @@ class StructPruner:
             steps = [next_legal(model.config, arch, step) for step in round_widths(config, arch, widths)]
         plan = Plan(model.config.model_type, {})
         for number, step in enumerate(steps, start=1):
-            plan = plan.then(pruner.prune_to_(model, domains, step, report))
+            plan = plan.then(pruner.prune_to_(model, domains, step, report, measure, tokenizer))
             with report.timed("perplexity"):
                 measure.after(model, report)
             if recovery is not None:
@@ -270,30 +281,3 @@ def prune_model(
 ) -> PreTrainedModel:
     """Prune a model in one call; see `StructPruner.prune_model`."""
     return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
-
-
-def _biased(arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:
-    for name in widths:
-        if any(space.bias_flag is None and not space.biased for space in arch.of(name)):
-            raise StructPruneError(
-                f"refit='bias' needs a bias in the projections of {name!r}, which a {arch.model_type} config cannot "
-                "express; use refit='least_squares' or 'none'."
-            )
-    return tuple(widths)
-
-
-def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
-    """Refuse what cannot be pruned.
-
-    Raises:
-        StructPruneError: If the model carries an adapter, is quantized, has no language-model head or too few
-            positions.
-    """
-    name = type(model).__name__
-    if hasattr(model, "peft_config"):
-        raise StructPruneError(f"{name} carries a PEFT adapter; prune `model.merge_and_unload()` instead.")
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise StructPruneError(f"{name} is quantized; prune `model.dequantize()`, or load it without quantization.")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.seq_length > longest:
-        raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")

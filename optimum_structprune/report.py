@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from math import exp, log
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .guard import Guarded
 
 
 @dataclass
@@ -66,6 +70,9 @@ class Report:
         output_error: Of a model that does not predict the next token: squared error of the last hidden states on
             held-out text against the dense model's, relative to their variance, by domain.
         seconds: Time spent, by stage.
+        rounds: What was measured after each round but the last: widths, perplexity ratios and shares by domain.
+        guard: By space: blocks in all (`blocks`), those in which the guard chose another refit than the config
+            (`changed`), the mean held-out error relative to the config's (`error`), and the mean strength.
     """
 
     model_type: str
@@ -78,6 +85,19 @@ class Report:
     recovery: RecoveryReport | None = None
     output_error: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    guard: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def note_guard(self, chosen: Mapping[tuple[int, str], Guarded], asked: float) -> None:
+        """Enter what the guard chose, by block and space, where `asked` was the config's damping."""
+        for kind in {name.partition("/")[0] for _, name in chosen}:
+            found = [one for (_, name), one in chosen.items() if name.partition("/")[0] == kind]
+            self.guard[kind] = {
+                "blocks": len(found),
+                "changed": sum(one.damping != asked or one.strength < 1 for one in found),
+                "error": fmean(one.error for one in found),
+                "strength": fmean(one.strength for one in found),
+            }
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

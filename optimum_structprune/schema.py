@@ -46,6 +46,12 @@ def up_to_one(value: Any) -> None:
         raise ValueError(f"has to lie between 0 (excluded) and 1, got {value}")
 
 
+def above_one(value: Any) -> None:
+    """A ratio above 1."""
+    if isinstance(value, (int, float)) and value <= 1:
+        raise ValueError(f"has to be greater than 1, got {value}; 1.3 allows 30 % more")
+
+
 def filled(value: Any) -> None:
     """Something that is not empty."""
     if not value:
@@ -53,7 +59,7 @@ def filled(value: Any) -> None:
 
 
 def _source(value: Any) -> None:
-    if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):
+    if not isinstance(value, (Iterable, Path)) or isinstance(value, (bytes, Mapping)):
         raise ValueError(f"has to be a path, a name, a dataset or an iterable of strings, got {type(value).__name__}")
     if value == "":
         raise ValueError("has to name something, got ''")
@@ -123,11 +129,12 @@ class DomainConfig(Serialisable):
         source: A file (`.txt`, `.jsonl`, `.json`, `.parquet`, `.csv`), a glob, a folder, `builtin:prose`,
             `builtin:code`, `builtin:math`, a preset (`preset:code`, `preset:hybrid` …), text that the model writes
             itself (`self:code`, `self:math`, `self:prose`, `self:dialogue`, `self:reasoning`), a dataset id on the
-            Hub, a `datasets` object, or any iterable of strings, or with a template of rows.
+            Hub, a folder that `save_to_disk` of `datasets` wrote, a `datasets` object, or any iterable of strings, or
+            with a template of rows. A `pathlib.Path` is kept as its text.
         weight: Share of the calibration tokens, relative to the other domains.
         text_column: Column that holds the text, or with `template="chat"` the messages.
         dataset_config: Name of the configuration of a Hub dataset.
-        split: Split of a Hub dataset.
+        split: Split of a Hub dataset, or of a folder that holds several.
         revision: Commit, tag or branch of a Hub dataset.
         streaming: Read a Hub dataset row by row; otherwise the split is downloaded as a whole.
         template: How a row becomes text: `chat` puts its messages through the tokenizer's chat template; else a text
@@ -147,16 +154,25 @@ class DomainConfig(Serialisable):
     template: str | None = validated_field(_template, default=None)
     answers_only: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.source, Path):
+            self.source = str(self.source)
+
     def validate_answers(self) -> None:
         """Something that tells answers from questions."""
-        known = isinstance(self.source, str) and self.source.startswith((PRESET, SELF))
-        if self.answers_only and self.template is None and not known:
+        preset = isinstance(self.source, str) and self.source.startswith(PRESET)
+        if self.answers_only and self.template is None and not (preset or written_by_model(self)):
             raise ValueError("answers_only needs a template that says what the answers are, got template=None")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values; a source that lives in memory is only named."""
         named = self.source if isinstance(self.source, str) else f"{IN_MEMORY}{type(self.source).__name__}"
         return {**super().to_dict(), "source": named}
+
+
+def written_by_model(domain: DomainConfig) -> bool:
+    """Whether a domain is text that the model writes itself."""
+    return isinstance(domain.source, str) and domain.source.startswith(SELF)
 
 
 @strict
@@ -186,16 +202,6 @@ class SelfTextConfig(Serialisable):
     cache_dir: str | None = None
 
 
-def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
-    """Fields of a config whose domains are no longer mappings.
-
-    Raises:
-        StructPruneError: If an entry is neither a mapping nor a domain.
-    """
-    domains = data.get("domains")
-    return {**data, "domains": [as_domain(item, owner) for item in domains]} if isinstance(domains, list) else data
-
-
 def as_domain(item: Any, owner: str) -> DomainConfig:
     """A domain from its mapping; a domain comes back as it is.
 
@@ -207,6 +213,14 @@ def as_domain(item: Any, owner: str) -> DomainConfig:
     if not isinstance(item, Mapping):
         raise StructPruneError(f"{owner}: 'domains' takes mappings with a name and a source, got {item!r}.")
     return DomainConfig.from_dict(item)
+
+
+def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
+    """The fields of a config with its domains as `DomainConfig`s, where it lists any."""
+    domains = data.get("domains")
+    if not isinstance(domains, list):
+        return data
+    return {**data, "domains": [as_domain(item, owner) for item in domains]}
 
 
 def check_names(domains: Iterable[DomainConfig]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .arch.load import block_list, put_block_
 from .arch.shrink import shrunk_config
@@ -169,48 +169,60 @@ def resize_(model: PreTrainedModel, spec: ArchSpec, tensors: Mapping[str, Tensor
         sizes[name] = most if least == most else widths
     if all(space.width_in(sizes) == space.width for space in spec.spaces):
         return
-    config = shrunk_config(model.config, spec, sizes)
-    resized = skeleton(model, config)
-    blocks = block_list(model, spec)
-    for layer, (old, new) in enumerate(zip(list(blocks), block_list(resized, spec), strict=True)):
-        like = next(old.parameters())
-        shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
-        _fill(new, {name: like.new_zeros(shape) for name, shape in shapes.items()}, spec)
-        _take_over(old, new)
-        put_block_(model, spec, layer, new)
-    adopt_config_(model, config, resized)
+    like = next(model.parameters())
+    _rebuild_(model, spec, shrunk_config(model.config, spec, sizes), lambda _, new: like.new_zeros(new.shape))
 
 
 @torch.no_grad()
-def slice_state_(optimizer: Optimizer, model: nn.Module, spec: ArchSpec, plan: Plan) -> None:
-    """Cut an optimizer's state down with its parameters, so that a kept weight keeps its moments.
+def pad_(model: PreTrainedModel, spec: ArchSpec) -> None:
+    """Give every block the width of the widest; what is added is zero, and the model computes what it did before.
+
+    Zero columns in the consumers make it exact: whatever the added units give, none of it gets through.
 
     Args:
-        optimizer: Its state is a number, or a tensor of the parameter's own shape, as `check_state` found.
-        model: The model, already shrunk.
-        spec: Its description before that.
-        plan: What was kept.
+        model: The model that is changed.
+        spec: Its description.
     """
-    states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
-    for key in {key for state in states.values() for key in state}:
-        tensors = {name: state[key] for name, state in states.items() if isinstance(state.get(key), Tensor)}
-        for name, tensor in slice_tensors({n: t for n, t in tensors.items() if t.ndim}, spec.spaces, plan).items():
-            states[name][key] = tensor
+    widest = {name: max(space.width for space in spec.of(name)) for name in spec.names}
+    state = model.state_dict()
+    places: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for space in spec.spaces:
+        size = widest[space.kind] * space.scale
+        # The experts of a block grow alike, so the first speaks for all.
+        for axis in (axis for axis in space.axes if axis.part in (None, 0)):
+            # Packed parts move apart: each begins where those before it end once they have grown.
+            moved = replace(axis, offset=axis.offset // space.size * size)
+            places[axis.param][axis.dim] += moved.indices(range(space.size))
+
+    def padded(name: str, new: Tensor) -> Tensor:
+        tensor = state[name]
+        for dim, place in places[name].items():
+            shape = (*tensor.shape[:dim], new.shape[dim], *tensor.shape[dim + 1 :])
+            index = torch.tensor(place, device=tensor.device)
+            tensor = tensor.new_zeros(shape).index_copy_(dim, index, tensor)
+        return tensor
+
+    _rebuild_(model, spec, shrunk_config(model.config, spec, widest), padded)
 
 
-def check_state(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose state does not go with single weights.
+def _rebuild_(
+    model: PreTrainedModel, spec: ArchSpec, config: PretrainedConfig, values: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Put blocks of other sizes in the place of a model's own.
 
-    Raises:
-        StructPruneError: If a tensor of its state has another shape than its parameter.
+    Args:
+        model: The model that is changed.
+        spec: Its description.
+        config: With the new sizes.
+        values: Gives every tensor of the new blocks, from its full name and one of its shape on the meta device.
     """
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                raise StructPruneError(
-                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape "
-                    f"{tuple(parameter.shape)}, which cannot be cut with it; use optim='adamw_torch'."
-                )
+    resized = skeleton(model, config)
+    for layer, (old, new) in enumerate(zip(block_list(model, spec), block_list(resized, spec), strict=True)):
+        prefix = spec.block_prefix(layer)
+        _fill(new, {name: values(prefix + name, tensor) for name, tensor in new.state_dict().items()}, spec)
+        _take_over(old, new)
+        put_block_(model, spec, layer, new)
+    adopt_config_(model, config, resized)
 
 
 def _fill(block: nn.Module, state: Mapping[str, Tensor], spec: ArchSpec) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from .arch.spec import ArchSpec, Axis, Space, Widths
-from .calibration.evidence import judge, judge_experts, pool
+from .calibration.evidence import Mixture
 from .calibration.passes import Passes
 from .calibration.stats import Moments
 from .criteria import CRITERIA, Criterion
+from .guard import Guarded, guarded_refit
 from .plan import Plan
 from .ranking import standardised
 from .refit import NEEDS_GRAM, REFITS
@@ -25,6 +26,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .config import StructPruneConfig
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the rounds have reached.
+
+    Attributes:
+        keep: Kept units, by block and space.
+        consumers: Weight and bias of the consumers of these spaces.
+    """
+
+    keep: Mapping[tuple[int, str], tuple[int, ...]]
+    consumers: Mapping[Axis, tuple[Tensor, Tensor | None]]
 
 
 @dataclass
@@ -40,17 +54,21 @@ class Sweep:
         model: The model that is changed.
         spec: Its description.
         config: How to prune.
-        shares: Weight of each domain.
+        mixture: How the evidence of the domains is brought together.
         keep: What is kept so far.
         dense: Dense weight and bias of the consumers that earlier rounds have changed.
+        saliency: E|x ∂L/∂x| by tap, shape `(domains, n)`, for a criterion that needs gradients.
+        guarded: What the guard chose in the last round, by block and space.
     """
 
     model: PreTrainedModel
     spec: ArchSpec
     config: StructPruneConfig
-    shares: Sequence[float]
+    mixture: Mixture
     keep: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
     dense: dict[Axis, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    saliency: dict[str, Tensor] = field(default_factory=dict)
+    guarded: dict[tuple[int, str], Guarded] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.criterion: Criterion = CRITERIA.get(self.config.criterion)(self.config)
@@ -106,8 +124,9 @@ class Sweep:
             for space in self.spec.at(layer):
                 if space.kind in widths:
                     found = passes.contributions(layer, space)
-                    scores = judge_experts(found, self.shares, self.config.aggregation)
-                    self.keep[layer, space.name] = _best(scores, space.width_in(widths))
+                    width = space.width_in(widths)
+                    scores = self.mixture.judge_experts(found[: len(self.mixture.shares)], width)
+                    self.keep[layer, space.name] = _best(scores, width)
             shrink_block_(self.model, self.spec, layer, self.plan, smaller)
             passes.advance(layer)
 
@@ -116,34 +135,67 @@ class Sweep:
         """What is kept, as a value."""
         return Plan(self.spec.model_type, dict(self.keep))
 
+    def snapshot(self) -> Snapshot:
+        """Copies of what has changed so far, in fp32."""
+        axes = [axis for space in self.spec.spaces if (space.layer, space.name) in self.keep for axis in space.into]
+        return Snapshot(dict(self.keep), {axis: read_consumer(self.model, axis) for axis in axes})
+
+    def restore_(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot; consumers that it does not name become dense again."""
+        self.keep = dict(snapshot.keep)
+        for axis in {**self.dense, **snapshot.consumers}:
+            weight, bias = snapshot.consumers.get(axis) or self.dense[axis]
+            _, now = read_consumer(self.model, axis)
+            bias = torch.zeros_like(now) if bias is None and now is not None else bias
+            write_consumer_(self.model, axis, torch.arange(weight.shape[1], device=weight.device), weight, bias)
+
+    def resume_(self, snapshot: Snapshot) -> None:
+        """Take a snapshot of an earlier run of the same rounds into the dense model."""
+        self.dense = {axis: read_consumer(self.model, axis) for axis in snapshot.consumers}
+        self.restore_(snapshot)
+
     def _prune_(self, space: Space, evidence: Sequence[Sequence[Moments]], width: int, remember: bool) -> None:
         key = (space.layer, space.name)
         before = self.keep.get(key, tuple(range(space.size)))
-        scores = [self._score(axis, parts, before) for axis, parts in zip(space.into, evidence, strict=True)]
+        pairs = list(zip(space.into, evidence, strict=True))
+        scores = [self._score(axis, parts, before, width) for axis, parts in pairs]
         self.keep[key] = tuple(before[i] for i in _best(torch.stack(scores).sum(0), width))
-        for axis, parts in zip(space.into, evidence, strict=True):
-            self._refit_(axis, parts, self.keep[key], remember)
+        for axis, parts in pairs:
+            self._refit_(axis, parts, key, remember)
 
-    def _score(self, axis: Axis, parts: Sequence[Moments], units: Sequence[int]) -> Tensor:
+    def _score(self, axis: Axis, parts: Sequence[Moments], units: Sequence[int], width: int) -> Tensor:
         weight, _ = read_consumer(self.model, axis)
         columns = units_to_columns(units, axis, weight.device)
-        parts = [part.select(columns) for part in parts]
-        config = self.config
-        return judge(self.criterion, weight[:, columns], parts, self.shares, axis.block, config.aggregation)
+        parts = [part.select(columns) for part in self._seen(axis, parts)]
+        return self.mixture.judge(self.criterion, weight[:, columns], parts, axis.block, width)
 
     def _standardised(self, axis: Axis, parts: Sequence[Moments]) -> Tensor:
         weight, _ = read_consumer(self.model, axis)
-        columns = judge(self.criterion, weight, parts, self.shares, 1, self.config.aggregation)
+        columns = self.mixture.judge(self.criterion, weight, self._seen(axis, parts), 1)
         return standardised(columns, axis.block).cpu()
 
-    def _refit_(self, axis: Axis, parts: Sequence[Moments], units: Sequence[int], remember: bool) -> None:
+    def _seen(self, axis: Axis, parts: Sequence[Moments]) -> list[Moments]:
+        """The evidence that may be used: not that of the guard, which follows it."""
+        used = list(parts[: len(self.mixture.shares)])
+        if axis.module not in self.saliency:
+            return used
+        return [replace(part, saliency=by) for part, by in zip(used, self.saliency[axis.module], strict=False)]
+
+    def _refit_(self, axis: Axis, parts: Sequence[Moments], key: tuple[int, str], remember: bool) -> None:
         weight, bias = self.dense.get(axis) or read_consumer(self.model, axis)
         if remember:
             self.dense[axis] = (weight, bias)
-        columns = units_to_columns(units, axis, weight.device)
-        moments = pool(weight, parts, self.shares)
-        refitted = REFITS[self.config.refit](weight, bias, moments, columns, float(self.config.damping))
-        write_consumer_(self.model, axis, columns, *refitted)
+        columns = units_to_columns(self.keep[key], axis, weight.device)
+        used, held = parts[: len(self.mixture.shares)], parts[len(self.mixture.shares) :]
+        refit, moments = REFITS[self.config.refit], self.mixture.pool(weight, used)
+        if held and any(part.count for part in held):
+            aside = self.mixture.pool(weight, held)
+            found = guarded_refit(refit, weight, bias, moments, columns, float(self.config.damping), aside)
+            self.guarded[key] = found
+            write_consumer_(self.model, axis, columns, found.weight, found.bias)
+        else:
+            refitted = refit(weight, bias, moments, columns, float(self.config.damping))
+            write_consumer_(self.model, axis, columns, *refitted)
 
 
 def _best(scores: Tensor, width: int) -> tuple[int, ...]:

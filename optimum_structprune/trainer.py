@@ -20,13 +20,15 @@ from .arch.spec import ArchSpec, Widths
 from .averages import Average
 from .calibration.blocks import Domain, load_domains
 from .calibration.collect import before_load, intercept
+from .checks import check_model
 from .config import StructPruneConfig
 from .errors import StructPruneError
+from .optimizer_state import check_state, slice_state_
 from .plan import Plan
-from .pruner import AutoStructPruner, check_model
+from .pruner import AutoStructPruner
 from .report import Report
 from .reporting import go_first
-from .surgery import check_state, resize_, slice_state_
+from .surgery import resize_
 
 
 if TYPE_CHECKING:

@@ -1,14 +1,19 @@
 """Budgets, widths and rounds."""
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import build, config
+from models import build, config, token_ids
 
 from optimum_structprune import StructPruneConfig, StructPruneError
-from optimum_structprune.allocation import round_widths, target_widths, widths_for_sparsity
+from optimum_structprune.allocation import ranked_widths, round_widths, target_widths, widths_for_sparsity
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import ArchSpec, Space
+from optimum_structprune.calibration.blocks import Domain
+from optimum_structprune.calibration.passes import batches_of, passes_over
+from optimum_structprune.ranking import standardised
+from optimum_structprune.sweep import Sweep
 
 
 def spec_of(layers: int, groups: int, group_cost: int, channels: int, channel_cost: int) -> ArchSpec:
@@ -127,3 +132,98 @@ def test_schedules_differ_in_when_they_remove():
     }
     assert middle["linear"]["mlp"] == 625 and middle["geometric"]["mlp"] == 500
     assert middle["cubic"]["mlp"] == round(1000 - (1 - 0.5**3) * 750)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    spec=specs,
+    sparsity=st.floats(0.02, 0.9),
+    round_to=st.sampled_from([1, 8, 64]),
+    bounds=st.tuples(st.floats(0.01, 0.5), st.floats(0.8, 1.0)),
+    seed=st.integers(0, 9),
+)
+def test_one_ranking_meets_the_budget_within_half_of_its_cheapest_step(spec, sparsity, round_to, bounds, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = {(space.layer, space.name): torch.randn(space.size, generator=generator) for space in spec.spaces}
+    legal = {name: list(range(1, spec.of(name)[0].size + 1)) for name in spec.names}
+    fields = {"sparsity": sparsity, "round_to": round_to, "min_width": bounds[0], "max_width": bounds[1]}
+    try:
+        widths = ranked_widths(StructPruneConfig(allocation="global", **fields), spec, legal, scores)
+    except StructPruneError as error:
+        assert "min_width" in str(error)
+        return
+    steps = []
+    for space in spec.spaces:
+        width = widths[space.name][space.layer]
+        least = max(1, bounds[0] * space.size)
+        multiple = round_to if space.name == "mlp" and round_to < space.size else 1
+        lower = [w for w in range(1, width) if w % multiple == 0 and w >= least]
+        steps += [space.unit_params * (width - lower[-1])] if lower else []
+        assert width >= bounds[0] * space.size or width == space.size
+    gone = sum((space.size - widths[space.name][space.layer]) * space.unit_params for space in spec.spaces)
+    assert abs(gone - sparsity * sum(spec.block_params)) <= min(steps, default=gone) / 2 + 1e-6
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 99), mean=st.integers(40, 90))
+def test_one_ranking_keeps_what_scores_highest(seed, mean):
+    spec = spec_of(3, 4, 100, 100, 10)
+    generator = torch.Generator().manual_seed(seed)
+    scores = {(layer, "mlp"): torch.randn(100, generator=generator) + layer / 4 for layer in range(3)}
+    chosen = StructPruneConfig(widths={"mlp": mean}, allocation="global", round_to=1)
+    widths = ranked_widths(chosen, spec, {"mlp": list(range(1, 101))}, scores)["mlp"]
+    assert sum(widths.values()) == 3 * mean
+    kept = min(float(scores[layer, "mlp"].sort().values[100 - width]) for layer, width in widths.items())
+    gone = max(float(scores[layer, "mlp"].sort().values[99 - width]) for layer, width in widths.items() if width < 100)
+    assert gone <= kept
+
+
+def test_the_standard_score_does_not_depend_on_scale_and_is_a_mean_over_columns():
+    columns = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    expected = (columns - columns.mean()) / columns.std(correction=0)
+    torch.testing.assert_close(standardised(columns, 1), expected)
+    torch.testing.assert_close(standardised(5 * columns + 3, 3), expected.view(4, 3).mean(1))
+    assert standardised(torch.ones(6), 2).tolist() == [0, 0, 0]
+
+
+@torch.no_grad()
+def test_global_allocation_is_that_of_flap():
+    """Against the paper's procedure, written out: standardise per layer, average over a head, one threshold."""
+    model = build("llama-tied")
+    for layer, block in enumerate(model.model.layers):
+        block.mlp.down_proj.weight.mul_(torch.logspace(-1, layer, 40))
+        block.self_attn.o_proj.weight.mul_(torch.logspace(layer, -1, 32))
+    spec, blocks = describe(model), token_ids(6, 20)
+    inputs = {}
+    taps = {
+        (layer, name): block.get_submodule(path)
+        for layer, block in enumerate(model.model.layers)
+        for name, path in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj"))
+    }
+    hooks = [
+        tap.register_forward_pre_hook(lambda _, args, key=key: inputs.update({key: args[0].flatten(0, 1)}))
+        for key, tap in taps.items()
+    ]
+    model(blocks)
+    for hook in hooks:
+        hook.remove()
+    ranked = []
+    for space in spec.spaces:
+        key = (space.layer, space.name)
+        fluctuation = inputs[key].double().var(0, correction=0) * taps[key].weight.double().square().sum(0)
+        z = (fluctuation - fluctuation.mean()) / fluctuation.std(correction=0)
+        ranked += [(float(unit), space) for unit in z.view(space.size, -1).mean(1)]
+    expected = {name: {space.layer: space.size for space in spec.of(name)} for name in spec.names}
+    gone, goal = 0, 0.4 * sum(spec.block_params)
+    for _, space in sorted(ranked, key=lambda pair: pair[0]):
+        if abs(gone + space.unit_params - goal) < abs(gone - goal):
+            gone += space.unit_params
+            expected[space.name][space.layer] -= 1
+
+    fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1, min_width=0.01)
+    batches = batches_of([Domain("a", 1.0, blocks, blocks[:0])], 3)
+    scores = Sweep(model, spec, fields, [1.0]).scores(passes_over(model, spec, batches), spec.names)
+    every = {name: list(range(1, spec.of(name)[0].size + 1)) for name in spec.names}
+    found = ranked_widths(fields, spec, every, scores)
+    assert found["mlp"][0] != found["mlp"][1] and found["attention"] == expected["attention"]
+    assert all(abs(found["mlp"][layer] - width) <= 1 for layer, width in expected["mlp"].items())

@@ -123,6 +123,17 @@ def test_a_small_sample_of_code_is_of_many_files():
     assert len(set(heads)) > 20
 
 
+def test_code_does_not_always_begin_at_the_top_of_a_file(monkeypatch, tmp_path):
+    for i in range(40):
+        lines = "".join(f"value_{n} = {n}  # of module {i}\n" for n in range(1000))
+        (tmp_path / f"m{i:02}.py").write_text("# Copyright: see the licence.\n" + lines)
+    monkeypatch.setattr(builtin.sysconfig, "get_path", lambda name: str(tmp_path))
+    texts = list(builtin_documents("code", 1))
+    heads = [text.startswith("# Copyright") for text in texts[:20]]
+    assert sum(heads) < 10 and sum(text.startswith("# Copyright") for text in texts) == 20
+    assert len(set(texts)) == len(texts) and list(builtin_documents("code", 1)) == texts
+
+
 def test_unknown_builtin_proposes_the_nearest():
     with pytest.raises(StructPruneError, match="no built-in text 'prosa'. Did you mean 'prose'"):
         read("builtin:prosa")
@@ -273,6 +284,30 @@ def test_objects_in_memory(source):
     assert sorted(read(source())) == sorted(TEXTS)
     assert read(source()) == read(source()) != TEXTS
     assert read(source(), seed=1) != read(source())
+
+
+def test_a_path_object_is_kept_as_its_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    domain = DomainConfig("d", path)
+    assert domain.source == str(path) and DomainConfig.from_dict(domain.to_dict()) == domain
+    assert sorted(read(path)) == sorted(TEXTS)
+
+
+def test_a_folder_that_save_to_disk_wrote(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    rows.save_to_disk(tmp_path / "one")
+    parts = {"train": rows.select(range(3)), "test": rows.select(range(3, len(TEXTS)))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "several")
+    assert sorted(read(tmp_path / "one")) == sorted(TEXTS)
+    assert read(tmp_path / "one") == read(rows) != read(tmp_path / "one", seed=1)
+    assert sorted(read(tmp_path / "several")) == sorted(TEXTS[:3])
+    assert sorted(read(tmp_path / "several", split="test")) == sorted(TEXTS[3:])
+    assert not sources.endless(DomainConfig("d", tmp_path / "one"))
+    with pytest.raises(StructPruneError, match="has no split 'valid'; it has train, test"):
+        read(tmp_path / "several", split="valid")
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    with pytest.raises(StructPruneError, match="'d': .*one cannot be read"):
+        read(tmp_path / "one")
 
 
 def test_a_column_of_another_name():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import config
 
-from optimum_structprune.calibration.evidence import judge, output_energy, pool
+from optimum_structprune.calibration.evidence import Mixture, output_energy
 from optimum_structprune.calibration.stats import Moments
 from optimum_structprune.criteria import CRITERIA
 
@@ -65,7 +65,7 @@ def test_output_energy_is_that_of_the_outputs(case):
 def test_a_loud_domain_does_not_drown_the_others(case):
     weight, x, moments = case
     loud = Moments.empty(6, gram=True).update(100 * x)
-    pooled = pool(weight, [moments, loud], [0.5, 0.5])
+    pooled = Mixture((0.5, 0.5)).pool(weight, [moments, loud])
     # Both are the same text but for volume, so each has to contribute one half of the pooled energy.
     expected = moments.gram / output_energy(weight, moments)
     torch.testing.assert_close(pooled.gram / output_energy(weight, pooled), expected, rtol=1e-3, atol=1e-5)
@@ -77,7 +77,7 @@ def test_max_keeps_what_only_one_domain_needs():
     second = Moments.empty(3).update(torch.tensor([[0.0, 1.5, 1.2]]))
     third = Moments.empty(3).update(torch.tensor([[3.0, 0.0, 1.2]]))
     wanda = CRITERIA.get("wanda")(config())
-    by_mean = judge(wanda, weight, [first, second, third], [1 / 3] * 3, 1, "mean")
-    by_max = judge(wanda, weight, [first, second, third], [1 / 3] * 3, 1, "max")
+    by_mean = Mixture((1 / 3,) * 3).judge(wanda, weight, [first, second, third], 1)
+    by_max = Mixture((1 / 3,) * 3, aggregation="max").judge(wanda, weight, [first, second, third], 1)
     assert by_max[1] > by_max[2]
     assert by_mean[1] > 0 and by_max.argmin() == 2

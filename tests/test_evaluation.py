@@ -17,6 +17,7 @@ from optimum_structprune import DomainConfig, StructPruneError, StructPruner, ev
 from optimum_structprune.calibration.heldout import read_heldout
 from optimum_structprune.commands.cli import main
 from optimum_structprune.metrics import compare
+from optimum_structprune.tasks import local_task
 
 
 ITEMS = [
@@ -130,7 +131,8 @@ def test_evaluate(pair, folder):
 
 
 def test_text_that_was_calibrated_on_is_called_out(tmp_path, folder):
-    pruner = StructPruner(config(domains=[DomainConfig("a", str(folder / "a.jsonl"))], num_samples=4))
+    calibrated = [DomainConfig("a", str(folder / "a.jsonl")), DomainConfig("b", documents(40, seed=5))]
+    pruner = StructPruner(config(domains=calibrated, num_samples=8))
     pruned = pruner.prune_model(build("llama-tied"), tokenizer())
     pruner.save(pruned, tmp_path / "small", tokenizer())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
@@ -190,11 +192,12 @@ def test_local_items_score_as_log_likelihoods_say(tmp_path):
     pytest.importorskip("lm_eval")
     model, reader = stories_model()
     model.train()
+    reader.pad_token = None
     (tmp_path / "quiz[1].jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
     both = evaluate(model, reader, tasks=[tmp_path / "quiz[1].jsonl"], dense=model, batch_size=4).tasks["quiz[1]"]
     scores = both["model"]
     assert both["dense"] == scores
-    assert model.training and reader.pad_token_id == stories_model()[1].pad_token_id
+    assert model.training and reader.pad_token is None
     model.eval()
     right = {"acc": [], "acc_norm": []}
     for item in ITEMS:
@@ -208,6 +211,21 @@ def test_local_items_score_as_log_likelihoods_say(tmp_path):
         assert scores[f"{metric}_stderr"] == pytest.approx(float(error), rel=1e-4)
     assert 0 < scores["acc"] < 1 and scores["items"] == len(ITEMS)
     assert right["acc"] != right["acc_norm"], "the items have to tell the two metrics apart"
+
+
+@pytest.mark.parametrize(
+    ("query", "asked"),
+    [
+        ("Question: Why?", "Question: Why?\nAnswer:"),
+        ("Question: Why?\n", "Question: Why?\nAnswer:"),
+        ("Question: Why?\nAnswer:", "Question: Why?\nAnswer:"),
+        ("He fell, because", "He fell, because"),
+    ],
+)
+def test_a_question_is_asked_as_usual(tmp_path, query, asked):
+    item = {**ITEMS[0], "query": query}
+    (tmp_path / "quiz.jsonl").write_text(json.dumps(item))
+    assert local_task(tmp_path / "quiz.jsonl")["doc_to_text"](item) == asked
 
 
 @pytest.mark.parametrize(

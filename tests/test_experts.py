@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.evidence import judge_experts, pool
+from optimum_structprune.calibration.evidence import Mixture
 from optimum_structprune.calibration.experts import contributions, inner_activations, inner_moments
 from optimum_structprune.calibration.passes import BlockPasses
 from optimum_structprune.surgery import read_consumer
@@ -72,9 +72,9 @@ def test_an_experts_contribution_is_the_mean_of_gate_times_norm():
 def test_judging_experts_over_domains():
     loud, soft = torch.tensor([10.0, 30.0]).double(), torch.tensor([3.0, 1.0]).double()
     both = torch.stack([loud, soft])
-    assert judge_experts(both, [0.5, 0.5], "mean").tolist() == [1.0, 1.0]
-    assert judge_experts(both, [1.0, 1.0], "max").tolist() == [1.5, 1.5]
-    assert judge_experts(both, [0.9, 0.1], "mean").argmax() == 1
+    assert Mixture((0.5, 0.5)).judge_experts(both, 1).tolist() == [1.0, 1.0]
+    assert Mixture((1.0, 1.0), aggregation="max").judge_experts(both, 1).tolist() == [1.5, 1.5]
+    assert Mixture((0.9, 0.1)).judge_experts(both, 1).argmax() == 1
 
 
 @pytest.mark.parametrize("case", MIXTURES)
@@ -132,7 +132,7 @@ def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
     moments = inner_moments(experts, space, calls, True, 2)
     weight, _ = read_consumer(model, space.into[0])
     assert [part.count for part in moments] == [0, 0]
-    assert torch.equal(pool(weight, moments, [0.5, 0.5]).full_gram(), torch.eye(space.size))
+    assert torch.equal(Mixture((0.5, 0.5)).pool(weight, moments).full_gram(), torch.eye(space.size))
 
 
 def test_bias_refit_reaches_the_experts_biases():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import OTHERS, build, config, token_ids, tokenizer
-from test_passes import batches, count_hooks
+from test_passes import assert_same_evidence, batches, count_hooks
 from test_surgery import KEEP, masked, random_plan, shrunk
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
@@ -86,9 +86,7 @@ def test_block_by_block_equals_whole_model(case):
     blocks, whole = BlockPasses(model, spec, batches()), ModelPasses(model, spec, batches())
     for layer in range(spec.num_blocks):
         for space in spec.at(layer):
-            for left, right in zip(blocks.gather(layer, space, True), whole.gather(layer, space, True), strict=True):
-                for mine, theirs in zip(left, right, strict=True):
-                    torch.testing.assert_close(mine.gram, theirs.gram, rtol=1e-4, atol=1e-5)
+            assert_same_evidence(blocks, whole, layer, space)
         blocks.advance(layer)
 
 

@@ -13,8 +13,9 @@ from transformers.integrations import integration_utils
 
 from optimum_structprune import StructPruneCallback, StructPruneError, attach_pruner
 from optimum_structprune.arch.load import describe
+from optimum_structprune.optimizer_state import slice_state_
 from optimum_structprune.plan import Plan
-from optimum_structprune.surgery import resize_, slice_state_
+from optimum_structprune.surgery import resize_
 
 
 # Newer versions of transformers call it the first; the old name warns.

@@ -73,23 +73,13 @@ def _rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, in
 
 
 def _plain(base: Space, template: Template, block: str, shapes: Shapes, units: Mapping[str, int]) -> Iterator[Space]:
-    rows, columns = (1, 0) if template.transposed else (0, 1)
-    first, parts = next(iter(template.out.items()))
-    if f"{block}{first}.weight" not in shapes:
-        return
-    size = shapes[f"{block}{first}.weight"][rows] // sum(units[part] for part in parts)
-    out, into = [], []
-    for module, parts in template.out.items():
-        out += _axes(f"{block}{module}.weight", rows, parts, size, shapes, units)
-        if f"{block}{module}.bias" in shapes:
-            out += _axes(f"{block}{module}.bias", 0, parts, size, shapes, units)
-    for param, parts in template.along.items():
-        if f"{block}{param}" in shapes:
-            out += _axes(f"{block}{param}", 0, parts, size, shapes, units)
-    for module, parts in template.into.items():
-        into += _axes(f"{block}{module}.weight", columns, parts, size, shapes, units)
-    biased = all(f"{block}{module}.bias" in shapes for module in template.into)
-    yield _with_axes(replace(base, size=size, biased=biased), out, into, shapes)
+    names = f"{block}{{}}.weight", f"{block}{{}}.bias"
+    dims = (1, 0, 0) if template.transposed else (0, 1, 0)
+    for size, out, into, biased in _projections(template, names, dims, shapes, units):
+        for param, parts in template.along.items():
+            if f"{block}{param}" in shapes:
+                out += _axes(f"{block}{param}", 0, parts, size, shapes, units)
+        yield _with_axes(replace(base, size=size, biased=biased), out, into, shapes)
 
 
 def _whole_experts(base: Space, router: str, shapes: Shapes) -> Iterator[Space]:
@@ -104,25 +94,46 @@ def _whole_experts(base: Space, router: str, shapes: Shapes) -> Iterator[Space]:
 
 def _inside_experts(base: Space, template: Template, shapes: Shapes, units: Mapping[str, int]) -> Iterator[Space]:
     """One space per expert, in parameters that stack the experts' matrices."""
-    rows, columns = (2, 1) if template.transposed else (1, 2)
+    names = f"{base.experts}.{{}}", f"{base.experts}.{{}}_bias"
+    dims = (2, 1, 1) if template.transposed else (1, 2, 1)
+    for size, out, into, biased in _projections(template, names, dims, shapes, units):
+        for expert in range(shapes[out[0].param][0]):
+            mine = replace(base, name=f"{base.name}/{expert}", size=size, biased=biased)
+            own_out, own_into = ([replace(axis, part=expert) for axis in axes] for axes in (out, into))
+            yield _with_axes(mine, own_out, own_into, shapes)
+
+
+def _projections(
+    template: Template,
+    names: tuple[str, str],
+    dims: tuple[int, int, int],
+    shapes: Shapes,
+    units: Mapping[str, int],
+) -> Iterator[tuple[int, list[Axis], list[Axis], bool]]:
+    """Number of units, axes of the producers and of the consumers, and whether these have biases; nothing where the
+    first producer is not there.
+
+    Args:
+        template: Names the projections.
+        names: How a projection's weight and bias are called, with braces for its own name.
+        dims: Dimension of the rows and of the columns of a weight, and of the rows of a bias.
+        shapes: Name and shape of every tensor.
+        units: Rows per unit.
+    """
+    weight, bias = (name.format for name in names)
+    rows, columns, bias_rows = dims
     first, parts = next(iter(template.out.items()))
-    weight = shapes.get(f"{base.experts}.{first}")
-    if weight is None:
+    if weight(first) not in shapes:
         return
-    size = weight[rows] // sum(units[part] for part in parts)
+    size = shapes[weight(first)][rows] // sum(units[part] for part in parts)
     out, into = [], []
-    for param, parts in template.out.items():
-        out += _axes(f"{base.experts}.{param}", rows, parts, size, shapes, units)
-        if f"{base.experts}.{param}_bias" in shapes:
-            out += _axes(f"{base.experts}.{param}_bias", 1, parts, size, shapes, units)
-    for param, parts in template.into.items():
-        into += _axes(f"{base.experts}.{param}", columns, parts, size, shapes, units)
-    biased = all(f"{base.experts}.{param}_bias" in shapes for param in template.into)
-    for expert in range(weight[0]):
-        mine = replace(base, name=f"{base.name}/{expert}", size=size, biased=biased)
-        yield _with_axes(
-            mine, [replace(axis, part=expert) for axis in out], [replace(axis, part=expert) for axis in into], shapes
-        )
+    for name, parts in template.out.items():
+        out += _axes(weight(name), rows, parts, size, shapes, units)
+        if bias(name) in shapes:
+            out += _axes(bias(name), bias_rows, parts, size, shapes, units)
+    for name, parts in template.into.items():
+        into += _axes(weight(name), columns, parts, size, shapes, units)
+    yield size, out, into, all(bias(name) in shapes for name in template.into)
 
 
 def _with_axes(space: Space, out: list[Axis], into: list[Axis], shapes: Shapes) -> Space:

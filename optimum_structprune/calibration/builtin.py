@@ -79,7 +79,14 @@ def _library() -> list[Path]:
 def _code(rng: Random) -> Iterator[str]:
     files = _library()[::2]
     rng.shuffle(files)
-    return _in_turn([_parts(_read, path) for path in files])
+    return _in_turn([_from_anywhere(path, rng.random()) for path in files])
+
+
+def _from_anywhere(path: Path, share: float) -> Iterator[str]:
+    # Files begin with licences and imports, so that a small sample of beginnings would hold little else.
+    parts = list(_parts(_read, path))
+    start = int(share * len(parts))
+    yield from parts[start:] + parts[:start]
 
 
 def _prose(rng: Random) -> Iterator[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .aggregate import aggregate, normalised
 from .stats import Moments, mix
 
 
@@ -15,65 +17,81 @@ if TYPE_CHECKING:
     from ..criteria.base import Criterion
 
 
+@dataclass
+class Mixture:
+    """How the evidence of the domains is brought together.
+
+    Attributes:
+        shares: Weight of each domain; they sum to 1.
+        normalisation: What puts domains on one scale; see `calibration.aggregate.normalised`. Moments know only
+            `none` and, for all others, `energy`.
+        aggregation: How scores become one; see `calibration.aggregate`.
+        quantile: For the aggregation `quantile`.
+    """
+
+    shares: tuple[float, ...]
+    normalisation: str = "energy"
+    aggregation: str = "mean"
+    quantile: float = 0.75
+
+    def pool(self, weight: Tensor, parts: Sequence[Moments]) -> Moments:
+        """Moments of the domain mixture, each domain divided by its output energy, so that a loud one does not drown
+        the others.
+
+        Args:
+            weight: The dense consumer, shape `(out, n)`.
+            parts: Moments of its input, one per domain.
+        """
+        return self._pool(weight, *self._seen(parts))
+
+    def _pool(self, weight: Tensor, parts: Sequence[Moments], shares: Sequence[float]) -> Moments:
+        energies = [output_energy(weight, part) for part in parts]
+        if self.normalisation == "none" or min(energies) <= 0:
+            return mix(parts, shares)
+        return mix(parts, [share / energy for share, energy in zip(shares, energies, strict=True)])
+
+    def judge(
+        self, criterion: Criterion, weight: Tensor, parts: Sequence[Moments], block: int, width: int | None = None
+    ) -> Tensor:
+        """One score per unit from all domains.
+
+        The mean of energies is taken over moments, which sees what domains have in common; every other way scores each
+        domain by itself.
+
+        Args:
+            criterion: Scores units.
+            weight: The consumer, shape `(out, units * block)`.
+            parts: Moments of its input, one per domain.
+            block: Columns per unit.
+            width: Number of units that will be kept; half of them where it is not known.
+        """
+        parts, shares = self._seen(parts)
+        if self.aggregation == "mean" and self.normalisation in ("none", "energy"):
+            # A loss has the same scale in every domain, so what it says of a unit needs none.
+            same = parts[0].saliency is not None
+            return criterion.score(weight, mix(parts, shares) if same else self._pool(weight, parts, shares), block)
+        scores = torch.stack([criterion.score(weight, part, block) for part in parts])
+        return self._together(scores, shares, width)
+
+    def judge_experts(self, contributions: Tensor, width: int) -> Tensor:
+        """One score per expert from its contributions in every domain, shape `(domains, experts)`."""
+        return self._together(contributions, self.shares, width)
+
+    def _together(self, scores: Tensor, shares: Sequence[float], width: int | None) -> Tensor:
+        scale = normalised(scores, self.normalisation)
+        return aggregate(scale, shares, self.aggregation, width or scores.shape[1] // 2, self.quantile)
+
+    def _seen(self, parts: Sequence[Moments]) -> tuple[Sequence[Moments], Sequence[float]]:
+        """Without the domains that never came here; all of them where none did."""
+        pairs = [(part, share) for part, share in zip(parts, self.shares, strict=True) if part.count]
+        if not pairs:
+            return parts, self.shares
+        total = sum(share for _, share in pairs)
+        return [part for part, _ in pairs], [share / total for _, share in pairs]
+
+
 def output_energy(weight: Tensor, moments: Moments) -> float:
     """E‖W x‖², from the Gram matrix, or without it from the squares alone (as if components were uncorrelated)."""
     if moments.gram is None:
         return float(weight.square().sum(0) @ moments.square.to(weight))
     return float(((weight @ moments.gram.to(weight)) * weight).sum())
-
-
-def pool(weight: Tensor, parts: Sequence[Moments], shares: Sequence[float]) -> Moments:
-    """Moments of the domain mixture, each domain divided by its output energy, so that a loud one does not drown the
-    others.
-
-    Args:
-        weight: The dense consumer, shape `(out, n)`.
-        parts: Moments of its input, one per domain.
-        shares: Weight of each domain.
-    """
-    parts, shares = _seen(parts, shares)
-    energies = [output_energy(weight, part) for part in parts]
-    if min(energies) <= 0:
-        return mix(parts, shares)
-    return mix(parts, [share / energy for share, energy in zip(shares, energies, strict=True)])
-
-
-def judge(
-    criterion: Criterion,
-    weight: Tensor,
-    parts: Sequence[Moments],
-    shares: Sequence[float],
-    block: int,
-    aggregation: str,
-) -> Tensor:
-    """One score per unit from all domains.
-
-    `mean` scores the pooled moments; `max` scores each domain by itself, on one scale, and lets the domain speak that
-    needs a unit most.
-    """
-    if aggregation == "mean":
-        return criterion.score(weight, pool(weight, parts, shares), block)
-    scores = torch.stack([criterion.score(weight, part, block) for part in _seen(parts, shares)[0]])
-    return loudest(scores)
-
-
-def judge_experts(contributions: Tensor, shares: Sequence[float], aggregation: str) -> Tensor:
-    """One score per expert from its contributions in every domain, shape `(domains, experts)`, on one scale."""
-    if aggregation == "max":
-        return loudest(contributions)
-    weights = torch.tensor(shares, dtype=contributions.dtype)
-    means = contributions.mean(1).clamp(min=torch.finfo(contributions.dtype).tiny)
-    return (weights / means) @ contributions
-
-
-def loudest(scores: Tensor) -> Tensor:
-    """The highest score of each unit over the domains, shape `(domains, units)`, each divided by its mean."""
-    return (scores / scores.mean(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)).amax(0)
-
-
-def _seen(parts: Sequence[Moments], shares: Sequence[float]) -> tuple[Sequence[Moments], Sequence[float]]:
-    """Without the domains that never came here; all of them where none did."""
-    pairs = [(part, share) for part, share in zip(parts, shares, strict=True) if part.count]
-    if not pairs:
-        return parts, shares
-    return [part for part, _ in pairs], [share for _, share in pairs]

@@ -151,14 +151,13 @@ class _Author:
             max_new_tokens=self._room(longest),
             pad_token_id=padding,
             eos_token_id=self._ends or None,
+            use_cache=True,
         )
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed * 1_000_003 + number)
             generate: Any = self.model.generate
-            output = generate(
-                ids.to(device), attention_mask=mask.to(device), generation_config=settings, use_cache=True
-            )
+            output = generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)
         return [self._until_end(row) for row in output[:, longest:].tolist()]
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .blocks import Domain
+
+
+# One block out of so many.
+GUARDED = 8
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,27 @@ def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
         for ids, mask in zip(domain.blocks.split(batch_size), _masks(domain, batch_size), strict=True)
         if len(ids)
     ]
+
+
+def guard_batches(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
+    """The batches of `batches_of`, some of whose blocks count as those of further domains, `len(domains)` on: an
+    eighth of each domain's, the last ones, on which a refit is judged.
+
+    Raises:
+        StructPruneError: If a domain has only one block.
+    """
+    used, aside = [], []
+    for domain in domains:
+        count = max(1, round(len(domain.blocks) / GUARDED))
+        if len(domain.blocks) <= count:
+            raise StructPruneError(
+                f"guard=True sets calibration blocks of each domain aside, but {domain.name!r} has only "
+                f"{len(domain.blocks)}; give it {count + 1} or more through num_samples."
+            )
+        masks = (None, None) if domain.mask is None else (domain.mask[:-count], domain.mask[-count:])
+        used.append(replace(domain, blocks=domain.blocks[:-count], mask=masks[0]))
+        aside.append(replace(domain, blocks=domain.blocks[-count:], mask=masks[1]))
+    return batches_of([*used, *aside], batch_size)
 
 
 def _masks(domain: Domain, batch_size: int) -> Sequence[Tensor | None]:

@@ -61,11 +61,12 @@ def _resolved(domain: DomainConfig, table: Mapping[str, Mapping[str, Any]]) -> l
     entry = _entry(domain.source.removeprefix(PRESET), table)
     if "mix" not in entry:
         return [_filled(domain, entry)]
-    parts = {f"{domain.name}-{part}": _entry(part, table) for part in entry["mix"]}
-    for name, part in parts.items():
-        if "mix" in part:
-            raise StructPruneError(f"The preset {domain.source!r} mixes {name.rpartition('-')[2]!r}, itself a mix.")
-    return [_filled(domain, part, name, domain.weight / len(parts)) for name, part in parts.items()]
+    parts = {part: _entry(part, table) for part in entry["mix"]}
+    for part in parts:
+        if "mix" in parts[part]:
+            raise StructPruneError(f"The preset {domain.source!r} mixes {part!r}, itself a mix.")
+    weight = domain.weight / len(parts)
+    return [_filled(domain, fields, f"{domain.name}-{part}", weight) for part, fields in parts.items()]
 
 
 def _entry(name: str, table: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:

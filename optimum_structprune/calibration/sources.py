@@ -20,11 +20,13 @@ from .templates import Row, rendered, string
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
 BUILTIN = "builtin:"
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
 HUB_BUFFER = 10_000
 LOCAL_BUFFER = 100_000
 T = TypeVar("T")
@@ -63,7 +65,7 @@ def documents(
 def endless(domain: DomainConfig) -> bool:
     """Whether reading a domain to its end may take forever: built-in text, and what streams from the Hub."""
     source = domain.source
-    return isinstance(source, str) and (source.startswith(BUILTIN) or not _files(domain))
+    return isinstance(source, str) and (source.startswith(BUILTIN) or not (_saved(domain) or _files(domain)))
 
 
 def _texts(reader: _Reader, write: Callable[[str, int], Iterator[str]] | None) -> Iterator[str]:
@@ -82,6 +84,8 @@ def _texts(reader: _Reader, write: Callable[[str, int], Iterator[str]] | None) -
         if write is None:
             raise StructPruneError(f"The domain {domain.name!r} is written by the model itself, and there is none.")
         return write(source.removeprefix(SELF), seed or 0)
+    if _saved(domain):
+        return _from_dataset(_load_saved(domain), reader)
     if files := _files(domain):
         return _shuffled(_from_files(files, reader), seed)
     return _from_hub(reader)
@@ -91,11 +95,38 @@ def _from_memory(reader: _Reader) -> Iterator[str]:
     # An object of the `datasets` library can only exist where that library has been imported.
     datasets, source, seed = sys.modules.get("datasets"), reader.domain.source, reader.seed
     if datasets is not None and isinstance(source, datasets.Dataset):
-        order = _reordered(range(len(source)), seed)
-        return _rows((source[i] for i in order), reader)
+        return _from_dataset(source, reader)
     if datasets is not None and isinstance(source, datasets.IterableDataset):
         return _rows(source if seed is None else source.shuffle(seed=seed, buffer_size=HUB_BUFFER), reader)
     return _shuffled(_items(source, reader), seed)
+
+
+def _from_dataset(dataset: Dataset, reader: _Reader) -> Iterator[str]:
+    order = _reordered(range(len(dataset)), reader.seed)
+    return _rows((dataset[i] for i in order), reader)
+
+
+def _saved(domain: DomainConfig) -> bool:
+    """Whether the source is a folder that `save_to_disk` wrote."""
+    folder = os.path.expanduser(domain.source)
+    return any(os.path.isfile(os.path.join(folder, name)) for name in SAVED)
+
+
+def _load_saved(domain: DomainConfig) -> Dataset:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(os.path.expanduser(domain.source))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise StructPruneError(f"The domain {domain.name!r}: {domain.source} cannot be read: {reason}") from error
+    if not isinstance(loaded, DatasetDict):
+        return loaded
+    if domain.split not in loaded:
+        raise StructPruneError(
+            f"The domain {domain.name!r}: {domain.source} has no split {domain.split!r}; it has {', '.join(loaded)}."
+        )
+    return loaded[domain.split]
 
 
 def _files(domain: DomainConfig) -> list[Path]:

@@ -25,12 +25,14 @@ class Moments:
         mean: E[x], shape `(n,)`, fp64.
         square: E[x²], shape `(n,)`, fp64.
         gram: E[x xᵀ], shape `(n, n)`, fp32; None where only the diagonal is kept.
+        saliency: E|x ∂L/∂x|, shape `(n,)`, fp64; None where no criterion asks for gradients.
     """
 
     count: int
     mean: Tensor
     square: Tensor
     gram: Tensor | None = None
+    saliency: Tensor | None = None
 
     @classmethod
     def empty(cls, size: int, gram: bool = False, device: torch.device | str = "cpu") -> Moments:
@@ -66,7 +68,8 @@ class Moments:
         """The moments of some components only."""
         index = torch.as_tensor(columns, device=self.mean.device)
         gram = None if self.gram is None else self.gram[index][:, index]
-        return Moments(self.count, self.mean[index], self.square[index], gram)
+        saliency = None if self.saliency is None else self.saliency[index]
+        return Moments(self.count, self.mean[index], self.square[index], gram, saliency)
 
     @property
     def variance(self) -> Tensor:
@@ -101,11 +104,13 @@ def mix(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
         return torch.stack([share * tensor for share, tensor in zip(shares, tensors, strict=True)]).sum(0)
 
     grams = [part.gram for part in parts if part.gram is not None]
+    saliencies = [part.saliency for part in parts if part.saliency is not None]
     return Moments(
         count=sum(part.count for part in parts),
         mean=average([part.mean for part in parts]),
         square=average([part.square for part in parts]),
         gram=average(grams) if grams else None,
+        saliency=average(saliencies) if saliencies else None,
     )
 
 

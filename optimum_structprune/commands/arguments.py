@@ -8,11 +8,10 @@ from typing import Any
 import yaml
 
 
-def add_path_arguments(parser: ArgumentParser, model: str, output: str, config: str) -> None:
-    """Declare what every command that changes a model reads and writes; each argument is the help of one."""
+def add_path_arguments(parser: ArgumentParser, model: str, output: str) -> None:
+    """Declare what a command that changes a model reads and writes; each argument is the help of one."""
     parser.add_argument("model", help=model)
     parser.add_argument("output", help=output)
-    parser.add_argument("--config", metavar="FILE", help=f"YAML file with the fields of {config}.")
 
 
 def add_text_arguments(parser: ArgumentParser) -> None:

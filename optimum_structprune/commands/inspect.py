@@ -20,18 +20,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Build the model on the meta device and describe it."""
-    import torch
-
     from ..arch.load import describe
+    from ..arch.meta import meta_model
     from ..arch.shrink import legal_sizes
     from ..arch.stub import stub
-    from .loading import load_config, model_class
+    from .loading import load_config
 
     config = load_config(args.model, args.trust_remote_code)
-    with torch.device("meta"):
-        kind = model_class(config, args.arch)
-        make = kind.from_config if hasattr(kind, "from_config") else kind
-        model = make(config, trust_remote_code=True) if args.trust_remote_code and make is not kind else make(config)
+    model = meta_model(config, args.arch, trust_remote_code=args.trust_remote_code)
     if args.stub:
         print(stub(model))
         return 0

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from ..arch.families import family_of
+from ..arch.meta import model_class
 from ..errors import StructPruneError
 
 
@@ -30,8 +29,7 @@ def load_model_and_tokenizer(
     Raises:
         StructPruneError: If either cannot be loaded, with the reason.
     """
-    if dtype not in DTYPES:
-        raise StructPruneError(f"--dtype {dtype} is not known; choose one of {', '.join(DTYPES)}.")
+    load_dtype(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, config = (_load(kind, name, trust_remote_code) for kind in (AutoTokenizer, AutoConfig))
     try:
@@ -54,17 +52,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     return _load(AutoTokenizer, name, trust_remote_code)
 
 
-def model_class(config: PretrainedConfig, arch_file: str | None = None) -> Any:
-    """What loads a model: the causal language model of its type, or the class that it was saved as where that is an
-    encoder, an encoder-decoder or a multimodal model.
+def load_dtype(name: str) -> torch.dtype | None:
+    """The dtype that `--dtype` names; None for `auto`.
+
+    Raises:
+        StructPruneError: If it is not one of `DTYPES`.
     """
-    try:
-        family = family_of(config.model_type, arch_file)
-    except StructPruneError:
-        return AutoModelForCausalLM
-    if family.causal and family.text is None:
-        return AutoModelForCausalLM
-    return getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    if name not in DTYPES:
+        raise StructPruneError(f"--dtype {name} is not known; choose one of {', '.join(DTYPES)}.")
+    return None if name == "auto" else getattr(torch, name)
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -10,28 +10,46 @@ from .arguments import add_model_arguments, add_path_arguments, add_text_argumen
 
 NAME = "prune"
 HELP = "Prune a model and save one that plain from_pretrained loads."
+# Fields of the config that a flag overrides, by the flag's name.
+FIELDS = {
+    "target": "targets",
+    "domain": "domains",
+    "arch": "arch_file",
+    **{
+        name: name
+        for name in "allocation round_to criterion refit rounds select num_samples seq_length batch_size seed".split()
+    },
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one given overrides the config file."""
-    add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.", "StructPruneConfig")
+    add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.")
+    add_amount_arguments(parser)
+    parser.add_argument("--rounds", type=int, help="Times that calibration and removal are repeated.")
+    add_text_arguments(parser)
+    parser.add_argument("--select", help="Which blocks are used: random, length, diverse or perplexity.")
+    parser.add_argument("--num-samples", type=int, help="Calibration blocks in all.")
+    parser.add_argument("--batch-size", type=int, help="Blocks per forward pass.")
+    parser.add_argument("--recover", action="store_true", help="Train afterwards, the dense model being the teacher.")
+    parser.add_argument("--recovery-tokens", type=int, metavar="N", help="Training tokens in all; implies --recover.")
+    add_model_arguments(parser)
+
+
+def add_amount_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags that say what is removed and how."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the fields of StructPruneConfig.")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help="Share of the blocks' parameters to remove, such as 0.2.")
     amount.add_argument(
         "--width", action="append", type=width, metavar="SPACE=N", help="Units to keep, such as mlp=1152; repeatable."
     )
     parser.add_argument("--target", action="append", metavar="SPACE", help="Space that may shrink; repeatable.")
+    parser.add_argument("--allocation", help="uniform (one width for all blocks) or global (by one ranking).")
+    parser.add_argument("--round-to", type=int, help="Multiple of the channel widths that --sparsity chooses.")
     parser.add_argument("--criterion", help="How units are scored, such as wanda.")
     parser.add_argument("--refit", help="How kept weights make up for removed ones.")
-    parser.add_argument("--rounds", type=int, help="Times that calibration and removal are repeated.")
-    add_text_arguments(parser)
-    parser.add_argument("--select", help="Which blocks are used: random, length, diverse or perplexity.")
-    parser.add_argument("--num-samples", type=int, help="Calibration blocks in all.")
-    parser.add_argument("--batch-size", type=int, help="Blocks per forward pass.")
     parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
-    parser.add_argument("--recover", action="store_true", help="Train afterwards, the dense model being the teacher.")
-    parser.add_argument("--recovery-tokens", type=int, metavar="N", help="Training tokens in all; implies --recover.")
-    add_model_arguments(parser)
 
 
 def run(args: Namespace) -> int:
@@ -71,17 +89,9 @@ def config_from(args: Namespace):
         values.update(sparsity=args.sparsity, widths=None)
     if args.width:
         values.update(widths=dict(args.width), sparsity=None)
-    if args.recover or args.recovery_tokens is not None:
-        tokens = {} if args.recovery_tokens is None else {"tokens": args.recovery_tokens}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if given.get("recover") or "recovery_tokens" in given:
+        tokens = {"tokens": given["recovery_tokens"]} if "recovery_tokens" in given else {}
         values["recovery"] = {**(values.get("recovery") or {}), **tokens}
-    flags = {
-        "targets": args.target,
-        "domains": args.domain,
-        "arch_file": args.arch,
-        **{
-            name: getattr(args, name)
-            for name in ("criterion", "refit", "rounds", "select", "num_samples", "seq_length", "batch_size", "seed")
-        },
-    }
-    values.update({name: value for name, value in flags.items() if value is not None})
+    values.update({field: given[flag] for flag, field in FIELDS.items() if flag in given})
     return StructPruneConfig.from_dict(values)

@@ -30,9 +30,8 @@ FIELDS: dict[str, tuple[type, str]] = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one given overrides the config file."""
-    add_path_arguments(
-        parser, "Folder or id of the pruned model.", "Folder for the recovered model.", "RecoveryConfig"
-    )
+    add_path_arguments(parser, "Folder or id of the pruned model.", "Folder for the recovered model.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the fields of RecoveryConfig.")
     parser.add_argument("--teacher", metavar="MODEL", help="Model to agree with, usually the dense one.")
     for name, (kind, meaning) in FIELDS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=meaning)

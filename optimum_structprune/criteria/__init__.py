@@ -5,6 +5,7 @@ from .flap import Flap
 from .magnitude import Magnitude
 from .obs import OptimalBrainSurgeon
 from .random import Random
+from .taylor import Taylor
 from .wanda import Wanda
 
 
@@ -15,6 +16,7 @@ __all__ = [
     "Magnitude",
     "OptimalBrainSurgeon",
     "Random",
+    "Taylor",
     "Wanda",
     "per_unit",
     "register_criterion",

@@ -17,9 +17,11 @@ class Criterion(ABC):
 
     Attributes:
         needs_gram: Whether `score` reads `moments.gram`; without it only mean and square are gathered.
+        needs_gradient: Whether `score` reads `moments.saliency`, which takes a backward pass through the whole model.
     """
 
     needs_gram: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = False
 
     def __init__(self, config: StructPruneConfig):
         self.config = config

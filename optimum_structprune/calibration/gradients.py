@@ -1,0 +1,84 @@
+"""What the loss says of every tap: one backward pass through the whole model per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..arch.spec import ArchSpec
+from ..errors import StructPruneError
+from .collect import observe
+from .taps import Batch
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def saliencies(model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """E|x ∂L/∂x| of every tap's input x, by module, shape `(domains, n)`, fp64.
+
+    L is the mean next-token loss of a block times its tokens, so that the scale does not depend on the batch size. A
+    whole batch's activations are held at a time, as in training, but no gradient of any weight.
+
+    Args:
+        model: A causal language model.
+        spec: Its description.
+        batches: The calibration data.
+
+    Raises:
+        StructPruneError: If the model does not predict the next token, or has experts.
+    """
+    if not spec.causal or any(space.experts for space in spec.spaces):
+        raise StructPruneError(
+            f"Gradients are gathered for dense models that predict the next token, not for {spec.model_type!r}; "
+            "choose criterion='wanda'."
+        )
+    taps = sorted({axis.module for space in spec.spaces for axis in space.into})
+    domains = 1 + max(batch.domain for batch in batches)
+    sums: dict[str, Tensor] = {}
+    counts = torch.zeros(domains, dtype=torch.float64)
+    with _frozen(model):
+        for batch in batches:
+            counts[batch.domain] += batch.ids.numel()
+            for tap, found in _backward(model, taps, batch.ids).items():
+                total = sums.setdefault(tap, torch.zeros(domains, len(found), dtype=torch.float64))
+                total[batch.domain] += found.cpu()
+    return {tap: total / counts.clamp(min=1)[:, None] for tap, total in sums.items()}
+
+
+@torch.enable_grad()
+def _backward(model: PreTrainedModel, taps: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        x.retain_grad()
+        seen[name] = x
+
+    ids = ids.to(model.device)
+    # The weights are frozen, so the graph has to begin at the embeddings.
+    start = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with observe(model, taps, see):
+        loss = model(inputs_embeds=start, labels=ids, use_cache=False).loss
+    (loss * ids.numel()).backward()
+    return {
+        name: (x.detach() * x.grad).abs().double().flatten(0, -2).sum(0)
+        for name, x in seen.items()
+        if x.grad is not None
+    }
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,38 @@
+"""`structprune export`: a pruned model in another form."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from .arguments import add_model_arguments
+
+
+NAME = "export"
+HELP = "Save a non-uniform model with one width for all blocks, filled up with zeros."
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("model", help="Folder or id of the pruned model.")
+    parser.add_argument("output", help="Folder for the exported model.")
+    parser.add_argument(
+        "--pad-uniform",
+        action="store_true",
+        required=True,
+        help="Fill narrower blocks up with zeros, for runtimes that take one width only.",
+    )
+    parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
+    add_model_arguments(parser)
+
+
+def run(args: Namespace) -> int:
+    """Pad, save, and say what that costs."""
+    from ..export import export_uniform
+    from ..hub import check_target
+    from .loading import load_model_and_tokenizer
+
+    check_target(args.output, args.overwrite)
+    model, tokenizer = load_model_and_tokenizer(args.model, args.dtype, args.device, args.trust_remote_code, args.arch)
+    print(export_uniform(model, args.output, tokenizer, args.overwrite, args.arch))
+    print(f"saved to {args.output}")
+    return 0

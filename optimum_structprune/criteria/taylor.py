@@ -1,0 +1,20 @@
+"""First-order Taylor: what the loss would change by if a unit were zero."""
+
+from torch import Tensor
+
+from ..calibration.stats import Moments
+from .base import Criterion, per_unit, register_criterion
+
+
+@register_criterion("taylor")
+class Taylor(Criterion):
+    """E|x_j · ∂L/∂x_j|, summed over the columns of a unit (Molchanov et al. 2019, eq. 8; LLM-Pruner, Ma et al. 2023,
+    eq. 5 on activations).
+    """
+
+    needs_gradient = True
+
+    def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
+        """See `Criterion.score`."""
+        assert moments.saliency is not None
+        return per_unit(moments.saliency.to(weight), block)

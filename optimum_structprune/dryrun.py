@@ -1,0 +1,232 @@
+"""What pruning would give, from the model's config alone: nothing is loaded, and nothing is calibrated."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache
+
+from .allocation import target_widths
+from .arch.load import describe
+from .arch.meta import meta_model, model_class
+from .arch.shrink import legal_sizes, shrunk_config, text_config
+from .arch.spec import ArchSpec, Widths
+from .checks import biased_spaces
+from .config import StructPruneConfig
+from .criteria import CRITERIA
+from .pruner import AutoStructPruner
+from .report import table
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+RANKED = "the widths of single blocks follow from calibration; these remove as much in all"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A number before and after pruning."""
+
+    before: int
+    after: int
+
+    def times(self, factor: int) -> Change:
+        """Both numbers multiplied."""
+        return Change(self.before * factor, self.after * factor)
+
+    def row(self, label: str) -> tuple[str, str, str, str]:
+        """A line of the table."""
+        change = f"{self.after / self.before - 1:+.1%}" if self.before else ""
+        return label, f"{self.before:,}", f"{self.after:,}", change
+
+
+@dataclass(frozen=True)
+class SpaceChoice:
+    """The width of one space.
+
+    Attributes:
+        name: Of the space.
+        before: Number of units.
+        after: How many stay: one number, or one per block where blocks come out different.
+        nearest: The legal widths next to the chosen one, below and above; empty where blocks come out different.
+        legal: Number of legal widths.
+    """
+
+    name: str
+    before: int
+    after: int | Mapping[int, int]
+    nearest: tuple[int, ...]
+    legal: int
+
+    def row(self) -> tuple[str, str, str, str]:
+        """A line of the table."""
+        widths = [self.after] if isinstance(self.after, int) else list(self.after.values())
+        low, high = min(widths), max(widths)
+        after = f"{low:,}" if low == high else f"{low:,}-{high:,}"
+        return f"width {self.name}", f"{self.before:,}", after, f"{fmean(widths) / self.before - 1:+.1%}"
+
+    def __str__(self) -> str:
+        """How many widths there are to choose from, and the nearest ones."""
+        others = f"; next to {self.after}: {' and '.join(map(str, self.nearest))}" if self.nearest else ""
+        return f"{self.name}: {self.legal:,} legal widths{others}"
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What pruning would give.
+
+    Attributes:
+        model_type: Of the model.
+        dtype: In which memory is counted.
+        spaces: The chosen widths.
+        parameters: Number of parameters.
+        block_parameters: The same for the blocks alone.
+        memory: Bytes of all parameters.
+        cache_per_token: Bytes of keys and values that generation keeps per token, over all layers (a layer with a
+            sliding window keeps no more than its window); None where the model cannot be run without weights, 0
+            where it does not generate.
+        reload: What loads the result.
+        notes: What is not certain before calibration.
+    """
+
+    model_type: str
+    dtype: str
+    spaces: tuple[SpaceChoice, ...]
+    parameters: Change
+    block_parameters: Change
+    memory: Change
+    cache_per_token: Change | None
+    reload: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def widths(self) -> dict[str, int | Mapping[int, int]]:
+        """The chosen width of each space: one number, or one per block."""
+        return {space.name: space.after for space in self.spaces}
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the blocks' parameters that goes."""
+        return 1 - self.block_parameters.after / self.block_parameters.before
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**asdict(self), "widths": self.widths, "sparsity": self.sparsity}
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        """Widths, parameters, memory and cache, as a table."""
+        rows = [("", "before", "after", "")]
+        rows += [space.row() for space in self.spaces]
+        rows += [self.parameters.row("parameters"), self.block_parameters.row("  in the blocks")]
+        rows.append(self.memory.row(f"bytes in {self.dtype}"))
+        if self.cache_per_token is None or self.cache_per_token.before:
+            unknown = ("cache bytes per token", "?", "?", "")
+            rows.append(unknown if self.cache_per_token is None else self.cache_per_token.row(unknown[0]))
+        return "\n".join([table(rows), *map(str, self.spaces), *self.notes, *map("loads with {}".format, self.reload)])
+
+
+def dry_run(
+    model_config: PretrainedConfig,
+    config: StructPruneConfig,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> DryRun:
+    """The widths and parameter counts that pruning with `config` gives, without any weights.
+
+    Args:
+        model_config: Of the model to be pruned.
+        config: How it is to be pruned.
+        dtype: In which memory is counted; None takes what the model's config says.
+        trust_remote_code: Run code that comes with the model.
+
+    With `allocation="global"` the widths of single blocks follow from calibration; those given here remove as much in
+    all, to within one step of one block.
+
+    Raises:
+        StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
+    """
+    AutoStructPruner.from_config(config)
+    CRITERIA.get(config.criterion)
+
+    def build(wanted: PretrainedConfig) -> PreTrainedModel:
+        # In any precision but this, the product that runs experts refuses tensors without memory.
+        return meta_model(wanted, config.arch_file, torch.bfloat16, trust_remote_code)
+
+    dense = build(model_config)
+    arch = describe(dense, config.arch_file)
+    widths = target_widths(config, arch, model_config)
+    biased = biased_spaces(config, arch, [name for name in widths if not arch.of(name)[0].whole])
+    small = build(shrunk_config(model_config, arch, widths, biased))
+    dtype = dtype or _saved_dtype(model_config)
+    parameters = Change(dense.num_parameters(), small.num_parameters())
+    before, after = _cached(dense, arch), _cached(small, arch)
+    cached = None if before is None or after is None else Change(before, after)
+    return DryRun(
+        model_type=arch.model_type,
+        dtype=str(dtype).removeprefix("torch."),
+        spaces=tuple(_choice(name, widths, arch, model_config) for name in widths),
+        parameters=parameters,
+        block_parameters=Change(sum(arch.block_params), sum(describe(small, config.arch_file).block_params)),
+        memory=parameters.times(dtype.itemsize),
+        cache_per_token=cached and cached.times(dtype.itemsize),
+        reload=_reload(small, model_class(model_config, config.arch_file).__name__),
+        notes=(RANKED,) if config.allocation == "global" else (),
+    )
+
+
+def _saved_dtype(model_config: PretrainedConfig) -> torch.dtype:
+    named = model_config.dtype or torch.float32
+    return getattr(torch, named) if isinstance(named, str) else named
+
+
+def _choice(name: str, widths: Widths, arch: ArchSpec, model_config: PretrainedConfig) -> SpaceChoice:
+    legal, spaces, width = legal_sizes(model_config, arch, name), arch.of(name), widths[name]
+    before = max(space.width for space in spaces)
+    if not isinstance(width, int):
+        return SpaceChoice(name, before, {space.layer: space.width_in(widths) for space in spaces}, (), len(legal))
+    nearest = legal[: bisect_left(legal, width)][-1:] + legal[bisect_right(legal, width) :][:1]
+    return SpaceChoice(name, before, width, tuple(nearest), len(legal))
+
+
+def _reload(small: PreTrainedModel, auto: str) -> tuple[str, ...]:
+    if not text_config(small.config).is_heterogeneous:
+        return (f"plain transformers, {auto}.from_pretrained",)
+    return (
+        f"transformers, {auto}.from_pretrained, once optimum_structprune has been imported",
+        f"transformers without it, {auto}.from_pretrained(..., trust_remote_code=True)",
+        "runtimes that take one width for all blocks, after `structprune export IN OUT --pad-uniform`",
+    )
+
+
+@torch.no_grad()
+def _cached(model: PreTrainedModel, arch: ArchSpec) -> int | None:
+    """Number of values that generation keeps for one token, read off the cache of a run on the meta device: 0 for a
+    model that does not generate, None for one that cannot be run there.
+    """
+    if not (arch.causal or model.config.is_encoder_decoder):
+        return 0
+    width = model.get_input_embeddings().get_parameter("weight").shape[1]
+    token = torch.zeros(1, 1, width, dtype=model.dtype, device=model.device)
+    # The masks of other implementations depend on values.
+    model.set_attn_implementation("eager")
+    try:
+        output = model.get_decoder()(inputs_embeds=token, use_cache=True)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None
+    # The field has another name in newer releases of transformers.
+    cache = next(value for value in output.values() if isinstance(value, Cache))
+    layers: list[Any] = getattr(cache, "self_attention_cache", cache).layers
+    return sum(layer.keys.numel() + layer.values.numel() for layer in layers)

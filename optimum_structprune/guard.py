@@ -1,0 +1,104 @@
+"""How far a refit may go: chosen on statistics that it has not seen. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .calibration.stats import Moments
+from .refit import Refit
+
+
+DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A refit that was chosen on held-out statistics.
+
+    Attributes:
+        weight: W', shape `(out, kept)`.
+        bias: Shape `(out,)`, or None.
+        damping: The chosen ridge.
+        strength: How much of the way from the original kept weights to the refitted ones was gone.
+        error: Held-out squared error, relative to that of the refit which the config asks for.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    damping: float
+    strength: float
+    error: float
+
+
+def guarded_refit(
+    refit: Refit,
+    weight: Tensor,
+    bias: Tensor | None,
+    moments: Moments,
+    keep: Tensor,
+    damping: float,
+    held: Moments,
+    factors: Sequence[float] = DAMPINGS,
+) -> Guarded:
+    """The damping and strength with the least squared error on held-out statistics.
+
+    Between the original kept weights (error r₀) and the refitted ones (error r₁), the error of a mixture is quadratic,
+    so the best strength for one damping is `<r₀, r₀ - r₁> / ‖r₀ - r₁‖²`, held to [0, 1].
+
+    Args:
+        refit: The refit.
+        weight: W, shape `(out, n)`.
+        bias: Shape `(out,)`, or None.
+        moments: Of the input, for the refit.
+        keep: Kept columns, ascending.
+        damping: What the config asks for.
+        held: Moments of other tokens, with Gram matrix.
+        factors: Tried as multiples of `damping`, beside `damping` itself.
+    """
+    plain = weight[:, keep]
+    asked = refit(weight, bias, moments, keep, damping)
+    reference = _error(weight, bias, *asked, keep, held)
+    best: Guarded | None = None
+    for ridge in dict.fromkeys([damping, *(damping * factor for factor in factors)]):
+        fitted = asked if ridge == damping else refit(weight, bias, moments, keep, ridge)
+        strength = _best_strength(weight, bias, plain, fitted, keep, held)
+        mixed = plain + strength * (fitted[0] - plain)
+        shift = fitted[1] if bias is None or fitted[1] is None else bias + strength * (fitted[1] - bias)
+        error = _error(weight, bias, mixed, shift, keep, held) / max(reference, 1e-30)
+        if best is None or error < best.error:
+            best = Guarded(mixed, shift, ridge, strength, error)
+    assert best is not None
+    return best
+
+
+def _best_strength(
+    weight: Tensor,
+    bias: Tensor | None,
+    plain: Tensor,
+    fitted: tuple[Tensor, Tensor | None],
+    keep: Tensor,
+    held: Moments,
+) -> float:
+    first = _error(weight, bias, plain, bias, keep, held)
+    last = _error(weight, bias, *fitted, keep, held)
+    middle_bias = bias if bias is None or fitted[1] is None else (bias + fitted[1]) / 2
+    middle = _error(weight, bias, (plain + fitted[0]) / 2, middle_bias, keep, held)
+    # A parabola through the errors at 0, 1/2 and 1.
+    curve, slope = 2 * first + 2 * last - 4 * middle, 4 * middle - 3 * first - last
+    return 1.0 if curve <= 0 else min(max(-slope / (2 * curve), 0.0), 1.0)
+
+
+def _error(
+    weight: Tensor, bias: Tensor | None, refitted: Tensor, new_bias: Tensor | None, keep: Tensor, held: Moments
+) -> float:
+    """E‖W x + b − W' x_S − b'‖²."""
+    left = weight.clone()
+    left[:, keep] -= refitted
+    error = float(((left @ held.full_gram().to(left)) * left).sum())
+    if new_bias is not None:
+        shift = -new_bias if bias is None else bias - new_bias
+        error += float(2 * (shift @ (left @ held.mean.to(left))) + shift @ shift)
+    return error

@@ -1,0 +1,176 @@
+"""The dry run says what pruning then gives, and refuses what pruning refuses."""
+
+import json
+import time
+from copy import deepcopy
+
+import pytest
+import torch
+from models import OTHERS, PRUNABLE, build, config, token_ids, tokenizer
+from transformers import Cache, LlamaConfig, Qwen2Config
+
+from optimum_structprune import StructPruneError, dry_run, prune_model
+from optimum_structprune.arch.load import describe
+from optimum_structprune.commands.cli import main
+
+
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+LARGE = {
+    "llama": (LlamaConfig(**LLAMA_70B, head_dim=128, vocab_size=128256), 70_553_706_496),
+    "qwen2": (Qwen2Config(**{**LLAMA_70B, "intermediate_size": 29568}, vocab_size=152064), 72_706_203_648),
+}
+
+
+def config_of(model):
+    """A model's config as it is after saving."""
+    saved = deepcopy(model.config)
+    saved.architectures = [type(model).__name__]
+    return saved
+
+
+@torch.no_grad()
+def cached_bytes(model, tokens):
+    if not (describe(model).causal or model.config.is_encoder_decoder):
+        return 0
+    ids = token_ids(1, tokens)
+    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    cache = next(value for value in model(ids, use_cache=True, **both).values() if isinstance(value, Cache))
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
+def numbers_of(model):
+    spec = describe(model)
+    widths = {name: {space.layer: space.width for space in spec.of(name)} for name in spec.names}
+    cached = [cached_bytes(model, tokens) for tokens in (1, 3)]
+    assert cached[1] == 3 * cached[0]
+    return widths, model.num_parameters(), sum(spec.block_params), sum(p.nbytes for p in model.parameters()), cached[0]
+
+
+def numbers_in(outcome, when):
+    widths = {space.name: getattr(space, when) for space in outcome.spaces}
+    changes = (outcome.parameters, outcome.block_parameters, outcome.memory, outcome.cache_per_token)
+    return widths, *(getattr(change, when) for change in changes)
+
+
+def halves(spec):
+    """At most half of everything, in multiples of 8 where experts need them."""
+    return {name: max(spec.of(name)[0].width // 16 * 8, 2) for name in spec.names}
+
+
+WISHES = [(case, {}) for case in [*PRUNABLE, *(case for case in OTHERS if case != "vit")]]
+WISHES += [("llama-bias", {"refit": "bias", "widths": {"mlp": 17, "attention": 1}})]
+WISHES += [
+    (case, {"sparsity": sparsity, "round_to": round_to})
+    for case in ("llama-tied", "qwen2", "gemma2")
+    for sparsity, round_to in ((0.1, 64), (0.35, 8))
+]
+WISHES += [("mixtral", {"sparsity": 0.3, "round_to": 8}), ("bert", {"sparsity": 0.3, "targets": ("mlp",)})]
+
+
+@pytest.mark.parametrize(("case", "fields"), WISHES)
+def test_it_says_what_pruning_gives(case, fields):
+    model = build(case)
+    wish = config(**(fields or {"widths": halves(describe(model))}))
+    outcome = dry_run(config_of(model), wish)
+    small = prune_model(model, wish, tokenizer())
+    for one, when in ((model, "before"), (small, "after")):
+        widths, *said = numbers_in(outcome, when)
+        found, *counted = numbers_of(one)
+        for name, width in widths.items():
+            assert (width if isinstance(width, dict) else dict.fromkeys(found[name], width)) == found[name]
+        assert said == counted
+    assert outcome.parameters.after < outcome.parameters.before
+
+
+def test_blocks_that_differ():
+    model = build("llama-tied")
+    wish = config(widths={"mlp": 24}, skip_layers=(1,))
+    outcome = dry_run(config_of(model), wish)
+    small = prune_model(model, wish, tokenizer())
+    assert outcome.widths == {"mlp": {space.layer: space.width for space in describe(small).of("mlp")}}
+    assert outcome.parameters.after == small.num_parameters() and outcome.notes == ()
+    assert "once optimum_structprune has been imported" in outcome.reload[0] and len(outcome.reload) == 3
+    assert "24-40" in str(outcome)
+
+    wish = config(sparsity=0.3, allocation="global", targets=("mlp", "attention"), round_to=1)
+    outcome = dry_run(config_of(model), wish)
+    small = prune_model(model, wish, tokenizer())
+    step = max(space.unit_params for space in describe(model).spaces)
+    assert abs(outcome.parameters.after - small.num_parameters()) <= step
+    assert "follow from calibration" in str(outcome)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_model_of_70_billion_parameters_takes_seconds(name, tmp_path, capsys):
+    model_config, parameters = LARGE[name]
+    model_config.save_pretrained(tmp_path / "model")
+    start = time.perf_counter()
+    arguments = ["plan", str(tmp_path / "model"), "--sparsity", "0.3", "--target", "mlp", "--round-to", "128"]
+    assert main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    assert time.perf_counter() - start < 30
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["parameters"]["before"] == parameters and f"{parameters:,}" in shown
+    assert found["memory"] == {when: 2 * count for when, count in found["parameters"].items()}
+    assert found["cache_per_token"] == {"before": 2 * 80 * 2 * 8 * 128, "after": 2 * 80 * 2 * 8 * 128}
+    width = found["widths"]["mlp"]
+    assert width % 128 == 0 and found["spaces"][0]["nearest"] == [width - 1, width + 1]
+    removed = 80 * 3 * 8192 * (model_config.intermediate_size - width)
+    assert found["parameters"]["after"] == parameters - removed
+    assert found["sparsity"] == removed / found["block_parameters"]["before"] == pytest.approx(0.3, abs=0.003)
+
+
+def test_dtype_and_choices(tmp_path, capsys):
+    build("llama-tied").save_pretrained(tmp_path)
+    for dtype, size in (("auto", 4), ("bfloat16", 2)):
+        arguments = ["plan", str(tmp_path), "--width", "attention=2", "--dtype", dtype, "--json"]
+        assert main([*arguments, str(tmp_path / "out.json")]) == 0
+        found = json.loads((tmp_path / "out.json").read_text())
+        assert found["memory"]["after"] == size * found["parameters"]["after"]
+        assert found["cache_per_token"] == {"before": size * 2 * 2 * 16, "after": size * 2 * 2 * 8}
+    assert found["spaces"] == [{"before": 4, "after": 2, "name": "attention", "nearest": [1, 4], "legal": 3}]
+    assert "3 legal widths; next to 2: 1 and 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--width", "attention=3"], "nearest legal choice is 2 or 4"),
+        (["--width", "mlp=41"], "nearest legal choice is 40"),
+        (["--sparsity", "0.99"], "is more than mlp, attention can give: at most 0."),
+        (["--width", "experts=3"], "no space 'experts'"),
+        (["--sparsity", "0.2", "--target", "mpl"], "Did you mean 'mlp'"),
+        (["--width", "mlp=24", "--refit", "bais"], "bais"),
+        (["--width", "mlp=24", "--criterion", "wnada"], "Did you mean 'wanda'"),
+        (["--width", "mlp=24", "--dtype", "int4"], "--dtype int4 is not known"),
+        (["--width", "mlp=24", "--json", "no/such/folder"], "cannot be written"),
+        ([], "exactly one of sparsity and widths"),
+    ],
+)
+def test_what_pruning_refuses_is_refused(arguments, message, tmp_path, capsys):
+    build("llama-tied").config.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("structprune: error:") == 1
+
+
+def test_the_callers_config_is_left_alone():
+    model_config = config_of(build("llama-tied"))
+    before = deepcopy(model_config.to_dict())
+    dry_run(model_config, config(widths={"mlp": 8, "attention": 1}))
+    assert model_config.to_dict() == before and model_config._attn_implementation != "eager"
+
+
+def test_bias_that_no_config_expresses_is_refused():
+    with pytest.raises(StructPruneError, match="refit='bias' needs a bias in the projections of 'mlp'"):
+        dry_run(config_of(build("qwen2")), config(refit="bias"))
