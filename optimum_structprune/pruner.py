@@ -22,7 +22,6 @@ from .errors import InPlaceError, StructPruneError
 from .hub import save_pruned
 from .measure import Measure
 from .plan import Plan
-from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
 from .rounds import Rounds, dense_scores, mixture
@@ -103,8 +102,7 @@ class StructPruner:
             measure.before(model)
         report.parameters["before"], report.block_parameters["before"] = model.num_parameters(), sum(arch.block_params)
 
-        distils = self.config.recovery is not None and self.config.recovery.kl_weight
-        teacher = deepcopy(model) if inplace and distils else model
+        teacher = self._teacher(model, tokenizer, inplace)
         work = model if inplace else deepcopy(model)
         try:
             plan = self._rounds_(work, domains, widths, report, measure, tokenizer, teacher)
@@ -155,6 +153,21 @@ class StructPruner:
             return given_domains(inputs, float(self.config.holdout))
         return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
 
+    def _teacher(self, model: PreTrainedModel, tokenizer: Any, inplace: bool) -> PreTrainedModel | None:
+        """What recovery learns from: the dense model, or nothing where its predictions go to disk."""
+        recovery = self.config.recovery
+        if recovery is None or not recovery.distils:
+            return None
+        if recovery.teacher_logits is not None:
+            return self._healer(recovery, self.config.rounds).write_teacher_logits(model, tokenizer)
+        return deepcopy(model) if inplace else model
+
+    def _healer(self, recovery: Any, count: int, number: int = 1) -> Any:
+        # Training libraries take seconds to import, and most runs do without.
+        from .recovery import Recovery
+
+        return Recovery(recovery.part(number, count) if recovery.every_round else recovery, self.config)
+
     def prune_to_(
         self,
         model: PreTrainedModel,
@@ -201,7 +214,7 @@ class StructPruner:
         report: Report,
         measure: Measure,
         tokenizer: PreTrainedTokenizerBase | None,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | None,
     ) -> Plan:
         config, recovery = self.config, self.config.recovery
         pruner, steps = self, [dict(widths)]
@@ -215,13 +228,9 @@ class StructPruner:
             with report.timed("perplexity"):
                 measure.after(model, report)
             if recovery is not None:
-                # Training libraries take seconds to import, and most runs do without.
-                from .recovery import Recovery
-
                 with report.timed("recovery"):
-                    healer = Recovery(_part(recovery, number, len(steps)), config)
+                    healer = self._healer(recovery, len(steps), number)
                     healer.recover_model(model, tokenizer, teacher)
-                    assert healer.report is not None
                     report.recovery = healer.report.after(report.recovery)
         return plan
 
@@ -255,13 +264,3 @@ def _widths_of(plan: Plan, arch: ArchSpec) -> dict[str, dict[int, int]]:
     there = (MODEL, *plan.keep.get((MODEL, LAYER), range(arch.num_blocks)))
     whole = {name: {at.layer: at.width for at in arch.of(name) if at.layer in there} for name in plan.widths()}
     return {name: {**whole[name], **at} for name, at in plan.widths().items()}
-
-
-def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
-    """One of `count` equal parts of a recovery, each with its own folder for checkpoints."""
-    if count == 1:
-        return recovery
-    training = dict(recovery.training)
-    if "output_dir" in training:
-        training["output_dir"] = f"{training['output_dir']}/round-{number}"
-    return replace(recovery, tokens=recovery.tokens // count, training=training)

@@ -97,6 +97,19 @@ def test_every_family_has_depth_or_a_reason():
         assert family.text or (family.layer is None) == (LAYER in family.missing), model_type
 
 
+def test_blocks_of_different_widths_keep_theirs(tmp_path):
+    model = prune_model(deep("llama-tied"), config(widths={"mlp": 24}, skip_layers=(0, 3)), tokenizer())
+    small = deepcopy(model)
+    drop_blocks_(small, describe(small), KEEP)
+    assert [space.size for space in describe(small).of("mlp")] == [24, 40, 24]
+    with without(model, KEEP):
+        torch.testing.assert_close(outputs(small), outputs(model), atol=1e-5, rtol=0)
+    small.save_pretrained(tmp_path)
+    assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path)), outputs(small))
+    with pytest.raises(StructPruneError, match="prune 'layer' in a run of its own"):
+        prune_model(model, config(widths={LAYER: 3, "mlp": 24}), tokenizer())
+
+
 def test_what_the_config_says_of_single_blocks_is_cut():
     small = deep("qwen3")
     drop_blocks_(small, describe(small), KEEP)

@@ -70,6 +70,11 @@ def test_what_was_written_is_read_from_the_disk_and_continued(writer, settings, 
     assert [text.answers for text in longer] == [text.answers for text in whole]
 
 
+def test_a_prompt_that_comes_again_is_answered_otherwise(writer, settings, monkeypatch):
+    monkeypatch.setattr(generated._Author, "prompts", lambda self, number: ["Problem: "] * 4)
+    assert len(set(first(writer, settings, 12))) == 12
+
+
 def test_a_line_that_was_cut_off_is_written_again(writer, settings, tmp_path):
     texts = first(writer, settings, 6)
     (path,) = (tmp_path / "cache").iterdir()

@@ -69,6 +69,14 @@ def test_end_to_end_together_with_channels_of_the_ffn(case, tmp_path):
     torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
 
 
+def test_blocks_of_different_widths_keep_theirs(tmp_path):
+    model = prune_model(build("llama-tied"), config(widths={"mlp": 24}, skip_layers=(0,)), tokenizer())
+    small = prune_model(model, config(widths={HIDDEN: WIDTH}), tokenizer())
+    assert [space.size for space in describe(small).of("mlp")] == [40, 24]
+    small.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(small))
+
+
 def test_every_family_has_a_stream_or_a_reason():
     for model_type, family in builtin_families().items():
         assert family.text or (family.hidden is None) == (HIDDEN in family.missing), model_type
@@ -166,6 +174,8 @@ def test_sparsity_chooses_the_width():
         ("llama-tied", {"widths": {HIDDEN: 30}}, "= 30 is not legal.*has 32; the nearest legal choice is 24 or 32"),
         ("llama-tied", {"widths": {HIDDEN: 24}, "refit": "bias"}, "needs a bias in all that reads 'hidden'"),
         ("llama-tied", {"sparsity": 0.2, "targets": ("mlp", HIDDEN)}, "target 'hidden' alone, or give widths"),
+        ("llama-tied", {"widths": {HIDDEN: 24}, "max_perplexity_ratio": 2.0}, "is held by rounds, and 'hidden' goes"),
+        ("llama-tied", {"sparsity": 0.25, "targets": (HIDDEN,), "allocation": "global"}, "belongs to the whole model"),
         ("gpt2-tied", {"widths": {HIDDEN: 24}}, "no space 'hidden' to prune: LayerNorm takes the mean"),
         ("llava", {"widths": {HIDDEN: 24}}, "what is not text writes to this stream too"),
     ],

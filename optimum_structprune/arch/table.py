@@ -19,7 +19,9 @@ this page against it.
 `from_pretrained` loads it. Every line below is tested on a tiny random model: the pruned model equals the masked one
 within 1e-5 in fp32, reloads, and every tensor has the shape that the smaller config gives it.
 
-- `layer` removes whole blocks, in one step before everything else, and what the config says of each block with them.
+- `layer` removes whole blocks, before everything else, and what the config says of each block with them.
+- `hidden` removes channels of the residual stream from the whole model. Where the norms divide by the root of a mean
+  square, the result equals the model whose removed channels are zero; elsewhere the table says what is in the way.
 - `mlp` inside experts: one config key is the width of all experts, but every expert keeps its own channels, scored and
   refitted on the tokens that are routed to it. Widths are multiples of 8, because the grouped matrix product takes
   only rows of whole 16 bytes. Statistics of one expert are held at a time.

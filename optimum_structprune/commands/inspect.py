@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 NAME = "inspect"
@@ -47,7 +48,10 @@ def run(args: Namespace) -> int:
 
 
 def _ranges(sizes: Sequence[int]) -> str:
-    """`[1, 2, 3, 6]` as `1-3, 6`."""
+    """`[1, 2, 3, 6]` as `1-3, 6`; `[9, 18, 27]` as `9-27 in steps of 9`."""
+    steps = {above - below for below, above in pairwise(sizes)}
+    if len(steps) == 1 and steps != {1} and len(sizes) > 2:
+        return f"{sizes[0]}-{sizes[-1]} in steps of {steps.pop()}"
     runs: list[list[int]] = []
     for size in sizes:
         if runs and size == runs[-1][-1] + 1:

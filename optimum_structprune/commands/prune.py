@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from .arguments import add_model_arguments, add_text_arguments, width
+from .arguments import add_model_arguments, add_path_arguments, add_text_arguments, width
 
 
 NAME = "prune"
@@ -25,8 +25,7 @@ FIELDS = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one given overrides the config file."""
-    parser.add_argument("model", help="Model id or folder.")
-    parser.add_argument("output", help="Folder for the pruned model.")
+    add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.")
     add_amount_arguments(parser)
     parser.add_argument("--rounds", type=int, help="Times that calibration and removal are repeated.")
     add_text_arguments(parser)
