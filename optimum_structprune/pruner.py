@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,8 @@ from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.spec import LAYER, MODEL, ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
-from .calibration.gradients import saliencies
 from .calibration.manifest import Manifest
-from .calibration.passes import batches_of, passes_over
+from .calibration.passes import batches_of
 from .checks import biased_spaces, check_model, dequantized
 from .coarse import COARSE, check_coarse, prune_coarse_
 from .config import StructPruneConfig
@@ -23,11 +22,9 @@ from .errors import InPlaceError, StructPruneError
 from .hub import save_pruned
 from .measure import Measure
 from .plan import Plan
-from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
-from .rounds import Rounds, mixture
-from .sweep import Sweep
+from .rounds import Rounds, dense_scores, mixture
 
 
 if TYPE_CHECKING:
@@ -98,14 +95,14 @@ class StructPruner:
             domains = self._domains(model, tokenizer, inputs)
         if self.config.allocation == "global":
             with report.timed("ranking"):
-                widths = target_widths(self.config, arch, model.config, self._scores(model, arch, domains, widths))
+                scores = dense_scores(model, arch, self.config, domains, widths)
+                widths = target_widths(self.config, arch, model.config, scores)
         measure = Measure(domains, arch.causal)
         with report.timed("perplexity"):
             measure.before(model)
         report.parameters["before"], report.block_parameters["before"] = model.num_parameters(), sum(arch.block_params)
 
-        distils = self.config.recovery is not None and self.config.recovery.kl_weight
-        teacher = deepcopy(model) if inplace and distils else model
+        teacher = self._teacher(model, tokenizer, inplace)
         work = model if inplace else deepcopy(model)
         try:
             plan = self._rounds_(work, domains, widths, report, measure, tokenizer, teacher)
@@ -118,7 +115,7 @@ class StructPruner:
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
         report.widths = _widths_of(plan, arch)
-        report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
+        report.dense_widths = {name: max(space.width for space in arch.of(name)) for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
         self.manifest = Manifest.of(self.config, domains, tokenizer)
@@ -156,18 +153,20 @@ class StructPruner:
             return given_domains(inputs, float(self.config.holdout))
         return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
 
-    def _scores(
-        self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]
-    ) -> dict[tuple[int, str], Tensor]:
-        sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
-        batches = batches_of(domains, self.config.batch_size)
-        training = model.training
-        model.eval()
-        if sweep.criterion.needs_gradient:
-            sweep.saliency = saliencies(model, arch, batches)
-        scores = sweep.scores(passes_over(model, arch, batches), names)
-        model.train(training)
-        return scores
+    def _teacher(self, model: PreTrainedModel, tokenizer: Any, inplace: bool) -> PreTrainedModel | None:
+        """What recovery learns from: the dense model, or nothing where its predictions go to disk."""
+        recovery = self.config.recovery
+        if recovery is None or not recovery.distils:
+            return None
+        if recovery.teacher_logits is not None:
+            return self._healer(recovery, self.config.rounds).write_teacher_logits(model, tokenizer)
+        return deepcopy(model) if inplace else model
+
+    def _healer(self, recovery: Any, count: int, number: int = 1) -> Any:
+        # Training libraries take seconds to import, and most runs do without.
+        from .recovery import Recovery
+
+        return Recovery(recovery.part(number, count) if recovery.every_round else recovery, self.config)
 
     def prune_to_(
         self,
@@ -215,7 +214,7 @@ class StructPruner:
         report: Report,
         measure: Measure,
         tokenizer: PreTrainedTokenizerBase | None,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | None,
     ) -> Plan:
         config, recovery = self.config, self.config.recovery
         pruner, steps = self, [dict(widths)]
@@ -229,13 +228,9 @@ class StructPruner:
             with report.timed("perplexity"):
                 measure.after(model, report)
             if recovery is not None:
-                # Training libraries take seconds to import, and most runs do without.
-                from .recovery import Recovery
-
                 with report.timed("recovery"):
-                    healer = Recovery(_part(recovery, number, len(steps)), config)
+                    healer = self._healer(recovery, len(steps), number)
                     healer.recover_model(model, tokenizer, teacher)
-                    assert healer.report is not None
                     report.recovery = healer.report.after(report.recovery)
         return plan
 
@@ -269,13 +264,3 @@ def _widths_of(plan: Plan, arch: ArchSpec) -> dict[str, dict[int, int]]:
     there = (MODEL, *plan.keep.get((MODEL, LAYER), range(arch.num_blocks)))
     whole = {name: {at.layer: at.width for at in arch.of(name) if at.layer in there} for name in plan.widths()}
     return {name: {**whole[name], **at} for name, at in plan.widths().items()}
-
-
-def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
-    """One of `count` equal parts of a recovery, each with its own folder for checkpoints."""
-    if count == 1:
-        return recovery
-    training = dict(recovery.training)
-    if "output_dir" in training:
-        training["output_dir"] = f"{training['output_dir']}/round-{number}"
-    return replace(recovery, tokens=recovery.tokens // count, training=training)

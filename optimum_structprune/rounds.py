@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from math import log
@@ -27,6 +27,7 @@ from .sweep import Sweep
 
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .calibration.blocks import Domain
@@ -40,6 +41,29 @@ def mixture(config: StructPruneConfig, domains: list[Domain]) -> Mixture:
     """How a config brings the evidence of domains together."""
     shares = tuple(domain.weight for domain in domains)
     return Mixture(shares, config.normalisation, config.aggregation, float(config.quantile))
+
+
+def dense_scores(
+    model: PreTrainedModel, spec: ArchSpec, config: StructPruneConfig, domains: list[Domain], names: Collection[str]
+) -> dict[tuple[int, str], Tensor]:
+    """Scores of all units that compare over blocks and spaces, from one pass over the dense model.
+
+    Args:
+        model: It is left as it is.
+        spec: Its description.
+        config: Names the criterion.
+        domains: Calibration text.
+        names: Kinds of space.
+    """
+    sweep = Sweep(model, spec, config, mixture(config, domains))
+    batches = batches_of(domains, config.batch_size)
+    training = model.training
+    model.eval()
+    if sweep.criterion.needs_gradient:
+        sweep.saliency = saliencies(model, spec, batches)
+    scores = sweep.scores(passes_over(model, spec, batches), names)
+    model.train(training)
+    return scores
 
 
 @dataclass
@@ -130,7 +154,7 @@ class Rounds:
     def _within_floor_(self, steps: list, done: int, key: str) -> Plan:
         """Rounds as long as every domain holds the floor, then halves the last step until the floor is met."""
         floor = float(self.config.max_perplexity_ratio or 0)
-        whole = {name: max(space.width for space in self.spec.of(name)) for name in steps[0]}
+        whole = {name: self._whole(name, width) for name, width in steps[0].items()}
         good, state, number = None, self.sweep.snapshot(), done
         bad: Widths = {}
         for step in steps:
@@ -159,6 +183,11 @@ class Rounds:
             )
         shrink_(self.model, self.spec, self.sweep.plan, good, self.biased)
         return self.sweep.plan
+
+    def _whole(self, name: str, like: int | Mapping[int, int]) -> int | dict[int, int]:
+        """The widths before any round, in the form that those of a step have."""
+        widths = {space.layer: space.width for space in self.spec.of(name)}
+        return max(widths.values()) if isinstance(like, int) else {layer: widths[layer] for layer in like}
 
     def _middle(self, good: Widths, bad: Widths) -> dict:
         """Legal widths halfway, channels in multiples of `round_to`."""

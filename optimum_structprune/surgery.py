@@ -182,7 +182,7 @@ def pad_(model: PreTrainedModel, spec: ArchSpec) -> None:
         model: The model that is changed.
         spec: Its description.
     """
-    widest = {name: max(space.width for space in spec.of(name)) for name in spec.names}
+    widest = {kind: max(space.width for space in spec.of(kind)) for kind in {space.kind for space in spec.spaces}}
     state = model.state_dict()
     places: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for space in spec.spaces:

@@ -18,7 +18,7 @@ from optimum_structprune.calibration.passes import BlockPasses, ModelPasses, bat
 from optimum_structprune.calibration.presets import presets, resolve
 from optimum_structprune.calibration.sources import documents
 from optimum_structprune.calibration.templates import Document, chat_document, document_hash
-from optimum_structprune.evaluate import run_model
+from optimum_structprune.metrics import run_model
 from optimum_structprune.schema import PRESET
 
 

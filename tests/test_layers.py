@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module imports only from its own layer's earlier modules and from lower layers.
 LAYERS = [
     ["errors"],
-    ["registry", "arch.spec", "arch.depth", "block_init", "calibration.problems", "distill"],
+    ["registry", "reporting", "arch.spec", "arch.depth", "block_init", "calibration.problems", "distill"],
     ["schema", "fingerprint", "tasks"],
     ["recovery_config", "calibration.presets", "calibration.templates"],
     ["calibration.packing", "calibration.manifest", "calibration.stats", "arch.families", "config", "plan", "report"],
@@ -31,11 +31,13 @@ LAYERS = [
         "calibration.builtin",
         "calibration.aggregate",
         "reweight",
+        "reconstruct",
         "metrics",
         "adapter",
+        "teacher",
     ],
     ["arch.stream"],
-    ["arch.load", "arch.meta", "measure", "calibration.generated"],
+    ["arch.load", "arch.meta", "measure", "teacher_logits", "calibration.generated"],
     [
         "arch.stub",
         "calibration.taps",
@@ -49,7 +51,7 @@ LAYERS = [
     ["criteria", "criteria.layers", "calibration.blocks", "checks"],
     ["calibration.evidence", "calibration.passes", "calibration.heldout", "calibration.gradients", "guard"],
     ["depth", "hidden", "distill_trainer"],
-    ["sweep", "hub", "evaluation", "optimizer_state"],
+    ["sweep", "hub", "evaluation", "optimizer_state", "averages"],
     ["checkpoint", "coarse"],
     ["rounds"],
     ["recovery", "export"],

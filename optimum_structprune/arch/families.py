@@ -17,6 +17,9 @@ from ..registry import did_you_mean
 
 BUILTIN = Path(__file__).with_name("families.yaml")
 UNITS = ("unit", "pair", "heads", "kv", "q")
+# Why blocks may not differ: a reason that no entry has to repeat.
+TEXT_ONLY = "only a text model by itself is built block by block"
+UNDESCRIBED = "its description names no block_class"
 WIDTHS = re.compile(r"\w+_dim(\+\w+_dim)*")  # config keys, added up
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..errors import StructPruneError
-from .families import Family, family_of
+from .families import TEXT_ONLY, UNDESCRIBED, Family, family_of
 from .shrink import text_config
 from .spaces import Shapes, meets, spaces_of
 from .spec import HIDDEN, LAYER, MODEL, WHOLE, ArchSpec, Space
@@ -48,9 +48,7 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
     spec = resolve(family, config, shapes, prefix)
     if config is model.config:
         return spec
-    return replace(
-        spec, model_type=model.config.model_type, uniform="only a model that is a text model as a whole can be built"
-    )
+    return replace(spec, model_type=model.config.model_type, uniform=TEXT_ONLY)
 
 
 def block_list(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
@@ -117,7 +115,7 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
         causal=family.causal,
         wide=(*_depth(family, config, sizes), *([] if stream is None else [stream.space])),
         stream=stream,
-        uniform="" if config.model_type in family.block_class else family.uniform or "no block class is described",
+        uniform="" if config.model_type in family.block_class else family.uniform or UNDESCRIBED,
     )
 
 

@@ -48,11 +48,11 @@ def bypass(block: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def before_load(model: nn.Module, adapt: Callable[[Mapping[str, Tensor]], None]) -> Iterator[None]:
-    """Call `adapt(state_dict)` before `model.load_state_dict` copies anything."""
+def before_load(model: nn.Module, adapt: Callable[[Any, Mapping[str, Tensor]], None]) -> Iterator[None]:
+    """Call `adapt(module, state_dict)` before `model.load_state_dict`, or that of a copy, copies anything."""
 
-    def hook(module: nn.Module, state_dict: Mapping[str, Tensor], *_: Any) -> None:
-        adapt(state_dict)
+    def hook(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        adapt(module, {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()})
 
     handle = model.register_load_state_dict_pre_hook(hook)
     try:

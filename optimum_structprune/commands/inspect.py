@@ -40,7 +40,8 @@ def run(args: Namespace) -> int:
         spaces = spec.of(name)
         parameters = sum(space.size * space.unit_params for space in spaces)
         legal = _ranges(legal_sizes(config, spec, name))
-        print(f"{name:<12}{spaces[0].size:>8}{parameters:>16,}{parameters / total:>8.1%}  {legal}")
+        units = _ranges(sorted({space.width for space in spaces}))
+        print(f"{name:<12}{units:>8}{parameters:>16,}{parameters / total:>8.1%}  {legal}")
     for name, reason in spec.missing:
         print(f"{name:<12}cannot be pruned: {reason}")
     return 0
