@@ -15,8 +15,8 @@ from optimum_structprune.errors import StructPruneError
 
 
 # Causal model types of transformers 5.24 that fit the template of llama by name and shape and are not described.
-FITTING = {"bitnet", "cwm", "diffllama", "exaone", "flint", "gemma4_unified_text", "granite_swa", "hyperclovax"}
-FITTING |= {"internlm3", "iquestcoder", "vaultgemma"}
+FITTING = {"bitnet", "cwm", "diffllama", "exaone", "flint", "granite_swa", "hyperclovax"}
+FITTING |= {"internlm3", "iquestcoder"}
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
 

@@ -23,6 +23,10 @@ UNDESCRIBED = "its description names no block_class"
 WIDTHS = re.compile(r"\w+_dim(\+\w+_dim)*")  # config keys, added up
 
 
+# Families of one's own that this process has read, so that their models are built where no file is at hand.
+_OWN: dict[str, Family] = {}
+
+
 @dataclass(frozen=True)
 class Template:
     """One space of a family, with names relative to a block; `families.yaml` says what the fields mean."""
@@ -210,7 +214,7 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
     Raises:
         StructPruneError: If the model type is not known; the message names the nearest one.
     """
-    own = {name: family for family in read_families(arch_file) for name in family.model_types} if arch_file else {}
+    own = own_families(arch_file) if arch_file else {}
     known = {**builtin_families(), **own}
     if model_type not in known:
         raise StructPruneError(
@@ -220,7 +224,18 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
     return known[model_type]
 
 
+def own_families(arch_file: str | Path) -> dict[str, Family]:
+    """The families of a file of one's own, by model type; `block_class_name` knows them from then on.
+
+    Args:
+        arch_file: A file of the form of `families.yaml`.
+    """
+    own = {name: family for family in read_families(arch_file) for name in family.model_types}
+    _OWN.update(own)
+    return own
+
+
 def block_class_name(model_type: str) -> str | None:
-    """Class of the blocks of a built-in model type, where these may have configs of their own."""
-    family = builtin_families().get(model_type)
+    """Class of the blocks of a model type, where these may have configs of their own."""
+    family = {**builtin_families(), **_OWN}.get(model_type)
     return None if family is None else family.block_class.get(model_type)

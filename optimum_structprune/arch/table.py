@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from .families import BUILTIN, TEXT_ONLY, Family, Template, read_families
+from .families import BUILTIN, TEXT_ONLY, UNDESCRIBED, Family, Template, read_families
 from .spec import HIDDEN, LAYER
 
 
@@ -72,10 +72,8 @@ def _rows(family: Family) -> Iterator[str]:
 def _may_differ(family: Family, template: Template) -> str:
     if template is family.layer:
         return f"no: {ONE_FOR_ALL}"
-    if reason := template.uniform or family.uniform:
-        return f"no: {reason}"
-    left = [f"`{name}`" for name in family.model_types if name not in family.block_class]
-    return f"yes, but {', '.join(left)}" if left else "yes"
+    reason = template.uniform or family.uniform or ("" if family.block_class else UNDESCRIBED)
+    return f"no: {reason}" if reason else "yes"
 
 
 def _plain(value: object) -> str:
