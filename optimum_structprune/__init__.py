@@ -14,9 +14,11 @@ _HOME = {
     "DryRun": "dryrun",
     "Evaluation": "evaluation",
     "InPlaceError": "errors",
+    "Manifest": "calibration.manifest",
     "Plan": "plan",
     "Recovery": "recovery",
     "RecoveryConfig": "recovery_config",
+    "SelfTextConfig": "schema",
     "StructPruneCallback": "trainer",
     "StructPruneConfig": "config",
     "StructPruneError": "errors",
@@ -40,6 +42,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from .adapter import load_adapter
+    from .calibration.manifest import Manifest
     from .calibration.record import calibrate
     from .config import StructPruneConfig
     from .criteria import register_criterion
@@ -53,7 +56,7 @@ if TYPE_CHECKING:
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner
     from .recovery import Recovery, recover
     from .recovery_config import RecoveryConfig
-    from .schema import DomainConfig
+    from .schema import DomainConfig, SelfTextConfig
     from .trainer import StructPruneCallback, attach_pruner
 
 

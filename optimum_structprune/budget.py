@@ -139,7 +139,8 @@ def _small(model: PreTrainedModel, spec: ArchSpec, widths: Widths, biased: Colle
 
 def _removed(spec: ArchSpec, widths: Widths) -> int:
     """Parameters that go."""
-    return sum((space.width - space.width_in(widths)) * space.scale * space.unit_params for space in spec.spaces)
+    spaces = (*spec.wide, *spec.spaces)
+    return sum((space.width - space.width_in(widths)) * space.scale * space.unit_params for space in spaces)
 
 
 @torch.no_grad()
@@ -155,7 +156,7 @@ def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
     model.set_attn_implementation("eager")
     try:
         output = model.get_decoder()(inputs_embeds=token, use_cache=True)
-    except (RuntimeError, NotImplementedError, TypeError):
+    except (RuntimeError, TypeError):
         return None
     # The field has another name in newer releases of transformers.
     cache = next(value for value in output.values() if isinstance(value, Cache))

@@ -56,7 +56,10 @@ class StructPruneConfig(Serialisable):
             largest that keep to it.
         targets: Spaces that may shrink when `sparsity` or `budget` chooses the widths.
         criterion: Registered criterion that scores the units.
-        refit: What makes up for the removed units: `none`, `bias` or `least_squares`.
+        refit: What makes up for the removed units: `none`, `bias`, `least_squares`, or `reconstruct`, which after that
+            trains each block toward the dense block's output.
+        reconstruct_epochs: Passes over the calibration blocks at most, for each block of the model.
+        reconstruct_rate: Learning rate of these.
         rounds: Number of times that calibration, scoring and removal are repeated, each removing a part.
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
         allocation: How the removal is spread over the blocks: `uniform` keeps the same width everywhere, `global`
@@ -105,7 +108,9 @@ class StructPruneConfig(Serialisable):
     budget: dict[str, Number] | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
     criterion: str = "wanda"
-    refit: Literal["none", "bias", "least_squares"] = "least_squares"
+    refit: Literal["none", "bias", "least_squares", "reconstruct"] = "least_squares"
+    reconstruct_epochs: int = validated_field(positive, default=4)
+    reconstruct_rate: Number = validated_field(positive, default=1e-4)
     rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
     allocation: Literal["uniform", "global"] = "uniform"
@@ -208,12 +213,17 @@ class StructPruneConfig(Serialisable):
                 f"adaptive_rate={self.adaptive_rate} and objective={self.objective!r} re-weight domains between "
                 f"rounds, and rounds={self.rounds} leaves none; set rounds=3"
             )
+        if self.reweights and self.recovery is not None and self.recovery.every_round:
+            raise ValueError(
+                "recovery.every_round=True makes each round a run of its own, between which no domain is re-weighted; "
+                "set adaptive_rate=0 and objective='mean', or every_round=False"
+            )
         if self.aggregation == "harmonic" and self.normalisation == "zscore":
             raise ValueError(
                 "aggregation='harmonic' takes positive scores, and normalisation='zscore' gives negative ones"
             )
-        if self.guard and self.refit != "least_squares":
-            raise ValueError(f"guard=True guards refit='least_squares', got refit={self.refit!r}")
+        if self.guard and self.refit not in ("least_squares", "reconstruct"):
+            raise ValueError(f"guard=True guards refit='least_squares' or 'reconstruct', got refit={self.refit!r}")
         if self.keep_rounds and self.checkpoint_dir is None:
             raise ValueError("keep_rounds=True leaves models in checkpoint_dir, which is None; name a folder")
 
@@ -221,6 +231,7 @@ class StructPruneConfig(Serialisable):
         """Nothing that stored statistics cannot give."""
         for clash, text in (
             (self.guard, "guard=True judges refits on calibration blocks that it sets aside"),
+            (self.refit == "reconstruct", "refit='reconstruct' runs blocks on calibration text"),
             (self.select != "random", f"select={self.select!r} chooses text to calibrate on"),
             (
                 self.recovery is not None and self.recovery.every_round,

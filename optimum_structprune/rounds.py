@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from math import log
@@ -29,6 +29,7 @@ from .sweep import Sweep
 
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .calibration.blocks import Domain
@@ -67,6 +68,36 @@ def passes_of(
     return passes_over(model, spec, batches, clock)
 
 
+def dense_scores(
+    model: PreTrainedModel,
+    spec: ArchSpec,
+    config: StructPruneConfig,
+    domains: list[Domain],
+    names: Collection[str],
+    report: Report,
+    statistics: Statistics | None = None,
+) -> dict[tuple[int, str], Tensor]:
+    """Scores of all units that compare over blocks and spaces, from one pass over the dense model.
+
+    Args:
+        model: It is left as it is.
+        spec: Its description.
+        config: Names the criterion.
+        domains: Calibration text.
+        names: Kinds of space.
+        report: Takes the time.
+        statistics: Stored moments of the model, in place of the text.
+    """
+    sweep = Sweep(model, spec, config, mixture(config, domains))
+    training, clock = model.training, Clock(model.device)
+    model.eval()
+    with report.timed("ranking"):
+        scores = sweep.scores(passes_of(sweep, domains, statistics, clock), names)
+    model.train(training)
+    report.note_domains(clock.seconds, [domain.name for domain in domains])
+    return scores
+
+
 @dataclass
 class Rounds:
     """Prunes a model in place to given widths.
@@ -77,7 +108,7 @@ class Rounds:
         config: How to prune.
         domains: Calibration text.
         report: Takes the time and what each round reached.
-        measure: What the dense model gives on held-out text.
+        measure: What the dense model gives on held-out text; None where the model is dense still.
         biased: Spaces whose consumers get a bias.
         tokenizer: Saved beside the models that `keep_rounds` leaves.
         statistics: Stored moments of the dense model, in place of the text.
@@ -88,7 +119,7 @@ class Rounds:
     config: StructPruneConfig
     domains: list[Domain]
     report: Report
-    measure: Measure
+    measure: Measure | None = None
     biased: tuple[str, ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
     statistics: Statistics | None = None
@@ -103,6 +134,9 @@ class Rounds:
             StructPruneError: If no width holds `max_perplexity_ratio`, or a checkpoint belongs to another run.
         """
         config = self.config
+        if self.measure is None and config.measures:
+            self.measure = Measure(self.domains, self.spec.causal)
+            self.measure.before(self.model)
         self.sweep = Sweep(self.model, self.spec, config, mixture(config, self.domains))
         steps = round_widths(config, self.spec, widths)
         if config.keep_rounds or config.max_perplexity_ratio is not None:
@@ -132,7 +166,7 @@ class Rounds:
     def _between_(self, number: int, step: Widths, key: str) -> float:
         """What is done after a round that is not the last; the largest ratio of perplexities, where one is taken."""
         config, ratio = self.config, 1.0
-        if config.measures:
+        if self.measure is not None and config.measures:
             with self.report.timed("perplexity"):
                 ratios = self.measure.ratios(self.model)
             ratio = max(ratios.values())
@@ -153,7 +187,7 @@ class Rounds:
     def _within_floor_(self, steps: list, done: int, key: str) -> Plan:
         """Rounds as long as every domain holds the floor, then halves the last step until the floor is met."""
         floor = float(self.config.max_perplexity_ratio or 0)
-        whole = {name: max(space.width for space in self.spec.of(name)) for name in steps[0]}
+        whole = {name: self._whole(name, width) for name, width in steps[0].items()}
         good, state, number = None, self.sweep.snapshot(), done
         bad: Widths = {}
         for step in steps:
@@ -182,6 +216,11 @@ class Rounds:
             )
         shrink_(self.model, self.spec, self.sweep.plan, good, self.biased)
         return self.sweep.plan
+
+    def _whole(self, name: str, like: int | Mapping[int, int]) -> int | dict[int, int]:
+        """The widths before any round, in the form that those of a step have."""
+        widths = {space.layer: space.width for space in self.spec.of(name)}
+        return max(widths.values()) if isinstance(like, int) else {layer: widths[layer] for layer in like}
 
     def _middle(self, good: Widths, bad: Widths) -> dict:
         """Legal widths halfway, channels in multiples of `round_to`."""

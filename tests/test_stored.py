@@ -214,12 +214,16 @@ def test_what_statistics_cannot_give_is_refused(stats, tmp_path):
     for fields, message in (
         ({"guard": True}, "guard=True judges refits on calibration blocks"),
         ({"select": "length"}, "select='length' chooses text"),
+        ({"refit": "reconstruct"}, "refit='reconstruct' runs blocks"),
         ({"recovery": {"every_round": True}}, "every_round=True calibrates on a trained model"),
     ):
         with pytest.raises(StructPruneError, match=message):
             StructPruneConfig.from_dict({"sparsity": 0.2, "stats": str(stats), **fields})
     with pytest.raises(StructPruneError, match="inputs are calibration data, and stats="):
         prune_model(model, uneven(stats=str(stats)), tokenizer(), inputs={"a": token_ids()})
+    for widths in ({"layer": 1}, {"hidden": 16, "mlp": 24}):
+        with pytest.raises(StructPruneError, match=f"{next(iter(widths))!r} is judged by something else"):
+            prune_model(model, uneven(stats=str(stats), widths=widths), tokenizer(), inplace=True)
     calibrate(model, tokenizer(), uneven(), tmp_path / "plain")
     with pytest.raises(StructPruneError, match="criterion='taylor' needs gradients.*--criterion taylor --overwrite"):
         pruned(tmp_path / "plain", criterion="taylor")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import convert_to_fp32, send_to_device
 from torch import Tensor, nn
 
 from ..arch.load import block_list
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
 from ..metrics import run_model
+from .calls import Call, equal, first_of, same_call
 from .clock import Clock
 from .collect import StopForward, intercept, observe
 from .experts import Routed, contributions, inner_moments
@@ -29,15 +30,6 @@ if TYPE_CHECKING:
 
 # One block out of so many.
 GUARDED = 8
-
-
-@dataclass(frozen=True)
-class Call:
-    """How the model calls one block, hidden states left out."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    by_name: bool
 
 
 class Passes(Protocol):
@@ -113,7 +105,7 @@ class BlockPasses:
             size = len(batch.ids)
             with self.clock.running(batch.domain):
                 hidden, calls = capture(model, spec, batch.ids, whole=size not in self.calls)
-            if not _same(self.calls.setdefault(size, calls)[0], calls[0]):
+            if not same_call(self.calls.setdefault(size, calls)[0], calls[0]):
                 raise NotSequentialError(f"the blocks of {spec.model_type!r} are called with more than hidden states")
             self.hidden.append(hidden)
 
@@ -154,16 +146,26 @@ class BlockPasses:
     def _route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
         return listen(experts, self.batches, lambda index: self._run(layer, index))
 
+    def outputs(self, layer: int) -> list[Tensor]:
+        """What block `layer` makes of every batch."""
+        return [self._run(layer, index) for index in range(len(self.hidden))]
+
     @torch.no_grad()
     def _run(self, layer: int, index: int) -> Tensor:
+        return self.run(layer, index)
+
+    def run(self, layer: int, index: int) -> Tensor:
+        """What block `layer` makes of one batch, in the block's own precision."""
         hidden = self.hidden[index]
         call = self.calls[len(hidden)][layer]
         block = self._block(layer)
-        device = next(block.parameters()).device
-        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), device)
+        like = next(block.parameters())
+        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
+        if like.dtype == torch.float32:
+            hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
         with self.clock.running(self.domains[index]):
             output = block(hidden_states=hidden, **kwargs) if call.by_name else block(hidden, *args, **kwargs)
-        return _first(output)
+        return first_of(output)
 
 
 class ModelPasses:
@@ -251,7 +253,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
         by_name = "hidden_states" in kwargs
         hidden = kwargs["hidden_states"] if by_name else args[0]
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        if index and not _equal(hidden, outputs[-1]):
+        if index and not equal(hidden, outputs[-1]):
             raise NotSequentialError(f"the model changes hidden states between blocks {index - 1} and {index}")
         if not index:
             first.append(hidden)
@@ -261,7 +263,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
             raise StopForward
 
     def after(index: int, output: Any) -> None:
-        outputs[:] = [_first(output)]
+        outputs[:] = [first_of(output)]
 
     with intercept(block_list(model, spec), before, after):
         try:
@@ -269,26 +271,3 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
         except StopForward:
             pass
     return first[0], calls
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-
-
-def _equal(left: Tensor, right: Tensor) -> bool:
-    return left is right or (left.shape == right.shape and torch.equal(left, right.to(left.device)))
-
-
-def _same(left: Call, right: Call) -> bool:
-    pairs = list(zip(_tensors((left.args, left.kwargs)), _tensors((right.args, right.kwargs)), strict=True))
-    return all(_equal(a, b) for a, b in pairs)

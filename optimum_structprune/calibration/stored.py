@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..arch.spec import ArchSpec, Space
+from ..arch.spec import MODEL, ArchSpec, Space
 from ..config import StructPruneConfig, builtin_domains
+from ..criteria import CRITERIA
 from ..errors import StructPruneError
 from ..fingerprint import fingerprint, vocabulary_hash
 from ..registry import did_you_mean
@@ -150,25 +151,24 @@ class Statistics:
                 f"Load that one, or write new ones with `structprune calibrate MODEL {self.folder} --overwrite`."
             )
 
-    def check_use(self, config: StructPruneConfig, spec: ArchSpec, names: Collection[str], gradient: bool) -> None:
+    def check_use(self, config: StructPruneConfig, spec: ArchSpec, names: Collection[str]) -> None:
         """Refuse what the stored moments say nothing of.
 
         Args:
             config: How to prune.
             spec: The model.
             names: Spaces that shrink.
-            gradient: Whether the criterion reads `Moments.saliency`.
 
         Raises:
             StructPruneError: If a space is judged by something else than moments, or there are no gradients.
         """
         for name in names:
-            if any(space.experts is not None or not space.into for space in spec.of(name)):
+            if any(space.experts is not None or space.layer == MODEL for space in spec.of(name)):
                 raise StructPruneError(
                     f"Stored statistics are moments of what consumers read, and {name!r} is judged by something else; "
                     "prune without stats."
                 )
-        if gradient and not self.saliency:
+        if CRITERIA.get(config.criterion).needs_gradient and not self.saliency:
             raise StructPruneError(
                 f"criterion={config.criterion!r} needs gradients, which {self.folder} does not hold; write them with "
                 f"`structprune calibrate MODEL {self.folder} --criterion {config.criterion} --overwrite`."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from .arguments import add_calibration_arguments, add_config_arguments, add_model_arguments
+from .arguments import add_calibration_arguments, add_config_arguments, add_model_arguments, add_path_arguments
 from .prune import config_from
 
 
@@ -14,8 +14,7 @@ HELP = "Store the statistics of a dense model, from which `prune --stats` prunes
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one given overrides the config file."""
-    parser.add_argument("model", help="Model id or folder.")
-    parser.add_argument("output", metavar="stats", help="Folder for the statistics.")
+    add_path_arguments(parser, "Model id or folder.", "Folder for the statistics.")
     add_config_arguments(parser)
     add_calibration_arguments(parser)
     add_model_arguments(parser)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from .arguments import add_calibration_arguments, add_config_arguments, add_model_arguments, budget, width
+from .arguments import (
+    add_calibration_arguments,
+    add_config_arguments,
+    add_model_arguments,
+    add_path_arguments,
+    budget,
+    width,
+)
 
 
 NAME = "prune"
@@ -15,6 +22,7 @@ FIELDS = {
     "target": "targets",
     "domain": "domains",
     "arch": "arch_file",
+    "skip_layer": "skip_layers",
     **{
         name: name
         for name in (
@@ -26,8 +34,7 @@ FIELDS = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one given overrides the config file."""
-    parser.add_argument("model", help="Model id or folder.")
-    parser.add_argument("output", help="Folder for the pruned model.")
+    add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.")
     add_amount_arguments(parser)
     parser.add_argument("--rounds", type=int, help="Times that calibration and removal are repeated.")
     parser.add_argument("--stats", metavar="FOLDER", help="What `calibrate` wrote, in place of running text.")
@@ -52,8 +59,9 @@ def add_amount_arguments(parser: ArgumentParser) -> None:
         help="Most that the model may have: parameters=110e6, bytes=300e6 or cache_bytes_per_token=9000.",
     )
     parser.add_argument("--target", action="append", metavar="SPACE", help="Space that may shrink; repeatable.")
-    parser.add_argument("--allocation", help="uniform (one width for all blocks) or global (by one ranking).")
-    parser.add_argument("--round-to", type=int, help="Multiple of the channel widths that --sparsity chooses.")
+    parser.add_argument("--allocation", help="uniform: one width for all blocks; global: each block its own.")
+    parser.add_argument("--skip-layer", type=int, action="append", metavar="N", help="Block left whole; repeatable.")
+    parser.add_argument("--round-to", type=int, metavar="N", help="Chosen channel widths are multiples of this.")
     parser.add_argument("--refit", help="How kept weights make up for removed ones.")
 
 
@@ -81,7 +89,10 @@ def run(args: Namespace) -> int:
     pruned = pruner.prune_model(model, tokenizer, inplace=True)
     pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
     print(pruner.report)
-    print(f"saved to {args.output}; it loads with AutoModelForCausalLM.from_pretrained({args.output!r})")
+    where = f"AutoModelForCausalLM.from_pretrained({args.output!r})"
+    print(f"saved to {args.output}; it loads with {where}")
+    if pruned.config.get_text_config().is_heterogeneous:
+        print("once optimum_structprune is imported, or with trust_remote_code=True, since its blocks differ in width")
     if later is None:
         return 0
     return heal(args, later, config, pruned, tokenizer, args.model, args.output, overwrite=True)
