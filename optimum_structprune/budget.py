@@ -11,7 +11,7 @@ from transformers import Cache
 
 from .allocation import choices, least_widths, legal_widths, target_widths
 from .arch.shrink import shrunk_config
-from .arch.spec import ArchSpec, Widths
+from .arch.spec import MODEL, ArchSpec, Widths
 from .checks import biased_spaces
 from .config import StructPruneConfig
 from .errors import StructPruneError
@@ -128,6 +128,9 @@ def _gauge(
     whole = {name: {space.layer: space.width for space in spec.of(name)} for name in biased}
     dense = _small(model, spec, whole, biased).num_parameters() if biased else model.num_parameters()
     size = itemsize if "bytes" in (config.budget or {}) else 1
+    if any(space.layer == MODEL for name in names for space in spec.of(name)):
+        # Such a space also reaches into what is outside of the blocks, which its `unit_params` leave out.
+        return lambda widths: size * _small(model, spec, widths, biased).num_parameters()
     return lambda widths: size * (dense - _removed(spec, widths))
 
 
@@ -138,7 +141,7 @@ def _small(model: PreTrainedModel, spec: ArchSpec, widths: Widths, biased: Colle
 
 
 def _removed(spec: ArchSpec, widths: Widths) -> int:
-    """Parameters that go."""
+    """Parameters that go from the blocks."""
     spaces = (*spec.wide, *spec.spaces)
     return sum((space.width - space.width_in(widths)) * space.scale * space.unit_params for space in spaces)
 

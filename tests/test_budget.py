@@ -56,20 +56,17 @@ def test_every_family_keeps_to_it_and_one_unit_more_would_not(case):
             assert parameters(model, spec, larger) > wish.budget["parameters"], (widths, larger)
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "qwen2", "qwen3_moe"])
-@pytest.mark.parametrize("name", ["layer", "hidden"])
+@pytest.mark.parametrize(
+    ("case", "name"), [("llama-tied", "layer"), ("llama-tied", "hidden"), ("qwen3_moe", "hidden")]
+)
 def test_spaces_of_the_whole_model(case, name):
     model = build(case)
     spec = describe(model)
     wish = asking("parameters", round(0.7 * model.num_parameters()), targets=(name,))
-    if name not in spec.offered or (case, name) == ("qwen3_moe", "layer"):
-        return
     widths = widths_of(wish, spec, model)
     assert parameters(model, spec, widths) <= wish.budget["parameters"]
-    assert all(
-        parameters(model, spec, larger) > wish.budget["parameters"]
-        for larger in a_unit_more(model, spec, wish, widths)
-    )
+    for larger in a_unit_more(model, spec, wish, widths):
+        assert parameters(model, spec, larger) > wish.budget["parameters"]
 
 
 @settings(deadline=None, max_examples=25)
