@@ -62,6 +62,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "flap global + bias": {"criterion": "flap", "refit": "bias", "allocation": "global"},
     "flap global + refit": {"criterion": "flap", "refit": "least_squares", "allocation": "global"},
     "wanda global + refit": {"criterion": "wanda", "refit": "least_squares", "allocation": "global"},
+    "wanda + reconstruct": {"criterion": "wanda", "refit": "reconstruct"},
+    "wanda global + reconstruct": {"criterion": "wanda", "refit": "reconstruct", "allocation": "global"},
     "wanda + guarded refit": {"criterion": "wanda", "refit": "least_squares", "guard": True},
 }
 # What re-weights domains between rounds needs some.

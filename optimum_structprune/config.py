@@ -195,6 +195,11 @@ class StructPruneConfig(Serialisable):
                 f"adaptive_rate={self.adaptive_rate} and objective={self.objective!r} re-weight domains between "
                 f"rounds, and rounds={self.rounds} leaves none; set rounds=3"
             )
+        if self.reweights and self.recovery is not None and self.recovery.every_round:
+            raise ValueError(
+                "recovery.every_round=True makes each round a run of its own, between which no domain is re-weighted; "
+                "set adaptive_rate=0 and objective='mean', or every_round=False"
+            )
         if self.aggregation == "harmonic" and self.normalisation == "zscore":
             raise ValueError(
                 "aggregation='harmonic' takes positive scores, and normalisation='zscore' gives negative ones"

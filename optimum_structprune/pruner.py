@@ -49,6 +49,8 @@ class StructPruner:
         self.report: Report | None = None
         self.plan: Plan | None = None
         self.manifest: Manifest | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.measure: Measure | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values."""
@@ -97,15 +99,15 @@ class StructPruner:
             with report.timed("ranking"):
                 scores = dense_scores(model, arch, self.config, domains, widths)
                 widths = target_widths(self.config, arch, model.config, scores)
-        measure = Measure(domains, arch.causal)
+        self.tokenizer, self.measure = tokenizer, Measure(domains, arch.causal)
         with report.timed("perplexity"):
-            measure.before(model)
+            self.measure.before(model)
         report.parameters["before"], report.block_parameters["before"] = model.num_parameters(), sum(arch.block_params)
 
         teacher = self._teacher(model, tokenizer, inplace)
         work = model if inplace else deepcopy(model)
         try:
-            plan = self._rounds_(work, domains, widths, report, measure, tokenizer, teacher)
+            plan = self._rounds_(work, domains, widths, report, teacher)
         except Exception as error:
             if inplace:
                 raise InPlaceError(
@@ -168,15 +170,7 @@ class StructPruner:
 
         return Recovery(recovery.part(number, count) if recovery.every_round else recovery, self.config)
 
-    def prune_to_(
-        self,
-        model: PreTrainedModel,
-        domains: list[Domain],
-        widths: Widths,
-        report: Report,
-        measure: Measure | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> Plan:
+    def prune_to_(self, model: PreTrainedModel, domains: list[Domain], widths: Widths, report: Report) -> Plan:
         """Prune a model in place to given widths, in `config.rounds` rounds, without any recovery.
 
         Args:
@@ -184,8 +178,6 @@ class StructPruner:
             domains: Calibration text.
             widths: Number of units to keep, by space, in every block or by block; they have to be legal.
             report: Takes the time.
-            measure: What the dense model gives on held-out text; measured now where a setting asks for it.
-            tokenizer: Saved beside the models that `keep_rounds` leaves.
         """
         arch = describe(model, self.config.arch_file)
         training = model.training
@@ -197,11 +189,7 @@ class StructPruner:
         rest = {name: width for name, width in widths.items() if name not in COARSE}
         if rest:
             biased = biased_spaces(self.config, arch, rest)
-            if measure is None:
-                measure = Measure(domains, arch.causal)
-                if self.config.measures:
-                    measure.before(model)
-            rounds = Rounds(model, arch, self.config, domains, report, measure, biased, tokenizer)
+            rounds = Rounds(model, arch, self.config, domains, report, self.measure, biased, self.tokenizer)
             plan = plan.then(rounds.run_(rest))
         model.train(training)
         return plan
@@ -212,8 +200,6 @@ class StructPruner:
         domains: list[Domain],
         widths: Widths,
         report: Report,
-        measure: Measure,
-        tokenizer: PreTrainedTokenizerBase | None,
         teacher: PreTrainedModel | None,
     ) -> Plan:
         config, recovery = self.config, self.config.recovery
@@ -221,16 +207,18 @@ class StructPruner:
         if recovery is not None and recovery.every_round:
             arch = describe(model, config.arch_file)
             pruner = type(self)(replace(config, rounds=1))
+            pruner.tokenizer, pruner.measure = self.tokenizer, self.measure
             steps = [next_legal(model.config, arch, step) for step in round_widths(config, arch, widths)]
         plan = Plan(model.config.model_type, {})
         for number, step in enumerate(steps, start=1):
-            plan = plan.then(pruner.prune_to_(model, domains, step, report, measure, tokenizer))
+            plan = plan.then(pruner.prune_to_(model, domains, step, report))
             with report.timed("perplexity"):
-                measure.after(model, report)
+                assert self.measure is not None
+                self.measure.after(model, report)
             if recovery is not None:
                 with report.timed("recovery"):
                     healer = self._healer(recovery, len(steps), number)
-                    healer.recover_model(model, tokenizer, teacher)
+                    healer.recover_model(model, self.tokenizer, teacher)
                     report.recovery = healer.report.after(report.recovery)
         return plan
 

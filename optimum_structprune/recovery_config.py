@@ -14,7 +14,7 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": 
 TRAINING = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 4,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "logging_steps": 10,
@@ -62,7 +62,7 @@ class RecoveryConfig(Serialisable):
     domains: list[DomainConfig] | None = None
     lora: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    kl_weight: Number = validated_field(_proportion, default=0.5)
+    kl_weight: Number = validated_field(_proportion, default=0.25)
     hidden_weight: Number = validated_field(not_negative, default=0.0)
     temperature: Number = validated_field(positive, default=1.0)
     direction: Literal["forward", "reverse"] = "forward"

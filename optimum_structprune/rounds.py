@@ -76,7 +76,7 @@ class Rounds:
         config: How to prune.
         domains: Calibration text.
         report: Takes the time and what each round reached.
-        measure: What the dense model gives on held-out text.
+        measure: What the dense model gives on held-out text; None where the model is dense still.
         biased: Spaces whose consumers get a bias.
         tokenizer: Saved beside the models that `keep_rounds` leaves.
     """
@@ -86,7 +86,7 @@ class Rounds:
     config: StructPruneConfig
     domains: list[Domain]
     report: Report
-    measure: Measure
+    measure: Measure | None = None
     biased: tuple[str, ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -100,6 +100,9 @@ class Rounds:
             StructPruneError: If no width holds `max_perplexity_ratio`, or a checkpoint belongs to another run.
         """
         config = self.config
+        if self.measure is None and config.measures:
+            self.measure = Measure(self.domains, self.spec.causal)
+            self.measure.before(self.model)
         self.sweep = Sweep(self.model, self.spec, config, mixture(config, self.domains))
         steps = round_widths(config, self.spec, widths)
         if config.keep_rounds or config.max_perplexity_ratio is not None:
@@ -133,7 +136,7 @@ class Rounds:
     def _between_(self, number: int, step: Widths, key: str) -> float:
         """What is done after a round that is not the last; the largest ratio of perplexities, where one is taken."""
         config, ratio = self.config, 1.0
-        if config.measures:
+        if self.measure is not None and config.measures:
             with self.report.timed("perplexity"):
                 ratios = self.measure.ratios(self.model)
             ratio = max(ratios.values())

@@ -195,6 +195,15 @@ def test_self_written_text_takes_a_model(writer, settings):
         load_domains(own(settings), writer[1])
 
 
+def test_no_more_is_written_than_is_needed(writer, settings, tmp_path):
+    model, reader = writer
+    (domain, _) = load_domains(own(settings), reader, model=model)
+    (path,) = (tmp_path / "cache").iterdir()
+    needed = {*domain.documents, *domain.heldout_documents}
+    batches = [json.loads(line)["documents"] for line in path.read_text().splitlines() if line]
+    assert sum(map(len, batches[:-1])) < len(needed) <= sum(map(len, batches))
+
+
 def test_the_next_round_may_have_text_of_its_own(writer, settings):
     model, reader = writer
     config = own(settings)

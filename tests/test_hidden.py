@@ -14,6 +14,8 @@ from optimum_structprune.arch.families import builtin_families
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.shrink import legal_sizes
 from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
+from optimum_structprune.calibration.blocks import given_domains
+from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.hidden import channel_energies, narrow_
 
 
@@ -127,6 +129,20 @@ def test_refit_lets_a_channel_stand_in_for_its_twin(case):
         keep = list(pruner.plan.keep[MODEL, HIDDEN])
         distance[refit] = float((ours - dense[..., keep]).square().mean())
     assert distance["least_squares"] < 0.2 * distance["none"]
+
+
+def test_norms_make_up_for_the_energy_that_is_gone():
+    model, inputs = build("llama-tied"), {"a": token_ids(6), "b": token_ids(6, seed=2)}
+    plain, refitted = (
+        prune_model(model, config(widths={HIDDEN: WIDTH}, refit=refit), inputs=inputs)
+        for refit in ("none", "least_squares")
+    )
+    stream, held = describe(model).stream, batches_of(given_domains(inputs, 0.125), 4)
+    energies = channel_energies(model, stream, held, 2).mean(1)
+    keep = energies.mean(0).topk(WIDTH).indices
+    for read, energy in zip(stream.reads, energies, strict=True):
+        ratio = refitted.get_submodule(read.tap).weight / plain.get_submodule(read.tap).weight
+        torch.testing.assert_close(ratio, (energy[keep].sum() / 32).sqrt().float().expand(WIDTH), rtol=1e-3, atol=0)
 
 
 def test_all_spaces_in_one_run(tmp_path):

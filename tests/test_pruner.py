@@ -82,7 +82,7 @@ def test_one_round_of_the_masked_form_equals_the_shrunk_form():
 
 
 def test_the_whole_model_fallback_prunes_too(monkeypatch):
-    monkeypatch.setattr("optimum_structprune.pruner.passes_over", ModelPasses)
+    monkeypatch.setattr("optimum_structprune.rounds.passes_over", ModelPasses)
     model = build("llama-tied")
     for rounds in (1, 2):
         small = prune_model(model, config(rounds=rounds), tokenizer())
