@@ -16,10 +16,9 @@ from .arch.spec import ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
 from .calibration.gradients import saliencies
 from .calibration.manifest import Manifest
-from .calibration.passes import batches_of, passes_over
+from .calibration.passes import batches_of, guard_batches, passes_over
 from .checks import biased_spaces, check_model, dequantized
 from .config import StructPruneConfig
-from .criteria import CRITERIA
 from .errors import InPlaceError, StructPruneError
 from .hub import save_pruned
 from .measure import Measure
@@ -27,7 +26,7 @@ from .plan import Plan
 from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
-from .rounds import Rounds, mixture
+from .rounds import Rounds, check_rounds, mixture
 from .surgery import adopt_config_, skeleton
 from .sweep import Sweep
 
@@ -94,7 +93,7 @@ class StructPruner:
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
             )
         widths = target_widths(self.config, arch, model.config)
-        CRITERIA.get(self.config.criterion)
+        check_rounds(self.config, arch, widths)
         report = Report(arch.model_type)
         with report.timed("domains"):
             domains = self._domains(model, tokenizer, inputs)
@@ -156,8 +155,12 @@ class StructPruner:
         inputs: Mapping[str, Tensor] | None,
     ) -> list[Domain]:
         if inputs is not None:
-            return given_domains(inputs, float(self.config.holdout))
-        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
+            domains = given_domains(inputs, float(self.config.holdout))
+        else:
+            domains = load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
+        if self.config.guard:
+            guard_batches(domains, self.config.batch_size)  # refuses a domain that is too small
+        return domains
 
     def _scores(
         self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]
