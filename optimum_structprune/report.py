@@ -139,7 +139,7 @@ class Report:
 
     def _remarks(self) -> Iterator[str]:
         held = [one for one in self.rounds if one.get("holds", True)]
-        if held and len(held[-1]["shares"]) > 1:
+        if held and held[-1]["shares"] != self.rounds[0]["shares"]:
             shares = ", ".join(f"{name} {share:.2f}" for name, share in held[-1]["shares"].items())
             yield f"shares in the last round: {shares}"
         for name, found in self.guard.items():
@@ -147,8 +147,9 @@ class Report:
                 f"guard changed {found['changed']} of {found['blocks']} refits of {name}, "
                 f"held-out error {found['error']:.2f} x"
             )
-        if len(held) < len(self.rounds):
-            yield f"of {len(self.rounds)} rounds, {len(held)} held the floor"
+        if missed := [one["perplexity_ratio"] for one in self.rounds if not one.get("holds", True)]:
+            name, ratio = max(missed[-1].items(), key=lambda pair: pair[1])
+            yield f"the floor stopped it: the next narrower widths give perplexity {name} x {ratio:.3f}"
 
     def _width(self, name: str) -> tuple[str, str, str]:
         widths, dense = list(self.widths[name].values()), self.dense_widths[name]
