@@ -1,6 +1,8 @@
-"""What training after pruning brings back, over tokens, with and without a teacher, all in one run.
+"""What training after pruning brings back, over tokens, with and without a teacher, as a Markdown table.
 
-    python examples/benchmark_recovery.py MODEL DATA [--tokens 10000 50000 200000] [--json out.json]
+    python examples/benchmark_recovery.py MODEL DATA [--tokens 25000 50000 100000 200000] [--bf16] [--json out.json]
+
+Each way of training is one run over as many tokens as the last number says, measured on the way at the others.
 
 DATA holds `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain. `heldout/` has other documents
 of the training domains, `unseen/` has domains that neither calibration nor training saw. Beside the perplexities
@@ -11,13 +13,15 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from copy import deepcopy
 from math import exp, log
 from pathlib import Path
 from statistics import fmean
+from time import perf_counter
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruneConfig, perplexity, prune_model
@@ -25,7 +29,32 @@ from optimum_structprune.calibration.blocks import load_domains
 
 
 DOMAINS = ["wiki", "code", "math", "dialogue", "web"]
-WAYS = {"LoRA": 0.0, "distilled": 0.5}
+WAYS = ["LoRA", "distilled"]
+
+
+class Curve(TrainerCallback):
+    """Measures a model while it trains, and does not count the time that this takes.
+
+    Args:
+        marks: Training tokens after which to measure.
+        measure: Gets the model, the tokens seen and the seconds of training so far.
+    """
+
+    def __init__(self, marks: list[int], measure: Callable[[torch.nn.Module, int, float], None]):
+        self.marks, self.measure = sorted(marks), measure
+        self.measuring = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        seen = int(state.num_input_tokens_seen)
+        if not self.marks or seen < self.marks[0]:
+            return
+        self.marks = [mark for mark in self.marks if mark > seen]
+        start = perf_counter()
+        self.measure(model, seen, start - self.start - self.measuring)
+        self.measuring += perf_counter() - start
 
 
 def evaluation_blocks(folder: Path, names: list[str], tokenizer, args: Namespace) -> dict[str, torch.Tensor]:
@@ -57,7 +86,8 @@ def run(args: Namespace) -> dict[str, dict]:
     results: dict[str, dict] = {}
 
     def row(name: str, measured, seconds: float = 0.0) -> None:
-        ppl = {text: perplexity(measured, blocks) for text, blocks in texts.items()}
+        with torch.autocast(measured.device.type, torch.bfloat16, enabled=args.bf16):
+            ppl = {text: perplexity(measured, blocks) for text, blocks in texts.items()}
         means = {"heldout": geometric_mean(ppl[n] for n in args.domains)}
         if unseen:
             means["unseen"] = geometric_mean(ppl[n] for n in unseen)
@@ -73,14 +103,23 @@ def run(args: Namespace) -> dict[str, dict]:
     row("dense", model)
     pruned = prune_model(model, pruning, tokenizer)
     row("pruned", pruned)
-    for tokens in args.tokens:
-        for way, kl_weight in WAYS.items():
-            training = {"learning_rate": args.learning_rate, "per_device_train_batch_size": args.batch_size}
-            config = RecoveryConfig(tokens=tokens, kl_weight=kl_weight, training={**training, "disable_tqdm": True})
-            recovery = Recovery(config, pruning)
-            recovered = recovery.recover_model(deepcopy(pruned), tokenizer, model if kl_weight else None)
-            row(f"{way}, {recovery.report.tokens:,} tokens", recovered, recovery.report.seconds)
+    for way in args.ways:
+        curve = Curve(
+            args.tokens[:-1], lambda trained, seen, seconds, way=way: row(f"{way}, {seen:,} tokens", trained, seconds)
+        )
+        recovery = Recovery(recovery_config(args, way), pruning, [curve])
+        recovered = recovery.recover_model(deepcopy(pruned), tokenizer, model if way == "distilled" else None)
+        row(f"{way}, {recovery.report.tokens:,} tokens", recovered, recovery.report.seconds - curve.measuring)
     return results
+
+
+def recovery_config(args: Namespace, way: str) -> RecoveryConfig:
+    """The defaults, and what the flags say."""
+    given = {"learning_rate": args.learning_rate, "lr_scheduler_type": args.schedule}
+    training = {name: value for name, value in given.items() if value is not None}
+    training |= {"per_device_train_batch_size": args.batch_size, "bf16": args.bf16, "disable_tqdm": True}
+    shares = {"LoRA": {"kl_weight": 0.0}, "distilled": {} if args.kl_weight is None else {"kl_weight": args.kl_weight}}
+    return RecoveryConfig(tokens=args.tokens[-1], training=training, seed=args.seed, **shares[way])
 
 
 def closed_gap(results: dict[str, dict], part: str, value: float) -> float:
@@ -104,16 +143,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data")
     parser.add_argument("--mlp", type=int, default=1152, help="FFN width to keep")
     parser.add_argument("--domains", nargs="+", default=DOMAINS)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[10_000, 50_000, 200_000], help="two rows each")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[25_000, 50_000, 100_000, 200_000], help="rows")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--samples", type=int, default=12, help="calibration blocks per domain")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--eval-blocks", type=int, default=24, help="blocks per evaluation file")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--schedule", help="of the learning rate, such as constant_with_warmup")
+    parser.add_argument("--kl-weight", type=float, help="of the distilled rows")
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--bf16", action="store_true", help="train and measure in bfloat16; the weights stay as loaded"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json")
     disable_progress_bar()
-    run(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    args.tokens.sort()
+    run(args)
 
 
 if __name__ == "__main__":

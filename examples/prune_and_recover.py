@@ -2,11 +2,13 @@
 
     python examples/prune_and_recover.py MODEL OUTPUT [--sparsity 0.2] [--tokens 200000] [--domain NAME=SOURCE ...]
 
-With `--rounds 3 --every-round` the model is pruned a little and trained a little, three times.
+With `--rounds 3 --every-round` the model is pruned a little and trained a little, three times. On several processes,
+start it with `examples/distributed.sh`.
 """
 
 from argparse import ArgumentParser
 
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig, StructPruner
@@ -21,10 +23,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-samples", type=int, default=128, help="calibration blocks")
     parser.add_argument("--every-round", action="store_true", help="train after every round of pruning")
     parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--batch-size", type=int, default=4, help="training blocks per step and process")
     parser.add_argument("--domain", action="append", default=[], help="NAME=SOURCE; by default the built-in texts")
     args = parser.parse_args(argv)
 
-    model = AutoModelForCausalLM.from_pretrained(args.model)
+    process = PartialState()
+    model = AutoModelForCausalLM.from_pretrained(args.model, device_map=process.device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     domains = [DomainConfig(*pair.split("=", 1)) for pair in args.domain]
     config = StructPruneConfig(
@@ -32,13 +36,20 @@ def main(argv: list[str] | None = None) -> None:
         targets=("mlp",),
         rounds=args.rounds,
         num_samples=args.num_samples,
-        recovery=RecoveryConfig(tokens=args.tokens, every_round=args.every_round, lora={"r": 16}),
+        recovery=RecoveryConfig(
+            tokens=args.tokens,
+            every_round=args.every_round,
+            lora={"r": 16},
+            training={"per_device_train_batch_size": args.batch_size},
+        ),
         **({"domains": domains} if domains else {}),
     )
     pruner = StructPruner(config)
+    # Each process prunes for itself; when training begins, all of them take the first one's weights.
     pruned = pruner.prune_model(model, tokenizer)
-    pruner.save(pruned, args.output, tokenizer=tokenizer)
-    print(pruner.report)
+    if process.is_main_process:
+        pruner.save(pruned, args.output, tokenizer=tokenizer)
+        print(pruner.report)
 
 
 if __name__ == "__main__":

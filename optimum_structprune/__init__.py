@@ -14,9 +14,11 @@ _HOME = {
     "DryRun": "dryrun",
     "Evaluation": "evaluation",
     "InPlaceError": "errors",
+    "Manifest": "calibration.manifest",
     "Plan": "plan",
     "Recovery": "recovery",
     "RecoveryConfig": "recovery_config",
+    "SelfTextConfig": "schema",
     "StructPruneCallback": "trainer",
     "StructPruneConfig": "config",
     "StructPruneError": "errors",
@@ -39,6 +41,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from .adapter import load_adapter
+    from .calibration.manifest import Manifest
     from .config import StructPruneConfig
     from .criteria import register_criterion
     from .dryrun import DryRun, dry_run
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
     from .pruner import AutoStructPruner, StructPruner, prune_model, register_pruner
     from .recovery import Recovery, recover
     from .recovery_config import RecoveryConfig
-    from .schema import DomainConfig
+    from .schema import DomainConfig, SelfTextConfig
     from .trainer import StructPruneCallback, attach_pruner
 
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import set_seed
 
 from .errors import StructPruneError
 
@@ -16,6 +26,36 @@ from .errors import StructPruneError
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+
+@contextmanager
+def fresh_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Iterator[PeftModel]:
+    """The model with a new adapter, which a failure takes off again.
+
+    Args:
+        model: Takes the adapter.
+        lora: What kind of adapter.
+        seed: Of its values.
+
+    Raises:
+        StructPruneError: If peft cannot put it on this model.
+    """
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    training = model.training
+    set_seed(seed)
+    try:
+        adapted = get_peft_model(model, lora)
+    except (ValueError, TypeError) as error:
+        raise StructPruneError(f"peft cannot put the adapter on {type(model).__name__}: {error}") from error
+    try:
+        yield adapted
+    except BaseException:  # Ctrl-C too
+        adapted.unload()
+        raise
+    finally:
+        model.train(training)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = trainable.get(name.replace(".base_layer.", "."), parameter.requires_grad)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:

@@ -8,7 +8,7 @@ from math import ceil, floor
 from typing import TYPE_CHECKING
 
 from .arch.shrink import legal_sizes, shrunk_config
-from .arch.spec import ArchSpec, Space, Widths
+from .arch.spec import LAYER, ArchSpec, Space, Widths
 from .config import StructPruneConfig
 from .errors import StructPruneError
 from .ranking import Ladder, descend_, ladder, spaces_by_block
@@ -41,6 +41,11 @@ def target_widths(
     """
     legal = _legal_widths(config, spec, model_config)
     alike = all(len({space.width for space in spec.of(name)}) == 1 for name in legal)
+    if not alike and LAYER in legal and len(legal) > 1:
+        raise StructPruneError(
+            f"The blocks of this {spec.model_type} model differ in width, and {LAYER!r} would number them anew; prune "
+            f"{LAYER!r} in a run of its own."
+        )
     if config.allocation == "global" or config.skip_layers:
         _check_may_differ(config, spec, list(legal))
     pruned = _without(spec, config.skip_layers)
@@ -58,11 +63,11 @@ def target_widths(
 def _legal_widths(config: StructPruneConfig, spec: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
     legal = {}
     for name in config.targets if config.widths is None else config.widths:
-        if name not in spec.names:
+        if name not in spec.offered:
             reason = dict(spec.missing).get(name)
             raise StructPruneError(
                 f"A {spec.model_type} model has no space {name!r} to prune"
-                + (f": {reason}." if reason else f".{did_you_mean(name, spec.names)}")
+                + (f": {reason}." if reason else f".{did_you_mean(name, spec.offered)}")
             )
         legal[name] = legal_sizes(model_config, spec, name)
     if config.widths is None:
@@ -136,7 +141,7 @@ def ranked_widths(
 def _rungs(config: StructPruneConfig, space: Space, legal: Sequence[int]) -> list[int]:
     """The widths that a block may take, descending."""
     own = sorted({*(width for width in legal if width < space.width), space.width})
-    choices = _rounded(own, space.width, config.round_to if len(space.config) == 1 else 1)
+    choices = _rounded(own, space.width, config.round_to if space.single else 1)
     least, most = ceil(config.min_width * space.width), floor(config.max_width * space.width)
     inside = [width for width in choices if least <= width <= most]
     return (inside or [min(width for width in choices if width >= least)])[::-1]
@@ -154,6 +159,12 @@ def _descend_(config: StructPruneConfig, ladders: Sequence[Ladder], goal: float)
 
 
 def _check_disjoint(spec: ArchSpec, names: Sequence[str]) -> None:
+    wide = [space.name for space in spec.wide if space.name in names]
+    if wide and len(names) > 1:
+        raise StructPruneError(
+            f"targets={names} has {wide[0]!r}, which takes a part of all the others with it, so sparsity does not say "
+            f"how much of each is to go; target {wide[0]!r} alone, or give widths."
+        )
     whole = [name for name in names if spec.of(name)[0].whole]
     inside = [name for name in names if name not in whole and spec.of(name)[0].experts is not None]
     if whole and inside:
@@ -193,7 +204,7 @@ def widths_for_sparsity(
     goal = sparsity * sum(spec.block_params)
     size = {name: spec.of(name)[0].size for name in legal}
     cost = {name: sum(space.unit_params * space.scale for space in spec.of(name)) for name in legal}
-    single = {name: len(spec.of(name)[0].config) == 1 for name in legal}
+    single = {name: spec.of(name)[0].single for name in legal}
     choices = {name: _rounded(legal[name], size[name], round_to if single[name] else 1) for name in legal}
     most = {name: cost[name] * (size[name] - choices[name][0]) for name in legal}
     if goal > sum(most.values()):

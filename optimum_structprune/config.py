@@ -49,7 +49,10 @@ class StructPruneConfig(Serialisable):
             their mean over the blocks.
         targets: Spaces that may shrink when `sparsity` chooses the widths.
         criterion: Registered criterion that scores the units.
-        refit: What makes up for the removed units: `none`, `bias` or `least_squares`.
+        refit: What makes up for the removed units: `none`, `bias`, `least_squares`, or `reconstruct`, which after that
+            trains each block toward the dense block's output.
+        reconstruct_epochs: Passes over the calibration blocks at most, for each block of the model.
+        reconstruct_rate: Learning rate of these.
         rounds: Number of times that calibration, scoring and removal are repeated, each removing a part.
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
         allocation: How the removal is spread over the blocks: `uniform` keeps the same width everywhere, `global`
@@ -94,7 +97,9 @@ class StructPruneConfig(Serialisable):
     widths: dict[str, int] | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
     criterion: str = "wanda"
-    refit: Literal["none", "bias", "least_squares"] = "least_squares"
+    refit: Literal["none", "bias", "least_squares", "reconstruct"] = "least_squares"
+    reconstruct_epochs: int = validated_field(positive, default=4)
+    reconstruct_rate: Number = validated_field(positive, default=1e-4)
     rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
     allocation: Literal["uniform", "global"] = "uniform"
@@ -199,12 +204,17 @@ class StructPruneConfig(Serialisable):
             raise ValueError(
                 "aggregation='harmonic' takes positive scores, and normalisation='zscore' gives negative ones"
             )
-        if self.guard and self.refit != "least_squares":
-            raise ValueError(f"guard=True guards refit='least_squares', got refit={self.refit!r}")
+        if self.guard and self.refit not in ("least_squares", "reconstruct"):
+            raise ValueError(f"guard=True guards refit='least_squares' or 'reconstruct', got refit={self.refit!r}")
         if self.keep_rounds and self.checkpoint_dir is None:
             raise ValueError("keep_rounds=True leaves models in checkpoint_dir, which is None; name a folder")
         if self.keep_rounds and self.rounds < 2 and self.max_perplexity_ratio is None:
             raise ValueError("keep_rounds=True leaves the models before the last, and rounds=1 has none; set rounds=3")
+        if self.max_perplexity_ratio is not None and self.refit == "reconstruct":
+            raise ValueError(
+                f"max_perplexity_ratio={self.max_perplexity_ratio} may go back to wider blocks, and "
+                "refit='reconstruct' trains blocks that have their last width; set refit='least_squares'"
+            )
         if self.spans_rounds and self.recovery is not None and self.recovery.every_round:
             raise ValueError(
                 "recovery with every_round=True makes each round a pruning of its own, and adaptive_rate, objective, "

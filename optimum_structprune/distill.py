@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,12 +21,56 @@ def divergence(
         top_k: Tell only the teacher's k likeliest tokens apart and take all others as one event. The result is a lower
             bound of the full divergence.
     """
-    mine, theirs = (_log_probabilities(values, temperature) for values in (logits, teacher.detach()))
     if top_k is not None and top_k < teacher.shape[-1]:
-        best = teacher.topk(top_k, dim=-1).indices
-        mine, theirs = _with_rest(mine.gather(-1, best)), _with_rest(theirs.gather(-1, best))
+        return divergence_from_likeliest(logits, *likeliest(teacher, top_k, temperature), temperature, direction)
+    mine, theirs = (_log_probabilities(values, temperature) for values in (logits, teacher.detach()))
+    return _mean_divergence(mine, theirs, direction) * temperature**2
+
+
+def likeliest(teacher: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The teacher's likeliest tokens, shape `(..., k)`, and their log-probabilities, the same shape in fp32.
+
+    Args:
+        teacher: Its logits, shape `(..., vocab)`.
+        top_k: How many.
+        temperature: Divides them.
+    """
+    log_probabilities, tokens = _log_probabilities(teacher.detach(), temperature).topk(top_k, dim=-1)
+    return tokens, log_probabilities
+
+
+def divergence_from_likeliest(
+    logits: Tensor,
+    tokens: Tensor,
+    log_probabilities: Tensor,
+    temperature: float = 1.0,
+    direction: str = "forward",
+) -> Tensor:
+    """`divergence` with `top_k`, from what `likeliest` gave at the same temperature."""
+    mine = _log_probabilities(logits, temperature).gather(-1, tokens)
+    return _mean_divergence(_with_rest(mine), _with_rest(log_probabilities), direction) * temperature**2
+
+
+def hidden_distance(hidden: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Squared distance between hidden states, relative to the teacher's own length, mean over tokens and blocks.
+
+    Every token counts alike: without its own scale, the few tokens with huge states would be all that counts.
+
+    Args:
+        hidden: The model's, one per block, shape `(..., channels)`.
+        teacher: The teacher's, likewise; no gradient flows into them.
+    """
+    distances = []
+    for mine, theirs in zip(hidden, teacher, strict=True):
+        target = theirs.detach().float()
+        length = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).eps)
+        distances.append(((mine.float() - target).square().sum(-1) / length).mean())
+    return torch.stack(distances).mean()
+
+
+def _mean_divergence(mine: Tensor, theirs: Tensor, direction: str) -> Tensor:
     p, q = (theirs, mine) if direction == "forward" else (mine, theirs)
-    return (p.exp() * (p - q)).sum(-1).mean() * temperature**2
+    return (p.exp() * (p - q)).sum(-1).mean()
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:

@@ -19,8 +19,8 @@ from .arch.meta import meta_model, model_class
 from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import ArchSpec, Widths
 from .checks import biased_spaces
+from .coarse import check_coarse
 from .config import StructPruneConfig
-from .criteria import CRITERIA
 from .pruner import AutoStructPruner
 from .report import table
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 RANKED = "the widths of single blocks follow from calibration; these remove as much in all"
+PACKED = "the model is quantized: it has to be unpacked before pruning, and this is its size unpacked"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class DryRun:
             sliding window keeps no more than its window); None where the model cannot be run without weights, 0
             where it does not generate.
         reload: What loads the result.
-        notes: What is not certain before calibration.
+        notes: What the numbers leave open.
     """
 
     model_type: str
@@ -159,7 +160,6 @@ def dry_run(
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
     AutoStructPruner.from_config(config)
-    CRITERIA.get(config.criterion)
 
     def build(wanted: PretrainedConfig) -> PreTrainedModel:
         # In any precision but this, the product that runs experts refuses tensors without memory.
@@ -168,6 +168,7 @@ def dry_run(
     dense = build(model_config)
     arch = describe(dense, config.arch_file)
     widths = target_widths(config, arch, model_config)
+    check_coarse(config, list(widths))
     biased = biased_spaces(config, arch, [name for name in widths if not arch.of(name)[0].whole])
     small = build(shrunk_config(model_config, arch, widths, biased))
     dtype = dtype or _saved_dtype(model_config)
@@ -183,7 +184,7 @@ def dry_run(
         memory=parameters.times(dtype.itemsize),
         cache_per_token=cached and cached.times(dtype.itemsize),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
-        notes=(RANKED,) if config.allocation == "global" else (),
+        notes=_notes(model_config, config),
     )
 
 
@@ -199,6 +200,12 @@ def _choice(name: str, widths: Widths, arch: ArchSpec, model_config: PretrainedC
         return SpaceChoice(name, before, {space.layer: space.width_in(widths) for space in spaces}, (), len(legal))
     nearest = legal[: bisect_left(legal, width)][-1:] + legal[bisect_right(legal, width) :][:1]
     return SpaceChoice(name, before, width, tuple(nearest), len(legal))
+
+
+def _notes(model_config: PretrainedConfig, config: StructPruneConfig) -> tuple[str, ...]:
+    ranked = (RANKED,) if config.allocation == "global" else ()
+    packed = (PACKED,) if getattr(model_config, "quantization_config", None) else ()
+    return ranked + packed
 
 
 def _reload(small: PreTrainedModel, auto: str) -> tuple[str, ...]:
@@ -224,7 +231,7 @@ def _cached(model: PreTrainedModel, arch: ArchSpec) -> int | None:
     model.set_attn_implementation("eager")
     try:
         output = model.get_decoder()(inputs_embeds=token, use_cache=True)
-    except (RuntimeError, NotImplementedError, TypeError):
+    except (RuntimeError, TypeError):
         return None
     # The field has another name in newer releases of transformers.
     cache = next(value for value in output.values() if isinstance(value, Cache))

@@ -1,4 +1,4 @@
-"""A hash that tells models apart by what they compute."""
+"""Hashes that tell models apart by what they compute, and token blocks by what they hold."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 
 if TYPE_CHECKING:
@@ -26,5 +27,15 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in hexadecimal digits."""
+    return sha256(_bytes(tensor)).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    # By way of uint8, because numpy knows no bfloat16.
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

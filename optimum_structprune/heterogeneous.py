@@ -36,8 +36,16 @@ MODELING = "transformers.modeling_utils"
 _originals: list[tuple[type, str, Any]] = []
 
 
-def enable_heterogeneous() -> None:
-    """Let transformers build non-uniform models, from now on or from when its modelling code is imported."""
+def enable_heterogeneous(arch_file: str | None = None) -> None:
+    """Let transformers build non-uniform models, from now on or from when its modelling code is imported.
+
+    Args:
+        arch_file: Also models of your own, described in the form of `families.yaml`.
+    """
+    if arch_file is not None:
+        from .arch.families import own_families
+
+        own_families(arch_file)
     if hasattr(sys.modules.get(MODELING), "PreTrainedModel"):
         _patch_()
     elif _WATCH not in sys.meta_path:

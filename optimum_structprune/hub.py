@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from .calibration.manifest import MANIFEST_NAME, Manifest
 from .config import StructPruneConfig
@@ -78,7 +79,8 @@ def save_checked(
         check: Holds the folder against the model; raises where they differ.
 
     Raises:
-        StructPruneError: If the folder exists, or the saved model does not come back the same.
+        StructPruneError: If the folder exists, something cannot be written, or the saved model does not come back the
+            same.
     """
     target = Path(save_directory)
     check_target(target, overwrite)
@@ -93,6 +95,8 @@ def save_checked(
         check(model, staging)
         staging.chmod(0o755)
         _swap(staging, target)
+    except (OSError, SafetensorError) as error:
+        raise StructPruneError(f"{target} could not be written, and what was there is as it was: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

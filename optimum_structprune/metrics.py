@@ -24,6 +24,14 @@ TOKENS_AT_ONCE = 128
 PROBE_TOKENS = 8
 
 
+def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
+    """Where a model takes its inputs. Weights that accelerate has offloaded lie on the meta device, and their inputs
+    are fetched from the CPU.
+    """
+    device = torch.device(model.device)
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def run_model(model: PreTrainedModel, ids: Tensor):
     """One forward pass over a batch; an encoder-decoder model reads the same text on both sides.
 
@@ -31,7 +39,7 @@ def run_model(model: PreTrainedModel, ids: Tensor):
         model: Any model whose first argument is the batch.
         ids: Token ids, shape `(batch, seq_length)`, or what else the model takes.
     """
-    ids = ids.to(model.device)
+    ids = ids.to(input_device(model))
     if model.config.is_encoder_decoder:
         return model(ids, decoder_input_ids=ids, use_cache=False)
     if hasattr(model.config.get_text_config(), "use_cache"):
@@ -134,7 +142,7 @@ def _evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 def _predictions(models: Sequence[Any], blocks: Tensor, batch_size: int) -> Iterator[list[Tensor]]:
     """Targets, shape `(tokens,)`, and every model's logits for them, `(tokens, vocab)`, for few tokens at once."""
-    plain = [_plain(model, blocks[:1, :PROBE_TOKENS].to(model.device)) for model in models]
+    plain = [_plain(model, blocks[:1, :PROBE_TOKENS].to(input_device(model))) for model in models]
     for ids in blocks.split(batch_size):
         targets = ids[:, 1:].flatten().split(TOKENS_AT_ONCE)
         logits = [_next_token_logits(model, ids, only) for model, only in zip(models, plain, strict=True)]
@@ -159,7 +167,7 @@ def _plain(model: Any, ids: Tensor) -> bool:
     a large vocabulary may take more memory than the model.
     """
     head, base = model.get_output_embeddings(), model.base_model
-    if base is model or head is None or model.config.is_encoder_decoder:
+    if base is model or head is None or head.weight.is_meta or model.config.is_encoder_decoder:
         return False
     hidden = run_model(base, ids)[0]
     if hidden.shape[-1] != head.weight.shape[-1]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arch.spec import ArchSpec
+from .arch.spec import LAYER, MODEL, ArchSpec
 from .errors import StructPruneError
 
 
@@ -21,7 +21,8 @@ class Plan:
 
     Attributes:
         model_type: What the plan is for.
-        keep: `{(layer, space): kept indices}`; spaces that are not named stay whole.
+        keep: `{(layer, space): kept indices}`, with `MODEL` (-1) in the place of a block where a space belongs to
+            the whole model; spaces that are not named stay whole.
     """
 
     model_type: str
@@ -38,7 +39,7 @@ class Plan:
             raise StructPruneError(
                 f"The plan is for a {self.model_type!r} model, this is a {spec.model_type!r} model."
             )
-        sizes = {(space.layer, space.name): space.size for space in spec.spaces}
+        sizes = {(space.layer, space.name): space.size for space in (*spec.wide, *spec.spaces)}
         for (layer, name), keep in self.keep.items():
             if (layer, name) not in sizes:
                 raise StructPruneError(f"The plan names {name!r} in block {layer}, which this model does not have.")
@@ -59,15 +60,18 @@ class Plan:
     def then(self, later: Plan) -> Plan:
         """This plan and a later one for the smaller model, as one plan for the dense model.
 
-        Where this one removes whole experts, the later one numbers those that are left.
+        Where this one removes whole blocks or whole experts, the later one numbers those that are left.
         """
         keep = dict(self.keep)
-        for (layer, name), units in later.keep.items():
+        blocks = self.keep.get((MODEL, LAYER), ())
+        for (place, name), units in later.keep.items():
+            layer = blocks[place] if blocks and place != MODEL else place
             kind, _, label = name.partition("/")
             left = self.keep.get((layer, EXPERT), ())
             at = (layer, f"{kind}/{left[int(label)]}" if left and label.isdigit() else name)
             keep[at] = tuple(keep[at][unit] for unit in units) if at in keep else units
-        return Plan(self.model_type, keep)
+        stay = keep.get((MODEL, LAYER))
+        return Plan(self.model_type, {at: keep[at] for at in keep if stay is None or at[0] in (MODEL, *stay)})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,24 +11,20 @@ from torch import Tensor
 
 from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
-from .arch.shrink import shrunk_config
-from .arch.spec import ArchSpec, Widths
+from .arch.spec import LAYER, MODEL, ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
-from .calibration.gradients import saliencies
 from .calibration.manifest import Manifest
-from .calibration.passes import batches_of, guard_batches, passes_over
-from .checks import biased_spaces, check_model, dequantized
+from .calibration.passes import batches_of, guard_batches
+from .checks import biased_spaces, check_model, check_rounds, dequantized
+from .coarse import COARSE, check_coarse, prune_coarse_
 from .config import StructPruneConfig
 from .errors import InPlaceError, StructPruneError
 from .hub import save_pruned
 from .measure import Measure
 from .plan import Plan
-from .recovery_config import RecoveryConfig
 from .registry import Registry
 from .report import Report
-from .rounds import Rounds, check_rounds, mixture
-from .surgery import adopt_config_, skeleton
-from .sweep import Sweep
+from .rounds import Rounds, dense_scores, mixture
 
 
 if TYPE_CHECKING:
@@ -53,6 +49,8 @@ class StructPruner:
         self.report: Report | None = None
         self.plan: Plan | None = None
         self.manifest: Manifest | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.measure: Measure | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values."""
@@ -93,23 +91,24 @@ class StructPruner:
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
             )
         widths = target_widths(self.config, arch, model.config)
-        check_rounds(self.config, arch, widths)
+        check_coarse(self.config, list(widths))
+        check_rounds(self.config, arch)
         report = Report(arch.model_type)
         with report.timed("domains"):
             domains = self._domains(model, tokenizer, inputs)
         if self.config.allocation == "global":
             with report.timed("ranking"):
-                widths = target_widths(self.config, arch, model.config, self._scores(model, arch, domains, widths))
-        measure = Measure(domains, arch.causal)
+                scores = dense_scores(model, arch, self.config, domains, widths)
+                widths = target_widths(self.config, arch, model.config, scores)
+        self.tokenizer, self.measure = tokenizer, Measure(domains, arch.causal)
         with report.timed("perplexity"):
-            measure.before(model)
+            self.measure.before(model)
         report.parameters["before"], report.block_parameters["before"] = model.num_parameters(), sum(arch.block_params)
 
-        distils = self.config.recovery is not None and self.config.recovery.kl_weight
-        teacher = deepcopy(model) if inplace and distils else model
+        teacher = self._teacher(model, tokenizer, inplace)
         work = model if inplace else deepcopy(model)
         try:
-            plan = self._rounds_(work, domains, widths, report, measure, tokenizer, teacher)
+            plan = self._rounds_(work, domains, widths, report, teacher)
         except Exception as error:
             if inplace:
                 raise InPlaceError(
@@ -118,9 +117,8 @@ class StructPruner:
             raise
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
-        whole = {name: {space.layer: space.width for space in arch.of(name)} for name in plan.widths()}
-        report.widths = {name: {**whole[name], **at} for name, at in plan.widths().items()}
-        report.dense_widths = {name: arch.of(name)[0].size for name in report.widths}
+        report.widths = _widths_of(plan, arch)
+        report.dense_widths = {name: max(space.width for space in arch.of(name)) for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
         self.manifest = Manifest.of(self.config, domains, tokenizer)
@@ -162,28 +160,22 @@ class StructPruner:
             guard_batches(domains, self.config.batch_size)  # refuses a domain that is too small
         return domains
 
-    def _scores(
-        self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str]
-    ) -> dict[tuple[int, str], Tensor]:
-        sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
-        batches = batches_of(domains, self.config.batch_size)
-        training = model.training
-        model.eval()
-        if sweep.criterion.needs_gradient:
-            sweep.saliency = saliencies(model, arch, batches)
-        scores = sweep.scores(passes_over(model, arch, batches), names)
-        model.train(training)
-        return scores
+    def _teacher(self, model: PreTrainedModel, tokenizer: Any, inplace: bool) -> PreTrainedModel | None:
+        """What recovery learns from: the dense model, or nothing where its predictions go to disk."""
+        recovery = self.config.recovery
+        if recovery is None or not recovery.distils:
+            return None
+        if recovery.teacher_logits is not None:
+            return self._healer(recovery, self.config.rounds).write_teacher_logits(model, tokenizer)
+        return deepcopy(model) if inplace else model
 
-    def prune_to_(
-        self,
-        model: PreTrainedModel,
-        domains: list[Domain],
-        widths: Widths,
-        report: Report,
-        measure: Measure | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> Plan:
+    def _healer(self, recovery: Any, count: int, number: int = 1) -> Any:
+        # Training libraries take seconds to import, and most runs do without.
+        from .recovery import Recovery
+
+        return Recovery(recovery.part(number, count) if recovery.every_round else recovery, self.config)
+
+    def prune_to_(self, model: PreTrainedModel, domains: list[Domain], widths: Widths, report: Report) -> Plan:
         """Prune a model in place to given widths, in `config.rounds` rounds, without any recovery.
 
         Args:
@@ -191,31 +183,18 @@ class StructPruner:
             domains: Calibration text.
             widths: Number of units to keep, by space, in every block or by block; they have to be legal.
             report: Takes the time.
-            measure: What the dense model gives on held-out text; measured now where a setting asks for it.
-            tokenizer: Saved beside the models that `keep_rounds` leaves.
         """
         arch = describe(model, self.config.arch_file)
         training = model.training
         model.eval()
         batches = batches_of(domains, self.config.batch_size)
-        experts = {name: width for name, width in widths.items() if arch.of(name)[0].whole}
-        rest = {name: width for name, width in widths.items() if name not in experts}
-        plan = Plan(arch.model_type, {})
-        if experts:
-            with report.timed("experts"):
-                sweep = Sweep(model, arch, self.config, mixture(self.config, domains))
-                new_config = shrunk_config(model.config, arch, experts)
-                smaller = skeleton(model, new_config)
-                sweep.remove_experts_(passes_over(model, arch, batches), experts, smaller)
-                adopt_config_(model, new_config, smaller)
-                plan, arch = sweep.plan, describe(model, self.config.arch_file)
+        mixed = mixture(self.config, domains)
+        plan = prune_coarse_(model, arch, self.config, batches, mixed, widths, report)
+        arch = describe(model, self.config.arch_file)
+        rest = {name: width for name, width in widths.items() if name not in COARSE}
         if rest:
             biased = biased_spaces(self.config, arch, rest)
-            if measure is None:
-                measure = Measure(domains, arch.causal)
-                if self.config.measures:
-                    measure.before(model)
-            rounds = Rounds(model, arch, self.config, domains, report, measure, biased, tokenizer)
+            rounds = Rounds(model, arch, self.config, domains, report, self.measure, biased, self.tokenizer)
             plan = plan.then(rounds.run_(rest))
         model.train(training)
         return plan
@@ -226,29 +205,25 @@ class StructPruner:
         domains: list[Domain],
         widths: Widths,
         report: Report,
-        measure: Measure,
-        tokenizer: PreTrainedTokenizerBase | None,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | None,
     ) -> Plan:
         config, recovery = self.config, self.config.recovery
         pruner, steps = self, [dict(widths)]
         if recovery is not None and recovery.every_round:
             arch = describe(model, config.arch_file)
             pruner = type(self)(replace(config, rounds=1))
+            pruner.tokenizer, pruner.measure = self.tokenizer, self.measure
             steps = [next_legal(model.config, arch, step) for step in round_widths(config, arch, widths)]
         plan = Plan(model.config.model_type, {})
         for number, step in enumerate(steps, start=1):
-            plan = plan.then(pruner.prune_to_(model, domains, step, report, measure, tokenizer))
+            plan = plan.then(pruner.prune_to_(model, domains, step, report))
             with report.timed("perplexity"):
-                measure.after(model, report)
+                assert self.measure is not None
+                self.measure.after(model, report)
             if recovery is not None:
-                # Training libraries take seconds to import, and most runs do without.
-                from .recovery import Recovery
-
                 with report.timed("recovery"):
-                    healer = Recovery(_part(recovery, number, len(steps)), config)
-                    healer.recover_model(model, tokenizer, teacher)
-                    assert healer.report is not None
+                    healer = self._healer(recovery, len(steps), number)
+                    healer.recover_model(model, self.tokenizer, teacher)
                     report.recovery = healer.report.after(report.recovery)
         return plan
 
@@ -277,11 +252,8 @@ def prune_model(
     return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
 
 
-def _part(recovery: RecoveryConfig, number: int, count: int) -> RecoveryConfig:
-    """One of `count` equal parts of a recovery, each with its own folder for checkpoints."""
-    if count == 1:
-        return recovery
-    training = dict(recovery.training)
-    if "output_dir" in training:
-        training["output_dir"] = f"{training['output_dir']}/round-{number}"
-    return replace(recovery, tokens=recovery.tokens // count, training=training)
+def _widths_of(plan: Plan, arch: ArchSpec) -> dict[str, dict[int, int]]:
+    """Widths of the spaces that the plan names, in all blocks that are left."""
+    there = (MODEL, *plan.keep.get((MODEL, LAYER), range(arch.num_blocks)))
+    whole = {name: {at.layer: at.width for at in arch.of(name) if at.layer in there} for name in plan.widths()}
+    return {name: {**whole[name], **at} for name, at in plan.widths().items()}

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, TrainingArguments
 
-from .adapter import check_adapter
+from .adapter import check_adapter, fresh_adapter
 from .calibration.blocks import Domain, load_domains, num_heldout, split_samples
 from .calibration.manifest import MANIFEST_NAME
 from .calibration.presets import resolve
 from .config import CONFIG_NAME, StructPruneConfig
-from .distill_trainer import DistillTrainer, NotFiniteError
+from .distill_trainer import DistillTrainer, NotFiniteError, last_checkpoint
 from .errors import StructPruneError
 from .hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
 from .metrics import perplexity
 from .recovery_config import LORA, TRAINING, RecoveryConfig
-from .registry import did_you_mean
 from .report import RecoveryReport
+from .schema import SELF, build
+from .teacher import check_teacher, load_teacher
+from .teacher_logits import TeacherLogits, TrainingBlocks, write_teacher_logits
 
 
 if TYPE_CHECKING:
@@ -50,10 +53,17 @@ class Recovery:
         config: How to train.
         pruning: How the model was pruned; gives the domains, the block length and the seed that `config` leaves open,
             and says which documents were held out.
+        callbacks: Further callbacks for the Trainer.
     """
 
-    def __init__(self, config: RecoveryConfig, pruning: StructPruneConfig | None = None):
+    def __init__(
+        self,
+        config: RecoveryConfig,
+        pruning: StructPruneConfig | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
         self.config = config
+        self.callbacks = callbacks
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # its amount is not used
         self.report: RecoveryReport | None = None
 
@@ -65,25 +75,60 @@ class Recovery:
         resume: bool = False,
     ) -> PreTrainedModel | PeftModel:
         """Train a model; see `recover`."""
-        config = self.config
-        text = self._text()
-        teacher = _teacher(teacher, model) if config.kl_weight else None
-        vocab_size = model.config.get_text_config().vocab_size
+        config, text = self.config, self._text()
+        teacher, stored = self._teacher(teacher, model, tokenizer)
         # Text of its own is the dense model's where that is at hand: it is better, and the pruning has kept it.
-        domains = load_domains(text, tokenizer, vocab_size, self._heldout_blocks(text.seq_length), teacher or model)
-        report = RecoveryReport()
-        ppl = {} if teacher is None else {"dense": _perplexities(teacher, domains)}
+        domains = self._domains(text, tokenizer, teacher or model)
+        report, ppl = RecoveryReport(), {}
+        if stored is not None:
+            stored.check(_blocks(domains), config, model.config.get_text_config().vocab_size)
+            ppl["dense"] = stored.index["perplexity"]
+        elif teacher is not None:
+            ppl["dense"] = _perplexities(teacher, domains)
         ppl["pruned"] = _perplexities(model, domains)
+        blocks = TrainingBlocks(_blocks(domains), stored)
         with tempfile.TemporaryDirectory() as scratch:
             arguments = self._arguments(model, text.seed, scratch)
-            checkpoint = _checkpoint(arguments.output_dir) if resume else None
-            with _adapted(model, self._lora(), text.seed) as adapted:
-                self._train(adapted, arguments, teacher, domains, checkpoint, report)
+            checkpoint = last_checkpoint(arguments.output_dir) if resume else None
+            with fresh_adapter(model, self._lora(), text.seed) as adapted:
+                self._train(DistillTrainer(adapted, arguments, blocks, config, teacher), checkpoint, report)
         recovered = adapted.merge_and_unload() if config.merge else adapted
         ppl["recovered"] = _perplexities(recovered, domains)
         report.perplexity = {domain.name: {when: ppl[when][domain.name] for when in ppl} for domain in domains}
         self.report = report
         return recovered
+
+    def write_teacher_logits(self, teacher: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Write the teacher's predictions of the training text into `teacher_logits` of the config, unless that folder
+        exists. Where this comes before the pruned model is loaded, the two are never in memory together.
+
+        Args:
+            teacher: The model to agree with, or its id or folder.
+            tokenizer: Reads the domains.
+
+        Raises:
+            StructPruneError: If the config names no folder, the teacher cannot be loaded, or there is no text.
+        """
+        config = self.config
+        if config.teacher_logits is None or config.top_k is None:
+            raise StructPruneError("RecoveryConfig(teacher_logits=…, top_k=…) says where the teacher's logits go.")
+        # Of several processes, one writes.
+        with PartialState().main_process_first():
+            if Path(config.teacher_logits).exists():
+                return
+            teacher = load_teacher(teacher)
+            text = self._text()
+            for domain in text.domains:
+                if isinstance(domain.source, str) and domain.source.startswith(SELF):
+                    raise StructPruneError(
+                        f"The domain {domain.name!r} is written by the model itself, so it is other text for the "
+                        "teacher than for the pruned model; use another domain, or leave teacher_logits out."
+                    )
+            domains = self._domains(text, tokenizer, teacher)
+            ppl = _perplexities(teacher, domains)
+            write_teacher_logits(
+                config.teacher_logits, teacher, _blocks(domains), config.top_k, float(config.temperature), ppl
+            )
 
     def save(
         self,
@@ -147,32 +192,55 @@ class Recovery:
         return most if seq_length == pruning.seq_length else 1 + ceil(most * pruning.seq_length / seq_length)
 
     def _lora(self) -> LoraConfig:
-        return _build(LoraConfig, {**LORA, **self.config.lora})
+        return build(LoraConfig, {**LORA, **self.config.lora})
 
     def _arguments(self, model: PreTrainedModel, seed: int, scratch: str) -> TrainingArguments:
         given = self.config.training
         saving: dict[str, Any] = {"save_strategy": "no", "output_dir": scratch}
         if "output_dir" in given:
             saving = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}
-        fixed = {"seed": seed, "use_cpu": model.device.type == "cpu"}
-        return _build(TrainingArguments, {**TRAINING, **saving, **fixed, **given})
+        # Our own blocks carry what the loss reads, which is more than the model's arguments.
+        fixed = {"seed": seed, "use_cpu": model.device.type == "cpu", "remove_unused_columns": False}
+        return build(TrainingArguments, {**TRAINING, **saving, **fixed, **given})
 
-    def _train(
+    def _teacher(
         self,
-        adapted: PeftModel,
-        arguments: TrainingArguments,
-        teacher: PreTrainedModel | None,
-        domains: Sequence[Domain],
-        checkpoint: str | None,
-        report: RecoveryReport,
-    ) -> None:
-        rows = [{"input_ids": ids, "labels": ids} for domain in domains for ids in domain.blocks]
-        trainer = DistillTrainer(adapted, arguments, rows, self.config, teacher)
+        teacher: PreTrainedModel | str | None,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> tuple[PreTrainedModel | None, TeacherLogits | None]:
+        """The teacher in memory, or what is kept of it on disk, or neither."""
+        config = self.config
+        if config.teacher_logits is not None:
+            if teacher is not None:
+                self.write_teacher_logits(teacher, tokenizer)
+            return None, TeacherLogits(config.teacher_logits)
+        if teacher is None or not config.distils:
+            return None, None
+        teacher = load_teacher(teacher, model.dtype, model.device)
+        check_teacher(teacher, model, bool(config.hidden_weight))
+        return teacher, None
+
+    def _domains(
+        self, text: StructPruneConfig, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
+    ) -> list[Domain]:
+        vocab_size = model.config.get_text_config().vocab_size
+        return load_domains(text, tokenizer, vocab_size, self._heldout_blocks(text.seq_length), model)
+
+    def _train(self, trainer: DistillTrainer, checkpoint: str | None, report: RecoveryReport) -> None:
+        for callback in self.callbacks:
+            trainer.add_callback(callback)
         if checkpoint is not None:
-            check_adapter(adapted, checkpoint)
+            check_adapter(cast("PeftModel", trainer.model), checkpoint)
         start = perf_counter()
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.check_weights()
+        except (OSError, SafetensorError) as error:
+            raise StructPruneError(
+                f"Training stopped at step {trainer.state.global_step} because a checkpoint could not be written: "
+                f"{error}. The model is as it was; resuming goes on from the last whole checkpoint."
+            ) from error
         except NotFiniteError as error:
             if not trainer.restore_good_():
                 raise
@@ -213,62 +281,10 @@ def recover(
     return Recovery(config).recover_model(pruned, tokenizer, teacher, resume)
 
 
-@contextmanager
-def _adapted(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Iterator[PeftModel]:
-    """The model with a fresh adapter, which a failure takes off again."""
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    training = model.training
-    set_seed(seed)
-    try:
-        adapted = get_peft_model(model, lora)
-    except (ValueError, TypeError) as error:
-        raise StructPruneError(f"peft cannot put the adapter on {type(model).__name__}: {error}") from error
-    try:
-        yield adapted
-    except BaseException:  # Ctrl-C too
-        adapted.unload()
-        raise
-    finally:
-        model.train(training)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = trainable.get(name.replace(".base_layer.", "."), parameter.requires_grad)
-
-
-def _build(cls: type, values: dict[str, Any]) -> Any:
-    known = cls.__dataclass_fields__  # type: ignore[attr-defined]
-    for key in values:
-        if key not in known:
-            raise StructPruneError(f"{cls.__name__} has no field {key!r}.{did_you_mean(key, known)}")
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise StructPruneError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
-
-
-def _teacher(teacher: PreTrainedModel | str | None, model: PreTrainedModel) -> PreTrainedModel | None:
-    if teacher is None:
-        return None
-    if isinstance(teacher, (str, Path)):
-        try:
-            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=model.dtype, device_map=model.device)
-        except (OSError, ValueError) as error:
-            raise StructPruneError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
-    theirs, mine = (each.config.get_text_config().vocab_size for each in (teacher, model))
-    if theirs != mine:
-        raise StructPruneError(
-            f"The teacher has a vocabulary of {theirs} tokens and the model one of {mine}, so their predictions "
-            "cannot be compared; take the model that was pruned as the teacher, or leave the teacher out."
-        )
-    return teacher
-
-
-def _checkpoint(folder: str | None) -> str:
-    last = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
-    if last is None:
-        raise StructPruneError(f"There is no checkpoint in {folder} to resume from; start without resuming.")
-    return last
-
-
 def _perplexities(model: PreTrainedModel | PeftModel, domains: Sequence[Domain]) -> dict[str, float]:
     heldout: dict[str, Tensor] = {domain.name: domain.heldout for domain in domains}
     return {name: perplexity(model, blocks) for name, blocks in heldout.items()}
+
+
+def _blocks(domains: Sequence[Domain]) -> Tensor:
+    return torch.cat([domain.blocks for domain in domains])

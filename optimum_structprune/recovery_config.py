@@ -2,19 +2,19 @@
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
-from .schema import DomainConfig, Number, Serialisable, check_names, positive, with_domains
+from .schema import DomainConfig, Number, Serialisable, check_names, not_negative, positive, with_domains
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 TRAINING = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 4,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "logging_steps": 10,
@@ -44,10 +44,14 @@ class RecoveryConfig(Serialisable):
             go there and training can be resumed.
         kl_weight: Share of the divergence from the teacher in the loss; the rest is cross-entropy. Without a teacher
             the loss is cross-entropy whatever stands here.
+        hidden_weight: Weight of the distance between the hidden states of both models after every block, which is
+            added to the loss. Needs blocks and hidden size as many as the teacher's.
         temperature: Divides the logits of both models before they are compared.
         direction: `forward` is KL(teacher‖model), which covers all that the teacher does; `reverse` is
             KL(model‖teacher), which keeps to what the teacher does most.
         top_k: Compare the teacher's k likeliest tokens and all others as one, which saves memory; None compares all.
+        teacher_logits: Folder for the teacher's `top_k` likeliest predictions of the training text. They are written
+            before training starts and read back during it, so that the teacher is not in memory then.
         merge: Fold the adapter into the weights at the end; otherwise the result is the pruned model and an adapter.
         every_round: Train after every round of pruning, each with an equal part of the tokens.
         seed: Of the order and of the adapter.
@@ -58,10 +62,12 @@ class RecoveryConfig(Serialisable):
     domains: list[DomainConfig] | None = None
     lora: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    kl_weight: Number = validated_field(_proportion, default=0.5)
+    kl_weight: Number = validated_field(_proportion, default=0.25)
+    hidden_weight: Number = validated_field(not_negative, default=0.0)
     temperature: Number = validated_field(positive, default=1.0)
     direction: Literal["forward", "reverse"] = "forward"
     top_k: int | None = validated_field(positive, default=None)
+    teacher_logits: str | None = None
     merge: bool = True
     every_round: bool = False
     seed: int | None = None
@@ -80,6 +86,20 @@ class RecoveryConfig(Serialisable):
         """
         return super().from_dict(with_domains(data, cls.__name__))
 
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher has a part in the loss."""
+        return bool(self.kl_weight or self.hidden_weight)
+
+    def part(self, number: int, count: int) -> "RecoveryConfig":
+        """One of `count` equal parts of the training, each with its own folder for checkpoints."""
+        if count == 1:
+            return self
+        training = dict(self.training)
+        if "output_dir" in training:
+            training["output_dir"] = f"{training['output_dir']}/round-{number}"
+        return replace(self, tokens=self.tokens // count, training=training)
+
     def validate_domains(self) -> None:
         """At least one domain, and no two of the same name."""
         if self.domains is not None:
@@ -89,3 +109,16 @@ class RecoveryConfig(Serialisable):
         """An adapter cannot be left beside a model that is pruned further."""
         if self.every_round and not self.merge:
             raise ValueError("every_round=True trains models that are pruned again, so it needs merge=True, got False")
+
+    def validate_teacher_logits(self) -> None:
+        """What a folder of likeliest predictions can stand in for."""
+        if self.teacher_logits is None:
+            return
+        if self.top_k is None:
+            raise ValueError("teacher_logits keeps the teacher's likeliest tokens, so it needs top_k, such as 64")
+        if self.hidden_weight:
+            raise ValueError(
+                f"teacher_logits holds no hidden states, so hidden_weight has to be 0, got {self.hidden_weight}"
+            )
+        if not self.kl_weight:
+            raise ValueError("teacher_logits is of no use with kl_weight=0; leave one of them out")

@@ -104,4 +104,6 @@ def _others(keep: Tensor, size: int) -> Tensor:
 
 
 REFITS: dict[str, Refit] = {"none": no_refit, "bias": bias_refit, "least_squares": least_squares}
-NEEDS_GRAM = frozenset({"least_squares"})
+# The block's training starts from the least squares.
+REFITS["reconstruct"] = least_squares
+NEEDS_GRAM = frozenset({"least_squares", "reconstruct"})

@@ -13,11 +13,11 @@ from .allocation import next_legal, round_widths
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Widths
 from .calibration.evidence import Mixture
-from .calibration.gradients import check_gradients, saliencies
+from .calibration.gradients import saliencies
 from .calibration.passes import batches_of, guard_batches, passes_over
 from .checkpoint import Checkpoint, run_key
-from .criteria import CRITERIA
 from .errors import StructPruneError
+from .halving import halfway, whole_widths
 from .hub import PLAN_NAME, check_reload, save_checked
 from .measure import Measure
 from .plan import Plan
@@ -28,6 +28,7 @@ from .sweep import Sweep
 
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .calibration.blocks import Domain
@@ -40,6 +41,29 @@ def mixture(config: StructPruneConfig, domains: list[Domain]) -> Mixture:
     return Mixture(shares, config.normalisation, config.aggregation, float(config.quantile))
 
 
+def dense_scores(
+    model: PreTrainedModel, spec: ArchSpec, config: StructPruneConfig, domains: list[Domain], names: Collection[str]
+) -> dict[tuple[int, str], Tensor]:
+    """Scores of all units that compare over blocks and spaces, from one pass over the dense model.
+
+    Args:
+        model: It is left as it is.
+        spec: Its description.
+        config: Names the criterion.
+        domains: Calibration text.
+        names: Kinds of space.
+    """
+    sweep = Sweep(model, spec, config, mixture(config, domains))
+    batches = batches_of(domains, config.batch_size)
+    training = model.training
+    model.eval()
+    if sweep.criterion.needs_gradient:
+        sweep.saliency = saliencies(model, spec, batches)
+    scores = sweep.scores(passes_over(model, spec, batches), names)
+    model.train(training)
+    return scores
+
+
 @dataclass
 class Rounds:
     """Prunes a model in place to given widths.
@@ -50,7 +74,7 @@ class Rounds:
         config: How to prune.
         domains: Calibration text.
         report: Takes the time and what each round reached.
-        measure: What the dense model gives on held-out text.
+        measure: What the dense model gives on held-out text; None where the model is dense still.
         biased: Spaces whose consumers get a bias.
         tokenizer: Saved beside the models that `keep_rounds` leaves.
         checkpoint: What remembers the rounds, where a folder is named.
@@ -61,7 +85,7 @@ class Rounds:
     config: StructPruneConfig
     domains: list[Domain]
     report: Report
-    measure: Measure
+    measure: Measure | None = None
     biased: tuple[str, ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
     checkpoint: Checkpoint | None = None
@@ -76,6 +100,9 @@ class Rounds:
             StructPruneError: If no width holds `max_perplexity_ratio`, or a checkpoint belongs to another run.
         """
         config = self.config
+        if self.measure is None and config.measures:
+            self.measure = Measure(self.domains, self.spec.causal)
+            self.measure.before(self.model)
         self.sweep = Sweep(self.model, self.spec, config, mixture(config, self.domains))
         steps = round_widths(config, self.spec, widths)
         if config.keep_rounds or config.max_perplexity_ratio is not None:
@@ -111,7 +138,7 @@ class Rounds:
 
     def _ratios(self) -> dict[str, float]:
         """Perplexity over the dense model's, by domain; nothing where no setting asks for it."""
-        if not (self.config.measures and self.spec.causal):
+        if self.measure is None or not (self.config.measures and self.spec.causal):
             return {}
         with self.report.timed("perplexity"):
             return self.measure.ratios(self.model)
@@ -140,7 +167,7 @@ class Rounds:
         """Rounds as long as every domain holds the floor, then halvings between the last widths that hold it and the
         first that do not, until there are no legal ones in between.
         """
-        whole = self._whole(steps[-1])
+        whole = whole_widths(self.spec, steps[-1])
         good, bad, state = (steps[done - 1] if done else None), None, self.sweep.snapshot()
         for number, step in enumerate(steps[done:], start=done + 1):
             if not self._holds_(number, step):
@@ -149,7 +176,7 @@ class Rounds:
             good, state, done = step, self.sweep.snapshot(), number
             self._leave(number, step)
         while bad is not None:
-            middle = next_legal(self.model.config, self.spec, self._halfway(good or whole, bad))
+            middle = halfway(self.config, self.model.config, self.spec, good or whole, bad)
             if middle in (good, bad, whole):
                 break
             self.sweep.restore_(state)
@@ -183,26 +210,6 @@ class Rounds:
             "round_to."
         )
 
-    def _halfway(self, high: Widths, low: Widths) -> Widths:
-        """Widths halfway, channels in multiples of `round_to`; `high` itself where there are none in between."""
-        found: dict[str, int | Mapping[int, int]] = {}
-        for name, least in low.items():
-            multiple = self.config.round_to if len(self.spec.of(name)[0].config) == 1 else 1
-            most = high[name]
-            if isinstance(least, int) and isinstance(most, int):
-                found[name] = between(most, least, multiple)
-            elif isinstance(least, Mapping) and isinstance(most, Mapping):
-                found[name] = {at: between(most[at], width, multiple) for at, width in least.items()}
-        return found
-
-    def _whole(self, step: Widths) -> Widths:
-        """The present widths, in the form of a step."""
-        sizes = {name: {space.layer: space.width for space in self.spec.of(name)} for name in step}
-        return {
-            name: max(sizes[name].values()) if isinstance(width, int) else {at: sizes[name][at] for at in width}
-            for name, width in step.items()
-        }
-
     def _keep(self, number: int, step: Widths) -> None:
         """Save the model of this round as an ordinary, smaller one."""
         copy, plan = deepcopy(self.model), self.sweep.plan
@@ -231,37 +238,3 @@ def shrink_(model: PreTrainedModel, spec: ArchSpec, plan: Plan, widths: Widths, 
     for layer in range(spec.num_blocks):
         shrink_block_(model, spec, layer, plan, smaller)
     adopt_config_(model, config, smaller)
-
-
-def between(high: int, low: int, multiple: int) -> int:
-    """The multiple halfway between two widths; `high` where there is none in between."""
-    middle = -(-(high + low) // (2 * multiple)) * multiple
-    middle -= multiple if middle >= high else 0
-    return middle if low < middle else high
-
-
-def check_rounds(config: StructPruneConfig, spec: ArchSpec, widths: Collection[str]) -> None:
-    """Refuse what the rounds cannot do with this model.
-
-    Args:
-        config: How to prune.
-        spec: The model.
-        widths: Names of the spaces that are pruned.
-
-    Raises:
-        StructPruneError: If a setting needs a perplexity or a gradient that the model does not give, or whole experts
-            are to go under a floor.
-    """
-    if CRITERIA.get(config.criterion).needs_gradient:
-        check_gradients(spec)
-    if not spec.causal and (config.reweights or config.max_perplexity_ratio is not None):
-        raise StructPruneError(
-            "adaptive_rate, objective='worst' and max_perplexity_ratio go by perplexity, which a model of type "
-            f"{spec.model_type!r} does not have; leave them out."
-        )
-    whole = [name for name in widths if spec.of(name)[0].whole]
-    if whole and config.max_perplexity_ratio is not None:
-        raise StructPruneError(
-            f"max_perplexity_ratio={config.max_perplexity_ratio} is held by going back to wider blocks, but units of "
-            f"{whole[0]!r} are taken out once and for all; prune channels or KV groups."
-        )

@@ -100,14 +100,23 @@ class Serialisable:
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
-        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every subclass is a dataclass
-        for key in data:
-            if key not in known:
-                raise StructPruneError(f"{cls.__name__} has no field {key!r}.{did_you_mean(key, known)}")
-        try:
-            return cls(**data)
-        except (StrictDataclassError, TypeError) as error:
-            raise StructPruneError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
+        return build(cls, data)
+
+
+def build(cls: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass, of ours or of another library, from values by field.
+
+    Raises:
+        StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
+    """
+    known = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in known:
+            raise StructPruneError(f"{cls.__name__} has no field {key!r}.{did_you_mean(key, known)}")
+    try:
+        return cls(**values)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise StructPruneError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
 
 
 @strict

@@ -135,8 +135,7 @@ def shrink_block_(model: PreTrainedModel, spec: ArchSpec, layer: int, plan: Plan
         if name not in state and name.endswith(".bias"):
             weight = state[name.removesuffix("bias") + "weight"]
             state[name] = torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
-    _fill(new, state, spec)
-    _take_over(old, new)
+    replace_(old, new, state, spec)
     put_block_(model, spec, layer, new)
 
 
@@ -183,7 +182,7 @@ def pad_(model: PreTrainedModel, spec: ArchSpec) -> None:
         model: The model that is changed.
         spec: Its description.
     """
-    widest = {name: max(space.width for space in spec.of(name)) for name in spec.names}
+    widest = {kind: max(space.width for space in spec.of(kind)) for kind in {space.kind for space in spec.spaces}}
     state = model.state_dict()
     places: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for space in spec.spaces:
@@ -219,10 +218,25 @@ def _rebuild_(
     resized = skeleton(model, config)
     for layer, (old, new) in enumerate(zip(block_list(model, spec), block_list(resized, spec), strict=True)):
         prefix = spec.block_prefix(layer)
-        _fill(new, {name: values(prefix + name, tensor) for name, tensor in new.state_dict().items()}, spec)
-        _take_over(old, new)
+        replace_(old, new, {name: values(prefix + name, tensor) for name, tensor in new.state_dict().items()}, spec)
         put_block_(model, spec, layer, new)
     adopt_config_(model, config, resized)
+
+
+def replace_(old: nn.Module, new: nn.Module, state: Mapping[str, Tensor], spec: ArchSpec) -> None:
+    """Fill a module of a skeleton, and make it take over everything else from the one that it replaces.
+
+    Args:
+        old: The module; its parameters move, and take the new values.
+        new: Of the `skeleton`.
+        state: Every tensor of the new module's state dict.
+        spec: Description of the model.
+
+    Raises:
+        StructPruneError: If the tensors do not fit.
+    """
+    _fill(new, state, spec)
+    _take_over(old, new)
 
 
 def _fill(block: nn.Module, state: Mapping[str, Tensor], spec: ArchSpec) -> None:

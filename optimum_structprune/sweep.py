@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
+from .arch.load import block_list
 from .arch.spec import ArchSpec, Axis, Space, Widths
 from .calibration.evidence import Mixture
-from .calibration.passes import Passes
+from .calibration.passes import BlockPasses, Passes
 from .calibration.stats import Moments
 from .criteria import CRITERIA, Criterion
+from .errors import StructPruneError
 from .guard import Choice, guarded_refit
 from .plan import Plan
 from .ranking import standardised
+from .reconstruct import Reconstruction, in_float32, reconstruct_
 from .refit import NEEDS_GRAM, REFITS
 from .surgery import read_consumer, shrink_block_, units_to_columns, write_consumer_
 
@@ -61,6 +64,7 @@ class Sweep:
         dense: Dense weight and bias of the consumers that earlier rounds have changed.
         saliency: E|x ∂L/∂x| by tap, shape `(domains, n)`, for a criterion that needs gradients.
         guarded: What the guard chose in the last round, by block and space.
+        reconstructed: What the training of each block has brought.
     """
 
     model: PreTrainedModel
@@ -71,6 +75,7 @@ class Sweep:
     dense: dict[Axis, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     saliency: dict[str, Tensor] = field(default_factory=dict)
     guarded: dict[tuple[int, str], Choice] = field(default_factory=dict)
+    reconstructed: dict[int, Reconstruction] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.begin_()
@@ -90,14 +95,50 @@ class Sweep:
             title: Label of the progress bar.
         """
         self.begin_()
+        reconstructs = self.config.refit == "reconstruct" and smaller is not None
         for layer in tqdm(range(self.spec.num_blocks), desc=title, unit="block"):
+            targets = self._dense_outputs(passes, layer) if reconstructs else []
             for space in self.spec.at(layer):
                 width = space.width_in(widths) * space.scale
                 if width < space.size:
                     self._prune_(space, passes.gather(layer, space, self.gram), width, smaller is None)
             if smaller is not None:
                 shrink_block_(self.model, self.spec, layer, self.plan, smaller)
+            if reconstructs:
+                self._reconstruct_(passes, layer, targets)
             passes.advance(layer)
+
+    def _dense_outputs(self, passes: Passes, layer: int) -> list[Tensor]:
+        """What the dense block makes of its present input."""
+        if not isinstance(passes, BlockPasses):
+            raise StructPruneError(
+                f"refit='reconstruct' runs block by block, which a {self.spec.model_type} model does not allow; "
+                "use refit='least_squares'."
+            )
+        axes = [axis for space in self.spec.at(layer) for axis in space.into if axis in self.dense]
+        now = {axis: read_consumer(self.model, axis) for axis in axes}
+        for axis in axes:
+            self._write_(axis, *self.dense[axis])
+        outputs = passes.outputs(layer)
+        for axis, values in now.items():
+            self._write_(axis, *values)
+        return outputs
+
+    def _reconstruct_(self, passes: Passes, layer: int, targets: Sequence[Tensor]) -> None:
+        assert isinstance(passes, BlockPasses)
+        block, config = block_list(self.model, self.spec)[layer], self.config
+        used = [index for index, domain in enumerate(passes.domains) if domain < len(self.mixture.shares)]
+        with in_float32(block):
+            self.reconstructed[layer] = reconstruct_(
+                block,
+                lambda index: passes.run(layer, used[index]),
+                [passes.hidden[index] for index in used],
+                [targets[index] for index in used],
+                [passes.domains[index] for index in used],
+                self.mixture.shares,
+                config.reconstruct_epochs,
+                float(config.reconstruct_rate),
+            )
 
     def scores(self, passes: Passes, names: Collection[str]) -> dict[tuple[int, str], Tensor]:
         """Scores of the units of the dense model that compare over blocks and spaces; nothing is changed.
@@ -152,10 +193,13 @@ class Sweep:
         """Go back to a snapshot; consumers that it does not name become dense again."""
         self.keep, self.mixture.shares = dict(snapshot.keep), snapshot.shares
         for axis in {**self.dense, **snapshot.consumers}:
-            weight, bias = snapshot.consumers.get(axis) or self.dense[axis]
-            _, now = read_consumer(self.model, axis)
-            bias = torch.zeros_like(now) if bias is None and now is not None else bias
-            write_consumer_(self.model, axis, torch.arange(weight.shape[1], device=weight.device), weight, bias)
+            self._write_(axis, *(snapshot.consumers.get(axis) or self.dense[axis]))
+
+    def _write_(self, axis: Axis, weight: Tensor, bias: Tensor | None) -> None:
+        """All columns of a consumer; no bias is a bias of zeros where the module has got one."""
+        _, now = read_consumer(self.model, axis)
+        bias = torch.zeros_like(now) if bias is None and now is not None else bias
+        write_consumer_(self.model, axis, torch.arange(weight.shape[1], device=weight.device), weight, bias)
 
     def resume_(self, snapshot: Snapshot) -> None:
         """Take a snapshot of an earlier run of the same rounds into the dense model."""

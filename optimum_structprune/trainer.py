@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
 from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.spec import ArchSpec, Widths
+from .averages import Average
 from .calibration.blocks import Domain, load_domains
 from .calibration.collect import before_load, intercept
 from .checks import check_model
@@ -25,11 +27,12 @@ from .optimizer_state import check_state, slice_state_
 from .plan import Plan
 from .pruner import AutoStructPruner
 from .report import Report
+from .reporting import go_first
 from .surgery import resize_
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 # Their state is one number per weight, or one per parameter.
 ELEMENTWISE = (optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam)
@@ -49,6 +52,8 @@ class StructPruneCallback(TrainerCallback):
         end: Step after which the last units go, likewise; None removes everything at `start`.
         every: Steps from one removal to the next.
         calibration: `batches` judges units on the training text seen so far; `domains` on the domains of `config`.
+        averages: Averages of the model's weights, such as an EMA in `torch.optim.swa_utils.AveragedModel`, which
+            shrink with it. Others may be appended to the attribute while training.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class StructPruneCallback(TrainerCallback):
         end: int | float | None = None,
         every: int | None = None,
         calibration: Literal["batches", "domains"] = "batches",
+        averages: Sequence[nn.Module] = (),
     ):
         if calibration not in ("batches", "domains"):
             raise StructPruneError(f"calibration is 'batches' or 'domains', got {calibration!r}.")
@@ -78,6 +84,7 @@ class StructPruneCallback(TrainerCallback):
         self.config = config
         self.start, self.end, self.every = start, end, every
         self.calibration = calibration
+        self.averages = list(averages)
         self.plan: Plan | None = None
         self.steps: dict[int, Widths] = {}
         self._dense: tuple[ArchSpec, Widths] | None = None
@@ -86,31 +93,31 @@ class StructPruneCallback(TrainerCallback):
         self._loading, self._watching = ExitStack(), ExitStack()
 
     def on_init_end(self, args, state, control, model: PreTrainedModel | None = None, **kwargs) -> None:
-        """Remember the dense widths, and let a checkpoint's widths in.
+        """Remember the dense widths, let a checkpoint's widths in, and stand before the callbacks that report.
 
         Raises:
             StructPruneError: If the model cannot be pruned as the config says.
         """
+        go_first(self)
         if model is None:
             return
         check_model(model, self.config)
         arch = describe(model, self.config.arch_file)
         self._dense = arch, target_widths(self.config, arch, model.config)
+        for space in arch.wide:
+            if space.name in self._dense[1]:
+                raise StructPruneError(
+                    f"{space.name!r} belongs to the whole model, and a Trainer prunes inside the blocks only; prune "
+                    "it first (`structprune prune`), then train."
+                )
         self.plan = Plan(arch.model_type, {})
         self._loading.close()
         self._loading.enter_context(
-            before_load(model, lambda tensors: resize_(model, describe(model, self.config.arch_file), tensors))
+            before_load(model, lambda module, state: resize_(module, describe(module, self.config.arch_file), state))
         )
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        optimizer: Any = None,
-        processing_class: Any = None,
-        **kwargs,
+        self, args, state, control, model=None, optimizer=None, processing_class=None, **kwargs
     ) -> None:
         """Check what the run is made of, and lay out its steps.
 
@@ -118,7 +125,7 @@ class StructPruneCallback(TrainerCallback):
             StructPruneError: If training is sharded, distributed or compiled, the optimizer's state cannot be cut, or
                 the steps do not fit into the run.
         """
-        assert model is not None
+        go_first(self)
         _check_run(args, model, _inner(optimizer))
         if self._dense is None:
             self.on_init_end(args, state, control, model)
@@ -130,19 +137,10 @@ class StructPruneCallback(TrainerCallback):
         if self.calibration == "batches" and any(step > state.global_step for step in self.steps):
             self._watching.enter_context(intercept([model], lambda _, args, kwargs: self._take(model, args, kwargs)))
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        optimizer: Any = None,
-        **kwargs,
-    ) -> None:
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """Prune, if this is one of the steps."""
         if state.global_step not in self.steps:
             return
-        assert model is not None
         if self.prune_(model, _inner(optimizer), self.steps[state.global_step]):
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
             control.should_log = True
@@ -168,7 +166,7 @@ class StructPruneCallback(TrainerCallback):
         self._seen.clear()
 
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:
-        """Bring a model down to widths, and the optimizer's state with it.
+        """Bring a model down to widths, and the optimizer's state and the averages with it.
 
         Args:
             model: The model that is changed; its parameters stay the same objects.
@@ -187,9 +185,12 @@ class StructPruneCallback(TrainerCallback):
         if not smaller:
             return False
         check_state(optimizer)
+        averages = [Average(average, model, self.config.arch_file) for average in self.averages]
         pruner = AutoStructPruner.from_config(replace(self.config, rounds=1, recovery=None))
         plan = pruner.prune_to_(model, self._domains or [self._text()], smaller, Report(arch.model_type))
         slice_state_(optimizer, model, arch, plan)
+        for average in averages:
+            average.follow_(model, arch, plan)
         self.plan = plan if self.plan is None else self.plan.then(plan)
         return True
 
@@ -238,16 +239,13 @@ class StructPruneCallback(TrainerCallback):
 def attach_pruner(
     trainer: Trainer, config: StructPruneConfig, start: int | float = 0.1, **schedule: Any
 ) -> StructPruneCallback:
-    """Make a Trainer prune while it trains.
-
-    Compared with `Trainer(callbacks=[StructPruneCallback(…)])`, what it logs also reaches TensorBoard, W&B and the
-    like, because it is asked before them.
+    """Make a Trainer prune while it trains: `Trainer(callbacks=[StructPruneCallback(…)])` for one that exists.
 
     Args:
         trainer: Any Trainer, before `train`.
         config: What to remove and how.
         start: See `StructPruneCallback`.
-        schedule: `end`, `every` and `calibration`, see `StructPruneCallback`.
+        schedule: `end`, `every`, `calibration` and `averages`, see `StructPruneCallback`.
     """
     callback = StructPruneCallback(config, start, **schedule)
     callback.on_init_end(trainer.args, trainer.state, trainer.control, cast("PreTrainedModel", trainer.model))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import islice
 
@@ -254,3 +257,14 @@ def real_text_model() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     torch.manual_seed(0)
     fields = {**GROUPED, "vocab_size": len(reader), "intermediate_size": 1536, "max_position_embeddings": 1024}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval(), reader
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file can grow beyond `size` bytes: to whoever writes one, the disk is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

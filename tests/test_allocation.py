@@ -11,9 +11,8 @@ from optimum_structprune.allocation import ranked_widths, round_widths, target_w
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import ArchSpec, Space
 from optimum_structprune.calibration.blocks import Domain
-from optimum_structprune.calibration.passes import batches_of, passes_over
 from optimum_structprune.ranking import standardised
-from optimum_structprune.sweep import Sweep
+from optimum_structprune.rounds import dense_scores
 
 
 def spec_of(layers: int, groups: int, group_cost: int, channels: int, channel_cost: int) -> ArchSpec:
@@ -221,8 +220,7 @@ def test_global_allocation_is_that_of_flap():
             expected[space.name][space.layer] -= 1
 
     fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1, min_width=0.01)
-    batches = batches_of([Domain("a", 1.0, blocks, blocks[:0])], 3)
-    scores = Sweep(model, spec, fields, [1.0]).scores(passes_over(model, spec, batches), spec.names)
+    scores = dense_scores(model, spec, fields, [Domain("a", 1.0, blocks, blocks[:0])], spec.names)
     every = {name: list(range(1, spec.of(name)[0].size + 1)) for name in spec.names}
     found = ranked_widths(fields, spec, every, scores)
     assert found["mlp"][0] != found["mlp"][1] and found["attention"] == expected["attention"]

@@ -115,9 +115,28 @@ def test_flags_override_the_file(tmp_path, folder):
     parser = ArgumentParser()
     prune.add_arguments(parser)
     arguments = ["m", "o", "--config", str(tmp_path / "run.yaml"), "--width", "mlp=8", "--rounds", "2"]
-    config = config_from(parser.parse_args([*arguments, "--domain", "a=x@y.txt@0.5", "--domain", "b=c@d.txt"]))
+    config = config_from(
+        parser.parse_args(
+            [
+                *arguments,
+                "--domain",
+                "a=x@y.txt@0.5",
+                "--domain",
+                "b=c@d.txt",
+                "--domain",
+                "m=self:math@2",
+                "--select",
+                "diverse",
+            ]
+        )
+    )
     assert (config.sparsity, config.widths, config.rounds, config.criterion) == (None, {"mlp": 8}, 2, "flap")
-    assert [(d.name, d.source, d.weight) for d in config.domains] == [("a", "x@y.txt", 0.5), ("b", "c@d.txt", 1.0)]
+    assert [(d.name, d.source, d.weight) for d in config.domains] == [
+        ("a", "x@y.txt", 0.5),
+        ("b", "c@d.txt", 1.0),
+        ("m", "self:math", 2.0),
+    ]
+    assert config.select == "diverse"
 
 
 def test_every_flag_of_the_rounds_is_a_field(folder, tmp_path, capsys):

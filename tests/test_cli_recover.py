@@ -1,11 +1,16 @@
 """`structprune recover` and `structprune prune --recover`."""
 
 import json
+import subprocess
+import sys
+import time
 from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
+import torch
 from models import build, config, documents, tokenizer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import Recovery, StructPruner
@@ -49,6 +54,22 @@ def test_the_adapter_alone(folder):
     assert not (folder / "adapter" / "model.safetensors").exists()
 
 
+def test_the_teacher_is_gone_before_the_model_is_loaded(folder, capsys, monkeypatch):
+    loaded, original = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(name, **kwargs):
+        loaded.append(Path(name).name)
+        return original(name, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    stored = ["--top-k", "8", "--teacher-logits", str(folder / "logits"), "--teacher", str(folder / "model")]
+    assert main(command(folder, *stored, output="from-disk")) == 0
+    assert loaded == ["model", "pruned"] and "dense" in capsys.readouterr().out
+    loaded.clear()
+    assert main(command(folder, *stored[:4], "--overwrite", output="from-disk")) == 0
+    assert loaded == ["pruned"]
+
+
 def test_interrupted_and_resumed(folder, capsys, monkeypatch):
     def interrupt(self, *arguments, **more):
         raise KeyboardInterrupt
@@ -59,6 +80,24 @@ def test_interrupted_and_resumed(folder, capsys, monkeypatch):
     assert "--resume" in capsys.readouterr().err
     assert main(command(folder, "--resume", output="later")) == 2
     assert "no checkpoint in" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(folder, capsys):
+    again = ["--overwrite", "--training", "save_steps=2"]
+    line = command(folder, "--tokens", "4800", *again, output="killed")
+    program = "from optimum_structprune.commands.cli import main; import sys; main(sys.argv[1:])"
+    checkpoints = folder / "killed.checkpoints"
+    with subprocess.Popen([sys.executable, "-c", program, *line], stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode == -9 and not (folder / "killed").exists()
+    assert main([*line, "--resume"]) == 0
+    whole = command(folder, "--tokens", "4800", *again, output="whole")
+    assert main(whole) == 0
+    resumed, uncut = (load_file(folder / name / "model.safetensors") for name in ("killed", "whole"))
+    torch.testing.assert_close(resumed, uncut)
 
 
 def test_prune_and_recover(folder, capsys):

@@ -20,18 +20,19 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipel
 from optimum_structprune import StructPruner
 
 
-def uniform(case):
-    """Prunes a model to the same widths in every block."""
+def pruned(case, **fields):
+    """How to prune a model to these widths, in every block but those that `skip_layers` names."""
 
     def prune():
-        pruner = StructPruner(config(widths={"mlp": 24, "attention": 2}))
+        pruner = StructPruner(config(widths={"mlp": 24, "attention": 2}, **fields))
         return pruner, pruner.prune_model(build(case), tokenizer())
 
     return prune
 
 
 # name -> how the model is made; every test below has to pass for all of them
-PRUNED = {case: uniform(case) for case in ("llama-tied", "gemma3_text", "mixtral")}
+PRUNED = {case: pruned(case) for case in ("llama-tied", "gemma3_text", "mixtral")}
+PRUNED |= {"llama-differing": pruned("llama-tied", skip_layers=(1,))}
 # Graphs take long to make, and experts are routed by values, which a graph does not see.
 graphs = pytest.mark.parametrize("deployed", ["llama-tied"], indirect=True)
 
@@ -142,6 +143,7 @@ def test_the_files_that_are_pushed_load(deployed, tmp_path, monkeypatch):
     tokenizer().push_to_hub("me/pruned")
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert ("modeling_structprune.py" in names) == model.config.is_heterogeneous
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_structprune.distill import divergence
+from optimum_structprune.distill import divergence, divergence_from_likeliest, hidden_distance, likeliest
 
 
 def pair():
@@ -43,3 +43,23 @@ def test_a_certain_teacher_gives_finite_gradients():
     theirs[..., 0] = 100.0
     divergence(mine.requires_grad_(), theirs, top_k=2).backward()
     assert torch.isfinite(mine.grad).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_likeliest_are_all_that_top_k_needs(direction, temperature):
+    mine, theirs = pair()
+    stored = likeliest(theirs, 5, temperature)
+    assert [tensor.shape for tensor in stored] == [(3, 5, 5)] * 2
+    live = divergence(mine, theirs, temperature, direction, top_k=5)
+    assert torch.equal(divergence_from_likeliest(mine, *stored, temperature, direction), live)
+
+
+def test_the_distance_of_hidden_states_is_relative_and_every_token_counts_alike():
+    target = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
+    scale = torch.ones(2, 7, 1)
+    scale[:, 0] = 1000.0
+    for teacher in (target, target * scale, target * 1e-3):
+        assert float(hidden_distance([teacher * 1.1], [teacher])) == pytest.approx(0.01, rel=1e-3)
+    assert float(hidden_distance([target * 1.1, target], [target, target])) == pytest.approx(0.005, rel=1e-3)
+    assert torch.isfinite(hidden_distance([target], [torch.zeros_like(target)]))

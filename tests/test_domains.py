@@ -18,7 +18,7 @@ from optimum_structprune.calibration.passes import BlockPasses, ModelPasses, bat
 from optimum_structprune.calibration.presets import presets, resolve
 from optimum_structprune.calibration.sources import documents
 from optimum_structprune.calibration.templates import Document, chat_document, document_hash
-from optimum_structprune.evaluate import run_model
+from optimum_structprune.metrics import run_model
 from optimum_structprune.schema import PRESET
 
 
@@ -385,3 +385,32 @@ def test_a_frame_tells_which_documents_a_block_holds():
     assert packed.hashes == tuple(map(document_hash, texts[:3]))
     some = packed.select([2, 0])
     assert torch.equal(some.blocks, packed.blocks[[2, 0]]) and some.documents[1] == packed.documents[0]
+
+
+def test_conversations_stream_from_parquet_into_blocks(tmp_path, monkeypatch):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"w{3 + i}"},
+                {"role": "assistant", "content": f"w{50 + i % 40} w9"},
+            ]
+        }
+        for i in range(40)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    load = datasets.load_dataset
+
+    def from_disk(source, name, split, streaming):
+        return load("parquet", data_files={"train_sft": str(tmp_path / "*.parquet")}, split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_disk)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    asked = [
+        DomainConfig("chat", "preset:dialogue", answers_only=True, streaming=streaming) for streaming in (True, False)
+    ]
+    spaced = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    for domain in asked:
+        (loaded,) = load_domains(config(domains=[domain], num_samples=2), chatty(spaced))
+        assert set(loaded.blocks[loaded.mask].tolist()) - {9} <= set(range(50, 90))
+        # A question and the names of two roles stand before each answer.
+        assert 0.3 < loaded.mask.float().mean() < 0.5

@@ -68,7 +68,7 @@ def halves(spec):
 
 
 WISHES = [(case, {}) for case in [*PRUNABLE, *(case for case in OTHERS if case != "vit")]]
-WISHES += [("llama-bias", {"refit": "bias", "widths": {"mlp": 17, "attention": 1}})]
+WISHES += [("llama-tied", {"refit": "bias", "widths": {"mlp": 17, "attention": 1}})]
 WISHES += [
     (case, {"sparsity": sparsity, "round_to": round_to})
     for case in ("llama-tied", "qwen2", "gemma2")
@@ -169,6 +169,13 @@ def test_the_callers_config_is_left_alone():
     before = deepcopy(model_config.to_dict())
     dry_run(model_config, config(widths={"mlp": 8, "attention": 1}))
     assert model_config.to_dict() == before and model_config._attn_implementation != "eager"
+
+
+def test_a_quantized_model_is_counted_unpacked():
+    plain, packed = config_of(build("llama-tied")), config_of(build("llama-tied"))
+    packed.quantization_config = {"quant_method": "gptq", "bits": 4}
+    ours, theirs = (dry_run(one, config()) for one in (packed, plain))
+    assert ours.memory == theirs.memory and "has to be unpacked" in str(ours) and theirs.notes == ()
 
 
 def test_bias_that_no_config_expresses_is_refused():

@@ -1,14 +1,19 @@
 """Every example runs, on a tiny model, and leaves a checkpoint that loads plainly."""
 
+import csv
 import json
+import os
+import subprocess
 import sys
 from importlib import util
 from pathlib import Path
 
 import pytest
-from models import real_text_model
+import torch
+from models import PLAIN, real_text_model
+from safetensors.torch import load_file
 from trained import SHARED, needs_shared
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.calibration.builtin import builtin_documents
@@ -63,6 +68,74 @@ def test_prune_and_recover(desk, capsys):
     assert width(out) < 1536 and "recovered" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def bert(desk):
+    """A tiny random BERT with a head for two labels, which is one label too few."""
+    tokenizer = AutoTokenizer.from_pretrained(desk / "model")
+    torch.manual_seed(0)
+    fields = {**PLAIN, "vocab_size": len(tokenizer), "intermediate_size": 256, "max_position_embeddings": 64}
+    for saved in (AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **fields)), tokenizer):
+        saved.save_pretrained(desk / "bert")
+    return desk / "bert"
+
+
+def accuracies(shown: str) -> dict[str, float]:
+    lines = (line.partition(": accuracy ") for line in shown.splitlines() if ": accuracy " in line)
+    return {name: float(rest.partition(",")[0]) for name, _, rest in lines}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(None, marks=pytest.mark.slow), "csv", "jsonl"])
+def test_prune_bert_classifier(desk, bert, kind, capsys):
+    out = desk / f"classifier-{kind}"
+    flags = ["--model", str(bert), "--output", str(out), "--learning_rate", "5e-3", "--sparsity", "0.4"]
+    small = ["--num_samples", "8", "--seq_length", "48"]
+    if kind is not None:
+        rows = [(text, kind) for kind in ("code", "math") for _, text in zip(range(60), builtin_documents(kind))]  # noqa: B905
+        with open(desk / f"labelled.{kind}", "w", newline="") as file:
+            if kind == "csv":
+                csv.writer(file).writerows([("text", "label"), *rows])
+            else:
+                file.writelines(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+        flags += ["--data", str(desk / f"labelled.{kind}")]
+    main("prune_bert_classifier")([*flags, *small])
+    shown = accuracies(capsys.readouterr().out)
+    chance = 1 / (3 if kind is None else 2)
+    assert [*shown] == ["dense", "pruned", "fine-tuned again"] and min(shown.values()) > 1.3 * chance
+    pruned = AutoModelForSequenceClassification.from_pretrained(out)
+    assert pruned.config.intermediate_size == 128 and pruned.config.label2id["math"] == 1
+    if kind == "csv":  # a classifier as it is: nothing is trained, and the dense accuracy is the one of before
+        again = ["--model", str(out), "--output", str(desk / "again"), "--epochs", "0", "--epochs_after", "0"]
+        main("prune_bert_classifier")([*again, *flags[-2:], *small])
+        later = accuracies(capsys.readouterr().out)
+        assert [*later] == ["dense", "pruned"] and later["dense"] == shown["fine-tuned again"]
+
+
+def launch(desk, output: str, processes: int, batch_size: int) -> subprocess.CompletedProcess:
+    """Run distributed.sh on this machine's CPU."""
+    command = ["bash", str(EXAMPLES / "distributed.sh"), str(desk / "model"), str(desk / output)]
+    flags = ["--tokens", "3100", "--num-samples", "6", "--batch-size", str(batch_size)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PROCESSES": str(processes), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_script_for_several_processes_is_bash():
+    assert subprocess.run(["bash", "-n", str(EXAMPLES / "distributed.sh")]).returncode == 0
+    bare = subprocess.run(["bash", str(EXAMPLES / "distributed.sh")], capture_output=True, text=True)
+    assert bare.returncode == 2 and bare.stderr.startswith("usage: bash examples/distributed.sh MODEL OUTPUT")
+
+
+@pytest.mark.slow
+def test_several_processes_train_what_one_does(desk):
+    one, two = launch(desk, "one", 1, 2), launch(desk, "two", 2, 1)
+    for done in (one, two):
+        assert "recovery: 3,072 tokens, 3 steps" in done.stdout and done.stdout.count("recovery:") == 1
+    alone, shared = (load_file(desk / name / "model.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(shared, alone, atol=1e-6, rtol=0)
+
+
 def test_trainer_callback(desk, capsys):
     main("trainer_callback")([str(desk / "model"), str(desk / "tuned"), "--steps", "20"])
     assert f"FFN width {width(desk / 'tuned')}" in capsys.readouterr().out
@@ -83,12 +156,15 @@ def test_sft_trl(desk):
 @needs_shared
 def test_benchmark_recovery(desk, capsys):
     arguments = [str(SHARED / "models" / "stories260K"), str(SHARED / "data"), "--mlp", "96", "--domains", "stories"]
-    small = ["--tokens", "4000", "--seq-length", "128", "--eval-blocks", "2", "--learning-rate", "2e-3"]
-    main("benchmark_recovery")([*arguments, *small, "--json", str(desk / "out.json")])
+    small = ["--tokens", "2000", "4000", "--seq-length", "128", "--eval-blocks", "2", "--learning-rate", "2e-3"]
+    main("benchmark_recovery")([*arguments, *small, "--bf16", "--json", str(desk / "out.json")])
     rows = json.loads((desk / "out.json").read_text())
-    assert [*rows] == ["dense", "pruned", "LoRA, 3,968 tokens", "distilled, 3,968 tokens"]
-    assert rows["distilled, 3,968 tokens"]["heldout"] < rows["pruned"]["heldout"]
-    assert capsys.readouterr().out.count("\n| ") == 5
+    curves = [f"{way}, {tokens} tokens" for way in ("LoRA", "distilled") for tokens in ("2,048", "3,968")]
+    assert [*rows] == ["dense", "pruned", *curves]
+    for way in ("LoRA", "distilled"):
+        half, whole = (rows[f"{way}, {tokens} tokens"] for tokens in ("2,048", "3,968"))
+        assert whole["heldout"] < half["heldout"] < rows["pruned"]["heldout"] and half["seconds"] < whole["seconds"]
+    assert capsys.readouterr().out.count("\n| ") == 7
 
 
 @needs_shared
@@ -99,7 +175,7 @@ def test_benchmark_domains(desk, capsys, monkeypatch):
     arguments = ["run", str(SHARED / "models" / "stories260K"), str(SHARED / "data"), str(out), "--domains", "stories"]
     small = ["--removed", "50", "--seeds", "0", "1", "--samples", "4", "--eval-blocks", "1", "--tasks", "--limit", "2"]
     run = main("benchmark_domains")
-    run([*arguments, *small, "--cells", "mix, one-shot, wanda*"])
+    run([*arguments, *small, "--cells", "mix, one-shot, wanda", "mix, *shot, wanda + refit"])
     first = json.loads(out.read_text())
     assert [(row["cell"], row["width"], row["seed"]) for row in first["runs"]] == [
         (f"mix, one-shot, wanda{refit}", 88, seed) for seed in (0, 1) for refit in ("", " + refit")

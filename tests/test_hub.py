@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from models import build, config, token_ids, tokenizer
+from models import build, config, full_disk, token_ids, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import Plan, StructPruneConfig, StructPruneError, StructPruner, hub
@@ -71,10 +71,20 @@ def test_a_failure_leaves_what_was_there(run, tmp_path, monkeypatch, step):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(hub, step, fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(StructPruneError, match="out could not be written, and what was there is as it was: no space"):
         pruner.save(model, tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_what_was_there(run, tmp_path):
+    pruner, model = run
+    pruner.save(model, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with full_disk(20_000), pytest.raises(StructPruneError, match="out could not be written.*too large"):
+        pruner.save(model, tmp_path / "out", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_model_that_comes_back_different_is_not_saved(run, tmp_path, monkeypatch):

@@ -8,10 +8,10 @@ from copy import deepcopy
 import pytest
 import torch
 import transformers
-from models import PRUNABLE, build, config, token_ids, tokenizer
+from models import GROUPED, PRUNABLE, build, config, token_ids, tokenizer
 from safetensors.torch import save_file
 from test_surgery import KEEP, logits, masked
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from optimum_structprune import (
@@ -24,6 +24,7 @@ from optimum_structprune import (
     heterogeneous,
     prune_model,
 )
+from optimum_structprune.arch import families
 from optimum_structprune.arch.families import BUILTIN, read_families
 from optimum_structprune.arch.load import block_list, describe
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
@@ -107,7 +108,7 @@ def test_pruned_equals_masked_reloads_and_pads(case, tmp_path):
 def test_every_family_says_whether_blocks_may_differ(family):
     assert not (family.block_class and family.uniform)
     if family.text is None and family.spaces:
-        assert family.block_class or family.uniform
+        assert set(family.block_class) == set(family.model_types) or family.uniform
 
 
 @pytest.mark.parametrize("case", NON_UNIFORM)
@@ -216,6 +217,37 @@ def test_the_patch_comes_off(saved, monkeypatch):
     finally:
         enable_heterogeneous()
     LlamaForCausalLM(fields)
+
+
+def test_an_architecture_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "_OWN", {})
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        """
+- model_types: [cwm]
+  blocks: layers
+  block_class: {cwm: CwmDecoderLayer}
+  spaces:
+    mlp:
+      size: intermediate_size
+      out: {mlp.gate_proj: unit, mlp.up_proj: unit}
+      in: {mlp.down_proj: unit}
+"""
+    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("cwm", **GROUPED))
+    pruner = StructPruner(config(widths={"mlp": 24}, skip_layers=(0,), arch_file=str(own)))
+    small = pruner.prune_model(model, tokenizer())
+    pruner.save(small, tmp_path / "out")
+    # As in a process that has not read the file.
+    families._OWN.clear()
+    disable_heterogeneous()
+    enable_heterogeneous()
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    remote = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    enable_heterogeneous(str(own))
+    for again in (remote, AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
+        torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("case", FEW)
@@ -372,7 +404,7 @@ def test_export_says_what_padding_costs(saved, tmp_path, capsys):
         ("mixtral", {"widths": {"expert": 3}, "skip_layers": (0,)}, r"skip_layers=\[0\].*'expert'.*router"),
         ("bert", {"allocation": "global"}, "offered for decoders only; use allocation='uniform' without"),
         ("t5", {"allocation": "global"}, "this model has two"),
-        ("llava", {"allocation": "global"}, "text model as a whole"),
+        ("llava", {"allocation": "global"}, "only a text model by itself"),
         ("llama-tied", {"skip_layers": (2,)}, "names block 2; the blocks are 0 to 1"),
         ("llama-tied", {"skip_layers": (0, 1)}, "leaves no block whose 'attention'"),
         ("llama-tied", {"sparsity": 0.6, "allocation": "global", "min_width": 0.5}, "sparsity=0.6 asks for .* change"),

@@ -82,7 +82,7 @@ def test_one_round_of_the_masked_form_equals_the_shrunk_form():
 
 
 def test_the_whole_model_fallback_prunes_too(monkeypatch):
-    monkeypatch.setattr("optimum_structprune.pruner.passes_over", ModelPasses)
+    monkeypatch.setattr("optimum_structprune.rounds.passes_over", ModelPasses)
     model = build("llama-tied")
     for rounds in (1, 2):
         small = prune_model(model, config(rounds=rounds), tokenizer())
@@ -200,6 +200,7 @@ def test_pruner_round_trips_through_dict():
         ({"criterion": "wnada"}, r"no criterion 'wnada'. Did you mean 'wanda'\?"),
         ({"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
         ({"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
+        ({"skip_layers": (5,)}, "skip_layers names block 5; the blocks are 0 to 1"),
         ({"domains": [DomainConfig(name="none", source=[])]}, "none"),
         ({"domains": [DomainConfig(name="short", source=documents(2))]}, "short"),
         ({"domains": [DomainConfig(name="gone", source="./gone.jsonl")]}, "gone.jsonl"),

@@ -5,11 +5,11 @@ from copy import deepcopy
 
 import pytest
 import torch
-from models import build, config, documents, tokenizer
+from models import build, config, documents, full_disk, tokenizer
 from peft import PeftModel
 from test_pruner import logits, same_weights
 from trained import needs_shared, stories_config, stories_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from optimum_structprune import (
     DomainConfig,
@@ -65,6 +65,19 @@ def test_the_result_is_an_ordinary_model(pruned):
     assert recovered is pruned and not any("lora" in name for name, _ in recovered.named_modules())
     assert not same_weights(recovered, before) and recovered.training == before.training
     assert all(parameter.requires_grad for parameter in recovered.parameters())
+
+
+def test_callbacks_reach_the_trainer(pruned):
+    class Watch(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.steps += 1
+            control.should_training_stop = self.steps == 3
+
+    healer = Recovery(recovery(), callbacks=[watch := Watch()])
+    healer.recover_model(pruned, tokenizer())
+    assert watch.steps == healer.report.steps == 3
 
 
 def test_held_out_documents_of_the_pruning_are_not_trained_on():
@@ -130,13 +143,13 @@ def test_an_adapter_on_the_pruned_model(pruned, tmp_path):
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_weights(pruned, monkeypatch):
     seen = []
-    original = DistillTrainer._divergence
+    original = DistillTrainer._mixed
 
     def spoiled(self, *arguments):
         seen.append({name: tensor.clone() for name, tensor in self._trainable().items()})
         return original(self, *arguments) * (float("nan") if self.state.global_step == 3 else 1)
 
-    monkeypatch.setattr(DistillTrainer, "_divergence", spoiled)
+    monkeypatch.setattr(DistillTrainer, "_mixed", spoiled)
     healer = Recovery(recovery(merge=False))
     adapted = healer.recover_model(pruned, tokenizer(), build("llama-tied"))
     assert "loss of step 4 is nan" in healer.report.stopped and healer.report.stopped in str(healer.report)
@@ -150,6 +163,59 @@ def test_a_loss_that_never_was_a_number(pruned):
     with pytest.raises(StructPruneError, match="loss of step 1 is nan; lower training"):
         recover(pruned, tokenizer(), recovery())
     assert [*pruned.state_dict()] == [*before.state_dict()]
+
+
+def test_a_last_step_that_is_no_number_is_taken_back(pruned, monkeypatch):
+    original = DistillTrainer.training_step
+
+    def spoiled(self, model, inputs, *arguments, **more):
+        loss = original(self, model, inputs, *arguments, **more)
+        if self.state.global_step == 9:  # its loss is finite, and no loss follows
+            next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(DistillTrainer, "training_step", spoiled)
+    healer = Recovery(recovery())
+    recovered = healer.recover_model(pruned, tokenizer())
+    assert "weights after step 10 are not finite" in healer.report.stopped
+    assert all(torch.isfinite(parameter).all() for parameter in recovered.parameters())
+    assert all(ppl["recovered"] < 200 for ppl in healer.report.perplexity.values())
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(pruned, tmp_path):
+    training = {"output_dir": str(tmp_path), "save_steps": 4, "save_total_limit": 2}
+    expected = recover(deepcopy(pruned), tokenizer(), recovery(training=training))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-8", "checkpoint-10"}
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-10" / "adapter_model.safetensors").write_bytes(b"half")
+    healer = Recovery(recovery(training=training))
+    resumed = healer.recover_model(pruned, tokenizer(), resume=True)
+    torch.testing.assert_close(logits(resumed), logits(expected))
+    assert healer.report.steps == 10
+
+
+def test_a_full_disk_while_training(pruned, tmp_path):
+    before = deepcopy(pruned)
+    training = {"output_dir": str(tmp_path / "run"), "save_steps": 3}
+    with (
+        full_disk(2_000),
+        pytest.raises(StructPruneError, match="stopped at step 3 because a checkpoint could not be"),
+    ):
+        recover(pruned, tokenizer(), recovery(training=training))
+    assert same_weights(pruned, before)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_full_disk_while_saving_leaves_what_was_there(pruned, tmp_path, merge):
+    healer = Recovery(recovery(merge=merge, lora={"r": 16}))
+    recovered = healer.recover_model(pruned, tokenizer())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with full_disk(10_000), pytest.raises(StructPruneError, match="out could not be written"):
+        healer.save(recovered, tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
+    healer.save(recovered, tmp_path / "out", overwrite=True)
 
 
 def test_an_interrupted_run_goes_on(pruned, tmp_path, monkeypatch):
@@ -195,6 +261,8 @@ def test_bad_input(pruned, fields, message):
 
 
 def test_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
+    with pytest.raises(StructPruneError, match="reading them takes a tokenizer"):
+        recover(pruned, None, recovery())
     teacher = build("llama-tied")
     teacher.resize_token_embeddings(50)
     with pytest.raises(StructPruneError, match="vocabulary of 50 tokens and the model one of 96"):
@@ -213,6 +281,10 @@ def test_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
         ({"domains": []}, "at least one domain"),
         ({"every_round": True, "merge": False}, "needs merge=True"),
         ({"direction": "sideways"}, "direction"),
+        ({"hidden_weight": -1.0}, "0 or more"),
+        ({"teacher_logits": "there"}, "needs top_k, such as 64"),
+        ({"teacher_logits": "there", "top_k": 4, "hidden_weight": 0.1}, "no hidden states, so hidden_weight has to"),
+        ({"teacher_logits": "there", "top_k": 4, "kl_weight": 0}, "of no use with kl_weight=0"),
         ({"token": 5}, "Did you mean 'tokens'"),
     ],
 )

@@ -25,7 +25,8 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.shrink import legal_sizes
 from optimum_structprune.calibration.blocks import load_domains
 from optimum_structprune.calibration.passes import batches_of, passes_over
-from optimum_structprune.rounds import between, mixture
+from optimum_structprune.halving import between
+from optimum_structprune.rounds import mixture
 from optimum_structprune.surgery import read_consumer
 from optimum_structprune.sweep import Sweep
 
@@ -334,7 +335,7 @@ def test_restoring_a_snapshot_is_exact(refit):
         (
             "olmoe",
             {"max_perplexity_ratio": 1.2, "widths": {"expert": 2}},
-            "units of 'expert' are taken out once and for all",
+            "is held by rounds, and 'expert' goes before them; leave either out",
         ),
     ],
 )

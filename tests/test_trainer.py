@@ -7,7 +7,9 @@ import torch
 from models import build, config, token_ids, tokenizer
 from test_passes import count_hooks
 from test_pruner import logits, same_weights
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
 from optimum_structprune import StructPruneCallback, StructPruneError, attach_pruner
 from optimum_structprune.arch.load import describe
@@ -50,7 +52,8 @@ class Watch(TrainerCallback):
 
 
 def pruner(start=2, **schedule) -> StructPruneCallback:
-    fields = {name: schedule.pop(name) for name in ("widths", "rounds", "schedule", "seq_length") if name in schedule}
+    names = ("widths", "rounds", "schedule", "seq_length", "skip_layers")
+    fields = {name: schedule.pop(name) for name in names if name in schedule}
     return StructPruneCallback(config(**{"widths": {"mlp": 24}, **fields}), start, **schedule)
 
 
@@ -176,6 +179,21 @@ def test_checkpoints_on_the_way_reload_plainly_and_runs_resume(tmp_path):
     assert same_weights(late.model, whole.model)
 
 
+def test_a_skipped_block_stays_whole_on_the_way_and_after_resuming(tmp_path):
+    def skipping():
+        return pruner(end=6, every=2, skip_layers=(0,), schedule="linear")
+
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer(tmp_path / "whole", callbacks=[skipping()], **saving)
+    whole.train()
+    resumed = trainer(tmp_path / "again", callbacks=[skipping()], **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert same_weights(resumed.model, whole.model)
+    middle = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-2")
+    for model, width in ((middle, 35), (whole.model, 24)):
+        assert [block.mlp.down_proj.in_features for block in model.model.layers] == [40, width]
+
+
 def test_the_best_model_is_one_of_the_final_width(tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     callback = pruner(start=4)
@@ -185,20 +203,118 @@ def test_the_best_model_is_one_of_the_final_width(tmp_path):
     assert run.model.config.intermediate_size == 24
 
 
-def test_the_trainers_own_logging(tmp_path):
-    class Dashboard(TrainerCallback):
-        seen = {}
+class Dashboard(TrainerCallback):
+    """Stands where TensorBoard and W&B stand, and copies what it is told, as they do."""
 
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            self.seen[state.global_step] = dict(logs)
+    seen: dict[int, dict] = {}
 
-    run = trainer(tmp_path, callbacks=[Dashboard()])
-    attach_pruner(run, config(), 3)
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen[state.global_step] = dict(logs)
+
+
+@pytest.mark.parametrize("way", ["attached", "in the list", "after another", "added"])
+def test_what_reporters_see(tmp_path, monkeypatch, way):
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "dashboard", Dashboard)
+    Dashboard.seen.clear()
+    callback = pruner(start=3)
+    given = {"in the list": [callback], "after another": [Watch(), callback]}.get(way, [])
+    run = trainer(tmp_path, callbacks=given, report_to=["dashboard"])
+    if way == "attached":
+        attach_pruner(run, config(), 3)
+    elif way == "added":
+        run.add_callback(callback)
+    others = [type(each) for each in run.callback_handler.callbacks if each is not callback]
     run.train()
-    assert Dashboard.seen[2]["structprune/width/mlp"] == 40 and Dashboard.seen[3]["structprune/width/mlp"] == 24
-    assert Dashboard.seen[8]["structprune/params"] == run.model.num_parameters()
+    seen = Dashboard.seen
+    assert seen[2]["structprune/width/mlp"] == 40 and seen[3]["structprune/width/mlp"] == 24
+    assert seen[8]["structprune/params"] == run.model.num_parameters()
     logged = [entry["structprune/width/mlp"] for entry in run.state.log_history]
     assert logged == sorted(logged, reverse=True) and {40, 24} == set(logged)
+    assert [type(each) for each in run.callback_handler.callbacks if each is not callback] == others
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer(tmp_path, callbacks=[pruner(start=3)], report_to=["tensorboard"]).train()
+    events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    # TensorBoard's callback puts what it does not know under train/.
+    widths = {event.step: event.value for event in events.Scalars("train/structprune/width/mlp")}
+    assert widths == {2: 40, 3: 24, 4: 24, 6: 24, 8: 24}
+    assert "train/structprune/params" in events.Tags()["scalars"]
+
+
+class Averaging(TrainerCallback):
+    """What a user writes to keep an average of the weights."""
+
+    def __init__(self, average):
+        self.average = average
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.average.update_parameters(model)
+
+
+def ema(model, decay) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_average_shrinks_with_the_model(tmp_path, first):
+    model = build("llama-tied")
+    average = ema(model, 0.5)
+    callback = pruner(end=6, every=2, schedule="linear", averages=[average])
+    callbacks = [Averaging(average), callback]
+    run = trainer(tmp_path, model, callbacks[:: 1 if first else -1])
+    run.train()
+    inner = average.module
+    assert inner.config.intermediate_size == 24 and int(average.n_averaged) == 8
+    assert inner.get_input_embeddings().weight is inner.get_output_embeddings().weight
+    # Without the refit's part, the average would be far from the model that it averages.
+    assert torch.dist(logits(inner.eval()), logits(model.eval())) < 0.1 * logits(model).norm()
+    assert not same_weights(inner, model)
+    inner.save_pretrained(tmp_path / "average")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "average")
+    torch.testing.assert_close(logits(again), logits(inner))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: ema(model, 0.9), deepcopy], ids=["AveragedModel", "copy"])
+def test_kept_weights_of_an_average_stay_as_far_from_the_models(wrap):
+    model = build("llama-bias")
+    average = wrap(model)
+    inner = getattr(average, "module", average)
+    name = "model.layers.0.mlp.down_proj.weight"
+    with torch.no_grad():
+        inner.get_parameter(name).add_(0.01 * torch.arange(40))
+    callback = pruner(averages=[average])
+    callback._take(model.train(), (), {"input_ids": token_ids(8, 24)})
+    callback.prune_(model, torch.optim.AdamW(model.parameters()), {"mlp": 24, "attention": 2})
+    ahead = inner.get_parameter(name) - model.get_parameter(name)
+    keep = torch.tensor(callback.plan.keep[0, "mlp"])
+    torch.testing.assert_close(ahead, (0.01 * keep).expand_as(ahead), atol=1e-6, rtol=1e-4)
+    others = {key: value for key, value in inner.state_dict().items() if key != name}
+    torch.testing.assert_close(others, {key: model.state_dict()[key] for key in others})
+    assert (inner.config.intermediate_size, inner.config.num_key_value_heads) == (24, 2)
+
+
+def test_an_average_takes_the_widths_of_its_checkpoint(tmp_path):
+    model = build("llama-tied")
+    average = ema(model, 0.5)
+    run = trainer(tmp_path, model, [pruner(averages=[average]), Averaging(average)])
+    run.train()
+    later = trainer(tmp_path, build("llama-tied"), [pruner()])
+    again = ema(later.model, 0.5)
+    again.load_state_dict(average.state_dict())
+    assert again.module.config.intermediate_size == 24 and later.model.config.intermediate_size == 40
+    assert same_weights(again.module, average.module)
+
+
+def test_an_average_of_something_else_is_refused():
+    model = build("llama-tied")
+    callback = pruner(averages=[torch.nn.Linear(2, 2)])
+    callback._take(model.train(), (), {"input_ids": token_ids(8, 24)})
+    with pytest.raises(StructPruneError, match="copies of the LlamaForCausalLM.*got Linear"):
+        callback.prune_(model, torch.optim.AdamW(model.parameters()), {"mlp": 24})
+    assert model.config.intermediate_size == 40
 
 
 def test_sharded_and_compiled_training_is_refused(tmp_path):
@@ -249,6 +365,8 @@ def test_bad_arguments():
         StructPruneCallback(config(), calibration="batch")
     with pytest.raises(StructPruneError, match="refit='bias'"):
         StructPruneCallback(config(refit="bias"))
+    with pytest.raises(StructPruneError, match="allocation='global' ranks the units of the dense model"):
+        StructPruneCallback(config(allocation="global"))
 
 
 def test_a_model_takes_the_widths_of_a_state_dict():

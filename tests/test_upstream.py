@@ -15,7 +15,8 @@ from optimum_structprune.errors import StructPruneError
 
 
 # Causal model types of transformers 5.24 that fit the template of llama by name and shape and are not described.
-FITTING = set("bitnet cwm diffllama exaone flint granite_swa hyperclovax internlm3 iquestcoder vaultgemma".split())
+FITTING = {"bitnet", "cwm", "diffllama", "exaone", "flint", "granite_swa", "hyperclovax"}
+FITTING |= {"internlm3", "iquestcoder"}
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
 

@@ -17,7 +17,14 @@ from ..registry import did_you_mean
 
 BUILTIN = Path(__file__).with_name("families.yaml")
 UNITS = ("unit", "pair", "heads", "kv", "q")
+# Why blocks may not differ: a reason that no entry has to repeat.
+TEXT_ONLY = "only a text model by itself is built block by block"
+UNDESCRIBED = "its description names no block_class"
 WIDTHS = re.compile(r"\w+_dim(\+\w+_dim)*")  # config keys, added up
+
+
+# Families of one's own that this process has read, so that their models are built where no file is at hand.
+_OWN: dict[str, Family] = {}
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,23 @@ class Template:
 
 
 @dataclass(frozen=True)
+class StreamTemplate:
+    """The residual stream of a family; `families.yaml` says what the fields mean."""
+
+    size: str
+    embed: str
+    head: str
+    final: str
+    norms: tuple[str, ...]
+    into: Mapping[str, list[str]]
+    out: tuple[str, ...]
+    pin: tuple[str, ...] = ()
+    plus: float = 0.0
+    scaled: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """An architecture that one or more model types share."""
 
@@ -51,6 +75,8 @@ class Family:
     missing: Mapping[str, str] = field(default_factory=dict)
     causal: bool = True
     text: str | None = None
+    layer: Template | None = None
+    hidden: StreamTemplate | None = None
     block_class: Mapping[str, str] = field(default_factory=dict)
     uniform: str = ""
 
@@ -130,7 +156,7 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
     if "text" in entry:
         _only(entry, ("model_types", "text"), (), where)
         return Family(model_types=tuple(entry["model_types"]), text=entry["text"])
-    optional = ("transposed", "missing", "causal", "block_class", "uniform")
+    optional = ("transposed", "missing", "causal", "block_class", "uniform", "layer", "hidden")
     _only(entry, ("model_types", "blocks", "spaces"), optional, where)
     blocks = entry["blocks"]
     return Family(
@@ -142,8 +168,33 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
         },
         missing=entry.get("missing", {}),
         causal=entry.get("causal", True),
+        layer=_depth(entry["layer"], f"{where}.layer") if "layer" in entry else None,
+        hidden=_stream(entry["hidden"], f"{where}.hidden") if "hidden" in entry else None,
         block_class=entry.get("block_class", {}),
         uniform=entry.get("uniform", ""),
+    )
+
+
+def _depth(entry: Mapping[str, Any], where: str) -> Template:
+    _only(entry, ("size",), ("requires",), where)
+    return Template(size=entry["size"], requires=entry.get("requires", {}))
+
+
+def _stream(entry: Mapping[str, Any], where: str) -> StreamTemplate:
+    required = ("size", "embed", "head", "final", "norms", "in", "out")
+    _only(entry, required, ("pin", "plus", "scaled", "transposed"), where)
+    return StreamTemplate(
+        size=entry["size"],
+        embed=entry["embed"],
+        head=entry["head"],
+        final=entry["final"],
+        norms=tuple(entry["norms"]),
+        into=entry["in"],
+        out=tuple(entry["out"]),
+        pin=tuple(entry.get("pin", ())),
+        plus=entry.get("plus", 0.0),
+        scaled=entry.get("scaled", False),
+        transposed=entry.get("transposed", False),
     )
 
 
@@ -163,7 +214,7 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
     Raises:
         StructPruneError: If the model type is not known; the message names the nearest one.
     """
-    own = {name: family for family in read_families(arch_file) for name in family.model_types} if arch_file else {}
+    own = own_families(arch_file) if arch_file else {}
     known = {**builtin_families(), **own}
     if model_type not in known:
         raise StructPruneError(
@@ -173,7 +224,18 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
     return known[model_type]
 
 
+def own_families(arch_file: str | Path) -> dict[str, Family]:
+    """The families of a file of one's own, by model type; `block_class_name` knows them from then on.
+
+    Args:
+        arch_file: A file of the form of `families.yaml`.
+    """
+    own = {name: family for family in read_families(arch_file) for name in family.model_types}
+    _OWN.update(own)
+    return own
+
+
 def block_class_name(model_type: str) -> str | None:
-    """Class of the blocks of a built-in model type, where these may have configs of their own."""
-    family = builtin_families().get(model_type)
+    """Class of the blocks of a model type, where these may have configs of their own."""
+    family = {**builtin_families(), **_OWN}.get(model_type)
     return None if family is None else family.block_class.get(model_type)

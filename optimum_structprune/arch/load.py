@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..errors import StructPruneError
-from .families import Family, family_of
+from .families import TEXT_ONLY, UNDESCRIBED, Family, family_of
 from .shrink import text_config
-from .spaces import Shapes, spaces_of
-from .spec import ArchSpec, Space
+from .spaces import Shapes, meets, spaces_of
+from .spec import HIDDEN, LAYER, MODEL, WHOLE, ArchSpec, Space
+from .stream import stream_of
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+TWO_HALVES = "what is not text writes to this stream too"
 
 
 def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> ArchSpec:
@@ -38,18 +43,24 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
     if family.text is not None:
         config, prefix = text_config(config), f"{prefix}{family.text}."
         family = family_of(config.model_type, arch_file)
+        family = replace(family, hidden=None, missing={**family.missing, HIDDEN: TWO_HALVES})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     spec = resolve(family, config, shapes, prefix)
     if config is model.config:
         return spec
-    return replace(
-        spec, model_type=model.config.model_type, uniform="only a model that is a text model as a whole can be built"
-    )
+    return replace(spec, model_type=model.config.model_type, uniform=TEXT_ONLY)
 
 
 def block_list(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
     """The blocks of a model, over all lists that hold them."""
     return [block for path in dict.fromkeys([spec.blocks, *dict(spec.stacks)]) for block in _blocks_at(model, path)]
+
+
+def put_blocks_(model: nn.Module, spec: ArchSpec, blocks: Iterable[nn.Module]) -> None:
+    """Put other blocks, fewer perhaps, in the place of those of a model that has one list of them."""
+    modules = _blocks_at(model, spec.blocks)
+    del modules[:]
+    modules.extend(blocks)
 
 
 def put_block_(model: nn.Module, spec: ArchSpec, layer: int, block: nn.Module) -> None:
@@ -92,6 +103,8 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
                     found += spaces_of(name, template, layer, f"{blocks}.{index}.", shapes, own_config)
         stacks.append((blocks, len(own)))
         sizes += own
+    places = [f"{path}.{index}." for path, count in stacks for index in range(count)]
+    stream = stream_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
     return ArchSpec(
         model_type=config.model_type,
         blocks=stacks[0][0],
@@ -100,8 +113,19 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
         missing=(*family.missing.items(), *_refused(family, config)),
         stacks=tuple(stacks),
         causal=family.causal,
-        uniform="" if config.model_type in family.block_class else family.uniform or "no block class is described",
+        wide=(*_depth(family, config, sizes), *([] if stream is None else [stream.space])),
+        stream=stream,
+        uniform="" if config.model_type in family.block_class else family.uniform or UNDESCRIBED,
     )
+
+
+def _depth(family: Family, config: PretrainedConfig, sizes: list[int]) -> Iterator[Space]:
+    if family.layer is not None and meets(config, family.layer):
+        key, count = family.layer.size, len(sizes)
+        mean = round(sum(sizes) / count)
+        yield Space(
+            LAYER, MODEL, count, (), (), config=((key, 1),), pins=(), unit_params=mean, whole=True, uniform=WHOLE
+        )
 
 
 def _sizes(blocks: str, shapes: Shapes) -> list[int]:
@@ -116,7 +140,8 @@ def _sizes(blocks: str, shapes: Shapes) -> list[int]:
 def _refused(family: Family, config: PretrainedConfig) -> list[tuple[str, str]]:
     return [
         (name, f"it takes {key} = {' or '.join(map(str, values))}, and this config has {getattr(config, key, None)}")
-        for name, template in family.spaces.items()
+        for name, template in (*family.spaces.items(), (LAYER, family.layer))
+        if template is not None
         for key, values in template.requires.items()
         if getattr(config, key, None) not in values
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import StructPruneError
 from ..modeling_file import forget_modeling_file
-from .spec import ArchSpec, Widths
+from .depth import cut_depth_
+from .spec import HIDDEN, LAYER, ArchSpec, Widths
 
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ EXPERT_MULTIPLE = 8
 
 
 def shrunk_config(
-    config: PretrainedConfig, spec: ArchSpec, sizes: Widths, biased: Collection[str] = ()
+    config: PretrainedConfig,
+    spec: ArchSpec,
+    sizes: Widths,
+    biased: Collection[str] = (),
+    blocks: Sequence[int] | None = None,
 ) -> PretrainedConfig:
     """A copy of `config` with new sizes.
 
@@ -32,6 +37,7 @@ def shrunk_config(
         spec: Its description.
         sizes: New number of units, by kind of space: one number, or one per block.
         biased: Names of spaces whose projections get a bias.
+        blocks: Blocks that stay, where `sizes` says how many; the first ones if it is not known yet.
 
     Raises:
         StructPruneError: If the config class refuses the sizes.
@@ -42,6 +48,11 @@ def shrunk_config(
         int(layer): dict(values) for layer, values in (text.to_dict().get("per_layer_config") or {}).items()
     }
     text.per_layer_config = None
+    if LAYER in sizes:
+        space = spec.of(LAYER)[0]
+        stay = blocks or range(space.width_in(sizes))
+        cut_depth_(text, stay, space.size)
+        per_layer = {place: per_layer[block] for place, block in enumerate(stay) if block in per_layer}
     for name in sizes:
         space = spec.of(name)[0]
         for key, value in space.pins:
@@ -98,6 +109,10 @@ def legal_sizes(config: PretrainedConfig, spec: ArchSpec, name: str) -> list[int
     space = max(spec.of(name), key=lambda space: space.width)
     if space.experts is not None and not space.whole:
         return [size for size in range(1, space.width + 1) if size % EXPERT_MULTIPLE == 0 or size == space.width]
+    if name == HIDDEN:
+        # A class that refuses one channel less wants a multiple of the number of heads.
+        step = 1 if _accepts(config, spec, {name: space.size - 1}) else text_config(config).num_attention_heads
+        return list(range(step, space.size + 1, step))
     if len(space.config) == 1:
         return list(range(space.least, space.width + 1))
     return [size for size in range(space.least, space.width + 1) if _accepts(config, spec, {name: size})]

@@ -34,9 +34,9 @@ def spaces_of(
     Raises:
         StructPruneError: If a parameter is missing or does not have the shape that the template says.
     """
-    if any(getattr(config, key, None) not in values for key, values in template.requires.items()):
+    if not meets(config, template):
         return
-    units = _rows_per_unit(config, template)
+    units = rows_per_unit(config, template)
     base = Space(
         name=name,
         layer=layer,
@@ -60,7 +60,13 @@ def spaces_of(
         yield from _plain(base, template, block, shapes, units)
 
 
-def _rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
+def meets(config: PretrainedConfig, template: Template) -> bool:
+    """Whether a config has the values that a template requires."""
+    return all(getattr(config, key, None) in values for key, values in template.requires.items())
+
+
+def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
+    """Rows of a weight that one unit owns, by the words that templates use for it."""
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 
+MODEL = -1  # stands for a block's index where a space belongs to the whole model
+LAYER = "layer"  # the space whose units are whole blocks
+HIDDEN = "hidden"  # the space whose units are channels of the residual stream
+WHOLE = "it belongs to the whole model"
 # Widths by kind of space: one number for all blocks, or one per block, where blocks that are not named stay whole.
 Widths = Mapping[str, "int | Mapping[int, int]"]
 
@@ -43,12 +47,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Space:
-    """One removable dimension of one block.
+    """One removable dimension of one block, or of the whole model.
 
     Attributes:
         name: Kind of space, such as `mlp` or `attention`; where a block has several of a kind that share their width
             and choose their own units, such as the experts' channels, a slash and a label follow.
-        layer: Index of the block.
+        layer: Index of the block; `MODEL` where the space belongs to all of them.
         size: Number of units.
         out: Axes of the producers (rows).
         into: Axes of the consumers (columns); their inputs are observed and their weights refitted.
@@ -60,7 +64,7 @@ class Space:
         scale: Units per unit of the width in the config.
         least: Smallest width that the config allows.
         experts: Full name of the module that holds the experts, where its routed input is what is observed.
-        whole: Whether a unit is a whole expert.
+        whole: Whether a unit is a whole expert, or a whole block.
         uniform: Why all blocks have to keep the same width; empty where they need not.
     """
 
@@ -86,6 +90,11 @@ class Space:
         return self.name.partition("/")[0]
 
     @property
+    def single(self) -> bool:
+        """Whether a unit is one channel, so that round widths suit the hardware."""
+        return len(self.config) == 1 and not self.whole
+
+    @property
     def axes(self) -> tuple[Axis, ...]:
         """All axes, producers first."""
         return self.out + self.into
@@ -102,6 +111,44 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Read:
+    """A place where the residual stream is read.
+
+    Attributes:
+        layer: Index of the block; `MODEL` for the head.
+        tap: Full name of the module whose input is the stream itself: a norm, or where there is none, a reader.
+        readers: Consumers of what comes from there.
+        norm: Whether the tap is a norm.
+    """
+
+    layer: int
+    tap: str
+    readers: tuple[Axis, ...]
+    norm: bool
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream of a model whose norms divide by the root of the mean square.
+
+    Attributes:
+        space: Its channels; `out` holds the embedding, the writers and the norms.
+        embed: Full name of the embedding's weight.
+        writers: Full names of all that is written with, weights and biases.
+        reads: Where it is read, in the order of the forward pass; the last one is the head's.
+        plus: What transformers adds to the weights of norms.
+        scaled: Whether transformers multiplies embeddings by the root of the number of channels.
+    """
+
+    space: Space
+    embed: str
+    writers: tuple[str, ...]
+    reads: tuple[Read, ...]
+    plus: float
+    scaled: bool
+
+
+@dataclass(frozen=True)
 class ArchSpec:
     """What may shrink in a model, and what shrinks with it.
 
@@ -113,6 +160,8 @@ class ArchSpec:
         missing: Why a space that users ask for is not offered, by name.
         stacks: Paths of the lists of blocks and how many each holds, where blocks count through several.
         causal: Whether the model predicts the next token, and perplexity measures it.
+        wide: The spaces of the whole model, which go before those of the blocks.
+        stream: The residual stream, where its channels are one of these spaces.
         uniform: Why all blocks have to keep the same width; empty where they need not.
     """
 
@@ -123,6 +172,8 @@ class ArchSpec:
     missing: tuple[tuple[str, str], ...] = ()
     stacks: tuple[tuple[str, int], ...] = ()
     causal: bool = True
+    wide: tuple[Space, ...] = ()
+    stream: Stream | None = None
     uniform: str = ""
 
     @property
@@ -135,13 +186,18 @@ class ArchSpec:
         """Kinds of space that some block has, in pruning order."""
         return tuple(dict.fromkeys(space.kind for space in self.spaces))
 
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """All kinds of space, those of the whole model first."""
+        return (*(space.kind for space in self.wide), *self.names)
+
     def at(self, layer: int) -> Iterator[Space]:
         """The spaces of block `layer`."""
         return (space for space in self.spaces if space.layer == layer)
 
     def of(self, name: str) -> list[Space]:
         """The spaces of the kind `name`, in the order of the blocks."""
-        return [space for space in self.spaces if space.kind == name]
+        return [space for space in (*self.wide, *self.spaces) if space.kind == name]
 
     def block_prefix(self, layer: int) -> str:
         """Prefix of the state-dict names of block `layer`, with the dot."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from .families import BUILTIN, Family, Template, read_families
+from .families import BUILTIN, TEXT_ONLY, UNDESCRIBED, Family, Template, read_families
+from .spec import HIDDEN, LAYER
 
 
+ONE_FOR_ALL = "a model has one"
 HEAD = """# Architectures
 
 Generated from `optimum_structprune/arch/families.yaml` by `python -m optimum_structprune.arch.table`; a test holds
@@ -17,6 +19,9 @@ this page against it.
 `from_pretrained` loads it. Every line below is tested on a tiny random model: the pruned model equals the masked one
 within 1e-5 in fp32, reloads, and every tensor has the shape that the smaller config gives it.
 
+- `layer` removes whole blocks, before everything else, and what the config says of each block with them.
+- `hidden` removes channels of the residual stream from the whole model. Where the norms divide by the root of a mean
+  square, the result equals the model whose removed channels are zero; elsewhere the table says what is in the way.
 - `mlp` inside experts: one config key is the width of all experts, but every expert keeps its own channels, scored and
   refitted on the tokens that are routed to it. Widths are multiples of 8, because the grouped matrix product takes
   only rows of whole 16 bytes. Statistics of one expert are held at a time.
@@ -27,6 +32,8 @@ within 1e-5 in fp32, reloads, and every tensor has the shape that the smaller co
 - Encoders and encoder-decoders are measured by the squared error of their last hidden states (T5: logits) on held-out
   text, relative to the variance of the dense model's; an encoder-decoder reads the same text on both sides. Vision
   models take `inputs={"name": pixels}` in place of text.
+- **Non-uniform** means that its width may differ from block to block ([non-uniform models](non_uniform.md)); tested
+  the same way, with one more unit in every block than in the one before, through each way to load it.
 - Where a projection already has a bias, or `bias` names the config key that gives it one, `refit="bias"` works.
 
 """
@@ -34,7 +41,7 @@ within 1e-5 in fp32, reloads, and every tensor has the shape that the smaller co
 
 def table() -> str:
     """The page."""
-    lines = ["| model types | space | plain | config keys | bias |", "|---|---|---|---|---|"]
+    lines = ["| model types | space | plain | non-uniform | config keys | bias |", "|---|---|---|---|---|---|"]
     for family in read_families(BUILTIN):
         lines += _rows(family)
     return HEAD + "\n".join(lines) + "\n"
@@ -43,9 +50,9 @@ def table() -> str:
 def _rows(family: Family) -> Iterator[str]:
     types = ", ".join(f"`{name}`" for name in family.model_types)
     if family.text is not None:
-        yield f"| {types} | of the text model | yes | in `text_config` | as there |"
+        yield f"| {types} | of the text model | yes | no: {TEXT_ONLY} | in `text_config` | as there |"
         return
-    kinds: dict[str, Template] = {}
+    kinds: dict[str, Template] = {} if family.layer is None else {LAYER: family.layer}
     for name, template in family.spaces.items():
         kinds.setdefault(name.partition("/")[0], template)
     for name, template in kinds.items():
@@ -54,9 +61,19 @@ def _rows(family: Family) -> Iterator[str]:
             f", where `{key}` is {' or '.join(_plain(value) for value in values)}"
             for key, values in template.requires.items()
         )
-        yield f"| {types} | `{name}` | yes{when} | {keys} | {f'`{template.bias}`' if template.bias else ''} |"
+        bias = f"`{template.bias}`" if template.bias else ""
+        yield f"| {types} | `{name}` | yes{when} | {_may_differ(family, template)} | {keys} | {bias} |"
+    if family.hidden is not None:
+        yield f"| {types} | `{HIDDEN}` | yes | no: {ONE_FOR_ALL} | `{family.hidden.size}` | |"
     for name, reason in family.missing.items():
-        yield f"| {types} | `{name}` | no: {reason} | | |"
+        yield f"| {types} | `{name}` | no: {reason} | | | |"
+
+
+def _may_differ(family: Family, template: Template) -> str:
+    if template is family.layer:
+        return f"no: {ONE_FOR_ALL}"
+    reason = template.uniform or family.uniform or ("" if family.block_class else UNDESCRIBED)
+    return f"no: {reason}" if reason else "yes"
 
 
 def _plain(value: object) -> str:

@@ -13,7 +13,7 @@ from ..config import StructPruneConfig
 from ..errors import StructPruneError
 from ..schema import DomainConfig, written_by_model
 from .generated import self_documents
-from .packing import Frame, Packed, Tokens, prefix_token, tokenised
+from .packing import DOCUMENTS_PER_CALL, Frame, Packed, Tokens, prefix_token, tokenised
 from .presets import resolve
 from .select import Selector
 from .sources import documents
@@ -82,7 +82,9 @@ def load_domains(
     loaded = []
     for index, domain in enumerate(domains):
         texts = documents(domain, config.seed, tokenizer, write)
-        heldout, packed = packer.pack(index, tokenised(texts, tokenizer, domain.answers_only))
+        # What a model writes itself is too dear to be read ahead of need.
+        at_once = 1 if written_by_model(domain) else DOCUMENTS_PER_CALL
+        heldout, packed = packer.pack(index, tokenised(texts, tokenizer, domain.answers_only, at_once))
         _check_tokens(domain, heldout, packed, vocab_size)
         loaded.append(
             Domain(

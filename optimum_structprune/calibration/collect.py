@@ -33,11 +33,26 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
 
 
 @contextmanager
-def before_load(model: nn.Module, adapt: Callable[[Mapping[str, Tensor]], None]) -> Iterator[None]:
-    """Call `adapt(state_dict)` before `model.load_state_dict` copies anything."""
+def bypass(block: nn.Module) -> Iterator[None]:
+    """Make a block hand on its hidden states as they are; it runs all the same."""
 
-    def hook(module: nn.Module, state_dict: Mapping[str, Tensor], *_: Any) -> None:
-        adapt(state_dict)
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = block.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def before_load(model: nn.Module, adapt: Callable[[Any, Mapping[str, Tensor]], None]) -> Iterator[None]:
+    """Call `adapt(module, state_dict)` before `model.load_state_dict`, or that of a copy, copies anything."""
+
+    def hook(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        adapt(module, {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()})
 
     handle = model.register_load_state_dict_pre_hook(hook)
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arch.spec import ArchSpec
-from ..errors import StructPruneError
+from ..checks import check_gradients
 from .collect import observe
 from .taps import Batch
 
@@ -54,19 +54,6 @@ def saliencies(model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch])
                 total = sums.setdefault(tap, torch.zeros(domains, len(found), dtype=torch.float64))
                 total[batch.domain] += found.cpu()
     return {tap: total / counts.clamp(min=1)[:, None] for tap, total in sums.items()}
-
-
-def check_gradients(spec: ArchSpec) -> None:
-    """Refuse models whose gradients are not gathered.
-
-    Raises:
-        StructPruneError: If the model does not predict the next token, or has experts.
-    """
-    if not spec.causal or any(space.experts for space in spec.spaces):
-        raise StructPruneError(
-            f"Gradients are gathered for dense models that predict the next token, not for {spec.model_type!r}; "
-            "choose criterion='wanda'."
-        )
 
 
 @torch.enable_grad()

@@ -6,14 +6,13 @@ import json
 import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from .. import __version__
 from ..errors import StructPruneError
+from ..fingerprint import tensor_hash
 from ..schema import DomainConfig, read_mapping
 
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from .blocks import Domain
 
 MANIFEST_NAME = "calibration_manifest.json"
-LIBRARIES = ("optimum-structprune", "torch", "transformers", "datasets", "tokenizers")
+LIBRARIES = ("torch", "transformers", "datasets", "tokenizers")
 # What tells one data set from another; a different split of the same data holds other documents.
 WHERE = ("source", "dataset_config", "split", "revision")
 
@@ -67,8 +66,8 @@ class Entry:
             calibration_tokens=domain.blocks.numel(),
             evidence_tokens=domain.blocks.numel() if domain.mask is None else int(domain.mask.sum()),
             heldout_tokens=domain.heldout.numel(),
-            blocks_sha256=_hash(domain.blocks),
-            heldout_sha256=_hash(domain.heldout),
+            blocks_sha256=tensor_hash(domain.blocks),
+            heldout_sha256=tensor_hash(domain.heldout),
             documents=list(domain.documents),
             heldout_documents=list(domain.heldout_documents),
         )
@@ -113,7 +112,11 @@ class Manifest:
             seq_length=config.seq_length,
             select=config.select,
             tokenizer="" if tokenizer is None else tokenizer.name_or_path,
-            versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+            versions={
+                "optimum-structprune": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in LIBRARIES},
+            },
             domains=[Entry.of(domain) for domain in domains],
         )
 
@@ -168,7 +171,3 @@ def _located(domain: DomainConfig) -> DomainConfig:
 def _absolute(source: str) -> str:
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
-
-
-def _hash(blocks: Tensor) -> str:
-    return sha256(blocks.contiguous().numpy().tobytes()).hexdigest()

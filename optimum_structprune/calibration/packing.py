@@ -136,15 +136,18 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def tokenised(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, answers: bool = False) -> Iterator[Tokens]:
+def tokenised(
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, answers: bool = False, at_once: int = DOCUMENTS_PER_CALL
+) -> Iterator[Tokens]:
     """The documents that have any tokens.
 
     Args:
         texts: Documents.
         tokenizer: The model's own; a fast one where answers are asked for.
         answers: Whether to say which tokens belong to an answer.
+        at_once: Documents per call of the tokenizer; so many may be read in vain.
     """
-    while batch := list(islice(texts, DOCUMENTS_PER_CALL)):
+    while batch := list(islice(texts, at_once)):
         encoded = tokenizer(batch, add_special_tokens=False, verbose=False, return_offsets_mapping=answers)
         for i, text in enumerate(batch):
             if ids := encoded["input_ids"][i]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import convert_to_fp32, send_to_device
 from torch import Tensor, nn
 
 from ..arch.load import block_list
@@ -151,13 +151,23 @@ class BlockPasses:
     def _route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
         return listen(experts, self.batches, lambda index: self._run(layer, index))
 
+    def outputs(self, layer: int) -> list[Tensor]:
+        """What block `layer` makes of every batch."""
+        return [self._run(layer, index) for index in range(len(self.hidden))]
+
     @torch.no_grad()
     def _run(self, layer: int, index: int) -> Tensor:
+        return self.run(layer, index)
+
+    def run(self, layer: int, index: int) -> Tensor:
+        """What block `layer` makes of one batch, in the block's own precision."""
         hidden = self.hidden[index]
         call = self.calls[len(hidden)][layer]
         block = self._block(layer)
-        device = next(block.parameters()).device
-        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), device)
+        like = next(block.parameters())
+        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
+        if like.dtype == torch.float32:
+            hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
         output = block(hidden_states=hidden, **kwargs) if call.by_name else block(hidden, *args, **kwargs)
         return _first(output)
 

@@ -61,7 +61,7 @@ class Selector:
 
     def _middling(self, blocks: Tensor, count: int) -> list[int]:
         assert self.model is not None
-        if self.model.get_output_embeddings() is None or self.model.config.is_encoder_decoder:
+        if not describe(self.model, self.config.arch_file).causal:
             raise StructPruneError("select='perplexity' takes a causal language model; use 'diverse' or 'random'.")
         order = torch.tensor([perplexity(self.model, block[None]) for block in blocks]).argsort()
         first = (len(blocks) - count) // 2

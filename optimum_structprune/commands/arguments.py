@@ -8,6 +8,12 @@ from typing import Any
 import yaml
 
 
+def add_path_arguments(parser: ArgumentParser, model: str, output: str) -> None:
+    """Declare what a command that changes a model reads and writes; each argument is the help of one."""
+    parser.add_argument("model", help=model)
+    parser.add_argument("output", help=output)
+
+
 def add_text_arguments(parser: ArgumentParser) -> None:
     """Declare the flags that say which text is read."""
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 NAME = "inspect"
@@ -35,18 +36,22 @@ def run(args: Namespace) -> int:
     total = model.num_parameters()
     print(f"{args.model}: {spec.model_type}, {spec.num_blocks} blocks, {total:,} parameters")
     print(f"{'space':<12}{'units':>8}{'parameters':>16}{'share':>8}  legal widths")
-    for name in spec.names:
+    for name in spec.offered:
         spaces = spec.of(name)
         parameters = sum(space.size * space.unit_params for space in spaces)
         legal = _ranges(legal_sizes(config, spec, name))
-        print(f"{name:<12}{spaces[0].size:>8}{parameters:>16,}{parameters / total:>8.1%}  {legal}")
+        units = _ranges(sorted({space.width for space in spaces}))
+        print(f"{name:<12}{units:>8}{parameters:>16,}{parameters / total:>8.1%}  {legal}")
     for name, reason in spec.missing:
         print(f"{name:<12}cannot be pruned: {reason}")
     return 0
 
 
 def _ranges(sizes: Sequence[int]) -> str:
-    """`[1, 2, 3, 6]` as `1-3, 6`."""
+    """`[1, 2, 3, 6]` as `1-3, 6`; `[9, 18, 27]` as `9-27 in steps of 9`."""
+    steps = {above - below for below, above in pairwise(sizes)}
+    if len(steps) == 1 and steps != {1} and len(sizes) > 2:
+        return f"{sizes[0]}-{sizes[-1]} in steps of {steps.pop()}"
     runs: list[list[int]] = []
     for size in sizes:
         if runs and size == runs[-1][-1] + 1:

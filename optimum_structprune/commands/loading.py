@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
@@ -31,9 +31,8 @@ def load_model_and_tokenizer(
     """
     load_dtype(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, config = (_load(kind, name, trust_remote_code) for kind in (AutoTokenizer, AutoConfig))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = model_class(config, arch_file).from_pretrained(
             name, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
         )
@@ -42,6 +41,15 @@ def load_model_and_tokenizer(
     except RuntimeError as error:
         raise StructPruneError(f"The model cannot be put on --device {device}: {_first_line(error)}") from error
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A model's tokenizer.
+
+    Raises:
+        StructPruneError: If it cannot be loaded, with the reason.
+    """
+    return _load(AutoTokenizer, name, trust_remote_code)
 
 
 def load_dtype(name: str) -> torch.dtype | None:
@@ -61,8 +69,12 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     Raises:
         StructPruneError: If it cannot be loaded, with the reason.
     """
+    return _load(AutoConfig, name, trust_remote_code)
+
+
+def _load(kind: Any, name: str, trust_remote_code: bool) -> Any:
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return kind.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(name, error) from error
 

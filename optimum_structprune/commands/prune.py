@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from .arguments import add_model_arguments, add_text_arguments, width
+from .arguments import add_model_arguments, add_path_arguments, add_text_arguments, width
 
 
 NAME = "prune"
@@ -15,6 +15,7 @@ FIELDS = {
     "target": "targets",
     "domain": "domains",
     "arch": "arch_file",
+    "skip_layer": "skip_layers",
     **{
         name: name
         for name in (
@@ -28,8 +29,7 @@ FIELDS = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one given overrides the config file."""
-    parser.add_argument("model", help="Model id or folder.")
-    parser.add_argument("output", help="Folder for the pruned model.")
+    add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.")
     add_amount_arguments(parser)
     add_round_arguments(parser)
     add_text_arguments(parser)
@@ -65,8 +65,9 @@ def add_amount_arguments(parser: ArgumentParser) -> None:
         "--width", action="append", type=width, metavar="SPACE=N", help="Units to keep, such as mlp=1152; repeatable."
     )
     parser.add_argument("--target", action="append", metavar="SPACE", help="Space that may shrink; repeatable.")
-    parser.add_argument("--allocation", help="uniform (one width for all blocks) or global (by one ranking).")
-    parser.add_argument("--round-to", type=int, help="Multiple of the channel widths that --sparsity chooses.")
+    parser.add_argument("--allocation", help="uniform: one width for all blocks; global: each block its own.")
+    parser.add_argument("--skip-layer", type=int, action="append", metavar="N", help="Block left whole; repeatable.")
+    parser.add_argument("--round-to", type=int, metavar="N", help="Chosen channel widths are multiples of this.")
     parser.add_argument("--criterion", help="How units are scored, such as wanda.")
     parser.add_argument("--normalisation", help="Scale of the domains' evidence: none, energy, zscore or rank.")
     parser.add_argument("--aggregation", help="One score from many domains: mean, max, worst, harmonic or quantile.")
@@ -99,7 +100,10 @@ def run(args: Namespace) -> int:
     pruned = pruner.prune_model(model, tokenizer, inplace=True)
     pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
     print(pruner.report)
-    print(f"saved to {args.output}; it loads with AutoModelForCausalLM.from_pretrained({args.output!r})")
+    where = f"AutoModelForCausalLM.from_pretrained({args.output!r})"
+    print(f"saved to {args.output}; it loads with {where}")
+    if pruned.config.get_text_config().is_heterogeneous:
+        print("once optimum_structprune is imported, or with trust_remote_code=True, since its blocks differ in width")
     if later is None:
         return 0
     return heal(args, later, config, pruned, tokenizer, args.model, args.output, overwrite=True)

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_model_arguments, add_text_arguments, setting
+from .arguments import add_model_arguments, add_path_arguments, add_text_arguments, setting
 
 
 if TYPE_CHECKING:
@@ -16,30 +16,29 @@ if TYPE_CHECKING:
 
 NAME = "recover"
 HELP = "Train a pruned model with LoRA, with or without a teacher, and save it."
+# Flags that are fields of RecoveryConfig under the same name.
+FIELDS: dict[str, tuple[type, str]] = {
+    "tokens": (int, "Training tokens in all."),
+    "kl_weight": (float, "Share of the divergence from the teacher in the loss."),
+    "hidden_weight": (float, "Weight of the distance between hidden states."),
+    "temperature": (float, "Divides the logits before they are compared."),
+    "direction": (str, "forward (teacher's view) or reverse (the model's)."),
+    "top_k": (int, "Compare the teacher's k likeliest tokens only."),
+    "teacher_logits": (str, "Folder for the teacher's likeliest predictions, written before the model is loaded."),
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one given overrides the config file."""
-    parser.add_argument("model", help="Folder or id of the pruned model.")
-    parser.add_argument("output", help="Folder for the recovered model.")
+    add_path_arguments(parser, "Folder or id of the pruned model.", "Folder for the recovered model.")
     parser.add_argument("--config", metavar="FILE", help="YAML file with the fields of RecoveryConfig.")
     parser.add_argument("--teacher", metavar="MODEL", help="Model to agree with, usually the dense one.")
-    parser.add_argument("--tokens", type=int, help="Training tokens in all.")
+    for name, (kind, meaning) in FIELDS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=meaning)
     add_text_arguments(parser)
-    parser.add_argument(
-        "--lora", action="append", type=setting, metavar="NAME=VALUE", help="Field of peft.LoraConfig; repeatable."
-    )
-    parser.add_argument(
-        "--training",
-        action="append",
-        type=setting,
-        metavar="NAME=VALUE",
-        help="Field of TrainingArguments.",
-    )
-    parser.add_argument("--kl-weight", type=float, help="Share of the divergence from the teacher in the loss.")
-    parser.add_argument("--temperature", type=float, help="Divides the logits before they are compared.")
-    parser.add_argument("--direction", help="forward (teacher's view) or reverse (the model's).")
-    parser.add_argument("--top-k", type=int, help="Compare the teacher's k likeliest tokens only.")
+    for flag, owner in (("--lora", "peft.LoraConfig"), ("--training", "TrainingArguments")):
+        meaning = f"Field of {owner}; repeatable."
+        parser.add_argument(flag, action="append", type=setting, metavar="NAME=VALUE", help=meaning)
     parser.add_argument("--adapter", action="store_true", help="Save the adapter instead of merging it.")
     parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint of the same command.")
     add_model_arguments(parser)
@@ -49,12 +48,18 @@ def run(args: Namespace) -> int:
     """Train, save, and show what came of it."""
     from ..config import CONFIG_NAME, StructPruneConfig
     from ..hub import check_target
-    from .loading import load_model_and_tokenizer
+    from ..recovery import Recovery
+    from .loading import load_model_and_tokenizer, load_tokenizer
 
     config = config_from(args)
     check_target(args.output, args.overwrite)
     pruned = (Path(args.model) / CONFIG_NAME).is_file()
     pruning = StructPruneConfig.from_pretrained(args.model) if pruned else None
+    if config.teacher_logits is not None and args.teacher is not None:
+        # Before the model is loaded, so that the two are never in memory together.
+        Recovery(config, pruning).write_teacher_logits(
+            args.teacher, load_tokenizer(args.model, args.trust_remote_code)
+        )
     model, tokenizer = load_model_and_tokenizer(args.model, args.dtype, args.device, args.trust_remote_code)
     return heal(args, config, pruning, model, tokenizer, args.teacher, args.model, args.overwrite)
 
@@ -110,8 +115,7 @@ def config_from(args: Namespace) -> RecoveryConfig:
     from ..schema import read_yaml
 
     values: dict[str, Any] = dict(read_yaml(args.config)) if args.config else {}
-    names = ("tokens", "seq_length", "seed", "kl_weight", "temperature", "direction", "top_k")
-    flags = {"domains": args.domain, **{name: getattr(args, name) for name in names}}
+    flags = {"domains": args.domain, **{name: getattr(args, name) for name in (*FIELDS, "seq_length", "seed")}}
     values.update({name: value for name, value in flags.items() if value is not None})
     for name, pairs in (("lora", args.lora), ("training", args.training)):
         if pairs:
