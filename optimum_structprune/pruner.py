@@ -14,8 +14,8 @@ from .arch.load import describe
 from .arch.spec import LAYER, MODEL, ArchSpec, Widths
 from .calibration.blocks import Domain, given_domains, load_domains
 from .calibration.manifest import Manifest
-from .calibration.passes import batches_of
-from .checks import biased_spaces, check_model, dequantized
+from .calibration.passes import batches_of, guard_batches
+from .checks import biased_spaces, check_model, check_rounds, dequantized
 from .coarse import COARSE, check_coarse, prune_coarse_
 from .config import StructPruneConfig
 from .errors import InPlaceError, StructPruneError
@@ -92,6 +92,7 @@ class StructPruner:
             )
         widths = target_widths(self.config, arch, model.config)
         check_coarse(self.config, list(widths))
+        check_rounds(self.config, arch)
         report = Report(arch.model_type)
         with report.timed("domains"):
             domains = self._domains(model, tokenizer, inputs)
@@ -152,8 +153,12 @@ class StructPruner:
         inputs: Mapping[str, Tensor] | None,
     ) -> list[Domain]:
         if inputs is not None:
-            return given_domains(inputs, float(self.config.holdout))
-        return load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
+            domains = given_domains(inputs, float(self.config.holdout))
+        else:
+            domains = load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
+        if self.config.guard:
+            guard_batches(domains, self.config.batch_size)  # refuses a domain that is too small
+        return domains
 
     def _teacher(self, model: PreTrainedModel, tokenizer: Any, inplace: bool) -> PreTrainedModel | None:
         """What recovery learns from: the dense model, or nothing where its predictions go to disk."""

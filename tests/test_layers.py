@@ -48,7 +48,7 @@ LAYERS = [
         "calibration.select",
     ],
     ["criteria.flap", "criteria.magnitude", "criteria.obs", "criteria.random", "criteria.taylor", "criteria.wanda"],
-    ["criteria", "criteria.layers", "calibration.blocks", "checks"],
+    ["criteria", "criteria.layers", "calibration.blocks", "checks", "halving"],
     ["calibration.evidence", "calibration.passes", "calibration.heldout", "calibration.gradients", "guard"],
     ["depth", "hidden", "distill_trainer"],
     ["sweep", "hub", "evaluation", "optimizer_state", "averages"],

@@ -18,7 +18,11 @@ FIELDS = {
     "skip_layer": "skip_layers",
     **{
         name: name
-        for name in "allocation round_to criterion refit rounds select num_samples seq_length batch_size seed".split()
+        for name in (
+            "allocation round_to criterion normalisation aggregation refit damping guard rounds schedule "
+            "adaptive_rate objective max_perplexity_ratio checkpoint_dir keep_rounds "
+            "select num_samples seq_length batch_size seed"
+        ).split()
     },
 }
 
@@ -27,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one given overrides the config file."""
     add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.")
     add_amount_arguments(parser)
-    parser.add_argument("--rounds", type=int, help="Times that calibration and removal are repeated.")
+    add_round_arguments(parser)
     add_text_arguments(parser)
     parser.add_argument("--select", help="Which blocks are used: random, length, diverse or perplexity.")
     parser.add_argument("--num-samples", type=int, help="Calibration blocks in all.")
@@ -35,6 +39,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--recover", action="store_true", help="Train afterwards, the dense model being the teacher.")
     parser.add_argument("--recovery-tokens", type=int, metavar="N", help="Training tokens in all; implies --recover.")
     add_model_arguments(parser)
+
+
+def add_round_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags that say what happens from round to round."""
+    parser.add_argument("--rounds", type=int, help="Times that calibration and removal are repeated.")
+    parser.add_argument("--schedule", help="How the rounds divide the removal: linear, geometric or cubic.")
+    parser.add_argument("--adaptive-rate", type=float, help="How fast domains that lose more come to count more.")
+    parser.add_argument("--objective", help="mean, or worst so that no domain is left behind.")
+    parser.add_argument(
+        "--max-perplexity-ratio", type=float, metavar="R", help="Stop before a domain's perplexity exceeds R x dense."
+    )
+    parser.add_argument("--checkpoint-dir", metavar="DIR", help="Remembers each round; the same call goes on from it.")
+    parser.add_argument(
+        "--keep-rounds", action="store_const", const=True, help="Also leave the model of each round there."
+    )
 
 
 def add_amount_arguments(parser: ArgumentParser) -> None:
@@ -50,7 +69,13 @@ def add_amount_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--skip-layer", type=int, action="append", metavar="N", help="Block left whole; repeatable.")
     parser.add_argument("--round-to", type=int, metavar="N", help="Chosen channel widths are multiples of this.")
     parser.add_argument("--criterion", help="How units are scored, such as wanda.")
+    parser.add_argument("--normalisation", help="Scale of the domains' evidence: none, energy, zscore or rank.")
+    parser.add_argument("--aggregation", help="One score from many domains: mean, max, worst, harmonic or quantile.")
     parser.add_argument("--refit", help="How kept weights make up for removed ones.")
+    parser.add_argument("--damping", type=float, help="Ridge of the refit toward the original weights.")
+    parser.add_argument(
+        "--guard", action="store_const", const=True, help="Choose damping and strength of refits on unseen blocks."
+    )
     parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
 
 
