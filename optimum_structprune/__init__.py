@@ -24,6 +24,7 @@ _HOME = {
     "StructPruneError": "errors",
     "StructPruner": "pruner",
     "attach_pruner": "trainer",
+    "calibrate": "calibration.record",
     "disable_heterogeneous": "heterogeneous",
     "dry_run": "dryrun",
     "enable_heterogeneous": "heterogeneous",
@@ -42,6 +43,7 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from .adapter import load_adapter
     from .calibration.manifest import Manifest
+    from .calibration.record import calibrate
     from .config import StructPruneConfig
     from .criteria import register_criterion
     from .dryrun import DryRun, dry_run

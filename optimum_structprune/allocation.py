@@ -1,8 +1,8 @@
-"""How much is removed where: from a budget to widths, and from a width to the steps of several rounds."""
+"""How much is removed where: from a share of the parameters, or given widths, to legal widths."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, floor
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ def target_widths(
     spec: ArchSpec,
     model_config: PretrainedConfig,
     scores: Mapping[tuple[int, str], Tensor] | None = None,
+    legal: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, int | Mapping[int, int]]:
     """The final number of units of each space: one number, or one per block where blocks may differ.
 
@@ -34,13 +35,14 @@ def target_widths(
         model_config: Its config.
         scores: Of all units, on one scale, by block and name of the space: what `allocation="global"` ranks. Without
             them every block gives up the same share, and as much goes in all.
+        legal: What `legal_widths` gives, where it is known.
 
     Raises:
         StructPruneError: If a space is not there, a width is not legal (the nearest legal ones are named), blocks may
             not differ, or the sparsity cannot be reached.
     """
-    legal = _legal_widths(config, spec, model_config)
-    alike = all(len({space.width for space in spec.of(name)}) == 1 for name in legal)
+    legal = legal_widths(config, spec, model_config) if legal is None else legal
+    alike = _alike(spec, legal)
     if not alike and LAYER in legal and len(legal) > 1:
         raise StructPruneError(
             f"The blocks of this {spec.model_type} model differ in width, and {LAYER!r} would number them anew; prune "
@@ -60,7 +62,12 @@ def target_widths(
     return dict(widths)
 
 
-def _legal_widths(config: StructPruneConfig, spec: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
+def legal_widths(config: StructPruneConfig, spec: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
+    """Legal widths of the spaces that a config names, ascending.
+
+    Raises:
+        StructPruneError: If a space is not there, spaces do not go together, or a given width is not legal.
+    """
     legal = {}
     for name in config.targets if config.widths is None else config.widths:
         if name not in spec.offered:
@@ -76,6 +83,30 @@ def _legal_widths(config: StructPruneConfig, spec: ArchSpec, model_config: Pretr
         for name, width in config.widths.items():
             _check_width(spec, name, width, legal[name])
     return legal
+
+
+def choices(config: StructPruneConfig, spec: ArchSpec, name: str, legal: Sequence[int]) -> list[int]:
+    """The widths of a space that `sparsity` may choose, ascending: legal ones, channels in multiples of `round_to`."""
+    space = spec.of(name)[0]
+    return _rounded(legal, space.width, config.round_to if space.single else 1)
+
+
+def least_widths(
+    config: StructPruneConfig, spec: ArchSpec, legal: Mapping[str, Sequence[int]]
+) -> dict[str, int | Mapping[int, int]]:
+    """The smallest widths that `sparsity` may choose: one number, or one per block where blocks may differ."""
+    found: dict[str, int | Mapping[int, int]] = {}
+    for name, spaces in ((name, _without(spec, config.skip_layers).of(name)) for name in legal):
+        least = choices(config, spec, name, legal[name])[0]
+        if config.allocation == "global" or not _alike(spec, legal):
+            found[name] = {space.layer: _rungs(config, space, legal[name])[-1] for space in spaces}
+        else:
+            found[name] = _at_most(least, spaces) if config.skip_layers else least
+    return found
+
+
+def _alike(spec: ArchSpec, names: Collection[str]) -> bool:
+    return all(len({space.width for space in spec.of(name)}) == 1 for name in names)
 
 
 def _check_may_differ(config: StructPruneConfig, spec: ArchSpec, names: Sequence[str]) -> None:
@@ -230,51 +261,3 @@ def widths_for_sparsity(
 def _rounded(legal: Sequence[int], size: int, multiple: int) -> list[int]:
     multiples = [width for width in legal if width % multiple == 0 and width < size]
     return [*multiples, size] if multiples else list(legal)
-
-
-def next_legal(config: PretrainedConfig, spec: ArchSpec, widths: Widths) -> dict[str, int | Mapping[int, int]]:
-    """The least legal widths that are not below `widths`; a step on the way to a target may lie between two."""
-    found: dict[str, int | Mapping[int, int]] = {}
-    for name, width in widths.items():
-        legal = legal_sizes(config, spec, name)
-        if isinstance(width, int):
-            found[name] = _not_below(width, legal)
-        else:
-            found[name] = {layer: _not_below(least, legal) for layer, least in width.items()}
-    return found
-
-
-def _not_below(width: int, legal: Sequence[int]) -> int:
-    return min(size for size in legal if size >= width)
-
-
-def round_widths(
-    config: StructPruneConfig, spec: ArchSpec, widths: Widths
-) -> list[dict[str, int | Mapping[int, int]]]:
-    """The widths after each round; the last are `widths`.
-
-    After the share t of the rounds, `linear` has removed t of what is to go, `geometric` keeps the same ratio per
-    round, and `cubic` removes `1 - (1 - t)³` (Zhu & Gupta 2017, eq. 1).
-    """
-    steps: list[dict[str, int | Mapping[int, int]]] = []
-    for number in range(1, config.rounds):
-        t = number / config.rounds
-        step: dict[str, int | Mapping[int, int]] = {}
-        for name, width in widths.items():
-            sizes = {space.layer: space.width for space in spec.of(name)}
-            if isinstance(width, int):
-                step[name] = _on_the_way(config.schedule, t, max(sizes.values()), width)
-            else:
-                step[name] = {at: _on_the_way(config.schedule, t, sizes[at], least) for at, least in width.items()}
-        steps.append(step)
-    return [*steps, dict(widths)]
-
-
-def _on_the_way(schedule: str, t: float, size: int, width: int) -> int:
-    """The width after the share t of the rounds."""
-    fraction = {
-        "linear": t,
-        "cubic": 1 - (1 - t) ** 3,
-        "geometric": (1 - (width / size) ** t) / (1 - width / size) if width < size else 1.0,
-    }[schedule]
-    return round(size - fraction * (size - width))

@@ -36,7 +36,7 @@ def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
     if is_quantized(model):
         raise StructPruneError(f"{name} is quantized; prune `model.dequantize()`, or load it without quantization.")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.seq_length > longest:
+    if config.stats is None and longest is not None and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
 
 

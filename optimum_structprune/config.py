@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub.dataclasses import strict, validated_field
 
 from .recovery_config import RecoveryConfig
+from .registry import did_you_mean
 from .schema import (
     DomainConfig,
     Number,
@@ -30,6 +31,9 @@ from .schema import (
 
 
 CONFIG_NAME = "structprune_config.json"
+# The fields of which exactly one says how much is removed.
+AMOUNTS = ("sparsity", "widths", "budget")
+BUDGETS = ("parameters", "bytes", "cache_bytes_per_token")
 
 
 def builtin_domains() -> list[DomainConfig]:
@@ -40,14 +44,17 @@ def builtin_domains() -> list[DomainConfig]:
 @strict
 @dataclass(kw_only=True)
 class StructPruneConfig(Serialisable):
-    """How a model is pruned. Exactly one of `sparsity` and `widths` says how much.
+    """How a model is pruned. Exactly one of `sparsity`, `widths` and `budget` says how much.
 
     Args:
         method: Registered pruner.
         sparsity: Share of the blocks' parameters to remove.
         widths: Number of units to keep, by space, such as `{"mlp": 1152, "attention": 2}`; with `allocation="global"`
             their mean over the blocks.
-        targets: Spaces that may shrink when `sparsity` chooses the widths.
+        budget: What the whole model may have at most: `{"parameters": 110_000_000}`, `{"bytes": 300_000_000}` of
+            parameters in its dtype, or `{"cache_bytes_per_token": 9000}` of keys and values. The widths are the
+            largest that keep to it.
+        targets: Spaces that may shrink when `sparsity` or `budget` chooses the widths.
         criterion: Registered criterion that scores the units.
         refit: What makes up for the removed units: `none`, `bias`, `least_squares`, or `reconstruct`, which after that
             trains each block toward the dense block's output.
@@ -59,8 +66,11 @@ class StructPruneConfig(Serialisable):
             ranks all units of the model and gives every block a width of its own.
         min_width: With `global`, the share of its units that every block keeps at least.
         max_width: With `global`, the share of its units that a block keeps at most.
-        round_to: Channel widths that `sparsity` chooses are multiples of this; explicit widths are taken as given.
+        round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this; explicit widths are taken
+            as given.
         domains: Calibration text; more than one kind makes the result general.
+        stats: Folder that `structprune calibrate` wrote: its moments of the dense model stand in for calibration, so
+            that no text is run. `domains` then only chooses among its domains and weighs them.
         normalisation: What puts the evidence of the domains on one scale: `energy` divides by what a domain puts
             out, `zscore` and `rank` compare scores only, `none` leaves loud domains loud.
         aggregation: How the evidence of several domains becomes one score: `mean` pools it, `max` keeps what any
@@ -95,6 +105,7 @@ class StructPruneConfig(Serialisable):
     method: str = "iterative"
     sparsity: Number | None = validated_field(share, default=None)
     widths: dict[str, int] | None = None
+    budget: dict[str, Number] | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
     criterion: str = "wanda"
     refit: Literal["none", "bias", "least_squares", "reconstruct"] = "least_squares"
@@ -107,6 +118,7 @@ class StructPruneConfig(Serialisable):
     max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
     domains: list[DomainConfig] = field(default_factory=builtin_domains)
+    stats: str | None = None
     normalisation: Literal["none", "energy", "zscore", "rank"] = "energy"
     aggregation: Literal["mean", "max", "worst", "harmonic", "quantile"] = "mean"
     quantile: Number = validated_field(share, default=0.75)
@@ -158,12 +170,18 @@ class StructPruneConfig(Serialisable):
         return super().from_dict(data)
 
     def validate_amount(self) -> None:
-        """Exactly one of `sparsity` and `widths`, and widths that are positive."""
-        if (self.sparsity is None) == (self.widths is None):
-            raise ValueError(
-                f"exactly one of sparsity and widths says how much to remove, "
-                f"got sparsity={self.sparsity} and widths={self.widths}"
-            )
+        """Exactly one of `sparsity`, `widths` and `budget`, and numbers that are positive."""
+        given = {name: getattr(self, name) for name in AMOUNTS}
+        if sum(value is not None for value in given.values()) != 1:
+            found = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"exactly one of sparsity, widths and budget says how much to remove, got {found}")
+        for name, most in (self.budget or {}).items():
+            if name not in BUDGETS:
+                raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")
+            if most <= 0:
+                raise ValueError(f"budget[{name!r}] has to be greater than 0, got {most}")
+        if self.budget is not None and len(self.budget) != 1:
+            raise ValueError(f"budget names exactly one of {', '.join(BUDGETS)}, got {self.budget}")
         for name, width in (self.widths or {}).items():
             if width < 1:
                 raise ValueError(f"widths[{name!r}] has to be 1 or more, got {width}")
@@ -220,6 +238,22 @@ class StructPruneConfig(Serialisable):
                 "recovery with every_round=True makes each round a pruning of its own, and adaptive_rate, objective, "
                 "max_perplexity_ratio, keep_rounds and checkpoint_dir span rounds; leave out either"
             )
+
+    def validate_stats(self) -> None:
+        """Nothing that stored statistics cannot give."""
+        for clash, text in (
+            (self.guard, "guard=True judges refits on calibration blocks that it sets aside"),
+            (self.refit == "reconstruct", "refit='reconstruct' runs blocks on calibration text"),
+            (self.select != "random", f"select={self.select!r} chooses text to calibrate on"),
+            (
+                self.recovery is not None and self.recovery.every_round,
+                "recovery with every_round=True calibrates on a trained model after each round",
+            ),
+        ):
+            if clash and self.stats is not None:
+                raise ValueError(
+                    f"{text}, but stats={self.stats!r} holds moments of the dense model; leave out one of the two"
+                )
 
     def validate_domains(self) -> None:
         """At least one domain, and no two of the same name."""

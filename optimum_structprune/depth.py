@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .allocation import round_widths
 from .arch.load import block_list, describe, put_blocks_
 from .arch.shrink import shrunk_config
 from .arch.spec import LAYER, MODEL, ArchSpec
@@ -16,6 +15,7 @@ from .calibration.evidence import Mixture
 from .config import StructPruneConfig
 from .criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from .plan import Plan
+from .schedule import round_widths
 from .surgery import adopt_config_, replace_, skeleton
 
 

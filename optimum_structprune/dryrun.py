@@ -11,13 +11,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache
 
-from .allocation import target_widths
 from .arch.load import describe
 from .arch.meta import meta_model, model_class
 from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import ArchSpec, Widths
+from .budget import cached_values, widths_of
 from .checks import biased_spaces
 from .coarse import check_coarse
 from .config import StructPruneConfig
@@ -167,13 +166,13 @@ def dry_run(
 
     dense = build(model_config)
     arch = describe(dense, config.arch_file)
-    widths = target_widths(config, arch, model_config)
+    dtype = dtype or _saved_dtype(model_config)
+    widths = widths_of(config, arch, dense, itemsize=dtype.itemsize)
     check_coarse(config, list(widths))
     biased = biased_spaces(config, arch, [name for name in widths if not arch.of(name)[0].whole])
     small = build(shrunk_config(model_config, arch, widths, biased))
-    dtype = dtype or _saved_dtype(model_config)
     parameters = Change(dense.num_parameters(), small.num_parameters())
-    before, after = _cached(dense, arch), _cached(small, arch)
+    before, after = cached_values(dense, arch), cached_values(small, arch)
     cached = None if before is None or after is None else Change(before, after)
     return DryRun(
         model_type=arch.model_type,
@@ -216,24 +215,3 @@ def _reload(small: PreTrainedModel, auto: str) -> tuple[str, ...]:
         f"transformers without it, {auto}.from_pretrained(..., trust_remote_code=True)",
         "runtimes that take one width for all blocks, after `structprune export IN OUT --pad-uniform`",
     )
-
-
-@torch.no_grad()
-def _cached(model: PreTrainedModel, arch: ArchSpec) -> int | None:
-    """Number of values that generation keeps for one token, read off the cache of a run on the meta device: 0 for a
-    model that does not generate, None for one that cannot be run there.
-    """
-    if not (arch.causal or model.config.is_encoder_decoder):
-        return 0
-    width = model.get_input_embeddings().get_parameter("weight").shape[1]
-    token = torch.zeros(1, 1, width, dtype=model.dtype, device=model.device)
-    # The masks of other implementations depend on values.
-    model.set_attn_implementation("eager")
-    try:
-        output = model.get_decoder()(inputs_embeds=token, use_cache=True)
-    except (RuntimeError, TypeError):
-        return None
-    # The field has another name in newer releases of transformers.
-    cache = next(value for value in output.values() if isinstance(value, Cache))
-    layers: list[Any] = getattr(cache, "self_attention_cache", cache).layers
-    return sum(layer.keys.numel() + layer.values.numel() for layer in layers)

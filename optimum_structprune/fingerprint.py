@@ -1,4 +1,4 @@
-"""Hashes that tell models apart by what they compute, and token blocks by what they hold."""
+"""Hashes that tell models, token blocks and vocabularies apart by what they hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What a config says about where a model comes from, not about what it does.
 BESIDE = ("_name_or_path", "transformers_version", "architectures", "dtype")
@@ -29,6 +29,11 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer's vocabulary, added tokens included: which token each id stands for."""
+    return sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .allocation import next_legal
 from .arch.spec import ArchSpec, Widths
 from .config import StructPruneConfig
+from .schedule import next_legal
 
 
 if TYPE_CHECKING:

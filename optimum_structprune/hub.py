@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,17 +83,32 @@ def save_checked(
         StructPruneError: If the folder exists, something cannot be written, or the saved model does not come back the
             same.
     """
-    target = Path(save_directory)
-    check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with staged(save_directory, overwrite) as staging:
         with heterogeneous():
             model.save_pretrained(str(staging))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         write(staging)
         check(model, staging)
+
+
+@contextmanager
+def staged(folder: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside the target, moved into place once everything inside `with` has gone well.
+
+    Args:
+        folder: The target.
+        overwrite: Replace a folder that exists.
+
+    Raises:
+        StructPruneError: If the folder exists, or something cannot be written.
+    """
+    target = Path(folder)
+    check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield staging
         staging.chmod(0o755)
         _swap(staging, target)
     except (OSError, SafetensorError) as error:

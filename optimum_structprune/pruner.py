@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.spec import LAYER, MODEL, ArchSpec, Widths
-from .calibration.blocks import Domain, given_domains, load_domains
+from .budget import widths_of
+from .calibration.blocks import Domain, calibration_domains
 from .calibration.manifest import Manifest
 from .calibration.passes import batches_of, guard_batches
+from .calibration.stored import Statistics
 from .checks import biased_spaces, check_model, check_rounds, dequantized
 from .coarse import COARSE, check_coarse, prune_coarse_
 from .config import StructPruneConfig
@@ -25,6 +26,7 @@ from .plan import Plan
 from .registry import Registry
 from .report import Report
 from .rounds import Rounds, dense_scores, mixture
+from .schedule import next_legal, round_widths
 
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class StructPruner:
         self.manifest: Manifest | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.measure: Measure | None = None
+        self.statistics: Statistics | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values."""
@@ -90,16 +93,15 @@ class StructPruner:
             raise StructPruneError(
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
             )
-        widths = target_widths(self.config, arch, model.config)
+        widths = widths_of(self.config, arch, model)
         check_coarse(self.config, list(widths))
         check_rounds(self.config, arch)
         report = Report(arch.model_type)
         with report.timed("domains"):
-            domains = self._domains(model, tokenizer, inputs)
+            domains = self._domains(model, arch, tokenizer, inputs, widths)
         if self.config.allocation == "global":
-            with report.timed("ranking"):
-                scores = dense_scores(model, arch, self.config, domains, widths)
-                widths = target_widths(self.config, arch, model.config, scores)
+            scores = dense_scores(model, arch, self.config, domains, widths, report, self.statistics)
+            widths = widths_of(self.config, arch, model, scores)
         self.tokenizer, self.measure = tokenizer, Measure(domains, arch.causal)
         with report.timed("perplexity"):
             self.measure.before(model)
@@ -121,7 +123,8 @@ class StructPruner:
         report.dense_widths = {name: max(space.width for space in arch.of(name)) for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
-        self.manifest = Manifest.of(self.config, domains, tokenizer)
+        given = self.statistics
+        self.manifest = Manifest.of(self.config, domains, tokenizer) if given is None else given.manifest(domains)
         return work
 
     def save(
@@ -149,16 +152,23 @@ class StructPruner:
     def _domains(
         self,
         model: PreTrainedModel,
+        arch: ArchSpec,
         tokenizer: PreTrainedTokenizerBase | None,
         inputs: Mapping[str, Tensor] | None,
+        names: Collection[str],
     ) -> list[Domain]:
+        self.statistics = None
+        if self.config.stats is None:
+            domains = calibration_domains(self.config, model, tokenizer, inputs)
+            if self.config.guard:
+                guard_batches(domains, self.config.batch_size)  # refuses a domain that is too small
+            return domains
         if inputs is not None:
-            domains = given_domains(inputs, float(self.config.holdout))
-        else:
-            domains = load_domains(self.config, tokenizer, model.config.get_text_config().vocab_size, model=model)
-        if self.config.guard:
-            guard_batches(domains, self.config.batch_size)  # refuses a domain that is too small
-        return domains
+            raise StructPruneError(f"inputs are calibration data, and stats={self.config.stats!r} stands in for them.")
+        self.statistics = Statistics.load(self.config.stats)
+        self.statistics.check(model, tokenizer)
+        self.statistics.check_use(self.config, arch, names)
+        return self.statistics.chosen(self.config)
 
     def _teacher(self, model: PreTrainedModel, tokenizer: Any, inplace: bool) -> PreTrainedModel | None:
         """What recovery learns from: the dense model, or nothing where its predictions go to disk."""
@@ -194,7 +204,17 @@ class StructPruner:
         rest = {name: width for name, width in widths.items() if name not in COARSE}
         if rest:
             biased = biased_spaces(self.config, arch, rest)
-            rounds = Rounds(model, arch, self.config, domains, report, self.measure, biased, self.tokenizer)
+            rounds = Rounds(
+                model,
+                arch,
+                self.config,
+                domains,
+                report,
+                self.measure,
+                biased,
+                self.tokenizer,
+                statistics=self.statistics,
+            )
             plan = plan.then(rounds.run_(rest))
         model.train(training)
         return plan

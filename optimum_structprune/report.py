@@ -70,6 +70,7 @@ class Report:
         output_error: Of a model that does not predict the next token: squared error of the last hidden states on
             held-out text against the dense model's, relative to their variance, by domain.
         seconds: Time spent, by stage.
+        domain_seconds: Time spent in calibration, by domain.
         rounds: Where rounds are measured, of each: its widths, the domains' shares in it, the ratio of perplexities
             after it (empty after the last, see `perplexity`), and with a floor whether it holds.
         guard: By space: blocks in all (`blocks`), those in which the guard chose another refit than the config
@@ -86,6 +87,7 @@ class Report:
     recovery: RecoveryReport | None = None
     output_error: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    domain_seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     guard: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -99,6 +101,12 @@ class Report:
                 "error": fmean(one.error for one in found),
                 "strength": fmean(one.strength for one in found),
             }
+
+    def note_domains(self, seconds: Mapping[int, float], names: Sequence[str]) -> None:
+        """Add the time spent on each domain, by number; blocks of the guard count as those of further domains."""
+        for number, spent in seconds.items():
+            name = names[number % len(names)]
+            self.domain_seconds[name] = self.domain_seconds.get(name, 0.0) + spent
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -138,6 +146,8 @@ class Report:
         return "\n".join([*lines, *([] if self.recovery is None else ["", str(self.recovery)])])
 
     def _remarks(self) -> Iterator[str]:
+        if self.domain_seconds:
+            yield "calibration: " + ", ".join(f"{name} {spent:.1f} s" for name, spent in self.domain_seconds.items())
         held = [one for one in self.rounds if one.get("holds", True)]
         if held and held[-1]["shares"] != self.rounds[0]["shares"]:
             shares = ", ".join(f"{name} {share:.2f}" for name, share in held[-1]["shares"].items())

@@ -9,12 +9,13 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .allocation import next_legal, round_widths
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Widths
+from .calibration.clock import Clock
 from .calibration.evidence import Mixture
 from .calibration.gradients import saliencies
-from .calibration.passes import batches_of, guard_batches, passes_over
+from .calibration.passes import Passes, batches_of, guard_batches, passes_over
+from .calibration.stored import Statistics, StoredPasses
 from .checkpoint import Checkpoint, run_key
 from .errors import StructPruneError
 from .halving import halfway, whole_widths
@@ -23,6 +24,7 @@ from .measure import Measure
 from .plan import Plan
 from .report import Report
 from .reweight import reweighted
+from .schedule import next_legal, round_widths
 from .surgery import adopt_config_, shrink_block_, skeleton
 from .sweep import Sweep
 
@@ -41,8 +43,37 @@ def mixture(config: StructPruneConfig, domains: list[Domain]) -> Mixture:
     return Mixture(shares, config.normalisation, config.aggregation, float(config.quantile))
 
 
+def passes_of(
+    sweep: Sweep, domains: list[Domain], statistics: Statistics | None, clock: Clock, guard: bool = False
+) -> Passes:
+    """The evidence for a sweep: stored moments, or the domains run through its model as it is now.
+
+    Args:
+        sweep: Where gradients are entered, if its criterion needs them.
+        domains: Calibration text.
+        statistics: Stored moments of the dense model, in place of the text.
+        clock: Takes the time of each domain.
+        guard: Set some of the text aside.
+    """
+    model, spec, config = sweep.model, sweep.spec, sweep.config
+    if statistics is not None:
+        return StoredPasses(statistics, domains, sweep.criterion.needs_gradient, next(model.parameters()).device)
+    batches = batches_of(domains, config.batch_size)
+    if sweep.criterion.needs_gradient:
+        sweep.saliency = saliencies(model, spec, batches, clock)
+    if guard:
+        batches = guard_batches(domains, config.batch_size)
+    return passes_over(model, spec, batches, clock)
+
+
 def dense_scores(
-    model: PreTrainedModel, spec: ArchSpec, config: StructPruneConfig, domains: list[Domain], names: Collection[str]
+    model: PreTrainedModel,
+    spec: ArchSpec,
+    config: StructPruneConfig,
+    domains: list[Domain],
+    names: Collection[str],
+    report: Report,
+    statistics: Statistics | None = None,
 ) -> dict[tuple[int, str], Tensor]:
     """Scores of all units that compare over blocks and spaces, from one pass over the dense model.
 
@@ -52,15 +83,16 @@ def dense_scores(
         config: Names the criterion.
         domains: Calibration text.
         names: Kinds of space.
+        report: Takes the time.
+        statistics: Stored moments of the model, in place of the text.
     """
     sweep = Sweep(model, spec, config, mixture(config, domains))
-    batches = batches_of(domains, config.batch_size)
-    training = model.training
+    training, clock = model.training, Clock(model.device)
     model.eval()
-    if sweep.criterion.needs_gradient:
-        sweep.saliency = saliencies(model, spec, batches)
-    scores = sweep.scores(passes_over(model, spec, batches), names)
+    with report.timed("ranking"):
+        scores = sweep.scores(passes_of(sweep, domains, statistics, clock), names)
     model.train(training)
+    report.note_domains(clock.seconds, [domain.name for domain in domains])
     return scores
 
 
@@ -78,6 +110,7 @@ class Rounds:
         biased: Spaces whose consumers get a bias.
         tokenizer: Saved beside the models that `keep_rounds` leaves.
         checkpoint: What remembers the rounds, where a folder is named.
+        statistics: Stored moments of the dense model, in place of the text.
     """
 
     model: PreTrainedModel
@@ -89,6 +122,7 @@ class Rounds:
     biased: tuple[str, ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
     checkpoint: Checkpoint | None = None
+    statistics: Statistics | None = None
 
     def run_(self, widths: Widths) -> Plan:
         """All rounds; returns what is kept.
@@ -125,15 +159,11 @@ class Rounds:
         return self.sweep.plan
 
     def _round_(self, number: int, step: Widths, smaller: PreTrainedModel | None = None) -> None:
-        config, sweep = self.config, self.sweep
+        config, sweep, clock = self.config, self.sweep, Clock(self.model.device)
         with self.report.timed(f"round {number}"):
-            batches = batches_of(self.domains, config.batch_size)
-            if sweep.criterion.needs_gradient:
-                sweep.saliency = saliencies(self.model, self.spec, batches)
-            if config.guard:
-                batches = guard_batches(self.domains, config.batch_size)
-            title = f"round {number}/{max(number, config.rounds)}"
-            sweep.run_(passes_over(self.model, self.spec, batches), step, smaller, title)
+            passes = passes_of(sweep, self.domains, self.statistics, clock, config.guard)
+            sweep.run_(passes, step, smaller, f"round {number}/{max(number, config.rounds)}")
+        self.report.note_domains(clock.seconds, [domain.name for domain in self.domains])
         self.report.note_guard(sweep.guarded, float(config.damping))
 
     def _ratios(self) -> dict[str, float]:

@@ -14,10 +14,10 @@ from torch import Tensor, nn, optim
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
-from .allocation import next_legal, round_widths, target_widths
 from .arch.load import describe
 from .arch.spec import ArchSpec, Widths
 from .averages import Average
+from .budget import widths_of
 from .calibration.blocks import Domain, load_domains
 from .calibration.collect import before_load, intercept
 from .checks import check_model
@@ -28,6 +28,7 @@ from .plan import Plan
 from .pruner import AutoStructPruner
 from .report import Report
 from .reporting import go_first
+from .schedule import next_legal, round_widths
 from .surgery import resize_
 
 
@@ -81,6 +82,11 @@ class StructPruneCallback(TrainerCallback):
                 "allocation='global' ranks the units of the dense model before anything is removed, which a Trainer's "
                 "steps do not; use allocation='uniform', or prune first (`structprune prune`)."
             )
+        if config.stats is not None:
+            raise StructPruneError(
+                f"stats={config.stats!r} holds moments of the dense model, which training has changed by then; leave "
+                "it out, or prune first (`structprune prune --stats`)."
+            )
         self.config = config
         self.start, self.end, self.every = start, end, every
         self.calibration = calibration
@@ -103,7 +109,7 @@ class StructPruneCallback(TrainerCallback):
             return
         check_model(model, self.config)
         arch = describe(model, self.config.arch_file)
-        self._dense = arch, target_widths(self.config, arch, model.config)
+        self._dense = arch, widths_of(self.config, arch, model)
         for space in arch.wide:
             if space.name in self._dense[1]:
                 raise StructPruneError(

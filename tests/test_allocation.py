@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from models import build, config, token_ids
 
 from optimum_structprune import StructPruneConfig, StructPruneError
-from optimum_structprune.allocation import ranked_widths, round_widths, target_widths, widths_for_sparsity
+from optimum_structprune.allocation import ranked_widths, target_widths, widths_for_sparsity
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import ArchSpec, Space
 from optimum_structprune.calibration.blocks import Domain
 from optimum_structprune.ranking import standardised
+from optimum_structprune.report import Report
 from optimum_structprune.rounds import dense_scores
+from optimum_structprune.schedule import round_widths
 
 
 def spec_of(layers: int, groups: int, group_cost: int, channels: int, channel_cost: int) -> ArchSpec:
@@ -220,7 +222,7 @@ def test_global_allocation_is_that_of_flap():
             expected[space.name][space.layer] -= 1
 
     fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1, min_width=0.01)
-    scores = dense_scores(model, spec, fields, [Domain("a", 1.0, blocks, blocks[:0])], spec.names)
+    scores = dense_scores(model, spec, fields, [Domain("a", 1.0, blocks, blocks[:0])], spec.names, Report("llama"))
     every = {name: list(range(1, spec.of(name)[0].size + 1)) for name in spec.names}
     found = ranked_widths(fields, spec, every, scores)
     assert found["mlp"][0] != found["mlp"][1] and found["attention"] == expected["attention"]

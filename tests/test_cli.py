@@ -171,7 +171,7 @@ def test_bad_input(folder, tmp_path, capsys):
     cases = [
         (["prune", str(tmp_path / "missing"), out, "--sparsity", "0.2"], "missing"),
         (["prune", str(tmp_path / "bert"), out, "--sparsity", "0.2"], "bert"),
-        (["prune", model, out], "exactly one of sparsity and widths"),
+        (["prune", model, out], "exactly one of sparsity, widths and budget"),
         (["prune", model, out, "--sparsity", "0"], "between 0 and 1"),
         (["prune", model, out, "--sparsity", "1"], "between 0 and 1"),
         (["prune", model, out, "--sparsity", "-0.5"], "between 0 and 1"),

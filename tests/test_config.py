@@ -53,7 +53,7 @@ def test_round_trips(config, tmp_path_factory):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "exactly one of sparsity and widths.*sparsity=None and widths=None"),
+        ({}, "exactly one of sparsity, widths and budget.*sparsity=None, widths=None, budget=None"),
         ({"sparsity": 0.2, "adaptive_rate": 0.5}, "adaptive_rate=0.5.*rounds=1 leaves none; set rounds=3"),
         ({"sparsity": 0.2, "objective": "worst"}, "objective='worst'.*rounds=1 leaves none; set rounds=3"),
         ({"sparsity": 0.2, "aggregation": "harmonic", "normalisation": "zscore"}, "takes positive scores.*zscore"),
@@ -67,7 +67,7 @@ def test_round_trips(config, tmp_path_factory):
             {"sparsity": 0.2, "rounds": 2, "checkpoint_dir": "x", "recovery": {"every_round": True}},
             "every_round=True makes each round a pruning of its own.*leave out either",
         ),
-        ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity and widths.*sparsity=0.2"),
+        ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity, widths and budget.*sparsity=0.2"),
         ({"sparsity": 0}, "'sparsity'.*between 0 and 1.*got 0"),
         ({"sparsity": 1}, "'sparsity'.*between 0 and 1.*got 1"),
         ({"sparsity": -0.1}, "'sparsity'.*between 0 and 1.*got -0.1"),

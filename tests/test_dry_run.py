@@ -154,7 +154,7 @@ def test_dtype_and_choices(tmp_path, capsys):
         (["--width", "mlp=24", "--criterion", "wnada"], "Did you mean 'wanda'"),
         (["--width", "mlp=24", "--dtype", "int4"], "--dtype int4 is not known"),
         (["--width", "mlp=24", "--json", "no/such/folder"], "cannot be written"),
-        ([], "exactly one of sparsity and widths"),
+        ([], "exactly one of sparsity, widths and budget"),
     ],
 )
 def test_what_pruning_refuses_is_refused(arguments, message, tmp_path, capsys):

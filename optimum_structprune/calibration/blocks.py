@@ -101,6 +101,18 @@ def load_domains(
     return loaded
 
 
+def calibration_domains(
+    config: StructPruneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> list[Domain]:
+    """The text that a config names, or inputs in its place; see `load_domains` and `given_domains`."""
+    if inputs is not None:
+        return given_domains(inputs, float(config.holdout))
+    return load_domains(config, tokenizer, model.config.get_text_config().vocab_size, model=model)
+
+
 def rewritten(
     domains: Sequence[Domain], config: StructPruneConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> list[Domain]:

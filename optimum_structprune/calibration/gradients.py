@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..arch.spec import ArchSpec
 from ..checks import check_gradients
+from .clock import Clock
 from .collect import observe
 from .taps import Batch
 
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 
-def saliencies(model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def saliencies(
+    model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
+) -> dict[str, Tensor]:
     """Σ|x ∂L/∂x| of every tap's input x, per predicted token, by module, shape `(domains, n)`, fp64.
+
 
     L is the sum of the next-token losses, so that the scale does not depend on the batch size; where a domain's
     evidence is masked, of those tokens alone. A whole batch's activations are held at a time, as in training, but no
@@ -34,13 +38,14 @@ def saliencies(model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch])
         model: A causal language model.
         spec: Its description.
         batches: The calibration data.
+        clock: Takes the time of each domain.
 
     Raises:
         StructPruneError: If the model does not predict the next token, or has experts.
     """
     check_gradients(spec)
     taps = sorted({axis.module for space in spec.spaces for axis in space.into})
-    domains = 1 + max(batch.domain for batch in batches)
+    domains, clock = 1 + max(batch.domain for batch in batches), clock or Clock(model.device)
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(domains, dtype=torch.float64)
     with _frozen(model):
@@ -50,7 +55,9 @@ def saliencies(model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch])
             if not predicted:
                 continue
             counts[batch.domain] += predicted
-            for tap, found in _backward(model, taps, batch.ids, labels, predicted).items():
+            with clock.running(batch.domain):
+                gradients = _backward(model, taps, batch.ids, labels, predicted)
+            for tap, found in gradients.items():
                 total = sums.setdefault(tap, torch.zeros(domains, len(found), dtype=torch.float64))
                 total[batch.domain] += found.cpu()
     return {tap: total / counts.clamp(min=1)[:, None] for tap, total in sums.items()}

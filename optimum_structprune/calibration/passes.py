@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -14,6 +14,8 @@ from ..arch.load import block_list
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
 from ..metrics import run_model
+from .calls import Call, equal, first_of, same_call
+from .clock import Clock
 from .collect import StopForward, intercept, observe
 from .experts import Routed, contributions, inner_moments
 from .stats import Moments
@@ -28,15 +30,6 @@ if TYPE_CHECKING:
 
 # One block out of so many.
 GUARDED = 8
-
-
-@dataclass(frozen=True)
-class Call:
-    """How the model calls one block, hidden states left out."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    by_name: bool
 
 
 class Passes(Protocol):
@@ -99,9 +92,10 @@ class BlockPasses:
     it routes to them, but the statistics of only one expert.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]):
+    def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):
         self.model, self.spec = model, spec
         self.device = next(model.parameters()).device
+        self.clock = clock or Clock(self.device)
         self.domains = [batch.domain for batch in batches]
         self.batches = list(batches)
         self.hidden: list[Tensor] = []
@@ -109,8 +103,9 @@ class BlockPasses:
         self.routed: tuple[Routed, ...] = ()
         for batch in batches:
             size = len(batch.ids)
-            hidden, calls = capture(model, spec, batch.ids, whole=size not in self.calls)
-            if not _same(self.calls.setdefault(size, calls)[0], calls[0]):
+            with self.clock.running(batch.domain):
+                hidden, calls = capture(model, spec, batch.ids, whole=size not in self.calls)
+            if not same_call(self.calls.setdefault(size, calls)[0], calls[0]):
                 raise NotSequentialError(f"the blocks of {spec.model_type!r} are called with more than hidden states")
             self.hidden.append(hidden)
 
@@ -168,8 +163,9 @@ class BlockPasses:
         hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
         if like.dtype == torch.float32:
             hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
-        output = block(hidden_states=hidden, **kwargs) if call.by_name else block(hidden, *args, **kwargs)
-        return _first(output)
+        with self.clock.running(self.domains[index]):
+            output = block(hidden_states=hidden, **kwargs) if call.by_name else block(hidden, *args, **kwargs)
+        return first_of(output)
 
 
 class ModelPasses:
@@ -179,8 +175,9 @@ class ModelPasses:
     their own for each block.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]):
+    def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):
         self.model, self.spec, self.batches = model, spec, batches
+        self.clock = clock or Clock(next(model.parameters()).device)
         self.domains = [batch.domain for batch in batches]
         self.tally: Tally | None = None
         self.routed: tuple[str, tuple[Routed, ...]] = ("", ())
@@ -215,19 +212,22 @@ class ModelPasses:
     @torch.no_grad()
     def _run(self, index: int) -> None:
         base: Any = self.model.base_model
-        run_model(base, self.batches[index].ids)
+        with self.clock.running(self.domains[index]):
+            run_model(base, self.batches[index].ids)
 
 
 class NotSequentialError(StructPruneError):
     """The model's blocks cannot be run one by one."""
 
 
-def passes_over(model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]) -> Passes:
-    """Block by block where the model allows it, the whole model otherwise."""
+def passes_over(
+    model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
+) -> Passes:
+    """Block by block where the model allows it, the whole model otherwise; the clock takes the time of each domain."""
     try:
-        return BlockPasses(model, spec, batches)
+        return BlockPasses(model, spec, batches, clock)
     except NotSequentialError:
-        return ModelPasses(model, spec, batches)
+        return ModelPasses(model, spec, batches, clock)
 
 
 @torch.no_grad()
@@ -253,7 +253,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
         by_name = "hidden_states" in kwargs
         hidden = kwargs["hidden_states"] if by_name else args[0]
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        if index and not _equal(hidden, outputs[-1]):
+        if index and not equal(hidden, outputs[-1]):
             raise NotSequentialError(f"the model changes hidden states between blocks {index - 1} and {index}")
         if not index:
             first.append(hidden)
@@ -263,7 +263,7 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
             raise StopForward
 
     def after(index: int, output: Any) -> None:
-        outputs[:] = [_first(output)]
+        outputs[:] = [first_of(output)]
 
     with intercept(block_list(model, spec), before, after):
         try:
@@ -271,26 +271,3 @@ def capture(model: PreTrainedModel, spec: ArchSpec, ids: Tensor, whole: bool) ->
         except StopForward:
             pass
     return first[0], calls
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-
-
-def _equal(left: Tensor, right: Tensor) -> bool:
-    return left is right or (left.shape == right.shape and torch.equal(left, right.to(left.device)))
-
-
-def _same(left: Call, right: Call) -> bool:
-    pairs = list(zip(_tensors((left.args, left.kwargs)), _tensors((right.args, right.kwargs)), strict=True))
-    return all(_equal(a, b) for a, b in pairs)

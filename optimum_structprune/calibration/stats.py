@@ -14,6 +14,10 @@ from torch import Tensor
 from ..errors import StructPruneError
 
 
+# Of the fields of Moments, those that not every run gathers.
+OPTIONAL = ("gram", "saliency")
+
+
 @dataclass
 class Moments:
     """Count, mean and second moment of a stream of vectors.
@@ -121,19 +125,24 @@ def save_stats(stats: Mapping[str, Moments], path: str | Path) -> None:
         tensors[f"{name}/count"] = torch.tensor(moments.count)
         tensors[f"{name}/mean"] = moments.mean
         tensors[f"{name}/square"] = moments.square
-        if moments.gram is not None:
-            tensors[f"{name}/gram"] = moments.gram
+        for part in OPTIONAL:
+            if (tensor := getattr(moments, part)) is not None:
+                tensors[f"{name}/{part}"] = tensor
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def load_stats(path: str | Path) -> dict[str, Moments]:
+def load_stats(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Moments]:
     """Read what `save_stats` wrote.
+
+    Args:
+        path: The file.
+        device: Where to put the tensors.
 
     Raises:
         StructPruneError: If the file is missing, damaged or not a statistics file.
     """
     try:
-        tensors = load_file(path)
+        tensors = load_file(path, str(device))
         names = [name.removesuffix("/count") for name in tensors if name.endswith("/count")]
         if not names:
             raise KeyError("count")
@@ -142,7 +151,7 @@ def load_stats(path: str | Path) -> dict[str, Moments]:
                 count=int(tensors[f"{name}/count"]),
                 mean=tensors[f"{name}/mean"],
                 square=tensors[f"{name}/square"],
-                gram=tensors.get(f"{name}/gram"),
+                **{part: tensors.get(f"{name}/{part}") for part in OPTIONAL},
             )
             for name in names
         }

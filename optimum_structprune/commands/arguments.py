@@ -27,6 +27,21 @@ def add_text_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="Seed of everything random.")
 
 
+def add_calibration_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags that say what a model is calibrated on."""
+    add_text_arguments(parser)
+    parser.add_argument("--select", help="Which blocks are used: random, length, diverse or perplexity.")
+    parser.add_argument("--num-samples", type=int, help="Calibration blocks in all.")
+    parser.add_argument("--batch-size", type=int, help="Blocks per forward pass.")
+
+
+def add_config_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags that every command with a `StructPruneConfig` has."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the fields of StructPruneConfig.")
+    parser.add_argument("--criterion", help="How units are scored, such as wanda.")
+    parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
+
+
 def add_loading_arguments(parser: ArgumentParser) -> None:
     """Declare the flags that say how a model is loaded."""
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16.")
@@ -44,6 +59,12 @@ def width(text: str) -> tuple[str, int]:
     """`mlp=1152` as a pair."""
     name, _, number = text.partition("=")
     return name, int(number)
+
+
+def budget(text: str) -> tuple[str, float]:
+    """`parameters=110e6` as a pair."""
+    name, _, number = text.partition("=")
+    return name, float(number)
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -14,7 +14,7 @@ from ..errors import StructPruneError
 DESCRIPTION = "Structured pruning of Hugging Face models."
 # Each is a module here with NAME, HELP, add_arguments(parser) and run(args) -> int. `optimum-cli` imports them all
 # on every call, so what is heavy is imported inside run().
-COMMANDS = ("prune", "plan", "recover", "evaluate", "inspect", "export")
+COMMANDS = ("prune", "calibrate", "plan", "recover", "evaluate", "inspect", "export")
 
 
 def add_commands(parser: ArgumentParser) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from .arguments import add_model_arguments, add_path_arguments, add_text_arguments, width
+from .arguments import (
+    add_calibration_arguments,
+    add_config_arguments,
+    add_model_arguments,
+    add_path_arguments,
+    budget,
+    width,
+)
 
 
 NAME = "prune"
@@ -20,7 +27,7 @@ FIELDS = {
         name: name
         for name in (
             "allocation round_to criterion normalisation aggregation refit damping guard rounds schedule "
-            "adaptive_rate objective max_perplexity_ratio checkpoint_dir keep_rounds "
+            "stats adaptive_rate objective max_perplexity_ratio checkpoint_dir keep_rounds "
             "select num_samples seq_length batch_size seed"
         ).split()
     },
@@ -32,10 +39,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.")
     add_amount_arguments(parser)
     add_round_arguments(parser)
-    add_text_arguments(parser)
-    parser.add_argument("--select", help="Which blocks are used: random, length, diverse or perplexity.")
-    parser.add_argument("--num-samples", type=int, help="Calibration blocks in all.")
-    parser.add_argument("--batch-size", type=int, help="Blocks per forward pass.")
+    parser.add_argument("--stats", metavar="FOLDER", help="What `calibrate` wrote, in place of running text.")
+    add_calibration_arguments(parser)
     parser.add_argument("--recover", action="store_true", help="Train afterwards, the dense model being the teacher.")
     parser.add_argument("--recovery-tokens", type=int, metavar="N", help="Training tokens in all; implies --recover.")
     add_model_arguments(parser)
@@ -58,17 +63,22 @@ def add_round_arguments(parser: ArgumentParser) -> None:
 
 def add_amount_arguments(parser: ArgumentParser) -> None:
     """Declare the flags that say what is removed and how."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the fields of StructPruneConfig.")
+    add_config_arguments(parser)
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help="Share of the blocks' parameters to remove, such as 0.2.")
     amount.add_argument(
         "--width", action="append", type=width, metavar="SPACE=N", help="Units to keep, such as mlp=1152; repeatable."
     )
+    amount.add_argument(
+        "--budget",
+        type=budget,
+        metavar="WHAT=N",
+        help="Most that the model may have: parameters=110e6, bytes=300e6 or cache_bytes_per_token=9000.",
+    )
     parser.add_argument("--target", action="append", metavar="SPACE", help="Space that may shrink; repeatable.")
     parser.add_argument("--allocation", help="uniform: one width for all blocks; global: each block its own.")
     parser.add_argument("--skip-layer", type=int, action="append", metavar="N", help="Block left whole; repeatable.")
     parser.add_argument("--round-to", type=int, metavar="N", help="Chosen channel widths are multiples of this.")
-    parser.add_argument("--criterion", help="How units are scored, such as wanda.")
     parser.add_argument("--normalisation", help="Scale of the domains' evidence: none, energy, zscore or rank.")
     parser.add_argument("--aggregation", help="One score from many domains: mean, max, worst, harmonic or quantile.")
     parser.add_argument("--refit", help="How kept weights make up for removed ones.")
@@ -76,13 +86,13 @@ def add_amount_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--guard", action="store_const", const=True, help="Choose damping and strength of refits on unseen blocks."
     )
-    parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
 
 
 def run(args: Namespace) -> int:
     """Prune, save, and show what came of it."""
     from dataclasses import replace
 
+    from ..calibration.stored import Statistics
     from ..hub import check_target
     from ..pruner import AutoStructPruner
     from .loading import load_model_and_tokenizer
@@ -93,6 +103,8 @@ def run(args: Namespace) -> int:
     later = None if config.recovery is None or config.recovery.every_round else config.recovery
     config = config if later is None else replace(config, recovery=None)
     check_target(args.output, args.overwrite)
+    if config.stats is not None:
+        Statistics.load(config.stats)  # before a model is loaded for nothing
     pruner = AutoStructPruner.from_config(config)
     model, tokenizer = load_model_and_tokenizer(
         args.model, args.dtype, args.device, args.trust_remote_code, config.arch_file
@@ -109,17 +121,24 @@ def run(args: Namespace) -> int:
     return heal(args, later, config, pruned, tokenizer, args.model, args.output, overwrite=True)
 
 
-def config_from(args: Namespace):
-    """The config file, if any, with the flags laid over it."""
-    from ..config import StructPruneConfig
+def config_from(args: Namespace, sparsity: float | None = None):
+    """The config file, if any, with the flags laid over it.
+
+    Args:
+        args: The flags.
+        sparsity: Stands where neither the file nor a flag says how much is removed.
+    """
+    from ..config import AMOUNTS, StructPruneConfig
     from ..schema import read_yaml
 
-    values: dict[str, Any] = dict(read_yaml(args.config)) if args.config else {}
-    if args.sparsity is not None:
-        values.update(sparsity=args.sparsity, widths=None)
-    if args.width:
-        values.update(widths=dict(args.width), sparsity=None)
     given = {name: value for name, value in vars(args).items() if value is not None}
+    values: dict[str, Any] = dict(read_yaml(args.config)) if args.config else {}
+    amounts = {"sparsity": given.get("sparsity"), "widths": dict(given.get("width", ())) or None}
+    amounts["budget"] = dict([given["budget"]]) if "budget" in given else None
+    if any(value is not None for value in amounts.values()):
+        values.update(amounts)
+    if all(values.get(name) is None for name in AMOUNTS):
+        values["sparsity"] = sparsity
     if given.get("recover") or "recovery_tokens" in given:
         tokens = {"tokens": given["recovery_tokens"]} if "recovery_tokens" in given else {}
         values["recovery"] = {**(values.get("recovery") or {}), **tokens}

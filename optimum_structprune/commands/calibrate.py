@@ -1,0 +1,37 @@
+"""`structprune calibrate`: the statistics of a model, once, for any number of prunings."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from .arguments import add_calibration_arguments, add_config_arguments, add_model_arguments, add_path_arguments
+from .prune import config_from
+
+
+NAME = "calibrate"
+HELP = "Store the statistics of a dense model, from which `prune --stats` prunes without running text."
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags; each one given overrides the config file."""
+    add_path_arguments(parser, "Model id or folder.", "Folder for the statistics.")
+    add_config_arguments(parser)
+    add_calibration_arguments(parser)
+    add_model_arguments(parser)
+
+
+def run(args: Namespace) -> int:
+    """Run the text through the model and store what pruning needs of it."""
+    from ..calibration.record import calibrate
+    from ..hub import check_target
+    from .loading import load_model_and_tokenizer
+
+    # How much is removed plays no part here, but a config has to say it.
+    config = config_from(args, sparsity=0.5)
+    check_target(args.output, args.overwrite)
+    model, tokenizer = load_model_and_tokenizer(
+        args.model, args.dtype, args.device, args.trust_remote_code, config.arch_file
+    )
+    print(calibrate(model, tokenizer, config, args.output, args.overwrite))
+    print(f"saved to {args.output}; prune with `structprune prune {args.model} OUT --stats {args.output}`")
+    return 0
