@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from .calibration.manifest import Entry
 from .errors import StructPruneError
 from .fingerprint import fingerprint
 from .plan import Plan
@@ -20,75 +25,100 @@ from .sweep import Snapshot, Sweep
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .calibration.blocks import Domain
     from .config import StructPruneConfig
 
 STATE = "rounds.json"
 CONSUMERS = "rounds.safetensors"
-# What may change without making a half-finished run another one.
-FREE = ("checkpoint_dir", "batch_size")
+# What may change without making a half-finished run another one; the text itself is held against the checkpoint.
+FREE = ("checkpoint_dir", "batch_size", "domains", "presets_file")
 
 
-def run_key(config: StructPruneConfig, model: PreTrainedModel, steps: Any) -> str:
-    """SHA-256 of the config, of the dense model and of the widths of all rounds."""
+def run_key(config: StructPruneConfig, model: PreTrainedModel, domains: Sequence[Domain], steps: Any) -> str:
+    """SHA-256 of the config, of the dense model, of the calibration tokens and of the widths of all rounds."""
     wanted = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    return sha256(json.dumps([wanted, fingerprint(model), steps], sort_keys=True, default=str).encode()).hexdigest()
+    text = [{**asdict(Entry.of(domain)), "origin": None} for domain in domains]
+    parts = [wanted, text, fingerprint(model), steps]
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def save_round(folder: Path, sweep: Sweep, number: int, key: str) -> None:
-    """Keep the consumers as they are after a round, and what is kept; replaces what an earlier round left.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that remembers the last finished round of one run.
 
-    Args:
-        folder: Where to.
-        sweep: The rounds.
-        number: Of the finished round, from 1.
+    Attributes:
+        folder: Where.
         key: Of the run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / ".rounds"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    tensors = {}
-    for index, (weight, bias) in enumerate(sweep.snapshot().consumers.values()):
-        tensors[f"{index}.weight"] = weight.contiguous()
-        if bias is not None:
-            tensors[f"{index}.bias"] = bias.contiguous()
-    save_file(tensors, staging / CONSUMERS)
-    state = {"key": key, "round": number, "shares": sweep.mixture.shares, "plan": sweep.plan.to_dict()}
-    (staging / STATE).write_text(json.dumps(state))
-    # The state names the round, so it goes last: without it the folder counts as empty.
-    (folder / STATE).unlink(missing_ok=True)
-    for name in (CONSUMERS, STATE):
-        (staging / name).replace(folder / name)
-    staging.rmdir()
 
+    folder: Path
+    key: str
 
-def load_round_(folder: Path, sweep: Sweep, key: str) -> int:
-    """Bring a model and its sweep to where a run was; returns the number of finished rounds, 0 where there are none.
+    def save(self, sweep: Sweep, number: int, measured: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the consumers as they are after a round, and what is kept; replaces what an earlier round left.
 
-    Args:
-        folder: What `save_round` was given.
-        sweep: Of the dense model.
-        key: Of the run.
+        Args:
+            sweep: The rounds.
+            number: Of the finished round, from 1.
+            measured: What the report says of the rounds.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        staging = self.folder / ".rounds"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        tensors = {}
+        for index, (weight, bias) in enumerate(sweep.snapshot().consumers.values()):
+            tensors[f"{index}.weight"] = weight.contiguous()
+            if bias is not None:
+                tensors[f"{index}.bias"] = bias.contiguous()
+        save_file(tensors, staging / CONSUMERS)
+        state = {"key": self.key, "round": number, "shares": sweep.mixture.shares, "plan": sweep.plan.to_dict()}
+        (staging / STATE).write_text(json.dumps({**state, "measured": measured}))
+        # The state names the round, so it goes last: without it the folder counts as empty.
+        (self.folder / STATE).unlink(missing_ok=True)
+        for name in (CONSUMERS, STATE):
+            (staging / name).replace(self.folder / name)
+        staging.rmdir()
 
-    Raises:
-        StructPruneError: If the folder belongs to another run, or is damaged.
-    """
-    if not (folder / STATE).exists():
-        return 0
-    try:
-        state = json.loads((folder / STATE).read_text())
-        tensors = load_file(folder / CONSUMERS)
-        if state["key"] != key:
+    def load_(self, sweep: Sweep) -> tuple[int, list[dict[str, Any]]]:
+        """Bring a dense model and its sweep to where a run was.
+
+        Args:
+            sweep: Of the dense model.
+
+        Returns:
+            The number of finished rounds, 0 where the folder remembers none, and what the report said of them.
+
+        Raises:
+            StructPruneError: If the folder belongs to another run, or is damaged; nothing has changed then.
+        """
+        if not (self.folder / STATE).exists():
+            return 0, []
+        with self._readable():
+            state = json.loads((self.folder / STATE).read_text())
+            number, key, measured = int(state["round"]), state["key"], list(state["measured"])
+        if key != self.key:
             raise StructPruneError(
-                f"{folder} holds round {state['round']} of a run with another model or config; name another "
-                "checkpoint_dir, or remove the folder."
+                f"{self.folder} holds round {number} of a run with another model, config or calibration text; name "
+                "another checkpoint_dir, or remove the folder."
             )
-        plan = Plan.from_dict(state["plan"])
-        number, shares = int(state["round"]), tuple(state["shares"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise StructPruneError(f"{folder} is not a readable checkpoint ({error}); remove it to start anew.") from error
+        with self._readable():
+            tensors = load_file(self.folder / CONSUMERS)
+            snapshot = _snapshot(sweep, Plan.from_dict(state["plan"]), tensors, tuple(state["shares"]))
+        sweep.resume_(snapshot)
+        return number, measured
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StructPruneError(
+                f"{self.folder} is not a readable checkpoint ({error}); remove it to start anew."
+            ) from error
+
+
+def _snapshot(sweep: Sweep, plan: Plan, tensors: Mapping[str, Tensor], shares: tuple[float, ...]) -> Snapshot:
     axes = [axis for space in sweep.spec.spaces if (space.layer, space.name) in plan.keep for axis in space.into]
-    sweep.mixture.shares = shares
     consumers = {axis: (tensors[f"{i}.weight"], tensors.get(f"{i}.bias")) for i, axis in enumerate(axes)}
-    sweep.resume_(Snapshot(plan.keep, consumers))
-    return number
+    return Snapshot(plan.keep, consumers, shares)

@@ -11,6 +11,7 @@ import torch
 
 from .arch.spec import ArchSpec
 from .config import StructPruneConfig
+from .criteria.base import CRITERIA
 from .errors import StructPruneError
 from .surgery import skeleton
 
@@ -122,3 +123,31 @@ def biased_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Collection[
                 "express; use refit='least_squares' or 'none'."
             )
     return tuple(widths)
+
+
+def check_rounds(config: StructPruneConfig, spec: ArchSpec) -> None:
+    """Refuse what the rounds cannot do with this model.
+
+    Raises:
+        StructPruneError: If a setting needs a perplexity or a gradient that the model does not give.
+    """
+    if config.criterion in CRITERIA.names() and CRITERIA.get(config.criterion).needs_gradient:
+        check_gradients(spec)
+    if not spec.causal and (config.reweights or config.max_perplexity_ratio is not None):
+        raise StructPruneError(
+            "adaptive_rate, objective='worst' and max_perplexity_ratio go by perplexity, which a model of type "
+            f"{spec.model_type!r} does not have; leave them out."
+        )
+
+
+def check_gradients(spec: ArchSpec) -> None:
+    """Refuse models whose gradients are not gathered.
+
+    Raises:
+        StructPruneError: If the model does not predict the next token, or has experts.
+    """
+    if not spec.causal or any(space.experts for space in spec.spaces):
+        raise StructPruneError(
+            f"Gradients are gathered for dense models that predict the next token, not for {spec.model_type!r}; "
+            "choose criterion='wanda'."
+        )

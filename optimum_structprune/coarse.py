@@ -49,7 +49,7 @@ def check_coarse(config: StructPruneConfig, names: Sequence[str]) -> None:
             f"criterion={config.criterion!r} judges whole blocks, and nothing inside them; prune {LAYER!r} in a run "
             f"of its own, or choose a criterion for {others[0]!r}: {LAYER!r} is judged by {BLOCK_INFLUENCE!r} then."
         )
-    if config.max_perplexity_ratio is not None and (wide := [name for name in names if name in (LAYER, HIDDEN)]):
+    if config.max_perplexity_ratio is not None and (wide := [name for name in names if name in COARSE]):
         raise StructPruneError(
             f"max_perplexity_ratio is held by rounds, and {wide[0]!r} goes before them; leave either out."
         )

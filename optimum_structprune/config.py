@@ -75,8 +75,8 @@ class StructPruneConfig(Serialisable):
             out, `zscore` and `rank` compare scores only, `none` leaves loud domains loud.
         aggregation: How the evidence of several domains becomes one score: `mean` pools it, `max` keeps what any
             domain needs, `worst` protects the domain that would lose most, `harmonic` drops what any domain can do
-            without, `quantile` lies between.
-        quantile: For the aggregation `quantile`.
+            without, `quantile` lies between. `max` and `quantile` take no account of the domains' weights.
+        quantile: For the aggregation `quantile`: 0.5 is the median of the domains, near 1 it is `max`.
         adaptive_rate: After each round, domains that have lost more than the mean on held-out text count more, the
             faster the higher this is; 0 leaves the weights as they are.
         objective: `mean` lets weights move by a factor of 2; `worst` re-weights (at the rate 1 unless said otherwise)
@@ -85,7 +85,7 @@ class StructPruneConfig(Serialisable):
         max_perplexity_ratio: Prune no further than every domain's held-out perplexity stays below this multiple of the
             dense model's; the rounds go toward the target and stop there.
         checkpoint_dir: Folder that remembers each round; a run that was killed goes on from there.
-        keep_rounds: Also leave the model of each round there, as `round-1`, `round-2`, … .
+        keep_rounds: Also leave the smaller and smaller models there, as `round-1`, `round-2`, …, all but the last.
         select: Which blocks of a pool are used: `random`, `length` (of the longest documents), `diverse` (nearest to
             the centres of k-means on mean activations) or `perplexity` (the middle of the distribution).
         pool_factor: Size of that pool, as a multiple of the blocks used.
@@ -202,6 +202,11 @@ class StructPruneConfig(Serialisable):
         return self.adaptive_rate > 0 or self.objective == "worst"
 
     @property
+    def spans_rounds(self) -> bool:
+        """Whether something besides the model goes from one round to the next."""
+        return self.measures or self.checkpoint_dir is not None
+
+    @property
     def measures(self) -> bool:
         """Whether a round that is not the last is measured on held-out text."""
         return self.reweights or self.keep_rounds or self.max_perplexity_ratio is not None
@@ -213,11 +218,6 @@ class StructPruneConfig(Serialisable):
                 f"adaptive_rate={self.adaptive_rate} and objective={self.objective!r} re-weight domains between "
                 f"rounds, and rounds={self.rounds} leaves none; set rounds=3"
             )
-        if self.reweights and self.recovery is not None and self.recovery.every_round:
-            raise ValueError(
-                "recovery.every_round=True makes each round a run of its own, between which no domain is re-weighted; "
-                "set adaptive_rate=0 and objective='mean', or every_round=False"
-            )
         if self.aggregation == "harmonic" and self.normalisation == "zscore":
             raise ValueError(
                 "aggregation='harmonic' takes positive scores, and normalisation='zscore' gives negative ones"
@@ -226,6 +226,18 @@ class StructPruneConfig(Serialisable):
             raise ValueError(f"guard=True guards refit='least_squares' or 'reconstruct', got refit={self.refit!r}")
         if self.keep_rounds and self.checkpoint_dir is None:
             raise ValueError("keep_rounds=True leaves models in checkpoint_dir, which is None; name a folder")
+        if self.keep_rounds and self.rounds < 2 and self.max_perplexity_ratio is None:
+            raise ValueError("keep_rounds=True leaves the models before the last, and rounds=1 has none; set rounds=3")
+        if self.max_perplexity_ratio is not None and self.refit == "reconstruct":
+            raise ValueError(
+                f"max_perplexity_ratio={self.max_perplexity_ratio} may go back to wider blocks, and "
+                "refit='reconstruct' trains blocks that have their last width; set refit='least_squares'"
+            )
+        if self.spans_rounds and self.recovery is not None and self.recovery.every_round:
+            raise ValueError(
+                "recovery with every_round=True makes each round a pruning of its own, and adaptive_rate, objective, "
+                "max_perplexity_ratio, keep_rounds and checkpoint_dir span rounds; leave out either"
+            )
 
     def validate_stats(self) -> None:
         """Nothing that stored statistics cannot give."""

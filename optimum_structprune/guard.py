@@ -15,19 +15,15 @@ DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 
 
 @dataclass(frozen=True)
-class Guarded:
-    """A refit that was chosen on held-out statistics.
+class Choice:
+    """What was chosen on held-out statistics.
 
     Attributes:
-        weight: W', shape `(out, kept)`.
-        bias: Shape `(out,)`, or None.
         damping: The chosen ridge.
         strength: How much of the way from the original kept weights to the refitted ones was gone.
         error: Held-out squared error, relative to that of the refit which the config asks for.
     """
 
-    weight: Tensor
-    bias: Tensor | None
     damping: float
     strength: float
     error: float
@@ -42,11 +38,11 @@ def guarded_refit(
     damping: float,
     held: Moments,
     factors: Sequence[float] = DAMPINGS,
-) -> Guarded:
+) -> tuple[Tensor, Tensor | None, Choice]:
     """The damping and strength with the least squared error on held-out statistics.
 
-    Between the original kept weights (error r₀) and the refitted ones (error r₁), the error of a mixture is quadratic,
-    so the best strength for one damping is `<r₀, r₀ - r₁> / ‖r₀ - r₁‖²`, held to [0, 1].
+    Between the original kept weights and the refitted ones the squared error is a parabola, so the best strength for
+    one damping, from 0 to 1, takes no search.
 
     Args:
         refit: The refit.
@@ -57,19 +53,22 @@ def guarded_refit(
         damping: What the config asks for.
         held: Moments of other tokens, with Gram matrix.
         factors: Tried as multiples of `damping`, beside `damping` itself.
+
+    Returns:
+        W', shape `(out, kept)`, the bias, and what was chosen.
     """
     plain = weight[:, keep]
     asked = refit(weight, bias, moments, keep, damping)
     reference = _error(weight, bias, *asked, keep, held)
-    best: Guarded | None = None
+    best: tuple[Tensor, Tensor | None, Choice] | None = None
     for ridge in dict.fromkeys([damping, *(damping * factor for factor in factors)]):
         fitted = asked if ridge == damping else refit(weight, bias, moments, keep, ridge)
         strength = _best_strength(weight, bias, plain, fitted, keep, held)
         mixed = plain + strength * (fitted[0] - plain)
         shift = fitted[1] if bias is None or fitted[1] is None else bias + strength * (fitted[1] - bias)
         error = _error(weight, bias, mixed, shift, keep, held) / max(reference, 1e-30)
-        if best is None or error < best.error:
-            best = Guarded(mixed, shift, ridge, strength, error)
+        if best is None or error < best[2].error:
+            best = mixed, shift, Choice(ridge, strength, error)
     assert best is not None
     return best
 

@@ -14,9 +14,9 @@ from .arch.spec import LAYER, MODEL, ArchSpec, Widths
 from .budget import widths_of
 from .calibration.blocks import Domain, calibration_domains
 from .calibration.manifest import Manifest
-from .calibration.passes import batches_of
+from .calibration.passes import batches_of, guard_batches
 from .calibration.stored import Statistics
-from .checks import biased_spaces, check_model, dequantized
+from .checks import biased_spaces, check_model, check_rounds, dequantized
 from .coarse import COARSE, check_coarse, prune_coarse_
 from .config import StructPruneConfig
 from .errors import InPlaceError, StructPruneError
@@ -95,6 +95,7 @@ class StructPruner:
             )
         widths = widths_of(self.config, arch, model)
         check_coarse(self.config, list(widths))
+        check_rounds(self.config, arch)
         report = Report(arch.model_type)
         with report.timed("domains"):
             domains = self._domains(model, arch, tokenizer, inputs, widths)
@@ -158,7 +159,10 @@ class StructPruner:
     ) -> list[Domain]:
         self.statistics = None
         if self.config.stats is None:
-            return calibration_domains(self.config, model, tokenizer, inputs)
+            domains = calibration_domains(self.config, model, tokenizer, inputs)
+            if self.config.guard:
+                guard_batches(domains, self.config.batch_size)  # refuses a domain that is too small
+            return domains
         if inputs is not None:
             raise StructPruneError(f"inputs are calibration data, and stats={self.config.stats!r} stands in for them.")
         self.statistics = Statistics.load(self.config.stats)
@@ -201,7 +205,15 @@ class StructPruner:
         if rest:
             biased = biased_spaces(self.config, arch, rest)
             rounds = Rounds(
-                model, arch, self.config, domains, report, self.measure, biased, self.tokenizer, self.statistics
+                model,
+                arch,
+                self.config,
+                domains,
+                report,
+                self.measure,
+                biased,
+                self.tokenizer,
+                statistics=self.statistics,
             )
             plan = plan.then(rounds.run_(rest))
         model.train(training)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .guard import Guarded
+    from .guard import Choice
 
 
 @dataclass
@@ -71,7 +71,8 @@ class Report:
             held-out text against the dense model's, relative to their variance, by domain.
         seconds: Time spent, by stage.
         domain_seconds: Time spent in calibration, by domain.
-        rounds: What was measured after each round but the last: widths, perplexity ratios and shares by domain.
+        rounds: Where rounds are measured, of each: its widths, the domains' shares in it, the ratio of perplexities
+            after it (empty after the last, see `perplexity`), and with a floor whether it holds.
         guard: By space: blocks in all (`blocks`), those in which the guard chose another refit than the config
             (`changed`), the mean held-out error relative to the config's (`error`), and the mean strength.
     """
@@ -90,9 +91,9 @@ class Report:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     guard: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def note_guard(self, chosen: Mapping[tuple[int, str], Guarded], asked: float) -> None:
+    def note_guard(self, chosen: Mapping[tuple[int, str], Choice], asked: float) -> None:
         """Enter what the guard chose, by block and space, where `asked` was the config's damping."""
-        for kind in {name.partition("/")[0] for _, name in chosen}:
+        for kind in sorted({name.partition("/")[0] for _, name in chosen}):
             found = [one for (_, name), one in chosen.items() if name.partition("/")[0] == kind]
             self.guard[kind] = {
                 "blocks": len(found),
@@ -141,11 +142,24 @@ class Report:
         if len(self.perplexity) > 1:
             means = [geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
             rows.append(("  geometric mean", *_change(*means)))
-        lines = [table(rows)]
-        if self.domain_seconds:
-            spent = (f"{name} {seconds:.1f} s" for name, seconds in self.domain_seconds.items())
-            lines.append(f"calibration: {', '.join(spent)}")
+        lines = [table(rows), *self._remarks()]
         return "\n".join([*lines, *([] if self.recovery is None else ["", str(self.recovery)])])
+
+    def _remarks(self) -> Iterator[str]:
+        if self.domain_seconds:
+            yield "calibration: " + ", ".join(f"{name} {spent:.1f} s" for name, spent in self.domain_seconds.items())
+        held = [one for one in self.rounds if one.get("holds", True)]
+        if held and held[-1]["shares"] != self.rounds[0]["shares"]:
+            shares = ", ".join(f"{name} {share:.2f}" for name, share in held[-1]["shares"].items())
+            yield f"shares in the last round: {shares}"
+        for name, found in self.guard.items():
+            yield (
+                f"guard changed {found['changed']} of {found['blocks']} refits of {name}, "
+                f"held-out error {found['error']:.2f} x"
+            )
+        if missed := [one["perplexity_ratio"] for one in self.rounds if not one.get("holds", True)]:
+            name, ratio = max(missed[-1].items(), key=lambda pair: pair[1])
+            yield f"the floor stopped it: the next narrower widths give perplexity {name} x {ratio:.3f}"
 
     def _width(self, name: str) -> tuple[str, str, str]:
         widths, dense = list(self.widths[name].values()), self.dense_widths[name]

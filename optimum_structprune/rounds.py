@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import log
@@ -16,8 +16,9 @@ from .calibration.evidence import Mixture
 from .calibration.gradients import saliencies
 from .calibration.passes import Passes, batches_of, guard_batches, passes_over
 from .calibration.stored import Statistics, StoredPasses
-from .checkpoint import load_round_, run_key, save_round
+from .checkpoint import Checkpoint, run_key
 from .errors import StructPruneError
+from .halving import halfway, whole_widths
 from .hub import PLAN_NAME, check_reload, save_checked
 from .measure import Measure
 from .plan import Plan
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
     from .calibration.blocks import Domain
     from .config import StructPruneConfig
-
-# Halvings between the last widths that hold the floor and the first that do not.
-BISECTIONS = 4
 
 
 def mixture(config: StructPruneConfig, domains: list[Domain]) -> Mixture:
@@ -111,6 +109,7 @@ class Rounds:
         measure: What the dense model gives on held-out text; None where the model is dense still.
         biased: Spaces whose consumers get a bias.
         tokenizer: Saved beside the models that `keep_rounds` leaves.
+        checkpoint: What remembers the rounds, where a folder is named.
         statistics: Stored moments of the dense model, in place of the text.
     """
 
@@ -122,6 +121,7 @@ class Rounds:
     measure: Measure | None = None
     biased: tuple[str, ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
+    checkpoint: Checkpoint | None = None
     statistics: Statistics | None = None
 
     def run_(self, widths: Widths) -> Plan:
@@ -141,17 +141,20 @@ class Rounds:
         steps = round_widths(config, self.spec, widths)
         if config.keep_rounds or config.max_perplexity_ratio is not None:
             steps = [next_legal(self.model.config, self.spec, step) for step in steps]
-        key = run_key(config, self.model, steps) if config.checkpoint_dir else ""
-        done = load_round_(Path(config.checkpoint_dir), self.sweep, key) if config.checkpoint_dir else 0
+        done = 0
+        if config.checkpoint_dir:
+            self.checkpoint = Checkpoint(Path(config.checkpoint_dir), run_key(config, self.model, self.domains, steps))
+            done, self.report.rounds = self.checkpoint.load_(self.sweep)
         if config.max_perplexity_ratio is not None:
-            return self._within_floor_(steps[done:], done, key)
+            return self._within_floor_(steps, done)
         new_config = shrunk_config(self.model.config, self.spec, widths, self.biased)
         smaller = skeleton(self.model, new_config)
-        for number, step in enumerate(steps[done:], start=done + 1):
-            last = number == len(steps)
-            self._round_(number, step, smaller if last else None)
-            if not last:
-                self._between_(number, step, key)
+        for number, step in enumerate(steps[done:-1], start=done + 1):
+            self._round_(number, step)
+            self._note_(step, self._ratios())
+            self._leave(number, step)
+        self._round_(len(steps), widths, smaller)
+        self._note_(widths, {})
         adopt_config_(self.model, new_config, smaller)
         return self.sweep.plan
 
@@ -163,76 +166,79 @@ class Rounds:
         self.report.note_domains(clock.seconds, [domain.name for domain in self.domains])
         self.report.note_guard(sweep.guarded, float(config.damping))
 
-    def _between_(self, number: int, step: Widths, key: str) -> float:
-        """What is done after a round that is not the last; the largest ratio of perplexities, where one is taken."""
-        config, ratio = self.config, 1.0
-        if self.measure is not None and config.measures:
-            with self.report.timed("perplexity"):
-                ratios = self.measure.ratios(self.model)
-            ratio = max(ratios.values())
-            shares = dict(zip(ratios, self.sweep.mixture.shares, strict=True))
-            self.report.rounds.append({"widths": dict(step), "perplexity_ratio": ratios, "shares": shares})
-            if config.reweights:
-                asked = [domain.weight for domain in self.domains]
-                losses = [log(value) for value in ratios.values()]
-                rate = float(config.adaptive_rate) or 1.0
-                now = self.sweep.mixture.shares
-                self.sweep.mixture.shares = reweighted(now, asked, losses, rate, config.objective)
-        if config.keep_rounds:
-            self._keep(number, step)
-        if config.checkpoint_dir:
-            save_round(Path(config.checkpoint_dir), self.sweep, number, key)
-        return ratio
+    def _ratios(self) -> dict[str, float]:
+        """Perplexity over the dense model's, by domain; nothing where no setting asks for it."""
+        if self.measure is None or not (self.config.measures and self.spec.causal):
+            return {}
+        with self.report.timed("perplexity"):
+            return self.measure.ratios(self.model)
 
-    def _within_floor_(self, steps: list, done: int, key: str) -> Plan:
-        """Rounds as long as every domain holds the floor, then halves the last step until the floor is met."""
-        floor = float(self.config.max_perplexity_ratio or 0)
-        whole = {name: self._whole(name, width) for name, width in steps[0].items()}
-        good, state, number = None, self.sweep.snapshot(), done
-        bad: Widths = {}
-        for step in steps:
-            number += 1
-            self._round_(number, step)
-            if self._between_(number, step, key) > floor:
+    def _note_(self, step: Widths, ratios: Mapping[str, float], **more: bool) -> None:
+        """Enter a round into the report, and weigh the domains anew for the next."""
+        config, mixed = self.config, self.sweep.mixture
+        if config.measures:
+            shares = dict(zip((domain.name for domain in self.domains), mixed.shares, strict=True))
+            entry = {"widths": dict(step), "shares": shares, "perplexity_ratio": dict(ratios), **more}
+            self.report.rounds.append(entry)
+        if config.reweights and ratios:
+            asked = [domain.weight for domain in self.domains]
+            losses = [log(value) for value in ratios.values()]
+            rate = float(config.adaptive_rate) or 1.0
+            mixed.shares = reweighted(mixed.shares, asked, losses, rate, config.objective)
+
+    def _leave(self, number: int, step: Widths) -> None:
+        """Put on disk what a round has reached."""
+        if self.config.keep_rounds:
+            self._keep(number, step)
+        if self.checkpoint is not None:
+            self.checkpoint.save(self.sweep, number, self.report.rounds)
+
+    def _within_floor_(self, steps: Sequence[Widths], done: int) -> Plan:
+        """Rounds as long as every domain holds the floor, then halvings between the last widths that hold it and the
+        first that do not, until there are no legal ones in between.
+        """
+        whole = whole_widths(self.spec, steps[-1])
+        good, bad, state = (steps[done - 1] if done else None), None, self.sweep.snapshot()
+        for number, step in enumerate(steps[done:], start=done + 1):
+            if not self._holds_(number, step):
                 bad = step
                 break
-            good, state = step, self.sweep.snapshot()
-        for _ in range(BISECTIONS if bad else 0):
-            middle = self._middle(good or whole, bad)
+            good, state, done = step, self.sweep.snapshot(), number
+            self._leave(number, step)
+        while bad is not None:
+            middle = halfway(self.config, self.model.config, self.spec, good or whole, bad)
             if middle in (good, bad, whole):
                 break
             self.sweep.restore_(state)
-            number += 1
-            self._round_(number, middle)
-            if self._between_(number, middle, "") > floor:
-                bad = middle
+            if self._holds_(done + 1, middle):
+                good, state, done = middle, self.sweep.snapshot(), done + 1
+                if self.config.keep_rounds:
+                    self._keep(done, middle)
             else:
-                good, state = middle, self.sweep.snapshot()
+                bad = middle
         self.sweep.restore_(state)
         if good is None:
-            raise StructPruneError(
-                f"max_perplexity_ratio={floor} is not held even with widths {bad}; "
-                "allow a higher ratio, or ask for less."
-            )
+            raise StructPruneError(self._out_of_reach())
         shrink_(self.model, self.spec, self.sweep.plan, good, self.biased)
         return self.sweep.plan
 
-    def _whole(self, name: str, like: int | Mapping[int, int]) -> int | dict[int, int]:
-        """The widths before any round, in the form that those of a step have."""
-        widths = {space.layer: space.width for space in self.spec.of(name)}
-        return max(widths.values()) if isinstance(like, int) else {layer: widths[layer] for layer in like}
+    def _holds_(self, number: int, step: Widths) -> bool:
+        """Whether every domain holds the floor after a round to these widths."""
+        self._round_(number, step)
+        ratios = self._ratios()
+        holds = max(ratios.values()) <= float(self.config.max_perplexity_ratio or 0)
+        self._note_(step, ratios, holds=holds)
+        return holds
 
-    def _middle(self, good: Widths, bad: Widths) -> dict:
-        """Legal widths halfway, channels in multiples of `round_to`."""
-        found: dict[str, int | Mapping[int, int]] = {}
-        for name, low in bad.items():
-            high = good[name]
-            multiple = self.config.round_to if len(self.spec.of(name)[0].config) == 1 else 1
-            if isinstance(low, int) and isinstance(high, int):
-                found[name] = -(-(low + high) // (2 * multiple)) * multiple
-            elif not isinstance(low, int):
-                found[name] = {at: (width + _at(high, at)) // 2 for at, width in low.items()}
-        return next_legal(self.model.config, self.spec, found)
+    def _out_of_reach(self) -> str:
+        last = self.report.rounds[-1]
+        name = max(last["perplexity_ratio"], key=last["perplexity_ratio"].get)
+        ratio = last["perplexity_ratio"][name]
+        return (
+            f"max_perplexity_ratio={self.config.max_perplexity_ratio} is not held by domain {name!r} even with widths "
+            f"{last['widths']}, the nearest to the dense ones, which give {ratio:.4f}; allow that, or name a smaller "
+            "round_to."
+        )
 
     def _keep(self, number: int, step: Widths) -> None:
         """Save the model of this round as an ordinary, smaller one."""
@@ -262,7 +268,3 @@ def shrink_(model: PreTrainedModel, spec: ArchSpec, plan: Plan, widths: Widths, 
     for layer in range(spec.num_blocks):
         shrink_block_(model, spec, layer, plan, smaller)
     adopt_config_(model, config, smaller)
-
-
-def _at(width, layer: int) -> int:
-    return width if isinstance(width, int) else width[layer]

@@ -17,7 +17,7 @@ from .calibration.passes import BlockPasses, Passes
 from .calibration.stats import Moments
 from .criteria import CRITERIA, Criterion
 from .errors import StructPruneError
-from .guard import Guarded, guarded_refit
+from .guard import Choice, guarded_refit
 from .plan import Plan
 from .ranking import standardised
 from .reconstruct import Reconstruction, in_float32, reconstruct_
@@ -38,10 +38,12 @@ class Snapshot:
     Attributes:
         keep: Kept units, by block and space.
         consumers: Weight and bias of the consumers of these spaces.
+        shares: Weights of the domains in the next round.
     """
 
     keep: Mapping[tuple[int, str], tuple[int, ...]]
     consumers: Mapping[Axis, tuple[Tensor, Tensor | None]]
+    shares: tuple[float, ...]
 
 
 @dataclass
@@ -72,12 +74,16 @@ class Sweep:
     keep: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
     dense: dict[Axis, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     saliency: dict[str, Tensor] = field(default_factory=dict)
-    guarded: dict[tuple[int, str], Guarded] = field(default_factory=dict)
+    guarded: dict[tuple[int, str], Choice] = field(default_factory=dict)
     reconstructed: dict[int, Reconstruction] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.criterion: Criterion = CRITERIA.get(self.config.criterion)(self.config)
+        self.begin_()
         self.gram = self.criterion.needs_gram or self.config.refit in NEEDS_GRAM
+
+    def begin_(self) -> None:
+        """Make the criterion anew, so that what it draws at random in a round does not depend on those before."""
+        self.criterion: Criterion = CRITERIA.get(self.config.criterion)(self.config)
 
     def run_(self, passes: Passes, widths: Widths, smaller: PreTrainedModel | None, title: str) -> None:
         """One round.
@@ -88,6 +94,7 @@ class Sweep:
             smaller: In the last round, the `skeleton` of the shrunk model, into which the blocks move.
             title: Label of the progress bar.
         """
+        self.begin_()
         reconstructs = self.config.refit == "reconstruct" and smaller is not None
         for layer in tqdm(range(self.spec.num_blocks), desc=title, unit="block"):
             targets = self._dense_outputs(passes, layer) if reconstructs else []
@@ -179,11 +186,12 @@ class Sweep:
     def snapshot(self) -> Snapshot:
         """Copies of what has changed so far, in fp32."""
         axes = [axis for space in self.spec.spaces if (space.layer, space.name) in self.keep for axis in space.into]
-        return Snapshot(dict(self.keep), {axis: read_consumer(self.model, axis) for axis in axes})
+        consumers = {axis: read_consumer(self.model, axis) for axis in axes}
+        return Snapshot(dict(self.keep), consumers, self.mixture.shares)
 
     def restore_(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot; consumers that it does not name become dense again."""
-        self.keep = dict(snapshot.keep)
+        self.keep, self.mixture.shares = dict(snapshot.keep), snapshot.shares
         for axis in {**self.dense, **snapshot.consumers}:
             self._write_(axis, *(snapshot.consumers.get(axis) or self.dense[axis]))
 
@@ -234,12 +242,12 @@ class Sweep:
         refit, moments = REFITS[self.config.refit], self.mixture.pool(weight, used)
         if held and any(part.count for part in held):
             aside = self.mixture.pool(weight, held)
-            found = guarded_refit(refit, weight, bias, moments, columns, float(self.config.damping), aside)
-            self.guarded[key] = found
-            write_consumer_(self.model, axis, columns, found.weight, found.bias)
+            new_weight, new_bias, self.guarded[key] = guarded_refit(
+                refit, weight, bias, moments, columns, float(self.config.damping), aside
+            )
         else:
-            refitted = refit(weight, bias, moments, columns, float(self.config.damping))
-            write_consumer_(self.model, axis, columns, *refitted)
+            new_weight, new_bias = refit(weight, bias, moments, columns, float(self.config.damping))
+        write_consumer_(self.model, axis, columns, new_weight, new_bias)
 
 
 def _best(scores: Tensor, width: int) -> tuple[int, ...]:

@@ -72,6 +72,11 @@ class StructPruneCallback(TrainerCallback):
             raise StructPruneError(
                 "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'."
             )
+        if config.spans_rounds:
+            raise StructPruneError(
+                "adaptive_rate, objective, max_perplexity_ratio, keep_rounds and checkpoint_dir span the rounds of "
+                "one pruning, and a Trainer prunes in steps of its own; leave these out."
+            )
         if config.allocation == "global":
             raise StructPruneError(
                 "allocation='global' ranks the units of the dense model before anything is removed, which a Trainer's "

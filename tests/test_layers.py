@@ -50,7 +50,7 @@ LAYERS = [
         "calibration.select",
     ],
     ["criteria.flap", "criteria.magnitude", "criteria.obs", "criteria.random", "criteria.taylor", "criteria.wanda"],
-    ["criteria", "criteria.layers", "calibration.blocks", "checks"],
+    ["criteria", "criteria.layers", "calibration.blocks", "checks", "halving"],
     ["budget", "calibration.evidence", "calibration.passes", "calibration.heldout", "calibration.gradients", "guard"],
     ["depth", "hidden", "distill_trainer", "calibration.stored"],
     ["sweep", "hub", "evaluation", "optimizer_state", "averages"],

@@ -98,6 +98,8 @@ def test_pruned_equals_masked_reloads_and_pads(case, tmp_path):
     remote = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(remote).__module__.startswith("transformers_modules")
     torch.testing.assert_close(logits(remote), logits(small), atol=1e-6, rtol=0)
+    for one in (again, remote):
+        assert {id(module.config) for module in one.modules() if hasattr(module, "config")} == {id(one.config)}
 
     pad_(again, describe(again))
     assert not again.config.is_heterogeneous and not hasattr(again.config, "auto_map")

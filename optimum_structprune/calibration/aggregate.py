@@ -16,16 +16,18 @@ def normalised(scores: Tensor, how: str) -> Tensor:
 
     Args:
         scores: Per domain, shape `(domains, units)`.
-        how: `none` leaves them, `energy` divides by each domain's mean, `zscore` makes mean 0 and deviation 1, `rank`
-            gives the worst unit 0 and the best 1.
+        how: `none` leaves them, `energy` divides by each domain's mean size, `zscore` makes mean 0 and deviation 1,
+            `rank` gives the worst unit 0 and the best 1.
     """
-    tiny = torch.finfo(scores.dtype).tiny
+    size = scores.abs().mean(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
     if how == "energy":
-        return scores / scores.mean(1, keepdim=True).clamp(min=tiny)
+        return scores / size
     if how == "zscore":
-        return (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True, correction=0).clamp(min=tiny)
+        # Scores that are all alike differ by rounding, which says nothing.
+        least = size * torch.finfo(scores.dtype).eps
+        return (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True, correction=0).clamp(min=least)
     if how == "rank":
-        return scores.argsort(1).argsort(1).to(scores) / max(scores.shape[1] - 1, 1)
+        return scores.argsort(dim=1, stable=True).argsort(1).to(scores) / max(scores.shape[1] - 1, 1)
     return scores
 
 
@@ -35,7 +37,7 @@ def mean(scores: Tensor, shares: Tensor, width: int, quantile: float) -> Tensor:
 
 
 def highest(scores: Tensor, shares: Tensor, width: int, quantile: float) -> Tensor:
-    """What the domain says that needs the unit most."""
+    """What the domain says that needs the unit most, whatever its weight."""
     return scores.amax(0)
 
 
@@ -45,7 +47,7 @@ def harmonic(scores: Tensor, shares: Tensor, width: int, quantile: float) -> Ten
 
 
 def at_quantile(scores: Tensor, shares: Tensor, width: int, quantile: float) -> Tensor:
-    """A quantile over the domains, between their mean need (0.5) and the highest (1)."""
+    """A quantile over the domains, whatever their weights: 0.5 is the median, towards 1 it is `highest`."""
     return scores.quantile(quantile, dim=0)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arch.spec import ArchSpec
-from ..errors import StructPruneError
+from ..checks import check_gradients
 from .clock import Clock
 from .collect import observe
 from .taps import Batch
@@ -20,13 +20,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# The label of a token that no loss is taken of.
+IGNORED = -100
+
+
 def saliencies(
     model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
 ) -> dict[str, Tensor]:
-    """E|x ∂L/∂x| of every tap's input x, by module, shape `(domains, n)`, fp64.
+    """Σ|x ∂L/∂x| of every tap's input x, per predicted token, by module, shape `(domains, n)`, fp64.
 
-    L is the mean next-token loss of a block times its tokens, so that the scale does not depend on the batch size. A
-    whole batch's activations are held at a time, as in training, but no gradient of any weight.
+
+    L is the sum of the next-token losses, so that the scale does not depend on the batch size; where a domain's
+    evidence is masked, of those tokens alone. A whole batch's activations are held at a time, as in training, but no
+    gradient of any weight.
 
     Args:
         model: A causal language model.
@@ -37,20 +43,20 @@ def saliencies(
     Raises:
         StructPruneError: If the model does not predict the next token, or has experts.
     """
-    if not spec.causal or any(space.experts for space in spec.spaces):
-        raise StructPruneError(
-            f"Gradients are gathered for dense models that predict the next token, not for {spec.model_type!r}; "
-            "choose criterion='wanda'."
-        )
+    check_gradients(spec)
     taps = sorted({axis.module for space in spec.spaces for axis in space.into})
     domains, clock = 1 + max(batch.domain for batch in batches), clock or Clock(model.device)
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(domains, dtype=torch.float64)
     with _frozen(model):
         for batch in batches:
-            counts[batch.domain] += batch.ids.numel()
+            labels = batch.ids if batch.mask is None else batch.ids.masked_fill(~batch.mask, IGNORED)
+            predicted = int((labels[:, 1:] != IGNORED).sum())
+            if not predicted:
+                continue
+            counts[batch.domain] += predicted
             with clock.running(batch.domain):
-                gradients = _backward(model, taps, batch.ids)
+                gradients = _backward(model, taps, batch.ids, labels, predicted)
             for tap, found in gradients.items():
                 total = sums.setdefault(tap, torch.zeros(domains, len(found), dtype=torch.float64))
                 total[batch.domain] += found.cpu()
@@ -58,7 +64,9 @@ def saliencies(
 
 
 @torch.enable_grad()
-def _backward(model: PreTrainedModel, taps: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
+def _backward(
+    model: PreTrainedModel, taps: Sequence[str], ids: Tensor, labels: Tensor, predicted: int
+) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -69,8 +77,8 @@ def _backward(model: PreTrainedModel, taps: Sequence[str], ids: Tensor) -> dict[
     # The weights are frozen, so the graph has to begin at the embeddings.
     start = model.get_input_embeddings()(ids).detach().requires_grad_()
     with observe(model, taps, see):
-        loss = model(inputs_embeds=start, labels=ids, use_cache=False).loss
-    (loss * ids.numel()).backward()
+        loss = model(inputs_embeds=start, labels=labels.to(ids.device), use_cache=False).loss
+    (loss * predicted).backward()
     return {
         name: (x.detach() * x.grad).abs().double().flatten(0, -2).sum(0)
         for name, x in seen.items()

@@ -26,8 +26,10 @@ FIELDS = {
     **{
         name: name
         for name in (
-            "allocation round_to criterion refit rounds stats select num_samples seq_length batch_size seed".split()
-        )
+            "allocation round_to criterion normalisation aggregation refit damping guard rounds schedule "
+            "stats adaptive_rate objective max_perplexity_ratio checkpoint_dir keep_rounds "
+            "select num_samples seq_length batch_size seed"
+        ).split()
     },
 }
 
@@ -36,12 +38,27 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one given overrides the config file."""
     add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.")
     add_amount_arguments(parser)
-    parser.add_argument("--rounds", type=int, help="Times that calibration and removal are repeated.")
+    add_round_arguments(parser)
     parser.add_argument("--stats", metavar="FOLDER", help="What `calibrate` wrote, in place of running text.")
     add_calibration_arguments(parser)
     parser.add_argument("--recover", action="store_true", help="Train afterwards, the dense model being the teacher.")
     parser.add_argument("--recovery-tokens", type=int, metavar="N", help="Training tokens in all; implies --recover.")
     add_model_arguments(parser)
+
+
+def add_round_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags that say what happens from round to round."""
+    parser.add_argument("--rounds", type=int, help="Times that calibration and removal are repeated.")
+    parser.add_argument("--schedule", help="How the rounds divide the removal: linear, geometric or cubic.")
+    parser.add_argument("--adaptive-rate", type=float, help="How fast domains that lose more come to count more.")
+    parser.add_argument("--objective", help="mean, or worst so that no domain is left behind.")
+    parser.add_argument(
+        "--max-perplexity-ratio", type=float, metavar="R", help="Stop before a domain's perplexity exceeds R x dense."
+    )
+    parser.add_argument("--checkpoint-dir", metavar="DIR", help="Remembers each round; the same call goes on from it.")
+    parser.add_argument(
+        "--keep-rounds", action="store_const", const=True, help="Also leave the model of each round there."
+    )
 
 
 def add_amount_arguments(parser: ArgumentParser) -> None:
@@ -62,7 +79,13 @@ def add_amount_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--allocation", help="uniform: one width for all blocks; global: each block its own.")
     parser.add_argument("--skip-layer", type=int, action="append", metavar="N", help="Block left whole; repeatable.")
     parser.add_argument("--round-to", type=int, metavar="N", help="Chosen channel widths are multiples of this.")
+    parser.add_argument("--normalisation", help="Scale of the domains' evidence: none, energy, zscore or rank.")
+    parser.add_argument("--aggregation", help="One score from many domains: mean, max, worst, harmonic or quantile.")
     parser.add_argument("--refit", help="How kept weights make up for removed ones.")
+    parser.add_argument("--damping", type=float, help="Ridge of the refit toward the original weights.")
+    parser.add_argument(
+        "--guard", action="store_const", const=True, help="Choose damping and strength of refits on unseen blocks."
+    )
 
 
 def run(args: Namespace) -> int:

@@ -1,0 +1,353 @@
+"""What goes on between rounds: weights of domains, a floor, checkpoints, kept models."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from models import build, config, documents, tokenizer
+from test_passes import count_hooks
+from test_pruner import logits, same_weights
+from trained import STORIES, needs_shared, stories_config, stories_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_structprune import (
+    DomainConfig,
+    InPlaceError,
+    Plan,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+    perplexity,
+    prune_model,
+)
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.shrink import legal_sizes
+from optimum_structprune.calibration.blocks import load_domains
+from optimum_structprune.calibration.passes import batches_of, passes_over
+from optimum_structprune.halving import between
+from optimum_structprune.rounds import mixture
+from optimum_structprune.surgery import read_consumer
+from optimum_structprune.sweep import Sweep
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def two_domains(**fields):
+    code = DomainConfig(name="code", source="builtin:code")
+    short = {"num_samples": 8, "seq_length": 96, **fields}
+    return stories_config(domains=[DomainConfig(name="stories", source=str(STORIES)), code], **short)
+
+
+def pruned(model, reader, config):
+    pruner = StructPruner(config)
+    return pruner.prune_model(model, reader), pruner
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """`kill(n)`: the process dies in the n-th round from now on, between two blocks."""
+
+    def arm(count):
+        original = Sweep.run_
+
+        def dying(self, passes, *args):
+            nonlocal count
+            count -= 1
+            if count == 0:
+                passes.advance = die
+            original(self, passes, *args)
+
+        monkeypatch.setattr(Sweep, "run_", dying)
+
+    def die(layer):
+        raise Killed
+
+    return arm
+
+
+@pytest.fixture
+def titles(monkeypatch):
+    """The titles of all rounds that run."""
+    original, found = Sweep.run_, []
+    monkeypatch.setattr(Sweep, "run_", lambda self, *args: (found.append(args[-1]), original(self, *args)))
+    return found
+
+
+@needs_shared
+@pytest.mark.parametrize(("fields", "most"), [({"adaptive_rate": 1.0}, 0.75), ({"objective": "worst"}, 15 / 16)])
+def test_shares_move_to_the_domain_that_loses_more(fields, most):
+    model, reader = stories_model()
+    _, pruner = pruned(model, reader, two_domains(rounds=4, **fields))
+    rounds = pruner.report.rounds
+    assert [one["widths"]["mlp"] for one in rounds] == sorted({one["widths"]["mlp"] for one in rounds}, reverse=True)
+    assert rounds[0]["shares"] == {"stories": 0.5, "code": 0.5} and rounds[-1]["widths"] == {"mlp": 96}
+    for before, after in zip(rounds, rounds[1:], strict=False):
+        ratios = before["perplexity_ratio"]
+        assert ratios["stories"] > ratios["code"] and sum(after["shares"].values()) == pytest.approx(1)
+        assert before["shares"]["stories"] - 1e-9 <= after["shares"]["stories"] <= most + 1e-9
+    assert rounds[-1]["shares"]["stories"] > 0.6 and rounds[-1]["perplexity_ratio"] == {}
+    shares = rounds[-1]["shares"]
+    line = f"shares in the last round: stories {shares['stories']:.2f}, code {shares['code']:.2f}"
+    assert line in str(pruner.report) and json.loads(json.dumps(pruner.report.to_dict()))["rounds"] == rounds
+    # The shares are used, not only reported.
+    _, equal = pruned(model, reader, two_domains(rounds=4))
+    assert equal.plan != pruner.plan and equal.report.rounds == [] and "shares" not in str(equal.report)
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rounds": 3, "schedule": "linear"},
+        {"rounds": 1, "guard": True},
+        {"rounds": 2, "allocation": "global"},
+        {"rounds": 2, "widths": {"attention": 1, "mlp": 96}, "refit": "bias"},
+    ],
+)
+def test_the_floor_is_held_and_a_further_step_would_not(fields):
+    floor = 1.3
+    model, reader = stories_model()
+    small, pruner = pruned(model, reader, two_domains(max_perplexity_ratio=floor, round_to=8, **fields))
+    report, rounds = pruner.report, pruner.report.rounds
+    assert max(one["after"] / one["before"] for one in report.perplexity.values()) <= floor
+    held, missed = ([one for one in rounds if one["holds"] is holds] for holds in (True, False))
+    for one in rounds:
+        assert (max(one["perplexity_ratio"].values()) <= floor) is one["holds"]
+    for name, widths in report.widths.items():
+        nearest = missed[-1]["widths"][name]
+        legal = [size for size in legal_sizes(model.config, describe(model), name) if name != "mlp" or size % 8 == 0]
+        for layer, width in widths.items():
+            less = nearest if isinstance(nearest, int) else nearest[layer]
+            assert less <= width and not any(less < between < width for between in legal)
+    assert small.num_parameters() < model.num_parameters() and count_hooks(small) == 0
+    assert held and "the floor stopped it: the next narrower widths give perplexity stories x" in str(report)
+
+
+@needs_shared
+def test_a_floor_that_is_never_met_leaves_the_target_alone():
+    model, reader = stories_model()
+    small, pruner = pruned(model, reader, two_domains(max_perplexity_ratio=50, rounds=2))
+    plain, other = pruned(model, reader, two_domains(rounds=2))
+    assert pruner.plan == other.plan and same_weights(small, plain)
+    assert [one["holds"] for one in pruner.report.rounds] == [True, True]
+
+
+@needs_shared
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_floor_out_of_reach(inplace):
+    model, reader = stories_model()
+    before = deepcopy(model)
+    message = r"max_perplexity_ratio=1.0001 is not held by domain 'stories' even with widths .*168.*, which give 1.0"
+    with pytest.raises(InPlaceError if inplace else StructPruneError, match=message):
+        config = stories_config(max_perplexity_ratio=1.0001, round_to=8)
+        StructPruner(config).prune_model(model, reader, inplace=inplace)
+    assert same_weights(model, before) and count_hooks(model) == 0
+
+
+@pytest.mark.parametrize(("high", "low", "multiple", "expected"), [
+    (172, 96, 64, 128), (172, 100, 8, 136), (172, 168, 8, 172), (160, 152, 8, 160), (9, 8, 1, 9), (10, 8, 1, 9),
+    (1536, 1400, 64, 1472), (120, 100, 64, 120), (128, 128, 64, 128),
+])  # fmt: skip
+def test_halfway(high, low, multiple, expected):
+    assert between(high, low, multiple) == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"adaptive_rate": 1.0},
+        {"criterion": "random", "refit": "bias"},
+        {"criterion": "taylor", "keep_rounds": True, "widths": {"mlp": 20, "attention": 2}},
+        {"guard": True, "allocation": "global"},
+    ],
+)
+def test_a_killed_run_goes_on_where_it_was(fields, tmp_path, kill, titles):
+    settings = {"rounds": 3, "num_samples": 8, "round_to": 4, **fields}
+    model, reader = build("llama-tied"), tokenizer()
+    whole, expected = pruned(model, reader, config(**settings, checkpoint_dir=str(tmp_path / "a")))
+    kill(2)
+    again = config(**settings, checkpoint_dir=str(tmp_path / "b"))
+    with pytest.raises(Killed):
+        pruned(model, reader, again)
+    kill(0)
+    titles.clear()
+    resumed, pruner = pruned(model, reader, again)
+    assert titles == ["round 2/3", "round 3/3"]
+    assert pruner.plan == expected.plan and same_weights(resumed, whole)
+    entries = json.loads(json.dumps(pruner.report.rounds))
+    assert entries == json.loads(json.dumps(expected.report.rounds)) and pruner.report.guard == expected.report.guard
+
+
+@needs_shared
+@pytest.mark.parametrize("last", [2, 3, 4])
+def test_a_killed_run_under_a_floor_goes_on_where_it_was(last, tmp_path, kill):
+    model, reader = stories_model()
+    settings = {"rounds": 4, "max_perplexity_ratio": 1.45, "round_to": 8, "adaptive_rate": 0.5, "keep_rounds": True}
+    whole, expected = pruned(model, reader, two_domains(**settings, checkpoint_dir=str(tmp_path / "a")))
+    again = two_domains(**settings, checkpoint_dir=str(tmp_path / "b"))
+    assert [one["holds"] for one in expected.report.rounds] == [True, False, True, False]
+    kill(last)
+    with pytest.raises(Killed):
+        pruned(model, reader, again)
+    kill(0)
+    resumed, pruner = pruned(model, reader, again)
+    assert pruner.plan == expected.plan and same_weights(resumed, whole)
+    assert pruner.report.rounds == expected.report.rounds
+    assert {one.name for one in (tmp_path / "a").iterdir()} == {one.name for one in (tmp_path / "b").iterdir()}
+
+
+@pytest.fixture
+def half_done(tmp_path, kill):
+    """A folder with round 1 of `config(rounds=2)`."""
+    with pytest.raises(Killed):
+        kill(2)
+        pruned(build("llama-tied"), tokenizer(), config(rounds=2, checkpoint_dir=str(tmp_path)))
+    kill(0)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("case", "fields"),
+    [
+        ("llama-tied", {"damping": 0.2}),
+        ("llama-untied", {}),
+        ("llama-tied", {"widths": {"mlp": 20}}),
+        ("llama-tied", {"domains": [DomainConfig(name=name, source=documents(seed=7)) for name in "ab"]}),
+        ("gpt2-inner", {}),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(half_done, case, fields):
+    model = build(case)
+    before = deepcopy(model)
+    message = "holds round 1 of a run with another model, config or calibration text; name another checkpoint_dir"
+    with pytest.raises(StructPruneError, match=message):
+        StructPruner(config(rounds=2, checkpoint_dir=str(half_done), **fields)).prune_model(model, tokenizer())
+    assert same_weights(model, before) and (half_done / "rounds.json").exists()
+
+
+def test_another_batch_size_and_another_folder_are_the_same_run(half_done, titles):
+    moved = half_done.rename(half_done.parent / "moved")
+    pruned(build("llama-tied"), tokenizer(), config(rounds=2, checkpoint_dir=str(moved), batch_size=1))
+    assert titles == ["round 2/2"]
+
+
+def _cut(folder):
+    content = (folder / "rounds.safetensors").read_bytes()
+    (folder / "rounds.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def _emptied(folder):
+    from safetensors.torch import save_file
+
+    save_file({"other": torch.zeros(1)}, folder / "rounds.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _cut,
+        _emptied,
+        lambda folder: (folder / "rounds.safetensors").unlink(),
+        lambda folder: (folder / "rounds.json").write_text("{"),
+        lambda folder: (folder / "rounds.json").write_text("[]"),
+        lambda folder: (folder / "rounds.json").write_text('{"key": "x"}'),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(half_done, damage):
+    damage(half_done)
+    with pytest.raises(StructPruneError, match="is not a readable checkpoint .*; remove it to start anew"):
+        pruned(build("llama-tied"), tokenizer(), config(rounds=2, checkpoint_dir=str(half_done)))
+
+
+@needs_shared
+@pytest.mark.parametrize("floor", [None, 1.45])
+def test_kept_rounds_are_ordinary_models_of_falling_width(floor, tmp_path):
+    model, reader = stories_model()
+    settings = two_domains(
+        rounds=4, keep_rounds=True, checkpoint_dir=str(tmp_path), max_perplexity_ratio=floor, round_to=8
+    )
+    small, pruner = pruned(model, reader, settings)
+    measured = [one for one in pruner.report.rounds if one.get("holds", True)]
+    if floor is None:
+        assert measured.pop()["widths"] == {"mlp": 96}  # the last round is the result itself
+    folders = [tmp_path / f"round-{number}" for number in range(1, len(measured) + 1)]
+    assert sorted(path.name for path in tmp_path.glob("round-*")) == [path.name for path in folders]
+    heldout = {domain.name: domain.heldout for domain in load_domains(settings, reader)}
+    plans = [Plan.load(folder / "pruning_plan.json") for folder in folders]
+    widths = []
+    for folder, plan, one in zip(folders, plans, measured, strict=True):
+        kept = AutoModelForCausalLM.from_pretrained(folder)
+        widths.append(kept.config.intermediate_size)
+        assert plan.widths()["mlp"] == {layer: widths[-1] for layer in range(5)} and one["widths"]["mlp"] == widths[-1]
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == reader.get_vocab()
+        assert StructPruneConfig.from_pretrained(folder).keep_rounds
+        for name, ratio in one["perplexity_ratio"].items():
+            assert perplexity(kept, heldout[name]) / perplexity(model, heldout[name]) == pytest.approx(ratio, rel=1e-3)
+    assert len(widths) > 1 and widths == sorted(set(widths), reverse=True)
+    for wider, narrower in zip(plans, [*plans[1:], pruner.plan], strict=True):
+        assert all(set(narrower.keep[at]) <= set(wider.keep[at]) for at in wider.keep)
+    if floor is not None:
+        assert same_weights(AutoModelForCausalLM.from_pretrained(folders[-1]), small)
+
+
+@pytest.mark.parametrize("refit", ["least_squares", "bias"])
+def test_restoring_a_snapshot_is_exact(refit):
+    model = build("llama-bias" if refit == "least_squares" else "llama-tied")
+    dense = deepcopy(model)
+    settings, spec = config(refit=refit), describe(model)
+    domains = load_domains(settings, tokenizer())
+    sweep = Sweep(model, spec, settings, mixture(settings, domains))
+    empty = sweep.snapshot()
+
+    def prune(width):
+        passes = passes_over(model, spec, batches_of(domains, settings.batch_size))
+        sweep.run_(passes, {"mlp": width, "attention": 2}, None, "round")
+
+    prune(30)
+    sweep.mixture.shares = (0.25, 0.75)
+    state, before = sweep.snapshot(), deepcopy(model)
+    prune(20)
+    assert not same_weights(model, before) and sweep.keep != state.keep
+    sweep.mixture.shares = (0.9, 0.1)
+    sweep.restore_(state)
+    assert same_weights(model, before) and sweep.keep == state.keep and sweep.mixture.shares == (0.25, 0.75)
+    prune(20)
+    once = deepcopy(model)
+    sweep.restore_(state)
+    prune(20)
+    assert same_weights(model, once)
+    sweep.restore_(empty)
+    assert sweep.keep == {} and sweep.mixture.shares == (0.5, 0.5)
+    torch.testing.assert_close(logits(model), logits(dense), atol=0, rtol=0)
+    for axis in state.consumers:
+        assert torch.equal(read_consumer(model, axis)[0], read_consumer(dense, axis)[0])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("bert", {"adaptive_rate": 1.0, "rounds": 2}, "go by perplexity, which a model of type 'bert' does not have"),
+        ("bert", {"max_perplexity_ratio": 1.2}, "go by perplexity, which a model of type 'bert'"),
+        (
+            "olmoe",
+            {"max_perplexity_ratio": 1.2, "widths": {"expert": 2}},
+            "is held by rounds, and 'expert' goes before them; leave either out",
+        ),
+    ],
+)
+def test_what_a_model_cannot_do_is_said_before_it_changes(case, fields, message, inplace):
+    model = build(case)
+    before = deepcopy(model)
+    with pytest.raises(StructPruneError, match=message):
+        StructPruner(config(**fields)).prune_model(model, tokenizer(), inplace=inplace)
+    assert same_weights(model, before)
+
+
+def test_rounds_of_an_encoder_are_kept_without_a_perplexity(tmp_path):
+    small = prune_model(build("bert"), config(rounds=2, keep_rounds=True, checkpoint_dir=str(tmp_path)), tokenizer())
+    kept = type(small).from_pretrained(tmp_path / "round-1")
+    assert small.config.intermediate_size == 24 < kept.config.intermediate_size < 40
