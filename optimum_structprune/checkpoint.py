@@ -25,7 +25,6 @@ from .sweep import Snapshot, Sweep
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .calibration.blocks import Domain
     from .config import StructPruneConfig
 
 STATE = "rounds.json"
@@ -34,11 +33,10 @@ CONSUMERS = "rounds.safetensors"
 FREE = ("checkpoint_dir", "batch_size", "domains", "presets_file")
 
 
-def run_key(config: StructPruneConfig, model: PreTrainedModel, domains: Sequence[Domain], steps: Any) -> str:
+def run_key(config: StructPruneConfig, model: PreTrainedModel, text: Sequence[Entry], steps: Any) -> str:
     """SHA-256 of the config, of the dense model, of the calibration tokens and of the widths of all rounds."""
     wanted = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    text = [{**asdict(Entry.of(domain)), "origin": None} for domain in domains]
-    parts = [wanted, text, fingerprint(model), steps]
+    parts = [wanted, [{**asdict(entry), "origin": None} for entry in text], fingerprint(model), steps]
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

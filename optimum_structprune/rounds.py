@@ -14,6 +14,7 @@ from .arch.spec import ArchSpec, Widths
 from .calibration.clock import Clock
 from .calibration.evidence import Mixture
 from .calibration.gradients import saliencies
+from .calibration.manifest import Entry
 from .calibration.passes import Passes, batches_of, guard_batches, passes_over
 from .calibration.stored import Statistics, StoredPasses
 from .checkpoint import Checkpoint, run_key
@@ -143,7 +144,7 @@ class Rounds:
             steps = [next_legal(self.model.config, self.spec, step) for step in steps]
         done = 0
         if config.checkpoint_dir:
-            self.checkpoint = Checkpoint(Path(config.checkpoint_dir), run_key(config, self.model, self.domains, steps))
+            self.checkpoint = Checkpoint(Path(config.checkpoint_dir), run_key(config, self.model, self._text(), steps))
             done, self.report.rounds = self.checkpoint.load_(self.sweep)
         if config.max_perplexity_ratio is not None:
             return self._within_floor_(steps, done)
@@ -157,6 +158,12 @@ class Rounds:
         self._note_(widths, {})
         adopt_config_(self.model, new_config, smaller)
         return self.sweep.plan
+
+    def _text(self) -> Sequence[Entry]:
+        """What identifies the calibration text."""
+        if self.statistics is not None:
+            return self.statistics.manifest(self.domains).domains
+        return [Entry.of(domain) for domain in self.domains]
 
     def _round_(self, number: int, step: Widths, smaller: PreTrainedModel | None = None) -> None:
         config, sweep, clock = self.config, self.sweep, Clock(self.model.device)

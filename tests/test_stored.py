@@ -97,6 +97,25 @@ def test_rounds_refit_from_the_dense_weights(stats):
         assert pruned(stats, rounds=2, widths={"mlp": 9}, **how)[1].config.intermediate_size == 9
 
 
+def test_a_run_from_statistics_goes_on_where_it_was_killed(stats, tmp_path, monkeypatch):
+    fields = {"rounds": 3, "widths": {"mlp": 9}, "checkpoint_dir": str(tmp_path / "rounds")}
+    expected, model = pruned(stats, **{**fields, "checkpoint_dir": None})
+    gather, calls = StoredPasses.gather, []
+
+    def killed(self, layer, space, gram):
+        calls.append(layer)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return gather(self, layer, space, gram)
+
+    monkeypatch.setattr(StoredPasses, "gather", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pruned(stats, **fields)
+    found, again = pruned(stats, **fields)
+    assert found.plan == expected.plan and len(calls) == 4 + 2 * 2, "two rounds of two blocks were left"
+    assert_same_model(again, model)
+
+
 def test_one_ranking_of_all_units(stats, monkeypatch):
     fields = {"allocation": "global", "sparsity": 0.3, "round_to": 1}
     found, _ = pruned(stats, **fields)
