@@ -15,9 +15,8 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from copy import deepcopy
-from math import exp, log
+from math import log
 from pathlib import Path
-from statistics import fmean
 from time import perf_counter
 
 import torch
@@ -26,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.calibration.blocks import load_domains
+from optimum_structprune.report import geometric_mean
 
 
 DOMAINS = ["wiki", "code", "math", "dialogue", "web"]
@@ -63,11 +63,6 @@ def evaluation_blocks(folder: Path, names: list[str], tokenizer, args: Namespace
     samples = args.eval_blocks * len(names)
     config = StructPruneConfig(sparsity=0.5, domains=domains, num_samples=samples, seq_length=args.seq_length)
     return {domain.name: domain.blocks for domain in load_domains(config, tokenizer)}
-
-
-def geometric_mean(values) -> float:
-    """Of positive numbers."""
-    return exp(fmean(log(value) for value in values))
 
 
 def run(args: Namespace) -> dict[str, dict]:

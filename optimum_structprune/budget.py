@@ -125,7 +125,7 @@ def _gauge(
 
         return cached
     biased = biased_spaces(config, spec, [name for name in names if not spec.of(name)[0].whole])
-    whole = {name: {space.layer: space.width for space in spec.of(name)} for name in biased}
+    whole = {name: spec.widths(name) for name in biased}
     dense = _small(model, spec, whole, biased).num_parameters() if biased else model.num_parameters()
     size = itemsize if "bytes" in (config.budget or {}) else 1
     if any(space.layer == MODEL for name in names for space in spec.of(name)):

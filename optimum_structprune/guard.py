@@ -59,11 +59,14 @@ def guarded_refit(
     """
     plain = weight[:, keep]
     asked = refit(weight, bias, moments, keep, damping)
-    reference = _error(weight, bias, *asked, keep, held)
+    first, reference = (_error(weight, bias, *one, keep, held) for one in ((plain, bias), asked))
     best: tuple[Tensor, Tensor | None, Choice] | None = None
     for ridge in dict.fromkeys([damping, *(damping * factor for factor in factors)]):
         fitted = asked if ridge == damping else refit(weight, bias, moments, keep, ridge)
-        strength = _best_strength(weight, bias, plain, fitted, keep, held)
+        last = reference if ridge == damping else _error(weight, bias, *fitted, keep, held)
+        middle_bias = bias if bias is None or fitted[1] is None else (bias + fitted[1]) / 2
+        middle = _error(weight, bias, (plain + fitted[0]) / 2, middle_bias, keep, held)
+        strength = _best_strength(first, middle, last)
         mixed = plain + strength * (fitted[0] - plain)
         shift = fitted[1] if bias is None or fitted[1] is None else bias + strength * (fitted[1] - bias)
         error = _error(weight, bias, mixed, shift, keep, held) / max(reference, 1e-30)
@@ -73,19 +76,8 @@ def guarded_refit(
     return best
 
 
-def _best_strength(
-    weight: Tensor,
-    bias: Tensor | None,
-    plain: Tensor,
-    fitted: tuple[Tensor, Tensor | None],
-    keep: Tensor,
-    held: Moments,
-) -> float:
-    first = _error(weight, bias, plain, bias, keep, held)
-    last = _error(weight, bias, *fitted, keep, held)
-    middle_bias = bias if bias is None or fitted[1] is None else (bias + fitted[1]) / 2
-    middle = _error(weight, bias, (plain + fitted[0]) / 2, middle_bias, keep, held)
-    # A parabola through the errors at 0, 1/2 and 1.
+def _best_strength(first: float, middle: float, last: float) -> float:
+    """Where a parabola that takes these values at 0, 1/2 and 1 is least in between."""
     curve, slope = 2 * first + 2 * last - 4 * middle, 4 * middle - 3 * first - last
     return 1.0 if curve <= 0 else min(max(-slope / (2 * curve), 0.0), 1.0)
 

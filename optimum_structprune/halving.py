@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def whole_widths(spec: ArchSpec, like: Widths) -> Widths:
     """The present widths of the spaces in `like`, in its form: one number, or one per block."""
-    sizes = {name: {space.layer: space.width for space in spec.of(name)} for name in like}
+    sizes = {name: spec.widths(name) for name in like}
     return {
         name: max(sizes[name].values()) if isinstance(width, int) else {at: sizes[name][at] for at in width}
         for name, width in like.items()

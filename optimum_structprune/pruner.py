@@ -120,7 +120,7 @@ class StructPruner:
         report.parameters["after"] = work.num_parameters()
         report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
         report.widths = _widths_of(plan, arch)
-        report.dense_widths = {name: max(space.width for space in arch.of(name)) for name in report.widths}
+        report.dense_widths = {name: max(arch.widths(name).values()) for name in report.widths}
         report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
         self.plan, self.report = plan, report
         given = self.statistics
@@ -275,5 +275,5 @@ def prune_model(
 def _widths_of(plan: Plan, arch: ArchSpec) -> dict[str, dict[int, int]]:
     """Widths of the spaces that the plan names, in all blocks that are left."""
     there = (MODEL, *plan.keep.get((MODEL, LAYER), range(arch.num_blocks)))
-    whole = {name: {at.layer: at.width for at in arch.of(name) if at.layer in there} for name in plan.widths()}
+    whole = {name: {at: width for at, width in arch.widths(name).items() if at in there} for name in plan.widths()}
     return {name: {**whole[name], **at} for name, at in plan.widths().items()}

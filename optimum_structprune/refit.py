@@ -103,7 +103,11 @@ def _others(keep: Tensor, size: int) -> Tensor:
     return left.nonzero().squeeze(1)
 
 
-REFITS: dict[str, Refit] = {"none": no_refit, "bias": bias_refit, "least_squares": least_squares}
-# The block's training starts from the least squares.
-REFITS["reconstruct"] = least_squares
+REFITS: dict[str, Refit] = {
+    "none": no_refit,
+    "bias": bias_refit,
+    "least_squares": least_squares,
+    # The block's training starts from the least squares.
+    "reconstruct": least_squares,
+}
 NEEDS_GRAM = frozenset({"least_squares", "reconstruct"})

@@ -43,7 +43,7 @@ def round_widths(
         t = number / config.rounds
         step: dict[str, int | Mapping[int, int]] = {}
         for name, width in widths.items():
-            sizes = {space.layer: space.width for space in spec.of(name)}
+            sizes = spec.widths(name)
             if isinstance(width, int):
                 step[name] = _on_the_way(config.schedule, t, max(sizes.values()), width)
             else:

@@ -199,6 +199,10 @@ class ArchSpec:
         """The spaces of the kind `name`, in the order of the blocks."""
         return [space for space in (*self.wide, *self.spaces) if space.kind == name]
 
+    def widths(self, name: str) -> dict[int, int]:
+        """Present width of the spaces of the kind `name`, by block."""
+        return {space.layer: space.width for space in self.of(name)}
+
     def block_prefix(self, layer: int) -> str:
         """Prefix of the state-dict names of block `layer`, with the dot."""
         path, index = self.place(layer)
