@@ -45,6 +45,19 @@ def desk(tmp_path_factory):
     return folder
 
 
+def test_set_aside_divides_every_file(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    (data / "calibration").mkdir(parents=True)
+    documents = {name: [f"{name} {number}\n" for number in range(10)] for name in ("wiki", "web")}
+    for name, lines in documents.items():
+        (data / "calibration" / f"{name}.jsonl").write_text("".join(lines))
+    main("set_aside")([str(data), str(out), "--domains", "wiki"])
+    for name, folder in (("wiki", "heldout"), ("web", "unseen")):
+        used, aside = ((out / at / f"{name}.jsonl").read_text().splitlines(True) for at in ("calibration", folder))
+        assert len(used) == 8 and sorted(used + aside) == sorted(documents[name])
+    assert not (out / "unseen" / "wiki.jsonl").exists() and not (out / "heldout" / "web.jsonl").exists()
+
+
 def test_prune_with_flags(desk, capsys):
     arguments = ["--model", str(desk / "model"), "--output", str(desk / "flags"), "--sparsity", "0.3"]
     more = {"num_samples": 6, "seq_length": 64, "targets": ["mlp"]}
