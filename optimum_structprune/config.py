@@ -22,6 +22,7 @@ from .schema import (
     filled,
     not_negative,
     positive,
+    proportion,
     read_mapping,
     read_yaml,
     share,
@@ -94,7 +95,10 @@ class StructPruneConfig(Serialisable):
         num_samples: Token blocks for calibration in all, divided over the domains by weight.
         seq_length: Tokens per block.
         batch_size: Blocks per forward pass.
-        damping: Ridge of the refit toward the original weights, relative to the mean diagonal of the Gram matrix.
+        damping: Ridge of the refit toward the original weights, relative to the diagonal of the Gram matrix.
+        correction: How much of what the residual stream has lost in the blocks before, and in this one, a refit makes
+            up for; 0 fits every block to the dense block's function alone, 1 to the dense model's stream. It takes the
+            dense stream along, one forward pass more.
         holdout: Share of each domain's blocks that is set aside, from other documents, for perplexity.
         skip_layers: Blocks that stay whole; the others give up as much more.
         recovery: Training after the last round, or after each; None leaves it out.
@@ -136,6 +140,7 @@ class StructPruneConfig(Serialisable):
     seq_length: int = validated_field(positive, default=512)
     batch_size: int = validated_field(positive, default=4)
     damping: Number = validated_field(not_negative, default=0.1)
+    correction: Number = validated_field(proportion, default=0.5)
     holdout: Number = validated_field(share, default=0.125)
     skip_layers: tuple[int, ...] | list[int] = ()
     recovery: RecoveryConfig | None = None

@@ -85,11 +85,14 @@ def _best_strength(first: float, middle: float, last: float) -> float:
 def _error(
     weight: Tensor, bias: Tensor | None, refitted: Tensor, new_bias: Tensor | None, keep: Tensor, held: Moments
 ) -> float:
-    """E‖W x + b − W' x_S − b'‖²."""
-    left = weight.clone()
+    """E‖W x + b + e − W' x_S − b'‖², with e the error that the drift says to make up for, or nothing."""
+    left, drift = weight.clone(), held.drift
     left[:, keep] -= refitted
     error = float(((left @ held.full_gram().to(left)) * left).sum())
+    if drift is not None:
+        error += drift.energy + 2 * float((left * drift.cross.to(left)).sum())
     if new_bias is not None:
         shift = -new_bias if bias is None else bias - new_bias
         error += float(2 * (shift @ (left @ held.mean.to(left))) + shift @ shift)
+        error += 0.0 if drift is None else float(2 * (shift @ drift.mean.to(shift)))
     return error

@@ -14,30 +14,37 @@ from .errors import StructPruneError
 
 logger = logging.getLogger(__name__)
 
+# A second moment, relative to the mean one, below which a component counts as still.
+LEAST = 1e-6
+
 Refit = Callable[[Tensor, "Tensor | None", Moments, Tensor, float], "tuple[Tensor, Tensor | None]"]
 
 
 def solve_damped(matrix: Tensor, right: Tensor, damping: float) -> Tensor:
-    """Solve `X (matrix + λ I) = right` for symmetric `matrix`, by Cholesky.
+    """Solve `X (matrix + λ D) = right` for symmetric `matrix` with the diagonal D, by Cholesky.
 
-    The factorisation is tried in fp32, then in fp64, then with ten times the damping, and so on.
+    The ridge is relative to every component's own second moment, so what is loud and what is quiet are held back
+    alike: a share λ / (1 + λ) of every correlation is not believed, whatever the scale of the components. The
+    factorisation is tried in fp32, then in fp64, then with ten times the damping, and so on.
 
     Args:
         matrix: Positive semi-definite, shape `(n, n)`.
         right: Shape `(m, n)`.
-        damping: λ, relative to the mean diagonal of `matrix`.
+        damping: λ.
 
     Returns:
         X, shape `(m, n)`, in the dtype of `right`.
     """
-    scale = float(matrix.diagonal().mean())
-    if scale <= 0:
+    diagonal = matrix.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0:
         return torch.zeros_like(right)
+    own = diagonal.clamp(min=LEAST * mean)  # what never moves would leave nothing to divide by
     for attempt in range(6):
         ridge = max(damping, 1e-8) * 10.0**attempt
         for dtype in (torch.float32, torch.float64):
             damped = matrix.to(dtype, copy=True)
-            damped.diagonal().add_(ridge * scale)
+            damped.diagonal().add_(own.to(dtype), alpha=ridge)
             factor, info = torch.linalg.cholesky_ex(damped)
             if info == 0:
                 solution = torch.cholesky_solve(right.to(dtype).T, factor).T
@@ -70,30 +77,37 @@ def least_squares(
 ) -> tuple[Tensor, Tensor | None]:
     """Kept weights that give the dense output with the least squared error.
 
-    Minimises `E‖W x − W' x_S‖² + λ‖W' − W_S‖²`. The ridge pulls toward the original kept weights, so the solution is
-    these plus what the kept components predict of the removed ones: `W' = W_S + W_R H_RS (H_SS + λ I)⁻¹`. With a bias
-    the fit is affine: H is centred, and the bias takes what the means leave over.
+    Minimises `E‖W x + e − W' x_S‖² + λ tr(ΔᵀΔ D)` with Δ = W' − W_S and D = diag(H_SS), where e is the error that the
+    moments' drift says to make up for, or nothing. The ridge pulls toward the original kept weights, so the solution
+    is these plus what the kept components predict of the removed ones and of e:
+    `W' = W_S + (W_R H_RS + E[e x_Sᵀ]) (H_SS + λ D)⁻¹`. With a bias the fit is affine: H is centred, and the bias takes
+    what the means leave over.
 
     Args:
         weight: W, shape `(out, n)`.
         bias: Shape `(out,)`, or None.
         moments: Of the input x, with Gram matrix, for all n components.
         keep: Kept columns S, ascending.
-        damping: λ, relative to the mean diagonal of H_SS.
+        damping: λ.
 
     Returns:
         W', shape `(out, kept)`, and the bias.
     """
     gram = moments.full_gram()
-    gone = _others(keep, weight.shape[1])
+    gone, drift = _others(keep, weight.shape[1]), moments.drift
     cross, square = gram[gone][:, keep], gram[keep][:, keep]
+    mean = moments.mean.to(square)
     if bias is not None:
-        mean = moments.mean.to(square)
         cross = cross - torch.outer(mean[gone], mean[keep])
         square = square - torch.outer(mean[keep], mean[keep])
-    refitted = weight[:, keep] + solve_damped(square, weight[:, gone] @ cross.to(weight), damping)
+    missing = weight[:, gone] @ cross.to(weight)
+    if drift is not None:
+        centre = 0.0 if bias is None else torch.outer(drift.mean, mean[keep])
+        missing = missing + (drift.cross[:, keep] - centre).to(weight)
+    refitted = weight[:, keep] + solve_damped(square, missing, damping)
     if bias is not None:
         bias = bias + weight @ mean.to(weight) - refitted @ mean[keep].to(weight)
+        bias = bias if drift is None else bias + drift.mean.to(bias)
     return refitted, bias
 
 

@@ -23,6 +23,7 @@ from .halving import halfway, whole_widths
 from .hub import PLAN_NAME, check_reload, save_checked
 from .measure import Measure
 from .plan import Plan
+from .refit import NEEDS_GRAM
 from .report import Report
 from .reweight import reweighted
 from .schedule import next_legal, round_widths
@@ -64,7 +65,8 @@ def passes_of(
         sweep.saliency = saliencies(model, spec, batches, clock)
     if guard:
         batches = guard_batches(domains, config.batch_size)
-    return passes_over(model, spec, batches, clock)
+    correction = float(config.correction) if config.refit in NEEDS_GRAM else 0.0
+    return passes_over(model, spec, batches, clock, correction)
 
 
 def dense_scores(

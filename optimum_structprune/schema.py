@@ -40,6 +40,12 @@ def share(value: Any) -> None:
         raise ValueError(f"has to lie between 0 and 1 (both excluded), got {value}; 0.2 removes a fifth")
 
 
+def proportion(value: Any) -> None:
+    """A number from 0 to 1."""
+    if isinstance(value, (int, float)) and not 0 <= value <= 1:
+        raise ValueError(f"has to lie between 0 and 1, got {value}")
+
+
 def up_to_one(value: Any) -> None:
     """A number above 0 and not above 1."""
     if isinstance(value, (int, float)) and not 0 < value <= 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -97,32 +98,41 @@ class Sweep:
         self.begin_()
         reconstructs = self.config.refit == "reconstruct" and smaller is not None
         for layer in tqdm(range(self.spec.num_blocks), desc=title, unit="block"):
-            targets = self._dense_outputs(passes, layer) if reconstructs else []
+            with self._dense_weights(axis for space in self.spec.at(layer) for axis in space.into):
+                passes.follow(layer)
+                targets = self._targets(passes, layer) if reconstructs else []
             for space in self.spec.at(layer):
                 width = space.width_in(widths) * space.scale
                 if width < space.size:
-                    self._prune_(space, passes.gather(layer, space, self.gram), width, smaller is None)
+                    # A refit starts from the dense weights, so what it is to correct is the error that these leave.
+                    with self._dense_weights(space.into):
+                        evidence = passes.gather(layer, space, self.gram)
+                    self._prune_(space, evidence, width, smaller is None)
             if smaller is not None:
                 shrink_block_(self.model, self.spec, layer, self.plan, smaller)
             if reconstructs:
                 self._reconstruct_(passes, layer, targets)
             passes.advance(layer)
 
-    def _dense_outputs(self, passes: Passes, layer: int) -> list[Tensor]:
-        """What the dense block makes of its present input."""
+    @contextmanager
+    def _dense_weights(self, axes: Iterable[Axis]) -> Iterator[None]:
+        """Consumers that are for a while as dense as they were at first."""
+        now = {axis: read_consumer(self.model, axis) for axis in axes if axis in self.dense}
+        for axis in now:
+            self._write_(axis, *self.dense[axis])
+        yield
+        for axis, values in now.items():
+            self._write_(axis, *values)
+
+    def _targets(self, passes: Passes, layer: int) -> list[Tensor]:
+        """What the dense block makes of its present input, moved toward the dense stream by the correction."""
         if not isinstance(passes, BlockPasses):
             raise StructPruneError(
                 f"refit='reconstruct' runs block by block, which a {self.spec.model_type} model does not allow; "
                 "use refit='least_squares'."
             )
-        axes = [axis for space in self.spec.at(layer) for axis in space.into if axis in self.dense]
-        now = {axis: read_consumer(self.model, axis) for axis in axes}
-        for axis in axes:
-            self._write_(axis, *self.dense[axis])
         outputs = passes.outputs(layer)
-        for axis, values in now.items():
-            self._write_(axis, *values)
-        return outputs
+        return [own.lerp(dense, passes.correction) for own, dense in zip(outputs, passes.dense, strict=True)]
 
     def _reconstruct_(self, passes: Passes, layer: int, targets: Sequence[Tensor]) -> None:
         assert isinstance(passes, BlockPasses)

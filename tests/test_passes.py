@@ -19,6 +19,11 @@ from optimum_structprune.calibration.passes import (
 )
 
 
+def whole_passes(model, spec, batches, clock=None, correction=0.0) -> ModelPasses:
+    """In the place of `passes_over`: the fallback, whatever the model allows."""
+    return ModelPasses(model, spec, batches, clock)
+
+
 def count_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 

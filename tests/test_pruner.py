@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 from models import PRUNABLE, build, config, documents, token_ids, tokenizer
-from test_passes import count_hooks
+from test_passes import count_hooks, whole_passes
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import (
@@ -22,7 +22,6 @@ from optimum_structprune import (
     sweep,
 )
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.passes import ModelPasses
 from optimum_structprune.criteria import CRITERIA, Criterion
 from optimum_structprune.pruner import PRUNERS
 
@@ -82,7 +81,7 @@ def test_one_round_of_the_masked_form_equals_the_shrunk_form():
 
 
 def test_the_whole_model_fallback_prunes_too(monkeypatch):
-    monkeypatch.setattr("optimum_structprune.rounds.passes_over", ModelPasses)
+    monkeypatch.setattr("optimum_structprune.rounds.passes_over", whole_passes)
     model = build("llama-tied")
     for rounds in (1, 2):
         small = prune_model(model, config(rounds=rounds), tokenizer())

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from models import build, config, token_ids, tokenizer
-from test_passes import count_hooks
+from test_passes import count_hooks, whole_passes
 from test_pruner import logits, same_weights
 from torch import nn
 from trained import needs_shared, stories_config, stories_model
@@ -13,7 +13,7 @@ from trained import needs_shared, stories_config, stories_model
 from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.evidence import Mixture
-from optimum_structprune.calibration.passes import Batch, BlockPasses, ModelPasses
+from optimum_structprune.calibration.passes import Batch, BlockPasses
 from optimum_structprune.reconstruct import reconstruct_
 from optimum_structprune.sweep import Sweep
 
@@ -57,10 +57,23 @@ def test_targets_are_what_the_dense_block_makes_of_the_present_stream():
     sweep.run_(BlockPasses(model, spec, [Batch(0, token_ids())]), {"mlp": 16, "attention": 2}, None, "")
     masked = deepcopy(model)
     passes = BlockPasses(model, spec, [Batch(0, token_ids())])
-    (target,) = sweep._dense_outputs(passes, 0)
+    with sweep._dense_weights(sweep.dense):
+        (target,) = sweep._targets(passes, 0)
     (expected,) = BlockPasses(dense, spec, [Batch(0, token_ids())]).outputs(0)
     assert torch.equal(target, expected) and same_weights(model, masked)
     assert not torch.equal(passes.outputs(0)[0], expected)
+
+
+def test_a_correction_moves_targets_toward_the_dense_stream():
+    model = build("llama-tied")
+    spec = describe(model)
+    sweep = Sweep(model, spec, config(refit="reconstruct"), Mixture((1.0,)))
+    passes = BlockPasses(model, spec, [Batch(0, token_ids())], correction=0.25)
+    passes.hidden = [hidden + 1 for hidden in passes.hidden]
+    passes.follow(0)
+    (target,) = sweep._targets(passes, 0)
+    (dense,), (own,) = BlockPasses(model, spec, [Batch(0, token_ids())]).outputs(0), passes.outputs(0)
+    torch.testing.assert_close(target, 0.75 * own + 0.25 * dense)
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -74,7 +87,7 @@ def test_a_whole_run_in_half_precision(rounds):
 def test_a_model_that_does_not_run_block_by_block_is_refused(monkeypatch):
     model = build("llama-tied")
     before = deepcopy(model)
-    monkeypatch.setattr("optimum_structprune.rounds.passes_over", ModelPasses)
+    monkeypatch.setattr("optimum_structprune.rounds.passes_over", whole_passes)
     with pytest.raises(StructPruneError, match="refit='reconstruct' runs block by block"):
         prune_model(model, config(refit="reconstruct"), tokenizer())
     assert same_weights(model, before)

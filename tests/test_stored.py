@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import build, config, documents, token_ids, tokenizer
+from test_passes import whole_passes
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from optimum_structprune import (
@@ -22,7 +23,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration import record
 from optimum_structprune.calibration.blocks import load_domains
 from optimum_structprune.calibration.manifest import Manifest
-from optimum_structprune.calibration.passes import BlockPasses, ModelPasses
+from optimum_structprune.calibration.passes import passes_over
 from optimum_structprune.calibration.stored import Statistics, StoredPasses
 from optimum_structprune.commands.cli import main
 
@@ -77,7 +78,7 @@ def test_it_is_pruning_on_the_dense_models_statistics(stats, ran, monkeypatch, w
     for domain in 2 * load_domains(uneven(), tokenizer()):
         perplexity(small, domain.heldout)
     assert calls == ran, "nothing runs but what measures perplexity before and after"
-    monkeypatch.setattr("optimum_structprune.rounds.passes_over", ModelPasses)
+    monkeypatch.setattr("optimum_structprune.rounds.passes_over", whole_passes)
     pruner = StructPruner(uneven(widths=widths, **how))
     expected = pruner.prune_model(build("llama-tied"), tokenizer())
     assert found.plan == pruner.plan
@@ -119,7 +120,7 @@ def test_a_run_from_statistics_goes_on_where_it_was_killed(stats, tmp_path, monk
 def test_one_ranking_of_all_units(stats, monkeypatch):
     fields = {"allocation": "global", "sparsity": 0.3, "round_to": 1}
     found, _ = pruned(stats, **fields)
-    monkeypatch.setattr("optimum_structprune.rounds.passes_over", ModelPasses)
+    monkeypatch.setattr("optimum_structprune.rounds.passes_over", whole_passes)
     pruner = StructPruner(uneven(**fields))
     pruner.prune_model(build("llama-tied"), tokenizer())
     assert found.plan == pruner.plan
@@ -322,7 +323,7 @@ def test_several_domains_cost_what_one_of_as_many_tokens_does(ran, tmp_path):
 
 @pytest.mark.parametrize("fields", [{"rounds": 2}, {"criterion": "taylor"}, {"guard": True}])
 def test_the_report_says_what_each_domain_costs(fields, monkeypatch):
-    for passes in (BlockPasses, ModelPasses):
+    for passes in (passes_over, whole_passes):
         monkeypatch.setattr("optimum_structprune.rounds.passes_over", passes)
         pruner = StructPruner(uneven(num_samples=9, **fields))
         pruner.prune_model(build("llama-tied"), tokenizer())

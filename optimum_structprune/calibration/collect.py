@@ -33,6 +33,20 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
 
 
 @contextmanager
+def adding(module: nn.Module, noise: Tensor) -> Iterator[None]:
+    """Make a module add `noise` to its output, in whatever shape that has."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + noise.reshape(output.shape).to(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def bypass(block: nn.Module) -> Iterator[None]:
     """Make a block hand on its hidden states as they are; it runs all the same."""
 

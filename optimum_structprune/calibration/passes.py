@@ -16,7 +16,7 @@ from ..errors import StructPruneError
 from ..metrics import run_model
 from .calls import Call, equal, first_of, same_call
 from .clock import Clock
-from .collect import StopForward, intercept, observe
+from .collect import StopForward, adding, intercept, observe
 from .experts import Routed, contributions, inner_moments
 from .stats import Moments
 from .taps import Batch, Tally, finite, listen
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # One block out of so many.
 GUARDED = 8
+# How much of a module's output may do something else than go straight into the stream.
+CROOKED = 0.1
 
 
 class Passes(Protocol):
@@ -41,6 +43,10 @@ class Passes(Protocol):
 
     def contributions(self, layer: int, space: Space) -> Tensor:
         """How much each expert of a space of whole experts contributes, shape `(domains, experts)`."""
+        ...
+
+    def follow(self, layer: int) -> None:
+        """Block `layer` has its dense weights; what corrects errors takes the dense stream through it."""
         ...
 
     def advance(self, layer: int) -> None:
@@ -88,12 +94,28 @@ def _masks(domain: Domain, batch_size: int) -> Sequence[Tensor | None]:
 class BlockPasses:
     """One block at a time, on stored inputs that have come through the blocks already pruned.
 
-    Memory: the hidden states of the calibration set and one block's statistics; where a block has experts, also what
-    it routes to them, but the statistics of only one expert.
+    Memory: the hidden states of the calibration set (twice with a correction) and one block's statistics; where a
+    block has experts, also what it routes to them, but the statistics of only one expert.
+
+    Args:
+        model: The model.
+        spec: Its description.
+        batches: Token blocks.
+        clock: Takes the time of each domain.
+        correction: Share of the error so far, the dense model's stream less the present one, that consumers whose
+            output goes straight into the stream are told to make up for.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):
-        self.model, self.spec = model, spec
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spec: ArchSpec,
+        batches: Sequence[Batch],
+        clock: Clock | None = None,
+        correction: float = 0.0,
+    ):
+        self.model, self.spec, self.correction = model, spec, correction
+        self.gains: dict[str, float] = {}
         self.device = next(model.parameters()).device
         self.clock = clock or Clock(self.device)
         self.domains = [batch.domain for batch in batches]
@@ -108,6 +130,7 @@ class BlockPasses:
             if not same_call(self.calls.setdefault(size, calls)[0], calls[0]):
                 raise NotSequentialError(f"the blocks of {spec.model_type!r} are called with more than hidden states")
             self.hidden.append(hidden)
+        self.dense = list(self.hidden)
 
     def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
         """See `Passes.gather`."""
@@ -117,12 +140,15 @@ class BlockPasses:
             self.routed = self.routed or self._route(layer, experts)
             return [finite(space, inner_moments(experts, space, self.routed, gram, 1 + max(self.domains)))]
         self.routed = ()
-        tally = Tally([space], gram, 1 + max(self.domains), self.device)
-        local = {tap.removeprefix(self.spec.block_prefix(layer)): tap for tap in tally.taps}
+        local = {axis.module.removeprefix(self.spec.block_prefix(layer)): axis.module for axis in space.into}
+        gains = {local[name]: gain for name in local if self.correction and (gain := self._gain(layer, name))}
+        tally = Tally([space], gram, 1 + max(self.domains), self.device, gains, self.hidden[0].shape[-1])
         with observe(self._block(layer), local, lambda name, x: tally.see(local[name], x)):
             for index, batch in enumerate(self.batches):
                 tally.batch = batch
-                self._run(layer, index)
+                output = self._run(layer, index)
+                if gains:
+                    tally.settle(self.correction * (self.dense[index].float() - output.float()))
         return tally.of(space)
 
     def contributions(self, layer: int, space: Space) -> Tensor:
@@ -130,9 +156,17 @@ class BlockPasses:
         experts = self._experts(layer, str(space.experts))
         return contributions(experts, space.size, self._route(layer, experts), 1 + max(self.domains))
 
+    def follow(self, layer: int) -> None:
+        """See `Passes.follow`."""
+        if self.correction:
+            for index, hidden in enumerate(self.dense):
+                self.dense[index] = self._run(layer, index, hidden)
+
     def advance(self, layer: int) -> None:
         """See `Passes.advance`."""
         self.routed = ()
+        if layer + 1 == self.spec.num_blocks:
+            return  # nothing reads what the last block gives
         for index in range(len(self.hidden)):
             self.hidden[index] = self._run(layer, index)
 
@@ -151,12 +185,31 @@ class BlockPasses:
         return [self._run(layer, index) for index in range(len(self.hidden))]
 
     @torch.no_grad()
-    def _run(self, layer: int, index: int) -> Tensor:
-        return self.run(layer, index)
+    def _gain(self, layer: int, name: str) -> float:
+        """What a module's output is multiplied by on its way into the block's output; 0 where it does not go straight.
 
-    def run(self, layer: int, index: int) -> Tensor:
-        """What block `layer` makes of one batch, in the block's own precision."""
-        hidden = self.hidden[index]
+        Noise on the output tells. It is as large as the stream, so that rounding does not hide it.
+        """
+        if name not in self.gains:
+            index = min(range(len(self.hidden)), key=lambda index: len(self.hidden[index]))
+            hidden = self.hidden[index]
+            noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
+            noise *= hidden.float().std()
+            plain = self._run(layer, index).float()
+            with adding(self._block(layer).get_submodule(name), noise):
+                moved = (self._run(layer, index).float() - plain).to(noise.device)
+            gain = float((moved * noise).sum() / noise.square().sum())
+            rest = float((moved - gain * noise).norm() / noise.norm())
+            self.gains[name] = gain if rest < CROOKED * abs(gain) else 0.0
+        return self.gains[name]
+
+    @torch.no_grad()
+    def _run(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
+        return self.run(layer, index, hidden)
+
+    def run(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
+        """What block `layer` makes of one batch, or of other hidden states for it, in the block's own precision."""
+        hidden = self.hidden[index] if hidden is None else hidden
         call = self.calls[len(hidden)][layer]
         block = self._block(layer)
         like = next(block.parameters())
@@ -203,6 +256,9 @@ class ModelPasses:
         experts = self.model.get_submodule(str(space.experts))
         return contributions(experts, space.size, self._route(experts), 1 + max(self.domains))
 
+    def follow(self, layer: int) -> None:
+        """See `Passes.follow`; errors are not corrected here."""
+
     def advance(self, layer: int) -> None:
         """See `Passes.advance`."""
 
@@ -221,11 +277,15 @@ class NotSequentialError(StructPruneError):
 
 
 def passes_over(
-    model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
+    model: PreTrainedModel,
+    spec: ArchSpec,
+    batches: Sequence[Batch],
+    clock: Clock | None = None,
+    correction: float = 0.0,
 ) -> Passes:
-    """Block by block where the model allows it, the whole model otherwise; the clock takes the time of each domain."""
+    """Block by block where the model allows it, the whole model otherwise; see `BlockPasses` for the rest."""
     try:
-        return BlockPasses(model, spec, batches, clock)
+        return BlockPasses(model, spec, batches, clock, correction)
     except NotSequentialError:
         return ModelPasses(model, spec, batches, clock)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,31 @@ from torch import Tensor
 from ..errors import StructPruneError
 
 
-# Of the fields of Moments, those that not every run gathers.
+# Of the fields of Moments, those that not every run gathers and that files may hold.
 OPTIONAL = ("gram", "saliency")
+
+
+@dataclass
+class Drift:
+    """What a consumer would have to put out beside the dense output, and how that goes with its input x.
+
+    Attributes:
+        mean: E[e] of this error e, shape `(out,)`, fp32.
+        cross: E[e xᵀ], shape `(out, n)`, fp32.
+        energy: E‖e‖².
+    """
+
+    mean: Tensor
+    cross: Tensor
+    energy: float = 0.0
+
+    @torch.no_grad()
+    def update(self, error: Tensor, x: Tensor, share: float) -> None:
+        """Take in errors, shape `(tokens, out)`, and inputs, `(tokens, n)`, which are a share of all so far."""
+        error, x = (tensor.to(self.cross.device, torch.float32) for tensor in (error, x))
+        self.mean.lerp_(error.mean(0), share)
+        self.cross.lerp_(error.T @ x / len(x), share)
+        self.energy += share * (float(error.square().sum(1).mean()) - self.energy)
 
 
 @dataclass
@@ -30,6 +53,7 @@ class Moments:
         square: E[x²], shape `(n,)`, fp64.
         gram: E[x xᵀ], shape `(n, n)`, fp32; None where only the diagonal is kept.
         saliency: E|x ∂L/∂x|, shape `(n,)`, fp64; None where no criterion asks for gradients.
+        drift: Where the consumer is to make up for errors that are not its own; None otherwise.
     """
 
     count: int
@@ -37,20 +61,26 @@ class Moments:
     square: Tensor
     gram: Tensor | None = None
     saliency: Tensor | None = None
+    drift: Drift | None = None
 
     @classmethod
-    def empty(cls, size: int, gram: bool = False, device: torch.device | str = "cpu") -> Moments:
-        """Nothing seen yet."""
+    def empty(
+        cls, size: int, gram: bool = False, device: torch.device | str = "cpu", out: int | None = None
+    ) -> Moments:
+        """Nothing seen yet; with `out`, of a tap whose consumer makes up for errors of that size."""
         return cls(
             count=0,
             mean=torch.zeros(size, dtype=torch.float64, device=device),
             square=torch.zeros(size, dtype=torch.float64, device=device),
             gram=torch.zeros(size, size, device=device) if gram else None,
+            drift=None
+            if out is None
+            else Drift(torch.zeros(out, device=device), torch.zeros(out, size, device=device)),
         )
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> Moments:
-        """Take in `x` of shape `(..., n)`; returns self."""
+    def update(self, x: Tensor, error: Tensor | None = None) -> Moments:
+        """Take in `x` of shape `(..., n)`, and where there is a drift `error` of shape `(..., out)`; returns self."""
         x = x.detach().reshape(-1, x.shape[-1])
         if len(x) == 0:
             return self
@@ -62,6 +92,8 @@ class Moments:
         if self.gram is not None:
             x = x.to(self.gram.device, torch.float32)
             self.gram.lerp_(x.T @ x / len(x), share)
+        if self.drift is not None and error is not None:
+            self.drift.update(error.reshape(-1, error.shape[-1]), x, share)
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -73,7 +105,8 @@ class Moments:
         index = torch.as_tensor(columns, device=self.mean.device)
         gram = None if self.gram is None else self.gram[index][:, index]
         saliency = None if self.saliency is None else self.saliency[index]
-        return Moments(self.count, self.mean[index], self.square[index], gram, saliency)
+        drift = None if self.drift is None else replace(self.drift, cross=self.drift.cross[:, index])
+        return Moments(self.count, self.mean[index], self.square[index], gram, saliency, drift)
 
     @property
     def variance(self) -> Tensor:
@@ -109,12 +142,20 @@ def mix(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
 
     grams = [part.gram for part in parts if part.gram is not None]
     saliencies = [part.saliency for part in parts if part.saliency is not None]
+    drifts = [part.drift for part in parts if part.drift is not None]
     return Moments(
         count=sum(part.count for part in parts),
         mean=average([part.mean for part in parts]),
         square=average([part.square for part in parts]),
         gram=average(grams) if grams else None,
         saliency=average(saliencies) if saliencies else None,
+        drift=Drift(
+            average([drift.mean for drift in drifts]),
+            average([drift.cross for drift in drifts]),
+            sum(share * drift.energy for share, drift in zip(shares, drifts, strict=True)),
+        )
+        if drifts
+        else None,
     )
 
 
@@ -151,7 +192,8 @@ def load_stats(path: str | Path, device: torch.device | str = "cpu") -> dict[str
                 count=int(tensors[f"{name}/count"]),
                 mean=tensors[f"{name}/mean"],
                 square=tensors[f"{name}/square"],
-                **{part: tensors.get(f"{name}/{part}") for part in OPTIONAL},
+                gram=tensors.get(f"{name}/gram"),
+                saliency=tensors.get(f"{name}/saliency"),
             )
             for name in names
         }

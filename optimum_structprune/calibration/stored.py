@@ -270,6 +270,9 @@ class StoredPasses:
             "without stats."
         )
 
+    def follow(self, layer: int) -> None:
+        """See `Passes.follow`; there is no stream."""
+
     def advance(self, layer: int) -> None:
         """See `Passes.advance`; there is nothing to run."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,20 +80,54 @@ def finite(space: Space, parts: list[Moments]) -> list[Moments]:
 
 
 class Tally:
-    """Moments by tap and domain; `batch` says what is running."""
+    """Moments by tap and domain; `batch` says what is running.
 
-    def __init__(self, spaces: Sequence[Space], gram: bool, num_domains: int, device: torch.device):
+    Args:
+        spaces: Their consumers are the taps.
+        gram: Whether to gather Gram matrices.
+        num_domains: How many domains there are.
+        device: Where the moments are.
+        gains: Of the taps whose consumer makes up for errors: what one unit of its output adds to where these are.
+        out: Size of an error.
+    """
+
+    def __init__(
+        self,
+        spaces: Sequence[Space],
+        gram: bool,
+        num_domains: int,
+        device: torch.device,
+        gains: Mapping[str, float] | None = None,
+        out: int = 0,
+    ):
         self.batch: Batch | None = None
+        self.gains = gains or {}
+        self.waiting: dict[str, Tensor] = {}
         self.taps = {
-            axis.module: [Moments.empty(space.size * axis.block, gram, device) for _ in range(num_domains)]
+            axis.module: [
+                Moments.empty(space.size * axis.block, gram, device, out if axis.module in self.gains else None)
+                for _ in range(num_domains)
+            ]
             for space in spaces
             for axis in space.into
         }
 
     def see(self, tap: str, x: Tensor) -> None:
-        """Take in one activation."""
+        """Take in one activation, or keep it until its error is known."""
         assert self.batch is not None
-        self.taps[tap][self.batch.domain].update(evidence(x, self.batch.mask))
+        x = evidence(x, self.batch.mask)
+        if tap in self.gains:
+            self.waiting[tap] = x
+        else:
+            self.taps[tap][self.batch.domain].update(x)
+
+    def settle(self, error: Tensor) -> None:
+        """Take in what waits, with the error of its batch, shape `(..., out)`."""
+        assert self.batch is not None
+        error = evidence(error, self.batch.mask)
+        for tap, x in self.waiting.items():
+            self.taps[tap][self.batch.domain].update(x, error / self.gains[tap])
+        self.waiting = {}
 
     def of(self, space: Space) -> list[list[Moments]]:
         """The moments of a space's consumers.
