@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .calibration.taps import evidence
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -42,6 +44,7 @@ def reconstruct_(
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     domains: Sequence[int],
+    masks: Sequence[Tensor | None],
     shares: Sequence[float],
     epochs: int,
     learning_rate: float,
@@ -58,6 +61,7 @@ def reconstruct_(
         inputs: The block's input, by batch.
         targets: The dense block's output, by batch.
         domains: Of each batch.
+        masks: Tokens of each batch that count, shape `(batch, seq_length)`; None for all.
         shares: Weight of each domain.
         epochs: Passes over the batches at most.
         learning_rate: Of Adam.
@@ -67,9 +71,10 @@ def reconstruct_(
     train = [index for index in range(len(domains)) if index not in held]
 
     def loss(index: int) -> Tensor:
-        target = targets[index].float()
-        energy = (target - inputs[index].float().to(target.device)).square().mean()
-        error = (run(index).float() - target).square().mean()
+        mask = masks[index]
+        target, given = (evidence(x.float(), mask) for x in (targets[index], inputs[index]))
+        energy = (target - given.to(target.device)).square().mean()
+        error = (evidence(run(index).float(), mask) - target).square().mean()
         return shares[domains[index]] * error / energy.clamp(min=torch.finfo(energy.dtype).tiny)
 
     def measure() -> float:

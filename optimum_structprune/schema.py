@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from .errors import StructPruneError
 from .registry import did_you_mean
+from .yaml_text import parse_yaml
 
 
 IN_MEMORY = "memory:"
@@ -244,7 +245,7 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
     Raises:
         StructPruneError: If the file cannot be read or holds something else.
     """
-    return read_mapping(Path(path), yaml.safe_load)
+    return read_mapping(Path(path), parse_yaml)
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:

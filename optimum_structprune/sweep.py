@@ -137,7 +137,11 @@ class Sweep:
     def _reconstruct_(self, passes: Passes, layer: int, targets: Sequence[Tensor]) -> None:
         assert isinstance(passes, BlockPasses)
         block, config = block_list(self.model, self.spec)[layer], self.config
-        used = [index for index, domain in enumerate(passes.domains) if domain < len(self.mixture.shares)]
+        used = [
+            index
+            for index, batch in enumerate(passes.batches)
+            if batch.domain < len(self.mixture.shares) and (batch.mask is None or batch.mask.any())
+        ]
         with in_float32(block):
             self.reconstructed[layer] = reconstruct_(
                 block,
@@ -145,6 +149,7 @@ class Sweep:
                 [passes.hidden[index] for index in used],
                 [targets[index] for index in used],
                 [passes.domains[index] for index in used],
+                [passes.batches[index].mask for index in used],
                 self.mixture.shares,
                 config.reconstruct_epochs,
                 float(config.reconstruct_rate),
@@ -227,9 +232,11 @@ class Sweep:
 
     def _score(self, axis: Axis, parts: Sequence[Moments], units: Sequence[int], width: int) -> Tensor:
         weight, _ = read_consumer(self.model, axis)
-        columns = units_to_columns(units, axis, weight.device)
-        parts = [part.select(columns) for part in self._seen(axis, parts)]
-        return self.mixture.judge(self.criterion, weight[:, columns], parts, axis.block, width)
+        parts = self._seen(axis, parts)
+        if len(units) * axis.block < weight.shape[1]:
+            columns = units_to_columns(units, axis, weight.device)
+            weight, parts = weight[:, columns], [part.select(columns) for part in parts]
+        return self.mixture.judge(self.criterion, weight, parts, axis.block, width)
 
     def _standardised(self, axis: Axis, parts: Sequence[Moments]) -> Tensor:
         weight, _ = read_consumer(self.model, axis)

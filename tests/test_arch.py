@@ -80,6 +80,14 @@ def test_a_wrong_file_is_refused(tmp_path, change, message):
         read_families(write(tmp_path, {**LLAMA, **change}))
 
 
+@pytest.mark.parametrize("twice", ["blocks: layers", "spaces: {}", "model_types: [a]"])
+def test_a_key_that_stands_twice_is_refused(tmp_path, twice):
+    path = write(tmp_path, LLAMA)
+    path.write_text(path.read_text() + f"  {twice}\n")
+    with pytest.raises(StructPruneError, match=f"the key '{twice.partition(':')[0]}' stands 2 times"):
+        read_families(path)
+
+
 def test_a_description_that_does_not_fit_names_the_tensor_and_both_numbers(tmp_path):
     model = build("llama-tied")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

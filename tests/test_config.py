@@ -112,7 +112,16 @@ def test_lists_become_tuples_and_sources_in_memory_are_named():
     assert config.to_dict()["domains"][0]["source"] == "memory:list"
 
 
-@pytest.mark.parametrize("content", ["- a\n- b\n", "sparsity: [0.2\n", "", "!!python/object/apply:os.system ['true']"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "- a\n- b\n",
+        "sparsity: [0.2\n",
+        "",
+        "rounds: 1\nsparsity: 0.2\nrounds: 3\n",
+        "!!python/object/apply:os.system ['true']",
+    ],
+)
 def test_a_file_that_is_no_mapping_is_named(tmp_path, content):
     path = tmp_path / "run.yaml"
     path.write_text(content)

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module imports only from its own layer's earlier modules and from lower layers.
 LAYERS = [
     ["errors"],
-    ["registry", "reporting", "arch.spec", "arch.depth", "block_init", "calibration.problems", "distill"],
+    ["registry", "reporting", "yaml_text", "arch.spec", "arch.depth", "block_init", "calibration.problems", "distill"],
     ["calibration.calls", "calibration.clock"],
     ["schema", "fingerprint", "tasks"],
     ["recovery_config", "calibration.presets", "calibration.templates"],
@@ -32,7 +32,6 @@ LAYERS = [
         "calibration.builtin",
         "calibration.aggregate",
         "reweight",
-        "reconstruct",
         "metrics",
         "adapter",
         "teacher",
@@ -42,6 +41,7 @@ LAYERS = [
     [
         "arch.stub",
         "calibration.taps",
+        "calibration.capture",
         "criteria.base",
         "surgery",
         "allocation",
@@ -51,6 +51,7 @@ LAYERS = [
     ],
     ["criteria.flap", "criteria.magnitude", "criteria.obs", "criteria.random", "criteria.taylor", "criteria.wanda"],
     ["criteria", "criteria.layers", "calibration.blocks", "checks", "halving"],
+    ["reconstruct"],
     ["budget", "calibration.evidence", "calibration.passes", "calibration.heldout", "calibration.gradients", "guard"],
     ["depth", "hidden", "distill_trainer", "calibration.stored"],
     ["sweep", "hub", "evaluation", "optimizer_state", "averages"],

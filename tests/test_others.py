@@ -8,7 +8,8 @@ from test_surgery import KEEP, masked, random_plan, shrunk
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.passes import BlockPasses, NotSequentialError
+from optimum_structprune.calibration.capture import NotSequentialError
+from optimum_structprune.calibration.passes import BlockPasses
 from optimum_structprune.metrics import model_outputs, output_error, outputs_of, run_model
 
 

@@ -8,13 +8,12 @@ from torch import nn
 from optimum_structprune import StructPruneError
 from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.blocks import load_domains
+from optimum_structprune.calibration.capture import NotSequentialError, capture
 from optimum_structprune.calibration.collect import observe
 from optimum_structprune.calibration.passes import (
     BlockPasses,
     ModelPasses,
-    NotSequentialError,
     batches_of,
-    capture,
     passes_over,
 )
 

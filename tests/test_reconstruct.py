@@ -1,6 +1,7 @@
 """Training blocks toward their dense selves: what it may change, and what it brings."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from optimum_structprune.calibration.evidence import Mixture
 from optimum_structprune.calibration.passes import Batch, BlockPasses
 from optimum_structprune.reconstruct import reconstruct_
 from optimum_structprune.sweep import Sweep
+
+
+NO_MASKS = [None] * 4
 
 
 def linear_problem():
@@ -36,7 +40,7 @@ def test_steps_bring_a_block_closer_and_leave_nothing_behind():
         return sum(float((block(inputs[i]) - targets[i]).square().mean()) for i in (1, 3))
 
     first = error()
-    found = reconstruct_(block, lambda i: block(inputs[i]), inputs, targets, domains, (0.5, 0.5), 30, 1e-2)
+    found = reconstruct_(block, lambda i: block(inputs[i]), inputs, targets, domains, NO_MASKS, (0.5, 0.5), 30, 1e-2)
     assert found.epochs == 30 and found.after < 0.5 * found.before and error() < 0.5 * first
     assert list(block.parameters()) == parameters and all(p.grad is None for p in parameters)
     assert [p.requires_grad for p in parameters] == [True, False]
@@ -45,9 +49,22 @@ def test_steps_bring_a_block_closer_and_leave_nothing_behind():
 def test_the_best_weights_are_kept_when_steps_are_too_long():
     block, inputs, targets, domains = linear_problem()
     before = deepcopy(block.state_dict())
-    found = reconstruct_(block, lambda i: block(inputs[i]), inputs, targets, domains, (0.5, 0.5), 5, 1e3)
+    found = reconstruct_(block, lambda i: block(inputs[i]), inputs, targets, domains, NO_MASKS, (0.5, 0.5), 5, 1e3)
     assert found.epochs == 0 and found.after == found.before
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+def test_tokens_without_evidence_teach_nothing():
+    """Targets that are wrong wherever the mask is off change nothing."""
+    found = []
+    for wrong in (0.0, 100.0):
+        block, inputs, targets, domains = linear_problem()
+        masks = [torch.arange(24).reshape(4, 6) % 3 > 0 for _ in inputs]
+        targets = [target + wrong * ~mask[..., None] for target, mask in zip(targets, masks, strict=True)]
+        run = partial(lambda block, inputs, index: block(inputs[index]), block, inputs)
+        found.append((reconstruct_(block, run, inputs, targets, domains, masks, (0.5, 0.5), 3, 1e-2), block.weight))
+    (first, weight), (second, same) = found
+    assert first == second and first.epochs == 3 and torch.equal(weight, same)
 
 
 def test_targets_are_what_the_dense_block_makes_of_the_present_stream():

@@ -13,6 +13,7 @@ import yaml
 
 from ..errors import StructPruneError
 from ..registry import did_you_mean
+from ..yaml_text import parse_yaml
 
 
 BUILTIN = Path(__file__).with_name("families.yaml")
@@ -143,7 +144,7 @@ def read_families(path: str | Path) -> list[Family]:
         StructPruneError: If the file cannot be read, a key or a unit is unknown, or a key is missing.
     """
     try:
-        entries = yaml.safe_load(Path(path).read_text())
+        entries = parse_yaml(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise StructPruneError(f"{path} cannot be read: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,13 +42,14 @@ class Mixture:
             weight: The dense consumer, shape `(out, n)`.
             parts: Moments of its input, one per domain.
         """
-        return self._pool(weight, *self._seen(parts))
+        parts, shares = self._seen(parts)
+        return mix(parts, self._weights(weight, parts, shares))
 
-    def _pool(self, weight: Tensor, parts: Sequence[Moments], shares: Sequence[float]) -> Moments:
+    def _weights(self, weight: Tensor, parts: Sequence[Moments], shares: Sequence[float]) -> Sequence[float]:
         energies = [output_energy(weight, part) for part in parts]
         if self.normalisation == "none" or min(energies) <= 0:
-            return mix(parts, shares)
-        return mix(parts, [share / energy for share, energy in zip(shares, energies, strict=True)])
+            return shares
+        return [share / energy for share, energy in zip(shares, energies, strict=True)]
 
     def judge(
         self, criterion: Criterion, weight: Tensor, parts: Sequence[Moments], block: int, width: int | None = None
@@ -68,8 +69,10 @@ class Mixture:
         parts, shares = self._seen(parts)
         if self.aggregation == "mean" and self.normalisation in ("none", "energy"):
             # A loss has the same scale in every domain, so what it says of a unit needs none.
-            same = parts[0].saliency is not None
-            return criterion.score(weight, mix(parts, shares) if same else self._pool(weight, parts, shares), block)
+            weights = shares if parts[0].saliency is not None else self._weights(weight, parts, shares)
+            if not criterion.needs_gram:
+                parts = [replace(part, gram=None) for part in parts]
+            return criterion.score(weight, mix(parts, weights), block)
         scores = torch.stack([criterion.score(weight, part, block) for part in parts])
         return self._together(scores, shares, width)
 

@@ -138,7 +138,11 @@ def mix(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
     shares = [weight / total for weight in weights]
 
     def average(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack([share * tensor for share, tensor in zip(shares, tensors, strict=True)]).sum(0)
+        # One at a time: a stack of Gram matrices would take as much memory again.
+        total = torch.zeros_like(tensors[0])
+        for share, tensor in zip(shares, tensors, strict=True):
+            total.add_(tensor, alpha=share)
+        return total
 
     grams = [part.gram for part in parts if part.gram is not None]
     saliencies = [part.saliency for part in parts if part.saliency is not None]
