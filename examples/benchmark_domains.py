@@ -1,12 +1,13 @@
 """Does it help to mix domains, to weigh them, and to prune in rounds? A grid of cells over seeds and widths.
 
     python examples/benchmark_domains.py run MODEL DATA out.json [--cells "mix, *" ...] [--seeds 0 1 2] [--tasks]
-    python examples/benchmark_domains.py table out.json
+    python examples/benchmark_domains.py table out.json [more.json ...]
 
 DATA is as for `benchmark_quality.py`, with multiple-choice items in `tasks/`. A cell is a calibration text, a number
 of rounds and a method, such as `mix, one-shot, wanda + refit`; `run … --list` names them all. Every cell gets the same
 number of calibration tokens. `run` leaves out what `out.json` already holds, so it can be interrupted and go on, and
-`table` shows what is there so far: means ± standard deviations over seeds.
+`table` shows what is there so far: means ± standard deviations over seeds. Several files of the same settings, such as
+those of runs side by side, make one table.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "flap + refit": {"criterion": "flap", "refit": "least_squares"},
     "wanda": {"criterion": "wanda", "refit": "none"},
     "wanda + refit": {"criterion": "wanda", "refit": "least_squares"},
+    "wanda + uncorrected refit": {"criterion": "wanda", "refit": "least_squares", "correction": 0.0},
     "obs": {"criterion": "obs", "refit": "none"},
     "obs + refit": {"criterion": "obs", "refit": "least_squares"},
     "taylor": {"criterion": "taylor", "refit": "none"},
@@ -72,7 +74,8 @@ ITERATIVE = ("adaptive", "worst-case")
 
 def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
     """Every cell: its name and its part of the config."""
-    texts = {**{f"{name} only": {"domains": (name,)} for name in domains}, **MIXES}
+    alone = {f"{name} only": {"domains": (name,)} for name in domains}
+    texts = {**alone, **MIXES, "mix + self": {"domains": (*domains, *SELF)}}
     return {
         f"{text}, {rounds}, {method}": {"domains": tuple(domains), **texts[text], **ROUNDS[rounds], **METHODS[method]}
         for text in texts
@@ -173,9 +176,18 @@ def groups(results: dict[str, Any], removed: int) -> Iterator[tuple[str, list[di
     yield from sorted(found.items(), key=lambda cell: fmean(one["held-out"] for one in cell[1]))
 
 
+def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs of several files together."""
+    first = files[0]
+    for other in files[1:]:
+        if differing := [name for name, value in first["setting"].items() if other["setting"].get(name) != value]:
+            raise StructPruneError(f"the files were made with different settings: {', '.join(differing)}")
+    return {**first, "runs": [row for one in files for row in one["runs"]]}
+
+
 def table(args: Namespace) -> None:
     """One Markdown table for each share of channels removed."""
-    results = json.loads(Path(args.out).read_text())
+    results = merged([json.loads(Path(path).read_text()) for path in args.out])
     accuracies = {f"{name} acc": score["acc"] for name, score in results["dense"].get("tasks", {}).items()}
     for removed in sorted({row["removed"] for row in results["runs"]}):
         print(f"\n{removed} % of the FFN channels removed\n")
@@ -202,8 +214,8 @@ def main(argv: list[str] | None = None) -> None:
     running.set_defaults(mode=run)
     showing.set_defaults(mode=table)
     add_arguments(running)
-    for mode in (running, showing):
-        mode.add_argument("out", help="JSON file with the results")
+    running.add_argument("out", help="JSON file with the results")
+    showing.add_argument("out", nargs="+", help="JSON files with the results")
     running.add_argument("--cells", nargs="+", default=["*"], help='patterns such as "mix, *, wanda*"')
     running.add_argument("--list", action="store_true", help="name the cells and stop")
     running.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of files in DATA/calibration")

@@ -140,8 +140,8 @@ def test_flags_override_the_file(tmp_path, folder):
 
 
 def test_every_flag_of_the_rounds_is_a_field(folder, tmp_path, capsys):
-    flags = "--criterion taylor --normalisation rank --aggregation worst --damping 0.2 --guard --rounds 2"
-    rounds = "--schedule linear --adaptive-rate 0.5 --objective worst --max-perplexity-ratio 9 --keep-rounds"
+    flags = "--criterion taylor --normalisation rank --aggregation worst --damping 0.2 --correction 0.3 --guard"
+    rounds = "--rounds 2 --schedule linear --adaptive-rate 0.5 --objective worst --max-perplexity-ratio 9 --keep-rounds"
     arguments = command(
         folder, *flags.split(), *rounds.split(), "--checkpoint-dir", str(tmp_path), "--width", "mlp=24"
     )
@@ -151,6 +151,7 @@ def test_every_flag_of_the_rounds_is_a_field(folder, tmp_path, capsys):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "round-1").config.intermediate_size == 32
     used = StructPruneConfig.from_pretrained(folder / "out")
     assert (used.criterion, used.normalisation, used.aggregation, used.damping) == ("taylor", "rank", "worst", 0.2)
+    assert used.correction == 0.3
     assert (used.schedule, used.adaptive_rate, used.objective, used.max_perplexity_ratio) == (
         "linear",
         0.5,

@@ -204,6 +204,12 @@ def test_benchmark_domains(desk, capsys, monkeypatch):
     ratios = [row["perplexity"]["stories"] / first["dense"]["perplexity"]["stories"] for row in first["runs"][1::2]]
     mean, apart = sum(ratios) / 2, abs(ratios[0] - ratios[1]) / 2**0.5
     assert rows[0][1:3] == ["2", f"{mean:.3f} ± {apart:.3f}"]
+    run(["table", str(out), str(out)])
+    assert "| mix, one-shot, wanda + refit | 4 | " in capsys.readouterr().out
+    other = desk / "other.json"
+    other.write_text(json.dumps({**first, "setting": {**first["setting"], "samples": 5}}))
+    with pytest.raises(StructPruneError, match="different settings: samples"):
+        run(["table", str(out), str(other)])
     with pytest.raises(StructPruneError, match="other settings: samples"):
         run([*arguments, *small, "--samples", "5"])
 
