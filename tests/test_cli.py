@@ -141,9 +141,10 @@ def test_flags_override_the_file(tmp_path, folder):
 
 def test_every_flag_of_the_rounds_is_a_field(folder, tmp_path, capsys):
     flags = "--criterion taylor --normalisation rank --aggregation worst --damping 0.2 --correction 0.3 --guard"
-    rounds = "--rounds 2 --schedule linear --adaptive-rate 0.5 --objective worst --max-perplexity-ratio 9 --keep-rounds"
+    rounds = "--rounds 2 --schedule linear --adaptive-rate 0.5 --objective worst --keep-rounds"
+    floor = "--max-perplexity-ratio 9"
     arguments = command(
-        folder, *flags.split(), *rounds.split(), "--checkpoint-dir", str(tmp_path), "--width", "mlp=24"
+        folder, *flags.split(), *rounds.split(), *floor.split(), "--checkpoint-dir", str(tmp_path), "--width", "mlp=24"
     )
     assert main([*arguments, "--overwrite"]) == 0
     shown = capsys.readouterr().out
