@@ -99,7 +99,7 @@ class Sweep:
         reconstructs = self.config.refit == "reconstruct" and smaller is not None
         for layer in tqdm(range(self.spec.num_blocks), desc=title, unit="block"):
             with self._dense_weights(axis for space in self.spec.at(layer) for axis in space.into):
-                passes.follow(layer)
+                passes.follow(layer, widths)
                 targets = self._targets(passes, layer) if reconstructs else []
             for space in self.spec.at(layer):
                 width = space.width_in(widths) * space.scale

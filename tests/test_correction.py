@@ -87,6 +87,14 @@ def test_what_goes_straight_into_the_stream_is_found_by_trying(case, mlp):
     assert passes._gain(0, name) == pytest.approx(mlp, rel=1e-3) and count_hooks(model) == 0
 
 
+@pytest.mark.parametrize(("case", "share"), [("llama-tied", 0.5), ("gemma2", 0.0), ("mixtral", 0.0)])
+def test_no_stream_is_followed_where_nothing_can_correct_it(case, share):
+    model = build(case)
+    passes = BlockPasses(model, describe(model), [Batch(0, token_ids())], correction=0.5)
+    passes.follow(0, ["mlp"])
+    assert passes.correction == share and (passes.dense[0] is passes.hidden[0]) == (share == 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_moments_hold_the_error_of_the_stream(dtype):
     model = build("granite").to(dtype)
@@ -94,7 +102,7 @@ def test_moments_hold_the_error_of_the_stream(dtype):
     passes = BlockPasses(model, spec, [Batch(0, token_ids())], correction=0.25)
     (dense,) = passes.outputs(0)
     passes.hidden = [hidden + 0.5 for hidden in passes.hidden]
-    passes.follow(0)
+    passes.follow(0, ["mlp"])
     space = next(space for space in spec.at(0) if space.kind == "mlp")
     (((moments),),) = passes.gather(0, space, True)
     error = 0.25 * (dense - passes.outputs(0)[0]).float().flatten(0, 1) / 0.7

@@ -87,7 +87,7 @@ def test_a_correction_moves_targets_toward_the_dense_stream():
     sweep = Sweep(model, spec, config(refit="reconstruct"), Mixture((1.0,)))
     passes = BlockPasses(model, spec, [Batch(0, token_ids())], correction=0.25)
     passes.hidden = [hidden + 1 for hidden in passes.hidden]
-    passes.follow(0)
+    passes.follow(0, ["mlp"])
     (target,) = sweep._targets(passes, 0)
     (dense,), (own,) = BlockPasses(model, spec, [Batch(0, token_ids())]).outputs(0), passes.outputs(0)
     torch.testing.assert_close(target, 0.75 * own + 0.25 * dense)

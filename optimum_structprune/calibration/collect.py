@@ -34,10 +34,10 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
 
 @contextmanager
 def adding(module: nn.Module, noise: Tensor) -> Iterator[None]:
-    """Make a module add `noise` to its output, in whatever shape that has."""
+    """Make a module add `noise` to its output, in whatever shape that has; not where it has another size."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + noise.reshape(output.shape).to(output)
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return output + noise.reshape(output.shape).to(output) if output.numel() == noise.numel() else None
 
     handle = module.register_forward_hook(hook)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +11,7 @@ from accelerate.utils import convert_to_fp32, send_to_device
 from torch import Tensor, nn
 
 from ..arch.load import block_list
-from ..arch.spec import ArchSpec, Space
+from ..arch.spec import ArchSpec, Axis, Space
 from ..errors import StructPruneError
 from ..metrics import run_model
 from .calls import Call, first_of, same_call
@@ -46,8 +46,13 @@ class Passes(Protocol):
         """How much each expert of a space of whole experts contributes, shape `(domains, experts)`."""
         ...
 
-    def follow(self, layer: int) -> None:
-        """Block `layer` has its dense weights; what corrects errors takes the dense stream through it."""
+    def follow(self, layer: int, kinds: Collection[str]) -> None:
+        """Block `layer` has its dense weights; what corrects errors takes the dense stream through it.
+
+        Args:
+            layer: Index of the block.
+            kinds: Kinds of space that are pruned.
+        """
         ...
 
     def advance(self, layer: int) -> None:
@@ -141,7 +146,7 @@ class BlockPasses:
             self.routed = self.routed or self._route(layer, experts)
             return [finite(space, inner_moments(experts, space, self.routed, gram, 1 + max(self.domains)))]
         self.routed = ()
-        local = {axis.module.removeprefix(self.spec.block_prefix(layer)): axis.module for axis in space.into}
+        local = {self._local(layer, axis): axis.module for axis in space.into}
         gains = {local[name]: gain for name in local if self.correction and (gain := self._gain(layer, name))}
         tally = Tally([space], gram, 1 + max(self.domains), self.device, gains, self.hidden[0].shape[-1])
         with observe(self._block(layer), local, lambda name, x: tally.see(local[name], x)):
@@ -157,8 +162,12 @@ class BlockPasses:
         experts = self._experts(layer, str(space.experts))
         return contributions(experts, space.size, self._route(layer, experts), 1 + max(self.domains))
 
-    def follow(self, layer: int) -> None:
-        """See `Passes.follow`."""
+    def follow(self, layer: int, kinds: Collection[str]) -> None:
+        """See `Passes.follow`; where nothing in the first block can correct, there is no correction in any."""
+        if self.correction and layer == 0:
+            spaces = [space for space in self.spec.at(0) if space.kind in kinds and space.experts is None]
+            if not any(self._gain(0, self._local(0, axis)) for space in spaces for axis in space.into):
+                self.correction = 0.0
         if self.correction:
             for index, hidden in enumerate(self.dense):
                 self.dense[index] = self._run(layer, index, hidden)
@@ -174,6 +183,9 @@ class BlockPasses:
     def _block(self, layer: int) -> nn.Module:
         # Asked for anew each time, since a block is replaced when it shrinks.
         return block_list(self.model, self.spec)[layer]
+
+    def _local(self, layer: int, axis: Axis) -> str:
+        return axis.module.removeprefix(self.spec.block_prefix(layer))
 
     def _experts(self, layer: int, name: str) -> nn.Module:
         return self._block(layer).get_submodule(name.removeprefix(self.spec.block_prefix(layer)))
@@ -257,7 +269,7 @@ class ModelPasses:
         experts = self.model.get_submodule(str(space.experts))
         return contributions(experts, space.size, self._route(experts), 1 + max(self.domains))
 
-    def follow(self, layer: int) -> None:
+    def follow(self, layer: int, kinds: Collection[str]) -> None:
         """See `Passes.follow`; errors are not corrected here."""
 
     def advance(self, layer: int) -> None:

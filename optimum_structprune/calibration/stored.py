@@ -270,7 +270,7 @@ class StoredPasses:
             "without stats."
         )
 
-    def follow(self, layer: int) -> None:
+    def follow(self, layer: int, kinds: Collection[str]) -> None:
         """See `Passes.follow`; there is no stream."""
 
     def advance(self, layer: int) -> None:
