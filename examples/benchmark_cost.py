@@ -1,6 +1,6 @@
 """What pruning costs, as ratios measured in one process.
 
-    python examples/benchmark_cost.py MODEL [--width mlp=1152] [--num-samples 36]
+    python examples/benchmark_cost.py MODEL [--width mlp=1152] [--num-samples 36] [--correction 0]
 
 Time: calibration, scoring, refit and removal against plain forward passes of the dense model over the same tokens.
 Memory: the highest resident set while pruning in place, less what was resident before the model was loaded, against
@@ -59,6 +59,7 @@ def run(args: Namespace) -> None:
         seq_length=args.seq_length,
         criterion=args.criterion,
         rounds=args.rounds,
+        correction=args.correction,
     )
     load_libraries()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -66,7 +67,8 @@ def run(args: Namespace) -> None:
     before = resident("VmRSS")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    hidden = blocks.numel() * model.config.hidden_size * model.dtype.itemsize
+    streams = 2 if config.correction else 1
+    hidden = streams * blocks.numel() * model.config.hidden_size * model.dtype.itemsize
     statistics = len(config.domains) * max(space.size for space in describe(model).spaces) ** 2 * 4
     # Out of the memory-mapped file, whose pages stay resident, though reclaimable, until the whole file is dropped.
     for parameter in model.parameters():
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--criterion", default="wanda")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--correction", type=float, default=0.5, help="0 leaves the dense stream out")
     disable_progress_bar()
     run(parser.parse_args())
 

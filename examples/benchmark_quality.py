@@ -37,6 +37,8 @@ def cells(mlp: int) -> dict[str, dict]:
         "defaults, 3 domains": {},
         "defaults, 5 domains": {"domains": FIVE},
         "no refit, 5 domains": {"domains": FIVE, "refit": "none"},
+        "correction=0, 3 domains": {"correction": 0.0},
+        "correction=0, 5 domains": {"correction": 0.0, "domains": FIVE},
         "damping=0.01, 3 domains": {"damping": 0.01},
         "damping=0.01, 5 domains": {"damping": 0.01, "domains": FIVE},
         "random, no refit": {"criterion": "random", "refit": "none"},
