@@ -260,6 +260,13 @@ class StructPruneConfig(Serialisable):
                     f"{text}, but stats={self.stats!r} holds moments of the dense model; leave out one of the two"
                 )
 
+        recovery = self.recovery
+        if self.stats and recovery is not None and recovery.domains is None and self.domains == builtin_domains():
+            raise ValueError(
+                f"recovery trains on text, stats={self.stats!r} holds none, and no domain is named; name them in domains, "
+                "or in the domains of recovery"
+            )
+
     def validate_domains(self) -> None:
         """At least one domain, and no two of the same name."""
         check_names(self.domains)

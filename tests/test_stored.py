@@ -236,6 +236,7 @@ def test_what_statistics_cannot_give_is_refused(stats, tmp_path):
         ({"select": "length"}, "select='length' chooses text"),
         ({"refit": "reconstruct"}, "refit='reconstruct' runs blocks"),
         ({"recovery": {"every_round": True}}, "every_round=True calibrates on a trained model"),
+        ({"recovery": {"tokens": 9}}, "recovery trains on text, stats=.* holds none, and no domain is named"),
     ):
         with pytest.raises(StructPruneError, match=message):
             StructPruneConfig.from_dict({"sparsity": 0.2, "stats": str(stats), **fields})
