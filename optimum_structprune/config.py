@@ -263,8 +263,8 @@ class StructPruneConfig(Serialisable):
         recovery = self.recovery
         if self.stats and recovery is not None and recovery.domains is None and self.domains == builtin_domains():
             raise ValueError(
-                f"recovery trains on text, stats={self.stats!r} holds none, and no domain is named; name them in domains, "
-                "or in the domains of recovery"
+                f"recovery trains on text, stats={self.stats!r} holds none, and no domain is named; name them in "
+                "domains, or in the domains of recovery"
             )
 
     def validate_domains(self) -> None:
