@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from models import config
 
 from optimum_structprune.calibration.aggregate import AGGREGATIONS, aggregate, normalised
-from optimum_structprune.calibration.evidence import Mixture, output_energy
+from optimum_structprune.calibration.evidence import Mixture, output_energies
 from optimum_structprune.calibration.stats import Moments, mix
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.reweight import MOST, reweighted
@@ -129,8 +129,8 @@ def parts():
 def test_the_mean_of_energies_is_taken_over_moments(parts, name, how):
     weight, moments = parts
     criterion = CRITERIA.get(name)(config(criterion=name))
-    weights = [0.3 / (1 if how == "none" else output_energy(weight, moments[0]))]
-    weights.append(0.7 / (1 if how == "none" else output_energy(weight, moments[1])))
+    weights = [0.3 / (1 if how == "none" else output_energies(weight, moments)[0])]
+    weights.append(0.7 / (1 if how == "none" else output_energies(weight, moments)[1]))
     pooled = mix(moments, weights)
     mixture = Mixture((0.3, 0.7), normalisation=how)
     torch.testing.assert_close(mixture.pool(weight, moments).gram, pooled.gram)

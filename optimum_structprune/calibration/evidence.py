@@ -46,7 +46,7 @@ class Mixture:
         return mix(parts, self._weights(weight, parts, shares))
 
     def _weights(self, weight: Tensor, parts: Sequence[Moments], shares: Sequence[float]) -> Sequence[float]:
-        energies = [output_energy(weight, part) for part in parts]
+        energies = output_energies(weight, parts)
         if self.normalisation == "none" or min(energies) <= 0:
             return shares
         return [share / energy for share, energy in zip(shares, energies, strict=True)]
@@ -93,8 +93,13 @@ class Mixture:
         return [part for part, _ in pairs], [share / total for _, share in pairs]
 
 
-def output_energy(weight: Tensor, moments: Moments) -> float:
-    """E‖W x‖², from the Gram matrix, or without it from the squares alone (as if components were uncorrelated)."""
-    if moments.gram is None:
-        return float(weight.square().sum(0) @ moments.square.to(weight))
-    return float(((weight @ moments.gram.to(weight)) * weight).sum())
+def output_energies(weight: Tensor, parts: Sequence[Moments]) -> list[float]:
+    """E‖W x‖² by domain, from the Gram matrices, or without them from the squares alone (as if components were
+    uncorrelated).
+    """
+    if parts[0].gram is None:
+        squares = weight.square().sum(0)
+        return [float(squares @ part.square.to(weight)) for part in parts]
+    # tr(W H Wᵀ) = ⟨Wᵀ W, H⟩: the large product once for all domains.
+    product = weight.T @ weight
+    return [float((product * part.full_gram().to(weight)).sum()) for part in parts]
