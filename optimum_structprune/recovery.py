@@ -180,6 +180,8 @@ class Recovery:
             num_samples=blocks * len(domains),
             seq_length=seq_length,
             select="random",
+            adaptive_rate=0.0,
+            objective="mean",
             seed=pruning.seed if config.seed is None else config.seed,
         )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .arch.shrink import shrunk_config
 from .arch.spec import ArchSpec, Widths
+from .calibration.blocks import split_samples
 from .calibration.clock import Clock
 from .calibration.evidence import Mixture
 from .calibration.gradients import saliencies
@@ -170,10 +171,20 @@ class Rounds:
     def _round_(self, number: int, step: Widths, smaller: PreTrainedModel | None = None) -> None:
         config, sweep, clock = self.config, self.sweep, Clock(self.model.device)
         with self.report.timed(f"round {number}"):
-            passes = passes_of(sweep, self.domains, self.statistics, clock, config.guard)
+            passes = passes_of(sweep, self._portions(), self.statistics, clock, config.guard)
             sweep.run_(passes, step, smaller, f"round {number}/{max(number, config.rounds)}")
         self.report.note_domains(clock.seconds, [domain.name for domain in self.domains])
         self.report.note_guard(sweep.guarded, float(config.damping))
+
+    def _portions(self) -> list[Domain]:
+        """The domains with as many blocks each as its present weight is worth, so that what counts more is known
+        better; the sum stays the same.
+        """
+        if not self.config.reweights or self.statistics is not None:
+            return self.domains
+        counts = split_samples(sum(len(domain.blocks) for domain in self.domains), self.sweep.mixture.shares)
+        # The guard sets one block of each domain aside.
+        return [domain.portion(max(count, 2)) for domain, count in zip(self.domains, counts, strict=True)]
 
     def _ratios(self) -> dict[str, float]:
         """Perplexity over the dense model's, by domain; nothing where no setting asks for it."""

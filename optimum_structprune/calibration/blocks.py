@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..config import StructPruneConfig
 from ..errors import StructPruneError
+from ..reweight import MOST
 from ..schema import DomainConfig, written_by_model
 from .generated import self_documents
 from .packing import DOCUMENTS_PER_CALL, Frame, Packed, Tokens, prefix_token, tokenised
@@ -34,8 +36,9 @@ class Domain:
         heldout: For perplexity, shape `(num_heldout, seq_length)`, int64.
         mask: Tokens of `blocks` that give evidence, of the same shape; None for all.
         origin: Where the text came from, presets resolved; None for inputs that were given.
-        documents: Hashes of the documents in `blocks`.
+        documents: Hashes of the documents in `blocks` and `spare`.
         heldout_documents: Hashes of the documents in `heldout`.
+        spare: Further blocks and their mask, for rounds in which the domain counts more than was asked for.
     """
 
     name: str
@@ -46,6 +49,19 @@ class Domain:
     origin: DomainConfig | None = None
     documents: tuple[str, ...] = ()
     heldout_documents: tuple[str, ...] = ()
+    spare: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def pool(self) -> Tensor:
+        """All blocks that a round may use, shape `(num_blocks, seq_length)`."""
+        return self.blocks if self.spare is None else torch.cat([self.blocks, self.spare[0]])
+
+    def portion(self, count: int) -> Domain:
+        """The same domain with another number of blocks, as far as there is text."""
+        mask = self.mask
+        if self.spare is not None and mask is not None and self.spare[1] is not None:
+            mask = torch.cat([mask, self.spare[1]])
+        return replace(self, blocks=self.pool[:count], mask=None if mask is None else mask[:count])
 
 
 def load_domains(
@@ -84,8 +100,10 @@ def load_domains(
         texts = documents(domain, config.seed, tokenizer, write)
         # What a model writes itself is too dear to be read ahead of need.
         at_once = 1 if written_by_model(domain) else DOCUMENTS_PER_CALL
-        heldout, packed = packer.pack(index, tokenised(texts, tokenizer, domain.answers_only, at_once))
-        _check_tokens(domain, heldout, packed, vocab_size)
+        stream = tokenised(texts, tokenizer, domain.answers_only, at_once)
+        heldout, packed = packer.pack(index, stream)
+        spare = None if written_by_model(domain) else packer.spare(index, stream)
+        _check_tokens(domain, heldout, packed, spare, vocab_size)
         loaded.append(
             Domain(
                 domain.name,
@@ -94,8 +112,9 @@ def load_domains(
                 heldout.blocks,
                 packed.mask,
                 domain,
-                packed.hashes,
+                packed.hashes + (() if spare is None else spare.hashes),
                 heldout.hashes,
+                None if spare is None else (spare.blocks, spare.mask),
             )
         )
     return loaded
@@ -207,8 +226,11 @@ def check_vocabulary(largest: int, vocab_size: int | None) -> None:
         )
 
 
-def _check_tokens(domain: DomainConfig, heldout: Packed, packed: Packed, vocab_size: int | None) -> None:
-    check_vocabulary(int(max(heldout.blocks.max(), packed.blocks.max())), vocab_size)
+def _check_tokens(
+    domain: DomainConfig, heldout: Packed, packed: Packed, spare: Packed | None, vocab_size: int | None
+) -> None:
+    parts = [heldout, packed, *([] if spare is None else [spare])]
+    check_vocabulary(max(int(part.blocks.max()) for part in parts), vocab_size)
     if packed.mask is not None and not packed.mask.any():
         raise StructPruneError(
             f"The domain {domain.name!r} has answers_only, but its {len(packed.hashes)} documents hold no answer."
@@ -235,6 +257,16 @@ class _Packer:
             raise StructPruneError(self._too_little(index, [*heldout, *pool]))
         blocks = self.selector.pack(self.frame, pool, count)
         return self.frame.pack(heldout, aside // self.frame.body), blocks
+
+    def spare(self, index: int, stream: Iterator[Tokens]) -> Packed | None:
+        """Further blocks, as far as the text goes: as many as the domain may come to count more."""
+        config = self.config
+        if not config.reweights:
+            return None
+        count = self._counts(config.num_samples)[index]
+        more = min(round(MOST[config.objective] * count), config.num_samples) - count
+        packed = self.frame.pack(self.frame.take(stream, self.frame.body * more), more)
+        return packed if len(packed.blocks) else None
 
     def _counts(self, num_samples: int) -> list[int]:
         return split_samples(num_samples, [domain.weight for domain in self.domains])

@@ -36,10 +36,10 @@ class Entry:
         name: Of the domain.
         origin: The domain's config, presets resolved; empty for inputs that were given.
         weight: Its share of the calibration.
-        calibration_tokens: In the calibration blocks, prefixes included.
+        calibration_tokens: In all blocks that a round may have used, prefixes included.
         evidence_tokens: Those of them that statistics were taken from.
         heldout_tokens: In the held-out blocks.
-        blocks_sha256: Of the calibration blocks.
+        blocks_sha256: Of these blocks.
         heldout_sha256: Of the held-out blocks.
         documents: SHA-256 of each document in the calibration blocks, in the order of use.
         heldout_documents: Of each document in the held-out blocks.
@@ -59,14 +59,15 @@ class Entry:
     @classmethod
     def of(cls, domain: Domain) -> Entry:
         """What there is to say about a domain."""
+        whole = domain.portion(len(domain.pool))
         return cls(
             name=domain.name,
             origin={} if domain.origin is None else _located(domain.origin).to_dict(),
             weight=domain.weight,
-            calibration_tokens=domain.blocks.numel(),
-            evidence_tokens=domain.blocks.numel() if domain.mask is None else int(domain.mask.sum()),
+            calibration_tokens=whole.blocks.numel(),
+            evidence_tokens=whole.blocks.numel() if whole.mask is None else int(whole.mask.sum()),
             heldout_tokens=domain.heldout.numel(),
-            blocks_sha256=tensor_hash(domain.blocks),
+            blocks_sha256=tensor_hash(whole.blocks),
             heldout_sha256=tensor_hash(domain.heldout),
             documents=list(domain.documents),
             heldout_documents=list(domain.heldout_documents),

@@ -58,7 +58,7 @@ def calibrate(
             experts.
     """
     check_target(folder, overwrite)
-    config = replace(config, stats=None)
+    config = replace(config, stats=None, adaptive_rate=0.0, objective="mean")  # no rounds, so nothing to weigh anew
     model = dequantized(model, inplace=False)
     check_model(model, config)
     spec = describe(model, config.arch_file)
