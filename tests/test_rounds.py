@@ -23,10 +23,11 @@ from optimum_structprune import (
 )
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.shrink import legal_sizes
-from optimum_structprune.calibration.blocks import load_domains
+from optimum_structprune.calibration.blocks import load_domains, split_samples
+from optimum_structprune.calibration.manifest import Entry
 from optimum_structprune.calibration.passes import batches_of, passes_over
 from optimum_structprune.halving import between
-from optimum_structprune.rounds import mixture
+from optimum_structprune.rounds import mixture, passes_of
 from optimum_structprune.surgery import read_consumer
 from optimum_structprune.sweep import Sweep
 
@@ -95,6 +96,53 @@ def test_shares_move_to_the_domain_that_loses_more(fields, most):
     # The shares are used, not only reported.
     _, equal = pruned(model, reader, two_domains(rounds=4))
     assert equal.plan != pruner.plan and equal.report.rounds == [] and "shares" not in str(equal.report)
+
+
+@needs_shared
+def test_a_domain_that_counts_more_is_run_on_more_text(monkeypatch):
+    """The blocks of a round follow its shares, and their number stays the same."""
+    used = []
+
+    def watched(sweep, domains, *args):
+        used.append([len(domain.blocks) for domain in domains])
+        return passes_of(sweep, domains, *args)
+
+    monkeypatch.setattr("optimum_structprune.rounds.passes_of", watched)
+    model, reader = stories_model()
+    _, pruner = pruned(model, reader, two_domains(rounds=3, objective="worst", num_samples=12))
+    assert used[0] == [6, 6] and [sum(counts) for counts in used] == [12, 12, 12]
+    for counts, one in zip(used, pruner.report.rounds, strict=True):
+        assert counts == split_samples(12, list(one["shares"].values()))
+    assert used[-1][0] > 8
+    used.clear()
+    pruned(model, reader, two_domains(rounds=3, num_samples=12))
+    assert used == [[6, 6]] * 3
+
+
+@needs_shared
+def test_spare_text_is_other_text_and_on_record():
+    reader = stories_model()[1]
+    plain, more = (load_domains(two_domains(rounds=2, **fields), reader) for fields in ({}, {"objective": "worst"}))
+    for without, domain in zip(plain, more, strict=True):
+        assert torch.equal(without.blocks, domain.blocks) and torch.equal(without.heldout, domain.heldout)
+        assert without.spare is None and len(domain.pool) == 8  # never more than all that are run
+        assert torch.equal(domain.pool[:4], domain.blocks) and domain.portion(6).blocks.shape == (6, 96)
+        extra = set(domain.documents) - set(without.documents)
+        assert extra and not extra & set(domain.heldout_documents)
+        entry = Entry.of(domain)
+        assert entry.calibration_tokens == entry.evidence_tokens == 8 * 96 and extra <= set(entry.documents)
+
+
+def test_spare_text_carries_its_mask_and_goes_as_far_as_there_is_some():
+    rows = [{"q": f"how many {i}", "a": f"it is {i} and so on"} for i in range(60)]
+    answers = {"template": "{q}: {a}", "answers_only": True}
+    domains = [DomainConfig("a", rows, **answers), DomainConfig("b", rows[:8], **answers)]
+    settings = config(domains=domains, num_samples=4, seq_length=16, rounds=2, objective="worst")
+    long, short = load_domains(settings, tokenizer())
+    assert len(long.pool) == 4 and 2 <= len(short.pool) < 4
+    whole = long.portion(4)
+    assert whole.mask.shape == whole.blocks.shape and whole.mask.any(1).all() and not whole.mask.all()
+    assert torch.equal(long.portion(2).mask, long.mask)
 
 
 @needs_shared
