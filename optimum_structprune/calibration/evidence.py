@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ..criteria.base import Criterion
 
 
+# Rows of a product of matrices that are in memory at once.
+ROWS = 256
+
+
 @dataclass
 class Mixture:
     """How the evidence of the domains is brought together.
@@ -100,6 +104,10 @@ def output_energies(weight: Tensor, parts: Sequence[Moments]) -> list[float]:
     if parts[0].gram is None:
         squares = weight.square().sum(0)
         return [float(squares @ part.square.to(weight)) for part in parts]
-    # tr(W H Wᵀ) = ⟨Wᵀ W, H⟩: the large product once for all domains.
-    product = weight.T @ weight
-    return [float((product * part.full_gram().to(weight)).sum()) for part in parts]
+    # tr(W H Wᵀ) = ⟨Wᵀ W, H⟩: the large product once for all domains, and never whole in memory.
+    energies = torch.zeros(len(parts), dtype=torch.float64, device=weight.device)
+    for rows in torch.arange(weight.shape[1], device=weight.device).split(ROWS):
+        product = weight[:, rows].T @ weight
+        for index, part in enumerate(parts):
+            energies[index] += (product * part.full_gram()[rows].to(weight)).sum()
+    return energies.tolist()
