@@ -104,10 +104,7 @@ class Sweep:
             for space in self.spec.at(layer):
                 width = space.width_in(widths) * space.scale
                 if width < space.size:
-                    # A refit starts from the dense weights, so what it is to correct is the error that these leave.
-                    with self._dense_weights(space.into):
-                        evidence = passes.gather(layer, space, self.gram)
-                    self._prune_(space, evidence, width, smaller is None)
+                    self._prune_(space, passes, width, smaller is None)
             if smaller is not None:
                 shrink_block_(self.model, self.spec, layer, self.plan, smaller)
             if reconstructs:
@@ -221,7 +218,10 @@ class Sweep:
         self.dense = {axis: read_consumer(self.model, axis) for axis in snapshot.consumers}
         self.restore_(snapshot)
 
-    def _prune_(self, space: Space, evidence: Sequence[Sequence[Moments]], width: int, remember: bool) -> None:
+    def _prune_(self, space: Space, passes: Passes, width: int, remember: bool) -> None:
+        # A refit starts from the dense weights, so what it is to correct is the error that these leave.
+        with self._dense_weights(space.into):
+            evidence = passes.gather(space.layer, space, self.gram)
         key = (space.layer, space.name)
         before = self.keep.get(key, tuple(range(space.size)))
         pairs = list(zip(space.into, evidence, strict=True))
