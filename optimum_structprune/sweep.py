@@ -117,9 +117,11 @@ class Sweep:
         now = {axis: read_consumer(self.model, axis) for axis in axes if axis in self.dense}
         for axis in now:
             self._write_(axis, *self.dense[axis])
-        yield
-        for axis, values in now.items():
-            self._write_(axis, *values)
+        try:
+            yield
+        finally:
+            for axis, values in now.items():
+                self._write_(axis, *values)
 
     def _targets(self, passes: Passes, layer: int) -> list[Tensor]:
         """What the dense block makes of its present input, moved toward the dense stream by the correction."""
