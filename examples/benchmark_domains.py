@@ -65,6 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "flap global + refit": {"criterion": "flap", "refit": "least_squares", "allocation": "global"},
     "wanda global + refit": {"criterion": "wanda", "refit": "least_squares", "allocation": "global"},
     "wanda + reconstruct": {"criterion": "wanda", "refit": "reconstruct"},
+    "obs global + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "global"},
     "wanda global + reconstruct": {"criterion": "wanda", "refit": "reconstruct", "allocation": "global"},
     "wanda + guarded refit": {"criterion": "wanda", "refit": "least_squares", "guard": True},
 }
