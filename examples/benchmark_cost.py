@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--width", nargs="+", default=["mlp=1152"])
     parser.add_argument("--num-samples", type=int, default=36)
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--criterion", default="wanda")
+    parser.add_argument("--criterion")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--correction", type=float, default=0.5, help="0 leaves the dense stream out")
     disable_progress_bar()

@@ -131,7 +131,7 @@ def check_rounds(config: StructPruneConfig, spec: ArchSpec) -> None:
     Raises:
         StructPruneError: If a setting needs a perplexity or a gradient that the model does not give.
     """
-    if config.criterion in CRITERIA.names() and CRITERIA.get(config.criterion).needs_gradient:
+    if config.scored_by in CRITERIA.names() and CRITERIA.get(config.scored_by).needs_gradient:
         check_gradients(spec)
     if not spec.causal and (config.reweights or config.max_perplexity_ratio is not None):
         raise StructPruneError(
@@ -149,5 +149,5 @@ def check_gradients(spec: ArchSpec) -> None:
     if not spec.causal or any(space.experts for space in spec.spaces):
         raise StructPruneError(
             f"Gradients are gathered for dense models that predict the next token, not for {spec.model_type!r}; "
-            "choose criterion='wanda'."
+            "choose criterion='obs' or 'wanda'."
         )

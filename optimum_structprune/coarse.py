@@ -42,8 +42,8 @@ def check_coarse(config: StructPruneConfig, names: Sequence[str]) -> None:
             too; or if the residual stream is to be refitted by biases.
     """
     others = [name for name in names if name != LAYER]
-    if config.criterion not in LAYER_CRITERIA.names():
-        CRITERIA.get(config.criterion)
+    if config.scored_by not in LAYER_CRITERIA.names():
+        CRITERIA.get(config.scored_by)
     elif others:
         raise StructPruneError(
             f"criterion={config.criterion!r} judges whole blocks, and nothing inside them; prune {LAYER!r} in a run "

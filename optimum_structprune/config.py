@@ -56,7 +56,7 @@ class StructPruneConfig(Serialisable):
             parameters in its dtype, or `{"cache_bytes_per_token": 9000}` of keys and values. The widths are the
             largest that keep to it.
         targets: Spaces that may shrink when `sparsity` or `budget` chooses the widths.
-        criterion: Registered criterion that scores the units.
+        criterion: Registered criterion that scores the units; None is `obs` with a least-squares refit, else `wanda`.
         refit: What makes up for the removed units: `none`, `bias`, `least_squares`, or `reconstruct`, which after that
             trains each block toward the dense block's output.
         reconstruct_epochs: Passes over the calibration blocks at most, for each block of the model.
@@ -67,8 +67,7 @@ class StructPruneConfig(Serialisable):
             ranks all units of the model and gives every block a width of its own.
         min_width: With `global`, the share of its units that every block keeps at least.
         max_width: With `global`, the share of its units that a block keeps at most.
-        round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this; explicit widths are taken
-            as given.
+        round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this; explicit ones need not be.
         domains: Calibration text; more than one kind makes the result general.
         stats: Folder that `structprune calibrate` wrote: its moments of the dense model stand in for calibration, so
             that no text is run. `domains` then only chooses among its domains and weighs them.
@@ -111,7 +110,7 @@ class StructPruneConfig(Serialisable):
     widths: dict[str, int] | None = None
     budget: dict[str, Number] | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
-    criterion: str = "wanda"
+    criterion: str | None = None
     refit: Literal["none", "bias", "least_squares", "reconstruct"] = "least_squares"
     reconstruct_epochs: int = validated_field(positive, default=4)
     reconstruct_rate: Number = validated_field(positive, default=1e-4)
@@ -202,6 +201,16 @@ class StructPruneConfig(Serialisable):
             )
 
     @property
+    def scored_by(self) -> str:
+        """The criterion, named or not."""
+        return self.criterion or ("obs" if self.fits else "wanda")
+
+    @property
+    def fits(self) -> bool:
+        """Whether the weights that stay are fitted to what the dense ones gave, which takes Gram matrices."""
+        return self.refit in ("least_squares", "reconstruct")
+
+    @property
     def reweights(self) -> bool:
         """Whether the weights of the domains change from round to round."""
         return self.adaptive_rate > 0 or self.objective == "worst"
@@ -227,7 +236,7 @@ class StructPruneConfig(Serialisable):
             raise ValueError(
                 "aggregation='harmonic' takes positive scores, and normalisation='zscore' gives negative ones"
             )
-        if self.guard and self.refit not in ("least_squares", "reconstruct"):
+        if self.guard and not self.fits:
             raise ValueError(f"guard=True guards refit='least_squares' or 'reconstruct', got refit={self.refit!r}")
         if self.keep_rounds and self.checkpoint_dir is None:
             raise ValueError("keep_rounds=True leaves models in checkpoint_dir, which is None; name a folder")
@@ -259,9 +268,8 @@ class StructPruneConfig(Serialisable):
                 raise ValueError(
                     f"{text}, but stats={self.stats!r} holds moments of the dense model; leave out one of the two"
                 )
-
-        recovery = self.recovery
-        if self.stats and recovery is not None and recovery.domains is None and self.domains == builtin_domains():
+        unnamed = self.recovery is not None and self.recovery.domains is None and self.domains == builtin_domains()
+        if self.stats and unnamed:
             raise ValueError(
                 f"recovery trains on text, stats={self.stats!r} holds none, and no domain is named; name them in "
                 "domains, or in the domains of recovery"

@@ -38,7 +38,7 @@ def remove_layers_(
         width: Number of blocks to keep.
     """
     criterion = LAYER_CRITERIA.get(
-        config.criterion if config.criterion in LAYER_CRITERIA.names() else BLOCK_INFLUENCE
+        config.scored_by if config.scored_by in LAYER_CRITERIA.names() else BLOCK_INFLUENCE
     )()
     spec = describe(model, config.arch_file)
     plan = Plan(spec.model_type, {})

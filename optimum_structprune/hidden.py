@@ -21,7 +21,7 @@ from .config import StructPruneConfig
 from .heterogeneous import heterogeneous
 from .metrics import run_model
 from .plan import Plan
-from .refit import NEEDS_GRAM, REFITS
+from .refit import REFITS
 from .surgery import adopt_config_, read_consumer, replace_, slice_tensors, write_consumer_
 
 
@@ -56,7 +56,7 @@ def remove_channels_(
     scores = mixture.judge_experts(energies.mean(0), width)
     keep = tuple(sorted(scores.topk(width).indices.tolist()))
     left = torch.ones(len(spec.stream.reads))
-    if config.refit in NEEDS_GRAM:
+    if config.fits:
         mixed = torch.tensor(mixture.shares, dtype=energies.dtype) @ energies.movedim(1, 0).flatten(1)
         left = mixed.view(len(left), -1)[:, list(keep)].mean(1) * width / spec.stream.space.size
         refit_readers_(model, spec, config, batches, mixture, keep)

@@ -20,26 +20,24 @@ LEAST = 1e-6
 Refit = Callable[[Tensor, "Tensor | None", Moments, Tensor, float], "tuple[Tensor, Tensor | None]"]
 
 
-def solve_damped(matrix: Tensor, right: Tensor, damping: float) -> Tensor:
-    """Solve `X (matrix + λ D) = right` for symmetric `matrix` with the diagonal D, by Cholesky.
+def with_damped_factor(matrix: Tensor, damping: float, use: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `use` makes of the Cholesky factor of `matrix + λ D` for symmetric `matrix` with the diagonal D.
 
     The ridge is relative to every component's own second moment, so what is loud and what is quiet are held back
     alike: a share λ / (1 + λ) of every correlation is not believed, whatever the scale of the components. The
-    factorisation is tried in fp32, then in fp64, then with ten times the damping, and so on.
+    factorisation is tried in fp32, then in fp64, then with ten times the damping, and so on, until the result is
+    finite.
 
     Args:
-        matrix: Positive semi-definite, shape `(n, n)`.
-        right: Shape `(m, n)`.
+        matrix: Positive semi-definite, shape `(n, n)`, not all zeros.
         damping: λ.
+        use: Takes L with `L Lᵀ = matrix + λ D`, lower triangular, shape `(n, n)`.
 
-    Returns:
-        X, shape `(m, n)`, in the dtype of `right`.
+    Raises:
+        StructPruneError: If nothing helps.
     """
     diagonal = matrix.diagonal()
-    mean = float(diagonal.mean())
-    if mean <= 0:
-        return torch.zeros_like(right)
-    own = diagonal.clamp(min=LEAST * mean)  # what never moves would leave nothing to divide by
+    own = diagonal.clamp(min=LEAST * float(diagonal.mean()))  # what never moves would leave nothing to divide by
     for attempt in range(6):
         ridge = max(damping, 1e-8) * 10.0**attempt
         for dtype in (torch.float32, torch.float64):
@@ -47,12 +45,30 @@ def solve_damped(matrix: Tensor, right: Tensor, damping: float) -> Tensor:
             damped.diagonal().add_(own.to(dtype), alpha=ridge)
             factor, info = torch.linalg.cholesky_ex(damped)
             if info == 0:
-                solution = torch.cholesky_solve(right.to(dtype).T, factor).T
-                if torch.isfinite(solution).all():
-                    return solution.to(right.dtype)
+                result = use(factor)
+                if torch.isfinite(result).all():
+                    return result
         logger.warning("The Gram matrix is not positive definite with damping %g; trying ten times that.", ridge)
     raise StructPruneError(
         "The Gram matrix of a tap cannot be inverted even with damping; its activations are broken."
+    )
+
+
+def solve_damped(matrix: Tensor, right: Tensor, damping: float) -> Tensor:
+    """Solve `X (matrix + λ D) = right`, with the ridge of `with_damped_factor`.
+
+    Args:
+        matrix: Positive semi-definite, shape `(n, n)`.
+        right: Shape `(m, n)`.
+        damping: λ.
+
+    Returns:
+        X, shape `(m, n)`, in the dtype of `right`; zeros for a matrix of zeros.
+    """
+    if float(matrix.diagonal().sum()) <= 0:
+        return torch.zeros_like(right)
+    return with_damped_factor(
+        matrix, damping, lambda factor: torch.cholesky_solve(right.to(factor.dtype).T, factor).T.to(right.dtype)
     )
 
 
@@ -124,4 +140,3 @@ REFITS: dict[str, Refit] = {
     # The block's training starts from the least squares.
     "reconstruct": least_squares,
 }
-NEEDS_GRAM = frozenset({"least_squares", "reconstruct"})

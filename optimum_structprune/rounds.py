@@ -24,7 +24,6 @@ from .halving import halfway, whole_widths
 from .hub import PLAN_NAME, check_reload, save_checked
 from .measure import Measure
 from .plan import Plan
-from .refit import NEEDS_GRAM
 from .report import Report
 from .reweight import reweighted
 from .schedule import next_legal, round_widths
@@ -66,7 +65,7 @@ def passes_of(
         sweep.saliency = saliencies(model, spec, batches, clock)
     if guard:
         batches = guard_batches(domains, config.batch_size)
-    correction = float(config.correction) if config.refit in NEEDS_GRAM else 0.0
+    correction = float(config.correction) if config.fits else 0.0
     return passes_over(model, spec, batches, clock, correction)
 
 

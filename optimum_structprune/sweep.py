@@ -22,7 +22,7 @@ from .guard import Choice, guarded_refit
 from .plan import Plan
 from .ranking import standardised
 from .reconstruct import Reconstruction, in_float32, reconstruct_
-from .refit import NEEDS_GRAM, REFITS
+from .refit import REFITS
 from .surgery import read_consumer, shrink_block_, units_to_columns, write_consumer_
 
 
@@ -80,11 +80,11 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.begin_()
-        self.gram = self.criterion.needs_gram or self.config.refit in NEEDS_GRAM
+        self.gram = self.criterion.needs_gram or self.config.fits
 
     def begin_(self) -> None:
         """Make the criterion anew, so that what it draws at random in a round does not depend on those before."""
-        self.criterion: Criterion = CRITERIA.get(self.config.criterion)(self.config)
+        self.criterion: Criterion = CRITERIA.get(self.config.scored_by)(self.config)
 
     def run_(self, passes: Passes, widths: Widths, smaller: PreTrainedModel | None, title: str) -> None:
         """One round.

@@ -65,11 +65,23 @@ def test_every_criterion_with_every_refit(criterion, refit):
 
 def test_refit_brings_the_logits_nearer():
     model = build("llama-tied")
+    configs = {refit: config(criterion="wanda", refit=refit) for refit in ("none", "least_squares")}
     distance = {
-        refit: float((logits(prune_model(model, config(refit=refit), tokenizer())) - logits(model)).square().mean())
-        for refit in ("none", "least_squares")
+        refit: float((logits(prune_model(model, one, tokenizer())) - logits(model)).square().mean())
+        for refit, one in configs.items()
     }
     assert distance["least_squares"] < 0.9 * distance["none"]
+
+
+@pytest.mark.parametrize(("refit", "criterion"), [("none", "wanda"), ("bias", "wanda"), ("least_squares", "obs")])
+def test_without_a_criterion_the_refit_names_it(refit, criterion):
+    model = build("llama-tied")
+    found = {
+        name: prune_model(model, config(criterion=name, refit=refit), tokenizer())
+        for name in (None, criterion, "wanda" if criterion == "obs" else "obs")
+    }
+    silent, named, other = found.values()
+    assert same_weights(silent, named) and not same_weights(silent, other)
 
 
 def test_one_round_of_the_masked_form_equals_the_shrunk_form():

@@ -74,8 +74,8 @@ class Mixture:
         if self.aggregation == "mean" and self.normalisation in ("none", "energy"):
             # A loss has the same scale in every domain, so what it says of a unit needs none.
             weights = shares if parts[0].saliency is not None else self._weights(weight, parts, shares)
-            if not criterion.needs_gram:
-                parts = [replace(part, gram=None) for part in parts]
+            # What no criterion reads is not mixed.
+            parts = [replace(part, gram=part.gram if criterion.needs_gram else None, drift=None) for part in parts]
             return criterion.score(weight, mix(parts, weights), block)
         scores = torch.stack([criterion.score(weight, part, block) for part in parts])
         return self._together(scores, shares, width)

@@ -91,7 +91,7 @@ def _write_moments(
 ) -> bool:
     """One file for each block; says whether it holds what the loss says."""
     batches = batches_of(domains, config.batch_size)
-    gradient = CRITERIA.get(config.criterion).needs_gradient
+    gradient = CRITERIA.get(config.scored_by).needs_gradient
     losses = saliencies(model, spec, batches) if gradient else {}
     passes = passes_over(model, spec, batches)
     for layer in tqdm(range(spec.num_blocks), desc="calibration", unit="block"):

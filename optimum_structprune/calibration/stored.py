@@ -168,7 +168,7 @@ class Statistics:
                     f"Stored statistics are moments of what consumers read, and {name!r} is judged by something else; "
                     "prune without stats."
                 )
-        if CRITERIA.get(config.criterion).needs_gradient and not self.saliency:
+        if CRITERIA.get(config.scored_by).needs_gradient and not self.saliency:
             raise StructPruneError(
                 f"criterion={config.criterion!r} needs gradients, which {self.folder} does not hold; write them with "
                 f"`structprune calibrate MODEL {self.folder} --criterion {config.criterion} --overwrite`."

@@ -38,7 +38,7 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
 def add_config_arguments(parser: ArgumentParser) -> None:
     """Declare the flags that every command with a `StructPruneConfig` has."""
     parser.add_argument("--config", metavar="FILE", help="YAML file with the fields of StructPruneConfig.")
-    parser.add_argument("--criterion", help="How units are scored, such as wanda.")
+    parser.add_argument("--criterion", help="How units are scored, such as obs or wanda.")
     parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
 
 

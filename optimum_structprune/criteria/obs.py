@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.stats import Moments
-from ..refit import solve_damped
+from ..refit import with_damped_factor
 from .base import Criterion, register_criterion
 
 
@@ -12,7 +12,7 @@ from .base import Criterion, register_criterion
 class OptimalBrainSurgeon(Criterion):
     """½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) for a unit u, which is ½ ‖W_:j‖² / [H⁻¹]_jj for one column.
 
-    ZipLM (Kurtic et al. 2023), eq. 2.
+    ZipLM (Kurtic et al. 2023), eq. 2. H has the damping of the refit.
     """
 
     needs_gram = True
@@ -20,9 +20,10 @@ class OptimalBrainSurgeon(Criterion):
     def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
         """See `Criterion.score`."""
         gram = moments.full_gram().to(weight)
-        eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-        inverse = solve_damped(gram, eye, self.config.damping)
         units = len(gram) // block
-        tiles = inverse.reshape(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        if float(gram.diagonal().sum()) <= 0:
+            return weight.new_zeros(units)
+        inverse = with_damped_factor(gram, float(self.config.damping), torch.cholesky_inverse)
+        tiles = inverse.reshape(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()
         columns = weight.reshape(len(weight), units, block).permute(1, 2, 0).double()  # (unit, block, out)
         return 0.5 * (columns * torch.linalg.solve(tiles, columns)).sum((1, 2)).to(weight)
