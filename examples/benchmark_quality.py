@@ -31,11 +31,15 @@ BLOCKS_PER_DOMAIN = 12
 SEQ_LENGTH = 512
 
 
-def cells(mlp: int) -> dict[str, dict]:
+def cells(mlp: int, attention: int) -> dict[str, dict]:
     """Every row of the table: its name and what differs from the defaults."""
+    both = {"widths": {"mlp": mlp, "attention": attention}}
     rows = {
         "defaults, 3 domains": {},
         "defaults, 5 domains": {"domains": FIVE},
+        "wanda, 5 domains": {"domains": FIVE, "criterion": "wanda"},
+        "with attention, 5 domains": {"domains": FIVE, **both},
+        "with attention, wanda, 5 domains": {"domains": FIVE, "criterion": "wanda", **both},
         "no refit, 5 domains": {"domains": FIVE, "refit": "none"},
         "correction=0, 3 domains": {"correction": 0.0},
         "correction=0, 5 domains": {"correction": 0.0, "domains": FIVE},
@@ -108,7 +112,7 @@ def run(args: Namespace) -> dict[str, dict]:
     columns = ["held-out", *THREE, "worst", "unseen", *unseen, "seconds"]
     show("row", columns)
     show("---", ["---" for _ in columns])
-    for name, fields in cells(args.mlp).items():
+    for name, fields in cells(args.mlp, args.attention).items():
         if args.cells and name not in args.cells:
             continue
         names = fields.get("domains", THREE)
@@ -147,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--mlp", type=int, default=1152, help="FFN width to keep")
+    parser.add_argument("--attention", type=int, default=2, help="KV groups to keep, in rows that prune attention")
     parser.add_argument("--cells", nargs="*", help="only these rows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="file for the results")
