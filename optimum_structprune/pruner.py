@@ -96,7 +96,7 @@ class StructPruner:
         widths = widths_of(self.config, arch, model)
         check_coarse(self.config, list(widths))
         check_rounds(self.config, arch)
-        report = Report(arch.model_type)
+        report = Report(arch.model_type, self.config.scored_by)
         with report.timed("domains"):
             domains = self._domains(model, arch, tokenizer, inputs, widths)
         if self.config.allocation == "global":

@@ -60,6 +60,7 @@ class Report:
 
     Attributes:
         model_type: Of the model.
+        criterion: What scored the units inside blocks, which the config need not name.
         parameters: Number of parameters `{"before": …, "after": …}`.
         block_parameters: The same for the blocks alone.
         widths: Number of kept units, by space and block.
@@ -78,6 +79,7 @@ class Report:
     """
 
     model_type: str
+    criterion: str
     parameters: dict[str, int] = field(default_factory=dict)
     block_parameters: dict[str, int] = field(default_factory=dict)
     widths: dict[str, dict[int, int]] = field(default_factory=dict)

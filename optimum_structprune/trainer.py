@@ -193,7 +193,8 @@ class StructPruneCallback(TrainerCallback):
         check_state(optimizer)
         averages = [Average(average, model, self.config.arch_file) for average in self.averages]
         pruner = AutoStructPruner.from_config(replace(self.config, rounds=1, recovery=None))
-        plan = pruner.prune_to_(model, self._domains or [self._text()], smaller, Report(arch.model_type))
+        report = Report(arch.model_type, self.config.scored_by)
+        plan = pruner.prune_to_(model, self._domains or [self._text()], smaller, report)
         slice_state_(optimizer, model, arch, plan)
         for average in averages:
             average.follow_(model, arch, plan)

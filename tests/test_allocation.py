@@ -222,7 +222,9 @@ def test_global_allocation_is_that_of_flap():
             expected[space.name][space.layer] -= 1
 
     fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1, min_width=0.01)
-    scores = dense_scores(model, spec, fields, [Domain("a", 1.0, blocks, blocks[:0])], spec.names, Report("llama"))
+    scores = dense_scores(
+        model, spec, fields, [Domain("a", 1.0, blocks, blocks[:0])], spec.names, Report("llama", "wanda")
+    )
     every = {name: list(range(1, spec.of(name)[0].size + 1)) for name in spec.names}
     found = ranked_widths(fields, spec, every, scores)
     assert found["mlp"][0] != found["mlp"][1] and found["attention"] == expected["attention"]

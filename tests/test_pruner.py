@@ -76,12 +76,11 @@ def test_refit_brings_the_logits_nearer():
 @pytest.mark.parametrize(("refit", "criterion"), [("none", "wanda"), ("bias", "wanda"), ("least_squares", "obs")])
 def test_without_a_criterion_the_refit_names_it(refit, criterion):
     model = build("llama-tied")
-    found = {
-        name: prune_model(model, config(criterion=name, refit=refit), tokenizer())
-        for name in (None, criterion, "wanda" if criterion == "obs" else "obs")
-    }
-    silent, named, other = found.values()
+    names = (None, criterion, "wanda" if criterion == "obs" else "obs")
+    pruners = [StructPruner(config(criterion=name, refit=refit)) for name in names]
+    silent, named, other = (one.prune_model(model, tokenizer()) for one in pruners)
     assert same_weights(silent, named) and not same_weights(silent, other)
+    assert pruners[0].report.criterion == criterion
 
 
 def test_one_round_of_the_masked_form_equals_the_shrunk_form():
