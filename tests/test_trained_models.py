@@ -89,8 +89,8 @@ def test_the_demo_prunes_a_real_model(tmp_path):
     assert "before: 'The capital of France is Paris" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["sparsity"] == pytest.approx(0.2, abs=0.02)
-    # Measured with these 8 blocks per domain: prose 1.20, code 1.80, math 1.05, geometric mean 1.31.
+    # Measured with these 8 blocks per domain: prose 1.13, code 1.19, math 1.01, geometric mean 1.11.
     ratios = {name: values["after"] / values["before"] for name, values in report["perplexity"].items()}
-    assert geometric_mean(ratios.values()) < 1.4 and max(ratios.values()) < 2, ratios
+    assert geometric_mean(ratios.values()) < 1.2 and max(ratios.values()) < 1.35, ratios
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert small.config.intermediate_size < 1536 and torch.isfinite(small(torch.arange(8)[None]).logits).all()
