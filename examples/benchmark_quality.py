@@ -38,6 +38,8 @@ def cells(mlp: int, attention: int) -> dict[str, dict]:
         "defaults, 3 domains": {},
         "defaults, 5 domains": {"domains": FIVE},
         "wanda, 5 domains": {"domains": FIVE, "criterion": "wanda"},
+        "wanda, correction=0, 3 domains": {"criterion": "wanda", "correction": 0.0},
+        "wanda, correction=0, 5 domains": {"criterion": "wanda", "correction": 0.0, "domains": FIVE},
         "with attention, 5 domains": {"domains": FIVE, **both},
         "with attention, wanda, 5 domains": {"domains": FIVE, "criterion": "wanda", **both},
         "no refit, 5 domains": {"domains": FIVE, "refit": "none"},

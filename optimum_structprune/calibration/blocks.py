@@ -38,7 +38,7 @@ class Domain:
         origin: Where the text came from, presets resolved; None for inputs that were given.
         documents: Hashes of the documents in `blocks` and `spare`.
         heldout_documents: Hashes of the documents in `heldout`.
-        spare: Further blocks and their mask, for rounds in which the domain counts more than was asked for.
+        spare: Further blocks, for rounds in which the domain counts more than was asked for.
     """
 
     name: str
@@ -49,18 +49,18 @@ class Domain:
     origin: DomainConfig | None = None
     documents: tuple[str, ...] = ()
     heldout_documents: tuple[str, ...] = ()
-    spare: tuple[Tensor, Tensor | None] | None = None
+    spare: Packed | None = None
 
     @property
     def pool(self) -> Tensor:
         """All blocks that a round may use, shape `(num_blocks, seq_length)`."""
-        return self.blocks if self.spare is None else torch.cat([self.blocks, self.spare[0]])
+        return self.blocks if self.spare is None else torch.cat([self.blocks, self.spare.blocks])
 
     def portion(self, count: int) -> Domain:
         """The same domain with another number of blocks, as far as there is text."""
         mask = self.mask
-        if self.spare is not None and mask is not None and self.spare[1] is not None:
-            mask = torch.cat([mask, self.spare[1]])
+        if self.spare is not None and mask is not None and self.spare.mask is not None:
+            mask = torch.cat([mask, self.spare.mask])
         return replace(self, blocks=self.pool[:count], mask=None if mask is None else mask[:count])
 
 
@@ -114,7 +114,7 @@ def load_domains(
                 domain,
                 packed.hashes + (() if spare is None else spare.hashes),
                 heldout.hashes,
-                None if spare is None else (spare.blocks, spare.mask),
+                spare,
             )
         )
     return loaded
