@@ -66,6 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda global + refit": {"criterion": "wanda", "refit": "least_squares", "allocation": "global"},
     "wanda + reconstruct": {"criterion": "wanda", "refit": "reconstruct"},
     "obs global + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "global"},
+    "obs by sensitivity + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "sensitivity"},
     "wanda global + reconstruct": {"criterion": "wanda", "refit": "reconstruct", "allocation": "global"},
     "wanda + guarded refit": {"criterion": "wanda", "refit": "least_squares", "guard": True},
 }

@@ -33,8 +33,8 @@ def target_widths(
         config: How much to remove, and how it is spread.
         spec: The model.
         model_config: Its config.
-        scores: Of all units, on one scale, by block and name of the space: what `allocation="global"` ranks. Without
-            them every block gives up the same share, and as much goes in all.
+        scores: Of all units, on one scale, by block and name of the space: what other allocations than `uniform` rank.
+            Without them every block gives up the same share, and as much goes in all.
         legal: What `legal_widths` gives, where it is known.
 
     Raises:
@@ -48,11 +48,11 @@ def target_widths(
             f"The blocks of this {spec.model_type} model differ in width, and {LAYER!r} would number them anew; prune "
             f"{LAYER!r} in a run of its own."
         )
-    if config.allocation == "global" or config.skip_layers:
+    if config.allocation != "uniform" or config.skip_layers:
         _check_may_differ(config, spec, list(legal))
     pruned = _without(spec, config.skip_layers)
     widths: Widths
-    if config.allocation == "global" or not (alike or config.widths):
+    if config.allocation != "uniform" or not (alike or config.widths):
         widths = ranked_widths(config, pruned, legal, scores or {})
     else:
         widths = config.widths or widths_for_sparsity(pruned, float(config.sparsity or 0), legal, config.round_to)
@@ -98,7 +98,7 @@ def least_widths(
     found: dict[str, int | Mapping[int, int]] = {}
     for name, spaces in ((name, _without(spec, config.skip_layers).of(name)) for name in legal):
         least = choices(config, spec, name, legal[name])[0]
-        if config.allocation == "global" or not _alike(spec, legal):
+        if config.allocation != "uniform" or not _alike(spec, legal):
             found[name] = {space.layer: _rungs(config, space, legal[name])[-1] for space in spaces}
         else:
             found[name] = _at_most(least, spaces) if config.skip_layers else least

@@ -33,13 +33,13 @@ def widths_of(
     """The final widths, in whichever way a config says how much is removed; see `target_widths`.
 
     With `budget` they are the largest that keep to it: one unit more would exceed it, where `round_to` is 1 (with
-    `allocation="global"`, to within the cheapest step of one block).
+    other allocations than `uniform`, to within the cheapest step of one block).
 
     Args:
         config: How much to remove, and how it is spread.
         spec: The model.
         model: The dense model; shapes are enough, so it may be on the meta device.
-        scores: Of all units, for `allocation="global"`.
+        scores: Of all units, where blocks get widths of their own.
         itemsize: Bytes per parameter; those of the model's dtype by default.
 
     Raises:

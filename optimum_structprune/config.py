@@ -50,8 +50,8 @@ class StructPruneConfig(Serialisable):
     Args:
         method: Registered pruner.
         sparsity: Share of the blocks' parameters to remove.
-        widths: Number of units to keep, by space, such as `{"mlp": 1152, "attention": 2}`; with `allocation="global"`
-            their mean over the blocks.
+        widths: Number of units to keep, by space, such as `{"mlp": 1152, "attention": 2}`; with another
+            `allocation` than `uniform` their mean over the blocks.
         budget: What the whole model may have at most: `{"parameters": 110_000_000}`, `{"bytes": 300_000_000}` of
             parameters in its dtype, or `{"cache_bytes_per_token": 9000}` of keys and values. The widths are the
             largest that keep to it.
@@ -64,13 +64,13 @@ class StructPruneConfig(Serialisable):
         rounds: Number of times that calibration, scoring and removal are repeated, each removing a part.
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
         allocation: How the removal is spread over the blocks: `uniform` keeps the same width everywhere, `global`
-            ranks all units of the model and gives every block a width of its own.
-        min_width: With `global`, the share of its units that every block keeps at least.
-        max_width: With `global`, the share of its units that a block keeps at most.
+            ranks all units of the model by score, `sensitivity` by what the model is measured to lose with them.
+        min_width: Share of its units that every block keeps at least, where the allocation is not `uniform`.
+        max_width: Share of its units that a block keeps at most, likewise.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this; explicit ones need not be.
         domains: Calibration text; more than one kind makes the result general.
-        stats: Folder that `structprune calibrate` wrote: its moments of the dense model stand in for calibration, so
-            that no text is run. `domains` then only chooses among its domains and weighs them.
+        stats: Folder that `structprune calibrate` wrote: its moments of the dense model stand in for text, and
+            `domains` only chooses among its domains and weighs them.
         normalisation: What puts the evidence of the domains on one scale: `energy` divides by what a domain puts
             out, `zscore` and `rank` compare scores only, `none` leaves loud domains loud.
         aggregation: How the evidence of several domains becomes one score: `mean` pools it, `max` keeps what any
@@ -95,9 +95,8 @@ class StructPruneConfig(Serialisable):
         seq_length: Tokens per block.
         batch_size: Blocks per forward pass.
         damping: Ridge of the refit toward the original weights, relative to the diagonal of the Gram matrix.
-        correction: How much of what the residual stream has lost in the blocks before, and in this one, a refit makes
-            up for; 0 fits every block to the dense block's function alone, 1 to the dense model's stream. It takes the
-            dense stream along, one forward pass more.
+        correction: How much of what the residual stream has lost so far a refit makes up for, for one forward pass
+            more; 0 fits every block to the dense block's function alone, 1 to the dense model's stream.
         holdout: Share of each domain's blocks that is set aside, from other documents, for perplexity.
         skip_layers: Blocks that stay whole; the others give up as much more.
         recovery: Training after the last round, or after each; None leaves it out.
@@ -116,7 +115,7 @@ class StructPruneConfig(Serialisable):
     reconstruct_rate: Number = validated_field(positive, default=1e-4)
     rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
-    allocation: Literal["uniform", "global"] = "uniform"
+    allocation: Literal["uniform", "global", "sensitivity"] = "uniform"
     min_width: Number = validated_field(share, default=0.1)
     max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
@@ -258,6 +257,7 @@ class StructPruneConfig(Serialisable):
         for clash, text in (
             (self.guard, "guard=True judges refits on calibration blocks that it sets aside"),
             (self.refit == "reconstruct", "refit='reconstruct' runs blocks on calibration text"),
+            (self.allocation == "sensitivity", "allocation='sensitivity' runs the model on held-out text"),
             (self.select != "random", f"select={self.select!r} chooses text to calibrate on"),
             (
                 self.recovery is not None and self.recovery.every_round,

@@ -152,8 +152,8 @@ def dry_run(
         dtype: In which memory is counted; None takes what the model's config says.
         trust_remote_code: Run code that comes with the model.
 
-    With `allocation="global"` the widths of single blocks follow from calibration; those given here remove as much in
-    all, to within one step of one block.
+    With any other allocation than `uniform` the widths of single blocks follow from calibration; those given here
+    remove as much in all, to within one step of one block.
 
     Raises:
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
@@ -202,7 +202,7 @@ def _choice(name: str, widths: Widths, arch: ArchSpec, model_config: PretrainedC
 
 
 def _notes(model_config: PretrainedConfig, config: StructPruneConfig) -> tuple[str, ...]:
-    ranked = (RANKED,) if config.allocation == "global" else ()
+    ranked = (RANKED,) if config.allocation != "uniform" else ()
     packed = (PACKED,) if getattr(model_config, "quantization_config", None) else ()
     return ranked + packed
 

@@ -32,19 +32,20 @@ def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def run_model(model: PreTrainedModel, ids: Tensor):
+def run_model(model: PreTrainedModel, ids: Tensor, **more: Any):
     """One forward pass over a batch; an encoder-decoder model reads the same text on both sides.
 
     Args:
         model: Any model whose first argument is the batch.
         ids: Token ids, shape `(batch, seq_length)`, or what else the model takes.
+        more: Other arguments of the model.
     """
     ids = ids.to(input_device(model))
     if model.config.is_encoder_decoder:
-        return model(ids, decoder_input_ids=ids, use_cache=False)
+        return model(ids, decoder_input_ids=ids, use_cache=False, **more)
     if hasattr(model.config.get_text_config(), "use_cache"):
-        return model(ids, use_cache=False)
-    return model(ids)
+        return model(ids, use_cache=False, **more)
+    return model(ids, **more)
 
 
 def outputs_of(output) -> Tensor:
@@ -62,7 +63,7 @@ def model_outputs(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4) -
         batch_size: Blocks per forward pass.
     """
     base: Any = model.base_model
-    with _evaluating(model):
+    with evaluating(model):
         outputs = (run_model(base, ids) for ids in blocks.split(batch_size))
         # T5's classes have no base model inside them: logits it is.
         return torch.cat([getattr(output, "last_hidden_state", output[0]).float().cpu() for output in outputs])
@@ -83,7 +84,7 @@ def perplexity(model: PreTrainedModel | PeftModel, blocks: Tensor, batch_size: i
         blocks: Token ids, shape `(blocks, seq_length)`.
         batch_size: Blocks per forward pass; one at a time keeps the logits of a large vocabulary small.
     """
-    with _evaluating(model):
+    with evaluating(model):
         loss = sum(_loss(logits, targets) for targets, logits in _predictions([model], blocks, batch_size))
     return exp(loss / blocks[:, 1:].numel())
 
@@ -119,7 +120,7 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, blocks: Tensor, batc
         batch_size: Blocks per forward pass.
     """
     totals = torch.zeros(4, dtype=torch.float64)
-    with _evaluating(model, dense):
+    with evaluating(model, dense):
         for targets, logits, theirs in _predictions([model, dense], blocks, batch_size):
             apart = float(divergence(logits, theirs)) * len(targets)
             same = float((logits.argmax(-1) == theirs.argmax(-1)).sum())
@@ -129,7 +130,8 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, blocks: Tensor, batc
 
 
 @contextmanager
-def _evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
+def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Models in eval mode for a while."""
     training = [model.training for model in models]
     try:
         for model in models:

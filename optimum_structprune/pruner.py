@@ -27,6 +27,7 @@ from .registry import Registry
 from .report import Report
 from .rounds import Rounds, dense_scores, mixture
 from .schedule import next_legal, round_widths
+from .sensitivity import sensitivities
 
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ class StructPruner:
         report = Report(arch.model_type, self.config.scored_by)
         with report.timed("domains"):
             domains = self._domains(model, arch, tokenizer, inputs, widths)
-        if self.config.allocation == "global":
-            scores = dense_scores(model, arch, self.config, domains, widths, report, self.statistics)
+        if self.config.allocation != "uniform":
+            scores = self._scores(model, arch, domains, widths, report)
             widths = widths_of(self.config, arch, model, scores)
         self.tokenizer, self.measure = tokenizer, Measure(domains, arch.causal)
         with report.timed("perplexity"):
@@ -169,6 +170,14 @@ class StructPruner:
         self.statistics.check(model, tokenizer)
         self.statistics.check_use(self.config, arch, names)
         return self.statistics.chosen(self.config)
+
+    def _scores(
+        self, model: PreTrainedModel, arch: ArchSpec, domains: list[Domain], names: Collection[str], report: Report
+    ) -> dict[tuple[int, str], Tensor]:
+        """Scores of all units on one scale, in the way that `allocation` says."""
+        if self.config.allocation == "sensitivity":
+            return sensitivities(model, arch, self.config, domains, names, report)
+        return dense_scores(model, arch, self.config, domains, names, report, self.statistics)
 
     def _teacher(self, model: PreTrainedModel, tokenizer: Any, inplace: bool) -> PreTrainedModel | None:
         """What recovery learns from: the dense model, or nothing where its predictions go to disk."""

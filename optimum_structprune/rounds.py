@@ -23,6 +23,7 @@ from .errors import StructPruneError
 from .halving import halfway, whole_widths
 from .hub import PLAN_NAME, check_reload, save_checked
 from .measure import Measure
+from .metrics import evaluating
 from .plan import Plan
 from .report import Report
 from .reweight import reweighted
@@ -90,11 +91,9 @@ def dense_scores(
         statistics: Stored moments of the model, in place of the text.
     """
     sweep = Sweep(model, spec, config, mixture(config, domains))
-    training, clock = model.training, Clock(model.device)
-    model.eval()
-    with report.timed("ranking"):
+    clock = Clock(model.device)
+    with evaluating(model), report.timed("ranking"):
         scores = sweep.scores(passes_of(sweep, domains, statistics, clock), names)
-    model.train(training)
     report.note_domains(clock.seconds, [domain.name for domain in domains])
     return scores
 

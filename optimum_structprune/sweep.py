@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from .config import StructPruneConfig
 
 
+Consumers = Mapping[Axis, "tuple[Tensor, Tensor | None]"]
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What the rounds have reached.
@@ -43,7 +46,7 @@ class Snapshot:
     """
 
     keep: Mapping[tuple[int, str], tuple[int, ...]]
-    consumers: Mapping[Axis, tuple[Tensor, Tensor | None]]
+    consumers: Consumers
     shares: tuple[float, ...]
 
 
@@ -111,12 +114,16 @@ class Sweep:
                 self._reconstruct_(passes, layer, targets)
             passes.advance(layer)
 
-    @contextmanager
-    def _dense_weights(self, axes: Iterable[Axis]) -> Iterator[None]:
+    def _dense_weights(self, axes: Iterable[Axis]) -> AbstractContextManager[None]:
         """Consumers that are for a while as dense as they were at first."""
-        now = {axis: read_consumer(self.model, axis) for axis in axes if axis in self.dense}
+        return self.holding({axis: self.dense[axis] for axis in axes if axis in self.dense})
+
+    @contextmanager
+    def holding(self, consumers: Consumers) -> Iterator[None]:
+        """Consumers that have other weights and biases for a while."""
+        now = {axis: read_consumer(self.model, axis) for axis in consumers}
         for axis in now:
-            self._write_(axis, *self.dense[axis])
+            self._write_(axis, *consumers[axis])
         try:
             yield
         finally:
@@ -169,6 +176,21 @@ class Sweep:
                     parts = [self._standardised(*pair) for pair in zip(space.into, evidence, strict=True)]
                     found[layer, space.name] = torch.stack(parts).mean(0)
             passes.advance(layer)
+        return found
+
+    def trial(self, space: Space, evidence: Sequence[Sequence[Moments]], width: int) -> Consumers:
+        """What the consumers of one space would become if it kept so many units; the model is left as it is.
+
+        Args:
+            space: The space, whole so far.
+            evidence: Moments of the inputs of its consumers, by consumer and domain.
+            width: Number of units to keep.
+        """
+        keep, now = dict(self.keep), {axis: read_consumer(self.model, axis) for axis in space.into}
+        with self.holding(now):
+            self._choose_(space, evidence, width, remember=False)
+            found = {axis: read_consumer(self.model, axis) for axis in space.into}
+        self.keep = keep
         return found
 
     def remove_experts_(self, passes: Passes, widths: Widths, smaller: PreTrainedModel) -> None:
@@ -224,6 +246,9 @@ class Sweep:
         # A refit starts from the dense weights, so what it is to correct is the error that these leave.
         with self._dense_weights(space.into):
             evidence = passes.gather(space.layer, space, self.gram)
+        self._choose_(space, evidence, width, remember)
+
+    def _choose_(self, space: Space, evidence: Sequence[Sequence[Moments]], width: int, remember: bool) -> None:
         key = (space.layer, space.name)
         before = self.keep.get(key, tuple(range(space.size)))
         pairs = list(zip(space.into, evidence, strict=True))

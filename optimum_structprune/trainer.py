@@ -77,10 +77,10 @@ class StructPruneCallback(TrainerCallback):
                 "adaptive_rate, objective, max_perplexity_ratio, keep_rounds and checkpoint_dir span the rounds of "
                 "one pruning, and a Trainer prunes in steps of its own; leave these out."
             )
-        if config.allocation == "global":
+        if config.allocation != "uniform":
             raise StructPruneError(
-                "allocation='global' ranks the units of the dense model before anything is removed, which a Trainer's "
-                "steps do not; use allocation='uniform', or prune first (`structprune prune`)."
+                f"allocation={config.allocation!r} ranks the units of the dense model before anything is removed, "
+                "which a Trainer's steps do not; use allocation='uniform', or prune first (`structprune prune`)."
             )
         if config.stats is not None:
             raise StructPruneError(

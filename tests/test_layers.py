@@ -57,7 +57,7 @@ LAYERS = [
     ["sweep", "hub", "evaluation", "optimizer_state", "averages"],
     ["checkpoint", "coarse", "calibration.record"],
     ["rounds"],
-    ["recovery", "export"],
+    ["recovery", "export", "sensitivity"],
     ["pruner"],
     ["trainer", "dryrun"],
     ["commands.loading", "commands.arguments"],

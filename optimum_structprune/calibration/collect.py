@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -59,6 +59,21 @@ def bypass(block: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def replaying(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Make blocks return the given outputs, one each, without running."""
+    # Not a hook, which a block cannot skip its work for. Accelerate puts a `forward` of its own there.
+    before = [vars(block).get("forward") for block in blocks]
+    for block, output in zip(blocks, outputs, strict=True):
+        vars(block)["forward"] = lambda *args, output=output, **kwargs: output
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            del vars(block)["forward"]
+            vars(block).update({} if forward is None else {"forward": forward})
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def add_amount_arguments(parser: ArgumentParser) -> None:
         help="Most that the model may have: parameters=110e6, bytes=300e6 or cache_bytes_per_token=9000.",
     )
     parser.add_argument("--target", action="append", metavar="SPACE", help="Space that may shrink; repeatable.")
-    parser.add_argument("--allocation", help="uniform: one width for all blocks; global: each block its own.")
+    parser.add_argument("--allocation", help="uniform: one width for all blocks; global, sensitivity: its own.")
     parser.add_argument("--skip-layer", type=int, action="append", metavar="N", help="Block left whole; repeatable.")
     parser.add_argument("--round-to", type=int, metavar="N", help="Chosen channel widths are multiples of this.")
     parser.add_argument("--normalisation", help="Scale of the domains' evidence: none, energy, zscore or rank.")
