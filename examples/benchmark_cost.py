@@ -1,8 +1,9 @@
 """What pruning costs, as ratios measured in one process.
 
-    python examples/benchmark_cost.py MODEL [--width mlp=1152] [--num-samples 36] [--correction 0]
+    python examples/benchmark_cost.py MODEL [--width mlp=1152] [--num-samples 36] [--allocation sensitivity]
 
-Time: calibration, scoring, refit and removal against plain forward passes of the dense model over the same tokens.
+Time: calibration, scoring, refit and removal, and what chooses the widths of single blocks, against plain forward
+passes of the dense model over the same tokens.
 Memory: the highest resident set while pruning in place, less what was resident before the model was loaded, against
 the model's own size. Linux only, because the high-water mark is reset through /proc.
 """
@@ -60,6 +61,7 @@ def run(args: Namespace) -> None:
         criterion=args.criterion,
         rounds=args.rounds,
         correction=args.correction,
+        allocation=args.allocation,
     )
     load_libraries()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -81,12 +83,14 @@ def run(args: Namespace) -> None:
     pruner.prune_model(model, tokenizer, inplace=True)
     peak = resident("VmHWM") - before
     spent = sum(value for stage, value in pruner.report.seconds.items() if stage.startswith("round"))
+    choosing = sum(pruner.report.seconds.get(stage, 0.0) for stage in ("ranking", "sensitivity"))
     dense = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
     seconds.append(forward_seconds(dense, blocks, config.batch_size))
     mean = sum(seconds) / len(seconds)
     print(f"tokens                      {blocks.numel():,}")
     print(f"forward passes              {mean:.1f} s (before {seconds[0]:.1f}, after {seconds[1]:.1f})")
     print(f"calibration and pruning     {spent:.1f} s = {spent / mean:.2f} x forward")
+    print(f"widths of single blocks     {choosing:.1f} s = {choosing / mean:.2f} x forward")
     print(f"model                       {size / 2**20:.0f} MiB")
     print(f"calibration hidden states   {hidden / 2**20:.0f} MiB")
     print(f"statistics of one block     {statistics / 2**20:.0f} MiB")
@@ -106,6 +110,7 @@ def main() -> None:
     parser.add_argument("--criterion")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--correction", type=float, default=0.5, help="0 leaves the dense stream out")
+    parser.add_argument("--allocation", default="uniform", help="uniform, global or sensitivity")
     disable_progress_bar()
     run(parser.parse_args())
 

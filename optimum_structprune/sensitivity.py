@@ -153,7 +153,7 @@ def all_trials(
     passes = passes_of(sweep, domains, None, clock)
     probe = Probe(model, spec, probe_batches(domains, sweep.config.batch_size))
     for layer in tqdm(range(spec.num_blocks), desc="sensitivity", unit="block"):
-        for name in names:
+        for name in names if layer not in sweep.config.skip_layers else ():
             if spaces := [space for space in spec.at(layer) if space.kind == name]:
                 trials[layer, name] = trial_losses(sweep, spaces, passes, probe)
         passes.advance(layer)
