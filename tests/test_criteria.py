@@ -47,6 +47,24 @@ def test_obs_is_half_the_error_after_the_best_refit_of_the_others(case, block):
         assert float(scores[unit]) == pytest.approx(0.5 * float((target - fitted).square().sum(1).mean()), rel=1e-2)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("columns", [192, 512])
+def test_obs_judges_groups_as_wide_as_those_of_real_models(columns, threads):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 2 * columns, generator=generator) for rows in (4 * columns, 16))
+    moments, before = Moments.empty(2 * columns, gram=True).update(x), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        scores = score("obs", (weight, x, moments), columns, damping=1e-6)
+    finally:
+        torch.set_num_threads(before)
+    for unit, others in ((0, slice(columns, None)), (1, slice(0, columns))):
+        target = (x @ weight.T).double()
+        fitted = x[:, others].double() @ torch.linalg.lstsq(x[:, others].double(), target).solution
+        expected = 0.5 * float((target - fitted).square().sum(1).mean())
+        assert float(scores[unit]) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["magnitude", "wanda"])
 def test_a_unit_of_several_columns_scores_their_joint_energy(case, name):
     torch.testing.assert_close(score(name, case, 3), score(name, case).reshape(2, 3).norm(dim=1))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.stats import Moments
+from ..errors import StructPruneError
 from ..refit import with_damped_factor
 from .base import Criterion, register_criterion
 
@@ -26,4 +27,19 @@ class OptimalBrainSurgeon(Criterion):
         inverse = with_damped_factor(gram, float(self.config.damping), torch.cholesky_inverse)
         tiles = inverse.reshape(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()
         columns = weight.reshape(len(weight), units, block).permute(1, 2, 0).double()  # (unit, block, out)
-        return 0.5 * (columns * torch.linalg.solve(tiles, columns)).sum((1, 2)).to(weight)
+        # The batched LU of torch 2.13's CPU build fails from 160 columns on once several threads are set.
+        return 0.5 * torch.linalg.solve_triangular(_factors(tiles), columns, upper=False).square().sum((1, 2)).to(
+            weight
+        )
+
+
+def _factors(tiles: Tensor) -> Tensor:
+    """Lower Cholesky factors of positive definite matrices, shape `(units, n, n)`; where rounding has made one
+    indefinite, all get a ridge, relative to their diagonals, that is as small as possible.
+    """
+    diagonal = torch.diag_embed(tiles.diagonal(dim1=1, dim2=2))
+    for ridge in (0.0, *(10.0**power for power in range(-8, 1))):
+        factors, info = torch.linalg.cholesky_ex(tiles + ridge * diagonal)
+        if not info.any():
+            return factors
+    raise StructPruneError("The inverse of a Gram matrix has no positive diagonal; the activations are broken.")
