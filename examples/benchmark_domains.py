@@ -44,7 +44,6 @@ DOMAINS = ("wiki", "code", "math", "dialogue", "web")
 MIXES: dict[str, dict[str, Any]] = {
     "mix": {},
     "max": {"aggregation": "max"},
-    "worst score": {"aggregation": "worst"},
     "adaptive": {"adaptive_rate": 1.0},
     "worst-case": {"objective": "worst"},
     "self-generated": {"domains": SELF},
@@ -64,11 +63,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "flap global + bias": {"criterion": "flap", "refit": "bias", "allocation": "global"},
     "flap global + refit": {"criterion": "flap", "refit": "least_squares", "allocation": "global"},
     "wanda global + refit": {"criterion": "wanda", "refit": "least_squares", "allocation": "global"},
-    "wanda + reconstruct": {"criterion": "wanda", "refit": "reconstruct"},
     "obs global + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "global"},
     "obs by sensitivity + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "sensitivity"},
-    "wanda global + reconstruct": {"criterion": "wanda", "refit": "reconstruct", "allocation": "global"},
-    "wanda + guarded refit": {"criterion": "wanda", "refit": "least_squares", "guard": True},
 }
 # What re-weights domains between rounds needs some.
 ITERATIVE = ("adaptive", "worst-case")

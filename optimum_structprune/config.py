@@ -57,10 +57,7 @@ class StructPruneConfig(Serialisable):
             largest that keep to it.
         targets: Spaces that may shrink when `sparsity` or `budget` chooses the widths.
         criterion: Registered criterion that scores the units; None is `obs` with a least-squares refit, else `wanda`.
-        refit: What makes up for the removed units: `none`, `bias`, `least_squares`, or `reconstruct`, which after that
-            trains each block toward the dense block's output.
-        reconstruct_epochs: Passes over the calibration blocks at most, for each block of the model.
-        reconstruct_rate: Learning rate of these.
+        refit: What makes up for the removed units: `none`, `bias` or `least_squares`.
         rounds: Number of times that calibration, scoring and removal are repeated, each removing a part.
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
         allocation: How the removal is spread over the blocks: `uniform` keeps the same width everywhere, `global`
@@ -81,7 +78,6 @@ class StructPruneConfig(Serialisable):
             faster the higher this is; 0 leaves the weights as they are.
         objective: `mean` lets weights move by a factor of 2; `worst` re-weights (at the rate 1 unless said otherwise)
             by up to 8, so that no domain is left behind.
-        guard: Choose damping and strength of every refit on calibration blocks that it has not seen, an eighth of all.
         max_perplexity_ratio: Prune no further than every domain's held-out perplexity stays below this multiple of the
             dense model's; the rounds go toward the target and stop there.
         checkpoint_dir: Folder that remembers each round; a run that was killed goes on from there.
@@ -110,9 +106,7 @@ class StructPruneConfig(Serialisable):
     budget: dict[str, Number] | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
     criterion: str | None = None
-    refit: Literal["none", "bias", "least_squares", "reconstruct"] = "least_squares"
-    reconstruct_epochs: int = validated_field(positive, default=4)
-    reconstruct_rate: Number = validated_field(positive, default=1e-4)
+    refit: Literal["none", "bias", "least_squares"] = "least_squares"
     rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
     allocation: Literal["uniform", "global", "sensitivity"] = "uniform"
@@ -122,11 +116,10 @@ class StructPruneConfig(Serialisable):
     domains: list[DomainConfig] = field(default_factory=builtin_domains)
     stats: str | None = None
     normalisation: Literal["none", "energy", "zscore", "rank"] = "energy"
-    aggregation: Literal["mean", "max", "worst", "harmonic", "quantile"] = "mean"
+    aggregation: Literal["mean", "max", "harmonic", "quantile"] = "mean"
     quantile: Number = validated_field(share, default=0.75)
     adaptive_rate: Number = validated_field(not_negative, default=0.0)
     objective: Literal["mean", "worst"] = "mean"
-    guard: bool = False
     max_perplexity_ratio: Number | None = validated_field(above_one, default=None)
     checkpoint_dir: str | None = None
     keep_rounds: bool = False
@@ -207,7 +200,7 @@ class StructPruneConfig(Serialisable):
     @property
     def fits(self) -> bool:
         """Whether the weights that stay are fitted to what the dense ones gave, which takes Gram matrices."""
-        return self.refit in ("least_squares", "reconstruct")
+        return self.refit == "least_squares"
 
     @property
     def reweights(self) -> bool:
@@ -235,17 +228,10 @@ class StructPruneConfig(Serialisable):
             raise ValueError(
                 "aggregation='harmonic' takes positive scores, and normalisation='zscore' gives negative ones"
             )
-        if self.guard and not self.fits:
-            raise ValueError(f"guard=True guards refit='least_squares' or 'reconstruct', got refit={self.refit!r}")
         if self.keep_rounds and self.checkpoint_dir is None:
             raise ValueError("keep_rounds=True leaves models in checkpoint_dir, which is None; name a folder")
         if self.keep_rounds and self.rounds < 2 and self.max_perplexity_ratio is None:
             raise ValueError("keep_rounds=True leaves the models before the last, and rounds=1 has none; set rounds=3")
-        if self.max_perplexity_ratio is not None and self.refit == "reconstruct":
-            raise ValueError(
-                f"max_perplexity_ratio={self.max_perplexity_ratio} may go back to wider blocks, and "
-                "refit='reconstruct' trains blocks that have their last width; set refit='least_squares'"
-            )
         if self.spans_rounds and self.recovery is not None and self.recovery.every_round:
             raise ValueError(
                 "recovery with every_round=True makes each round a pruning of its own, and adaptive_rate, objective, "
@@ -255,8 +241,6 @@ class StructPruneConfig(Serialisable):
     def validate_stats(self) -> None:
         """Nothing that stored statistics cannot give."""
         for clash, text in (
-            (self.guard, "guard=True judges refits on calibration blocks that it sets aside"),
-            (self.refit == "reconstruct", "refit='reconstruct' runs blocks on calibration text"),
             (self.allocation == "sensitivity", "allocation='sensitivity' runs the model on held-out text"),
             (self.select != "random", f"select={self.select!r} chooses text to calibrate on"),
             (

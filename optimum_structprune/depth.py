@@ -46,7 +46,7 @@ def remove_layers_(
         spec = describe(model, config.arch_file)
         left = spec.of(LAYER)[0].width_in(step)
         parts = [criterion.score(model, spec, list(own)) for _, own in groupby(batches, lambda batch: batch.domain)]
-        scores = mixture.judge_experts(torch.stack(parts), left)
+        scores = mixture.judge_experts(torch.stack(parts))
         keep = tuple(sorted(scores.topk(left).indices.tolist()))
         drop_blocks_(model, spec, keep)
         plan = plan.then(Plan(spec.model_type, {(MODEL, LAYER): keep}))

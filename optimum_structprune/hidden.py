@@ -53,7 +53,7 @@ def remove_channels_(
     """
     assert spec.stream is not None
     energies = channel_energies(model, spec.stream, batches, len(mixture.shares))
-    scores = mixture.judge_experts(energies.mean(0), width)
+    scores = mixture.judge_experts(energies.mean(0))
     keep = tuple(sorted(scores.topk(width).indices.tolist()))
     left = torch.ones(len(spec.stream.reads))
     if config.fits:

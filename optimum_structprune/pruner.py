@@ -14,7 +14,7 @@ from .arch.spec import LAYER, MODEL, ArchSpec, Widths
 from .budget import widths_of
 from .calibration.blocks import Domain, calibration_domains
 from .calibration.manifest import Manifest
-from .calibration.passes import batches_of, guard_batches
+from .calibration.passes import batches_of
 from .calibration.stored import Statistics
 from .checks import biased_spaces, check_model, check_rounds, dequantized
 from .coarse import COARSE, check_coarse, prune_coarse_
@@ -160,10 +160,7 @@ class StructPruner:
     ) -> list[Domain]:
         self.statistics = None
         if self.config.stats is None:
-            domains = calibration_domains(self.config, model, tokenizer, inputs)
-            if self.config.guard:
-                guard_batches(domains, self.config.batch_size)  # refuses a domain that is too small
-            return domains
+            return calibration_domains(self.config, model, tokenizer, inputs)
         if inputs is not None:
             raise StructPruneError(f"inputs are calibration data, and stats={self.config.stats!r} stands in for them.")
         self.statistics = Statistics.load(self.config.stats)

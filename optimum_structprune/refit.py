@@ -137,6 +137,4 @@ REFITS: dict[str, Refit] = {
     "none": no_refit,
     "bias": bias_refit,
     "least_squares": least_squares,
-    # The block's training starts from the least squares.
-    "reconstruct": least_squares,
 }

@@ -10,11 +10,7 @@ from math import exp, log
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
-
-
-if TYPE_CHECKING:
-    from .guard import Choice
+from typing import Any
 
 
 @dataclass
@@ -74,8 +70,6 @@ class Report:
         domain_seconds: Time spent in calibration, by domain.
         rounds: Where rounds are measured, of each: its widths, the domains' shares in it, the ratio of perplexities
             after it (empty after the last, see `perplexity`), and with a floor whether it holds.
-        guard: By space: blocks in all (`blocks`), those in which the guard chose another refit than the config
-            (`changed`), the mean held-out error relative to the config's (`error`), and the mean strength.
     """
 
     model_type: str
@@ -91,23 +85,11 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     domain_seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    guard: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def note_guard(self, chosen: Mapping[tuple[int, str], Choice], asked: float) -> None:
-        """Enter what the guard chose, by block and space, where `asked` was the config's damping."""
-        for kind in sorted({name.partition("/")[0] for _, name in chosen}):
-            found = [one for (_, name), one in chosen.items() if name.partition("/")[0] == kind]
-            self.guard[kind] = {
-                "blocks": len(found),
-                "changed": sum(one.damping != asked or one.strength < 1 for one in found),
-                "error": fmean(one.error for one in found),
-                "strength": fmean(one.strength for one in found),
-            }
 
     def note_domains(self, seconds: Mapping[int, float], names: Sequence[str]) -> None:
-        """Add the time spent on each domain, by number; blocks of the guard count as those of further domains."""
+        """Add the time spent on each domain, by number."""
         for number, spent in seconds.items():
-            name = names[number % len(names)]
+            name = names[number]
             self.domain_seconds[name] = self.domain_seconds.get(name, 0.0) + spent
 
     @contextmanager
@@ -154,11 +136,6 @@ class Report:
         if held and held[-1]["shares"] != self.rounds[0]["shares"]:
             shares = ", ".join(f"{name} {share:.2f}" for name, share in held[-1]["shares"].items())
             yield f"shares in the last round: {shares}"
-        for name, found in self.guard.items():
-            yield (
-                f"guard changed {found['changed']} of {found['blocks']} refits of {name}, "
-                f"held-out error {found['error']:.2f} x"
-            )
         if missed := [one["perplexity_ratio"] for one in self.rounds if not one.get("holds", True)]:
             name, ratio = max(missed[-1].items(), key=lambda pair: pair[1])
             yield f"the floor stopped it: the next narrower widths give perplexity {name} x {ratio:.3f}"

@@ -16,7 +16,7 @@ from .calibration.clock import Clock
 from .calibration.evidence import Mixture
 from .calibration.gradients import saliencies
 from .calibration.manifest import Entry
-from .calibration.passes import Passes, batches_of, guard_batches, passes_over
+from .calibration.passes import Passes, batches_of, passes_over
 from .calibration.stored import Statistics, StoredPasses
 from .checkpoint import Checkpoint, run_key
 from .errors import StructPruneError
@@ -46,9 +46,7 @@ def mixture(config: StructPruneConfig, domains: list[Domain]) -> Mixture:
     return Mixture(shares, config.normalisation, config.aggregation, float(config.quantile))
 
 
-def passes_of(
-    sweep: Sweep, domains: list[Domain], statistics: Statistics | None, clock: Clock, guard: bool = False
-) -> Passes:
+def passes_of(sweep: Sweep, domains: list[Domain], statistics: Statistics | None, clock: Clock) -> Passes:
     """The evidence for a sweep: stored moments, or the domains run through its model as it is now.
 
     Args:
@@ -56,7 +54,6 @@ def passes_of(
         domains: Calibration text.
         statistics: Stored moments of the dense model, in place of the text.
         clock: Takes the time of each domain.
-        guard: Set some of the text aside.
     """
     model, spec, config = sweep.model, sweep.spec, sweep.config
     if statistics is not None:
@@ -64,8 +61,6 @@ def passes_of(
     batches = batches_of(domains, config.batch_size)
     if sweep.criterion.needs_gradient:
         sweep.saliency = saliencies(model, spec, batches, clock)
-    if guard:
-        batches = guard_batches(domains, config.batch_size)
     correction = float(config.correction) if config.fits else 0.0
     return passes_over(model, spec, batches, clock, correction)
 
@@ -169,10 +164,9 @@ class Rounds:
     def _round_(self, number: int, step: Widths, smaller: PreTrainedModel | None = None) -> None:
         config, sweep, clock = self.config, self.sweep, Clock(self.model.device)
         with self.report.timed(f"round {number}"):
-            passes = passes_of(sweep, self._portions(), self.statistics, clock, config.guard)
+            passes = passes_of(sweep, self._portions(), self.statistics, clock)
             sweep.run_(passes, step, smaller, f"round {number}/{max(number, config.rounds)}")
         self.report.note_domains(clock.seconds, [domain.name for domain in self.domains])
-        self.report.note_guard(sweep.guarded, float(config.damping))
 
     def _portions(self) -> list[Domain]:
         """The domains with as many blocks each as its present weight is worth, so that what counts more is known
@@ -181,8 +175,7 @@ class Rounds:
         if not self.config.reweights or self.statistics is not None:
             return self.domains
         counts = split_samples(sum(len(domain.blocks) for domain in self.domains), self.sweep.mixture.shares)
-        # The guard sets one block of each domain aside.
-        return [domain.portion(max(count, 2)) for domain, count in zip(self.domains, counts, strict=True)]
+        return [domain.portion(count) for domain, count in zip(self.domains, counts, strict=True)]
 
     def _ratios(self) -> dict[str, float]:
         """Perplexity over the dense model's, by domain; nothing where no setting asks for it."""

@@ -126,7 +126,7 @@ def sensitivities(
     """
     # A correction makes up for errors of the blocks before, and here there are none. A bias would stay behind.
     refit = "none" if config.refit == "bias" else config.refit
-    sweep = Sweep(model, spec, replace(config, correction=0.0, guard=False, refit=refit), mixture(config, domains))
+    sweep = Sweep(model, spec, replace(config, correction=0.0, refit=refit), mixture(config, domains))
     spaces = {
         (layer, name): found
         for name in names

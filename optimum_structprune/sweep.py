@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from .arch.load import block_list
 from .arch.spec import ArchSpec, Axis, Space, Widths
 from .calibration.evidence import Mixture
-from .calibration.passes import BlockPasses, Passes
+from .calibration.passes import Passes
 from .calibration.stats import Moments
 from .criteria import CRITERIA, Criterion
-from .errors import StructPruneError
-from .guard import Choice, guarded_refit
 from .plan import Plan
 from .ranking import standardised
-from .reconstruct import Reconstruction, in_float32, reconstruct_
 from .refit import REFITS
 from .surgery import read_consumer, shrink_block_, units_to_columns, write_consumer_
 
@@ -67,8 +63,6 @@ class Sweep:
         keep: What is kept so far.
         dense: Dense weight and bias of the consumers that earlier rounds have changed.
         saliency: E|x ∂L/∂x| by tap, shape `(domains, n)`, for a criterion that needs gradients.
-        guarded: What the guard chose in the last round, by block and space.
-        reconstructed: What the training of each block has brought.
     """
 
     model: PreTrainedModel
@@ -78,8 +72,6 @@ class Sweep:
     keep: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
     dense: dict[Axis, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     saliency: dict[str, Tensor] = field(default_factory=dict)
-    guarded: dict[tuple[int, str], Choice] = field(default_factory=dict)
-    reconstructed: dict[int, Reconstruction] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.begin_()
@@ -99,19 +91,15 @@ class Sweep:
             title: Label of the progress bar.
         """
         self.begin_()
-        reconstructs = self.config.refit == "reconstruct" and smaller is not None
         for layer in tqdm(range(self.spec.num_blocks), desc=title, unit="block"):
             with self._dense_weights(axis for space in self.spec.at(layer) for axis in space.into):
                 passes.follow(layer, widths)
-                targets = self._targets(passes, layer) if reconstructs else []
             for space in self.spec.at(layer):
                 width = space.width_in(widths) * space.scale
                 if width < space.size:
                     self._prune_(space, passes, width, smaller is None)
             if smaller is not None:
                 shrink_block_(self.model, self.spec, layer, self.plan, smaller)
-            if reconstructs:
-                self._reconstruct_(passes, layer, targets)
             passes.advance(layer)
 
     def _dense_weights(self, axes: Iterable[Axis]) -> AbstractContextManager[None]:
@@ -129,37 +117,6 @@ class Sweep:
         finally:
             for axis, values in now.items():
                 self._write_(axis, *values)
-
-    def _targets(self, passes: Passes, layer: int) -> list[Tensor]:
-        """What the dense block makes of its present input, moved toward the dense stream by the correction."""
-        if not isinstance(passes, BlockPasses):
-            raise StructPruneError(
-                f"refit='reconstruct' runs block by block, which a {self.spec.model_type} model does not allow; "
-                "use refit='least_squares'."
-            )
-        outputs = passes.outputs(layer)
-        return [own.lerp(dense, passes.correction) for own, dense in zip(outputs, passes.dense, strict=True)]
-
-    def _reconstruct_(self, passes: Passes, layer: int, targets: Sequence[Tensor]) -> None:
-        assert isinstance(passes, BlockPasses)
-        block, config = block_list(self.model, self.spec)[layer], self.config
-        used = [
-            index
-            for index, batch in enumerate(passes.batches)
-            if batch.domain < len(self.mixture.shares) and (batch.mask is None or batch.mask.any())
-        ]
-        with in_float32(block):
-            self.reconstructed[layer] = reconstruct_(
-                block,
-                lambda index: passes.run(layer, used[index]),
-                [passes.hidden[index] for index in used],
-                [targets[index] for index in used],
-                [passes.domains[index] for index in used],
-                [passes.batches[index].mask for index in used],
-                self.mixture.shares,
-                config.reconstruct_epochs,
-                float(config.reconstruct_rate),
-            )
 
     def scores(self, passes: Passes, names: Collection[str]) -> dict[tuple[int, str], Tensor]:
         """Scores of the units of the dense model that compare over blocks and spaces; nothing is changed.
@@ -209,7 +166,7 @@ class Sweep:
                 if space.kind in widths:
                     found = passes.contributions(layer, space)
                     width = space.width_in(widths)
-                    scores = self.mixture.judge_experts(found[: len(self.mixture.shares)], width)
+                    scores = self.mixture.judge_experts(found)
                     self.keep[layer, space.name] = _best(scores, width)
             shrink_block_(self.model, self.spec, layer, self.plan, smaller)
             passes.advance(layer)
@@ -252,18 +209,18 @@ class Sweep:
         key = (space.layer, space.name)
         before = self.keep.get(key, tuple(range(space.size)))
         pairs = list(zip(space.into, evidence, strict=True))
-        scores = [self._score(axis, parts, before, width) for axis, parts in pairs]
+        scores = [self._score(axis, parts, before) for axis, parts in pairs]
         self.keep[key] = tuple(before[i] for i in _best(torch.stack(scores).sum(0), width))
         for axis, parts in pairs:
             self._refit_(axis, parts, key, remember)
 
-    def _score(self, axis: Axis, parts: Sequence[Moments], units: Sequence[int], width: int) -> Tensor:
+    def _score(self, axis: Axis, parts: Sequence[Moments], units: Sequence[int]) -> Tensor:
         weight, _ = read_consumer(self.model, axis)
         parts = self._seen(axis, parts)
         if len(units) * axis.block < weight.shape[1]:
             columns = units_to_columns(units, axis, weight.device)
             weight, parts = weight[:, columns], [part.select(columns) for part in parts]
-        return self.mixture.judge(self.criterion, weight, parts, axis.block, width)
+        return self.mixture.judge(self.criterion, weight, parts, axis.block)
 
     def _standardised(self, axis: Axis, parts: Sequence[Moments]) -> Tensor:
         weight, _ = read_consumer(self.model, axis)
@@ -271,26 +228,19 @@ class Sweep:
         return standardised(columns, axis.block).cpu()
 
     def _seen(self, axis: Axis, parts: Sequence[Moments]) -> list[Moments]:
-        """The evidence that may be used: not that of the guard, which follows it."""
-        used = list(parts[: len(self.mixture.shares)])
+        """The evidence, with what the loss says of it where a criterion asks for that."""
         if axis.module not in self.saliency:
-            return used
-        return [replace(part, saliency=by) for part, by in zip(used, self.saliency[axis.module], strict=False)]
+            return list(parts)
+        return [replace(part, saliency=by) for part, by in zip(parts, self.saliency[axis.module], strict=True)]
 
     def _refit_(self, axis: Axis, parts: Sequence[Moments], key: tuple[int, str], remember: bool) -> None:
         weight, bias = self.dense.get(axis) or read_consumer(self.model, axis)
         if remember:
             self.dense[axis] = (weight, bias)
         columns = units_to_columns(self.keep[key], axis, weight.device)
-        used, held = parts[: len(self.mixture.shares)], parts[len(self.mixture.shares) :]
-        refit, moments = REFITS[self.config.refit], self.mixture.pool(weight, used)
-        if held and any(part.count for part in held):
-            aside = self.mixture.pool(weight, held)
-            new_weight, new_bias, self.guarded[key] = guarded_refit(
-                refit, weight, bias, moments, columns, float(self.config.damping), aside
-            )
-        else:
-            new_weight, new_bias = refit(weight, bias, moments, columns, float(self.config.damping))
+        moments = self.mixture.pool(weight, parts)
+        refit = REFITS[self.config.refit]
+        new_weight, new_bias = refit(weight, bias, moments, columns, float(self.config.damping))
         write_consumer_(self.model, axis, columns, new_weight, new_bias)
 
 

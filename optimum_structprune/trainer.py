@@ -27,7 +27,6 @@ from .optimizer_state import check_state, slice_state_
 from .plan import Plan
 from .pruner import AutoStructPruner
 from .report import Report
-from .reporting import go_first
 from .schedule import next_legal, round_widths
 from .surgery import resize_
 
@@ -99,12 +98,11 @@ class StructPruneCallback(TrainerCallback):
         self._loading, self._watching = ExitStack(), ExitStack()
 
     def on_init_end(self, args, state, control, model: PreTrainedModel | None = None, **kwargs) -> None:
-        """Remember the dense widths, let a checkpoint's widths in, and stand before the callbacks that report.
+        """Remember the dense widths, and let a checkpoint's widths in.
 
         Raises:
             StructPruneError: If the model cannot be pruned as the config says.
         """
-        go_first(self)
         if model is None:
             return
         check_model(model, self.config)
@@ -131,7 +129,6 @@ class StructPruneCallback(TrainerCallback):
             StructPruneError: If training is sharded, distributed or compiled, the optimizer's state cannot be cut, or
                 the steps do not fit into the run.
         """
-        go_first(self)
         _check_run(args, model, _inner(optimizer))
         if self._dense is None:
             self.on_init_end(args, state, control, model)

@@ -11,7 +11,6 @@ from optimum_structprune import StructPruneConfig, StructPruneError, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.passes import Batch, BlockPasses
 from optimum_structprune.calibration.stats import Moments, mix
-from optimum_structprune.guard import guarded_refit
 from optimum_structprune.refit import least_squares
 
 
@@ -40,11 +39,10 @@ def test_a_stream_in_parts_drifts_like_the_whole(cut):
     for drift in (moments_of(x, errors, cut).drift, merged):
         torch.testing.assert_close(drift.cross, whole.cross, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(drift.mean, whole.mean, rtol=1e-4, atol=1e-5)
-        assert drift.energy == pytest.approx(whole.energy, rel=1e-4)
     torch.testing.assert_close(whole.cross, errors.T @ x / len(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(moments_of(x, errors).select(KEEP).drift.cross, whole.cross[:, KEEP])
     both = mix([moments_of(x, errors), moments_of(x, -errors)], [1.0, 1.0]).drift
-    assert both.cross.abs().max() < 1e-6 and both.energy == pytest.approx(whole.energy)
+    assert both.cross.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -57,22 +55,6 @@ def test_the_refit_with_a_drift_is_the_minimum(biased):
     torch.testing.assert_close(new, exact[:, :5], rtol=1e-2, atol=1e-3)
     if biased:
         torch.testing.assert_close(new_bias, exact[:, 5], rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_the_guard_judges_the_drift_too(biased):
-    weight, bias, x, errors = problem()
-    bias = bias if biased else None
-    _, _, unseen, unseen_errors = problem(seed=1)
-    few, held = moments_of(x[:9], errors[:9]), moments_of(unseen, unseen_errors)
-
-    def error(refitted, new_bias) -> float:
-        left = unseen @ weight.T + unseen_errors - unseen[:, KEEP] @ refitted.T
-        return float((left + bias - new_bias if biased else left).square().sum(1).mean())
-
-    *found, choice = guarded_refit(least_squares, weight, bias, few, KEEP, 1e-3, held)
-    asked = error(*least_squares(weight, bias, few, KEEP, 1e-3))
-    assert choice.error == pytest.approx(error(*found) / asked, rel=1e-3) and choice.error < 1
 
 
 @pytest.mark.parametrize(

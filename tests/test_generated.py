@@ -10,7 +10,7 @@ from trained import needs_shared, stories_model
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.calibration import generated
-from optimum_structprune.calibration.blocks import load_domains, rewritten
+from optimum_structprune.calibration.blocks import load_domains
 from optimum_structprune.calibration.generated import self_documents
 from optimum_structprune.fingerprint import fingerprint
 from optimum_structprune.schema import SelfTextConfig
@@ -202,21 +202,3 @@ def test_no_more_is_written_than_is_needed(writer, settings, tmp_path):
     needed = {*domain.documents, *domain.heldout_documents}
     batches = [json.loads(line)["documents"] for line in path.read_text().splitlines() if line]
     assert sum(map(len, batches[:-1])) < len(needed) <= sum(map(len, batches))
-
-
-def test_the_next_round_may_have_text_of_its_own(writer, settings):
-    model, reader = writer
-    config = own(settings)
-    domains = load_domains(config, reader, model=model)
-    other, _ = real_text_model()
-    with torch.no_grad():
-        other.get_output_embeddings().weight.mul_(3)
-    new = rewritten(domains, config, reader, other)
-    assert [domain.name for domain in new] == ["own", "other"]
-    assert new[1] is domains[1]
-    assert new[0].blocks.shape == domains[0].blocks.shape
-    assert not torch.equal(new[0].blocks, domains[0].blocks)
-    assert torch.equal(new[0].heldout, domains[0].heldout)
-    assert not set(new[0].documents) & set(domains[0].documents)
-    same = rewritten(domains, config, reader, model)
-    assert torch.equal(same[0].blocks, domains[0].blocks)

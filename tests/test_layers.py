@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module imports only from its own layer's earlier modules and from lower layers.
 LAYERS = [
     ["errors"],
-    ["registry", "reporting", "yaml_text", "arch.spec", "arch.depth", "block_init", "calibration.problems", "distill"],
+    ["registry", "yaml_text", "arch.spec", "arch.depth", "block_init", "calibration.problems", "distill"],
     ["calibration.calls", "calibration.clock"],
     ["schema", "fingerprint", "tasks"],
     ["recovery_config", "calibration.presets", "calibration.templates"],
@@ -51,8 +51,7 @@ LAYERS = [
     ],
     ["criteria.flap", "criteria.magnitude", "criteria.obs", "criteria.random", "criteria.taylor", "criteria.wanda"],
     ["criteria", "criteria.layers", "calibration.blocks", "checks", "halving"],
-    ["reconstruct"],
-    ["budget", "calibration.evidence", "calibration.passes", "calibration.heldout", "calibration.gradients", "guard"],
+    ["budget", "calibration.evidence", "calibration.passes", "calibration.heldout", "calibration.gradients"],
     ["depth", "hidden", "distill_trainer", "calibration.stored"],
     ["sweep", "hub", "evaluation", "optimizer_state", "averages"],
     ["checkpoint", "coarse", "calibration.record"],

@@ -232,9 +232,7 @@ def test_damage_is_named(stats, tmp_path, name, damage, message):
 def test_what_statistics_cannot_give_is_refused(stats, tmp_path):
     model = build("llama-tied")
     for fields, message in (
-        ({"guard": True}, "guard=True judges refits on calibration blocks"),
         ({"select": "length"}, "select='length' chooses text"),
-        ({"refit": "reconstruct"}, "refit='reconstruct' runs blocks"),
         ({"recovery": {"every_round": True}}, "every_round=True calibrates on a trained model"),
         ({"recovery": {"tokens": 9}}, "recovery trains on text, stats=.* holds none, and no domain is named"),
     ):
@@ -322,7 +320,7 @@ def test_several_domains_cost_what_one_of_as_many_tokens_does(ran, tmp_path):
     assert sum(ran) == several > 0
 
 
-@pytest.mark.parametrize("fields", [{"rounds": 2}, {"criterion": "taylor"}, {"guard": True}])
+@pytest.mark.parametrize("fields", [{"rounds": 2}, {"criterion": "taylor"}])
 def test_the_report_says_what_each_domain_costs(fields, monkeypatch):
     for passes in (passes_over, whole_passes):
         monkeypatch.setattr("optimum_structprune.rounds.passes_over", passes)

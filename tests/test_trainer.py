@@ -212,17 +212,11 @@ class Dashboard(TrainerCallback):
         self.seen[state.global_step] = dict(logs)
 
 
-@pytest.mark.parametrize("way", ["attached", "in the list", "after another", "added"])
-def test_what_reporters_see(tmp_path, monkeypatch, way):
+def test_what_reporters_see(tmp_path, monkeypatch):
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "dashboard", Dashboard)
     Dashboard.seen.clear()
-    callback = pruner(start=3)
-    given = {"in the list": [callback], "after another": [Watch(), callback]}.get(way, [])
-    run = trainer(tmp_path, callbacks=given, report_to=["dashboard"])
-    if way == "attached":
-        attach_pruner(run, config(), 3)
-    elif way == "added":
-        run.add_callback(callback)
+    run = trainer(tmp_path, report_to=["dashboard"])
+    callback = attach_pruner(run, config(), 3)
     others = [type(each) for each in run.callback_handler.callbacks if each is not callback]
     run.train()
     seen = Dashboard.seen
@@ -236,7 +230,9 @@ def test_what_reporters_see(tmp_path, monkeypatch, way):
 def test_tensorboard(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    trainer(tmp_path, callbacks=[pruner(start=3)], report_to=["tensorboard"]).train()
+    run = trainer(tmp_path, report_to=["tensorboard"])
+    attach_pruner(run, config(), 3)
+    run.train()
     events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
     # TensorBoard's callback puts what it does not know under train/.
     widths = {event.step: event.value for event in events.Scalars("train/structprune/width/mlp")}

@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 
 
-HEDGE_STEPS = 50
-
-
 def normalised(scores: Tensor, how: str) -> Tensor:
     """Scores of several domains on one scale, shape `(domains, units)`.
 
@@ -31,64 +28,41 @@ def normalised(scores: Tensor, how: str) -> Tensor:
     return scores
 
 
-def mean(scores: Tensor, shares: Tensor, width: int, quantile: float) -> Tensor:
+def mean(scores: Tensor, shares: Tensor, quantile: float) -> Tensor:
     """The mean, weighted."""
     return shares @ scores
 
 
-def highest(scores: Tensor, shares: Tensor, width: int, quantile: float) -> Tensor:
+def highest(scores: Tensor, shares: Tensor, quantile: float) -> Tensor:
     """What the domain says that needs the unit most, whatever its weight."""
     return scores.amax(0)
 
 
-def harmonic(scores: Tensor, shares: Tensor, width: int, quantile: float) -> Tensor:
+def harmonic(scores: Tensor, shares: Tensor, quantile: float) -> Tensor:
     """The harmonic mean, weighted: a unit goes once any domain can do without it. Scores are positive."""
     return 1 / (shares @ scores.clamp(min=torch.finfo(scores.dtype).tiny).reciprocal().clamp(max=1e30))
 
 
-def at_quantile(scores: Tensor, shares: Tensor, width: int, quantile: float) -> Tensor:
+def at_quantile(scores: Tensor, shares: Tensor, quantile: float) -> Tensor:
     """A quantile over the domains, whatever their weights: 0.5 is the median, towards 1 it is `highest`."""
     return scores.quantile(quantile, dim=0)
 
 
-def worst(scores: Tensor, shares: Tensor, width: int, quantile: float) -> Tensor:
-    """The weighted mean under which the domain that loses most loses least.
-
-    A domain loses the scores of the units that go, out of all its own. The weights are found by multiplicative updates
-    (Freund & Schapire 1999, "Adaptive game playing using multiplicative weights"): a domain that loses more than the
-    mean counts more in the next step.
-    """
-    parts = scores - scores.amin(1, keepdim=True).clamp(max=0)
-    parts = parts / parts.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-    best, least = shares @ scores, torch.inf
-    for _ in range(HEDGE_STEPS):
-        mixed = shares @ scores
-        gone = mixed.topk(scores.shape[1] - width, largest=False).indices
-        loss = parts[:, gone].sum(1)
-        if float(loss.max()) < least:
-            best, least = mixed, float(loss.max())
-        shares = shares * (loss / loss.mean().clamp(min=torch.finfo(loss.dtype).tiny) - 1).mul(0.5).exp()
-        shares = shares / shares.sum()
-    return best
-
-
-AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, int, float], Tensor]] = {
+AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "mean": mean,
     "max": highest,
-    "worst": worst,
     "harmonic": harmonic,
     "quantile": at_quantile,
 }
 
 
-def aggregate(scores: Tensor, shares: Sequence[float], how: str, width: int, quantile: float) -> Tensor:
+def aggregate(scores: Tensor, shares: Sequence[float], how: str, quantile: float) -> Tensor:
     """One score per unit, shape `(units,)`.
 
     Args:
         scores: On one scale, shape `(domains, units)`.
         shares: Weight of each domain; they sum to 1.
         how: A key of `AGGREGATIONS`.
-        width: Number of units that will be kept.
         quantile: For `quantile`.
     """
-    return AGGREGATIONS[how](scores, torch.tensor(shares).to(scores), width, quantile)
+    return AGGREGATIONS[how](scores, torch.tensor(shares).to(scores), quantile)

@@ -132,35 +132,6 @@ def calibration_domains(
     return load_domains(config, tokenizer, model.config.get_text_config().vocab_size, model=model)
 
 
-def rewritten(
-    domains: Sequence[Domain], config: StructPruneConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-) -> list[Domain]:
-    """Domains for the next round: those of self-written text are written anew by the model as it is now.
-
-    Their held-out blocks stay, so that perplexities can be compared.
-
-    Args:
-        domains: Those of the round before.
-        config: What they were loaded with.
-        tokenizer: The model's own.
-        model: Between two rounds.
-    """
-    own = [domain for domain in domains if domain.origin is not None and written_by_model(domain.origin)]
-    if not own:
-        return list(domains)
-    asked = [replace(domain.origin, weight=len(domain.blocks)) for domain in own if domain.origin is not None]
-    again = replace(config, domains=asked, num_samples=sum(len(domain.blocks) for domain in own))
-    new = {domain.name: domain for domain in load_domains(again, tokenizer, model=model)}
-    return [
-        replace(
-            domain, blocks=new[domain.name].blocks, mask=new[domain.name].mask, documents=new[domain.name].documents
-        )
-        if domain.name in new
-        else domain
-        for domain in domains
-    ]
-
-
 def given_domains(inputs: Mapping[str, Tensor], holdout: float) -> list[Domain]:
     """Domains out of inputs that are ready for the model, in equal shares.
 

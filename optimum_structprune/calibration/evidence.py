@@ -55,9 +55,7 @@ class Mixture:
             return shares
         return [share / energy for share, energy in zip(shares, energies, strict=True)]
 
-    def judge(
-        self, criterion: Criterion, weight: Tensor, parts: Sequence[Moments], block: int, width: int | None = None
-    ) -> Tensor:
+    def judge(self, criterion: Criterion, weight: Tensor, parts: Sequence[Moments], block: int) -> Tensor:
         """One score per unit from all domains.
 
         The mean of energies is taken over moments, which sees what domains have in common; every other way scores each
@@ -68,7 +66,6 @@ class Mixture:
             weight: The consumer, shape `(out, units * block)`.
             parts: Moments of its input, one per domain.
             block: Columns per unit.
-            width: Number of units that will be kept; half of them where it is not known.
         """
         parts, shares = self._seen(parts)
         if self.aggregation == "mean" and self.normalisation in ("none", "energy"):
@@ -78,15 +75,15 @@ class Mixture:
             parts = [replace(part, gram=part.gram if criterion.needs_gram else None, drift=None) for part in parts]
             return criterion.score(weight, mix(parts, weights), block)
         scores = torch.stack([criterion.score(weight, part, block) for part in parts])
-        return self._together(scores, shares, width)
+        return self._together(scores, shares)
 
-    def judge_experts(self, contributions: Tensor, width: int) -> Tensor:
+    def judge_experts(self, contributions: Tensor) -> Tensor:
         """One score per expert from its contributions in every domain, shape `(domains, experts)`."""
-        return self._together(contributions, self.shares, width)
+        return self._together(contributions, self.shares)
 
-    def _together(self, scores: Tensor, shares: Sequence[float], width: int | None) -> Tensor:
+    def _together(self, scores: Tensor, shares: Sequence[float]) -> Tensor:
         scale = normalised(scores, self.normalisation)
-        return aggregate(scale, shares, self.aggregation, width or scores.shape[1] // 2, self.quantile)
+        return aggregate(scale, shares, self.aggregation, self.quantile)
 
     def _seen(self, parts: Sequence[Moments]) -> tuple[Sequence[Moments], Sequence[float]]:
         """Without the domains that never came here; all of them where none did."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from ..arch.load import block_list
 from ..arch.spec import ArchSpec, Axis, Space
-from ..errors import StructPruneError
 from ..metrics import run_model
 from .calls import Call, first_of, same_call
 from .capture import NotSequentialError, capture
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from .blocks import Domain
 
 
-# One block out of so many.
-GUARDED = 8
 # How much of a module's output may do something else than go straight into the stream.
 CROOKED = 0.1
 
@@ -68,27 +64,6 @@ def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
         for ids, mask in zip(domain.blocks.split(batch_size), _masks(domain, batch_size), strict=True)
         if len(ids)
     ]
-
-
-def guard_batches(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
-    """The batches of `batches_of`, some of whose blocks count as those of further domains, `len(domains)` on: an
-    eighth of each domain's, the last ones, on which a refit is judged.
-
-    Raises:
-        StructPruneError: If a domain has only one block.
-    """
-    used, aside = [], []
-    for domain in domains:
-        count = max(1, round(len(domain.blocks) / GUARDED))
-        if len(domain.blocks) <= count:
-            raise StructPruneError(
-                f"guard=True sets calibration blocks of each domain aside, but {domain.name!r} has only "
-                f"{len(domain.blocks)}; give it {count + 1} or more through num_samples."
-            )
-        masks = (None, None) if domain.mask is None else (domain.mask[:-count], domain.mask[-count:])
-        used.append(replace(domain, blocks=domain.blocks[:-count], mask=masks[0]))
-        aside.append(replace(domain, blocks=domain.blocks[-count:], mask=masks[1]))
-    return batches_of([*used, *aside], batch_size)
 
 
 def _masks(domain: Domain, batch_size: int) -> Sequence[Tensor | None]:
@@ -193,10 +168,6 @@ class BlockPasses:
     def _route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
         return listen(experts, self.batches, lambda index: self._run(layer, index))
 
-    def outputs(self, layer: int) -> list[Tensor]:
-        """What block `layer` makes of every batch."""
-        return [self._run(layer, index) for index in range(len(self.hidden))]
-
     @torch.no_grad()
     def _gain(self, layer: int, name: str) -> float:
         """What a module's output is multiplied by on its way into the block's output; 0 where it does not go straight.
@@ -218,9 +189,6 @@ class BlockPasses:
 
     @torch.no_grad()
     def _run(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
-        return self.run(layer, index, hidden)
-
-    def run(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
         """What block `layer` makes of one batch, or of other hidden states for it, in the block's own precision."""
         hidden = self.hidden[index] if hidden is None else hidden
         call = self.calls[len(hidden)][layer]

@@ -25,12 +25,10 @@ class Drift:
     Attributes:
         mean: E[e] of this error e, shape `(out,)`, fp32.
         cross: E[e xᵀ], shape `(out, n)`, fp32.
-        energy: E‖e‖².
     """
 
     mean: Tensor
     cross: Tensor
-    energy: float = 0.0
 
     @torch.no_grad()
     def update(self, error: Tensor, x: Tensor, share: float) -> None:
@@ -38,7 +36,6 @@ class Drift:
         error, x = (tensor.to(self.cross.device, torch.float32) for tensor in (error, x))
         self.mean.lerp_(error.mean(0), share)
         self.cross.lerp_(error.T @ x / len(x), share)
-        self.energy += share * (float(error.square().sum(1).mean()) - self.energy)
 
 
 @dataclass
@@ -156,7 +153,6 @@ def mix(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
         drift=Drift(
             average([drift.mean for drift in drifts]),
             average([drift.cross for drift in drifts]),
-            sum(share * drift.energy for share, drift in zip(shares, drifts, strict=True)),
         )
         if drifts
         else None,

@@ -26,7 +26,7 @@ FIELDS = {
     **{
         name: name
         for name in (
-            "allocation round_to criterion normalisation aggregation refit damping correction guard rounds schedule "
+            "allocation round_to criterion normalisation aggregation refit damping correction rounds schedule "
             "stats adaptive_rate objective max_perplexity_ratio checkpoint_dir keep_rounds "
             "select num_samples seq_length batch_size seed"
         ).split()
@@ -80,13 +80,10 @@ def add_amount_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--skip-layer", type=int, action="append", metavar="N", help="Block left whole; repeatable.")
     parser.add_argument("--round-to", type=int, metavar="N", help="Chosen channel widths are multiples of this.")
     parser.add_argument("--normalisation", help="Scale of the domains' evidence: none, energy, zscore or rank.")
-    parser.add_argument("--aggregation", help="One score from many domains: mean, max, worst, harmonic or quantile.")
+    parser.add_argument("--aggregation", help="One score from many domains: mean, max, harmonic or quantile.")
     parser.add_argument("--refit", help="How kept weights make up for removed ones.")
     parser.add_argument("--damping", type=float, help="Ridge of the refit toward the original weights.")
     parser.add_argument("--correction", type=float, help="Share of the stream's error so far that refits make up for.")
-    parser.add_argument(
-        "--guard", action="store_const", const=True, help="Choose damping and strength of refits on unseen blocks."
-    )
 
 
 def run(args: Namespace) -> int:
