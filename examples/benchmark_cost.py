@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.blocks import load_domains
+from optimum_structprune.domains.load import load_domains
 
 
 def resident(field: str) -> int:
@@ -60,16 +60,16 @@ def run(args: Namespace) -> None:
         seq_length=args.seq_length,
         criterion=args.criterion,
         rounds=args.rounds,
-        correction=args.correction,
+        error_feedback=args.error_feedback,
         allocation=args.allocation,
     )
     load_libraries()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    blocks = torch.cat([domain.blocks for domain in load_domains(config, tokenizer)])
+    blocks = torch.cat([domain.samples for domain in load_domains(config, tokenizer)])
     before = resident("VmRSS")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    streams = 2 if config.correction else 1
+    streams = 2 if config.error_feedback else 1
     hidden = streams * blocks.numel() * model.config.hidden_size * model.dtype.itemsize
     statistics = len(config.domains) * max(space.size for space in describe(model).spaces) ** 2 * 4
     # Out of the memory-mapped file, whose pages stay resident, though reclaimable, until the whole file is dropped.
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--criterion")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--correction", type=float, default=0.5, help="0 leaves the dense stream out")
+    parser.add_argument("--error_feedback", type=float, default=0.5, help="0 leaves the dense stream out")
     parser.add_argument("--allocation", default="uniform", help="uniform, global or sensitivity")
     disable_progress_bar()
     run(parser.parse_args())

@@ -34,8 +34,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruneError, perplexity
 from optimum_structprune.arch.load import describe
-from optimum_structprune.report import geometric_mean
-from optimum_structprune.tasks import Tasks
+from optimum_structprune.evaluation.tasks import Tasks
+from optimum_structprune.saving.report import geometric_mean
 
 
 SELF = ("self:prose", "self:code", "self:math", "self:dialogue", "self:reasoning")
@@ -55,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "flap + refit": {"criterion": "flap", "refit": "least_squares"},
     "wanda": {"criterion": "wanda", "refit": "none"},
     "wanda + refit": {"criterion": "wanda", "refit": "least_squares"},
-    "wanda + uncorrected refit": {"criterion": "wanda", "refit": "least_squares", "correction": 0.0},
+    "wanda + remaining_error refit": {"criterion": "wanda", "refit": "least_squares", "error_feedback": 0.0},
     "obs": {"criterion": "obs", "refit": "none"},
     "obs + refit": {"criterion": "obs", "refit": "least_squares"},
     "taylor": {"criterion": "taylor", "refit": "none"},
@@ -135,7 +135,7 @@ def run(args: Namespace) -> None:
 
 def begin(args: Namespace) -> dict[str, Any]:
     """The results so far, which have to come from the same settings."""
-    same = ("model", "data", "dtype", "domains", "samples", "eval_blocks", "tasks", "limit")
+    same = ("model", "data", "dtype", "domains", "samples", "eval_samples", "tasks", "limit")
     setting = {name: getattr(args, name) for name in same}
     if not Path(args.out).exists():
         return {"setting": setting, "runs": []}

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, perplexity
-from optimum_structprune.calibration.heldout import read_heldout
-from optimum_structprune.report import geometric_mean
+from optimum_structprune.evaluation.heldout import read_heldout
+from optimum_structprune.saving.report import geometric_mean
 
 
 THREE = ("wiki", "code", "math")
@@ -38,13 +38,13 @@ def cells(mlp: int, attention: int) -> dict[str, dict]:
         "defaults, 3 domains": {},
         "defaults, 5 domains": {"domains": FIVE},
         "wanda, 5 domains": {"domains": FIVE, "criterion": "wanda"},
-        "wanda, correction=0, 3 domains": {"criterion": "wanda", "correction": 0.0},
-        "wanda, correction=0, 5 domains": {"criterion": "wanda", "correction": 0.0, "domains": FIVE},
+        "wanda, error_feedback=0, 3 domains": {"criterion": "wanda", "error_feedback": 0.0},
+        "wanda, error_feedback=0, 5 domains": {"criterion": "wanda", "error_feedback": 0.0, "domains": FIVE},
         "with attention, 5 domains": {"domains": FIVE, **both},
         "with attention, wanda, 5 domains": {"domains": FIVE, "criterion": "wanda", **both},
         "no refit, 5 domains": {"domains": FIVE, "refit": "none"},
-        "correction=0, 3 domains": {"correction": 0.0},
-        "correction=0, 5 domains": {"correction": 0.0, "domains": FIVE},
+        "error_feedback=0, 3 domains": {"error_feedback": 0.0},
+        "error_feedback=0, 5 domains": {"error_feedback": 0.0, "domains": FIVE},
         "damping=0.01, 3 domains": {"damping": 0.01},
         "damping=0.01, 5 domains": {"damping": 0.01, "domains": FIVE},
         "random, no refit": {"criterion": "random", "refit": "none"},
@@ -65,7 +65,7 @@ def load(args: Namespace):
     """The model in the dtype that was asked for, and its tokenizer."""
     if args.dtype == "bfloat16":
         # Products of fp32 matrices then run on the units for bf16. Second moments of bf16 activations lose nothing,
-        # and the refit's correction about half a percent, as much as storing it in bf16 does.
+        # and the refit's error_feedback about half a percent, as much as storing it in bf16 does.
         torch.set_float32_matmul_precision("medium")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=args.device)
     return model, AutoTokenizer.from_pretrained(args.model)
@@ -80,7 +80,7 @@ def evaluation_texts(args: Namespace, domains: Sequence[str], tokenizer) -> tupl
         *(data / "unseen" / f"{n}.jsonl" for n in unseen),
     ]
     texts = [DomainConfig(name=path.stem, source=str(path)) for path in paths]
-    return {t.name: read_heldout(t, tokenizer, SEQ_LENGTH, args.eval_blocks).blocks for t in texts}, unseen
+    return {t.name: read_heldout(t, tokenizer, SEQ_LENGTH, args.eval_samples).blocks for t in texts}, unseen
 
 
 def calibration(args: Namespace, names: Sequence[str]) -> list[DomainConfig]:
@@ -145,7 +145,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("data")
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--eval-blocks", type=int, default=8, help="blocks of 512 tokens per evaluation file")
+    parser.add_argument("--eval-samples", type=int, default=8, help="blocks of 512 tokens per evaluation file")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruneConfig, perplexity, prune_model
-from optimum_structprune.calibration.blocks import load_domains
-from optimum_structprune.report import geometric_mean
+from optimum_structprune.domains.load import load_domains
+from optimum_structprune.saving.report import geometric_mean
 
 
 DOMAINS = ["wiki", "code", "math", "dialogue", "web"]
@@ -57,12 +57,12 @@ class Curve(TrainerCallback):
         self.measuring += perf_counter() - start
 
 
-def evaluation_blocks(folder: Path, names: list[str], tokenizer, args: Namespace) -> dict[str, torch.Tensor]:
+def evaluation_samples(folder: Path, names: list[str], tokenizer, args: Namespace) -> dict[str, torch.Tensor]:
     """Token blocks of each file in a folder, the same for every row."""
     domains = [DomainConfig(name=name, source=str(folder / f"{name}.jsonl")) for name in names]
-    samples = args.eval_blocks * len(names)
+    samples = args.eval_samples * len(names)
     config = StructPruneConfig(sparsity=0.5, domains=domains, num_samples=samples, seq_length=args.seq_length)
-    return {domain.name: domain.blocks for domain in load_domains(config, tokenizer)}
+    return {domain.name: domain.samples for domain in load_domains(config, tokenizer)}
 
 
 def run(args: Namespace) -> dict[str, dict]:
@@ -71,9 +71,9 @@ def run(args: Namespace) -> dict[str, dict]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=args.device)
     unseen = sorted(path.stem for path in (data / "unseen").glob("*.jsonl"))
-    texts = evaluation_blocks(data / "heldout", args.domains, tokenizer, args)
+    texts = evaluation_samples(data / "heldout", args.domains, tokenizer, args)
     if unseen:
-        texts |= evaluation_blocks(data / "unseen", unseen, tokenizer, args)
+        texts |= evaluation_samples(data / "unseen", unseen, tokenizer, args)
     domains = [DomainConfig(name=name, source=str(data / "calibration" / f"{name}.jsonl")) for name in args.domains]
     pruning = StructPruneConfig(
         widths={"mlp": args.mlp}, domains=domains, num_samples=args.samples * len(domains), seq_length=args.seq_length
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--samples", type=int, default=12, help="calibration blocks per domain")
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--eval-blocks", type=int, default=24, help="blocks per evaluation file")
+    parser.add_argument("--eval-samples", type=int, default=24, help="blocks per evaluation file")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--schedule", help="of the learning rate, such as constant_with_warmup")
     parser.add_argument("--kl-weight", type=float, help="of the distilled rows")

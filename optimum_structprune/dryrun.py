@@ -16,19 +16,18 @@ from .arch.load import describe
 from .arch.meta import meta_model, model_class
 from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import ArchSpec, Widths
-from .budget import cached_values, widths_of
-from .checks import biased_spaces
-from .coarse import check_coarse
-from .config import StructPruneConfig
+from .config.pruning import StructPruneConfig
 from .pruner import AutoStructPruner
-from .report import table
+from .pruning.checks import check_coarse
+from .saving.report import table
+from .widths.budget import biased_spaces, cached_values, widths_of
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-RANKED = "the widths of single blocks follow from calibration; these remove as much in all"
+RANKED = "the widths of single layers follow from calibration; these remove as much in all"
 PACKED = "the model is quantized: it has to be unpacked before pruning, and this is its size unpacked"
 
 
@@ -56,8 +55,8 @@ class SpaceChoice:
     Attributes:
         name: Of the space.
         before: Number of units.
-        after: How many stay: one number, or one per block where blocks come out different.
-        nearest: The legal widths next to the chosen one, below and above; empty where blocks come out different.
+        after: How many stay: one number, or one per layer where layers come out different.
+        nearest: The legal widths next to the chosen one, below and above; empty where layers come out different.
         legal: Number of legal widths.
     """
 
@@ -89,7 +88,7 @@ class DryRun:
         dtype: In which memory is counted.
         spaces: The chosen widths.
         parameters: Number of parameters.
-        block_parameters: The same for the blocks alone.
+        layer_parameters: The same for the layers alone.
         memory: Bytes of all parameters.
         cache_per_token: Bytes of keys and values that generation keeps per token, over all layers (a layer with a
             sliding window keeps no more than its window); None where the model cannot be run without weights, 0
@@ -102,7 +101,7 @@ class DryRun:
     dtype: str
     spaces: tuple[SpaceChoice, ...]
     parameters: Change
-    block_parameters: Change
+    layer_parameters: Change
     memory: Change
     cache_per_token: Change | None
     reload: tuple[str, ...]
@@ -110,13 +109,13 @@ class DryRun:
 
     @property
     def widths(self) -> dict[str, int | Mapping[int, int]]:
-        """The chosen width of each space: one number, or one per block."""
+        """The chosen width of each space: one number, or one per layer."""
         return {space.name: space.after for space in self.spaces}
 
     @property
     def sparsity(self) -> float:
-        """Share of the blocks' parameters that goes."""
-        return 1 - self.block_parameters.after / self.block_parameters.before
+        """Share of the layers' parameters that goes."""
+        return 1 - self.layer_parameters.after / self.layer_parameters.before
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -130,7 +129,7 @@ class DryRun:
         """Widths, parameters, memory and cache, as a table."""
         rows = [("", "before", "after", "")]
         rows += [space.row() for space in self.spaces]
-        rows += [self.parameters.row("parameters"), self.block_parameters.row("  in the blocks")]
+        rows += [self.parameters.row("parameters"), self.layer_parameters.row("  in the layers")]
         rows.append(self.memory.row(f"bytes in {self.dtype}"))
         if self.cache_per_token is None or self.cache_per_token.before:
             unknown = ("cache bytes per token", "?", "?", "")
@@ -152,8 +151,8 @@ def dry_run(
         dtype: In which memory is counted; None takes what the model's config says.
         trust_remote_code: Run code that comes with the model.
 
-    With any other allocation than `uniform` the widths of single blocks follow from calibration; those given here
-    remove as much in all, to within one step of one block.
+    With any other allocation than `uniform` the widths of single layers follow from calibration; those given here
+    remove as much in all, to within one step of one layer.
 
     Raises:
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
@@ -169,7 +168,7 @@ def dry_run(
     dtype = dtype or _saved_dtype(model_config)
     widths = widths_of(config, arch, dense, itemsize=dtype.itemsize)
     check_coarse(config, list(widths))
-    biased = biased_spaces(config, arch, [name for name in widths if not arch.of(name)[0].whole])
+    biased = biased_spaces(config, arch, [name for name in widths if arch.of(name)[0].inside])
     small = build(shrunk_config(model_config, arch, widths, biased))
     parameters = Change(dense.num_parameters(), small.num_parameters())
     before, after = cached_values(dense, arch), cached_values(small, arch)
@@ -179,7 +178,7 @@ def dry_run(
         dtype=str(dtype).removeprefix("torch."),
         spaces=tuple(_choice(name, widths, arch, model_config) for name in widths),
         parameters=parameters,
-        block_parameters=Change(sum(arch.block_params), sum(describe(small, config.arch_file).block_params)),
+        layer_parameters=Change(sum(arch.layer_params), sum(describe(small, config.arch_file).layer_params)),
         memory=parameters.times(dtype.itemsize),
         cache_per_token=cached and cached.times(dtype.itemsize),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
@@ -213,5 +212,5 @@ def _reload(small: PreTrainedModel, auto: str) -> tuple[str, ...]:
     return (
         f"transformers, {auto}.from_pretrained, once optimum_structprune has been imported",
         f"transformers without it, {auto}.from_pretrained(..., trust_remote_code=True)",
-        "runtimes that take one width for all blocks, after `structprune export IN OUT --pad-uniform`",
+        "runtimes that take one width for all layers, after `structprune export IN OUT --pad-uniform`",
     )

@@ -1,4 +1,4 @@
-"""Hashes that tell models, token blocks and vocabularies apart by what they hold."""
+"""Hashes that tell models, samples and vocabularies apart by what they hold."""
 
 from __future__ import annotations
 

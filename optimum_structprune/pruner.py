@@ -10,24 +10,26 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .arch.load import describe
+from .arch.plain import check_model, dequantized
 from .arch.spec import LAYER, MODEL, ArchSpec, Widths
-from .budget import widths_of
-from .calibration.blocks import Domain, calibration_domains
-from .calibration.manifest import Manifest
 from .calibration.passes import batches_of
 from .calibration.stored import Statistics
-from .checks import biased_spaces, check_model, check_rounds, dequantized
-from .coarse import COARSE, check_coarse, prune_coarse_
-from .config import StructPruneConfig
+from .config.pruning import StructPruneConfig
+from .domains.load import Domain, calibration_domains
+from .domains.manifest import Manifest
 from .errors import InPlaceError, StructPruneError
-from .hub import save_pruned
-from .measure import Measure
-from .plan import Plan
+from .pruning.checks import COARSE, check_coarse, check_rounds
+from .pruning.coarse import prune_coarse_
+from .pruning.evidence import dense_scores, mixture
+from .pruning.measure import Measure
+from .pruning.rounds import Rounds
+from .pruning.sensitivity import sensitivities
 from .registry import Registry
-from .report import Report
-from .rounds import Rounds, dense_scores, mixture
-from .schedule import next_legal, round_widths
-from .sensitivity import sensitivities
+from .saving.hub import save_pruned
+from .saving.report import Report
+from .surgery.plan import Plan
+from .widths.budget import biased_spaces, widths_of
+from .widths.schedule import next_legal, round_widths
 
 
 if TYPE_CHECKING:
@@ -78,9 +80,9 @@ class StructPruner:
             model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
                 one is unpacked first, where transformers can.
             tokenizer: Its tokenizer; reads the calibration domains.
-            inputs: Calibration inputs by domain, in place of the text that the config names: pixels, or token blocks,
+            inputs: Calibration inputs by domain, in place of the text that the config names: pixels, or samples,
                 shape `(samples, ...)`; a part of each is held out.
-            inplace: Change and return `model` itself, block by block, which saves the memory of a copy. Otherwise
+            inplace: Change and return `model` itself, layer by layer, which saves the memory of a copy. Otherwise
                 `model` is left as it is and a new one is returned.
 
         Raises:
@@ -106,7 +108,7 @@ class StructPruner:
         self.tokenizer, self.measure = tokenizer, Measure(domains, arch.causal)
         with report.timed("perplexity"):
             self.measure.before(model)
-        report.parameters["before"], report.block_parameters["before"] = model.num_parameters(), sum(arch.block_params)
+        report.parameters["before"], report.layer_parameters["before"] = model.num_parameters(), sum(arch.layer_params)
 
         teacher = self._teacher(model, tokenizer, inplace)
         work = model if inplace else deepcopy(model)
@@ -119,10 +121,10 @@ class StructPruner:
                 ) from error
             raise
         report.parameters["after"] = work.num_parameters()
-        report.block_parameters["after"] = sum(describe(work, self.config.arch_file).block_params)
+        report.layer_parameters["after"] = sum(describe(work, self.config.arch_file).layer_params)
         report.widths = _widths_of(plan, arch)
         report.dense_widths = {name: max(arch.widths(name).values()) for name in report.widths}
-        report.calibration_tokens = {domain.name: domain.blocks.numel() for domain in domains}
+        report.calibration_tokens = {domain.name: domain.samples.numel() for domain in domains}
         self.plan, self.report = plan, report
         given = self.statistics
         self.manifest = Manifest.of(self.config, domains, tokenizer) if given is None else given.manifest(domains)
@@ -187,7 +189,7 @@ class StructPruner:
 
     def _healer(self, recovery: Any, count: int, number: int = 1) -> Any:
         # Training libraries take seconds to import, and most runs do without.
-        from .recovery import Recovery
+        from .recovery.recover import Recovery
 
         return Recovery(recovery.part(number, count) if recovery.every_round else recovery, self.config)
 
@@ -197,7 +199,7 @@ class StructPruner:
         Args:
             model: The model that is changed.
             domains: Calibration text.
-            widths: Number of units to keep, by space, in every block or by block; they have to be legal.
+            widths: Number of units to keep, by space, in every layer or by layer; they have to be legal.
             report: Takes the time.
         """
         arch = describe(model, self.config.arch_file)
@@ -279,7 +281,7 @@ def prune_model(
 
 
 def _widths_of(plan: Plan, arch: ArchSpec) -> dict[str, dict[int, int]]:
-    """Widths of the spaces that the plan names, in all blocks that are left."""
-    there = (MODEL, *plan.keep.get((MODEL, LAYER), range(arch.num_blocks)))
+    """Widths of the spaces that the plan names, in all layers that are left."""
+    there = (MODEL, *plan.keep.get((MODEL, LAYER), range(arch.num_layers)))
     whole = {name: {at: width for at, width in arch.widths(name).items() if at in there} for name in plan.widths()}
     return {name: {**whole[name], **at} for name, at in plan.widths().items()}

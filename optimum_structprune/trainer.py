@@ -15,20 +15,19 @@ from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
 from .arch.load import describe
+from .arch.plain import check_model
 from .arch.spec import ArchSpec, Widths
-from .averages import Average
-from .budget import widths_of
-from .calibration.blocks import Domain, load_domains
-from .calibration.collect import before_load, intercept
-from .checks import check_model
-from .config import StructPruneConfig
+from .config.pruning import StructPruneConfig
+from .domains.load import Domain, load_domains
 from .errors import StructPruneError
-from .optimizer_state import check_state, slice_state_
-from .plan import Plan
+from .forward.hooks import before_load, intercept
 from .pruner import AutoStructPruner
-from .report import Report
-from .schedule import next_legal, round_widths
-from .surgery import resize_
+from .saving.report import Report
+from .surgery.followers import Average, check_state, slice_state_
+from .surgery.plan import Plan
+from .surgery.resize import resize_
+from .widths.budget import widths_of
+from .widths.schedule import next_legal, round_widths
 
 
 if TYPE_CHECKING:
@@ -108,10 +107,10 @@ class StructPruneCallback(TrainerCallback):
         check_model(model, self.config)
         arch = describe(model, self.config.arch_file)
         self._dense = arch, widths_of(self.config, arch, model)
-        for space in arch.wide:
+        for space in arch.model_spaces:
             if space.name in self._dense[1]:
                 raise StructPruneError(
-                    f"{space.name!r} belongs to the whole model, and a Trainer prunes inside the blocks only; prune "
+                    f"{space.name!r} belongs to the whole model, and a Trainer prunes inside the layers only; prune "
                     "it first (`structprune prune`), then train."
                 )
         self.plan = Plan(arch.model_type, {})
@@ -174,7 +173,7 @@ class StructPruneCallback(TrainerCallback):
         Args:
             model: The model that is changed; its parameters stay the same objects.
             optimizer: Holds them.
-            widths: Number of units to keep, by space, in every block or by block.
+            widths: Number of units to keep, by space, in every layer or by layer.
 
         Returns:
             Whether anything was removed.
@@ -231,13 +230,13 @@ class StructPruneCallback(TrainerCallback):
         """The latest training tokens, packed."""
         length, seen = self.config.seq_length, list(self._seen)
         tokens = torch.cat(seen) if seen else torch.zeros(0, dtype=torch.long)
-        blocks = tokens[len(tokens) % length :].view(-1, length)[-self.config.num_samples :]
-        if not len(blocks):
+        samples = tokens[len(tokens) % length :].view(-1, length)[-self.config.num_samples :]
+        if not len(samples):
             raise StructPruneError(
-                f"Calibration takes at least one block of seq_length={length} tokens, but training has shown "
+                f"Calibration takes at least one sample of seq_length={length} tokens, but training has shown "
                 f"{len(tokens)} so far; start later, lower seq_length, or use calibration='domains'."
             )
-        return Domain("training", 1.0, blocks, blocks[:0])
+        return Domain("training", 1.0, samples, samples[:0])
 
 
 def attach_pruner(

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from optimum_structprune import DomainConfig, StructPruneConfig
-from optimum_structprune.calibration.builtin import builtin_documents
+from optimum_structprune.domains.builtin import builtin_documents
 
 
 VOCAB = 96

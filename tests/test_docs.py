@@ -11,7 +11,7 @@ import yaml
 from models import real_text_model
 
 from optimum_structprune import StructPruneConfig
-from optimum_structprune.calibration.builtin import builtin_documents
+from optimum_structprune.domains.builtin import builtin_documents
 
 
 ROOT = Path(__file__).parents[1]

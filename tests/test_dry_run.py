@@ -49,22 +49,22 @@ def cached_bytes(model, tokens):
 
 
 def numbers_of(model):
-    spec = describe(model)
-    widths = {name: {space.layer: space.width for space in spec.of(name)} for name in spec.names}
+    arch = describe(model)
+    widths = {name: {space.layer: space.width for space in arch.of(name)} for name in arch.names}
     cached = [cached_bytes(model, tokens) for tokens in (1, 3)]
     assert cached[1] == 3 * cached[0]
-    return widths, model.num_parameters(), sum(spec.block_params), sum(p.nbytes for p in model.parameters()), cached[0]
+    return widths, model.num_parameters(), sum(arch.layer_params), sum(p.nbytes for p in model.parameters()), cached[0]
 
 
 def numbers_in(outcome, when):
     widths = {space.name: getattr(space, when) for space in outcome.spaces}
-    changes = (outcome.parameters, outcome.block_parameters, outcome.memory, outcome.cache_per_token)
+    changes = (outcome.parameters, outcome.layer_parameters, outcome.memory, outcome.cache_per_token)
     return widths, *(getattr(change, when) for change in changes)
 
 
-def halves(spec):
+def halves(arch):
     """At most half of everything, in multiples of 8 where experts need them."""
-    return {name: max(spec.of(name)[0].width // 16 * 8, 2) for name in spec.names}
+    return {name: max(arch.of(name)[0].width // 16 * 8, 2) for name in arch.names}
 
 
 WISHES = [(case, {}) for case in [*PRUNABLE, *(case for case in OTHERS if case != "vit")]]
@@ -127,7 +127,7 @@ def test_a_model_of_70_billion_parameters_takes_seconds(name, tmp_path, capsys):
     assert width % 128 == 0 and found["spaces"][0]["nearest"] == [width - 1, width + 1]
     removed = 80 * 3 * 8192 * (model_config.intermediate_size - width)
     assert found["parameters"]["after"] == parameters - removed
-    assert found["sparsity"] == removed / found["block_parameters"]["before"] == pytest.approx(0.3, abs=0.003)
+    assert found["sparsity"] == removed / found["layer_parameters"]["before"] == pytest.approx(0.3, abs=0.003)
 
 
 def test_dtype_and_choices(tmp_path, capsys):

@@ -16,7 +16,7 @@ from trained import SHARED, needs_shared
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from optimum_structprune import StructPruneError
-from optimum_structprune.calibration.builtin import builtin_documents
+from optimum_structprune.domains.builtin import builtin_documents
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -24,10 +24,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def main(name: str):
     """The `main` of an example."""
-    spec = util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    module = util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    arch = util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = util.module_from_spec(arch)
+    sys.modules[arch.name] = module
+    arch.loader.exec_module(module)
     return module.main
 
 
@@ -169,7 +169,7 @@ def test_sft_trl(desk):
 @needs_shared
 def test_benchmark_recovery(desk, capsys):
     arguments = [str(SHARED / "models" / "stories260K"), str(SHARED / "data"), "--mlp", "96", "--domains", "stories"]
-    small = ["--tokens", "2000", "4000", "--seq-length", "128", "--eval-blocks", "2", "--learning-rate", "2e-3"]
+    small = ["--tokens", "2000", "4000", "--seq-length", "128", "--eval-samples", "2", "--learning-rate", "2e-3"]
     main("benchmark_recovery")([*arguments, *small, "--bf16", "--json", str(desk / "out.json")])
     rows = json.loads((desk / "out.json").read_text())
     curves = [f"{way}, {tokens} tokens" for way in ("LoRA", "distilled") for tokens in ("2,048", "3,968")]
@@ -186,7 +186,20 @@ def test_benchmark_domains(desk, capsys, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     out = desk / "grid.json"
     arguments = ["run", str(SHARED / "models" / "stories260K"), str(SHARED / "data"), str(out), "--domains", "stories"]
-    small = ["--removed", "50", "--seeds", "0", "1", "--samples", "4", "--eval-blocks", "1", "--tasks", "--limit", "2"]
+    small = [
+        "--removed",
+        "50",
+        "--seeds",
+        "0",
+        "1",
+        "--samples",
+        "4",
+        "--eval-samples",
+        "1",
+        "--tasks",
+        "--limit",
+        "2",
+    ]
     run = main("benchmark_domains")
     run([*arguments, *small, "--cells", "mix, one-shot, wanda", "mix, *shot, wanda + refit"])
     first = json.loads(out.read_text())

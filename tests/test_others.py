@@ -2,15 +2,14 @@
 
 import pytest
 import torch
+from helpers import KEEP, batches, count_hooks, masked, random_plan, shrunk
 from models import OTHERS, build, config, token_ids, tokenizer
-from test_passes import batches, count_hooks
-from test_surgery import KEEP, masked, random_plan, shrunk
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.capture import NotSequentialError
-from optimum_structprune.calibration.passes import BlockPasses
-from optimum_structprune.metrics import model_outputs, output_error, outputs_of, run_model
+from optimum_structprune.calibration.sequential import LayerPasses
+from optimum_structprune.forward.calls import NotSequentialError
+from optimum_structprune.forward.metrics import model_outputs, output_error, outputs_of, run_model
 
 
 KEEP |= {"encoder_mlp": 24, "decoder_mlp": 20}
@@ -39,10 +38,10 @@ def test_pruned_equals_masked_and_reloads(case, name, tmp_path, monkeypatch):
     for kind, width in keep_for(case).items():
         monkeypatch.setitem(KEEP, kind, width)
     model = build(case)
-    spec = describe(model)
-    plan = random_plan(spec, spec.names if name == "all" else (name,))
-    small = shrunk(model, spec, plan)
-    torch.testing.assert_close(outputs(small, case), outputs(masked(model, spec, plan), case), atol=1e-5, rtol=0)
+    arch = describe(model)
+    plan = random_plan(arch, arch.names if name == "all" else (name,))
+    small = shrunk(model, arch, plan)
+    torch.testing.assert_close(outputs(small, case), outputs(masked(model, arch, plan), case), atol=1e-5, rtol=0)
     assert not torch.allclose(outputs(small, case), outputs(model, case), atol=1e-3)
     assert small.num_parameters() < model.num_parameters()
     small.save_pretrained(tmp_path)
@@ -54,17 +53,17 @@ def test_pruned_equals_masked_and_reloads(case, name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", TEXT)
 def test_every_family_end_to_end(case, tmp_path):
     model = build(case)
-    spec = describe(model)
-    widths = {name: KEEP[name] for name in spec.names if "mlp" in name}
+    arch = describe(model)
+    widths = {name: KEEP[name] for name in arch.names if "mlp" in name}
     pruner = StructPruner(config(widths=widths))
     small = pruner.prune_model(model, tokenizer())
     assert count_hooks(small) == 0
     pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
     again = OTHERS[case][0].from_pretrained(tmp_path / "out")
     torch.testing.assert_close(outputs(again, case), outputs(small, case), atol=1e-6, rtol=0)
-    measured = pruner.report.perplexity if spec.causal else pruner.report.output_error
+    measured = pruner.report.perplexity if arch.causal else pruner.report.output_error
     assert set(measured) == {"a", "b"}
-    assert ("perplexity a" if spec.causal else "output error a") in str(pruner.report)
+    assert ("perplexity a" if arch.causal else "output error a") in str(pruner.report)
 
 
 def test_pixels_are_given_as_inputs(tmp_path):
@@ -83,21 +82,21 @@ def test_pixels_are_given_as_inputs(tmp_path):
 @pytest.mark.parametrize("case", ["t5", "bart"])
 def test_two_stacks_take_passes_over_the_whole_model(case):
     model = build(case)
-    spec = describe(model)
-    assert [count for _, count in spec.stacks] == ([2, 2] if case == "t5" else [2, 1])
-    assert spec.block_prefix(2).endswith(("decoder.block.0.", "decoder.layers.0."))
+    arch = describe(model)
+    assert [count for _, count in arch.stacks] == ([2, 2] if case == "t5" else [2, 1])
+    assert arch.layer_prefix(2).endswith(("decoder.block.0.", "decoder.layers.0."))
     with pytest.raises(NotSequentialError):
-        BlockPasses(model, spec, batches())
+        LayerPasses(model, arch, batches())
 
 
 @pytest.mark.parametrize("case", MULTIMODAL)
 def test_only_the_text_half_shrinks(case):
     model = build(case)
-    spec = describe(model)
-    small = shrunk(model, spec, random_plan(spec, ("mlp",)))
+    arch = describe(model)
+    small = shrunk(model, arch, random_plan(arch, ("mlp",)))
     assert small.config.text_config.intermediate_size == 24
     assert small.model.language_model.config is small.config.text_config
-    prefix = spec.blocks + "."
+    prefix = arch.layer_path + "."
     ours, dense = small.state_dict(), model.state_dict()
     assert all(torch.equal(ours[name], dense[name]) for name in dense if not name.startswith(prefix))
 

@@ -5,8 +5,8 @@ from copy import deepcopy
 
 import pytest
 import torch
+from helpers import count_hooks, logits, same_weights, whole_passes
 from models import PRUNABLE, build, config, documents, token_ids, tokenizer
-from test_passes import count_hooks, whole_passes
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import (
@@ -19,21 +19,11 @@ from optimum_structprune import (
     prune_model,
     register_criterion,
     register_pruner,
-    sweep,
 )
 from optimum_structprune.arch.load import describe
 from optimum_structprune.criteria import CRITERIA, Criterion
 from optimum_structprune.pruner import PRUNERS
-
-
-@torch.no_grad()
-def logits(model):
-    return model(token_ids()).logits
-
-
-def same_weights(left, right) -> bool:
-    mine, theirs = left.state_dict(), right.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+from optimum_structprune.pruning import sweep
 
 
 @pytest.mark.parametrize("case", PRUNABLE)
@@ -92,7 +82,7 @@ def test_one_round_of_the_masked_form_equals_the_shrunk_form():
 
 
 def test_the_whole_model_fallback_prunes_too(monkeypatch):
-    monkeypatch.setattr("optimum_structprune.rounds.passes_over", whole_passes)
+    monkeypatch.setattr("optimum_structprune.pruning.evidence.passes_over", whole_passes)
     model = build("llama-tied")
     for rounds in (1, 2):
         small = prune_model(model, config(rounds=rounds), tokenizer())
@@ -116,14 +106,14 @@ def test_in_place_returns_the_same_object():
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_an_exception_in_the_middle(monkeypatch, inplace):
-    original = sweep.shrink_block_
+    original = sweep.shrink_layer_
 
-    def fail(model, spec, layer, plan, smaller):
+    def fail(model, arch, layer, plan, smaller):
         if layer == 1:
             raise RuntimeError("disk on fire")
-        original(model, spec, layer, plan, smaller)
+        original(model, arch, layer, plan, smaller)
 
-    monkeypatch.setattr(sweep, "shrink_block_", fail)
+    monkeypatch.setattr(sweep, "shrink_layer_", fail)
     model = build("llama-tied")
     before = deepcopy(model)
     expected = InPlaceError if inplace else RuntimeError

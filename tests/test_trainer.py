@@ -4,18 +4,17 @@ from copy import deepcopy
 
 import pytest
 import torch
+from helpers import count_hooks, logits, same_weights
 from models import build, config, token_ids, tokenizer
-from test_passes import count_hooks
-from test_pruner import logits, same_weights
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
 from optimum_structprune import StructPruneCallback, StructPruneError, attach_pruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.optimizer_state import slice_state_
-from optimum_structprune.plan import Plan
-from optimum_structprune.surgery import resize_
+from optimum_structprune.surgery.followers import slice_state_
+from optimum_structprune.surgery.plan import Plan
+from optimum_structprune.surgery.resize import resize_
 
 
 # Newer versions of transformers call it the first; the old name warns.
@@ -121,7 +120,7 @@ def test_moments_go_with_their_weights():
     model(token_ids(), labels=token_ids()).loss.backward()
     optimizer.step()
     before = {name: deepcopy(optimizer.state[parameter]) for name, parameter in model.named_parameters()}
-    spec = describe(model)
+    arch = describe(model)
     callback = pruner()
     callback._domains = [callback._text()] if callback._seen else []
     callback._take(model.train(), (), {"input_ids": token_ids(8, 24)})
@@ -134,7 +133,7 @@ def test_moments_go_with_their_weights():
         assert torch.equal(after, before[name][key][:, list(keep)])
     name = "model.layers.0.mlp.up_proj.bias"
     assert torch.equal(optimizer.state[model.get_parameter(name)]["exp_avg"], before[name]["exp_avg"][list(keep)])
-    assert {space.size for space in spec.of("mlp")} == {40}
+    assert {space.size for space in arch.of("mlp")} == {40}
     model(token_ids(), labels=token_ids()).loss.backward()
     optimizer.step()
 
@@ -158,7 +157,7 @@ def test_memory_of_seen_batches_is_bounded():
     for _ in range(100):
         callback._take(model, (token_ids(4, 24),), {})
     assert sum(map(len, callback._seen)) == 8 * 24
-    assert callback._text().blocks.shape == (8, 24)
+    assert callback._text().samples.shape == (8, 24)
 
 
 def test_checkpoints_on_the_way_reload_plainly_and_runs_resume(tmp_path):

@@ -1,1 +1,4 @@
-"""Architecture knowledge: where each removable dimension of a model appears in its parameters."""
+"""Architectures as data: which dimensions of which model can shrink, and the smaller config.
+
+Every folder but `config` may import it.
+"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,16 +12,18 @@ from typing import Any
 
 import yaml
 
+from ..config.fields import parse_yaml
 from ..errors import StructPruneError
 from ..registry import did_you_mean
-from ..yaml_text import parse_yaml
 
 
 BUILTIN = Path(__file__).with_name("families.yaml")
+# Keys that had another name in version 0.1.
+RENAMED = {"blocks": "layer_path", "block_class": "layer_class"}
 UNITS = ("unit", "pair", "heads", "kv", "q")
-# Why blocks may not differ: a reason that no entry has to repeat.
-TEXT_ONLY = "only a text model by itself is built block by block"
-UNDESCRIBED = "its description names no block_class"
+# Why layers may not differ: a reason that no entry has to repeat.
+TEXT_ONLY = "only a text model by itself is built layer by layer"
+UNDESCRIBED = "its description names no layer_class"
 WIDTHS = re.compile(r"\w+_dim(\+\w+_dim)*")  # config keys, added up
 
 
@@ -30,7 +33,7 @@ _OWN: dict[str, Family] = {}
 
 @dataclass(frozen=True)
 class Template:
-    """One space of a family, with names relative to a block; `families.yaml` says what the fields mean."""
+    """One space of a family, with names relative to a layer; `families.yaml` says what the fields mean."""
 
     size: str
     out: Mapping[str, list[str]] = field(default_factory=dict)
@@ -50,7 +53,7 @@ class Template:
 
 
 @dataclass(frozen=True)
-class StreamTemplate:
+class ResidualTemplate:
     """The residual stream of a family; `families.yaml` says what the fields mean."""
 
     size: str
@@ -71,14 +74,14 @@ class Family:
     """An architecture that one or more model types share."""
 
     model_types: tuple[str, ...]
-    blocks: tuple[str, ...] = ()
+    layer_paths: tuple[str, ...] = ()
     spaces: Mapping[str, Template] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
     causal: bool = True
     text: str | None = None
     layer: Template | None = None
-    hidden: StreamTemplate | None = None
-    block_class: Mapping[str, str] = field(default_factory=dict)
+    hidden: ResidualTemplate | None = None
+    layer_class: Mapping[str, str] = field(default_factory=dict)
     uniform: str = ""
 
 
@@ -148,21 +151,22 @@ def read_families(path: str | Path) -> list[Family]:
     except (OSError, yaml.YAMLError) as error:
         raise StructPruneError(f"{path} cannot be read: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-        raise StructPruneError(f"{path} has to hold a list of families, each with model_types, blocks and spaces.")
+        raise StructPruneError(f"{path} has to hold a list of families, each with model_types, layer_path and spaces.")
     return [_family(entry, Path(path).name) for entry in entries]
 
 
 def _family(entry: Mapping[str, Any], file: str) -> Family:
     where = f"{file}: {', '.join(entry.get('model_types', ['?']))}"
+    entry = _present_names(entry, where)
     if "text" in entry:
         _only(entry, ("model_types", "text"), (), where)
         return Family(model_types=tuple(entry["model_types"]), text=entry["text"])
-    optional = ("transposed", "missing", "causal", "block_class", "uniform", "layer", "hidden")
-    _only(entry, ("model_types", "blocks", "spaces"), optional, where)
-    blocks = entry["blocks"]
+    optional = ("transposed", "missing", "causal", "layer_class", "uniform", "layer", "hidden")
+    _only(entry, ("model_types", "layer_path", "spaces"), optional, where)
+    path = entry["layer_path"]
     return Family(
         model_types=tuple(entry["model_types"]),
-        blocks=(blocks,) if isinstance(blocks, str) else tuple(blocks),
+        layer_paths=(path,) if isinstance(path, str) else tuple(path),
         spaces={
             name: _template(space, f"{where}.{name}", entry.get("transposed", False))
             for name, space in entry["spaces"].items()
@@ -171,9 +175,17 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
         causal=entry.get("causal", True),
         layer=_depth(entry["layer"], f"{where}.layer") if "layer" in entry else None,
         hidden=_stream(entry["hidden"], f"{where}.hidden") if "hidden" in entry else None,
-        block_class=entry.get("block_class", {}),
+        layer_class=entry.get("layer_class", {}),
         uniform=entry.get("uniform", ""),
     )
+
+
+def _present_names(entry: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """An entry with the keys that had another name in version 0.1 renamed."""
+    for old, new in RENAMED.items():
+        if old in entry and new not in entry:
+            warnings.warn(f"{where}: the key {old!r} is called {new!r} now.", FutureWarning, stacklevel=2)
+    return {RENAMED.get(key, key): value for key, value in entry.items()}
 
 
 def _depth(entry: Mapping[str, Any], where: str) -> Template:
@@ -181,10 +193,10 @@ def _depth(entry: Mapping[str, Any], where: str) -> Template:
     return Template(size=entry["size"], requires=entry.get("requires", {}))
 
 
-def _stream(entry: Mapping[str, Any], where: str) -> StreamTemplate:
+def _stream(entry: Mapping[str, Any], where: str) -> ResidualTemplate:
     required = ("size", "embed", "head", "final", "norms", "in", "out")
     _only(entry, required, ("pin", "plus", "scaled", "transposed"), where)
-    return StreamTemplate(
+    return ResidualTemplate(
         size=entry["size"],
         embed=entry["embed"],
         head=entry["head"],
@@ -226,7 +238,7 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
 
 
 def own_families(arch_file: str | Path) -> dict[str, Family]:
-    """The families of a file of one's own, by model type; `block_class_name` knows them from then on.
+    """The families of a file of one's own, by model type; `layer_class_name` knows them from then on.
 
     Args:
         arch_file: A file of the form of `families.yaml`.
@@ -236,7 +248,7 @@ def own_families(arch_file: str | Path) -> dict[str, Family]:
     return own
 
 
-def block_class_name(model_type: str) -> str | None:
-    """Class of the blocks of a model type, where these may have configs of their own."""
+def layer_class_name(model_type: str) -> str | None:
+    """Class of the layers of a model type, where these may have configs of their own."""
     family = {**builtin_families(), **_OWN}.get(model_type)
-    return None if family is None else family.block_class.get(model_type)
+    return None if family is None else family.layer_class.get(model_type)

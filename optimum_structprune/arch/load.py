@@ -12,10 +12,10 @@ from torch import nn
 
 from ..errors import StructPruneError
 from .families import TEXT_ONLY, UNDESCRIBED, Family, family_of
+from .residual import residual_of
 from .shrink import text_config
 from .spaces import Shapes, meets, spaces_of
 from .spec import HIDDEN, LAYER, MODEL, WHOLE, ArchSpec, Space
-from .stream import stream_of
 
 
 if TYPE_CHECKING:
@@ -45,35 +45,37 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
         family = family_of(config.model_type, arch_file)
         family = replace(family, hidden=None, missing={**family.missing, HIDDEN: TWO_HALVES})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    spec = resolve(family, config, shapes, prefix)
+    arch = resolve(family, config, shapes, prefix)
     if config is model.config:
-        return spec
-    return replace(spec, model_type=model.config.model_type, uniform=TEXT_ONLY)
+        return arch
+    return replace(arch, model_type=model.config.model_type, uniform=TEXT_ONLY)
 
 
-def block_list(model: nn.Module, spec: ArchSpec) -> list[nn.Module]:
-    """The blocks of a model, over all lists that hold them."""
-    return [block for path in dict.fromkeys([spec.blocks, *dict(spec.stacks)]) for block in _blocks_at(model, path)]
+def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:
+    """The layers of a model, over all lists that hold them."""
+    return [
+        layer for path in dict.fromkeys([arch.layer_path, *dict(arch.stacks)]) for layer in _layers_at(model, path)
+    ]
 
 
-def put_blocks_(model: nn.Module, spec: ArchSpec, blocks: Iterable[nn.Module]) -> None:
-    """Put other blocks, fewer perhaps, in the place of those of a model that has one list of them."""
-    modules = _blocks_at(model, spec.blocks)
+def put_layers_(model: nn.Module, arch: ArchSpec, layers: Iterable[nn.Module]) -> None:
+    """Put other layers, fewer perhaps, in the place of those of a model that has one list of them."""
+    modules = _layers_at(model, arch.layer_path)
     del modules[:]
-    modules.extend(blocks)
+    modules.extend(layers)
 
 
-def put_block_(model: nn.Module, spec: ArchSpec, layer: int, block: nn.Module) -> None:
-    """Put a module in the place of a block."""
-    path, index = spec.place(layer)
-    _blocks_at(model, path)[index] = block
+def put_layer_(model: nn.Module, arch: ArchSpec, layer: int, module: nn.Module) -> None:
+    """Put a module in the place of a layer."""
+    path, index = arch.place(layer)
+    _layers_at(model, path)[index] = module
 
 
-def _blocks_at(model: nn.Module, path: str) -> nn.ModuleList:
-    blocks = model.get_submodule(path)
-    if not isinstance(blocks, nn.ModuleList):
-        raise StructPruneError(f"{path} should be a list of blocks, found {type(blocks).__name__}.")
-    return blocks
+def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
+    layers = model.get_submodule(path)
+    if not isinstance(layers, nn.ModuleList):
+        raise StructPruneError(f"{path} should be a list of layers, found {type(layers).__name__}.")
+    return layers
 
 
 def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: str = "") -> ArchSpec:
@@ -88,34 +90,34 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
     stacks: list[tuple[str, int]] = []
     sizes: list[int] = []
     found: list[Space] = []
-    for path in family.blocks:
-        blocks = f"{prefix}{path}"
-        own = _sizes(blocks, shapes)
+    for path in family.layer_paths:
+        full_path = f"{prefix}{path}"
+        own = _sizes(full_path, shapes)
         if not own:
             raise StructPruneError(
-                f"A {config.model_type} model should have its blocks at {blocks!r}; nothing is there."
+                f"A {config.model_type} model should have its layers at {full_path!r}; nothing is there."
             )
         for index in range(len(own)):
             for name, template in family.spaces.items():
                 if template.within in (None, path):
                     layer = len(sizes) + index
                     own_config = config.per_layer_config[layer] if config.is_heterogeneous else config
-                    found += spaces_of(name, template, layer, f"{blocks}.{index}.", shapes, own_config)
-        stacks.append((blocks, len(own)))
+                    found += spaces_of(name, template, layer, f"{full_path}.{index}.", shapes, own_config)
+        stacks.append((full_path, len(own)))
         sizes += own
     places = [f"{path}.{index}." for path, count in stacks for index in range(count)]
-    stream = stream_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
+    stream = residual_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
     return ArchSpec(
         model_type=config.model_type,
-        blocks=stacks[0][0],
-        block_params=tuple(sizes),
+        layer_path=stacks[0][0],
+        layer_params=tuple(sizes),
         spaces=tuple(found),
         missing=(*family.missing.items(), *_refused(family, config)),
         stacks=tuple(stacks),
         causal=family.causal,
-        wide=(*_depth(family, config, sizes), *([] if stream is None else [stream.space])),
+        model_spaces=(*_depth(family, config, sizes), *([] if stream is None else [stream.space])),
         stream=stream,
-        uniform="" if config.model_type in family.block_class else family.uniform or UNDESCRIBED,
+        uniform="" if config.model_type in family.layer_class else family.uniform or UNDESCRIBED,
     )
 
 
@@ -124,15 +126,15 @@ def _depth(family: Family, config: PretrainedConfig, sizes: list[int]) -> Iterat
         key, count = family.layer.size, len(sizes)
         mean = round(sum(sizes) / count)
         yield Space(
-            LAYER, MODEL, count, (), (), config=((key, 1),), pins=(), unit_params=mean, whole=True, uniform=WHOLE
+            LAYER, MODEL, count, (), (), config=((key, 1),), pins=(), unit_params=mean, unit=LAYER, uniform=WHOLE
         )
 
 
-def _sizes(blocks: str, shapes: Shapes) -> list[int]:
+def _sizes(layer_path: str, shapes: Shapes) -> list[int]:
     sizes: dict[int, int] = {}
     for name, shape in shapes.items():
-        if name.startswith(f"{blocks}."):
-            index = int(name[len(blocks) + 1 :].split(".")[0])
+        if name.startswith(f"{layer_path}."):
+            index = int(name[len(layer_path) + 1 :].split(".")[0])
             sizes[index] = sizes.get(index, 0) + prod(shape)
     return [sizes[index] for index in sorted(sizes)]
 

@@ -11,8 +11,8 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM
 
 from ..errors import StructPruneError
-from ..heterogeneous import heterogeneous
 from .families import family_of
+from .heterogeneous import heterogeneous
 
 
 if TYPE_CHECKING:
@@ -60,3 +60,9 @@ def meta_model(
         reason = str(error).strip().partition("\n")[0]
         raise StructPruneError(f"A {config.model_type} model cannot be built from its config: {reason}") from error
     return model.eval() if dtype is None else model.eval().to(dtype)
+
+
+def skeleton(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """A model of the same class with `config`, on the meta device: shapes without memory."""
+    with torch.device("meta"), heterogeneous():
+        return type(model)(config)

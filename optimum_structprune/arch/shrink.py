@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import StructPruneError
-from ..modeling_file import forget_modeling_file
-from .depth import cut_depth_
-from .spec import HIDDEN, LAYER, ArchSpec, Widths
+from .modeling_file import forget_modeling_file
+from .spec import GROUP, HIDDEN, LAYER, ArchSpec, Widths
 
 
 if TYPE_CHECKING:
@@ -22,22 +21,22 @@ EXPERT_MULTIPLE = 8
 
 def shrunk_config(
     config: PretrainedConfig,
-    spec: ArchSpec,
+    arch: ArchSpec,
     sizes: Widths,
     biased: Collection[str] = (),
-    blocks: Sequence[int] | None = None,
+    stay: Sequence[int] | None = None,
 ) -> PretrainedConfig:
     """A copy of `config` with new sizes.
 
-    Where blocks come out with different sizes, the config has the largest, and `per_layer_config` those of the blocks
+    Where layers come out with different sizes, the config has the largest, and `per_layer_config` those of the layers
     that have less.
 
     Args:
         config: The dense model's config.
-        spec: Its description.
-        sizes: New number of units, by kind of space: one number, or one per block.
+        arch: Its description.
+        sizes: New number of units, by kind of space: one number, or one per layer.
         biased: Names of spaces whose projections get a bias.
-        blocks: Blocks that stay, where `sizes` says how many; the first ones if it is not known yet.
+        stay: Layers that stay, where `sizes` says how many; the first ones if it is not known yet.
 
     Raises:
         StructPruneError: If the config class refuses the sizes.
@@ -49,31 +48,31 @@ def shrunk_config(
     }
     text.per_layer_config = None
     if LAYER in sizes:
-        space = spec.of(LAYER)[0]
-        stay = blocks or range(space.width_in(sizes))
+        space = arch.of(LAYER)[0]
+        stay = stay or range(space.width_in(sizes))
         cut_depth_(text, stay, space.size)
-        per_layer = {place: per_layer[block] for place, block in enumerate(stay) if block in per_layer}
+        per_layer = {place: per_layer[layer] for place, layer in enumerate(stay) if layer in per_layer}
     for name in sizes:
-        space = spec.of(name)[0]
+        space = arch.of(name)[0]
         for key, value in space.pins:
             setattr(text, key, value)
-        _set_sizes_(text, per_layer, spec, name, sizes)
+        _set_sizes_(text, per_layer, arch, name, sizes)
         if name in biased and space.bias_flag is not None:
             setattr(text, space.bias_flag, True)
-    _set_per_layer_(text, per_layer, spec)
+    _set_per_layer_(text, per_layer, arch)
     try:
         type(new).from_dict(new.to_dict())
     except (StrictDataclassError, ValueError) as error:
-        raise StructPruneError(f"{spec.model_type} does not accept the sizes {dict(sizes)}: {error}") from error
+        raise StructPruneError(f"{arch.model_type} does not accept the sizes {dict(sizes)}: {error}") from error
     return new
 
 
 def _set_sizes_(
-    text: PretrainedConfig, per_layer: dict[int, dict[str, Any]], spec: ArchSpec, name: str, sizes: Widths
+    text: PretrainedConfig, per_layer: dict[int, dict[str, Any]], arch: ArchSpec, name: str, sizes: Widths
 ) -> None:
-    widths = {space.layer: space.width_in(sizes) for space in spec.of(name)}
+    widths = {space.layer: space.width_in(sizes) for space in arch.of(name)}
     most = max(widths.values())
-    for key, per_unit in spec.of(name)[0].config:
+    for key, per_unit in arch.of(name)[0].config:
         setattr(text, key, most * per_unit)
         for layer, width in widths.items():
             per_layer.setdefault(layer, {}).pop(key, None)
@@ -81,7 +80,7 @@ def _set_sizes_(
                 per_layer[layer][key] = width * per_unit
 
 
-def _set_per_layer_(text: PretrainedConfig, per_layer: dict[int, dict[str, Any]], spec: ArchSpec) -> None:
+def _set_per_layer_(text: PretrainedConfig, per_layer: dict[int, dict[str, Any]], arch: ArchSpec) -> None:
     vars(text).pop("allow_global_per_layer_attribute_access", None)
     differing = {layer: values for layer, values in per_layer.items() if values}
     if not differing:
@@ -89,7 +88,7 @@ def _set_per_layer_(text: PretrainedConfig, per_layer: dict[int, dict[str, Any]]
         return
     text.per_layer_config = differing  # type: ignore[assignment]  # keys may be numbers or strings
     # Config classes and rotary embeddings read a head count, to derive what a pinned head_dim already says.
-    heads = {key for space in spec.spaces if len(space.config) > 1 for key, _ in space.config}
+    heads = {key for space in arch.spaces if space.unit == GROUP for key, _ in space.config}
     if any(key in heads for values in differing.values() for key in values):
         text.allow_global_per_layer_attribute_access = True
 
@@ -99,28 +98,56 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return getattr(config, "text_config", None) or config
 
 
-def legal_sizes(config: PretrainedConfig, spec: ArchSpec, name: str) -> list[int]:
+def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> list[int]:
     """Every number of units that a plain config of this model can express for the space `name`, ascending.
 
-    A space whose size is one config key alone (channels) takes any size. Where several keys go together (KV groups
-    and heads), each size is tried against the config class's own validation. Widths inside experts are multiples of 8:
-    the grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes.
+    Channels, experts and layers may have any number. Each number of KV groups or heads is tried against the config
+    class's own validation. Widths inside experts are multiples of 8: the grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes.
     """
-    space = max(spec.of(name), key=lambda space: space.width)
-    if space.experts is not None and not space.whole:
+    space = max(arch.of(name), key=lambda space: space.width)
+    if space.experts is not None and space.inside:
         return [size for size in range(1, space.width + 1) if size % EXPERT_MULTIPLE == 0 or size == space.width]
     if name == HIDDEN:
         # A class that refuses one channel less wants a multiple of the number of heads.
-        step = 1 if _accepts(config, spec, {name: space.size - 1}) else text_config(config).num_attention_heads
+        step = 1 if _accepts(config, arch, {name: space.size - 1}) else text_config(config).num_attention_heads
         return list(range(step, space.size + 1, step))
-    if len(space.config) == 1:
+    if space.unit != GROUP:
         return list(range(space.least, space.width + 1))
-    return [size for size in range(space.least, space.width + 1) if _accepts(config, spec, {name: size})]
+    return [size for size in range(space.least, space.width + 1) if _accepts(config, arch, {name: size})]
 
 
-def _accepts(config: PretrainedConfig, spec: ArchSpec, sizes: Widths) -> bool:
+def _accepts(config: PretrainedConfig, arch: ArchSpec, sizes: Widths) -> bool:
     try:
-        shrunk_config(config, spec, sizes)
+        shrunk_config(config, arch, sizes)
     except StructPruneError:
         return False
     return True
+
+
+COUNTS = ("max_window_layers", "first_k_dense_replace")  # so many layers from the first
+
+
+INDICES = ("mlp_only_layers",)  # the numbers of some layers
+
+
+# Lists that are never one entry a layer, even where they happen to be as long.
+APART = ("architectures", "bad_words_ids", "eos_token_id", "pos_att_type", "suppress_tokens")
+
+
+def cut_depth_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None:
+    """Cut every list with one entry a layer, and renumber what names or counts layers.
+
+    A list with one entry a layer is known by its length; transformers has no other mark for it.
+
+    Args:
+        config: Of the model that has the layers; it is changed.
+        keep: Layers that stay, ascending.
+        size: Number of layers before.
+    """
+    for key, value in list(vars(config).items()):
+        if key in COUNTS and value is not None:
+            setattr(config, key, sum(layer < value for layer in keep))
+        elif key in INDICES and value is not None:
+            setattr(config, key, [place for place, layer in enumerate(keep) if layer in value])
+        elif isinstance(value, (list, tuple)) and len(value) == size and key not in APART:
+            setattr(config, key, type(value)(value[layer] for layer in keep))

@@ -1,4 +1,4 @@
-"""Fills in one template for one block."""
+"""Fills in one template for one layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import StructPruneError
 from .families import Template
-from .spec import Axis, Space
+from .spec import CHANNEL, EXPERT, GROUP, Axis, Space
 
 
 if TYPE_CHECKING:
@@ -19,15 +19,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def spaces_of(
-    name: str, template: Template, layer: int, block: str, shapes: Shapes, config: PretrainedConfig
+    name: str, template: Template, layer: int, prefix: str, shapes: Shapes, config: PretrainedConfig
 ) -> Iterator[Space]:
-    """The spaces that a template makes of one block: none, one, or one per expert.
+    """The spaces that a template makes of one layer: none, one, or one per expert.
 
     Args:
         name: Of the space.
         template: Its description.
-        layer: Index of the block.
-        block: Its full name, with the dot.
+        layer: Index of the layer.
+        prefix: Its full name, with the dot.
         shapes: Name and shape of every tensor in the state dict.
         config: The model's config; gives the head counts.
 
@@ -37,6 +37,7 @@ def spaces_of(
     if not meets(config, template):
         return
     units = rows_per_unit(config, template)
+    rows = {part for parts in template.out.values() for part in parts}
     base = Space(
         name=name,
         layer=layer,
@@ -49,15 +50,16 @@ def spaces_of(
         bias_flag=template.bias,
         scale=getattr(config, template.times) if template.times else 1,
         least=getattr(config, template.least) if template.least else 1,
-        experts=f"{block}{template.experts}" if template.experts else None,
+        unit=CHANNEL if rows <= {"unit", "pair"} else GROUP,
+        experts=f"{prefix}{template.experts}" if template.experts else None,
         uniform=template.uniform,
     )
     if template.router is not None:
-        yield from _whole_experts(base, f"{block}{template.router}", shapes)
+        yield from _whole_experts(base, f"{prefix}{template.router}", shapes)
     elif template.experts is not None:
         yield from _inside_experts(base, template, shapes, units)
     else:
-        yield from _plain(base, template, block, shapes, units)
+        yield from _plain(base, template, prefix, shapes, units)
 
 
 def meets(config: PretrainedConfig, template: Template) -> bool:
@@ -78,13 +80,13 @@ def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int
     return units
 
 
-def _plain(base: Space, template: Template, block: str, shapes: Shapes, units: Mapping[str, int]) -> Iterator[Space]:
-    names = f"{block}{{}}.weight", f"{block}{{}}.bias"
+def _plain(base: Space, template: Template, prefix: str, shapes: Shapes, units: Mapping[str, int]) -> Iterator[Space]:
+    names = f"{prefix}{{}}.weight", f"{prefix}{{}}.bias"
     dims = (1, 0, 0) if template.transposed else (0, 1, 0)
     for size, out, into, biased in _projections(template, names, dims, shapes, units):
         for param, parts in template.along.items():
-            if f"{block}{param}" in shapes:
-                out += _axes(f"{block}{param}", 0, parts, size, shapes, units)
+            if f"{prefix}{param}" in shapes:
+                out += _axes(f"{prefix}{param}", 0, parts, size, shapes, units)
         yield _with_axes(replace(base, size=size, biased=biased), out, into, shapes)
 
 
@@ -95,7 +97,7 @@ def _whole_experts(base: Space, router: str, shapes: Shapes) -> Iterator[Space]:
     size = shapes[f"{router}.weight"][0]
     names = [name for owner in (router, base.experts) for name in shapes if name.startswith(f"{owner}.")]
     out = [axis for name in names for axis in _axes(name, 0, ["unit"], size, shapes, {"unit": 1})]
-    yield _with_axes(replace(base, size=size, whole=True), out, [], shapes)
+    yield _with_axes(replace(base, size=size, unit=EXPERT), out, [], shapes)
 
 
 def _inside_experts(base: Space, template: Template, shapes: Shapes, units: Mapping[str, int]) -> Iterator[Space]:
@@ -150,17 +152,17 @@ def _with_axes(space: Space, out: list[Axis], into: list[Axis], shapes: Shapes) 
 
 def _unit_params(axis: Axis, shapes: Shapes) -> int:
     shape = shapes[axis.param]
-    return prod(shape if axis.part is None else shape[1:]) // shape[axis.dim] * axis.block
+    return prod(shape if axis.part is None else shape[1:]) // shape[axis.dim] * axis.per_unit
 
 
 def _axes(param: str, dim: int, parts: list[str], size: int, shapes: Shapes, units: Mapping[str, int]) -> list[Axis]:
     if param not in shapes:
         raise StructPruneError(f"{param} is missing; the description of this family expects it.")
-    blocks = [units[part] for part in parts]
-    if shapes[param][dim] != size * sum(blocks):
+    rows = [units[part] for part in parts]
+    if shapes[param][dim] != size * sum(rows):
         raise StructPruneError(
-            f"{param}: dimension {dim} is {shapes[param][dim]}, but {size} units of {sum(blocks)} make "
-            f"{size * sum(blocks)}. The description of this family does not fit this model."
+            f"{param}: dimension {dim} is {shapes[param][dim]}, but {size} units of {sum(rows)} make "
+            f"{size * sum(rows)}. The description of this family does not fit this model."
         )
-    offsets = [size * sum(blocks[:i]) for i in range(len(blocks))]
-    return [Axis(param, dim, block, offset) for block, offset in zip(blocks, offsets, strict=True)]
+    offsets = [size * sum(rows[:i]) for i in range(len(rows))]
+    return [Axis(param, dim, per_unit, offset) for per_unit, offset in zip(rows, offsets, strict=True)]

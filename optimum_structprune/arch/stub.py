@@ -35,18 +35,18 @@ def stub(model: PreTrainedModel) -> str:
     shapes = {name.removeprefix(base): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     near = nearest(config, shapes)
     plan = getattr(config, "base_model_tp_plan", None) or {}
-    blocks, roles = _roles(plan)
+    path, roles = _roles(plan)
     if not roles:
         raise StructPruneError(
             f"transformers has no tensor-parallel plan for {config.model_type!r} to make a stub from; the nearest "
             f"family is {near or 'none'}, start from its entry in families.yaml."
         )
     spaces = {
-        _name(owner): _space(owner, role, shapes, f"{blocks}.0.", config)
+        _name(owner): _space(owner, role, shapes, f"{path}.0.", config)
         for owner, role in roles.items()
         if role["out"] and role["in"]
     }
-    entry = [{"model_types": [config.model_type], "blocks": blocks, "spaces": spaces}]
+    entry = [{"model_types": [config.model_type], "layer_path": path, "spaces": spaces}]
     head = (
         f"# A stub for {config.model_type}: check every line, then pass the file as --arch.\n"
         f"# The nearest family by names and shapes is {near or 'none'}.\n"
@@ -72,17 +72,17 @@ def nearest(config: PretrainedConfig, shapes: Shapes) -> str | None:
 
 
 def _roles(plan: Mapping[str, str]) -> tuple[str, Roles]:
-    """Path of the blocks; and by the module that owns them, which projections split by rows and by columns."""
-    blocks = ""
+    """Path of the layers; and by the module that owns them, which projections split by rows and by columns."""
+    layer_path = ""
     roles: Roles = {}
     for pattern, style in plan.items():
         path, _, rest = pattern.partition(".*.")
         owner, _, leaf = rest.rpartition(".")
         side = {"colwise": "out", "rowwise": "in"}.get(style.removesuffix("_rep").removesuffix("_gather_output"))
         if leaf and side:
-            blocks = path
+            layer_path = path
             roles.setdefault(owner, {"out": [], "in": []})[side].append(rest)
-    return blocks, roles
+    return layer_path, roles
 
 
 def _name(owner: str) -> str:
@@ -90,23 +90,23 @@ def _name(owner: str) -> str:
 
 
 def _space(
-    owner: str, role: Mapping[str, list[str]], shapes: Shapes, block: str, config: PretrainedConfig
+    owner: str, role: Mapping[str, list[str]], shapes: Shapes, layer: str, config: PretrainedConfig
 ) -> dict[str, Any]:
-    names = {side: [name for name in role[side] if f"{block}{name}.weight" in shapes] for side in ("out", "in")}
+    names = {side: [name for name in role[side] if f"{layer}{name}.weight" in shapes] for side in ("out", "in")}
     if _name(owner) == "attention":
         heads = config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         wide = {
             side: {
-                name: "q" if shapes[f"{block}{name}.weight"][dim] > groups * head_dim or heads == groups else "kv"
+                name: "q" if shapes[f"{layer}{name}.weight"][dim] > groups * head_dim or heads == groups else "kv"
                 for name in names[side]
             }
             for side, dim in (("out", 0), ("in", 1))
         }
         size: dict[str, Any] = {"size": "num_key_value_heads", "also": ["num_attention_heads"], "pin": ["head_dim"]}
         return {**size, **wide}
-    rows = shapes[f"{block}{names['in'][0]}.weight"][1] if names["in"] else 0
+    rows = shapes[f"{layer}{names['in'][0]}.weight"][1] if names["in"] else 0
     keys = [key for key, value in config.to_dict().items() if value == rows and key not in ("vocab_size",)]
     units = {side: dict.fromkeys(names[side], "unit") for side in ("out", "in")}
     return {"size": keys[0] if keys else "WHICH_CONFIG_KEY", **units}

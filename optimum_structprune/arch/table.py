@@ -15,11 +15,11 @@ HEAD = """# Architectures
 Generated from `optimum_structprune/arch/families.yaml` by `python -m optimum_structprune.arch.table`; a test holds
 this page against it.
 
-**Plain** means that the pruned model's own config says it all, with the same width in every block, so that plain
+**Plain** means that the pruned model's own config says it all, with the same width in every layer, so that plain
 `from_pretrained` loads it. Every line below is tested on a tiny random model: the pruned model equals the masked one
 within 1e-5 in fp32, reloads, and every tensor has the shape that the smaller config gives it.
 
-- `layer` removes whole blocks, before everything else, and what the config says of each block with them.
+- `layer` removes whole layers, before everything else, and what the config says of each layer with them.
 - `hidden` removes channels of the residual stream from the whole model. Where the norms divide by the root of a mean
   square, the result equals the model whose removed channels are zero; elsewhere the table says what is in the way.
 - `mlp` inside experts: one config key is the width of all experts, but every expert keeps its own channels, scored and
@@ -28,12 +28,12 @@ within 1e-5 in fp32, reloads, and every tensor has the shape that the smaller co
 - `expert` removes whole experts with their router rows, in one step before the rounds: a router is a softmax, so
   nothing short of that silences an expert. The score is the mean of gate x output norm over the tokens that chose it
   (REAP). At least as many stay as each token chooses.
-- `dense_mlp` are the dense blocks of a mixture-of-experts model, `shared_mlp` a shared expert with a width of its own.
+- `dense_mlp` are the dense layers of a mixture-of-experts model, `shared_mlp` a shared expert with a width of its own.
 - Encoders and encoder-decoders are measured by the squared error of their last hidden states (T5: logits) on held-out
   text, relative to the variance of the dense model's; an encoder-decoder reads the same text on both sides. Vision
   models take `inputs={"name": pixels}` in place of text.
-- **Non-uniform** means that its width may differ from block to block ([non-uniform models](non_uniform.md)); tested
-  the same way, with one more unit in every block than in the one before, through each way to load it.
+- **Non-uniform** means that its width may differ from layer to layer ([non-uniform models](non_uniform.md)); tested
+  the same way, with one more unit in every layer than in the one before, through each way to load it.
 - Where a projection already has a bias, or `bias` names the config key that gives it one, `refit="bias"` works.
 
 """
@@ -72,7 +72,7 @@ def _rows(family: Family) -> Iterator[str]:
 def _may_differ(family: Family, template: Template) -> str:
     if template is family.layer:
         return f"no: {ONE_FOR_ALL}"
-    reason = template.uniform or family.uniform or ("" if family.block_class else UNDESCRIBED)
+    reason = template.uniform or family.uniform or ("" if family.layer_class else UNDESCRIBED)
     return f"no: {reason}" if reason else "yes"
 
 

@@ -1,1 +1,1 @@
-"""Calibration: text from several domains, and the statistics of what it does inside the model."""
+"""Moments of activations: how they are gathered, summed up and stored."""

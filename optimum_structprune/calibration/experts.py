@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arch.spec import Space
-from .stats import Moments
+from .moments import Moments
 
 
 @dataclass(frozen=True)

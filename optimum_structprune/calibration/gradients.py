@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..arch.spec import ArchSpec
-from ..checks import check_gradients
-from .clock import Clock
-from .collect import observe
-from .taps import Batch
+from ..errors import StructPruneError
+from ..forward.clock import Clock
+from ..forward.hooks import observe
+from .tally import Batch
 
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ IGNORED = -100
 
 
 def saliencies(
-    model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
+    model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
 ) -> dict[str, Tensor]:
     """Σ|x ∂L/∂x| of every tap's input x, per predicted token, by module, shape `(domains, n)`, fp64.
 
@@ -36,15 +36,15 @@ def saliencies(
 
     Args:
         model: A causal language model.
-        spec: Its description.
+        arch: Its description.
         batches: The calibration data.
         clock: Takes the time of each domain.
 
     Raises:
         StructPruneError: If the model does not predict the next token, or has experts.
     """
-    check_gradients(spec)
-    taps = sorted({axis.module for space in spec.spaces for axis in space.into})
+    check_gradients(arch)
+    taps = sorted({axis.module for space in arch.spaces for axis in space.into})
     domains, clock = 1 + max(batch.domain for batch in batches), clock or Clock(model.device)
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(domains, dtype=torch.float64)
@@ -96,3 +96,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def check_gradients(arch: ArchSpec) -> None:
+    """Refuse models whose gradients are not gathered.
+
+    Raises:
+        StructPruneError: If the model does not predict the next token, or has experts.
+    """
+    if not arch.causal or any(space.experts for space in arch.spaces):
+        raise StructPruneError(
+            f"Gradients are gathered for dense models that predict the next token, not for {arch.model_type!r}; "
+            "choose criterion='obs' or 'wanda'."
+        )

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..arch.spec import MODEL, ArchSpec, Space
-from ..config import StructPruneConfig, builtin_domains
+from ..config.fields import read_mapping
+from ..config.pruning import StructPruneConfig, builtin_domains
 from ..criteria import CRITERIA
+from ..domains.load import Domain
+from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
 from ..fingerprint import fingerprint, vocabulary_hash
 from ..registry import did_you_mean
-from ..schema import read_mapping
-from .blocks import Domain
-from .manifest import MANIFEST_NAME, Manifest
-from .stats import Moments, load_stats
+from .moments import Moments, load_moments
 
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class StoredDomain:
     Attributes:
         name: Of the domain.
         weight: Its share when it was calibrated on; those of all domains sum to 1.
-        shape: Of its calibration blocks.
+        shape: Of its calibration samples.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Statistics:
 
     @classmethod
     def load(cls, folder: str | Path) -> Statistics:
-        """Read what `calibrate` wrote; the moments themselves are read block by block, when they are needed.
+        """Read what `calibrate` wrote; the moments themselves are read layer by layer, when they are needed.
 
         Raises:
             StructPruneError: If there are no statistics, their description is damaged, or a file is missing or cut.
@@ -151,19 +151,19 @@ class Statistics:
                 f"Load that one, or write new ones with `structprune calibrate MODEL {self.folder} --overwrite`."
             )
 
-    def check_use(self, config: StructPruneConfig, spec: ArchSpec, names: Collection[str]) -> None:
+    def check_use(self, config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> None:
         """Refuse what the stored moments say nothing of.
 
         Args:
             config: How to prune.
-            spec: The model.
+            arch: The model.
             names: Spaces that shrink.
 
         Raises:
             StructPruneError: If a space is judged by something else than moments, or there are no gradients.
         """
         for name in names:
-            if any(space.experts is not None or space.layer == MODEL for space in spec.of(name)):
+            if any(space.experts is not None or space.layer == MODEL for space in arch.of(name)):
                 raise StructPruneError(
                     f"Stored statistics are moments of what consumers read, and {name!r} is judged by something else; "
                     "prune without stats."
@@ -177,10 +177,10 @@ class Statistics:
     def chosen(self, config: StructPruneConfig) -> list[Domain]:
         """The domains that a config names, with its weights; all of them, with their own, where it names none.
 
-        Their calibration blocks are shapes without content (on the meta device): nothing is to be run on them.
+        Their calibration samples are shapes without content (on the meta device): nothing is to be run on them.
 
         Raises:
-            StructPruneError: If the config names a domain that is not there, or the held-out blocks are damaged.
+            StructPruneError: If the config names a domain that is not there, or the held-out samples are damaged.
         """
         weights = {domain.name: domain.weight for domain in self.domains}
         if config.domains != builtin_domains():
@@ -212,13 +212,13 @@ class Statistics:
         used = [replace(entry, weight=weights[entry.name]) for entry in whole.domains if entry.name in weights]
         return replace(whole, domains=used)
 
-    def block(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Moments]:
-        """Moments of one block's taps, by `key`.
+    def layer(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Moments]:
+        """Moments of one layer's taps, by `key`.
 
         Raises:
             StructPruneError: If the file is missing or damaged.
         """
-        return load_stats(self._checked(block_name(layer)), device)
+        return load_moments(self._checked(layer_name(layer)), device)
 
     def _checked(self, name: str) -> Path:
         path = self.folder / name
@@ -232,9 +232,9 @@ class Statistics:
 
 
 class StoredPasses:
-    """What stands in for forward passes over the calibration blocks: the moments of the dense model.
+    """What stands in for forward passes over the calibration samples: the moments of the dense model.
 
-    Nothing runs, so a block is not fitted to what the blocks before it give once they are pruned.
+    Nothing runs, so a layer is not fitted to what the layers before it give once they are pruned.
 
     Args:
         statistics: Where the moments are.
@@ -252,9 +252,9 @@ class StoredPasses:
     def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
         """See `Passes.gather`."""
         if self.at[0] != layer:
-            # One block's moments at a time are in memory.
+            # One layer's moments at a time are in memory.
             self.at = (-1, {})
-            self.at = (layer, self.statistics.block(layer, self.device))
+            self.at = (layer, self.statistics.layer(layer, self.device))
         # A run over text would not have gathered what is not asked for, and what is there is used.
         unused: dict[str, Any] = {
             name: None for name, used in (("gram", gram), ("saliency", self.gradient)) if not used
@@ -277,9 +277,9 @@ class StoredPasses:
         """See `Passes.advance`; there is nothing to run."""
 
 
-def block_name(layer: int) -> str:
-    """File of one block's moments."""
-    return f"block-{layer:03d}.safetensors"
+def layer_name(layer: int) -> str:
+    """File of one layer's moments."""
+    return f"layer-{layer:03d}.safetensors"
 
 
 def key(tap: str, domain: int) -> str:

@@ -23,15 +23,15 @@ def add_text_arguments(parser: ArgumentParser) -> None:
         metavar="NAME=SOURCE[@WEIGHT]",
         help="Text: a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; repeatable.",
     )
-    parser.add_argument("--seq-length", type=int, help="Tokens per block.")
+    parser.add_argument("--seq-length", type=int, help="Tokens per sample.")
     parser.add_argument("--seed", type=int, help="Seed of everything random.")
 
 
 def add_calibration_arguments(parser: ArgumentParser) -> None:
     """Declare the flags that say what a model is calibrated on."""
     add_text_arguments(parser)
-    parser.add_argument("--select", help="Which blocks are used: random, length, diverse or perplexity.")
-    parser.add_argument("--num-samples", type=int, help="Calibration blocks in all.")
+    parser.add_argument("--select", help="Which samples are used: random, length, diverse or perplexity.")
+    parser.add_argument("--num-samples", type=int, help="Calibration samples in all.")
     parser.add_argument("--batch-size", type=int, help="Blocks per forward pass.")
 
 

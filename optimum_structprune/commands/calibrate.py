@@ -22,8 +22,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Run the text through the model and store what pruning needs of it."""
-    from ..calibration.record import calibrate
-    from ..hub import check_target
+    from ..calibrator import calibrate
+    from ..saving.staging import check_target
     from .loading import load_model_and_tokenizer
 
     # How much is removed plays no part here, but a config has to say it.

@@ -31,8 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="NAME|FILE.jsonl",
         help="Task that lm_eval has, or multiple-choice items in lines of JSON; repeatable.",
     )
-    parser.add_argument("--seq-length", type=int, default=512, help="Tokens per block (512).")
-    parser.add_argument("--num-blocks", type=int, help="Blocks per domain at most; all that there are by default.")
+    parser.add_argument("--seq-length", type=int, default=512, help="Tokens per sample (512).")
+    parser.add_argument("--num-samples", type=int, help="Samples per domain at most; all that there are by default.")
     parser.add_argument("--limit", type=int, help="Items per task at most.")
     parser.add_argument("--batch-size", type=int, default=1, help="Sequences per forward pass (1).")
     parser.add_argument("--json", metavar="FILE", help="Write the numbers here as well.")
@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Measure and show."""
     from ..errors import StructPruneError
-    from ..evaluation import evaluate
+    from ..evaluation.evaluate import evaluate
     from .loading import load_model_and_tokenizer
 
     if args.json and not Path(args.json).resolve().parent.is_dir():
@@ -57,7 +57,7 @@ def run(args: Namespace) -> int:
         args.task,
         dense,
         seq_length=args.seq_length,
-        num_blocks=args.num_blocks,
+        num_samples=args.num_samples,
         batch_size=args.batch_size,
         limit=args.limit,
     )

@@ -8,7 +8,7 @@ from .arguments import add_model_arguments
 
 
 NAME = "export"
-HELP = "Save a non-uniform model with one width for all blocks, filled up with zeros."
+HELP = "Save a non-uniform model with one width for all layers, filled up with zeros."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--pad-uniform",
         action="store_true",
         required=True,
-        help="Fill narrower blocks up with zeros, for runtimes that take one width only.",
+        help="Fill narrower layers up with zeros, for runtimes that take one width only.",
     )
     parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
     add_model_arguments(parser)
@@ -27,8 +27,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Pad, save, and say what that costs."""
-    from ..export import export_uniform
-    from ..hub import check_target
+    from ..saving.export import export_uniform
+    from ..saving.staging import check_target
     from .loading import load_model_and_tokenizer
 
     check_target(args.output, args.overwrite)

@@ -32,17 +32,17 @@ def run(args: Namespace) -> int:
     if args.stub:
         print(stub(model))
         return 0
-    spec = describe(model, args.arch)
+    arch = describe(model, args.arch)
     total = model.num_parameters()
-    print(f"{args.model}: {spec.model_type}, {spec.num_blocks} blocks, {total:,} parameters")
+    print(f"{args.model}: {arch.model_type}, {arch.num_layers} layers, {total:,} parameters")
     print(f"{'space':<12}{'units':>8}{'parameters':>16}{'share':>8}  legal widths")
-    for name in spec.offered:
-        spaces = spec.of(name)
+    for name in arch.offered:
+        spaces = arch.of(name)
         parameters = sum(space.size * space.unit_params for space in spaces)
-        legal = _ranges(legal_sizes(config, spec, name))
+        legal = _ranges(legal_sizes(config, arch, name))
         units = _ranges(sorted({space.width for space in spaces}))
         print(f"{name:<12}{units:>8}{parameters:>16,}{parameters / total:>8.1%}  {legal}")
-    for name, reason in spec.missing:
+    for name, reason in arch.missing:
         print(f"{name:<12}cannot be pruned: {reason}")
     return 0
 

@@ -31,7 +31,7 @@ def run(args: Namespace) -> int:
     config = config_from(args)
     dtype = load_dtype(args.dtype)
     outcome = dry_run(load_config(args.model, args.trust_remote_code), config, dtype, args.trust_remote_code)
-    print(f"{args.model}: {outcome.model_type}, {outcome.sparsity:.1%} of the blocks' parameters go")
+    print(f"{args.model}: {outcome.model_type}, {outcome.sparsity:.1%} of the layers' parameters go")
     print(outcome)
     if args.json:
         try:

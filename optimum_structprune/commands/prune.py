@@ -26,7 +26,7 @@ FIELDS = {
     **{
         name: name
         for name in (
-            "allocation round_to criterion normalisation aggregation refit damping correction rounds schedule "
+            "allocation round_to criterion normalisation aggregation refit damping error_feedback rounds schedule "
             "stats adaptive_rate objective max_perplexity_ratio checkpoint_dir keep_rounds "
             "select num_samples seq_length batch_size seed"
         ).split()
@@ -65,7 +65,7 @@ def add_amount_arguments(parser: ArgumentParser) -> None:
     """Declare the flags that say what is removed and how."""
     add_config_arguments(parser)
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--sparsity", type=float, help="Share of the blocks' parameters to remove, such as 0.2.")
+    amount.add_argument("--sparsity", type=float, help="Share of the layers' parameters to remove, such as 0.2.")
     amount.add_argument(
         "--width", action="append", type=width, metavar="SPACE=N", help="Units to keep, such as mlp=1152; repeatable."
     )
@@ -76,14 +76,16 @@ def add_amount_arguments(parser: ArgumentParser) -> None:
         help="Most that the model may have: parameters=110e6, bytes=300e6 or cache_bytes_per_token=9000.",
     )
     parser.add_argument("--target", action="append", metavar="SPACE", help="Space that may shrink; repeatable.")
-    parser.add_argument("--allocation", help="uniform: one width for all blocks; global, sensitivity: its own.")
+    parser.add_argument("--allocation", help="uniform: one width for all layers; global, sensitivity: its own.")
     parser.add_argument("--skip-layer", type=int, action="append", metavar="N", help="Block left whole; repeatable.")
     parser.add_argument("--round-to", type=int, metavar="N", help="Chosen channel widths are multiples of this.")
     parser.add_argument("--normalisation", help="Scale of the domains' evidence: none, energy, zscore or rank.")
     parser.add_argument("--aggregation", help="One score from many domains: mean, max, harmonic or quantile.")
     parser.add_argument("--refit", help="How kept weights make up for removed ones.")
     parser.add_argument("--damping", type=float, help="Ridge of the refit toward the original weights.")
-    parser.add_argument("--correction", type=float, help="Share of the stream's error so far that refits make up for.")
+    parser.add_argument(
+        "--error-feedback", type=float, help="Share of the stream's error so far that refits make up for."
+    )
 
 
 def run(args: Namespace) -> int:
@@ -91,8 +93,8 @@ def run(args: Namespace) -> int:
     from dataclasses import replace
 
     from ..calibration.stored import Statistics
-    from ..hub import check_target
     from ..pruner import AutoStructPruner
+    from ..saving.staging import check_target
     from .loading import load_model_and_tokenizer
     from .recover import heal
 
@@ -113,7 +115,7 @@ def run(args: Namespace) -> int:
     where = f"AutoModelForCausalLM.from_pretrained({args.output!r})"
     print(f"saved to {args.output}; it loads with {where}")
     if pruned.config.get_text_config().is_heterogeneous:
-        print("once optimum_structprune is imported, or with trust_remote_code=True, since its blocks differ in width")
+        print("once optimum_structprune is imported, or with trust_remote_code=True, since its layers differ in width")
     if later is None:
         return 0
     return heal(args, later, config, pruned, tokenizer, args.model, args.output, overwrite=True)
@@ -126,8 +128,8 @@ def config_from(args: Namespace, sparsity: float | None = None):
         args: The flags.
         sparsity: Stands where neither the file nor a flag says how much is removed.
     """
-    from ..config import AMOUNTS, StructPruneConfig
-    from ..schema import read_yaml
+    from ..config.fields import read_yaml
+    from ..config.pruning import AMOUNTS, StructPruneConfig
 
     given = {name: value for name, value in vars(args).items() if value is not None}
     values: dict[str, Any] = dict(read_yaml(args.config)) if args.config else {}

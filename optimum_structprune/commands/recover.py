@@ -11,8 +11,8 @@ from .arguments import add_model_arguments, add_path_arguments, add_text_argumen
 
 
 if TYPE_CHECKING:
-    from ..config import StructPruneConfig
-    from ..recovery_config import RecoveryConfig
+    from ..config.pruning import StructPruneConfig
+    from ..config.recovery import RecoveryConfig
 
 NAME = "recover"
 HELP = "Train a pruned model with LoRA, with or without a teacher, and save it."
@@ -46,9 +46,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Train, save, and show what came of it."""
-    from ..config import CONFIG_NAME, StructPruneConfig
-    from ..hub import check_target
-    from ..recovery import Recovery
+    from ..config.pruning import CONFIG_NAME, StructPruneConfig
+    from ..recovery.recover import Recovery
+    from ..saving.staging import check_target
     from .loading import load_model_and_tokenizer, load_tokenizer
 
     config = config_from(args)
@@ -89,7 +89,7 @@ def heal(
     import shutil
     from dataclasses import replace
 
-    from ..recovery import Recovery
+    from ..recovery.recover import Recovery
 
     beside = f"{args.output.rstrip('/')}.checkpoints"
     own = "output_dir" not in config.training
@@ -111,8 +111,8 @@ def heal(
 
 def config_from(args: Namespace) -> RecoveryConfig:
     """The config file, if any, with the flags laid over it."""
-    from ..recovery_config import RecoveryConfig
-    from ..schema import read_yaml
+    from ..config.fields import read_yaml
+    from ..config.recovery import RecoveryConfig
 
     values: dict[str, Any] = dict(read_yaml(args.config)) if args.config else {}
     flags = {"domains": args.domain, **{name: getattr(args, name) for name in (*FIELDS, "seq_length", "seed")}}

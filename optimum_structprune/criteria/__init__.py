@@ -1,4 +1,4 @@
-"""Criteria: weights and statistics in, one score per unit out (higher = keep)."""
+"""Scores: weights and moments in, one number per unit out (higher = keep). `saving` and what lies above may import it."""
 
 from .base import CRITERIA, Criterion, per_unit, register_criterion
 from .flap import Flap

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..calibration.stats import Moments
-from ..config import StructPruneConfig
+from ..calibration.moments import Moments
+from ..config.pruning import StructPruneConfig
 from ..registry import Registry
 
 
@@ -27,22 +27,22 @@ class Criterion(ABC):
         self.config = config
 
     @abstractmethod
-    def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
+    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """One score per unit, higher = keep.
 
         Args:
-            weight: The consumer, shape `(out, units * block)`, fp32.
-            moments: Of the consumer's input, `units * block` components.
-            block: Columns per unit.
+            weight: The consumer, shape `(out, units * columns_per_unit)`, fp32.
+            moments: Of the consumer's input, `units * columns_per_unit` components.
+            columns_per_unit: Columns per unit.
 
         Returns:
             Shape `(units,)`.
         """
 
 
-def per_unit(columns: Tensor, block: int) -> Tensor:
-    """Sum a value per column, shape `(units * block,)`, over the columns of each unit."""
-    return columns.reshape(-1, block).sum(1)
+def per_unit(columns: Tensor, columns_per_unit: int) -> Tensor:
+    """Sum a value per column, shape `(units * columns_per_unit,)`, over the columns of each unit."""
+    return columns.reshape(-1, columns_per_unit).sum(1)
 
 
 CRITERIA: Registry[Criterion] = Registry("criterion", "optimum_structprune.criteria")

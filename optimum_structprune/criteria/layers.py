@@ -1,4 +1,4 @@
-"""How much whole blocks matter."""
+"""How much whole layers matter."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ..arch.load import block_list
+from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
-from ..calibration.collect import bypass, intercept
-from ..calibration.taps import Batch, evidence
+from ..calibration.tally import Batch, evidence
 from ..errors import StructPruneError
-from ..metrics import perplexity, run_model
+from ..forward.hooks import bypass, intercept
+from ..forward.metrics import perplexity, run_model
 from ..registry import Registry
 
 
@@ -27,19 +27,19 @@ BLOCK_INFLUENCE = "block_influence"
 
 
 class LayerCriterion(ABC):
-    """Judges the blocks of a model by what it does with text."""
+    """Judges the layers of a model by what it does with text."""
 
     @abstractmethod
-    def score(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]) -> Tensor:
-        """One positive score per block, higher = keep.
+    def score(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> Tensor:
+        """One positive score per layer, higher = keep.
 
         Args:
             model: The model, in eval mode.
-            spec: Its description.
+            arch: Its description.
             batches: Text of one domain.
 
         Returns:
-            Shape `(blocks,)`.
+            Shape `(layers,)`.
         """
 
 
@@ -48,12 +48,12 @@ LAYER_CRITERIA: Registry[LayerCriterion] = Registry("layer criterion", "optimum_
 
 @LAYER_CRITERIA.register(BLOCK_INFLUENCE)
 class BlockInfluence(LayerCriterion):
-    """1 - cos(input, output) of a block, in the mean over tokens (ShortGPT, Men et al. 2024, eq. 1)."""
+    """1 - cos(input, output) of a layer, in the mean over tokens (ShortGPT, Men et al. 2024, eq. 1)."""
 
     @torch.no_grad()
-    def score(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]) -> Tensor:
+    def score(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> Tensor:
         """See `LayerCriterion.score`."""
-        total = torch.zeros(spec.num_blocks, dtype=torch.float64)
+        total = torch.zeros(arch.num_layers, dtype=torch.float64)
         inputs: dict[int, Tensor] = {}
         count, mask = 0, batches[0].mask
 
@@ -65,7 +65,7 @@ class BlockInfluence(LayerCriterion):
             left, right = (evidence(x.double(), mask) for x in (inputs.pop(index), hidden))
             total[index] += float((1 - cosine_similarity(left, right, dim=-1)).sum())
 
-        with intercept(block_list(model, spec), before, after):
+        with intercept(layer_list(model, arch), before, after):
             for batch in batches:
                 mask = batch.mask
                 run_model(model, batch.ids)
@@ -75,23 +75,23 @@ class BlockInfluence(LayerCriterion):
 
 @LAYER_CRITERIA.register("loss_increase")
 class LossIncrease(LayerCriterion):
-    """Perplexity without the block over perplexity with it: e to the increase of the loss.
+    """Perplexity without the layer over perplexity with it: e to the increase of the loss.
 
-    One pass over the text for every block, where `BlockInfluence` takes one for all of them. The loss is that of all
+    One pass over the text for every layer, where `BlockInfluence` takes one for all of them. The loss is that of all
     tokens.
     """
 
-    def score(self, model: PreTrainedModel, spec: ArchSpec, batches: Sequence[Batch]) -> Tensor:
+    def score(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> Tensor:
         """See `LayerCriterion.score`."""
-        if not spec.causal:
+        if not arch.causal:
             raise StructPruneError(
-                f"'loss_increase' is the loss at predicting the next token, which a {spec.model_type} model does not "
+                f"'loss_increase' is the loss at predicting the next token, which a {arch.model_type} model does not "
                 f"do; use {BLOCK_INFLUENCE!r}."
             )
         text = torch.cat([batch.ids for batch in batches])
         dense = log(perplexity(model, text))
         scores = []
-        for block in block_list(model, spec):
-            with bypass(block):
+        for layer in layer_list(model, arch):
+            with bypass(layer):
                 scores.append(exp(log(perplexity(model, text)) - dense))
         return torch.tensor(scores, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..calibration.stats import Moments
+from ..calibration.moments import Moments
 from .base import Criterion, per_unit, register_criterion
 
 
@@ -10,6 +10,6 @@ from .base import Criterion, per_unit, register_criterion
 class Magnitude(Criterion):
     """‖W_:u‖, the norm of the columns that consume the unit."""
 
-    def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
+    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""
-        return per_unit(weight.square().sum(0), block).sqrt()
+        return per_unit(weight.square().sum(0), columns_per_unit).sqrt()

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..calibration.stats import Moments
+from ..calibration.moments import Moments
 from ..errors import StructPruneError
-from ..refit import with_damped_factor
+from ..surgery.refit import with_damped_factor
 from .base import Criterion, register_criterion
 
 
@@ -18,15 +18,22 @@ class OptimalBrainSurgeon(Criterion):
 
     needs_gram = True
 
-    def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
+    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""
         gram = moments.full_gram().to(weight)
-        units = len(gram) // block
+        units = len(gram) // columns_per_unit
         if float(gram.diagonal().sum()) <= 0:
             return weight.new_zeros(units)
         inverse = with_damped_factor(gram, float(self.config.damping), torch.cholesky_inverse)
-        tiles = inverse.reshape(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()
-        columns = weight.reshape(len(weight), units, block).permute(1, 2, 0).double()  # (unit, block, out)
+        tiles = (
+            inverse.reshape(units, columns_per_unit, units, columns_per_unit)
+            .diagonal(dim1=0, dim2=2)
+            .permute(2, 0, 1)
+            .double()
+        )
+        columns = (
+            weight.reshape(len(weight), units, columns_per_unit).permute(1, 2, 0).double()
+        )  # (unit, columns_per_unit, out)
         # The batched LU of torch 2.13's CPU build fails from 160 columns on once several threads are set.
         return 0.5 * torch.linalg.solve_triangular(_factors(tiles), columns, upper=False).square().sum((1, 2)).to(
             weight

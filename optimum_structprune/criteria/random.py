@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..calibration.stats import Moments
-from ..config import StructPruneConfig
+from ..calibration.moments import Moments
+from ..config.pruning import StructPruneConfig
 from .base import Criterion, register_criterion
 
 
@@ -16,6 +16,6 @@ class Random(Criterion):
         super().__init__(config)
         self.generator = torch.Generator().manual_seed(config.seed)
 
-    def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
+    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""
-        return torch.rand(weight.shape[1] // block, generator=self.generator).to(weight)
+        return torch.rand(weight.shape[1] // columns_per_unit, generator=self.generator).to(weight)

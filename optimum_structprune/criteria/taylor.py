@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..calibration.stats import Moments
+from ..calibration.moments import Moments
 from .base import Criterion, per_unit, register_criterion
 
 
@@ -14,7 +14,7 @@ class Taylor(Criterion):
 
     needs_gradient = True
 
-    def score(self, weight: Tensor, moments: Moments, block: int) -> Tensor:
+    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""
         assert moments.saliency is not None
-        return per_unit(moments.saliency.to(weight), block)
+        return per_unit(moments.saliency.to(weight), columns_per_unit)

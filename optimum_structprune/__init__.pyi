@@ -1,0 +1,30 @@
+# The public names and their modules. `__init__.py` reads this list, so that no name stands twice.
+from .arch.heterogeneous import disable_heterogeneous as disable_heterogeneous
+from .arch.heterogeneous import enable_heterogeneous as enable_heterogeneous
+from .calibrator import calibrate as calibrate
+from .config.domains import DomainConfig as DomainConfig
+from .config.domains import SelfTextConfig as SelfTextConfig
+from .config.pruning import StructPruneConfig as StructPruneConfig
+from .config.recovery import RecoveryConfig as RecoveryConfig
+from .criteria import register_criterion as register_criterion
+from .domains.manifest import Manifest as Manifest
+from .dryrun import DryRun as DryRun
+from .dryrun import dry_run as dry_run
+from .errors import InPlaceError as InPlaceError
+from .errors import StructPruneError as StructPruneError
+from .evaluation.evaluate import Evaluation as Evaluation
+from .evaluation.evaluate import evaluate as evaluate
+from .forward.metrics import perplexity as perplexity
+from .pruner import AutoStructPruner as AutoStructPruner
+from .pruner import StructPruner as StructPruner
+from .pruner import prune_model as prune_model
+from .pruner import register_pruner as register_pruner
+from .recovery.adapter import load_adapter as load_adapter
+from .recovery.recover import Recovery as Recovery
+from .recovery.recover import recover as recover
+from .saving.export import export_uniform as export_uniform
+from .surgery.plan import Plan as Plan
+from .trainer import StructPruneCallback as StructPruneCallback
+from .trainer import attach_pruner as attach_pruner
+
+__version__: str

@@ -1,0 +1,105 @@
+"""What is looked at before a model is pruned: adapters, quantization, and wishes that it cannot meet."""
+
+from __future__ import annotations
+
+import sys
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config.pruning import StructPruneConfig
+from ..errors import StructPruneError
+from .meta import skeleton
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MERGE_INJECTED = (
+    "for name, m in [*model.named_modules()]: "
+    "hasattr(m, 'get_base_layer') and (m.merge(), model.set_submodule(name, m.get_base_layer()))"
+)
+
+
+def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
+    """Refuse what cannot be pruned.
+
+    Raises:
+        StructPruneError: If the model carries an adapter, is quantized, or has too few positions.
+    """
+    check_no_adapter(model)
+    name = type(model).__name__
+    if is_quantized(model):
+        raise StructPruneError(f"{name} is quantized; prune `model.dequantize()`, or load it without quantization.")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if config.stats is None and longest is not None and config.seq_length > longest:
+        raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
+
+
+def check_no_adapter(model: PreTrainedModel) -> None:
+    """Refuse a PEFT model and a model that an adapter was injected into.
+
+    Raises:
+        StructPruneError: If there is an adapter; the message holds the line that makes the model plain.
+    """
+    # An adapter can only exist where PEFT has been imported, and most runs do without.
+    peft = sys.modules.get("peft")
+    if peft is None:
+        return
+    name = type(model).__name__
+    if isinstance(model, peft.PeftModel):
+        prompts = model.active_peft_config.is_prompt_learning
+        line = "model.get_base_model()" if prompts else "model.merge_and_unload()"
+        raise StructPruneError(f"{name} carries a PEFT adapter; prune `{line}` instead.")
+    if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules()):
+        raise StructPruneError(f"{name} has a PEFT adapter injected into it; merge it first: `{MERGE_INJECTED}`")
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether transformers takes the model for a quantized one."""
+    return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False))
+
+
+def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
+    """A quantized model with its weights unpacked; any other as it is.
+
+    Args:
+        model: The model.
+        inplace: Unpack `model` itself instead of a copy.
+
+    Raises:
+        StructPruneError: If transformers cannot undo the quantization; the message gives the reason. Nothing has
+            changed then.
+    """
+    if not is_quantized(model):
+        return model
+    check_no_adapter(model)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "an unknown method")
+    what = f"{type(model).__name__} is quantized with {getattr(method, 'value', method)}"
+    if quantizer is None:
+        raise StructPruneError(f"{what} and has no quantizer to undo it; load it without quantization.")
+    work = model if inplace else deepcopy(model)
+    if _unpacked(work):
+        # A GGUF file is unpacked while it is loaded, and only the flag of a quantized model stays.
+        quantizer.remove_quantization_config(work)
+        return work
+    try:
+        return work.dequantize()
+    except NotImplementedError as error:
+        raise StructPruneError(
+            f"{what}, which transformers cannot undo ({' '.join(str(error).split())}); load it without quantization."
+        ) from error
+
+
+def _unpacked(model: PreTrainedModel) -> bool:
+    """Whether the model is made of the same modules and shapes as one that was never quantized."""
+    dense = skeleton(model, model.config)
+    found = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in model.named_parameters()}
+    return (
+        {name: type(module) for name, module in model.named_modules()}
+        == {name: type(module) for name, module in dense.named_modules()}
+        and found == {name: (tensor.shape, True) for name, tensor in dense.named_parameters()}
+        and all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
+    )

@@ -1,0 +1,92 @@
+"""Fills in the description of the residual stream for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+from ..errors import StructPruneError
+from .families import ResidualTemplate, Template
+from .spaces import Shapes, rows_per_unit
+from .spec import HIDDEN, MODEL, WHOLE, Axis, Read, ResidualStream, Space
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def residual_of(
+    template: ResidualTemplate, shapes: Shapes, config: PretrainedConfig, prefix: str, layers: Sequence[str]
+) -> ResidualStream:
+    """The residual stream of a model.
+
+    Args:
+        template: Its description.
+        shapes: Name and shape of every tensor in the state dict.
+        config: The model's config.
+        prefix: Path of the base model inside the model, with the dot.
+        layers: Full names of the layers, each with the dot.
+
+    Raises:
+        StructPruneError: If a parameter is missing or is not as wide as the stream.
+    """
+    size = getattr(config, template.size)
+    embed, final = (f"{prefix}{module}.weight" for module in (template.embed, template.final))
+    norms = [f"{layer}{name}.weight" for layer in layers for name in template.norms]
+    reads = [read for layer, layer in enumerate(layers) for read in _reads(template, layer, layer, shapes)]
+    writers = [
+        axis for layer in layers for module in template.out for axis in _writers(layer + module, template, shapes)
+    ]
+    out = [Axis(embed, 1), *writers, *(Axis(name, 0) for name in [*norms, final])]
+    into = [axis for read in reads for axis in read.readers]
+    if f"{template.head}.weight" in shapes:
+        into.append(Axis(f"{template.head}.weight", 1))
+    for axis in (*out, *into):
+        if axis.param not in shapes or shapes[axis.param][axis.dim] != size:
+            found = (
+                f"{axis.param} has shape {shapes[axis.param]}" if axis.param in shapes else f"{axis.param} is missing"
+            )
+            raise StructPruneError(
+                f"{found}; the description of {config.model_type!r} says that its dimension {axis.dim} is the "
+                f"{size} channels of {template.size}."
+            )
+    inside = [axis for axis in (*out, *into) if axis.param.startswith(tuple(layers))]
+    head_dim = rows_per_unit(config, Template(template.size))["kv"]
+    space = Space(
+        HIDDEN,
+        MODEL,
+        size,
+        tuple(out),
+        tuple(into),
+        config=((template.size, 1),),
+        pins=tuple((key, head_dim) for key in template.pin),
+        # Those inside the layers, of which `sparsity` is a share.
+        unit_params=sum(prod(shapes[axis.param]) // size for axis in inside),
+        uniform=WHOLE,
+    )
+    reads.append(Read(MODEL, final.removesuffix(".weight"), (), norm=True))
+    names = tuple(axis.param for axis in writers)
+    return ResidualStream(space, embed, names, tuple(reads), template.plus, template.scaled)
+
+
+def _reads(template: ResidualTemplate, layer: int, prefix: str, shapes: Shapes) -> Iterator[Read]:
+    for tap, modules in template.into.items():
+        axes = [axis for module in modules for axis in _matrix(prefix + module, -1, template, shapes)]
+        if axes:
+            yield Read(layer, prefix + tap, tuple(axes), norm=tap in template.norms)
+
+
+def _writers(module: str, template: ResidualTemplate, shapes: Shapes) -> Iterator[Axis]:
+    yield from _matrix(module, -2, template, shapes)
+    for bias, dim in ((f"{module}.bias", 0), (f"{module}_bias", 1)):
+        if bias in shapes:
+            yield Axis(bias, dim)
+
+
+def _matrix(module: str, dim: int, template: ResidualTemplate, shapes: Shapes) -> Iterator[Axis]:
+    """The weight of a module, or a parameter that stacks the matrices of all experts; none where there is neither."""
+    if f"{module}.weight" in shapes:
+        yield Axis(f"{module}.weight", 2 + dim)
+    elif module in shapes:
+        yield Axis(module, (-dim if template.transposed else 3 + dim))

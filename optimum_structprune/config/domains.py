@@ -1,0 +1,169 @@
+"""What a calibration domain is, and how a model writes text of its own."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from huggingface_hub.dataclasses import strict, validated_field
+
+from ..errors import StructPruneError
+from .fields import Number, Serialisable, config_class, filled, not_negative, positive
+
+
+# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
+
+
+IN_MEMORY = "memory:"
+
+
+PRESET = "preset:"
+
+
+SELF = "self:"
+
+
+CHAT = "chat"
+
+
+def _source(value: Any) -> None:
+    if not isinstance(value, (Iterable, Path)) or isinstance(value, (bytes, Mapping)):
+        raise ValueError(f"has to be a path, a name, a dataset or an iterable of strings, got {type(value).__name__}")
+    if value == "":
+        raise ValueError("has to name something, got ''")
+
+
+def _template(value: Any) -> None:
+    if value is not None and value != CHAT and not template_fields(value):
+        raise ValueError(f"has to be 'chat' or to hold column names such as {{question}}, got {value!r}")
+
+
+def template_fields(template: str) -> list[str]:
+    """The columns that a text template names, in order.
+
+    Raises:
+        ValueError: If a brace is left open, or a field is more than a name.
+    """
+    names = []
+    for _, name, form, conversion in Formatter().parse(template):
+        if name is not None:
+            if not name.isidentifier() or form or conversion:
+                raise ValueError(f"a field of the template {template!r} has to be a column's name, got {name!r}")
+            names.append(name)
+    return names
+
+
+@config_class
+@strict
+@dataclass
+class DomainConfig(Serialisable):
+    """A named calibration stream.
+
+    Args:
+        name: What the report calls it.
+        source: A file (`.txt`, `.jsonl`, `.json`, `.parquet`, `.csv`), a glob, a folder, `builtin:prose`,
+            `builtin:code`, `builtin:math`, a preset (`preset:code`, `preset:hybrid` …), text that the model writes
+            itself (`self:code`, `self:math`, `self:prose`, `self:dialogue`, `self:reasoning`), a dataset id on the
+            Hub, a folder that `save_to_disk` of `datasets` wrote, a `datasets` object, or any iterable of strings, or
+            with a template of rows. A `pathlib.Path` is kept as its text.
+        weight: Share of the calibration tokens, relative to the other domains.
+        text_column: Column that holds the text, or with `template="chat"` the messages.
+        dataset_config: Name of the configuration of a Hub dataset.
+        split: Split of a Hub dataset, or of a folder that holds several.
+        revision: Commit, tag or branch of a Hub dataset.
+        streaming: Read a Hub dataset row by row; otherwise the split is downloaded as a whole.
+        template: How a row becomes text: `chat` puts its messages through the tokenizer's chat template; else a text
+            with column names, such as `"Question: {question}\nAnswer: {answer}"`.
+        answers_only: Take evidence only from answers: what the assistant says in a chat, the last field of a template,
+            what the model wrote.
+    """
+
+    name: str = validated_field(filled)
+    source: Any = validated_field(_source)
+    weight: Number = validated_field(positive, default=1.0)
+    text_column: str = "text"
+    dataset_config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = True
+    template: str | None = validated_field(_template, default=None)
+    answers_only: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, Path):
+            self.source = str(self.source)
+
+    def validate_answers(self) -> None:
+        """Something that tells answers from questions."""
+        preset = isinstance(self.source, str) and self.source.startswith(PRESET)
+        if self.answers_only and self.template is None and not (preset or written_by_model(self)):
+            raise ValueError("answers_only needs a template that says what the answers are, got template=None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values; a source that lives in memory is only named."""
+        named = self.source if isinstance(self.source, str) else f"{IN_MEMORY}{type(self.source).__name__}"
+        return {**super().to_dict(), "source": named}
+
+
+def written_by_model(domain: DomainConfig) -> bool:
+    """Whether a domain is text that the model writes itself."""
+    return isinstance(domain.source, str) and domain.source.startswith(SELF)
+
+
+@config_class
+@strict
+@dataclass(kw_only=True)
+class SelfTextConfig(Serialisable):
+    """How a model writes its own calibration text, for the sources `self:NAME`.
+
+    Args:
+        max_new_tokens: Length of a document, at most.
+        batch_size: Documents that are written at once.
+        temperature: Of the sampling.
+        top_p: Of the sampling: the likeliest tokens that together have this probability.
+        min_tokens: Shorter documents are dropped.
+        min_distinct: Least share of different runs of 4 tokens among all; a document that repeats itself is dropped.
+        max_perplexity_ratio: A document is dropped if its perplexity is this many times above or below the median of
+            its batch.
+        cache_dir: Where the documents are kept; by default `structprune` in the Hugging Face home folder.
+    """
+
+    max_new_tokens: int = validated_field(positive, default=384)
+    batch_size: int = validated_field(positive, default=16)
+    temperature: Number = validated_field(positive, default=1.0)
+    top_p: Number = validated_field(positive, default=0.95)
+    min_tokens: int = validated_field(positive, default=32)
+    min_distinct: Number = validated_field(not_negative, default=0.5)
+    max_perplexity_ratio: Number = validated_field(positive, default=4.0)
+    cache_dir: str | None = None
+
+
+def as_domain(item: Any, owner: str) -> DomainConfig:
+    """A domain from its mapping; a domain comes back as it is.
+
+    Raises:
+        StructPruneError: If it is neither.
+    """
+    if isinstance(item, DomainConfig):
+        return item
+    if not isinstance(item, Mapping):
+        raise StructPruneError(f"{owner}: 'domains' takes mappings with a name and a source, got {item!r}.")
+    return DomainConfig.from_dict(item)
+
+
+def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
+    """The fields of a config with its domains as `DomainConfig`s, where it lists any."""
+    domains = data.get("domains")
+    if not isinstance(domains, list):
+        return data
+    return {**data, "domains": [as_domain(item, owner) for item in domains]}
+
+
+def check_names(domains: Iterable[DomainConfig]) -> None:
+    """At least one domain, and no two of the same name."""
+    names = [domain.name for domain in domains]
+    if not names:
+        raise ValueError("domains has to name at least one domain, got []")
+    if len(set(names)) < len(names):
+        raise ValueError(f"domains has two entries of the same name: {', '.join(names)}")

@@ -1,0 +1,183 @@
+"""What every config is made of: strict fields, plain values in and out, and the domain that several of them name."""
+
+# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import wraps
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+
+from ..errors import StructPruneError
+from ..registry import did_you_mean
+
+
+T = TypeVar("T", bound=type)
+# `strict` would refuse 1 where 1.0 is meant; to a type checker an int is a float already.
+Number = float if TYPE_CHECKING else float | int
+
+
+def _range(allowed: Callable[[float], bool], what: str) -> Callable[[Any], None]:
+    """A validator that passes finite numbers in a range, and whatever is no number: `strict` checks types."""
+
+    def validate(value: Any) -> None:
+        if isinstance(value, (int, float)) and not (isfinite(value) and allowed(value)):
+            raise ValueError(what.format(value))
+
+    return validate
+
+
+positive = _range(lambda value: value > 0, "has to be greater than 0, got {}")
+not_negative = _range(lambda value: value >= 0, "has to be 0 or more, got {}")
+share = _range(lambda value: 0 < value < 1, "has to lie between 0 and 1 (both excluded), got {}; 0.2 removes a fifth")
+proportion = _range(lambda value: 0 <= value <= 1, "has to lie between 0 and 1, got {}")
+up_to_one = _range(lambda value: 0 < value <= 1, "has to lie between 0 (excluded) and 1, got {}")
+above_one = _range(lambda value: value > 1, "has to be greater than 1, got {}; 1.3 allows 30 % more")
+
+
+def filled(value: Any) -> None:
+    """Something that is not empty."""
+    if not value:
+        raise ValueError(f"has to name at least one, got {value!r}")
+
+
+class Serialisable:
+    """`to_dict` and `from_dict` with strict keys.
+
+    Attributes:
+        RENAMED: Fields of earlier versions that have another name now; the old name still works, with a warning.
+        REMOVED: Fields of earlier versions that are gone: the value that they had where nobody set them, which is
+            passed over, and why they are gone.
+    """
+
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    REMOVED: ClassVar[Mapping[str, tuple[Any, str]]] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # a dataclass
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]):
+        """Inverse of `to_dict`.
+
+        Raises:
+            StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
+        """
+        return cls(**{str(name): value for name, value in data.items()})
+
+
+def present_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values under the names that the fields have now, without removed fields that were at their default.
+
+    Raises:
+        StructPruneError: If a removed field asks for something; the message says why it is gone.
+    """
+    renamed, removed = getattr(cls, "RENAMED", {}), getattr(cls, "REMOVED", {})
+    present = {}
+    for name, value in values.items():
+        if name in removed:
+            default, reason = removed[name]
+            if value != default:
+                raise StructPruneError(f"{cls.__name__}: {name}={value!r} is gone: {reason}.")
+        elif name in renamed:
+            warnings.warn(f"{cls.__name__}: {name} is called {renamed[name]} now.", FutureWarning, stacklevel=3)
+            present[renamed[name]] = value
+        else:
+            present[name] = value
+    return present
+
+
+def config_class(cls: T) -> T:
+    """A class decorator for configs: the constructor takes old names as `from_dict` does, and every mistake is a
+    `StructPruneError`.
+    """
+    init: Any = cls.__init__  # type: ignore[misc]
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **values: Any) -> None:
+        values = present_names(cls, values)
+        _check_names(cls, values)
+        try:
+            init(self, *args, **values)
+        except (StrictDataclassError, TypeError) as error:
+            raise StructPruneError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
+
+
+def _check_names(cls: Any, values: Mapping[str, Any]) -> None:
+    known = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in known:
+            raise StructPruneError(f"{cls.__name__} has no field {key!r}.{did_you_mean(key, known)}")
+
+
+def build(cls: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass of another library from values by field.
+
+    Raises:
+        StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
+    """
+    _check_names(cls, values)
+    try:
+        return cls(**values)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise StructPruneError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(path: str | Path) -> Mapping[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        StructPruneError: If the file cannot be read or holds something else.
+    """
+    return read_mapping(Path(path), parse_yaml)
+
+
+def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
+    """The mapping in a file that `parse` reads.
+
+    Raises:
+        StructPruneError: If the file cannot be read or holds something else.
+    """
+    try:
+        data = parse(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise StructPruneError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, Mapping):
+        raise StructPruneError(f"{path} has to hold a mapping of fields, found {type(data).__name__}.")
+    return data
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document.
+
+    Raises:
+        yaml.YAMLError: If it is not YAML, asks for more than plain values, or has a key twice in a mapping, which YAML
+            forbids and PyYAML lets pass.
+    """
+    _refuse_twins(yaml.compose(text, Loader=yaml.SafeLoader))
+    return yaml.safe_load(text)
+
+
+def _refuse_twins(node: yaml.Node | None) -> None:
+    if isinstance(node, yaml.MappingNode):
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, count in names.items():
+            if count > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {name!r} stands {count} times", problem_mark=node.start_mark
+                )
+        for _, value in node.value:
+            _refuse_twins(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_twins(value)

@@ -1,0 +1,312 @@
+"""What to remove and how: one strict, serialisable dataclass."""
+
+# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from huggingface_hub.dataclasses import strict, validated_field
+
+from ..registry import did_you_mean
+from .domains import DomainConfig, SelfTextConfig, check_names, with_domains
+from .fields import (
+    Number,
+    Serialisable,
+    above_one,
+    config_class,
+    filled,
+    not_negative,
+    positive,
+    proportion,
+    read_mapping,
+    read_yaml,
+    share,
+    up_to_one,
+)
+from .recovery import RecoveryConfig
+
+
+CONFIG_NAME = "structprune_config.json"
+# The fields of which exactly one says how much is removed.
+AMOUNTS = ("sparsity", "widths", "budget")
+BUDGETS = ("parameters", "bytes", "cache_bytes_per_token")
+NO_GAIN = "it brought nothing in our benchmark (docs/benchmarks.md)"
+
+
+def builtin_domains() -> list[DomainConfig]:
+    """The domains that need no download, in equal shares."""
+    return [DomainConfig(name=name, source=f"builtin:{name}") for name in ("prose", "code", "math")]
+
+
+@config_class
+@strict
+@dataclass(kw_only=True)
+class StructPruneConfig(Serialisable):
+    """How a model is pruned. Exactly one of `sparsity`, `widths` and `budget` says how much.
+
+    Args:
+        method: The registered pruner that does it.
+        sparsity: The share of the layers' parameters to remove, between 0 and 1.
+        widths: How many units each named space keeps, such as `{"mlp": 1152, "attention": 2}`. With another
+            `allocation` than `uniform`, each number is the mean over the layers.
+        budget: What the whole model may have at most: `{"parameters": 110_000_000}`, `{"bytes": 300_000_000}` of
+            parameters in its dtype, or `{"cache_bytes_per_token": 9000}` of keys and values. The widths are the
+            largest that keep to it.
+        targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths.
+        criterion: The registered criterion that scores the units. None stands for `obs` with a least-squares refit,
+            and for `wanda` otherwise.
+        refit: What makes up for the removed units: `none`, `bias` or `least_squares`.
+        rounds: How many times calibration, scoring and removal are repeated; each round removes a part.
+        schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
+        allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
+            ranks all units of the model by score, `sensitivity` ranks them by the measured loss of the model.
+        min_width: The share of its units that every layer keeps at least, where the allocation is not `uniform`.
+        max_width: The share of its units that a layer keeps at most, where the allocation is not `uniform`.
+        round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
+            need not be.
+        domains: The calibration text. More than one kind of text makes the result general. None stands for the three
+            built-in texts in equal shares, and with `stats` for all domains that are stored.
+        stats: A folder that `structprune calibrate` wrote. Its moments of the dense model are used instead of text,
+            and `domains` only chooses among the stored domains and weighs them.
+        normalisation: What puts the domains on one scale: `energy` divides by the output energy of each domain,
+            `zscore` and `rank` compare scores only, `none` changes nothing.
+        aggregation: How the scores of several domains become one: `mean` pools the moments, `max` keeps what any
+            domain needs, `harmonic` drops what any domain can do without, `quantile` lies between. `max` and
+            `quantile` take no account of the domains' weights.
+        quantile: The quantile of the aggregation `quantile`: 0.5 is the median of the domains, near 1 it is `max`.
+        adaptive_rate: How fast the weights of the domains follow their loss on held-out text from round to round. 0
+            leaves the weights as they are.
+        objective: `mean` lets weights move by a factor of 2. `worst` lets them move by a factor of 8 (at the rate 1
+            unless `adaptive_rate` says otherwise), and with `allocation="sensitivity"` the widths follow the domain
+            that loses most.
+        max_perplexity_ratio: A limit to the held-out perplexity of every domain, as a multiple of the dense model's.
+            The rounds go toward the target and stop before a domain exceeds it.
+        checkpoint_dir: A folder that remembers each round; a run that was killed goes on from there.
+        keep_rounds: Whether the smaller and smaller models are left in that folder as `round-1`, `round-2`, …
+        select: Which samples of a pool are used: `random`, `length` (of the longest documents), `diverse` (nearest to
+            the centres of k-means on mean activations) or `perplexity` (the middle of the distribution).
+        pool_factor: The size of that pool, as a multiple of the samples used.
+        presets_file: A YAML file with presets of your own, in the form of the built-in `presets.yaml`.
+        self_text: How the model writes the domains `self:NAME`.
+        num_samples: The number of calibration samples in all, divided over the domains by weight.
+        seq_length: The number of tokens in a sample.
+        batch_size: The number of samples in a forward pass.
+        damping: The ridge of the refit toward the original weights, relative to the diagonal of the Gram matrix.
+        error_feedback: The share of the error of the residual stream so far that a refit makes up for, at the cost of
+            one more forward pass. 0 fits every layer to its own dense function, 1 to the dense model's stream.
+        holdout: The share of each domain's samples that is set aside, from other documents, to measure perplexity.
+        skip_layers: The layers that are not pruned; the others give up as much more.
+        recovery: Training after the last round, or after each; None leaves it out.
+        seed: The seed of everything random.
+        arch_file: A YAML file that describes architectures of your own, in the form of the built-in `families.yaml`.
+
+    Raises:
+        StructPruneError: If a field is unknown, or a value has another type, lies outside of its range, or contradicts
+            another one. The message names the field and the value.
+    """
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"correction": "error_feedback"}
+    REMOVED: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        "guard": (False, NO_GAIN),
+        "reconstruct_epochs": (4, "the refit 'reconstruct' brought nothing; use recovery instead"),
+        "reconstruct_rate": (1e-4, "the refit 'reconstruct' brought nothing; use recovery instead"),
+    }
+
+    method: str = "iterative"
+    sparsity: Number | None = validated_field(share, default=None)
+    widths: dict[str, int] | None = None
+    budget: dict[str, Number] | None = None
+    targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
+    criterion: str | None = None
+    refit: Literal["none", "bias", "least_squares"] = "least_squares"
+    rounds: int = validated_field(positive, default=1)
+    schedule: Literal["linear", "geometric", "cubic"] = "geometric"
+    allocation: Literal["uniform", "global", "sensitivity"] = "uniform"
+    min_width: Number = validated_field(share, default=0.1)
+    max_width: Number = validated_field(up_to_one, default=1.0)
+    round_to: int = validated_field(positive, default=64)
+    domains: list[DomainConfig] | None = None
+    stats: str | None = None
+    normalisation: Literal["none", "energy", "zscore", "rank"] = "energy"
+    aggregation: Literal["mean", "max", "harmonic", "quantile"] = "mean"
+    quantile: Number = validated_field(share, default=0.75)
+    adaptive_rate: Number = validated_field(not_negative, default=0.0)
+    objective: Literal["mean", "worst"] = "mean"
+    max_perplexity_ratio: Number | None = validated_field(above_one, default=None)
+    checkpoint_dir: str | None = None
+    keep_rounds: bool = False
+    select: Literal["random", "length", "diverse", "perplexity"] = "random"
+    pool_factor: int = validated_field(positive, default=4)
+    presets_file: str | None = None
+    self_text: SelfTextConfig = field(default_factory=SelfTextConfig)
+    num_samples: int = validated_field(positive, default=128)
+    seq_length: int = validated_field(positive, default=512)
+    batch_size: int = validated_field(positive, default=4)
+    damping: Number = validated_field(not_negative, default=0.1)
+    error_feedback: Number = validated_field(proportion, default=0.5)
+    holdout: Number = validated_field(share, default=0.125)
+    skip_layers: tuple[int, ...] | list[int] = ()
+    recovery: RecoveryConfig | None = None
+    seed: int = 0
+    arch_file: str | None = None
+
+    def __post_init__(self) -> None:
+        self.targets = tuple(self.targets)
+        self.skip_layers = tuple(self.skip_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        nested = {
+            "domains": None if self.domains is None else [domain.to_dict() for domain in self.domains],
+            "self_text": self.self_text.to_dict(),
+            "recovery": None if self.recovery is None else self.recovery.to_dict(),
+        }
+        return {**super().to_dict(), **nested}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
+        """Inverse of `to_dict`; domains, self_text and recovery may be mappings.
+
+        Raises:
+            StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
+        """
+        data = with_domains(data, cls.__name__)
+        if isinstance(self_text := data.get("self_text"), Mapping):
+            data = {**data, "self_text": SelfTextConfig.from_dict(self_text)}
+        if isinstance(recovery := data.get("recovery"), Mapping):
+            data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
+        return super().from_dict(data)
+
+    @property
+    def texts(self) -> list[DomainConfig]:
+        """The domains, or the built-in ones where none are named."""
+        return builtin_domains() if self.domains is None else self.domains
+
+    @property
+    def scored_by(self) -> str:
+        """The criterion, named or not."""
+        return self.criterion or ("obs" if self.fits else "wanda")
+
+    @property
+    def fits(self) -> bool:
+        """Whether kept weights are fitted to the dense outputs, which takes Gram matrices."""
+        return self.refit == "least_squares"
+
+    @property
+    def reweights(self) -> bool:
+        """Whether the weights of the domains change from round to round."""
+        return self.rounds > 1 and (self.adaptive_rate > 0 or self.objective == "worst")
+
+    @property
+    def measures(self) -> bool:
+        """Whether a round that is not the last is measured on held-out text."""
+        return self.reweights or self.keep_rounds or self.max_perplexity_ratio is not None
+
+    @property
+    def spans_rounds(self) -> bool:
+        """Whether something besides the model goes from one round to the next."""
+        return self.measures or self.checkpoint_dir is not None
+
+    def validate_amount(self) -> None:
+        """Exactly one of `sparsity`, `widths` and `budget`, and numbers that are positive."""
+        given = {name: getattr(self, name) for name in AMOUNTS}
+        if sum(value is not None for value in given.values()) != 1:
+            found = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"exactly one of sparsity, widths and budget says how much to remove, got {found}")
+        for name, most in (self.budget or {}).items():
+            if name not in BUDGETS:
+                raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")
+            if not (isfinite(most) and most > 0):
+                raise ValueError(f"budget[{name!r}] has to be greater than 0, got {most}")
+        if self.budget is not None and len(self.budget) != 1:
+            raise ValueError(f"budget names exactly one of {', '.join(BUDGETS)}, got {self.budget}")
+        for name, width in (self.widths or {}).items():
+            if width < 1:
+                raise ValueError(f"widths[{name!r}] has to be 1 or more, got {width}")
+        if self.widths == {}:
+            raise ValueError("widths has to name at least one space, such as {'mlp': 1152}, got {}")
+
+    def validate_domains(self) -> None:
+        """At least one domain, and no two of the same name."""
+        if self.domains is not None:
+            check_names(self.domains)
+
+    def validate_together(self) -> None:
+        """No two fields that contradict each other; see `contradictions`."""
+        for contradicts, text in contradictions(self):
+            if contradicts:
+                raise ValueError(text)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `structprune_config.json` into a folder, which is made if need be."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | Path) -> "StructPruneConfig":
+        """Read `structprune_config.json` from a folder."""
+        return cls.from_dict(read_mapping(Path(save_directory) / CONFIG_NAME, json.loads))
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write a YAML file."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "StructPruneConfig":
+        """Read a YAML file."""
+        return cls.from_dict(read_yaml(path))
+
+
+def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
+    """Every pair of fields that cannot both be met, whatever the model: whether it is there, and what to do then.
+
+    What depends on a model as well is in `pruning/checks.py`.
+    """
+    recovery, every_round = config.recovery, config.recovery is not None and config.recovery.every_round
+    moves_weights = config.adaptive_rate > 0 or (config.objective == "worst" and config.allocation != "sensitivity")
+    yield (
+        moves_weights and config.rounds < 2,
+        f"adaptive_rate={config.adaptive_rate} and objective={config.objective!r} re-weight domains between rounds, "
+        f"and rounds={config.rounds} leaves none; set rounds=3",
+    )
+    yield (
+        config.aggregation == "harmonic" and config.normalisation == "zscore",
+        "aggregation='harmonic' takes positive scores, and normalisation='zscore' gives negative ones",
+    )
+    yield (
+        config.keep_rounds and config.checkpoint_dir is None,
+        "keep_rounds=True leaves models in checkpoint_dir, which is None; name a folder",
+    )
+    yield (
+        config.keep_rounds and config.rounds < 2 and config.max_perplexity_ratio is None,
+        "keep_rounds=True leaves the models before the last, and rounds=1 has none; set rounds=3",
+    )
+    yield (
+        recovery is not None and not recovery.merge,
+        "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, then call "
+        "recover",
+    )
+    yield (
+        every_round and config.spans_rounds,
+        "recovery with every_round=True makes each round a pruning of its own, and adaptive_rate, objective, "
+        "max_perplexity_ratio, keep_rounds and checkpoint_dir span rounds; leave out either",
+    )
+    for needs_text, text in (
+        (config.allocation == "sensitivity", "allocation='sensitivity' runs the model on held-out text"),
+        (config.select != "random", f"select={config.select!r} chooses text to calibrate on"),
+        (every_round, "recovery with every_round=True calibrates on a trained model after each round"),
+    ):
+        yield (
+            needs_text and config.stats is not None,
+            f"{text}, but stats={config.stats!r} holds moments of the dense model; leave out one of the two",
+        )
+    yield (
+        config.stats is not None and recovery is not None and recovery.domains is None and config.domains is None,
+        f"recovery trains on text, stats={config.stats!r} holds none, and no domain is named; name them in domains, "
+        "or in the domains of recovery",
+    )

@@ -1,0 +1,126 @@
+"""How a pruned model is trained afterwards: one strict, serialisable dataclass."""
+
+# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict, validated_field
+
+from .domains import DomainConfig, check_names, with_domains
+from .fields import Number, Serialisable, config_class, not_negative, positive
+
+
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+TRAINING = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "logging_steps": 10,
+    "include_num_input_tokens_seen": "all",
+    "report_to": "none",
+}
+
+
+def _proportion(value: Any) -> None:
+    if isinstance(value, (int, float)) and not 0 <= value <= 1:
+        raise ValueError(f"has to lie between 0 and 1, got {value}; 0 is cross-entropy alone, 1 the teacher alone")
+
+
+@config_class
+@strict
+@dataclass(kw_only=True)
+class RecoveryConfig(Serialisable):
+    """LoRA training after pruning, with or without a teacher.
+
+    Fields that are None follow the pruning config where there is one, and its defaults otherwise.
+
+    Args:
+        tokens: Training tokens in all, the same number from each domain.
+        seq_length: Tokens per training sample.
+        domains: Training text; documents that the perplexity is measured on are left out.
+        lora: Fields of `peft.LoraConfig`, laid over `LORA`.
+        training: Fields of `transformers.TrainingArguments`, laid over `TRAINING`. With an `output_dir`, checkpoints
+            go there and training can be resumed.
+        kl_weight: Share of the divergence from the teacher in the loss; the rest is cross-entropy. Without a teacher
+            the loss is cross-entropy whatever stands here.
+        hidden_weight: Weight of the distance between the hidden states of both models after every sample, which is
+            added to the loss. Needs samples and hidden size as many as the teacher's.
+        temperature: Divides the logits of both models before they are compared.
+        direction: `forward` is KL(teacher‖model), which covers all that the teacher does; `reverse` is
+            KL(model‖teacher), which keeps to what the teacher does most.
+        top_k: Compare the teacher's k likeliest tokens and all others as one, which saves memory; None compares all.
+        teacher_logits: Folder for the teacher's `top_k` likeliest predictions of the training text. They are written
+            before training starts and read back during it, so that the teacher is not in memory then.
+        merge: Fold the adapter into the weights at the end; otherwise the result is the pruned model and an adapter.
+        every_round: Train after every round of pruning, each with an equal part of the tokens.
+        seed: Of the order and of the adapter.
+    """
+
+    tokens: int = validated_field(positive, default=200_000)
+    seq_length: int | None = validated_field(positive, default=None)
+    domains: list[DomainConfig] | None = None
+    lora: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    kl_weight: Number = validated_field(_proportion, default=0.25)
+    hidden_weight: Number = validated_field(not_negative, default=0.0)
+    temperature: Number = validated_field(positive, default=1.0)
+    direction: Literal["forward", "reverse"] = "forward"
+    top_k: int | None = validated_field(positive, default=None)
+    teacher_logits: str | None = None
+    merge: bool = True
+    every_round: bool = False
+    seed: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        domains = None if self.domains is None else [domain.to_dict() for domain in self.domains]
+        return {**super().to_dict(), "domains": domains}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "RecoveryConfig":
+        """Inverse of `to_dict`; domains may be mappings.
+
+        Raises:
+            StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
+        """
+        return super().from_dict(with_domains(data, cls.__name__))
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher has a part in the loss."""
+        return bool(self.kl_weight or self.hidden_weight)
+
+    def part(self, number: int, count: int) -> "RecoveryConfig":
+        """One of `count` equal parts of the training, each with its own folder for checkpoints."""
+        if count == 1:
+            return self
+        training = dict(self.training)
+        if "output_dir" in training:
+            training["output_dir"] = f"{training['output_dir']}/round-{number}"
+        return replace(self, tokens=self.tokens // count, training=training)
+
+    def validate_domains(self) -> None:
+        """At least one domain, and no two of the same name."""
+        if self.domains is not None:
+            check_names(self.domains)
+
+    def validate_rounds(self) -> None:
+        """An adapter cannot be left beside a model that is pruned further."""
+        if self.every_round and not self.merge:
+            raise ValueError("every_round=True trains models that are pruned again, so it needs merge=True, got False")
+
+    def validate_teacher_logits(self) -> None:
+        """What a folder of likeliest predictions can stand in for."""
+        if self.teacher_logits is None:
+            return
+        if self.top_k is None:
+            raise ValueError("teacher_logits keeps the teacher's likeliest tokens, so it needs top_k, such as 64")
+        if self.hidden_weight:
+            raise ValueError(
+                f"teacher_logits holds no hidden states, so hidden_weight has to be 0, got {self.hidden_weight}"
+            )
+        if not self.kl_weight:
+            raise ValueError("teacher_logits is of no use with kl_weight=0; leave one of them out")

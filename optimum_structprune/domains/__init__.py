@@ -1,0 +1,1 @@
+"""Calibration text: from sources to samples of equal length, and the record of what was read."""

@@ -1,0 +1,175 @@
+"""What a model was calibrated on, exactly: to repeat a run, and to warn an evaluation that uses the same text."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..config.domains import DomainConfig
+from ..config.fields import read_mapping
+from ..errors import StructPruneError
+from ..fingerprint import tensor_hash
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..config.pruning import StructPruneConfig
+    from .load import Domain
+
+MANIFEST_NAME = "calibration_manifest.json"
+LIBRARIES = ("torch", "transformers", "datasets", "tokenizers")
+# What tells one data set from another; a different split of the same data holds other documents.
+WHERE = ("source", "dataset_config", "split", "revision")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One domain of a manifest.
+
+    Attributes:
+        name: Of the domain.
+        origin: The domain's config, presets resolved; empty for inputs that were given.
+        weight: Its share of the calibration.
+        calibration_tokens: In all samples that a round may have used, prefixes included.
+        evidence_tokens: Those of them that statistics were taken from.
+        heldout_tokens: In the held-out samples.
+        samples_sha256: Of these samples.
+        heldout_sha256: Of the held-out samples.
+        documents: SHA-256 of each document in the calibration samples, in the order of use.
+        heldout_documents: Of each document in the held-out samples.
+    """
+
+    name: str
+    origin: Mapping[str, Any]
+    weight: float
+    calibration_tokens: int
+    evidence_tokens: int
+    heldout_tokens: int
+    samples_sha256: str
+    heldout_sha256: str
+    documents: Sequence[str]
+    heldout_documents: Sequence[str]
+
+    @classmethod
+    def of(cls, domain: Domain) -> Entry:
+        """What there is to say about a domain."""
+        whole = domain.portion(len(domain.pool))
+        return cls(
+            name=domain.name,
+            origin={} if domain.origin is None else _located(domain.origin).to_dict(),
+            weight=domain.weight,
+            calibration_tokens=whole.samples.numel(),
+            evidence_tokens=whole.samples.numel() if whole.mask is None else int(whole.mask.sum()),
+            heldout_tokens=domain.heldout.numel(),
+            samples_sha256=tensor_hash(whole.samples),
+            heldout_sha256=tensor_hash(domain.heldout),
+            documents=list(domain.documents),
+            heldout_documents=list(domain.heldout_documents),
+        )
+
+    def uses(self, source: str | DomainConfig) -> bool:
+        """Whether the domain was read from there: by its name, its source, or everything that says where text is."""
+        if isinstance(source, str):
+            return source == self.name or _absolute(source) == self.origin.get("source")
+        if not isinstance(source.source, str):
+            return False  # an object in memory has no name by which it could be known
+        asked = _located(source).to_dict()
+        return bool(self.origin) and all(asked[key] == self.origin.get(key) for key in WHERE)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a model was calibrated on.
+
+    Attributes:
+        seed: Of the order of the documents, and of self-written text.
+        seq_length: Tokens per sample.
+        select: How samples were chosen.
+        tokenizer: Name of the tokenizer.
+        versions: Of Python and the libraries that decide what text comes out.
+        domains: One entry each.
+    """
+
+    seed: int
+    seq_length: int
+    select: str
+    tokenizer: str
+    versions: Mapping[str, str]
+    domains: Sequence[Entry]
+
+    @classmethod
+    def of(
+        cls, config: StructPruneConfig, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None
+    ) -> Manifest:
+        """The manifest of domains that were loaded."""
+        return cls(
+            seed=config.seed,
+            seq_length=config.seq_length,
+            select=config.select,
+            tokenizer="" if tokenizer is None else tokenizer.name_or_path,
+            versions={
+                "optimum-structprune": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in LIBRARIES},
+            },
+            domains=[Entry.of(domain) for domain in domains],
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder_or_file: str | Path) -> Manifest:
+        """Read what `save` wrote, or the manifest in the folder of a pruned model.
+
+        Raises:
+            StructPruneError: If there is none, or it is not a manifest.
+        """
+        path = Path(folder_or_file)
+        path = path / MANIFEST_NAME if path.is_dir() else path
+        data = read_mapping(path, json.loads)
+        try:
+            return cls(**{**data, "domains": [Entry(**entry) for entry in data["domains"]]})
+        except (KeyError, TypeError) as error:
+            raise StructPruneError(f"{path} is no calibration manifest: {error}") from error
+
+    def overlaps(self, domain_name_or_source: str | DomainConfig, document_hashes: Collection[str] = ()) -> list[str]:
+        """What a text has in common with the calibration: one sentence for each domain that it shares something with.
+
+        Args:
+            domain_name_or_source: Name of a domain, its source, or a whole domain, which also tells splits apart.
+            document_hashes: `document_hash` of the documents in that text.
+        """
+        found = []
+        asked = set(document_hashes)
+        for entry in self.domains:
+            used = entry.uses(domain_name_or_source)
+            calibrated = len(asked.intersection(entry.documents))
+            seen = len(asked.intersection(entry.heldout_documents))
+            where = f"the calibration domain {entry.name!r} ({entry.origin.get('source', 'given inputs')})"
+            if calibrated:
+                found.append(f"{calibrated} of {len(asked)} documents were calibrated on, in {where}")
+            elif seen:
+                found.append(f"{seen} of {len(asked)} documents were held out to measure perplexity, in {where}")
+            elif used:
+                found.append(f"the text has the name or the source of {where}")
+        return found
+
+
+def _located(domain: DomainConfig) -> DomainConfig:
+    # A path means the same file from another working folder only if it is whole.
+    source = _absolute(domain.source) if isinstance(domain.source, str) else domain.source
+    return DomainConfig(**{**vars(domain), "source": source})
+
+
+def _absolute(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source

@@ -1,0 +1,244 @@
+"""Where a domain's documents come from: files, folders, the Hub, built-in text, or an object in memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from glob import escape, glob
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..config.domains import IN_MEMORY, SELF, DomainConfig
+from ..errors import StructPruneError
+from ..registry import did_you_mean
+from .builtin import builtin_documents, sections
+from .templates import Row, rendered, string
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+BUILTIN = "builtin:"
+READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
+HUB_BUFFER = 10_000
+LOCAL_BUFFER = 100_000
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A domain, and what makes documents of it."""
+
+    domain: DomainConfig
+    seed: int | None
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def documents(
+    domain: DomainConfig,
+    seed: int | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    write: Callable[[str, int], Iterator[str]] | None = None,
+) -> Iterator[str]:
+    """The texts of a domain in an order that the seed chooses, without the blank ones.
+
+    Args:
+        domain: Names the source; a relative path is looked for on the disk before the Hub.
+        seed: Of the order. Local and in-memory text is shuffled as a whole up to 100 000 documents, beyond that and
+            for a Hub stream through a buffer. None leaves the source's own order.
+        tokenizer: Renders conversations.
+        write: Gives the documents of `self:NAME` from the name and the seed.
+
+    Raises:
+        StructPruneError: If the source is not there, cannot be read, or does not give strings.
+    """
+    return (text for text in _texts(_Reader(domain, seed, tokenizer), write) if text.strip())
+
+
+def endless(domain: DomainConfig) -> bool:
+    """Whether reading a domain to its end may take forever: built-in text, and what streams from the Hub."""
+    source = domain.source
+    return isinstance(source, str) and (source.startswith(BUILTIN) or not (_saved(domain) or _files(domain)))
+
+
+def _texts(reader: _Reader, write: Callable[[str, int], Iterator[str]] | None) -> Iterator[str]:
+    domain, seed = reader.domain, reader.seed
+    source = domain.source
+    if not isinstance(source, str):
+        return _from_memory(reader)
+    if source.startswith(IN_MEMORY):
+        raise StructPruneError(
+            f"The domain {domain.name!r} was read from a {source.removeprefix(IN_MEMORY)} in memory, which a saved "
+            f"config does not hold; set its source again."
+        )
+    if source.startswith(BUILTIN):
+        return builtin_documents(source.removeprefix(BUILTIN), seed or 0)
+    if source.startswith(SELF):
+        if write is None:
+            raise StructPruneError(f"The domain {domain.name!r} is written by the model itself, and there is none.")
+        return write(source.removeprefix(SELF), seed or 0)
+    if _saved(domain):
+        return _from_dataset(_load_saved(domain), reader)
+    if files := _files(domain):
+        return _shuffled(_from_files(files, reader), seed)
+    return _from_hub(reader)
+
+
+def _from_memory(reader: _Reader) -> Iterator[str]:
+    # An object of the `datasets` library can only exist where that library has been imported.
+    datasets, source, seed = sys.modules.get("datasets"), reader.domain.source, reader.seed
+    if datasets is not None and isinstance(source, datasets.Dataset):
+        return _from_dataset(source, reader)
+    if datasets is not None and isinstance(source, datasets.IterableDataset):
+        return _rows(source if seed is None else source.shuffle(seed=seed, buffer_size=HUB_BUFFER), reader)
+    return _shuffled(_items(source, reader), seed)
+
+
+def _from_dataset(dataset: Dataset, reader: _Reader) -> Iterator[str]:
+    order = _reordered(range(len(dataset)), reader.seed)
+    return _rows((dataset[i] for i in order), reader)
+
+
+def _saved(domain: DomainConfig) -> bool:
+    """Whether the source is a folder that `save_to_disk` wrote."""
+    folder = os.path.expanduser(domain.source)
+    return any(os.path.isfile(os.path.join(folder, name)) for name in SAVED)
+
+
+def _load_saved(domain: DomainConfig) -> Dataset:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(os.path.expanduser(domain.source))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise StructPruneError(f"The domain {domain.name!r}: {domain.source} cannot be read: {reason}") from error
+    if not isinstance(loaded, DatasetDict):
+        return loaded
+    if domain.split not in loaded:
+        raise StructPruneError(
+            f"The domain {domain.name!r}: {domain.source} has no split {domain.split!r}; it has {', '.join(loaded)}."
+        )
+    return loaded[domain.split]
+
+
+def _files(domain: DomainConfig) -> list[Path]:
+    path = Path(os.path.expanduser(domain.source))
+    if os.path.isfile(path):
+        if path.suffix.lower() not in READERS:
+            raise StructPruneError(
+                f"The domain {domain.name!r}: files like {path} are not read.{did_you_mean(path.suffix, READERS)}"
+            )
+        return [path]
+    if os.path.isdir(path):
+        found, what = [*path.rglob("*")], f"the folder {path}"
+    elif "*" in domain.source:
+        found, what = [Path(name) for name in glob(str(path), recursive=True)], f"the pattern {domain.source!r}"
+    elif domain.source.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
+        raise StructPruneError(f"The domain {domain.name!r}: there is no file or folder {path}.{_nearest(path)}")
+    else:
+        return []
+    files = sorted(file for file in found if file.is_file() and file.suffix.lower() in READERS)
+    if not files:
+        raise StructPruneError(f"The domain {domain.name!r}: {what} gives no file of the kinds {', '.join(READERS)}.")
+    return files
+
+
+def _nearest(path: Path) -> str:
+    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, names, n=1)
+    return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
+
+
+def _from_files(files: list[Path], reader: _Reader) -> Iterator[str]:
+    domain, order = reader.domain, _reordered(files, reader.seed)
+    for kind in dict.fromkeys(READERS.values()):
+        paths = [path for path in order if READERS[path.suffix.lower()] == kind]
+        if kind == "text":
+            for path in paths:
+                yield from _guarded(domain, str(path), _read_text, path)
+        elif paths:
+            what = str(paths[0]) if len(paths) == 1 else f"one of {len(paths)} {kind} files"
+            yield from _rows(_guarded(domain, what, _stream, kind, paths), reader)
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    return sections(path.read_text(encoding="utf-8"))
+
+
+def _stream(kind: str, paths: list[Path]) -> Iterable[Row]:
+    from datasets import load_dataset
+
+    return load_dataset(kind, data_files=[escape(str(path)) for path in paths], split="train", streaming=True)
+
+
+def _from_hub(reader: _Reader) -> Iterator[str]:
+    what = f"{reader.domain.source!r} is no local file or folder, and as a dataset of the Hub it"
+    return _rows(_guarded(reader.domain, what, _hub_rows, reader), reader)
+
+
+def _hub_rows(reader: _Reader) -> Iterable[Row]:
+    from datasets import load_dataset
+
+    domain = reader.domain
+    fixed = {} if domain.revision is None else {"revision": domain.revision}
+    rows = load_dataset(domain.source, domain.dataset_config, split=domain.split, streaming=domain.streaming, **fixed)
+    if reader.seed is None:
+        return rows
+    if not domain.streaming:
+        return rows.shuffle(seed=reader.seed)
+    return rows.shuffle(seed=reader.seed, buffer_size=HUB_BUFFER)
+
+
+def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], *arguments) -> Iterator[T]:
+    try:
+        yield from read(*arguments)
+    except StopIteration:  # what `datasets` makes of a file without rows
+        return
+    except Exception as error:  # a reader passes on whatever its parser or its HTTP client raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StructPruneError(f"The domain {domain.name!r}: {what} cannot be read: {reason}") from error
+
+
+def _rows(rows: Iterable[Row], reader: _Reader) -> Iterator[str]:
+    return (rendered(row, reader.domain, reader.tokenizer) for row in rows)
+
+
+def _items(items: Iterable[Any], reader: _Reader) -> Iterator[str]:
+    for i, item in enumerate(items):
+        if reader.domain.template is not None and isinstance(item, Mapping):
+            yield rendered(item, reader.domain, reader.tokenizer)
+        else:
+            yield string(item, reader.domain, f"item {i}")
+
+
+def _reordered(items: Iterable[T], seed: int | None) -> list[T]:
+    order = list(items)
+    if seed is not None:
+        Random(seed).shuffle(order)
+    return order
+
+
+def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
+    # A full shuffle of what fits into the buffer; beyond that, memory stays bounded at the price of some order.
+    if seed is None:
+        yield from texts
+        return
+    rng = Random(seed)
+    held: list[str] = []
+    for text in texts:
+        if len(held) < LOCAL_BUFFER:
+            held.append(text)
+            continue
+        place = rng.randrange(LOCAL_BUFFER)
+        yield held[place]
+        held[place] = text
+    rng.shuffle(held)
+    yield from held

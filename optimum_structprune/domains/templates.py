@@ -1,0 +1,177 @@
+"""From a row of data to a document: a text that knows which parts of it are answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+from ..config.domains import CHAT, DomainConfig, template_fields
+from ..errors import StructPruneError
+from ..registry import did_you_mean
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = Mapping[str, Any]
+Span = tuple[int, int]
+# The two usual forms of a conversation: role and content, or from and value with roles of their own.
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+# A model that was never taught to chat has no template: a transcript then.
+TRANSCRIPT = "{% for m in messages %}{{ m['role'].capitalize() }}: {{ m['content'] }}\n\n{% endfor %}"
+
+
+class Document(str):
+    """A text.
+
+    Attributes:
+        answers: Where the answers are, as character positions (start, end).
+    """
+
+    answers: tuple[Span, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Iterable[tuple[str, bool]]) -> Document:
+        """A document out of pieces of text, each an answer or not."""
+        text, answers = "", []
+        for part, is_answer in parts:
+            if is_answer and part:
+                answers.append((len(text), len(text) + len(part)))
+            text += part
+        document = cls(text)
+        document.answers = tuple(answers)
+        return document
+
+    def parts(self) -> Iterator[tuple[str, bool]]:
+        """Pieces of text, each an answer or not: what `joined` takes."""
+        done = 0
+        for start, end in self.answers:
+            yield str(self[done:start]), False
+            yield str(self[start:end]), True
+            done = end
+        yield str(self[done:]), False
+
+
+def document_hash(text: str) -> str:
+    """SHA-256 of the text in UTF-8, in hexadecimal digits."""
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None) -> Document:
+    """The document that a row makes.
+
+    Args:
+        row: Values by column.
+        domain: Names the column or the template.
+        tokenizer: Renders conversations.
+
+    Raises:
+        StructPruneError: If a column is missing or holds something else than it should, or a conversation comes
+            without a tokenizer.
+    """
+    if domain.template is None:
+        return Document(_text(row, domain.text_column, domain, "text_column"))
+    if domain.template == CHAT:
+        return chat_document(_messages(row, domain), domain, tokenizer)
+    names = template_fields(domain.template)
+    values = {name: _text(row, name, domain, "template") for name in names}
+    parts: list[tuple[str, bool]] = []
+    for literal, name, _, _ in Formatter().parse(domain.template):
+        parts.append((literal, False))
+        if name is not None:
+            parts.append((values[name], name == names[-1]))
+    return Document.joined(parts)
+
+
+def chat_document(
+    messages: Sequence[dict[str, str]], domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> Document:
+    """A conversation as the model knows it; what the assistant says are the answers.
+
+    Args:
+        messages: With `role` and `content`.
+        domain: Is named in errors.
+        tokenizer: Has the chat template; one without it gives a transcript.
+
+    Raises:
+        StructPruneError: If there is no tokenizer, or the template refuses the conversation or rewrites its messages
+            while `answers_only` asks where they are.
+    """
+    if tokenizer is None:
+        raise StructPruneError(f"The domain {domain.name!r}: template='chat' takes a tokenizer.")
+    if not messages:
+        return Document()
+    text = _render(messages, domain, tokenizer)
+    for contents in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
+        # Rendered with marks in place of the messages, the template shows where it puts them.
+        marked = _render([{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)], domain, tokenizer)
+        pieces = re.split("\ue000([0-9]+)\ue001", marked)
+        document = Document.joined(
+            (contents[int(piece)], messages[int(piece)]["role"] == "assistant") if i % 2 else (piece, False)
+            for i, piece in enumerate(pieces)
+        )
+        if document == text:
+            return document
+    if domain.answers_only:
+        raise StructPruneError(
+            f"The domain {domain.name!r}: the chat template rewrites messages, so that the answers cannot be told "
+            "apart; leave answers_only off."
+        )
+    return Document(text)
+
+
+def _render(messages: Sequence[dict[str, str]], domain: DomainConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    template = None if tokenizer.chat_template else TRANSCRIPT
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False))
+    except Exception as error:  # a template raises whatever its author chose
+        raise StructPruneError(
+            f"The domain {domain.name!r}: the chat template refuses a conversation of the roles "
+            f"{', '.join(m['role'] for m in messages)}: {error}"
+        ) from error
+
+
+def _messages(row: Row, domain: DomainConfig) -> list[dict[str, str]]:
+    names = [name for name in (domain.text_column, *CHAT_COLUMNS) if name in row]
+    found = next((row[name] for name in names if not isinstance(row[name], str)), None)
+    if not names or (found is None and any(row[name] for name in names)):
+        raise StructPruneError(
+            f"The domain {domain.name!r} has no column of messages; set text_column."
+            f"{did_you_mean(domain.text_column, row)}"
+        )
+    messages = []
+    for item in found or ():
+        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+        if not (isinstance(role, str) and isinstance(content, str)):
+            raise StructPruneError(
+                f"The domain {domain.name!r}: a message needs a role and a text, got {str(item):.60}."
+            )
+        messages.append({"role": ROLES.get(role, role), "content": content})
+    return messages
+
+
+def _text(row: Row, column: str, domain: DomainConfig, field: str) -> str:
+    if column not in row:
+        raise StructPruneError(
+            f"The domain {domain.name!r} has no column {column!r}; set {field}.{did_you_mean(column, row)}"
+        )
+    value = row[column]
+    return "" if value is None else string(value, domain, f"the column {column!r}")
+
+
+def string(value: Any, domain: DomainConfig, where: str) -> str:
+    """A value that has to be a string.
+
+    Raises:
+        StructPruneError: If it is none.
+    """
+    if not isinstance(value, str):
+        raise StructPruneError(
+            f"The domain {domain.name!r} has to give strings; {where} holds the {type(value).__name__} "
+            f"{str(value):.60}."
+        )
+    return value

@@ -1,0 +1,214 @@
+"""How good a model is: perplexity by domain, closeness to the dense model, and tasks."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config.domains import as_domain
+from ..domains.manifest import MANIFEST_NAME, Manifest
+from ..domains.packing import prefix_token
+from ..domains.presets import resolve
+from ..errors import StructPruneError
+from ..forward.metrics import compare, perplexity
+from ..saving.report import geometric_mean, table
+from .heldout import Heldout, read_heldout
+from .tasks import Scores, Tasks
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..config.domains import DomainConfig
+
+
+@dataclass
+class Evaluation:
+    """What `evaluate` found; `str` of it is a table.
+
+    Attributes:
+        model: Name or folder of the model.
+        dense: The same of the dense model that it was held against; None where there was none.
+        seq_length: Tokens per sample. A sample's first token is context only, the others are predicted.
+        prefix: The token at the head of each sample; None where the tokenizer has none.
+        tokens: Number of predicted tokens, by domain.
+        perplexity: `{domain: {"model": …, "dense": …}}`, the latter only where there is a dense model.
+        divergence: Mean KL(dense‖model) per predicted token in nats, by domain.
+        agreement: Share of predicted tokens for which both models find the same one likeliest, by domain.
+        tasks: `{task: {"model": {"acc": …, "acc_stderr": …, …}, "dense": {…}}}`.
+        warnings: What may make these numbers too good.
+    """
+
+    model: str
+    dense: str | None = None
+    seq_length: int = 0
+    prefix: str | None = None
+    tokens: dict[str, int] = field(default_factory=dict)
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    divergence: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, Scores] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        """A table of domains, one of tasks, and the warnings."""
+        parts = [self._domains()] if self.perplexity else []
+        parts += [self._tasks()] if self.tasks else []
+        return "\n\n".join([*parts, *(f"warning: {warning}" for warning in self.warnings)])
+
+    def _domains(self) -> str:
+        whose = ["model"] if self.dense is None else ["dense", "model"]
+        against = [] if self.dense is None else ["ratio", "KL", "top-1"]
+        rows = [["perplexity", "tokens", *whose, *against]]
+        for name, found in self.perplexity.items():
+            rows.append([name, f"{self.tokens[name]:,}", *(f"{found[one]:.2f}" for one in whose)])
+            if against:
+                rows[-1] += [_ratio(found), f"{self.divergence[name]:.4f}", f"{self.agreement[name]:.1%}"]
+        if len(self.perplexity) > 1:
+            means = {one: geometric_mean(found[one] for found in self.perplexity.values()) for one in whose}
+            blank = ["", ""] if against else []
+            ratio = [_ratio(means)] if against else []
+            rows.append(["  geometric mean", "", *(f"{mean:.2f}" for mean in means.values()), *ratio, *blank])
+        head = f", each begun with {self.prefix!r}" if self.prefix else ""
+        return f"{table(rows)}\nblocks of {self.seq_length} tokens{head}"
+
+    def _tasks(self) -> str:
+        whose = ["model"] if self.dense is None else ["dense", "model"]
+        rows = [["task", "metric", "items", *whose]]
+        for name, scores in self.tasks.items():
+            for metric in scores["model"]:
+                if metric != "items" and "_stderr" not in metric:
+                    items = f"{scores['model']['items']:.0f}" if "items" in scores["model"] else ""
+                    rows.append([name, metric, items, *(_with_error(scores[one], metric) for one in whose)])
+        return table(rows)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    domains: Sequence[DomainConfig | Mapping[str, Any]] = (),
+    tasks: Sequence[str | Path] = (),
+    dense: PreTrainedModel | None = None,
+    *,
+    seq_length: int = 512,
+    num_samples: int | None = None,
+    batch_size: int = 1,
+    limit: int | None = None,
+    manifest: Manifest | None = None,
+) -> Evaluation:
+    """Measure a causal language model, by itself and against the dense one.
+
+    Args:
+        model: What is measured; its training mode is left as it was.
+        tokenizer: Its own.
+        domains: Text for perplexity, read in the order of the source; see `read_heldout`.
+        tasks: Names of registered lm_eval tasks, or JSON-lines files of multiple-choice items; see `Tasks`.
+        dense: Another model with the same tokenizer to hold it against: adds its own perplexities and scores, the
+            divergence from it and the agreement with it.
+        seq_length: Tokens per sample.
+        num_samples: Samples per domain at most; None reads every domain to its end.
+        batch_size: Samples, or sequences of a task, per forward pass.
+        limit: Items per task at most.
+        manifest: What the model was calibrated on, to warn of domains that share text with it; by default the one in
+            the folder that the model was loaded from, if there is one.
+
+    Raises:
+        StructPruneError: If there is nothing to measure, a domain or a task cannot be read, or the models do not fit
+            each other, the tokenizer or the samples.
+    """
+    named = resolve(as_domain(domain, "evaluate") for domain in domains)
+    models = {"model": model} if dense is None else {"model": model, "dense": dense}
+    _check(models, named, tasks, seq_length)
+    for what, number in {"num_samples": num_samples, "batch_size": batch_size, "limit": limit}.items():
+        if number is not None and number < 1:
+            raise StructPruneError(f"{what} has to be 1 or more, got {number}.")
+    # Everything is read before anything is computed, so that a mistake shows at once.
+    vocabulary = model.config.get_text_config().vocab_size
+    texts = [read_heldout(domain, tokenizer, seq_length, num_samples, vocabulary) for domain in named]
+    asked = Tasks(tasks) if tasks else None
+    prefix = prefix_token(tokenizer)
+    found = Evaluation(
+        model=model.name_or_path or type(model).__name__,
+        dense=None if dense is None else dense.name_or_path or type(dense).__name__,
+        seq_length=seq_length,
+        prefix=None if prefix is None else str(tokenizer.convert_ids_to_tokens(prefix)),
+    )
+    found.warnings = _overlaps(manifest or _manifest(model), texts)
+    for warning in found.warnings:
+        warnings.warn(warning, stacklevel=2)
+    for text in texts:
+        _measure(found, model, dense, text, batch_size)
+    if asked is not None:
+        scores = {whose: asked.score(one, tokenizer, batch_size, limit) for whose, one in models.items()}
+        found.tasks = {name: {whose: scores[whose][name] for whose in models} for name in scores["model"]}
+    return found
+
+
+def _measure(
+    found: Evaluation, model: PreTrainedModel, dense: PreTrainedModel | None, text: Heldout, batch_size: int
+) -> None:
+    found.tokens[text.domain.name] = text.samples[:, 1:].numel()
+    if dense is None:
+        found.perplexity[text.domain.name] = {"model": perplexity(model, text.samples, batch_size)}
+        return
+    both = compare(model, dense, text.samples, batch_size)
+    found.perplexity[text.domain.name] = {"model": both.perplexity, "dense": both.dense_perplexity}
+    found.divergence[text.domain.name], found.agreement[text.domain.name] = both.divergence, both.agreement
+
+
+def _manifest(model: PreTrainedModel) -> Manifest | None:
+    if not model.name_or_path:
+        return None
+    path = Path(model.name_or_path) / MANIFEST_NAME
+    return Manifest.load(path) if path.is_file() else None
+
+
+def _overlaps(manifest: Manifest | None, texts: Sequence[Heldout]) -> list[str]:
+    if manifest is None:
+        return []
+    return [
+        f"The domain {text.domain.name!r}: {shared}."
+        for text in texts
+        for shared in manifest.overlaps(text.domain, text.documents)
+    ]
+
+
+def _check(
+    models: Mapping[str, PreTrainedModel],
+    domains: Sequence[DomainConfig],
+    tasks: Sequence[str | Path],
+    seq_length: int,
+) -> None:
+    if not domains and not tasks:
+        raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE) or a task.")
+    for model in models.values():
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise StructPruneError(f"{type(model).__name__} does not predict the next token: only such models count.")
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if domains and longest is not None and seq_length > longest:
+            raise StructPruneError(f"seq_length={seq_length} is longer than the model's {longest} positions.")
+    sizes = [model.config.get_text_config().vocab_size for model in models.values()]
+    if len(set(sizes)) > 1:
+        raise StructPruneError(f"The model has a vocabulary of {sizes[0]}, the dense one of {sizes[1]}.")
+
+
+def _ratio(found: Mapping[str, float]) -> str:
+    return f"x {found['model'] / found['dense']:.3f}"
+
+
+def _with_error(scores: Mapping[str, float], metric: str) -> str:
+    name, comma, filtered = metric.partition(",")
+    error = scores.get(f"{name}_stderr{comma}{filtered}")
+    return f"{scores[metric]:.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -1,0 +1,76 @@
+"""Held-out text: a source in its own order, cut into samples, for evaluation."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..config.domains import DomainConfig
+from ..domains.load import check_vocabulary
+from ..domains.packing import Frame, prefix_token, tokenised
+from ..domains.sources import documents, endless
+from ..errors import StructPruneError
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """The first samples of a domain.
+
+    Attributes:
+        domain: Where it was read from.
+        samples: Token ids, shape `(num_samples, seq_length)`, int64.
+        documents: SHA-256 of each text in the samples.
+    """
+
+    domain: DomainConfig
+    samples: Tensor
+    documents: tuple[str, ...]
+
+
+def read_heldout(
+    domain: DomainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_length: int,
+    num_samples: int | None = None,
+    vocab_size: int | None = None,
+) -> Heldout:
+    """Read a domain in the order in which its source gives it: the same text for every model with this tokenizer.
+
+    Documents follow each other with an EOS token between them, and are cut into samples that each begin with the prefix
+    token of `prefix_token`. What does not fill the last sample is left out.
+
+    Args:
+        domain: Names the source, presets resolved; its weight plays no part.
+        tokenizer: The model's own.
+        seq_length: Tokens per sample, the prefix among them.
+        num_samples: Samples to read at most; None reads everything.
+        vocab_size: Size of the model's vocabulary, which every token has to lie in.
+
+    Raises:
+        StructPruneError: If the text does not fill one sample, has no known end while `num_samples` is None, or belongs
+            to another vocabulary.
+    """
+    if num_samples is None and endless(domain):
+        raise StructPruneError(
+            f"The domain {domain.name!r} ({domain.source}) has no known end; say how many samples to read (num_samples)."
+        )
+    frame = Frame(seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
+    if seq_length < 2:
+        raise StructPruneError(f"seq_length={seq_length} leaves nothing to predict; 2 is the least.")
+    most = sys.maxsize if num_samples is None else num_samples
+    texts = frame.take(tokenised(documents(domain, None, tokenizer), tokenizer), most * frame.body)
+    if frame.length(texts) < frame.body:
+        raise StructPruneError(
+            f"The domain {domain.name!r} has {sum(len(text.ids) for text in texts)} tokens, and a sample takes "
+            f"{frame.body}; choose a smaller seq_length."
+        )
+    packed = frame.pack(texts, most)
+    check_vocabulary(int(packed.samples.max()), vocab_size)
+    return Heldout(domain, packed.samples, packed.hashes)

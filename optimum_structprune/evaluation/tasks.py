@@ -1,0 +1,178 @@
+"""Zero-shot tasks through lm_eval: registered ones by name, and multiple choice from a local file."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from glob import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import StructPruneError
+from ..registry import did_you_mean
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METRICS = ("acc", "acc_norm")
+# The one that lm_eval's own command uses.
+FEWSHOT_SEED = 1234
+Scores = dict[str, dict[str, float]]
+
+
+class Tasks:
+    """Tasks to score models on, with their data at hand.
+
+    Args:
+        names: Of registered lm_eval tasks or groups, or paths of JSON-lines files with a multiple-choice item per
+            line, `{"query": …, "choices": [… , …], "gold": index}`; see `local_task`.
+
+    Raises:
+        StructPruneError: If lm_eval is not installed, a name is not registered, a file cannot be read, an item is not
+            one, two tasks have the same name, or the data of a registered task cannot be loaded.
+    """
+
+    def __init__(self, names: Sequence[str | Path]):
+        _require_lm_eval()
+        from lm_eval.tasks import TaskManager
+
+        specs = [local_task(Path(name)) if Path(name).suffix == ".jsonl" else str(name) for name in names]
+        registered = [spec for spec in specs if isinstance(spec, str)]
+        given = [spec if isinstance(spec, str) else spec["task"] for spec in specs]
+        if twice := {name for name in given if given.count(name) > 1}:
+            raise StructPruneError(f"Two tasks are named {min(twice)!r}; rename one of the files.")
+        with _quiet():
+            # Indexing the thousands of tasks that lm_eval brings takes seconds.
+            manager = TaskManager(include_defaults=bool(registered))
+            for name in registered:
+                if name not in manager.all_tasks:
+                    raise StructPruneError(
+                        f"lm_eval has no task {name!r}, and a local one is a file that ends in .jsonl."
+                        f"{did_you_mean(name, manager.all_tasks)}"
+                    )
+            try:
+                self.loaded = manager.load(specs)
+            except (OSError, ValueError) as error:  # what `datasets` raises where the Hub or a data set is missing
+                raise StructPruneError(f"The tasks cannot be loaded: {' '.join(str(error).split())}") from error
+
+    def score(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, limit: int | None = None
+    ) -> Scores:
+        """Metrics of each task with their standard errors: `{"piqa": {"acc": …, "acc_stderr": …, "items": …}}`.
+
+        Args:
+            model: A causal language model; its training mode is left as it was.
+            tokenizer: Its own; it is not changed.
+            batch_size: Sequences per forward pass.
+            limit: Items per task at most, from the beginning.
+        """
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        for task in self.loaded["tasks"].values():
+            task.set_fewshot_seed(FEWSHOT_SEED)
+        training = model.training
+        with _quiet():
+            # Sums of bf16 log-probabilities would be too coarse; and a padding token is set on the tokenizer.
+            wrapped = HFLM(
+                pretrained=model,
+                tokenizer=deepcopy(tokenizer),
+                backend="causal",
+                batch_size=batch_size,
+                softmax_dtype="float32",
+            )
+            try:
+                found = lm_eval.evaluate(wrapped, self.loaded, limit=limit, log_samples=False)
+            finally:
+                model.train(training)
+        counts = {name: sizes["effective"] for name, sizes in found["n-samples"].items()}
+        return {
+            name: {**_metrics(values), **({"items": counts[name]} if name in counts else {})}
+            for name, values in {**found["results"], **found.get("groups", {})}.items()
+        }
+
+
+def local_task(path: Path) -> dict[str, Any]:
+    """A file of multiple-choice items as a task of lm_eval, named like the file.
+
+    A choice is judged by its log-likelihood after the query and a space: `acc` takes the likeliest, `acc_norm` the
+    likeliest per character. A query that begins with `Question:` and does not end with `Answer:` is given that line,
+    as in the tasks that lm_eval brings.
+
+    Raises:
+        StructPruneError: If the file cannot be read or a line holds no item; the message names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise StructPruneError(f"The task {path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not _is_item(line):
+            raise StructPruneError(
+                f"The task {path}, line {number}, is no item, which has a query, two choices or more and gold, the "
+                f"index of the right one; got {line:.80}"
+            )
+    if not any(map(str.strip, lines)):
+        raise StructPruneError(f"The task {path} has no items.")
+    return {
+        "task": path.stem,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": escape(str(path))}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": _query,
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in METRICS],
+    }
+
+
+def _query(item: Mapping[str, Any]) -> str:
+    query = item["query"].rstrip()
+    asked = query.startswith("Question:") and not query.endswith("Answer:")
+    return f"{query}\nAnswer:" if asked else query
+
+
+def _is_item(line: str) -> bool:
+    try:
+        item = json.loads(line)
+        query, choices, gold = item["query"], item["choices"], item["gold"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    if not (isinstance(query, str) and isinstance(choices, list) and type(gold) is int):
+        return False
+    texts = all(isinstance(choice, str) and choice for choice in choices)
+    return texts and len(choices) > 1 and 0 <= gold < len(choices)
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    """`{"acc,none": 0.5, "alias": …}` as `{"acc": 0.5}`; the name of a filter stays where there is one."""
+    return {
+        key.removesuffix(",none"): float(value)
+        for key, value in values.items()
+        if "," in key and isinstance(value, (int, float))
+    }
+
+
+def _require_lm_eval() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise StructPruneError("Tasks need lm_eval: pip install optimum-structprune[eval]") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # lm_eval warns that a model which is already loaded is not loaded again.
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

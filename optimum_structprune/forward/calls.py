@@ -1,0 +1,102 @@
+"""How a model calls its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..arch.load import layer_list
+from ..arch.spec import ArchSpec
+from ..errors import StructPruneError
+from .hooks import StopForward, intercept
+from .metrics import run_model
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls one layer, hidden states left out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+
+def first_of(output: Any) -> Tensor:
+    """What a layer hands on, of all that it returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def equal(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors are the same, wherever they are."""
+    return left is right or (left.shape == right.shape and torch.equal(left, right.to(left.device)))
+
+
+def same_call(left: Call, right: Call) -> bool:
+    """Whether two calls hand over the same tensors."""
+    pairs = list(zip(_tensors((left.args, left.kwargs)), _tensors((right.args, right.kwargs)), strict=True))
+    return all(equal(a, b) for a, b in pairs)
+
+
+class NotSequentialError(StructPruneError):
+    """The model's layers cannot be run one by one."""
+
+
+@torch.no_grad()
+def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) -> tuple[Tensor, list[Call]]:
+    """The hidden states that enter the first layer, and how the model calls its layers.
+
+    The calls carry masks and rotary embeddings, which may differ by layer type.
+
+    Args:
+        model: The model.
+        arch: Its description.
+        ids: Token ids, shape `(batch, seq_length)`.
+        whole: Whether to see every layer's call, or to stop at the first.
+
+    Raises:
+        NotSequentialError: If a layer's input is not just the output of the layer before it.
+    """
+    first: list[Tensor] = []
+    calls: list[Call] = []
+    outputs: list[Tensor] = []
+
+    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        by_name = "hidden_states" in kwargs
+        hidden = kwargs["hidden_states"] if by_name else args[0]
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        if index and not equal(hidden, outputs[-1]):
+            raise NotSequentialError(f"the model changes hidden states between layers {index - 1} and {index}")
+        if not index:
+            first.append(hidden)
+        calls.append(Call(args if by_name else args[1:], rest, by_name))
+        # What follows the last layer, such as the logits of a large vocabulary, takes more memory than all before it.
+        if not whole or len(calls) == arch.num_layers:
+            raise StopForward
+
+    def after(index: int, output: Any) -> None:
+        outputs[:] = [first_of(output)]
+
+    with intercept(layer_list(model, arch), before, after):
+        try:
+            run_model(model, ids)
+        except StopForward:
+            pass
+    return first[0], calls

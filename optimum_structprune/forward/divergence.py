@@ -1,0 +1,83 @@
+"""How far a model is from its teacher. Tensors in, a number out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def divergence(
+    logits: Tensor, teacher: Tensor, temperature: float = 1.0, direction: str = "forward", top_k: int | None = None
+) -> Tensor:
+    """Mean Kullback-Leibler divergence per position, times temperature² (Hinton et al. 2015, section 2).
+
+    Args:
+        logits: The model's, shape `(..., vocab)`.
+        teacher: The teacher's, of the same shape; no gradient flows into them.
+        temperature: Divides both.
+        direction: `forward` is KL(teacher‖model), `reverse` is KL(model‖teacher).
+        top_k: Tell only the teacher's k likeliest tokens apart and take all others as one event. The result is a lower
+            bound of the full divergence.
+    """
+    if top_k is not None and top_k < teacher.shape[-1]:
+        return divergence_from_likeliest(logits, *likeliest(teacher, top_k, temperature), temperature, direction)
+    mine, theirs = (_log_probabilities(values, temperature) for values in (logits, teacher.detach()))
+    return _mean_divergence(mine, theirs, direction) * temperature**2
+
+
+def likeliest(teacher: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The teacher's likeliest tokens, shape `(..., k)`, and their log-probabilities, the same shape in fp32.
+
+    Args:
+        teacher: Its logits, shape `(..., vocab)`.
+        top_k: How many.
+        temperature: Divides them.
+    """
+    log_probabilities, tokens = _log_probabilities(teacher.detach(), temperature).topk(top_k, dim=-1)
+    return tokens, log_probabilities
+
+
+def divergence_from_likeliest(
+    logits: Tensor,
+    tokens: Tensor,
+    log_probabilities: Tensor,
+    temperature: float = 1.0,
+    direction: str = "forward",
+) -> Tensor:
+    """`divergence` with `top_k`, from what `likeliest` gave at the same temperature."""
+    mine = _log_probabilities(logits, temperature).gather(-1, tokens)
+    return _mean_divergence(_with_rest(mine), _with_rest(log_probabilities), direction) * temperature**2
+
+
+def hidden_distance(hidden: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Squared distance between hidden states, relative to the teacher's own length, mean over tokens and layers.
+
+    Every token counts alike: without its own scale, the few tokens with huge states would be all that counts.
+
+    Args:
+        hidden: The model's, one per layer, shape `(..., channels)`.
+        teacher: The teacher's, likewise; no gradient flows into them.
+    """
+    distances = []
+    for mine, theirs in zip(hidden, teacher, strict=True):
+        target = theirs.detach().float()
+        length = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).eps)
+        distances.append(((mine.float() - target).square().sum(-1) / length).mean())
+    return torch.stack(distances).mean()
+
+
+def _mean_divergence(mine: Tensor, theirs: Tensor, direction: str) -> Tensor:
+    p, q = (theirs, mine) if direction == "forward" else (mine, theirs)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def _with_rest(chosen: Tensor) -> Tensor:
+    # The floor keeps the logarithm finite where the chosen tokens hold all the probability that fp32 can tell from 1.
+    rest = (1 - chosen.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(chosen.dtype).eps)
+    return torch.cat([chosen, rest.log()], dim=-1)

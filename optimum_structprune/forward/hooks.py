@@ -1,0 +1,113 @@
+"""The only file that registers hooks. They live inside `with` and are gone on every way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class StopForward(Exception):
+    """Ends a forward pass early, once everything that was wanted has been seen."""
+
+
+@contextmanager
+def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see(name, input)` whenever a module runs.
+
+    Args:
+        model: Holds the modules.
+        names: Their full names.
+        see: Gets the module's name and its first positional input.
+    """
+    with ExitStack() as stack:
+        for name in names:
+
+            def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                see(name, args[0])
+
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def adding(module: nn.Module, noise: Tensor) -> Iterator[None]:
+    """Make a module add `noise` to its output, in whatever shape that has; not where it has another size."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return output + noise.reshape(output.shape).to(output) if output.numel() == noise.numel() else None
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def bypass(layer: nn.Module) -> Iterator[None]:
+    """Make a layer hand on its hidden states as they are; it runs all the same."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replaying(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Make layers return the given outputs, one each, without running."""
+    # Not a hook, which a layer cannot skip its work for. Accelerate puts a `forward` of its own there.
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer, output in zip(layers, outputs, strict=True):
+        vars(layer)["forward"] = lambda *args, output=output, **kwargs: output
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del vars(layer)["forward"]
+            vars(layer).update({} if forward is None else {"forward": forward})
+
+
+@contextmanager
+def before_load(model: nn.Module, adapt: Callable[[Any, Mapping[str, Tensor]], None]) -> Iterator[None]:
+    """Call `adapt(module, state_dict)` before `model.load_state_dict`, or that of a copy, copies anything."""
+
+    def hook(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        adapt(module, {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()})
+
+    handle = model.register_load_state_dict_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def intercept(
+    modules: Iterable[nn.Module],
+    before: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
+    after: Callable[[int, Any], None] | None = None,
+) -> Iterator[None]:
+    """Call `before(index, args, kwargs)` and `after(index, output)` around each of `modules`."""
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+
+            def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
+                before(index, args, kwargs)
+
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            if after is not None:
+
+                def leave(module: nn.Module, args: tuple[Any, ...], output: Any, index: int = index) -> None:
+                    after(index, output)
+
+                stack.callback(module.register_forward_hook(leave).remove)
+        yield

@@ -1,0 +1,165 @@
+"""The numbers of a run, and the short table that shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from math import exp, log
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+from typing import Any
+
+
+@dataclass
+class RecoveryReport:
+    """What training after pruning did and what it cost.
+
+    Attributes:
+        tokens: Training tokens seen.
+        steps: Optimizer steps taken.
+        seconds: Time spent in training.
+        perplexity: `{domain: {"dense": …, "pruned": …, "recovered": …}}` on held-out text; without "dense" where no
+            teacher was at hand.
+        stopped: Why training ended early; empty where it did not.
+    """
+
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    stopped: str = ""
+
+    def after(self, earlier: RecoveryReport | None) -> RecoveryReport:
+        """The outcome of this training and the cost of both."""
+        if earlier is None:
+            return self
+        total = {name: getattr(self, name) + getattr(earlier, name) for name in ("tokens", "steps", "seconds")}
+        return replace(self, **total, stopped=" ".join(filter(None, [earlier.stopped, self.stopped])))
+
+    def __str__(self) -> str:
+        """Perplexity per domain and in the mean, as a table, and the cost."""
+        rows = [[f"perplexity {name}", *ppl.values()] for name, ppl in self.perplexity.items()]
+        if len(rows) > 1:
+            rows.append(["  geometric mean", *map(geometric_mean, zip(*(row[1:] for row in rows), strict=True))])
+        head = ["", *next(iter(self.perplexity.values()), ())]
+        lines = [head, *([row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows)]
+        cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s"
+        return "\n".join([table(lines), cost, *filter(None, [self.stopped])])
+
+
+@dataclass
+class Report:
+    """What was done and what it cost.
+
+    Attributes:
+        model_type: Of the model.
+        criterion: What scored the units inside layers, which the config need not name.
+        parameters: Number of parameters `{"before": …, "after": …}`.
+        layer_parameters: The same for the layers alone.
+        widths: Number of kept units, by space and layer.
+        dense_widths: Number of units before, by space.
+        calibration_tokens: Tokens seen in each round, by domain.
+        perplexity: `{domain: {"before": …, "after": …}}` on held-out text of that domain.
+        recovery: What training after the last round did; None where there was none.
+        output_error: Of a model that does not predict the next token: squared error of the last hidden states on
+            held-out text against the dense model's, relative to their variance, by domain.
+        seconds: Time spent, by stage.
+        domain_seconds: Time spent in calibration, by domain.
+        rounds: Where rounds are measured, of each: its widths, the domains' shares in it, the ratio of perplexities
+            after it (empty after the last, see `perplexity`), and with a floor whether it holds.
+    """
+
+    model_type: str
+    criterion: str
+    parameters: dict[str, int] = field(default_factory=dict)
+    layer_parameters: dict[str, int] = field(default_factory=dict)
+    widths: dict[str, dict[int, int]] = field(default_factory=dict)
+    dense_widths: dict[str, int] = field(default_factory=dict)
+    calibration_tokens: dict[str, int] = field(default_factory=dict)
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    recovery: RecoveryReport | None = None
+    output_error: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    domain_seconds: dict[str, float] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+    def note_domains(self, seconds: Mapping[int, float], names: Sequence[str]) -> None:
+        """Add the time spent on each domain, by number."""
+        for number, spent in seconds.items():
+            name = names[number]
+            self.domain_seconds[name] = self.domain_seconds.get(name, 0.0) + spent
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside `with` to a stage."""
+        start = perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the layers' parameters that is gone."""
+        return 1 - self.layer_parameters["after"] / self.layer_parameters["before"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**asdict(self), "sparsity": self.sparsity}
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        """Widths, parameters and perplexity per domain, as a table."""
+        rows = [("", "before", "after", "")]
+        rows += [(f"width {name}", *self._width(name)) for name in sorted(self.widths)]
+        for label, counts in (("parameters", self.parameters), ("  in the layers", self.layer_parameters)):
+            before, after = counts["before"], counts["after"]
+            rows.append((label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"))
+        rows += [
+            (f"perplexity {name}", *_change(ppl["before"], ppl["after"])) for name, ppl in self.perplexity.items()
+        ]
+        rows += [(f"output error {name}", "0", f"{error:.4f}", "") for name, error in self.output_error.items()]
+        if len(self.perplexity) > 1:
+            means = [geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
+            rows.append(("  geometric mean", *_change(*means)))
+        lines = [table(rows), *self._remarks()]
+        return "\n".join([*lines, *([] if self.recovery is None else ["", str(self.recovery)])])
+
+    def _remarks(self) -> Iterator[str]:
+        if self.domain_seconds:
+            yield "calibration: " + ", ".join(f"{name} {spent:.1f} s" for name, spent in self.domain_seconds.items())
+        held = [one for one in self.rounds if one.get("holds", True)]
+        if held and held[-1]["shares"] != self.rounds[0]["shares"]:
+            shares = ", ".join(f"{name} {share:.2f}" for name, share in held[-1]["shares"].items())
+            yield f"shares in the last round: {shares}"
+        if missed := [one["perplexity_ratio"] for one in self.rounds if not one.get("holds", True)]:
+            name, ratio = max(missed[-1].items(), key=lambda pair: pair[1])
+            yield f"the floor stopped it: the next narrower widths give perplexity {name} x {ratio:.3f}"
+
+    def _width(self, name: str) -> tuple[str, str, str]:
+        widths, dense = list(self.widths[name].values()), self.dense_widths[name]
+        low, high = min(widths), max(widths)
+        return str(dense), str(low) if low == high else f"{low}-{high}", f"{fmean(widths) / dense - 1:+.1%}"
+
+
+def _change(before: float, after: float) -> tuple[str, str, str]:
+    return f"{before:.2f}", f"{after:.2f}", f"x {after / before:.3f}"
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers."""
+    return exp(fmean(log(value) for value in values))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells as lines, the first column to the left, the others to the right."""
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)

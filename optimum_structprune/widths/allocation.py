@@ -1,0 +1,263 @@
+"""How much is removed where: from a share of the parameters, or given widths, to legal widths."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from math import ceil, floor
+from typing import TYPE_CHECKING
+
+from ..arch.shrink import legal_sizes, shrunk_config
+from ..arch.spec import LAYER, ArchSpec, Space, Widths
+from ..config.pruning import StructPruneConfig
+from ..errors import StructPruneError
+from ..registry import did_you_mean
+from .ranking import Ladder, descend_, ladder, spaces_by_layer
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+
+def target_widths(
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    model_config: PretrainedConfig,
+    scores: Mapping[tuple[int, str], Tensor] | None = None,
+    legal: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, int | Mapping[int, int]]:
+    """The final number of units of each space: one number, or one per layer where layers may differ.
+
+    Args:
+        config: How much to remove, and how it is spread.
+        arch: The model.
+        model_config: Its config.
+        scores: Of all units, on one scale, by layer and name of the space: what other allocations than `uniform` rank.
+            Without them every layer gives up the same share, and as much goes in all.
+        legal: What `legal_widths` gives, where it is known.
+
+    Raises:
+        StructPruneError: If a space is not there, a width is not legal (the nearest legal ones are named), layers may
+            not differ, or the sparsity cannot be reached.
+    """
+    legal = legal_widths(config, arch, model_config) if legal is None else legal
+    alike = _alike(arch, legal)
+    if not alike and LAYER in legal and len(legal) > 1:
+        raise StructPruneError(
+            f"The layers of this {arch.model_type} model differ in width, and {LAYER!r} would number them anew; prune "
+            f"{LAYER!r} in a run of its own."
+        )
+    if config.allocation != "uniform" or config.skip_layers:
+        _check_may_differ(config, arch, list(legal))
+    pruned = _without(arch, config.skip_layers)
+    widths: Widths
+    if config.allocation != "uniform" or not (alike or config.widths):
+        widths = ranked_widths(config, pruned, legal, scores or {})
+    else:
+        widths = config.widths or widths_for_sparsity(pruned, float(config.sparsity or 0), legal, config.round_to)
+        if config.skip_layers or not alike:
+            widths = {name: _at_most(width, pruned.of(name)) for name, width in widths.items()}
+    shrunk_config(model_config, arch, widths)
+    return dict(widths)
+
+
+def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
+    """Legal widths of the spaces that a config names, ascending.
+
+    Raises:
+        StructPruneError: If a space is not there, spaces do not go together, or a given width is not legal.
+    """
+    legal = {}
+    for name in config.targets if config.widths is None else config.widths:
+        if name not in arch.offered:
+            reason = dict(arch.missing).get(name)
+            raise StructPruneError(
+                f"A {arch.model_type} model has no space {name!r} to prune"
+                + (f": {reason}." if reason else f".{did_you_mean(name, arch.offered)}")
+            )
+        legal[name] = legal_sizes(model_config, arch, name)
+    if config.widths is None:
+        _check_disjoint(arch, list(legal))
+    else:
+        for name, width in config.widths.items():
+            _check_width(arch, name, width, legal[name])
+    return legal
+
+
+def choices(config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequence[int]) -> list[int]:
+    """The widths of a space that `sparsity` may choose, ascending: legal ones, channels in multiples of `round_to`."""
+    space = arch.of(name)[0]
+    return _rounded(legal, space.width, config.round_to if space.rounds else 1)
+
+
+def least_widths(
+    config: StructPruneConfig, arch: ArchSpec, legal: Mapping[str, Sequence[int]]
+) -> dict[str, int | Mapping[int, int]]:
+    """The smallest widths that `sparsity` may choose: one number, or one per layer where layers may differ."""
+    found: dict[str, int | Mapping[int, int]] = {}
+    for name, spaces in ((name, _without(arch, config.skip_layers).of(name)) for name in legal):
+        least = choices(config, arch, name, legal[name])[0]
+        if config.allocation != "uniform" or not _alike(arch, legal):
+            found[name] = {space.layer: _rungs(config, space, legal[name])[-1] for space in spaces}
+        else:
+            found[name] = _at_most(least, spaces) if config.skip_layers else least
+    return found
+
+
+def _alike(arch: ArchSpec, names: Collection[str]) -> bool:
+    return all(len({space.width for space in arch.of(name)}) == 1 for name in names)
+
+
+def _check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[str]) -> None:
+    cause = f"skip_layers={list(config.skip_layers)}" if config.skip_layers else f"allocation={config.allocation!r}"
+    for name in names:
+        if reason := arch.uniform or arch.of(name)[0].uniform:
+            raise StructPruneError(
+                f"{cause} makes layers of different widths, which {name!r} of a {arch.model_type} model cannot have: "
+                f"{reason}; use allocation='uniform' without skip_layers."
+            )
+
+
+def _without(arch: ArchSpec, layers: Sequence[int]) -> ArchSpec:
+    """The arch with nothing to remove in some layers."""
+    for layer in layers:
+        if not 0 <= layer < arch.num_layers:
+            raise StructPruneError(f"skip_layers names layer {layer}; the layers are 0 to {arch.num_layers - 1}.")
+    left = replace(arch, spaces=tuple(space for space in arch.spaces if space.layer not in layers))
+    if gone := [name for name in arch.names if name not in left.names]:
+        raise StructPruneError(f"skip_layers={list(layers)} leaves no layer whose {gone[0]!r} could be pruned.")
+    return left
+
+
+def _at_most(width: int | Mapping[int, int], spaces: Sequence[Space]) -> dict[int, int]:
+    return {space.layer: min(space.width_in({space.kind: width}), space.width) for space in spaces}
+
+
+def ranked_widths(
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    legal: Mapping[str, Sequence[int]],
+    scores: Mapping[tuple[int, str], Tensor],
+) -> dict[str, dict[int, int]]:
+    """Widths per layer from one ranking of all units.
+
+    With `sparsity`, spaces compete for the budget; each of `widths` is the mean over the layers, and a budget of its
+    own. The budget is met to within half of the cheapest step.
+
+    Args:
+        config: How much to remove, and the least and largest share of its units that a layer may keep.
+        arch: The model.
+        legal: Legal widths, ascending, by space.
+        scores: Of all units, by layer and name of the space; none removes the same share everywhere.
+
+    Raises:
+        StructPruneError: If the bounds of a layer do not leave room for the budget.
+    """
+    ladders = {
+        name: [ladder(spaces, _rungs(config, spaces[0], legal[name]), scores) for spaces in by_layer.values()]
+        for name in legal
+        for by_layer in [spaces_by_layer(arch, name)]
+    }
+    if config.widths is None:
+        goal = float(config.sparsity or 0) * sum(arch.layer_params)
+        _descend_(config, [one for found in ladders.values() for one in found], goal)
+    else:
+        for name, width in config.widths.items():
+            goal = sum(one.unit_params * max(len(one.scores) - width, 0) for one in ladders[name])
+            _descend_(config, ladders[name], goal)
+    return {name: {one.layer: one.width for one in found} for name, found in ladders.items()}
+
+
+def _rungs(config: StructPruneConfig, space: Space, legal: Sequence[int]) -> list[int]:
+    """The widths that a layer may take, descending."""
+    own = sorted({*(width for width in legal if width < space.width), space.width})
+    choices = _rounded(own, space.width, config.round_to if space.rounds else 1)
+    least, most = ceil(config.min_width * space.width), floor(config.max_width * space.width)
+    inside = [width for width in choices if least <= width <= most]
+    return (inside or [min(width for width in choices if width >= least)])[::-1]
+
+
+def _descend_(config: StructPruneConfig, ladders: Sequence[Ladder], goal: float) -> None:
+    least, most = (sum(one.unit_params * (len(one.scores) - one.widths[at]) for one in ladders) for at in (0, -1))
+    amount = f"sparsity={config.sparsity}" if config.widths is None else f"widths={config.widths}"
+    if not least <= goal <= most:
+        raise StructPruneError(
+            f"{amount} asks for {goal:,.0f} parameters to go, but between min_width={config.min_width} and "
+            f"max_width={config.max_width} of their units the layers give {least:,} to {most:,}; change either."
+        )
+    descend_(ladders, goal - least)
+
+
+def _check_disjoint(arch: ArchSpec, names: Sequence[str]) -> None:
+    wide = [space.name for space in arch.model_spaces if space.name in names]
+    if wide and len(names) > 1:
+        raise StructPruneError(
+            f"targets={names} has {wide[0]!r}, which takes a part of all the others with it, so sparsity does not say "
+            f"how much of each is to go; target {wide[0]!r} alone, or give widths."
+        )
+    whole = [name for name in names if not arch.of(name)[0].inside]
+    inside = [name for name in names if name not in whole and arch.of(name)[0].experts is not None]
+    if whole and inside:
+        raise StructPruneError(
+            f"targets={list(names)} would remove whole experts and channels inside them, and sparsity does not say "
+            f"how much of each; target one of {', '.join(whole + inside)}, or give both widths."
+        )
+
+
+def _check_width(arch: ArchSpec, name: str, width: int, legal: Sequence[int]) -> None:
+    if width in legal:
+        return
+    below = [size for size in legal if size < width][-1:]
+    above = [size for size in legal if size > width][:1]
+    nearest = " or ".join(map(str, below + above))
+    raise StructPruneError(
+        f"widths[{name!r}] = {width} is not legal for this {arch.model_type} model, which has "
+        f"{arch.of(name)[0].size}; the nearest legal choice is {nearest}."
+    )
+
+
+def widths_for_sparsity(
+    arch: ArchSpec, sparsity: float, legal: Mapping[str, Sequence[int]], round_to: int
+) -> dict[str, int]:
+    """Widths that remove a share of the layers' parameters.
+
+    Spaces come coarsest unit first. Each takes the smallest legal width that is not below its proportional share,
+    unless the finer ones could not make up for it, and the finest one absorbs what is then still to be removed, to the
+    nearest multiple of `round_to`.
+
+    Args:
+        arch: The model.
+        sparsity: Share of the layers' parameters to remove.
+        legal: Legal widths, ascending, by space.
+        round_to: Multiple for spaces whose unit is a single channel.
+    """
+    goal = sparsity * sum(arch.layer_params)
+    size = {name: arch.of(name)[0].size for name in legal}
+    cost = {name: sum(space.unit_params * space.scale for space in arch.of(name)) for name in legal}
+    rounds = {name: arch.of(name)[0].rounds for name in legal}
+    choices = {name: _rounded(legal[name], size[name], round_to if rounds[name] else 1) for name in legal}
+    most = {name: cost[name] * (size[name] - choices[name][0]) for name in legal}
+    if goal > sum(most.values()):
+        raise StructPruneError(
+            f"sparsity={sparsity} is more than {', '.join(legal)} can give: at most "
+            f"{sum(most.values()) / sum(arch.layer_params):.3f} of the layers' parameters; lower it or add targets."
+        )
+    order = sorted(legal, key=lambda name: -cost[name])
+    widths: dict[str, int] = {}
+    for position, name in enumerate(order):
+        rest = order[position + 1 :]
+        ideal = size[name] * (1 - goal / sum(cost[other] * size[other] for other in [name, *rest]))
+        if rest:
+            room = sum(most[other] for other in rest)
+            fitting = [width for width in choices[name] if goal - cost[name] * (size[name] - width) <= room]
+            widths[name] = next((width for width in fitting if width >= ideal), fitting[-1])
+        else:
+            widths[name] = min(choices[name], key=lambda width: abs(width - ideal))
+        goal -= cost[name] * (size[name] - widths[name])
+    return widths
+
+
+def _rounded(legal: Sequence[int], size: int, multiple: int) -> list[int]:
+    multiples = [width for width in legal if width % multiple == 0 and width < size]
+    return [*multiples, size] if multiples else list(legal)

@@ -1,0 +1,115 @@
+"""The architecture data: strict, checked, and in agreement with transformers."""
+
+import fnmatch
+
+import pytest
+import yaml
+from models import CASES, OTHERS, build
+
+from optimum_structprune import StructPruneError
+from optimum_structprune.arch.families import builtin_families, family_of, read_families
+from optimum_structprune.arch.load import describe, resolve
+from optimum_structprune.arch.spec import Axis
+
+
+LLAMA = {
+    "model_types": ["mine"],
+    "blocks": "layers",
+    "spaces": {"mlp": {"size": "intermediate_size", "out": {"mlp.up_proj": "unit"}, "in": {"mlp.down_proj": "unit"}}},
+}
+
+
+def write(tmp_path, *entries):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(list(entries)))
+    return path
+
+
+def test_axis_indices():
+    assert Axis("w", 0, block=2, offset=10).indices([0, 3]) == [10, 11, 16, 17]
+
+
+def test_every_family_has_a_case():
+    plain = {model_type for model_type, _ in CASES.values()} | {model_type for _, model_type, _ in OTHERS.values()}
+    texts = {"qwen2_vl_text", "qwen2_5_vl_text"}  # only ever inside their multimodal models
+    assert plain | texts == set(builtin_families())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_axes_do_not_overlap_and_lie_inside(case):
+    model = build(case)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for space in describe(model).spaces:
+        seen: dict[tuple[str, int], set[int]] = {}
+        for axis in space.axes:
+            mine = set(axis.indices(range(space.size)))
+            taken = seen.setdefault((axis.param, axis.dim), set())
+            assert not mine & taken and max(mine) < shapes[axis.param][axis.dim]
+            taken |= mine
+        assert all(len(indices) == shapes[param][dim] for (param, dim), indices in seen.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_tensor_parallel_plan_agrees(case):
+    model = build(case)
+    plan = model.config.base_model_tp_plan
+    if not plan:
+        pytest.skip("transformers has no tensor-parallel plan for this model")
+    prefix = f"{model.base_model_prefix}."
+    for space in describe(model).spaces:
+        if not space.inside:
+            continue
+        for axes, expected in ((space.out, "colwise"), (space.into, "rowwise")):
+            for axis in axes:
+                name = (axis.module if axis.part is None else axis.param).removeprefix(prefix)
+                styles = [style for pattern, style in plan.items() if fnmatch.fnmatch(name, pattern)]
+                assert not styles or expected in styles[0] or "gather" in styles[0], (name, styles)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blokcs": "layers"}, r"unknown key 'blokcs'.* Did you mean 'blocks'\?"),
+        ({"spaces": {"mlp": {**LLAMA["spaces"]["mlp"], "inn": {}}}}, r"unknown key 'inn'.* Did you mean 'in'\?"),
+        ({"spaces": {"mlp": {"size": "x", "out": {}}}}, "'in' is missing"),
+        ({"spaces": {"mlp": {"size": "x", "out": {"a": "unitt"}, "in": {}}}}, r"unknown unit 'unitt'.* mean 'unit'\?"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, change, message):
+    with pytest.raises(StructPruneError, match=message):
+        read_families(write(tmp_path, {**LLAMA, **change}))
+
+
+@pytest.mark.parametrize("twice", ["blocks: layers", "spaces: {}", "model_types: [a]"])
+def test_a_key_that_stands_twice_is_refused(tmp_path, twice):
+    path = write(tmp_path, LLAMA)
+    path.write_text(path.read_text() + f"  {twice}\n")
+    with pytest.raises(StructPruneError, match=f"the key '{twice.partition(':')[0]}' stands 2 times"):
+        read_families(path)
+
+
+def test_a_description_that_does_not_fit_names_the_tensor_and_both_numbers(tmp_path):
+    model = build("llama-tied")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes["model.layers.1.mlp.down_proj.weight"] = (32, 39)
+    family = read_families(write(tmp_path, LLAMA))[0]
+    with pytest.raises(StructPruneError, match=r"model.layers.1.mlp.down_proj.weight: dimension 1 is 39, .* make 40"):
+        resolve(family, model.config, shapes, "model.")
+    del shapes["model.layers.1.mlp.down_proj.weight"]
+    with pytest.raises(StructPruneError, match="model.layers.1.mlp.down_proj.weight is missing"):
+        resolve(family, model.config, shapes, "model.")
+    with pytest.raises(StructPruneError, match="blocks at 'elsewhere.layers'"):
+        resolve(family, model.config, shapes, "elsewhere.")
+
+
+def test_an_unknown_model_type_names_the_nearest():
+    with pytest.raises(StructPruneError, match=r"'qwen22' is not described.* Did you mean 'qwen2'\?"):
+        family_of("qwen22")
+
+
+def test_unit_params_add_up():
+    model = build("llama-untied")
+    arch = describe(model)
+    norms = sum(p.numel() for name, p in model.named_parameters() if "layers." in name and "layernorm" in name)
+    in_spaces = sum(space.size * space.unit_params for space in arch.spaces)
+    assert in_spaces + norms == sum(arch.layer_params)

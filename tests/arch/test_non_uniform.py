@@ -1,0 +1,410 @@
+"""Models whose blocks differ in width: pruned ≡ masked, every way to load them, and what people do with them."""
+
+import json
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+import transformers
+from helpers import KEEP, NON_UNIFORM, free_spaces, logits, masked
+from models import GROUPED, build, config, token_ids, tokenizer
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
+
+from optimum_structprune import (
+    Plan,
+    StructPruneError,
+    StructPruner,
+    disable_heterogeneous,
+    enable_heterogeneous,
+    export_uniform,
+    heterogeneous,
+    prune_model,
+)
+from optimum_structprune.arch import families
+from optimum_structprune.arch.families import BUILTIN, read_families
+from optimum_structprune.arch.load import describe, layer_list
+from optimum_structprune.arch.meta import skeleton
+from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
+from optimum_structprune.commands.cli import main
+from optimum_structprune.surgery.cut import adopt_config_, shrink_layer_
+from optimum_structprune.surgery.resize import pad_, resize_
+
+
+FEW = ["llama-tied", "gemma3_text", "gpt2-inner", "qwen3_moe"]
+
+
+def differing(model):
+    """A arch, and a plan that keeps more units in every block than in the one before."""
+    arch = describe(model)
+    generator = torch.Generator().manual_seed(3)
+    keep = {}
+    for name in free_spaces(arch):
+        legal = legal_sizes(model.config, arch, name)
+        first = arch.of(name)[0].layer
+        for space in arch.of(name):
+            width = legal[legal.index(KEEP[name]) + space.layer - first] * space.scale
+            units = torch.randperm(space.size, generator=generator)[:width].sort().values
+            keep[space.layer, space.name] = tuple(units.tolist())
+    return arch, Plan(arch.model_type, keep)
+
+
+def shrunk(model, arch, plan):
+    small = deepcopy(model)
+    new_config = shrunk_config(model.config, arch, plan.widths())
+    smaller = skeleton(small, new_config)
+    for layer in range(arch.num_layers):
+        shrink_layer_(small, arch, layer, plan, smaller)
+    adopt_config_(small, new_config, smaller)
+    return small
+
+
+def non_uniform(case="llama-tied"):
+    model = build(case)
+    return shrunk(model, *differing(model))
+
+
+def widths_of(model):
+    arch = describe(model)
+    return {name: {space.layer: space.width for space in arch.of(name)} for name in free_spaces(arch)}
+
+
+@pytest.mark.parametrize("case", NON_UNIFORM)
+def test_pruned_equals_masked_reloads_and_pads(case, tmp_path):
+    model = build(case)
+    arch, plan = differing(model)
+    small = shrunk(model, arch, plan)
+    assert small.config.is_heterogeneous and widths_of(small) == plan.widths()
+    torch.testing.assert_close(logits(small), logits(masked(model, arch, plan)), atol=1e-5, rtol=0)
+    assert not torch.allclose(logits(small), logits(model), atol=1e-3), "pruning changed nothing"
+
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
+    remote = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(remote).__module__.startswith("transformers_modules")
+    torch.testing.assert_close(logits(remote), logits(small), atol=1e-6, rtol=0)
+    for one in (again, remote):
+        assert {id(module.config) for module in one.modules() if hasattr(module, "config")} == {id(one.config)}
+
+    pad_(again, describe(again))
+    assert not again.config.is_heterogeneous and not hasattr(again.config, "auto_map")
+    torch.testing.assert_close(logits(again), logits(small), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", read_families(BUILTIN), ids=lambda family: family.model_types[0])
+def test_every_family_says_whether_blocks_may_differ(family):
+    assert not (family.layer_class and family.uniform)
+    if family.text is None and family.spaces:
+        assert set(family.layer_class) == set(family.model_types) or family.uniform
+
+
+@pytest.mark.parametrize("case", NON_UNIFORM)
+def test_the_block_class_is_that_of_the_blocks(case):
+    model = build(case)
+    block = heterogeneous.layer_class(type(model), model.config)
+    assert {type(one) for one in layer_list(model, describe(model))} == {block}
+
+
+# What the tests below load in other processes.
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    pruner = StructPruner(config(sparsity=0.3, allocation="global", round_to=1))
+    model = pruner.prune_model(build("llama-tied"), tokenizer())
+    pruner.save(model, folder / "out", tokenizer=tokenizer())
+    save_file({"logits": logits(model), "ids": token_ids()}, folder / "expected.safetensors")
+    return folder, model, pruner
+
+
+IN_ANOTHER_PROCESS = """
+import sys
+sys.modules["optimum_structprune"] = None  # makes it unimportable
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+expected = load_file("expected.safetensors")
+
+@torch.no_grad()
+def check(model):
+    torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], atol=1e-6, rtol=0)
+
+try:
+    AutoModelForCausalLM.from_pretrained("out")
+except RuntimeError as error:
+    assert "ignore_mismatched_sizes" in str(error), error
+else:
+    raise AssertionError("transformers builds such models by itself: say so in the docs")
+model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+check(model)
+model.save_pretrained("again")
+check(AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True))
+base = AutoModel.from_pretrained("out", trust_remote_code=True)
+assert base(expected["ids"]).last_hidden_state.shape == (2, 12, 32)
+assert not [name for name, module in sys.modules.items() if module and "optimum_structprune" in name]
+
+del sys.modules["optimum_structprune"]
+import optimum_structprune
+
+model = AutoModelForCausalLM.from_pretrained("out")
+assert type(model).__module__ == "transformers.models.llama.modeling_llama"
+check(model)
+"""
+
+
+def test_it_loads_in_another_process_without_the_plugin_and_then_with_it(saved):
+    done = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], cwd=saved[0], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_import_is_cheap_and_the_environment_has_a_say():
+    code = (
+        "import sys, optimum_structprune\n"
+        "assert not {'torch', 'transformers', 'yaml'} & set(sys.modules), sorted(sys.modules)\n"
+        "from optimum_structprune.arch import heterogeneous\n"
+        "assert (heterogeneous._WATCH in sys.meta_path) == (len(sys.argv) == 1)\n"
+    )
+    for value, args in (("1", []), ("0", ["off"])):
+        env = {"OPTIMUM_STRUCTPRUNE_PATCH": value, "PYTHONPATH": ":".join(sys.path)}
+        subprocess.run([sys.executable, "-c", code, *args], check=True, env=env)
+
+
+def test_the_folder_says_what_it_is(saved):
+    folder, model, pruner = saved
+    fields = json.loads((folder / "out" / "config.json").read_text())
+    assert fields["per_layer_config"] and fields["auto_map"]["AutoModel"] == "modeling_structprune.LlamaModel"
+    assert "optimum_structprune" not in (folder / "out" / "modeling_structprune.py").read_text()
+    assert set(pruner.report.widths) == {"mlp", "attention"} and pruner.report.widths == widths_of(model)
+    assert 0.29 < pruner.report.sparsity < 0.31
+
+
+def test_the_patch_comes_off(saved, monkeypatch):
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    model = build("llama-tied")
+    arch = describe(model)
+    fields = shrunk_config(model.config, arch, {"mlp": {0: 24, 1: 20}})
+    LlamaForCausalLM(fields)
+    disable_heterogeneous()
+    try:
+        for owner in (transformers.PreTrainedModel, LlamaDecoderLayer):
+            assert not hasattr(owner.__init__, "__wrapped__")
+        with pytest.raises(AmbiguousGlobalPerLayerAttributeError):
+            LlamaForCausalLM(fields)
+        # Pruning and saving do without it.
+        pruner = StructPruner(config(widths={"mlp": 24}, skip_layers=(0,)))
+        pruner.save(pruner.prune_model(build("qwen2"), tokenizer()), saved[0] / "off")
+        assert (saved[0] / "off" / "modeling_structprune.py").is_file()
+        assert not hasattr(transformers.PreTrainedModel.__init__, "__wrapped__")
+        monkeypatch.setattr(transformers.integrations.heterogeneity, "apply_heterogeneous_modeling", 1, raising=False)
+        enable_heterogeneous()
+        assert not hasattr(transformers.PreTrainedModel.__init__, "__wrapped__"), "transformers does it by itself"
+        monkeypatch.undo()
+    finally:
+        enable_heterogeneous()
+    LlamaForCausalLM(fields)
+
+
+def test_an_architecture_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "_OWN", {})
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        """
+- model_types: [cwm]
+  blocks: layers
+  layer_class: {cwm: CwmDecoderLayer}
+  spaces:
+    mlp:
+      size: intermediate_size
+      out: {mlp.gate_proj: unit, mlp.up_proj: unit}
+      in: {mlp.down_proj: unit}
+"""
+    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("cwm", **GROUPED))
+    pruner = StructPruner(config(widths={"mlp": 24}, skip_layers=(0,), arch_file=str(own)))
+    small = pruner.prune_model(model, tokenizer())
+    pruner.save(small, tmp_path / "out")
+    # As in a process that has not read the file.
+    families._OWN.clear()
+    disable_heterogeneous()
+    enable_heterogeneous()
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    remote = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    enable_heterogeneous(str(own))
+    for again in (remote, AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
+        torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_generate(case, attention):
+    small = non_uniform(case)
+    small.set_attn_implementation(attention)
+    torch.testing.assert_close(logits(small), logits(non_uniform(case)), atol=1e-5, rtol=0)
+    prompt, options = token_ids(2, 5), {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    without = small.generate(prompt, use_cache=False, **options)
+    for cache in ("dynamic", "static"):
+        assert torch.equal(small.generate(prompt, cache_implementation=cache, **options), without), cache
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_training(case, tmp_path):
+    small = non_uniform(case)
+    small.activation_checkpointing_enable()
+    examples = [{"input_ids": row, "labels": row} for row in token_ids(4)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, save_steps=2, report_to=[], use_cpu=True
+    )
+    before = {name: tensor.clone() for name, tensor in small.named_parameters()}
+    trainer = Trainer(small, arguments, train_dataset=examples)
+    trainer.train()
+    assert all(not torch.equal(before[name], tensor) for name, tensor in small.named_parameters() if "mlp" in name)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    torch.testing.assert_close(logits(again), logits(small.eval()), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("case", FEW[:3])
+def test_lora(case, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    adapted = get_peft_model(non_uniform(case), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(non_uniform(case), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again), logits(adapted), atol=1e-6, rtol=0)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(again), atol=1e-5, rtol=0)
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged), atol=1e-6, rtol=0
+    )
+
+
+def test_shards_device_map_pipeline_and_saving_again(saved, tmp_path):
+    _, model, _ = saved
+    model.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    places = {"auto": {}, "split": {"max_memory": {"cpu": 45_000}, "offload_folder": tmp_path / "offload"}}
+    for name, options in places.items():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "shards", device_map="auto", **options)
+        torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
+        assert name == "auto" or set(again.hf_device_map.values()) == {"cpu", "disk"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    again.save_pretrained(tmp_path / "again")
+    assert {path.name for path in (tmp_path / "again").iterdir()} >= {"config.json", "modeling_structprune.py"}
+    remote = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    torch.testing.assert_close(logits(remote), logits(model), atol=1e-6, rtol=0)
+    write = pipeline("text-generation", model=again, tokenizer=tokenizer())
+    assert write("w5 w6", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("w5 w6")
+
+
+@pytest.mark.parametrize("case", ["llama-bias", "gpt2-tied", "mixtral"])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_global_end_to_end(case, rounds, tmp_path):
+    model = build(case)
+    targets = free_spaces(describe(model))
+    fields = {"sparsity": 0.25, "targets": targets, "allocation": "global", "round_to": 1, "criterion": "flap"}
+    pruner = StructPruner(config(rounds=rounds, refit="bias" if case == "llama-bias" else "least_squares", **fields))
+    small = pruner.prune_model(model, tokenizer())
+    assert small.config.is_heterogeneous
+    assert pruner.report.widths == {name: widths_of(small)[name] for name in pruner.report.widths}
+    assert pruner.report.sparsity == pytest.approx(0.25, abs=0.02)
+    pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(small), atol=1e-6, rtol=0
+    )
+
+
+def test_rounds_end_where_one_round_does():
+    models = [
+        prune_model(
+            build("qwen2"),
+            config(sparsity=0.35, allocation="global", criterion="magnitude", refit="none", rounds=rounds, round_to=1),
+            tokenizer(),
+        )
+        for rounds in (1, 3)
+    ]
+    assert models[0].config.is_heterogeneous and widths_of(models[0]) == widths_of(models[1])
+    torch.testing.assert_close(logits(models[0]), logits(models[1]))
+
+
+def test_skipped_blocks_stay_whole_and_the_others_give_more():
+    model = build("llama-tied")
+    pruner = StructPruner(config(sparsity=0.2, targets=("mlp",), skip_layers=(1,), round_to=1))
+    small = pruner.prune_model(model, tokenizer())
+    assert pruner.report.widths["mlp"][1] == 40 and pruner.report.sparsity == pytest.approx(0.2, abs=0.01)
+    dense, ours = model.model.layers[1].state_dict(), small.model.layers[1].state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in dense.items())
+
+
+def test_it_can_be_pruned_again(saved):
+    _, model, _ = saved
+    before = widths_of(model)
+    pruner = StructPruner(config(sparsity=0.3, allocation="global", round_to=1))
+    smaller = pruner.prune_model(model, tokenizer())
+    after = widths_of(smaller)
+    assert all(after[name][layer] <= width for name in before for layer, width in before[name].items())
+    assert pruner.report.sparsity == pytest.approx(0.3, abs=0.02)
+    least = min(before["mlp"].values())
+    uniform = prune_model(model, config(widths={"mlp": least, "attention": 1}), tokenizer())
+    assert not uniform.config.is_heterogeneous and uniform.config.intermediate_size == least
+    even = prune_model(model, config(sparsity=0.3, round_to=1, targets=("mlp",)), tokenizer())
+    shares = [width / before["mlp"][layer] for layer, width in widths_of(even)["mlp"].items()]
+    assert max(shares) - min(shares) < 0.05
+
+
+def test_a_model_takes_the_widths_of_a_state_dict():
+    source, target = non_uniform(), build("llama-tied", seed=1)
+    resize_(target, describe(target), source.state_dict())
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(logits(target), logits(source)) and target.config.is_heterogeneous
+    resize_(source, describe(source), build("llama-tied").state_dict())
+    assert not source.config.is_heterogeneous and source.config.intermediate_size == 40
+    few = build("phi3")
+    state = few.state_dict()
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    with pytest.raises(StructPruneError, match="has 2 units of 'attention' in one block and 4 in another.*forward"):
+        resize_(few, describe(few), {**state, name: state[name][: len(state[name]) // 2]})
+
+
+def test_export_says_what_padding_costs(saved, tmp_path, capsys):
+    folder, model, pruner = saved
+    assert main(["export", str(folder / "out"), str(tmp_path / "padded"), "--pad-uniform"]) == 0
+    said = capsys.readouterr().out
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    assert not again.config.is_heterogeneous and not (tmp_path / "padded" / "modeling_structprune.py").exists()
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
+    added = again.num_parameters() - model.num_parameters()
+    share = added / (pruner.report.parameters["before"] - pruner.report.parameters["after"])
+    assert f"padding adds {added:,} parameters" in said and f"gives back {share:.1%}" in said
+    with pytest.raises(StructPruneError, match="same width already"):
+        export_uniform(again, tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("phi3", {"sparsity": 0.2, "allocation": "global"}, "'attention' of a phi3.*number of heads.*'uniform'"),
+        ("mixtral", {"widths": {"expert": 3}, "skip_layers": (0,)}, r"skip_layers=\[0\].*'expert'.*router"),
+        ("bert", {"allocation": "global"}, "offered for decoders only; use allocation='uniform' without"),
+        ("t5", {"allocation": "global"}, "this model has two"),
+        ("llava", {"allocation": "global"}, "only a text model by itself"),
+        ("llama-tied", {"skip_layers": (2,)}, "names block 2; the blocks are 0 to 1"),
+        ("llama-tied", {"skip_layers": (0, 1)}, "leaves no block whose 'attention'"),
+        ("llama-tied", {"sparsity": 0.6, "allocation": "global", "min_width": 0.5}, "sparsity=0.6 asks for .* change"),
+    ],
+)
+def test_what_cannot_differ_says_why(case, fields, message):
+    model = build(case)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(StructPruneError, match=message):
+        prune_model(model, config(**fields), tokenizer(), inplace=True)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

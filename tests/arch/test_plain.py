@@ -1,0 +1,204 @@
+"""Models that are not plain: quantized ones are unpacked or refused, adapters are refused with the line that helps."""
+
+import re
+import sys
+from copy import deepcopy
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from models import build, config, token_ids, tokenizer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from optimum_structprune import InPlaceError, StructPruneError, StructPruner, prune_model
+from optimum_structprune.arch.plain import check_no_adapter
+
+
+class Packed(nn.Linear):
+    """Stands in for the layer of a quantization library."""
+
+
+class Quantizer(HfQuantizer):
+    """Stands in for a quantizer that cannot go back."""
+
+    requires_calibration = False
+    is_trainable = False
+
+    def __init__(self):
+        self.quantization_config = QuantizationConfigMixin("gptq")
+
+    def is_serializable(self):
+        return True
+
+
+class Reversible(Quantizer):
+    """One that can."""
+
+    def _dequantize(self, model, dtype=None):
+        for module in model.modules():
+            if isinstance(module, Packed):
+                module.__class__ = nn.Linear
+        return model.to(dtype)
+
+
+def quantized(quantizer):
+    model = build("llama-tied")
+    for layer in model.model.layers:
+        layer.mlp.up_proj.__class__ = Packed
+    model.hf_quantizer, model.is_quantized = quantizer, True
+    model.config.quantization_config = quantizer.quantization_config
+    model.config.dtype = torch.float32
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(token_ids()).logits
+
+
+def write_gguf(path):
+    """A tiny Llama whose matrices are in 8 bits."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(96)
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": (96, 32), "output": (96, 32), "output_norm": (32,)}
+    block = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    block |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
+    shapes |= {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in block.items()}
+    for name, shape in shapes.items():
+        values = rng.normal(size=shape).astype(np.float32) * 0.2
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", values + 1)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_gguf_model_is_pruned_and_saved(tmp_path, inplace):
+    write_gguf(tmp_path / "tiny.gguf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    assert model.hf_quantizer is not None
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "refused")
+    dense = logits(model)
+    pruner = StructPruner(config(widths={"mlp": 40, "attention": 1}))
+    small = pruner.prune_model(model, tokenizer(), inplace=inplace)
+    pruner.save(small, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.config.intermediate_size == 40 and not hasattr(again.config, "quantization_config")
+    torch.testing.assert_close(logits(again), logits(small))
+    if inplace:
+        assert small is model
+    else:
+        assert model.hf_quantizer is not None and torch.equal(logits(model), dense)
+
+
+def test_what_transformers_can_undo_is_undone():
+    model, plain = quantized(Reversible()), build("llama-tied")
+    small = prune_model(model, config(), tokenizer())
+    assert torch.equal(logits(small), logits(prune_model(plain, config(), tokenizer())))
+    assert type(model.model.layers[0].mlp.up_proj) is Packed and model.hf_quantizer is not None
+    assert type(small.model.layers[0].mlp.up_proj) is nn.Linear and not hasattr(small, "hf_quantizer")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_it_cannot_undo_is_refused_with_the_reason(inplace):
+    model = quantized(Quantizer())
+    with pytest.raises(
+        StructPruneError, match="quantized with gptq, which transformers cannot undo.*no implementation"
+    ):
+        StructPruner(config()).prune_model(model, tokenizer(), inplace=inplace)
+    assert model.is_quantized and type(model.model.layers[0].mlp.up_proj) is Packed
+    model.hf_quantizer = None
+    with pytest.raises(StructPruneError, match="has no quantizer to undo it; load it without quantization"):
+        prune_model(model, config(), tokenizer())
+
+
+def test_a_peft_model_is_refused_with_the_line_that_helps():
+    plain = build("llama-tied")
+    model = get_peft_model(deepcopy(plain), LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    with pytest.raises(StructPruneError, match="PeftModel carries a PEFT adapter; prune `(.*)` instead") as refused:
+        prune_model(model, config(), tokenizer())
+    line = re.search("`(.*)`", str(refused.value))[1]
+    expected = logits(model)
+    merged = eval(line, {"model": model})
+    torch.testing.assert_close(logits(merged), expected)
+    assert prune_model(merged, config(), tokenizer()).config.intermediate_size == 24
+    prompts = get_peft_model(plain, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(StructPruneError, match=r"prune `model.get_base_model\(\)` instead"):
+        prune_model(prompts, config(), tokenizer())
+    assert prompts.get_base_model() is plain and prune_model(plain, config(), tokenizer())
+
+
+def test_an_injected_adapter_is_refused_with_the_line_that_helps():
+    model = build("llama-tied")
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False), model)
+    with pytest.raises(StructPruneError, match="has a PEFT adapter injected into it; merge it first") as refused:
+        prune_model(model, config(), tokenizer())
+    expected = logits(model)
+    exec(re.search("`(.*)`", str(refused.value))[1], {"model": model})
+    assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    torch.testing.assert_close(logits(model), expected)
+    assert prune_model(model, config(), tokenizer()).config.intermediate_size == 24
+
+
+def test_a_model_pruned_and_reloaded_is_pruned_again(tmp_path):
+    first, second = (StructPruner(config(widths=widths)) for widths in ({"mlp": 32, "attention": 2}, {"mlp": 16}))
+    first.save(first.prune_model(build("llama-tied"), tokenizer()), tmp_path / "once")
+    once = AutoModelForCausalLM.from_pretrained(tmp_path / "once")
+    second.save(second.prune_model(once, tokenizer()), tmp_path / "twice")
+    twice = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    assert (twice.config.intermediate_size, twice.config.num_key_value_heads) == (16, 2)
+    assert second.report.dense_widths == {"mlp": 32}
+
+
+def missing_tensor(model):
+    model.model.layers[1].mlp.down_proj = nn.Identity()
+
+
+def other_shape(model):
+    model.model.layers[1].mlp.down_proj = nn.Linear(39, 32, bias=False)
+
+
+def other_heads(model):
+    model.model.layers[0].self_attn.k_proj = nn.Linear(32, 20, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (missing_tensor, r"model.layers.1.mlp.down_proj.weight is missing"),
+        (other_shape, r"model.layers.1.mlp.down_proj.weight: dimension 1 is 39, but 40 units of 1 make 40"),
+        (other_heads, r"model.layers.0.self_attn.k_proj.weight: dimension 0 is 20, but 4 units of 4 make 16"),
+    ],
+)
+def test_a_model_that_half_matches_its_family_is_refused(spoil, message):
+    model = build("llama-tied")
+    spoil(model)
+    with pytest.raises(StructPruneError, match=message) as refused:
+        StructPruner(config()).prune_model(model, tokenizer(), inplace=True)
+    assert not isinstance(refused.value, InPlaceError)
+
+
+def test_the_check_does_not_import_peft(monkeypatch):
+    monkeypatch.delitem(sys.modules, "peft")
+    check_no_adapter(build("llama-tied"))
+    assert "peft" not in sys.modules

@@ -1,0 +1,164 @@
+"""Mixtures of experts: what is observed is what the experts do, and whole experts go as the plan says."""
+
+import pytest
+import torch
+from helpers import batches, shrunk
+from models import CASES, build, config, token_ids, tokenizer
+from transformers import AutoModelForCausalLM
+
+from optimum_structprune import StructPruneError, StructPruner, prune_model
+from optimum_structprune.arch.load import describe
+from optimum_structprune.calibration.experts import contributions, inner_activations, inner_moments
+from optimum_structprune.calibration.sequential import LayerPasses
+from optimum_structprune.criteria.mixture import Mixture
+from optimum_structprune.surgery.consumers import read_consumer
+
+
+MIXTURES = [case for case in CASES if describe(build(case)).of("expert")]
+
+
+@torch.no_grad()
+def logits(model):
+    return model(token_ids()).logits
+
+
+def routed(model, space):
+    passes = LayerPasses(model, describe(model), batches())
+    for layer in range(space.layer):
+        passes.advance(layer)
+    return passes._route(space.layer, model.get_submodule(space.experts))
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_inner_activations_and_consumers_make_the_experts_output(case):
+    model = build(case)
+    arch = describe(model)
+    spaces = [space for space in arch.of("mlp") if space.layer == 1 and space.experts]
+    experts = model.get_submodule(spaces[0].experts)
+    call = routed(model, spaces[0])[0]
+    with torch.no_grad():
+        expected = experts(call.hidden, call.index, call.gates)
+    output = torch.zeros_like(expected)
+    for space in spaces:
+        expert = space.into[0].part
+        weight, bias = read_consumer(model, space.into[0])
+        hidden, gates = call.of(expert)
+        inner = inner_activations(experts, space, hidden)
+        own = torch.nn.functional.linear(inner, weight, bias)
+        output.index_add_(0, torch.where(call.index == expert)[0], own * gates[:, None])
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_experts_contribution_is_the_mean_of_gate_times_norm():
+    model = build("mixtral")
+    space = describe(model).of("expert")[0]
+    experts = model.get_submodule(space.experts)
+    calls = routed(model, space)
+    found = contributions(experts, space.size, calls, 2)
+    for domain in range(2):
+        for expert in range(space.size):
+            values = []
+            for call in calls:
+                if call.domain == domain:
+                    for token, chosen in (call.index == expert).nonzero().tolist():
+                        one = call.hidden[token][None]
+                        output = experts(one, torch.tensor([[expert]]), torch.ones(1, 1))
+                        values.append(float(call.gates[token, chosen] * output.norm()))
+            assert float(found[domain, expert]) == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def test_judging_experts_over_domains():
+    loud, soft = torch.tensor([10.0, 30.0]).double(), torch.tensor([3.0, 1.0]).double()
+    both = torch.stack([loud, soft])
+    assert Mixture((0.5, 0.5)).judge_experts(both).tolist() == [1.0, 1.0]
+    assert Mixture((1.0, 1.0), aggregation="max").judge_experts(both).tolist() == [1.5, 1.5]
+    assert Mixture((0.9, 0.1)).judge_experts(both).argmax() == 1
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_experts_and_their_widths_go_as_the_plan_says(case, tmp_path):
+    model = build(case)
+    widths = {"expert": 3, "mlp": 24}
+    pruner = StructPruner(config(widths=widths, refit="none", rounds=2))
+    small = pruner.prune_model(model, tokenizer())
+    arch = describe(model)
+    pruner.plan.check(arch)
+    again = shrunk(model, arch, pruner.plan)
+    torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
+    assert {name: set(at.values()) for name, at in pruner.report.widths.items()} == {"expert": {3}, "mlp": {24}}
+    pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(small))
+
+
+def test_the_experts_that_contribute_most_stay():
+    model = build("mixtral")
+    model.model.layers[0].mlp.experts.down_proj.data[2] *= 1e-3
+    pruner = StructPruner(config(widths={"expert": 3}))
+    small = pruner.prune_model(model, tokenizer())
+    assert pruner.plan.keep[0, "expert"] == (0, 1, 3)
+    assert small.config.num_local_experts == 3 and len(small.model.layers[0].mlp.experts.down_proj) == 3
+
+
+def test_experts_choose_their_own_channels():
+    pruner = StructPruner(config(widths={"mlp": 24}))
+    pruner.prune_model(build("mixtral"), tokenizer())
+    assert len({pruner.plan.keep[0, f"mlp/{expert}"] for expert in range(4)}) == 4
+
+
+def test_refit_lets_a_channel_stand_in_for_its_twin():
+    # The first block only: later ones route other tokens to other experts once their input has changed.
+    model = build("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    rows, columns = experts.gate_up_proj.data, experts.down_proj.data
+    rows[:, 20:40], rows[:, 60:80] = rows[:, :20].clone(), rows[:, 40:60].clone()
+    columns[:, :, 20:40] = columns[:, :, :20] / 4  # so the first of the twins is the one to keep
+    distance = {}
+    for refit in ("none", "least_squares"):
+        small = prune_model(model, config(refit=refit), tokenizer())
+        with torch.no_grad():
+            outputs = [one.model(token_ids(), output_hidden_states=True) for one in (small, model)]
+        ours, dense = (output.hidden_states[1] for output in outputs)
+        distance[refit] = float((ours - dense).square().mean())
+    assert distance["least_squares"] < 0.2 * distance["none"]
+
+
+def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
+    model = build("mixtral")
+    space = describe(model).of("mlp")[1]
+    experts = model.get_submodule(space.experts)
+    calls = [call for call in routed(model, space) if not (call.index == 1).any()]
+    moments = inner_moments(experts, space, calls, True, 2)
+    weight, _ = read_consumer(model, space.into[0])
+    assert [part.count for part in moments] == [0, 0]
+    assert torch.equal(Mixture((0.5, 0.5)).pool(weight, moments).full_gram(), torch.eye(space.size))
+
+
+def test_bias_refit_reaches_the_experts_biases():
+    small = prune_model(build("gpt_oss"), config(refit="bias"), tokenizer())
+    assert small.config.intermediate_size == 24 and torch.isfinite(logits(small)).all()
+    with pytest.raises(StructPruneError, match="refit='bias' needs a bias in the projections of 'mlp'"):
+        prune_model(build("mixtral"), config(refit="bias"), tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("mixtral", {"widths": {"expert": 1}}, "'expert'.*= 1 is not legal.*has 4; the nearest legal choice is 2"),
+        ("mixtral", {"sparsity": 0.2, "targets": ("mlp", "expert")}, "does not say how much of each"),
+        ("deepseek_v3-groups", {"widths": {"expert": 3}}, "n_group = None or 1, and this config has 2"),
+        ("mixtral", {"widths": {"mlp": 20}}, "nearest legal choice is 16 or 24"),
+        ("olmoe", {"widths": {"attention": 2}}, "q_norm and k_norm divide"),
+    ],
+)
+def test_what_is_refused(case, fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        prune_model(build(case), config(**fields), tokenizer())
+
+
+def test_sparsity_is_met_by_experts_of_every_kind():
+    for case, targets in (("mixtral", ("expert",)), ("deepseek_v2", ("mlp",)), ("qwen2_moe", ("mlp", "shared_mlp"))):
+        pruner = StructPruner(config(sparsity=0.2, targets=targets, round_to=1))
+        pruner.prune_model(build(case), tokenizer())
+        # 8 of 40 channels, or one of 4 experts, is the smallest step.
+        assert pruner.report.sparsity == pytest.approx(0.2, abs=0.1), case

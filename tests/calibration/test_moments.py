@@ -1,0 +1,108 @@
+"""Streaming moments against the direct computation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimum_structprune import StructPruneError
+from optimum_structprune.calibration.moments import Moments, load_moments, mix, save_moments
+
+
+def streamed(x: torch.Tensor, sizes: list[int], gram: bool = True) -> Moments:
+    moments = Moments.empty(x.shape[1], gram)
+    for part in x.split(sizes):
+        moments.update(part)
+    return moments
+
+
+def assert_same(left: Moments, right: Moments) -> None:
+    assert left.count == right.count
+    torch.testing.assert_close(left.mean, right.mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(left.square, right.square, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(left.gram, right.gram, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=25)
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_stream_equals_direct(sizes, seed):
+    x = torch.randn(sum(sizes), 5, generator=torch.Generator().manual_seed(seed)) + 3
+    moments = streamed(x, sizes)
+    assert moments.count == len(x)
+    torch.testing.assert_close(moments.mean, x.double().mean(0))
+    torch.testing.assert_close(moments.square, x.double().square().mean(0))
+    torch.testing.assert_close(moments.gram, x.T @ x / len(x))
+    torch.testing.assert_close(moments.variance, x.double().var(0, correction=0), rtol=1e-6, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=25)
+@given(cut=st.integers(0, 40), seed=st.integers(0, 99))
+def test_merge_equals_concatenation(cut, seed):
+    x = torch.randn(41, 4, generator=torch.Generator().manual_seed(seed))
+    left, right = streamed(x[:cut], [cut] if cut else []), streamed(x[cut:], [41 - cut])
+    assert_same(left.merge(right), streamed(x, [41]))
+
+
+def test_empty_update_changes_nothing():
+    moments = streamed(torch.ones(3, 2), [3])
+    before = moments.mean.clone()
+    assert moments.update(torch.zeros(0, 2)).count == 3
+    torch.testing.assert_close(moments.mean, before)
+
+
+def test_a_long_stream_keeps_its_digits():
+    # A sum of squares in fp32 would stop growing at 2**24 equal summands; running means do not.
+    moments = Moments.empty(1, gram=True)
+    moments.count = 2**26
+    moments.mean += 1
+    moments.square += 1
+    moments.gram += 1
+    for _ in range(64):
+        moments.update(torch.full((2**16, 1), 2.0))
+    share = 64 * 2**16 / (2**26 + 64 * 2**16)
+    assert float(moments.gram) == pytest.approx(1 + 3 * share, rel=1e-3)
+    assert float(moments.square) == pytest.approx(1 + 3 * share, rel=1e-9)
+
+
+def test_select_takes_a_principal_submatrix():
+    x = torch.randn(20, 6)
+    assert_same(streamed(x, [20]).select([4, 1]), streamed(x[:, [4, 1]], [20]))
+
+
+def test_mixing_weighs_domains_and_refuses_no_weight():
+    x, y = torch.randn(9, 3), torch.randn(30, 3) * 4
+    mixed = mix([streamed(x, [9]), streamed(y, [30])], [3.0, 1.0])
+    torch.testing.assert_close(mixed.gram, 0.75 * x.T @ x / 9 + 0.25 * y.T @ y / 30)
+    with pytest.raises(StructPruneError, match="every weight is 0"):
+        mix([streamed(x, [9])], [0.0])
+
+
+def test_nan_is_noticed():
+    assert streamed(torch.randn(4, 2), [4]).finite
+    assert not streamed(torch.tensor([[1.0, float("nan")]]), [1]).finite
+    assert not streamed(torch.tensor([[1.0, float("inf")]]), [1]).finite
+
+
+def test_save_and_load(tmp_path):
+    stats = {"a": streamed(torch.randn(8, 3), [8]), "b/c": streamed(torch.randn(8, 3), [8], gram=False)}
+    save_moments(stats, tmp_path / "stats.safetensors")
+    again = load_moments(tmp_path / "stats.safetensors")
+    assert_same(again["a"], stats["a"])
+    assert again["b/c"].gram is None and again["b/c"].count == 8
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x00" * 64])
+def test_a_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "stats.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(StructPruneError, match="stats.safetensors is not a readable statistics file"):
+        load_moments(path)
+
+
+def test_a_file_of_other_tensors_and_a_missing_file_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    for name in ("other.safetensors", "missing.safetensors"):
+        with pytest.raises(StructPruneError, match=name):
+            load_moments(tmp_path / name)

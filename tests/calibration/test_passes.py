@@ -1,0 +1,88 @@
+"""Block by block and whole model see the same; hooks are gone on every way out."""
+
+import pytest
+import torch
+from helpers import batches, count_hooks
+from models import PRUNABLE, build, config, tokenizer
+from torch import nn
+
+from optimum_structprune import StructPruneError
+from optimum_structprune.arch.load import describe
+from optimum_structprune.calibration.passes import ModelPasses, batches_of, passes_over
+from optimum_structprune.calibration.sequential import LayerPasses
+from optimum_structprune.domains.load import load_domains
+from optimum_structprune.forward.calls import NotSequentialError, capture
+from optimum_structprune.forward.hooks import observe
+
+
+@pytest.mark.parametrize("case", [*PRUNABLE, "bert", "modernbert", "llava"])
+def test_block_by_block_equals_whole_model(case):
+    model = build(case)
+    arch = describe(model)
+    blocks, whole = LayerPasses(model, arch, batches()), ModelPasses(model, arch, batches())
+    for layer in range(arch.num_layers):
+        for space in arch.at(layer):
+            if not space.inside:
+                torch.testing.assert_close(blocks.contributions(layer, space), whole.contributions(layer, space))
+                continue
+            for left, right in zip(blocks.gather(layer, space, True), whole.gather(layer, space, True), strict=True):
+                for mine, theirs in zip(left, right, strict=True):
+                    assert mine.count == theirs.count and (mine.count > 0 or space.experts)
+                    torch.testing.assert_close(mine.gram, theirs.gram, rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(mine.mean, theirs.mean, rtol=1e-4, atol=1e-5)
+        blocks.advance(layer)
+    assert count_hooks(model) == 0
+
+
+def test_a_batch_holds_one_domain_and_nothing_is_lost():
+    domains = load_domains(config(), tokenizer())
+    cut = batches_of(domains, 3)
+    for index, domain in enumerate(domains):
+        mine = torch.cat([batch.ids for batch in cut if batch.domain == index])
+        assert torch.equal(mine, domain.samples)
+    assert max(len(batch.ids) for batch in cut) <= 3
+
+
+def test_hooks_are_gone_after_an_exception():
+    model = build("llama-tied")
+    with pytest.raises(RuntimeError, match="in the middle"), observe(model, ["model.layers.0.mlp"], print):
+        assert count_hooks(model) == 1
+        raise RuntimeError("in the middle")
+    assert count_hooks(model) == 0
+
+
+def test_observing_a_missing_module_leaves_no_hook():
+    model = build("llama-tied")
+    with pytest.raises(AttributeError), observe(model, ["model.layers.0.mlp", "model.layers.9.mlp"], print):
+        pass
+    assert count_hooks(model) == 0
+
+
+def test_nan_activations_name_the_tap():
+    model = build("llama-tied")
+    model.model.layers[1].mlp.up_proj.weight.data[3] = float("nan")
+    arch = describe(model)
+    passes = LayerPasses(model, arch, batches())
+    passes.advance(0)
+    with pytest.raises(StructPruneError, match=r"NaN or infinite activations at model.layers.1.mlp.down_proj"):
+        passes.gather(1, arch.of("mlp")[1], False)
+    assert count_hooks(model) == 0
+
+
+class Between(nn.ModuleList):
+    """Stands in for an architecture that works on the hidden states between its blocks."""
+
+    def __getitem__(self, index):
+        if isinstance(index, int):
+            return super().__getitem__(index)
+        return [lambda hidden, block=block, **kwargs: block(hidden + 1, **kwargs) for block in self]
+
+
+def test_a_model_that_works_between_its_blocks_falls_back():
+    model = build("llama-tied")
+    model.model.layers = Between(model.model.layers)
+    arch = describe(model)
+    assert isinstance(passes_over(model, arch, batches()), ModelPasses)
+    with pytest.raises(NotSequentialError, match="between blocks 0 and 1"):
+        capture(model, arch, batches()[0].ids, whole=True)
+    assert count_hooks(model) == 0

@@ -1,0 +1,334 @@
+"""Pruning from stored statistics is pruning on the dense model's, without running its text again."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import whole_passes
+from models import build, config, documents, token_ids, tokenizer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from optimum_structprune import (
+    DomainConfig,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+    calibrate,
+    calibrator,
+    perplexity,
+    prune_model,
+)
+from optimum_structprune.arch.load import describe
+from optimum_structprune.calibration.passes import passes_over
+from optimum_structprune.calibration.stored import Statistics, StoredPasses
+from optimum_structprune.commands.cli import main
+from optimum_structprune.domains.load import load_domains
+from optimum_structprune.domains.manifest import Manifest
+
+
+WIDTHS = ({"mlp": 24, "attention": 2}, {"mlp": 9})
+
+
+def uneven(**fields):
+    """Two domains of different text and weight, one of them of few words."""
+    few = [" ".join(f"w{3 + (i * j) % 5}" for j in range(30)) for i in range(60)]
+    domains = [DomainConfig(name="a", source=documents()), DomainConfig(name="few", source=few, weight=2)]
+    return config(**{"domains": domains, **fields})
+
+
+@pytest.fixture(scope="module")
+def stats(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stored") / "stats"
+    calibrate(build("llama-tied"), tokenizer(), uneven(criterion="taylor"), folder)
+    return folder
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Tokens that each call of a block got."""
+    tokens, forward = [], LlamaDecoderLayer.forward
+
+    def counted(self, hidden_states, *args, **kwargs):
+        tokens.append(hidden_states.shape[:2].numel())
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    return tokens
+
+
+def pruned(stats, **fields):
+    pruner = StructPruner(uneven(stats=str(stats), **fields))
+    return pruner, pruner.prune_model(build("llama-tied"), tokenizer())
+
+
+def assert_same_model(left, right):
+    theirs = right.state_dict()
+    for name, tensor in left.state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("how", [{}, {"criterion": "taylor"}, {"criterion": "obs"}, {"refit": "none"}])
+def test_it_is_pruning_on_the_dense_models_statistics(stats, ran, monkeypatch, widths, how):
+    found, small = pruned(stats, widths=widths, **how)
+    calls = list(ran)
+    ran.clear()
+    for domain in 2 * load_domains(uneven(), tokenizer()):
+        perplexity(small, domain.heldout)
+    assert calls == ran, "nothing runs but what measures perplexity before and after"
+    monkeypatch.setattr("optimum_structprune.pruning.evidence.passes_over", whole_passes)
+    pruner = StructPruner(uneven(widths=widths, **how))
+    expected = pruner.prune_model(build("llama-tied"), tokenizer())
+    assert found.plan == pruner.plan
+    assert_same_model(small, expected)
+    assert found.report.calibration_tokens == pruner.report.calibration_tokens
+    assert found.manifest.domains == pruner.manifest.domains
+    assert found.report.perplexity["few"] == pytest.approx(pruner.report.perplexity["few"], rel=1e-4)
+
+
+def test_rounds_refit_from_the_dense_weights(stats):
+    rounds, small = pruned(stats, rounds=3, widths={"mlp": 9})
+    once, plain = pruned(stats, rounds=1, widths={"mlp": 9})
+    assert small.config.intermediate_size == plain.config.intermediate_size == 9
+    # The same evidence, but scores of later rounds judge refitted weights.
+    assert rounds.plan != once.plan and torch.isfinite(small(token_ids()).logits).all()
+    for how in ({"adaptive_rate": 1.0}, {"max_perplexity_ratio": 50.0}):
+        assert pruned(stats, rounds=2, widths={"mlp": 9}, **how)[1].config.intermediate_size == 9
+
+
+def test_a_run_from_statistics_goes_on_where_it_was_killed(stats, tmp_path, monkeypatch):
+    fields = {"rounds": 3, "widths": {"mlp": 9}, "checkpoint_dir": str(tmp_path / "rounds")}
+    expected, model = pruned(stats, **{**fields, "checkpoint_dir": None})
+    gather, calls = StoredPasses.gather, []
+
+    def killed(self, layer, space, gram):
+        calls.append(layer)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return gather(self, layer, space, gram)
+
+    monkeypatch.setattr(StoredPasses, "gather", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pruned(stats, **fields)
+    found, again = pruned(stats, **fields)
+    assert found.plan == expected.plan and len(calls) == 4 + 2 * 2, "two rounds of two blocks were left"
+    assert_same_model(again, model)
+
+
+def test_one_ranking_of_all_units(stats, monkeypatch):
+    fields = {"allocation": "global", "sparsity": 0.3, "round_to": 1}
+    found, _ = pruned(stats, **fields)
+    monkeypatch.setattr("optimum_structprune.pruning.evidence.passes_over", whole_passes)
+    pruner = StructPruner(uneven(**fields))
+    pruner.prune_model(build("llama-tied"), tokenizer())
+    assert found.plan == pruner.plan
+
+
+def test_domains_are_chosen_and_weighed_anew(stats):
+    def plan(*domains):
+        chosen = StructPruner(replace(config(stats=str(stats), widths={"mlp": 9}), domains=list(domains)))
+        chosen.prune_model(build("llama-tied"), tokenizer())
+        return chosen
+
+    a, few = (DomainConfig(name=name, source="not read") for name in ("a", "few"))
+    plans = [plan(a), plan(few), plan(a, few)]
+    assert len({str(chosen.plan.keep) for chosen in plans}) == 3
+    assert [(entry.name, entry.weight) for entry in plans[1].manifest.domains] == [("few", 1.0)]
+    # A config that names no domain takes them as they were.
+    silent = StructPruner(StructPruneConfig(stats=str(stats), widths={"mlp": 9}))
+    silent.prune_model(build("llama-tied"), None)
+    assert silent.plan == plan(a, replace(few, weight=2.0)).plan
+    with pytest.raises(
+        StructPruneError, match=r"no statistics of a domain 'fex'; it has a, few. Did you mean 'few'\?"
+    ):
+        plan(a, replace(few, name="fex"))
+
+
+def test_only_what_is_asked_for_is_given(stats):
+    model = build("llama-tied")
+    space = describe(model).of("mlp")[1]
+    stored = Statistics.load(stats)
+    for gram in (False, True):
+        for gradient in (False, True):
+            passes = StoredPasses(stored, stored.chosen(uneven()), gradient, torch.device("cpu"))
+            for part in passes.gather(1, space, gram)[0]:
+                assert (part.gram is not None, part.saliency is not None) == (gram, gradient)
+    with pytest.raises(StructPruneError, match="experts"):
+        passes.contributions(1, space)
+
+
+# --- what is refused
+
+
+def changed_weight(model, reader):
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
+
+
+def changed_dtype(model, reader):
+    model.to(torch.bfloat16)
+
+
+def changed_config(model, reader):
+    model.config.rms_norm_eps = 1e-3
+
+
+def changed_vocabulary(model, reader):
+    reader.add_tokens(["new"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed_weight, "of another model"),
+        (changed_dtype, "of another model.*bfloat16"),
+        (changed_config, "of another model"),
+        (changed_vocabulary, "another tokenizer"),
+    ],
+)
+def test_another_model_or_tokenizer_is_refused(stats, change, message):
+    model, reader = build("llama-tied"), tokenizer()
+    change(model, reader)
+    with pytest.raises(StructPruneError, match=message):
+        prune_model(model, uneven(stats=str(stats)), reader, inplace=True)
+    assert model.config.intermediate_size == 40
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def drop_field(path):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "domains": [{"title": "a"}]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("layer-001.safetensors", cut, "layer-001.safetensors has .* bytes instead of"),
+        ("layer-001.safetensors", flip, "layer-001.safetensors is damaged"),
+        ("heldout.safetensors", flip, "heldout.safetensors is damaged"),
+        ("heldout.safetensors", lambda path: path.unlink(), "heldout.safetensors has 0 bytes"),
+        ("calibration_manifest.json", flip, "calibration_manifest.json is damaged"),
+        ("statistics.json", cut, "statistics.json cannot be read"),
+        ("statistics.json", drop_field, "statistics.json does not describe statistics"),
+        ("statistics.json", lambda path: path.unlink(), "holds no statistics.*structprune calibrate MODEL"),
+    ],
+)
+def test_damage_is_named(stats, tmp_path, name, damage, message):
+    folder = shutil.copytree(stats, tmp_path / "stats")
+    damage(folder / name)
+    with pytest.raises(StructPruneError, match=message):
+        pruned(folder)
+
+
+def test_what_statistics_cannot_give_is_refused(stats, tmp_path):
+    model = build("llama-tied")
+    for fields, message in (
+        ({"select": "length"}, "select='length' chooses text"),
+        ({"recovery": {"every_round": True}}, "every_round=True calibrates on a trained model"),
+        ({"recovery": {"tokens": 9}}, "recovery trains on text, stats=.* holds none, and no domain is named"),
+    ):
+        with pytest.raises(StructPruneError, match=message):
+            StructPruneConfig.from_dict({"sparsity": 0.2, "stats": str(stats), **fields})
+    with pytest.raises(StructPruneError, match="inputs are calibration data, and stats="):
+        prune_model(model, uneven(stats=str(stats)), tokenizer(), inputs={"a": token_ids()})
+    for widths in ({"layer": 1}, {"hidden": 16, "mlp": 24}):
+        with pytest.raises(StructPruneError, match=f"{next(iter(widths))!r} is judged by something else"):
+            prune_model(model, uneven(stats=str(stats), widths=widths), tokenizer(), inplace=True)
+    calibrate(model, tokenizer(), uneven(), tmp_path / "plain")
+    with pytest.raises(StructPruneError, match="criterion='taylor' needs gradients.*--criterion taylor --overwrite"):
+        pruned(tmp_path / "plain", criterion="taylor")
+    with pytest.raises(StructPruneError, match="experts.*only the moments of dense models are stored"):
+        calibrate(build("mixtral"), tokenizer(), uneven(), tmp_path / "experts")
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+# --- the folder
+
+
+def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
+    model = build("llama-tied").train()
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(calibrator, "save_file", fail)
+    with pytest.raises(StructPruneError, match="stats could not be written.*no space left"):
+        calibrate(model, tokenizer(), uneven(), tmp_path / "stats")
+    assert not list(tmp_path.iterdir()) and model.training
+    (tmp_path / "stats").mkdir()
+    (tmp_path / "stats" / "precious.txt").write_text("mine")
+    for overwrite, message in ((False, "exists and is not empty"), (True, "no space left")):
+        with pytest.raises(StructPruneError, match=message):
+            calibrate(model, tokenizer(), uneven(), tmp_path / "stats", overwrite)
+    assert [path.name for path in tmp_path.rglob("*")] == ["stats", "precious.txt"]
+
+
+def test_a_disk_that_is_too_small_is_noticed_first(tmp_path, monkeypatch, ran):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 0, 1000))
+    with pytest.raises(StructPruneError, match=r"The statistics of 2 domains take 0.0 GB, and .* has 0.0 GB left"):
+        calibrate(build("llama-tied"), tokenizer(), uneven(), tmp_path / "deep" / "stats")
+    assert not ran and not list(tmp_path.iterdir())
+
+
+def test_inputs_without_text(tmp_path):
+    inputs = {"a": token_ids(8, 24), "b": token_ids(8, 24, seed=2)}
+    calibrate(build("llama-tied"), None, config(), tmp_path / "stats", inputs=inputs)
+    silent = StructPruneConfig(stats=str(tmp_path / "stats"), widths={"mlp": 9})
+    for reader in (None, tokenizer()):
+        assert prune_model(build("llama-tied"), silent, reader).config.intermediate_size == 9
+
+
+def test_through_the_command_line(tmp_path, capsys):
+    build("llama-tied").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80)))
+    model, stats = str(tmp_path / "model"), str(tmp_path / "stats")
+    text = ["--domain", f"a={tmp_path / 'a.jsonl'}", "--num-samples", "6", "--seq-length", "24"]
+    assert main(["calibrate", model, stats, *text, "--device", "cpu"]) == 0
+    assert "llama: a 144 tokens" in (shown := capsys.readouterr().out) and f"OUT --stats {stats}" in shown
+    assert main(["calibrate", model, stats, *text, "--device", "cpu"]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    for number, width in enumerate(("mlp=24", "mlp=9")):
+        out = tmp_path / f"out-{number}"
+        assert main(["prune", model, str(out), "--width", width, "--stats", stats]) == 0
+        assert json.loads((out / "config.json").read_text())["intermediate_size"] == int(width[4:])
+        assert Manifest.load(out).domains == Manifest.load(stats).domains
+    capsys.readouterr()
+    assert main(["prune", model, str(tmp_path / "no"), "--width", "mlp=9", "--stats", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "holds no statistics" in error and "Loading weights" not in error and not (tmp_path / "no").exists()
+
+
+# --- what domains cost
+
+
+def test_several_domains_cost_what_one_of_as_many_tokens_does(ran, tmp_path):
+    fields = {"num_samples": 9, "batch_size": 3}
+    calibrate(build("llama-tied"), tokenizer(), uneven(**fields), tmp_path / "two")
+    several = sum(ran)
+    ran.clear()
+    calibrate(build("llama-tied"), tokenizer(), uneven(domains=uneven().domains[:1], **fields), tmp_path / "one")
+    assert sum(ran) == several > 0
+
+
+@pytest.mark.parametrize("fields", [{"rounds": 2}, {"criterion": "taylor"}])
+def test_the_report_says_what_each_domain_costs(fields, monkeypatch):
+    for passes in (passes_over, whole_passes):
+        monkeypatch.setattr("optimum_structprune.pruning.evidence.passes_over", passes)
+        pruner = StructPruner(uneven(num_samples=9, **fields))
+        pruner.prune_model(build("llama-tied"), tokenizer())
+        report = pruner.report
+        assert list(report.domain_seconds) == ["a", "few"] and min(report.domain_seconds.values()) > 0
+        rounds = sum(seconds for stage, seconds in report.seconds.items() if stage.startswith("round"))
+        assert sum(report.domain_seconds.values()) < rounds
+        assert f"calibration: a {report.domain_seconds['a']:.1f} s, few" in str(report)
+        assert report.to_dict()["domain_seconds"] == report.domain_seconds

@@ -1,0 +1,7 @@
+"""Makes what tests share importable from every folder."""
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent))

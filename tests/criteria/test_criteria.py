@@ -1,0 +1,103 @@
+"""Criteria against their definitions."""
+
+import pytest
+import torch
+from models import config
+
+from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.criteria import CRITERIA
+from optimum_structprune.criteria.mixture import Mixture, output_energies
+
+
+@pytest.fixture
+def case():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 1
+    return torch.randn(4, 6, generator=generator), x, Moments.empty(6, gram=True).update(x)
+
+
+def score(name, case, block=1, **fields):
+    weight, _, moments = case
+    return CRITERIA.get(name)(config(criterion=name, **fields)).score(weight, moments, block)
+
+
+def test_magnitude(case):
+    torch.testing.assert_close(score("magnitude", case), case[0].norm(dim=0))
+
+
+def test_wanda(case):
+    weight, x, _ = case
+    torch.testing.assert_close(score("wanda", case), weight.norm(dim=0) * x.square().mean(0).sqrt())
+
+
+def test_flap(case):
+    weight, x, _ = case
+    expected = weight.square().sum(0) * x.var(0, correction=0)
+    torch.testing.assert_close(score("flap", case), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_obs_is_half_the_error_after_the_best_refit_of_the_others(case, block):
+    weight, x, _ = case
+    scores = score("obs", case, block, damping=1e-7)
+    for unit in range(6 // block):
+        others = [j for j in range(6) if j // block != unit]
+        target = x @ weight.T
+        fitted = x[:, others] @ torch.linalg.lstsq(x[:, others], target).solution
+        assert float(scores[unit]) == pytest.approx(0.5 * float((target - fitted).square().sum(1).mean()), rel=1e-2)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("columns", [192, 512])
+def test_obs_judges_groups_as_wide_as_those_of_real_models(columns, threads):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 2 * columns, generator=generator) for rows in (4 * columns, 16))
+    moments, before = Moments.empty(2 * columns, gram=True).update(x), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        scores = score("obs", (weight, x, moments), columns, damping=1e-6)
+    finally:
+        torch.set_num_threads(before)
+    for unit, others in ((0, slice(columns, None)), (1, slice(0, columns))):
+        target = (x @ weight.T).double()
+        fitted = x[:, others].double() @ torch.linalg.lstsq(x[:, others].double(), target).solution
+        expected = 0.5 * float((target - fitted).square().sum(1).mean())
+        assert float(scores[unit]) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda"])
+def test_a_unit_of_several_columns_scores_their_joint_energy(case, name):
+    torch.testing.assert_close(score(name, case, 3), score(name, case).reshape(2, 3).norm(dim=1))
+
+
+def test_random_follows_the_seed(case):
+    assert torch.equal(score("random", case, seed=1), score("random", case, seed=1))
+    assert not torch.equal(score("random", case, seed=1), score("random", case, seed=2))
+
+
+def test_output_energy_is_that_of_the_outputs(case):
+    weight, x, moments = case
+    assert output_energies(weight, [moments])[0] == pytest.approx(
+        float((x @ weight.T).square().sum(1).mean()), rel=1e-4
+    )
+
+
+def test_a_loud_domain_does_not_drown_the_others(case):
+    weight, x, moments = case
+    loud = Moments.empty(6, gram=True).update(100 * x)
+    pooled = Mixture((0.5, 0.5)).pool(weight, [moments, loud])
+    # Both are the same text but for volume, so each has to contribute one half of the pooled energy.
+    expected = moments.gram / output_energies(weight, [moments])[0]
+    torch.testing.assert_close(pooled.gram / output_energies(weight, [pooled])[0], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_max_keeps_what_only_one_domain_needs():
+    weight = torch.ones(1, 3)
+    first = Moments.empty(3).update(torch.tensor([[3.0, 0.0, 1.2]]))
+    second = Moments.empty(3).update(torch.tensor([[0.0, 1.5, 1.2]]))
+    third = Moments.empty(3).update(torch.tensor([[3.0, 0.0, 1.2]]))
+    wanda = CRITERIA.get("wanda")(config())
+    by_mean = Mixture((1 / 3,) * 3).judge(wanda, weight, [first, second, third], 1)
+    by_max = Mixture((1 / 3,) * 3, aggregation="max").judge(wanda, weight, [first, second, third], 1)
+    assert by_max[1] > by_max[2]
+    assert by_mean[1] > 0 and by_max.argmin() == 2

@@ -1,0 +1,417 @@
+"""Presets, templates, evidence from answers only, and the manifest of what was calibrated on."""
+
+import json
+
+import datasets
+import pytest
+import torch
+import yaml
+from models import build, config, real_text_model, token_ids, tokenizer
+
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
+from optimum_structprune.arch.load import describe
+from optimum_structprune.calibration.passes import ModelPasses, batches_of
+from optimum_structprune.calibration.sequential import LayerPasses
+from optimum_structprune.config.domains import PRESET
+from optimum_structprune.domains.load import Domain, load_domains
+from optimum_structprune.domains.manifest import Manifest
+from optimum_structprune.domains.packing import Frame, tokenised
+from optimum_structprune.domains.presets import presets, resolve
+from optimum_structprune.domains.sources import documents
+from optimum_structprune.domains.templates import Document, chat_document, document_hash
+from optimum_structprune.forward.hooks import observe
+from optimum_structprune.forward.metrics import run_model
+
+
+CHATML = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
+TRIMMED = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}\n{% endfor %}"
+REWRITING = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper }}\n{% endfor %}"
+MESSAGES = [
+    {"role": "user", "content": " user? "},
+    {"role": "assistant", "content": "assistant"},
+    {"role": "user", "content": "more"},
+    {"role": "assistant", "content": "a longer answer "},
+]
+# The columns of the data sets behind the presets, as their pages on the Hub describe them.
+ROWS = {
+    "general": {"text": "t", "id": "i", "url": "u"},
+    "web": {"text": "t", "timestamp": "2019", "url": "u"},
+    "encyclopedia": {"id": "1", "url": "u", "title": "T", "text": "t"},
+    "news": {"title": "T", "text": "t", "domain": "d", "date": "", "description": "", "url": "u", "image_url": ""},
+    "code": {"repo_name": "r", "path": "p", "copies": "1", "size": "9", "content": "t", "license": "mit"},
+    "math": {"question": "q", "answer": "a"},
+    "dialogue": {"prompt": "user?", "prompt_id": "0", "messages": MESSAGES},
+    "instruction": {"messages": MESSAGES, "source": "s"},
+    "law": {"text": "t", "label": 1},
+    "medicine": {"pubid": 1, "question": "q", "context": {"contexts": ["c"]}, "long_answer": "a"},
+    "multilingual": {"inputs": "q", "targets": "a", "language": "French", "language_code": "fra"},
+}
+TEXT = {"math": "Question: q\nAnswer: a", "medicine": "Question: q\nAnswer: a", "multilingual": "q\na"}
+
+
+def chatty(template: str | None):
+    reader = tokenizer()
+    reader.chat_template = template
+    return reader
+
+
+def answers(document: Document) -> list[str]:
+    return [document[start:end] for start, end in document.answers]
+
+
+# --- presets
+
+
+def test_the_rows_above_are_of_every_preset():
+    assert set(ROWS) == {name for name, entry in presets().items() if "mix" not in entry}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_preset_streams_from_the_hub(name, monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return datasets.Dataset.from_list([ROWS[name]]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (domain,) = resolve([DomainConfig("mine", f"preset:{name}", weight=2)])
+    chat = "".join(f"<|{m['role']}|>{m['content']}</s>\n" for m in MESSAGES)
+    assert list(documents(domain, 0, chatty(CHATML))) == [chat if domain.template == "chat" else TEXT.get(name, "t")]
+    entry = presets()[name]
+    assert (domain.name, domain.weight) == ("mine", 2)
+    assert entry["licence"]
+    where = (entry["source"], entry.get("dataset_config"))
+    assert calls == [(where, {"split": entry.get("split", "train"), "streaming": True})]
+
+
+def test_hybrid_is_an_equal_mix():
+    parts = resolve([DomainConfig("mix", "preset:hybrid", weight=3), DomainConfig("other", "builtin:prose")])
+    assert len(parts) > 8
+    assert parts[-1].source == "builtin:prose"
+    assert {part.weight for part in parts[:-1]} == {3 / len(parts[:-1])}
+    assert [part.name for part in parts[:-1]] == [f"mix-{name}" for name in presets()["hybrid"]["mix"]]
+    assert not any(part.source.startswith(PRESET) for part in parts)
+
+
+def test_presets_of_ones_own(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": f"w{i} w{i + 1}"}) + "\n" for i in range(3, 80)))
+    own = {
+        "code": {"source": str(tmp_path / "a.jsonl"), "text_column": "body"},
+        "both": {"mix": ["code", "math"]},
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    both = resolve([DomainConfig("x", "preset:both")], str(tmp_path / "own.yaml"))
+    assert [part.source for part in both] == [str(tmp_path / "a.jsonl"), "openai/gsm8k"]
+    asked = config(domains=[DomainConfig("x", "preset:code")], num_samples=2, presets_file=str(tmp_path / "own.yaml"))
+    (domain,) = load_domains(StructPruneConfig.from_dict(asked.to_dict()), tokenizer())
+    assert domain.samples.shape == (2, 24)
+
+
+def test_a_domains_own_fields_go_before_the_presets():
+    fields = {"split": "test", "template": "{answer}", "revision": "abc", "streaming": False, "answers_only": True}
+    (domain,) = resolve([DomainConfig("m", "preset:math", **fields)])
+    assert domain.dataset_config == "main"
+    assert {name: getattr(domain, name) for name in fields} == fields
+
+
+def test_a_whole_split_of_a_fixed_revision(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append(kwargs)
+        return datasets.Dataset.from_dict({"text": [f"t{i}" for i in range(50)]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    domain = DomainConfig("d", "user/name", streaming=False, revision="abc")
+    first, second = list(documents(domain, 1)), list(documents(domain, 2))
+    assert sorted(first) == sorted(second) and first != second
+    assert calls[0] == {"split": "train", "streaming": False, "revision": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "source", "message"),
+    [
+        ({}, "preset:cod", "There is no preset 'cod'. Did you mean 'code'"),
+        ({"a": {"mix": ["hybrid"]}}, "preset:a", "itself a mix"),
+        ({"a": {"mix": ["cod"]}}, "preset:a", "There is no preset 'cod'"),
+        ({"a": {"licence": "MIT"}}, "preset:a", "'a' needs a source, or a mix"),
+        ({"a": {"source": "x", "spilt": "y"}}, "preset:a", "no field 'spilt'. Did you mean 'split'"),
+    ],
+)
+def test_presets_that_will_not_do(tmp_path, entries, source, message):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(entries))
+    with pytest.raises(StructPruneError, match=message):
+        resolve([DomainConfig("d", source)], str(tmp_path / "own.yaml"))
+
+
+# --- templates
+
+
+def test_a_text_template_knows_its_answer():
+    rows = [{"q": "what {x}?", "a": "that"}, {"q": None, "a": "this"}]
+    domain = DomainConfig("d", rows, template="Q: {q}\nA: {a} {{end}}")
+    found = sorted(documents(domain, 0))
+    assert found == ["Q: \nA: this {end}", "Q: what {x}?\nA: that {end}"]
+    assert [answers(text) for text in found] == [["this"], ["that"]]
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMED, None])
+def test_a_chat_template_is_followed_and_its_answers_found(template):
+    reader = chatty(template)
+    document = chat_document(MESSAGES, DomainConfig("d", []), reader)
+    if template is None:
+        assert document.startswith("User:  user? \n\nAssistant: assistant\n\nUser: more")
+    else:
+        assert document == reader.apply_chat_template(MESSAGES, tokenize=False)
+    assert answers(document) == ["assistant", "a longer answer" if template == TRIMMED else "a longer answer "]
+
+
+def test_a_template_that_rewrites_messages():
+    domain = DomainConfig("d", [], template="chat")
+    assert "A LONGER ANSWER" in chat_document(MESSAGES, domain, chatty(REWRITING))
+    with pytest.raises(StructPruneError, match="rewrites messages"):
+        chat_document(MESSAGES, DomainConfig("d", [], template="chat", answers_only=True), chatty(REWRITING))
+
+
+def test_conversations_in_either_form_from_a_file(tmp_path):
+    rows = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}] * 2
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    domain = DomainConfig("d", str(tmp_path), template="chat")
+    found = list(documents(domain, 0, chatty(CHATML)))
+    assert found == ["<|user|>hi</s>\n<|assistant|>ho</s>\n"] * 2
+    assert answers(found[0]) == ["ho"]
+
+
+def test_an_empty_conversation_is_skipped():
+    assert list(documents(DomainConfig("d", [{"messages": []}], template="chat"), 0, chatty(CHATML))) == []
+
+
+def test_names_that_meet_once_presets_are_resolved():
+    with pytest.raises(StructPruneError, match="Two domains are named 'd-code'"):
+        resolve([DomainConfig("d", "preset:hybrid"), DomainConfig("d-code", "builtin:code")])
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "message"),
+    [
+        ({"a": 1}, {"template": "chat"}, "no column of messages; set text_column.* Known: a"),
+        ({"messages": [{"role": "user"}]}, {"template": "chat"}, "a message needs a role and a text"),
+        ({"q": "x"}, {"template": "{q} {answer}"}, "no column 'answer'; set template"),
+        ({"q": 3}, {"template": "{q}"}, "the column 'q' holds the int 3"),
+    ],
+)
+def test_rows_that_will_not_do(row, fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        list(documents(DomainConfig("d", [row], **fields), 0, chatty(CHATML)))
+
+
+def test_a_conversation_takes_a_tokenizer_and_a_willing_template():
+    rows = [{"messages": MESSAGES}]
+    with pytest.raises(StructPruneError, match="takes a tokenizer"):
+        list(documents(DomainConfig("d", rows, template="chat"), 0))
+    refusing = chatty("{{ raise_exception('only one turn') }}")
+    with pytest.raises(StructPruneError, match="refuses a conversation of the roles user, assistant.* only one turn"):
+        list(documents(DomainConfig("d", rows, template="chat"), 0, refusing))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"template": "no field"}, "'chat' or to hold column names"),
+        ({"template": "{a.b}"}, "column's name, got 'a.b'"),
+        ({"template": "{a!r}"}, "column's name"),
+        ({"answers_only": True}, "answers_only needs a template"),
+    ],
+)
+def test_illegal_fields(fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        DomainConfig.from_dict({"name": "d", "source": "a.txt", **fields})
+
+
+# --- evidence from answers only
+
+
+def question_rows(count: int = 40) -> list[dict[str, str]]:
+    return [{"q": f"w{3 + i % 40} w{4 + i % 7}", "a": f"w{50 + i % 40} w{51 + i % 30}"} for i in range(count)]
+
+
+def test_the_mask_is_of_the_answers_tokens():
+    domain = DomainConfig("d", question_rows(), template="w3 {q} w4 {a}", answers_only=True)
+    (loaded,) = load_domains(config(domains=[domain], num_samples=4), tokenizer())
+    assert loaded.mask.shape == loaded.samples.shape
+    assert not loaded.mask[:, 0].any()
+    assert (loaded.blocks[loaded.mask] >= 50).all()
+    assert (loaded.blocks[~loaded.mask] < 50).all()
+
+
+def test_the_mask_of_real_text():
+    _, reader = real_text_model()
+    text = Document.joined([("Question: 2 + 3 = ?\nAnswer:", False), (" It is 5, naïvely.", True), ("\n", False)])
+    (tokens,) = tokenised(iter([text]), reader, answers=True)
+    shown = reader.decode([token for token, inside in zip(tokens.ids, tokens.answers, strict=True) if inside])
+    assert shown == " It is 5, naïvely."
+
+
+def test_text_without_answers_is_refused():
+    rows = [{"q": "w3 w4 w5 w6 w7", "a": ""}] * 60
+    domain = DomainConfig("d", rows, template="{q}{a}", answers_only=True)
+    with pytest.raises(StructPruneError, match="has answers_only, but its .* hold no answer"):
+        load_domains(config(domains=[domain], num_samples=4), tokenizer())
+
+
+def masked_domain(mask: torch.Tensor | None) -> list[Domain]:
+    blocks = token_ids(4, 12)
+    return [Domain("a", 1.0, blocks, blocks[:2], mask)]
+
+
+@pytest.mark.parametrize("passes", [LayerPasses, ModelPasses])
+@pytest.mark.parametrize("case", ["llama-tied", "opt", "mixtral"])
+def test_moments_are_of_the_masked_tokens_only(case, passes):
+    model = build(case)
+    arch = describe(model)
+    mask = torch.rand(4, 12, generator=torch.Generator().manual_seed(0)) < 0.4
+    space = next(space for space in arch.at(0) if space.experts is None)
+    seen = []
+    with observe(model, [space.into[0].module], lambda _, x: seen.append(x)), torch.no_grad():
+        run_model(model, token_ids(4, 12))
+    wanted = seen[0].reshape(48, -1)[mask.flatten()]
+    run = passes(model, arch, batches_of(masked_domain(mask), 3))
+    ((found,),) = run.gather(0, space, gram=True)
+    assert found.count == int(mask.sum())
+    assert torch.allclose(found.gram, wanted.T @ wanted / len(wanted), atol=1e-5)
+    assert torch.allclose(found.mean.float(), wanted.mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("passes", [LayerPasses, ModelPasses])
+def test_experts_see_the_masked_tokens_only(passes):
+    model = build("mixtral")
+    arch = describe(model)
+    mask = torch.zeros(4, 12, dtype=torch.bool)
+    mask[:, 5:8] = True
+    inner = [space for space in arch.at(0) if space.experts is not None and space.inside]
+    run = passes(model, arch, batches_of(masked_domain(mask), 3))
+    counts = [run.gather(0, space, gram=False)[0][0].count for space in inner]
+    # Two of the experts see each token.
+    assert sum(counts) == 2 * int(mask.sum())
+
+
+# --- the manifest
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("manifest")
+    texts = [f"w{3 + i % 90} w{3 + i % 7} w{3 + i % 11} w{3 + i % 13}" for i in range(200)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    asked = config(domains=[DomainConfig("a", str(folder / "a.jsonl")), DomainConfig("b", texts[::2])])
+    pruner = StructPruner(asked)
+    pruned = pruner.prune_model(build("llama-tied"), tokenizer())
+    pruner.save(pruned, folder / "out")
+    return folder, pruner, texts
+
+
+def test_a_manifest_is_saved_with_the_model_and_read_back(saved):
+    folder, pruner, _ = saved
+    manifest = Manifest.load(folder / "out")
+    assert manifest == pruner.manifest == Manifest.load(folder / "out" / "calibration_manifest.json")
+    assert [entry.name for entry in manifest.domains] == ["a", "b"]
+    assert manifest.domains[0].calibration_tokens == pruner.report.calibration_tokens["a"]
+    assert manifest.domains[1].origin["source"] == "memory:list"
+
+
+def test_the_same_run_has_the_same_manifest_and_another_seed_another(saved):
+    _, pruner, _ = saved
+
+    def manifest(seed):
+        again = StructPruneConfig.from_dict({**vars(pruner.config), "seed": seed})
+        return Manifest.of(again, load_domains(again, tokenizer()), tokenizer())
+
+    assert manifest(0) == pruner.manifest
+    assert manifest(1).domains[0].samples_sha256 != pruner.manifest.domains[0].samples_sha256
+
+
+def test_a_manifest_names_the_documents_that_were_used(saved):
+    _, pruner, texts = saved
+    (domain, _) = load_domains(pruner.config, tokenizer())
+    entry = pruner.manifest.domains[0]
+    names = {document_hash(text): text for text in texts}
+    used = " ".join(names[name] for name in entry.documents)
+    words = {f"w{token}" for token in domain.samples.flatten().tolist() if token > 2}
+    assert words <= set(used.split())
+    assert len(used.split()) < 2 * domain.samples.numel()
+    assert len(set(entry.heldout_documents)) < len(set(entry.documents))
+
+
+def test_overlaps_by_document_by_source_and_by_name(saved, monkeypatch):
+    folder, pruner, texts = saved
+    manifest, entry = pruner.manifest, pruner.manifest.domains[0]
+    assert manifest.overlaps("elsewhere", [document_hash("new")]) == []
+    (one,) = manifest.overlaps("elsewhere", [entry.documents[0], document_hash("new")])[:1]
+    assert one.startswith("1 of 2 documents were calibrated on, in the calibration domain 'a'")
+    unused = [name for name in entry.heldout_documents if name not in pruner.manifest.domains[1].documents]
+    assert "1 of 1 documents were held out" in manifest.overlaps("elsewhere", unused[:1])[0]
+    monkeypatch.chdir(folder)
+    for source in ("a", "a.jsonl", str(folder / "a.jsonl"), DomainConfig("z", "a.jsonl")):
+        assert "has the name or the source" in manifest.overlaps(source)[0]
+
+
+def test_another_split_is_no_overlap():
+    blocks = token_ids(2, 12)
+    (origin,) = resolve([DomainConfig("m", "preset:math")])
+    manifest = Manifest.of(config(), [Domain("m", 1.0, blocks, blocks, origin=origin)], None)
+    (train, test) = (
+        DomainConfig("x", "openai/gsm8k", dataset_config="main", split=name) for name in ("train", "test")
+    )
+    assert manifest.overlaps(train) and not manifest.overlaps(test)
+
+
+def test_what_is_no_manifest(tmp_path):
+    with pytest.raises(StructPruneError, match="cannot be read"):
+        Manifest.load(tmp_path)
+    (tmp_path / "other.json").write_text('{"seed": 0}')
+    with pytest.raises(StructPruneError, match="is no calibration manifest"):
+        Manifest.load(tmp_path / "other.json")
+
+
+def test_a_frame_tells_which_documents_a_block_holds():
+    texts = ["w3 w4 w5 w6 w7", "w10 w11 w12 w13 w14 w15 w16", "w20 w21 w22", "w30"]
+    packed = Frame(5, 1, 2).pack(tokenised(iter(texts), tokenizer()), 100)
+    names = {document_hash(text): text.split() for text in texts}
+    assert len(packed.samples) == 4
+    for block, held in zip(packed.samples, packed.documents, strict=True):
+        words = {f"w{token}" for token in block.tolist() if token > 2}
+        assert words <= {word for name in held for word in names[name]}
+        assert all(words & set(names[name]) for name in held)
+    assert packed.hashes == tuple(map(document_hash, texts[:3]))
+    some = packed.select([2, 0])
+    assert torch.equal(some.blocks, packed.samples[[2, 0]]) and some.documents[1] == packed.documents[0]
+
+
+def test_conversations_stream_from_parquet_into_blocks(tmp_path, monkeypatch):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"w{3 + i}"},
+                {"role": "assistant", "content": f"w{50 + i % 40} w9"},
+            ]
+        }
+        for i in range(40)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    load = datasets.load_dataset
+
+    def from_disk(source, name, split, streaming):
+        return load("parquet", data_files={"train_sft": str(tmp_path / "*.parquet")}, split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_disk)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    asked = [
+        DomainConfig("chat", "preset:dialogue", answers_only=True, streaming=streaming) for streaming in (True, False)
+    ]
+    spaced = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    for domain in asked:
+        (loaded,) = load_domains(config(domains=[domain], num_samples=2), chatty(spaced))
+        assert set(loaded.blocks[loaded.mask].tolist()) - {9} <= set(range(50, 90))
+        # A question and the names of two roles stand before each answer.
+        assert 0.3 < loaded.mask.float().mean() < 0.5

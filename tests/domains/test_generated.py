@@ -1,0 +1,204 @@
+"""Text that the model writes itself."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from models import build, real_text_model
+from trained import needs_shared, stories_model
+
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
+from optimum_structprune.config.domains import SelfTextConfig
+from optimum_structprune.domains import generated
+from optimum_structprune.domains.generated import self_documents
+from optimum_structprune.domains.load import load_domains
+from optimum_structprune.fingerprint import fingerprint
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def writer():
+    return real_text_model()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return SelfTextConfig(batch_size=4, max_new_tokens=40, min_tokens=8, cache_dir=str(tmp_path / "cache"))
+
+
+def first(writer, settings, count: int, name: str = "math", seed: int = 0):
+    return list(itertools.islice(self_documents(*writer, settings, name, seed), count))
+
+
+@pytest.mark.parametrize("name", ["code", "math", "prose", "dialogue", "reasoning"])
+def test_every_kind_goes_on_from_an_opening(writer, settings, name):
+    texts = first(writer, settings, 6, name)
+    assert len(set(texts)) == 6
+    for text in texts:
+        ((start, end),) = text.answers
+        assert start > 8 and end == len(text) and text[:start].isascii()
+        assert "{topic}" not in text
+
+
+def test_the_seed_decides_and_the_callers_random_numbers_are_left_alone(writer, settings, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    texts = first(writer, settings, 6)
+    assert torch.equal(torch.rand(3), expected)
+    again = SelfTextConfig(**{**vars(settings), "cache_dir": str(tmp_path / "another")})
+    assert first(writer, again, 6) == texts
+    assert first(writer, settings, 6, seed=1) != texts
+
+
+def test_what_was_written_is_read_from_the_disk_and_continued(writer, settings, monkeypatch):
+    whole = first(writer, SelfTextConfig(**{**vars(settings), "cache_dir": settings.cache_dir + "-whole"}), 10)
+    short = first(writer, settings, 5)
+    calls = []
+    generate = type(writer[0]).generate
+    monkeypatch.setattr(type(writer[0]), "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
+    assert first(writer, settings, 5) == short == whole[:5]
+    assert calls == []
+    longer = first(writer, settings, 10)
+    assert longer == whole and calls
+    assert [text.answers for text in longer] == [text.answers for text in whole]
+
+
+def test_a_prompt_that_comes_again_is_answered_otherwise(writer, settings, monkeypatch):
+    monkeypatch.setattr(generated._Author, "prompts", lambda self, number: ["Problem: "] * 4)
+    assert len(set(first(writer, settings, 12))) == 12
+
+
+def test_a_line_that_was_cut_off_is_written_again(writer, settings, tmp_path):
+    texts = first(writer, settings, 6)
+    (path,) = (tmp_path / "cache").iterdir()
+    kept = path.read_text()
+    path.write_text(kept[: len(kept) // 2])
+    assert first(writer, settings, 6) == texts
+    assert first(writer, settings, 6) == texts
+
+
+def test_another_model_or_setting_has_a_file_of_its_own(writer, settings, tmp_path):
+    model, reader = writer
+    first(writer, settings, 1)
+    other, _ = real_text_model()
+    with torch.no_grad():
+        other.get_input_embeddings().weight[3, 3] += 0.01
+    first((other, reader), settings, 1)
+    settings.temperature = 0.9
+    first(writer, settings, 1)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_a_fingerprint_is_of_the_weights_and_the_config():
+    model, same, other = build("llama-tied"), build("llama-tied"), build("llama-tied")
+    same.name_or_path = "elsewhere"
+    assert fingerprint(model) == fingerprint(same)
+    other.config.rms_norm_eps *= 2
+    assert fingerprint(model) != fingerprint(other)
+    assert fingerprint(model) != fingerprint(build("llama-tied").bfloat16())
+
+
+@pytest.mark.parametrize(("name", "keeps"), [("math", False), ("dialogue", True)])
+def test_a_chat_model_is_asked(settings, name, keeps):
+    model, reader = real_text_model()
+    reader.chat_template = CHATML
+    for text in first((model, reader), settings, 4, name):
+        ((start, end),) = text.answers
+        assert end == len(text)
+        assert text[:start].startswith("<s>user\n") if keeps else start == 0
+        assert text[:start].endswith("<s>assistant\n") or not keeps
+
+
+def test_repetitions_are_dropped(writer, settings, monkeypatch):
+    monkeypatch.setattr(generated._Author, "_continued", lambda self, prompts, number: [[5, 6] * 20] * len(prompts))
+    with pytest.raises(StructPruneError, match="self:math: of 32 documents that the model wrote, none passes"):
+        first(writer, settings, 1)
+
+
+def test_short_documents_are_dropped(writer, settings):
+    settings.min_tokens = 1000
+    with pytest.raises(StructPruneError, match="none passes the filters"):
+        first(writer, settings, 1)
+
+
+@needs_shared
+def test_text_that_the_model_finds_unlikely_is_dropped(settings, monkeypatch):
+    model, reader = stories_model()
+    story = "Once upon a time there was a little girl named Lily. She loved to play outside in the big park"
+    likely = [reader(f"{story} with her {pet}.")["input_ids"] for pet in ("dog", "cat", "friends")]
+    noise = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:30].add(50).tolist()
+    monkeypatch.setattr(generated._Author, "_continued", lambda self, prompts, number: [*likely, noise])
+    texts = first((model, reader), settings, 3)
+    assert all("Lily" in text for text in texts)
+    (path,) = generated.Path(settings.cache_dir).iterdir()
+    assert len(json.loads(path.read_text().strip().splitlines()[0])["documents"]) == 3
+
+
+def test_the_model_is_left_as_it_was(writer, settings):
+    model, reader = writer
+    before = fingerprint(model)
+    model.train()
+    first(writer, settings, 2)
+    assert model.training and fingerprint(model) == before
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "message"),
+    [
+        ("llama-tied", "maths", "does not write 'maths' itself. Did you mean 'math'"),
+        ("bert", "math", "self:math takes a causal language model, and BertForMaskedLM is none"),
+        ("t5", "math", "takes a causal language model"),
+    ],
+)
+def test_models_and_kinds_that_will_not_do(writer, settings, case, name, message):
+    with pytest.raises(StructPruneError, match=message):
+        first((build(case), writer[1]), settings, 1, name)
+
+
+def test_a_folder_that_cannot_be_written_to(writer, settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    settings.cache_dir = str(tmp_path / "file")
+    with pytest.raises(StructPruneError, match="cannot be kept in .*set cache_dir"):
+        first(writer, settings, 1)
+
+
+# --- as a domain
+
+
+def own(settings, **fields) -> StructPruneConfig:
+    domains = [DomainConfig("own", "self:math", **fields), DomainConfig("other", "builtin:math")]
+    return StructPruneConfig(
+        widths={"mlp": 1024}, domains=domains, num_samples=4, seq_length=32, batch_size=2, self_text=settings
+    )
+
+
+def test_pruned_on_what_it_wrote_itself(writer, settings):
+    model, reader = writer
+    asked = own(settings, answers_only=True)
+    pruner = StructPruner(StructPruneConfig.from_dict(asked.to_dict()))
+    assert pruner.prune_model(model, reader).config.intermediate_size == 1024
+    entry = pruner.manifest.domains[0]
+    assert entry.origin["source"] == "self:math"
+    assert 0 < entry.evidence_tokens < entry.calibration_tokens == 2 * 32
+
+
+def test_self_written_text_takes_a_model(writer, settings):
+    with pytest.raises(StructPruneError, match="'own' is written by the model itself, and there is none"):
+        load_domains(own(settings), writer[1])
+
+
+def test_no_more_is_written_than_is_needed(writer, settings, tmp_path):
+    model, reader = writer
+    (domain, _) = load_domains(own(settings), reader, model=model)
+    (path,) = (tmp_path / "cache").iterdir()
+    needed = {*domain.documents, *domain.heldout_documents}
+    batches = [json.loads(line)["documents"] for line in path.read_text().splitlines() if line]
+    assert sum(map(len, batches[:-1])) < len(needed) <= sum(map(len, batches))

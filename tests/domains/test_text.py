@@ -1,0 +1,648 @@
+"""Documents from every kind of source, and their packing into blocks."""
+
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from trained import MODEL, needs_shared
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from optimum_structprune.config.domains import DomainConfig
+from optimum_structprune.config.pruning import StructPruneConfig
+from optimum_structprune.domains import builtin, problems, sources
+from optimum_structprune.domains.builtin import builtin_documents, sections
+from optimum_structprune.domains.load import load_domains, num_heldout, split_samples
+from optimum_structprune.domains.packing import prefix_token
+from optimum_structprune.domains.sources import documents
+from optimum_structprune.errors import StructPruneError
+
+
+TEXTS = [f"text number {i}" for i in range(30)]
+WORDS = [f"w{i}" for i in range(4000)]
+BOS, EOS, CLS = 0, 1, 2
+
+
+def tokenizer(bos: bool = True, eos: bool = True, template: str | None = None) -> PreTrainedTokenizerFast:
+    """One token per word `w0`, `w1` …, so that a token tells which document it came from."""
+    vocab = {"<s>": BOS, "</s>": EOS, "[CLS]": CLS, "<unk>": 3}
+    vocab |= {word: len(vocab) + i for i, word in enumerate(WORDS)}
+    inner = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    if template is not None:
+        special = [("<s>", BOS), ("</s>", EOS), ("[CLS]", CLS)]
+        inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    names = {"bos_token": "<s>" if bos else None, "eos_token": "</s>" if eos else None, "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=16, **names)
+
+
+def numbered(count: int = 400, length: int = 10) -> list[str]:
+    """Documents of which each has words of its own."""
+    return [" ".join(WORDS[i * length : (i + 1) * length]) for i in range(count)]
+
+
+def make(source, **fields) -> StructPruneConfig:
+    """A small config with one domain."""
+    return StructPruneConfig(
+        domains=[DomainConfig("d", source)], **{"sparsity": 0.2, "num_samples": 8, "seq_length": 16, **fields}
+    )
+
+
+def read(source, seed: int = 0, **fields) -> list[str]:
+    return list(documents(DomainConfig("d", source, **fields), seed))
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    """A file of the kind that the suffix says; its rows have a number before the text."""
+    rows = [{"n": i, "text": text} for i, text in enumerate(texts)]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        datasets.Dataset.from_list(rows).to_csv(path, index=False)
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        path.write_text("\n\n".join(texts))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """`datasets` leaves lock files in its cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+# --- built-in text
+
+
+@pytest.mark.parametrize("name, least", [("prose", 600_000), ("code", 1_000_000), ("math", 1_000_000)])
+def test_builtin_text_is_plenty_and_distinct(name, least):
+    texts, size = [], 0
+    for text in builtin_documents(name):
+        texts.append(text)
+        size += len(text)
+        if size >= least:
+            break
+    assert size >= least
+    assert len(set(texts)) == len(texts)
+    assert all(builtin.SHORTEST / 2 <= len(text) <= 2 * builtin.SECTION for text in texts)
+
+
+@pytest.mark.parametrize("name", ["prose", "code", "math"])
+def test_the_seed_decides_the_builtin_documents(name):
+    def first(seed):
+        return list(itertools.islice(builtin_documents(name, seed), 5))
+
+    assert first(3) == first(3)
+    assert first(3) != first(4)
+
+
+def test_prose_reads_other_files_than_code():
+    names = {name: list(itertools.islice(builtin_documents(name), 150)) for name in ("prose", "code")}
+    code = " ".join(" ".join(names["code"]).split())
+    paragraphs = [paragraph for text in names["prose"] for paragraph in text.split("\n\n")]
+    assert sum(paragraph in code for paragraph in paragraphs) < 0.02 * len(paragraphs)
+    assert not any("\n    def " in text or ">>>" in text for text in names["prose"])
+
+
+def test_a_small_sample_of_code_is_of_many_files():
+    heads = [text.split("\n", 1)[0] for text in itertools.islice(builtin_documents("code"), 40)]
+    assert len(set(heads)) > 20
+
+
+def test_code_does_not_always_begin_at_the_top_of_a_file(monkeypatch, tmp_path):
+    for i in range(40):
+        lines = "".join(f"value_{n} = {n}  # of module {i}\n" for n in range(1000))
+        (tmp_path / f"m{i:02}.py").write_text("# Copyright: see the licence.\n" + lines)
+    monkeypatch.setattr(builtin.sysconfig, "get_path", lambda name: str(tmp_path))
+    texts = list(builtin_documents("code", 1))
+    heads = [text.startswith("# Copyright") for text in texts[:20]]
+    assert sum(heads) < 10 and sum(text.startswith("# Copyright") for text in texts) == 20
+    assert len(set(texts)) == len(texts) and list(builtin_documents("code", 1)) == texts
+
+
+def test_unknown_builtin_proposes_the_nearest():
+    with pytest.raises(StructPruneError, match="no built-in text 'prosa'. Did you mean 'prose'"):
+        read("builtin:prosa")
+
+
+def test_python_without_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(builtin.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(StructPruneError, match="has none. Use builtin:math"):
+        builtin_documents("code")
+
+
+EQUATION = re.compile(r"(?<![\w.(])([\d(][\d. ()+*/-]*[+*/-][\d. ()+*/-]*) = (\d+(?:\.\d+)?)")
+
+
+def evaluate(expression: str) -> Fraction:
+    exact = re.sub(r"\d+(?:\.\d+)?", lambda match: f"Fraction('{match[0]}')", expression)
+    return eval(exact, {"Fraction": Fraction})
+
+
+def test_every_sum_of_the_math_problems_is_right():
+    for text in itertools.islice(builtin_documents("math"), 2000):
+        steps = EQUATION.findall(text)
+        assert steps, text
+        assert text.count(" = ") == len(steps), text
+        for expression, result in steps:
+            assert evaluate(expression) == Fraction(result), text
+        answer = re.search(r"(?:#### |answer is )([\d.]+?)\.?$", text)
+        assert answer, text
+        assert Fraction(answer[1]) == Fraction(steps[-1][1]), text
+
+
+def test_answers_follow_from_the_questions():
+    """The answers again, from the numbers of the question alone."""
+    number = r"\$?(\d+(?:\.\d+)?)"
+    solve = {
+        f"has {number} and .*? {number} [^$]+ at {number} each and {number} [^$]+ at {number} each": (
+            lambda cash, a, p, b, q: cash - a * p - b * q
+        ),
+        f"for {number} hours at {number} miles per hour and then for {number} hours at {number}": (
+            lambda t, v, s, w: (t * v + s * w) / (t + s)
+        ),
+        f"scored {number}, {number} and {number} .* average of {number}\\?": lambda a, b, c, mean: (
+            4 * mean - a - b - c
+        ),
+        f"counts {number} heads and {number} legs": lambda heads, legs: (legs - 2 * heads) / 2,
+        f"saves? {number} in the first week, and every week {number} more .* after {number} weeks": (
+            lambda a, d, n: sum(a + i * d for i in range(int(n)))
+        ),
+    }
+    solved = dict.fromkeys(solve, 0)
+    for text in itertools.islice(builtin_documents("math", 1), 1500):
+        for pattern, answer in solve.items():
+            if found := re.search(pattern, text.split("?")[0] + "?"):
+                claimed = re.search(r"(?:#### |answer is )([\d.]+?)\.?$", text)
+                assert answer(*map(Fraction, found.groups())) == Fraction(claimed[1]), text
+                solved[pattern] += 1
+    assert min(solved.values()) >= 5, solved
+
+
+def test_math_has_a_dozen_kinds_of_problem_and_fills_every_blank():
+    texts = list(itertools.islice(builtin_documents("math"), 500))
+    assert len(problems.PROBLEMS.strip().split("\n\n")) >= 12
+    assert not any(re.search(r"[{}\[\]|_]", text) for text in texts)
+
+
+# --- sections
+
+
+@given(st.text(alphabet="ab \n", max_size=400), st.integers(2, 30))
+def test_sections_keep_all_words_and_the_size(text, size):
+    parts = list(sections(text, size))
+    assert all(len(part) <= 2 * size for part in parts)
+    assert "".join("".join(parts).split()) == "".join(text.split())
+
+
+def test_sections_cut_at_blank_lines():
+    paragraphs = [f"{i} " * 20 for i in range(50)]
+    parts = list(sections("\n\n".join(paragraphs), 200))
+    assert len(parts) > 10
+    assert [piece for part in parts for piece in part.split("\n\n")] == paragraphs
+
+
+# --- sources
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_file(tmp_path, suffix):
+    path = str(write(tmp_path / f"a{suffix}", TEXTS))
+    assert sorted(read(path)) == sorted(TEXTS)
+    assert read(path) == read(path) != TEXTS
+    assert read(path, seed=1) != read(path)
+
+
+def test_a_text_file_is_one_document_unless_it_is_large(tmp_path):
+    assert read(str(write(tmp_path / "small.txt", TEXTS))) == ["\n\n".join(TEXTS)]
+    paragraphs = [f"paragraph {i} " * 20 for i in range(400)]
+    parts = read(str(write(tmp_path / "large.txt", paragraphs)))
+    assert len(parts) > 10
+    assert sorted(piece for part in parts for piece in part.split("\n\n")) == sorted(paragraphs)
+
+
+def test_globs_and_folders_read_all_kinds_and_nothing_else(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for i, name in enumerate(("a.jsonl", "b.csv", "deep/c.parquet", "deep/d.txt", "e.json")):
+        write(tmp_path / name, [f"document {i}"])
+    (tmp_path / "README.md").write_text("not read")
+    everything = [f"document {i}" for i in range(5)]
+    assert sorted(read(str(tmp_path))) == everything
+    assert sorted(read(f"{tmp_path}/**/*")) == everything
+    assert read(f"{tmp_path}/*.jsonl") == ["document 0"]
+
+
+def test_names_with_brackets_and_empty_files(tmp_path):
+    folder = tmp_path / "a[b]"
+    folder.mkdir()
+    (folder / "empty.jsonl").write_text("")
+    write(folder / "full.jsonl", TEXTS)
+    assert sorted(read(str(folder))) == sorted(TEXTS)
+    assert read(str(folder / "empty.jsonl")) == []
+
+
+def test_a_relative_path_goes_before_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user").mkdir()
+    write(tmp_path / "user" / "name.jsonl", TEXTS)
+    assert sorted(read("user")) == sorted(TEXTS)
+    assert sorted(read("user/name.jsonl")) == sorted(TEXTS)
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", TEXTS)
+    assert sorted(read("~/a.jsonl")) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: TEXTS,
+        lambda: tuple(TEXTS),
+        lambda: (text for text in TEXTS),
+        lambda: datasets.Dataset.from_dict({"text": TEXTS}),
+        lambda: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(),
+    ],
+    ids=["list", "tuple", "generator", "dataset", "iterable-dataset"],
+)
+def test_objects_in_memory(source):
+    assert sorted(read(source())) == sorted(TEXTS)
+    assert read(source()) == read(source()) != TEXTS
+    assert read(source(), seed=1) != read(source())
+
+
+def test_a_path_object_is_kept_as_its_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    domain = DomainConfig("d", path)
+    assert domain.source == str(path) and DomainConfig.from_dict(domain.to_dict()) == domain
+    assert sorted(read(path)) == sorted(TEXTS)
+
+
+def test_a_folder_that_save_to_disk_wrote(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    rows.save_to_disk(tmp_path / "one")
+    parts = {"train": rows.select(range(3)), "test": rows.select(range(3, len(TEXTS)))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "several")
+    assert sorted(read(tmp_path / "one")) == sorted(TEXTS)
+    assert read(tmp_path / "one") == read(rows) != read(tmp_path / "one", seed=1)
+    assert sorted(read(tmp_path / "several")) == sorted(TEXTS[:3])
+    assert sorted(read(tmp_path / "several", split="test")) == sorted(TEXTS[3:])
+    assert not sources.endless(DomainConfig("d", tmp_path / "one"))
+    with pytest.raises(StructPruneError, match="has no split 'valid'; it has train, test"):
+        read(tmp_path / "several", split="valid")
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    with pytest.raises(StructPruneError, match="'d': .*one cannot be read"):
+        read(tmp_path / "one")
+
+
+def test_a_column_of_another_name():
+    rows = datasets.Dataset.from_dict({"id": [1, 2], "body": ["x", "y"]})
+    assert sorted(read(rows, text_column="body")) == ["x", "y"]
+
+
+def test_blank_and_missing_texts_are_skipped(tmp_path):
+    assert read(["", "  \n", "a"]) == ["a"]
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": null}\n{"text": "a"}\n{"text": ""}\n')
+    assert read(str(path)) == ["a"]
+
+
+def test_an_endless_source_is_read_only_as_far_as_needed(monkeypatch):
+    monkeypatch.setattr(sources, "LOCAL_BUFFER", 50)
+    endless = (f"w{i % 4000} w5" for i in itertools.count())
+    taken = list(itertools.islice(documents(DomainConfig("d", endless), 0), 100))
+    assert len(set(taken)) == 100
+    assert next(endless) == "w150 w5"
+
+
+def test_a_buffer_smaller_than_the_source_loses_nothing(monkeypatch):
+    monkeypatch.setattr(sources, "LOCAL_BUFFER", 7)
+    assert sorted(read(TEXTS)) == sorted(TEXTS)
+
+
+def test_a_hub_dataset(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert sorted(read("user/name", dataset_config="en", split="test")) == sorted(TEXTS)
+    assert read("user/name", seed=1) != read("user/name", seed=2)
+    assert calls[0] == (("user/name", "en"), {"split": "test", "streaming": True})
+
+
+def test_importing_does_not_import_datasets():
+    code = "import sys, optimum_structprune.domains.sources; assert 'datasets' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+# --- what goes wrong with a source
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("wikki.jsonl", "'d': there is no file or folder .*Did you mean '.*wiki.jsonl'"),
+        ("nothing", "there is no file or folder"),
+        ("notes.md", "files like .*notes.md are not read. .*Known: .csv, .json, .jsonl, .parquet, .txt"),
+        ("empty", "the folder .*empty gives no file of the kinds .txt, .jsonl"),
+        ("*.md", "the pattern '.*\\*.md' gives no file of the kinds"),
+        ("other.jsonl", "no column 'text'; set text_column.* Known: body, id"),
+        ("numbers.csv", "has to give strings; the column 'text' holds the int 1"),
+        ("broken.jsonl", "broken.jsonl cannot be read: JSON"),
+        ("broken.parquet", "broken.parquet cannot be read: Parquet"),
+        ("latin.txt", "latin.txt cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_files_that_will_not_do(tmp_path, name, message):
+    write(tmp_path / "wiki.jsonl", TEXTS)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.md").write_text("notes")
+    (tmp_path / "other.jsonl").write_text('{"id": 1, "body": "x"}\n')
+    (tmp_path / "numbers.csv").write_text("text\n1\n1\n")
+    (tmp_path / "broken.jsonl").write_text('{"text": broken')
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(StructPruneError, match=message):
+        read(str(tmp_path / name))
+
+
+def test_a_missing_relative_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    for source in ("wiki.jsonl", "data/wiki.txt", "./wiki"):
+        with pytest.raises(StructPruneError, match="there is no file or folder"):
+            read(source)
+
+
+def test_a_config_that_was_saved_with_text_in_memory():
+    saved = DomainConfig("d", TEXTS).to_dict()
+    with pytest.raises(StructPruneError, match="'d' was read from a list in memory.*set its source again"):
+        list(documents(DomainConfig.from_dict(saved), 0))
+
+
+@pytest.mark.parametrize("source, found", [(["a", 3], "item 1 holds the int 3"), ([{"text": "a"}], "item 0 .* dict")])
+def test_items_that_are_no_strings(source, found):
+    with pytest.raises(StructPruneError, match=f"'d' has to give strings; {found}"):
+        read(source)
+
+
+def test_a_dataset_without_the_column():
+    rows = datasets.Dataset.from_dict({"id": [1], "body": ["x"]})
+    for source in (rows, rows.to_iterable_dataset()):
+        with pytest.raises(StructPruneError, match="no column 'text'; set text_column.* Known: body, id"):
+            read(source)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionError("no way out"), datasets.exceptions.DatasetNotFoundError("gone"), ValueError("unknown split")],
+)
+def test_the_hub_does_not_give_it(monkeypatch, error):
+    def load_dataset(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(StructPruneError, match=f"'d': 'user/name' is no local .* cannot be read: {error}") as raised:
+        read("user/name")
+    assert raised.value.__cause__ is error
+
+
+# --- the split over the domains
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8), st.integers(0, 200))
+def test_samples_are_split_in_proportion(weights, extra):
+    samples = len(weights) + extra
+    counts = split_samples(samples, weights)
+    quotas = [samples * weight / sum(weights) for weight in weights]
+    assert sum(counts) == samples
+    assert min(counts) >= 1
+    if min(quotas) >= 1:
+        assert all(abs(count - quota) < 1 + 1e-6 for count, quota in zip(counts, quotas, strict=True))
+    heavier = sorted(zip(weights, counts, strict=True))
+    assert all(a[1] <= b[1] or a[0] == b[0] for a, b in itertools.pairwise(heavier))
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6))
+def test_whole_quotas_are_exact(weights):
+    assert split_samples(sum(weights), weights) == weights
+
+
+@pytest.mark.parametrize(
+    "samples, weights, counts",
+    [(10, [1, 1, 1], [4, 3, 3]), (3, [100, 1, 1], [1, 1, 1]), (10, [100, 1, 1], [8, 1, 1]), (7, [0.5, 0.25], [5, 2])],
+)
+def test_known_splits(samples, weights, counts):
+    assert split_samples(samples, weights) == counts
+
+
+def test_fewer_samples_than_domains():
+    config = StructPruneConfig(sparsity=0.2, num_samples=2, domains=[DomainConfig(name, TEXTS) for name in "abc"])
+    with pytest.raises(StructPruneError, match="num_samples=2 .* 3 domains .* 3 is the least"):
+        load_domains(config, tokenizer())
+
+
+@pytest.mark.parametrize("blocks, holdout, expected", [(1, 0.125, 2), (16, 0.125, 2), (43, 0.125, 5), (100, 0.5, 50)])
+def test_number_of_heldout_blocks(blocks, holdout, expected):
+    assert num_heldout(blocks, holdout) == expected
+
+
+# --- packing
+
+
+@pytest.mark.parametrize(
+    "made, expected",
+    [
+        ({"template": "<s> $A"}, BOS),
+        ({"template": "[CLS] $A </s>"}, CLS),
+        ({"template": "$A </s>"}, BOS),
+        ({}, BOS),
+        ({"bos": False}, EOS),
+        ({"bos": False, "eos": False}, None),
+    ],
+)
+def test_prefix_token(made, expected):
+    assert prefix_token(tokenizer(**made)) == expected
+
+
+def owners(blocks: torch.Tensor, length: int = 10) -> set[int]:
+    """The numbers of the documents, of `numbered`, that the tokens come from."""
+    return {(token - 4) // length for token in blocks.flatten().tolist() if token >= 4}
+
+
+def test_blocks_have_shape_prefix_and_separators():
+    (domain,) = load_domains(make(numbered()), tokenizer())
+    assert domain.samples.shape == (8, 16)
+    assert domain.heldout.shape == (2, 16)
+    assert domain.samples.dtype == domain.heldout.dtype == torch.int64
+    for blocks in (domain.samples, domain.heldout):
+        assert (blocks[:, 0] == BOS).all()
+        text = blocks[:, 1:].flatten().tolist()
+        # Documents of ten tokens, so that every eleventh token ends one, across the blocks' borders.
+        assert [i for i, token in enumerate(text) if token == EOS] == list(range(10, len(text), 11))
+        words = [token - 4 for token in text if token != EOS]
+        assert all(b == a + 1 for a, b in itertools.pairwise(words) if b % 10)
+
+
+def test_a_tokenizer_without_special_tokens():
+    (domain,) = load_domains(make(numbered()), tokenizer(bos=False, eos=False))
+    assert domain.samples.shape == (8, 16)
+    assert domain.samples.min() >= 4
+
+
+def test_no_document_is_in_both_parts():
+    (domain,) = load_domains(make(numbered(), holdout=0.5, num_samples=40), tokenizer())
+    calibration, heldout = owners(domain.samples), owners(domain.heldout)
+    assert len(calibration) > 40
+    assert len(heldout) > 20
+    assert not calibration & heldout
+
+
+def test_the_rest_of_the_last_heldout_document_is_not_calibrated_on():
+    (domain,) = load_domains(make(numbered(4, 1000)), tokenizer())
+    assert len(owners(domain.heldout, 1000)) == 1
+    assert not owners(domain.samples, 1000) & owners(domain.heldout, 1000)
+
+
+def test_same_seed_same_blocks_other_seed_other_blocks():
+    def load(seed):
+        return load_domains(make(numbered(), seed=seed), tokenizer())[0]
+
+    assert torch.equal(load(0).blocks, load(0).blocks)
+    assert torch.equal(load(0).heldout, load(0).heldout)
+    assert not torch.equal(load(0).blocks, load(1).blocks)
+
+
+def test_heldout_text_does_not_depend_on_the_number_of_samples():
+    few, many = (load_domains(make(numbered(), num_samples=n), tokenizer())[0] for n in (2, 16))
+    assert few.heldout.shape == many.heldout.shape
+    assert torch.equal(few.heldout, many.heldout)
+
+
+def test_weights_share_out_the_blocks_and_sum_to_one():
+    pairs = (("a", 3), ("b", 1.5), ("c", 1.5))
+    config = make(TEXTS)
+    config.domains = [DomainConfig(name, numbered(), weight=weight) for name, weight in pairs]
+    loaded = load_domains(config, tokenizer())
+    assert [domain.name for domain in loaded] == ["a", "b", "c"]
+    assert [domain.weight for domain in loaded] == [0.5, 0.25, 0.25]
+    assert [len(domain.samples) for domain in loaded] == [4, 2, 2]
+
+
+def test_a_source_is_read_only_as_far_as_needed(monkeypatch):
+    monkeypatch.setattr(sources, "LOCAL_BUFFER", 20)
+    rest = (text for text in numbered())
+    load_domains(make(rest), tokenizer())
+    assert sum(1 for _ in rest) > 300
+
+
+def test_texts_longer_than_the_tokenizer_allows_are_packed_in_silence(caplog, recwarn):
+    load_domains(make([" ".join(random.Random(0).choices(WORDS, k=500)) for _ in range(4)]), tokenizer())
+    assert not [record for record in caplog.records if "longer" in record.getMessage()]
+    assert not [warning for warning in recwarn if "longer" in str(warning.message)]
+
+
+# --- what goes wrong in packing
+
+
+def test_without_a_tokenizer():
+    with pytest.raises(StructPruneError, match="takes a tokenizer"):
+        load_domains(make(TEXTS), None)
+
+
+@pytest.mark.parametrize("source", [[], ["", " \n"], iter(())], ids=["none", "blank", "spent"])
+def test_an_empty_domain(source):
+    spent = "; a generator gives its text only once" if iter(source) is source else ""
+    with pytest.raises(StructPruneError, match=f"The domain 'd' is empty{spent}."):
+        load_domains(make(source), tokenizer())
+
+
+def test_too_little_text_names_what_would_do():
+    texts = numbered(20)
+    with pytest.raises(
+        StructPruneError, match="'d' has 200 tokens in 20 documents.* take 1020, .*num_samples="
+    ) as raised:
+        load_domains(make(texts, num_samples=60), tokenizer())
+    largest = int(re.search(r"num_samples=(\d+) would do", str(raised.value))[1])
+    (domain,) = load_domains(make(texts, num_samples=largest), tokenizer())
+    assert len(domain.samples) == largest
+    with pytest.raises(StructPruneError):
+        load_domains(make(texts, num_samples=largest + 1), tokenizer())
+
+
+def test_what_would_do_counts_the_other_domains():
+    config = make(TEXTS, num_samples=100)
+    config.domains = [DomainConfig("a", numbered(20), weight=1), DomainConfig("b", numbered(), weight=3)]
+    with pytest.raises(StructPruneError, match="'a' .*num_samples=") as raised:
+        load_domains(config, tokenizer())
+    config.num_samples = int(re.search(r"num_samples=(\d+) would do", str(raised.value))[1])
+    assert sum(len(domain.samples) for domain in load_domains(config, tokenizer())) == config.num_samples
+
+
+def test_a_single_document_cannot_serve_both_parts():
+    with pytest.raises(
+        StructPruneError, match="4000 tokens in 1 documents.*only one of the two. Give it more documents"
+    ):
+        load_domains(make([" ".join(WORDS)]), tokenizer())
+
+
+def test_the_tokenizer_of_another_model():
+    (domain,) = load_domains(make(numbered()), tokenizer())
+    largest = int(max(domain.samples.max(), domain.heldout.max()))
+    assert load_domains(make(numbered()), tokenizer(), vocab_size=largest + 1)
+    with pytest.raises(StructPruneError, match=f"not belong to this model: token id {largest}, vocabulary {largest}"):
+        load_domains(make(numbered()), tokenizer(), vocab_size=largest)
+
+
+def test_a_block_that_only_holds_the_prefix():
+    with pytest.raises(StructPruneError, match="seq_length=1 has no room"):
+        load_domains(make(numbered(), seq_length=1), tokenizer())
+
+
+# --- a trained tokenizer
+
+
+@needs_shared
+def test_the_builtin_domains_with_a_trained_tokenizer():
+    trained = AutoTokenizer.from_pretrained(MODEL)
+    config = StructPruneConfig(sparsity=0.2, num_samples=9, seq_length=64)
+    loaded = load_domains(config, trained, vocab_size=512)
+    assert [domain.name for domain in loaded] == ["prose", "code", "math"]
+    for domain in loaded:
+        assert domain.samples.shape == (3, 64)
+        assert domain.heldout.shape == (2, 64)
+        assert (domain.samples[:, 0] == trained.bos_token_id).all()
+        assert not set(map(tuple, domain.samples.tolist())) & set(map(tuple, domain.heldout.tolist()))
+    assert "import" in trained.decode(loaded[1].blocks[:, 1:].flatten())
+    with pytest.raises(StructPruneError, match="vocabulary 100"):
+        load_domains(config, trained, vocab_size=100)
+
+
+@needs_shared
+def test_packing_loses_no_text():
+    trained = AutoTokenizer.from_pretrained(MODEL)
+    texts = [f"Once upon a time there was a little girl who had {i} cats." for i in range(200)]
+    (domain,) = load_domains(make(texts, seq_length=32), trained)
+    stream = trained.decode(domain.samples[:, 1:].flatten(), skip_special_tokens=False)
+    pieces = [piece.strip() for piece in stream.split("</s>")]
+    assert len(pieces) > 8
+    assert set(pieces[:-1]) <= set(texts)

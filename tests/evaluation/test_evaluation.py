@@ -1,0 +1,293 @@
+"""Evaluation: metrics against their definitions, held-out text, tasks, and the command."""
+
+import json
+import sys
+import warnings
+from math import exp, log
+
+import pytest
+import torch
+from models import build, config, documents, token_ids, tokenizer
+from torch.nn.functional import cross_entropy, log_softmax
+from trained import needs_shared, stories_model
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from optimum_structprune import DomainConfig, StructPruneError, StructPruner, evaluate, perplexity
+from optimum_structprune.commands.cli import main
+from optimum_structprune.evaluation.heldout import read_heldout
+from optimum_structprune.evaluation.tasks import local_task
+from optimum_structprune.forward.metrics import compare
+
+
+ITEMS = [
+    {"query": "Question: Lily saw a big", "choices": ["dog", "red ball", "tree and was happy"], "gold": 0},
+    {"query": "One day, a little girl named", "choices": ["Lily", "of", "the"], "gold": 0},
+    {"query": "The dog was very", "choices": ["happy", "and", "because of"], "gold": 0},
+    {"query": "Tom went to the", "choices": ["ran", "park"], "gold": 1},
+    {"query": "7", "choices": ["is a number", "x"], "gold": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return build("llama-tied", 0), build("llama-tied", 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    for seed, name in enumerate(("model", "dense")):
+        build("llama-tied", seed).save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(40)))
+    items = ({"query": "w5 w6", "choices": ["w7", "w8 w9"], "gold": i % 2} for i in range(4))
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return folder
+
+
+# --- metrics
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_comparison_equals_its_definition(pair, batch_size):
+    model, dense = pair
+    blocks = token_ids(batch=5, length=60)
+    with torch.no_grad():
+        mine, theirs = (log_softmax(one(blocks).logits[:, :-1], dim=-1) for one in pair)
+    targets = blocks[:, 1:].flatten()
+    found = compare(model, dense, blocks, batch_size)
+    assert found.perplexity == pytest.approx(exp(cross_entropy(mine.flatten(0, 1), targets)), rel=1e-5)
+    assert found.dense_perplexity == pytest.approx(exp(cross_entropy(theirs.flatten(0, 1), targets)), rel=1e-5)
+    assert found.divergence == pytest.approx(float((theirs.exp() * (theirs - mine)).sum(-1).mean()), rel=1e-4)
+    assert found.agreement == pytest.approx(float((mine.argmax(-1) == theirs.argmax(-1)).float().mean()))
+    assert found.perplexity == pytest.approx(perplexity(model, blocks), rel=1e-6)
+    assert found.divergence > 0 and found.agreement < 1
+
+
+def test_a_model_is_its_own_equal(pair):
+    found = compare(pair[0], pair[0], token_ids(batch=3, length=30))
+    assert (found.divergence, found.agreement, found.perplexity) == (0, 1, found.dense_perplexity)
+
+
+def test_the_training_mode_stays(pair):
+    model, dense = pair[0].train(), pair[1].eval()
+    compare(model, dense, token_ids())
+    assert model.training and not dense.training
+    with pytest.raises(IndexError):
+        compare(model, dense, torch.full((1, 8), 10_000))
+    assert model.training and not dense.training
+    model.eval()
+
+
+# --- held-out text
+
+
+def test_held_out_text_is_the_beginning_of_the_file(folder):
+    reader, texts = tokenizer(), documents(40)
+    domain = DomainConfig("a", str(folder / "a.jsonl"))
+    tokens = []
+    for text in texts:
+        tokens += [*([reader.eos_token_id] if tokens else []), *reader(text, add_special_tokens=False)["input_ids"]]
+    whole = read_heldout(domain, reader, seq_length=24)
+    assert whole.samples.shape == (len(tokens) // 23, 24) and len(whole.documents) == len(texts)
+    assert whole.samples[:, 1:].flatten().tolist() == tokens[: len(tokens) // 23 * 23]
+    assert set(whole.samples[:, 0].tolist()) == {reader.bos_token_id}
+    first = read_heldout(domain, reader, seq_length=24, num_samples=3)
+    assert first.blocks.equal(whole.samples[:3]) and 1 < len(first.documents) < 10
+    assert first.documents == whole.documents[: len(first.documents)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "builtin:math"}, "'a' .builtin:math. has no known end"),
+        ({"source": ["w5 w6"]}, "has 2 tokens, and a block takes 23"),
+        ({"source": ["w5 w6"], "vocab_size": 6, "seq_length": 3}, "token id 6, vocabulary 6"),
+        ({"source": ["w5 w6"], "seq_length": 1}, "2 is the least"),
+        ({"source": "none.jsonl"}, "no file or folder none.jsonl"),
+    ],
+)
+def test_text_that_does_not_do(fields, message):
+    domain = DomainConfig("a", fields["source"])
+    rest = {"seq_length": 24, **{name: value for name, value in fields.items() if name != "source"}}
+    with pytest.raises(StructPruneError, match=message):
+        read_heldout(domain, tokenizer(), **rest)
+
+
+# --- evaluate
+
+
+def test_evaluate(pair, folder):
+    domain = DomainConfig("a", str(folder / "a.jsonl"))
+    found = evaluate(*pair[:1], tokenizer(), [domain], dense=pair[1], seq_length=24, num_samples=4)
+    expected = compare(*pair, read_heldout(domain, tokenizer(), 24, 4).blocks)
+    assert found.tokens == {"a": 4 * 23} and found.prefix == "<s>"
+    assert found.perplexity == {"a": {"model": expected.perplexity, "dense": expected.dense_perplexity}}
+    assert (found.divergence["a"], found.agreement["a"]) == (expected.divergence, expected.agreement)
+    alone = evaluate(pair[0], tokenizer(), [{"name": "a", "source": domain.source}], seq_length=24, num_samples=4)
+    assert alone.perplexity == {"a": {"model": pytest.approx(expected.perplexity, rel=1e-9)}}
+    assert alone.divergence == {} and "KL" not in str(alone) and "KL" in str(found)
+
+
+def test_text_that_was_calibrated_on_is_called_out(tmp_path, folder):
+    calibrated = [DomainConfig("a", str(folder / "a.jsonl")), DomainConfig("b", documents(40, seed=5))]
+    pruner = StructPruner(config(domains=calibrated, num_samples=8))
+    pruned = pruner.prune_model(build("llama-tied"), tokenizer())
+    pruner.save(pruned, tmp_path / "small", tokenizer())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    texts = documents(40)
+    domains = {"same": str(folder / "a.jsonl"), "copy": texts, "other": documents(40, seed=9)}
+    named = [DomainConfig(name, source) for name, source in domains.items()]
+    with pytest.warns(UserWarning, match="calibrated on") as caught:
+        found = evaluate(model, tokenizer(), named, seq_length=24)
+    assert [str(one.message) for one in caught if "domain" in str(one.message)] == found.warnings
+    assert [warning.split("'")[1] for warning in found.warnings] == ["same", "copy"]
+    used = len(pruner.manifest.domains[0].documents)
+    assert 0 < used < 40 and f"{used} of 40 documents were calibrated on" in found.warnings[0]
+    assert found.warnings[0] in str(found)
+    with pytest.warns(UserWarning, match="calibrated on"):
+        evaluate(pruned, tokenizer(), named[1:], seq_length=24, manifest=pruner.manifest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert evaluate(model, tokenizer(), named[2:], seq_length=24).warnings == []
+
+
+def test_what_evaluate_refuses(pair, folder):
+    domain = DomainConfig("a", str(folder / "a.jsonl"))
+    cases = [
+        ({}, "nothing to evaluate"),
+        ({"domains": [domain, domain]}, "Two domains are named 'a'"),
+        ({"domains": [domain], "seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
+        ({"domains": [domain], "num_blocks": 0}, "num_blocks has to be 1 or more, got 0"),
+        ({"domains": [domain], "dense": build("bert")}, "does not predict the next token"),
+        ({"domains": [domain], "dense": build("t5")}, "does not predict the next token"),
+    ]
+    for fields, message in cases:
+        with pytest.raises(StructPruneError, match=message):
+            evaluate(pair[0], tokenizer(), **{"seq_length": 24, **fields})
+    other = build("llama-tied")
+    other.resize_token_embeddings(100)
+    with pytest.raises(StructPruneError, match="vocabulary of 96, the dense one of 100"):
+        evaluate(pair[0], tokenizer(), [domain], dense=other, seq_length=24)
+
+
+# --- tasks
+
+
+def direct(model, reader, item) -> list[float]:
+    """Log-likelihood of each choice, by the definition."""
+    query = item["query"] + ("\nAnswer:" if item["query"].startswith("Question:") else "")
+    found = []
+    for choice in item["choices"]:
+        context, whole = reader(query)["input_ids"], reader(f"{query} {choice}")["input_ids"]
+        with torch.no_grad():
+            logits = log_softmax(model(torch.tensor([whole])).logits[0], dim=-1)
+        found.append(sum(float(logits[i - 1, whole[i]]) for i in range(len(context), len(whole))))
+    return found
+
+
+@needs_shared
+def test_local_items_score_as_log_likelihoods_say(tmp_path):
+    pytest.importorskip("lm_eval")
+    model, reader = stories_model()
+    model.train()
+    reader.pad_token = None
+    (tmp_path / "quiz[1].jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
+    both = evaluate(model, reader, tasks=[tmp_path / "quiz[1].jsonl"], dense=model, batch_size=4).tasks["quiz[1]"]
+    scores = both["model"]
+    assert both["dense"] == scores
+    assert model.training and reader.pad_token is None
+    model.eval()
+    right = {"acc": [], "acc_norm": []}
+    for item in ITEMS:
+        likelihoods = torch.tensor(direct(model, reader, item))
+        lengths = torch.tensor([float(len(choice)) for choice in item["choices"]])
+        right["acc"].append(float(likelihoods.argmax() == item["gold"]))
+        right["acc_norm"].append(float((likelihoods / lengths).argmax() == item["gold"]))
+    for metric, values in right.items():
+        assert scores[metric] == pytest.approx(sum(values) / len(values)), metric
+        error = torch.tensor(values).std() / len(values) ** 0.5
+        assert scores[f"{metric}_stderr"] == pytest.approx(float(error), rel=1e-4)
+    assert 0 < scores["acc"] < 1 and scores["items"] == len(ITEMS)
+    assert right["acc"] != right["acc_norm"], "the items have to tell the two metrics apart"
+
+
+@pytest.mark.parametrize(
+    ("query", "asked"),
+    [
+        ("Question: Why?", "Question: Why?\nAnswer:"),
+        ("Question: Why?\n", "Question: Why?\nAnswer:"),
+        ("Question: Why?\nAnswer:", "Question: Why?\nAnswer:"),
+        ("He fell, because", "He fell, because"),
+    ],
+)
+def test_a_question_is_asked_as_usual(tmp_path, query, asked):
+    item = {**ITEMS[0], "query": query}
+    (tmp_path / "quiz.jsonl").write_text(json.dumps(item))
+    assert local_task(tmp_path / "quiz.jsonl")["doc_to_text"](item) == asked
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        '{"query": "a", "choices": ["b", "c"]}',
+        '{"query": "a", "choices": ["b", "c"], "gold": 2}',
+        '{"query": "a", "choices": ["b"], "gold": 0}',
+        '{"query": "a", "choices": ["b", ""], "gold": 0}',
+        '{"query": "a", "choices": ["b", "c"], "gold": "0"}',
+    ],
+)
+def test_a_line_that_is_no_item_is_named(pair, tmp_path, line):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "quiz.jsonl").write_text(f"{json.dumps(ITEMS[0])}\n\n{line}\n")
+    with pytest.raises(StructPruneError, match=r"quiz.jsonl, line 3, is no item"):
+        evaluate(pair[0], tokenizer(), tasks=[tmp_path / "quiz.jsonl"])
+
+
+def test_tasks_that_cannot_be_run(pair, tmp_path, folder, monkeypatch):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    cases = [
+        ([str(tmp_path / "none.jsonl")], "none.jsonl cannot be read"),
+        ([str(tmp_path / "empty.jsonl")], "has no items"),
+        ([folder / "quiz.jsonl", str(folder / "quiz.jsonl")], "Two tasks are named 'quiz'"),
+        (["arc_eazy"], "no task 'arc_eazy'.*Did you mean 'arc_easy'"),
+    ]
+    for tasks, message in cases:
+        with pytest.raises(StructPruneError, match=message):
+            evaluate(pair[0], tokenizer(), tasks=tasks)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(StructPruneError, match=r"pip install optimum-structprune\[eval\]"):
+        evaluate(pair[0], tokenizer(), tasks=[folder / "quiz.jsonl"])
+
+
+# --- the command
+
+
+def test_the_command(folder, capsys):
+    pytest.importorskip("lm_eval")
+    disable_progress_bar()
+    model, dense, out = (str(folder / name) for name in ("model", "dense", "out.json"))
+    domains = ["--domain", f"a={folder / 'a.jsonl'}", "--domain", "b=builtin:none"]
+    short = ["--seq-length", "24", "--num-blocks", "2", "--device", "cpu"]
+    arguments = ["evaluate", model, "--against", dense, *domains[:2], "--task", str(folder / "quiz.jsonl"), *short]
+    assert main([*arguments, "--json", out]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((folder / "out.json").read_text())
+    assert found["model"] == model and found["dense"] == dense and found["tokens"] == {"a": 46}
+    assert f"{found['perplexity']['a']['dense']:.2f}" in shown and "top-1" in shown
+    assert (
+        f"{found['tasks']['quiz']['model']['acc']:.3f} ± {found['tasks']['quiz']['model']['acc_stderr']:.3f}" in shown
+    )
+    ratio = found["perplexity"]["a"]["model"] / found["perplexity"]["a"]["dense"]
+    assert log(ratio) != 0 and f"x {ratio:.3f}" in shown
+    for mistake, message in [
+        (["evaluate", model], "nothing to evaluate"),
+        (["evaluate", model, *domains, *short], "'none'"),
+        (["evaluate", model, *domains[:2], "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
+        (["evaluate", str(folder), *domains[:2]], "cannot be loaded"),
+    ]:
+        assert main(mistake) == 2
+        assert message in capsys.readouterr().err

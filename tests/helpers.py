@@ -1,0 +1,111 @@
+"""What tests of several folders share: comparisons, masks, and passes that fall back."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from unittest.mock import patch
+
+import torch
+from models import PRUNABLE, build, config, token_ids, tokenizer
+from torch import nn
+
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.meta import skeleton
+from optimum_structprune.arch.shrink import shrunk_config
+from optimum_structprune.calibration.passes import ModelPasses, batches_of
+from optimum_structprune.domains.load import load_domains
+from optimum_structprune.surgery.consumers import read_consumer, units_to_columns, write_consumer_
+from optimum_structprune.surgery.cut import adopt_config_, shrink_layer_
+from optimum_structprune.surgery.plan import Plan
+
+
+@torch.no_grad()
+def logits(model):
+    return model(token_ids()).logits
+
+
+def same_weights(left, right) -> bool:
+    mine, theirs = left.state_dict(), right.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def whole_passes(model, arch, batches, clock=None, error_feedback=0.0) -> ModelPasses:
+    """In the place of `passes_over`: the fallback, whatever the model allows."""
+    return ModelPasses(model, arch, batches, clock)
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def batches():
+    return batches_of(load_domains(config(), tokenizer()), 3)
+
+
+KEEP = {"mlp": 24, "attention": 2, "expert": 3, "shared_mlp": 20, "dense_mlp": 24}
+
+
+def random_plan(arch, names) -> Plan:
+    generator = torch.Generator().manual_seed(3)
+    keep = {}
+    for space in arch.spaces:
+        if space.kind in names:
+            width = KEEP[space.kind] * space.scale
+            units = torch.randperm(space.size, generator=generator)[:width].sort().values
+            keep[space.layer, space.name] = tuple(units.tolist())
+    return Plan(arch.model_type, keep)
+
+
+def shrunk(model, arch, plan):
+    small = deepcopy(model)
+    sizes = {name: KEEP[name] for name in plan.widths()}
+    new_config = shrunk_config(model.config, arch, sizes)
+    smaller = skeleton(small, new_config)
+    for layer in range(arch.num_layers):
+        shrink_layer_(small, arch, layer, plan, smaller)
+    adopt_config_(small, new_config, smaller)
+    return small
+
+
+def masked(model, arch, plan):
+    model = deepcopy(model)
+    for space in arch.spaces:
+        if not space.inside and (space.layer, space.name) in plan.keep:
+            silence(model, space, plan.keep[space.layer, space.name])
+        for axis in space.into if (space.layer, space.name) in plan.keep else ():
+            weight, bias = read_consumer(model, axis)
+            keep = units_to_columns(plan.keep[space.layer, space.name], axis, weight.device)
+            write_consumer_(model, axis, keep, weight[:, keep], bias)
+    return model
+
+
+def silence(model, space, keep):
+    """Make a router's logits minus infinity where an expert is gone."""
+    router = model.get_submodule(space.out[0].module)
+    gone = [expert for expert in range(space.size) if expert not in keep]
+    forward, linear = router.forward, torch.nn.functional.linear
+
+    def silent_linear(*args):
+        logits = linear(*args)
+        logits[..., gone] = float("-inf")
+        return logits
+
+    def silent_forward(hidden):
+        with patch("torch.nn.functional.linear", silent_linear):
+            return forward(hidden)
+
+    router.forward = silent_forward
+    if hasattr(router, "e_score_correction_bias"):
+        router.e_score_correction_bias[gone] = float("-inf")
+
+
+def free_spaces(arch):
+    """Kinds of space whose width may differ and that several blocks have."""
+    return [
+        name
+        for name in arch.names
+        if not (arch.uniform or arch.of(name)[0].uniform) and len({space.layer for space in arch.of(name)}) > 1
+    ]
+
+
+NON_UNIFORM = [case for case in PRUNABLE if free_spaces(describe(build(case)))]

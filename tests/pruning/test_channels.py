@@ -1,0 +1,207 @@
+"""The residual stream: pruned ≡ the model whose removed channels are zero, and which channels go."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from helpers import batches, count_hooks, logits
+from models import CASES, build, config, token_ids, tokenizer
+from transformers import AutoModelForCausalLM
+
+from optimum_structprune import StructPruneCallback, StructPruneError, StructPruner, prune_model
+from optimum_structprune.arch.families import builtin_families
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.shrink import legal_sizes
+from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
+from optimum_structprune.calibration.passes import batches_of
+from optimum_structprune.domains.load import given_domains
+from optimum_structprune.pruning.channels import channel_energies
+from optimum_structprune.surgery.residual import narrow_
+
+
+WIDTH = 24
+STREAMS = [case for case in CASES if describe(build(case)).stream is not None]
+
+
+def random_keep(seed=3):
+    return tuple(torch.randperm(32, generator=torch.Generator().manual_seed(seed))[:WIDTH].sort().values.tolist())
+
+
+@torch.no_grad()
+def silenced(model, gone):
+    """The model whose stream is zero in some channels: nothing is embedded there, and nothing is written."""
+    model = deepcopy(model)
+    stream = describe(model).stream
+    for axis in stream.space.out:
+        if axis.param in (stream.embed, *stream.writers):
+            tensor = model.get_parameter(axis.param)
+            tensor.index_fill_(axis.dim, torch.tensor(gone), 0)
+    return model
+
+
+def others(keep, size=32):
+    return [channel for channel in range(size) if channel not in keep]
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_pruned_equals_silenced_and_reloads(case, tmp_path):
+    model = build(case)
+    dense, keep = logits(model), random_keep()
+    small = deepcopy(model)
+    narrow_(small, describe(small), keep, {})
+    torch.testing.assert_close(logits(small), logits(silenced(model, others(keep))), atol=1e-5, rtol=0)
+    assert not torch.allclose(logits(small), dense, atol=1e-3), "pruning changed nothing, so the test shows nothing"
+    tied = [one.get_input_embeddings().weight is one.get_output_embeddings().weight for one in (model, small)]
+    assert tied[0] == tied[1]
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model) and again.config.hidden_size == WIDTH
+    torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
+    assert again.generate(token_ids(1, 4), min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "exaone4", "phi3", "glm4", "granitemoe", "qwen3_moe", "deepseek_v2"])
+def test_end_to_end_together_with_channels_of_the_ffn(case, tmp_path):
+    pruner = StructPruner(config(widths={HIDDEN: WIDTH, "mlp": 24}))
+    small = pruner.prune_model(build(case), tokenizer())
+    assert count_hooks(small) == 0 and len(pruner.plan.keep[MODEL, HIDDEN]) == WIDTH
+    assert torch.isfinite(logits(small)).all() and "width hidden" in str(pruner.report)
+    pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
+
+
+def test_blocks_of_different_widths_keep_theirs(tmp_path):
+    model = prune_model(build("llama-tied"), config(widths={"mlp": 24}, skip_layers=(0,)), tokenizer())
+    small = prune_model(model, config(widths={HIDDEN: WIDTH}), tokenizer())
+    assert [space.size for space in describe(small).of("mlp")] == [40, 24]
+    small.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(small))
+
+
+def test_every_family_has_a_stream_or_a_reason():
+    for model_type, family in builtin_families().items():
+        assert family.text or (family.hidden is None) == (HIDDEN in family.missing), model_type
+
+
+@pytest.mark.parametrize(("refit", "aggregation"), [("none", "max"), ("least_squares", "mean")])
+@pytest.mark.parametrize("case", ["llama-tied", "gemma2", "olmo2", "qwen2_moe"])
+def test_dead_channels_go_first_and_nothing_changes(case, refit, aggregation):
+    dead = others(random_keep())
+    model = silenced(build(case), dead)
+    pruner = StructPruner(config(widths={HIDDEN: WIDTH}, refit=refit, aggregation=aggregation))
+    small = pruner.prune_model(model, tokenizer())
+    assert pruner.plan.keep == {(MODEL, HIDDEN): random_keep()}
+    torch.testing.assert_close(logits(small), logits(model), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_energies_are_means_over_tokens_wherever_the_stream_is_read():
+    model = build("llama-tied")
+    found = channel_energies(model, describe(model).stream, batches(), 2)
+    assert found.shape == (5, 2, 32)
+    for domain in range(2):
+        ids = torch.cat([batch.ids for batch in batches() if batch.domain == domain])
+        states = model(ids, output_hidden_states=True).hidden_states
+        for read, state in ((0, states[0]), (2, states[1])):
+            share = state.square() / state.square().mean(-1, keepdim=True)
+            torch.testing.assert_close(found[read, domain], share.flatten(0, 1).mean(0).double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["llama-untied", "exaone4", "gemma3_text", "gpt_oss"])
+def test_refit_lets_a_channel_stand_in_for_its_twin(case):
+    model = build(case)
+    stream = describe(model).stream
+    weaker = torch.arange(24, 32)
+    for name in (stream.embed, *stream.writers):  # channels 24.. follow 16.. at a quarter of their size
+        axis = next(axis for axis in stream.space.out if axis.param == name)
+        tensor = model.get_parameter(name).data
+        tensor.index_copy_(axis.dim, weaker, 0.25 * tensor.index_select(axis.dim, weaker - 8))
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.fill_(1 - stream.plus)
+    distance = {}
+    for refit in ("none", "least_squares"):
+        pruner = StructPruner(config(widths={HIDDEN: WIDTH}, refit=refit, damping=1e-6))
+        small = pruner.prune_model(model, tokenizer())
+        with torch.no_grad():
+            ours, dense = (one.model(token_ids()).last_hidden_state for one in (small, model))
+        keep = list(pruner.plan.keep[MODEL, HIDDEN])
+        distance[refit] = float((ours - dense[..., keep]).square().mean())
+    assert distance["least_squares"] < 0.2 * distance["none"]
+
+
+def test_norms_make_up_for_the_energy_that_is_gone():
+    model, inputs = build("llama-tied"), {"a": token_ids(6), "b": token_ids(6, seed=2)}
+    plain, refitted = (
+        prune_model(model, config(widths={HIDDEN: WIDTH}, refit=refit), inputs=inputs)
+        for refit in ("none", "least_squares")
+    )
+    stream, held = describe(model).stream, batches_of(given_domains(inputs, 0.125), 4)
+    energies = channel_energies(model, stream, held, 2).mean(1)
+    keep = energies.mean(0).topk(WIDTH).indices
+    for read, energy in zip(stream.reads, energies, strict=True):
+        ratio = refitted.get_submodule(read.tap).weight / plain.get_submodule(read.tap).weight
+        torch.testing.assert_close(ratio, (energy[keep].sum() / 32).sqrt().float().expand(WIDTH), rtol=1e-3, atol=0)
+
+
+def test_all_spaces_in_one_run(tmp_path):
+    widths = {"mlp": 24, "attention": 2, "expert": 3, HIDDEN: WIDTH, LAYER: 1}
+    model = build("mixtral")
+    pruner = StructPruner(config(widths=widths, rounds=2))
+    small = pruner.prune_model(model, tokenizer())
+    pruner.plan.check(describe(model))
+    assert {name: set(at.values()) for name, at in pruner.report.widths.items()} == {
+        name: {width} for name, width in widths.items()
+    }
+    pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "llama-untied", "gemma3_text"])
+def test_in_place_keeps_parameters_ties_dtype_and_requires_grad(case):
+    model = build(case).to(torch.bfloat16).train()
+    model.get_input_embeddings().weight.requires_grad_(False)
+    before = dict(model.named_parameters())
+    small = prune_model(model, config(widths={HIDDEN: WIDTH}), tokenizer(), inplace=True)
+    assert small is model and small.config.hidden_size == WIDTH and small.training
+    after = dict(small.named_parameters())
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in after)
+    assert {parameter.dtype for parameter in after.values()} == {torch.bfloat16}
+    assert {name for name in after if not after[name].requires_grad} == {"model.embed_tokens.weight"}
+
+
+def test_legal_widths_follow_the_config_class():
+    for case, expected in (("llama-tied", [8, 16, 24, 32]), ("qwen2", list(range(1, 33)))):
+        model = build(case)
+        assert legal_sizes(model.config, describe(model), HIDDEN) == expected
+
+
+def test_sparsity_chooses_the_width():
+    pruner = StructPruner(config(sparsity=0.25, targets=(HIDDEN,)))
+    small = pruner.prune_model(build("llama-tied"), tokenizer())
+    assert small.config.hidden_size == 24 and pruner.report.sparsity == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("llama-tied", {"widths": {HIDDEN: 30}}, "= 30 is not legal.*has 32; the nearest legal choice is 24 or 32"),
+        ("llama-tied", {"widths": {HIDDEN: 24}, "refit": "bias"}, "needs a bias in all that reads 'hidden'"),
+        ("llama-tied", {"sparsity": 0.2, "targets": ("mlp", HIDDEN)}, "target 'hidden' alone, or give widths"),
+        ("llama-tied", {"widths": {HIDDEN: 24}, "max_perplexity_ratio": 2.0}, "is held by rounds, and 'hidden' goes"),
+        ("llama-tied", {"sparsity": 0.25, "targets": (HIDDEN,), "allocation": "global"}, "belongs to the whole model"),
+        ("gpt2-tied", {"widths": {HIDDEN: 24}}, "no space 'hidden' to prune: LayerNorm takes the mean"),
+        ("llava", {"widths": {HIDDEN: 24}}, "what is not text writes to this stream too"),
+    ],
+)
+def test_what_is_refused(case, fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        prune_model(build(case), config(**fields), tokenizer())
+
+
+def test_a_trainer_prunes_inside_blocks_only():
+    callback = StructPruneCallback(config(widths={HIDDEN: WIDTH}))
+    with pytest.raises(StructPruneError, match="'hidden' belongs to the whole model"):
+        callback.on_init_end(None, None, None, model=build("llama-tied"))

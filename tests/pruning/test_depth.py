@@ -1,0 +1,231 @@
+"""Whole blocks: pruned ≡ skipped, what the config says of single blocks goes with them, and which ones go."""
+
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+
+import pytest
+import torch
+from helpers import count_hooks, logits
+from models import CASES, OTHERS, build, config, token_ids, tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from optimum_structprune import Plan, StructPruneCallback, StructPruneError, StructPruner, prune_model
+from optimum_structprune.arch.families import builtin_families
+from optimum_structprune.arch.load import describe, layer_list
+from optimum_structprune.arch.shrink import cut_depth_
+from optimum_structprune.arch.spec import LAYER, MODEL
+from optimum_structprune.calibration.passes import batches_of
+from optimum_structprune.calibration.tally import Batch
+from optimum_structprune.criteria.layers import BlockInfluence, LossIncrease
+from optimum_structprune.domains.load import given_domains
+from optimum_structprune.forward.hooks import bypass
+from optimum_structprune.forward.metrics import outputs_of, perplexity, run_model
+from optimum_structprune.surgery.cut import drop_layers_
+
+
+DEEPER = [*CASES, *(case for case in OTHERS if case != "vit")]
+KEEP = (1, 3, 4)
+
+
+def deep(case):
+    """The case with five blocks, whose types do not alternate evenly."""
+    auto, (model_type, fields) = (None, CASES[case]) if case in CASES else (OTHERS[case][0], OTHERS[case][1:])
+    fields = deepcopy(fields)
+    text = fields.get("text_config", fields)
+    key = next((key for key in ("n_layer", "n_layers", "num_layers") if key in text), "num_hidden_layers")
+    text[key] = 5
+    if "layer_types" in text:
+        text["layer_types"] = [text["layer_types"][index] for index in (0, 1, 1, 0, 1)]
+    if "no_rope_layers" in text:
+        text["no_rope_layers"] = [1, 0, 1, 1, 0]
+    if "mlp_only_layers" in text:
+        text["mlp_only_layers"] = [0, 3]
+    if "first_k_dense_replace" in text:
+        text["first_k_dense_replace"] = 2
+    table = CASES if auto is None else OTHERS
+    table["deep"] = (model_type, fields) if auto is None else (auto, model_type, fields)
+    try:
+        return build("deep")
+    finally:
+        del table["deep"]
+
+
+SHALLOW = [case for case in DEEPER if LAYER in describe(deep(case)).offered]
+
+
+@contextmanager
+def without(model, keep):
+    """Blocks that are not kept hand on what they get."""
+    with ExitStack() as stack:
+        for index, block in enumerate(layer_list(model, describe(model))):
+            if index not in keep:
+                stack.enter_context(bypass(block))
+        yield
+
+
+@torch.no_grad()
+def outputs(model):
+    return outputs_of(run_model(model, token_ids()))
+
+
+@pytest.mark.parametrize("case", SHALLOW)
+def test_pruned_equals_skipped_and_reloads_and_generates(case, tmp_path):
+    model = deep(case)
+    dense = outputs(model)
+    small = deepcopy(model)
+    drop_layers_(small, describe(small), KEEP)
+    with without(model, KEEP):
+        torch.testing.assert_close(outputs(small), outputs(model), atol=1e-5, rtol=0)
+    assert not torch.allclose(outputs(small), dense, atol=1e-3), "pruning changed nothing, so the test shows nothing"
+    assert len(layer_list(small, describe(small))) == 3 and count_hooks(small) == 0
+    small.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(outputs(again), outputs(small))
+    if describe(model).causal:
+        prompt = token_ids(1, 6)
+        cached, plain = (
+            small.generate(prompt, min_new_tokens=8, max_new_tokens=8, do_sample=False, use_cache=use)
+            for use in (True, False)
+        )
+        assert torch.equal(cached, plain) and cached.shape == (1, 14)
+
+
+def test_every_family_has_depth_or_a_reason():
+    for model_type, family in builtin_families().items():
+        assert family.text or (family.layer is None) == (LAYER in family.missing), model_type
+
+
+def test_blocks_of_different_widths_keep_theirs(tmp_path):
+    model = prune_model(deep("llama-tied"), config(widths={"mlp": 24}, skip_layers=(0, 3)), tokenizer())
+    small = deepcopy(model)
+    drop_layers_(small, describe(small), KEEP)
+    assert [space.size for space in describe(small).of("mlp")] == [24, 40, 24]
+    with without(model, KEEP):
+        torch.testing.assert_close(outputs(small), outputs(model), atol=1e-5, rtol=0)
+    small.save_pretrained(tmp_path)
+    assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path)), outputs(small))
+    with pytest.raises(StructPruneError, match="prune 'layer' in a run of its own"):
+        prune_model(model, config(widths={LAYER: 3, "mlp": 24}), tokenizer())
+
+
+def test_what_the_config_says_of_single_blocks_is_cut():
+    small = deep("qwen3")
+    drop_layers_(small, describe(small), KEEP)
+    assert small.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
+    assert small.config.max_window_layers == 3 and small.config.num_hidden_layers == 3
+    small = deep("smollm3")
+    drop_layers_(small, describe(small), KEEP)
+    assert small.config.no_rope_layers == [0, 1, 0]
+    small = deep("qwen3_moe")
+    drop_layers_(small, describe(small), KEEP)
+    assert small.config.mlp_only_layers == [1]
+    small = deep("deepseek_v3")
+    drop_layers_(small, describe(small), KEEP)
+    assert small.config.first_k_dense_replace == 1
+
+
+def test_a_list_that_is_only_as_long_stays():
+    settings = deep("llama-tied").config
+    settings.eos_token_id, settings.elsewhere = [2, 3, 4, 5, 6], ["a", "b", "c", "d", "e"]
+    cut_depth_(settings, KEEP, 5)
+    assert settings.eos_token_id == [2, 3, 4, 5, 6] and settings.elsewhere == ["b", "d", "e"]
+
+
+def identity_(block):
+    """Make a block add nothing to the stream."""
+    for module in block.modules():
+        if isinstance(module, nn.Linear) and module.weight.shape[0] == 32:
+            module.weight.data.zero_()
+            if module.bias is not None:
+                module.bias.data.zero_()
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "block_influence"])
+@pytest.mark.parametrize("aggregation", ["mean", "max"])
+def test_a_block_that_does_nothing_goes_first(criterion, aggregation):
+    model = deep("qwen2")
+    identity_(layer_list(model, describe(model))[2].self_attn.o_proj)
+    identity_(layer_list(model, describe(model))[2].mlp.down_proj)
+    pruner = StructPruner(config(widths={LAYER: 4}, criterion=criterion, aggregation=aggregation))
+    small = pruner.prune_model(model, tokenizer())
+    assert pruner.plan.keep == {(MODEL, LAYER): (0, 1, 3, 4)}
+    torch.testing.assert_close(logits(small), logits(model), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_block_influence_is_the_mean_angle():
+    model = deep("llama-tied")
+    ids, counts = token_ids(3), torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) > 0.5
+    pairs = zip(ids.split(2), counts.split(2), strict=True)
+    found = BlockInfluence().score(model, describe(model), [Batch(0, *pair) for pair in pairs])
+    states = model(ids, output_hidden_states=True).hidden_states
+    for index in range(4):  # transformers puts the last one through the final norm
+        cosine = nn.functional.cosine_similarity(states[index], states[index + 1], dim=-1)[counts]
+        assert float(found[index]) == pytest.approx(float((1 - cosine).mean()), abs=1e-6)
+
+
+def test_loss_increase_is_measured_without_the_block():
+    model = deep("llama-tied")
+    arch = describe(model)
+    found = LossIncrease().score(model, arch, [Batch(0, token_ids(2)), Batch(0, token_ids(1, seed=2))])
+    text = torch.cat([token_ids(2), token_ids(1, seed=2)])
+    with without(model, (0, 1, 3, 4)):
+        shorter = perplexity(model, text)
+    assert float(found[2]) == pytest.approx(shorter / perplexity(model, text), rel=1e-6)
+    assert count_hooks(model) == 0
+
+
+def test_the_block_whose_loss_counts_least_goes():
+    model, inputs = deep("llama-tied"), token_ids(6)
+    scores = LossIncrease().score(model, describe(model), batches_of(given_domains({"a": inputs}, 0.1), 4))
+    pruner = StructPruner(config(widths={LAYER: 4}, criterion="loss_increase"))
+    pruner.prune_model(model, inputs={"a": inputs})
+    assert {*range(5)} - {*pruner.plan.keep[MODEL, LAYER]} == {int(scores.argmin())}
+
+
+def test_depth_comes_before_everything_else_in_one_run(tmp_path):
+    model = deep("qwen3_moe")
+    pruner = StructPruner(config(widths={"mlp": 24, "attention": 2, "expert": 3, LAYER: 3}, rounds=2))
+    small = pruner.prune_model(model, tokenizer())
+    stay = pruner.plan.keep[MODEL, LAYER]
+    assert len(stay) == 3 and {layer for layer, _ in pruner.plan.keep} == {MODEL, *stay}
+    pruner.plan.check(describe(model))
+    assert "width layer" in str(pruner.report)
+    pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
+
+
+def test_plans_in_sequence_name_blocks_of_the_dense_model():
+    first = Plan("x", {(MODEL, LAYER): (0, 2, 3), (1, "mlp"): (0, 1), (2, "mlp"): (0, 5, 6)})
+    second = Plan("x", {(MODEL, LAYER): (1, 2), (1, "mlp"): (1, 2), (2, "attention"): (0,)})
+    both = first.then(second)
+    assert both.keep == {(MODEL, LAYER): (2, 3), (2, "mlp"): (5, 6), (3, "attention"): (0,)}
+
+
+def test_sparsity_chooses_the_depth():
+    pruner = StructPruner(config(sparsity=0.4, targets=(LAYER,)))
+    small = pruner.prune_model(deep("llama-tied"), tokenizer())
+    assert small.config.num_hidden_layers == 3 and pruner.report.sparsity == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("llama-tied", {"widths": {LAYER: 6}}, "= 6 is not legal.*has 5; the nearest legal choice is 5"),
+        ("llama-tied", {"sparsity": 0.4, "targets": (LAYER, "mlp")}, "target 'layer' alone, or give widths"),
+        ("llama-tied", {"widths": {LAYER: 4, "mlp": 24}, "criterion": "loss_increase"}, "nothing inside them"),
+        ("t5", {"widths": {LAYER: 4}}, "no space 'layer' to prune: encoder and decoder count"),
+        ("bert", {"widths": {LAYER: 4}, "criterion": "loss_increase"}, "use 'block_influence'"),
+    ],
+)
+def test_what_is_refused(case, fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        prune_model(deep(case), config(**fields), tokenizer())
+
+
+def test_a_trainer_prunes_inside_blocks_only():
+    callback = StructPruneCallback(config(widths={LAYER: 3}))
+    with pytest.raises(StructPruneError, match="'layer' belongs to the whole model"):
+        callback.on_init_end(None, None, None, model=deep("llama-tied"))

@@ -1,0 +1,399 @@
+"""What goes on between rounds: weights of domains, a floor, checkpoints, kept models."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from helpers import count_hooks, logits, same_weights
+from models import build, config, documents, tokenizer
+from trained import STORIES, needs_shared, stories_config, stories_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_structprune import (
+    DomainConfig,
+    InPlaceError,
+    Plan,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+    perplexity,
+    prune_model,
+)
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.shrink import legal_sizes
+from optimum_structprune.calibration.passes import batches_of, passes_over
+from optimum_structprune.domains.load import load_domains, split_samples
+from optimum_structprune.domains.manifest import Entry
+from optimum_structprune.pruning.evidence import mixture, passes_of
+from optimum_structprune.pruning.floor import between
+from optimum_structprune.pruning.sweep import Sweep
+from optimum_structprune.surgery.consumers import read_consumer
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def two_domains(**fields):
+    code = DomainConfig(name="code", source="builtin:code")
+    short = {"num_samples": 8, "seq_length": 96, **fields}
+    return stories_config(domains=[DomainConfig(name="stories", source=str(STORIES)), code], **short)
+
+
+def pruned(model, reader, config):
+    pruner = StructPruner(config)
+    return pruner.prune_model(model, reader), pruner
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """`kill(n)`: the process dies in the n-th round from now on, between two blocks."""
+
+    def arm(count):
+        original = Sweep.run_
+
+        def dying(self, passes, *args):
+            nonlocal count
+            count -= 1
+            if count == 0:
+                passes.advance = die
+            original(self, passes, *args)
+
+        monkeypatch.setattr(Sweep, "run_", dying)
+
+    def die(layer):
+        raise Killed
+
+    return arm
+
+
+@pytest.fixture
+def titles(monkeypatch):
+    """The titles of all rounds that run."""
+    original, found = Sweep.run_, []
+    monkeypatch.setattr(Sweep, "run_", lambda self, *args: (found.append(args[-1]), original(self, *args)))
+    return found
+
+
+@needs_shared
+@pytest.mark.parametrize(("fields", "most"), [({"adaptive_rate": 1.0}, 0.75), ({"objective": "worst"}, 15 / 16)])
+def test_shares_move_to_the_domain_that_loses_more(fields, most):
+    model, reader = stories_model()
+    _, pruner = pruned(model, reader, two_domains(rounds=4, **fields))
+    rounds = pruner.report.rounds
+    assert [one["widths"]["mlp"] for one in rounds] == sorted({one["widths"]["mlp"] for one in rounds}, reverse=True)
+    assert rounds[0]["shares"] == {"stories": 0.5, "code": 0.5} and rounds[-1]["widths"] == {"mlp": 96}
+    for before, after in zip(rounds, rounds[1:], strict=False):
+        ratios = before["perplexity_ratio"]
+        assert ratios["stories"] > ratios["code"] and sum(after["shares"].values()) == pytest.approx(1)
+        assert before["shares"]["stories"] - 1e-9 <= after["shares"]["stories"] <= most + 1e-9
+    assert rounds[-1]["shares"]["stories"] > 0.6 and rounds[-1]["perplexity_ratio"] == {}
+    shares = rounds[-1]["shares"]
+    line = f"shares in the last round: stories {shares['stories']:.2f}, code {shares['code']:.2f}"
+    assert line in str(pruner.report) and json.loads(json.dumps(pruner.report.to_dict()))["rounds"] == rounds
+    # The shares are used, not only reported.
+    _, equal = pruned(model, reader, two_domains(rounds=4))
+    assert equal.plan != pruner.plan and equal.report.rounds == [] and "shares" not in str(equal.report)
+
+
+@needs_shared
+def test_a_domain_that_counts_more_is_run_on_more_text(monkeypatch):
+    """The blocks of a round follow its shares, and their number stays the same."""
+    used = []
+
+    def watched(sweep, domains, *args):
+        used.append([len(domain.samples) for domain in domains])
+        return passes_of(sweep, domains, *args)
+
+    monkeypatch.setattr("optimum_structprune.pruning.rounds.passes_of", watched)
+    model, reader = stories_model()
+    _, pruner = pruned(model, reader, two_domains(rounds=3, objective="worst", num_samples=12))
+    assert used[0] == [6, 6] and [sum(counts) for counts in used] == [12, 12, 12]
+    for counts, one in zip(used, pruner.report.rounds, strict=True):
+        assert counts == split_samples(12, list(one["shares"].values()))
+    assert used[-1][0] > 8
+    used.clear()
+    pruned(model, reader, two_domains(rounds=3, num_samples=12))
+    assert used == [[6, 6]] * 3
+
+
+@needs_shared
+def test_spare_text_is_other_text_and_on_record():
+    reader = stories_model()[1]
+    plain, more = (load_domains(two_domains(rounds=2, **fields), reader) for fields in ({}, {"objective": "worst"}))
+    for without, domain in zip(plain, more, strict=True):
+        assert torch.equal(without.blocks, domain.samples) and torch.equal(without.heldout, domain.heldout)
+        assert without.spare is None and len(domain.pool) == 8  # never more than all that are run
+        assert torch.equal(domain.pool[:4], domain.samples) and domain.portion(6).samples.shape == (6, 96)
+        extra = set(domain.documents) - set(without.documents)
+        assert extra and not extra & set(domain.heldout_documents)
+        entry = Entry.of(domain)
+        assert entry.calibration_tokens == entry.evidence_tokens == 8 * 96 and extra <= set(entry.documents)
+
+
+def test_spare_text_carries_its_mask_and_goes_as_far_as_there_is_some():
+    rows = [{"q": f"how many {i}", "a": f"it is {i} and so on"} for i in range(60)]
+    answers = {"template": "{q}: {a}", "answers_only": True}
+    domains = [DomainConfig("a", rows, **answers), DomainConfig("b", rows[:8], **answers)]
+    settings = config(domains=domains, num_samples=4, seq_length=16, rounds=2, objective="worst")
+    long, short = load_domains(settings, tokenizer())
+    assert len(long.pool) == 4 and 2 <= len(short.pool) < 4
+    whole = long.portion(4)
+    assert whole.mask.shape == whole.samples.shape and whole.mask.any(1).all() and not whole.mask.all()
+    assert torch.equal(long.portion(2).mask, long.mask)
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rounds": 3, "schedule": "linear"},
+        {"rounds": 2, "allocation": "global"},
+        {"rounds": 2, "widths": {"attention": 1, "mlp": 96}, "refit": "bias"},
+    ],
+)
+def test_the_floor_is_held_and_a_further_step_would_not(fields):
+    floor = 1.3
+    model, reader = stories_model()
+    small, pruner = pruned(model, reader, two_domains(max_perplexity_ratio=floor, round_to=8, **fields))
+    report, rounds = pruner.report, pruner.report.rounds
+    assert max(one["after"] / one["before"] for one in report.perplexity.values()) <= floor
+    held, missed = ([one for one in rounds if one["holds"] is holds] for holds in (True, False))
+    for one in rounds:
+        assert (max(one["perplexity_ratio"].values()) <= floor) is one["holds"]
+    for name, widths in report.widths.items():
+        nearest = missed[-1]["widths"][name]
+        legal = [size for size in legal_sizes(model.config, describe(model), name) if name != "mlp" or size % 8 == 0]
+        for layer, width in widths.items():
+            less = nearest if isinstance(nearest, int) else nearest[layer]
+            assert less <= width and not any(less < between < width for between in legal)
+    assert small.num_parameters() < model.num_parameters() and count_hooks(small) == 0
+    assert held and "the floor stopped it: the next narrower widths give perplexity stories x" in str(report)
+
+
+@needs_shared
+def test_a_floor_that_is_never_met_leaves_the_target_alone():
+    model, reader = stories_model()
+    small, pruner = pruned(model, reader, two_domains(max_perplexity_ratio=50, rounds=2))
+    plain, other = pruned(model, reader, two_domains(rounds=2))
+    assert pruner.plan == other.plan and same_weights(small, plain)
+    assert [one["holds"] for one in pruner.report.rounds] == [True, True]
+
+
+@needs_shared
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_floor_out_of_reach(inplace):
+    model, reader = stories_model()
+    before = deepcopy(model)
+    message = r"max_perplexity_ratio=1.0001 is not held by domain 'stories' even with widths .*168.*, which give 1.0"
+    with pytest.raises(InPlaceError if inplace else StructPruneError, match=message):
+        config = stories_config(max_perplexity_ratio=1.0001, round_to=8)
+        StructPruner(config).prune_model(model, reader, inplace=inplace)
+    assert same_weights(model, before) and count_hooks(model) == 0
+
+
+@pytest.mark.parametrize(("high", "low", "multiple", "expected"), [
+    (172, 96, 64, 128), (172, 100, 8, 136), (172, 168, 8, 172), (160, 152, 8, 160), (9, 8, 1, 9), (10, 8, 1, 9),
+    (1536, 1400, 64, 1472), (120, 100, 64, 120), (128, 128, 64, 128),
+])  # fmt: skip
+def test_halfway(high, low, multiple, expected):
+    assert between(high, low, multiple) == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"adaptive_rate": 1.0},
+        {"criterion": "random", "refit": "bias"},
+        {"criterion": "taylor", "keep_rounds": True, "widths": {"mlp": 20, "attention": 2}},
+        {"allocation": "global"},
+    ],
+)
+def test_a_killed_run_goes_on_where_it_was(fields, tmp_path, kill, titles):
+    settings = {"rounds": 3, "num_samples": 8, "round_to": 4, **fields}
+    model, reader = build("llama-tied"), tokenizer()
+    whole, expected = pruned(model, reader, config(**settings, checkpoint_dir=str(tmp_path / "a")))
+    kill(2)
+    again = config(**settings, checkpoint_dir=str(tmp_path / "b"))
+    with pytest.raises(Killed):
+        pruned(model, reader, again)
+    kill(0)
+    titles.clear()
+    resumed, pruner = pruned(model, reader, again)
+    assert titles == ["round 2/3", "round 3/3"]
+    assert pruner.plan == expected.plan and same_weights(resumed, whole)
+    entries = json.loads(json.dumps(pruner.report.rounds))
+    assert entries == json.loads(json.dumps(expected.report.rounds))
+
+
+@needs_shared
+@pytest.mark.parametrize("last", [2, 3, 4])
+def test_a_killed_run_under_a_floor_goes_on_where_it_was(last, tmp_path, kill):
+    model, reader = stories_model()
+    settings = {"rounds": 4, "max_perplexity_ratio": 1.47, "round_to": 8, "adaptive_rate": 0.5, "keep_rounds": True}
+    whole, expected = pruned(model, reader, two_domains(**settings, checkpoint_dir=str(tmp_path / "a")))
+    again = two_domains(**settings, checkpoint_dir=str(tmp_path / "b"))
+    assert [one["holds"] for one in expected.report.rounds] == [True, False, True, False]
+    kill(last)
+    with pytest.raises(Killed):
+        pruned(model, reader, again)
+    kill(0)
+    resumed, pruner = pruned(model, reader, again)
+    assert pruner.plan == expected.plan and same_weights(resumed, whole)
+    assert pruner.report.rounds == expected.report.rounds
+    assert {one.name for one in (tmp_path / "a").iterdir()} == {one.name for one in (tmp_path / "b").iterdir()}
+
+
+@pytest.fixture
+def half_done(tmp_path, kill):
+    """A folder with round 1 of `config(rounds=2)`."""
+    with pytest.raises(Killed):
+        kill(2)
+        pruned(build("llama-tied"), tokenizer(), config(rounds=2, checkpoint_dir=str(tmp_path)))
+    kill(0)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("case", "fields"),
+    [
+        ("llama-tied", {"damping": 0.2}),
+        ("llama-untied", {}),
+        ("llama-tied", {"widths": {"mlp": 20}}),
+        ("llama-tied", {"domains": [DomainConfig(name=name, source=documents(seed=7)) for name in "ab"]}),
+        ("gpt2-inner", {}),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(half_done, case, fields):
+    model = build(case)
+    before = deepcopy(model)
+    message = "holds round 1 of a run with another model, config or calibration text; name another checkpoint_dir"
+    with pytest.raises(StructPruneError, match=message):
+        StructPruner(config(rounds=2, checkpoint_dir=str(half_done), **fields)).prune_model(model, tokenizer())
+    assert same_weights(model, before) and (half_done / "rounds.json").exists()
+
+
+def test_another_batch_size_and_another_folder_are_the_same_run(half_done, titles):
+    moved = half_done.rename(half_done.parent / "moved")
+    pruned(build("llama-tied"), tokenizer(), config(rounds=2, checkpoint_dir=str(moved), batch_size=1))
+    assert titles == ["round 2/2"]
+
+
+def _cut(folder):
+    content = (folder / "rounds.safetensors").read_bytes()
+    (folder / "rounds.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def _emptied(folder):
+    from safetensors.torch import save_file
+
+    save_file({"other": torch.zeros(1)}, folder / "rounds.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _cut,
+        _emptied,
+        lambda folder: (folder / "rounds.safetensors").unlink(),
+        lambda folder: (folder / "rounds.json").write_text("{"),
+        lambda folder: (folder / "rounds.json").write_text("[]"),
+        lambda folder: (folder / "rounds.json").write_text('{"key": "x"}'),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(half_done, damage):
+    damage(half_done)
+    with pytest.raises(StructPruneError, match="is not a readable checkpoint .*; remove it to start anew"):
+        pruned(build("llama-tied"), tokenizer(), config(rounds=2, checkpoint_dir=str(half_done)))
+
+
+@needs_shared
+@pytest.mark.parametrize("floor", [None, 1.6])
+def test_kept_rounds_are_ordinary_models_of_falling_width(floor, tmp_path):
+    model, reader = stories_model()
+    settings = two_domains(
+        rounds=4, keep_rounds=True, checkpoint_dir=str(tmp_path), max_perplexity_ratio=floor, round_to=8
+    )
+    small, pruner = pruned(model, reader, settings)
+    measured = [one for one in pruner.report.rounds if one.get("holds", True)]
+    if floor is None:
+        assert measured.pop()["widths"] == {"mlp": 96}  # the last round is the result itself
+    folders = [tmp_path / f"round-{number}" for number in range(1, len(measured) + 1)]
+    assert sorted(path.name for path in tmp_path.glob("round-*")) == [path.name for path in folders]
+    heldout = {domain.name: domain.heldout for domain in load_domains(settings, reader)}
+    plans = [Plan.load(folder / "pruning_plan.json") for folder in folders]
+    widths = []
+    for folder, plan, one in zip(folders, plans, measured, strict=True):
+        kept = AutoModelForCausalLM.from_pretrained(folder)
+        widths.append(kept.config.intermediate_size)
+        assert plan.widths()["mlp"] == {layer: widths[-1] for layer in range(5)} and one["widths"]["mlp"] == widths[-1]
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == reader.get_vocab()
+        assert StructPruneConfig.from_pretrained(folder).keep_rounds
+        for name, ratio in one["perplexity_ratio"].items():
+            assert perplexity(kept, heldout[name]) / perplexity(model, heldout[name]) == pytest.approx(ratio, rel=1e-3)
+    assert len(widths) > 1 and widths == sorted(set(widths), reverse=True)
+    for wider, narrower in zip(plans, [*plans[1:], pruner.plan], strict=True):
+        assert all(set(narrower.keep[at]) <= set(wider.keep[at]) for at in wider.keep)
+    if floor is not None:
+        assert same_weights(AutoModelForCausalLM.from_pretrained(folders[-1]), small)
+
+
+@pytest.mark.parametrize("refit", ["least_squares", "bias"])
+def test_restoring_a_snapshot_is_exact(refit):
+    model = build("llama-bias" if refit == "least_squares" else "llama-tied")
+    dense = deepcopy(model)
+    settings, arch = config(refit=refit), describe(model)
+    domains = load_domains(settings, tokenizer())
+    sweep = Sweep(model, arch, settings, mixture(settings, domains))
+    empty = sweep.snapshot()
+
+    def prune(width):
+        passes = passes_over(model, arch, batches_of(domains, settings.batch_size))
+        sweep.run_(passes, {"mlp": width, "attention": 2}, None, "round")
+
+    prune(30)
+    sweep.mixture.shares = (0.25, 0.75)
+    state, before = sweep.snapshot(), deepcopy(model)
+    prune(20)
+    assert not same_weights(model, before) and sweep.keep != state.keep
+    sweep.mixture.shares = (0.9, 0.1)
+    sweep.restore_(state)
+    assert same_weights(model, before) and sweep.keep == state.keep and sweep.mixture.shares == (0.25, 0.75)
+    prune(20)
+    once = deepcopy(model)
+    sweep.restore_(state)
+    prune(20)
+    assert same_weights(model, once)
+    sweep.restore_(empty)
+    assert sweep.keep == {} and sweep.mixture.shares == (0.5, 0.5)
+    torch.testing.assert_close(logits(model), logits(dense), atol=0, rtol=0)
+    for axis in state.consumers:
+        assert torch.equal(read_consumer(model, axis)[0], read_consumer(dense, axis)[0])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("bert", {"adaptive_rate": 1.0, "rounds": 2}, "go by perplexity, which a model of type 'bert' does not have"),
+        ("bert", {"max_perplexity_ratio": 1.2}, "go by perplexity, which a model of type 'bert'"),
+        (
+            "olmoe",
+            {"max_perplexity_ratio": 1.2, "widths": {"expert": 2}},
+            "is held by rounds, and 'expert' goes before them; leave either out",
+        ),
+    ],
+)
+def test_what_a_model_cannot_do_is_said_before_it_changes(case, fields, message, inplace):
+    model = build(case)
+    before = deepcopy(model)
+    with pytest.raises(StructPruneError, match=message):
+        StructPruner(config(**fields)).prune_model(model, tokenizer(), inplace=inplace)
+    assert same_weights(model, before)
+
+
+def test_rounds_of_an_encoder_are_kept_without_a_perplexity(tmp_path):
+    small = prune_model(build("bert"), config(rounds=2, keep_rounds=True, checkpoint_dir=str(tmp_path)), tokenizer())
+    kept = type(small).from_pretrained(tmp_path / "round-1")
+    assert small.config.intermediate_size == 24 < kept.config.intermediate_size < 40

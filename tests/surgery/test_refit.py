@@ -1,0 +1,83 @@
+"""Properties of the refits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.surgery.refit import bias_refit, least_squares, no_refit, solve_damped
+
+
+def problem(seed: int, n: int = 12, out: int = 5, count: int = 200):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, generator=generator)
+    x = torch.randn(count, n, generator=generator) @ mix + 0.5
+    return torch.randn(out, n, generator=generator), torch.randn(out, generator=generator), x
+
+
+def moments_of(x: torch.Tensor) -> Moments:
+    return Moments.empty(x.shape[1], gram=True).update(x)
+
+
+def error(weight, bias, x, keep, new_weight, new_bias) -> float:
+    dense = x @ weight.T + (0 if bias is None else bias)
+    small = x[:, keep] @ new_weight.T + (0 if new_bias is None else new_bias)
+    return float((dense - small).square().mean())
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 999), kept=st.integers(1, 11), damping=st.sampled_from([0.0, 1e-4, 1e-2, 1.0]))
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_least_squares_lowers_the_error(with_bias, seed, kept, damping):
+    weight, bias, x = problem(seed)
+    bias = bias if with_bias else None
+    keep = torch.arange(kept)
+    before = error(weight, bias, x, keep, *no_refit(weight, bias, moments_of(x), keep, damping))
+    after = error(weight, bias, x, keep, *least_squares(weight, bias, moments_of(x), keep, damping))
+    assert after <= before * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_least_squares_is_exact_where_the_removed_depend_on_the_kept(with_bias):
+    weight, bias, x = problem(0)
+    keep = torch.tensor([0, 2, 3, 5, 7, 8, 11])
+    gone = torch.tensor([1, 4, 6, 9, 10])
+    x[:, gone] = x[:, keep] @ torch.randn(7, 5) + (1.0 if with_bias else 0.0)
+    bias = bias if with_bias else None
+    refitted = least_squares(weight, bias, moments_of(x), keep, 1e-7)
+    assert error(weight, bias, x, keep, *refitted) < 1e-5
+
+
+def test_it_is_the_minimum():
+    weight, _, x = problem(3)
+    keep = torch.arange(7)
+    new, _ = least_squares(weight, None, moments_of(x), keep, 1e-7)
+    exact = torch.linalg.lstsq(x[:, keep], x @ weight.T).solution.T
+    torch.testing.assert_close(new, exact, rtol=1e-2, atol=1e-3)
+
+
+def test_strong_damping_returns_the_original_weights_not_zero():
+    weight, _, x = problem(4)
+    keep = torch.arange(6)
+    new, _ = least_squares(weight, None, moments_of(x), keep, 1e6)
+    torch.testing.assert_close(new, weight[:, keep], rtol=1e-3, atol=1e-3)
+
+
+def test_bias_refit_removes_the_mean_error():
+    weight, _, x = problem(5)
+    keep = torch.arange(4)
+    new, bias = bias_refit(weight, None, moments_of(x), keep, 0.0)
+    residual = x @ weight.T - (x[:, keep] @ new.T + bias)
+    torch.testing.assert_close(residual.mean(0), torch.zeros(5), atol=1e-4, rtol=0)
+
+
+def test_a_singular_gram_matrix_is_damped_until_it_factors():
+    matrix = torch.ones(6, 6)
+    solution = solve_damped(matrix, torch.ones(2, 6), 0.0)
+    assert torch.isfinite(solution).all()
+    torch.testing.assert_close(solution @ matrix, torch.ones(2, 6), rtol=1e-3, atol=1e-3)
+
+
+def test_dead_channels_need_no_solution():
+    assert (solve_damped(torch.zeros(3, 3), torch.zeros(2, 3), 1e-2) == 0).all()

@@ -1,0 +1,231 @@
+"""Budgets, widths and rounds."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from models import build, config, token_ids
+
+from optimum_structprune import StructPruneConfig, StructPruneError
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.spec import ArchSpec, Space
+from optimum_structprune.criteria.aggregate import standardised
+from optimum_structprune.domains.load import Domain
+from optimum_structprune.pruning.evidence import dense_scores
+from optimum_structprune.saving.report import Report
+from optimum_structprune.widths.allocation import ranked_widths, target_widths, widths_for_sparsity
+from optimum_structprune.widths.schedule import round_widths
+
+
+def spec_of(layers: int, groups: int, group_cost: int, channels: int, channel_cost: int) -> ArchSpec:
+    spaces = []
+    for layer in range(layers):
+        heads = (("kv_heads", 1), ("heads", 2))
+        spaces.append(Space("attention", layer, groups, (), (), heads, (), group_cost))
+        spaces.append(Space("mlp", layer, channels, (), (), (("ffn", 1),), (), channel_cost))
+    block = groups * group_cost + channels * channel_cost + 7
+    return ArchSpec("toy", "layers", (block,) * layers, tuple(spaces))
+
+
+specs = st.builds(
+    spec_of, st.integers(1, 4), st.integers(1, 9), st.integers(500, 5000), st.integers(64, 2048), st.integers(5, 50)
+)
+
+
+def removed(arch: ArchSpec, widths: dict[str, int]) -> int:
+    return sum((space.size - widths.get(space.name, space.size)) * space.unit_params for space in arch.spaces)
+
+
+@settings(deadline=None, max_examples=200)
+@given(arch=specs, sparsity=st.floats(0.02, 0.9), round_to=st.sampled_from([1, 8, 64]))
+def test_sparsity_is_met_within_half_a_step(arch, sparsity, round_to):
+    legal = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
+    most = {"attention": 1, "mlp": round_to if round_to < arch.of("mlp")[0].size else 1}
+    if sparsity * sum(arch.layer_params) > removed(arch, most):
+        with pytest.raises(StructPruneError, match="is more than"):
+            widths_for_sparsity(arch, sparsity, legal, round_to)
+        return
+    widths = widths_for_sparsity(arch, sparsity, legal, round_to)
+    assert all(width in legal[name] for name, width in widths.items())
+    channels = arch.of("mlp")[0]
+    assume(widths["mlp"] < channels.size)
+    step = most["mlp"] * channels.unit_params * arch.num_layers
+    assert abs(removed(arch, widths) - sparsity * sum(arch.layer_params)) <= step / 2 + 1e-6
+
+
+@settings(deadline=None, max_examples=100)
+@given(arch=specs, low=st.floats(0.02, 0.4), more=st.floats(0.01, 0.4))
+def test_more_sparsity_never_keeps_more(arch, low, more):
+    legal = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
+    assume((low + more) * sum(arch.layer_params) <= removed(arch, {"attention": 1, "mlp": 1}))
+    little = widths_for_sparsity(arch, low, legal, 1)
+    much = widths_for_sparsity(arch, low + more, legal, 1)
+    assert removed(arch, much) >= removed(arch, little)
+
+
+def test_one_target_takes_it_all():
+    model = build("qwen2")
+    arch = describe(model)
+    widths = target_widths(config(sparsity=0.25, targets=("mlp",), round_to=1), arch, model.config)
+    assert set(widths) == {"mlp"}
+    assert removed(arch, widths) / sum(arch.layer_params) == pytest.approx(0.25, abs=0.01)
+
+
+def test_sparsity_rounds_channels_and_explicit_widths_do_not():
+    model = build("llama-tied")
+    arch = describe(model)
+    assert target_widths(config(sparsity=0.2, round_to=16), arch, model.config)["mlp"] % 16 == 0
+    assert target_widths(config(widths={"mlp": 23}), arch, model.config) == {"mlp": 23}
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        (
+            "llama-tied",
+            {"widths": {"attention": 3}},
+            r"'attention'\] = 3 is not legal .* nearest legal choice is 2 or 4",
+        ),
+        (
+            "llama-tied",
+            {"widths": {"mlp": 41}},
+            r"'mlp'\] = 41 is not legal .* has 40; the nearest legal choice is 40",
+        ),
+        ("llama-tied", {"widths": {"mpl": 4}}, r"no space 'mpl' to prune. Did you mean 'mlp'\?"),
+        (
+            "opt",
+            {"widths": {"attention": 2}},
+            "no space 'attention' to prune: transformers derives the head dimension",
+        ),
+        ("llama-tied", {"sparsity": 0.99}, "sparsity=0.99 is more than mlp, attention can give: at most 0.8"),
+    ],
+)
+def test_illegal_wishes_name_what_is_legal(case, fields, message):
+    model = build(case)
+    with pytest.raises(StructPruneError, match=message):
+        target_widths(config(**fields), describe(model), model.config)
+
+
+@settings(deadline=None)
+@given(
+    rounds=st.integers(1, 8),
+    schedule=st.sampled_from(["linear", "geometric", "cubic"]),
+    mlp=st.integers(1, 40),
+    attention=st.integers(1, 4),
+)
+def test_rounds_go_down_and_end_at_the_target(rounds, schedule, mlp, attention):
+    arch = spec_of(2, 4, 100, 40, 10)
+    widths = {"mlp": mlp, "attention": attention}
+    steps = round_widths(StructPruneConfig(widths=widths, rounds=rounds, schedule=schedule), arch, widths)
+    assert len(steps) == rounds and steps[-1] == widths
+    for name in widths:
+        series = [arch.of(name)[0].size, *(step[name] for step in steps)]
+        assert series == sorted(series, reverse=True)
+
+
+def test_schedules_differ_in_when_they_remove():
+    arch = spec_of(1, 4, 100, 1000, 10)
+    middle = {
+        schedule: round_widths(
+            StructPruneConfig(widths={"mlp": 250}, rounds=2, schedule=schedule), arch, {"mlp": 250}
+        )[0]
+        for schedule in ("linear", "geometric", "cubic")
+    }
+    assert middle["linear"]["mlp"] == 625 and middle["geometric"]["mlp"] == 500
+    assert middle["cubic"]["mlp"] == round(1000 - (1 - 0.5**3) * 750)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    arch=specs,
+    sparsity=st.floats(0.02, 0.9),
+    round_to=st.sampled_from([1, 8, 64]),
+    bounds=st.tuples(st.floats(0.01, 0.5), st.floats(0.8, 1.0)),
+    seed=st.integers(0, 9),
+)
+def test_one_ranking_meets_the_budget_within_half_of_its_cheapest_step(arch, sparsity, round_to, bounds, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = {(space.layer, space.name): torch.randn(space.size, generator=generator) for space in arch.spaces}
+    legal = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
+    fields = {"sparsity": sparsity, "round_to": round_to, "min_width": bounds[0], "max_width": bounds[1]}
+    try:
+        widths = ranked_widths(StructPruneConfig(allocation="global", **fields), arch, legal, scores)
+    except StructPruneError as error:
+        assert "min_width" in str(error)
+        return
+    steps = []
+    for space in arch.spaces:
+        width = widths[space.name][space.layer]
+        least = max(1, bounds[0] * space.size)
+        multiple = round_to if space.name == "mlp" and round_to < space.size else 1
+        lower = [w for w in range(1, width) if w % multiple == 0 and w >= least]
+        steps += [space.unit_params * (width - lower[-1])] if lower else []
+        assert width >= bounds[0] * space.size or width == space.size
+    gone = sum((space.size - widths[space.name][space.layer]) * space.unit_params for space in arch.spaces)
+    assert abs(gone - sparsity * sum(arch.layer_params)) <= min(steps, default=gone) / 2 + 1e-6
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 99), mean=st.integers(40, 90))
+def test_one_ranking_keeps_what_scores_highest(seed, mean):
+    arch = spec_of(3, 4, 100, 100, 10)
+    generator = torch.Generator().manual_seed(seed)
+    scores = {(layer, "mlp"): torch.randn(100, generator=generator) + layer / 4 for layer in range(3)}
+    chosen = StructPruneConfig(widths={"mlp": mean}, allocation="global", round_to=1)
+    widths = ranked_widths(chosen, arch, {"mlp": list(range(1, 101))}, scores)["mlp"]
+    assert sum(widths.values()) == 3 * mean
+    kept = min(float(scores[layer, "mlp"].sort().values[100 - width]) for layer, width in widths.items())
+    gone = max(float(scores[layer, "mlp"].sort().values[99 - width]) for layer, width in widths.items() if width < 100)
+    assert gone <= kept
+
+
+def test_the_standard_score_does_not_depend_on_scale_and_is_a_mean_over_columns():
+    columns = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    expected = (columns - columns.mean()) / columns.std(correction=0)
+    torch.testing.assert_close(standardised(columns, 1), expected)
+    torch.testing.assert_close(standardised(5 * columns + 3, 3), expected.view(4, 3).mean(1))
+    assert standardised(torch.ones(6), 2).tolist() == [0, 0, 0]
+
+
+@torch.no_grad()
+def test_global_allocation_is_that_of_flap():
+    """Against the paper's procedure, written out: standardise per layer, average over a head, one threshold."""
+    model = build("llama-tied")
+    for layer, block in enumerate(model.model.layers):
+        block.mlp.down_proj.weight.mul_(torch.logspace(-1, layer, 40))
+        block.self_attn.o_proj.weight.mul_(torch.logspace(layer, -1, 32))
+    arch, blocks = describe(model), token_ids(6, 20)
+    inputs = {}
+    taps = {
+        (layer, name): block.get_submodule(path)
+        for layer, block in enumerate(model.model.layers)
+        for name, path in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj"))
+    }
+    hooks = [
+        tap.register_forward_pre_hook(lambda _, args, key=key: inputs.update({key: args[0].flatten(0, 1)}))
+        for key, tap in taps.items()
+    ]
+    model(blocks)
+    for hook in hooks:
+        hook.remove()
+    ranked = []
+    for space in arch.spaces:
+        key = (space.layer, space.name)
+        fluctuation = inputs[key].double().var(0, correction=0) * taps[key].weight.double().square().sum(0)
+        z = (fluctuation - fluctuation.mean()) / fluctuation.std(correction=0)
+        ranked += [(float(unit), space) for unit in z.view(space.size, -1).mean(1)]
+    expected = {name: {space.layer: space.size for space in arch.of(name)} for name in arch.names}
+    gone, goal = 0, 0.4 * sum(arch.layer_params)
+    for _, space in sorted(ranked, key=lambda pair: pair[0]):
+        if abs(gone + space.unit_params - goal) < abs(gone - goal):
+            gone += space.unit_params
+            expected[space.name][space.layer] -= 1
+
+    fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1, min_width=0.01)
+    scores = dense_scores(
+        model, arch, fields, [Domain("a", 1.0, blocks, blocks[:0])], arch.names, Report("llama", "wanda")
+    )
+    every = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
+    found = ranked_widths(fields, arch, every, scores)
+    assert found["mlp"][0] != found["mlp"][1] and found["attention"] == expected["attention"]
+    assert all(abs(found["mlp"][layer] - width) <= 1 for layer, width in expected["mlp"].items())

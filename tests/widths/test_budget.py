@@ -1,0 +1,182 @@
+"""The largest widths that keep to a budget."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import PRUNABLE, build, config, tokenizer
+from transformers import LlamaConfig
+
+from optimum_structprune import StructPruneConfig, StructPruneError, dry_run, prune_model
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.meta import skeleton
+from optimum_structprune.arch.shrink import shrunk_config
+from optimum_structprune.commands.cli import main
+from optimum_structprune.widths.allocation import legal_widths
+from optimum_structprune.widths.budget import cached_values, widths_of
+
+
+def asking(name, most, **fields):
+    return config(**{"sparsity": None, "round_to": 1, "budget": {name: most}, **fields})
+
+
+def targets_of(arch):
+    """What sparsity may spread over: channels inside experts do not go together with whole experts."""
+    return tuple(name for name in arch.names if arch.of(name)[0].inside)
+
+
+def parameters(model, arch, widths):
+    return skeleton(model, shrunk_config(model.config, arch, widths)).num_parameters()
+
+
+def a_unit_more(model, arch, wish, widths):
+    """The next larger legal widths, one space at a time."""
+    for name, legal in legal_widths(wish, arch, model.config).items():
+        if larger := [width for width in legal if width > widths[name]]:
+            yield {**widths, name: larger[0]}
+
+
+@pytest.mark.parametrize("case", PRUNABLE)
+def test_every_family_keeps_to_it_and_one_unit_more_would_not(case):
+    model = build(case)
+    arch = describe(model)
+    dense = model.num_parameters()
+    for share in (0.03, 0.2, 0.4):
+        wish = asking("parameters", round(dense - share * sum(arch.layer_params)), targets=targets_of(arch))
+        try:
+            widths = widths_of(wish, arch, model)
+        except StructPruneError as error:
+            assert share == 0.4 and "cannot be met" in str(error)
+            continue
+        assert parameters(model, arch, widths) <= wish.budget["parameters"]
+        for larger in a_unit_more(model, arch, wish, widths):
+            assert parameters(model, arch, larger) > wish.budget["parameters"], (widths, larger)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"), [("llama-tied", "layer"), ("llama-tied", "hidden"), ("qwen3_moe", "hidden")]
+)
+def test_spaces_of_the_whole_model(case, name):
+    model = build(case)
+    arch = describe(model)
+    wish = asking("parameters", round(0.7 * model.num_parameters()), targets=(name,))
+    widths = widths_of(wish, arch, model)
+    assert parameters(model, arch, widths) <= wish.budget["parameters"]
+    for larger in a_unit_more(model, arch, wish, widths):
+        assert parameters(model, arch, larger) > wish.budget["parameters"]
+
+
+@settings(deadline=None, max_examples=25)
+@given(most=st.integers(8_000, 17_055), targets=st.sampled_from([("mlp",), ("attention",), ("mlp", "attention")]))
+def test_any_number_of_parameters(most, targets):
+    model = build("llama-tied")
+    arch = describe(model)
+    wish = asking("parameters", most, targets=targets)
+    try:
+        widths = widths_of(wish, arch, model)
+    except StructPruneError as error:
+        reachable = int(str(error).split("still has ")[1].split(" ")[0].replace(",", ""))
+        assert reachable > most
+        least = widths_of(asking("parameters", reachable, targets=targets), arch, model)
+        assert parameters(model, arch, least) == reachable and set(least.values()) == {1}
+        return
+    assert parameters(model, arch, widths) <= most
+    assert all(parameters(model, arch, larger) > most for larger in a_unit_more(model, arch, wish, widths))
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"rounds": 2}, {"round_to": 8}, {"allocation": "global"}, {"skip_layers": (1,)}]
+)
+def test_pruning_keeps_to_it(fields):
+    model = build("llama-tied")
+    arch = describe(model)
+    wish = asking("parameters", 14_000, **fields)
+    small = prune_model(model, wish, tokenizer())
+    step = max(space.unit_params for space in arch.spaces) if fields.get("allocation") else 96 * 2
+    assert 14_000 - step * wish.round_to < small.num_parameters() <= 14_000
+    saved = deepcopy(model.config)
+    saved.architectures = [type(model).__name__]
+    if "allocation" not in fields:
+        assert dry_run(saved, wish).parameters.after == small.num_parameters()
+
+
+def test_biases_that_a_refit_adds_count():
+    model = build("llama-bias")
+    arch = describe(model)
+    for refit in ("bias", "none"):
+        for case in ("llama-bias", "llama-tied"):
+            model = build(case)
+            wish = asking("parameters", 15_000, refit=refit, targets=("mlp",))
+            if case == "llama-tied" and refit == "bias":
+                wish = asking("parameters", 15_000, refit=refit, targets=("attention",))
+            small = prune_model(model, wish, tokenizer())
+            unit = sum(space.unit_params for space in arch.of(wish.targets[0]))
+            assert 15_000 - unit < small.num_parameters() <= 15_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_models_dtype(dtype):
+    model = build("qwen2").to(dtype)
+    arch = describe(model)
+    most = 12_000 * dtype.itemsize
+    widths = widths_of(asking("bytes", most), arch, model)
+    assert widths == widths_of(asking("parameters", 12_000), arch, model)
+    small = skeleton(model, shrunk_config(model.config, arch, widths)).to(dtype)
+    assert sum(parameter.nbytes for parameter in small.parameters()) <= most
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gemma3_text", "mixtral"])
+def test_the_cache_shrinks_by_attention_alone(case):
+    model = build(case)
+    arch = describe(model)
+    dense = cached_values(skeleton(model, model.config).to(torch.bfloat16).eval(), arch) * 4
+    wish = asking("cache_bytes_per_token", 0.6 * dense, targets=targets_of(arch))
+    widths = widths_of(wish, arch, model)
+    assert set(widths) == {"attention"}
+    small = prune_model(model, wish, tokenizer())
+    cached = {space.width for space in describe(small).of("attention")}
+    assert cached == {2}, "of 4 groups, 2 take half of the cache"
+    with pytest.raises(StructPruneError, match="targets=.'mlp'.* leave that as it is; target 'attention'"):
+        widths_of(asking("cache_bytes_per_token", 0.6 * dense, targets=("mlp",)), arch, model)
+
+
+def test_what_cannot_be_met_names_what_can(tmp_path, capsys):
+    model = build("llama-tied")
+    arch = describe(model)
+    with pytest.raises(StructPruneError, match="met by the dense model, which has 17,056"):
+        widths_of(asking("parameters", 17_056), arch, model)
+    with pytest.raises(StructPruneError, match="cannot be met: with all .* from mlp the model still has 9,568 of"):
+        widths_of(asking("parameters", 9_000, targets=("mlp",)), arch, model)
+    with pytest.raises(StructPruneError, match="no space 'mpl' to prune"):
+        widths_of(asking("parameters", 9_000, targets=("mpl",)), arch, model)
+    bert = build("bert")
+    with pytest.raises(StructPruneError, match="cannot be told without running it"):
+        widths_of(asking("cache_bytes_per_token", 10, targets=("mlp",)), describe(bert), bert)
+    for budget, message in (
+        ({"parameter": 9}, "no 'parameter'. Did you mean 'parameters'"),
+        ({"parameters": 0}, "has to be greater than 0, got 0"),
+        ({}, "names exactly one of parameters, bytes, cache_bytes_per_token"),
+        ({"parameters": 9, "bytes": 9}, "names exactly one of"),
+    ):
+        with pytest.raises(StructPruneError, match=message):
+            StructPruneConfig.from_dict({"budget": budget})
+    with pytest.raises(StructPruneError, match="exactly one of sparsity, widths and budget"):
+        StructPruneConfig.from_dict({"sparsity": 0.2, "budget": {"parameters": 9}})
+
+
+def test_plan_on_the_command_line(tmp_path, capsys):
+    large = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 16, "num_attention_heads": 64}
+    LlamaConfig(**large, num_key_value_heads=8, head_dim=128, vocab_size=128256, dtype="bfloat16").save_pretrained(
+        tmp_path
+    )
+    arguments = ["plan", str(tmp_path), "--budget", "parameters=12e9", "--round-to", "1"]
+    assert main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert 12e9 - 16 * 3 * 8192 < found["parameters"]["after"] <= 12e9
+    assert main(["plan", str(tmp_path), "--budget", "parameters=1e6"]) == 2
+    assert "budget parameters=1,000,000" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text("sparsity: 0.2\nround_to: 1\n")
+    assert main(["plan", str(tmp_path), "--config", str(tmp_path / "run.yaml"), "--budget", "bytes=24e9"]) == 0
