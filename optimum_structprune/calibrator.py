@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from .arch.load import describe
-from .arch.plain import check_model, dequantized
+from .arch.plain import dequantized
 from .arch.spec import ArchSpec
-from .calibration.gradients import saliencies
 from .calibration.moments import save_moments
-from .calibration.passes import batches_of, passes_over
 from .calibration.stored import HELDOUT, Statistics, StoredDomain, StoredFile, key, layer_name
 from .config.pruning import StructPruneConfig
 from .criteria import CRITERIA
-from .domains.load import Domain, calibration_domains
-from .domains.manifest import MANIFEST_NAME, Manifest
+from .domains.manifest import MANIFEST_NAME
 from .errors import StructPruneError
 from .fingerprint import fingerprint, vocabulary_hash
+from .forward.metrics import evaluating
+from .pruning.checks import CALIBRATE, check
+from .pruning.evidence import Evidence
 from .saving.staging import check_target, staged
 
 
@@ -47,10 +47,10 @@ def calibrate(
 
     Args:
         model: The dense model; it is left as it is.
-        tokenizer: Its tokenizer; reads the domains.
+        tokenizer: The tokenizer of the model; it reads the domains.
         config: Names the domains, and says how many samples of what length. Its `stats` play no part.
-        folder: Where to.
-        overwrite: Replace a folder that exists.
+        folder: The folder to write to; it is made if need be.
+        overwrite: Whether a folder that exists is replaced.
         inputs: Calibration inputs by domain, in place of the text that the config names; see `prune_model`.
 
     Raises:
@@ -58,66 +58,47 @@ def calibrate(
             experts.
     """
     check_target(folder, overwrite)
-    config = replace(config, stats=None, adaptive_rate=0.0, objective="mean")  # no rounds, so nothing to weigh anew
+    # One pass over the dense model: there are no rounds in which weights could move, and no error to feed back.
+    config = replace(config, stats=None, adaptive_rate=0.0, objective="mean", error_feedback=0.0)
     model = dequantized(model, inplace=False)
-    check_model(model, config)
     arch = describe(model, config.arch_file)
-    _check_moments(arch)
-    domains = calibration_domains(config, model, tokenizer, inputs)
-    _check_room(arch, len(domains), Path(folder))
-    training = model.training
-    try:
-        with staged(folder, overwrite) as staging:
-            saliency = _write_moments(model.eval(), arch, config, domains, staging)
-            save_file({str(i): domain.heldout.contiguous() for i, domain in enumerate(domains)}, staging / HELDOUT)
-            Manifest.of(config, domains, tokenizer).save(staging / MANIFEST_NAME)
-            written = Statistics(
-                staging,
-                model.config.model_type,
-                fingerprint(model),
-                None if tokenizer is None else vocabulary_hash(tokenizer),
-                saliency,
-                [StoredDomain(domain.name, domain.weight, list(domain.samples.shape)) for domain in domains],
-                {path.name: StoredFile.of(path) for path in sorted(staging.iterdir())},
-            )
-            written.save()
-    finally:
-        model.train(training)
+    check(config, arch, model, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
+    evidence = Evidence.read(config, model, tokenizer, inputs)
+    _check_room(arch, len(evidence.domains), Path(folder))
+    with evaluating(model), staged(folder, overwrite) as staging:
+        _write_moments(model, arch, evidence, staging)
+        heldout = {str(index): domain.heldout.contiguous() for index, domain in enumerate(evidence.domains)}
+        save_file(heldout, staging / HELDOUT)
+        evidence.manifest(tokenizer).save(staging / MANIFEST_NAME)
+        written = Statistics(
+            staging,
+            model.config.model_type,
+            fingerprint(model),
+            None if tokenizer is None else vocabulary_hash(tokenizer),
+            CRITERIA.get(config.scored_by).needs_gradient,
+            [StoredDomain(domain.name, domain.weight, list(domain.samples.shape)) for domain in evidence.domains],
+            {path.name: StoredFile.of(path) for path in sorted(staging.iterdir())},
+        )
+        written.save()
     return replace(written, folder=Path(folder))
 
 
-def _write_moments(
-    model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig, domains: Sequence[Domain], folder: Path
-) -> bool:
-    """One file for each layer; says whether it holds what the loss says."""
-    batches = batches_of(domains, config.batch_size)
-    gradient = CRITERIA.get(config.scored_by).needs_gradient
-    losses = saliencies(model, arch, batches) if gradient else {}
-    passes = passes_over(model, arch, batches)
+def _write_moments(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, folder: Path) -> None:
+    """One file for each layer."""
+    passes = evidence.passes(model, arch)
     for layer in tqdm(range(arch.num_layers), desc="calibration", unit="layer"):
-        found = {}
+        moments = {}
         for space in arch.at(layer):
-            for axis, parts in zip(space.into, passes.gather(layer, space, gram=True), strict=True):
-                for index, part in enumerate(parts):
-                    loss = losses[axis.module][index] if gradient else None
-                    found[key(axis.module, index)] = replace(part, saliency=loss)
-        save_moments(found, folder / layer_name(layer))
+            for axis, by_domain in zip(space.into, passes.gather(layer, space, gram=True), strict=True):
+                moments |= {key(axis.module, index): of_domain for index, of_domain in enumerate(by_domain)}
+        save_moments(moments, folder / layer_name(layer))
         passes.advance(layer)
-    return gradient
-
-
-def _check_moments(arch: ArchSpec) -> None:
-    if inside := next((space for space in arch.spaces if space.experts is not None), None):
-        raise StructPruneError(
-            f"This {arch.model_type} model has experts ({inside.experts}), which are judged by the tokens that are "
-            "routed to them in a run; only the moments of dense models are stored. Prune it without stats."
-        )
 
 
 def _check_room(arch: ArchSpec, num_domains: int, folder: Path) -> None:
-    taps = {axis.module: space.size * axis.per_unit for space in arch.spaces for axis in space.into}
+    sizes = {axis.module: space.size * axis.per_unit for space in arch.spaces for axis in space.into}
     # A Gram matrix in fp32, and three vectors in fp64.
-    need = num_domains * sum(4 * size * size + 24 * size for size in taps.values())
+    need = num_domains * sum(4 * size * size + 24 * size for size in sizes.values())
     parent = next(path for path in folder.resolve().parents if path.exists())
     free = shutil.disk_usage(parent).free
     if need > free:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .pruner import AutoStructPruner
-from .pruning.checks import check_coarse
+from .pruning.checks import DRY_RUN, check
 from .saving.report import table
 from .widths.budget import biased_spaces, cached_values, widths_of
 
@@ -53,11 +54,11 @@ class SpaceChoice:
     """The width of one space.
 
     Attributes:
-        name: Of the space.
-        before: Number of units.
-        after: How many stay: one number, or one per layer where layers come out different.
-        nearest: The legal widths next to the chosen one, below and above; empty where layers come out different.
-        legal: Number of legal widths.
+        name: The name of the space.
+        before: The full width.
+        after: How many units are kept: one number, or one per layer where layers differ.
+        nearest: The legal widths next to the chosen one, below and above; empty where layers differ.
+        legal: The number of legal widths.
     """
 
     name: str
@@ -84,17 +85,17 @@ class DryRun:
     """What pruning would give.
 
     Attributes:
-        model_type: Of the model.
-        dtype: In which memory is counted.
+        model_type: The model type.
+        dtype: The dtype in which memory is counted.
         spaces: The chosen widths.
-        parameters: Number of parameters.
-        layer_parameters: The same for the layers alone.
-        memory: Bytes of all parameters.
-        cache_per_token: Bytes of keys and values that generation keeps per token, over all layers (a layer with a
+        parameters: The number of parameters.
+        layer_parameters: The number of parameters in the layers alone.
+        memory: The bytes of all parameters.
+        cache_per_token: The bytes of keys and values that generation keeps per token, over all layers (a layer with a
             sliding window keeps no more than its window); None where the model cannot be run without weights, 0
             where it does not generate.
-        reload: What loads the result.
-        notes: What the numbers leave open.
+        reload: The ways to load the result.
+        notes: What the numbers do not say.
     """
 
     model_type: str
@@ -108,13 +109,19 @@ class DryRun:
     notes: tuple[str, ...] = ()
 
     @property
+    def block_parameters(self) -> Change:
+        """The former name of `layer_parameters`."""
+        warnings.warn("DryRun.block_parameters is called layer_parameters now.", FutureWarning, stacklevel=2)
+        return self.layer_parameters
+
+    @property
     def widths(self) -> dict[str, int | Mapping[int, int]]:
         """The chosen width of each space: one number, or one per layer."""
         return {space.name: space.after for space in self.spaces}
 
     @property
     def sparsity(self) -> float:
-        """Share of the layers' parameters that goes."""
+        """The share of the layers' parameters that is removed."""
         return 1 - self.layer_parameters.after / self.layer_parameters.before
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,10 +153,10 @@ def dry_run(
     """The widths and parameter counts that pruning with `config` gives, without any weights.
 
     Args:
-        model_config: Of the model to be pruned.
+        model_config: The config of the model to be pruned.
         config: How it is to be pruned.
-        dtype: In which memory is counted; None takes what the model's config says.
-        trust_remote_code: Run code that comes with the model.
+        dtype: The dtype in which memory is counted; None takes what the model's config says.
+        trust_remote_code: Whether code that comes with the model is run.
 
     With any other allocation than `uniform` the widths of single layers follow from calibration; those given here
     remove as much in all, to within one step of one layer.
@@ -166,8 +173,8 @@ def dry_run(
     dense = build(model_config)
     arch = describe(dense, config.arch_file)
     dtype = dtype or _saved_dtype(model_config)
+    check(config, arch, dense, DRY_RUN, itemsize=dtype.itemsize)
     widths = widths_of(config, arch, dense, itemsize=dtype.itemsize)
-    check_coarse(config, list(widths))
     biased = biased_spaces(config, arch, [name for name in widths if arch.of(name)[0].inside])
     small = build(shrunk_config(model_config, arch, widths, biased))
     parameters = Change(dense.num_parameters(), small.num_parameters())

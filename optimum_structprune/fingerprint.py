@@ -13,17 +13,17 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What a config says about where a model comes from, not about what it does.
-BESIDE = ("_name_or_path", "transformers_version", "architectures", "dtype")
+# What a config says about where a model comes from, not about what it computes.
+ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 of a model's config and of every weight, in hexadecimal digits.
+    """The SHA-256 of a model's config and of every weight, in hexadecimal digits.
 
     Args:
         model: The model; each tensor is copied to the CPU in turn.
     """
-    config = {name: value for name, value in model.config.to_dict().items() if name not in BESIDE}
+    config = {name: value for name, value in model.config.to_dict().items() if name not in ORIGIN}
     digest = sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -32,15 +32,15 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of a tokenizer's vocabulary, added tokens included: which token each id stands for."""
+    """The SHA-256 of a tokenizer's vocabulary, added tokens included: which token each id stands for."""
     return sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, in hexadecimal digits."""
+    """The SHA-256 of a tensor's bytes, in hexadecimal digits."""
     return sha256(_bytes(tensor)).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    # By way of uint8, because numpy knows no bfloat16.
+    # Viewed as uint8, because numpy has no bfloat16.
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""Names to classes, open to third parties by decorator and by entry point."""
+"""Tables of classes by name, open to third parties by decorator and by entry point."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'wanda'? Known: flap, wanda."`, or only the known names where none is close."""
+    """The end of an error message: `" Did you mean 'wanda'? Known: flap, wanda."`.
+
+    Args:
+        name: The name that is not known.
+        known: The names that are known; where none of them is close, only they are listed.
+    """
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -28,8 +33,8 @@ class Registry(Generic[T]):
     `optimum_structprune.<kind>s`, which is imported only when its name is asked for.
 
     Args:
-        kind: What the classes are, in the singular ("criterion"); used in messages.
-        group: The entry-point group.
+        kind: What the classes are, in the singular ("criterion"), for messages.
+        group: The name of the entry-point group.
     """
 
     def __init__(self, kind: str, group: str):
@@ -38,18 +43,19 @@ class Registry(Generic[T]):
         self._classes: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator that enters a class under `name`.
+        """Give a class decorator that enters a class under `name`.
 
         Raises:
             StructPruneError: If `name` already stands for another class.
         """
 
         def enter(cls: type[T]) -> type[T]:
-            holder = self._classes.get(name)
-            if holder is not None and holder is not cls:
+            registered = self._classes.get(name)
+            if registered is not None and registered is not cls:
                 raise StructPruneError(
-                    f"The {self.kind} {name!r} is already registered by {holder.__module__}.{holder.__qualname__}; "
-                    f"choose another name for {cls.__module__}.{cls.__qualname__}."
+                    f"The {self.kind} {name!r} is already registered by "
+                    f"{registered.__module__}.{registered.__qualname__}; choose another name for "
+                    f"{cls.__module__}.{cls.__qualname__}."
                 )
             self._classes[name] = cls
             return cls
@@ -70,5 +76,5 @@ class Registry(Generic[T]):
         return self._classes[name]
 
     def names(self) -> list[str]:
-        """All names, built in and declared by installed packages, sorted."""
+        """All names in order, those of built-in classes and those that installed packages declare."""
         return sorted({*self._classes, *(point.name for point in entry_points(group=self.group))})

@@ -15,14 +15,13 @@ from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
 from .arch.load import describe
-from .arch.plain import check_model
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.load import Domain, load_domains
 from .errors import StructPruneError
 from .forward.hooks import before_load, intercept
 from .pruner import AutoStructPruner
-from .saving.report import Report
+from .pruning.checks import TRAINER, check, check_config
 from .surgery.followers import Average, check_state, slice_state_
 from .surgery.plan import Plan
 from .surgery.resize import resize_
@@ -66,25 +65,7 @@ class StructPruneCallback(TrainerCallback):
     ):
         if calibration not in ("batches", "domains"):
             raise StructPruneError(f"calibration is 'batches' or 'domains', got {calibration!r}.")
-        if config.refit == "bias":
-            raise StructPruneError(
-                "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'."
-            )
-        if config.spans_rounds:
-            raise StructPruneError(
-                "adaptive_rate, objective, max_perplexity_ratio, keep_rounds and checkpoint_dir span the rounds of "
-                "one pruning, and a Trainer prunes in steps of its own; leave these out."
-            )
-        if config.allocation != "uniform":
-            raise StructPruneError(
-                f"allocation={config.allocation!r} ranks the units of the dense model before anything is removed, "
-                "which a Trainer's steps do not; use allocation='uniform', or prune first (`structprune prune`)."
-            )
-        if config.stats is not None:
-            raise StructPruneError(
-                f"stats={config.stats!r} holds moments of the dense model, which training has changed by then; leave "
-                "it out, or prune first (`structprune prune --stats`)."
-            )
+        check_config(config, TRAINER)
         self.config = config
         self.start, self.end, self.every = start, end, every
         self.calibration = calibration
@@ -104,15 +85,9 @@ class StructPruneCallback(TrainerCallback):
         """
         if model is None:
             return
-        check_model(model, self.config)
         arch = describe(model, self.config.arch_file)
+        check(self.config, arch, model, TRAINER)
         self._dense = arch, widths_of(self.config, arch, model)
-        for space in arch.model_spaces:
-            if space.name in self._dense[1]:
-                raise StructPruneError(
-                    f"{space.name!r} belongs to the whole model, and a Trainer prunes inside the layers only; prune "
-                    "it first (`structprune prune`), then train."
-                )
         self.plan = Plan(arch.model_type, {})
         self._loading.close()
         self._loading.enter_context(
@@ -188,9 +163,8 @@ class StructPruneCallback(TrainerCallback):
             return False
         check_state(optimizer)
         averages = [Average(average, model, self.config.arch_file) for average in self.averages]
-        pruner = AutoStructPruner.from_config(replace(self.config, rounds=1, recovery=None))
-        report = Report(arch.model_type, self.config.scored_by)
-        plan = pruner.prune_to_(model, self._domains or [self._text()], smaller, report)
+        pruner = AutoStructPruner.from_config(replace(self.config, rounds=1))
+        plan = pruner.prune_to_(model, self._domains or [self._text()], smaller)
         slice_state_(optimizer, model, arch, plan)
         for average in averages:
             average.follow_(model, arch, plan)

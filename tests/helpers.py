@@ -6,9 +6,10 @@ from copy import deepcopy
 from unittest.mock import patch
 
 import torch
-from models import PRUNABLE, build, config, token_ids, tokenizer
+from models import PRUNABLE, build, config, documents, token_ids, tokenizer
 from torch import nn
 
+from optimum_structprune import DomainConfig, RecoveryConfig
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
@@ -109,3 +110,13 @@ def free_spaces(arch):
 
 
 NON_UNIFORM = [case for case in PRUNABLE if free_spaces(describe(build(case)))]
+
+
+RECOVERY_TEXT = {"domains": [DomainConfig(name=n, source=documents(200, seed=s)) for s, n in enumerate("ab")]}
+
+
+def recovery_config(**fields) -> RecoveryConfig:
+    """A short training on two domains of random words."""
+    training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
+    defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, **RECOVERY_TEXT}
+    return RecoveryConfig(**{**defaults, **fields, "training": {**training, **fields.get("training", {})}})

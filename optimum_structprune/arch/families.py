@@ -1,4 +1,4 @@
-"""Reads `families.yaml`: strict about keys, so that no datum can die unnoticed."""
+"""Reads `families.yaml`, and refuses unknown keys, because a key that nothing reads would change nothing."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BUILTIN = Path(__file__).with_name("families.yaml")
 # Keys that had another name in version 0.1.
 RENAMED = {"blocks": "layer_path", "block_class": "layer_class"}
 UNITS = ("unit", "pair", "heads", "kv", "q")
-# Why layers may not differ: a reason that no entry has to repeat.
+# Reasons why layers may not differ that no entry has to repeat.
 TEXT_ONLY = "only a text model by itself is built layer by layer"
 UNDESCRIBED = "its description names no layer_class"
-WIDTHS = re.compile(r"\w+_dim(\+\w+_dim)*")  # config keys, added up
+SUMMED_KEYS = re.compile(r"\w+_dim(\+\w+_dim)*")  # config keys, added up
 
 
-# Families of one's own that this process has read, so that their models are built where no file is at hand.
+# Families from `arch_file`s that this process has read: their models can then be built where no file is given.
 _OWN: dict[str, Family] = {}
 
 
@@ -98,7 +98,7 @@ def _parts(entry: Mapping[str, Any], where: str) -> dict[str, list[str]]:
     parts = {name: units if isinstance(units, list) else [units] for name, units in entry.items()}
     for name, units in parts.items():
         for unit in units:
-            if unit not in UNITS and not WIDTHS.fullmatch(str(unit)):
+            if unit not in UNITS and not SUMMED_KEYS.fullmatch(str(unit)):
                 raise StructPruneError(f"{where}.{name}: unknown unit {unit!r}.{did_you_mean(str(unit), UNITS)}")
     return parts
 
@@ -174,7 +174,7 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
         missing=entry.get("missing", {}),
         causal=entry.get("causal", True),
         layer=_depth(entry["layer"], f"{where}.layer") if "layer" in entry else None,
-        hidden=_stream(entry["hidden"], f"{where}.hidden") if "hidden" in entry else None,
+        hidden=_residual(entry["hidden"], f"{where}.hidden") if "hidden" in entry else None,
         layer_class=entry.get("layer_class", {}),
         uniform=entry.get("uniform", ""),
     )
@@ -193,7 +193,7 @@ def _depth(entry: Mapping[str, Any], where: str) -> Template:
     return Template(size=entry["size"], requires=entry.get("requires", {}))
 
 
-def _stream(entry: Mapping[str, Any], where: str) -> ResidualTemplate:
+def _residual(entry: Mapping[str, Any], where: str) -> ResidualTemplate:
     required = ("size", "embed", "head", "final", "norms", "in", "out")
     _only(entry, required, ("pin", "plus", "scaled", "transposed"), where)
     return ResidualTemplate(
@@ -222,7 +222,7 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
 
     Args:
         model_type: The Hugging Face model type.
-        arch_file: A file of the form of `families.yaml`, which goes before the built-in one.
+        arch_file: A file of the form of `families.yaml`, which takes precedence over the built-in one.
 
     Raises:
         StructPruneError: If the model type is not known; the message names the nearest one.
@@ -238,7 +238,7 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
 
 
 def own_families(arch_file: str | Path) -> dict[str, Family]:
-    """The families of a file of one's own, by model type; `layer_class_name` knows them from then on.
+    """The families of a user's file, by model type; `layer_class_name` knows them from then on.
 
     Args:
         arch_file: A file of the form of `families.yaml`.
@@ -249,6 +249,6 @@ def own_families(arch_file: str | Path) -> dict[str, Family]:
 
 
 def layer_class_name(model_type: str) -> str | None:
-    """Class of the layers of a model type, where these may have configs of their own."""
+    """The name of the class of a model type's layers; None where these may not have configs of their own."""
     family = {**builtin_families(), **_OWN}.get(model_type)
     return None if family is None else family.layer_class.get(model_type)

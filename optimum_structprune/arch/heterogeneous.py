@@ -1,15 +1,15 @@
 """Lets stock transformers classes build models whose layers differ in width.
 
 Transformers reads and writes `config.per_layer_config = {layer: {attribute: value}}`, but its classes cannot build
-such a model yet. While this is enabled, which importing `optimum_structprune` does,
+such a model yet. Importing `optimum_structprune` enables two patches:
 
-- a layer that `families.yaml` names is built from its own layer's config, whenever a model's config has layers that
-  differ; every other model is built as ever,
-- `save_pretrained` puts a modelling file beside such a config, for those who load it without this package.
+- A layer whose class `families.yaml` names is built from its own layer's config, whenever a model's config has layers
+  that differ. Every other model is built as before.
+- `save_pretrained` puts modelling files beside such a config, for those who load it without this package.
 
-Nothing is imported for it: the two patches (`PreTrainedModel.__init__`, `PreTrainedConfig.save_pretrained`) are made
-once transformers' own modelling code is. `OPTIMUM_STRUCTPRUNE_PATCH=0` in the environment leaves them out, and so does
-a transformers that builds such models by itself.
+Nothing is imported for this: the patches (of `PreTrainedModel.__init__` and `PreTrainedConfig.save_pretrained`) are
+made as soon as transformers' own modelling code is imported. They are left out with `OPTIMUM_STRUCTPRUNE_PATCH=0` in
+the environment, and with a transformers that builds such models by itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 VARIABLE = "OPTIMUM_STRUCTPRUNE_PATCH"
 MODELING = "transformers.modeling_utils"
 
-# What was replaced, in order: owner, name of its attribute, and what stood there.
+# What was replaced, in order: the owner, the name of its attribute, and the original value.
 _originals: list[tuple[type, str, Any]] = []
 
 
@@ -40,7 +40,7 @@ def enable_heterogeneous(arch_file: str | None = None) -> None:
     """Let transformers build non-uniform models, from now on or from when its modelling code is imported.
 
     Args:
-        arch_file: Also models of your own, described in the form of `families.yaml`.
+        arch_file: A file in the form of `families.yaml` with models of your own, which are then built as well.
     """
     if arch_file is not None:
         from .families import own_families
@@ -53,7 +53,7 @@ def enable_heterogeneous(arch_file: str | None = None) -> None:
 
 
 def disable_heterogeneous() -> None:
-    """Put everything back as transformers made it; models that exist stay as they are."""
+    """Undo the patches; models that exist stay as they are."""
     if _WATCH in sys.meta_path:
         sys.meta_path.remove(_WATCH)
     while _originals:
@@ -63,7 +63,7 @@ def disable_heterogeneous() -> None:
 
 @contextmanager
 def heterogeneous() -> Iterator[None]:
-    """Enabled inside `with`, and afterwards as before."""
+    """Enable the patches inside `with`, and leave them afterwards as they were before."""
     before = bool(_originals)
     enable_heterogeneous()
     try:
@@ -74,13 +74,18 @@ def heterogeneous() -> Iterator[None]:
 
 
 def enable_on_import() -> None:
-    """What importing the package does, unless the environment says no."""
+    """Enable the patches when the package is imported, unless the environment variable says no."""
     if os.environ.get(VARIABLE, "1") != "0":
         enable_heterogeneous()
 
 
 def layer_class(model_class: type, config: PretrainedConfig) -> type | None:
-    """The class of the layers that a model class builds; None where `families.yaml` names none."""
+    """The class of the layers that a model class builds; None where `families.yaml` names none.
+
+    Args:
+        model_class: The class of the model.
+        config: The config that the model is built from.
+    """
     from .families import layer_class_name
 
     name = layer_class_name(config.model_type)
@@ -91,7 +96,7 @@ def layer_class(model_class: type, config: PretrainedConfig) -> type | None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Waits for transformers' modelling code, and patches it as soon as it is there."""
+    """Waits until transformers' modelling code is imported, and patches it then."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -100,16 +105,16 @@ class _AfterImport(MetaPathFinder):
         if fullname != MODELING:
             return None
         sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
+        module_spec = find_spec(fullname)
+        if module_spec is not None and module_spec.loader is not None:
+            run = module_spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
                 _patch_()
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+            module_spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return module_spec
 
 
 _WATCH = _AfterImport()
@@ -121,7 +126,7 @@ def _patch_() -> None:
     if _originals or built_by_transformers():
         return
     modeling: Any = sys.modules[MODELING]
-    _replace_(modeling.PreTrainedModel, "__init__", _noticing_layers)
+    _replace_(modeling.PreTrainedModel, "__init__", _patching_layers)
     _replace_(modeling.PreTrainedConfig, "save_pretrained", _with_modeling_file)
 
 
@@ -131,7 +136,7 @@ def _replace_(owner: type, name: str, wrap: Callable[[Any], Any]) -> None:
     setattr(owner, name, wrap(original))
 
 
-def _noticing_layers(original: Callable[..., None]) -> Callable[..., None]:
+def _patching_layers(original: Callable[..., None]) -> Callable[..., None]:
     from .layer_init import with_own_config
 
     @wraps(original)

@@ -1,6 +1,6 @@
 """Builds each layer from its own config, where layers differ in width.
 
-Imports nothing of this package: the modelling file beside a saved model is made from this text.
+It is copied as it is beside every saved model whose layers differ, so it imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 
 def built_by_transformers() -> bool:
-    """Whether transformers gives layers their own configs by itself (its pull request 45332)."""
+    """Whether transformers gives layers their own configs by itself, as its pull request 45332 proposes."""
     return hasattr(import_module("transformers.integrations.heterogeneity"), "apply_heterogeneous_modeling")
 
 
 def with_own_config(init: Callable[..., None]) -> Callable[..., None]:
-    """The `__init__(config, layer_idx)` of a layer that reads its sizes from `config.per_layer_config[layer_idx]`.
+    """Make the `__init__(config, layer_idx)` of a layer read its sizes from `config.per_layer_config[layer_idx]`.
 
     Afterwards the layer and its modules hold the config that all layers share, because what is set there later, such
-    as the attention implementation, has to reach them. Where all layers are alike, it is the original `__init__`.
+    as the attention implementation, has to reach them. Where all layers are alike, the original `__init__` runs.
     """
 
     @wraps(init)
@@ -30,10 +30,10 @@ def with_own_config(init: Callable[..., None]) -> Callable[..., None]:
         if layer_idx is None or not config.is_heterogeneous:
             init(self, config, *args, **kwargs)
             return
-        own = config.per_layer_config[layer_idx]
-        init(self, own, *args, **kwargs)
+        layer_config = config.per_layer_config[layer_idx]
+        init(self, layer_config, *args, **kwargs)
         for module in self.modules():
-            if vars(module).get("config") is own:
+            if vars(module).get("config") is layer_config:
                 module.config = config
 
     build.builds_with_own_config = True  # type: ignore[attr-defined]  # a mark, so that no layer is wrapped twice

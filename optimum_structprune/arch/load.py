@@ -15,14 +15,14 @@ from .families import TEXT_ONLY, UNDESCRIBED, Family, family_of
 from .residual import residual_of
 from .shrink import text_config
 from .spaces import Shapes, meets, spaces_of
-from .spec import HIDDEN, LAYER, MODEL, WHOLE, ArchSpec, Space
+from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, ArchSpec, Space
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-TWO_HALVES = "what is not text writes to this stream too"
+NOT_ONLY_TEXT = "what is not text writes to the residual stream too"
 
 
 def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> ArchSpec:
@@ -30,7 +30,7 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
 
     Args:
         model: The model; its parameters may be on the meta device.
-        arch_file: Descriptions of your own, see `families.yaml`.
+        arch_file: A file with descriptions of your own, see `families.yaml`.
 
     Raises:
         StructPruneError: If the model type is unknown, or a parameter does not have the shape that the family's
@@ -43,7 +43,7 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
     if family.text is not None:
         config, prefix = text_config(config), f"{prefix}{family.text}."
         family = family_of(config.model_type, arch_file)
-        family = replace(family, hidden=None, missing={**family.missing, HIDDEN: TWO_HALVES})
+        family = replace(family, hidden=None, missing={**family.missing, HIDDEN: NOT_ONLY_TEXT})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     arch = resolve(family, config, shapes, prefix)
     if config is model.config:
@@ -59,7 +59,7 @@ def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:
 
 
 def put_layers_(model: nn.Module, arch: ArchSpec, layers: Iterable[nn.Module]) -> None:
-    """Put other layers, fewer perhaps, in the place of those of a model that has one list of them."""
+    """Put other layers in the place of those of a model that has one list of them; there may be fewer of them."""
     modules = _layers_at(model, arch.layer_path)
     del modules[:]
     modules.extend(layers)
@@ -82,55 +82,67 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
     """Fill in a family's templates for one model.
 
     Args:
-        family: The description.
-        config: The model's config; gives the head counts.
-        shapes: Name and shape of every tensor in the state dict.
-        prefix: Path of the base model inside the model, with the dot.
+        family: The description of the family.
+        config: The model's config; it gives the head counts.
+        shapes: The name and shape of every tensor in the state dict.
+        prefix: The path of the base model inside the model, with the dot.
+
+    Raises:
+        StructPruneError: If there are no layers where the family says, or a parameter is missing or has another shape.
     """
     stacks: list[tuple[str, int]] = []
-    sizes: list[int] = []
-    found: list[Space] = []
+    layer_params: list[int] = []
+    spaces: list[Space] = []
     for path in family.layer_paths:
         full_path = f"{prefix}{path}"
-        own = _sizes(full_path, shapes)
-        if not own:
+        params_here = _layer_params(full_path, shapes)
+        if not params_here:
             raise StructPruneError(
                 f"A {config.model_type} model should have its layers at {full_path!r}; nothing is there."
             )
-        for index in range(len(own)):
+        for index in range(len(params_here)):
             for name, template in family.spaces.items():
                 if template.within in (None, path):
-                    layer = len(sizes) + index
-                    own_config = config.per_layer_config[layer] if config.is_heterogeneous else config
-                    found += spaces_of(name, template, layer, f"{full_path}.{index}.", shapes, own_config)
-        stacks.append((full_path, len(own)))
-        sizes += own
+                    layer = len(layer_params) + index
+                    layer_config = config.per_layer_config[layer] if config.is_heterogeneous else config
+                    spaces += spaces_of(name, template, layer, f"{full_path}.{index}.", shapes, layer_config)
+        stacks.append((full_path, len(params_here)))
+        layer_params += params_here
     places = [f"{path}.{index}." for path, count in stacks for index in range(count)]
-    stream = residual_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
+    residual = residual_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
     return ArchSpec(
         model_type=config.model_type,
         layer_path=stacks[0][0],
-        layer_params=tuple(sizes),
-        spaces=tuple(found),
+        layer_params=tuple(layer_params),
+        spaces=tuple(spaces),
         missing=(*family.missing.items(), *_refused(family, config)),
         stacks=tuple(stacks),
         causal=family.causal,
-        model_spaces=(*_depth(family, config, sizes), *([] if stream is None else [stream.space])),
-        stream=stream,
+        model_spaces=(*_depth(family, config, layer_params), *([] if residual is None else [residual.space])),
+        residual=residual,
         uniform="" if config.model_type in family.layer_class else family.uniform or UNDESCRIBED,
     )
 
 
-def _depth(family: Family, config: PretrainedConfig, sizes: list[int]) -> Iterator[Space]:
+def _depth(family: Family, config: PretrainedConfig, layer_params: list[int]) -> Iterator[Space]:
     if family.layer is not None and meets(config, family.layer):
-        key, count = family.layer.size, len(sizes)
-        mean = round(sum(sizes) / count)
+        key, count = family.layer.size, len(layer_params)
+        mean = round(sum(layer_params) / count)
         yield Space(
-            LAYER, MODEL, count, (), (), config=((key, 1),), pins=(), unit_params=mean, unit=LAYER, uniform=WHOLE
+            LAYER,
+            MODEL,
+            count,
+            (),
+            (),
+            config=((key, 1),),
+            pins=(),
+            unit_params=mean,
+            unit=LAYER,
+            uniform=ONE_PER_MODEL,
         )
 
 
-def _sizes(layer_path: str, shapes: Shapes) -> list[int]:
+def _layer_params(layer_path: str, shapes: Shapes) -> list[int]:
     sizes: dict[int, int] = {}
     for name, shape in shapes.items():
         if name.startswith(f"{layer_path}."):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import AutoModel, AutoModelForCausalLM
 
 from ..errors import StructPruneError
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -> Any:
-    """What loads a model: the causal language model of its type, or the class that it was saved as where that is an
-    encoder, an encoder-decoder or a multimodal model.
+    """The class that loads a model: the causal language model of its type, or for an encoder, an encoder-decoder and a
+    multimodal model the class that it was saved as.
     """
     try:
         family = family_of(config.model_type, arch_file)
@@ -41,10 +42,10 @@ def meta_model(
     """The model that a config describes, on the meta device: names and shapes, but no memory.
 
     Args:
-        config: Of the model.
-        arch_file: Descriptions of your own, see `families.yaml`.
-        dtype: Of the parameters; None takes what the config says.
-        trust_remote_code: Run code that comes with the model.
+        config: The config of the model.
+        arch_file: A file with descriptions of your own, see `families.yaml`.
+        dtype: The dtype of the parameters; None takes the one in the config.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         StructPruneError: If transformers cannot build the model.
@@ -62,7 +63,14 @@ def meta_model(
     return model.eval() if dtype is None else model.eval().to(dtype)
 
 
-def skeleton(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """A model of the same class with `config`, on the meta device: shapes without memory."""
-    with torch.device("meta"), heterogeneous():
+def skeleton(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = False) -> PreTrainedModel:
+    """A model of the same class with another config, on the meta device: shapes without memory.
+
+    Args:
+        model: The model whose class is taken.
+        config: The config of the skeleton.
+        buffers: Whether buffers, such as a scale that depends on the width, get their values, on the CPU.
+    """
+    device = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
+    with device, heterogeneous():
         return type(model)(config)

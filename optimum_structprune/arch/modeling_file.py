@@ -1,9 +1,9 @@
-"""The modelling file beside a non-uniform model: for those who load it without this package."""
+"""The modelling files beside a non-uniform model, for those who load it without this package."""
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
+from shutil import copyfile
 from typing import TYPE_CHECKING
 
 from . import layer_init
@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 MODULE = "modeling_structprune"
 
-HEAD = '''"""Layers of different widths, from `per_layer_config` in config.json, as stock {language_model}.
+TEMPLATE = '''"""Layers of different widths, from `per_layer_config` in config.json, as stock {language_model}.
 
 Written by optimum-structprune and independent of it, for `from_pretrained(…, trust_remote_code=True)`.
 With optimum-structprune imported, or a transformers that builds such models by itself, this file is not needed.
 """
-'''
 
-CLASSES = '''
+from {package} import {module} as stock
+
+from .layer_init import own_configs
+
 
 class OwnConfigs:
     def __init__(self, config, *args, **kwargs):
@@ -49,14 +51,18 @@ class {language_model}(OwnConfigs, stock.{language_model}):
 
 
 def add_modeling_file(config: PretrainedConfig, folder: str | Path) -> None:
-    """Write `modeling_structprune.py` beside a config whose layers differ, and enter it in the config's `auto_map`.
+    """Write two files beside a config whose layers differ, and enter the first in the config's `auto_map`.
+
+    The first is `modeling_structprune.py`, which names the stock classes of the model. It imports the second,
+    `layer_init.py`, a copy of the file in this package. Whenever transformers copies the first, it also copies
+    what that imports from beside it.
 
     A config that this package did not make, because its layers are alike or its model type is not described, is left
     alone.
 
     Args:
-        config: About to be saved.
-        folder: Where to; made if need be.
+        config: The config that is about to be saved.
+        folder: The folder to write to; it is made if need be.
     """
     # Only here, because importing the classes of all models takes long.
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -66,18 +72,13 @@ def add_modeling_file(config: PretrainedConfig, folder: str | Path) -> None:
         return
     language_model, base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], MODEL_MAPPING[type(config)]
     assert isinstance(language_model, type) and isinstance(base, type)
-    names = {"language_model": language_model.__name__, "base": base.__name__, "layer": layer}
-    heart = inspect.getsource(layer_init).partition('"""\n\n')[2]
     package, _, module = language_model.__module__.rpartition(".")
-    heart = heart.replace(
-        "from typing import Any\n", f"from typing import Any\n\nfrom {package} import {module} as stock\n"
-    )
-    text = HEAD.format(**names) + "\n" + heart + CLASSES.format(**names)
+    names = {"language_model": language_model.__name__, "base": base.__name__, "layer": layer}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / f"{MODULE}.py").write_text(text)
-    others = getattr(config, "auto_map", None) or {}
-    ours = {"AutoModelForCausalLM": f"{MODULE}.{names['language_model']}", "AutoModel": f"{MODULE}.{names['base']}"}
-    config.auto_map = {**others, **ours}
+    (Path(folder) / f"{MODULE}.py").write_text(TEMPLATE.format(package=package, module=module, **names))
+    copyfile(layer_init.__file__, Path(folder) / Path(layer_init.__file__).name)
+    entries = {"AutoModelForCausalLM": f"{MODULE}.{names['language_model']}", "AutoModel": f"{MODULE}.{names['base']}"}
+    config.auto_map = {**(getattr(config, "auto_map", None) or {}), **entries}
 
 
 def forget_modeling_file(config: PretrainedConfig) -> None:

@@ -1,4 +1,4 @@
-"""What is looked at before a model is pruned: adapters, quantization, and wishes that it cannot meet."""
+"""Checks of a model before it is pruned: adapters, quantization, offloaded weights and the number of positions."""
 
 from __future__ import annotations
 
@@ -23,15 +23,25 @@ MERGE_INJECTED = (
 
 
 def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
-    """Refuse what cannot be pruned.
+    """Refuse a model that cannot be pruned.
+
+    Args:
+        model: The model.
+        config: The config of the run, for the length of its samples.
 
     Raises:
-        StructPruneError: If the model carries an adapter, is quantized, or has too few positions.
+        StructPruneError: If the model carries an adapter, is quantized, has offloaded weights, or has fewer positions
+            than a sample has tokens.
     """
     check_no_adapter(model)
     name = type(model).__name__
     if is_quantized(model):
         raise StructPruneError(f"{name} is quantized; prune `model.dequantize()`, or load it without quantization.")
+    if offloaded := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise StructPruneError(
+            f"{len(offloaded)} parameters of this {name} are offloaded, such as {offloaded[0]}, and pruning needs all "
+            "of them in memory; load the model without offloading, on the CPU or over several devices."
+        )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if config.stats is None and longest is not None and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
@@ -57,16 +67,16 @@ def check_no_adapter(model: PreTrainedModel) -> None:
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
-    """Whether transformers takes the model for a quantized one."""
+    """Whether transformers regards the model as quantized."""
     return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False))
 
 
 def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
-    """A quantized model with its weights unpacked; any other as it is.
+    """A quantized model with its weights unpacked; any other model as it is.
 
     Args:
         model: The model.
-        inplace: Unpack `model` itself instead of a copy.
+        inplace: Whether to unpack `model` itself instead of a copy.
 
     Raises:
         StructPruneError: If transformers cannot undo the quantization; the message gives the reason. Nothing has
@@ -77,29 +87,30 @@ def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
     check_no_adapter(model)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "an unknown method")
-    what = f"{type(model).__name__} is quantized with {getattr(method, 'value', method)}"
+    problem = f"{type(model).__name__} is quantized with {getattr(method, 'value', method)}"
     if quantizer is None:
-        raise StructPruneError(f"{what} and has no quantizer to undo it; load it without quantization.")
-    work = model if inplace else deepcopy(model)
-    if _unpacked(work):
-        # A GGUF file is unpacked while it is loaded, and only the flag of a quantized model stays.
-        quantizer.remove_quantization_config(work)
-        return work
+        raise StructPruneError(f"{problem} and has no quantizer to undo it; load it without quantization.")
+    plain = model if inplace else deepcopy(model)
+    if _unpacked(plain):
+        # A GGUF file is unpacked while it is loaded; all that remains is the flag of a quantized model.
+        quantizer.remove_quantization_config(plain)
+        return plain
     try:
-        return work.dequantize()
+        return plain.dequantize()
     except NotImplementedError as error:
         raise StructPruneError(
-            f"{what}, which transformers cannot undo ({' '.join(str(error).split())}); load it without quantization."
+            f"{problem}, which transformers cannot undo ({' '.join(str(error).split())}); load it without "
+            "quantization."
         ) from error
 
 
 def _unpacked(model: PreTrainedModel) -> bool:
     """Whether the model is made of the same modules and shapes as one that was never quantized."""
     dense = skeleton(model, model.config)
-    found = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in model.named_parameters()}
+    parameters = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in model.named_parameters()}
     return (
         {name: type(module) for name, module in model.named_modules()}
         == {name: type(module) for name, module in dense.named_modules()}
-        and found == {name: (tensor.shape, True) for name, tensor in dense.named_parameters()}
+        and parameters == {name: (tensor.shape, True) for name, tensor in dense.named_parameters()}
         and all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
     )

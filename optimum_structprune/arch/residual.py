@@ -7,9 +7,9 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from ..errors import StructPruneError
-from .families import ResidualTemplate, Template
-from .spaces import Shapes, rows_per_unit
-from .spec import HIDDEN, MODEL, WHOLE, Axis, Read, ResidualStream, Space
+from .families import ResidualTemplate
+from .spaces import Shapes, heads_of
+from .spec import HIDDEN, MODEL, ONE_PER_MODEL, Axis, Read, ResidualStream, Space
 
 
 if TYPE_CHECKING:
@@ -22,19 +22,19 @@ def residual_of(
     """The residual stream of a model.
 
     Args:
-        template: Its description.
-        shapes: Name and shape of every tensor in the state dict.
+        template: The description of the residual stream.
+        shapes: The name and shape of every tensor in the state dict.
         config: The model's config.
-        prefix: Path of the base model inside the model, with the dot.
-        layers: Full names of the layers, each with the dot.
+        prefix: The path of the base model inside the model, with the dot.
+        layers: The full names of the layers, each with the dot.
 
     Raises:
-        StructPruneError: If a parameter is missing or is not as wide as the stream.
+        StructPruneError: If a parameter is missing or does not have as many channels as the residual stream.
     """
     size = getattr(config, template.size)
     embed, final = (f"{prefix}{module}.weight" for module in (template.embed, template.final))
     norms = [f"{layer}{name}.weight" for layer in layers for name in template.norms]
-    reads = [read for layer, layer in enumerate(layers) for read in _reads(template, layer, layer, shapes)]
+    reads = [read for index, layer in enumerate(layers) for read in _reads(template, index, layer, shapes)]
     writers = [
         axis for layer in layers for module in template.out for axis in _writers(layer + module, template, shapes)
     ]
@@ -44,15 +44,14 @@ def residual_of(
         into.append(Axis(f"{template.head}.weight", 1))
     for axis in (*out, *into):
         if axis.param not in shapes or shapes[axis.param][axis.dim] != size:
-            found = (
+            problem = (
                 f"{axis.param} has shape {shapes[axis.param]}" if axis.param in shapes else f"{axis.param} is missing"
             )
             raise StructPruneError(
-                f"{found}; the description of {config.model_type!r} says that its dimension {axis.dim} is the "
+                f"{problem}; the description of {config.model_type!r} says that its dimension {axis.dim} is the "
                 f"{size} channels of {template.size}."
             )
     inside = [axis for axis in (*out, *into) if axis.param.startswith(tuple(layers))]
-    head_dim = rows_per_unit(config, Template(template.size))["kv"]
     space = Space(
         HIDDEN,
         MODEL,
@@ -60,10 +59,10 @@ def residual_of(
         tuple(out),
         tuple(into),
         config=((template.size, 1),),
-        pins=tuple((key, head_dim) for key in template.pin),
-        # Those inside the layers, of which `sparsity` is a share.
+        pins=tuple((key, heads_of(config).head_dim) for key in template.pin),
+        # Only the parameters inside the layers count, because `sparsity` is a share of those.
         unit_params=sum(prod(shapes[axis.param]) // size for axis in inside),
-        uniform=WHOLE,
+        uniform=ONE_PER_MODEL,
     )
     reads.append(Read(MODEL, final.removesuffix(".weight"), (), norm=True))
     names = tuple(axis.param for axis in writers)
@@ -85,7 +84,9 @@ def _writers(module: str, template: ResidualTemplate, shapes: Shapes) -> Iterato
 
 
 def _matrix(module: str, dim: int, template: ResidualTemplate, shapes: Shapes) -> Iterator[Axis]:
-    """The weight of a module, or a parameter that stacks the matrices of all experts; none where there is neither."""
+    """The axis of a module's weight, or of a parameter that stacks the matrices of all experts; nothing where there is
+    neither.
+    """
     if f"{module}.weight" in shapes:
         yield Axis(f"{module}.weight", 2 + dim)
     elif module in shapes:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 EXPERT_MULTIPLE = 8
+# Config keys that change with the number of layers: those that count layers from the first one,
+COUNTS = ("max_window_layers", "first_k_dense_replace")
+# those that list the indices of some layers,
+INDICES = ("mlp_only_layers",)
+# and lists that never have one entry per layer, even where they happen to be as long.
+OTHER_LISTS = ("architectures", "bad_words_ids", "eos_token_id", "pos_att_type", "suppress_tokens")
 
 
 def shrunk_config(
@@ -28,15 +34,15 @@ def shrunk_config(
 ) -> PretrainedConfig:
     """A copy of `config` with new sizes.
 
-    Where layers come out with different sizes, the config has the largest, and `per_layer_config` those of the layers
-    that have less.
+    Where layers get different sizes, the config has the largest, and `per_layer_config` those of the layers that have
+    less.
 
     Args:
         config: The dense model's config.
-        arch: Its description.
-        sizes: New number of units, by kind of space: one number, or one per layer.
-        biased: Names of spaces whose projections get a bias.
-        stay: Layers that stay, where `sizes` says how many; the first ones if it is not known yet.
+        arch: The description of the dense model.
+        sizes: The new widths by kind of space: one number, or one per layer.
+        biased: The spaces whose projections get a bias.
+        stay: The layers that stay, ascending, where `sizes` says how many; the first ones if it is not known yet.
 
     Raises:
         StructPruneError: If the config class refuses the sizes.
@@ -71,12 +77,12 @@ def _set_sizes_(
     text: PretrainedConfig, per_layer: dict[int, dict[str, Any]], arch: ArchSpec, name: str, sizes: Widths
 ) -> None:
     widths = {space.layer: space.width_in(sizes) for space in arch.of(name)}
-    most = max(widths.values())
+    widest = max(widths.values())
     for key, per_unit in arch.of(name)[0].config:
-        setattr(text, key, most * per_unit)
+        setattr(text, key, widest * per_unit)
         for layer, width in widths.items():
             per_layer.setdefault(layer, {}).pop(key, None)
-            if width < most:
+            if width < widest:
                 per_layer[layer][key] = width * per_unit
 
 
@@ -87,7 +93,8 @@ def _set_per_layer_(text: PretrainedConfig, per_layer: dict[int, dict[str, Any]]
         forget_modeling_file(text)
         return
     text.per_layer_config = differing  # type: ignore[assignment]  # keys may be numbers or strings
-    # Config classes and rotary embeddings read a head count, to derive what a pinned head_dim already says.
+    # Config classes and rotary embeddings read the head count from the model's config, though only to derive the head
+    # dimension, which a pinned head_dim already gives.
     heads = {key for space in arch.spaces if space.unit == GROUP for key, _ in space.config}
     if any(key in heads for values in differing.values() for key in values):
         text.allow_global_per_layer_attribute_access = True
@@ -99,10 +106,16 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> list[int]:
-    """Every number of units that a plain config of this model can express for the space `name`, ascending.
+    """Every width that a plain config of this model can express for the space `name`, ascending.
 
-    Channels, experts and layers may have any number. Each number of KV groups or heads is tried against the config
-    class's own validation. Widths inside experts are multiples of 8: the grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes.
+    Any number of channels, experts and layers is legal. Each number of KV groups or heads is tried against the config
+    class's own validation. Widths inside experts are multiples of 8, because the grouped matrix product that
+    transformers runs experts with takes only rows of whole 16 bytes.
+
+    Args:
+        config: The model's config.
+        arch: The description of the model.
+        name: The kind of space.
     """
     space = max(arch.of(name), key=lambda space: space.width)
     if space.experts is not None and space.inside:
@@ -124,30 +137,20 @@ def _accepts(config: PretrainedConfig, arch: ArchSpec, sizes: Widths) -> bool:
     return True
 
 
-COUNTS = ("max_window_layers", "first_k_dense_replace")  # so many layers from the first
-
-
-INDICES = ("mlp_only_layers",)  # the numbers of some layers
-
-
-# Lists that are never one entry a layer, even where they happen to be as long.
-APART = ("architectures", "bad_words_ids", "eos_token_id", "pos_att_type", "suppress_tokens")
-
-
 def cut_depth_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None:
-    """Cut every list with one entry a layer, and renumber what names or counts layers.
+    """Cut every list of a config that has one entry per layer, and renumber what names or counts layers.
 
-    A list with one entry a layer is known by its length; transformers has no other mark for it.
+    A list with one entry per layer is recognised by its length; transformers marks it in no other way.
 
     Args:
-        config: Of the model that has the layers; it is changed.
-        keep: Layers that stay, ascending.
-        size: Number of layers before.
+        config: The config of the model that has the layers; it is changed.
+        keep: The layers that stay, ascending.
+        size: The number of layers before.
     """
     for key, value in list(vars(config).items()):
         if key in COUNTS and value is not None:
             setattr(config, key, sum(layer < value for layer in keep))
         elif key in INDICES and value is not None:
             setattr(config, key, [place for place, layer in enumerate(keep) if layer in value])
-        elif isinstance(value, (list, tuple)) and len(value) == size and key not in APART:
+        elif isinstance(value, (list, tuple)) and len(value) == size and key not in OTHER_LISTS:
             setattr(config, key, type(value)(value[layer] for layer in keep))

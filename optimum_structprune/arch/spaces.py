@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import StructPruneError
 from .families import Template
@@ -18,18 +18,56 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+class Heads(NamedTuple):
+    """The attention heads of a config: how many there are, in how many KV groups, and the channels of each."""
+
+    heads: int
+    groups: int
+    head_dim: int
+
+
+class Dims(NamedTuple):
+    """The dimensions of a projection's parameters: rows and columns of the weight, and rows of the bias."""
+
+    rows: int
+    columns: int
+    bias_rows: int
+
+
+# How weights are stored: (out, in) as in `nn.Linear`, (in, out) as in GPT-2, and both stacked over experts.
+LINEAR, TRANSPOSED = Dims(0, 1, 0), Dims(1, 0, 0)
+STACKED, STACKED_TRANSPOSED = Dims(1, 2, 1), Dims(2, 1, 1)
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The producers and consumers of one template in one layer.
+
+    Attributes:
+        size: The number of units.
+        out: The axes of the producers.
+        into: The axes of the consumers.
+        biased: Whether all consumers have a bias.
+    """
+
+    size: int
+    out: list[Axis]
+    into: list[Axis]
+    biased: bool
+
+
 def spaces_of(
     name: str, template: Template, layer: int, prefix: str, shapes: Shapes, config: PretrainedConfig
 ) -> Iterator[Space]:
     """The spaces that a template makes of one layer: none, one, or one per expert.
 
     Args:
-        name: Of the space.
-        template: Its description.
-        layer: Index of the layer.
-        prefix: Its full name, with the dot.
-        shapes: Name and shape of every tensor in the state dict.
-        config: The model's config; gives the head counts.
+        name: The name of the space.
+        template: The description of the space.
+        layer: The index of the layer.
+        prefix: The full name of the layer, with the dot.
+        shapes: The name and shape of every tensor in the state dict.
+        config: The model's config; it gives the head counts.
 
     Raises:
         StructPruneError: If a parameter is missing or does not have the shape that the template says.
@@ -59,7 +97,7 @@ def spaces_of(
     elif template.experts is not None:
         yield from _inside_experts(base, template, shapes, units)
     else:
-        yield from _plain(base, template, prefix, shapes, units)
+        yield from _inside_layer(base, template, prefix, shapes, units)
 
 
 def meets(config: PretrainedConfig, template: Template) -> bool:
@@ -67,11 +105,16 @@ def meets(config: PretrainedConfig, template: Template) -> bool:
     return all(getattr(config, key, None) in values for key, values in template.requires.items())
 
 
-def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
-    """Rows of a weight that one unit owns, by the words that templates use for it."""
+def heads_of(config: PretrainedConfig) -> Heads:
+    """The attention heads of a config, with what transformers derives where the config does not say it."""
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Heads(heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
+    """The rows of a weight that one unit owns, by the words that templates use for it."""
+    heads, groups, head_dim = heads_of(config)
     units = {"unit": 1, "pair": 2, "heads": heads // groups, "kv": head_dim, "q": head_dim * (heads // groups)}
     for parts in (*template.out.values(), *template.into.values(), *template.along.values()):
         for part in parts:
@@ -80,14 +123,18 @@ def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int
     return units
 
 
-def _plain(base: Space, template: Template, prefix: str, shapes: Shapes, units: Mapping[str, int]) -> Iterator[Space]:
+def _inside_layer(
+    base: Space, template: Template, prefix: str, shapes: Shapes, units: Mapping[str, int]
+) -> Iterator[Space]:
     names = f"{prefix}{{}}.weight", f"{prefix}{{}}.bias"
-    dims = (1, 0, 0) if template.transposed else (0, 1, 0)
-    for size, out, into, biased in _projections(template, names, dims, shapes, units):
-        for param, parts in template.along.items():
-            if f"{prefix}{param}" in shapes:
-                out += _axes(f"{prefix}{param}", 0, parts, size, shapes, units)
-        yield _with_axes(replace(base, size=size, biased=biased), out, into, shapes)
+    projections = _projections(template, names, TRANSPOSED if template.transposed else LINEAR, shapes, units)
+    if projections is None:
+        return
+    out = list(projections.out)
+    for param, parts in template.along.items():
+        if f"{prefix}{param}" in shapes:
+            out += _axes(f"{prefix}{param}", 0, parts, projections.size, shapes, units)
+    yield _with_axes(replace(base, size=projections.size, biased=projections.biased), out, projections.into, shapes)
 
 
 def _whole_experts(base: Space, router: str, shapes: Shapes) -> Iterator[Space]:
@@ -103,45 +150,41 @@ def _whole_experts(base: Space, router: str, shapes: Shapes) -> Iterator[Space]:
 def _inside_experts(base: Space, template: Template, shapes: Shapes, units: Mapping[str, int]) -> Iterator[Space]:
     """One space per expert, in parameters that stack the experts' matrices."""
     names = f"{base.experts}.{{}}", f"{base.experts}.{{}}_bias"
-    dims = (2, 1, 1) if template.transposed else (1, 2, 1)
-    for size, out, into, biased in _projections(template, names, dims, shapes, units):
-        for expert in range(shapes[out[0].param][0]):
-            mine = replace(base, name=f"{base.name}/{expert}", size=size, biased=biased)
-            own_out, own_into = ([replace(axis, part=expert) for axis in axes] for axes in (out, into))
-            yield _with_axes(mine, own_out, own_into, shapes)
+    dims = STACKED_TRANSPOSED if template.transposed else STACKED
+    projections = _projections(template, names, dims, shapes, units)
+    if projections is None:
+        return
+    for expert in range(shapes[projections.out[0].param][0]):
+        space = replace(base, name=f"{base.name}/{expert}", size=projections.size, biased=projections.biased)
+        out, into = ([replace(axis, part=expert) for axis in axes] for axes in (projections.out, projections.into))
+        yield _with_axes(space, out, into, shapes)
 
 
 def _projections(
-    template: Template,
-    names: tuple[str, str],
-    dims: tuple[int, int, int],
-    shapes: Shapes,
-    units: Mapping[str, int],
-) -> Iterator[tuple[int, list[Axis], list[Axis], bool]]:
-    """Number of units, axes of the producers and of the consumers, and whether these have biases; nothing where the
-    first producer is not there.
+    template: Template, names: tuple[str, str], dims: Dims, shapes: Shapes, units: Mapping[str, int]
+) -> Projections | None:
+    """The producers and consumers of a template; None where the first producer is not there.
 
     Args:
-        template: Names the projections.
-        names: How a projection's weight and bias are called, with braces for its own name.
-        dims: Dimension of the rows and of the columns of a weight, and of the rows of a bias.
-        shapes: Name and shape of every tensor.
-        units: Rows per unit.
+        template: The description that names the projections.
+        names: The patterns of the names of a projection's weight and bias, with braces for its own name.
+        dims: The dimensions of the weights and biases.
+        shapes: The name and shape of every tensor.
+        units: The number of rows per unit.
     """
     weight, bias = (name.format for name in names)
-    rows, columns, bias_rows = dims
     first, parts = next(iter(template.out.items()))
     if weight(first) not in shapes:
-        return
-    size = shapes[weight(first)][rows] // sum(units[part] for part in parts)
+        return None
+    size = shapes[weight(first)][dims.rows] // sum(units[part] for part in parts)
     out, into = [], []
     for name, parts in template.out.items():
-        out += _axes(weight(name), rows, parts, size, shapes, units)
+        out += _axes(weight(name), dims.rows, parts, size, shapes, units)
         if bias(name) in shapes:
-            out += _axes(bias(name), bias_rows, parts, size, shapes, units)
+            out += _axes(bias(name), dims.bias_rows, parts, size, shapes, units)
     for name, parts in template.into.items():
-        into += _axes(weight(name), columns, parts, size, shapes, units)
-    yield size, out, into, all(bias(name) in shapes for name in template.into)
+        into += _axes(weight(name), dims.columns, parts, size, shapes, units)
+    return Projections(size, out, into, all(bias(name) in shapes for name in template.into))
 
 
 def _with_axes(space: Space, out: list[Axis], into: list[Axis], shapes: Shapes) -> Space:

@@ -12,9 +12,10 @@ LAYER = "layer"  # the space whose units are whole layers
 HIDDEN = "hidden"  # the space whose units are channels of the residual stream
 EXPERT = "expert"  # the space whose units are whole experts
 CHANNEL, GROUP = "channel", "group"  # units inside a layer: single channels, and KV heads with their query heads
-WHOLE = "it belongs to the whole model"
-# Widths by kind of space: one number for all layers, or one per layer, where layers that are not named stay whole.
-Widths = Mapping[str, "int | Mapping[int, int]"]
+ONE_PER_MODEL = "it belongs to the whole model"
+# One number for all layers, or one per layer, where layers that are not named keep their full width.
+Width = int | Mapping[int, int]
+Widths = Mapping[str, Width]  # by kind of space
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,12 @@ class Axis:
     Unit `i` owns the indices `[offset + i * per_unit, offset + (i + 1) * per_unit)` of dimension `dim` of `param`.
 
     Attributes:
-        param: Full name of the parameter in the model's state dict.
+        param: The full name of the parameter in the model's state dict.
         dim: The dimension, counted from the front.
-        per_unit: Indices per unit (1 for a channel, the head dimension for a KV head).
-        offset: First index of unit 0 (non-zero in packed weights).
-        part: Only this index of dimension 0: one expert of a parameter that stacks the experts' matrices.
+        per_unit: The number of indices per unit (1 for a channel, the head dimension for a KV head).
+        offset: The first index of unit 0; it is not 0 for the later parts of a packed weight.
+        part: The only index of dimension 0 that the axis lies in: one expert of a parameter that stacks the matrices
+            of all experts. None for a parameter that is one matrix or vector.
     """
 
     param: str
@@ -38,12 +40,12 @@ class Axis:
     part: int | None = None
 
     def indices(self, keep: Sequence[int]) -> list[int]:
-        """Indices of `dim` that the units in `keep` own, in order."""
+        """The indices of `dim` that the units in `keep` own, in order."""
         return [self.offset + unit * self.per_unit + i for unit in keep for i in range(self.per_unit)]
 
     @property
     def module(self) -> str:
-        """Full name of the module that holds the parameter."""
+        """The full name of the module that holds the parameter."""
         return self.param.rpartition(".")[0]
 
 
@@ -52,22 +54,23 @@ class Space:
     """One removable dimension of one layer, or of the whole model.
 
     Attributes:
-        name: Kind of space, such as `mlp` or `attention`; where a layer has several of a kind that share their width
-            and choose their own units, such as the experts' channels, a slash and a label follow.
-        layer: Index of the layer; `MODEL` where the space belongs to all of them.
-        size: Number of units.
-        out: Axes of the producers (rows).
-        into: Axes of the consumers (columns); their inputs are observed and their weights refitted.
+        name: The kind of space, such as `mlp` or `attention`. Where a layer has several spaces of a kind that share
+            their width and choose their own units, such as the experts' channels, a slash and a label follow.
+        layer: The index of the layer; `MODEL` where the space belongs to all of them.
+        size: The number of units.
+        out: The axes of the producers (rows).
+        into: The axes of the consumers (columns); their inputs are observed and their weights refitted.
         config: Pairs of a config key and its value per unit.
         pins: Config keys and values that must be written out, because they would otherwise be derived.
-        unit_params: Parameters that go with one unit, over all axes.
-        bias_flag: Config key that gives the consumers of this space a bias, where the architecture has one.
+        unit_params: The number of parameters that go with one unit, over all axes.
+        bias_flag: The config key that gives the consumers of this space a bias, where the architecture has one.
         biased: Whether the consumers have a bias.
-        scale: Units per unit of the width in the config.
-        least: Smallest width that the config allows.
-        experts: Full name of the module that holds the experts, where its routed input is what is observed.
+        scale: The number of units per unit of the width in the config. It is 1 unless the module's width is a multiple
+            of the one in the config, as that of several shared experts in one module is.
+        least: The smallest width that the config allows.
+        experts: The full name of the module that holds the experts, where its routed input is what is observed.
         unit: What one unit is: `CHANNEL`, `GROUP`, `EXPERT` or `LAYER`.
-        uniform: Why all layers have to keep the same width; empty where they need not.
+        uniform: The reason why all layers have to keep the same width; empty where they need not.
     """
 
     name: str
@@ -98,7 +101,7 @@ class Space:
 
     @property
     def inside(self) -> bool:
-        """Whether the units lie inside a layer and leave it one: they are neither layers nor whole experts."""
+        """Whether the units lie inside a layer or an expert: they are neither whole layers nor whole experts."""
         return self.unit in (CHANNEL, GROUP)
 
     @property
@@ -112,7 +115,7 @@ class Space:
         return self.size // self.scale
 
     def width_in(self, widths: Widths) -> int:
-        """The width that `widths` gives to this space; its own where they are silent."""
+        """The width that `widths` gives to this space; the present one where `widths` does not name it."""
         given = widths.get(self.kind, self.width)
         return given if isinstance(given, int) else given.get(self.layer, self.width)
 
@@ -122,9 +125,10 @@ class Read:
     """A place where the residual stream is read.
 
     Attributes:
-        layer: Index of the layer; `MODEL` for the head.
-        tap: Full name of the module whose input is the stream itself: a norm, or where there is none, a reader.
-        readers: Consumers of what comes from there.
+        layer: The index of the layer; `MODEL` for the head.
+        tap: The full name of the module whose input is the residual stream itself: a norm, or where there is none,
+            one of the readers.
+        readers: The consumers of what comes from there.
         norm: Whether the tap is a norm.
     """
 
@@ -139,11 +143,11 @@ class ResidualStream:
     """The residual stream of a model whose norms divide by the root of the mean square.
 
     Attributes:
-        space: Its channels; `out` holds the embedding, the writers and the norms.
-        embed: Full name of the embedding's weight.
-        writers: Full names of all that is written with, weights and biases.
-        reads: Where it is read, in the order of the forward pass; the last one is the head's.
-        plus: What transformers adds to the weights of norms.
+        space: The channels as a space; its `out` holds the embedding, the writers and the norms.
+        embed: The full name of the embedding's weight.
+        writers: The full names of all parameters that write to the residual stream, weights and biases.
+        reads: The places where it is read, in the order of the forward pass; the last one is the head's.
+        plus: The number that transformers adds to the weights of norms.
         scaled: Whether transformers multiplies embeddings by the root of the number of channels.
     """
 
@@ -161,15 +165,15 @@ class ArchSpec:
 
     Attributes:
         model_type: The Hugging Face model type.
-        layer_path: Dotted path of the list of layers; the first one where there are several.
-        layer_params: Number of parameters of each layer.
+        layer_path: The dotted path of the list of layers; the first one where there are several.
+        layer_params: The number of parameters of each layer.
         spaces: Every space of every layer, in the order in which a layer is pruned.
-        missing: Why a space that users ask for is not offered, by name.
-        stacks: Paths of the lists of layers and how many each holds, where layers count through several.
+        missing: Pairs of a space that users ask for and the reason why it is not offered.
+        stacks: The paths of the lists of layers and how many each holds, where layers count through several.
         causal: Whether the model predicts the next token, and perplexity measures it.
-        wide: The spaces of the whole model, which go before those of the layers.
-        stream: The residual stream, where its channels are one of these spaces.
-        uniform: Why all layers have to keep the same width; empty where they need not.
+        model_spaces: The spaces of the whole model, which are pruned before those of the layers.
+        residual: The residual stream, where its channels are one of these spaces.
+        uniform: The reason why all layers have to keep the same width; empty where they need not.
     """
 
     model_type: str
@@ -180,17 +184,17 @@ class ArchSpec:
     stacks: tuple[tuple[str, int], ...] = ()
     causal: bool = True
     model_spaces: tuple[Space, ...] = ()
-    stream: ResidualStream | None = None
+    residual: ResidualStream | None = None
     uniform: str = ""
 
     @property
     def num_layers(self) -> int:
-        """Number of layers."""
+        """The number of layers."""
         return len(self.layer_params)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Kinds of space that some layer has, in pruning order."""
+        """The kinds of space that some layer has, in pruning order."""
         return tuple(dict.fromkeys(space.kind for space in self.spaces))
 
     @property
@@ -207,16 +211,16 @@ class ArchSpec:
         return [space for space in (*self.model_spaces, *self.spaces) if space.kind == name]
 
     def widths(self, name: str) -> dict[int, int]:
-        """Present width of the spaces of the kind `name`, by layer."""
+        """The present width of the spaces of the kind `name`, by layer."""
         return {space.layer: space.width for space in self.of(name)}
 
     def layer_prefix(self, layer: int) -> str:
-        """Prefix of the state-dict names of layer `layer`, with the dot."""
+        """The prefix of the state-dict names of layer `layer`, with the dot."""
         path, index = self.place(layer)
         return f"{path}.{index}."
 
     def place(self, layer: int) -> tuple[str, int]:
-        """Path of the list that holds layer `layer`, and its index there."""
+        """The path of the list that holds layer `layer`, and its index there."""
         for path, count in self.stacks:
             if layer < count:
                 return path, layer

@@ -11,7 +11,7 @@ from ..errors import StructPruneError
 from .families import builtin_families
 from .load import resolve
 from .shrink import text_config
-from .spaces import Shapes
+from .spaces import Shapes, heads_of
 
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ Roles = dict[str, dict[str, list[str]]]
 def stub(model: PreTrainedModel) -> str:
     """YAML in the form of `families.yaml`, made from the model's tensor-parallel plan and its weights' shapes.
 
-    Nothing uses it unasked: the plan says which projections produce and consume, but neither how rows fall into units
-    nor what else is coupled.
+    The package never uses a stub by itself: the plan says which projections produce and consume, but neither how rows
+    fall into units nor what else is coupled.
 
     Raises:
         StructPruneError: If transformers has no tensor-parallel plan for the model; the message names the nearest
@@ -55,11 +55,11 @@ def stub(model: PreTrainedModel) -> str:
 
 
 def nearest(config: PretrainedConfig, shapes: Shapes) -> str | None:
-    """The described model type most of whose tensors are there in the right shape.
+    """The described model type most of whose tensors are there in the right shape; None where none fits.
 
     Args:
-        config: Of the unknown model.
-        shapes: Its tensors, named from the base model.
+        config: The config of the unknown model.
+        shapes: The name and shape of its tensors, named from the base model.
     """
     best: tuple[int, str | None] = (0, None)
     for model_type, family in builtin_families().items():
@@ -72,7 +72,9 @@ def nearest(config: PretrainedConfig, shapes: Shapes) -> str | None:
 
 
 def _roles(plan: Mapping[str, str]) -> tuple[str, Roles]:
-    """Path of the layers; and by the module that owns them, which projections split by rows and by columns."""
+    """The path of the layers, and for each module the names of its projections that split by rows (producers) and by
+    columns (consumers).
+    """
     layer_path = ""
     roles: Roles = {}
     for pattern, style in plan.items():
@@ -94,10 +96,8 @@ def _space(
 ) -> dict[str, Any]:
     names = {side: [name for name in role[side] if f"{layer}{name}.weight" in shapes] for side in ("out", "in")}
     if _name(owner) == "attention":
-        heads = config.num_attention_heads
-        groups = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        wide = {
+        heads, groups, head_dim = heads_of(config)
+        projections = {
             side: {
                 name: "q" if shapes[f"{layer}{name}.weight"][dim] > groups * head_dim or heads == groups else "kv"
                 for name in names[side]
@@ -105,7 +105,7 @@ def _space(
             for side, dim in (("out", 0), ("in", 1))
         }
         size: dict[str, Any] = {"size": "num_key_value_heads", "also": ["num_attention_heads"], "pin": ["head_dim"]}
-        return {**size, **wide}
+        return {**size, **projections}
     rows = shapes[f"{layer}{names['in'][0]}.weight"][1] if names["in"] else 0
     keys = [key for key, value in config.to_dict().items() if value == rows and key not in ("vocab_size",)]
     units = {side: dict.fromkeys(names[side], "unit") for side in ("out", "in")}

@@ -1,4 +1,7 @@
-"""The table of architectures in the docs: `python -m optimum_structprune.arch.table > docs/architectures.md`."""
+"""The table of architectures in the docs.
+
+`python -m optimum_structprune.arch.table > docs/architectures.md` writes it.
+"""
 
 from __future__ import annotations
 
@@ -12,35 +15,37 @@ from .spec import HIDDEN, LAYER
 ONE_FOR_ALL = "a model has one"
 HEAD = """# Architectures
 
-Generated from `optimum_structprune/arch/families.yaml` by `python -m optimum_structprune.arch.table`; a test holds
-this page against it.
+This page is generated from `optimum_structprune/arch/families.yaml` by `python -m optimum_structprune.arch.table`, and
+a test compares the two.
 
-**Plain** means that the pruned model's own config says it all, with the same width in every layer, so that plain
-`from_pretrained` loads it. Every line below is tested on a tiny random model: the pruned model equals the masked one
-within 1e-5 in fp32, reloads, and every tensor has the shape that the smaller config gives it.
+**Plain** means that the pruned model's own config describes it completely, with the same width in every layer, so that
+plain `from_pretrained` loads it. Every line below is tested on a tiny random model: the pruned model equals the masked
+one within 1e-5 in fp32, it reloads, and every tensor has the shape that the smaller config gives it.
 
-- `layer` removes whole layers, before everything else, and what the config says of each layer with them.
+- `layer` removes whole layers, before everything else, and the entries that the config has for each of them.
 - `hidden` removes channels of the residual stream from the whole model. Where the norms divide by the root of a mean
-  square, the result equals the model whose removed channels are zero; elsewhere the table says what is in the way.
+  square, the result equals the model whose removed channels are zero. Elsewhere it is not offered, and the table says
+  why.
 - `mlp` inside experts: one config key is the width of all experts, but every expert keeps its own channels, scored and
   refitted on the tokens that are routed to it. Widths are multiples of 8, because the grouped matrix product takes
-  only rows of whole 16 bytes. Statistics of one expert are held at a time.
-- `expert` removes whole experts with their router rows, in one step before the rounds: a router is a softmax, so
-  nothing short of that silences an expert. The score is the mean of gate x output norm over the tokens that chose it
-  (REAP). At least as many stay as each token chooses.
-- `dense_mlp` are the dense layers of a mixture-of-experts model, `shared_mlp` a shared expert with a width of its own.
+  only rows of whole 16 bytes. The moments of one expert are held in memory at a time.
+- `expert` removes whole experts with their router rows, in one go before the steps: a router is a softmax, so an
+  expert cannot be masked in any other way. The score is the mean of gate x output norm over the tokens that chose it
+  (REAP). At least as many experts stay as each token chooses.
+- `dense_mlp` is the MLP of the dense layers of a mixture-of-experts model, `shared_mlp` that of a shared expert with a
+  width of its own.
 - Encoders and encoder-decoders are measured by the squared error of their last hidden states (T5: logits) on held-out
   text, relative to the variance of the dense model's; an encoder-decoder reads the same text on both sides. Vision
   models take `inputs={"name": pixels}` in place of text.
-- **Non-uniform** means that its width may differ from layer to layer ([non-uniform models](non_uniform.md)); tested
-  the same way, with one more unit in every layer than in the one before, through each way to load it.
+- **Non-uniform** means that its width may differ from layer to layer ([non-uniform models](non_uniform.md)). It is
+  tested in the same way, with more units in every layer than in the one before, through each way to load it.
 - Where a projection already has a bias, or `bias` names the config key that gives it one, `refit="bias"` works.
 
 """
 
 
 def table() -> str:
-    """The page."""
+    """The text of the page."""
     lines = ["| model types | space | plain | non-uniform | config keys | bias |", "|---|---|---|---|---|---|"]
     for family in read_families(BUILTIN):
         lines += _rows(family)
@@ -50,7 +55,7 @@ def table() -> str:
 def _rows(family: Family) -> Iterator[str]:
     types = ", ".join(f"`{name}`" for name in family.model_types)
     if family.text is not None:
-        yield f"| {types} | of the text model | yes | no: {TEXT_ONLY} | in `text_config` | as there |"
+        yield f"| {types} | those of the text model | yes | no: {TEXT_ONLY} | in `text_config` | as there |"
         return
     kinds: dict[str, Template] = {} if family.layer is None else {LAYER: family.layer}
     for name, template in family.spaces.items():

@@ -1,4 +1,4 @@
-"""What experts see and do: their routed input, their inner activations, and how much each of them contributes."""
+"""Experts: the tokens that are routed to them, their inner activations, and how much each of them contributes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Routed:
     """One call of an experts module.
 
     Attributes:
-        domain: That was running.
-        hidden: Tokens, shape `(tokens, hidden)`.
-        index: Chosen experts, shape `(tokens, top_k)`.
-        gates: Their weights, shape `(tokens, top_k)`.
+        domain: The number of the domain that was running.
+        hidden: The tokens that enter, shape `(tokens, hidden)`.
+        index: The experts that each token chose, shape `(tokens, top_k)`.
+        gates: The weights of these experts, shape `(tokens, top_k)`.
     """
 
     domain: int
@@ -36,12 +36,12 @@ class Routed:
 
 @torch.no_grad()
 def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tensor:
-    """What one expert's consumer reads for these tokens; the stacked forward keeps it to itself, so it is done again.
+    """What one expert's consumer reads for these tokens; it is computed again, since the stacked forward hides it.
 
     Args:
-        experts: Holds the stacked parameters, in the form that transformers gives all of them.
-        space: Names the producer and the expert.
-        hidden: Tokens, shape `(tokens, hidden)`.
+        experts: The module with the stacked parameters, in the form that all experts of transformers have.
+        space: The space inside one expert; it names the producer and the expert.
+        hidden: The tokens, shape `(tokens, hidden)`.
     """
     axis = space.out[0]
     leaf = axis.param.rpartition(".")[2]
@@ -58,8 +58,8 @@ def inner_moments(
 ) -> list[Moments]:
     """Moments of one expert's inner activations, one per domain, over the tokens that chose it.
 
-    An expert that no token of any domain chose is judged by its weights alone: as if its inner activations were
-    uncorrelated and of unit size.
+    An expert that no token of any domain chose is scored by its weights alone, as if its inner activations were
+    uncorrelated and had the second moment 1.
     """
     device = next(experts.parameters()).device
     moments = [Moments.empty(space.size, gram, device) for _ in range(num_domains)]
@@ -68,11 +68,11 @@ def inner_moments(
         hidden, _ = call.of(expert)
         if len(hidden):
             moments[call.domain].update(inner_activations(experts, space, hidden))
-    if not any(part.count for part in moments):
-        for part in moments:
-            part.square.fill_(1)
-            if part.gram is not None:
-                part.gram.fill_diagonal_(1)
+    if not any(of_domain.count for of_domain in moments):
+        for of_domain in moments:
+            of_domain.square.fill_(1)
+            if of_domain.gram is not None:
+                of_domain.gram.fill_diagonal_(1)
     return moments
 
 

@@ -1,4 +1,4 @@
-"""What the loss says of every tap: one backward pass through the whole model per batch."""
+"""How the loss depends on the input of every consumer: one backward pass through the whole model per batch."""
 
 from __future__ import annotations
 
@@ -27,24 +27,23 @@ IGNORED = -100
 def saliencies(
     model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
 ) -> dict[str, Tensor]:
-    """Σ|x ∂L/∂x| of every tap's input x, per predicted token, by module, shape `(domains, n)`, fp64.
+    """Σ|x ∂L/∂x| of every consumer's input x, per predicted token, by module, shape `(domains, n)`, fp64.
 
-
-    L is the sum of the next-token losses, so that the scale does not depend on the batch size; where a domain's
-    evidence is masked, of those tokens alone. A whole batch's activations are held at a time, as in training, but no
+    L is the sum of the next-token losses, so that the scale does not depend on the batch size; where a
+    domain has a mask, of its tokens alone. A whole batch's activations are held at a time, as in training, but no
     gradient of any weight.
 
     Args:
         model: A causal language model.
         arch: Its description.
-        batches: The calibration data.
+        batches: The calibration samples.
         clock: Takes the time of each domain.
 
     Raises:
         StructPruneError: If the model does not predict the next token, or has experts.
     """
     check_gradients(arch)
-    taps = sorted({axis.module for space in arch.spaces for axis in space.into})
+    modules = sorted({axis.module for space in arch.spaces for axis in space.into})
     domains, clock = 1 + max(batch.domain for batch in batches), clock or Clock(model.device)
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(domains, dtype=torch.float64)
@@ -56,16 +55,16 @@ def saliencies(
                 continue
             counts[batch.domain] += predicted
             with clock.running(batch.domain):
-                gradients = _backward(model, taps, batch.ids, labels, predicted)
-            for tap, found in gradients.items():
-                total = sums.setdefault(tap, torch.zeros(domains, len(found), dtype=torch.float64))
-                total[batch.domain] += found.cpu()
-    return {tap: total / counts.clamp(min=1)[:, None] for tap, total in sums.items()}
+                gradients = _backward(model, modules, batch.ids, labels, predicted)
+            for name, sum_of_batch in gradients.items():
+                total = sums.setdefault(name, torch.zeros(domains, len(sum_of_batch), dtype=torch.float64))
+                total[batch.domain] += sum_of_batch.cpu()
+    return {name: total / counts.clamp(min=1)[:, None] for name, total in sums.items()}
 
 
 @torch.enable_grad()
 def _backward(
-    model: PreTrainedModel, taps: Sequence[str], ids: Tensor, labels: Tensor, predicted: int
+    model: PreTrainedModel, modules: Sequence[str], ids: Tensor, labels: Tensor, predicted: int
 ) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
 
@@ -76,7 +75,7 @@ def _backward(
     ids = ids.to(model.device)
     # The weights are frozen, so the graph has to begin at the embeddings.
     start = model.get_input_embeddings()(ids).detach().requires_grad_()
-    with observe(model, taps, see):
+    with observe(model, modules, see):
         loss = model(inputs_embeds=start, labels=labels.to(ids.device), use_cache=False).loss
     (loss * predicted).backward()
     return {

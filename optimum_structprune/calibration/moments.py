@@ -1,4 +1,4 @@
-"""Running sufficient statistics of one tap, for one domain."""
+"""Running sufficient statistics of the input of one consumer, for one domain."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 from ..errors import StructPruneError
 
 
-# Of the fields of Moments, those that not every run gathers and that files may hold.
+# The fields of Moments that not every run gathers and that files may hold.
 OPTIONAL = ("gram", "saliency")
 
 
 @dataclass
 class ErrorMoments:
-    """What a consumer would have to put out beside the dense output, and how that goes with its input x.
+    """The error that error feedback asks a consumer to make up for, and its cross-moment with the input x.
 
     Attributes:
-        mean: E[e] of this error e, shape `(out,)`, fp32.
-        cross: E[e xᵀ], shape `(out, n)`, fp32.
+        mean: The mean E[e] of the error e, shape `(out,)`, fp32.
+        cross: The cross-moment E[e xᵀ], shape `(out, n)`, fp32.
     """
 
     mean: Tensor
@@ -32,7 +32,13 @@ class ErrorMoments:
 
     @torch.no_grad()
     def update(self, error: Tensor, x: Tensor, share: float) -> None:
-        """Take in errors, shape `(tokens, out)`, and inputs, `(tokens, n)`, which are a share of all so far."""
+        """Take in errors, shape `(tokens, out)`, with inputs, shape `(tokens, n)`.
+
+        Args:
+            error: The errors.
+            x: The inputs of the same tokens.
+            share: The share that these tokens have in all tokens so far.
+        """
         error, x = (tensor.to(self.cross.device, torch.float32) for tensor in (error, x))
         self.mean.lerp_(error.mean(0), share)
         self.cross.lerp_(error.T @ x / len(x), share)
@@ -40,17 +46,17 @@ class ErrorMoments:
 
 @dataclass
 class Moments:
-    """Count, mean and second moment of a stream of vectors.
+    """Count, mean and second moment of the inputs of a consumer.
 
-    Kept as running *means*, not sums, so that fp32 does not lose digits however long the stream is.
+    Kept as running *means*, not sums, so that fp32 does not lose digits however many tokens there are.
 
     Attributes:
-        count: Number of vectors seen.
-        mean: E[x], shape `(n,)`, fp64.
-        square: E[x²], shape `(n,)`, fp64.
-        gram: E[x xᵀ], shape `(n, n)`, fp32; None where only the diagonal is kept.
-        saliency: E|x ∂L/∂x|, shape `(n,)`, fp64; None where no criterion asks for gradients.
-        error: Where the consumer is to make up for errors that are not its own; None otherwise.
+        count: The number of tokens seen.
+        mean: The mean E[x], shape `(n,)`, fp64.
+        square: The second moment E[x²] of each component, shape `(n,)`, fp64.
+        gram: The Gram matrix E[x xᵀ], shape `(n, n)`, fp32; None where only the diagonal is kept.
+        saliency: The first-order Taylor term E|x ∂L/∂x|, shape `(n,)`, fp64; None where no gradients are needed.
+        error: The error that error feedback asks the consumer to make up for; None where there is none.
     """
 
     count: int
@@ -64,7 +70,14 @@ class Moments:
     def empty(
         cls, size: int, gram: bool = False, device: torch.device | str = "cpu", out: int | None = None
     ) -> Moments:
-        """Nothing seen yet; with `out`, of a tap whose consumer makes up for errors of that size."""
+        """Moments of no tokens.
+
+        Args:
+            size: The number of components n.
+            gram: Whether a Gram matrix is gathered.
+            device: The device that holds them.
+            out: The size of the error that the consumer makes up for; None where there is no error feedback.
+        """
         return cls(
             count=0,
             mean=torch.zeros(size, dtype=torch.float64, device=device),
@@ -77,15 +90,19 @@ class Moments:
 
     @torch.no_grad()
     def update(self, x: Tensor, error: Tensor | None = None) -> Moments:
-        """Take in `x` of shape `(..., n)`, and where there is a error `error` of shape `(..., out)`; returns self."""
+        """Take in inputs `x` of shape `(..., n)`, and with error feedback their `error` of shape `(..., out)`.
+
+        Returns:
+            These moments themselves.
+        """
         x = x.detach().reshape(-1, x.shape[-1])
         if len(x) == 0:
             return self
         self.count += len(x)
         share = len(x) / self.count
-        wide = x.double()
-        self.mean.lerp_(wide.mean(0).to(self.mean.device), share)
-        self.square.lerp_(wide.square().mean(0).to(self.square.device), share)
+        precise = x.double()
+        self.mean.lerp_(precise.mean(0).to(self.mean.device), share)
+        self.square.lerp_(precise.square().mean(0).to(self.square.device), share)
         if self.gram is not None:
             x = x.to(self.gram.device, torch.float32)
             self.gram.lerp_(x.T @ x / len(x), share)
@@ -94,7 +111,7 @@ class Moments:
         return self
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both streams together; neither operand changes."""
+        """The moments of both sets of tokens together; neither operand changes."""
         return mix([self, other], [float(self.count), float(other.count)])
 
     def select(self, columns: Sequence[int] | Tensor) -> Moments:
@@ -122,12 +139,12 @@ class Moments:
         return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.square).all())
 
 
-def mix(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
+def mix(moments: Sequence[Moments], weights: Sequence[float]) -> Moments:
     """The weighted average of several moments: those of the mixture distribution.
 
     Args:
-        parts: Moments of the same tap, all with or all without a Gram matrix.
-        weights: One non-negative weight each; they are normalised to sum to one.
+        moments: Moments of the same consumer, all with or all without a Gram matrix.
+        weights: One non-negative weight for each; they are normalised to sum to one.
     """
     total = sum(weights)
     if total <= 0:
@@ -141,13 +158,13 @@ def mix(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
             total.add_(tensor, alpha=share)
         return total
 
-    grams = [part.gram for part in parts if part.gram is not None]
-    saliencies = [part.saliency for part in parts if part.saliency is not None]
-    errors = [part.error for part in parts if part.error is not None]
+    grams = [part.gram for part in moments if part.gram is not None]
+    saliencies = [part.saliency for part in moments if part.saliency is not None]
+    errors = [part.error for part in moments if part.error is not None]
     return Moments(
-        count=sum(part.count for part in parts),
-        mean=average([part.mean for part in parts]),
-        square=average([part.square for part in parts]),
+        count=sum(part.count for part in moments),
+        mean=average([part.mean for part in moments]),
+        square=average([part.square for part in moments]),
         gram=average(grams) if grams else None,
         saliency=average(saliencies) if saliencies else None,
         error=ErrorMoments(
@@ -159,10 +176,10 @@ def mix(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
     )
 
 
-def save_moments(stats: Mapping[str, Moments], path: str | Path) -> None:
+def save_moments(moments_by_name: Mapping[str, Moments], path: str | Path) -> None:
     """Write moments, by name, to one safetensors file."""
     tensors = {}
-    for name, moments in stats.items():
+    for name, moments in moments_by_name.items():
         tensors[f"{name}/count"] = torch.tensor(moments.count)
         tensors[f"{name}/mean"] = moments.mean
         tensors[f"{name}/square"] = moments.square
@@ -177,7 +194,7 @@ def load_moments(path: str | Path, device: torch.device | str = "cpu") -> dict[s
 
     Args:
         path: The file.
-        device: Where to put the tensors.
+        device: The device that takes the tensors.
 
     Raises:
         StructPruneError: If the file is missing, damaged or not a statistics file.

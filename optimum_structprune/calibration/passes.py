@@ -1,8 +1,9 @@
-"""Runs the calibration samples through the model and gathers moments at the taps."""
+"""Forward passes over the calibration samples, and the moments that they give."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Passes(Protocol):
-    """Forward passes over the calibration samples, seen by one layer of the model after the other."""
+    """Forward passes over the calibration samples, asked for by one layer of the model after the other."""
 
     def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
         """Moments of the inputs of the space's consumers: for each consumer, one per domain."""
@@ -36,22 +37,22 @@ class Passes(Protocol):
         """How much each expert of a space of whole experts contributes, shape `(domains, experts)`."""
         ...
 
-    def follow(self, layer: int, kinds: Collection[str]) -> None:
-        """Block `layer` has its dense weights; what corrects errors takes the dense stream through it.
+    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
+        """Take the dense residual stream through a layer that has its dense weights.
 
         Args:
-            layer: Index of the layer.
-            kinds: Kinds of space that are pruned.
+            layer: The index of the layer.
+            kinds: The kinds of space that are pruned.
         """
         ...
 
     def advance(self, layer: int) -> None:
-        """Block `layer` has its final weights for this round; go on to the next."""
+        """Go on to the next layer; `layer` has its final weights for this step."""
         ...
 
 
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
-    """Cut every domain into batches; no batch holds two domains."""
+    """The samples of every domain, cut into batches; no batch holds two domains."""
     return [
         Batch(index, ids, mask)
         for index, domain in enumerate(domains)
@@ -69,14 +70,20 @@ def _masks(domain: Domain, batch_size: int) -> Sequence[Tensor | None]:
 class ModelPasses:
     """The whole model at once: for architectures whose layers hand on more than hidden states.
 
-    Every tap is observed in the same pass, on the model as it stands when the round begins; experts take a pass of
+    Every consumer is observed in the same pass, on the model as it stands when the step begins. Experts take a pass of
     their own for each layer.
+
+    Args:
+        model: The model.
+        arch: Its description.
+        batches: The calibration samples.
+        clock: Takes the time of each domain.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):
         self.model, self.arch, self.batches = model, arch, batches
         self.clock = clock or Clock(next(model.parameters()).device)
-        self.domains = [batch.domain for batch in batches]
+        self.num_domains = 1 + max(batch.domain for batch in batches)
         self.tally: Tally | None = None
         self.routed: tuple[str, tuple[Routed, ...]] = ("", ())
 
@@ -86,11 +93,11 @@ class ModelPasses:
             experts = self.model.get_submodule(space.experts)
             if self.routed[0] != space.experts:
                 self.routed = space.experts, self._route(experts)
-            return [finite(space, inner_moments(experts, space, self.routed[1], gram, 1 + max(self.domains)))]
+            return [finite(space, inner_moments(experts, space, self.routed[1], gram, self.num_domains))]
         if self.tally is None:
             spaces = [other for other in self.arch.spaces if other.experts is None]
-            self.tally = Tally(spaces, gram, 1 + max(self.domains), next(self.model.parameters()).device)
-            with observe(self.model, self.tally.taps, self.tally.see):
+            self.tally = Tally(spaces, gram, self.num_domains, next(self.model.parameters()).device)
+            with observe(self.model, self.tally.moments, self.tally.add):
                 for index, batch in enumerate(self.batches):
                     self.tally.batch = batch
                     self._run(index)
@@ -99,10 +106,10 @@ class ModelPasses:
     def contributions(self, layer: int, space: Space) -> Tensor:
         """See `Passes.contributions`."""
         experts = self.model.get_submodule(str(space.experts))
-        return contributions(experts, space.size, self._route(experts), 1 + max(self.domains))
+        return contributions(experts, space.size, self._route(experts), self.num_domains)
 
-    def follow(self, layer: int, kinds: Collection[str]) -> None:
-        """See `Passes.follow`; errors are not corrected here."""
+    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
+        """See `Passes.advance_dense`; there is no error feedback here."""
 
     def advance(self, layer: int) -> None:
         """See `Passes.advance`."""
@@ -113,8 +120,36 @@ class ModelPasses:
     @torch.no_grad()
     def _run(self, index: int) -> None:
         base: Any = self.model.base_model
-        with self.clock.running(self.domains[index]):
+        with self.clock.running(self.batches[index].domain):
             run_model(base, self.batches[index].ids)
+
+
+class GradientPasses:
+    """Passes whose moments also say what the loss makes of every component.
+
+    Args:
+        passes: The passes that gather everything else.
+        saliency: E|x ∂L/∂x| by module, shape `(domains, n)`; see `calibration.gradients.saliencies`.
+    """
+
+    def __init__(self, passes: Passes, saliency: Mapping[str, Tensor]):
+        self.passes, self.saliency = passes, saliency
+        self.contributions, self.advance_dense, self.advance = (
+            passes.contributions,
+            passes.advance_dense,
+            passes.advance,
+        )
+
+    def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
+        """See `Passes.gather`."""
+        moments_by_consumer = self.passes.gather(layer, space, gram)
+        return [
+            [
+                replace(moments, saliency=loss)
+                for moments, loss in zip(by_domain, self.saliency[axis.module], strict=True)
+            ]
+            for axis, by_domain in zip(space.into, moments_by_consumer, strict=True)
+        ]
 
 
 def passes_over(
@@ -124,7 +159,7 @@ def passes_over(
     clock: Clock | None = None,
     error_feedback: float = 0.0,
 ) -> Passes:
-    """Block by layer where the model allows it, the whole model otherwise; see `LayerPasses` for the rest."""
+    """Passes layer by layer where the model allows it, over the whole model otherwise; see `LayerPasses`."""
     try:
         return LayerPasses(model, arch, batches, clock, error_feedback)
     except NotSequentialError:

@@ -1,4 +1,4 @@
-"""Statistics of a dense model in a folder, from which it is pruned again and again without running its text again."""
+"""Statistics of a dense model in a folder, from which it can be pruned many times without running the text again."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..arch.spec import MODEL, ArchSpec, Space
+from ..arch.spec import Space
 from ..config.fields import read_mapping
-from ..config.pruning import StructPruneConfig, builtin_domains
-from ..criteria import CRITERIA
+from ..config.pruning import StructPruneConfig
 from ..domains.load import Domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
@@ -39,9 +38,9 @@ class StoredDomain:
     """What is known of a domain.
 
     Attributes:
-        name: Of the domain.
-        weight: Its share when it was calibrated on; those of all domains sum to 1.
-        shape: Of its calibration samples.
+        name: The name of the domain.
+        weight: Its share when it was calibrated on; the weights of all domains sum to 1.
+        shape: The shape of its calibration samples.
     """
 
     name: str
@@ -54,8 +53,8 @@ class StoredFile:
     """What tells whether a file is whole.
 
     Attributes:
-        size: In bytes.
-        sha256: Of its content.
+        size: The size in bytes.
+        sha256: The SHA-256 of the content.
     """
 
     size: int
@@ -63,7 +62,12 @@ class StoredFile:
 
     @classmethod
     def of(cls, path: Path) -> StoredFile:
-        """Of a file that is there and not empty; an OSError or a ValueError otherwise."""
+        """The size and the hash of a file.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If it is empty.
+        """
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return cls(len(content), sha256(content).hexdigest())
 
@@ -73,13 +77,13 @@ class Statistics:
     """Moments of the inputs of a dense model's consumers, by domain, with their Gram matrices.
 
     Attributes:
-        folder: That holds them.
-        model_type: Of the model.
-        model: `fingerprint` of the model.
-        tokenizer: `vocabulary_hash` of its tokenizer; None where there was none.
-        saliency: Whether they say what the loss makes of every component, for criteria that need gradients.
-        domains: In the order of the moments.
-        files: Every other file, by name.
+        folder: The folder that holds them.
+        model_type: The model type.
+        model: The `fingerprint` of the model.
+        tokenizer: The `vocabulary_hash` of its tokenizer; None where there was no tokenizer.
+        saliency: Whether the moments have a saliency, for criteria that need gradients.
+        domains: The domains, in the order of the moments.
+        files: Size and hash of every other file, by name.
     """
 
     folder: Path
@@ -151,29 +155,6 @@ class Statistics:
                 f"Load that one, or write new ones with `structprune calibrate MODEL {self.folder} --overwrite`."
             )
 
-    def check_use(self, config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> None:
-        """Refuse what the stored moments say nothing of.
-
-        Args:
-            config: How to prune.
-            arch: The model.
-            names: Spaces that shrink.
-
-        Raises:
-            StructPruneError: If a space is judged by something else than moments, or there are no gradients.
-        """
-        for name in names:
-            if any(space.experts is not None or space.layer == MODEL for space in arch.of(name)):
-                raise StructPruneError(
-                    f"Stored statistics are moments of what consumers read, and {name!r} is judged by something else; "
-                    "prune without stats."
-                )
-        if CRITERIA.get(config.scored_by).needs_gradient and not self.saliency:
-            raise StructPruneError(
-                f"criterion={config.criterion!r} needs gradients, which {self.folder} does not hold; write them with "
-                f"`structprune calibrate MODEL {self.folder} --criterion {config.criterion} --overwrite`."
-            )
-
     def chosen(self, config: StructPruneConfig) -> list[Domain]:
         """The domains that a config names, with its weights; all of them, with their own, where it names none.
 
@@ -183,8 +164,8 @@ class Statistics:
             StructPruneError: If the config names a domain that is not there, or the held-out samples are damaged.
         """
         weights = {domain.name: domain.weight for domain in self.domains}
-        if config.domains != builtin_domains():
-            weights = {domain.name: float(domain.weight) for domain in config.domains}
+        if config.domains is not None:
+            weights = {domain.name: domain.weight for domain in config.domains}
         names = [domain.name for domain in self.domains]
         for name in weights:
             if name not in names:
@@ -212,8 +193,8 @@ class Statistics:
         used = [replace(entry, weight=weights[entry.name]) for entry in whole.domains if entry.name in weights]
         return replace(whole, domains=used)
 
-    def layer(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Moments]:
-        """Moments of one layer's taps, by `key`.
+    def of_layer(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Moments]:
+        """Moments of the inputs of one layer's consumers, by `key`.
 
         Raises:
             StructPruneError: If the file is missing or damaged.
@@ -232,59 +213,58 @@ class Statistics:
 
 
 class StoredPasses:
-    """What stands in for forward passes over the calibration samples: the moments of the dense model.
+    """Moments of the dense model that are read from a folder instead of being gathered in forward passes.
 
-    Nothing runs, so a layer is not fitted to what the layers before it give once they are pruned.
+    Nothing runs, so a layer is fitted to the dense model's activations, not to those of the pruned layers before it.
 
     Args:
-        statistics: Where the moments are.
-        domains: Those that are used.
+        statistics: The stored moments.
+        domains: The domains that are used.
         gradient: Whether the criterion reads `Moments.saliency`.
-        device: Where the moments are needed.
+        device: The device that needs the moments.
     """
 
     def __init__(self, statistics: Statistics, domains: Sequence[Domain], gradient: bool, device: torch.device):
         names = [domain.name for domain in statistics.domains]
         self.statistics, self.gradient, self.device = statistics, gradient, device
         self.indices = [names.index(domain.name) for domain in domains]
-        self.at: tuple[int, dict[str, Moments]] = (-1, {})
+        self.layer, self.moments = -1, dict[str, Moments]()
 
     def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
         """See `Passes.gather`."""
-        if self.at[0] != layer:
-            # One layer's moments at a time are in memory.
-            self.at = (-1, {})
-            self.at = (layer, self.statistics.layer(layer, self.device))
+        if self.layer != layer:
+            self.moments = {}  # the moments of one layer at a time are in memory
+            self.layer, self.moments = layer, self.statistics.of_layer(layer, self.device)
         # A run over text would not have gathered what is not asked for, and what is there is used.
         unused: dict[str, Any] = {
             name: None for name, used in (("gram", gram), ("saliency", self.gradient)) if not used
         }
         return [
-            [replace(self.at[1][key(axis.module, index)], **unused) for index in self.indices] for axis in space.into
+            [replace(self.moments[key(axis.module, index)], **unused) for index in self.indices] for axis in space.into
         ]
 
     def contributions(self, layer: int, space: Space) -> Tensor:
-        """Refused: what an expert contributes is not stored."""
+        """Raises a StructPruneError: what an expert contributes is not stored."""
         raise StructPruneError(
             f"How much the experts of {space.name!r} contribute follows from running them, and is not stored; prune "
             "without stats."
         )
 
-    def follow(self, layer: int, kinds: Collection[str]) -> None:
-        """See `Passes.follow`; there is no stream."""
+    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
+        """See `Passes.advance_dense`; there is nothing to run."""
 
     def advance(self, layer: int) -> None:
         """See `Passes.advance`; there is nothing to run."""
 
 
 def layer_name(layer: int) -> str:
-    """File of one layer's moments."""
+    """The name of the file that holds one layer's moments."""
     return f"layer-{layer:03d}.safetensors"
 
 
-def key(tap: str, domain: int) -> str:
-    """Name of the moments of a tap in a domain, by number."""
-    return f"{tap}/{domain}"
+def key(module: str, domain: int) -> str:
+    """The name of the moments of a consumer in a domain, by the number of the domain."""
+    return f"{module}/{domain}"
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What is kept of the activations that come by during calibration."""
+"""What is kept of the activations that a forward pass shows to a hook."""
 
 from __future__ import annotations
 
@@ -16,25 +16,14 @@ from .experts import Routed
 from .moments import Moments
 
 
-def evidence(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens of an activation that statistics are taken from.
-
-    Args:
-        x: Shape `(..., n)`.
-        mask: One value per token; None for all of them.
-    """
-    x = x.reshape(-1, x.shape[-1])
-    return x if mask is None else x[mask.flatten().to(x.device)]
-
-
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one domain.
+    """Samples of one domain that go through the model together.
 
     Attributes:
-        domain: Its number.
-        ids: Shape `(batch, seq_length)`.
-        mask: Tokens that give evidence, of the same shape; None for all.
+        domain: The number of the domain.
+        ids: The token ids, shape `(batch, seq_length)`.
+        mask: Which tokens are calibrated on, of the same shape; None stands for all.
     """
 
     domain: int
@@ -42,53 +31,65 @@ class Batch:
     mask: Tensor | None = None
 
 
+def unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens of an activation that moments are taken of, shape `(tokens, n)`.
+
+    Args:
+        x: The activation, shape `(..., n)`.
+        mask: One value per token; None stands for all tokens.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    return x if mask is None else x[mask.flatten().to(x.device)]
+
+
 def listen(experts: nn.Module, batches: Sequence[Batch], run: Callable[[int], object]) -> tuple[Routed, ...]:
     """What an experts module is called with while `run(index)` runs each batch.
 
     Args:
         experts: The module.
-        batches: What is run.
-        run: Runs one batch through the module.
+        batches: The samples that are run.
+        run: Runs the batch of an index through the module.
     """
-    found: list[Routed] = []
+    calls: list[Routed] = []
     current = batches[0]
 
     def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = (evidence(x.detach(), current.mask) for x in [*args, *kwargs.values()][:3])
-        found.append(Routed(current.domain, *tokens))
+        tokens = (unmasked(x.detach(), current.mask) for x in [*args, *kwargs.values()][:3])
+        calls.append(Routed(current.domain, *tokens))
 
     with intercept([experts], before):
         for index, batch in enumerate(batches):
             current = batch
             run(index)
-    return tuple(found)
+    return tuple(calls)
 
 
-def finite(space: Space, parts: list[Moments]) -> list[Moments]:
+def finite(space: Space, moments_by_domain: list[Moments]) -> list[Moments]:
     """The moments of a consumer, by domain, as they are.
 
     Raises:
-        StructPruneError: If a NaN or an infinity came in.
+        StructPruneError: If they hold a NaN or an infinity.
     """
-    for domain, moments in enumerate(parts):
+    for domain, moments in enumerate(moments_by_domain):
         if not moments.finite:
             raise StructPruneError(
                 f"NaN or infinite activations at {space.into[0].module} in domain {domain}; "
                 "load the model in float32 or bfloat16, or check its weights."
             )
-    return parts
+    return moments_by_domain
 
 
 class Tally:
-    """Moments by tap and domain; `batch` says what is running.
+    """Sums up the inputs of consumers by module and domain, while `batch` says which samples are running.
 
     Args:
-        spaces: Their consumers are the taps.
-        gram: Whether to gather Gram matrices.
-        num_domains: How many domains there are.
-        device: Where the moments are.
-        gains: Of the taps whose consumer makes up for errors: what one unit of its output adds to where these are.
-        out: Size of an error.
+        spaces: The spaces whose consumers are observed.
+        gram: Whether Gram matrices are gathered.
+        num_domains: The number of domains.
+        device: The device that holds the moments.
+        gains: For each consumer that makes up for the error of the layer's output: how much one unit of its own output
+            adds to that output, by module.
+        out: The size of that error.
     """
 
     def __init__(
@@ -102,8 +103,9 @@ class Tally:
     ):
         self.batch: Batch | None = None
         self.gains = gains or {}
-        self.waiting: dict[str, Tensor] = {}
-        self.taps = {
+        # Inputs of consumers whose error is known only once the layer has run to its end.
+        self.pending: dict[str, Tensor] = {}
+        self.moments = {
             axis.module: [
                 Moments.empty(space.size * axis.per_unit, gram, device, out if axis.module in self.gains else None)
                 for _ in range(num_domains)
@@ -112,31 +114,31 @@ class Tally:
             for axis in space.into
         }
 
-    def see(self, tap: str, x: Tensor) -> None:
-        """Take in one activation, or keep it until its error is known."""
+    def add(self, module: str, x: Tensor) -> None:
+        """Take in the input of a consumer, or keep it until `add_error`."""
         assert self.batch is not None
-        x = evidence(x, self.batch.mask)
-        if tap in self.gains:
-            self.waiting[tap] = x
+        x = unmasked(x, self.batch.mask)
+        if module in self.gains:
+            self.pending[module] = x
         else:
-            self.taps[tap][self.batch.domain].update(x)
+            self.moments[module][self.batch.domain].update(x)
 
-    def settle(self, error: Tensor) -> None:
-        """Take in what waits, with the error of its batch, shape `(..., out)`."""
+    def add_error(self, error: Tensor) -> None:
+        """Take in the inputs that are pending, with the error of the layer's output, shape `(..., out)`."""
         assert self.batch is not None
-        error = evidence(error, self.batch.mask)
-        for tap, x in self.waiting.items():
-            self.taps[tap][self.batch.domain].update(x, error / self.gains[tap])
-        self.waiting = {}
+        error = unmasked(error, self.batch.mask)
+        for module, x in self.pending.items():
+            self.moments[module][self.batch.domain].update(x, error / self.gains[module])
+        self.pending = {}
 
     def of(self, space: Space) -> list[list[Moments]]:
-        """The moments of a space's consumers.
+        """The moments of a space's consumers: for each consumer, one per domain.
 
         Raises:
-            StructPruneError: If a NaN or an infinity came in, or a tap saw nothing.
+            StructPruneError: If they hold a NaN or an infinity, or a consumer never ran.
         """
         for axis in space.into:
-            for domain, moments in enumerate(finite(space, self.taps[axis.module])):
+            for domain, moments in enumerate(finite(space, self.moments[axis.module])):
                 if moments.count == 0:
                     raise StructPruneError(f"{axis.module} never ran during calibration in domain {domain}.")
-        return [self.taps[axis.module] for axis in space.into]
+        return [self.moments[axis.module] for axis in space.into]

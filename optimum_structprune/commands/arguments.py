@@ -1,52 +1,48 @@
-"""Flags that several commands share, and how their values are read."""
+"""Flags, and the configs that they become: one flag for each field of a config, made from the field itself.
+
+A flag takes its name, its type and its choices from the field, and its help from the `Args` section of the config's
+docstring. Only the flags that are given are laid over the file of `--config`. The configs are imported inside the
+functions: `optimum-cli` imports this module on every call.
+"""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
-from typing import Any
+import re
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from inspect import getdoc
+from textwrap import dedent
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
+
+if TYPE_CHECKING:
+    from ..config.pruning import StructPruneConfig
+    from ..config.recovery import RecoveryConfig
+
+# Shorter spellings of some flags, by field: a flag that is repeated names one thing at a time.
+ALIASES = {
+    "widths": "--width",
+    "targets": "--target",
+    "skip_layers": "--skip-layer",
+    "domains": "--domain",
+    "arch_file": "--arch",
+}
+SOURCES = "A source is a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; {name: …, …} sets any field."
 
 
 def add_path_arguments(parser: ArgumentParser, model: str, output: str) -> None:
-    """Declare what a command that changes a model reads and writes; each argument is the help of one."""
+    """Declare the folders that a command reads and writes; `model` and `output` are their help."""
     parser.add_argument("model", help=model)
     parser.add_argument("output", help=output)
-
-
-def add_text_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags that say which text is read."""
-    parser.add_argument(
-        "--domain",
-        action="append",
-        type=domain,
-        metavar="NAME=SOURCE[@WEIGHT]",
-        help="Text: a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; repeatable.",
-    )
-    parser.add_argument("--seq-length", type=int, help="Tokens per sample.")
-    parser.add_argument("--seed", type=int, help="Seed of everything random.")
-
-
-def add_calibration_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags that say what a model is calibrated on."""
-    add_text_arguments(parser)
-    parser.add_argument("--select", help="Which samples are used: random, length, diverse or perplexity.")
-    parser.add_argument("--num-samples", type=int, help="Calibration samples in all.")
-    parser.add_argument("--batch-size", type=int, help="Blocks per forward pass.")
-
-
-def add_config_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags that every command with a `StructPruneConfig` has."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the fields of StructPruneConfig.")
-    parser.add_argument("--criterion", help="How units are scored, such as obs or wanda.")
-    parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
 
 
 def add_loading_arguments(parser: ArgumentParser) -> None:
     """Declare the flags that say how a model is loaded."""
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16.")
-    parser.add_argument("--device", help="Such as cpu or cuda; by default cuda where there is one.")
-    parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
+    parser.add_argument("--device", help="The device, such as cpu or cuda; by default cuda where there is one.")
+    add_trust_argument(parser)
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
@@ -55,37 +51,205 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace the output folder.")
 
 
-def width(text: str) -> tuple[str, int]:
-    """`mlp=1152` as a pair."""
-    name, _, number = text.partition("=")
-    return name, int(number)
+def add_trust_argument(parser: ArgumentParser) -> None:
+    """Declare the flag that allows code of the model's author."""
+    parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
 
 
-def budget(text: str) -> tuple[str, float]:
-    """`parameters=110e6` as a pair."""
-    name, _, number = text.partition("=")
-    return name, float(number)
+def add_arch_argument(parser: ArgumentParser) -> None:
+    """Declare `--arch` for a command whose config has no such field, or that has no config."""
+    parser.add_argument(
+        "--arch", dest="arch_file", metavar="FILE", help="A YAML file that describes architectures of your own."
+    )
+
+
+def add_config_arguments(parser: ArgumentParser, config_class: type) -> None:
+    """Declare `--config`, and one flag for each field of a config.
+
+    Args:
+        parser: The parser of the command.
+        config_class: The dataclass of the config. The flags have no defaults, so that those that are given can be laid
+            over the file.
+    """
+    name = config_class.__name__
+    parser.add_argument("--config", metavar="FILE", help=f"A YAML file with fields of {name}; flags override it.")
+    group = parser.add_argument_group(f"settings ({name})")
+    types, sentences = get_type_hints(config_class), first_sentences(config_class)
+    former = {new: old for old, new in getattr(config_class, "RENAMED", {}).items()}
+    for field in fields(config_class):
+        how = _how(field.name, types[field.name])
+        text = " ".join(filter(None, (sentences.get(field.name), how.pop("help", ""), _default(field))))
+        names = [_flag(field.name), ALIASES.get(field.name), former.get(field.name) and _flag(former[field.name])]
+        # argparse fills in %(…)s, so a per cent sign of the text is doubled.
+        group.add_argument(*filter(None, names), dest=field.name, help=text.replace("%", "%%"), default=None, **how)
+
+
+def first_sentences(config_class: type) -> dict[str, str]:
+    """The first sentence on each argument in the `Args` section of a class docstring."""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", getdoc(config_class) or "", re.MULTILINE | re.DOTALL)
+    entries = re.findall(r"^(\w+): (.*?)(?=^\w|\Z)", dedent(section[1]) if section else "", re.MULTILINE | re.DOTALL)
+    return {name: re.split(r"(?<=\.)\s", " ".join(text.split()), maxsplit=1)[0] for name, text in entries}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _default(field: Field) -> str:
+    plain = field.default is not MISSING and field.default not in (None, ()) and not isinstance(field.default, bool)
+    if not plain:
+        return ""
+    return f"(default: {', '.join(field.default) if isinstance(field.default, tuple) else field.default})"
+
+
+def _how(name: str, annotation: Any) -> dict[str, Any]:
+    """What `add_argument` has to know of a field: how its value is read, and what the help shows for it."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    members = tuple(member for member in members if member is not NoneType)
+    kind, origin, inside = members[0], get_origin(members[0]), get_args(members[0])
+    if kind is bool:
+        return {"action": BooleanOptionalAction}
+    if origin is dict or is_dataclass(kind):
+        names = "" if inside else f"NAME is {_listed([field.name for field in fields(kind)])}. "
+        return {"action": "append", "help": f"{names}Repeatable.", **_pair(inside[1] if inside else Any)}
+    if origin in (list, tuple):
+        repeated = {"action": "append", "help": "Repeatable."}
+        if is_dataclass(inside[0]):
+            return {**repeated, "help": f"Repeatable. {SOURCES}", "type": domain, "metavar": "NAME=SOURCE[@WEIGHT]"}
+        return {**repeated, **_how(name, inside[0])}
+    if origin is Literal:
+        # The config refuses what is none of them: its message proposes the nearest legal choice.
+        return {"metavar": f"{{{','.join(map(str, inside))}}}"}
+    if float in members:
+        return {"type": float, "metavar": "X"}
+    return {"type": int, "metavar": "N"} if kind is int else {"metavar": name.rpartition("_")[2].upper()}
+
+
+def _pair(annotation: Any) -> dict[str, Any]:
+    """How `NAME=VALUE` is read where a value has this type; what is no number is read as YAML."""
+    members = get_args(annotation) or (annotation,)
+    number: Any = float if float in members else int
+    if number not in members:
+        return {"type": setting, "metavar": "NAME=VALUE"}
+
+    def read(text: str) -> tuple[str, float]:
+        name, value = _divided(text, "NAME=N")
+        try:
+            return name, number(value)
+        except ValueError as error:
+            raise ArgumentTypeError(f"expected NAME=N, got {text!r}") from error
+
+    return {"type": read, "metavar": "NAME=N"}
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _divided(text: str, form: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    if not (name and value):
+        raise ArgumentTypeError(f"expected {form}, got {text!r}")
+    return name, value
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE` as a pair, the value read as YAML: `bf16=true`, `lr_scheduler_type=linear`."""
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise ValueError(f"expected NAME=VALUE, got {text!r}")
+    """`NAME=VALUE` as a pair, the value read as YAML: `bf16=true`, `lr_scheduler_type=linear`.
+
+    Raises:
+        ArgumentTypeError: If it has another form, or the value is not YAML.
+    """
+    name, value = _divided(text, "NAME=VALUE")
     # YAML takes 1e-4 for a string because it has no point.
     try:
-        return name, float(value) if "e" in value.lower() else yaml.safe_load(value)
+        return name, float(value) if "e" in value.lower() else _yaml(value)
     except ValueError:
-        return name, yaml.safe_load(value)
+        return name, _yaml(value)
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ArgumentTypeError(f"{text!r} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def domain(text: str) -> dict[str, Any]:
-    """`NAME=SOURCE[@WEIGHT]` as the fields of a domain."""
-    name, equals, source = text.partition("=")
-    if not (name and equals and source):
-        raise ValueError(f"expected NAME=SOURCE[@WEIGHT], got {text!r}")
+    """The fields of a domain from `NAME=SOURCE[@WEIGHT]`, or from a mapping in YAML: `{name: a, source: a.txt}`.
+
+    Raises:
+        ArgumentTypeError: If it has another form.
+    """
+    if text.startswith("{"):
+        mapping = _yaml(text)
+        if isinstance(mapping, dict):
+            return mapping
+    form = "NAME=SOURCE[@WEIGHT]"
+    name, source = _divided(text, form)
     head, at, weight = source.rpartition("@")
     try:
         return {"name": name, "source": head, "weight": float(weight)} if at else {"name": name, "source": source}
     except ValueError:
         return {"name": name, "source": source}
+
+
+def pruning_config(args: Namespace, sparsity: float | None = None) -> StructPruneConfig:
+    """The `StructPruneConfig` of the file, if any, with the flags laid over it.
+
+    Args:
+        args: The flags.
+        sparsity: The sparsity where neither the file nor a flag says how much is removed.
+
+    Raises:
+        StructPruneError: If the file cannot be read, a field is unknown or a value is not legal.
+    """
+    from ..config.pruning import AMOUNTS, StructPruneConfig
+
+    given = _given(args, StructPruneConfig)
+    if getattr(args, "recover", False):
+        given.setdefault("recovery", {})
+    values = _file(args)
+    if any(name in given for name in AMOUNTS):
+        values = {name: value for name, value in values.items() if name not in AMOUNTS}
+    values = _laid_over(values, given)
+    if sparsity is not None and all(values.get(name) is None for name in AMOUNTS):
+        values["sparsity"] = sparsity
+    return StructPruneConfig.from_dict(values)
+
+
+def recovery_config(args: Namespace) -> RecoveryConfig:
+    """The `RecoveryConfig` of the file, if any, with the flags laid over it.
+
+    Raises:
+        StructPruneError: If the file cannot be read, a field is unknown or a value is not legal.
+    """
+    from ..config.recovery import RecoveryConfig
+
+    return RecoveryConfig.from_dict(_laid_over(_file(args), _given(args, RecoveryConfig)))
+
+
+def _file(args: Namespace) -> dict[str, Any]:
+    from ..config.fields import read_yaml
+
+    return dict(read_yaml(args.config)) if args.config else {}
+
+
+def _given(args: Namespace, config_class: type) -> dict[str, Any]:
+    """The fields for which a flag was given; repeated pairs are a mapping."""
+    values = {field.name: getattr(args, field.name) for field in fields(config_class)}
+    return {
+        name: dict(value) if isinstance(value, list) and isinstance(value[0], tuple) else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _laid_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the given ones in their place; a mapping replaces only the keys that it has."""
+    merged = dict(values)
+    for name, value in given.items():
+        below = merged.get(name)
+        merged[name] = {**below, **value} if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from .arguments import add_calibration_arguments, add_config_arguments, add_model_arguments, add_path_arguments
-from .prune import config_from
+from .arguments import add_config_arguments, add_model_arguments, add_path_arguments, pruning_config
 
 
 NAME = "calibrate"
-HELP = "Store the statistics of a dense model, from which `prune --stats` prunes without running text."
+HELP = (
+    "Store the statistics of a dense model, from which `prune --stats` prunes without running text. It takes the "
+    "settings of `prune`; how much is removed plays no part."
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags; each one given overrides the config file."""
+    """Declare the flags; each one that is given overrides the config file."""
+    from ..config.pruning import StructPruneConfig
+
     add_path_arguments(parser, "Model id or folder.", "Folder for the statistics.")
-    add_config_arguments(parser)
-    add_calibration_arguments(parser)
     add_model_arguments(parser)
+    add_config_arguments(parser, StructPruneConfig)
 
 
 def run(args: Namespace) -> int:
@@ -27,7 +30,7 @@ def run(args: Namespace) -> int:
     from .loading import load_model_and_tokenizer
 
     # How much is removed plays no part here, but a config has to say it.
-    config = config_from(args, sparsity=0.5)
+    config = pruning_config(args, sparsity=0.5)
     check_target(args.output, args.overwrite)
     model, tokenizer = load_model_and_tokenizer(
         args.model, args.dtype, args.device, args.trust_remote_code, config.arch_file

@@ -4,17 +4,43 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 from .. import __version__
-from ..errors import StructPruneError
+from ..errors import InPlaceError, StructPruneError
 
 
 DESCRIPTION = "Structured pruning of Hugging Face models."
 # Each is a module here with NAME, HELP, add_arguments(parser) and run(args) -> int. `optimum-cli` imports them all
-# on every call, so what is heavy is imported inside run().
+# on every call, so what is heavy is imported inside add_arguments() and run().
 COMMANDS = ("prune", "calibrate", "plan", "recover", "evaluate", "inspect", "export")
+
+
+class CommandParser(ArgumentParser):
+    """A parser of one command, whose arguments are declared when it is first used.
+
+    They are read from the configs, and these take longer to import than a call of `optimum-cli` that needs none of
+    them should wait.
+    """
+
+    declare: Callable[[ArgumentParser], None] | None = None
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """See `ArgumentParser.parse_known_args`."""
+        self._declare()
+        return super().parse_known_args(*args, **kwargs)
+
+    def format_help(self) -> str:
+        """See `ArgumentParser.format_help`."""
+        self._declare()
+        return super().format_help()
+
+    def _declare(self) -> None:
+        declare, self.declare = self.declare, None
+        if declare is not None:
+            declare(self)
 
 
 def add_commands(parser: ArgumentParser) -> None:
@@ -25,19 +51,23 @@ def add_commands(parser: ArgumentParser) -> None:
         return 2
 
     parser.set_defaults(run=help_)
-    subparsers = parser.add_subparsers(title="commands", metavar="<command>")
+    subparsers = parser.add_subparsers(title="commands", metavar="<command>", parser_class=CommandParser)
     for name in COMMANDS:
         command = import_module(f"{__package__}.{name}")
         subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.HELP)
-        command.add_arguments(subparser)
+        subparser.declare = command.add_arguments
         subparser.set_defaults(run=command.run)
 
 
 def execute(args: Namespace) -> int:
-    """Run the chosen command; a user's mistake is one message without a traceback, and exit code 2."""
+    """Run the chosen command and return its exit code.
+
+    A user's mistake, also one that is found half-way through a model, is one line without a traceback and exit code 2.
+    An interruption is exit code 130.
+    """
     try:
         return args.run(args)
-    except StructPruneError as error:
+    except (StructPruneError, InPlaceError) as error:
         sys.stderr.write(f"structprune: error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
@@ -45,7 +75,7 @@ def execute(args: Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script `structprune`."""
+    """Run the console script `structprune` and return its exit code."""
     parser = ArgumentParser("structprune", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add_commands(parser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from .arguments import add_loading_arguments, domain
+from .arguments import SOURCES, add_arch_argument, add_loading_arguments, domain
 
 
 NAME = "evaluate"
@@ -15,42 +15,49 @@ HELP = "Measure a model by perplexity and tasks, alone or against the dense one.
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("model", help="Model id or folder.")
-    parser.add_argument("--against", metavar="DENSE", help="Dense model to compare with.")
+    parser.add_argument("--against", metavar="DENSE", help="The dense model to compare with.")
     parser.add_argument(
         "--domain",
         action="append",
         default=[],
         type=domain,
         metavar="NAME=SOURCE",
-        help="Text, read in its own order: whatever `prune` takes; repeatable.",
+        help=f"Text that is read in its own order. Repeatable. {SOURCES}",
     )
     parser.add_argument(
         "--task",
         action="append",
         default=[],
         metavar="NAME|FILE.jsonl",
-        help="Task that lm_eval has, or multiple-choice items in lines of JSON; repeatable.",
+        help="A task of lm_eval, or a file of multiple-choice items in lines of JSON. Repeatable.",
     )
-    parser.add_argument("--seq-length", type=int, default=512, help="Tokens per sample (512).")
-    parser.add_argument("--num-samples", type=int, help="Samples per domain at most; all that there are by default.")
-    parser.add_argument("--limit", type=int, help="Items per task at most.")
-    parser.add_argument("--batch-size", type=int, default=1, help="Sequences per forward pass (1).")
-    parser.add_argument("--json", metavar="FILE", help="Write the numbers here as well.")
+    parser.add_argument("--seq-length", type=int, default=512, metavar="N", help="Tokens per sample (512).")
+    parser.add_argument(
+        "--num-samples",
+        "--num-blocks",
+        type=int,
+        metavar="N",
+        help="Samples per domain at most; by default each domain is read to its end.",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="Items per task at most.")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="Sequences per forward pass (1).")
+    parser.add_argument("--json", metavar="FILE", help="Also write the numbers to this file.")
+    add_arch_argument(parser)
     add_loading_arguments(parser)
 
 
 def run(args: Namespace) -> int:
-    """Measure and show."""
+    """Measure the model, and show and write the numbers."""
     from ..errors import StructPruneError
     from ..evaluation.evaluate import evaluate
     from .loading import load_model_and_tokenizer
 
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise StructPruneError(f"--json {args.json}: there is no folder {Path(args.json).parent}.")
-    how = (args.dtype, args.device, args.trust_remote_code)
-    model, tokenizer = load_model_and_tokenizer(args.model, *how)
-    dense = load_model_and_tokenizer(args.against, *how)[0] if args.against else None
-    found = evaluate(
+    loading = (args.dtype, args.device, args.trust_remote_code, args.arch_file)
+    model, tokenizer = load_model_and_tokenizer(args.model, *loading)
+    dense = load_model_and_tokenizer(args.against, *loading)[0] if args.against else None
+    evaluation = evaluate(
         model,
         tokenizer,
         args.domain,
@@ -62,6 +69,6 @@ def run(args: Namespace) -> int:
         limit=args.limit,
     )
     if args.json:
-        found.save(args.json)
-    print(found)
+        evaluation.save(args.json)
+    print(evaluation)
     return 0

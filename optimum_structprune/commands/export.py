@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from .arguments import add_model_arguments
+from .arguments import add_arch_argument, add_model_arguments, add_path_arguments
 
 
 NAME = "export"
@@ -13,26 +13,27 @@ HELP = "Save a non-uniform model with one width for all layers, filled up with z
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument("model", help="Folder or id of the pruned model.")
-    parser.add_argument("output", help="Folder for the exported model.")
+    add_path_arguments(parser, "Folder or id of the pruned model.", "Folder for the exported model.")
     parser.add_argument(
         "--pad-uniform",
         action="store_true",
         required=True,
         help="Fill narrower layers up with zeros, for runtimes that take one width only.",
     )
-    parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
+    add_arch_argument(parser)
     add_model_arguments(parser)
 
 
 def run(args: Namespace) -> int:
-    """Pad, save, and say what that costs."""
+    """Pad the model, save it, and say what that costs."""
     from ..saving.export import export_uniform
     from ..saving.staging import check_target
     from .loading import load_model_and_tokenizer
 
     check_target(args.output, args.overwrite)
-    model, tokenizer = load_model_and_tokenizer(args.model, args.dtype, args.device, args.trust_remote_code, args.arch)
-    print(export_uniform(model, args.output, tokenizer, args.overwrite, args.arch))
+    model, tokenizer = load_model_and_tokenizer(
+        args.model, args.dtype, args.device, args.trust_remote_code, args.arch_file
+    )
+    print(export_uniform(model, args.output, tokenizer, args.overwrite, args.arch_file))
     print(f"saved to {args.output}")
     return 0

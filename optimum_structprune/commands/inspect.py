@@ -6,6 +6,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from itertools import pairwise
 
+from .arguments import add_arch_argument, add_trust_argument
+
 
 NAME = "inspect"
 HELP = "Show a model's family, spaces, units, legal widths and parameter shares."
@@ -14,9 +16,13 @@ HELP = "Show a model's family, spaces, units, legal widths and parameter shares.
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("model", help="Model id or folder.")
-    parser.add_argument("--arch", metavar="FILE", help="YAML file that describes an architecture of your own.")
-    parser.add_argument("--stub", action="store_true", help="Print a description to check, for --arch.")
-    parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
+    add_arch_argument(parser)
+    parser.add_argument(
+        "--stub",
+        action="store_true",
+        help="Print a description of an unknown architecture, to be checked, for --arch.",
+    )
+    add_trust_argument(parser)
 
 
 def run(args: Namespace) -> int:
@@ -28,11 +34,11 @@ def run(args: Namespace) -> int:
     from .loading import load_config
 
     config = load_config(args.model, args.trust_remote_code)
-    model = meta_model(config, args.arch, trust_remote_code=args.trust_remote_code)
+    model = meta_model(config, args.arch_file, trust_remote_code=args.trust_remote_code)
     if args.stub:
         print(stub(model))
         return 0
-    arch = describe(model, args.arch)
+    arch = describe(model, args.arch_file)
     total = model.num_parameters()
     print(f"{args.model}: {arch.model_type}, {arch.num_layers} layers, {total:,} parameters")
     print(f"{'space':<12}{'units':>8}{'parameters':>16}{'share':>8}  legal widths")

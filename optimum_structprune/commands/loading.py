@@ -1,4 +1,4 @@
-"""Loads what a command line names, and turns failures into one sentence."""
+"""Loads the models that a command line names; every failure is one sentence."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from ..arch.heterogeneous import enable_heterogeneous
 from ..arch.meta import model_class
 from ..errors import StructPruneError
 
@@ -26,12 +27,21 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer.
 
+    Args:
+        name: The id or the folder of the model.
+        dtype: The dtype of its weights, one of `DTYPES`.
+        device: The device to put it on; None takes cuda where there is one, and the CPU otherwise.
+        trust_remote_code: Whether code that comes with the model is run.
+        arch_file: Descriptions of your own, see `families.yaml`; non-uniform models of these load as well.
+
     Raises:
         StructPruneError: If either cannot be loaded, with the reason.
     """
     load_dtype(dtype)
+    if arch_file is not None:
+        enable_heterogeneous(arch_file)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, config = (_load(kind, name, trust_remote_code) for kind in (AutoTokenizer, AutoConfig))
+    tokenizer, config = (_load(auto, name, trust_remote_code) for auto in (AutoTokenizer, AutoConfig))
     try:
         model = model_class(config, arch_file).from_pretrained(
             name, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
@@ -72,9 +82,9 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     return _load(AutoConfig, name, trust_remote_code)
 
 
-def _load(kind: Any, name: str, trust_remote_code: bool) -> Any:
+def _load(auto_class: Any, name: str, trust_remote_code: bool) -> Any:
     try:
-        return kind.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(name, error) from error
 

@@ -1,25 +1,32 @@
-"""`structprune plan`: what pruning would give, from the config alone, in seconds."""
+"""`structprune plan`: a dry run that shows what pruning would give, from the config alone, in seconds."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from .prune import add_amount_arguments, config_from
+from .arguments import add_config_arguments, add_trust_argument, pruning_config
 
 
 NAME = "plan"
-HELP = "Show what pruning would give: widths, parameters, memory. Needs no weights."
+HELP = (
+    "A dry run: show the widths, parameters and memory that `prune` would give with the same settings. Needs no "
+    "weights, and writes no model."
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags; those that say what is removed are those of `prune`."""
+    """Declare the flags; the settings are those of `prune`."""
+    from ..config.pruning import StructPruneConfig
+
     parser.add_argument("model", help="Model id or folder; config.json is enough.")
-    add_amount_arguments(parser)
     parser.add_argument(
-        "--dtype", default="auto", help="Of the memory: auto (as saved), float32, bfloat16 or float16."
+        "--dtype",
+        default="auto",
+        help="The dtype in which memory is counted: auto (as saved), float32, bfloat16 or float16.",
     )
-    parser.add_argument("--json", metavar="OUT", help="Write the numbers to a file.")
-    parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
+    parser.add_argument("--json", metavar="FILE", help="Also write the numbers to this file.")
+    add_trust_argument(parser)
+    add_config_arguments(parser, StructPruneConfig)
 
 
 def run(args: Namespace) -> int:
@@ -28,7 +35,7 @@ def run(args: Namespace) -> int:
     from ..errors import StructPruneError
     from .loading import load_config, load_dtype
 
-    config = config_from(args)
+    config = pruning_config(args)
     dtype = load_dtype(args.dtype)
     outcome = dry_run(load_config(args.model, args.trust_remote_code), config, dtype, args.trust_remote_code)
     print(f"{args.model}: {outcome.model_type}, {outcome.sparsity:.1%} of the layers' parameters go")

@@ -1,4 +1,4 @@
-"""What a calibration domain is, and how a model writes text of its own."""
+"""The configs of a calibration domain, and of text that a model writes itself."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,14 +16,8 @@ from .fields import Number, Serialisable, config_class, filled, not_negative, po
 
 
 IN_MEMORY = "memory:"
-
-
 PRESET = "preset:"
-
-
 SELF = "self:"
-
-
 CHAT = "chat"
 
 
@@ -58,25 +52,29 @@ def template_fields(template: str) -> list[str]:
 @strict
 @dataclass
 class DomainConfig(Serialisable):
-    """A named calibration stream.
+    """A named source of calibration text.
 
     Args:
-        name: What the report calls it.
+        name: The name of the domain in the report.
         source: A file (`.txt`, `.jsonl`, `.json`, `.parquet`, `.csv`), a glob, a folder, `builtin:prose`,
             `builtin:code`, `builtin:math`, a preset (`preset:code`, `preset:hybrid` …), text that the model writes
             itself (`self:code`, `self:math`, `self:prose`, `self:dialogue`, `self:reasoning`), a dataset id on the
             Hub, a folder that `save_to_disk` of `datasets` wrote, a `datasets` object, or any iterable of strings, or
             with a template of rows. A `pathlib.Path` is kept as its text.
-        weight: Share of the calibration tokens, relative to the other domains.
-        text_column: Column that holds the text, or with `template="chat"` the messages.
-        dataset_config: Name of the configuration of a Hub dataset.
-        split: Split of a Hub dataset, or of a folder that holds several.
-        revision: Commit, tag or branch of a Hub dataset.
-        streaming: Read a Hub dataset row by row; otherwise the split is downloaded as a whole.
-        template: How a row becomes text: `chat` puts its messages through the tokenizer's chat template; else a text
-            with column names, such as `"Question: {question}\nAnswer: {answer}"`.
-        answers_only: Take evidence only from answers: what the assistant says in a chat, the last field of a template,
-            what the model wrote.
+        weight: The domain's share of the calibration tokens, relative to the other domains.
+        text_column: The column that holds the text, or with `template="chat"` the messages.
+        dataset_config: The name of the configuration of a Hub dataset.
+        split: The split of a Hub dataset, or of a folder that holds several.
+        revision: The commit, tag or branch of a Hub dataset.
+        streaming: Whether a Hub dataset is read row by row; otherwise the split is downloaded as a whole.
+        template: How a row becomes text: `chat` puts its messages through the tokenizer's chat template; any other
+            template is a text with column names, such as `"Question: {question}\nAnswer: {answer}"`.
+        answers_only: Whether evidence is taken from answers only: from what the assistant says in a chat, from the
+            last field of a template, from what the model wrote.
+
+    Raises:
+        StructPruneError: If a field is unknown, or a value has another type or lies outside of its range; the message
+            names the field and the value.
     """
 
     name: str = validated_field(filled)
@@ -95,15 +93,15 @@ class DomainConfig(Serialisable):
             self.source = str(self.source)
 
     def validate_answers(self) -> None:
-        """Something that tells answers from questions."""
+        """Refuse `answers_only` where nothing tells the answers from the rest."""
         preset = isinstance(self.source, str) and self.source.startswith(PRESET)
         if self.answers_only and self.template is None and not (preset or written_by_model(self)):
             raise ValueError("answers_only needs a template that says what the answers are, got template=None")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values; a source that lives in memory is only named."""
-        named = self.source if isinstance(self.source, str) else f"{IN_MEMORY}{type(self.source).__name__}"
-        return {**super().to_dict(), "source": named}
+        """Plain JSON-able values; of a source in memory only the name of its class is kept."""
+        source = self.source if isinstance(self.source, str) else f"{IN_MEMORY}{type(self.source).__name__}"
+        return {**super().to_dict(), "source": source}
 
 
 def written_by_model(domain: DomainConfig) -> bool:
@@ -118,15 +116,20 @@ class SelfTextConfig(Serialisable):
     """How a model writes its own calibration text, for the sources `self:NAME`.
 
     Args:
-        max_new_tokens: Length of a document, at most.
-        batch_size: Documents that are written at once.
-        temperature: Of the sampling.
-        top_p: Of the sampling: the likeliest tokens that together have this probability.
-        min_tokens: Shorter documents are dropped.
-        min_distinct: Least share of different runs of 4 tokens among all; a document that repeats itself is dropped.
-        max_perplexity_ratio: A document is dropped if its perplexity is this many times above or below the median of
-            its batch.
-        cache_dir: Where the documents are kept; by default `structprune` in the Hugging Face home folder.
+        max_new_tokens: The number of tokens in a document, at most.
+        batch_size: The number of documents that are written at once.
+        temperature: The temperature of the sampling.
+        top_p: The probability that the tokens to sample from have together; they are the likeliest ones.
+        min_tokens: The number of tokens in a document, at least; shorter ones are dropped.
+        min_distinct: The share of different runs of 4 tokens among all runs of a document, at least; a document that
+            repeats itself more is dropped.
+        max_perplexity_ratio: The factor by which the perplexity of a document may lie above or below the median of its
+            batch; others are dropped.
+        cache_dir: The folder that keeps the documents; by default `structprune` in the Hugging Face home folder.
+
+    Raises:
+        StructPruneError: If a field is unknown, or a value has another type or lies outside of its range; the message
+            names the field and the value.
     """
 
     max_new_tokens: int = validated_field(positive, default=384)
@@ -140,10 +143,14 @@ class SelfTextConfig(Serialisable):
 
 
 def as_domain(item: Any, owner: str) -> DomainConfig:
-    """A domain from its mapping; a domain comes back as it is.
+    """A domain from a mapping of its fields; a domain comes back as it is.
+
+    Args:
+        item: A domain, or the mapping of one.
+        owner: The config or function that names the domain, for the message.
 
     Raises:
-        StructPruneError: If it is neither.
+        StructPruneError: If the item is neither, or a field is not legal.
     """
     if isinstance(item, DomainConfig):
         return item
@@ -153,7 +160,15 @@ def as_domain(item: Any, owner: str) -> DomainConfig:
 
 
 def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
-    """The fields of a config with its domains as `DomainConfig`s, where it lists any."""
+    """The fields of a config, with every entry of `domains` as a `DomainConfig`, where it lists any.
+
+    Args:
+        data: The fields.
+        owner: The name of the config, for messages.
+
+    Raises:
+        StructPruneError: If an entry is not a domain.
+    """
     domains = data.get("domains")
     if not isinstance(domains, list):
         return data
@@ -161,7 +176,11 @@ def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
 
 
 def check_names(domains: Iterable[DomainConfig]) -> None:
-    """At least one domain, and no two of the same name."""
+    """Refuse a list of domains that is empty or has two of the same name.
+
+    Raises:
+        ValueError: If there are none, or two have the same name.
+    """
     names = [domain.name for domain in domains]
     if not names:
         raise ValueError("domains has to name at least one domain, got []")

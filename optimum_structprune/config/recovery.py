@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
@@ -33,30 +33,37 @@ def _proportion(value: Any) -> None:
 @strict
 @dataclass(kw_only=True)
 class RecoveryConfig(Serialisable):
-    """LoRA training after pruning, with or without a teacher.
+    """How a pruned model is trained: LoRA, with or without a teacher.
 
     Fields that are None follow the pruning config where there is one, and its defaults otherwise.
 
     Args:
-        tokens: Training tokens in all, the same number from each domain.
-        seq_length: Tokens per training sample.
-        domains: Training text; documents that the perplexity is measured on are left out.
+        tokens: The number of training tokens in all; every domain gives the same number.
+        seq_length: The number of tokens in a training sample.
+        domains: The training text; documents that the perplexity is measured on are left out.
         lora: Fields of `peft.LoraConfig`, laid over `LORA`.
         training: Fields of `transformers.TrainingArguments`, laid over `TRAINING`. With an `output_dir`, checkpoints
             go there and training can be resumed.
-        kl_weight: Share of the divergence from the teacher in the loss; the rest is cross-entropy. Without a teacher
-            the loss is cross-entropy whatever stands here.
-        hidden_weight: Weight of the distance between the hidden states of both models after every sample, which is
-            added to the loss. Needs samples and hidden size as many as the teacher's.
-        temperature: Divides the logits of both models before they are compared.
+        kl_weight: The share of the divergence from the teacher in the loss; the rest is cross-entropy. Without a
+            teacher the loss is cross-entropy whatever stands here.
+        hidden_weight: The weight of the distance between the hidden states of both models after every layer, which is
+            added to the loss. It needs a model with as many layers and hidden channels as the teacher.
+        temperature: The number that the logits of both models are divided by before they are compared.
         direction: `forward` is KL(teacher‖model), which covers all that the teacher does; `reverse` is
             KL(model‖teacher), which keeps to what the teacher does most.
         top_k: Compare the teacher's k likeliest tokens and all others as one, which saves memory; None compares all.
-        teacher_logits: Folder for the teacher's `top_k` likeliest predictions of the training text. They are written
+        teacher_logits: A folder for the teacher's `top_k` likeliest predictions of the training text. They are written
             before training starts and read back during it, so that the teacher is not in memory then.
-        merge: Fold the adapter into the weights at the end; otherwise the result is the pruned model and an adapter.
-        every_round: Train after every round of pruning, each with an equal part of the tokens.
-        seed: Of the order and of the adapter.
+        merge: Whether the adapter is folded into the weights at the end; otherwise the result is the pruned model and
+            an adapter.
+        every_round: Whether the model is trained after every round of pruning, each time on another part of the text,
+            instead of once at the end.
+        seed: The seed of the adapter's values and of the order of the samples. Which documents are read, and which of
+            them are held out, follows the seed of the pruning.
+
+    Raises:
+        StructPruneError: If a field is unknown, or a value has another type, lies outside of its range, or contradicts
+            another one. The message names the field and the value.
     """
 
     tokens: int = validated_field(positive, default=200_000)
@@ -75,13 +82,13 @@ class RecoveryConfig(Serialisable):
     seed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values."""
+        """The fields as plain JSON-able values."""
         domains = None if self.domains is None else [domain.to_dict() for domain in self.domains]
         return {**super().to_dict(), "domains": domains}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RecoveryConfig":
-        """Inverse of `to_dict`; domains may be mappings.
+        """Build a config from what `to_dict` gave; domains may be mappings.
 
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
@@ -90,30 +97,21 @@ class RecoveryConfig(Serialisable):
 
     @property
     def distils(self) -> bool:
-        """Whether a teacher has a part in the loss."""
+        """Whether the loss has a term that compares the model with a teacher."""
         return bool(self.kl_weight or self.hidden_weight)
 
-    def part(self, number: int, count: int) -> "RecoveryConfig":
-        """One of `count` equal parts of the training, each with its own folder for checkpoints."""
-        if count == 1:
-            return self
-        training = dict(self.training)
-        if "output_dir" in training:
-            training["output_dir"] = f"{training['output_dir']}/round-{number}"
-        return replace(self, tokens=self.tokens // count, training=training)
-
     def validate_domains(self) -> None:
-        """At least one domain, and no two of the same name."""
+        """Refuse an empty list of domains, and two of the same name."""
         if self.domains is not None:
             check_names(self.domains)
 
     def validate_rounds(self) -> None:
-        """An adapter cannot be left beside a model that is pruned further."""
+        """Refuse to leave an adapter beside a model that is pruned further."""
         if self.every_round and not self.merge:
             raise ValueError("every_round=True trains models that are pruned again, so it needs merge=True, got False")
 
     def validate_teacher_logits(self) -> None:
-        """What a folder of likeliest predictions can stand in for."""
+        """Refuse what a folder of likeliest predictions cannot give."""
         if self.teacher_logits is None:
             return
         if self.top_k is None:

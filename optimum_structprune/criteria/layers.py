@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
-from ..calibration.tally import Batch, evidence
+from ..calibration.tally import Batch, unmasked
 from ..errors import StructPruneError
 from ..forward.hooks import bypass, intercept
 from ..forward.metrics import perplexity, run_model
@@ -62,7 +62,7 @@ class BlockInfluence(LayerCriterion):
 
         def after(index: int, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            left, right = (evidence(x.double(), mask) for x in (inputs.pop(index), hidden))
+            left, right = (unmasked(x.double(), mask) for x in (inputs.pop(index), hidden))
             total[index] += float((1 - cosine_similarity(left, right, dim=-1)).sum())
 
         with intercept(layer_list(model, arch), before, after):

@@ -55,7 +55,7 @@ class Mixture:
             return shares
         return [share / energy for share, energy in zip(shares, energies, strict=True)]
 
-    def judge(self, criterion: Criterion, weight: Tensor, parts: Sequence[Moments], columns_per_unit: int) -> Tensor:
+    def scores(self, criterion: Criterion, weight: Tensor, parts: Sequence[Moments], columns_per_unit: int) -> Tensor:
         """One score per unit from all domains.
 
         The mean of energies is taken over moments, which sees what domains have in common; every other way scores each
@@ -77,7 +77,7 @@ class Mixture:
         scores = torch.stack([criterion.score(weight, part, columns_per_unit) for part in parts])
         return self._together(scores, shares)
 
-    def judge_experts(self, contributions: Tensor) -> Tensor:
+    def combined(self, contributions: Tensor) -> Tensor:
         """One score per expert from its contributions in every domain, shape `(domains, experts)`."""
         return self._together(contributions, self.shares)
 

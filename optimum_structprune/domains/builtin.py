@@ -1,4 +1,4 @@
-"""Calibration text that needs no download: English, code and arithmetic out of any Python installation."""
+"""Calibration text that needs no download: English, code and arithmetic from any Python installation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
     Args:
         name: `prose` (the English of Python's documentation, docstrings and comments), `code` (sources of the standard
             library, other files than those that `prose` reads) or `math` (word problems with worked answers).
-        seed: Of the order, and of the problems.
+        seed: The seed of the order, and of the word problems.
 
     Raises:
         StructPruneError: If there is no such text, or this Python comes without the sources of its library.
@@ -39,9 +39,10 @@ def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
 
 
 def sections(text: str, size: int = SECTION) -> Iterator[str]:
-    """Cut a text of more than `2 * size` characters into parts of half to a whole `size`, the last up to twice.
+    """Cut a text of more than `2 * size` characters into parts.
 
-    A cut falls on a blank line where the part's second half has one, else on a line end, else on a space.
+    Each part has between `size / 2` and `size` characters, the last one up to `2 * size`. A cut falls on a blank line
+    where the second half of the part has one, else on the end of a line, else on a space.
     """
     start = 0
     while len(text) - start > 2 * size:
@@ -65,15 +66,15 @@ def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
 
 def _library() -> list[Path]:
     root = sysconfig.get_path("stdlib")
-    found: list[Path] = []
+    files: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = set(folders) - SKIP
-        found += [Path(folder, name) for name in names if re.fullmatch(r"(?!_sysconfigdata).*\.py", name)]
-    if not found:
+        files += [Path(folder, name) for name in names if re.fullmatch(r"(?!_sysconfigdata).*\.py", name)]
+    if not files:
         raise StructPruneError(
             f"builtin:prose and builtin:code read Python's sources; {root} has none. Use builtin:math."
         )
-    return sorted(found)
+    return sorted(files)
 
 
 def _code(rng: Random) -> Iterator[str]:

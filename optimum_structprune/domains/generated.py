@@ -20,7 +20,7 @@ from ..config.domains import SELF, SelfTextConfig
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
 from ..fingerprint import fingerprint
-from ..forward.metrics import perplexity
+from ..forward.metrics import evaluating, perplexity
 from ..registry import did_you_mean
 from .packing import prefix_token
 from .templates import Document
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
-# So many batches without a usable document are taken to mean that none will come.
+# After so many batches without a usable document, no more are written.
 PATIENCE = 8
+# Tokens in the runs that tell whether a document repeats itself.
 RUN = 4
 
 
@@ -44,10 +45,11 @@ def self_documents(
 
     Args:
         model: A causal language model; its training mode is left as it was.
-        tokenizer: Its tokenizer; a chat template makes it answer questions, otherwise it goes on from openings.
-        config: How it writes, and where the documents are kept.
-        name: `code`, `math`, `prose`, `dialogue` or `reasoning`.
-        seed: Of the prompts and of the sampling.
+        tokenizer: The model's tokenizer. With a chat template the model answers questions, otherwise it continues
+            openings.
+        config: How the model writes, and where the documents are kept.
+        name: The kind of text: `code`, `math`, `prose`, `dialogue` or `reasoning`.
+        seed: The seed of the prompts and of the sampling.
 
     Raises:
         StructPruneError: If there is no such kind of text, the model cannot generate, what it writes is unusable, or
@@ -77,7 +79,14 @@ def self_documents(
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind of text: an entry of `seed_prompts.yaml`."""
+    """One kind of text: an entry of `seed_prompts.yaml`.
+
+    Attributes:
+        ask: Questions for a model with a chat template, with the field `{topic}`.
+        begin: Openings for a model without one, with the field `{topic}`.
+        topics: What can stand in place of `{topic}`.
+        keep: Whether the question stays in the document.
+    """
 
     ask: list[str]
     begin: list[str]
@@ -97,30 +106,31 @@ class _Author:
 
     @property
     def chats(self) -> bool:
-        """Whether the model answers, or goes on."""
+        """Whether the model answers questions; otherwise it continues openings."""
         return bool(self.tokenizer.chat_template)
 
     def prompts(self, number: int) -> list[str]:
-        """The prompts of a batch: all combinations in an order that the seed chooses, again and again."""
+        """The prompts of batch `number`: all pairs of form and topic in an order that the seed chooses, repeated."""
         forms = self.kind.ask if self.chats else self.kind.begin
-        every = [form.replace("{topic}", topic) for form in forms for topic in self.kind.topics]
-        Random(self.seed).shuffle(every)
+        prompts = [form.replace("{topic}", topic) for form in forms for topic in self.kind.topics]
+        Random(self.seed).shuffle(prompts)
         size = self.config.batch_size
-        return [every[i % len(every)] for i in range(number * size, (number + 1) * size)]
+        return [prompts[i % len(prompts)] for i in range(number * size, (number + 1) * size)]
 
     def write(self, number: int) -> list[Document]:
-        """The documents of a batch that pass the filters."""
+        """The documents of batch `number` that pass the filters."""
         prompts = [self._framed(prompt) for prompt in self.prompts(number)]
-        training = self.model.training
-        self.model.eval()
-        written = self._continued(prompts, number)
-        pairs = [(prompt, ids) for prompt, ids in zip(prompts, written, strict=True) if self._varied(ids)]
-        spread = [self._perplexity(ids) for _, ids in pairs]
-        self.model.train(training)
+        with evaluating(self.model):
+            written = self._continued(prompts, number)
+            pairs = [(prompt, ids) for prompt, ids in zip(prompts, written, strict=True) if self._varied(ids)]
+            perplexities = [self._perplexity(ids) for _, ids in pairs]
         ratio = float(self.config.max_perplexity_ratio)
-        middle = median(spread) if spread else 0.0
-        usable = [pair for pair, ppl in zip(pairs, spread, strict=True) if middle / ratio <= ppl <= middle * ratio]
-        return [self._document(prompt, ids) for prompt, ids in usable]
+        middle = median(perplexities) if perplexities else 0.0
+        return [
+            self._document(*pair)
+            for pair, ppl in zip(pairs, perplexities, strict=True)
+            if middle / ratio <= ppl <= middle * ratio
+        ]
 
     def _framed(self, prompt: str) -> str:
         if not self.chats:
@@ -131,7 +141,7 @@ class _Author:
     def _encoded(self, prompt: str) -> list[int]:
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         prefix = prefix_token(self.tokenizer)
-        # A chat template puts its own beginning.
+        # A chat template puts the prefix itself.
         return ids if self.chats or prefix is None else [prefix, *ids]
 
     @torch.no_grad()
@@ -163,8 +173,8 @@ class _Author:
 
     @property
     def _ends(self) -> list[int]:
-        own = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = own if isinstance(own, list) else [own]
+        given = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = given if isinstance(given, list) else [given]
         return [end for end in dict.fromkeys([*ends, self.tokenizer.eos_token_id]) if end is not None]
 
     def _room(self, prompt: int) -> int:
@@ -185,7 +195,7 @@ class _Author:
         return len(set(runs)) >= float(self.config.min_distinct) * len(runs)
 
     def _perplexity(self, ids: list[int]) -> float:
-        # Without the prompt: the text has to be likely by itself.
+        # The prompt is left out: the text has to be likely by itself.
         prefix = prefix_token(self.tokenizer)
         sample: Tensor = torch.tensor([ids if prefix is None else [prefix, *ids]])
         return perplexity(self.model, sample)
@@ -208,7 +218,7 @@ def _cache(author: _Author, name: str) -> Path:
 
 
 def _read(path: Path) -> list[list[Document]]:
-    """The batches in a cache file, up to the first that is missing or was cut off while it was written."""
+    """The batches in a cache file, up to the first that is missing or was only written in part."""
     batches: list[list[Document]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -224,7 +234,7 @@ def _append(path: Path, number: int, documents: Sequence[Document]) -> None:
     line = json.dumps({"batch": number, "documents": [list(document.parts()) for document in documents]})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A line of its own, whatever a run that was cut off has left behind.
+        # A run that was killed may have left half a line, so that each batch begins a new one.
         with path.open("a", encoding="utf-8") as file:
             file.write(f"\n{line}\n")
     except OSError as error:

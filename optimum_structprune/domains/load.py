@@ -27,18 +27,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Domain:
-    """A calibration stream, packed: equal-length token samples, and others from other documents for perplexity.
+    """A calibration domain as token samples of equal length, some of them held out to measure perplexity.
+
+    No document is in both the calibration samples and the held-out ones.
 
     Attributes:
-        name: What the report calls it.
-        weight: Share of the calibration that was asked for; the weights of all domains sum to 1.
-        samples: For calibration, shape `(num_samples, seq_length)`, int64.
-        heldout: For perplexity, shape `(num_heldout, seq_length)`, int64.
-        mask: Tokens of `samples` that give evidence, of the same shape; None for all.
-        origin: Where the text came from, presets resolved; None for inputs that were given.
-        documents: Hashes of the documents in `samples` and `spare`.
-        heldout_documents: Hashes of the documents in `heldout`.
-        spare: Further samples, for rounds in which the domain counts more than was asked for.
+        name: The name of the domain in the report.
+        weight: The share of the calibration that the config gives to the domain; those of all domains sum to 1.
+        samples: The calibration samples, shape `(num_samples, seq_length)`, int64.
+        heldout: The held-out samples, shape `(num_heldout, seq_length)`, int64.
+        mask: Which tokens of `samples` give evidence, of the same shape, bool; None where all of them do.
+        origin: The config of the domain, presets resolved; None for inputs that were given.
+        documents: The hashes of the documents in `samples` and `spare`.
+        heldout_documents: The hashes of the documents in `heldout`.
+        spare: Further samples, for rounds in which the domain counts more than the config says.
     """
 
     name: str
@@ -53,11 +55,11 @@ class Domain:
 
     @property
     def pool(self) -> Tensor:
-        """All samples that a round may use, shape `(num_samples, seq_length)`."""
+        """All samples that a round may use, the spare ones included, shape `(samples, seq_length)`."""
         return self.samples if self.spare is None else torch.cat([self.samples, self.spare.samples])
 
     def portion(self, count: int) -> Domain:
-        """The same domain with another number of samples, as far as there is text."""
+        """The same domain with the first `count` samples of the pool, or all of them where there are fewer."""
         mask = self.mask
         if self.spare is not None and mask is not None and self.spare.mask is not None:
             mask = torch.cat([mask, self.spare.mask])
@@ -74,11 +76,11 @@ def load_domains(
     """Read, tokenise and pack the domains of a config.
 
     Args:
-        config: Names the domains, and says how many samples of what length.
-        tokenizer: The model's own.
-        vocab_size: Size of the model's vocabulary, which every token has to lie in.
-        heldout_samples: Held-out samples per domain, in place of the share that the config says.
-        model: Writes the domains `self:NAME`, and sees the pool that `config.select` chooses from.
+        config: The config that names the domains, and says how many samples of what length to make.
+        tokenizer: The model's own tokenizer.
+        vocab_size: The size of the model's vocabulary, which every token has to lie in.
+        heldout_samples: The number of held-out samples per domain, in place of the share that the config says.
+        model: The model that writes the domains `self:NAME`, and sees the pool that `config.select` chooses from.
 
     Raises:
         StructPruneError: If there is no tokenizer or one of another model, a domain gives too little text, or there
@@ -91,32 +93,15 @@ def load_domains(
         raise StructPruneError(
             f"seq_length={config.seq_length} has no room for text after the prefix; 2 is the least."
         )
-    domains = resolve(config.domains, config.presets_file)
+    domains = resolve(config.texts, config.presets_file)
     packer = _Packer(config, domains, frame, heldout_samples, Selector(config, model))
     write = partial(self_documents, model, tokenizer, config.self_text) if model is not None else None
-    total = sum(domain.weight for domain in domains)
     loaded = []
     for index, domain in enumerate(domains):
         texts = documents(domain, config.seed, tokenizer, write)
-        # What a model writes itself is too dear to be read ahead of need.
+        # What a model writes itself takes too long to be read ahead of need.
         at_once = 1 if written_by_model(domain) else DOCUMENTS_PER_CALL
-        stream = tokenised(texts, tokenizer, domain.answers_only, at_once)
-        heldout, packed = packer.pack(index, stream)
-        spare = None if written_by_model(domain) else packer.spare(index, stream)
-        _check_tokens(domain, heldout, packed, spare, vocab_size)
-        loaded.append(
-            Domain(
-                domain.name,
-                domain.weight / total,
-                packed.samples,
-                heldout.samples,
-                packed.mask,
-                domain,
-                packed.hashes + (() if spare is None else spare.hashes),
-                heldout.hashes,
-                spare,
-            )
-        )
+        loaded.append(packer.load(index, tokenised(texts, tokenizer, domain.answers_only, at_once), vocab_size))
     return loaded
 
 
@@ -126,18 +111,28 @@ def calibration_domains(
     tokenizer: PreTrainedTokenizerBase | None,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> list[Domain]:
-    """The text that a config names, or inputs in its place; see `load_domains` and `given_domains`."""
+    """The domains of the text that a config names, or of inputs in its place.
+
+    Args:
+        config: The config that names the domains; see `load_domains`.
+        model: The model to calibrate.
+        tokenizer: The model's own tokenizer; not needed where inputs are given.
+        inputs: Inputs by domain, in place of text; see `given_domains`.
+
+    Raises:
+        StructPruneError: If a domain cannot be read or is too small.
+    """
     if inputs is not None:
         return given_domains(inputs, float(config.holdout))
     return load_domains(config, tokenizer, model.config.get_text_config().vocab_size, model=model)
 
 
 def given_domains(inputs: Mapping[str, Tensor], holdout: float) -> list[Domain]:
-    """Domains out of inputs that are ready for the model, in equal shares.
+    """Domains from inputs that are ready for the model, in equal shares.
 
     Args:
-        inputs: By name, shape `(samples, ...)`.
-        holdout: Share of each that is set aside.
+        inputs: The inputs of each domain by its name, shape `(samples, ...)`.
+        holdout: The share of each domain's samples that is set aside, 2 samples at least.
 
     Raises:
         StructPruneError: If there are no inputs, or too few to set some aside.
@@ -181,7 +176,7 @@ def split_samples(num_samples: int, weights: Sequence[float]) -> list[int]:
 
 
 def num_heldout(num_samples: int, holdout: float) -> int:
-    """Number of held-out samples beside `num_samples` for calibration; 2 at least."""
+    """The number of held-out samples beside `num_samples` for calibration: their share `holdout`, and 2 at least."""
     return max(2, round(holdout * num_samples))
 
 
@@ -200,8 +195,8 @@ def check_vocabulary(largest: int, vocab_size: int | None) -> None:
 def _check_tokens(
     domain: DomainConfig, heldout: Packed, packed: Packed, spare: Packed | None, vocab_size: int | None
 ) -> None:
-    parts = [heldout, packed, *([] if spare is None else [spare])]
-    check_vocabulary(max(int(part.samples.max()) for part in parts), vocab_size)
+    largest = max(int(part.samples.max()) for part in (heldout, packed, spare) if part is not None)
+    check_vocabulary(largest, vocab_size)
     if packed.mask is not None and not packed.mask.any():
         raise StructPruneError(
             f"The domain {domain.name!r} has answers_only, but its {len(packed.hashes)} documents hold no answer."
@@ -218,8 +213,25 @@ class _Packer:
     num_heldout: int | None
     selector: Selector
 
+    def load(self, index: int, stream: Iterator[Tokens], vocab_size: int | None) -> Domain:
+        domain = self.domains[index]
+        heldout, packed = self.pack(index, stream)
+        spare = None if written_by_model(domain) else self.spare(index, stream)
+        _check_tokens(domain, heldout, packed, spare, vocab_size)
+        return Domain(
+            name=domain.name,
+            weight=domain.weight / sum(domain.weight for domain in self.domains),
+            samples=packed.samples,
+            heldout=heldout.samples,
+            mask=packed.mask,
+            origin=domain,
+            documents=packed.hashes + (() if spare is None else spare.hashes),
+            heldout_documents=heldout.hashes,
+            spare=spare,
+        )
+
     def pack(self, index: int, stream: Iterator[Tokens]) -> tuple[Packed, Packed]:
-        # Held-out samples come first, so that they are the same text however much calibration follows.
+        # Held-out samples come first, so that they are the same text whatever num_samples is.
         count = self._counts(self.config.num_samples)[index]
         aside, need = self._needs(count)
         heldout = self.frame.take(stream, aside)
@@ -230,13 +242,13 @@ class _Packer:
         return self.frame.pack(heldout, aside // self.frame.body), samples
 
     def spare(self, index: int, stream: Iterator[Tokens]) -> Packed | None:
-        """Further samples, as far as the text goes: as many as the domain may come to count more."""
+        """Further samples, as far as there is text: as many as a larger weight may come to ask for."""
         config = self.config
         if not config.reweights:
             return None
         count = self._counts(config.num_samples)[index]
-        more = min(round(MOST[config.objective] * count), config.num_samples) - count
-        packed = self.frame.pack(self.frame.take(stream, self.frame.body * more), more)
+        extra = min(round(MOST[config.objective] * count), config.num_samples) - count
+        packed = self.frame.pack(self.frame.take(stream, self.frame.body * extra), extra)
         return packed if len(packed.samples) else None
 
     def _counts(self, num_samples: int) -> list[int]:
@@ -246,25 +258,23 @@ class _Packer:
         aside = self.num_heldout or num_heldout(count, float(self.config.holdout))
         return self.frame.body * aside, self.frame.body * count
 
-    def _too_little(self, index: int, found: Sequence[Tokens]) -> str:
+    def _too_little(self, index: int, texts: Sequence[Tokens]) -> str:
         domain, config = self.domains[index], self.config
-        if not found:
+        if not texts:
             spent = "; a generator gives its text only once" if isinstance(domain.source, Iterator) else ""
             return f"The domain {domain.name!r} is empty{spent}."
         advice = "Give it more documents, or choose a smaller seq_length."
         for fewer in range(config.num_samples - 1, len(self.domains) - 1, -1):
-            if self._suffices(found, self._counts(fewer)[index]):
+            if self._suffices(texts, self._counts(fewer)[index]):
                 advice = f"num_samples={fewer} would do."
                 break
-        tokens, need = (
-            sum(len(document.ids) for document in found),
-            sum(self._needs(self._counts(config.num_samples)[index])),
-        )
+        tokens = sum(len(text.ids) for text in texts)
+        need = sum(self._needs(self._counts(config.num_samples)[index]))
         return (
-            f"The domain {domain.name!r} has {tokens} tokens in {len(found)} documents, but calibration and "
+            f"The domain {domain.name!r} has {tokens} tokens in {len(texts)} documents, but calibration and "
             f"held-out samples take {need}, and a document serves only one of the two. {advice}"
         )
 
-    def _suffices(self, found: Sequence[Tokens], count: int) -> bool:
-        left = iter(found)
-        return all(self.frame.length(self.frame.take(left, need)) >= need for need in self._needs(count))
+    def _suffices(self, texts: Sequence[Tokens], count: int) -> bool:
+        stream = iter(texts)
+        return all(self.frame.length(self.frame.take(stream, need)) >= need for need in self._needs(count))

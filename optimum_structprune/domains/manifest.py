@@ -1,4 +1,4 @@
-"""What a model was calibrated on, exactly: to repeat a run, and to warn an evaluation that uses the same text."""
+"""What exactly a model was calibrated on: to repeat a run, and to warn an evaluation that uses the same text."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ MANIFEST_NAME = "calibration_manifest.json"
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers")
 # What tells one data set from another; a different split of the same data holds other documents.
 WHERE = ("source", "dataset_config", "split", "revision")
+# Names that the fields of an entry had in earlier versions.
+FORMER_KEYS = {"blocks_sha256": "samples_sha256"}
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,16 @@ class Entry:
     """One domain of a manifest.
 
     Attributes:
-        name: Of the domain.
+        name: The name of the domain.
         origin: The domain's config, presets resolved; empty for inputs that were given.
-        weight: Its share of the calibration.
-        calibration_tokens: In all samples that a round may have used, prefixes included.
-        evidence_tokens: Those of them that statistics were taken from.
-        heldout_tokens: In the held-out samples.
-        samples_sha256: Of these samples.
-        heldout_sha256: Of the held-out samples.
-        documents: SHA-256 of each document in the calibration samples, in the order of use.
-        heldout_documents: Of each document in the held-out samples.
+        weight: The domain's share of the calibration.
+        calibration_tokens: The number of tokens in all samples that a round may have used, prefixes included.
+        evidence_tokens: The number of those tokens that moments were taken of.
+        heldout_tokens: The number of tokens in the held-out samples.
+        samples_sha256: The SHA-256 of the calibration samples, in hexadecimal digits.
+        heldout_sha256: The SHA-256 of the held-out samples.
+        documents: The SHA-256 of each document in the calibration samples, in the order of use.
+        heldout_documents: The SHA-256 of each document in the held-out samples.
     """
 
     name: str
@@ -59,29 +61,34 @@ class Entry:
 
     @classmethod
     def of(cls, domain: Domain) -> Entry:
-        """What there is to say about a domain."""
-        whole = domain.portion(len(domain.pool))
+        """The entry of a domain that was loaded."""
+        pool = domain.portion(len(domain.pool))
         return cls(
             name=domain.name,
             origin={} if domain.origin is None else _located(domain.origin).to_dict(),
             weight=domain.weight,
-            calibration_tokens=whole.samples.numel(),
-            evidence_tokens=whole.samples.numel() if whole.mask is None else int(whole.mask.sum()),
+            calibration_tokens=pool.samples.numel(),
+            evidence_tokens=pool.samples.numel() if pool.mask is None else int(pool.mask.sum()),
             heldout_tokens=domain.heldout.numel(),
-            samples_sha256=tensor_hash(whole.samples),
+            samples_sha256=tensor_hash(pool.samples),
             heldout_sha256=tensor_hash(domain.heldout),
             documents=list(domain.documents),
             heldout_documents=list(domain.heldout_documents),
         )
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Entry:
+        """An entry from its fields; those of earlier versions may have their old names."""
+        return cls(**{FORMER_KEYS.get(key, key): value for key, value in data.items()})
+
     def uses(self, source: str | DomainConfig) -> bool:
-        """Whether the domain was read from there: by its name, its source, or everything that says where text is."""
+        """Whether the domain has this name or this source, or was read from where this other domain says."""
         if isinstance(source, str):
             return source == self.name or _absolute(source) == self.origin.get("source")
         if not isinstance(source.source, str):
             return False  # an object in memory has no name by which it could be known
-        asked = _located(source).to_dict()
-        return bool(self.origin) and all(asked[key] == self.origin.get(key) for key in WHERE)
+        origin = _located(source).to_dict()
+        return bool(self.origin) and all(origin[key] == self.origin.get(key) for key in WHERE)
 
 
 @dataclass(frozen=True)
@@ -89,12 +96,12 @@ class Manifest:
     """What a model was calibrated on.
 
     Attributes:
-        seed: Of the order of the documents, and of self-written text.
-        seq_length: Tokens per sample.
+        seed: The seed of the order of the documents, and of text that the model wrote.
+        seq_length: The number of tokens in a sample.
         select: How samples were chosen.
-        tokenizer: Name of the tokenizer.
-        versions: Of Python and the libraries that decide what text comes out.
-        domains: One entry each.
+        tokenizer: The name of the tokenizer.
+        versions: The versions of Python and of the libraries that decide what text comes out.
+        domains: One entry for each domain.
     """
 
     seed: int
@@ -137,35 +144,37 @@ class Manifest:
         path = path / MANIFEST_NAME if path.is_dir() else path
         data = read_mapping(path, json.loads)
         try:
-            return cls(**{**data, "domains": [Entry(**entry) for entry in data["domains"]]})
-        except (KeyError, TypeError) as error:
+            return cls(**{**data, "domains": [Entry.from_dict(entry) for entry in data["domains"]]})
+        except (KeyError, TypeError, AttributeError) as error:
             raise StructPruneError(f"{path} is no calibration manifest: {error}") from error
 
     def overlaps(self, domain_name_or_source: str | DomainConfig, document_hashes: Collection[str] = ()) -> list[str]:
         """What a text has in common with the calibration: one sentence for each domain that it shares something with.
 
         Args:
-            domain_name_or_source: Name of a domain, its source, or a whole domain, which also tells splits apart.
-            document_hashes: `document_hash` of the documents in that text.
+            domain_name_or_source: The name of a domain, its source, or a whole domain, which also tells splits apart.
+            document_hashes: The `document_hash` of each document in that text.
         """
-        found = []
-        asked = set(document_hashes)
+        sentences = []
+        hashes = set(document_hashes)
         for entry in self.domains:
             used = entry.uses(domain_name_or_source)
-            calibrated = len(asked.intersection(entry.documents))
-            seen = len(asked.intersection(entry.heldout_documents))
+            calibrated = len(hashes.intersection(entry.documents))
+            heldout = len(hashes.intersection(entry.heldout_documents))
             where = f"the calibration domain {entry.name!r} ({entry.origin.get('source', 'given inputs')})"
             if calibrated:
-                found.append(f"{calibrated} of {len(asked)} documents were calibrated on, in {where}")
-            elif seen:
-                found.append(f"{seen} of {len(asked)} documents were held out to measure perplexity, in {where}")
+                sentences.append(f"{calibrated} of {len(hashes)} documents were calibrated on, in {where}")
+            elif heldout:
+                sentences.append(
+                    f"{heldout} of {len(hashes)} documents were held out to measure perplexity, in {where}"
+                )
             elif used:
-                found.append(f"the text has the name or the source of {where}")
-        return found
+                sentences.append(f"the text has the name or the source of {where}")
+        return sentences
 
 
 def _located(domain: DomainConfig) -> DomainConfig:
-    # A path means the same file from another working folder only if it is whole.
+    # Only an absolute path means the same file from another working folder.
     source = _absolute(domain.source) if isinstance(domain.source, str) else domain.source
     return DomainConfig(**{**vars(domain), "source": source})
 

@@ -24,9 +24,9 @@ class Tokens:
     """A document as the model reads it.
 
     Attributes:
-        ids: Its tokens.
-        answers: For each token whether it belongs to an answer; None where nobody asks.
-        hash: SHA-256 of the document's text.
+        ids: The token ids.
+        answers: For each token whether it belongs to an answer; None where answers are not asked for.
+        hash: The SHA-256 of the document's text.
     """
 
     ids: list[int]
@@ -36,12 +36,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Packed:
-    """Token samples.
+    """Token samples of equal length.
 
     Attributes:
-        samples: Shape `(num_samples, seq_length)`, int64.
-        mask: Which tokens give evidence, of the same shape; None for all.
-        documents: Hashes of the documents in each sample.
+        samples: The token ids, shape `(num_samples, seq_length)`, int64.
+        mask: Which tokens give evidence, of the same shape, bool; None where all of them do.
+        documents: The hashes of the documents in each sample.
     """
 
     samples: Tensor
@@ -49,14 +49,14 @@ class Packed:
     documents: tuple[tuple[str, ...], ...]
 
     def select(self, indices: Sequence[int]) -> Packed:
-        """Some of the samples."""
+        """The samples with these indices, in this order."""
         index = torch.tensor(indices, dtype=torch.long)
         mask = None if self.mask is None else self.mask[index]
         return Packed(self.samples[index], mask, tuple(self.documents[i] for i in indices))
 
     @property
     def hashes(self) -> tuple[str, ...]:
-        """Of all documents, each once, in the order of their first use."""
+        """The hashes of all documents, each once, in the order of first use."""
         return tuple(dict.fromkeys(name for sample in self.documents for name in sample))
 
 
@@ -65,9 +65,9 @@ class Frame:
     """What a sample holds apart from text.
 
     Attributes:
-        seq_length: Tokens per sample.
-        prefix: Stands at the head of every sample.
-        eos: Stands between two documents.
+        seq_length: The number of tokens in a sample.
+        prefix: The token at the head of every sample; None where there is none.
+        eos: The token between two documents; None where there is none.
     """
 
     seq_length: int
@@ -76,13 +76,13 @@ class Frame:
 
     @property
     def body(self) -> int:
-        """Tokens of text per sample."""
+        """The number of tokens of text in a sample: all but the prefix."""
         return self.seq_length - (self.prefix is not None)
 
     def take(self, tokenised: Iterator[Tokens], need: int) -> list[Tokens]:
-        """Whole documents with `need` tokens or more, or all there are.
+        """Take documents until they have `need` tokens or more, or there are no others.
 
-        What is left of the last one is dropped later, so that no document serves twice.
+        The rest of the last document is dropped later, so that no document serves twice.
         """
         taken: list[Tokens] = []
         have = 0
@@ -92,11 +92,11 @@ class Frame:
         return taken
 
     def length(self, documents: Sequence[Tokens]) -> int:
-        """Tokens of text that documents make, with what stands between them."""
+        """The number of tokens in documents, those between two of them included."""
         return sum(len(document.ids) for document in documents) + self._gap(documents) * (len(documents) - 1)
 
     def pack(self, documents: Iterable[Tokens], most: int) -> Packed:
-        """As many whole samples as the documents fill, up to `most`."""
+        """Cut documents into as many full samples as they make, up to `most`; the rest is dropped."""
         ids: list[int] = []
         answers: list[bool] = []
         spans: list[tuple[int, int, str]] = []
@@ -110,12 +110,12 @@ class Frame:
             answers += document.answers or [False] * len(document.ids)
             masked = masked or document.answers is not None
         count = min(most, len(ids) // self.body)
-        held: list[list[str]] = [[] for _ in range(count)]
+        names: list[list[str]] = [[] for _ in range(count)]
         for start, end, name in spans:
             for i in range(start // self.body, min(count, (end - 1) // self.body + 1)):
-                held[i].append(name)
+                names[i].append(name)
         mask = self._samples(answers, count, False) if masked else None
-        return Packed(self._samples(ids, count, self.prefix), mask, tuple(tuple(names) for names in held))
+        return Packed(self._samples(ids, count, self.prefix), mask, tuple(map(tuple, names)))
 
     def _gap(self, before: Sequence[Tokens]) -> int:
         return int(bool(before) and self.eos is not None)
@@ -128,24 +128,27 @@ class Frame:
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that stands at the head of a text: the tokenizer's own prefix, else its BOS, else its EOS token."""
-    whole = tokenizer("a")["input_ids"]
+    """The token at the head of a text: the one that the tokenizer puts there, else its BOS, else its EOS token.
+
+    None where the tokenizer has none of these.
+    """
+    special = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    if whole[:1] != plain[:1]:
-        return whole[0]
+    if special[:1] != plain[:1]:
+        return special[0]
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def tokenised(
     texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, answers: bool = False, at_once: int = DOCUMENTS_PER_CALL
 ) -> Iterator[Tokens]:
-    """The documents that have any tokens.
+    """The tokens of documents; one that has none is left out.
 
     Args:
-        texts: Documents.
-        tokenizer: The model's own; a fast one where answers are asked for.
+        texts: The documents.
+        tokenizer: The model's own tokenizer; a fast one where answers are asked for.
         answers: Whether to say which tokens belong to an answer.
-        at_once: Documents per call of the tokenizer; so many may be read in vain.
+        at_once: The number of documents per call of the tokenizer; up to so many may be read without being used.
     """
     while batch := list(islice(texts, at_once)):
         encoded = tokenizer(batch, add_special_tokens=False, verbose=False, return_offsets_mapping=answers)

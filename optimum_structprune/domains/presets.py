@@ -17,14 +17,14 @@ BUILTIN_PRESETS = Path(__file__).with_name("presets.yaml")
 
 
 def resolve(domains: Iterable[DomainConfig], presets_file: str | None = None) -> list[DomainConfig]:
-    """Domains whose sources can be read: presets are replaced by what they stand for.
+    """Replace presets by what they stand for, which gives domains whose sources can be read.
 
     A field that the domain sets to something else than its default goes before the preset's. A preset with `mix` gives
     one domain for each of its parts, named `NAME-PART`, which share the weight equally.
 
     Args:
-        domains: As the config has them.
-        presets_file: YAML file whose entries are laid over the built-in ones.
+        domains: The domains of a config.
+        presets_file: A YAML file whose entries go before the built-in ones.
 
     Raises:
         StructPruneError: If there is no such preset, its entry is not legal, or two names are the same.
@@ -42,7 +42,7 @@ def presets(presets_file: str | None = None) -> dict[str, Mapping[str, Any]]:
     """All presets by name, each with the fields of `DomainConfig` and a `licence`, or with a `mix` of others.
 
     Args:
-        presets_file: YAML file whose entries are laid over the built-in ones.
+        presets_file: A YAML file whose entries go before the built-in ones.
 
     Raises:
         StructPruneError: If a file cannot be read, or holds something else.
@@ -79,7 +79,7 @@ def _entry(name: str, table: Mapping[str, Mapping[str, Any]]) -> Mapping[str, An
 def _filled(
     domain: DomainConfig, entry: Mapping[str, Any], name: str | None = None, weight: float | None = None
 ) -> DomainConfig:
-    own = {f.name: value for f in fields(DomainConfig) if (value := getattr(domain, f.name)) != f.default}
     preset = {key: value for key, value in entry.items() if key != "licence"}
+    changed = {f.name: value for f in fields(DomainConfig) if (value := getattr(domain, f.name)) != f.default}
     fixed = {"name": name or domain.name, "weight": weight or domain.weight, "source": entry["source"]}
-    return DomainConfig.from_dict({**preset, **own, **fixed})
+    return DomainConfig.from_dict({**preset, **changed, **fixed})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import operator
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -113,7 +111,6 @@ If all were chickens, there would be {2 * h = two} legs; there are {legs - two =
 Each rabbit adds 2 legs, so there are {extra / 2 = rabbits} rabbits.
 """
 
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 Values = dict[str, Fraction | str]
 
 
@@ -124,7 +121,7 @@ def word_problems(rng: Random) -> Iterator[str]:
     while len(seen) < NUM_PROBLEMS:
         try:
             question, steps, answer = _problem(rng.choice(templates), rng)
-        except ArithmeticError:  # the numbers that were drawn do not come out even: draw again
+        except ArithmeticError:  # a result is no whole number, or too small: draw other numbers
             continue
         if question not in seen:
             seen.add(question)
@@ -165,24 +162,18 @@ def _put(code: str, values: Values) -> str:
     expression, _, name = code.partition(" = ")
     if not name:
         return _shown(values[code])
-    value = _result(expression, values)
-    if (value * (100 if name.startswith("$") else 1)).denominator != 1:
+    result = _result(expression, values)
+    if (result * (100 if name.startswith("$") else 1)).denominator != 1:
         raise ArithmeticError
-    values[name.lstrip("$")] = values["answer"] = value
-    return f"{re.sub('[a-z]+', lambda match: _shown(values[match[0]]), expression)} = {_shown(value)}"
+    values[name.lstrip("$")] = values["answer"] = result
+    return f"{re.sub('[a-z]+', lambda match: _shown(values[match[0]]), expression)} = {_shown(result)}"
 
 
 def _result(expression: str, values: Values) -> Fraction:
-    value = _value(ast.parse(expression, mode="eval").body, values)
-    if value <= 1:  # the sentences speak of it in the plural
+    result = eval(expression, {}, values)  # the expressions are those of PROBLEMS, and exact over fractions
+    if result <= 1:  # the sentences speak of it in the plural
         raise ArithmeticError
-    return value
-
-
-def _value(node: ast.expr, values: Values) -> Fraction:
-    if isinstance(node, ast.BinOp):
-        return OPERATIONS[type(node.op)](_value(node.left, values), _value(node.right, values))
-    return Fraction(values[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node))
+    return result
 
 
 def _shown(value: Fraction | str) -> str:

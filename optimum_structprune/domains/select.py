@@ -12,7 +12,7 @@ from ..arch.load import describe, layer_list
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.hooks import intercept
-from ..forward.metrics import perplexity, run_model
+from ..forward.metrics import evaluating, perplexity, run_model
 from .packing import Frame, Packed, Tokens
 
 
@@ -23,11 +23,11 @@ KMEANS_STEPS = 50
 
 
 class Selector:
-    """Packs a pool of documents, and chooses.
+    """Packs a pool of documents, and chooses samples of it.
 
     Args:
-        config: Says how, and how large the pool is.
-        model: Sees the samples, where that is how they are chosen.
+        config: The config that says how to choose, and how large the pool is.
+        model: The model that sees the samples, where they are chosen by what it makes of them.
     """
 
     def __init__(self, config: StructPruneConfig, model: PreTrainedModel | None):
@@ -48,10 +48,8 @@ class Selector:
         if self.model is None:
             raise StructPruneError(f"select={how!r} runs the model over the text, and there is none; use 'random'.")
         packed = frame.pack(pool, count * self.factor)
-        training = self.model.training
-        self.model.eval()
-        chosen = self._diverse(packed.samples, count) if how == "diverse" else self._middling(packed.samples, count)
-        self.model.train(training)
+        with evaluating(self.model):
+            chosen = (self._diverse if how == "diverse" else self._middling)(packed.samples, count)
         return packed.select(sorted(chosen))
 
     def _diverse(self, samples: Tensor, count: int) -> list[int]:
@@ -70,17 +68,17 @@ class Selector:
 
 @torch.no_grad()
 def mean_activations(model: PreTrainedModel, samples: Tensor, batch_size: int, arch_file: str | None = None) -> Tensor:
-    """What enters each sample of the model, averaged over the tokens of each token sample.
+    """What enters each layer of the model, averaged over the tokens of each sample.
 
     Args:
-        model: In evaluation mode.
-        samples: Token ids, shape `(n, seq_length)`.
-        batch_size: Samples per forward pass.
-        arch_file: Describes architectures of the user's own.
+        model: A model in evaluation mode.
+        samples: The token ids, shape `(n, seq_length)`.
+        batch_size: The number of samples in a forward pass.
+        arch_file: A YAML file that describes architectures of your own.
 
     Returns:
-        Shape `(n, num_samples * hidden)`, fp32: for every place in the model the same total variance, since later
-        hidden states are larger.
+        The means, shape `(n, num_layers * hidden)`, fp32. Those of every layer have the same total variance, since
+        later hidden states are larger.
     """
     rows: list[Tensor] = []
     base: Any = model.base_model
@@ -94,19 +92,19 @@ def mean_activations(model: PreTrainedModel, samples: Tensor, batch_size: int, a
             means: list[Tensor] = []
             run_model(base, ids)
             rows.append(torch.stack(means, dim=1))
-    found = torch.cat(rows)
-    found = found - found.mean(0)
-    spread = found.square().sum(-1, keepdim=True).mean(0).sqrt()
-    return (found / spread.clamp(min=torch.finfo(found.dtype).tiny)).flatten(1)
+    vectors = torch.cat(rows)
+    vectors = vectors - vectors.mean(0)
+    spread = vectors.square().sum(-1, keepdim=True).mean(0).sqrt()
+    return (vectors / spread.clamp(min=torch.finfo(vectors.dtype).tiny)).flatten(1)
 
 
 def nearest_to_centres(vectors: Tensor, count: int, seed: int) -> list[int]:
     """One vector for each of `count` clusters: the nearest to each centre of k-means (COLA, arXiv 2510.10618).
 
     Args:
-        vectors: Shape `(n, d)` with n ≥ count.
-        count: Number of clusters.
-        seed: Of the first centres, which k-means++ draws.
+        vectors: The vectors, shape `(n, d)` with n ≥ count.
+        count: The number of clusters.
+        seed: The seed of the first centres, which k-means++ draws.
 
     Returns:
         `count` different indices.

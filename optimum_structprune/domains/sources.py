@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Reader:
-    """A domain, and what makes documents of it."""
+    """A domain, the seed of its order, and the tokenizer that renders its conversations."""
 
     domain: DomainConfig
     seed: int | None
@@ -50,11 +50,11 @@ def documents(
     """The texts of a domain in an order that the seed chooses, without the blank ones.
 
     Args:
-        domain: Names the source; a relative path is looked for on the disk before the Hub.
-        seed: Of the order. Local and in-memory text is shuffled as a whole up to 100 000 documents, beyond that and
-            for a Hub stream through a buffer. None leaves the source's own order.
-        tokenizer: Renders conversations.
-        write: Gives the documents of `self:NAME` from the name and the seed.
+        domain: The domain whose source is read; a relative path is looked for on the disk before the Hub.
+        seed: The seed of the order. Local and in-memory text is shuffled as a whole up to 100 000 documents, beyond
+            that and for a Hub stream through a buffer. None leaves the source's own order.
+        tokenizer: The tokenizer whose chat template renders conversations.
+        write: A function that gives the documents of `self:NAME` from the name and the seed.
 
     Raises:
         StructPruneError: If the source is not there, cannot be read, or does not give strings.
@@ -138,14 +138,14 @@ def _files(domain: DomainConfig) -> list[Path]:
             )
         return [path]
     if os.path.isdir(path):
-        found, what = [*path.rglob("*")], f"the folder {path}"
+        candidates, what = [*path.rglob("*")], f"the folder {path}"
     elif "*" in domain.source:
-        found, what = [Path(name) for name in glob(str(path), recursive=True)], f"the pattern {domain.source!r}"
+        candidates, what = [*map(Path, glob(str(path), recursive=True))], f"the pattern {domain.source!r}"
     elif domain.source.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
         raise StructPruneError(f"The domain {domain.name!r}: there is no file or folder {path}.{_nearest(path)}")
     else:
         return []
-    files = sorted(file for file in found if file.is_file() and file.suffix.lower() in READERS)
+    files = sorted(file for file in candidates if file.is_file() and file.suffix.lower() in READERS)
     if not files:
         raise StructPruneError(f"The domain {domain.name!r}: {what} gives no file of the kinds {', '.join(READERS)}.")
     return files
@@ -188,8 +188,9 @@ def _hub_rows(reader: _Reader) -> Iterable[Row]:
     from datasets import load_dataset
 
     domain = reader.domain
-    fixed = {} if domain.revision is None else {"revision": domain.revision}
-    rows = load_dataset(domain.source, domain.dataset_config, split=domain.split, streaming=domain.streaming, **fixed)
+    revision = {} if domain.revision is None else {"revision": domain.revision}
+    where = {"split": domain.split, "streaming": domain.streaming, **revision}
+    rows = load_dataset(domain.source, domain.dataset_config, **where)
     if reader.seed is None:
         return rows
     if not domain.streaming:
@@ -227,18 +228,18 @@ def _reordered(items: Iterable[T], seed: int | None) -> list[T]:
 
 
 def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
-    # A full shuffle of what fits into the buffer; beyond that, memory stays bounded at the price of some order.
+    # What fits into the buffer is shuffled as a whole. Beyond that a text moves less far, and memory stays bounded.
     if seed is None:
         yield from texts
         return
     rng = Random(seed)
-    held: list[str] = []
+    buffer: list[str] = []
     for text in texts:
-        if len(held) < LOCAL_BUFFER:
-            held.append(text)
+        if len(buffer) < LOCAL_BUFFER:
+            buffer.append(text)
             continue
         place = rng.randrange(LOCAL_BUFFER)
-        yield held[place]
-        held[place] = text
-    rng.shuffle(held)
-    yield from held
+        yield buffer[place]
+        buffer[place] = text
+    rng.shuffle(buffer)
+    yield from buffer

@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 Span = tuple[int, int]
-# The two usual forms of a conversation: role and content, or from and value with roles of their own.
+# The two usual forms of a message: `role` and `content`, or `from` and `value` with other names of the roles.
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-# A model that was never taught to chat has no template: a transcript then.
+# In place of the chat template of a model that has none.
 TRANSCRIPT = "{% for m in messages %}{{ m['role'].capitalize() }}: {{ m['content'] }}\n\n{% endfor %}"
 
 
 class Document(str):
-    """A text.
+    """A text that knows its answers.
 
     Attributes:
-        answers: Where the answers are, as character positions (start, end).
+        answers: The character positions (start, end) of each answer.
     """
 
     answers: tuple[Span, ...] = ()
 
     @classmethod
     def joined(cls, parts: Iterable[tuple[str, bool]]) -> Document:
-        """A document out of pieces of text, each an answer or not."""
+        """A document made of pieces of text, each with whether it is an answer."""
         text, answers = "", []
         for part, is_answer in parts:
             if is_answer and part:
@@ -47,7 +47,7 @@ class Document(str):
         return document
 
     def parts(self) -> Iterator[tuple[str, bool]]:
-        """Pieces of text, each an answer or not: what `joined` takes."""
+        """The pieces of text, each with whether it is an answer: what `joined` takes."""
         done = 0
         for start, end in self.answers:
             yield str(self[done:start]), False
@@ -57,7 +57,7 @@ class Document(str):
 
 
 def document_hash(text: str) -> str:
-    """SHA-256 of the text in UTF-8, in hexadecimal digits."""
+    """The SHA-256 of a text in UTF-8, in hexadecimal digits."""
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -65,9 +65,9 @@ def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase 
     """The document that a row makes.
 
     Args:
-        row: Values by column.
-        domain: Names the column or the template.
-        tokenizer: Renders conversations.
+        row: The values by column.
+        domain: The domain that names the column or the template.
+        tokenizer: The tokenizer whose chat template renders conversations.
 
     Raises:
         StructPruneError: If a column is missing or holds something else than it should, or a conversation comes
@@ -90,12 +90,12 @@ def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase 
 def chat_document(
     messages: Sequence[dict[str, str]], domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> Document:
-    """A conversation as the model knows it; what the assistant says are the answers.
+    """A conversation in the form that the model was trained on; what the assistant says are the answers.
 
     Args:
-        messages: With `role` and `content`.
-        domain: Is named in errors.
-        tokenizer: Has the chat template; one without it gives a transcript.
+        messages: The messages, each with `role` and `content`.
+        domain: The domain that the conversation belongs to.
+        tokenizer: The tokenizer whose chat template is used; one without a template gives a transcript.
 
     Raises:
         StructPruneError: If there is no tokenizer, or the template refuses the conversation or rewrites its messages
@@ -107,7 +107,7 @@ def chat_document(
         return Document()
     text = _render(messages, domain, tokenizer)
     for contents in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
-        # Rendered with marks in place of the messages, the template shows where it puts them.
+        # Marks in place of the messages show where the template puts them.
         marked = _render([{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)], domain, tokenizer)
         pieces = re.split("\ue000([0-9]+)\ue001", marked)
         document = Document.joined(
@@ -137,14 +137,14 @@ def _render(messages: Sequence[dict[str, str]], domain: DomainConfig, tokenizer:
 
 def _messages(row: Row, domain: DomainConfig) -> list[dict[str, str]]:
     names = [name for name in (domain.text_column, *CHAT_COLUMNS) if name in row]
-    found = next((row[name] for name in names if not isinstance(row[name], str)), None)
-    if not names or (found is None and any(row[name] for name in names)):
+    conversation = next((row[name] for name in names if not isinstance(row[name], str)), None)
+    if not names or (conversation is None and any(row[name] for name in names)):
         raise StructPruneError(
             f"The domain {domain.name!r} has no column of messages; set text_column."
             f"{did_you_mean(domain.text_column, row)}"
         )
     messages = []
-    for item in found or ():
+    for item in conversation or ():
         role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
         if not (isinstance(role, str) and isinstance(content, str)):
             raise StructPruneError(
@@ -164,10 +164,15 @@ def _text(row: Row, column: str, domain: DomainConfig, field: str) -> str:
 
 
 def string(value: Any, domain: DomainConfig, where: str) -> str:
-    """A value that has to be a string.
+    """The value itself, which has to be a string.
+
+    Args:
+        value: The value.
+        domain: The domain that the value was read from.
+        where: The place of the value, such as "the column 'text'".
 
     Raises:
-        StructPruneError: If it is none.
+        StructPruneError: If the value is not a string; the message names the domain and the place.
     """
     if not isinstance(value, str):
         raise StructPruneError(

@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Evaluation:
-    """What `evaluate` found; `str` of it is a table.
+    """The numbers that `evaluate` measured; `str` of it is a table.
 
     Attributes:
-        model: Name or folder of the model.
-        dense: The same of the dense model that it was held against; None where there was none.
-        seq_length: Tokens per sample. A sample's first token is context only, the others are predicted.
+        model: The name or the folder of the model.
+        dense: The name or the folder of the dense model that it is compared with; None where there is none.
+        seq_length: The number of tokens in a sample. The first is context only, the others are predicted.
         prefix: The token at the head of each sample; None where the tokenizer has none.
-        tokens: Number of predicted tokens, by domain.
-        perplexity: `{domain: {"model": …, "dense": …}}`, the latter only where there is a dense model.
-        divergence: Mean KL(dense‖model) per predicted token in nats, by domain.
-        agreement: Share of predicted tokens for which both models find the same one likeliest, by domain.
-        tasks: `{task: {"model": {"acc": …, "acc_stderr": …, …}, "dense": {…}}}`.
-        warnings: What may make these numbers too good.
+        tokens: The number of predicted tokens, by domain.
+        perplexity: The perplexities, `{domain: {"model": …, "dense": …}}`; "dense" only where there is a dense model.
+        divergence: The mean KL(dense‖model) per predicted token in nats, by domain.
+        agreement: The share of predicted tokens for which both models find the same one likeliest, by domain.
+        tasks: The scores, `{task: {"model": {"acc": …, "acc_stderr": …, …}, "dense": {…}}}`.
+        warnings: The reasons why these numbers may be too good.
     """
 
     model: str
@@ -55,43 +55,44 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The numbers as plain values."""
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
+        """Write the numbers to a JSON file."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:
         """A table of domains, one of tasks, and the warnings."""
-        parts = [self._domains()] if self.perplexity else []
-        parts += [self._tasks()] if self.tasks else []
-        return "\n\n".join([*parts, *(f"warning: {warning}" for warning in self.warnings)])
+        tables = [self._domains()] if self.perplexity else []
+        tables += [self._tasks()] if self.tasks else []
+        return "\n\n".join([*tables, *(f"warning: {warning}" for warning in self.warnings)])
+
+    @property
+    def _models(self) -> list[str]:
+        return ["model"] if self.dense is None else ["dense", "model"]
 
     def _domains(self) -> str:
-        whose = ["model"] if self.dense is None else ["dense", "model"]
-        against = [] if self.dense is None else ["ratio", "KL", "top-1"]
-        rows = [["perplexity", "tokens", *whose, *against]]
-        for name, found in self.perplexity.items():
-            rows.append([name, f"{self.tokens[name]:,}", *(f"{found[one]:.2f}" for one in whose)])
-            if against:
-                rows[-1] += [_ratio(found), f"{self.divergence[name]:.4f}", f"{self.agreement[name]:.1%}"]
+        models, compared = self._models, self.dense is not None
+        rows = [["perplexity", "tokens", *models, *(["ratio", "KL", "top-1"] if compared else [])]]
+        for name, ppl in self.perplexity.items():
+            rows.append([name, f"{self.tokens[name]:,}", *(f"{ppl[which]:.2f}" for which in models)])
+            if compared:
+                rows[-1] += [_ratio(ppl), f"{self.divergence[name]:.4f}", f"{self.agreement[name]:.1%}"]
         if len(self.perplexity) > 1:
-            means = {one: geometric_mean(found[one] for found in self.perplexity.values()) for one in whose}
-            blank = ["", ""] if against else []
-            ratio = [_ratio(means)] if against else []
-            rows.append(["  geometric mean", "", *(f"{mean:.2f}" for mean in means.values()), *ratio, *blank])
+            means = {which: geometric_mean(ppl[which] for ppl in self.perplexity.values()) for which in models}
+            rows.append(["  geometric mean", "", *(f"{mean:.2f}" for mean in means.values())])
+            rows[-1] += [_ratio(means), "", ""] if compared else []
         head = f", each begun with {self.prefix!r}" if self.prefix else ""
-        return f"{table(rows)}\nblocks of {self.seq_length} tokens{head}"
+        return f"{table(rows)}\nsamples of {self.seq_length} tokens{head}"
 
     def _tasks(self) -> str:
-        whose = ["model"] if self.dense is None else ["dense", "model"]
-        rows = [["task", "metric", "items", *whose]]
+        rows = [["task", "metric", "items", *self._models]]
         for name, scores in self.tasks.items():
             for metric in scores["model"]:
                 if metric != "items" and "_stderr" not in metric:
                     items = f"{scores['model']['items']:.0f}" if "items" in scores["model"] else ""
-                    rows.append([name, metric, items, *(_with_error(scores[one], metric) for one in whose)])
+                    rows.append([name, metric, items, *(_with_error(scores[which], metric) for which in self._models)])
         return table(rows)
 
 
@@ -107,65 +108,69 @@ def evaluate(
     batch_size: int = 1,
     limit: int | None = None,
     manifest: Manifest | None = None,
+    num_blocks: int | None = None,
 ) -> Evaluation:
     """Measure a causal language model, by itself and against the dense one.
 
     Args:
-        model: What is measured; its training mode is left as it was.
-        tokenizer: Its own.
-        domains: Text for perplexity, read in the order of the source; see `read_heldout`.
-        tasks: Names of registered lm_eval tasks, or JSON-lines files of multiple-choice items; see `Tasks`.
-        dense: Another model with the same tokenizer to hold it against: adds its own perplexities and scores, the
+        model: The model to measure; its training mode is left as it was.
+        tokenizer: The model's own tokenizer.
+        domains: The text for perplexity, read in the order of the source; see `read_heldout`.
+        tasks: The names of registered lm_eval tasks, or JSON-lines files of multiple-choice items; see `Tasks`.
+        dense: Another model with the same tokenizer to compare with: adds its own perplexities and scores, the
             divergence from it and the agreement with it.
-        seq_length: Tokens per sample.
-        num_samples: Samples per domain at most; None reads every domain to its end.
-        batch_size: Samples, or sequences of a task, per forward pass.
-        limit: Items per task at most.
-        manifest: What the model was calibrated on, to warn of domains that share text with it; by default the one in
-            the folder that the model was loaded from, if there is one.
+        seq_length: The number of tokens in a sample.
+        num_samples: The number of samples per domain at most; None reads every domain to its end.
+        batch_size: The number of samples, or of sequences of a task, in a forward pass.
+        limit: The number of items per task at most; None takes all of them.
+        manifest: The manifest of what the model was calibrated on, to warn of domains that share text with it; by
+            default the one in the folder that the model was loaded from, if there is one.
+        num_blocks: The former name of `num_samples`; it gives a FutureWarning.
 
     Raises:
         StructPruneError: If there is nothing to measure, a domain or a task cannot be read, or the models do not fit
             each other, the tokenizer or the samples.
     """
+    if num_blocks is not None:
+        warnings.warn("evaluate: num_blocks is called num_samples now.", FutureWarning, stacklevel=2)
+        num_samples = num_blocks
     named = resolve(as_domain(domain, "evaluate") for domain in domains)
     models = {"model": model} if dense is None else {"model": model, "dense": dense}
     _check(models, named, tasks, seq_length)
-    for what, number in {"num_samples": num_samples, "batch_size": batch_size, "limit": limit}.items():
-        if number is not None and number < 1:
-            raise StructPruneError(f"{what} has to be 1 or more, got {number}.")
+    _check_positive(num_samples=num_samples, batch_size=batch_size, limit=limit)
     # Everything is read before anything is computed, so that a mistake shows at once.
     vocabulary = model.config.get_text_config().vocab_size
     texts = [read_heldout(domain, tokenizer, seq_length, num_samples, vocabulary) for domain in named]
-    asked = Tasks(tasks) if tasks else None
+    loaded_tasks = Tasks(tasks) if tasks else None
     prefix = prefix_token(tokenizer)
-    found = Evaluation(
+    evaluation = Evaluation(
         model=model.name_or_path or type(model).__name__,
         dense=None if dense is None else dense.name_or_path or type(dense).__name__,
         seq_length=seq_length,
         prefix=None if prefix is None else str(tokenizer.convert_ids_to_tokens(prefix)),
     )
-    found.warnings = _overlaps(manifest or _manifest(model), texts)
-    for warning in found.warnings:
+    evaluation.warnings = _overlaps(manifest or _manifest(model), texts)
+    for warning in evaluation.warnings:
         warnings.warn(warning, stacklevel=2)
     for text in texts:
-        _measure(found, model, dense, text, batch_size)
-    if asked is not None:
-        scores = {whose: asked.score(one, tokenizer, batch_size, limit) for whose, one in models.items()}
-        found.tasks = {name: {whose: scores[whose][name] for whose in models} for name in scores["model"]}
-    return found
+        _measure(evaluation, model, dense, text, batch_size)
+    if loaded_tasks is not None:
+        scores = {which: loaded_tasks.score(one, tokenizer, batch_size, limit) for which, one in models.items()}
+        evaluation.tasks = {name: {which: scores[which][name] for which in models} for name in scores["model"]}
+    return evaluation
 
 
 def _measure(
-    found: Evaluation, model: PreTrainedModel, dense: PreTrainedModel | None, text: Heldout, batch_size: int
+    evaluation: Evaluation, model: PreTrainedModel, dense: PreTrainedModel | None, text: Heldout, batch_size: int
 ) -> None:
-    found.tokens[text.domain.name] = text.samples[:, 1:].numel()
+    name = text.domain.name
+    evaluation.tokens[name] = text.samples[:, 1:].numel()
     if dense is None:
-        found.perplexity[text.domain.name] = {"model": perplexity(model, text.samples, batch_size)}
+        evaluation.perplexity[name] = {"model": perplexity(model, text.samples, batch_size)}
         return
     both = compare(model, dense, text.samples, batch_size)
-    found.perplexity[text.domain.name] = {"model": both.perplexity, "dense": both.dense_perplexity}
-    found.divergence[text.domain.name], found.agreement[text.domain.name] = both.divergence, both.agreement
+    evaluation.perplexity[name] = {"model": both.perplexity, "dense": both.dense_perplexity}
+    evaluation.divergence[name], evaluation.agreement[name] = both.divergence, both.agreement
 
 
 def _manifest(model: PreTrainedModel) -> Manifest | None:
@@ -204,8 +209,14 @@ def _check(
         raise StructPruneError(f"The model has a vocabulary of {sizes[0]}, the dense one of {sizes[1]}.")
 
 
-def _ratio(found: Mapping[str, float]) -> str:
-    return f"x {found['model'] / found['dense']:.3f}"
+def _check_positive(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise StructPruneError(f"{name} has to be 1 or more, got {number}.")
+
+
+def _ratio(ppl: Mapping[str, float]) -> str:
+    return f"x {ppl['model'] / ppl['dense']:.3f}"
 
 
 def _with_error(scores: Mapping[str, float], metric: str) -> str:

@@ -24,9 +24,9 @@ class Heldout:
     """The first samples of a domain.
 
     Attributes:
-        domain: Where it was read from.
-        samples: Token ids, shape `(num_samples, seq_length)`, int64.
-        documents: SHA-256 of each text in the samples.
+        domain: The domain that was read.
+        samples: The token ids, shape `(num_samples, seq_length)`, int64.
+        documents: The SHA-256 of each document in the samples.
     """
 
     domain: DomainConfig
@@ -43,23 +43,24 @@ def read_heldout(
 ) -> Heldout:
     """Read a domain in the order in which its source gives it: the same text for every model with this tokenizer.
 
-    Documents follow each other with an EOS token between them, and are cut into samples that each begin with the prefix
-    token of `prefix_token`. What does not fill the last sample is left out.
+    Documents follow each other with an EOS token between them, and are cut into samples that each begin with the token
+    of `prefix_token`. What does not fill the last sample is left out.
 
     Args:
-        domain: Names the source, presets resolved; its weight plays no part.
-        tokenizer: The model's own.
-        seq_length: Tokens per sample, the prefix among them.
-        num_samples: Samples to read at most; None reads everything.
-        vocab_size: Size of the model's vocabulary, which every token has to lie in.
+        domain: The domain to read, presets resolved; its weight is not used.
+        tokenizer: The model's own tokenizer.
+        seq_length: The number of tokens in a sample, the prefix included.
+        num_samples: The number of samples to read at most; None reads everything.
+        vocab_size: The size of the model's vocabulary, which every token has to lie in.
 
     Raises:
-        StructPruneError: If the text does not fill one sample, has no known end while `num_samples` is None, or belongs
-            to another vocabulary.
+        StructPruneError: If the text does not fill one sample, has no known end while `num_samples` is None, or was
+            read by a tokenizer of another vocabulary.
     """
     if num_samples is None and endless(domain):
         raise StructPruneError(
-            f"The domain {domain.name!r} ({domain.source}) has no known end; say how many samples to read (num_samples)."
+            f"The domain {domain.name!r} ({domain.source}) has no known end; say how many samples to read "
+            "(num_samples)."
         )
     frame = Frame(seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
     if seq_length < 2:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StructPruneError
+from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METRICS = ("acc", "acc_norm")
-# The one that lm_eval's own command uses.
+# The seed that lm_eval's own command uses.
 FEWSHOT_SEED = 1234
 Scores = dict[str, dict[str, float]]
 
@@ -28,8 +29,8 @@ class Tasks:
     """Tasks to score models on, with their data at hand.
 
     Args:
-        names: Of registered lm_eval tasks or groups, or paths of JSON-lines files with a multiple-choice item per
-            line, `{"query": …, "choices": [… , …], "gold": index}`; see `local_task`.
+        names: The names of registered lm_eval tasks or groups, or paths of JSON-lines files with a multiple-choice
+            item per line, `{"query": …, "choices": [… , …], "gold": index}`; see `local_task`.
 
     Raises:
         StructPruneError: If lm_eval is not installed, a name is not registered, a file cannot be read, an item is not
@@ -40,10 +41,10 @@ class Tasks:
         _require_lm_eval()
         from lm_eval.tasks import TaskManager
 
-        specs = [local_task(Path(name)) if Path(name).suffix == ".jsonl" else str(name) for name in names]
-        registered = [spec for spec in specs if isinstance(spec, str)]
-        given = [spec if isinstance(spec, str) else spec["task"] for spec in specs]
-        if twice := {name for name in given if given.count(name) > 1}:
+        tasks = [local_task(Path(name)) if Path(name).suffix == ".jsonl" else str(name) for name in names]
+        registered = [task for task in tasks if isinstance(task, str)]
+        labels = [task if isinstance(task, str) else task["task"] for task in tasks]
+        if twice := {label for label in labels if labels.count(label) > 1}:
             raise StructPruneError(f"Two tasks are named {min(twice)!r}; rename one of the files.")
         with _quiet():
             # Indexing the thousands of tasks that lm_eval brings takes seconds.
@@ -55,7 +56,7 @@ class Tasks:
                         f"{did_you_mean(name, manager.all_tasks)}"
                     )
             try:
-                self.loaded = manager.load(specs)
+                self.loaded = manager.load(tasks)
             except (OSError, ValueError) as error:  # what `datasets` raises where the Hub or a data set is missing
                 raise StructPruneError(f"The tasks cannot be loaded: {' '.join(str(error).split())}") from error
 
@@ -66,18 +67,17 @@ class Tasks:
 
         Args:
             model: A causal language model; its training mode is left as it was.
-            tokenizer: Its own; it is not changed.
-            batch_size: Sequences per forward pass.
-            limit: Items per task at most, from the beginning.
+            tokenizer: The model's own tokenizer; it is not changed.
+            batch_size: The number of sequences in a forward pass.
+            limit: The number of items per task at most, counted from the beginning; None takes all of them.
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
         for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(FEWSHOT_SEED)
-        training = model.training
-        with _quiet():
-            # Sums of bf16 log-probabilities would be too coarse; and a padding token is set on the tokenizer.
+        with _quiet(), evaluating(model):
+            # Sums of bf16 log-probabilities would be too coarse. lm_eval sets a padding token on the tokenizer.
             wrapped = HFLM(
                 pretrained=model,
                 tokenizer=deepcopy(tokenizer),
@@ -85,14 +85,11 @@ class Tasks:
                 batch_size=batch_size,
                 softmax_dtype="float32",
             )
-            try:
-                found = lm_eval.evaluate(wrapped, self.loaded, limit=limit, log_samples=False)
-            finally:
-                model.train(training)
-        counts = {name: sizes["effective"] for name, sizes in found["n-samples"].items()}
+            results = lm_eval.evaluate(wrapped, self.loaded, limit=limit, log_samples=False)
+        counts = {name: sizes["effective"] for name, sizes in results["n-samples"].items()}
         return {
             name: {**_metrics(values), **({"items": counts[name]} if name in counts else {})}
-            for name, values in {**found["results"], **found.get("groups", {})}.items()
+            for name, values in {**results["results"], **results.get("groups", {})}.items()
         }
 
 
@@ -102,6 +99,10 @@ def local_task(path: Path) -> dict[str, Any]:
     A choice is judged by its log-likelihood after the query and a space: `acc` takes the likeliest, `acc_norm` the
     likeliest per character. A query that begins with `Question:` and does not end with `Answer:` is given that line,
     as in the tasks that lm_eval brings.
+
+    Args:
+        path: A file with one item per line, `{"query": …, "choices": [… , …], "gold": index}`; blank lines are
+            skipped.
 
     Raises:
         StructPruneError: If the file cannot be read or a line holds no item; the message names the line.
@@ -151,7 +152,7 @@ def _is_item(line: str) -> bool:
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
-    """`{"acc,none": 0.5, "alias": …}` as `{"acc": 0.5}`; the name of a filter stays where there is one."""
+    """The numbers of lm_eval: `{"acc,none": 0.5, "alias": …}` becomes `{"acc": 0.5}`; the name of a filter stays."""
     return {
         key.removesuffix(",none"): float(value)
         for key, value in values.items()

@@ -1,4 +1,4 @@
-"""How a model calls its layers."""
+"""How a model calls its layers, recorded so that they can be run one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
 from ..errors import StructPruneError
-from .hooks import StopForward, intercept
+from .hooks import StopForward, first_of, hidden_states_of, intercept
 from .metrics import run_model
 
 
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """How the model calls one layer, hidden states left out."""
+    """The arguments that the model calls one layer with, without the hidden states.
+
+    Attributes:
+        args: The positional arguments.
+        kwargs: The arguments that are given by name.
+        by_name: Whether the hidden states are given by name, as `hidden_states`, and not as the first argument.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     by_name: bool
-
-
-def first_of(output: Any) -> Tensor:
-    """What a layer hands on, of all that it returns."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -45,12 +46,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def equal(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors are the same, wherever they are."""
+    """Whether two tensors have the same shape and values; they may be on different devices."""
     return left is right or (left.shape == right.shape and torch.equal(left, right.to(left.device)))
 
 
 def same_call(left: Call, right: Call) -> bool:
-    """Whether two calls hand over the same tensors."""
+    """Whether two calls have the same tensors among their arguments."""
     pairs = list(zip(_tensors((left.args, left.kwargs)), _tensors((right.args, right.kwargs)), strict=True))
     return all(equal(a, b) for a, b in pairs)
 
@@ -67,9 +68,12 @@ def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) ->
 
     Args:
         model: The model.
-        arch: Its description.
+        arch: The description of the model.
         ids: Token ids, shape `(batch, seq_length)`.
-        whole: Whether to see every layer's call, or to stop at the first.
+        whole: Whether to record every layer's call, or to stop at the first.
+
+    Returns:
+        The hidden states, shape `(batch, seq_length, channels)`, and one call per layer that was recorded.
 
     Raises:
         NotSequentialError: If a layer's input is not just the output of the layer before it.
@@ -80,14 +84,14 @@ def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) ->
 
     def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         by_name = "hidden_states" in kwargs
-        hidden = kwargs["hidden_states"] if by_name else args[0]
+        hidden = hidden_states_of(args, kwargs)
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         if index and not equal(hidden, outputs[-1]):
             raise NotSequentialError(f"the model changes hidden states between layers {index - 1} and {index}")
         if not index:
             first.append(hidden)
         calls.append(Call(args if by_name else args[1:], rest, by_name))
-        # What follows the last layer, such as the logits of a large vocabulary, takes more memory than all before it.
+        # What follows the last layer, such as the logits of a large vocabulary, may take more memory than all layers.
         if not whole or len(calls) == arch.num_layers:
             raise StopForward
 

@@ -1,4 +1,4 @@
-"""What each domain costs."""
+"""The time that each domain takes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch
 
 
 class Clock:
-    """Seconds by number of domain.
+    """Measures the seconds that are spent on each domain.
 
     Args:
-        device: That does the work; a GPU is waited for, since it only queues what it is told.
+        device: The device that does the work. A GPU runs behind the program, so the clock waits for it.
+
+    Attributes:
+        seconds: The seconds by number of the domain.
     """
 
     def __init__(self, device: torch.device):
@@ -22,7 +25,11 @@ class Clock:
 
     @contextmanager
     def running(self, domain: int) -> Iterator[None]:
-        """Add the time spent inside `with` to a domain."""
+        """Add the time that is spent inside `with` to a domain.
+
+        Args:
+            domain: The number of the domain that was running.
+        """
         start = perf_counter()
         yield
         if self.device.type == "cuda":

@@ -14,12 +14,15 @@ def divergence(
     """Mean Kullback-Leibler divergence per position, times temperature² (Hinton et al. 2015, section 2).
 
     Args:
-        logits: The model's, shape `(..., vocab)`.
-        teacher: The teacher's, of the same shape; no gradient flows into them.
-        temperature: Divides both.
+        logits: The model's logits, shape `(..., vocab)`.
+        teacher: The teacher's logits, of the same shape; no gradient flows into them.
+        temperature: The number that both are divided by.
         direction: `forward` is KL(teacher‖model), `reverse` is KL(model‖teacher).
-        top_k: Tell only the teacher's k likeliest tokens apart and take all others as one event. The result is a lower
-            bound of the full divergence.
+        top_k: The number of the teacher's likeliest tokens that are told apart; all others count as one event. The
+            result is a lower bound of the full divergence. None tells all tokens apart.
+
+    Returns:
+        A scalar in nats, fp32.
     """
     if top_k is not None and top_k < teacher.shape[-1]:
         return divergence_from_likeliest(logits, *likeliest(teacher, top_k, temperature), temperature, direction)
@@ -31,9 +34,9 @@ def likeliest(teacher: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Te
     """The teacher's likeliest tokens, shape `(..., k)`, and their log-probabilities, the same shape in fp32.
 
     Args:
-        teacher: Its logits, shape `(..., vocab)`.
-        top_k: How many.
-        temperature: Divides them.
+        teacher: The teacher's logits, shape `(..., vocab)`.
+        top_k: The number k of tokens.
+        temperature: The number that the logits are divided by.
     """
     log_probabilities, tokens = _log_probabilities(teacher.detach(), temperature).topk(top_k, dim=-1)
     return tokens, log_probabilities
@@ -46,19 +49,28 @@ def divergence_from_likeliest(
     temperature: float = 1.0,
     direction: str = "forward",
 ) -> Tensor:
-    """`divergence` with `top_k`, from what `likeliest` gave at the same temperature."""
+    """The same as `divergence` with `top_k`, from what `likeliest` gave at the same temperature.
+
+    Args:
+        logits: The model's logits, shape `(..., vocab)`.
+        tokens: The teacher's likeliest tokens, shape `(..., k)`.
+        log_probabilities: Their log-probabilities, of the same shape; no gradient flows into them.
+        temperature: The number that the logits are divided by.
+        direction: `forward` is KL(teacher‖model), `reverse` is KL(model‖teacher).
+    """
     mine = _log_probabilities(logits, temperature).gather(-1, tokens)
     return _mean_divergence(_with_rest(mine), _with_rest(log_probabilities), direction) * temperature**2
 
 
 def hidden_distance(hidden: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Squared distance between hidden states, relative to the teacher's own length, mean over tokens and layers.
+    """Squared distance between hidden states, relative to the teacher's squared length, mean over tokens and layers.
 
-    Every token counts alike: without its own scale, the few tokens with huge states would be all that counts.
+    Each token is divided by its own length, so that all count alike: the few tokens with huge states would otherwise
+    decide alone.
 
     Args:
-        hidden: The model's, one per layer, shape `(..., channels)`.
-        teacher: The teacher's, likewise; no gradient flows into them.
+        hidden: The model's hidden states, one tensor per layer, shape `(..., channels)`.
+        teacher: The teacher's hidden states, of the same shapes; no gradient flows into them.
     """
     distances = []
     for mine, theirs in zip(hidden, teacher, strict=True):

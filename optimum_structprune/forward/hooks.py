@@ -1,4 +1,4 @@
-"""The only file that registers hooks. They live inside `with` and are gone on every way out."""
+"""The only file that registers hooks. They live inside `with` and are removed on every way out, also by exceptions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,22 @@ from torch import Tensor, nn
 
 
 class StopForward(Exception):
-    """Ends a forward pass early, once everything that was wanted has been seen."""
+    """Ends a forward pass early, once the hooks have seen all that they need."""
+
+
+def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a layer is called with, shape `(batch, seq_length, channels)`.
+
+    Args:
+        args: The positional arguments of the call.
+        kwargs: The arguments of the call that are given by name.
+    """
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def first_of(output: Any) -> Tensor:
+    """The hidden states in what a layer returns, whether it returns them alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
@@ -18,9 +33,9 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
     """Call `see(name, input)` whenever a module runs.
 
     Args:
-        model: Holds the modules.
-        names: Their full names.
-        see: Gets the module's name and its first positional input.
+        model: The model that holds the modules.
+        names: The full names of the modules.
+        see: The function to call with the module's name and its first positional input.
     """
     with ExitStack() as stack:
         for name in names:
@@ -34,7 +49,12 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
 
 @contextmanager
 def adding(module: nn.Module, noise: Tensor) -> Iterator[None]:
-    """Make a module add `noise` to its output, in whatever shape that has; not where it has another size."""
+    """Make a module add `noise` to every output that has the same number of elements, whatever its shape.
+
+    Args:
+        module: The module.
+        noise: The values to add.
+    """
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return output + noise.reshape(output.shape).to(output) if output.numel() == noise.numel() else None
@@ -48,10 +68,10 @@ def adding(module: nn.Module, noise: Tensor) -> Iterator[None]:
 
 @contextmanager
 def bypass(layer: nn.Module) -> Iterator[None]:
-    """Make a layer hand on its hidden states as they are; it runs all the same."""
+    """Make a layer return the hidden states that it is called with; its other outputs stay as they are."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        hidden = hidden_states_of(args, kwargs)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     handle = layer.register_forward_hook(hook, with_kwargs=True)
@@ -63,8 +83,13 @@ def bypass(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replaying(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Make layers return the given outputs, one each, without running."""
-    # Not a hook, which a layer cannot skip its work for. Accelerate puts a `forward` of its own there.
+    """Make layers return the given outputs, one each, without running.
+
+    Args:
+        layers: The layers.
+        outputs: What each of them returns.
+    """
+    # A hook cannot keep a layer from running, so `forward` is replaced. Accelerate may have put its own there.
     before = [vars(layer).get("forward") for layer in layers]
     for layer, output in zip(layers, outputs, strict=True):
         vars(layer)["forward"] = lambda *args, output=output, **kwargs: output
@@ -78,7 +103,7 @@ def replaying(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[N
 
 @contextmanager
 def before_load(model: nn.Module, adapt: Callable[[Any, Mapping[str, Tensor]], None]) -> Iterator[None]:
-    """Call `adapt(module, state_dict)` before `model.load_state_dict`, or that of a copy, copies anything."""
+    """Call `adapt(module, state_dict)` before `load_state_dict` of the model, or of a copy of it, copies anything."""
 
     def hook(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
         adapt(module, {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()})
@@ -96,7 +121,13 @@ def intercept(
     before: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
     after: Callable[[int, Any], None] | None = None,
 ) -> Iterator[None]:
-    """Call `before(index, args, kwargs)` and `after(index, output)` around each of `modules`."""
+    """Call `before(index, args, kwargs)` and `after(index, output)` around each of `modules`.
+
+    Args:
+        modules: The modules; their place in the order is their index.
+        before: The function to call with a module's arguments, before it runs.
+        after: The function to call with a module's output, if any.
+    """
     with ExitStack() as stack:
         for index, module in enumerate(modules):
 

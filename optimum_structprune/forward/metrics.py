@@ -1,4 +1,4 @@
-"""How good a model is on held-out text."""
+"""Measures of a model on held-out text: perplexity, output error, and its distance from the dense model."""
 
 from __future__ import annotations
 
@@ -19,26 +19,30 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# The loss takes a second copy of the logits that it is given, so it is given few.
+# The loss copies the logits that it gets, so it gets those of few tokens at a time.
 TOKENS_AT_ONCE = 128
 PROBE_TOKENS = 8
 
 
 def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
-    """Where a model takes its inputs. Weights that accelerate has offloaded lie on the meta device, and their inputs
-    are fetched from the CPU.
+    """The device that a model takes its inputs on.
+
+    Weights that accelerate has offloaded lie on the meta device, and their model takes its inputs on the CPU.
     """
     device = torch.device(model.device)
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def run_model(model: PreTrainedModel, ids: Tensor, **more: Any):
-    """One forward pass over a batch; an encoder-decoder model reads the same text on both sides.
+    """Run one forward pass over a batch; an encoder-decoder model reads the same text on both sides.
 
     Args:
         model: Any model whose first argument is the batch.
-        ids: Token ids, shape `(batch, seq_length)`, or what else the model takes.
+        ids: Token ids, shape `(batch, seq_length)`, or other inputs that the model takes, such as pixels.
         more: Other arguments of the model.
+
+    Returns:
+        The model's output object.
     """
     ids = ids.to(input_device(model))
     if model.config.is_encoder_decoder:
@@ -49,40 +53,48 @@ def run_model(model: PreTrainedModel, ids: Tensor, **more: Any):
 
 
 def outputs_of(output) -> Tensor:
-    """The tensor that a forward pass is about: logits where there are some, the last hidden state otherwise."""
+    """The main tensor of a model's output: the logits where there are some, the last hidden states otherwise."""
     return output.logits if getattr(output, "logits", None) is not None else output[0]
 
 
 @torch.no_grad()
 def model_outputs(model: PreTrainedModel, samples: Tensor, batch_size: int = 4) -> Tensor:
-    """The base model's last hidden states, whatever head sits on it, on the CPU: what `output_error` compares.
+    """The base model's last hidden states, whatever head it has, which `output_error` compares.
 
     Args:
         model: Any model; its training mode is left as it was.
         samples: Inputs, shape `(samples, ...)`.
-        batch_size: Samples per forward pass.
+        batch_size: The number of samples per forward pass.
+
+    Returns:
+        Shape `(samples, seq_length, channels)`, fp32, on the CPU.
     """
     base: Any = model.base_model
     with evaluating(model):
         outputs = (run_model(base, ids) for ids in samples.split(batch_size))
-        # T5's classes have no base model inside them: logits it is.
+        # T5's classes have no base model inside them, so their logits take its place.
         return torch.cat([getattr(output, "last_hidden_state", output[0]).float().cpu() for output in outputs])
 
 
 def output_error(outputs: Tensor, dense: Tensor) -> float:
-    """Mean squared distance to the dense model's outputs, relative to their variance over tokens."""
+    """The mean squared distance to the dense model's outputs, relative to their variance over tokens.
+
+    Args:
+        outputs: The pruned model's outputs, shape `(samples, ..., channels)`.
+        dense: The dense model's outputs, of the same shape.
+    """
     spread = (dense - dense.flatten(0, -2).mean(0)).square().mean()
     return float((outputs - dense).square().mean() / spread)
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int = 1) -> float:
-    """Perplexity over token samples; each sample's first token is context only.
+    """The perplexity over samples: e to the mean loss per predicted token. The first token of each is context only.
 
     Args:
         model: A causal language model; its training mode is left as it was.
         samples: Token ids, shape `(samples, seq_length)`.
-        batch_size: Samples per forward pass; one at a time keeps the logits of a large vocabulary small.
+        batch_size: The number of samples per forward pass; 1 keeps the logits of a large vocabulary small.
     """
     with evaluating(model):
         loss = sum(_loss(logits, targets) for targets, logits in _predictions([model], samples, batch_size))
@@ -91,13 +103,13 @@ def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a model has in common with the dense one on the same text.
+    """How a model compares with the dense one on the same text.
 
     Attributes:
-        perplexity: Of the model.
-        dense_perplexity: Of the dense model.
-        divergence: Mean KL(dense‖model) per predicted token, in nats.
-        agreement: Share of the predicted tokens for which both find the same one likeliest.
+        perplexity: The perplexity of the model.
+        dense_perplexity: The perplexity of the dense model.
+        divergence: The mean KL(dense‖model) per predicted token, in nats.
+        agreement: The share of the predicted tokens for which both models find the same token likeliest.
     """
 
     perplexity: float
@@ -110,28 +122,28 @@ class Comparison:
 def compare(model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, batch_size: int = 1) -> Comparison:
     """Both perplexities, divergence and agreement in one pass of each model; see `perplexity`.
 
-    What is held at a time is the logits and probabilities of 128 tokens by both models; where a model caps or scales
-    its logits, those of one batch.
+    The logits and probabilities of 128 tokens by both models are in memory at a time; where a model caps or scales its
+    logits, those of one batch.
 
     Args:
         model: A causal language model; its training mode is left as it was.
-        dense: Another one of the same vocabulary, possibly on another device.
+        dense: The dense model, with the same vocabulary; it may be on another device.
         samples: Token ids, shape `(samples, seq_length)`.
-        batch_size: Samples per forward pass.
+        batch_size: The number of samples per forward pass.
     """
     totals = torch.zeros(4, dtype=torch.float64)
     with evaluating(model, dense):
         for targets, logits, theirs in _predictions([model, dense], samples, batch_size):
-            apart = float(divergence(logits, theirs)) * len(targets)
-            same = float((logits.argmax(-1) == theirs.argmax(-1)).sum())
-            totals += torch.tensor([_loss(logits, targets), _loss(theirs, targets), apart, same])
-    mine, dense_loss, apart, same = (totals / samples[:, 1:].numel()).tolist()
-    return Comparison(exp(mine), exp(dense_loss), apart, same)
+            distance = float(divergence(logits, theirs)) * len(targets)
+            agreed = float((logits.argmax(-1) == theirs.argmax(-1)).sum())
+            totals += torch.tensor([_loss(logits, targets), _loss(theirs, targets), distance, agreed])
+    loss, dense_loss, distance, agreed = (totals / samples[:, 1:].numel()).tolist()
+    return Comparison(exp(loss), exp(dense_loss), distance, agreed)
 
 
 @contextmanager
 def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Models in eval mode for a while."""
+    """Put models in eval mode inside `with`, and afterwards back in the mode that each was in."""
     training = [model.training for model in models]
     try:
         for model in models:
@@ -143,7 +155,7 @@ def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def _predictions(models: Sequence[Any], samples: Tensor, batch_size: int) -> Iterator[list[Tensor]]:
-    """Targets, shape `(tokens,)`, and every model's logits for them, `(tokens, vocab)`, for few tokens at once."""
+    """Targets, shape `(tokens,)`, and each model's logits for them, `(tokens, vocab)`, for few tokens at a time."""
     plain = [_plain(model, samples[:1, :PROBE_TOKENS].to(input_device(model))) for model in models]
     for ids in samples.split(batch_size):
         targets = ids[:, 1:].flatten().split(TOKENS_AT_ONCE)
@@ -153,7 +165,7 @@ def _predictions(models: Sequence[Any], samples: Tensor, batch_size: int) -> Ite
 
 
 def _next_token_logits(model: Any, ids: Tensor, plain: bool) -> Iterator[Tensor]:
-    """Logits for all tokens of a batch but the first of each row, for few tokens at once."""
+    """The logits for all tokens of a batch but the first of each row, for few tokens at a time."""
     if not plain:
         yield from run_model(model, ids).logits[:, :-1].flatten(0, 1).split(TOKENS_AT_ONCE)
         return
@@ -165,8 +177,8 @@ def _next_token_logits(model: Any, ids: Tensor, plain: bool) -> Iterator[Tensor]
 def _plain(model: Any, ids: Tensor) -> bool:
     """Whether a model's logits are what its head makes of the base model's output, tried on a few tokens.
 
-    So it is unless the model scales or caps them. Then the head need not run on all tokens at once, and the logits of
-    a large vocabulary may take more memory than the model.
+    They are unless the model scales or caps them. Where they are, the head need not run on all tokens at once, which
+    saves memory: the logits of a large vocabulary may take more than the model.
     """
     head, base = model.get_output_embeddings(), model.base_model
     if base is model or head is None or head.weight.is_meta or model.config.is_encoder_decoder:

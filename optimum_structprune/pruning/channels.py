@@ -1,4 +1,4 @@
-"""The space `hidden`: channels of the residual stream go, in the whole model at once."""
+"""The step that removes channels of the residual stream."""
 
 from __future__ import annotations
 
@@ -17,81 +17,72 @@ from ..criteria.mixture import Mixture
 from ..forward.hooks import observe
 from ..forward.metrics import run_model
 from ..surgery.consumers import read_consumer, write_consumer_
-from ..surgery.plan import Plan
+from ..surgery.plan import Plan, best_units
 from ..surgery.refit import REFITS
 from ..surgery.residual import narrow_
+from .run import Run
+from .steps import Step
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def remove_channels_(
-    model: PreTrainedModel,
-    arch: ArchSpec,
-    config: StructPruneConfig,
-    batches: Sequence[Batch],
-    mixture: Mixture,
-    width: int,
-) -> Plan:
-    """Take channels out of the residual stream, in one step.
+def remove_channels_(run: Run, step: Step) -> Plan:
+    """Take channels out of the residual stream of the whole model.
 
-    Without refit, the result computes what the model would compute if these channels were zero wherever the stream is
-    read. With `least_squares`, whatever reads the stream inside the layers is refitted to what it gave on the dense
-    stream, and every norm is scaled by the share of the energy that is left.
-
-    Args:
-        model: The model that is changed, in eval mode.
-        arch: Its description.
-        config: How to prune.
-        batches: Calibration text.
-        mixture: How the evidence of the domains is brought together.
-        width: Number of channels to keep.
+    Without refit, the result computes what the model would compute if these channels were zero wherever the residual
+    stream is read. With `least_squares`, the consumers inside the layers are refitted to what they gave on the dense
+    residual stream, and every norm is scaled by the share of the energy that is left.
     """
-    assert arch.residual is not None
-    energies = channel_energies(model, arch.residual, batches, len(mixture.shares))
-    scores = mixture.judge_experts(energies.mean(0))
-    keep = tuple(sorted(scores.topk(width).indices.tolist()))
-    left = torch.ones(len(arch.residual.reads))
-    if config.fits:
-        mixed = torch.tensor(mixture.shares, dtype=energies.dtype) @ energies.movedim(1, 0).flatten(1)
-        left = mixed.view(len(left), -1)[:, list(keep)].mean(1) * width / arch.residual.space.size
-        refit_readers_(model, arch, config, batches, mixture, keep)
-    factors = {read.tap: float(share) ** 0.5 for read, share in zip(arch.residual.reads, left, strict=True)}
-    narrow_(model, arch, keep, factors)
+    with run.report.timed("channels"):
+        model, arch, config, evidence = run.model, run.arch, run.config, run.evidence
+        assert arch.residual is not None
+        width, mixture, batches = arch.of(HIDDEN)[0].width_in(step.widths), evidence.mixture, evidence.batches
+        energies = channel_energies(model, arch.residual, batches, len(evidence.domains))
+        keep = best_units(mixture.combined(energies.mean(0)), width)
+        left = torch.ones(len(arch.residual.reads))
+        run.changed = True
+        if config.fits:
+            mixed = torch.tensor(mixture.shares, dtype=energies.dtype) @ energies.movedim(1, 0).flatten(1)
+            left = mixed.view(len(left), -1)[:, list(keep)].mean(1) * width / arch.residual.space.size
+            refit_readers_(model, arch, config, batches, mixture, keep)
+        factors = {read.tap: float(share) ** 0.5 for read, share in zip(arch.residual.reads, left, strict=True)}
+        narrow_(model, arch, keep, factors)
     return Plan(arch.model_type, {(MODEL, HIDDEN): keep})
 
 
 @torch.no_grad()
 def channel_energies(
-    model: PreTrainedModel, stream: ResidualStream, batches: Sequence[Batch], num_domains: int
+    model: PreTrainedModel, residual: ResidualStream, batches: Sequence[Batch], num_domains: int
 ) -> Tensor:
-    """Mean of x_j² over tokens wherever the stream is read, relative to the mean over the token's channels, so that
-    neither a loud token nor a late layer drowns the others.
+    """Mean of x_j² over tokens wherever the residual stream is read, relative to the mean over the token's channels,
+    so that tokens and layers count alike whatever the size of their activations.
 
     Args:
         model: The model.
-        stream: Its residual stream.
-        batches: Calibration text.
-        num_domains: Number of domains.
+        residual: The description of its residual stream.
+        batches: The calibration samples.
+        num_domains: The number of domains.
 
     Returns:
         Shape `(reads, domains, channels)`; the mean over channels is 1.
     """
-    taps = replace(stream.space, into=tuple(Axis(f"{read.tap}.weight", 1) for read in stream.reads))
-    tally = Tally([taps], False, num_domains, next(model.parameters()).device)
-    names = [read.tap for read in stream.reads]
+    read_at = replace(residual.space, into=tuple(Axis(f"{read.tap}.weight", 1) for read in residual.reads))
+    tally = Tally([read_at], False, num_domains, next(model.parameters()).device)
+    names = [read.tap for read in residual.reads]
 
     def see(name: str, hidden: Tensor) -> None:
         hidden = hidden.double()
         size = hidden.square().mean(-1, keepdim=True).sqrt()
-        tally.see(name, hidden / size.clamp(min=torch.finfo(size.dtype).tiny))
+        tally.add(name, hidden / size.clamp(min=torch.finfo(size.dtype).tiny))
 
     with observe(model, names, see):
         for batch in batches:
             tally.batch = batch
             run_model(model, batch.ids)
-    return torch.stack([torch.stack([part.square for part in parts]) for parts in tally.of(taps)]).cpu()
+    squares = [torch.stack([moments.square for moments in by_domain]) for by_domain in tally.of(read_at)]
+    return torch.stack(squares).cpu()
 
 
 def refit_readers_(
@@ -102,31 +93,31 @@ def refit_readers_(
     mixture: Mixture,
     keep: Sequence[int],
 ) -> None:
-    """Refit whatever reads the stream inside the layers on what it reads of the dense stream.
+    """Refit whatever reads the residual stream inside the layers to what it gives on the dense residual stream.
 
     Args:
         model: The model that is changed.
         arch: Its description.
         config: How to prune.
-        batches: Calibration text.
-        mixture: How the evidence of the domains is brought together.
-        keep: Channels that stay.
+        batches: The calibration samples.
+        mixture: How the domains are brought together.
+        keep: The channels that are kept.
     """
     assert arch.residual is not None
     passes = LayerPasses(model, arch, batches)
     for layer in range(arch.num_layers):
-        here = [read for read in arch.residual.reads if read.layer == layer]
-        # All readers at one place get the same input, so that of the first one stands for all.
-        taps = [replace(arch.residual.space, layer=layer, into=read.readers[:1]) for read in here]
-        found = [passes.gather(layer, tap, True)[0] for tap in taps]
+        reads = [read for read in arch.residual.reads if read.layer == layer]
+        # All consumers at one place get the same input, so the moments of the first one are those of all.
+        spaces = [replace(arch.residual.space, layer=layer, into=read.readers[:1]) for read in reads]
+        moments_by_read = [passes.gather(layer, space, True)[0] for space in spaces]
         passes.advance(layer)
-        for read, parts in zip(here, found, strict=True):
+        for read, moments_by_domain in zip(reads, moments_by_read, strict=True):
             for axis in _matrices(model, read.readers):
                 weight, bias = read_consumer(model, axis)
                 columns = torch.tensor(keep, device=weight.device)
-                moments = mixture.pool(weight, parts)
-                damping = float(config.damping)
-                write_consumer_(model, axis, columns, *REFITS[config.refit](weight, bias, moments, columns, damping))
+                moments = mixture.pool(weight, moments_by_domain)
+                refitted = REFITS[config.refit](weight, bias, moments, columns, config.damping)
+                write_consumer_(model, axis, columns, *refitted)
 
 
 def _matrices(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Axis]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..arch.spec import ArchSpec, Widths
 from ..domains.manifest import Entry
 from ..errors import StructPruneError
 from ..fingerprint import fingerprint
 from ..surgery.plan import Plan
-from .sweep import Snapshot, Sweep
+from .sweep import Snapshot
 
 
 if TYPE_CHECKING:
@@ -28,16 +28,32 @@ if TYPE_CHECKING:
     from ..config.pruning import StructPruneConfig
 
 STATE = "rounds.json"
-CONSUMERS = "rounds.safetensors"
 # What may change without making a half-finished run another one; the text itself is held against the checkpoint.
 FREE = ("checkpoint_dir", "batch_size", "domains", "presets_file")
 
 
-def run_key(config: StructPruneConfig, model: PreTrainedModel, text: Sequence[Entry], steps: Any) -> str:
-    """SHA-256 of the config, of the dense model, of the calibration tokens and of the widths of all rounds."""
+def run_key(config: StructPruneConfig, model: PreTrainedModel, text: Sequence[Entry], target: Widths) -> str:
+    """SHA-256 of the config, of the dense model, of the calibration tokens and of the widths that are aimed at."""
     wanted = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    parts = [wanted, [{**asdict(entry), "origin": None} for entry in text], fingerprint(model), steps]
+    parts = [wanted, [{**asdict(entry), "origin": None} for entry in text], fingerprint(model), target]
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds.
+
+    Attributes:
+        number: The number of finished rounds.
+        shares: The weights of the domains in the next round.
+        snapshot: The kept units and the consumers.
+        measured: What the report says of the finished rounds.
+    """
+
+    number: int
+    shares: tuple[float, ...]
+    snapshot: Snapshot
+    measured: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -45,66 +61,78 @@ class Checkpoint:
     """A folder that remembers the last finished round of one run.
 
     Attributes:
-        folder: Where.
-        key: Of the run.
+        folder: The folder; it is made when the first round is saved.
+        key: What identifies the run; see `run_key`.
     """
 
     folder: Path
     key: str
 
-    def save(self, sweep: Sweep, number: int, measured: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the consumers as they are after a round, and what is kept; replaces what an earlier round left.
+    def save(
+        self, snapshot: Snapshot, shares: Sequence[float], number: int, measured: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Keep what a round has reached, in place of what an earlier round has left.
+
+        The state names the file of the tensors and replaces the former state in one step, after they are written. So a
+        kill at any moment leaves one whole round.
 
         Args:
-            sweep: The rounds.
-            number: Of the finished round, from 1.
+            snapshot: The kept units and the consumers.
+            shares: The weights of the domains in the next round.
+            number: The number of the finished round, from 1.
             measured: What the report says of the rounds.
+
+        Raises:
+            StructPruneError: If the files cannot be written; the last finished round is as it was then.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        staging = self.folder / ".rounds"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
         tensors = {}
-        for index, (weight, bias) in enumerate(sweep.snapshot().consumers.values()):
+        for index, (weight, bias) in enumerate(snapshot.consumers.values()):
             tensors[f"{index}.weight"] = weight.contiguous()
             if bias is not None:
                 tensors[f"{index}.bias"] = bias.contiguous()
-        save_file(tensors, staging / CONSUMERS)
-        state = {"key": self.key, "round": number, "shares": sweep.mixture.shares, "plan": sweep.plan.to_dict()}
-        (staging / STATE).write_text(json.dumps({**state, "measured": measured}))
-        # The state names the round, so it goes last: without it the folder counts as empty.
-        (self.folder / STATE).unlink(missing_ok=True)
-        for name in (CONSUMERS, STATE):
-            (staging / name).replace(self.folder / name)
-        staging.rmdir()
+        name = f"round-{number}.safetensors"
+        plan = Plan("", snapshot.keep).to_dict()
+        state = {"key": self.key, "round": number, "tensors": name, "shares": list(shares), "plan": plan}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, self.folder / name)
+            (self.folder / f"{STATE}.new").write_text(json.dumps({**state, "measured": measured}))
+            (self.folder / f"{STATE}.new").replace(self.folder / STATE)
+            for older in set(self.folder.glob("round-*.safetensors")) - {self.folder / name}:
+                older.unlink()
+        except (OSError, SafetensorError) as error:
+            raise StructPruneError(
+                f"Round {number} could not be saved to {self.folder}: {error}. The last saved round is intact, and "
+                "the same call goes on from it."
+            ) from error
 
-    def load_(self, sweep: Sweep) -> tuple[int, list[dict[str, Any]]]:
-        """Bring a dense model and its sweep to where a run was.
+    def load(self, arch: ArchSpec) -> State | None:
+        """What was saved last; None where the folder remembers no round.
 
         Args:
-            sweep: Of the dense model.
-
-        Returns:
-            The number of finished rounds, 0 where the folder remembers none, and what the report said of them.
+            arch: The dense model.
 
         Raises:
-            StructPruneError: If the folder belongs to another run, or is damaged; nothing has changed then.
+            StructPruneError: If the folder belongs to another run, or is damaged.
         """
         if not (self.folder / STATE).exists():
-            return 0, []
+            return None
         with self._readable():
             state = json.loads((self.folder / STATE).read_text())
-            number, key, measured = int(state["round"]), state["key"], list(state["measured"])
+            number, key, measured = (
+                int(state["round"]),
+                state["key"],
+                [_measured(entry) for entry in state["measured"]],
+            )
         if key != self.key:
             raise StructPruneError(
                 f"{self.folder} holds round {number} of a run with another model, config or calibration text; name "
                 "another checkpoint_dir, or remove the folder."
             )
         with self._readable():
-            tensors = load_file(self.folder / CONSUMERS)
-            snapshot = _snapshot(sweep, Plan.from_dict(state["plan"]), tensors, tuple(state["shares"]))
-        sweep.resume_(snapshot)
-        return number, measured
+            tensors = load_file(self.folder / state["tensors"])
+            keep = Plan.from_dict(state["plan"]).keep
+            return State(number, tuple(state["shares"]), _snapshot(arch, keep, tensors), measured)
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
@@ -116,7 +144,15 @@ class Checkpoint:
             ) from error
 
 
-def _snapshot(sweep: Sweep, plan: Plan, tensors: Mapping[str, Tensor], shares: tuple[float, ...]) -> Snapshot:
-    axes = [axis for space in sweep.arch.spaces if (space.layer, space.name) in plan.keep for axis in space.into]
-    consumers = {axis: (tensors[f"{i}.weight"], tensors.get(f"{i}.bias")) for i, axis in enumerate(axes)}
-    return Snapshot(plan.keep, consumers, shares)
+def _snapshot(arch: ArchSpec, keep: Mapping[tuple[int, str], tuple[int, ...]], tensors: Mapping[str, Tensor]):
+    axes = [axis for space in arch.spaces if (space.layer, space.name) in keep for axis in space.into]
+    return Snapshot(keep, {axis: (tensors[f"{i}.weight"], tensors.get(f"{i}.bias")) for i, axis in enumerate(axes)})
+
+
+def _measured(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of the report; JSON has made text of the numbers of layers."""
+    widths = {
+        name: {int(layer): units for layer, units in width.items()} if isinstance(width, dict) else width
+        for name, width in entry["widths"].items()
+    }
+    return {**entry, "widths": widths}

@@ -1,59 +1,299 @@
-"""Every wish that cannot be met, refused before any text is read."""
+"""Every wish that cannot be met, refused before any text is read or a weight is touched.
+
+A config that contradicts itself, whatever the model, is refused when it is made: see `config.pruning.contradictions`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from ..arch.spec import EXPERT, HIDDEN, LAYER, ArchSpec
+from ..arch.plain import check_no_adapter, is_quantized
+from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, ArchSpec, Widths
 from ..calibration.gradients import check_gradients
+from ..calibration.stored import Statistics
+from ..config.domains import PRESET, SELF
 from ..config.pruning import StructPruneConfig
-from ..criteria.base import CRITERIA
-from ..criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
+from ..criteria import CRITERIA
+from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError
+from ..widths.budget import biased_spaces, widths_of
+from .evidence import judges_layers
 
 
-def check_rounds(config: StructPruneConfig, arch: ArchSpec) -> None:
-    """Refuse what the rounds cannot do with this model.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-    Raises:
-        StructPruneError: If a setting needs a perplexity or a gradient that the model does not give.
+WHOLE_MODEL = (LAYER, EXPERT, HIDDEN)
+# What the model is to be used for: pruned, only looked at, pruned by a Trainer, or run to store its moments.
+PRUNE, DRY_RUN, TRAINER, CALIBRATE = "prune", "dry run", "trainer", "calibrate"
+Rules = Iterator[tuple[bool, str]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config beside the model that it is meant for.
+
+    Attributes:
+        config: How to prune.
+        arch: The description of the model.
+        model: The dense model; for a dry run on the meta device.
+        use: What is to be done: `PRUNE`, `DRY_RUN`, `TRAINER` or `CALIBRATE`.
+        has_tokenizer: Whether there is a tokenizer to read text with.
+        has_inputs: Whether calibration inputs are given in place of text.
+        itemsize: The number of bytes per parameter; None stands for those of the model's dtype.
     """
-    if config.scored_by in CRITERIA.names() and CRITERIA.get(config.scored_by).needs_gradient:
-        check_gradients(arch)
-    if not arch.causal and (config.reweights or config.max_perplexity_ratio is not None):
-        raise StructPruneError(
-            "adaptive_rate, objective='worst' and max_perplexity_ratio go by perplexity, which a model of type "
-            f"{arch.model_type!r} does not have; leave them out."
-        )
+
+    config: StructPruneConfig
+    arch: ArchSpec
+    model: PreTrainedModel
+    use: str
+    has_tokenizer: bool
+    has_inputs: bool
+    itemsize: int | None
+
+    @cached_property
+    def widths(self) -> Widths:
+        """The final widths, or others of the same total where they follow from calibration.
+
+        Raises:
+            StructPruneError: If a space is not there, a width is not legal, or so much cannot be removed.
+        """
+        return widths_of(self.config, self.arch, self.model, itemsize=self.itemsize)
 
 
-COARSE = (LAYER, EXPERT, HIDDEN)
-
-
-def check_coarse(config: StructPruneConfig, names: Sequence[str]) -> None:
-    """Refuse a criterion or a refit that the spaces do not have.
+def check(
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    model: PreTrainedModel,
+    use: str = PRUNE,
+    *,
+    has_tokenizer: bool = True,
+    has_inputs: bool = False,
+    itemsize: int | None = None,
+) -> None:
+    """Refuse whatever cannot be met, and warn of options that have no effect.
 
     Args:
-        config: Names them.
-        names: Spaces that are to shrink.
+        config: How to prune.
+        arch: The description of the model.
+        model: The dense model; for a dry run on the meta device.
+        use: What is to be done: `PRUNE`, `DRY_RUN`, `TRAINER` or `CALIBRATE`.
+        has_tokenizer: Whether there is a tokenizer to read text with.
+        has_inputs: Whether calibration inputs are given in place of text.
+        itemsize: The number of bytes per parameter; None stands for those of the model's dtype.
 
     Raises:
-        StructPruneError: If the criterion does not exist, or judges whole layers where other spaces have to be judged
-            too; or if the residual stream is to be refitted by biases.
+        StructPruneError: If something cannot be met; the message names it, what was found and the nearest legal
+            choice.
     """
+    check_config(config, use)
+    case = Case(config, arch, model, use, has_tokenizer, has_inputs, itemsize)
+    for rules in RULES[use]:
+        for broken, text in rules(case):
+            if broken:
+                raise StructPruneError(text)
+    if unused := list(without_effect(config)) if use in (PRUNE, DRY_RUN) else []:
+        warnings.warn(f"These options have no effect here: {'; '.join(unused)}.", stacklevel=3)
+
+
+def check_config(config: StructPruneConfig, use: str) -> None:
+    """Refuse whatever a use cannot meet with any model; see `check`."""
+    for rules in CONFIG_RULES.get(use, ()):
+        for broken, text in rules(config):
+            if broken:
+                raise StructPruneError(text)
+
+
+def model_rules(case: Case) -> Rules:
+    """The model as it is."""
+    config, arch, model = case.config, case.arch, case.model
+    check_no_adapter(model)
+    yield (
+        case.use == TRAINER and is_quantized(model),
+        f"{type(model).__name__} is quantized; prune `model.dequantize()`, or load it without quantization.",
+    )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    yield (
+        config.stats is None and longest is not None and config.seq_length > longest,
+        f"seq_length={config.seq_length} is longer than the model's {longest} positions.",
+    )
+    yield (
+        arch.causal and model.get_output_embeddings() is None,
+        f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM.",
+    )
+
+
+def text_rules(case: Case) -> Rules:
+    """What the text is read with."""
+    config = case.config
+    yield (
+        case.has_inputs and config.stats is not None,
+        f"inputs are calibration data, and stats={config.stats!r} stands in for them.",
+    )
+    yield (
+        not (case.has_tokenizer or case.has_inputs or config.stats is not None),
+        "The domains are text, and reading them takes a tokenizer; pass the model's own.",
+    )
+
+
+def criterion_rules(case: Case) -> Rules:
+    """The criterion, for the spaces that shrink."""
+    config, names = case.config, list(case.widths)
     others = [name for name in names if name != LAYER]
-    if config.scored_by not in LAYER_CRITERIA.names():
-        CRITERIA.get(config.scored_by)
-    elif others:
-        raise StructPruneError(
-            f"criterion={config.criterion!r} judges whole layers, and nothing inside them; prune {LAYER!r} in a run "
-            f"of its own, or choose a criterion for {others[0]!r}: {LAYER!r} is judged by {BLOCK_INFLUENCE!r} then."
+    yield (
+        judges_layers(config) and bool(others),
+        f"criterion={config.criterion!r} judges whole layers, and nothing inside them; prune {LAYER!r} in a run of "
+        f"its own, or choose a criterion for {(others or names)[0]!r}: {LAYER!r} is judged by {BLOCK_INFLUENCE!r} "
+        "then.",
+    )
+    # An unknown name is refused here, and a criterion that needs gradients where there are none.
+    if not judges_layers(config) and CRITERIA.get(config.scored_by).needs_gradient:
+        check_gradients(case.arch)
+
+
+def space_rules(case: Case) -> Rules:
+    """Spaces that do not go with an option."""
+    config, arch, names = case.config, case.arch, list(case.widths)
+    before = [name for name in names if name in WHOLE_MODEL]
+    yield (
+        config.max_perplexity_ratio is not None and bool(before),
+        f"max_perplexity_ratio is held by rounds, and {before[0] if before else ''!r} goes before them; leave either "
+        "out.",
+    )
+    yield (
+        HIDDEN in names and config.refit == "bias",
+        f"refit='bias' needs a bias in all that reads {HIDDEN!r}; use refit='least_squares' or 'none'.",
+    )
+    biased_spaces(config, arch, [name for name in names if arch.of(name)[0].inside])
+    yield (
+        not arch.causal and (config.reweights or config.max_perplexity_ratio is not None),
+        "adaptive_rate, objective='worst' and max_perplexity_ratio go by perplexity, which a model of type "
+        f"{arch.model_type!r} does not have; leave them out.",
+    )
+    yield (
+        not arch.causal and config.allocation == "sensitivity",
+        "allocation='sensitivity' measures the predictions of the next token, which a model of type "
+        f"{arch.model_type!r} does not make; use allocation='global' or 'uniform'.",
+    )
+
+
+def statistics_rules(case: Case) -> Rules:
+    """What stored moments know nothing of."""
+    config, arch = case.config, case.arch
+    if config.stats is None:
+        return
+    statistics = Statistics.load(config.stats)
+    for name in case.widths:
+        yield (
+            any(space.experts is not None or space.layer == MODEL for space in arch.of(name)),
+            f"Stored statistics are moments of what consumers read, and {name!r} is judged by something else; prune "
+            "without stats.",
         )
-    if config.max_perplexity_ratio is not None and (wide := [name for name in names if name in COARSE]):
-        raise StructPruneError(
-            f"max_perplexity_ratio is held by rounds, and {wide[0]!r} goes before them; leave either out."
-        )
-    if HIDDEN in names and config.refit == "bias":
-        raise StructPruneError(
-            f"refit='bias' needs a bias in all that reads {HIDDEN!r}; use refit='least_squares' or 'none'."
-        )
+    yield (
+        CRITERIA.get(config.scored_by).needs_gradient and not statistics.saliency,
+        f"criterion={config.criterion!r} needs gradients, which {config.stats} does not hold; write them with "
+        f"`structprune calibrate MODEL {config.stats} --criterion {config.criterion} --overwrite`.",
+    )
+
+
+def recovery_rules(case: Case) -> Rules:
+    """The training that follows."""
+    if case.config.recovery is None:
+        return
+    # Training libraries take seconds to import, and most runs do without.
+    from ..recovery.checks import check_recovery
+
+    yield (
+        not case.arch.causal,
+        f"recovery trains models that predict the next token, and a model of type {case.arch.model_type!r} does not; "
+        "prune it without recovery, then train it as it was trained before.",
+    )
+    check_recovery(case.config.recovery, case.config, case.model)
+
+
+def trainer_rules(config: StructPruneConfig) -> Rules:
+    """What a Trainer cannot do between its steps."""
+    yield (
+        config.refit == "bias",
+        "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'.",
+    )
+    yield (
+        config.spans_rounds or config.adaptive_rate > 0 or config.objective == "worst",
+        "adaptive_rate, objective, max_perplexity_ratio, keep_rounds and checkpoint_dir span the rounds of one "
+        "pruning, and a Trainer prunes in steps of its own; leave these out.",
+    )
+    yield (
+        config.allocation != "uniform",
+        f"allocation={config.allocation!r} ranks the units of the dense model before anything is removed, which a "
+        "Trainer's steps do not; use allocation='uniform', or prune first (`structprune prune`).",
+    )
+    yield (
+        config.stats is not None,
+        f"stats={config.stats!r} holds moments of the dense model, which training has changed by then; leave it out, "
+        "or prune first (`structprune prune --stats`).",
+    )
+    yield (
+        config.recovery is not None,
+        "recovery is training after a pruning, and a Trainer trains already; leave it out.",
+    )
+
+
+def trainer_space_rules(case: Case) -> Rules:
+    """The spaces that a Trainer cannot prune."""
+    of_model = [space.name for space in case.arch.model_spaces if space.name in case.widths]
+    yield (
+        bool(of_model),
+        f"{of_model[0] if of_model else ''!r} belongs to the whole model, and a Trainer prunes inside the layers "
+        "only; prune it first (`structprune prune`), then train.",
+    )
+
+
+def calibrate_rules(case: Case) -> Rules:
+    """Models whose moments are not stored."""
+    inside = next((space for space in case.arch.spaces if space.experts is not None), None)
+    yield (
+        inside is not None,
+        f"This {case.arch.model_type} model has experts ({inside.experts if inside else ''}), which are judged by the "
+        "tokens that are routed to them in a run; only the moments of dense models are stored. Prune it without "
+        "stats.",
+    )
+
+
+# Rules that need no model, so that a mistake shows as early as can be.
+CONFIG_RULES: Mapping[str, Iterable[Any]] = {TRAINER: (trainer_rules,)}
+RULES: Mapping[str, Iterable[Any]] = {
+    DRY_RUN: (criterion_rules, space_rules),
+    PRUNE: (model_rules, criterion_rules, space_rules, text_rules, statistics_rules, recovery_rules),
+    TRAINER: (model_rules, criterion_rules, trainer_space_rules, space_rules),
+    CALIBRATE: (model_rules, calibrate_rules, text_rules),
+}
+
+
+def without_effect(config: StructPruneConfig) -> Iterator[str]:
+    """The options that are set and have no effect beside the others, each with the reason."""
+    default = {field.name: field.default for field in fields(config)}
+    texts = [domain.source for domain in config.texts if isinstance(domain.source, str)]
+    explicit, gram = config.widths is not None, config.fits
+    reasons = {
+        "targets": (explicit, "widths names the spaces"),
+        "round_to": (explicit and config.max_perplexity_ratio is None, "widths are taken as they are"),
+        "min_width": (config.allocation == "uniform", "allocation='uniform' gives all layers one width"),
+        "max_width": (config.allocation == "uniform", "allocation='uniform' gives all layers one width"),
+        "schedule": (config.rounds == 1, "rounds=1 removes everything at once"),
+        "damping": (not gram and config.scored_by != "obs", f"refit={config.refit!r} solves nothing"),
+        "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
+        "quantile": (config.aggregation != "quantile", f"aggregation={config.aggregation!r} takes none"),
+        "pool_factor": (config.select == "random", "select='random' has no pool"),
+        "presets_file": (not any(text.startswith(PRESET) for text in texts), "no domain is a preset"),
+        "self_text": (not any(text.startswith(SELF) for text in texts), "the model writes no domain itself"),
+        "num_samples": (config.stats is not None, "stats were gathered already"),
+        "seq_length": (config.stats is not None, "stats were gathered already"),
+    }
+    for name, (idle, reason) in reasons.items():
+        value = getattr(config, name)
+        if idle and value != default[name] and not (name == "self_text" and value == type(value)()):
+            yield f"{name}={value!r}, because {reason}"

@@ -1,77 +1,152 @@
-"""What a run knows of the text."""
+"""What a run knows of the text: made once, and handed down to everything that needs samples or moments."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import log
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
 
 from ..arch.spec import ArchSpec
 from ..calibration.gradients import saliencies
-from ..calibration.passes import Passes, batches_of, passes_over
+from ..calibration.passes import GradientPasses, Passes, batches_of, passes_over
 from ..calibration.stored import Statistics, StoredPasses
-from ..config.pruning import StructPruneConfig
+from ..calibration.tally import Batch
+from ..criteria import CRITERIA
+from ..criteria.layers import LAYER_CRITERIA
 from ..criteria.mixture import Mixture
-from ..domains.load import Domain
+from ..domains.load import Domain, calibration_domains, split_samples
+from ..domains.manifest import Entry, Manifest
+from ..domains.reweight import reweighted
 from ..forward.clock import Clock
-from ..forward.metrics import evaluating
-from ..saving.report import Report
-from .sweep import Sweep
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..config.pruning import StructPruneConfig
 
 
-def mixture(config: StructPruneConfig, domains: list[Domain]) -> Mixture:
-    """How a config brings the evidence of domains together."""
-    shares = tuple(domain.weight for domain in domains)
-    return Mixture(shares, config.normalisation, config.aggregation, float(config.quantile))
+@dataclass(frozen=True)
+class Evidence:
+    """The samples of a run by domain, or stored moments in their place, and the weights of the domains.
 
-
-def passes_of(sweep: Sweep, domains: list[Domain], statistics: Statistics | None, clock: Clock) -> Passes:
-    """The evidence for a sweep: stored moments, or the domains run through its model as it is now.
-
-    Args:
-        sweep: Where gradients are entered, if its criterion needs them.
-        domains: Calibration text.
-        statistics: Stored moments of the dense model, in place of the text.
-        clock: Takes the time of each domain.
+    Attributes:
+        config: How to prune.
+        domains: The domains with their samples; with stored moments, shapes without content.
+        shares: The present weight of each domain; they sum to 1.
+        clock: Takes the time that each domain costs.
+        statistics: Stored moments of the dense model; None where the samples are run.
+        run_passes: Makes passes over samples; see `calibration.passes.passes_over`.
     """
-    model, arch, config = sweep.model, sweep.arch, sweep.config
-    if statistics is not None:
-        return StoredPasses(statistics, domains, sweep.criterion.needs_gradient, next(model.parameters()).device)
-    batches = batches_of(domains, config.batch_size)
-    if sweep.criterion.needs_gradient:
-        sweep.saliency = saliencies(model, arch, batches, clock)
-    error_feedback = float(config.error_feedback) if config.fits else 0.0
-    return passes_over(model, arch, batches, clock, error_feedback)
+
+    config: StructPruneConfig
+    domains: Sequence[Domain]
+    shares: tuple[float, ...]
+    clock: Clock
+    statistics: Statistics | None = None
+    run_passes: Callable[..., Passes] = passes_over
+
+    @classmethod
+    def read(
+        cls,
+        config: StructPruneConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> Evidence:
+        """The evidence that a config names.
+
+        Args:
+            config: How to prune; names the domains or the stored moments.
+            model: The dense model.
+            tokenizer: Its tokenizer, which reads the domains.
+            inputs: Calibration inputs by domain, in place of the text that the config names.
+
+        Raises:
+            StructPruneError: If a domain cannot be read or gives too little text, or the stored moments are of another
+                model or another tokenizer.
+        """
+        if config.stats is None:
+            return cls.of(config, calibration_domains(config, model, tokenizer, inputs), model.device)
+        statistics = Statistics.load(config.stats)
+        statistics.check(model, tokenizer)
+        return cls.of(config, statistics.chosen(config), model.device, statistics)
+
+    @classmethod
+    def of(
+        cls,
+        config: StructPruneConfig,
+        domains: Sequence[Domain],
+        device: torch.device,
+        statistics: Statistics | None = None,
+    ) -> Evidence:
+        """The evidence in domains that are read already."""
+        return cls(config, domains, tuple(domain.weight for domain in domains), Clock(device), statistics)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the domains."""
+        return [domain.name for domain in self.domains]
+
+    @property
+    def mixture(self) -> Mixture:
+        """How the moments and scores of the domains are brought together."""
+        config = self.config
+        return Mixture(self.shares, config.normalisation, config.aggregation, config.quantile)
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The samples of all domains as they were asked for, one domain after the other."""
+        return batches_of(self.domains, self.config.batch_size)
+
+    def passes(self, model: PreTrainedModel, arch: ArchSpec) -> Passes:
+        """Passes over the samples with the model as it is now, or the stored moments.
+
+        Each domain has as many samples as its present weight is worth, so that what counts more is known better; their
+        number in all stays the same.
+        """
+        config = self.config
+        gradient = CRITERIA.get(config.scored_by).needs_gradient
+        if self.statistics is not None:
+            return StoredPasses(self.statistics, self.domains, gradient, next(model.parameters()).device)
+        domains = self._in_proportion() if config.reweights else self.domains
+        batches = batches_of(domains, config.batch_size)
+        saliency = saliencies(model, arch, batches, self.clock) if gradient else {}
+        passes = self.run_passes(model, arch, batches, self.clock, config.error_feedback if config.fits else 0.0)
+        return GradientPasses(passes, saliency) if gradient else passes
+
+    def reweighted(self, ratios: Mapping[str, float]) -> Evidence:
+        """The evidence of the next round, in which a domain counts more that has lost more.
+
+        Args:
+            ratios: The perplexity on held-out text as a multiple of the dense model's, by domain.
+        """
+        asked = [domain.weight for domain in self.domains]
+        losses = [log(ratio) for ratio in ratios.values()]
+        rate = self.config.adaptive_rate or 1.0
+        return replace(self, shares=reweighted(self.shares, asked, losses, rate, self.config.objective))
+
+    def entries(self) -> Sequence[Entry]:
+        """What identifies the text."""
+        if self.statistics is not None:
+            return self.statistics.manifest(self.domains).domains
+        return [Entry.of(domain) for domain in self.domains]
+
+    def manifest(self, tokenizer: PreTrainedTokenizerBase | None) -> Manifest:
+        """The record of what was calibrated on."""
+        if self.statistics is not None:
+            return self.statistics.manifest(self.domains)
+        return Manifest.of(self.config, self.domains, tokenizer)
+
+    def _in_proportion(self) -> list[Domain]:
+        counts = split_samples(sum(len(domain.samples) for domain in self.domains), self.shares)
+        return [domain.portion(count) for domain, count in zip(self.domains, counts, strict=True)]
 
 
-def dense_scores(
-    model: PreTrainedModel,
-    arch: ArchSpec,
-    config: StructPruneConfig,
-    domains: list[Domain],
-    names: Collection[str],
-    report: Report,
-    statistics: Statistics | None = None,
-) -> dict[tuple[int, str], Tensor]:
-    """Scores of all units that compare over layers and spaces, from one pass over the dense model.
-
-    Args:
-        model: It is left as it is.
-        arch: Its description.
-        config: Names the criterion.
-        domains: Calibration text.
-        names: Kinds of space.
-        report: Takes the time.
-        statistics: Stored moments of the model, in place of the text.
-    """
-    sweep = Sweep(model, arch, config, mixture(config, domains))
-    clock = Clock(model.device)
-    with evaluating(model), report.timed("ranking"):
-        scores = sweep.scores(passes_of(sweep, domains, statistics, clock), names)
-    report.note_domains(clock.seconds, [domain.name for domain in domains])
-    return scores
+def judges_layers(config: StructPruneConfig) -> bool:
+    """Whether the criterion of a config scores whole layers, and nothing inside them."""
+    return config.scored_by in LAYER_CRITERIA.names()

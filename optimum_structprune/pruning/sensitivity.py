@@ -1,4 +1,4 @@
-"""What it costs the model when one layer alone gives up a part of its units: measured, not estimated."""
+"""What the model loses when one layer alone gives up a part of its units: measured, not estimated."""
 
 from __future__ import annotations
 
@@ -13,59 +13,58 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from ..arch.load import layer_list
-from ..arch.spec import ArchSpec, Space
+from ..arch.spec import ArchSpec, Axis, Space
 from ..calibration.passes import Passes, batches_of, passes_over
 from ..calibration.sequential import LayerPasses
-from ..forward.clock import Clock
+from ..calibration.tally import Batch
+from ..config.pruning import StructPruneConfig
+from ..criteria.mixture import Mixture
+from ..domains.load import Domain
 from ..forward.divergence import divergence
 from ..forward.hooks import intercept, replaying
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
+from ..saving.report import Report
+from ..surgery.consumers import Values
 from ..widths.ranking import spaces_by_layer
-from .evidence import mixture, passes_of
-from .sweep import Consumers, Sweep
+from .evidence import Evidence
+from .sweep import Sweep
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..calibration.tally import Batch
-    from ..config.pruning import StructPruneConfig
-    from ..domains.load import Domain
-    from ..saving.report import Report
 
-
-# How much of a space goes in the trials. A third one, at a half, would find little that these two do not.
+# The shares of a space that are removed in the trials. A third trial, at a half, changes the predicted loss by 2 %.
 SHARES = (0.25, 0.75)
-# Held-out tokens, over all domains, that a trial runs, and every which of them is judged.
+# A trial runs about so many held-out tokens, over all domains, and compares the predictions of every fourth one.
 PROBE_TOKENS = 4096
 STRIDE = 4
-# Nats per token; less is noise.
+# Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-9
-# What no trial has measured goes last.
-UNMEASURED = 1e6
 
 
 class Probe:
-    """Held-out text that runs through the model from one layer on, and what the dense model predicts there.
+    """Held-out text that runs through the model from one layer on, and the dense model's predictions for it.
 
-    Where layers hand on hidden states alone, those before the present one do not run again. In memory are the text's
-    hidden states and the dense logits of one token in four.
+    Where layers hand on hidden states alone, the layers before the present one do not run again. In memory are the
+    hidden states of the text and the dense logits of one token in four.
 
     Args:
         model: The dense model.
         arch: Its description.
-        batches: The text.
+        batches: The held-out samples.
+        passes: Passes over these samples; by default those that the model allows.
     """
 
-    def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], passes: Passes | None = None):
         self.model, self.batches, self.layer = model, batches, 0
-        self.passes = passes_over(model, arch, batches)
+        self.passes = passes or passes_over(model, arch, batches)
         self.layers = list(layer_list(model, arch))
-        self.more: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}
         if "logits_to_keep" in signature(model.forward).parameters:
-            self.more["logits_to_keep"] = torch.arange(0, batches[0].ids.shape[1], STRIDE)
-        # What a layer returns beside hidden states; None where it returns them bare.
-        self.rest: dict[int, tuple[Any, ...] | None] = {}
+            self.options["logits_to_keep"] = torch.arange(0, batches[0].ids.shape[1], STRIDE)
+        # What a layer returns beside hidden states; None where it returns them alone.
+        self.extras: dict[int, tuple[Any, ...] | None] = {}
         with intercept(self.layers, lambda *_: None, self._see):
             self.dense = [self._logits(index) for index in range(len(batches))]
 
@@ -85,153 +84,179 @@ class Probe:
         return total / count
 
     def _see(self, index: int, output: Any) -> None:
-        self.rest[index] = output[1:] if isinstance(output, tuple) else None
+        self.extras[index] = output[1:] if isinstance(output, tuple) else None
 
     @torch.no_grad()
     def _logits(self, index: int) -> Tensor:
-        """Of every fourth token of a batch, shape `(tokens, vocab)`."""
+        """The logits of every fourth token of a batch, shape `(tokens, vocab)`."""
         skipped = self.layer if isinstance(self.passes, LayerPasses) else 0
-        outputs = [self._output(at, index) for at in range(skipped)]
+        outputs = [self._output(layer, index) for layer in range(skipped)]
         with replaying(self.layers[:skipped], outputs):
-            logits = run_model(self.model, self.batches[index].ids, **self.more).logits
-        return (logits if self.more else logits[:, ::STRIDE]).flatten(0, 1)
+            logits = run_model(self.model, self.batches[index].ids, **self.options).logits
+        return (logits if self.options else logits[:, ::STRIDE]).flatten(0, 1)
 
-    def _output(self, at: int, index: int) -> Any:
-        """What layer `at` returns: what enters the present layer, which is all that matters of it."""
+    def _output(self, layer: int, index: int) -> Any:
+        """An output for a layer that does not run: the input of the present layer, which is all that is read of it."""
         assert isinstance(self.passes, LayerPasses)
-        hidden, rest = self.passes.hidden[index], self.rest[at]
-        return hidden if rest is None else (hidden, *rest)
+        hidden, extras = self.passes.hidden[index], self.extras[layer]
+        return hidden if extras is None else (hidden, *extras)
 
 
 def sensitivities(
     model: PreTrainedModel,
     arch: ArchSpec,
     config: StructPruneConfig,
-    domains: list[Domain],
+    evidence: Evidence,
     names: Collection[str],
     report: Report,
 ) -> dict[tuple[int, str], Tensor]:
-    """Scores of units that compare over layers and spaces: what the model loses with each, per parameter.
+    """Scores of units that compare over layers and spaces: the loss of the model with each of them, per parameter.
 
-    Every layer in turn gives up a quarter and three quarters of a space, with the refit of the config, while all
-    others are dense; the loss is KL(dense‖model) on held-out text. The objective `mean` takes the domains' losses
-    together by weight, `worst` those of the domain that loses most in all trials.
+    Every layer in turn gives up a quarter and three quarters of a space, with the refit of the config, while all other
+    layers are dense; the loss is KL(dense‖model) on held-out text. With the objective `mean` the losses of the domains
+    are weighted, with `worst` only the domain counts that loses most in all trials.
 
     Args:
         model: A causal language model; it comes back as it was.
         arch: Its description.
         config: How to prune.
-        domains: Calibration text, some of it held out.
-        names: Kinds of space.
+        evidence: What is known of the text; a part of each domain is held out.
+        names: The kinds of space.
         report: Takes the time.
+
+    Returns:
+        By layer and name of the space, shape `(units,)`, ascending: only the number of units in a layer matters.
     """
-    # Error feedback makes up for errors of the layers before, and here there are none. A bias would stay behind.
+    # A trial has no errors of earlier layers that error feedback could see, and a bias would stay in the model.
     refit = "none" if config.refit == "bias" else config.refit
-    sweep = Sweep(model, arch, replace(config, error_feedback=0.0, refit=refit), mixture(config, domains))
+    alone = replace(config, error_feedback=0.0, refit=refit)
     spaces = {
         (layer, name): found
         for name in names
         for layer, found in spaces_by_layer(arch, name).items()
         if layer not in config.skip_layers
     }
-    clock = Clock(model.device)
     with evaluating(model), report.timed("sensitivity"):
-        trials = all_trials(sweep, spaces, domains, clock)
-    report.note_domains(clock.seconds, [domain.name for domain in domains])
-    shares = torch.tensor(sweep.mixture.shares)
+        trials = all_trials(Sweep(model, arch, alone), spaces, replace(evidence, config=alone))
+    shares = torch.tensor(evidence.shares)
     if config.objective == "worst":
-        totals = torch.stack([losses for found in trials.values() for losses in found.values()]).sum(0)
+        totals = torch.stack([losses for by_units in trials.values() for losses in by_units.values()]).sum(0)
         shares = torch.zeros(len(shares)).scatter_(0, totals.argmax(), 1.0)
-    remaining = remaining_error(arch.num_layers, float(config.error_feedback) if config.fits else 0.0)
-    scores: dict[tuple[int, str], Tensor] = {}
-    for (layer, name), found in trials.items():
-        losses = {gone: remaining[layer] * float(by_domain @ shares) for gone, by_domain in found.items()}
+    remaining = remaining_error(arch.num_layers, config.error_feedback if config.fits else 0.0)
+    costs: dict[tuple[int, str], Tensor] = {}
+    for (layer, name), by_units in trials.items():
+        losses = {units: remaining[layer] * float(by_domain @ shares) for units, by_domain in by_units.items()}
         price = sum(space.unit_params * space.scale for space in spaces[layer, name])
-        scores |= {(layer, space.name): unit_losses(space, losses) / price for space in spaces[layer, name]}
-    return scores
+        costs[layer, name] = unit_losses(spaces[layer, name][0].width, losses) / price
+    # Units beyond the last trial go after all units that a trial has measured.
+    ceiling = max((float(cost[torch.isfinite(cost)].max()) for cost in costs.values()), default=0.0)
+    return {
+        (layer, space.name): (
+            costs[layer, name] + ceiling * beyond(space.width, trials[layer, name])
+        ).repeat_interleave(space.scale)
+        for (layer, name), of_kind in spaces.items()
+        for space in of_kind
+    }
+
+
+def beyond(width: int, trials: Mapping[int, Any]) -> Tensor:
+    """1 for the units of a space that go later than in any trial, 0 for the others, shape `(width,)`.
+
+    Args:
+        width: The full width.
+        trials: By the number of units removed.
+    """
+    return (torch.arange(width) >= max(trials, default=width)).float()
 
 
 def all_trials(
-    sweep: Sweep, spaces: Mapping[tuple[int, str], Sequence[Space]], domains: list[Domain], clock: Clock
+    sweep: Sweep, spaces: Mapping[tuple[int, str], Sequence[Space]], evidence: Evidence
 ) -> dict[tuple[int, str], dict[int, Tensor]]:
     """What `trial_losses` gives for each of `spaces`, by layer and kind."""
     trials = {}
-    passes = passes_of(sweep, domains, None, clock)
-    probe = Probe(sweep.model, sweep.arch, probe_batches(domains, sweep.config.batch_size))
-    for layer in tqdm(range(sweep.arch.num_layers), desc="sensitivity", unit="layer"):
-        for key, found in spaces.items():
+    model, arch, config = sweep.model, sweep.arch, sweep.config
+    passes = evidence.passes(model, arch)
+    samples = probe_batches(evidence.domains, config.batch_size)
+    probe = Probe(model, arch, samples, evidence.run_passes(model, arch, samples))
+    for layer in tqdm(range(arch.num_layers), desc="sensitivity", unit="layer"):
+        for key, of_kind in spaces.items():
             if key[0] == layer:
-                trials[key] = trial_losses(sweep, found, passes, probe)
+                trials[key] = trial_losses(sweep, of_kind, passes, probe, evidence.mixture)
         passes.advance(layer)
         probe.advance()
     return trials
 
 
 def remaining_error(num_layers: int, error_feedback: float) -> list[float]:
-    """How much of its error is left of every layer in the end: of the last one all, and of the first what no
-    error_feedback behind it takes away.
+    """The share of each layer's error that is left at the end of the model, by layer.
 
-    A trial prunes one layer alone, so it sees nothing of what later refits make up for. On a straight line from
-    `1 - error_feedback` to 1: between no such weights and twice as steep ones, both measured to be worse.
+    A trial prunes one layer alone, so it does not see how error feedback in later layers makes up for it. The share
+    rises linearly from `1 - error_feedback` in the first layer to 1 in the last; no correction and twice the slope
+    were both measured to be worse (docs/benchmarks.md).
     """
     return [1 - error_feedback * (1 - layer / max(num_layers - 1, 1)) for layer in range(num_layers)]
 
 
 def probe_batches(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
-    """Held-out samples of every domain, as many of each, of about `PROBE_TOKENS` in all."""
+    """Held-out samples, as many of every domain, of about `PROBE_TOKENS` tokens in all."""
     count = max(1, ceil(PROBE_TOKENS / domains[0].heldout.shape[1] / len(domains)))
     return batches_of([replace(domain, samples=domain.heldout[:count], mask=None) for domain in domains], batch_size)
 
 
-def trial_losses(sweep: Sweep, spaces: Sequence[Space], passes: Passes, probe: Probe) -> dict[int, Tensor]:
-    """What the model loses with so many units gone from one kind of space in one layer.
+def trial_losses(
+    sweep: Sweep, spaces: Sequence[Space], passes: Passes, probe: Probe, mixture: Mixture
+) -> dict[int, Tensor]:
+    """The loss of the model with some units removed from one kind of space in one layer.
 
     Args:
         sweep: Prunes on trial.
-        spaces: One, or one per expert; they share their width.
-        passes: The calibration data, at that layer.
+        spaces: One space, or one per expert; they share their width.
+        passes: The passes over the calibration samples, at that layer.
         probe: The held-out text, at that layer.
+        mixture: How the domains are brought together.
 
     Returns:
-        By units of width gone: losses by domain, shape `(domains,)`.
+        The losses by domain, shape `(domains,)`, by the number of units removed.
     """
     width = spaces[0].width
-    gone = sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0})
-    found: dict[int, dict] = {units: {} for units in gone}
+    removed = sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0})
+    values: dict[int, dict[Axis, Values]] = {units: {} for units in removed}
     for space in spaces:
-        evidence = passes.gather(space.layer, space, sweep.gram)
-        for units, consumers in found.items():
-            consumers.update(sweep.trial(space, evidence, (width - units) * space.scale))
-    return {units: _judged(sweep, consumers, probe) for units, consumers in found.items()}
+        moments = passes.gather(space.layer, space, sweep.gram)
+        for units, of_trial in values.items():
+            of_trial |= sweep.trial(space, moments, (width - units) * space.scale, mixture)
+    losses = {}
+    for units, of_trial in values.items():
+        with sweep.consumers.holding(of_trial):
+            losses[units] = probe.losses()
+    return losses
 
 
-def _judged(sweep: Sweep, consumers: Consumers, probe: Probe) -> Tensor:
-    with sweep.holding(consumers):
-        return probe.losses()
+def unit_losses(width: int, losses: Mapping[int, float]) -> Tensor:
+    """The loss that each unit of a space adds: first the units that a trial has removed, then all others, each time
+    the cheapest first.
 
-
-def unit_losses(space: Space, losses: Mapping[int, float]) -> Tensor:
-    """What every unit of a space costs, the cheapest first: the measured losses, as a power of the units gone between
-    two of them. What goes beyond the last costs more than all that was measured, in the order of that power.
+    The loss as a function of the units removed is a power law between two trials (linear interpolation of its
+    logarithm over the logarithm of the units), and goes on with the last one's exponent beyond them. Up to the first
+    trial the exponent is at least 1, or else the first units would cost most.
 
     Args:
-        space: The space.
-        losses: By units of width gone, ascending; what is less than with fewer units gone is noise.
+        width: The number of units.
+        losses: The measured losses by the number of units removed, ascending; a loss that is less than with fewer
+            units removed is noise.
 
     Returns:
-        Ascending, shape `(space.size,)`.
+        Shape `(width,)`.
     """
     if not losses:
-        return torch.zeros(space.size)
+        return torch.zeros(width)
     x = torch.tensor([float(units) for units in losses]).log()
     y = torch.tensor(list(losses.values())).clamp(min=LEAST_LOSS).cummax(0).values.log()
     slopes = y.diff() / x.diff() if len(x) > 1 else torch.ones(1)
-    # Up to the first trial a loss grows in proportion or faster, or else its first units would be the dearest.
     slopes = torch.cat([slopes[:1].clamp(min=1.0), slopes])
-    at = torch.arange(1, space.width + 1).log()
-    segment = torch.bucketize(at, x)  # the trial above
+    units = torch.arange(1, width + 1).log()
+    segment = torch.bucketize(units, x)  # the first trial with as many units or more
     left = (segment - 1).clamp(min=0)
-    total = (y[left] + slopes[segment.clamp(max=len(slopes) - 1)] * (at - x[left])).exp()
-    each = total.diff(prepend=torch.zeros(1))
-    each[max(losses) :] *= UNMEASURED
-    return each.sort().values.repeat_interleave(space.scale)
+    total = (y[left] + slopes[segment.clamp(max=len(slopes) - 1)] * (units - x[left])).exp()
+    each, measured = total.diff(prepend=torch.zeros(1)), max(losses)
+    return torch.cat([each[:measured].sort().values, each[measured:].sort().values])

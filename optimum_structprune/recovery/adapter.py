@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -20,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import set_seed
 
+from ..config.fields import build
+from ..config.recovery import LORA, RecoveryConfig
 from ..errors import StructPruneError
 
 
@@ -28,34 +33,66 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@contextmanager
-def fresh_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Iterator[PeftModel]:
-    """The model with a new adapter, which a failure takes off again.
-
-    Args:
-        model: Takes the adapter.
-        lora: What kind of adapter.
-        seed: Of its values.
+def lora_config(config: RecoveryConfig) -> LoraConfig:
+    """The adapter that a recovery trains: `config.lora` laid over the defaults.
 
     Raises:
-        StructPruneError: If peft cannot put it on this model.
+        StructPruneError: If peft does not know a field or refuses its value.
+    """
+    return build(LoraConfig, {**LORA, **config.lora})
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers that follow a seed inside `with`.
+
+    Those of Python, NumPy and torch go on afterwards as if nothing had been drawn.
+
+    Args:
+        seed: The seed of all of them.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    # Asking a GPU that nobody uses for its state would start it.
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=gpus):
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def fresh_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Iterator[PeftModel]:
+    """The model with a new adapter, which a failure inside `with` takes off again.
+
+    Random numbers follow the seed inside `with`, and go on afterwards as they were.
+
+    Args:
+        model: The model that gets the adapter. Its training mode and what of it is trainable are as before afterwards.
+        lora: The kind of adapter.
+        seed: The seed of the adapter's values.
+
+    Raises:
+        StructPruneError: If peft cannot put the adapter on this model.
     """
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     training = model.training
-    set_seed(seed)
-    try:
-        adapted = get_peft_model(model, lora)
-    except (ValueError, TypeError) as error:
-        raise StructPruneError(f"peft cannot put the adapter on {type(model).__name__}: {error}") from error
-    try:
-        yield adapted
-    except BaseException:  # Ctrl-C too
-        adapted.unload()
-        raise
-    finally:
-        model.train(training)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = trainable.get(name.replace(".base_layer.", "."), parameter.requires_grad)
+    with seeded(seed):
+        try:
+            adapted = get_peft_model(model, lora)
+        except (ValueError, TypeError) as error:
+            raise StructPruneError(f"peft cannot put the adapter on {type(model).__name__}: {error}") from error
+        try:
+            yield adapted
+        except BaseException:  # Ctrl-C too
+            adapted.unload()
+            raise
+        finally:
+            model.train(training)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = trainable.get(name.replace(".base_layer.", "."), parameter.requires_grad)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -63,11 +100,11 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 
     Args:
         model: The pruned model; after a failure it is as it was.
-        folder: What `recover` with `merge=False` and `save_pretrained` gave.
+        folder: The folder of the adapter that a recovery with `merge=False` saved.
 
     Raises:
-        StructPruneError: If the folder holds no adapter, or it was trained on a model of other widths; the message
-            names the tensor and both shapes.
+        StructPruneError: If the folder holds no adapter, or the adapter was trained on a model of other widths; the
+            message names the tensor and both shapes.
     """
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -83,10 +120,14 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 
 
 def check_adapter(adapted: PeftModel, folder: str | Path) -> dict[str, Tensor]:
-    """Hold a saved adapter against the one on a model.
+    """Compare a saved adapter with the one on a model.
+
+    Args:
+        adapted: A model with an adapter.
+        folder: The folder of the saved adapter.
 
     Returns:
-        The saved tensors.
+        The saved tensors by name.
 
     Raises:
         StructPruneError: If a tensor is missing or has another shape.

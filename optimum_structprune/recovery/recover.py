@@ -6,32 +6,29 @@ import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from math import ceil
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments
+from torch.utils.data import Subset
+from transformers import TrainerCallback
 
-from ..config.domains import SELF
-from ..config.fields import build
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
-from ..config.recovery import LORA, TRAINING, RecoveryConfig
-from ..domains.load import Domain, load_domains, num_heldout, split_samples
+from ..config.recovery import RecoveryConfig
+from ..domains.load import Domain
 from ..domains.manifest import MANIFEST_NAME
-from ..domains.presets import resolve
 from ..errors import StructPruneError
 from ..forward.metrics import perplexity
 from ..saving.hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
 from ..saving.report import RecoveryReport
-from .adapter import check_adapter, fresh_adapter
+from .adapter import check_adapter, fresh_adapter, lora_config
+from .checks import check_recovery
 from .teacher import TeacherLogits, TrainingSamples, check_teacher, load_teacher, write_teacher_logits
-from .trainer import DistillTrainer, NotFiniteError, last_checkpoint
+from .text import part_rows, samples_of, training_text
+from .trainer import DistillTrainer, NotFiniteError, last_checkpoint, training_arguments
 
 
 if TYPE_CHECKING:
@@ -41,6 +38,7 @@ if TYPE_CHECKING:
 
 RECOVERY_CONFIG_NAME = "recovery_config.json"
 RECOVERY_REPORT_NAME = "recovery_report.json"
+# The files of a pruned model that are copied beside the recovered one.
 CARRIED = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
 
 
@@ -50,10 +48,13 @@ class Recovery:
     After `recover_model`, `report` holds the numbers of the run.
 
     Args:
-        config: How to train.
-        pruning: How the model was pruned; gives the domains, the sample length and the seed that `config` leaves open,
-            and says which documents were held out.
+        config: How the model is trained.
+        pruning: How the model was pruned. It gives the domains, the sample length and the seed that `config` leaves
+            open, and says which documents were held out.
         callbacks: Further callbacks for the Trainer.
+        part: The part of the text, from 1, that is trained on where the training is divided over rounds of pruning.
+        parts: The number of these parts; no sample is in two of them. With more than one, the checkpoints of each part
+            go into a folder `round-PART` of their own.
     """
 
     def __init__(
@@ -61,10 +62,13 @@ class Recovery:
         config: RecoveryConfig,
         pruning: StructPruneConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        part: int = 1,
+        parts: int = 1,
     ):
         self.config = config
         self.callbacks = callbacks
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # its amount is not used
+        self.part, self.parts = part, parts
         self.report: RecoveryReport | None = None
 
     def recover_model(
@@ -73,24 +77,30 @@ class Recovery:
         tokenizer: PreTrainedTokenizerBase | None,
         teacher: PreTrainedModel | str | None = None,
         resume: bool = False,
+        trust_remote_code: bool = False,
     ) -> PreTrainedModel | PeftModel:
         """Train a model; see `recover`."""
-        config, text = self.config, self._text()
-        teacher, stored = self._teacher(teacher, model, tokenizer)
-        # Text of its own is the dense model's where that is at hand: it is better, and the pruning has kept it.
-        domains = self._domains(text, tokenizer, teacher or model)
+        config = self.config
+        check_recovery(config, self.pruning, model, self.parts)
+        seed = self.pruning.seed if config.seed is None else config.seed
+        teacher, logits = self._teacher(teacher, model, tokenizer, trust_remote_code)
+        # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
+        # pruning has kept it.
+        domains = training_text(config, self.pruning, tokenizer, teacher or model, self.parts)
+        text = samples_of(domains)
         report, ppl = RecoveryReport(), {}
-        if stored is not None:
-            stored.check(_samples(domains), config, model.config.get_text_config().vocab_size)
-            ppl["dense"] = stored.index["perplexity"]
+        if logits is not None:
+            logits.check(text, config, model.config.get_text_config().vocab_size)
+            ppl["dense"] = logits.index["perplexity"]
         elif teacher is not None:
             ppl["dense"] = _perplexities(teacher, domains)
         ppl["pruned"] = _perplexities(model, domains)
-        samples = TrainingSamples(_samples(domains), stored)
+        samples = Subset(TrainingSamples(text, logits), part_rows(domains, self.part, self.parts))
         with tempfile.TemporaryDirectory() as scratch:
-            arguments = self._arguments(model, text.seed, scratch)
+            on_cpu = model.device.type == "cpu"
+            arguments = training_arguments(config, seed, on_cpu, scratch, self.part, self.parts)
             checkpoint = last_checkpoint(arguments.output_dir) if resume else None
-            with fresh_adapter(model, self._lora(), text.seed) as adapted:
+            with fresh_adapter(model, lora_config(config), seed) as adapted:
                 self._train(DistillTrainer(adapted, arguments, samples, config, teacher), checkpoint, report)
         recovered = adapted.merge_and_unload() if config.merge else adapted
         ppl["recovered"] = _perplexities(recovered, domains)
@@ -98,16 +108,23 @@ class Recovery:
         self.report = report
         return recovered
 
-    def write_teacher_logits(self, teacher: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write the teacher's predictions of the training text into `teacher_logits` of the config, unless that folder
-        exists. Where this comes before the pruned model is loaded, the two are never in memory together.
+    def write_teacher_logits(
+        self,
+        teacher: PreTrainedModel | str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Write the teacher's predictions of the whole training text into `teacher_logits` of the config, unless that
+        folder exists. Where this comes before the pruned model is loaded, the two are never in memory together.
 
         Args:
-            teacher: The model to agree with, or its id or folder.
-            tokenizer: Reads the domains.
+            teacher: The model that the trained one should agree with, or its id or folder.
+            tokenizer: The tokenizer of both models, which reads the domains.
+            trust_remote_code: Whether a teacher that is loaded may run code from its folder.
 
         Raises:
-            StructPruneError: If the config names no folder, the teacher cannot be loaded, or there is no text.
+            StructPruneError: If the config names no folder, the teacher cannot be loaded, there is no text, the models
+                would write it themselves, or the folder cannot be written.
         """
         config = self.config
         if config.teacher_logits is None or config.top_k is None:
@@ -116,18 +133,11 @@ class Recovery:
         with PartialState().main_process_first():
             if Path(config.teacher_logits).exists():
                 return
-            teacher = load_teacher(teacher)
-            text = self._text()
-            for domain in text.domains:
-                if isinstance(domain.source, str) and domain.source.startswith(SELF):
-                    raise StructPruneError(
-                        f"The domain {domain.name!r} is written by the model itself, so it is other text for the "
-                        "teacher than for the pruned model; use another domain, or leave teacher_logits out."
-                    )
-            domains = self._domains(text, tokenizer, teacher)
+            teacher = load_teacher(teacher, trust_remote_code=trust_remote_code)
+            domains = training_text(config, self.pruning, tokenizer, teacher, self.parts)
             ppl = _perplexities(teacher, domains)
             write_teacher_logits(
-                config.teacher_logits, teacher, _samples(domains), config.top_k, float(config.temperature), ppl
+                config.teacher_logits, teacher, samples_of(domains), config.top_k, float(config.temperature), ppl
             )
 
     def save(
@@ -142,10 +152,11 @@ class Recovery:
 
         Args:
             model: The recovered model, or the adapter on the pruned one.
-            save_directory: Where to; it appears only after the result has been read back.
-            tokenizer: Saved beside the model.
-            overwrite: Replace a folder that exists.
-            pruned: Folder of the pruned model, whose pruning config, plan and report are copied where it has them.
+            save_directory: The folder to write to; it appears only after the result has been read back.
+            tokenizer: The tokenizer that is saved beside the model.
+            overwrite: Whether a folder that exists is replaced.
+            pruned: The folder of the pruned model, whose pruning config, plan, report and manifest are copied where it
+                has them.
 
         Raises:
             StructPruneError: If the folder exists, nothing was trained, or the result does not come back the same.
@@ -153,10 +164,10 @@ class Recovery:
         report = self.report
         if report is None:
             raise StructPruneError("There is nothing to save: call recover_model first.")
-        kept = {name: Path(pruned, name).read_text() for name in CARRIED if pruned and Path(pruned, name).is_file()}
+        carried = {name: Path(pruned, name).read_text() for name in CARRIED if pruned and Path(pruned, name).is_file()}
 
         def write(folder: Path) -> None:
-            for name, text in kept.items():
+            for name, text in carried.items():
                 (folder / name).write_text(text)
             (folder / RECOVERY_CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
             (folder / RECOVERY_REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n")
@@ -164,70 +175,24 @@ class Recovery:
         check = check_adapter if isinstance(model, PeftModel) else check_reload
         save_checked(model, save_directory, tokenizer, overwrite, write, check)
 
-    def _text(self) -> StructPruneConfig:
-        config, pruning = self.config, self.pruning
-        domains = resolve(config.domains or pruning.domains, pruning.presets_file)
-        seq_length = config.seq_length or pruning.seq_length
-        samples = config.tokens // (seq_length * len(domains))
-        if samples < 1:
-            raise StructPruneError(
-                f"tokens={config.tokens} does not give each of the {len(domains)} domains a sample of {seq_length} "
-                f"tokens; {seq_length * len(domains)} is the least."
-            )
-        return replace(
-            pruning,
-            domains=[replace(domain, weight=1.0) for domain in domains],
-            num_samples=samples * len(domains),
-            seq_length=seq_length,
-            select="random",
-            adaptive_rate=0.0,
-            objective="mean",
-            seed=pruning.seed if config.seed is None else config.seed,
-        )
-
-    def _num_heldout(self, seq_length: int) -> int:
-        # A domain's held-out documents come first in an order that the seed chooses. As much held-out text as the
-        # pruning had, or more, therefore keeps all of its held-out documents out of the training text.
-        pruning = self.pruning
-        counts = split_samples(pruning.num_samples, [domain.weight for domain in pruning.domains])
-        most = max(num_heldout(count, float(pruning.holdout)) for count in counts)
-        return most if seq_length == pruning.seq_length else 1 + ceil(most * pruning.seq_length / seq_length)
-
-    def _lora(self) -> LoraConfig:
-        return build(LoraConfig, {**LORA, **self.config.lora})
-
-    def _arguments(self, model: PreTrainedModel, seed: int, scratch: str) -> TrainingArguments:
-        given = self.config.training
-        saving: dict[str, Any] = {"save_strategy": "no", "output_dir": scratch}
-        if "output_dir" in given:
-            saving = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}
-        # Our own samples carry what the loss reads, which is more than the model's arguments.
-        fixed = {"seed": seed, "use_cpu": model.device.type == "cpu", "remove_unused_columns": False}
-        return build(TrainingArguments, {**TRAINING, **saving, **fixed, **given})
-
     def _teacher(
         self,
         teacher: PreTrainedModel | str | None,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
+        trust_remote_code: bool,
     ) -> tuple[PreTrainedModel | None, TeacherLogits | None]:
-        """The teacher in memory, or what is kept of it on disk, or neither."""
+        """The teacher in memory, or its predictions on disk, or neither."""
         config = self.config
         if config.teacher_logits is not None:
             if teacher is not None:
-                self.write_teacher_logits(teacher, tokenizer)
+                self.write_teacher_logits(teacher, tokenizer, trust_remote_code)
             return None, TeacherLogits(config.teacher_logits)
         if teacher is None or not config.distils:
             return None, None
-        teacher = load_teacher(teacher, model.dtype, model.device)
+        teacher = load_teacher(teacher, model.dtype, model.device, trust_remote_code)
         check_teacher(teacher, model, bool(config.hidden_weight))
         return teacher, None
-
-    def _domains(
-        self, text: StructPruneConfig, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
-    ) -> list[Domain]:
-        vocab_size = model.config.get_text_config().vocab_size
-        return load_domains(text, tokenizer, vocab_size, self._num_heldout(text.seq_length), model)
 
     def _train(self, trainer: DistillTrainer, checkpoint: str | None, report: RecoveryReport) -> None:
         for callback in self.callbacks:
@@ -244,7 +209,7 @@ class Recovery:
                 f"{error}. The model is as it was; resuming goes on from the last whole checkpoint."
             ) from error
         except NotFiniteError as error:
-            if not trainer.restore_good_():
+            if not trainer.restore_finite_():
                 raise
             report.stopped = f"{error} Training stopped there, and the last good weights were kept."
         report.seconds = perf_counter() - start
@@ -259,34 +224,32 @@ def recover(
     teacher: PreTrainedModel | str | None = None,
     domains: Iterable[DomainConfig] | None = None,
     resume: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Train a pruned model in one call. `Recovery` does the same and keeps the numbers.
 
     Args:
         pruned: A causal language model. It is trained itself and comes back; after a failure it is as it was.
-        tokenizer: Its tokenizer; reads the domains.
-        config: How to train.
+        tokenizer: The model's tokenizer, which reads the domains.
+        config: How the model is trained.
         teacher: A model, or its id or folder, that the trained one should agree with; usually the dense model.
-        domains: Training text where the config names none.
-        resume: Go on from the last checkpoint in the `output_dir` of `config.training`.
+        domains: The training text where the config names none.
+        resume: Whether training goes on from the last checkpoint in the `output_dir` of `config.training`.
+        trust_remote_code: Whether a teacher that is loaded may run code from its folder.
 
     Returns:
         The model with the adapter merged, or with `merge=False` the adapter on the pruned model.
 
     Raises:
-        StructPruneError: If there is no text, the teacher has another vocabulary, a field is not known to peft or
-            transformers, the loss was never finite, or there is nothing to resume.
+        StructPruneError: If the config asks for what cannot be (see `check_recovery`), there is no text, the teacher
+            has another vocabulary, peft cannot place the adapter, the loss was never finite, or there is nothing to
+            resume.
     """
     config = config or RecoveryConfig()
     if domains is not None and config.domains is None:
         config = replace(config, domains=list(domains))
-    return Recovery(config).recover_model(pruned, tokenizer, teacher, resume)
+    return Recovery(config).recover_model(pruned, tokenizer, teacher, resume, trust_remote_code)
 
 
 def _perplexities(model: PreTrainedModel | PeftModel, domains: Sequence[Domain]) -> dict[str, float]:
-    heldout: dict[str, Tensor] = {domain.name: domain.heldout for domain in domains}
-    return {name: perplexity(model, samples) for name, samples in heldout.items()}
-
-
-def _samples(domains: Sequence[Domain]) -> Tensor:
-    return torch.cat([domain.samples for domain in domains])
+    return {domain.name: perplexity(model, domain.heldout) for domain in domains}

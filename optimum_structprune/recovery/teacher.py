@@ -1,10 +1,8 @@
-"""The model that a pruned one learns from."""
+"""The model that a pruned one learns from, in memory or as its likeliest predictions on disk."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,22 +19,33 @@ from ..config.fields import read_mapping
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
 from ..forward.divergence import likeliest
-from ..forward.metrics import input_device
+from ..forward.metrics import evaluating, input_device
+from ..saving.staging import staged
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+INDEX_NAME = "teacher_logits.json"
+# 64 likeliest tokens take 512 bytes per position, so a shard takes 32 MiB.
+TOKENS_PER_SHARD = 2**16
+# The names of the likeliest tokens and of their log-probabilities, in the shards and in the batches of the Trainer.
+TOKENS, LOG_PROBABILITIES = "teacher_tokens", "teacher_log_probabilities"
+
 
 def load_teacher(
-    teacher: PreTrainedModel | str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
+    teacher: PreTrainedModel | str | Path,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "auto",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A teacher from its id or folder; one that is loaded already comes back as it is.
+    """Load a teacher from its id or folder; one that is loaded already comes back as it is.
 
     Args:
-        teacher: A causal language model, or where it is.
-        dtype: Of its weights; `auto` is as saved.
-        device: Where it goes; with `auto`, accelerate puts what does not fit on the CPU and on disk.
+        teacher: A causal language model, or its id or folder.
+        dtype: The dtype of its weights; `auto` is the one that they were saved in.
+        device: The device that it is put on; with `auto`, accelerate puts what does not fit on the CPU and on disk.
+        trust_remote_code: Whether the teacher may run code from its folder.
 
     Raises:
         StructPruneError: If it cannot be loaded.
@@ -44,7 +53,9 @@ def load_teacher(
     if not isinstance(teacher, (str, Path)):
         return teacher
     try:
-        return AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype, device_map=device)
+        return AutoModelForCausalLM.from_pretrained(
+            teacher, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise StructPruneError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
 
@@ -53,7 +64,7 @@ def check_teacher(teacher: PreTrainedModel, model: PreTrainedModel, hidden: bool
     """Refuse a teacher that the model cannot be compared with.
 
     Args:
-        teacher: The teacher.
+        teacher: The teacher, a causal language model.
         model: The model that learns from it.
         hidden: Whether their hidden states are compared too.
 
@@ -76,19 +87,9 @@ def check_teacher(teacher: PreTrainedModel, model: PreTrainedModel, hidden: bool
         )
     if theirs.num_hidden_layers != mine.num_hidden_layers:
         raise StructPruneError(
-            f"hidden_weight compares hidden states sample by sample, but the teacher has {theirs.num_hidden_layers} "
-            f"samples and the model {mine.num_hidden_layers}; set hidden_weight=0."
+            f"hidden_weight compares hidden states layer by layer, but the teacher has {theirs.num_hidden_layers} "
+            f"layers and the model {mine.num_hidden_layers}; set hidden_weight=0."
         )
-
-
-INDEX_NAME = "teacher_logits.json"
-
-
-# 64 likeliest tokens take 512 bytes per position, so a shard takes 32 MiB.
-TOKENS_PER_SHARD = 2**16
-
-
-TOKENS, LOG_PROBABILITIES = "teacher_tokens", "teacher_log_probabilities"
 
 
 @torch.no_grad()
@@ -100,26 +101,23 @@ def write_teacher_logits(
     temperature: float,
     perplexity: Mapping[str, float],
 ) -> None:
-    """Run a teacher over token samples and keep what it finds likeliest.
+    """Run a teacher over samples and keep what it finds likeliest.
 
-    The folder appears only once it is whole.
+    The folder appears only once all of it is written. The teacher's training mode is left as it was.
 
     Args:
-        folder: Where to; it must not exist.
+        folder: The folder to write to; it must not exist.
         teacher: A causal language model.
         samples: Token ids, shape `(samples, seq_length)`.
-        top_k: Tokens to keep per position.
-        temperature: Divides the logits.
-        perplexity: The teacher's own on held-out text, by domain, which is kept beside them.
+        top_k: The number of tokens that are kept per position.
+        temperature: The number that the logits are divided by.
+        perplexity: The teacher's perplexity on held-out text by domain, which is kept beside the predictions.
 
     Raises:
-        StructPruneError: If the folder exists.
+        StructPruneError: If the folder exists or cannot be written.
     """
-    target = Path(folder)
-    if target.exists():
-        raise StructPruneError(f"{target} exists; name a new folder for the teacher's logits.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    if Path(folder).exists():
+        raise StructPruneError(f"{folder} exists; name a new folder for the teacher's logits.")
     vocab_size = teacher.config.get_text_config().vocab_size
     shards = samples.split(max(1, TOKENS_PER_SHARD // samples.shape[1]))
     index = {
@@ -129,17 +127,10 @@ def write_teacher_logits(
         "shards": [len(shard) for shard in shards],
         "perplexity": dict(perplexity),
     }
-    training = teacher.training
-    teacher.eval()
-    try:
+    with staged(folder, overwrite=False) as staging, evaluating(teacher):
         for number, shard in enumerate(logging.tqdm(shards, desc="teacher", unit="shard")):
             save_file(_predictions(teacher, shard, index["top_k"], temperature), staging / _shard_name(number))
         (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-        staging.chmod(0o755)
-        staging.rename(target)
-    finally:
-        teacher.train(training)
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _predictions(teacher: PreTrainedModel, samples: Tensor, top_k: int, temperature: float) -> dict[str, Tensor]:
@@ -152,13 +143,13 @@ def _predictions(teacher: PreTrainedModel, samples: Tensor, top_k: int, temperat
 
 
 class TeacherLogits:
-    """What `write_teacher_logits` wrote.
+    """The predictions that `write_teacher_logits` wrote, by the row of their sample.
 
     Args:
-        folder: Where to.
+        folder: The folder to read.
 
     Raises:
-        StructPruneError: If it holds nothing of the kind.
+        StructPruneError: If the folder holds no such predictions.
     """
 
     def __init__(self, folder: str | Path):
@@ -169,15 +160,15 @@ class TeacherLogits:
         ]
 
     def check(self, samples: Tensor, recovery: RecoveryConfig, vocab_size: int) -> None:
-        """Hold the folder against a training run.
+        """Refuse predictions that belong to another training run.
 
         Args:
-            samples: Its text.
-            recovery: Its settings.
-            vocab_size: Of its model.
+            samples: The text of the whole run, shape `(samples, seq_length)`.
+            recovery: The config of the run.
+            vocab_size: The size of the model's vocabulary.
 
         Raises:
-            StructPruneError: If it belongs to another one, with what differs.
+            StructPruneError: If the predictions were written for another run; the message names what differs.
         """
         top_k = min(recovery.top_k or vocab_size, vocab_size)
         wanted = {"top_k": top_k, "temperature": float(recovery.temperature), "vocab_size": vocab_size}
@@ -196,25 +187,25 @@ class TeacherLogits:
             )
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        """The likeliest tokens of a sample, shape `(seq_length, top_k)`, and their log-probabilities."""
+        """The likeliest tokens of a sample, shape `(seq_length, top_k)`, int64, and their log-probabilities, fp32."""
         tokens, log_probabilities = self._read(row, TOKENS, LOG_PROBABILITIES)
         return {TOKENS: tokens.long(), LOG_PROBABILITIES: log_probabilities}
 
     def _read(self, row: int, *keys: str) -> list[Tensor]:
-        name, at = self._places[row]
+        name, row_of_shard = self._places[row]
         try:
             with safe_open(self.folder / name, framework="pt") as shard:
-                return [shard.get_slice(key)[at] for key in keys]
+                return [shard.get_slice(key)[row_of_shard] for key in keys]
         except (OSError, SafetensorError) as error:
             raise StructPruneError(f"{self.folder / name} is not readable: {error}") from error
 
 
 class TrainingSamples(Dataset):
-    """Token samples as the Trainer takes them, with the teacher's predictions where they are on disk.
+    """Samples as the Trainer takes them, with the teacher's predictions where they are on disk.
 
     Args:
         samples: Token ids, shape `(samples, seq_length)`.
-        logits: Of the same samples.
+        logits: The teacher's predictions of the same samples; None where there are none on disk.
     """
 
     def __init__(self, samples: Tensor, logits: TeacherLogits | None = None):

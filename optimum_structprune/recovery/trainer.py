@@ -1,4 +1,4 @@
-"""A Trainer whose loss also asks for agreement with a teacher, and which stops at the first loss that is no number."""
+"""A Trainer whose loss compares the model with a teacher, and which stops at the first loss that is not finite."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..config.recovery import RecoveryConfig
+from ..config.fields import build
+from ..config.recovery import TRAINING, RecoveryConfig
 from ..errors import StructPruneError
 from ..forward.divergence import divergence, divergence_from_likeliest, hidden_distance
-from ..forward.metrics import input_device
-from .teacher import LOG_PROBABILITIES, TOKENS, TrainingSamples
+from ..forward.metrics import evaluating, input_device
+from .teacher import LOG_PROBABILITIES, TOKENS
 
 
 if TYPE_CHECKING:
@@ -30,27 +32,59 @@ class NotFiniteError(StructPruneError):
     """The loss is NaN or infinite."""
 
 
-def last_checkpoint(folder: str | None) -> str:
-    """The last whole checkpoint in a folder. A kill in the middle of writing one leaves it without the Trainer's
-    state, which is written last; the one before is still there then.
+def training_arguments(
+    config: RecoveryConfig, seed: int, on_cpu: bool, scratch: str, part: int = 1, parts: int = 1
+) -> TrainingArguments:
+    """The arguments of the Trainer: `config.training` laid over the defaults.
+
+    Args:
+        config: How the model is trained.
+        seed: The seed of the order of the samples.
+        on_cpu: Whether the model lies on the CPU.
+        scratch: The folder that is named where `config.training` has no `output_dir`; nothing is saved then.
+        part: The part of the training, from 1.
+        parts: The number of parts. With more than one, each has a folder `round-PART` in the `output_dir`.
 
     Raises:
-        StructPruneError: If there is none.
+        StructPruneError: If transformers does not know a field or refuses its value.
     """
-    whole = [path.parent for path in Path(folder or "").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    if folder is None or not whole:
+    given = dict(config.training)
+    saving: dict[str, Any] = {"save_strategy": "no", "output_dir": scratch}
+    if "output_dir" in given:
+        saving = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}
+        if parts > 1:
+            given["output_dir"] = f"{given['output_dir']}/round-{part}"
+    # The samples carry what the loss reads, which is more than the model's arguments.
+    fixed = {"seed": seed, "use_cpu": on_cpu, "remove_unused_columns": False}
+    return build(TrainingArguments, {**TRAINING, **saving, **fixed, **given})
+
+
+def last_checkpoint(folder: str | None) -> str:
+    """The last complete checkpoint in a folder.
+
+    The Trainer writes its state last, so a checkpoint without it was cut short by a kill, and the one before is still
+    there then.
+
+    Args:
+        folder: The `output_dir` of a training.
+
+    Raises:
+        StructPruneError: If there is no complete checkpoint.
+    """
+    complete = [path.parent for path in Path(folder or "").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    if folder is None or not complete:
         raise StructPruneError(f"There is no checkpoint in {folder} to resume from; start without resuming.")
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
 class DistillTrainer(Trainer):
     """Trains the adapter of a model.
 
     Args:
-        model: With an adapter.
-        arguments: Of the Trainer.
-        samples: Training text.
-        recovery: Weighs the parts of the loss.
+        model: A model with an adapter.
+        arguments: The arguments of the Trainer.
+        samples: The training text, as `TrainingSamples` gives it.
+        recovery: The config that weighs the terms of the loss.
         teacher: The model to agree with. Where it is None and `samples` bring no predictions of it along, the loss is
             cross-entropy alone.
     """
@@ -59,7 +93,7 @@ class DistillTrainer(Trainer):
         self,
         model: PeftModel,
         arguments: TrainingArguments,
-        samples: TrainingSamples,
+        samples: Dataset,
         recovery: RecoveryConfig,
         teacher: PreTrainedModel | None = None,
     ):
@@ -68,18 +102,13 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.recovery = recovery
         self.teacher = teacher
-        self._good: tuple[int, dict[str, Tensor]] | None = None
+        # The step and the adapter at its beginning, of the last step with a finite loss.
+        self._finite: tuple[int, dict[str, Tensor]] | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See `Trainer.train`; the teacher runs without dropout meanwhile."""
-        if self.teacher is None:
+        """Train as `Trainer.train` does, with the teacher in eval mode."""
+        with evaluating(*([] if self.teacher is None else [self.teacher])):
             return super().train(*args, **kwargs)
-        training = self.teacher.training
-        self.teacher.eval()
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self.teacher.train(training)
 
     def compute_loss(
         self,
@@ -91,23 +120,24 @@ class DistillTrainer(Trainer):
         """Cross-entropy, mixed with the divergence from the teacher.
 
         Raises:
-            NotFiniteError: If it is NaN or infinite.
+            NotFiniteError: If the loss is NaN or infinite.
         """
         stored = {name: inputs[name] for name in (TOKENS, LOG_PROBABILITIES) if name in inputs}
-        own = {name: value for name, value in inputs.items() if name not in stored}
-        outputs = model(**own, output_hidden_states=bool(self.teacher and self.recovery.hidden_weight))
+        model_inputs = {name: value for name, value in inputs.items() if name not in stored}
+        outputs = model(**model_inputs, output_hidden_states=bool(self.teacher and self.recovery.hidden_weight))
         loss = outputs.loss
         if stored:
-            loss = self._mixed(loss, self._from_stored(outputs.logits, stored))
+            loss = self._mixed(loss, self._stored_divergence(outputs.logits, stored))
         elif self.teacher is not None:
-            loss = self._taught(loss, outputs, self._asked(inputs["input_ids"]))
+            loss = self._with_teacher(loss, outputs, self._teacher_outputs(inputs["input_ids"]))
         self._check(loss)
-        if self._good is None or self._good[0] != self.state.global_step:
-            self._good = self.state.global_step, self._trainable(copy=True)
+        if self._finite is None or self._finite[0] != self.state.global_step:
+            weights = {name: tensor.clone() for name, tensor in self._trainable().items()}
+            self._finite = self.state.global_step, weights
         return (loss, outputs) if return_outputs else loss
 
     def check_weights(self) -> None:
-        """Look at the outcome of the last step, whose loss nobody computes any more.
+        """Refuse weights that the last step has spoilt; no loss is computed after it that would show it.
 
         Raises:
             NotFiniteError: If a weight is NaN or infinite.
@@ -116,41 +146,44 @@ class DistillTrainer(Trainer):
             raise NotFiniteError(f"The weights after step {self.state.global_step} are not finite; {ADVICE}")
 
     @torch.no_grad()
-    def restore_good_(self) -> bool:
-        """Give the adapter the last values whose loss was finite; False where there were none."""
-        if self._good is None:
+    def restore_finite_(self) -> bool:
+        """Give the adapter the last values whose loss was finite.
+
+        Returns:
+            Whether there were any.
+        """
+        if self._finite is None:
             return False
         for name, tensor in self._trainable().items():
-            tensor.copy_(self._good[1][name])
+            tensor.copy_(self._finite[1][name])
         return True
 
-    def _trainable(self, copy: bool = False) -> dict[str, Tensor]:
+    def _trainable(self) -> dict[str, Tensor]:
         model = self.model
         assert model is not None
-        tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        return {name: tensor.clone() for name, tensor in tensors.items()} if copy else tensors
+        return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     @torch.no_grad()
-    def _asked(self, ids: Tensor) -> Any:
+    def _teacher_outputs(self, ids: Tensor) -> Any:
         teacher = self.teacher
         assert teacher is not None
         hidden = bool(self.recovery.hidden_weight)
         with self.accelerator.autocast():
             return teacher(ids.to(input_device(teacher)), use_cache=False, output_hidden_states=hidden)
 
-    def _taught(self, loss: Tensor, outputs: Any, theirs: Any) -> Tensor:
+    def _with_teacher(self, loss: Tensor, outputs: Any, theirs: Any) -> Tensor:
         recovery, device = self.recovery, outputs.logits.device
         if recovery.kl_weight:
             logits = theirs.logits.to(device)
             temperature, direction, top_k = float(recovery.temperature), recovery.direction, recovery.top_k
             loss = self._mixed(loss, divergence(outputs.logits, logits, temperature, direction, top_k))
         if recovery.hidden_weight:
-            # The first one is the embeddings, before any sample.
+            # The first one is the embeddings, before any layer.
             hidden = [state.to(device) for state in theirs.hidden_states[1:]]
             loss = loss + recovery.hidden_weight * hidden_distance(outputs.hidden_states[1:], hidden)
         return loss
 
-    def _from_stored(self, logits: Tensor, stored: dict[str, Tensor]) -> Tensor:
+    def _stored_divergence(self, logits: Tensor, stored: dict[str, Tensor]) -> Tensor:
         temperature, direction = float(self.recovery.temperature), self.recovery.direction
         return divergence_from_likeliest(logits, stored[TOKENS], stored[LOG_PROBABILITIES], temperature, direction)
 

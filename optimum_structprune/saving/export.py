@@ -1,8 +1,9 @@
-"""Writes a model in a form for runtimes that cannot read what pruning gave."""
+"""Writes a non-uniform model in a form for runtimes that take one width for all layers."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..arch.load import describe
 from ..errors import StructPruneError
 from ..surgery.resize import pad_
-from .hub import REPORT_NAME, check_reload, save_checked
+from .hub import RECORDS, REPORT_NAME, check_reload, save_checked
 from .staging import check_target
 
 
@@ -24,9 +25,9 @@ class Padding:
     """What one width for all layers costs.
 
     Attributes:
-        before: Parameters of the non-uniform model.
-        after: Parameters of the padded one.
-        dense: Parameters before pruning; None where that is not known.
+        before: The number of parameters of the non-uniform model.
+        after: The number of parameters of the padded model.
+        dense: The number of parameters before pruning; None where it is not known.
     """
 
     before: int
@@ -34,7 +35,7 @@ class Padding:
     dense: int | None = None
 
     def __str__(self) -> str:
-        """One sentence."""
+        """The cost in one sentence."""
         added = self.after - self.before
         text = f"padding adds {added:,} parameters that are zero ({added / self.before:.1%} of {self.before:,})"
         if self.dense is None or self.dense <= self.before:
@@ -52,14 +53,15 @@ def export_uniform(
     """Save a non-uniform model with one width for all layers, for runtimes that take nothing else.
 
     The narrower layers are filled up with zeros, so that the logits are the same. The folder appears only after plain
-    `from_pretrained` has loaded it and given the outputs of `model`.
+    `from_pretrained` has loaded it and given the outputs of `model`. The config, plan, report and manifest of the
+    pruning are copied where the folder that `model` was loaded from has them; they describe the model before padding.
 
     Args:
-        model: Non-uniform; it is left as it is.
-        save_directory: Where to.
-        tokenizer: Saved beside the model.
-        overwrite: Replace a folder that exists.
-        arch_file: Descriptions of your own, see `families.yaml`.
+        model: A non-uniform model; it is left as it is.
+        save_directory: The folder to write to; it is made if need be.
+        tokenizer: The tokenizer to save beside the model.
+        overwrite: Whether a folder that exists is replaced.
+        arch_file: A YAML file that describes architectures of your own, in the form of `families.yaml`.
 
     Raises:
         StructPruneError: If the model is uniform already, the folder exists, or the saved model gives other outputs.
@@ -67,21 +69,24 @@ def export_uniform(
     check_target(save_directory, overwrite)
     if not model.config.is_heterogeneous:
         raise StructPruneError(f"All layers of this {model.config.model_type} model have the same width already.")
+    dense = _dense_parameters(model.name_or_path)
     padded = deepcopy(model)
     pad_(padded, describe(padded, arch_file))
-    save_checked(
-        padded,
-        save_directory,
-        tokenizer,
-        overwrite,
-        lambda folder: None,
-        lambda _, folder: check_reload(model, folder),
-    )
-    return Padding(model.num_parameters(), padded.num_parameters(), _dense_parameters(model.name_or_path))
+
+    def write(folder: Path) -> None:
+        for name in RECORDS:
+            if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
+                shutil.copyfile(record, folder / name)
+
+    save_checked(padded, save_directory, tokenizer, overwrite, write, lambda _, folder: check_reload(model, folder))
+    return Padding(model.num_parameters(), padded.num_parameters(), dense)
 
 
 def _dense_parameters(folder: str | None) -> int | None:
-    """Parameters before pruning, from the report beside a model."""
-    if not folder or not (path := Path(folder) / REPORT_NAME).is_file():
+    """The number of parameters before pruning, from the report beside a model; None where there is no such report."""
+    if not folder or not (path := Path(folder, REPORT_NAME)).is_file():
         return None
-    return json.loads(path.read_text())["parameters"]["before"]
+    try:
+        return int(json.loads(path.read_text())["parameters"]["before"])
+    except (OSError, ValueError, KeyError, TypeError):  # the file is of another program
+        return None

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..arch.heterogeneous import heterogeneous
-from ..config.pruning import StructPruneConfig
+from ..arch.load import describe
+from ..arch.spec import LAYER, MODEL, ArchSpec
+from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
-from ..forward.metrics import outputs_of, run_model
+from ..forward.metrics import evaluating, outputs_of, run_model
 from ..surgery.plan import Plan
 from .report import Report
 from .staging import check_target, staged
@@ -20,10 +23,15 @@ from .staging import check_target, staged
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PLAN_NAME = "pruning_plan.json"
 REPORT_NAME = "report.json"
+# What a pruning leaves beside its model.
+RECORDS = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
+# How far the outputs of the reloaded model may be off: by so much, or by so many steps of the dtype.
+TOLERANCE = 1e-4
+STEPS = 4
 
 
 def save_pruned(
@@ -39,11 +47,13 @@ def save_pruned(
     """Save a pruned model with its config, plan, report, manifest and tokenizer; see `save_checked`.
 
     Raises:
-        StructPruneError: If the folder exists, nothing was pruned, or the saved model does not come back the same.
+        StructPruneError: If the folder exists, nothing was pruned, the plan is of another model, or the saved model
+            does not come back the same.
     """
     check_target(save_directory, overwrite)
     if plan is None or report is None:
         raise StructPruneError("There is nothing to save: call prune_model first.")
+    check_pruned(plan, describe(model, config.arch_file))
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
@@ -53,6 +63,42 @@ def save_pruned(
             manifest.save(folder / MANIFEST_NAME)
 
     save_checked(model, save_directory, tokenizer, overwrite, write, check_reload)
+
+
+def check_pruned(plan: Plan, arch: ArchSpec) -> None:
+    """Refuse a model that a plan cannot have left.
+
+    The plan numbers the units of the dense model. What it shares with the pruned model is the model type, and how many
+    units each layer has.
+
+    Args:
+        plan: What was kept.
+        arch: The description of the pruned model.
+
+    Raises:
+        StructPruneError: If the model type or a width differs, or the model does not have a space of the plan.
+    """
+    advice = "pass the model that prune_model returned"
+    if plan.model_type != arch.model_type:
+        raise StructPruneError(
+            f"The plan is for a {plan.model_type!r} model, this is a {arch.model_type!r} model; {advice}."
+        )
+    sizes: dict[tuple[str, int], int] = {}
+    for space in (*arch.model_spaces, *arch.spaces):
+        place = (space.kind, space.layer)
+        sizes[place] = min(sizes.get(place, space.size), space.size)
+    # The layers that are left are numbered anew.
+    numbers = {layer: number for number, layer in enumerate(plan.keep.get((MODEL, LAYER), ()))}
+    for kind, widths in plan.widths().items():
+        for layer, kept in widths.items():
+            where = "" if layer == MODEL else f" in layer {layer}"
+            size = sizes.get((kind, numbers.get(layer, layer)))
+            if size is None:
+                raise StructPruneError(f"The plan names {kind!r}{where}, which this model does not have; {advice}.")
+            if size != kept:
+                raise StructPruneError(
+                    f"The plan keeps {kept} units of {kind!r}{where}, and this model has {size}; {advice}."
+                )
 
 
 def save_checked(
@@ -69,12 +115,12 @@ def save_checked(
     that a failure leaves whatever was there before.
 
     Args:
-        model: To be saved.
-        save_directory: Where to.
-        tokenizer: Saved beside the model.
-        overwrite: Replace a folder that exists.
-        write: Puts further files into the folder.
-        check: Holds the folder against the model; raises where they differ.
+        model: The model to save.
+        save_directory: The folder to write to; it is made if need be.
+        tokenizer: The tokenizer to save beside the model.
+        overwrite: Whether a folder that exists is replaced.
+        write: A function that puts further files into the folder.
+        check: A function that holds the folder against the model and raises where they differ.
 
     Raises:
         StructPruneError: If the folder exists, something cannot be written, or the saved model does not come back the
@@ -93,21 +139,44 @@ def save_checked(
 def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
     """Load a saved model with plain `from_pretrained` and compare logits, or hidden states where it has no head.
 
+    Args:
+        model: The model that was saved; its training mode is left as it was.
+        folder: The folder that it was saved to.
+
     Raises:
-        StructPruneError: If it does not load or its outputs differ.
+        StructPruneError: If its outputs differ.
     """
+    # A config on disk does not say which kernels ran, and those of another attention round differently.
+    names = ("attn_implementation", "experts_implementation")
+    kernels: dict[str, Any] = {name: _kernels(model.config, name) for name in names}
     with heterogeneous():
-        again = type(model).from_pretrained(folder, dtype=model.dtype, device_map=model.device)
+        again = type(model).from_pretrained(folder, dtype=model.dtype, device_map=model.device, **kernels)
     probe = _probe(model)
-    training = model.training
-    ours, theirs = (outputs_of(run_model(one.eval(), probe)).float() for one in (model, again))
-    difference = float((ours - theirs).abs().max())
-    model.train(training)
-    if not difference <= 1e-4:
+    with evaluating(model, again):
+        ours, theirs = (outputs_of(run_model(one, probe)) for one in (model, again))
+    difference = float((ours.float() - theirs.float()).abs().max())
+    if not difference <= _tolerance(ours, model.dtype):
         raise StructPruneError(f"The model saved to {folder} gives other outputs: they differ by {difference:.2g}.")
 
 
-def _probe(model: PreTrainedModel) -> torch.Tensor:
+def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
+    """The implementation that a model uses and those of its parts, in the form that `from_pretrained` takes."""
+    kernels: dict[str, Any] = {"": getattr(config, f"_{name}", None)}
+    for key in config.sub_configs:
+        if (part := getattr(config, key, None)) is not None:
+            kernels[key] = _kernels(part, name)
+    return kernels
+
+
+def _tolerance(outputs: Tensor, dtype: torch.dtype) -> float:
+    # Every result is rounded by half a step of the dtype, eps times its size. Kernels that sum in another order take
+    # the logits of SmolLM2 (30 layers) apart by 2 to 3 steps of the largest one, in bf16 and in fp16; one matrix that
+    # is zero takes them apart by 25.
+    step = torch.finfo(dtype).eps * float(outputs.abs().max())
+    return max(TOLERANCE, STEPS * step)
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if model.main_input_name == "pixel_values" and hasattr(config, "image_size"):

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from math import exp, log
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ..arch.spec import LAYER, MODEL, ArchSpec
+from ..surgery.plan import Plan
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -18,12 +26,12 @@ class RecoveryReport:
     """What training after pruning did and what it cost.
 
     Attributes:
-        tokens: Training tokens seen.
-        steps: Optimizer steps taken.
-        seconds: Time spent in training.
-        perplexity: `{domain: {"dense": …, "pruned": …, "recovered": …}}` on held-out text; without "dense" where no
-            teacher was at hand.
-        stopped: Why training ended early; empty where it did not.
+        tokens: The number of training tokens seen.
+        steps: The number of optimizer steps taken.
+        seconds: The time spent in training.
+        perplexity: The perplexity on held-out text, `{domain: {"dense": …, "pruned": …, "recovered": …}}`, without
+            "dense" where there was no teacher.
+        stopped: The reason why training ended early; empty where it did not.
     """
 
     tokens: int = 0
@@ -33,7 +41,7 @@ class RecoveryReport:
     stopped: str = ""
 
     def after(self, earlier: RecoveryReport | None) -> RecoveryReport:
-        """The outcome of this training and the cost of both."""
+        """A report with the outcome of this training and the cost of this and an earlier one."""
         if earlier is None:
             return self
         total = {name: getattr(self, name) + getattr(earlier, name) for name in ("tokens", "steps", "seconds")}
@@ -55,21 +63,21 @@ class Report:
     """What was done and what it cost.
 
     Attributes:
-        model_type: Of the model.
-        criterion: What scored the units inside layers, which the config need not name.
-        parameters: Number of parameters `{"before": …, "after": …}`.
-        layer_parameters: The same for the layers alone.
-        widths: Number of kept units, by space and layer.
-        dense_widths: Number of units before, by space.
-        calibration_tokens: Tokens seen in each round, by domain.
-        perplexity: `{domain: {"before": …, "after": …}}` on held-out text of that domain.
-        recovery: What training after the last round did; None where there was none.
-        output_error: Of a model that does not predict the next token: squared error of the last hidden states on
+        model_type: The model type.
+        criterion: The criterion that scored the units inside layers, which the config need not name.
+        parameters: The number of parameters, `{"before": …, "after": …}`.
+        layer_parameters: The number of parameters in the layers alone, `{"before": …, "after": …}`.
+        widths: The number of kept units, by space and layer.
+        dense_widths: The full width, by space.
+        calibration_tokens: The number of tokens seen in each round, by domain.
+        perplexity: The perplexity on held-out text, `{domain: {"before": …, "after": …}}`.
+        recovery: What training did and what it cost; None where there was none.
+        output_error: For a model that does not predict the next token, the squared error of the last hidden states on
             held-out text against the dense model's, relative to their variance, by domain.
-        seconds: Time spent, by stage.
-        domain_seconds: Time spent in calibration, by domain.
-        rounds: Where rounds are measured, of each: its widths, the domains' shares in it, the ratio of perplexities
-            after it (empty after the last, see `perplexity`), and with a floor whether it holds.
+        seconds: The time spent, by stage.
+        domain_seconds: The time spent in calibration, by domain.
+        rounds: For rounds that are measured: the widths of each, the weights of the domains in it, the ratio of
+            perplexities after it (empty after the last, see `perplexity`), and whether it holds a limit on perplexity.
     """
 
     model_type: str
@@ -86,11 +94,25 @@ class Report:
     domain_seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
-    def note_domains(self, seconds: Mapping[int, float], names: Sequence[str]) -> None:
-        """Add the time spent on each domain, by number."""
-        for number, spent in seconds.items():
-            name = names[number]
-            self.domain_seconds[name] = self.domain_seconds.get(name, 0.0) + spent
+    def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:
+        """Enter the sizes of the dense model."""
+        self.parameters["before"], self.layer_parameters["before"] = model.num_parameters(), sum(arch.layer_params)
+
+    def finish(self, model: PreTrainedModel, arch: ArchSpec, dense: ArchSpec, plan: Plan) -> None:
+        """Enter the sizes and widths of the smaller model.
+
+        Args:
+            model: The smaller model.
+            arch: Its description.
+            dense: The description of the dense model.
+            plan: The kept units of the dense model.
+        """
+        self.parameters["after"], self.layer_parameters["after"] = model.num_parameters(), sum(arch.layer_params)
+        kept = {MODEL, *plan.keep.get((MODEL, LAYER), range(dense.num_layers))}
+        for name, widths in plan.widths().items():
+            full = dense.widths(name)
+            self.widths[name] = {**{layer: width for layer, width in full.items() if layer in kept}, **widths}
+            self.dense_widths[name] = max(full.values())
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -100,8 +122,14 @@ class Report:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
 
     @property
+    def block_parameters(self) -> dict[str, int]:
+        """The former name of `layer_parameters`."""
+        warnings.warn("Report.block_parameters is called layer_parameters now.", FutureWarning, stacklevel=2)
+        return self.layer_parameters
+
+    @property
     def sparsity(self) -> float:
-        """Share of the layers' parameters that is gone."""
+        """The share of the layers' parameters that was removed."""
         return 1 - self.layer_parameters["after"] / self.layer_parameters["before"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,12 +179,12 @@ def _change(before: float, after: float) -> tuple[str, str, str]:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of positive numbers."""
+    """The geometric mean of positive numbers."""
     return exp(fmean(log(value) for value in values))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equally many cells as lines, the first column to the left, the others to the right."""
+    """Rows of equally many cells as lines of text; the first column is aligned left, the others right."""
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))])

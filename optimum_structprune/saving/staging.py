@@ -1,4 +1,4 @@
-"""A folder appears only when it is whole."""
+"""Writes a folder so that it appears only once everything in it has been written."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..errors import StructPruneError
 
 @contextmanager
 def staged(folder: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside the target, moved into place once everything inside `with` has gone well.
+    """Give a temporary folder beside the target, and move it into place if everything inside `with` goes well.
 
     Args:
-        folder: The target.
-        overwrite: Replace a folder that exists.
+        folder: The target; folders above it are made if need be.
+        overwrite: Whether a folder that exists is replaced.
 
     Raises:
-        StructPruneError: If the folder exists, or something cannot be written.
+        StructPruneError: If the folder exists, or something cannot be written; what was there before stays.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()  # a link keeps pointing to the folder
     check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -39,10 +39,14 @@ def staged(folder: str | Path, overwrite: bool) -> Iterator[Path]:
 
 
 def check_target(target: str | Path, overwrite: bool) -> None:
-    """Refuse to write over something.
+    """Refuse a folder that must not be written to.
+
+    Args:
+        target: The folder.
+        overwrite: Whether a folder that exists may be replaced.
 
     Raises:
-        StructPruneError: If the folder exists and `overwrite` is off, or it is a file.
+        StructPruneError: If the folder is not empty and `overwrite` is off, or the target is a file.
     """
     target = Path(target)
     if target.is_file():
@@ -55,11 +59,14 @@ def _swap(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old)
+    former = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
     try:
+        target.rename(former)
         staging.rename(target)
     except OSError:
-        old.rename(target)
+        if target.exists():
+            former.rmdir()
+        else:
+            former.rename(target)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(former)

@@ -8,8 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..arch.spec import EXPERT, LAYER, MODEL, ArchSpec
 from ..errors import StructPruneError
+
+
+def best_units(scores: Tensor, width: int) -> tuple[int, ...]:
+    """The units with the highest scores, ascending.
+
+    Args:
+        scores: One score per unit, shape `(units,)`, higher = keep.
+        width: The number of units to keep.
+    """
+    return tuple(scores.topk(width).indices.sort().values.tolist())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from math import ceil, floor
 from typing import TYPE_CHECKING
 
 from ..arch.shrink import legal_sizes, shrunk_config
-from ..arch.spec import LAYER, ArchSpec, Space, Widths
+from ..arch.spec import LAYER, ArchSpec, Space, Width, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
@@ -26,16 +26,17 @@ def target_widths(
     model_config: PretrainedConfig,
     scores: Mapping[tuple[int, str], Tensor] | None = None,
     legal: Mapping[str, Sequence[int]] | None = None,
-) -> dict[str, int | Mapping[int, int]]:
-    """The final number of units of each space: one number, or one per layer where layers may differ.
+) -> Widths:
+    """The final width of each space: one number, or one per layer where layers may differ.
 
     Args:
-        config: How much to remove, and how it is spread.
-        arch: The model.
-        model_config: Its config.
-        scores: Of all units, on one scale, by layer and name of the space: what other allocations than `uniform` rank.
-            Without them every layer gives up the same share, and as much goes in all.
-        legal: What `legal_widths` gives, where it is known.
+        config: The config, which says how much to remove and how it is spread.
+        arch: The description of the model.
+        model_config: The config of the model.
+        scores: The scores of all units, on one scale, by layer and name of the space, which other allocations than
+            `uniform` rank. Without them every layer gives up the same share, and the same number of parameters goes in
+            all.
+        legal: The result of `legal_widths`, where it is known already.
 
     Raises:
         StructPruneError: If a space is not there, a width is not legal (the nearest legal ones are named), layers may
@@ -48,8 +49,7 @@ def target_widths(
             f"The layers of this {arch.model_type} model differ in width, and {LAYER!r} would number them anew; prune "
             f"{LAYER!r} in a run of its own."
         )
-    if config.allocation != "uniform" or config.skip_layers:
-        _check_may_differ(config, arch, list(legal))
+    check_may_differ(config, arch, list(legal))
     pruned = _without(arch, config.skip_layers)
     widths: Widths
     if config.allocation != "uniform" or not (alike or config.widths):
@@ -59,11 +59,16 @@ def target_widths(
         if config.skip_layers or not alike:
             widths = {name: _at_most(width, pruned.of(name)) for name, width in widths.items()}
     shrunk_config(model_config, arch, widths)
-    return dict(widths)
+    return widths
 
 
 def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
-    """Legal widths of the spaces that a config names, ascending.
+    """The legal widths of the spaces that a config names, ascending, by kind of space.
+
+    Args:
+        config: The config, for its widths or its targets.
+        arch: The description of the model.
+        model_config: The config of the model.
 
     Raises:
         StructPruneError: If a space is not there, spaces do not go together, or a given width is not legal.
@@ -86,30 +91,63 @@ def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: Pretra
 
 
 def choices(config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequence[int]) -> list[int]:
-    """The widths of a space that `sparsity` may choose, ascending: legal ones, channels in multiples of `round_to`."""
+    """The widths of a space that `sparsity` may choose, ascending: legal ones, of channels multiples of `round_to`.
+
+    Args:
+        config: The config, for its `round_to`.
+        arch: The description of the model.
+        name: The kind of space.
+        legal: The legal widths of the space, ascending.
+    """
     space = arch.of(name)[0]
     return _rounded(legal, space.width, config.round_to if space.rounds else 1)
 
 
-def least_widths(
+def width_bounds(
     config: StructPruneConfig, arch: ArchSpec, legal: Mapping[str, Sequence[int]]
-) -> dict[str, int | Mapping[int, int]]:
-    """The smallest widths that `sparsity` may choose: one number, or one per layer where layers may differ."""
-    found: dict[str, int | Mapping[int, int]] = {}
-    for name, spaces in ((name, _without(arch, config.skip_layers).of(name)) for name in legal):
-        least = choices(config, arch, name, legal[name])[0]
+) -> tuple[Widths, Widths]:
+    """The smallest and the largest widths that `sparsity` may choose: one number, or one per layer where layers may
+    differ.
+
+    Args:
+        config: The config, for its allocation, rounding and the layers to skip.
+        arch: The description of the model.
+        legal: The legal widths, ascending, by kind of space.
+    """
+    smallest: dict[str, Width] = {}
+    largest: dict[str, Width] = {}
+    pruned = _without(arch, config.skip_layers)
+    for name, sizes in legal.items():
+        spaces = pruned.of(name)
+        least, *_, most = [*choices(config, arch, name, sizes), max(sizes)]
         if config.allocation != "uniform" or not _alike(arch, legal):
-            found[name] = {space.layer: _rungs(config, space, legal[name])[-1] for space in spaces}
+            rungs = {space.layer: _rungs(config, space, sizes) for space in spaces}
+            largest[name] = {layer: widths[0] for layer, widths in rungs.items()}
+            smallest[name] = {layer: widths[-1] for layer, widths in rungs.items()}
         else:
-            found[name] = _at_most(least, spaces) if config.skip_layers else least
-    return found
+            largest[name] = _at_most(most, spaces) if config.skip_layers else most
+            smallest[name] = _at_most(least, spaces) if config.skip_layers else least
+    return smallest, largest
 
 
 def _alike(arch: ArchSpec, names: Collection[str]) -> bool:
+    """Whether all layers have the same width in each of these kinds of space."""
     return all(len({space.width for space in arch.of(name)}) == 1 for name in names)
 
 
-def _check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[str]) -> None:
+def check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[str]) -> None:
+    """Refuse a config that makes layers of different widths where they have to be alike.
+
+    Args:
+        config: The config, for its allocation and the layers to skip.
+        arch: The description of the model.
+        names: The kinds of space that are pruned.
+
+    Raises:
+        StructPruneError: If the layers of one of the spaces may not differ; the message gives the reason.
+    """
+    if config.allocation == "uniform" and not config.skip_layers:
+        return
     cause = f"skip_layers={list(config.skip_layers)}" if config.skip_layers else f"allocation={config.allocation!r}"
     for name in names:
         if reason := arch.uniform or arch.of(name)[0].uniform:
@@ -120,17 +158,17 @@ def _check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence
 
 
 def _without(arch: ArchSpec, layers: Sequence[int]) -> ArchSpec:
-    """The arch with nothing to remove in some layers."""
+    """The description without the spaces of some layers, so that nothing is removed there."""
     for layer in layers:
         if not 0 <= layer < arch.num_layers:
             raise StructPruneError(f"skip_layers names layer {layer}; the layers are 0 to {arch.num_layers - 1}.")
-    left = replace(arch, spaces=tuple(space for space in arch.spaces if space.layer not in layers))
-    if gone := [name for name in arch.names if name not in left.names]:
-        raise StructPruneError(f"skip_layers={list(layers)} leaves no layer whose {gone[0]!r} could be pruned.")
-    return left
+    others = replace(arch, spaces=tuple(space for space in arch.spaces if space.layer not in layers))
+    if lost := [name for name in arch.names if name not in others.names]:
+        raise StructPruneError(f"skip_layers={list(layers)} leaves no layer whose {lost[0]!r} could be pruned.")
+    return others
 
 
-def _at_most(width: int | Mapping[int, int], spaces: Sequence[Space]) -> dict[int, int]:
+def _at_most(width: Width, spaces: Sequence[Space]) -> dict[int, int]:
     return {space.layer: min(space.width_in({space.kind: width}), space.width) for space in spaces}
 
 
@@ -142,14 +180,18 @@ def ranked_widths(
 ) -> dict[str, dict[int, int]]:
     """Widths per layer from one ranking of all units.
 
-    With `sparsity`, spaces compete for the budget; each of `widths` is the mean over the layers, and a budget of its
-    own. The budget is met to within half of the cheapest step.
+    With `sparsity`, spaces compete for the budget. With `widths`, each width is the mean over the layers, and a budget
+    of its own. The budget is met to within half of the cheapest step.
 
     Args:
-        config: How much to remove, and the least and largest share of its units that a layer may keep.
-        arch: The model.
-        legal: Legal widths, ascending, by space.
-        scores: Of all units, by layer and name of the space; none removes the same share everywhere.
+        config: The config, which says how much to remove, and the smallest and largest share of its units that a layer
+            may keep.
+        arch: The description of the model.
+        legal: The legal widths, ascending, by kind of space.
+        scores: The scores of all units, by layer and name of the space; without any, the same share goes everywhere.
+
+    Returns:
+        The widths by kind of space and layer.
 
     Raises:
         StructPruneError: If the bounds of a layer do not leave room for the budget.
@@ -161,25 +203,27 @@ def ranked_widths(
     }
     if config.widths is None:
         goal = float(config.sparsity or 0) * sum(arch.layer_params)
-        _descend_(config, [one for found in ladders.values() for one in found], goal)
+        _descend_(config, [layer for of_kind in ladders.values() for layer in of_kind], goal)
     else:
         for name, width in config.widths.items():
-            goal = sum(one.unit_params * max(len(one.scores) - width, 0) for one in ladders[name])
+            goal = sum(layer.unit_params * max(len(layer.scores) - width, 0) for layer in ladders[name])
             _descend_(config, ladders[name], goal)
-    return {name: {one.layer: one.width for one in found} for name, found in ladders.items()}
+    return {name: {layer.layer: layer.width for layer in of_kind} for name, of_kind in ladders.items()}
 
 
 def _rungs(config: StructPruneConfig, space: Space, legal: Sequence[int]) -> list[int]:
     """The widths that a layer may take, descending."""
-    own = sorted({*(width for width in legal if width < space.width), space.width})
-    choices = _rounded(own, space.width, config.round_to if space.rounds else 1)
+    widths = sorted({*(width for width in legal if width < space.width), space.width})
+    choices = _rounded(widths, space.width, config.round_to if space.rounds else 1)
     least, most = ceil(config.min_width * space.width), floor(config.max_width * space.width)
     inside = [width for width in choices if least <= width <= most]
     return (inside or [min(width for width in choices if width >= least)])[::-1]
 
 
 def _descend_(config: StructPruneConfig, ladders: Sequence[Ladder], goal: float) -> None:
-    least, most = (sum(one.unit_params * (len(one.scores) - one.widths[at]) for one in ladders) for at in (0, -1))
+    least, most = (
+        sum(layer.unit_params * (len(layer.scores) - layer.widths[end]) for layer in ladders) for end in (0, -1)
+    )
     amount = f"sparsity={config.sparsity}" if config.widths is None else f"widths={config.widths}"
     if not least <= goal <= most:
         raise StructPruneError(
@@ -190,18 +234,18 @@ def _descend_(config: StructPruneConfig, ladders: Sequence[Ladder], goal: float)
 
 
 def _check_disjoint(arch: ArchSpec, names: Sequence[str]) -> None:
-    wide = [space.name for space in arch.model_spaces if space.name in names]
-    if wide and len(names) > 1:
+    of_model = [space.name for space in arch.model_spaces if space.name in names]
+    if of_model and len(names) > 1:
         raise StructPruneError(
-            f"targets={names} has {wide[0]!r}, which takes a part of all the others with it, so sparsity does not say "
-            f"how much of each is to go; target {wide[0]!r} alone, or give widths."
+            f"targets={names} has {of_model[0]!r}, which takes a part of all the others with it, so sparsity does not "
+            f"say how much of each is to go; target {of_model[0]!r} alone, or give widths."
         )
-    whole = [name for name in names if not arch.of(name)[0].inside]
-    inside = [name for name in names if name not in whole and arch.of(name)[0].experts is not None]
-    if whole and inside:
+    experts = [name for name in names if not arch.of(name)[0].inside]
+    inside = [name for name in names if name not in experts and arch.of(name)[0].experts is not None]
+    if experts and inside:
         raise StructPruneError(
             f"targets={list(names)} would remove whole experts and channels inside them, and sparsity does not say "
-            f"how much of each; target one of {', '.join(whole + inside)}, or give both widths."
+            f"how much of each; target one of {', '.join(experts + inside)}, or give both widths."
         )
 
 
@@ -222,15 +266,18 @@ def widths_for_sparsity(
 ) -> dict[str, int]:
     """Widths that remove a share of the layers' parameters.
 
-    Spaces come coarsest unit first. Each takes the smallest legal width that is not below its proportional share,
-    unless the finer ones could not make up for it, and the finest one absorbs what is then still to be removed, to the
-    nearest multiple of `round_to`.
+    Spaces are taken in the order of the cost of their units, the largest first. Each gets the smallest legal width
+    that is not below its proportional share, unless the later ones could not make up for it. The last one absorbs what
+    is then still to be removed, to the nearest multiple of `round_to`.
 
     Args:
-        arch: The model.
-        sparsity: Share of the layers' parameters to remove.
-        legal: Legal widths, ascending, by space.
-        round_to: Multiple for spaces whose unit is a single channel.
+        arch: The description of the model.
+        sparsity: The share of the layers' parameters to remove.
+        legal: The legal widths, ascending, by kind of space.
+        round_to: The number that widths of spaces of single channels are a multiple of.
+
+    Raises:
+        StructPruneError: If the spaces cannot give up so many parameters.
     """
     goal = sparsity * sum(arch.layer_params)
     size = {name: arch.of(name)[0].size for name in legal}

@@ -1,4 +1,4 @@
-"""From what a whole model may have at most to the largest widths that keep to it."""
+"""From a budget for the model as a whole to the largest widths that keep to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..arch.shrink import shrunk_config
 from ..arch.spec import MODEL, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
-from .allocation import choices, least_widths, legal_widths, target_widths
+from .allocation import check_may_differ, choices, legal_widths, target_widths, width_bounds
 
 
 if TYPE_CHECKING:
@@ -28,58 +28,68 @@ def widths_of(
     model: PreTrainedModel,
     scores: Mapping[tuple[int, str], Tensor] | None = None,
     itemsize: int | None = None,
-) -> dict[str, int | Mapping[int, int]]:
+) -> Widths:
     """The final widths, in whichever way a config says how much is removed; see `target_widths`.
 
     With `budget` they are the largest that keep to it: one unit more would exceed it, where `round_to` is 1 (with
     other allocations than `uniform`, to within the cheapest step of one layer).
 
     Args:
-        config: How much to remove, and how it is spread.
-        arch: The model.
+        config: The config, which says how much to remove and how it is spread.
+        arch: The description of the model.
         model: The dense model; shapes are enough, so it may be on the meta device.
-        scores: Of all units, where layers get widths of their own.
-        itemsize: Bytes per parameter; those of the model's dtype by default.
+        scores: The scores of all units, where layers get widths of their own.
+        itemsize: The bytes per parameter; those of the model's dtype by default.
 
     Raises:
         StructPruneError: If widths are not legal, or the budget cannot be met, or is met already.
     """
     if config.budget is None:
         return target_widths(config, arch, model.config, scores)
-    ((name, most),) = config.budget.items()
+    ((name, limit),) = config.budget.items()
     legal = legal_widths(config, arch, model.config)
     gauge = _gauge(config, arch, model, legal, itemsize or model.dtype.itemsize)
     if name == "cache_bytes_per_token":
+        dense = gauge({})
         legal = {
-            kind: sizes
-            for kind, sizes in legal.items()
-            if gauge(least_widths(config, arch, {kind: sizes})) < gauge({})
+            kind: sizes for kind, sizes in legal.items() if gauge(width_bounds(config, arch, {kind: sizes})[0]) < dense
         }
-    least = least_widths(config, arch, legal)
-    _check_reach(config, gauge({}), gauge(least), list(legal))
-    removable = _removed(arch, least)
-    # Parameters that go with one unit of what is limited.
-    price = removable / (gauge({}) - gauge(least))
-    goal, more = (gauge({}) - most) * price, 0.0
-    while goal < removable:
-        asked = replace(config, budget=None, targets=tuple(legal), sparsity=goal / sum(arch.layer_params))
-        widths = target_widths(asked, arch, model.config, scores, legal)
-        if (excess := gauge(widths) - most) <= 0:
-            return _filled_up(widths, config, arch, legal, lambda larger: gauge(larger) <= most)
-        # What is chosen lies within half a unit of what is asked for, on either side. Doubled steps find the other
-        # side before they have gone a whole unit too far.
-        more = max(2 * more, excess * price)
-        goal += more
-    return least
+    check_may_differ(config, arch, list(legal))
+    smallest, largest = width_bounds(config, arch, legal)
+    _check_reach(config, gauge({}), gauge(largest), gauge(smallest), list(legal))
+
+    def widths_at(removed: float) -> Widths:
+        sparsity = removed / sum(arch.layer_params)
+        by_sparsity = replace(config, budget=None, targets=tuple(legal), sparsity=sparsity)
+        return target_widths(by_sparsity, arch, model.config, scores, legal)
+
+    def fits(widths: Widths) -> bool:
+        return gauge(widths) <= limit
+
+    # A bisection over the number of parameters to remove, from a linear estimate on, until the bounds are closer than
+    # what goes with any unit. The widths for a number lie on either side of it, so the largest that fit are not always
+    # those for the smallest number that is enough.
+    too_little, enough = float(_removed(arch, largest)), float(_removed(arch, smallest))
+    cheapest = min(space.unit_params * space.scale for name in legal for space in arch.of(name))
+    trial = enough * (gauge({}) - limit) / (gauge({}) - gauge(smallest))
+    best = _filled_up(smallest, config, arch, legal, fits)
+    while enough - too_little > cheapest / 2:
+        widths = widths_at(trial)
+        if fits(widths):
+            enough, best = trial, max(_filled_up(widths, config, arch, legal, fits), best, key=gauge)
+        else:
+            too_little = trial
+        trial = (too_little + enough) / 2
+    return best
 
 
 def _filled_up(
-    widths: dict[str, int | Mapping[int, int]],
+    widths: Widths,
     config: StructPruneConfig,
     arch: ArchSpec,
     legal: Mapping[str, Sequence[int]],
     fits: Callable[[Widths], bool],
-) -> dict[str, int | Mapping[int, int]]:
+) -> Widths:
     """Larger widths where they still fit: a coarse step of one space may leave room for a finer one of another."""
     for name, width in widths.items():
         larger = choices(config, arch, name, legal[name])
@@ -91,18 +101,25 @@ def _filled_up(
     return widths
 
 
-def _check_reach(config: StructPruneConfig, dense: float, least: float, names: list[str]) -> None:
-    ((name, most),) = (config.budget or {}).items()
-    if most >= dense:
-        raise StructPruneError(f"budget {name}={most:,} is met by the dense model, which has {dense:,}; ask for less.")
+def _check_reach(config: StructPruneConfig, dense: float, most: float, least: float, names: list[str]) -> None:
+    ((name, limit),) = (config.budget or {}).items()
+    if limit >= dense:
+        raise StructPruneError(
+            f"budget {name}={limit:,} is met by the dense model, which has {dense:,}; ask for less."
+        )
     if not names:
         raise StructPruneError(
-            f"budget {name}={most:,} is not met by the dense model, which has {dense:,}, and targets="
+            f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
             f"{list(config.targets)} leave that as it is; target 'attention'."
         )
-    if most < least:
+    if limit >= most:
         raise StructPruneError(
-            f"budget {name}={most:,} cannot be met: with all that may go from {', '.join(names)} the model still has "
+            f"budget {name}={limit:,} is met as soon as no layer has more than max_width={config.max_width} of its "
+            f"units, which leaves {most:,} of {dense:,}; ask for less, or raise max_width."
+        )
+    if limit < least:
+        raise StructPruneError(
+            f"budget {name}={limit:,} cannot be met: with all that may go from {', '.join(names)} the model still has "
             f"{least:,} of {dense:,}; allow that, or add targets."
         )
 
@@ -110,7 +127,7 @@ def _check_reach(config: StructPruneConfig, dense: float, least: float, names: l
 def _gauge(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], itemsize: int
 ) -> Callable[[Widths], int]:
-    """What a model of given widths has of that which the budget limits."""
+    """A function of the widths: the number of parameters or bytes that the budget limits, of a model that has them."""
     if "cache_bytes_per_token" in (config.budget or {}):
 
         def cached(widths: Widths) -> int:
@@ -124,37 +141,42 @@ def _gauge(
 
         return cached
     biased = biased_spaces(config, arch, [name for name in names if arch.of(name)[0].inside])
-    whole = {name: arch.widths(name) for name in biased}
-    dense = _small(model, arch, whole, biased).num_parameters() if biased else model.num_parameters()
+    full = {name: arch.widths(name) for name in biased}
+    dense = _small(model, arch, full, biased).num_parameters() if biased else model.num_parameters()
     size = itemsize if "bytes" in (config.budget or {}) else 1
     if any(space.layer == MODEL for name in names for space in arch.of(name)):
-        # Such a space also reaches into what is outside of the layers, which its `unit_params` leave out.
+        # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
         return lambda widths: size * _small(model, arch, widths, biased).num_parameters()
     return lambda widths: size * (dense - _removed(arch, widths))
 
 
 def _small(model: PreTrainedModel, arch: ArchSpec, widths: Widths, biased: Collection[str] = ()) -> PreTrainedModel:
-    # In any other precision, the product that runs experts refuses tensors without memory.
+    # The matrix product that runs experts takes tensors without memory in this precision only.
     small: Any = skeleton(model, shrunk_config(model.config, arch, widths, biased))
     return small.to(torch.bfloat16).eval()
 
 
 def _removed(arch: ArchSpec, widths: Widths) -> int:
-    """Parameters that go from the layers."""
+    """The number of parameters that the layers lose."""
     spaces = (*arch.model_spaces, *arch.spaces)
     return sum((space.width - space.width_in(widths)) * space.scale * space.unit_params for space in spaces)
 
 
 @torch.no_grad()
 def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
-    """Number of values that generation keeps for one token, read off the cache of a run on the meta device: 0 for a
-    model that does not generate, None for one that cannot be run there.
+    """The number of values that generation keeps per token, read off the cache of a run on the meta device.
+
+    It is 0 for a model that does not generate, and None for one that cannot be run on the meta device.
+
+    Args:
+        model: The model on the meta device; its attention implementation is changed.
+        arch: The description of the model.
     """
     if not (arch.causal or model.config.is_encoder_decoder):
         return 0
     width = model.get_input_embeddings().get_parameter("weight").shape[1]
     token = torch.zeros(1, 1, width, dtype=model.dtype, device=model.device)
-    # The masks of other implementations depend on values.
+    # The attention masks of other implementations depend on values, which tensors without memory do not have.
     model.set_attn_implementation("eager")
     try:
         output = model.get_decoder()(inputs_embeds=token, use_cache=True)
@@ -167,7 +189,12 @@ def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
 
 
 def biased_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:
-    """The spaces whose consumers get a bias.
+    """The spaces whose consumers get a bias: all that are pruned with `refit="bias"`, and none otherwise.
+
+    Args:
+        config: The config, for its `refit`.
+        arch: The description of the model.
+        widths: The kinds of space that are pruned.
 
     Raises:
         StructPruneError: If `refit` asks for a bias that a config of this model cannot express.

@@ -1,12 +1,12 @@
-"""From the final widths to the steps of several rounds."""
+"""From the final widths to those of several steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..arch.shrink import legal_sizes
-from ..arch.spec import ArchSpec, Widths
+from ..arch.spec import ArchSpec, Width, Widths
 from ..config.pruning import StructPruneConfig
 
 
@@ -14,46 +14,57 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def next_legal(config: PretrainedConfig, arch: ArchSpec, widths: Widths) -> dict[str, int | Mapping[int, int]]:
-    """The least legal widths that are not below `widths`; a step on the way to a target may lie between two."""
-    found: dict[str, int | Mapping[int, int]] = {}
+def next_legal(config: PretrainedConfig, arch: ArchSpec, widths: Widths) -> Widths:
+    """The smallest legal widths that are not below `widths`, since a step on the way may lie between two legal ones.
+
+    Args:
+        config: The config of the model.
+        arch: The description of the model.
+        widths: The widths, legal or not.
+    """
+    legal_widths: dict[str, Width] = {}
     for name, width in widths.items():
         legal = legal_sizes(config, arch, name)
         if isinstance(width, int):
-            found[name] = _not_below(width, legal)
+            legal_widths[name] = _not_below(width, legal)
         else:
-            found[name] = {layer: _not_below(least, legal) for layer, least in width.items()}
-    return found
+            legal_widths[name] = {layer: _not_below(least, legal) for layer, least in width.items()}
+    return legal_widths
 
 
 def _not_below(width: int, legal: Sequence[int]) -> int:
     return min(size for size in legal if size >= width)
 
 
-def round_widths(
-    config: StructPruneConfig, arch: ArchSpec, widths: Widths
-) -> list[dict[str, int | Mapping[int, int]]]:
-    """The widths after each round; the last are `widths`.
+def round_widths(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> list[Widths]:
+    """The widths after each step; the last are `widths`.
 
-    After the share t of the rounds, `linear` has removed t of what is to go, `geometric` keeps the same ratio per
-    round, and `cubic` removes `1 - (1 - t)³` (Zhu & Gupta 2017, eq. 1).
+    After the share t of the steps, `linear` has removed t of what is to go, `geometric` keeps the same ratio per step,
+    and `cubic` removes `1 - (1 - t)³` (Zhu & Gupta 2017, eq. 1).
+
+    Args:
+        config: The config, for the number of steps and the schedule.
+        arch: The description of the dense model.
+        widths: The final widths.
     """
-    steps: list[dict[str, int | Mapping[int, int]]] = []
+    steps: list[Widths] = []
     for number in range(1, config.rounds):
         t = number / config.rounds
-        step: dict[str, int | Mapping[int, int]] = {}
+        step: dict[str, Width] = {}
         for name, width in widths.items():
             sizes = arch.widths(name)
             if isinstance(width, int):
                 step[name] = _on_the_way(config.schedule, t, max(sizes.values()), width)
             else:
-                step[name] = {at: _on_the_way(config.schedule, t, sizes[at], least) for at, least in width.items()}
+                step[name] = {
+                    layer: _on_the_way(config.schedule, t, sizes[layer], least) for layer, least in width.items()
+                }
         steps.append(step)
-    return [*steps, dict(widths)]
+    return [*steps, widths]
 
 
 def _on_the_way(schedule: str, t: float, size: int, width: int) -> int:
-    """The width after the share t of the rounds."""
+    """The width after the share t of the steps."""
     fraction = {
         "linear": t,
         "cubic": 1 - (1 - t) ** 3,

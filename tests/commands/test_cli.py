@@ -1,19 +1,37 @@
 """The command line, through both names, as a user calls it."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from models import GROUPED, build, documents, token_ids, tokenizer
-from transformers import ArceeConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertModel, XGLMConfig
+from transformers import (
+    ArceeConfig,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertModel,
+    XGLMConfig,
+)
 
-from optimum_structprune import StructPruneConfig
-from optimum_structprune.commands.cli import main
-from optimum_structprune.commands.prune import config_from
+import optimum_structprune.commands
+from optimum_structprune import (
+    InPlaceError,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+    disable_heterogeneous,
+    enable_heterogeneous,
+)
+from optimum_structprune.arch import families
+from optimum_structprune.commands.cli import COMMANDS, execute, main
 
 
 BIN = Path(sys.executable).parent
@@ -67,7 +85,7 @@ def test_help(name):
 def test_inspect(folder, capsys):
     assert main(["inspect", str(folder / "model")]) == 0
     shown = capsys.readouterr().out
-    assert "llama, 2 blocks" in shown and "1-2, 4" in shown and "1-40" in shown
+    assert "llama, 2 layers" in shown and "1-2, 4" in shown and "1-40" in shown
 
 
 def test_an_unknown_architecture_from_stub_to_pruned(folder, tmp_path, capsys):
@@ -83,7 +101,7 @@ def test_an_unknown_architecture_from_stub_to_pruned(folder, tmp_path, capsys):
     mine = tmp_path / "mine.yaml"
     mine.write_text(text)
     assert main(["inspect", str(tmp_path / "model"), "--arch", str(mine)]) == 0
-    assert "arcee, 2 blocks" in capsys.readouterr().out
+    assert "arcee, 2 layers" in capsys.readouterr().out
     domain = f"a={folder / 'a.jsonl'}"
     widths = ["--width", "mlp=24", "--width", "attention=2"]
     arguments = [str(tmp_path / "model"), str(tmp_path / "out"), "--arch", str(mine), *widths]
@@ -98,59 +116,25 @@ def test_a_stub_needs_a_tensor_parallel_plan(tmp_path, capsys):
     assert "no tensor-parallel plan for 'xglm'" in capsys.readouterr().err
 
 
-def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path):
+def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path, capsys):
     build("distilbert").save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     arguments = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--domain", f"a={folder / 'a.jsonl'}"]
     assert main([*arguments, *SHORT, "--width", "mlp=24", "--device", "cpu"]) == 0
+    assert "it loads with DistilBertForMaskedLM.from_pretrained" in capsys.readouterr().out
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.hidden_dim == 24
 
 
-def test_flags_override_the_file(tmp_path, folder):
-    StructPruneConfig(sparsity=0.4, criterion="flap", rounds=3).to_yaml(tmp_path / "run.yaml")
-    from argparse import ArgumentParser
-
-    from optimum_structprune.commands import prune
-
-    parser = ArgumentParser()
-    prune.add_arguments(parser)
-    arguments = ["m", "o", "--config", str(tmp_path / "run.yaml"), "--width", "mlp=8", "--rounds", "2"]
-    config = config_from(
-        parser.parse_args(
-            [
-                *arguments,
-                "--domain",
-                "a=x@y.txt@0.5",
-                "--domain",
-                "b=c@d.txt",
-                "--domain",
-                "m=self:math@2",
-                "--select",
-                "diverse",
-            ]
-        )
-    )
-    assert (config.sparsity, config.widths, config.rounds, config.criterion) == (None, {"mlp": 8}, 2, "flap")
-    assert [(d.name, d.source, d.weight) for d in config.domains] == [
-        ("a", "x@y.txt", 0.5),
-        ("b", "c@d.txt", 1.0),
-        ("m", "self:math", 2.0),
-    ]
-    assert config.select == "diverse"
-
-
-def test_every_flag_of_the_rounds_is_a_field(folder, tmp_path, capsys):
-    flags = "--criterion taylor --normalisation rank --aggregation max --damping 0.2 --error_feedback 0.3"
+def test_settings_reach_the_run(folder, tmp_path):
+    flags = "--criterion taylor --damping 0.2 --error-feedback 0.3 --max-perplexity-ratio 9 --self-text top_p=0.9"
     rounds = "--rounds 2 --schedule linear --adaptive-rate 0.5 --objective worst --keep-rounds"
-    floor = "--max-perplexity-ratio 9"
     arguments = command(
-        folder, *flags.split(), *rounds.split(), *floor.split(), "--checkpoint-dir", str(tmp_path), "--width", "mlp=24"
+        folder, *flags.split(), *rounds.split(), "--checkpoint-dir", str(tmp_path), "--width", "mlp=24", "--overwrite"
     )
-    assert main([*arguments, "--overwrite"]) == 0
+    assert main(arguments) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "round-1").config.intermediate_size == 32
     used = StructPruneConfig.from_pretrained(folder / "out")
-    assert (used.criterion, used.normalisation, used.aggregation, used.damping) == ("taylor", "rank", "max", 0.2)
-    assert used.error_feedback == 0.3
+    assert (used.criterion, used.damping, used.error_feedback, used.self_text.top_p) == ("taylor", 0.2, 0.3, 0.9)
     assert (used.schedule, used.adaptive_rate, used.objective, used.max_perplexity_ratio) == (
         "linear",
         0.5,
@@ -184,6 +168,12 @@ def test_bad_input(folder, tmp_path, capsys):
         (["prune", model, out, "--sparsity", "0.2", "--dtype", "int4"], "--dtype int4 is not known"),
         (["prune", model, out, "--sparsity", "0.2", "--device", "warp"], "warp"),
         (["prune", model, str(folder), "--sparsity", "0.2"], "exists and is not empty"),
+        (["prune", model, out, "--sparsity", "0.2", "--width", "mlp=3"], "exactly one of sparsity, widths and budget"),
+        (["prune", model, out, "--sparsity", "0.2", "--refit", "best"], "('none', 'bias', 'least_squares'), got best"),
+        (["plan", model, "--width", "ffn=3"], "'ffn'"),
+        (["plan", model, "--budget", "parameters=9", "--budget", "bytes=9"], "budget names exactly one of"),
+        (["plan", model, "--sparsity", "0.2", "--self-text", "topp=1"], "Did you mean 'top_p'"),
+        (["prune", model, out, "--sparsity", "0.2", "--recovery", "token=9"], "Did you mean 'tokens'"),
         (["inspect", str(tmp_path / "missing")], "missing"),
         (["inspect", str(tmp_path / "xglm")], "'xglm' is not described"),
         (["inspect", model, "--arch", str(tmp_path / "none.yaml")], "none.yaml cannot be read"),
@@ -196,15 +186,113 @@ def test_bad_input(folder, tmp_path, capsys):
         assert not Path(out).exists()
 
 
-@pytest.mark.parametrize("flag", [["--width", "mlp"], ["--domain", "wiki"], ["--sparsity", "0.2", "--width", "mlp=3"]])
-def test_argparse_refuses_what_it_cannot_read(flag, capsys):
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (["--width", "mlp"], "argument --widths/--width: expected NAME=N, got 'mlp'"),
+        (["--width", "mlp=wide"], "argument --widths/--width: expected NAME=N, got 'mlp=wide'"),
+        (["--domain", "wiki"], "argument --domains/--domain: expected NAME=SOURCE[@WEIGHT], got 'wiki'"),
+        (["--self-text", "top_p=[1"], "argument --self-text: '[1' is not YAML"),
+        (["--rounds", "two"], "argument --rounds: invalid int value: 'two'"),
+    ],
+)
+def test_argparse_refuses_what_it_cannot_read(flag, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["prune", "m", "o", *flag])
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_recovery_is_checked_before_anything_is_pruned(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(StructPruner, "prune_model", None)
+    arguments = ["prune", str(folder / "model"), str(tmp_path / "out"), "--width", "mlp=24", "--device", "cpu"]
+    assert main([*arguments, "--recovery", "lora={rank: 4}"]) == 2
+    assert "LoraConfig has no field 'rank'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (StructPruneError("Two\n lines."), 2, "structprune: error: Two lines.\n"),
+        (InPlaceError("Pruning stopped half-way."), 2, "structprune: error: Pruning stopped half-way.\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_codes(error, code, shown, capsys):
+    def run(args):
+        raise error
+
+    assert execute(Namespace(run=run)) == code
+    assert capsys.readouterr().err == shown
+
+
+def test_a_failure_inside_the_rounds_is_one_line(folder, capsys, monkeypatch):
+    take_ = StructPruner.take_
+
+    def fail(self, run, step):
+        take_(self, run, step)
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(StructPruner, "take_", fail)
+    assert main(command(folder, "--width", "mlp=24", "--overwrite")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        "structprune: error: Pruning stopped (the disk is full), and the model had already begun to change: load it "
+        "again."
+    )
+
+
+def test_a_plan_is_a_dry_run(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert "A dry run" in capsys.readouterr().out
+    assert main(["plan", str(folder / "model"), "--width", "mlp=24"]) == 0
+    assert "width mlp" in capsys.readouterr().out
+
+
+def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(families, "_OWN", {})
+    mlp = {"size": "intermediate_size", "out": {"mlp.gate_proj": "unit", "mlp.up_proj": "unit"}}
+    mlp["in"] = {"mlp.down_proj": "unit"}
+    family = {
+        "model_types": ["cwm"],
+        "layer_path": "layers",
+        "layer_class": {"cwm": "CwmDecoderLayer"},
+        "spaces": {"mlp": mlp},
+    }
+    (tmp_path / "own.yaml").write_text(json.dumps([family]))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("cwm", **GROUPED))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    small, arch = str(tmp_path / "small"), ["--arch", str(tmp_path / "own.yaml"), "--device", "cpu"]
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24"]
+    pruning = ["--width", "mlp=24", "--skip-layer", "0", "--num-samples", "6"]
+    assert main(["prune", str(tmp_path / "model"), small, *arch, *text, *pruning]) == 0
+    for arguments in (
+        ["evaluate", small, "--against", str(tmp_path / "model"), *text, "--num-blocks", "2"],
+        ["recover", small, str(tmp_path / "recovered"), *text, "--tokens", "48"],
+    ):
+        # As in a process that has not read the file.
+        families._OWN.clear()
+        disable_heterogeneous()
+        enable_heterogeneous()
+        assert main([*arguments, *arch]) == 0, capsys.readouterr().err
+
+
+def imported(path: Path) -> set[str]:
+    nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
+    return {node.module for node in nodes if node.level == 1 and node.module}
+
+
+def test_no_command_imports_another():
+    for name in COMMANDS:
+        assert not imported(Path(optimum_structprune.commands.__path__[0]) / f"{name}.py") & set(COMMANDS), name
 
 
 def test_the_registration_stays_light():
-    code = "import sys, optimum.commands.register.register_structprune; print('torch' in sys.modules)"
-    before = "import sys, optimum.commands.base; print('torch' in sys.modules)"
+    heavy = ("torch", "transformers", "huggingface_hub", "optimum_structprune.config")
+    show = f"print([name for name in {heavy} if name in sys.modules])"
+    register = "from argparse import ArgumentParser; import optimum.commands.register.register_structprune as r; "
+    code = f"import sys; {register}r.StructPruneCommand.parse_args(ArgumentParser()); {show}"
+    before = f"import sys, optimum.commands.base; {show}"
     shown = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True).stdout for c in (before, code)]
-    assert shown[0] == shown[1], "the registration imports torch, which optimum itself does not"
+    assert shown[0] and shown[0] == shown[1], "the registration imports what optimum itself does not"

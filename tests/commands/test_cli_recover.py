@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import Recovery, StructPruner
-from optimum_structprune.commands import recover
-from optimum_structprune.commands.arguments import setting
 from optimum_structprune.commands.cli import main
 
 
@@ -71,7 +68,7 @@ def test_the_teacher_is_gone_before_the_model_is_loaded(folder, capsys, monkeypa
 
 
 def test_interrupted_and_resumed(folder, capsys, monkeypatch):
-    def interrupt(self, *arguments, **more):
+    def interrupt(self, *args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -110,22 +107,20 @@ def test_prune_and_recover(folder, capsys):
     assert json.loads(Path(folder / "both" / "recovery_report.json").read_text())["tokens"] == 240
 
 
-def test_flags_override_the_file(tmp_path):
-    (tmp_path / "run.yaml").write_text("tokens: 5\nlora: {r: 4, lora_alpha: 8}\n")
-    parser = ArgumentParser()
-    recover.add_arguments(parser)
-    flags = ["--config", str(tmp_path / "run.yaml"), "--tokens", "7", "--lora", "r=2", "--training", "bf16=true"]
-    read = recover.config_from(parser.parse_args(["m", "o", *flags, "--kl-weight", "0"]))
-    assert (read.tokens, read.lora, read.training) == (7, {"r": 2, "lora_alpha": 8}, {"bf16": True})
-    assert read.kl_weight == 0 and read.merge
+def test_code_of_the_teacher_is_run_where_it_is_allowed(folder, monkeypatch, capsys):
+    allowed = []
 
+    def interrupt(self, *args, trust_remote_code=None, **kwargs):
+        allowed.append(trust_remote_code)
+        raise KeyboardInterrupt
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("a=1e-4", 1e-4), ("a=true", True), ("a=3", 3), ("a=cosine", "cosine"), ("a=[q, v]", ["q", "v"])],
-)
-def test_settings_have_types(text, value):
-    assert setting(text) == ("a", value) and type(setting(text)[1]) is type(value)
+    monkeypatch.setattr(Recovery, "recover_model", interrupt)
+    prune = ["prune", str(folder / "model"), str(folder / "trusted"), "--width", "mlp=24", "--num-samples", "6"]
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu", "--recovery-tokens", "240"]
+    assert main([*prune, *text, "--trust-remote-code"]) == 130
+    assert f"--teacher {folder / 'model'} --trust-remote-code --overwrite --resume" in capsys.readouterr().err
+    assert main(command(folder, "--teacher", str(folder / "model"), output="distrusted")) == 130
+    assert allowed == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +130,7 @@ def test_settings_have_types(text, value):
         (["--training", "learning_rat=1"], "Did you mean 'learning_rate'"),
         (["--teacher", "no/where"], "'no/where' cannot be loaded"),
         (["--kl-weight", "2"], "between 0 and 1"),
+        (["--direction", "backward"], "('forward', 'reverse'), got backward"),
         (["--domain", "b=./gone.txt"], "gone.txt"),
     ],
 )

@@ -241,8 +241,8 @@ def test_the_mask_is_of_the_answers_tokens():
     (loaded,) = load_domains(config(domains=[domain], num_samples=4), tokenizer())
     assert loaded.mask.shape == loaded.samples.shape
     assert not loaded.mask[:, 0].any()
-    assert (loaded.blocks[loaded.mask] >= 50).all()
-    assert (loaded.blocks[~loaded.mask] < 50).all()
+    assert (loaded.samples[loaded.mask] >= 50).all()
+    assert (loaded.samples[~loaded.mask] < 50).all()
 
 
 def test_the_mask_of_real_text():
@@ -261,8 +261,8 @@ def test_text_without_answers_is_refused():
 
 
 def masked_domain(mask: torch.Tensor | None) -> list[Domain]:
-    blocks = token_ids(4, 12)
-    return [Domain("a", 1.0, blocks, blocks[:2], mask)]
+    samples = token_ids(4, 12)
+    return [Domain("a", 1.0, samples, samples[:2], mask)]
 
 
 @pytest.mark.parametrize("passes", [LayerPasses, ModelPasses])
@@ -320,6 +320,15 @@ def test_a_manifest_is_saved_with_the_model_and_read_back(saved):
     assert manifest.domains[1].origin["source"] == "memory:list"
 
 
+def test_a_manifest_of_an_earlier_version_is_read(saved, tmp_path):
+    _, pruner, _ = saved
+    pruner.manifest.save(tmp_path / "new.json")
+    text = (tmp_path / "new.json").read_text()
+    assert text.count('"samples_sha256"') == 2
+    (tmp_path / "old.json").write_text(text.replace('"samples_sha256"', '"blocks_sha256"'))
+    assert Manifest.load(tmp_path / "old.json") == pruner.manifest
+
+
 def test_the_same_run_has_the_same_manifest_and_another_seed_another(saved):
     _, pruner, _ = saved
 
@@ -357,9 +366,9 @@ def test_overlaps_by_document_by_source_and_by_name(saved, monkeypatch):
 
 
 def test_another_split_is_no_overlap():
-    blocks = token_ids(2, 12)
+    samples = token_ids(2, 12)
     (origin,) = resolve([DomainConfig("m", "preset:math")])
-    manifest = Manifest.of(config(), [Domain("m", 1.0, blocks, blocks, origin=origin)], None)
+    manifest = Manifest.of(config(), [Domain("m", 1.0, samples, samples, origin=origin)], None)
     (train, test) = (
         DomainConfig("x", "openai/gsm8k", dataset_config="main", split=name) for name in ("train", "test")
     )
@@ -369,26 +378,27 @@ def test_another_split_is_no_overlap():
 def test_what_is_no_manifest(tmp_path):
     with pytest.raises(StructPruneError, match="cannot be read"):
         Manifest.load(tmp_path)
-    (tmp_path / "other.json").write_text('{"seed": 0}')
-    with pytest.raises(StructPruneError, match="is no calibration manifest"):
-        Manifest.load(tmp_path / "other.json")
+    for text in ('{"seed": 0}', '{"domains": ["a"]}'):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(StructPruneError, match="is no calibration manifest"):
+            Manifest.load(tmp_path / "other.json")
 
 
-def test_a_frame_tells_which_documents_a_block_holds():
+def test_a_frame_tells_which_documents_a_sample_holds():
     texts = ["w3 w4 w5 w6 w7", "w10 w11 w12 w13 w14 w15 w16", "w20 w21 w22", "w30"]
     packed = Frame(5, 1, 2).pack(tokenised(iter(texts), tokenizer()), 100)
     names = {document_hash(text): text.split() for text in texts}
     assert len(packed.samples) == 4
-    for block, held in zip(packed.samples, packed.documents, strict=True):
-        words = {f"w{token}" for token in block.tolist() if token > 2}
+    for sample, held in zip(packed.samples, packed.documents, strict=True):
+        words = {f"w{token}" for token in sample.tolist() if token > 2}
         assert words <= {word for name in held for word in names[name]}
         assert all(words & set(names[name]) for name in held)
     assert packed.hashes == tuple(map(document_hash, texts[:3]))
     some = packed.select([2, 0])
-    assert torch.equal(some.blocks, packed.samples[[2, 0]]) and some.documents[1] == packed.documents[0]
+    assert torch.equal(some.samples, packed.samples[[2, 0]]) and some.documents[1] == packed.documents[0]
 
 
-def test_conversations_stream_from_parquet_into_blocks(tmp_path, monkeypatch):
+def test_conversations_stream_from_parquet_into_samples(tmp_path, monkeypatch):
     rows = [
         {
             "messages": [
@@ -412,6 +422,6 @@ def test_conversations_stream_from_parquet_into_blocks(tmp_path, monkeypatch):
     spaced = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     for domain in asked:
         (loaded,) = load_domains(config(domains=[domain], num_samples=2), chatty(spaced))
-        assert set(loaded.blocks[loaded.mask].tolist()) - {9} <= set(range(50, 90))
+        assert set(loaded.samples[loaded.mask].tolist()) - {9} <= set(range(50, 90))
         # A question and the names of two roles stand before each answer.
         assert 0.3 < loaded.mask.float().mean() < 0.5

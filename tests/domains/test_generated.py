@@ -2,9 +2,11 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from models import build, real_text_model
 from trained import needs_shared, stories_model
 
@@ -70,9 +72,11 @@ def test_what_was_written_is_read_from_the_disk_and_continued(writer, settings, 
     assert [text.answers for text in longer] == [text.answers for text in whole]
 
 
-def test_a_prompt_that_comes_again_is_answered_otherwise(writer, settings, monkeypatch):
-    monkeypatch.setattr(generated._Author, "prompts", lambda self, number: ["Problem: "] * 4)
-    assert len(set(first(writer, settings, 12))) == 12
+def test_a_prompt_that_comes_again_is_answered_otherwise(writer, settings, monkeypatch, tmp_path):
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump({"math": {"ask": [], "begin": ["Problem: "], "topics": [""]}}))
+    monkeypatch.setattr(generated, "SEED_PROMPTS", tmp_path / "one.yaml")
+    texts = first(writer, settings, 12)
+    assert len(set(texts)) == 12 and all(text.startswith("Problem: ") for text in texts)
 
 
 def test_a_line_that_was_cut_off_is_written_again(writer, settings, tmp_path):
@@ -116,8 +120,15 @@ def test_a_chat_model_is_asked(settings, name, keeps):
         assert text[:start].endswith("<s>assistant\n") or not keeps
 
 
+def writing(model, rows: list[list[int]], monkeypatch) -> None:
+    """Make a model write these tokens after its prompts."""
+    longest = max(map(len, rows))
+    ended = torch.tensor([row + [model.config.eos_token_id] * (longest - len(row)) for row in rows])
+    monkeypatch.setattr(model, "generate", lambda ids, **settings: torch.cat([ids, ended], dim=1))
+
+
 def test_repetitions_are_dropped(writer, settings, monkeypatch):
-    monkeypatch.setattr(generated._Author, "_continued", lambda self, prompts, number: [[5, 6] * 20] * len(prompts))
+    writing(writer[0], [[5, 6] * 20] * settings.batch_size, monkeypatch)
     with pytest.raises(StructPruneError, match="self:math: of 32 documents that the model wrote, none passes"):
         first(writer, settings, 1)
 
@@ -134,10 +145,10 @@ def test_text_that_the_model_finds_unlikely_is_dropped(settings, monkeypatch):
     story = "Once upon a time there was a little girl named Lily. She loved to play outside in the big park"
     likely = [reader(f"{story} with her {pet}.")["input_ids"] for pet in ("dog", "cat", "friends")]
     noise = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:30].add(50).tolist()
-    monkeypatch.setattr(generated._Author, "_continued", lambda self, prompts, number: [*likely, noise])
+    writing(model, [*likely, noise], monkeypatch)
     texts = first((model, reader), settings, 3)
     assert all("Lily" in text for text in texts)
-    (path,) = generated.Path(settings.cache_dir).iterdir()
+    (path,) = Path(settings.cache_dir).iterdir()
     assert len(json.loads(path.read_text().strip().splitlines()[0])["documents"]) == 3
 
 
@@ -147,6 +158,20 @@ def test_the_model_is_left_as_it_was(writer, settings):
     model.train()
     first(writer, settings, 2)
     assert model.training and fingerprint(model) == before
+    model.eval()
+
+
+def test_the_mode_is_put_back_when_writing_fails(writer, settings, monkeypatch):
+    model, _ = writer
+
+    def fail(*args, **settings):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    model.train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        first(writer, settings, 1)
+    assert model.training
     model.eval()
 
 

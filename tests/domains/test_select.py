@@ -1,4 +1,4 @@
-"""Which blocks of a pool are used."""
+"""Which samples of a pool are used."""
 
 import pytest
 import torch
@@ -29,17 +29,17 @@ def pool(count: int = 12):
 
 def test_random_takes_what_comes_first_whatever_the_pool():
     small, large = (load_domains(selecting("random", pool_factor=n), tokenizer())[0] for n in (1, 9))
-    assert torch.equal(small.blocks, large.blocks)
+    assert torch.equal(small.samples, large.samples)
 
 
 @pytest.mark.parametrize("select", ["length", "diverse", "perplexity"])
-def test_heldout_blocks_do_not_depend_on_the_selection(select):
+def test_heldout_samples_do_not_depend_on_the_selection(select):
     model = build("llama-tied")
     plain = load_domains(selecting("random"), tokenizer())[0]
     chosen = load_domains(selecting(select), tokenizer(), model=model)[0]
     assert torch.equal(plain.heldout, chosen.heldout)
     assert chosen.samples.shape == plain.samples.shape
-    assert not torch.equal(chosen.blocks, plain.blocks)
+    assert not torch.equal(chosen.samples, plain.samples)
     assert count_hooks(model) == 0 and not model.training
 
 
@@ -57,9 +57,9 @@ def test_perplexity_takes_the_middle():
     frame, documents = pool()
     chosen = Selector(selecting("perplexity", pool_factor=3), model).pack(frame, documents, 4)
     found = frame.pack(documents, 12)
-    by_perplexity = sorted(range(12), key=lambda i: perplexity(model, found.blocks[i : i + 1]))
+    by_perplexity = sorted(range(12), key=lambda i: perplexity(model, found.samples[i : i + 1]))
     middle = sorted(by_perplexity[4:8])
-    assert torch.equal(chosen.blocks, found.blocks[middle])
+    assert torch.equal(chosen.samples, found.samples[middle])
     assert chosen.documents == tuple(found.documents[i] for i in middle)
 
 
@@ -84,39 +84,40 @@ def test_as_many_different_ones_as_asked_even_where_all_are_the_same(count):
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "gpt2-tied", "bert", "t5"])
-def test_mean_activations_are_on_one_scale_for_every_block(case):
+def test_mean_activations_are_on_one_scale_for_every_layer(case):
     model = build(case)
     frame, documents = pool()
-    blocks = frame.pack(documents, 8).blocks
-    found = mean_activations(model, blocks, 3)
-    parts = found.view(8, describe(model).num_layers, -1)
-    # What enters the first block of an encoder-decoder's decoder differs no less than the rest.
-    torch.testing.assert_close(parts.square().sum(-1).mean(0), torch.ones(parts.shape[1]))
-    one = mean_activations(model, blocks, 8)
-    torch.testing.assert_close(found, one, atol=1e-4, rtol=1e-3)
+    samples = frame.pack(documents, 8).samples
+    means = mean_activations(model, samples, 3)
+    layers = means.view(8, describe(model).num_layers, -1)
+    # What enters the first layer of an encoder-decoder's decoder differs no less than the rest.
+    torch.testing.assert_close(layers.square().sum(-1).mean(0), torch.ones(layers.shape[1]))
+    torch.testing.assert_close(means, mean_activations(model, samples, 8), atol=1e-4, rtol=1e-3)
 
 
-def test_diverse_takes_one_block_of_each_kind():
+def test_diverse_takes_one_sample_of_each_kind():
     model = build("llama-tied")
     frame = Frame(16, 1, 2)
     kinds = [" ".join([f"w{word}"] * 15) for word in (10, 30, 50, 70)]
     documents = list(tokenised(iter(kinds * 4), tokenizer()))
     chosen = Selector(selecting("diverse"), model).pack(Frame(16, 1, None), documents, 4)
     assert frame.body == 15
-    assert {int(block[-1]) for block in chosen.blocks} == {10, 30, 50, 70}
+    assert {int(sample[-1]) for sample in chosen.samples} == {10, 30, 50, 70}
 
 
 def test_choosing_by_the_model_takes_one_that_will_do():
     for select in ("diverse", "perplexity"):
         with pytest.raises(StructPruneError, match=f"select='{select}' runs the model"):
             load_domains(selecting(select), tokenizer())
+    encoder = build("bert").train()
     with pytest.raises(StructPruneError, match="select='perplexity' takes a causal language model"):
-        load_domains(selecting("perplexity"), tokenizer(), model=build("bert"))
+        load_domains(selecting("perplexity"), tokenizer(), model=encoder)
+    assert encoder.training, "the mode is put back when choosing fails"
 
 
 def test_a_small_source_makes_a_small_pool():
     few = config(domains=[DomainConfig("a", texts(12))], num_samples=4, select="diverse", pool_factor=50)
-    assert len(load_domains(few, tokenizer(), model=build("llama-tied"))[0].blocks) == 4
+    assert len(load_domains(few, tokenizer(), model=build("llama-tied"))[0].samples) == 4
 
 
 def test_pruned_on_a_selection():

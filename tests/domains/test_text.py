@@ -1,4 +1,4 @@
-"""Documents from every kind of source, and their packing into blocks."""
+"""Documents from every kind of source, and their packing into samples."""
 
 import itertools
 import json
@@ -461,9 +461,9 @@ def test_fewer_samples_than_domains():
         load_domains(config, tokenizer())
 
 
-@pytest.mark.parametrize("blocks, holdout, expected", [(1, 0.125, 2), (16, 0.125, 2), (43, 0.125, 5), (100, 0.5, 50)])
-def test_number_of_heldout_blocks(blocks, holdout, expected):
-    assert num_heldout(blocks, holdout) == expected
+@pytest.mark.parametrize("samples, holdout, expected", [(1, 0.125, 2), (16, 0.125, 2), (43, 0.125, 5), (100, 0.5, 50)])
+def test_number_of_heldout_samples(samples, holdout, expected):
+    assert num_heldout(samples, holdout) == expected
 
 
 # --- packing
@@ -484,20 +484,20 @@ def test_prefix_token(made, expected):
     assert prefix_token(tokenizer(**made)) == expected
 
 
-def owners(blocks: torch.Tensor, length: int = 10) -> set[int]:
+def owners(samples: torch.Tensor, length: int = 10) -> set[int]:
     """The numbers of the documents, of `numbered`, that the tokens come from."""
-    return {(token - 4) // length for token in blocks.flatten().tolist() if token >= 4}
+    return {(token - 4) // length for token in samples.flatten().tolist() if token >= 4}
 
 
-def test_blocks_have_shape_prefix_and_separators():
+def test_samples_have_shape_prefix_and_separators():
     (domain,) = load_domains(make(numbered()), tokenizer())
     assert domain.samples.shape == (8, 16)
     assert domain.heldout.shape == (2, 16)
     assert domain.samples.dtype == domain.heldout.dtype == torch.int64
-    for blocks in (domain.samples, domain.heldout):
-        assert (blocks[:, 0] == BOS).all()
-        text = blocks[:, 1:].flatten().tolist()
-        # Documents of ten tokens, so that every eleventh token ends one, across the blocks' borders.
+    for samples in (domain.samples, domain.heldout):
+        assert (samples[:, 0] == BOS).all()
+        text = samples[:, 1:].flatten().tolist()
+        # Documents of ten tokens, so that every eleventh token ends one, across the samples' borders.
         assert [i for i, token in enumerate(text) if token == EOS] == list(range(10, len(text), 11))
         words = [token - 4 for token in text if token != EOS]
         assert all(b == a + 1 for a, b in itertools.pairwise(words) if b % 10)
@@ -523,13 +523,13 @@ def test_the_rest_of_the_last_heldout_document_is_not_calibrated_on():
     assert not owners(domain.samples, 1000) & owners(domain.heldout, 1000)
 
 
-def test_same_seed_same_blocks_other_seed_other_blocks():
+def test_same_seed_same_samples_other_seed_other_samples():
     def load(seed):
         return load_domains(make(numbered(), seed=seed), tokenizer())[0]
 
-    assert torch.equal(load(0).blocks, load(0).blocks)
+    assert torch.equal(load(0).samples, load(0).samples)
     assert torch.equal(load(0).heldout, load(0).heldout)
-    assert not torch.equal(load(0).blocks, load(1).blocks)
+    assert not torch.equal(load(0).samples, load(1).samples)
 
 
 def test_heldout_text_does_not_depend_on_the_number_of_samples():
@@ -538,7 +538,7 @@ def test_heldout_text_does_not_depend_on_the_number_of_samples():
     assert torch.equal(few.heldout, many.heldout)
 
 
-def test_weights_share_out_the_blocks_and_sum_to_one():
+def test_weights_share_out_the_samples_and_sum_to_one():
     pairs = (("a", 3), ("b", 1.5), ("c", 1.5))
     config = make(TEXTS)
     config.domains = [DomainConfig(name, numbered(), weight=weight) for name, weight in pairs]
@@ -613,7 +613,7 @@ def test_the_tokenizer_of_another_model():
         load_domains(make(numbered()), tokenizer(), vocab_size=largest)
 
 
-def test_a_block_that_only_holds_the_prefix():
+def test_a_sample_that_only_holds_the_prefix():
     with pytest.raises(StructPruneError, match="seq_length=1 has no room"):
         load_domains(make(numbered(), seq_length=1), tokenizer())
 
@@ -632,7 +632,7 @@ def test_the_builtin_domains_with_a_trained_tokenizer():
         assert domain.heldout.shape == (2, 64)
         assert (domain.samples[:, 0] == trained.bos_token_id).all()
         assert not set(map(tuple, domain.samples.tolist())) & set(map(tuple, domain.heldout.tolist()))
-    assert "import" in trained.decode(loaded[1].blocks[:, 1:].flatten())
+    assert "import" in trained.decode(loaded[1].samples[:, 1:].flatten())
     with pytest.raises(StructPruneError, match="vocabulary 100"):
         load_domains(config, trained, vocab_size=100)
 

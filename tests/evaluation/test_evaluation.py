@@ -52,16 +52,16 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_comparison_equals_its_definition(pair, batch_size):
     model, dense = pair
-    blocks = token_ids(batch=5, length=60)
+    samples = token_ids(batch=5, length=60)
     with torch.no_grad():
-        mine, theirs = (log_softmax(one(blocks).logits[:, :-1], dim=-1) for one in pair)
-    targets = blocks[:, 1:].flatten()
-    found = compare(model, dense, blocks, batch_size)
+        mine, theirs = (log_softmax(one(samples).logits[:, :-1], dim=-1) for one in pair)
+    targets = samples[:, 1:].flatten()
+    found = compare(model, dense, samples, batch_size)
     assert found.perplexity == pytest.approx(exp(cross_entropy(mine.flatten(0, 1), targets)), rel=1e-5)
     assert found.dense_perplexity == pytest.approx(exp(cross_entropy(theirs.flatten(0, 1), targets)), rel=1e-5)
     assert found.divergence == pytest.approx(float((theirs.exp() * (theirs - mine)).sum(-1).mean()), rel=1e-4)
     assert found.agreement == pytest.approx(float((mine.argmax(-1) == theirs.argmax(-1)).float().mean()))
-    assert found.perplexity == pytest.approx(perplexity(model, blocks), rel=1e-6)
+    assert found.perplexity == pytest.approx(perplexity(model, samples), rel=1e-6)
     assert found.divergence > 0 and found.agreement < 1
 
 
@@ -94,7 +94,7 @@ def test_held_out_text_is_the_beginning_of_the_file(folder):
     assert whole.samples[:, 1:].flatten().tolist() == tokens[: len(tokens) // 23 * 23]
     assert set(whole.samples[:, 0].tolist()) == {reader.bos_token_id}
     first = read_heldout(domain, reader, seq_length=24, num_samples=3)
-    assert first.blocks.equal(whole.samples[:3]) and 1 < len(first.documents) < 10
+    assert first.samples.equal(whole.samples[:3]) and 1 < len(first.documents) < 10
     assert first.documents == whole.documents[: len(first.documents)]
 
 
@@ -102,7 +102,7 @@ def test_held_out_text_is_the_beginning_of_the_file(folder):
     ("fields", "message"),
     [
         ({"source": "builtin:math"}, "'a' .builtin:math. has no known end"),
-        ({"source": ["w5 w6"]}, "has 2 tokens, and a block takes 23"),
+        ({"source": ["w5 w6"]}, "has 2 tokens, and a sample takes 23"),
         ({"source": ["w5 w6"], "vocab_size": 6, "seq_length": 3}, "token id 6, vocabulary 6"),
         ({"source": ["w5 w6"], "seq_length": 1}, "2 is the least"),
         ({"source": "none.jsonl"}, "no file or folder none.jsonl"),
@@ -121,13 +121,17 @@ def test_text_that_does_not_do(fields, message):
 def test_evaluate(pair, folder):
     domain = DomainConfig("a", str(folder / "a.jsonl"))
     found = evaluate(*pair[:1], tokenizer(), [domain], dense=pair[1], seq_length=24, num_samples=4)
-    expected = compare(*pair, read_heldout(domain, tokenizer(), 24, 4).blocks)
+    expected = compare(*pair, read_heldout(domain, tokenizer(), 24, 4).samples)
     assert found.tokens == {"a": 4 * 23} and found.prefix == "<s>"
     assert found.perplexity == {"a": {"model": expected.perplexity, "dense": expected.dense_perplexity}}
     assert (found.divergence["a"], found.agreement["a"]) == (expected.divergence, expected.agreement)
     alone = evaluate(pair[0], tokenizer(), [{"name": "a", "source": domain.source}], seq_length=24, num_samples=4)
     assert alone.perplexity == {"a": {"model": pytest.approx(expected.perplexity, rel=1e-9)}}
     assert alone.divergence == {} and "KL" not in str(alone) and "KL" in str(found)
+    assert str(alone).endswith("samples of 24 tokens, each begun with '<s>'")
+    with pytest.warns(FutureWarning, match="num_blocks is called num_samples now"):
+        former = evaluate(pair[0], tokenizer(), [domain], seq_length=24, num_blocks=4)
+    assert former.perplexity == alone.perplexity
 
 
 def test_text_that_was_calibrated_on_is_called_out(tmp_path, folder):
@@ -159,7 +163,7 @@ def test_what_evaluate_refuses(pair, folder):
         ({}, "nothing to evaluate"),
         ({"domains": [domain, domain]}, "Two domains are named 'a'"),
         ({"domains": [domain], "seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
-        ({"domains": [domain], "num_blocks": 0}, "num_blocks has to be 1 or more, got 0"),
+        ({"domains": [domain], "num_samples": 0}, "num_samples has to be 1 or more, got 0"),
         ({"domains": [domain], "dense": build("bert")}, "does not predict the next token"),
         ({"domains": [domain], "dense": build("t5")}, "does not predict the next token"),
     ]
@@ -271,7 +275,7 @@ def test_the_command(folder, capsys):
     disable_progress_bar()
     model, dense, out = (str(folder / name) for name in ("model", "dense", "out.json"))
     domains = ["--domain", f"a={folder / 'a.jsonl'}", "--domain", "b=builtin:none"]
-    short = ["--seq-length", "24", "--num-blocks", "2", "--device", "cpu"]
+    short = ["--seq-length", "24", "--num-samples", "2", "--device", "cpu"]
     arguments = ["evaluate", model, "--against", dense, *domains[:2], "--task", str(folder / "quiz.jsonl"), *short]
     assert main([*arguments, "--json", out]) == 0
     shown = capsys.readouterr().out

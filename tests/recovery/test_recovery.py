@@ -1,12 +1,15 @@
 """Recovery brings quality back, leaves an ordinary model, and says what is wrong with bad input."""
 
 import json
+import random
+from contextlib import nullcontext
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
-from helpers import logits, same_weights
-from models import build, config, documents, full_disk, tokenizer
+from helpers import logits, recovery_config, same_weights
+from models import build, config, full_disk, tokenizer
 from peft import PeftModel
 from trained import needs_shared, stories_config, stories_model
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -23,17 +26,7 @@ from optimum_structprune import (
     prune_model,
     recover,
 )
-from optimum_structprune.domains.load import load_domains
 from optimum_structprune.recovery.trainer import DistillTrainer
-
-
-TEXT = {"domains": [DomainConfig(name=n, source=documents(200, seed=s)) for s, n in enumerate("ab")]}
-
-
-def recovery(**fields) -> RecoveryConfig:
-    training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
-    defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, **TEXT}
-    return RecoveryConfig(**{**defaults, **fields, "training": {**training, **fields.get("training", {})}})
 
 
 @pytest.fixture
@@ -47,21 +40,21 @@ def test_recovery_closes_most_of_the_gap_on_a_trained_model(kl_weight, tmp_path)
     dense, words = stories_model()
     pruning = stories_config(holdout=0.5)
     pruned = prune_model(dense, pruning, words)
-    healer = Recovery(RecoveryConfig(tokens=32_000, kl_weight=kl_weight, training={"learning_rate": 3e-3}), pruning)
-    recovered = healer.recover_model(pruned, words, dense)
-    ppl = healer.report.perplexity["stories"]
+    recovery = Recovery(RecoveryConfig(tokens=32_000, kl_weight=kl_weight, training={"learning_rate": 3e-3}), pruning)
+    recovered = recovery.recover_model(pruned, words, dense)
+    ppl = recovery.report.perplexity["stories"]
     assert ppl["recovered"] < 0.6 * ppl["pruned"]
     assert ("dense" in ppl) == (kl_weight > 0)
     assert type(recovered) is type(dense) and recovered is pruned
-    assert healer.report.tokens == pytest.approx(32_000, rel=0.02) and healer.report.seconds > 0
-    healer.save(recovered, tmp_path / "out", words)
+    assert recovery.report.tokens == pytest.approx(32_000, rel=0.02) and recovery.report.seconds > 0
+    recovery.save(recovered, tmp_path / "out", words)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.config.intermediate_size == 96 and same_weights(again, recovered)
 
 
 def test_the_result_is_an_ordinary_model(pruned):
     before = deepcopy(pruned)
-    recovered = recover(pruned, tokenizer(), recovery(), teacher=build("llama-tied"))
+    recovered = recover(pruned, tokenizer(), recovery_config(), teacher=build("llama-tied"))
     assert recovered is pruned and not any("lora" in name for name, _ in recovered.named_modules())
     assert not same_weights(recovered, before) and recovered.training == before.training
     assert all(parameter.requires_grad for parameter in recovered.parameters())
@@ -75,29 +68,67 @@ def test_callbacks_reach_the_trainer(pruned):
             self.steps += 1
             control.should_training_stop = self.steps == 3
 
-    healer = Recovery(recovery(), callbacks=[watch := Watch()])
-    healer.recover_model(pruned, tokenizer())
-    assert watch.steps == healer.report.steps == 3
+    recovery = Recovery(recovery_config(), callbacks=[watch := Watch()])
+    recovery.recover_model(pruned, tokenizer())
+    assert watch.steps == recovery.report.steps == 3
 
 
-def test_held_out_documents_of_the_pruning_are_not_trained_on():
-    pruning = config(**TEXT, num_samples=32, holdout=0.25)
-    healer = Recovery(recovery(domains=None, tokens=96), pruning)
-    heldout = load_domains(pruning, tokenizer())
-    text = load_domains(healer._text(), tokenizer(), None, healer._num_heldout(24))
-    for before, after in zip(heldout, text, strict=True):
-        assert torch.equal(before.heldout, after.heldout) and len(after.blocks) == 2
-        seen = {tuple(ids[1:5].tolist()) for ids in before.heldout}
-        assert not seen & {tuple(ids[1:5].tolist()) for ids in after.blocks}
+class Gather(TrainerCallback):
+    """The samples that the Trainer is given, and where it saves."""
+
+    def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
+        self.samples = [tuple(item["input_ids"].tolist()) for item in train_dataloader.dataset]
+        self.output_dir = args.output_dir
 
 
-def test_every_domain_gives_the_same_number_of_tokens():
-    uneven = [DomainConfig(name="a", source=documents(200), weight=9.0), DomainConfig(name="b", source=documents(200))]
-    assert [len(d.samples) for d in load_domains(Recovery(recovery(domains=uneven))._text(), tokenizer())] == [10, 10]
+def samples_of_part(model, config, pruning, **part) -> Gather:
+    Recovery(config, pruning, [gather := Gather()], **part).recover_model(deepcopy(model), tokenizer())
+    return gather
+
+
+def test_each_part_of_the_training_reads_other_text(pruned, tmp_path):
+    settings = recovery_config(every_round=True, training={"output_dir": str(tmp_path)})
+    whole = samples_of_part(pruned, settings, config())
+    parts = [samples_of_part(pruned, settings, config(), part=number, parts=3) for number in (1, 2, 3)]
+    samples = [sample for part in parts for sample in part.samples]
+    assert len(set(samples)) == len(samples) == len(whole.samples) == 20
+    assert set(samples) == set(whole.samples)
+    assert [len(part.samples) for part in parts] == [6, 6, 8]
+    assert whole.output_dir == str(tmp_path)
+    assert [part.output_dir for part in parts] == [str(tmp_path / f"round-{number}") for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_random_numbers_of_the_caller_go_on(pruned, stops):
+    def draws() -> tuple:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, *arguments, **kwargs):
+            draws()
+            if stops:
+                raise KeyboardInterrupt
+
+    def start() -> None:
+        random.seed(7), np.random.seed(7), torch.manual_seed(7)
+
+    start()
+    expected = draws()
+    start()
+    with pytest.raises(KeyboardInterrupt) if stops else nullcontext():
+        Recovery(recovery_config(), callbacks=[Stop()]).recover_model(pruned, tokenizer())
+    assert draws() == expected
+
+
+def test_the_seed_orders_the_training_and_not_the_text(pruned):
+    first, second = (samples_of_part(pruned, recovery_config(seed=seed), config()).samples for seed in (0, 3))
+    assert first == second
+    results = [recover(deepcopy(pruned), tokenizer(), recovery_config(seed=seed)) for seed in (0, 0, 3)]
+    assert same_weights(results[0], results[1]) and not same_weights(results[0], results[2])
 
 
 def test_prune_and_recover_in_one_call(tmp_path):
-    pruner = StructPruner(config(recovery=recovery()))
+    pruner = StructPruner(config(recovery=recovery_config()))
     small = pruner.prune_model(build("llama-tied"), tokenizer())
     assert set(pruner.report.recovery.perplexity["a"]) == {"dense", "pruned", "recovered"}
     assert "recovered" in str(pruner.report) and "recovery" in pruner.report.seconds
@@ -109,13 +140,29 @@ def test_prune_and_recover_in_one_call(tmp_path):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_recovery_between_rounds(inplace):
-    pruner = StructPruner(config(rounds=2, widths={"mlp": 24, "attention": 2}, recovery=recovery(every_round=True)))
+    pruner = StructPruner(
+        config(rounds=2, widths={"mlp": 24, "attention": 2}, recovery=recovery_config(every_round=True))
+    )
     model = build("llama-tied")
     small = pruner.prune_model(model, tokenizer(), inplace=inplace)
     assert (small is model) == inplace
     assert (small.config.intermediate_size, small.config.num_key_value_heads) == (24, 2)
     assert pruner.report.recovery.tokens == 2 * 240
     assert all(len(keep) == {"mlp": 24, "attention": 2}[name] for (_, name), keep in pruner.plan.keep.items())
+
+
+def test_every_round_of_a_pruning_trains_on_other_text(tmp_path, monkeypatch):
+    rounds, original = [], DistillTrainer.train
+
+    def gather(self, *arguments, **kwargs):
+        rounds.append({tuple(item["input_ids"].tolist()) for item in self.train_dataset})
+        return original(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "train", gather)
+    settings = recovery_config(every_round=True, training={"output_dir": str(tmp_path)})
+    StructPruner(config(rounds=2, recovery=settings)).prune_model(build("llama-tied"), tokenizer())
+    assert [len(samples) for samples in rounds] == [10, 10] and not rounds[0] & rounds[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-1", "round-2"]
 
 
 def test_a_plan_after_a_plan():
@@ -126,42 +173,49 @@ def test_a_plan_after_a_plan():
 
 def test_an_adapter_on_the_pruned_model(pruned, tmp_path):
     base = deepcopy(pruned)
-    healer = Recovery(recovery(merge=False))
-    adapted = healer.recover_model(pruned, tokenizer())
+    recovery = Recovery(recovery_config(merge=False))
+    adapted = recovery.recover_model(pruned, tokenizer())
     assert isinstance(adapted, PeftModel)
-    healer.save(adapted, tmp_path / "adapter")
+    recovery.save(adapted, tmp_path / "adapter")
     again = load_adapter(deepcopy(base), tmp_path / "adapter")
     torch.testing.assert_close(logits(again), logits(adapted))
-    wide = build("llama-tied")
-    before = deepcopy(wide)
+    dense = build("llama-tied")
+    before = deepcopy(dense)
     with pytest.raises(StructPruneError, match=r"mlp.*has shape \(2, 24\) there, and this model takes \(2, 40\)"):
-        load_adapter(wide, tmp_path / "adapter")
-    assert same_weights(wide, before)
+        load_adapter(dense, tmp_path / "adapter")
+    assert same_weights(dense, before)
     with pytest.raises(StructPruneError, match="holds no adapter"):
-        load_adapter(wide, tmp_path)
+        load_adapter(dense, tmp_path)
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_good_weights(pruned, monkeypatch):
-    seen = []
-    original = DistillTrainer._mixed
+class Spoiler(TrainerCallback):
+    """Remembers the adapter at the beginning of each step, and makes the loss of one step NaN through the teacher."""
 
-    def spoiled(self, *arguments):
-        seen.append({name: tensor.clone() for name, tensor in self._trainable().items()})
-        return original(self, *arguments) * (float("nan") if self.state.global_step == 3 else 1)
+    def __init__(self, teacher, step: int):
+        self.teacher, self.step, self.seen = teacher, step, []
 
-    monkeypatch.setattr(DistillTrainer, "_mixed", spoiled)
-    healer = Recovery(recovery(merge=False))
-    adapted = healer.recover_model(pruned, tokenizer(), build("llama-tied"))
-    assert "loss of step 4 is nan" in healer.report.stopped and healer.report.stopped in str(healer.report)
-    kept = {name: parameter for name, parameter in adapted.named_parameters() if name in seen[0]}
-    assert all(torch.equal(kept[name], tensor) for name, tensor in seen[2].items())
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        self.seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        if state.global_step == self.step:
+            self.teacher.model.norm.weight.data.fill_(float("nan"))
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_weights(pruned):
+    spoiler = Spoiler(build("llama-tied"), step=3)
+    recovery = Recovery(recovery_config(merge=False), callbacks=[spoiler])
+    adapted = recovery.recover_model(pruned, tokenizer(), spoiler.teacher)
+    assert "loss of step 4 is nan" in recovery.report.stopped and recovery.report.stopped in str(recovery.report)
+    kept = dict(adapted.named_parameters())
+    good, spoilt = spoiler.seen[2:4]
+    assert good and all(torch.equal(kept[name], tensor) for name, tensor in good.items())
+    assert not all(torch.equal(kept[name], tensor) for name, tensor in spoilt.items())
 
 
 def test_a_loss_that_never_was_a_number(pruned):
     pruned.model.norm.weight.data.fill_(float("nan"))
     before = deepcopy(pruned)
     with pytest.raises(StructPruneError, match="loss of step 1 is nan; lower training"):
-        recover(pruned, tokenizer(), recovery())
+        recover(pruned, tokenizer(), recovery_config())
     assert [*pruned.state_dict()] == [*before.state_dict()]
 
 
@@ -175,23 +229,23 @@ def test_a_last_step_that_is_no_number_is_taken_back(pruned, monkeypatch):
         return loss
 
     monkeypatch.setattr(DistillTrainer, "training_step", spoiled)
-    healer = Recovery(recovery())
-    recovered = healer.recover_model(pruned, tokenizer())
-    assert "weights after step 10 are not finite" in healer.report.stopped
+    recovery = Recovery(recovery_config())
+    recovered = recovery.recover_model(pruned, tokenizer())
+    assert "weights after step 10 are not finite" in recovery.report.stopped
     assert all(torch.isfinite(parameter).all() for parameter in recovered.parameters())
-    assert all(ppl["recovered"] < 200 for ppl in healer.report.perplexity.values())
+    assert all(ppl["recovered"] < 200 for ppl in recovery.report.perplexity.values())
 
 
 def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(pruned, tmp_path):
     training = {"output_dir": str(tmp_path), "save_steps": 4, "save_total_limit": 2}
-    expected = recover(deepcopy(pruned), tokenizer(), recovery(training=training))
+    expected = recover(deepcopy(pruned), tokenizer(), recovery_config(training=training))
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-8", "checkpoint-10"}
     (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
     (tmp_path / "checkpoint-10" / "adapter_model.safetensors").write_bytes(b"half")
-    healer = Recovery(recovery(training=training))
-    resumed = healer.recover_model(pruned, tokenizer(), resume=True)
+    recovery = Recovery(recovery_config(training=training))
+    resumed = recovery.recover_model(pruned, tokenizer(), resume=True)
     torch.testing.assert_close(logits(resumed), logits(expected))
-    assert healer.report.steps == 10
+    assert recovery.report.steps == 10
 
 
 def test_a_full_disk_while_training(pruned, tmp_path):
@@ -201,26 +255,26 @@ def test_a_full_disk_while_training(pruned, tmp_path):
         full_disk(2_000),
         pytest.raises(StructPruneError, match="stopped at step 3 because a checkpoint could not be"),
     ):
-        recover(pruned, tokenizer(), recovery(training=training))
+        recover(pruned, tokenizer(), recovery_config(training=training))
     assert same_weights(pruned, before)
 
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_a_full_disk_while_saving_leaves_what_was_there(pruned, tmp_path, merge):
-    healer = Recovery(recovery(merge=merge, lora={"r": 16}))
-    recovered = healer.recover_model(pruned, tokenizer())
+    recovery = Recovery(recovery_config(merge=merge, lora={"r": 16}))
+    recovered = recovery.recover_model(pruned, tokenizer())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
     with full_disk(10_000), pytest.raises(StructPruneError, match="out could not be written"):
-        healer.save(recovered, tmp_path / "out", overwrite=True)
+        recovery.save(recovered, tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
-    healer.save(recovered, tmp_path / "out", overwrite=True)
+    recovery.save(recovered, tmp_path / "out", overwrite=True)
 
 
 def test_an_interrupted_run_goes_on(pruned, tmp_path, monkeypatch):
     training = {"output_dir": str(tmp_path / "run"), "save_steps": 2}
-    expected = recover(deepcopy(pruned), tokenizer(), recovery(training=training))
+    expected = recover(deepcopy(pruned), tokenizer(), recovery_config(training=training))
     original = DistillTrainer.compute_loss
     training["output_dir"] = str(tmp_path / "again")
     before = deepcopy(pruned)
@@ -233,19 +287,20 @@ def test_an_interrupted_run_goes_on(pruned, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(DistillTrainer, "compute_loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            recover(pruned, tokenizer(), recovery(training=training))
+            recover(pruned, tokenizer(), recovery_config(training=training))
     assert same_weights(pruned, before)
     other = prune_model(build("llama-tied"), config(widths={"mlp": 16}), tokenizer())
     with pytest.raises(StructPruneError, match=r"\(2, 24\) there, and this model takes \(2, 16\)"):
-        recover(other, tokenizer(), recovery(training=training), resume=True)
-    resumed = recover(pruned, tokenizer(), recovery(training=training), resume=True)
+        recover(other, tokenizer(), recovery_config(training=training), resume=True)
+    resumed = recover(pruned, tokenizer(), recovery_config(training=training), resume=True)
     torch.testing.assert_close(logits(resumed), logits(expected))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tokens": 40}, "tokens=40 does not give each of the 2 domains a block of 24 tokens; 48 is the least"),
+        ({"tokens": 40}, "tokens=40 does not give each of the 2 domains a sample of 24 tokens; 48 is the least"),
+        ({"tokens": 2_000, "seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
         ({"domains": [DomainConfig(name="none", source=[])]}, "'none' is empty"),
         ({"lora": {"rank": 4}}, "LoraConfig has no field 'rank'"),
         ({"lora": {"r": 0}}, "LoraConfig|adapter"),
@@ -256,21 +311,38 @@ def test_an_interrupted_run_goes_on(pruned, tmp_path, monkeypatch):
 def test_bad_input(pruned, fields, message):
     before = deepcopy(pruned)
     with pytest.raises(StructPruneError, match=message):
-        recover(pruned, tokenizer(), recovery(**fields))
+        recover(pruned, tokenizer(), recovery_config(**fields))
     assert same_weights(pruned, before)
+
+
+def test_code_of_a_teacher_runs_only_where_it_is_trusted(pruned, tmp_path):
+    build("llama-tied").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "model_type": "own", "auto_map": names}))
+    (tmp_path / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(StructPruneError, match=r"(?s)cannot be loaded.*trust_remote_code"):
+        recover(pruned, tokenizer(), recovery_config(), teacher=str(tmp_path))
+    expected = recover(deepcopy(pruned), tokenizer(), recovery_config(), teacher=build("llama-tied"))
+    recovered = recover(pruned, tokenizer(), recovery_config(), teacher=str(tmp_path), trust_remote_code=True)
+    assert same_weights(recovered, expected)
 
 
 def test_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
     with pytest.raises(StructPruneError, match="reading them takes a tokenizer"):
-        recover(pruned, None, recovery())
+        recover(pruned, None, recovery_config())
     teacher = build("llama-tied")
     teacher.resize_token_embeddings(50)
     with pytest.raises(StructPruneError, match="vocabulary of 50 tokens and the model one of 96"):
-        recover(pruned, tokenizer(), recovery(), teacher=teacher)
+        recover(pruned, tokenizer(), recovery_config(), teacher=teacher)
     with pytest.raises(StructPruneError, match="teacher 'no/where' cannot be loaded"):
-        recover(pruned, tokenizer(), recovery(), teacher="no/where")
+        recover(pruned, tokenizer(), recovery_config(), teacher="no/where")
     with pytest.raises(StructPruneError, match="no checkpoint in .*nowhere to resume from"):
-        recover(pruned, tokenizer(), recovery(training={"output_dir": str(tmp_path / "nowhere")}), resume=True)
+        recover(pruned, tokenizer(), recovery_config(training={"output_dir": str(tmp_path / "nowhere")}), resume=True)
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,20 @@
 
 import json
 from copy import deepcopy
+from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import logits, same_weights
-from models import build, config, token_ids, tokenizer
-from test_recovery import TEXT, recovery
-from transformers import TrainingArguments
+from helpers import logits, recovery_config, same_weights
+from models import build, config, full_disk, token_ids, tokenizer
+from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from optimum_structprune import DomainConfig, Recovery, StructPruneError, StructPruner, prune_model, pruner, recover
+from optimum_structprune import DomainConfig, Recovery, StructPruneError, StructPruner, prune_model, recover
 from optimum_structprune.forward.divergence import hidden_distance
+from optimum_structprune.recovery import teacher as teacher_module
 from optimum_structprune.recovery.teacher import TeacherLogits, TrainingSamples, write_teacher_logits
+from optimum_structprune.recovery.text import training_text
 from optimum_structprune.recovery.trainer import DistillTrainer
 
 
@@ -23,19 +25,19 @@ def pruned():
 
 
 def loss_of(model, folder, settings, teacher=None, stored=None) -> torch.Tensor:
-    """The loss of the first two training blocks."""
+    """The loss of two training samples."""
     arguments = TrainingArguments(str(folder), use_cpu=True, report_to="none", remove_unused_columns=False)
-    blocks = TrainingSamples(token_ids(6, 24), stored)
-    trainer = DistillTrainer(model.eval(), arguments, blocks, settings, teacher)
-    batch = trainer.data_collator([blocks[4], blocks[5]])
+    samples = TrainingSamples(token_ids(6, 24), stored)
+    trainer = DistillTrainer(model.eval(), arguments, samples, settings, teacher)
+    batch = trainer.data_collator([samples[4], samples[5]])
     return trainer.compute_loss(model, batch).detach()
 
 
 @pytest.mark.parametrize(("direction", "temperature"), [("forward", 1.0), ("reverse", 2.0)])
 def test_stored_predictions_give_the_loss_of_the_live_teacher(pruned, tmp_path, monkeypatch, direction, temperature):
-    monkeypatch.setattr("optimum_structprune.recovery.teacher.TOKENS_PER_SHARD", 4 * 24)
+    monkeypatch.setattr(teacher_module, "TOKENS_PER_SHARD", 4 * 24)
     teacher = build("llama-tied")
-    settings = recovery(top_k=7, direction=direction, temperature=temperature)
+    settings = recovery_config(top_k=7, direction=direction, temperature=temperature)
     write_teacher_logits(tmp_path / "logits", teacher, token_ids(6, 24), 7, temperature, {"a": 5.0})
     assert len(list((tmp_path / "logits").glob("*.safetensors"))) == 2
     live = loss_of(pruned, tmp_path, settings, teacher)
@@ -46,38 +48,85 @@ def test_stored_predictions_give_the_loss_of_the_live_teacher(pruned, tmp_path, 
 
 def test_training_from_disk_is_training_with_the_teacher(pruned, tmp_path):
     teacher = build("llama-tied")
-    live = recover(deepcopy(pruned), tokenizer(), recovery(top_k=7), teacher=teacher)
-    healer = Recovery(recovery(top_k=7, teacher_logits=str(tmp_path / "logits")))
-    healer.write_teacher_logits(teacher, tokenizer())
-    stored = healer.recover_model(deepcopy(pruned), tokenizer())  # no teacher from here on
+    live = recover(deepcopy(pruned), tokenizer(), recovery_config(top_k=7), teacher=teacher)
+    recovery = Recovery(recovery_config(top_k=7, teacher_logits=str(tmp_path / "logits")))
+    recovery.write_teacher_logits(teacher, tokenizer())
+    stored = recovery.recover_model(deepcopy(pruned), tokenizer())  # no teacher from here on
     torch.testing.assert_close(logits(stored), logits(live))
-    assert not torch.allclose(logits(stored), logits(recover(deepcopy(pruned), tokenizer(), recovery())))
-    expected = Recovery(recovery(top_k=7))
+    assert not torch.allclose(logits(stored), logits(recover(deepcopy(pruned), tokenizer(), recovery_config())))
+    expected = Recovery(recovery_config(top_k=7))
     expected.recover_model(deepcopy(pruned), tokenizer(), teacher)
     for name in "ab":
-        assert healer.report.perplexity[name] == pytest.approx(expected.report.perplexity[name], rel=1e-5)
+        assert recovery.report.perplexity[name] == pytest.approx(expected.report.perplexity[name], rel=1e-5)
 
 
 def test_pruning_in_place_takes_no_copy_of_the_teacher(tmp_path, monkeypatch):
-    whole = StructPruner(config(recovery=recovery(top_k=7))).prune_model(build("llama-tied"), tokenizer())
-    monkeypatch.setattr(pruner, "deepcopy", lambda model: pytest.fail("the dense model was copied"))
+    whole = StructPruner(config(recovery=recovery_config(top_k=7))).prune_model(build("llama-tied"), tokenizer())
+
+    def copied(model, memo):
+        pytest.fail("the dense model was copied")
+
+    monkeypatch.setattr(LlamaForCausalLM, "__deepcopy__", copied, raising=False)
     for rounds, every_round in ((1, False), (2, True)):
         fields = {"top_k": 7, "teacher_logits": str(tmp_path / str(rounds)), "every_round": every_round}
-        healer = StructPruner(config(rounds=rounds, recovery=recovery(**fields)))
-        small = healer.prune_model(build("llama-tied"), tokenizer(), inplace=True)
-        assert set(healer.report.recovery.perplexity["a"]) == {"dense", "pruned", "recovered"}
+        recovery = StructPruner(config(rounds=rounds, recovery=recovery_config(**fields)))
+        small = recovery.prune_model(build("llama-tied"), tokenizer(), inplace=True)
+        assert set(recovery.report.recovery.perplexity["a"]) == {"dense", "pruned", "recovered"}
         if rounds == 1:
             torch.testing.assert_close(logits(small), logits(whole))
 
 
-def test_an_interrupted_teacher_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
+class Interrupted(Exception):
+    pass
 
-    monkeypatch.setattr("optimum_structprune.recovery.teacher.save_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+
+def test_an_interrupted_teacher_leaves_nothing(tmp_path):
+    teacher = build("llama-tied").train()
+    modes = []
+
+    def interrupt(*arguments, **kwargs):
+        modes.append(teacher.training)
+        raise Interrupted
+
+    with pytest.raises(Interrupted), patch.object(teacher, "forward", interrupt):
+        write_teacher_logits(tmp_path / "logits", teacher, token_ids(6, 24), 7, 1.0, {})
+    assert not list(tmp_path.iterdir()) and modes == [False] and teacher.training
+
+
+def test_a_full_disk_leaves_no_predictions(tmp_path):
+    with full_disk(2_000), pytest.raises(StructPruneError, match="logits could not be written"):
         write_teacher_logits(tmp_path / "logits", build("llama-tied"), token_ids(6, 24), 7, 1.0, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_predictions_are_never_written_over(tmp_path):
+    (tmp_path / "logits").mkdir()
+    with pytest.raises(StructPruneError, match="logits exists; name a new folder"):
+        write_teacher_logits(tmp_path / "logits", build("llama-tied"), token_ids(6, 24), 7, 1.0, {})
+
+
+def test_a_teacher_runs_without_dropout_and_is_as_it_was_after_a_failure(pruned):
+    teacher = build("llama-tied").train()
+    modes = []
+
+    class Fail(TrainerCallback):
+        def on_step_begin(self, *arguments, **kwargs):
+            modes.append(teacher.training)
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        Recovery(recovery_config(), callbacks=[Fail()]).recover_model(pruned, tokenizer(), teacher)
+    assert modes == [False] and teacher.training
+
+
+def test_each_part_reads_its_own_predictions(pruned, tmp_path):
+    teacher = build("llama-tied")
+    for part in (1, 2):
+        live = Recovery(recovery_config(top_k=7), part=part, parts=2)
+        stored = Recovery(recovery_config(top_k=7, teacher_logits=str(tmp_path / "logits")), part=part, parts=2)
+        stored.write_teacher_logits(teacher, tokenizer())  # once, for all parts
+        expected = live.recover_model(deepcopy(pruned), tokenizer(), teacher)
+        torch.testing.assert_close(logits(stored.recover_model(deepcopy(pruned), tokenizer())), logits(expected))
 
 
 @pytest.mark.parametrize(
@@ -85,21 +134,21 @@ def test_an_interrupted_teacher_leaves_nothing(tmp_path, monkeypatch):
     [
         ({"top_k": 8}, "written with top_k=7, and this run has top_k=8"),
         ({"temperature": 2.0}, "written with temperature=1.0, and this run has temperature=2.0"),
-        ({"tokens": 240}, "other text, 20 blocks against 10"),
-        ({"seed": 3}, "other text"),
+        ({"tokens": 240}, "other text, 20 samples against 10"),
+        ({"seq_length": 20}, "other text"),
     ],
 )
 def test_predictions_of_another_run_are_refused(pruned, tmp_path, fields, message):
     settings = {"top_k": 7, "teacher_logits": str(tmp_path / "logits")}
-    Recovery(recovery(**settings)).write_teacher_logits(build("llama-tied"), tokenizer())
+    Recovery(recovery_config(**settings)).write_teacher_logits(build("llama-tied"), tokenizer())
     before = deepcopy(pruned)
     with pytest.raises(StructPruneError, match=message):
-        recover(pruned, tokenizer(), recovery(**{**settings, **fields}))
+        recover(pruned, tokenizer(), recovery_config(**{**settings, **fields}))
     assert same_weights(pruned, before)
 
 
 def test_no_predictions_and_broken_ones(pruned, tmp_path):
-    settings = recovery(top_k=7, teacher_logits=str(tmp_path / "logits"))
+    settings = recovery_config(top_k=7, teacher_logits=str(tmp_path / "logits"))
     with pytest.raises(StructPruneError, match="logits.*cannot be read"):
         recover(pruned, tokenizer(), settings)
     Recovery(settings).write_teacher_logits(build("llama-tied"), tokenizer())
@@ -110,12 +159,12 @@ def test_no_predictions_and_broken_ones(pruned, tmp_path):
     index = json.loads((tmp_path / "logits" / "teacher_logits.json").read_text())
     assert index["top_k"] == 7 and index["shards"] == [20]
     with pytest.raises(StructPruneError, match="says where the teacher's logits go"):
-        Recovery(recovery()).write_teacher_logits(build("llama-tied"), tokenizer())
+        Recovery(recovery_config()).write_teacher_logits(build("llama-tied"), tokenizer())
 
 
 def test_text_that_the_teacher_would_write_is_refused(tmp_path):
     own = [DomainConfig(name="mine", source="self:prose")]
-    settings = recovery(top_k=7, teacher_logits=str(tmp_path / "logits"), domains=own)
+    settings = recovery_config(top_k=7, teacher_logits=str(tmp_path / "logits"), domains=own)
     with pytest.raises(StructPruneError, match="'mine' is written by the model itself"):
         Recovery(settings).write_teacher_logits(build("llama-tied"), tokenizer())
     assert not list(tmp_path.iterdir())
@@ -123,8 +172,7 @@ def test_text_that_the_teacher_would_write_is_refused(tmp_path):
 
 def test_hidden_states_come_closer_to_the_teachers(pruned):
     teacher = build("llama-tied")
-    healer = Recovery(recovery())
-    ids = healer._domains(healer._text(), tokenizer(), teacher)[0].heldout
+    ids = training_text(recovery_config(), config(), tokenizer(), teacher)[0].heldout
 
     @torch.no_grad()
     def distance(model) -> float:
@@ -132,14 +180,14 @@ def test_hidden_states_come_closer_to_the_teachers(pruned):
         return float(hidden_distance(mine, theirs))
 
     fields = {"kl_weight": 0.0, "tokens": 1920, "lora": {"r": 8}, "training": {"learning_rate": 1e-3}}
-    taught = recover(deepcopy(pruned), tokenizer(), recovery(**fields, hidden_weight=100.0), teacher=teacher)
-    alone = recover(deepcopy(pruned), tokenizer(), recovery(**fields), teacher=teacher)
+    taught = recover(deepcopy(pruned), tokenizer(), recovery_config(**fields, hidden_weight=100.0), teacher=teacher)
+    alone = recover(deepcopy(pruned), tokenizer(), recovery_config(**fields), teacher=teacher)
     assert distance(taught) < distance(pruned) < distance(alone)
 
 
 def test_the_hidden_term_is_added_with_its_weight(pruned, tmp_path):
     teacher = build("llama-tied")
-    values = [float(loss_of(pruned, tmp_path, recovery(hidden_weight=w), teacher)) for w in (0.0, 1.0, 3.0)]
+    values = [float(loss_of(pruned, tmp_path, recovery_config(hidden_weight=w), teacher)) for w in (0.0, 1.0, 3.0)]
     assert values[2] - values[0] == pytest.approx(3 * (values[1] - values[0]), rel=1e-4) and values[1] > values[0]
 
 
@@ -147,7 +195,7 @@ def test_the_hidden_term_is_added_with_its_weight(pruned, tmp_path):
     ("fields", "message"),
     [
         ({"hidden_size": 16}, "teacher's have 16 channels and the model's 32: its hidden space was pruned"),
-        ({"num_hidden_layers": 3}, "the teacher has 3 blocks and the model 2"),
+        ({"num_hidden_layers": 3}, "the teacher has 3 layers and the model 2"),
     ],
 )
 def test_hidden_states_that_do_not_match_are_refused(pruned, fields, message):
@@ -155,21 +203,27 @@ def test_hidden_states_that_do_not_match_are_refused(pruned, fields, message):
     settings.update(fields)
     other = type(pruned)(settings)
     with pytest.raises(StructPruneError, match=message):
-        recover(pruned, tokenizer(), recovery(hidden_weight=1.0), teacher=other)
-    recover(pruned, tokenizer(), recovery(tokens=96), teacher=other)
+        recover(pruned, tokenizer(), recovery_config(hidden_weight=1.0), teacher=other)
+    recover(pruned, tokenizer(), recovery_config(tokens=96), teacher=other)
 
 
 def test_an_offloaded_teacher_teaches_the_same(pruned):
     teacher = build("llama-tied")
-    expected = recover(deepcopy(pruned), tokenizer(), recovery(**TEXT), teacher=teacher)
+    expected = recover(deepcopy(pruned), tokenizer(), recovery_config(), teacher=teacher)
     cpu_offload(teacher, execution_device=torch.device("cpu"))
     assert teacher.device.type == "meta"
-    torch.testing.assert_close(logits(recover(pruned, tokenizer(), recovery(), teacher=teacher)), logits(expected))
+    torch.testing.assert_close(
+        logits(recover(pruned, tokenizer(), recovery_config(), teacher=teacher)), logits(expected)
+    )
 
 
 def test_mixed_precision_includes_the_teacher(pruned, tmp_path):
-    blocks = TrainingSamples(token_ids(6, 24))
-    for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+    samples = TrainingSamples(token_ids(6, 24))
+    teacher = build("llama-tied")
+    dtypes = []
+    teacher.register_forward_hook(lambda module, arguments, output: dtypes.append(output.logits.dtype))
+    for bf16 in (False, True):
         arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", bf16=bf16)
-        trainer = DistillTrainer(pruned, arguments, blocks, recovery(), build("llama-tied"))
-        assert trainer._asked(token_ids()).logits.dtype == dtype
+        trainer = DistillTrainer(pruned, arguments, samples, recovery_config(), teacher)
+        trainer.compute_loss(pruned, trainer.data_collator([samples[0]]))
+    assert dtypes == [torch.float32, torch.bfloat16]

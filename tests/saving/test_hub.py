@@ -1,6 +1,7 @@
-"""A folder appears only when it is whole, and what was there survives a failure."""
+"""A folder appears only once it is complete, and what was there before survives a failure."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from models import build, config, full_disk, token_ids, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import Plan, StructPruneConfig, StructPruneError, StructPruner
-from optimum_structprune.saving import hub
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.spec import LAYER, MODEL
+from optimum_structprune.saving.hub import check_pruned, check_reload
+from optimum_structprune.saving.staging import staged
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +66,58 @@ def test_a_file_in_the_way_is_refused(run, tmp_path):
         pruner.save(model, tmp_path / "out", overwrite=True)
 
 
-@pytest.mark.parametrize("step", ["check_reload", "_swap"])
-def test_a_failure_leaves_what_was_there(run, tmp_path, monkeypatch, step):
+def test_a_link_to_a_folder_stays_a_link(run, tmp_path):
+    pruner, model = run
+    (tmp_path / "scratch" / "out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "scratch" / "out")
+    for overwrite in (False, True):
+        pruner.save(model, tmp_path / "link", overwrite=overwrite)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "scratch" / "out" / "config.json").is_file()
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["out"]
+
+
+def test_a_failure_leaves_what_was_there(run, tmp_path, monkeypatch):
     pruner, model = run
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
+    reader = tokenizer()
 
-    def fail(*args):
+    def fail(folder):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(hub, step, fail)
+    monkeypatch.setattr(reader, "save_pretrained", fail)
     with pytest.raises(StructPruneError, match="out could not be written, and what was there is as it was: no space"):
-        pruner.save(model, tmp_path / "out", overwrite=True)
+        pruner.save(model, tmp_path / "out", reader, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    rename = Path.rename
+
+    def refuse_new(self, target):
+        if (self / "new.txt").exists():
+            raise OSError("device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with (
+        pytest.raises(StructPruneError, match="out could not be written.*busy"),
+        staged(tmp_path / "out", True) as new,
+    ):
+        (new / "new.txt").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+
+
+def test_a_file_that_appears_in_the_way_stays(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(StructPruneError, match="out could not be written"), staged(out, True) as new:
+        (new / "new.txt").write_text("new")
+        out.write_text("mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and out.read_text() == "mine"
 
 
 def test_a_full_disk_leaves_what_was_there(run, tmp_path):
@@ -109,3 +151,59 @@ def test_saving_before_pruning_is_refused(tmp_path):
     with pytest.raises(StructPruneError, match="call prune_model first"):
         StructPruner(config()).save(build("llama-tied"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_with_its_own_attention_is_saved(tmp_path, dtype):
+    model = build("llama-tied").to(dtype)
+    model.set_attn_implementation("eager")
+    pruner = StructPruner(config())
+    pruned = pruner.prune_model(model, tokenizer()).train()
+    pruner.save(pruned, tmp_path / "out")
+    assert pruned.training and pruned.config._attn_implementation == "eager"
+    with torch.no_grad():
+        pruned.model.layers[0].mlp.down_proj.weight.zero_()
+    with pytest.raises(StructPruneError, match="gives other outputs"):
+        check_reload(pruned, tmp_path / "out")
+    assert pruned.training
+
+
+def test_each_part_of_a_model_keeps_its_attention(tmp_path, monkeypatch):
+    model = build("llava")
+    model.set_attn_implementation({"": "sdpa", "text_config": "sdpa", "vision_config": "eager"})
+    model.save_pretrained(tmp_path)
+    loaded, load = [], type(model).from_pretrained
+
+    def from_pretrained(*args, **settings):
+        loaded.append(load(*args, **settings))
+        return loaded[-1]
+
+    monkeypatch.setattr(type(model), "from_pretrained", from_pretrained)
+    check_reload(model, tmp_path)
+    (again,) = loaded
+    assert again.config.text_config._attn_implementation == "sdpa"
+    assert again.config.vision_config._attn_implementation == "eager"
+
+
+def test_the_dense_model_is_not_saved_as_the_pruned_one(run, tmp_path):
+    pruner, _ = run
+    message = "keeps 24 units of 'mlp' in layer 0, and this model has 40; pass the model that prune_model returned"
+    with pytest.raises(StructPruneError, match=message):
+        pruner.save(build("llama-tied"), tmp_path / "out")
+    with pytest.raises(StructPruneError, match="is for a 'llama' model, this is a 'mistral' model"):
+        pruner.save(build("mistral"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_is_held_against_the_layers_that_are_left():
+    arch = describe(build("llama-tied"))
+    units = tuple(range(40))
+    check_pruned(Plan("llama", {(MODEL, LAYER): (1, 3), (1, "mlp"): units, (3, "mlp"): units}), arch)
+    for keep, message in [
+        ({(MODEL, LAYER): (1, 3, 4)}, "keeps 3 units of 'layer', and this model has 2"),
+        ({(MODEL, LAYER): (1, 3), (3, "mlp"): units[1:]}, "keeps 39 units of 'mlp' in layer 3, and this model has 40"),
+        ({(0, "expert"): (0, 1)}, "names 'expert' in layer 0, which this model does not have"),
+        ({(2, "mlp"): units}, "names 'mlp' in layer 2, which this model does not have"),
+    ]:
+        with pytest.raises(StructPruneError, match=message):
+            check_pruned(Plan("llama", keep), arch)

@@ -1,0 +1,66 @@
+"""What is wrong with a recovery, found before any text is read or any weight is touched."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..config.pruning import StructPruneConfig
+from ..config.recovery import RecoveryConfig
+from ..domains.sources import documents
+from ..errors import StructPruneError
+from .adapter import lora_config
+from .text import text_config
+from .trainer import training_arguments
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_recovery(
+    config: RecoveryConfig,
+    pruning: StructPruneConfig,
+    model: PreTrainedModel | None = None,
+    parts: int | None = None,
+) -> None:
+    """Refuse a recovery that would fail later.
+
+    Args:
+        config: How the model is to be trained.
+        pruning: How the model is pruned; it gives what `config` leaves open.
+        model: The model, pruned or not yet; None where it is not at hand.
+        parts: The number of parts that the text is divided into. None stands for the rounds of the pruning with
+            `every_round`, and for one part otherwise.
+
+    Raises:
+        StructPruneError: If peft or transformers do not know a field or refuse its value, a preset or a file of a
+            domain does not exist, the tokens do not give every domain a sample, the samples are longer than the
+            model's positions, the predictions of a teacher are to be kept for text that the model itself writes, or
+            the model is not a causal language model.
+    """
+    if parts is None:
+        parts = pruning.rounds if config.every_round else 1
+    text = text_config(config, pruning, parts)
+    for domain in text.texts:
+        # Names that lead nowhere are found when the source is opened; nothing is read before the first document.
+        documents(domain, text.seed, None, lambda name, seed: iter(()))
+    lora_config(config)
+    on_cpu = not torch.cuda.is_available() if model is None else model.device.type == "cpu"
+    training_arguments(config, text.seed, on_cpu, tempfile.gettempdir(), parts=parts)
+    if model is not None:
+        _check_model(model, text.seq_length)
+
+
+def _check_model(model: PreTrainedModel, seq_length: int) -> None:
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise StructPruneError(
+            f"Recovery trains causal language models, and {type(model).__name__} is none; leave recovery out."
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and seq_length > longest:
+        raise StructPruneError(
+            f"The recovery's seq_length={seq_length} is longer than the model's {longest} positions."
+        )

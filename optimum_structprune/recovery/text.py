@@ -1,0 +1,128 @@
+"""The text that a pruned model is trained on, and the part of it that each round of training takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..config.domains import written_by_model
+from ..config.pruning import StructPruneConfig
+from ..config.recovery import RecoveryConfig
+from ..domains.load import Domain, load_domains, num_heldout, split_samples
+from ..domains.presets import resolve
+from ..errors import StructPruneError
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int = 1) -> StructPruneConfig:
+    """What `load_domains` has to read for the training: the same number of samples from each domain, presets resolved.
+
+    The seed is the pruning's, whatever seed the training has. It decides the order of the documents, and with it which
+    of them are held out.
+
+    Args:
+        config: How the model is trained.
+        pruning: How the model was pruned; it gives the domains and the sample length that `config` leaves open.
+        parts: The number of parts that the text is divided into; see `part_rows`.
+
+    Raises:
+        StructPruneError: If a domain names a preset that does not exist, `tokens` does not give each part a sample
+            from each domain, or the predictions of a teacher are to be kept for text that the model itself writes.
+    """
+    domains = resolve(config.domains or pruning.texts, pruning.presets_file)
+    seq_length = config.seq_length or pruning.seq_length
+    samples = config.tokens // (seq_length * len(domains))
+    if samples < parts:
+        rounds = f" in each of {parts} rounds" if parts > 1 else ""
+        raise StructPruneError(
+            f"tokens={config.tokens} does not give each of the {len(domains)} domains a sample of {seq_length} "
+            f"tokens{rounds}; {seq_length * len(domains) * parts} is the least."
+        )
+    for domain in domains:
+        if config.teacher_logits is not None and written_by_model(domain):
+            raise StructPruneError(
+                f"The domain {domain.name!r} is written by the model itself, so it is other text for the teacher than "
+                "for the pruned model; use another domain, or leave teacher_logits out."
+            )
+    return replace(
+        pruning,
+        domains=[replace(domain, weight=1.0) for domain in domains],
+        num_samples=samples * len(domains),
+        seq_length=seq_length,
+        select="random",
+        adaptive_rate=0.0,
+        objective="mean",
+    )
+
+
+def heldout_samples(pruning: StructPruneConfig, seq_length: int) -> int:
+    """Number of held-out samples per domain that covers every document that the pruning held out.
+
+    The held-out documents of a domain are the first ones in the order that the seed chooses. As many held-out tokens
+    as the pruning had, or more, therefore keep all of them out of the training text.
+
+    Args:
+        pruning: How the model was pruned.
+        seq_length: The number of tokens in a training sample.
+    """
+    counts = split_samples(pruning.num_samples, [domain.weight for domain in pruning.texts])
+    most = max(num_heldout(count, float(pruning.holdout)) for count in counts)
+    # A sample is text alone, or a prefix and one token of text fewer: whichever takes more samples is right for both.
+    text_tokens = [(pruning.seq_length - prefix, max(1, seq_length - prefix)) for prefix in (0, 1)]
+    return max(-(-most * before // now) for before, now in text_tokens)  # rounded up
+
+
+def training_text(
+    config: RecoveryConfig,
+    pruning: StructPruneConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    parts: int = 1,
+) -> list[Domain]:
+    """Read the text of the whole training, and the held-out text that it is judged by.
+
+    Args:
+        config: How the model is trained.
+        pruning: How the model was pruned.
+        tokenizer: The model's own tokenizer, which reads the domains.
+        model: A model with the vocabulary of the trained one; it writes the domains `self:NAME`.
+        parts: The number of parts that the text is divided into; see `part_rows`.
+
+    Raises:
+        StructPruneError: If the text cannot be read or there is too little of it; see `text_config` and
+            `load_domains`.
+    """
+    text = text_config(config, pruning, parts)
+    vocab_size = model.config.get_text_config().vocab_size
+    return load_domains(text, tokenizer, vocab_size, heldout_samples(pruning, text.seq_length), model)
+
+
+def samples_of(domains: Sequence[Domain]) -> Tensor:
+    """The training samples of all domains, one domain after the other, shape `(samples, seq_length)`."""
+    return torch.cat([domain.samples for domain in domains])
+
+
+def part_rows(domains: Sequence[Domain], part: int = 1, parts: int = 1) -> list[int]:
+    """The rows of `samples_of` that one part of the training takes: one slice of each domain.
+
+    No sample is in two parts, and all parts together are the whole text.
+
+    Args:
+        domains: The text of the whole training.
+        part: The number of the part, from 1.
+        parts: The number of parts.
+    """
+    rows: list[int] = []
+    first = 0
+    for domain in domains:
+        count = len(domain.samples)
+        rows += range(first + (part - 1) * count // parts, first + part * count // parts)
+        first += count
+    return rows

@@ -1,0 +1,188 @@
+"""Flags are made of the configs' fields: each field is there, has a type and a help, and is laid over the file."""
+
+from argparse import ArgumentParser, ArgumentTypeError
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+
+from optimum_structprune import DomainConfig, RecoveryConfig, SelfTextConfig, StructPruneConfig
+from optimum_structprune.commands import calibrate, plan, prune, recover
+from optimum_structprune.commands.arguments import (
+    domain,
+    first_sentences,
+    pruning_config,
+    recovery_config,
+    setting,
+)
+
+
+COMMANDS = [
+    (prune, ["m", "o"], StructPruneConfig, pruning_config),
+    (plan, ["m"], StructPruneConfig, pruning_config),
+    (calibrate, ["m", "o"], StructPruneConfig, pruning_config),
+    (recover, ["m", "o"], RecoveryConfig, recovery_config),
+]
+FIELDS = [
+    pytest.param(*command, field.name, id=f"{command[0].NAME}-{field.name}")
+    for command in COMMANDS
+    for field in fields(command[2])
+]
+
+
+def parsed(command, *arguments):
+    parser = ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args([*arguments])
+
+
+def samples(annotation):
+    """Words of a command line, and the value that they stand for, for a field of this type."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kind = next(member for member in members if member is not NoneType)
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return [str(inside[-1])], inside[-1]
+    if kind is DomainConfig:
+        return ["a=a.txt@2", "{name: b, source: b.txt, split: test}"], None
+    if origin in (list, tuple):
+        words, value = samples(inside[0])
+        if value is None:
+            both = [{"name": "a", "source": "a.txt", "weight": 2.0}, {"name": "b", "source": "b.txt", "split": "test"}]
+            return words, both
+        return words * 2, [value] * 2
+    if origin is dict:
+        words, value = samples(inside[1])
+        return [f"a={words[0]}"], {"a": value}
+    if is_dataclass(kind):
+        return [f"{field.name}=[1, b]" for field in fields(kind)], {field.name: [1, "b"] for field in fields(kind)}
+    if float in members:
+        return ["0.25"], 0.25
+    return {int: (["3"], 3), str: (["word"], "word")}.get(kind, (["[1, b]"], [1, "b"]))
+
+
+@pytest.mark.parametrize(("command", "paths", "config_class", "read", "name"), FIELDS)
+def test_every_field_has_a_flag(command, paths, config_class, read, name, monkeypatch):
+    monkeypatch.setattr(config_class, "from_dict", dict)  # the values, also those that other fields contradict
+    annotation, flag = get_type_hints(config_class)[name], f"--{name.replace('_', '-')}"
+    if annotation is bool:
+        for words, value in (([flag], True), ([f"--no-{flag[2:]}"], False)):
+            assert read(parsed(command, *paths, *words)) == {name: value}
+    else:
+        words, value = samples(annotation)
+        line = [part for word in words for part in (flag, word)]
+        assert read(parsed(command, *paths, *line)) == {name: value}
+        assert type(read(parsed(command, *paths, *line))[name]) is type(value)
+
+
+@pytest.mark.parametrize(("command", "paths", "config_class", "read"), COMMANDS)
+def test_what_is_not_given_is_left_to_the_file(command, paths, config_class, read, monkeypatch):
+    monkeypatch.setattr(config_class, "from_dict", dict)
+    assert read(parsed(command, *paths)) == {}
+
+
+@pytest.mark.parametrize("config_class", [StructPruneConfig, RecoveryConfig, SelfTextConfig])
+def test_every_field_is_described_in_the_docstring(config_class):
+    sentences = first_sentences(config_class)
+    assert [*sentences] == [field.name for field in fields(config_class)]
+    assert all(sentence[-1] in ".…" and "\n" not in sentence for sentence in sentences.values())
+
+
+def test_help_comes_from_the_field():
+    parser = ArgumentParser(prog="structprune")
+    prune.add_arguments(parser)
+    shown = " ".join(parser.format_help().split())
+    assert first_sentences(StructPruneConfig)["damping"] in shown and "(default: 0.1)" in shown
+    assert "--schedule {linear,geometric,cubic}" in shown
+    assert "--keep-rounds, --no-keep-rounds" in shown
+    for nested in (SelfTextConfig, RecoveryConfig):
+        names = [field.name for field in fields(nested)]
+        assert f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." in shown
+
+
+@pytest.mark.parametrize(
+    ("spelling", "field"),
+    [
+        (["--width", "mlp=8"], {"widths": {"mlp": 8}}),
+        (["--target", "mlp", "--target", "attention"], {"targets": ["mlp", "attention"]}),
+        (["--skip-layer", "0"], {"skip_layers": [0]}),
+        (["--budget", "parameters=110e6"], {"budget": {"parameters": 110e6}}),
+        (["--arch", "mine.yaml"], {"arch_file": "mine.yaml"}),
+        (["--correction", "0.2"], {"error_feedback": 0.2}),
+        (["--recover"], {"recovery": {}}),
+        (["--recovery-tokens", "9"], {"recovery": {"tokens": 9}}),
+        (
+            ["--recovery-tokens", "9", "--recovery", "lora={r: 2}", "--recover"],
+            {"recovery": {"tokens": 9, "lora": {"r": 2}}},
+        ),
+        (["--domain", "a=x@y.txt@0.5"], {"domains": [{"name": "a", "source": "x@y.txt", "weight": 0.5}]}),
+    ],
+)
+def test_short_and_former_spellings(spelling, field, monkeypatch):
+    monkeypatch.setattr(StructPruneConfig, "from_dict", dict)
+    assert pruning_config(parsed(prune, "m", "o", *spelling)) == field
+
+
+def test_former_names_are_not_named_here():
+    """What the config calls its former names is enough for a flag to have them."""
+    shown = {old for old in StructPruneConfig.RENAMED}
+    parser = ArgumentParser()
+    prune.add_arguments(parser)
+    assert all(f"--{old}" in parser.format_help() for old in shown)
+
+
+def test_flags_override_the_file(tmp_path):
+    text = {"sparsity": 0.4, "criterion": "flap", "rounds": 3, "recovery": {"tokens": 900, "kl_weight": 0.5}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**text, "self_text": {"top_p": 0.8, "min_tokens": 8}}))
+    flags = ["--width", "mlp=8", "--rounds", "2", "--recovery", "tokens=500", "--self-text", "top_p=0.9"]
+    domains = ["--domain", "a=x@y.txt@0.5", "--domain", "b=c@d.txt", "--domain", "m=self:math@2"]
+    config = pruning_config(parsed(prune, "m", "o", "--config", str(tmp_path / "run.yaml"), *flags, *domains))
+    assert (config.sparsity, config.widths, config.rounds, config.criterion) == (None, {"mlp": 8}, 2, "flap")
+    assert (config.recovery.tokens, config.recovery.kl_weight) == (500, 0.5)
+    assert (config.self_text.top_p, config.self_text.min_tokens) == (0.9, 8)
+    assert [(d.name, d.source, d.weight) for d in config.domains] == [
+        ("a", "x@y.txt", 0.5),
+        ("b", "c@d.txt", 1.0),
+        ("m", "self:math", 2.0),
+    ]
+
+
+def test_the_amount_of_the_file_goes_where_no_flag_names_another(tmp_path):
+    (tmp_path / "run.yaml").write_text("widths: {mlp: 8, attention: 2}\n")
+    line = ["m", "o", "--config", str(tmp_path / "run.yaml")]
+    assert pruning_config(parsed(prune, *line), sparsity=0.5).widths == {"mlp": 8, "attention": 2}
+    assert pruning_config(parsed(prune, *line, "--width", "mlp=9")).widths == {"mlp": 9}
+    assert pruning_config(parsed(prune, *line, "--sparsity", "0.3")).sparsity == 0.3
+    assert pruning_config(parsed(calibrate, "m", "o"), sparsity=0.5).sparsity == 0.5
+
+
+def test_flags_of_recovery_override_the_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("tokens: 5\nlora: {r: 4, lora_alpha: 8}\n")
+    flags = ["--config", str(tmp_path / "run.yaml"), "--tokens", "7", "--lora", "r=2", "--training", "bf16=true"]
+    config = recovery_config(parsed(recover, "m", "o", *flags, "--kl-weight", "0"))
+    assert (config.tokens, config.lora, config.training) == (7, {"r": 2, "lora_alpha": 8}, {"bf16": True})
+    assert config.kl_weight == 0 and config.merge
+    assert not recovery_config(parsed(recover, "m", "o", "--adapter")).merge
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("a=1e-4", 1e-4), ("a=true", True), ("a=3", 3), ("a=cosine", "cosine"), ("a=[q, v]", ["q", "v"])],
+)
+def test_settings_have_types(text, value):
+    assert setting(text) == ("a", value) and type(setting(text)[1]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["a", "=3", "a=", "a=[3"])
+def test_what_is_no_setting(text):
+    with pytest.raises(ArgumentTypeError):
+        setting(text)
+
+
+def test_a_domain_with_all_its_fields():
+    text = "{name: qa, source: qa.jsonl, template: 'Q: {question}', answers_only: true}"
+    assert domain(text) == {"name": "qa", "source": "qa.jsonl", "template": "Q: {question}", "answers_only": True}
+    with pytest.raises(ArgumentTypeError):
+        domain("{name: qa")

@@ -1,0 +1,63 @@
+"""Mistakes in a recovery are found before any text is read."""
+
+import pytest
+from helpers import recovery_config
+from models import build, config
+
+from optimum_structprune import DomainConfig, StructPruneError
+from optimum_structprune.recovery.checks import check_recovery
+
+
+def domain(**fields) -> dict:
+    return {"domains": [DomainConfig(**{"name": "x", **fields})]}
+
+
+KEPT = {"top_k": 4, "teacher_logits": "nowhere"}
+
+
+def unread():
+    pytest.fail("text was read")
+    yield
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tokens": 40}, "tokens=40 does not give each of the 2 domains a sample of 24 tokens; 48 is the least"),
+        ({"lora": {"rank": 4}}, "LoraConfig has no field 'rank'"),
+        ({"lora": {"bias": 3, "task_type": "CAUSAL"}}, "LoraConfig: .*CAUSAL"),
+        ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
+        ({"training": {"lr_scheduler_type": "sinus"}}, "TrainingArguments: .*sinus"),
+        ({"training": {"fp16": True, "bf16": True}}, "TrainingArguments: At most one of fp16 and bf16"),
+        (domain(source="preset:nothing"), "There is no preset 'nothing'"),
+        (domain(source="./gone.txt"), "there is no file or folder gone.txt"),
+        (domain(source="memory:list"), "set its source again"),
+        ({**domain(source="self:prose"), **KEPT}, "'x' is written by the model itself.*leave teacher_logits out"),
+        ({"tokens": 2_000, "seq_length": 65}, "recovery's seq_length=65 is longer than the model's 64 positions"),
+    ],
+)
+def test_mistakes(fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        check_recovery(recovery_config(**fields), config(), build("llama-tied"))
+
+
+def test_what_is_right_passes_without_a_look_at_the_text():
+    settings = recovery_config(**domain(source=unread()))
+    for model in (None, build("llama-tied")):
+        check_recovery(settings, config(), model)
+    check_recovery(recovery_config(**domain(source="self:prose")), config())
+
+
+def test_every_round_needs_tokens_of_its_own():
+    settings = recovery_config(tokens=96, every_round=True)
+    check_recovery(settings, config(rounds=2))
+    with pytest.raises(StructPruneError, match="in each of 3 rounds; 144 is the least"):
+        check_recovery(settings, config(rounds=3))
+    check_recovery(settings, config(rounds=3), parts=1)
+    check_recovery(recovery_config(tokens=96), config(rounds=3))
+
+
+@pytest.mark.parametrize("case", ["bert", "t5"])
+def test_only_causal_language_models_are_trained(case):
+    with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For"):
+        check_recovery(recovery_config(), config(), build(case))

@@ -1,0 +1,64 @@
+"""A non-uniform model in a form with one width for all layers."""
+
+import json
+
+import pytest
+import torch
+from helpers import logits
+from models import build, config, tokenizer
+from transformers import AutoModelForCausalLM
+
+from optimum_structprune import Plan, StructPruneConfig, StructPruner, export_uniform
+from optimum_structprune.domains.manifest import Manifest
+
+
+@pytest.fixture(scope="module")
+def run():
+    pruner = StructPruner(config(sparsity=0.3, allocation="global", round_to=1))
+    model = pruner.prune_model(build("llama-tied"), tokenizer())
+    assert model.config.is_heterogeneous
+    return pruner, model
+
+
+@pytest.fixture
+def pruned(run, tmp_path):
+    """The folder of a non-uniform model, and the model loaded from it."""
+    pruner, model = run
+    pruner.save(model, tmp_path / "pruned", tokenizer=tokenizer())
+    return tmp_path / "pruned", AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+
+
+def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
+    pruner, _ = run
+    _, model = pruned
+    padding = export_uniform(model, tmp_path / "out")
+    assert padding.dense == pruner.report.parameters["before"]
+    assert Plan.load(tmp_path / "out" / "pruning_plan.json") == pruner.plan
+    assert Manifest.load(tmp_path / "out") == pruner.manifest
+    assert StructPruneConfig.from_pretrained(tmp_path / "out").allocation == "global"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["parameters"]["after"] == padding.before == model.num_parameters()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not again.config.is_heterogeneous and again.num_parameters() == padding.after
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
+
+
+def test_a_folder_can_be_exported_onto_itself(pruned):
+    folder, model = pruned
+    export_uniform(model, folder, overwrite=True)
+    assert (folder / "pruning_plan.json").is_file() and not (folder / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", '{"parameters": 5}', '{"parameters": {"before": "many"}}', "[]", "no JSON"])
+def test_a_report_of_another_program_does_no_harm(pruned, tmp_path, text):
+    folder, model = pruned
+    (folder / "report.json").write_text(text)
+    padding = export_uniform(model, tmp_path / "out")
+    assert padding.dense is None and "gives back" not in str(padding)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_model_in_memory_has_no_records(run, tmp_path):
+    padding = export_uniform(run[1], tmp_path / "out")
+    assert padding.dense is None
+    assert not (tmp_path / "out" / "report.json").exists()
