@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -19,7 +19,7 @@ from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.load import Domain, load_domains
 from .errors import StructPruneError
-from .forward.hooks import before_load, intercept
+from .forward.hooks import before_load, before_next_call
 from .pruner import AutoStructPruner
 from .pruning.checks import TRAINER, check, check_config
 from .surgery.followers import Average, check_state, slice_state_
@@ -30,9 +30,9 @@ from .widths.schedule import next_legal, round_widths
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
-# Their state is one number per weight, or one per parameter.
+# Optimizers whose state is one number per weight, or one per parameter.
 ELEMENTWISE = (optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam)
 
 
@@ -43,15 +43,21 @@ class StructPruneCallback(TrainerCallback):
     checkpoint's widths before its weights are loaded. With `load_best_model_at_end`, only models since the last
     removal compete, because wider ones are nearly always better. After training, `plan` says what was kept.
 
+    A Trainer asks its callbacks in order, and those of `report_to` stand before those in `callbacks=[…]`. So
+    TensorBoard and the like see the widths only where `attach_pruner` has put this callback before them.
+
     Args:
-        config: What to remove and how; `schedule` divides it over the steps, and `rounds` is their number unless
-            `every` is given.
-        start: Step after which the first units go; a number below 1 is a share of all steps.
-        end: Step after which the last units go, likewise; None removes everything at `start`.
-        every: Steps from one removal to the next.
-        calibration: `batches` judges units on the training text seen so far; `domains` on the domains of `config`.
+        config: What to remove and how. Its `schedule` divides the removal over the steps; its `rounds` is the number
+            of removals unless `every` is given.
+        start: The step after which the first units are removed; a number below 1 is a share of all steps.
+        end: The step after which the last units are removed, or a share; None removes everything at `start`.
+        every: The number of steps from one removal to the next.
+        calibration: `batches` scores units on the training text seen so far, `domains` on the domains of `config`.
         averages: Averages of the model's weights, such as an EMA in `torch.optim.swa_utils.AveragedModel`, which
             shrink with it. Others may be appended to the attribute while training.
+
+    Raises:
+        StructPruneError: If the config asks for what a Trainer cannot do.
     """
 
     def __init__(
@@ -72,13 +78,13 @@ class StructPruneCallback(TrainerCallback):
         self.averages = list(averages)
         self.plan: Plan | None = None
         self.steps: dict[int, Widths] = {}
+        self.text = RecentText(config.num_samples, config.seq_length)
         self._dense: tuple[ArchSpec, Widths] | None = None
         self._domains: list[Domain] = []
-        self._seen: deque[Tensor] = deque()
-        self._loading, self._watching = ExitStack(), ExitStack()
+        self._hooks = ExitStack()
 
     def on_init_end(self, args, state, control, model: PreTrainedModel | None = None, **kwargs) -> None:
-        """Remember the dense widths, and let a checkpoint's widths in.
+        """Remember the dense widths, and let the model take the widths of a checkpoint that is loaded into it.
 
         Raises:
             StructPruneError: If the model cannot be pruned as the config says.
@@ -89,15 +95,15 @@ class StructPruneCallback(TrainerCallback):
         check(self.config, arch, model, TRAINER)
         self._dense = arch, widths_of(self.config, arch, model)
         self.plan = Plan(arch.model_type, {})
-        self._loading.close()
-        self._loading.enter_context(
+        self._hooks.close()
+        self._hooks.enter_context(
             before_load(model, lambda module, state: resize_(module, describe(module, self.config.arch_file), state))
         )
 
     def on_train_begin(
         self, args, state, control, model=None, optimizer=None, processing_class=None, **kwargs
     ) -> None:
-        """Check what the run is made of, and lay out its steps.
+        """Check what the run is made of, and lay out its steps. A checkpoint has been loaded by now.
 
         Raises:
             StructPruneError: If training is sharded, distributed or compiled, the optimizer's state cannot be cut, or
@@ -106,23 +112,30 @@ class StructPruneCallback(TrainerCallback):
         _check_run(args, model, _inner(optimizer))
         if self._dense is None:
             self.on_init_end(args, state, control, model)
-        self.steps = self._schedule(state.max_steps, model)
+        self._hooks.close()
+        arch, widths = cast("tuple[ArchSpec, Widths]", self._dense)
+        numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
+        self.steps = dict(zip(numbers, _courses(self.config, arch, model.config, widths, len(numbers)), strict=True))
         if self.calibration == "domains":
             vocab_size = model.config.get_text_config().vocab_size
             self._domains = load_domains(self.config, processing_class, vocab_size, model=model)
-        self._watching.close()
-        if self.calibration == "batches" and any(step > state.global_step for step in self.steps):
-            self._watching.enter_context(intercept([model], lambda _, args, kwargs: self._take(model, args, kwargs)))
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Watch the next batch, if it may be calibrated on."""
+        if self.calibration != "batches" or not any(step > state.global_step for step in self.steps):
+            return
+        self._hooks.callback(before_next_call(model, self.text.add_call).remove)
+
+    on_substep_end = on_step_begin
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """Prune, if this is one of the steps."""
+        self._hooks.close()
         if state.global_step not in self.steps:
             return
         if self.prune_(model, _inner(optimizer), self.steps[state.global_step]):
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
             control.should_log = True
-        if state.global_step == max(self.steps):
-            self._watching.close()
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, model=None, **kwargs) -> None:
         """Put the number of parameters and the widths into what the Trainer logs."""
@@ -137,18 +150,17 @@ class StructPruneCallback(TrainerCallback):
                 entry.update(values)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Take the hooks off."""
-        self._watching.close()
-        self._loading.close()
-        self._seen.clear()
+        """Take the hooks off and drop the text."""
+        self._hooks.close()
+        self.text = RecentText(self.config.num_samples, self.config.seq_length)
 
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:
         """Bring a model down to widths, and the optimizer's state and the averages with it.
 
         Args:
             model: The model that is changed; its parameters stay the same objects.
-            optimizer: Holds them.
-            widths: Number of units to keep, by space, in every layer or by layer.
+            optimizer: The optimizer that holds them.
+            widths: How many units are kept, by space, in every layer or by layer.
 
         Returns:
             Whether anything was removed.
@@ -164,70 +176,114 @@ class StructPruneCallback(TrainerCallback):
         check_state(optimizer)
         averages = [Average(average, model, self.config.arch_file) for average in self.averages]
         pruner = AutoStructPruner.from_config(replace(self.config, rounds=1))
-        plan = pruner.prune_to_(model, self._domains or [self._text()], smaller)
+        plan = pruner.prune_to_(model, self._domains or [self.text.domain()], smaller)
         slice_state_(optimizer, model, arch, plan)
         for average in averages:
             average.follow_(model, arch, plan)
         self.plan = plan if self.plan is None else self.plan.then(plan)
         return True
 
-    def _schedule(self, max_steps: int, model: PreTrainedModel) -> dict[int, Widths]:
-        assert self._dense is not None
-        arch, widths = self._dense
-        start, end = (
-            round(max_steps * at) if isinstance(at, float) and at < 1 else int(at)
-            for at in (self.start, self.start if self.end is None else self.end)
-        )
-        start = max(start, 1)
-        end = max(start, end)
-        if end > max_steps:
-            raise StructPruneError(f"The last units go after step {end}, but training has {max_steps} steps.")
-        count = (end - start) // self.every + 1 if self.every else self.config.rounds
-        count = min(count, end - start + 1)
-        at = [start + round((end - start) * i / max(count - 1, 1)) for i in range(count)]
-        config = replace(self.config, rounds=count)
-        stages = [next_legal(model.config, arch, stage) for stage in round_widths(config, arch, widths)]
-        return dict(zip(at, stages, strict=True))
 
-    def _take(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+@dataclass
+class RecentText:
+    """The latest training tokens, from which calibration samples are cut.
+
+    Attributes:
+        num_samples: How many samples are cut at most; no more tokens are kept than they need.
+        seq_length: The number of tokens in a sample.
+    """
+
+    num_samples: int
+    seq_length: int
+    _rows: deque[Tensor] = field(default_factory=deque)
+
+    def add_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take in the token ids that a model is called with."""
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if not model.training or ids is None:
-            return
-        mask = kwargs.get("attention_mask")
-        real = ids[mask.bool()] if mask is not None and mask.shape == ids.shape else ids
-        self._seen.append(real.detach().flatten().cpu())
-        most = self.config.num_samples * self.config.seq_length
-        while len(self._seen) > 1 and sum(map(len, self._seen)) - len(self._seen[0]) >= most:
-            self._seen.popleft()
+        if ids is not None:
+            self.add(ids, kwargs.get("attention_mask"))
 
-    def _text(self) -> Domain:
-        """The latest training tokens, packed."""
-        length, seen = self.config.seq_length, list(self._seen)
-        tokens = torch.cat(seen) if seen else torch.zeros(0, dtype=torch.long)
-        samples = tokens[len(tokens) % length :].view(-1, length)[-self.config.num_samples :]
+    def add(self, ids: Tensor, mask: Tensor | None = None) -> None:
+        """Take in token ids, shape `(batch, seq_length)`, without those that a mask of the same shape leaves out."""
+        real = ids[mask.bool()] if mask is not None and mask.shape == ids.shape else ids
+        self._rows.append(real.detach().flatten().cpu())
+        most = self.num_samples * self.seq_length
+        while len(self._rows) > 1 and len(self) - len(self._rows[0]) >= most:
+            self._rows.popleft()
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return sum(map(len, self._rows))
+
+    def domain(self) -> Domain:
+        """The tokens as one domain, of which nothing is held out.
+
+        Raises:
+            StructPruneError: If they do not make one sample.
+        """
+        tokens = torch.cat([torch.zeros(0, dtype=torch.long), *self._rows])
+        samples = tokens[len(tokens) % self.seq_length :].view(-1, self.seq_length)[-self.num_samples :]
         if not len(samples):
             raise StructPruneError(
-                f"Calibration takes at least one sample of seq_length={length} tokens, but training has shown "
-                f"{len(tokens)} so far; start later, lower seq_length, or use calibration='domains'."
+                f"Calibration takes at least one sample of seq_length={self.seq_length} tokens, but training has "
+                f"shown {len(tokens)} so far; start later, lower seq_length, or use calibration='domains'."
             )
         return Domain("training", 1.0, samples, samples[:0])
+
+
+def removal_steps(
+    config: StructPruneConfig, start: int | float, end: int | float | None, every: int | None, max_steps: int
+) -> list[int]:
+    """The steps of a training after which units are removed.
+
+    Args:
+        config: Its `rounds` is their number where `every` is None.
+        start: The first of them; a number below 1 is a share of all steps.
+        end: The last of them, or a share; None stands for `start`.
+        every: The number of steps from one to the next.
+        max_steps: The number of all steps.
+
+    Raises:
+        StructPruneError: If the last of them lies behind the end of the training.
+    """
+    first, last = (
+        round(max_steps * at) if isinstance(at, float) and at < 1 else int(at)
+        for at in (start, start if end is None else end)
+    )
+    first = max(first, 1)
+    last = max(first, last)
+    if last > max_steps:
+        raise StructPruneError(f"The last units go after step {last}, but training has {max_steps} steps.")
+    count = (last - first) // every + 1 if every else config.rounds
+    count = min(count, last - first + 1)
+    return [first + round((last - first) * i / max(count - 1, 1)) for i in range(count)]
 
 
 def attach_pruner(
     trainer: Trainer, config: StructPruneConfig, start: int | float = 0.1, **schedule: Any
 ) -> StructPruneCallback:
-    """Make a Trainer prune while it trains: `Trainer(callbacks=[StructPruneCallback(…)])` for one that exists.
+    """Make a Trainer prune while it trains; the callback stands before all others, so that all see what it logs.
 
     Args:
         trainer: Any Trainer, before `train`.
         config: What to remove and how.
-        start: See `StructPruneCallback`.
-        schedule: `end`, `every`, `calibration` and `averages`, see `StructPruneCallback`.
+        start: The step after which the first units are removed; see `StructPruneCallback`.
+        schedule: `end`, `every`, `calibration` and `averages`; see `StructPruneCallback`.
+
+    Returns:
+        The callback.
     """
     callback = StructPruneCallback(config, start, **schedule)
     callback.on_init_end(trainer.args, trainer.state, trainer.control, cast("PreTrainedModel", trainer.model))
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
+
+
+def _courses(
+    config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig, widths: Widths, count: int
+) -> list[Widths]:
+    course = round_widths(replace(config, rounds=count), arch, widths)
+    return [next_legal(model_config, arch, goal) for goal in course]
 
 
 def _inner(optimizer: Any) -> optim.Optimizer:

@@ -21,7 +21,7 @@ from optimum_structprune import StructPruner
 
 
 def pruned(case, **fields):
-    """How to prune a model to these widths, in every block but those that `skip_layers` names."""
+    """How to prune a model to these widths, in every layer but those that `skip_layers` names."""
 
     def prune():
         pruner = StructPruner(config(widths={"mlp": 24, "attention": 2}, **fields))
@@ -73,7 +73,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(deployed):
     # Transformers 5.24 calls it by the first name, earlier releases by the second.
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     getattr(checkpointed, next(name for name in names if hasattr(checkpointed, name)))()
-    assert all(block.gradient_checkpointing for block in checkpointed.model.layers)
+    assert all(layer.gradient_checkpointing for layer in checkpointed.model.layers)
     for model in (plain, checkpointed):
         model(token_ids(), labels=token_ids()).loss.backward()
     ours, theirs = dict(plain.named_parameters()), dict(checkpointed.named_parameters())
@@ -143,7 +143,8 @@ def test_the_files_that_are_pushed_load(deployed, tmp_path, monkeypatch):
     tokenizer().push_to_hub("me/pruned")
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert ("modeling_structprune.py" in names) == model.config.is_heterogeneous
+    for name in ("modeling_structprune.py", "layer_init.py"):
+        assert (name in names) == model.config.is_heterogeneous
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
@@ -159,9 +160,9 @@ def test_an_automatic_device_map(deployed):
     torch.testing.assert_close(logits(model), logits(deployed.model))
 
 
-def test_a_device_map_with_blocks_on_disk(deployed, tmp_path):
-    blocks = {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(2)}
-    places = {"model.embed_tokens": "cpu", **blocks, "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+def test_a_device_map_with_layers_on_disk(deployed, tmp_path):
+    layers = {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(2)}
+    places = {"model.embed_tokens": "cpu", **layers, "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     model = load(deployed, device_map=places, offload_folder=tmp_path)
     assert "disk" in model.hf_device_map.values()
     torch.testing.assert_close(logits(model), logits(deployed.model))

@@ -7,15 +7,17 @@ from models import OTHERS, build, config, token_ids, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.spec import GROUP
 from optimum_structprune.calibration.sequential import LayerPasses
 from optimum_structprune.forward.calls import NotSequentialError
 from optimum_structprune.forward.metrics import model_outputs, output_error, outputs_of, run_model
+from optimum_structprune.widths.allocation import choices, legal_widths, target_widths
 
 
 KEEP |= {"encoder_mlp": 24, "decoder_mlp": 20}
 TEXT = [case for case in OTHERS if case != "vit"]
 SPACES = [(case, name) for case in OTHERS for name in describe(build(case)).names]
-MULTIMODAL = [case for case in OTHERS if describe(build(case)).blocks.startswith("model.language_model.")]
+MULTIMODAL = [case for case in OTHERS if describe(build(case)).layer_path.startswith("model.language_model.")]
 
 
 def probe(case, batch=2):
@@ -80,6 +82,17 @@ def test_pixels_are_given_as_inputs(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["t5", "bart"])
+def test_heads_of_a_vision_model_are_not_rounded():
+    model = build("vit")
+    arch = describe(model)
+    assert {space.unit for space in arch.of("attention")} == {GROUP}
+    legal = legal_widths(config(widths={"attention": 3}), arch, model.config)
+    assert choices(config(round_to=8), arch, "attention", legal["attention"]) == [1, 2, 3, 4]
+    widths = target_widths(config(sparsity=0.3, round_to=8, targets=("attention",)), arch, model.config)
+    assert widths == {"attention": 2}
+    assert choices(config(round_to=8), arch, "mlp", range(1, 25)) == [8, 16, 24]
+
+
 def test_two_stacks_take_passes_over_the_whole_model(case):
     model = build(case)
     arch = describe(model)

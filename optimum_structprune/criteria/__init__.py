@@ -1,4 +1,4 @@
-"""Scores: weights and moments in, one number per unit out (higher = keep). `saving` and what lies above may import it."""
+"""Criteria: they turn weights and moments into one score per unit (higher = keep)."""
 
 from .base import CRITERIA, Criterion, per_unit, register_criterion
 from .flap import Flap

@@ -1,4 +1,4 @@
-"""What every criterion has in common."""
+"""The base class of all criteria."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from ..registry import Registry
 
 
 class Criterion(ABC):
-    """Judges the units of a space by the weights that consume them and by the statistics of what they consume.
+    """Scores the units of a space by the weights that consume them and by the moments of what these weights consume.
+
+    Args:
+        config: The config of the run, for the options that a criterion reads, such as `damping` or `seed`.
 
     Attributes:
-        needs_gram: Whether `score` reads `moments.gram`; without it only mean and square are gathered.
+        needs_gram: Whether `score` reads `moments.gram`; without it only mean and second moment are gathered.
         needs_gradient: Whether `score` reads `moments.saliency`, which takes a backward pass through the whole model.
     """
 
@@ -31,17 +34,22 @@ class Criterion(ABC):
         """One score per unit, higher = keep.
 
         Args:
-            weight: The consumer, shape `(out, units * columns_per_unit)`, fp32.
-            moments: Of the consumer's input, `units * columns_per_unit` components.
-            columns_per_unit: Columns per unit.
+            weight: The weight of the consumer, shape `(out, units * columns_per_unit)`, fp32.
+            moments: The moments of the consumer's input, with `units * columns_per_unit` components.
+            columns_per_unit: The number of columns that a unit owns.
 
         Returns:
-            Shape `(units,)`.
+            The scores, shape `(units,)`.
         """
 
 
 def per_unit(columns: Tensor, columns_per_unit: int) -> Tensor:
-    """Sum a value per column, shape `(units * columns_per_unit,)`, over the columns of each unit."""
+    """The sum over the columns of each unit, shape `(units,)`.
+
+    Args:
+        columns: One value per column, shape `(units * columns_per_unit,)`.
+        columns_per_unit: The number of columns that a unit owns.
+    """
     return columns.reshape(-1, columns_per_unit).sum(1)
 
 

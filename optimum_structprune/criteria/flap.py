@@ -1,4 +1,4 @@
-"""FLAP: how much a unit fluctuates, since a constant could be replaced by a bias."""
+"""FLAP: how much a unit fluctuates, since a bias could replace a unit that is constant."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from .base import Criterion, per_unit, register_criterion
 
 @register_criterion("flap")
 class Flap(Criterion):
-    """Var[x_j] · ‖W_:j‖², summed over the columns of a unit (An et al. 2023, eq. 5)."""
+    """The score is Var[x_j] · ‖W_:j‖², summed over the columns j of a unit (FLAP, An et al. 2023, eq. 5)."""
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""

@@ -1,4 +1,4 @@
-"""How much whole layers matter."""
+"""Criteria for whole layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
 from ..calibration.tally import Batch, unmasked
 from ..errors import StructPruneError
-from ..forward.hooks import bypass, intercept
+from ..forward.hooks import bypass, first_of, hidden_states_of, intercept
 from ..forward.metrics import perplexity, run_model
 from ..registry import Registry
 
@@ -27,7 +27,7 @@ BLOCK_INFLUENCE = "block_influence"
 
 
 class LayerCriterion(ABC):
-    """Judges the layers of a model by what it does with text."""
+    """Scores the layers of a model by running it on text."""
 
     @abstractmethod
     def score(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> Tensor:
@@ -35,11 +35,11 @@ class LayerCriterion(ABC):
 
         Args:
             model: The model, in eval mode.
-            arch: Its description.
-            batches: Text of one domain.
+            arch: The description of the model.
+            batches: The text of one domain.
 
         Returns:
-            Shape `(layers,)`.
+            The scores, shape `(layers,)`, fp64.
         """
 
 
@@ -48,7 +48,7 @@ LAYER_CRITERIA: Registry[LayerCriterion] = Registry("layer criterion", "optimum_
 
 @LAYER_CRITERIA.register(BLOCK_INFLUENCE)
 class BlockInfluence(LayerCriterion):
-    """1 - cos(input, output) of a layer, in the mean over tokens (ShortGPT, Men et al. 2024, eq. 1)."""
+    """The score is the mean of 1 - cos(input, output) of a layer over tokens (ShortGPT, Men et al. 2024, eq. 1)."""
 
     @torch.no_grad()
     def score(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> Tensor:
@@ -58,12 +58,12 @@ class BlockInfluence(LayerCriterion):
         count, mask = 0, batches[0].mask
 
         def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[index] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            inputs[index] = hidden_states_of(args, kwargs)
 
         def after(index: int, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            left, right = (unmasked(x.double(), mask) for x in (inputs.pop(index), hidden))
-            total[index] += float((1 - cosine_similarity(left, right, dim=-1)).sum())
+            states = (inputs.pop(index), first_of(output))
+            entering, leaving = (unmasked(x.double(), mask) for x in states)
+            total[index] += float((1 - cosine_similarity(entering, leaving, dim=-1)).sum())
 
         with intercept(layer_list(model, arch), before, after):
             for batch in batches:
@@ -75,18 +75,18 @@ class BlockInfluence(LayerCriterion):
 
 @LAYER_CRITERIA.register("loss_increase")
 class LossIncrease(LayerCriterion):
-    """Perplexity without the layer over perplexity with it: e to the increase of the loss.
+    """The score is the perplexity without the layer over the perplexity with it: e to the increase of the loss.
 
-    One pass over the text for every layer, where `BlockInfluence` takes one for all of them. The loss is that of all
-    tokens.
+    It takes one pass over the text for every layer, where `BlockInfluence` takes one for all of them. The loss is the
+    mean over all tokens, whatever the mask of a batch says.
     """
 
     def score(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> Tensor:
         """See `LayerCriterion.score`."""
         if not arch.causal:
             raise StructPruneError(
-                f"'loss_increase' is the loss at predicting the next token, which a {arch.model_type} model does not "
-                f"do; use {BLOCK_INFLUENCE!r}."
+                f"'loss_increase' measures how well the next token is predicted, which a {arch.model_type} model does "
+                f"not do; use {BLOCK_INFLUENCE!r}."
             )
         text = torch.cat([batch.ids for batch in batches])
         dense = log(perplexity(model, text))

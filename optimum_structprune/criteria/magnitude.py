@@ -1,4 +1,4 @@
-"""Weight magnitude: the baseline that looks at no data."""
+"""Weight magnitude: the baseline that uses no text."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from .base import Criterion, per_unit, register_criterion
 
 @register_criterion("magnitude")
 class Magnitude(Criterion):
-    """‖W_:u‖, the norm of the columns that consume the unit."""
+    """The score is ‖W_:u‖, the norm of the columns that consume the unit u."""
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""

@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon: the error that is left after the best refit of the other columns."""
+"""Optimal Brain Surgeon: the error that remains after the best refit of the other columns."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from .base import Criterion, register_criterion
 
 @register_criterion("obs")
 class OptimalBrainSurgeon(Criterion):
-    """½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) for a unit u, which is ½ ‖W_:j‖² / [H⁻¹]_jj for one column.
+    """The score is ½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) for a unit u, which is ½ ‖W_:j‖² / [H⁻¹]_jj for a single column j.
 
-    ZipLM (Kurtic et al. 2023), eq. 2. H has the damping of the refit.
+    It is eq. 2 of ZipLM (Kurtic et al. 2023), with H = E[x xᵀ] damped as in the refit.
     """
 
     needs_gram = True
@@ -31,18 +31,17 @@ class OptimalBrainSurgeon(Criterion):
             .permute(2, 0, 1)
             .double()
         )
-        columns = (
-            weight.reshape(len(weight), units, columns_per_unit).permute(1, 2, 0).double()
-        )  # (unit, columns_per_unit, out)
+        # Shape (units, columns_per_unit, out).
+        columns = weight.reshape(len(weight), units, columns_per_unit).permute(1, 2, 0).double()
         # The batched LU of torch 2.13's CPU build fails from 160 columns on once several threads are set.
-        return 0.5 * torch.linalg.solve_triangular(_factors(tiles), columns, upper=False).square().sum((1, 2)).to(
-            weight
-        )
+        solution = torch.linalg.solve_triangular(_factors(tiles), columns, upper=False)
+        return 0.5 * solution.square().sum((1, 2)).to(weight)
 
 
 def _factors(tiles: Tensor) -> Tensor:
-    """Lower Cholesky factors of positive definite matrices, shape `(units, n, n)`; where rounding has made one
-    indefinite, all get a ridge, relative to their diagonals, that is as small as possible.
+    """The lower Cholesky factors of positive definite matrices, shape `(units, n, n)`.
+
+    Where rounding has made a matrix indefinite, all get a ridge relative to their diagonals, as small as possible.
     """
     diagonal = torch.diag_embed(tiles.diagonal(dim1=1, dim2=2))
     for ridge in (0.0, *(10.0**power for power in range(-8, 1))):

@@ -1,4 +1,4 @@
-"""Random scores: the floor that every criterion has to beat."""
+"""Random scores: the baseline that every criterion has to beat."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from .base import Criterion, register_criterion
 
 @register_criterion("random")
 class Random(Criterion):
-    """Uniform noise from the config's seed."""
+    """The scores are uniform random numbers from the config's seed."""
 
     def __init__(self, config: StructPruneConfig):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""First-order Taylor: what the loss would change by if a unit were zero."""
+"""First-order Taylor: the change of the loss if a unit were zero."""
 
 from torch import Tensor
 
@@ -8,8 +8,9 @@ from .base import Criterion, per_unit, register_criterion
 
 @register_criterion("taylor")
 class Taylor(Criterion):
-    """E|x_j · ∂L/∂x_j|, summed over the columns of a unit (Molchanov et al. 2019, eq. 8; LLM-Pruner, Ma et al. 2023,
-    eq. 5 on activations).
+    """The score is E|x_j · ∂L/∂x_j|, summed over the columns j of a unit.
+
+    It is eq. 8 of Molchanov et al. (2019), and eq. 5 of LLM-Pruner (Ma et al. 2023) on activations.
     """
 
     needs_gradient = True

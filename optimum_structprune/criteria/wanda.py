@@ -8,7 +8,10 @@ from .base import Criterion, per_unit, register_criterion
 
 @register_criterion("wanda")
 class Wanda(Criterion):
-    """‖W_:j‖ · √E[x_j²], as energy summed over the columns of a unit (Sun et al. 2023, eq. 1, per column)."""
+    """The score is √(Σ_j ‖W_:j‖² · E[x_j²]) over the columns j of a unit.
+
+    For one column it is ‖W_:j‖ · √E[x_j²], eq. 1 of Wanda (Sun et al. 2023) per column.
+    """
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""

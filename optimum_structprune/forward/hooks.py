@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class StopForward(Exception):
@@ -142,3 +143,20 @@ def intercept(
 
                 stack.callback(module.register_forward_hook(leave).remove)
         yield
+
+
+def before_next_call(module: nn.Module, see: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> RemovableHandle:
+    """Call `see(args, kwargs)` before a module runs the next time, and then never again.
+
+    The hook removes itself when it is called, so an error in the call or after it leaves none behind.
+
+    Returns:
+        The handle, to remove the hook where the module does not run.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handle.remove()
+        see(args, kwargs)
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    return handle

@@ -84,7 +84,7 @@ class Run:
         if recovery is None or not recovery.distils:
             return
         if recovery.teacher_logits is not None:
-            self._recovery(1, 1).write_teacher_logits(self.model, self.tokenizer)
+            self._recovery(1, self._trainings()).write_teacher_logits(self.model, self.tokenizer)
         else:
             self.teacher = deepcopy(self.model) if dense is None else dense
 
@@ -138,13 +138,17 @@ class Run:
         if isinstance(error, Exception):
             raise InPlaceError(text) from error
 
+    def _trainings(self) -> int:
+        recovery = self.config.recovery
+        return self.config.rounds if recovery is not None and recovery.every_round else 1
+
     def _recovery(self, part: int, parts: int) -> Any:
         # Training libraries take seconds to import, and most runs do without.
         from ..recovery.recover import Recovery
 
         config = self.config.recovery
         assert config is not None
-        return Recovery(config.part(part, parts), self.config)
+        return Recovery(config, self.config, part=part, parts=parts)
 
 
 def refuse_saving_(model: PreTrainedModel, reason: str) -> None:

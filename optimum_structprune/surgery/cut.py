@@ -1,12 +1,13 @@
-"""The only file that creates or changes parameters."""
+"""Cutting parameters down to the kept units: with `resize` and `residual`, the only code that creates parameters."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
 from ..arch.load import layer_list, put_layer_, put_layers_
@@ -31,47 +32,75 @@ FORWARD_HOOKS = (
 )
 
 
+class Cut(NamedTuple):
+    """Where a parameter is cut: along a dimension, and where `part` is given, only at that index of dimension 0."""
+
+    dim: int
+    part: int | None = None
+
+
 def slice_tensors(tensors: Mapping[str, Tensor], spaces: Collection[Space], plan: Plan) -> dict[str, Tensor]:
     """Cut tensors down to the units that the plan keeps.
 
     Args:
-        tensors: By full name, some or all; those that no space touches come back as they are.
+        tensors: Tensors of the model, some or all, by full name; those that no space touches come back as they are.
         spaces: The spaces to cut along.
-        plan: What is kept.
+        plan: The plan, which says which units are kept.
     """
-    cuts: dict[tuple[str, int], list[int]] = defaultdict(list)
-    inside: dict[tuple[str, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    cuts: dict[str, dict[Cut, list[int]]] = {}
     for space in spaces:
         if (keep := plan.keep.get((space.layer, space.name))) is not None:
             for axis in space.axes:
-                cut = cuts[axis.param, axis.dim] if axis.part is None else inside[axis.param, axis.dim][axis.part]
-                cut += axis.indices(keep)
-    sliced = dict(tensors)
-    for (param, dim), experts in inside.items():
-        kept = cuts.pop((param, 0), None) or range(len(tensors[param]))
-        cut_matrices = [_pick(tensors[param][expert], dim - 1, experts[expert]) for expert in kept]
-        sliced[param] = torch.stack(cut_matrices)
-    for (param, dim), indices in cuts.items():
-        if param in sliced:
-            sliced[param] = _pick(sliced[param], dim, indices)
-    return sliced
+                cuts_of_param = cuts.setdefault(axis.param, {})
+                cuts_of_param.setdefault(Cut(axis.dim, axis.part), []).extend(axis.indices(keep))
+    return {name: _sliced(tensor, cuts.get(name, {})) for name, tensor in tensors.items()}
 
 
-def _pick(tensor: Tensor, dim: int, indices: Sequence[int]) -> Tensor:
-    return tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
+def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]]) -> Tensor:
+    """A tensor cut down to the given indices; stacked matrices are cut one by one, and only those that are kept."""
+    if any(cut.part is not None for cut in cuts):
+        kept = cuts.get(Cut(0), range(len(tensor)))
+        by_part: dict[int | None, dict[Cut, Sequence[int]]] = {}
+        for cut, indices in cuts.items():
+            by_part.setdefault(cut.part, {})[Cut(cut.dim - 1)] = indices
+        tensor = torch.stack([_sliced(tensor[part], by_part.get(part, {})) for part in kept])
+        cuts = {cut: indices for cut, indices in cuts.items() if cut.part is None and cut.dim}
+    for cut, indices in cuts.items():
+        tensor = tensor.index_select(cut.dim, torch.tensor(indices, device=tensor.device))
+    return tensor
+
+
+@contextmanager
+def rebuilding_(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = False) -> Iterator[PreTrainedModel]:
+    """Give a model another config, whose parts are put into the model inside `with`.
+
+    Args:
+        model: The model that is changed.
+        config: The new config.
+        buffers: Whether buffers of the skeleton have values; see `skeleton`.
+
+    Yields:
+        The `skeleton` of the new config; it gives up its modules to the model.
+
+    Raises:
+        StructPruneError: If the model does not have the shapes that the config says afterwards.
+    """
+    new = skeleton(model, config, buffers)
+    yield new
+    adopt_config_(model, config, new)
 
 
 @torch.no_grad()
 def shrink_layer_(model: PreTrainedModel, arch: ArchSpec, layer: int, plan: Plan, smaller: PreTrainedModel) -> None:
-    """Replace one layer by its smaller self, whose parameters are the same objects with less data in them, so that an
+    """Replace one layer by a smaller one, whose parameters are the same objects with less data in them, so that an
     optimizer still holds them.
 
     Args:
         model: The model that is changed.
-        arch: Its description.
-        layer: Index of the layer.
-        plan: What is kept.
-        smaller: `skeleton` of the shrunk config; gives up its layer.
+        arch: The description of the model.
+        layer: The index of the layer.
+        plan: The plan, which says which units are kept.
+        smaller: The `skeleton` of the shrunk config; it gives up its layer.
 
     Raises:
         StructPruneError: If a tensor of the smaller layer does not come out in the shape that its config says.
@@ -79,9 +108,8 @@ def shrink_layer_(model: PreTrainedModel, arch: ArchSpec, layer: int, plan: Plan
     prefix = arch.layer_prefix(layer)
     old, new = layer_list(model, arch)[layer], layer_list(smaller, arch)[layer]
     full = {prefix + name: tensor for name, tensor in old.state_dict().items()}
-    state = {
-        name.removeprefix(prefix): tensor for name, tensor in slice_tensors(full, list(arch.at(layer)), plan).items()
-    }
+    sliced = slice_tensors(full, list(arch.at(layer)), plan)
+    state = {name.removeprefix(prefix): tensor for name, tensor in sliced.items()}
     for name, tensor in new.state_dict().items():
         if name not in state and name.endswith(".bias"):
             weight = state[name.removesuffix("bias") + "weight"]
@@ -90,39 +118,58 @@ def shrink_layer_(model: PreTrainedModel, arch: ArchSpec, layer: int, plan: Plan
     put_layer_(model, arch, layer, new)
 
 
-def replace_(old: nn.Module, new: nn.Module, state: Mapping[str, Tensor], arch: ArchSpec) -> None:
-    """Fill a module of a skeleton, and make it take over everything else from the one that it replaces.
+def replace_layers_(
+    model: PreTrainedModel, arch: ArchSpec, other: PreTrainedModel, state: Mapping[str, Tensor]
+) -> None:
+    """Replace all layers of a model by those of a skeleton.
 
     Args:
-        old: The module; its parameters move, and take the new values.
-        new: Of the `skeleton`.
-        state: Every tensor of the new module's state dict.
-        arch: Description of the model.
+        model: The model that is changed.
+        arch: The description of the model.
+        other: The `skeleton`; it gives up its layers.
+        state: The new values of the tensors of the layers, by full name; other tensors are passed over.
 
     Raises:
         StructPruneError: If the tensors do not fit.
     """
-    _fill(new, state, arch)
-    _take_over(old, new)
+    for layer, (old, new) in enumerate(zip(layer_list(model, arch), layer_list(other, arch), strict=True)):
+        replace_(old, new, tensors_under(state, arch.layer_prefix(layer)), arch)
+        put_layer_(model, arch, layer, new)
 
 
-def _fill(layer: nn.Module, state: Mapping[str, Tensor], arch: ArchSpec) -> None:
+def tensors_under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by their names without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def replace_(old: nn.Module, new: nn.Module, state: Mapping[str, Tensor], arch: ArchSpec) -> None:
+    """Fill a module of a skeleton, and make it take over everything else from the module that it replaces.
+
+    Args:
+        old: The module that is replaced; its parameters move to the new one, and take the new values.
+        new: The module of the `skeleton`.
+        state: Every tensor of the new module's state dict.
+        arch: The description of the model.
+
+    Raises:
+        StructPruneError: If the tensors do not fit.
+    """
     # The strict load proves that no coupled tensor was forgotten.
     try:
-        layer.load_state_dict(state, strict=True, assign=True)
+        new.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise StructPruneError(
             f"The description of {arch.model_type!r} does not fit this model: {' '.join(str(error).split())}"
         ) from error
-
-
-def _take_over(old: nn.Module, new: nn.Module) -> None:
-    """The parameter objects, buffers that no state dict holds, training mode, activation checkpointing and hooks.
-
-    Transformers marks a model as hooked once it has been asked for hidden states, and never looks again; without their
-    hooks, the new layers would be left out of these from then on.
-    """
     new.train(old.training)
+    _move_tensors(old, new)
+    modules = dict(new.named_modules())
+    for name, module in old.named_modules():
+        _move_settings(module, modules[name])
+
+
+def _move_tensors(old: nn.Module, new: nn.Module) -> None:
+    """Move the parameter objects, and the buffers that no state dict holds."""
     for name, parameter in old.named_parameters():
         owner, _, leaf = name.rpartition(".")
         parameter.data, parameter.grad = new.get_parameter(name).data, None
@@ -132,30 +179,45 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
         if name not in saved:
             owner, _, leaf = name.rpartition(".")
             new.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-    modules = dict(new.named_modules())
-    for name, module in old.named_modules():
-        for key in CHECKPOINTING:
-            if key in vars(module):
-                setattr(modules[name], key, vars(module)[key])
-        for kind in FORWARD_HOOKS:
-            getattr(modules[name], kind).update(getattr(module, kind))
+
+
+def _move_settings(old: nn.Module, new: nn.Module) -> None:
+    """Move activation checkpointing, the hooks, and the hook with which accelerate moves inputs between devices.
+
+    Transformers marks a model as hooked once it has been asked for hidden states, and does not look again; without
+    their hooks, the new layers would be missing in the hidden states from then on.
+    """
+    for key in CHECKPOINTING:
+        if key in vars(old):
+            setattr(new, key, vars(old)[key])
+    for kind in FORWARD_HOOKS:
+        getattr(new, kind).update(getattr(old, kind))
+    dispatch: Any = getattr(old, "_hf_hook", None)
+    if dispatch is not None:
+        remove_hook_from_module(old)
+        add_hook_to_module(new, dispatch)
 
 
 def adopt_config_(model: PreTrainedModel, config: PretrainedConfig, smaller: PreTrainedModel) -> None:
-    """Make `config` the model's own, and hold every tensor against the model that it describes.
+    """Make `config` the model's own, and compare every tensor with the model that it describes.
+
+    Args:
+        model: The model that is changed.
+        config: The new config.
+        smaller: The `skeleton` of the new config.
 
     Raises:
         StructPruneError: If a tensor does not have the shape that the config says.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in smaller.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted({*expected, *shapes}):
+        if expected.get(name) != shapes.get(name):
             raise StructPruneError(
-                f"{name} has shape {found.get(name)}, but the shrunk config makes it {expected.get(name)}; "
+                f"{name} has shape {shapes.get(name)}, but the shrunk config makes it {expected.get(name)}; "
                 f"the description of {config.model_type!r} is incomplete."
             )
-    # Some models give a part of theirs a config of its own: a copy, or the text half of a multimodal one.
+    # Some models give a part of theirs a config of its own: a copy, or that of the text model of a multimodal one.
     twins = dict(smaller.named_modules())
     for name, module in model.named_modules():
         if hasattr(module, "config") and hasattr(twins[name], "config"):
@@ -164,37 +226,34 @@ def adopt_config_(model: PreTrainedModel, config: PretrainedConfig, smaller: Pre
 
 @torch.no_grad()
 def drop_layers_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) -> None:
-    """Take whole layers out, and build those that stay anew, with the numbers that the shorter config gives them.
+    """Remove whole layers, and build those that stay anew, with the indices that the shorter config gives them.
 
     Args:
         model: The model that is changed.
-        arch: Its description.
-        keep: Layers that stay, ascending.
+        arch: The description of the model.
+        keep: The layers that stay, ascending.
 
     Raises:
-        StructPruneError: If the config class refuses the depth, or makes other layers of it than those that stay.
+        StructPruneError: If the config class refuses the depth, or builds other layers than those that stay.
     """
     config = shrunk_config(model.config, arch, {LAYER: len(keep)}, stay=keep)
-    shorter = skeleton(model, config)
-    old, new = layer_list(model, arch), layer_list(shorter, arch)
-    for index, layer in zip(keep, new, strict=True):
-        replace_(old[index], layer, old[index].state_dict(), arch)
-    put_layers_(model, arch, new)
-    adopt_config_(model, config, shorter)
+    with rebuilding_(model, config) as shorter:
+        old, new = layer_list(model, arch), layer_list(shorter, arch)
+        for index, layer in zip(keep, new, strict=True):
+            replace_(old[index], layer, old[index].state_dict(), arch)
+        put_layers_(model, arch, new)
 
 
 def shrink_(model: PreTrainedModel, arch: ArchSpec, plan: Plan, widths: Widths, biased: tuple[str, ...] = ()) -> None:
-    """Shrink a model whose removed units have been silenced.
+    """Shrink a model whose removed units have been masked.
 
     Args:
         model: The model that is changed.
-        arch: Its description.
-        plan: What is kept.
-        widths: The same in numbers.
-        biased: Spaces whose consumers get a bias.
+        arch: The description of the model.
+        plan: The plan, which says which units are kept.
+        widths: The number of kept units, by kind of space.
+        biased: The spaces whose consumers get a bias.
     """
-    config = shrunk_config(model.config, arch, widths, biased)
-    smaller = skeleton(model, config)
-    for layer in range(arch.num_layers):
-        shrink_layer_(model, arch, layer, plan, smaller)
-    adopt_config_(model, config, smaller)
+    with rebuilding_(model, shrunk_config(model.config, arch, widths, biased)) as smaller:
+        for layer in range(arch.num_layers):
+            shrink_layer_(model, arch, layer, plan, smaller)

@@ -1,4 +1,4 @@
-"""Averages of a model's weights, such as an EMA, which follow the model when it shrinks."""
+"""What follows a model when it shrinks: averages of its weights, such as an EMA, and the state of its optimizer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .resize import resize_
 
 
 class Average:
-    """One average, from before the model shrinks to after it.
+    """An average of a model's weights that is shrunk together with the model.
 
     Args:
-        average: A copy of the model, or the `AveragedModel` around one.
-        model: The model, not yet shrunk.
-        arch_file: YAML file that describes architectures of your own.
+        average: The average: a copy of the model, or the `AveragedModel` around one.
+        model: The model before it shrinks.
+        arch_file: A YAML file that describes architectures of your own.
 
     Raises:
         StructPruneError: If the average is not one of this model.
@@ -38,38 +38,39 @@ class Average:
         self.inner: PreTrainedModel = inner
         self.arch_file = arch_file
         trained = dict(model.named_parameters())
-        self.ahead: dict[str, Tensor] = {
+        self.distance: dict[str, Tensor] = {
             name: parameter.detach() - trained[name].detach().to(parameter)
             for name, parameter in inner.named_parameters()
         }
 
     @torch.no_grad()
     def follow_(self, model: PreTrainedModel, arch: ArchSpec, plan: Plan) -> None:
-        """Take the model's new widths. Every kept weight stays as far from the model's as it was, so that the refit
-        moves both alike.
+        """Give the average the model's new widths.
+
+        Every kept weight keeps its distance from the model's weight, so that the refit changes both alike.
 
         Args:
-            model: The model, shrunk.
-            arch: Its description before that.
-            plan: What was kept.
+            model: The model after it has shrunk.
+            arch: The description of the model before.
+            plan: The plan, which says which units were kept.
         """
         state = model.state_dict()
         resize_(self.inner, describe(self.inner, self.arch_file), state)
         self.inner.load_state_dict(state)
-        ahead = slice_tensors(self.ahead, arch.spaces, plan)
+        distance = slice_tensors(self.distance, arch.spaces, plan)
         for name, parameter in self.inner.named_parameters():
-            parameter.add_(ahead[name])
+            parameter.add_(distance[name])
 
 
 @torch.no_grad()
 def slice_state_(optimizer: Optimizer, model: nn.Module, arch: ArchSpec, plan: Plan) -> None:
-    """Cut an optimizer's state down with its parameters, so that a kept weight keeps its moments.
+    """Cut an optimizer's state down with its parameters, so that every kept weight keeps its state.
 
     Args:
-        optimizer: Its state is a number, or a tensor of the parameter's own shape, as `check_state` found.
-        model: The model, already shrunk.
-        arch: Its description before that.
-        plan: What was kept.
+        optimizer: The optimizer; its state holds numbers and tensors of the parameter's own shape, see `check_state`.
+        model: The model after it has shrunk.
+        arch: The description of the model before.
+        plan: The plan, which says which units were kept.
     """
     states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
     for key in {key for state in states.values() for key in state}:
@@ -79,7 +80,10 @@ def slice_state_(optimizer: Optimizer, model: nn.Module, arch: ArchSpec, plan: P
 
 
 def check_state(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose state does not go with single weights.
+    """Refuse an optimizer whose state does not belong to single weights.
+
+    Args:
+        optimizer: The optimizer.
 
     Raises:
         StructPruneError: If a tensor of its state has another shape than its parameter.

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arch.spec import EXPERT, LAYER, MODEL, ArchSpec
+from ..config.fields import read_mapping
 from ..errors import StructPruneError
 
 
@@ -26,19 +27,22 @@ def best_units(scores: Tensor, width: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Kept units by layer and space, as ascending indices into the dense model.
+    """The kept units by layer and space, as ascending indices into the dense model.
 
     Attributes:
-        model_type: What the plan is for.
-        keep: `{(layer, space): kept indices}`, with `MODEL` (-1) in the place of a layer where a space belongs to
-            the whole model; spaces that are not named stay whole.
+        model_type: The model type that the plan is for.
+        keep: The kept units as `{(layer, space): indices}`, with `MODEL` (-1) in the place of a layer where a space
+            belongs to the whole model; spaces that are not named keep their full width.
     """
 
     model_type: str
     keep: Mapping[tuple[int, str], tuple[int, ...]]
 
     def check(self, arch: ArchSpec) -> None:
-        """Hold the plan against a model.
+        """Check that the plan fits a model.
+
+        Args:
+            arch: The description of the model.
 
         Raises:
             StructPruneError: If it is for another model type, names a space the model does not have, or keeps units
@@ -59,31 +63,42 @@ class Plan:
                 )
 
     def widths(self) -> dict[str, dict[int, int]]:
-        """Number of kept units, by kind of space and layer: the width in the config."""
+        """The number of kept units, by kind of space and layer: the width in the config."""
         widths: dict[str, dict[int, int]] = {}
         for (layer, name), keep in sorted(self.keep.items()):
-            at = widths.setdefault(name.partition("/")[0], {})
-            at[layer] = min(at.get(layer, len(keep)), len(keep))
+            by_layer = widths.setdefault(name.partition("/")[0], {})
+            by_layer[layer] = min(by_layer.get(layer, len(keep)), len(keep))
         return widths
 
     def then(self, later: Plan) -> Plan:
         """This plan and a later one for the smaller model, as one plan for the dense model.
 
-        Where this one removes whole layers or whole experts, the later one numbers those that are left.
+        Where this plan removes whole layers or whole experts, the later one numbers those that are left.
+
+        Args:
+            later: The plan for the model that this plan leaves.
         """
         keep = dict(self.keep)
-        layers = self.keep.get((MODEL, LAYER), ())
-        for (place, name), units in later.keep.items():
-            layer = layers[place] if layers and place != MODEL else place
-            kind, _, label = name.partition("/")
-            left = self.keep.get((layer, EXPERT), ())
-            at = (layer, f"{kind}/{left[int(label)]}" if left and label.isdigit() else name)
-            keep[at] = tuple(keep[at][unit] for unit in units) if at in keep else units
-        stay = keep.get((MODEL, LAYER))
-        return Plan(self.model_type, {at: keep[at] for at in keep if stay is None or at[0] in (MODEL, *stay)})
+        for (layer, name), units in later.keep.items():
+            key = self._dense_key(layer, name)
+            keep[key] = tuple(keep[key][unit] for unit in units) if key in keep else units
+        layers = keep.get((MODEL, LAYER))
+        removed = {key for key in keep if layers is not None and key[0] not in (MODEL, *layers)}
+        return Plan(self.model_type, {key: units for key, units in keep.items() if key not in removed})
+
+    def _dense_key(self, layer: int, name: str) -> tuple[int, str]:
+        """The key in the dense model of a space of the model that this plan leaves."""
+        layers = self.keep.get((MODEL, LAYER))
+        if layers is not None and layer != MODEL:
+            layer = layers[layer]
+        experts = self.keep.get((layer, EXPERT))
+        kind, _, label = name.partition("/")
+        if experts is not None and label.isdigit():
+            name = f"{kind}/{experts[int(label)]}"
+        return layer, name
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; `from_dict` reads it."""
+        """The plan as plain values for JSON; `from_dict` reads them."""
         keep: dict[str, dict[str, list[int]]] = {}
         for (layer, name), units in sorted(self.keep.items()):
             keep.setdefault(name, {})[str(layer)] = list(units)
@@ -92,7 +107,11 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """Inverse of `to_dict`."""
-        keep = {(int(layer), name): tuple(units) for name, at in data["keep"].items() for layer, units in at.items()}
+        keep = {
+            (int(layer), name): tuple(units)
+            for name, by_layer in data["keep"].items()
+            for layer, units in by_layer.items()
+        }
         return cls(model_type=data["model_type"], keep=keep)
 
     def save(self, path: str | Path) -> None:
@@ -104,9 +123,10 @@ class Plan:
         """Read a plan that `save` wrote.
 
         Raises:
-            StructPruneError: If the file is not a plan.
+            StructPruneError: If the file cannot be read or is not a plan.
         """
+        data = read_mapping(Path(path), json.loads)
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StructPruneError(f"{path} is not a pruning plan: {error}") from error
+            return cls.from_dict(data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StructPruneError(f"{path} is not a pruning plan: {error!r}") from error

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..arch.heterogeneous import heterogeneous
-from ..arch.load import layer_list, put_layer_
 from ..arch.shrink import shrunk_config
-from ..arch.spec import HIDDEN, MODEL, ArchSpec
-from .cut import adopt_config_, replace_, slice_tensors
+from ..arch.spec import HIDDEN, MODEL, ArchSpec, ResidualStream
+from .cut import rebuilding_, replace_, replace_layers_, slice_tensors, tensors_under
 from .plan import Plan
 
 
@@ -25,71 +22,68 @@ if TYPE_CHECKING:
 def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int], factors: Mapping[str, float]) -> None:
     """Give a model a narrower residual stream, and its norms the weights that make up for it.
 
-    A norm divides by the root of a mean square. Once channels that are zero are gone, the mean over the N' others is
-    N / N' times the mean over all N. So the whole stream is scaled by sqrt(N' / N), which brings the mean back and
-    leaves epsilon right, and whatever reads it by the inverse: norms in their weights, all else in its own. A norm
-    over what a layer writes needs nothing but the writers' scale.
+    A norm divides by the root of a mean square. Once channels that are zero have been removed, the mean over the N'
+    others is N / N' times the mean over all N. So the residual stream is scaled by sqrt(N' / N), which restores the
+    mean and leaves the norms' epsilon right, and whatever reads it is scaled by the inverse: norms in their weights,
+    other readers in their own. A norm over what a layer writes needs nothing but the writers' scale.
 
     Args:
         model: The model that is changed.
-        arch: Its description.
-        keep: Channels that stay.
-        factors: Further factors of the norms that read the stream, by their full name.
+        arch: The description of the model.
+        keep: The channels that stay.
+        factors: Further factors of the norms that read the residual stream, by the norm's full name.
 
     Raises:
         StructPruneError: If the config class refuses the width, or a tensor does not come out as the config says.
     """
     assert arch.residual is not None
+    residual = arch.residual
     config = shrunk_config(model.config, arch, {HIDDEN: len(keep)})
-    # Buffers that hang on the width, such as the scale of embeddings, have to hold their new values.
-    with init_empty_weights(include_buffers=False), heterogeneous():
-        narrower = type(model)(config)
-    state = _narrow_state(model, arch, keep, factors)
-    for path, new in _rebuilt(narrower, arch):
-        fresh = {name: buffer for name, buffer in new.named_buffers() if name not in new.state_dict()}
-        inside = {name.removeprefix(f"{path}."): state[name] for name in state if name.startswith(f"{path}.")}
-        replace_(model.get_submodule(path), new, inside, arch)
-        for name, buffer in fresh.items():
-            owner, _, leaf = name.rpartition(".")
-            like = model.get_submodule(path).get_buffer(name)
-            setattr(new.get_submodule(owner), leaf, buffer.to(like.device))
-        model.set_submodule(path, new)
-    for layer, (old, new) in enumerate(zip(list(layer_list(model, arch)), layer_list(narrower, arch), strict=True)):
-        prefix = arch.layer_prefix(layer)
-        inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        replace_(old, new, inside, arch)
-        put_layer_(model, arch, layer, new)
-    adopt_config_(model, config, narrower)
+    state = _scaled_state(model, residual, len(keep), factors)
+    state = slice_tensors(state, [residual.space], Plan(arch.model_type, {(MODEL, HIDDEN): tuple(keep)}))
+    # Buffers that depend on the width, such as the scale of embeddings, have to get their new values.
+    with rebuilding_(model, config, buffers=True) as narrower:
+        for path in _outside_layers(residual, arch):
+            old, new = model.get_submodule(path), narrower.get_submodule(path)
+            fresh = {name: buffer for name, buffer in new.named_buffers() if name not in new.state_dict()}
+            replace_(old, new, tensors_under(state, f"{path}."), arch)
+            for name, buffer in fresh.items():
+                owner, _, leaf = name.rpartition(".")
+                setattr(new.get_submodule(owner), leaf, buffer.to(old.get_buffer(name).device))
+            model.set_submodule(path, new)
+        replace_layers_(model, arch, narrower, state)
 
 
-def _rebuilt(model: nn.Module, arch: ArchSpec) -> list[tuple[str, nn.Module]]:
-    """The modules outside the layers that hold a part of the stream."""
-    assert arch.residual is not None
-    paths = dict.fromkeys(axis.module for axis in arch.residual.space.axes)
-    return [(path, model.get_submodule(path)) for path in paths if not path.startswith(f"{arch.layer_path}.")]
+def _outside_layers(residual: ResidualStream, arch: ArchSpec) -> Iterable[str]:
+    """The full names of the modules outside the layers whose parameters have channels of the residual stream."""
+    modules = dict.fromkeys(axis.module for axis in residual.space.axes)
+    return [path for path in modules if not path.startswith(f"{arch.layer_path}.")]
 
 
-def _narrow_state(
-    model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int], factors: Mapping[str, float]
+def _scaled_state(
+    model: PreTrainedModel, residual: ResidualStream, width: int, factors: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    stream, tensors = arch.residual, dict(model.state_dict())
-    assert stream is not None
-    down = (len(keep) / stream.space.size) ** 0.5
-    embedding = tensors[stream.embed].data_ptr()
-    shared = [name for name, tensor in tensors.items() if tensor.data_ptr() == embedding]
-    scale = dict.fromkeys(stream.writers, down)
-    if not stream.scaled:
-        scale |= dict.fromkeys(shared, down)
-    for read in stream.reads:
-        if read.norm:
-            scale[f"{read.tap}.weight"] = factors.get(read.tap, 1.0) / down
-        else:
-            scale |= {axis.param: 1 / down for axis in read.readers}
-    if len(shared) > 1 and not stream.scaled:
-        scale[f"{stream.reads[-1].tap}.weight"] /= down  # for the head, which has got the embedding's scale
-    norms = {f"{read.tap}.weight" for read in stream.reads if read.norm}
-    for name, factor in scale.items():
-        plus = stream.plus if name in norms else 0.0
-        tensors[name] = ((tensors[name].float() + plus) * factor - plus).to(tensors[name].dtype)
-    plan = Plan(arch.model_type, {(MODEL, HIDDEN): tuple(keep)})
-    return slice_tensors(tensors, [stream.space], plan)
+    """The state dict with the scale that a residual stream of `width` channels needs."""
+    tensors = dict(model.state_dict())
+    scale = (width / residual.space.size) ** 0.5
+    address = tensors[residual.embed].data_ptr()
+    embeddings = [name for name, tensor in tensors.items() if tensor.data_ptr() == address]  # with a tied head
+    # Where transformers multiplies embeddings by the root of the width, the narrower config scales them already.
+    embedding = 1.0 if residual.scaled else scale
+    head = embedding if len(embeddings) > 1 else 1.0  # the norm before a tied head undoes the embedding's scale
+    norms = {read: f"{read.tap}.weight" for read in residual.reads if read.norm}
+    readers = {axis.param for read in residual.reads if not read.norm for axis in read.readers}
+    roles: list[tuple[Iterable[str], float]] = [
+        (embeddings, embedding),
+        (residual.writers, scale),
+        (readers, 1 / scale),
+        *(
+            ([name], factors.get(read.tap, 1.0) / scale / (head if read.layer == MODEL else 1.0))
+            for read, name in norms.items()
+        ),
+    ]
+    for names, factor in roles:
+        for name in names if factor != 1 else ():
+            plus = residual.plus if name in norms.values() else 0.0
+            tensors[name] = ((tensors[name].float() + plus) * factor - plus).to(tensors[name].dtype)
+    return tensors

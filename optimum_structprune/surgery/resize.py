@@ -1,4 +1,4 @@
-"""Layers of other widths: those of a state dict, or the widest for all."""
+"""Layers of other widths: those of a state dict, or the largest width for all layers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..arch.load import layer_list, put_layer_
-from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
-from ..arch.spec import ArchSpec
+from ..arch.spec import ArchSpec, Width
 from ..errors import StructPruneError
-from .cut import adopt_config_, replace_
+from .cut import rebuilding_, replace_layers_
 
 
 if TYPE_CHECKING:
@@ -28,20 +26,22 @@ def resize_(model: PreTrainedModel, arch: ArchSpec, tensors: Mapping[str, Tensor
 
     Args:
         model: The model that is changed.
-        arch: Its description.
+        arch: The description of the model.
         tensors: The state dict, or a part of it.
 
     Raises:
-        StructPruneError: If the layers' widths differ where this architecture takes one for all.
+        StructPruneError: If the layers' widths differ where this architecture takes one width for all.
     """
-    found: dict[str, dict[int, int]] = {}
+    widths_by_kind: dict[str, dict[int, int]] = {}
     for space in arch.spaces:
         axis = space.out[0]
         if axis.param in tensors:
-            here, there = (held.shape[axis.dim] for held in (model.get_parameter(axis.param), tensors[axis.param]))
-            found.setdefault(space.kind, {})[space.layer] = space.width * there // here
-    sizes: dict[str, int | Mapping[int, int]] = {}
-    for name, widths in found.items():
+            present, loaded = (
+                holder.shape[axis.dim] for holder in (model.get_parameter(axis.param), tensors[axis.param])
+            )
+            widths_by_kind.setdefault(space.kind, {})[space.layer] = space.width * loaded // present
+    sizes: dict[str, Width] = {}
+    for name, widths in widths_by_kind.items():
         least, most = min(widths.values()), max(widths.values())
         if least < most and (reason := arch.uniform or arch.of(name)[0].uniform):
             raise StructPruneError(
@@ -57,22 +57,22 @@ def resize_(model: PreTrainedModel, arch: ArchSpec, tensors: Mapping[str, Tensor
 
 @torch.no_grad()
 def pad_(model: PreTrainedModel, arch: ArchSpec) -> None:
-    """Give every layer the width of the widest; what is added is zero, and the model computes what it did before.
+    """Give every layer the largest width of its kind; what is added is zero, and the outputs stay the same.
 
-    Zero columns in the consumers make it exact: whatever the added units give, none of it gets through.
+    The added columns of the consumers are zero, so whatever the added units compute has no effect.
 
     Args:
         model: The model that is changed.
-        arch: Its description.
+        arch: The description of the model.
     """
-    widest = {kind: max(space.width for space in arch.of(kind)) for kind in {space.kind for space in arch.spaces}}
+    largest = {kind: max(space.width for space in arch.of(kind)) for kind in {space.kind for space in arch.spaces}}
     state = model.state_dict()
     places: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for space in arch.spaces:
-        size = widest[space.kind] * space.scale
-        # The experts of a layer grow alike, so the first speaks for all.
+        size = largest[space.kind] * space.scale
+        # All experts of a layer get the same width, so the first one gives the places for all.
         for axis in (axis for axis in space.axes if axis.part in (None, 0)):
-            # Packed parts move apart: each begins where those before it end once they have grown.
+            # The parts of a packed weight follow each other, so a part begins where the padded ones before it end.
             moved = replace(axis, offset=axis.offset // space.size * size)
             places[axis.param][axis.dim] += moved.indices(range(space.size))
 
@@ -84,23 +84,21 @@ def pad_(model: PreTrainedModel, arch: ArchSpec) -> None:
             tensor = tensor.new_zeros(shape).index_copy_(dim, index, tensor)
         return tensor
 
-    _rebuild_(model, arch, shrunk_config(model.config, arch, widest), padded)
+    _rebuild_(model, arch, shrunk_config(model.config, arch, largest), padded)
 
 
 def _rebuild_(
     model: PreTrainedModel, arch: ArchSpec, config: PretrainedConfig, values: Callable[[str, Tensor], Tensor]
 ) -> None:
-    """Put layers of other sizes in the place of a model's own.
+    """Replace the layers of a model by layers of other sizes.
 
     Args:
         model: The model that is changed.
-        arch: Its description.
-        config: With the new sizes.
-        values: Gives every tensor of the new layers, from its full name and one of its shape on the meta device.
+        arch: The description of the model.
+        config: The config with the new sizes.
+        values: A function that gives every tensor of the new layers, from its full name and a tensor of its shape.
     """
-    resized = skeleton(model, config)
-    for layer, (old, new) in enumerate(zip(layer_list(model, arch), layer_list(resized, arch), strict=True)):
-        prefix = arch.layer_prefix(layer)
-        replace_(old, new, {name: values(prefix + name, tensor) for name, tensor in new.state_dict().items()}, arch)
-        put_layer_(model, arch, layer, new)
-    adopt_config_(model, config, resized)
+    with rebuilding_(model, config) as resized:
+        prefixes = tuple(arch.layer_prefix(layer) for layer in range(arch.num_layers))
+        new = {name: tensor for name, tensor in resized.state_dict().items() if name.startswith(prefixes)}
+        replace_layers_(model, arch, resized, {name: values(name, tensor) for name, tensor in new.items()})

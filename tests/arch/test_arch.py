@@ -14,7 +14,7 @@ from optimum_structprune.arch.spec import Axis
 
 LLAMA = {
     "model_types": ["mine"],
-    "blocks": "layers",
+    "layer_path": "layers",
     "spaces": {"mlp": {"size": "intermediate_size", "out": {"mlp.up_proj": "unit"}, "in": {"mlp.down_proj": "unit"}}},
 }
 
@@ -26,7 +26,7 @@ def write(tmp_path, *entries):
 
 
 def test_axis_indices():
-    assert Axis("w", 0, block=2, offset=10).indices([0, 3]) == [10, 11, 16, 17]
+    assert Axis("w", 0, per_unit=2, offset=10).indices([0, 3]) == [10, 11, 16, 17]
 
 
 def test_every_family_has_a_case():
@@ -69,7 +69,7 @@ def test_the_tensor_parallel_plan_agrees(case):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blokcs": "layers"}, r"unknown key 'blokcs'.* Did you mean 'blocks'\?"),
+        ({"layer_pth": "layers"}, r"unknown key 'layer_pth'.* Did you mean 'layer_path'\?"),
         ({"spaces": {"mlp": {**LLAMA["spaces"]["mlp"], "inn": {}}}}, r"unknown key 'inn'.* Did you mean 'in'\?"),
         ({"spaces": {"mlp": {"size": "x", "out": {}}}}, "'in' is missing"),
         ({"spaces": {"mlp": {"size": "x", "out": {"a": "unitt"}, "in": {}}}}, r"unknown unit 'unitt'.* mean 'unit'\?"),
@@ -80,12 +80,22 @@ def test_a_wrong_file_is_refused(tmp_path, change, message):
         read_families(write(tmp_path, {**LLAMA, **change}))
 
 
-@pytest.mark.parametrize("twice", ["blocks: layers", "spaces: {}", "model_types: [a]"])
+@pytest.mark.parametrize("twice", ["layer_path: layers", "spaces: {}", "model_types: [a]"])
 def test_a_key_that_stands_twice_is_refused(tmp_path, twice):
     path = write(tmp_path, LLAMA)
     path.write_text(path.read_text() + f"  {twice}\n")
     with pytest.raises(StructPruneError, match=f"the key '{twice.partition(':')[0]}' stands 2 times"):
         read_families(path)
+
+
+def test_the_keys_of_version_0_1_are_still_read(tmp_path):
+    old = {"blocks" if key == "layer_path" else key: value for key, value in LLAMA.items()}
+    with pytest.warns(FutureWarning, match="mine.yaml: mine: the key 'blocks' is called 'layer_path' now"):
+        before = read_families(write(tmp_path, old))
+    assert before == read_families(write(tmp_path, LLAMA))
+    with pytest.warns(FutureWarning, match="the key 'block_class' is called 'layer_class' now"):
+        family = read_families(write(tmp_path, {**LLAMA, "block_class": {"mine": "MyLayer"}}))[0]
+    assert family.layer_class == {"mine": "MyLayer"}
 
 
 def test_a_description_that_does_not_fit_names_the_tensor_and_both_numbers(tmp_path):
@@ -98,7 +108,7 @@ def test_a_description_that_does_not_fit_names_the_tensor_and_both_numbers(tmp_p
     del shapes["model.layers.1.mlp.down_proj.weight"]
     with pytest.raises(StructPruneError, match="model.layers.1.mlp.down_proj.weight is missing"):
         resolve(family, model.config, shapes, "model.")
-    with pytest.raises(StructPruneError, match="blocks at 'elsewhere.layers'"):
+    with pytest.raises(StructPruneError, match="layers at 'elsewhere.layers'"):
         resolve(family, model.config, shapes, "elsewhere.")
 
 

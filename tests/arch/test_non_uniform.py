@@ -1,9 +1,10 @@
-"""Models whose blocks differ in width: pruned ≡ masked, every way to load them, and what people do with them."""
+"""Models whose layers differ in width: pruned ≡ masked, every way to load them, and what people do with them."""
 
 import json
 import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,13 +25,12 @@ from optimum_structprune import (
     heterogeneous,
     prune_model,
 )
-from optimum_structprune.arch import families
+from optimum_structprune.arch import layer_init
 from optimum_structprune.arch.families import BUILTIN, read_families
 from optimum_structprune.arch.load import describe, layer_list
-from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
 from optimum_structprune.commands.cli import main
-from optimum_structprune.surgery.cut import adopt_config_, shrink_layer_
+from optimum_structprune.surgery.cut import shrink_
 from optimum_structprune.surgery.resize import pad_, resize_
 
 
@@ -38,7 +38,7 @@ FEW = ["llama-tied", "gemma3_text", "gpt2-inner", "qwen3_moe"]
 
 
 def differing(model):
-    """A arch, and a plan that keeps more units in every block than in the one before."""
+    """The description of a model, and a plan that keeps more units in every layer than in the one before."""
     arch = describe(model)
     generator = torch.Generator().manual_seed(3)
     keep = {}
@@ -54,11 +54,7 @@ def differing(model):
 
 def shrunk(model, arch, plan):
     small = deepcopy(model)
-    new_config = shrunk_config(model.config, arch, plan.widths())
-    smaller = skeleton(small, new_config)
-    for layer in range(arch.num_layers):
-        shrink_layer_(small, arch, layer, plan, smaller)
-    adopt_config_(small, new_config, smaller)
+    shrink_(small, arch, plan, plan.widths())
     return small
 
 
@@ -97,17 +93,17 @@ def test_pruned_equals_masked_reloads_and_pads(case, tmp_path):
 
 
 @pytest.mark.parametrize("family", read_families(BUILTIN), ids=lambda family: family.model_types[0])
-def test_every_family_says_whether_blocks_may_differ(family):
+def test_every_family_says_whether_layers_may_differ(family):
     assert not (family.layer_class and family.uniform)
     if family.text is None and family.spaces:
         assert set(family.layer_class) == set(family.model_types) or family.uniform
 
 
 @pytest.mark.parametrize("case", NON_UNIFORM)
-def test_the_block_class_is_that_of_the_blocks(case):
+def test_the_layer_class_is_that_of_the_layers(case):
     model = build(case)
-    block = heterogeneous.layer_class(type(model), model.config)
-    assert {type(one) for one in layer_list(model, describe(model))} == {block}
+    described = heterogeneous.layer_class(type(model), model.config)
+    assert {type(layer) for layer in layer_list(model, describe(model))} == {described}
 
 
 # What the tests below load in other processes.
@@ -124,6 +120,8 @@ def saved(tmp_path_factory):
 IN_ANOTHER_PROCESS = """
 import sys
 sys.modules["optimum_structprune"] = None  # makes it unimportable
+from pathlib import Path
+
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
@@ -143,6 +141,12 @@ else:
 model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
 check(model)
 model.save_pretrained("again")
+files = {"modeling_structprune.py", "layer_init.py"}
+cache = Path(sys.modules[type(model).__module__].__file__).parent
+for folder in (Path("out"), Path("again"), cache):
+    assert files <= {path.name for path in folder.iterdir()}, folder
+    for name in files:
+        assert (folder / name).read_bytes() == (Path("out") / name).read_bytes(), (folder, name)
 check(AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True))
 base = AutoModel.from_pretrained("out", trust_remote_code=True)
 assert base(expected["ids"]).last_hidden_state.shape == (2, 12, 32)
@@ -157,17 +161,21 @@ check(model)
 """
 
 
-def test_it_loads_in_another_process_without_the_plugin_and_then_with_it(saved):
-    done = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], cwd=saved[0], capture_output=True, text=True)
+def in_another_process(code, folder):
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_it_loads_in_another_process_without_the_plugin_and_then_with_it(saved):
+    in_another_process(IN_ANOTHER_PROCESS, saved[0])
 
 
 def test_the_import_is_cheap_and_the_environment_has_a_say():
     code = (
         "import sys, optimum_structprune\n"
         "assert not {'torch', 'transformers', 'yaml'} & set(sys.modules), sorted(sys.modules)\n"
-        "from optimum_structprune.arch import heterogeneous\n"
-        "assert (heterogeneous._WATCH in sys.meta_path) == (len(sys.argv) == 1)\n"
+        "waiting = [type(finder).__module__ for finder in sys.meta_path]\n"
+        "assert ('optimum_structprune.arch.heterogeneous' in waiting) == (len(sys.argv) == 1)\n"
     )
     for value, args in (("1", []), ("0", ["off"])):
         env = {"OPTIMUM_STRUCTPRUNE_PATCH": value, "PYTHONPATH": ":".join(sys.path)}
@@ -179,6 +187,8 @@ def test_the_folder_says_what_it_is(saved):
     fields = json.loads((folder / "out" / "config.json").read_text())
     assert fields["per_layer_config"] and fields["auto_map"]["AutoModel"] == "modeling_structprune.LlamaModel"
     assert "optimum_structprune" not in (folder / "out" / "modeling_structprune.py").read_text()
+    assert (folder / "out" / "layer_init.py").read_bytes() == Path(layer_init.__file__).read_bytes()
+    assert "optimum_structprune" not in (folder / "out" / "layer_init.py").read_text()
     assert set(pruner.report.widths) == {"mlp", "attention"} and pruner.report.widths == widths_of(model)
     assert 0.29 < pruner.report.sparsity < 0.31
 
@@ -200,7 +210,8 @@ def test_the_patch_comes_off(saved, monkeypatch):
         # Pruning and saving do without it.
         pruner = StructPruner(config(widths={"mlp": 24}, skip_layers=(0,)))
         pruner.save(pruner.prune_model(build("qwen2"), tokenizer()), saved[0] / "off")
-        assert (saved[0] / "off" / "modeling_structprune.py").is_file()
+        for name in ("modeling_structprune.py", "layer_init.py"):
+            assert (saved[0] / "off" / name).is_file()
         assert not hasattr(transformers.PreTrainedModel.__init__, "__wrapped__")
         monkeypatch.setattr(transformers.integrations.heterogeneity, "apply_heterogeneous_modeling", 1, raising=False)
         enable_heterogeneous()
@@ -211,13 +222,33 @@ def test_the_patch_comes_off(saved, monkeypatch):
     LlamaForCausalLM(fields)
 
 
-def test_an_architecture_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(families, "_OWN", {})
+WITHOUT_THE_FILE_AND_WITH_IT = """
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from optimum_structprune import enable_heterogeneous
+
+expected = load_file("expected.safetensors")
+try:
+    AutoModelForCausalLM.from_pretrained("out")
+except RuntimeError:
+    remote = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+    enable_heterogeneous("own.yaml")
+    for model in (remote, AutoModelForCausalLM.from_pretrained("out")):
+        with torch.no_grad():
+            logits = model(expected["ids"]).logits
+        torch.testing.assert_close(logits, expected["logits"], atol=1e-6, rtol=0)
+else:
+    raise AssertionError("built without a description")
+"""
+
+
+def test_an_architecture_of_ones_own(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text(
         """
 - model_types: [cwm]
-  blocks: layers
+  layer_path: layers
   layer_class: {cwm: CwmDecoderLayer}
   spaces:
     mlp:
@@ -230,16 +261,8 @@ def test_an_architecture_of_ones_own(tmp_path, monkeypatch):
     pruner = StructPruner(config(widths={"mlp": 24}, skip_layers=(0,), arch_file=str(own)))
     small = pruner.prune_model(model, tokenizer())
     pruner.save(small, tmp_path / "out")
-    # As in a process that has not read the file.
-    families._OWN.clear()
-    disable_heterogeneous()
-    enable_heterogeneous()
-    with pytest.raises(RuntimeError):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    remote = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    enable_heterogeneous(str(own))
-    for again in (remote, AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
-        torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
+    save_file({"logits": logits(small), "ids": token_ids()}, tmp_path / "expected.safetensors")
+    in_another_process(WITHOUT_THE_FILE_AND_WITH_IT, tmp_path)
 
 
 @pytest.mark.parametrize("case", FEW)
@@ -298,7 +321,7 @@ def test_shards_device_map_pipeline_and_saving_again(saved, tmp_path):
         assert name == "auto" or set(again.hf_device_map.values()) == {"cpu", "disk"}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
     again.save_pretrained(tmp_path / "again")
-    assert {path.name for path in (tmp_path / "again").iterdir()} >= {"config.json", "modeling_structprune.py"}
+    assert {path.name for path in (tmp_path / "again").iterdir()} >= {"config.json", "modeling_structprune.py", "layer_init.py"}
     remote = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     torch.testing.assert_close(logits(remote), logits(model), atol=1e-6, rtol=0)
     write = pipeline("text-generation", model=again, tokenizer=tokenizer())
@@ -335,7 +358,7 @@ def test_rounds_end_where_one_round_does():
     torch.testing.assert_close(logits(models[0]), logits(models[1]))
 
 
-def test_skipped_blocks_stay_whole_and_the_others_give_more():
+def test_skipped_layers_keep_their_width_and_the_others_give_more():
     model = build("llama-tied")
     pruner = StructPruner(config(sparsity=0.2, targets=("mlp",), skip_layers=(1,), round_to=1))
     small = pruner.prune_model(model, tokenizer())
@@ -370,7 +393,7 @@ def test_a_model_takes_the_widths_of_a_state_dict():
     few = build("phi3")
     state = few.state_dict()
     name = "model.layers.0.self_attn.qkv_proj.weight"
-    with pytest.raises(StructPruneError, match="has 2 units of 'attention' in one block and 4 in another.*forward"):
+    with pytest.raises(StructPruneError, match="has 2 units of 'attention' in one layer and 4 in another.*forward"):
         resize_(few, describe(few), {**state, name: state[name][: len(state[name]) // 2]})
 
 
@@ -379,7 +402,8 @@ def test_export_says_what_padding_costs(saved, tmp_path, capsys):
     assert main(["export", str(folder / "out"), str(tmp_path / "padded"), "--pad-uniform"]) == 0
     said = capsys.readouterr().out
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
-    assert not again.config.is_heterogeneous and not (tmp_path / "padded" / "modeling_structprune.py").exists()
+    assert not again.config.is_heterogeneous
+    assert not {"modeling_structprune.py", "layer_init.py"} & {path.name for path in (tmp_path / "padded").iterdir()}
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
     added = again.num_parameters() - model.num_parameters()
     share = added / (pruner.report.parameters["before"] - pruner.report.parameters["after"])
@@ -397,8 +421,8 @@ def test_export_says_what_padding_costs(saved, tmp_path, capsys):
         ("bert", {"allocation": "global"}, "offered for decoders only; use allocation='uniform' without"),
         ("t5", {"allocation": "global"}, "this model has two"),
         ("llava", {"allocation": "global"}, "only a text model by itself"),
-        ("llama-tied", {"skip_layers": (2,)}, "names block 2; the blocks are 0 to 1"),
-        ("llama-tied", {"skip_layers": (0, 1)}, "leaves no block whose 'attention'"),
+        ("llama-tied", {"skip_layers": (2,)}, "names layer 2; the layers are 0 to 1"),
+        ("llama-tied", {"skip_layers": (0, 1)}, "leaves no layer whose 'attention'"),
         ("llama-tied", {"sparsity": 0.6, "allocation": "global", "min_width": 0.5}, "sparsity=0.6 asks for .* change"),
     ],
 )

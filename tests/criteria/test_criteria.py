@@ -16,9 +16,9 @@ def case():
     return torch.randn(4, 6, generator=generator), x, Moments.empty(6, gram=True).update(x)
 
 
-def score(name, case, block=1, **fields):
+def score(name, case, columns_per_unit=1, **fields):
     weight, _, moments = case
-    return CRITERIA.get(name)(config(criterion=name, **fields)).score(weight, moments, block)
+    return CRITERIA.get(name)(config(criterion=name, **fields)).score(weight, moments, columns_per_unit)
 
 
 def test_magnitude(case):
@@ -36,12 +36,12 @@ def test_flap(case):
     torch.testing.assert_close(score("flap", case), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [1, 2, 3])
-def test_obs_is_half_the_error_after_the_best_refit_of_the_others(case, block):
+@pytest.mark.parametrize("columns_per_unit", [1, 2, 3])
+def test_obs_is_half_the_error_after_the_best_refit_of_the_others(case, columns_per_unit):
     weight, x, _ = case
-    scores = score("obs", case, block, damping=1e-7)
-    for unit in range(6 // block):
-        others = [j for j in range(6) if j // block != unit]
+    scores = score("obs", case, columns_per_unit, damping=1e-7)
+    for unit in range(6 // columns_per_unit):
+        others = [j for j in range(6) if j // columns_per_unit != unit]
         target = x @ weight.T
         fitted = x[:, others] @ torch.linalg.lstsq(x[:, others], target).solution
         assert float(scores[unit]) == pytest.approx(0.5 * float((target - fitted).square().sum(1).mean()), rel=1e-2)
@@ -49,7 +49,7 @@ def test_obs_is_half_the_error_after_the_best_refit_of_the_others(case, block):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("columns", [192, 512])
-def test_obs_judges_groups_as_wide_as_those_of_real_models(columns, threads):
+def test_obs_judges_groups_as_large_as_those_of_real_models(columns, threads):
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 2 * columns, generator=generator) for rows in (4 * columns, 16))
     moments, before = Moments.empty(2 * columns, gram=True).update(x), torch.get_num_threads()
@@ -82,11 +82,11 @@ def test_output_energy_is_that_of_the_outputs(case):
     )
 
 
-def test_a_loud_domain_does_not_drown_the_others(case):
+def test_a_domain_with_large_activations_does_not_outweigh_the_others(case):
     weight, x, moments = case
-    loud = Moments.empty(6, gram=True).update(100 * x)
-    pooled = Mixture((0.5, 0.5)).pool(weight, [moments, loud])
-    # Both are the same text but for volume, so each has to contribute one half of the pooled energy.
+    scaled = Moments.empty(6, gram=True).update(100 * x)
+    pooled = Mixture((0.5, 0.5)).pool(weight, [moments, scaled])
+    # Both are the same text but for the scale, so each has to contribute one half of the pooled energy.
     expected = moments.gram / output_energies(weight, [moments])[0]
     torch.testing.assert_close(pooled.gram / output_energies(weight, [pooled])[0], expected, rtol=1e-3, atol=1e-5)
 
@@ -97,7 +97,7 @@ def test_max_keeps_what_only_one_domain_needs():
     second = Moments.empty(3).update(torch.tensor([[0.0, 1.5, 1.2]]))
     third = Moments.empty(3).update(torch.tensor([[3.0, 0.0, 1.2]]))
     wanda = CRITERIA.get("wanda")(config())
-    by_mean = Mixture((1 / 3,) * 3).judge(wanda, weight, [first, second, third], 1)
-    by_max = Mixture((1 / 3,) * 3, aggregation="max").judge(wanda, weight, [first, second, third], 1)
+    by_mean = Mixture((1 / 3,) * 3).scores(wanda, weight, [first, second, third], 1)
+    by_max = Mixture((1 / 3,) * 3, aggregation="max").scores(wanda, weight, [first, second, third], 1)
     assert by_max[1] > by_max[2]
     assert by_mean[1] > 0 and by_max.argmin() == 2

@@ -24,14 +24,14 @@ def equal_shares(scores):
 
 
 @settings(deadline=None, max_examples=50)
-@given(scores=matrices, loudness=st.floats(1e-3, 1e3), how=st.sampled_from(HOWS))
-def test_normalised_keeps_the_order_and_forgets_the_loudness(scores, loudness, how):
+@given(scores=matrices, scale=st.floats(1e-3, 1e3), how=st.sampled_from(HOWS))
+def test_normalised_keeps_the_order_and_removes_the_scale(scores, scale, how):
     scaled = normalised(scores, how)
     assert torch.equal(scaled.argsort(dim=1, stable=True), scores.argsort(dim=1, stable=True))
     if how == "none":
         assert torch.equal(scaled, scores)
     else:
-        torch.testing.assert_close(normalised(loudness * scores, how), scaled, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(normalised(scale * scores, how), scaled, rtol=1e-3, atol=1e-3)
 
 
 def test_normalised_by_hand():
@@ -89,7 +89,7 @@ def test_the_mean_of_energies_is_taken_over_moments(parts, name, how):
     pooled = mix(moments, weights)
     mixture = Mixture((0.3, 0.7), normalisation=how)
     torch.testing.assert_close(mixture.pool(weight, moments).gram, pooled.gram)
-    torch.testing.assert_close(mixture.judge(criterion, weight, moments, 2), criterion.score(weight, pooled, 2))
+    torch.testing.assert_close(mixture.scores(criterion, weight, moments, 2), criterion.score(weight, pooled, 2))
 
 
 @pytest.mark.parametrize("aggregation", sorted(AGGREGATIONS))
@@ -98,7 +98,7 @@ def test_all_else_scores_each_domain_by_itself(parts, how, aggregation):
     weight, moments = parts
     wanda = CRITERIA.get("wanda")(config())
     each = normalised(torch.stack([wanda.score(weight, one, 1) for one in moments]), how)
-    found = Mixture((0.3, 0.7), how, aggregation, 0.6).judge(wanda, weight, moments, 1)
+    found = Mixture((0.3, 0.7), how, aggregation, 0.6).scores(wanda, weight, moments, 1)
     torch.testing.assert_close(found, aggregate(each, [0.3, 0.7], aggregation, 0.6))
 
 
@@ -106,10 +106,10 @@ def test_a_domain_that_never_came_here_has_no_say(parts):
     weight, (first, second) = parts
     wanda = CRITERIA.get("wanda")(config())
     for aggregation in ("mean", "max", "harmonic"):
-        three = Mixture((0.2, 0.3, 0.5), aggregation=aggregation).judge(
+        three = Mixture((0.2, 0.3, 0.5), aggregation=aggregation).scores(
             wanda, weight, [first, Moments.empty(6, gram=True), second], 1
         )
-        two = Mixture((2 / 7, 5 / 7), aggregation=aggregation).judge(wanda, weight, [first, second], 1)
+        two = Mixture((2 / 7, 5 / 7), aggregation=aggregation).scores(wanda, weight, [first, second], 1)
         torch.testing.assert_close(three, two)
 
 

@@ -1,10 +1,13 @@
 """Plans: round trip and refusal."""
 
 import pytest
+import torch
 from models import build
 
 from optimum_structprune import Plan, StructPruneError
 from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.spec import MODEL
+from optimum_structprune.surgery.plan import best_units
 
 
 def test_round_trip(tmp_path):
@@ -15,19 +18,62 @@ def test_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"model_type": "llama"}', '{"model_type": "llama", "keep": {"mlp": 3}}']
+    ("content", "message"),
+    [
+        ("", "plan.json cannot be read"),
+        ("[]", "plan.json has to hold a mapping of fields, found list"),
+        ('{"model_type": "llama"}', "plan.json is not a pruning plan: KeyError\\('keep'\\)"),
+        ('{"model_type": "llama", "keep": {"mlp": 3}}', "plan.json is not a pruning plan"),
+    ],
 )
-def test_a_damaged_file_is_named(tmp_path, content):
+def test_a_damaged_file_is_named(tmp_path, content, message):
     (tmp_path / "plan.json").write_text(content)
-    with pytest.raises(StructPruneError, match="plan.json is not a pruning plan"):
+    with pytest.raises(StructPruneError, match=message):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_best_units_are_the_highest_scores_in_ascending_order():
+    assert best_units(torch.tensor([0.3, 2.0, -1.0, 0.7]), 2) == (1, 3)
+    assert best_units(torch.tensor([2.0, 1.0]), 2) == (0, 1)
+
+
+def test_a_later_plan_is_in_the_numbers_of_the_model_that_the_first_one_leaves():
+    first = Plan(
+        "mixtral",
+        {
+            (MODEL, "layer"): (0, 2, 3),
+            (2, "expert"): (1, 3),
+            (2, "attention"): (0, 2, 3),
+        },
+    )
+    later = Plan(
+        "mixtral",
+        {
+            (MODEL, "layer"): (1, 2),  # layers 2 and 3 of the dense model
+            (0, "mlp"): (5,),  # goes with its layer
+            (1, "expert"): (1,),
+            (1, "attention"): (1, 2),
+            (1, "mlp/0"): (4, 6),  # expert 1 of layer 2
+            (1, "mlp/shared"): (7,),
+        },
+    )
+    assert first.then(later) == Plan(
+        "mixtral",
+        {
+            (MODEL, "layer"): (2, 3),
+            (2, "expert"): (3,),
+            (2, "attention"): (2, 3),
+            (2, "mlp/1"): (4, 6),
+            (2, "mlp/shared"): (7,),
+        },
+    )
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
         (Plan("opt", {}), "for a 'opt' model, this is a 'llama' model"),
-        (Plan("llama", {(7, "mlp"): (0,)}), "'mlp' in block 7, which this model does not have"),
+        (Plan("llama", {(7, "mlp"): (0,)}), "'mlp' in layer 7, which this model does not have"),
         (Plan("llama", {(0, "mlp"): (0, 40)}), "units between 0 and 39"),
         (Plan("llama", {(0, "mlp"): (2, 1)}), "ascending"),
         (Plan("llama", {(0, "mlp"): ()}), "ascending"),

@@ -17,18 +17,18 @@ from optimum_structprune.widths.allocation import ranked_widths, target_widths, 
 from optimum_structprune.widths.schedule import round_widths
 
 
-def spec_of(layers: int, groups: int, group_cost: int, channels: int, channel_cost: int) -> ArchSpec:
+def arch_of(layers: int, groups: int, group_cost: int, channels: int, channel_cost: int) -> ArchSpec:
     spaces = []
     for layer in range(layers):
         heads = (("kv_heads", 1), ("heads", 2))
         spaces.append(Space("attention", layer, groups, (), (), heads, (), group_cost))
         spaces.append(Space("mlp", layer, channels, (), (), (("ffn", 1),), (), channel_cost))
-    block = groups * group_cost + channels * channel_cost + 7
-    return ArchSpec("toy", "layers", (block,) * layers, tuple(spaces))
+    params = groups * group_cost + channels * channel_cost + 7
+    return ArchSpec("toy", "layers", (params,) * layers, tuple(spaces))
 
 
-specs = st.builds(
-    spec_of, st.integers(1, 4), st.integers(1, 9), st.integers(500, 5000), st.integers(64, 2048), st.integers(5, 50)
+archs = st.builds(
+    arch_of, st.integers(1, 4), st.integers(1, 9), st.integers(500, 5000), st.integers(64, 2048), st.integers(5, 50)
 )
 
 
@@ -37,7 +37,7 @@ def removed(arch: ArchSpec, widths: dict[str, int]) -> int:
 
 
 @settings(deadline=None, max_examples=200)
-@given(arch=specs, sparsity=st.floats(0.02, 0.9), round_to=st.sampled_from([1, 8, 64]))
+@given(arch=archs, sparsity=st.floats(0.02, 0.9), round_to=st.sampled_from([1, 8, 64]))
 def test_sparsity_is_met_within_half_a_step(arch, sparsity, round_to):
     legal = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
     most = {"attention": 1, "mlp": round_to if round_to < arch.of("mlp")[0].size else 1}
@@ -54,7 +54,7 @@ def test_sparsity_is_met_within_half_a_step(arch, sparsity, round_to):
 
 
 @settings(deadline=None, max_examples=100)
-@given(arch=specs, low=st.floats(0.02, 0.4), more=st.floats(0.01, 0.4))
+@given(arch=archs, low=st.floats(0.02, 0.4), more=st.floats(0.01, 0.4))
 def test_more_sparsity_never_keeps_more(arch, low, more):
     legal = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
     assume((low + more) * sum(arch.layer_params) <= removed(arch, {"attention": 1, "mlp": 1}))
@@ -114,7 +114,7 @@ def test_illegal_wishes_name_what_is_legal(case, fields, message):
     attention=st.integers(1, 4),
 )
 def test_rounds_go_down_and_end_at_the_target(rounds, schedule, mlp, attention):
-    arch = spec_of(2, 4, 100, 40, 10)
+    arch = arch_of(2, 4, 100, 40, 10)
     widths = {"mlp": mlp, "attention": attention}
     steps = round_widths(StructPruneConfig(widths=widths, rounds=rounds, schedule=schedule), arch, widths)
     assert len(steps) == rounds and steps[-1] == widths
@@ -124,7 +124,7 @@ def test_rounds_go_down_and_end_at_the_target(rounds, schedule, mlp, attention):
 
 
 def test_schedules_differ_in_when_they_remove():
-    arch = spec_of(1, 4, 100, 1000, 10)
+    arch = arch_of(1, 4, 100, 1000, 10)
     middle = {
         schedule: round_widths(
             StructPruneConfig(widths={"mlp": 250}, rounds=2, schedule=schedule), arch, {"mlp": 250}
@@ -137,7 +137,7 @@ def test_schedules_differ_in_when_they_remove():
 
 @settings(deadline=None, max_examples=200)
 @given(
-    arch=specs,
+    arch=archs,
     sparsity=st.floats(0.02, 0.9),
     round_to=st.sampled_from([1, 8, 64]),
     bounds=st.tuples(st.floats(0.01, 0.5), st.floats(0.8, 1.0)),
@@ -168,7 +168,7 @@ def test_one_ranking_meets_the_budget_within_half_of_its_cheapest_step(arch, spa
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 99), mean=st.integers(40, 90))
 def test_one_ranking_keeps_what_scores_highest(seed, mean):
-    arch = spec_of(3, 4, 100, 100, 10)
+    arch = arch_of(3, 4, 100, 100, 10)
     generator = torch.Generator().manual_seed(seed)
     scores = {(layer, "mlp"): torch.randn(100, generator=generator) + layer / 4 for layer in range(3)}
     chosen = StructPruneConfig(widths={"mlp": mean}, allocation="global", round_to=1)
@@ -191,21 +191,21 @@ def test_the_standard_score_does_not_depend_on_scale_and_is_a_mean_over_columns(
 def test_global_allocation_is_that_of_flap():
     """Against the paper's procedure, written out: standardise per layer, average over a head, one threshold."""
     model = build("llama-tied")
-    for layer, block in enumerate(model.model.layers):
-        block.mlp.down_proj.weight.mul_(torch.logspace(-1, layer, 40))
-        block.self_attn.o_proj.weight.mul_(torch.logspace(layer, -1, 32))
-    arch, blocks = describe(model), token_ids(6, 20)
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.weight.mul_(torch.logspace(-1, index, 40))
+        layer.self_attn.o_proj.weight.mul_(torch.logspace(index, -1, 32))
+    arch, samples = describe(model), token_ids(6, 20)
     inputs = {}
     taps = {
-        (layer, name): block.get_submodule(path)
-        for layer, block in enumerate(model.model.layers)
+        (index, name): layer.get_submodule(path)
+        for index, layer in enumerate(model.model.layers)
         for name, path in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj"))
     }
     hooks = [
         tap.register_forward_pre_hook(lambda _, args, key=key: inputs.update({key: args[0].flatten(0, 1)}))
         for key, tap in taps.items()
     ]
-    model(blocks)
+    model(samples)
     for hook in hooks:
         hook.remove()
     ranked = []
@@ -223,7 +223,7 @@ def test_global_allocation_is_that_of_flap():
 
     fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1, min_width=0.01)
     scores = dense_scores(
-        model, arch, fields, [Domain("a", 1.0, blocks, blocks[:0])], arch.names, Report("llama", "wanda")
+        model, arch, fields, [Domain("a", 1.0, samples, samples[:0])], arch.names, Report("llama", "wanda")
     )
     every = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
     found = ranked_widths(fields, arch, every, scores)
