@@ -15,7 +15,7 @@ from transformers.utils.logging import tqdm
 from .arch.load import describe
 from .arch.plain import dequantized
 from .arch.spec import ArchSpec
-from .calibration.moments import save_moments
+from .calibration.moments import Moments, save_moments
 from .calibration.stored import HELDOUT, Statistics, StoredDomain, StoredFile, key, layer_name
 from .config.pruning import StructPruneConfig
 from .criteria import CRITERIA
@@ -87,7 +87,7 @@ def _write_moments(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, f
     """One file for each layer."""
     passes = evidence.passes(model, arch)
     for layer in tqdm(range(arch.num_layers), desc="calibration", unit="layer"):
-        moments = {}
+        moments: dict[str, Moments] = {}
         for space in arch.at(layer):
             for axis, by_domain in zip(space.into, passes.gather(layer, space, gram=True), strict=True):
                 moments |= {key(axis.module, index): of_domain for index, of_domain in enumerate(by_domain)}

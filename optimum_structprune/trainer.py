@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn, optim
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
 from .arch.load import describe
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 ELEMENTWISE = (optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam)
 
 
-class StructPruneCallback(TrainerCallback):
+class StructPruneCallback(TrainerCallback, ExportableState):
     """Prunes the model that a Trainer trains, at some of its steps, with its optimizer's state.
 
     Every checkpoint is an ordinary one of the width of its step. Where a run is resumed from one, the model takes the
@@ -49,9 +52,9 @@ class StructPruneCallback(TrainerCallback):
     Args:
         config: What to remove and how. Its `schedule` divides the removal over the steps; its `rounds` is the number
             of removals unless `every` is given.
-        start: The step after which the first units are removed; a number below 1 is a share of all steps.
+        start: The step after which the first units are removed; a float from 0.0 to 1.0 is a share of all steps.
         end: The step after which the last units are removed, or a share; None removes everything at `start`.
-        every: The number of steps from one removal to the next.
+        every: The number of steps from one removal to the next, none of which lies beyond `end`.
         calibration: `batches` scores units on the training text seen so far, `domains` on the domains of `config`.
         averages: Averages of the model's weights, such as an EMA in `torch.optim.swa_utils.AveragedModel`, which
             shrink with it. Others may be appended to the attribute while training.
@@ -80,6 +83,7 @@ class StructPruneCallback(TrainerCallback):
         self.steps: dict[int, Widths] = {}
         self.text = RecentText(config.num_samples, config.seq_length)
         self._dense: tuple[ArchSpec, Widths] | None = None
+        self._due: dict[int, Widths] = {}
         self._domains: list[Domain] = []
         self._hooks = ExitStack()
 
@@ -89,16 +93,10 @@ class StructPruneCallback(TrainerCallback):
         Raises:
             StructPruneError: If the model cannot be pruned as the config says.
         """
-        if model is None:
-            return
-        arch = describe(model, self.config.arch_file)
-        check(self.config, arch, model, TRAINER)
-        self._dense = arch, widths_of(self.config, arch, model)
-        self.plan = Plan(arch.model_type, {})
-        self._hooks.close()
-        self._hooks.enter_context(
-            before_load(model, lambda module, state: resize_(module, describe(module, self.config.arch_file), state))
-        )
+        if model is not None:
+            self._begin(model)
+            self._hooks.close()
+            self._hooks.enter_context(self.resizing(model))
 
     def on_train_begin(
         self, args, state, control, model=None, optimizer=None, processing_class=None, **kwargs
@@ -109,50 +107,93 @@ class StructPruneCallback(TrainerCallback):
             StructPruneError: If training is sharded, distributed or compiled, the optimizer's state cannot be cut, or
                 the steps do not fit into the run.
         """
-        _check_run(args, model, _inner(optimizer))
-        if self._dense is None:
-            self.on_init_end(args, state, control, model)
         self._hooks.close()
+        _check_run(args, model, _inner(optimizer))
+        if self._dense is None or state.global_step == 0:
+            self._begin(model)
+        earlier = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and isinstance(earlier, dict):
+            self.plan = Plan.from_dict(earlier["attributes"]["kept"])
         arch, widths = cast("tuple[ArchSpec, Widths]", self._dense)
         numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
         self.steps = dict(zip(numbers, _courses(self.config, arch, model.config, widths, len(numbers)), strict=True))
+        self._due = dict(self.steps)
         if self.calibration == "domains":
             vocab_size = model.config.get_text_config().vocab_size
             self._domains = load_domains(self.config, processing_class, vocab_size, model=model)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Watch the next batch, if it may be calibrated on."""
-        if self.calibration != "batches" or not any(step > state.global_step for step in self.steps):
-            return
-        self._hooks.callback(before_next_call(model, self.text.add_call).remove)
+        if self.calibration == "batches" and self._due:
+            self._hooks.callback(before_next_call(model, self.text.add_call).remove)
 
     on_substep_end = on_step_begin
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-        """Prune, if this is one of the steps."""
+        """Prune, if a removal is due. It is put off while training has not shown enough text for one sample."""
         self._hooks.close()
-        if state.global_step not in self.steps:
-            return
-        if self.prune_(model, _inner(optimizer), self.steps[state.global_step]):
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-            control.should_log = True
+        for step in [step for step in self._due if step <= state.global_step]:
+            if not self._domains and len(self.text) < self.config.seq_length:
+                if step == state.global_step:
+                    warnings.warn(f"The removal at step {step} is put off: {self.text.shortage()}", stacklevel=2)
+                return
+            if self.prune_(model, _inner(optimizer), self._due.pop(step)):
+                state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+                control.should_log = True
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, model=None, **kwargs) -> None:
-        """Put the number of parameters and the widths into what the Trainer logs."""
+        """Put the number of parameters and the widths into what the Trainer logs.
+
+        The dict of an evaluation, or of a whole training, is what the Trainer returns as metrics, which an objective
+        may sum up: it is left alone, and only the history has the values.
+        """
         arch = describe(model, self.config.arch_file)
         names = () if self._dense is None else self._dense[1]
         values: dict[str, float] = {
             f"structprune/width/{name}": fmean(space.width for space in arch.of(name)) for name in names
         }
         values["structprune/params"] = model.num_parameters()
-        for entry in (logs, state.log_history[-1] if state.log_history else None):
-            if entry is not None:
-                entry.update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
+        if logs is not None and "loss" in logs:
+            logs.update(values)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Take the hooks off and drop the text."""
+        """Take the hooks off, drop the text, and say what has not been removed."""
         self._hooks.close()
         self.text = RecentText(self.config.num_samples, self.config.seq_length)
+        if self._due and state.global_step < state.max_steps:
+            warnings.warn(
+                f"Training ended after step {state.global_step}, before the removals at step "
+                f"{', '.join(map(str, self._due))}: the model is wider than asked for.",
+                stacklevel=2,
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What checkpoints keep of the callback, see `ExportableState`: the config and the plan so far."""
+        schedule = {"start": self.start, "end": self.end, "every": self.every, "calibration": self.calibration}
+        kept = None if self.plan is None else self.plan.to_dict()
+        return {"args": {"config": self.config.to_dict(), **schedule}, "attributes": {"kept": kept}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> StructPruneCallback:
+        """A callback from what `state` gave."""
+        callback = cls(**{**state["args"], "config": StructPruneConfig.from_dict(state["args"]["config"])})
+        if (kept := state["attributes"]["kept"]) is not None:
+            callback.plan = Plan.from_dict(kept)
+        return callback
+
+    def resizing(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Inside `with`, a model takes the widths of every state dict that is loaded into it."""
+        return before_load(
+            model, lambda module, state: resize_(module, describe(module, self.config.arch_file), state)
+        )
+
+    def _begin(self, model: PreTrainedModel) -> None:
+        arch = describe(model, self.config.arch_file)
+        check(self.config, arch, model, TRAINER)
+        self._dense = arch, widths_of(self.config, arch, model)
+        self.plan = Plan(arch.model_type, {})
 
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:
         """Bring a model down to widths, and the optimizer's state and the averages with it.
@@ -224,11 +265,22 @@ class RecentText:
         tokens = torch.cat([torch.zeros(0, dtype=torch.long), *self._rows])
         samples = tokens[len(tokens) % self.seq_length :].view(-1, self.seq_length)[-self.num_samples :]
         if not len(samples):
-            raise StructPruneError(
-                f"Calibration takes at least one sample of seq_length={self.seq_length} tokens, but training has "
-                f"shown {len(tokens)} so far; start later, lower seq_length, or use calibration='domains'."
+            raise StructPruneError(self.shortage())
+        if len(samples) < self.num_samples:
+            warnings.warn(
+                f"Units are scored and refitted on {len(samples)} samples of {self.seq_length} tokens, all that "
+                f"training has shown, where num_samples={self.num_samples} were asked for; start later, or use "
+                "calibration='domains'.",
+                stacklevel=2,
             )
         return Domain("training", 1.0, samples, samples[:0])
+
+    def shortage(self) -> str:
+        """How much text there is and how much is needed, as a sentence."""
+        return (
+            f"calibration takes at least one sample of seq_length={self.seq_length} tokens, but training has shown "
+            f"{len(self)} so far; start later, lower seq_length, or use calibration='domains'."
+        )
 
 
 def removal_steps(
@@ -238,25 +290,39 @@ def removal_steps(
 
     Args:
         config: Its `rounds` is their number where `every` is None.
-        start: The first of them; a number below 1 is a share of all steps.
-        end: The last of them, or a share; None stands for `start`.
+        start: The first of them: a step, or a share of all steps from 0.0 to 1.0.
+        end: The last of them, likewise; None stands for `start`. With `every`, no step lies beyond it.
         every: The number of steps from one to the next.
         max_steps: The number of all steps.
 
     Raises:
-        StructPruneError: If the last of them lies behind the end of the training.
+        StructPruneError: If a number is not legal, `end` lies before `start` or behind the end of the training, or
+            `end` is given and everything would go at `start`.
     """
-    first, last = (
-        round(max_steps * at) if isinstance(at, float) and at < 1 else int(at)
-        for at in (start, start if end is None else end)
-    )
-    first = max(first, 1)
-    last = max(first, last)
+    first = max(_step_number("start", start, max_steps), 1)
+    last = first if end is None else _step_number("end", end, max_steps)
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise StructPruneError(f"every is a number of steps, 1 or more, got {every!r}.")
+    if last < first:
+        raise StructPruneError(f"end={end!r} is step {last}, before start={start!r}, step {first}; name a later step.")
     if last > max_steps:
         raise StructPruneError(f"The last units go after step {last}, but training has {max_steps} steps.")
-    count = (last - first) // every + 1 if every else config.rounds
-    count = min(count, last - first + 1)
+    if every is not None:
+        return list(range(first, last + 1, every))
+    if last > first and config.rounds == 1:
+        raise StructPruneError(
+            f"end={end!r} divides the removal over the steps {first} to {last}, and rounds=1 removes everything at "
+            "once; set rounds=4 or more, or every, or leave end out."
+        )
+    count = min(config.rounds, last - first + 1)
     return [first + round((last - first) * i / max(count - 1, 1)) for i in range(count)]
+
+
+def _step_number(name: str, at: int | float, max_steps: int) -> int:
+    number = isinstance(at, (int, float)) and not isinstance(at, bool)
+    if not number or at < 0 or (isinstance(at, float) and at > 1 and not at.is_integer()):
+        raise StructPruneError(f"{name} is a step, or a share of all steps from 0.0 to 1.0, got {at!r}.")
+    return round(max_steps * at) if isinstance(at, float) and at <= 1 else int(at)
 
 
 def attach_pruner(
@@ -274,9 +340,34 @@ def attach_pruner(
         The callback.
     """
     callback = StructPruneCallback(config, start, **schedule)
-    callback.on_init_end(trainer.args, trainer.state, trainer.control, cast("PreTrainedModel", trainer.model))
+    if trainer.model is not None:
+        callback.on_init_end(trainer.args, trainer.state, trainer.control, cast("PreTrainedModel", trainer.model))
+        callback.on_train_end(trainer.args, trainer.state, trainer.control)  # `train` below has the hook instead
     trainer.callback_handler.callbacks.insert(0, callback)
+    train, model_init = trainer.train, trainer.model_init
+
+    @wraps(train)
+    def resizing_train(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(callback.resizing(cast("PreTrainedModel", trainer.model)))
+            if model_init is not None:
+                # `train` makes a new model before it loads a checkpoint.
+                trainer.model_init = _resizing_init(model_init, callback, stack)
+                stack.callback(setattr, trainer, "model_init", model_init)
+            return train(*args, **kwargs)
+
+    trainer.train = resizing_train  # type: ignore[method-assign]
     return callback
+
+
+def _resizing_init(model_init: Callable[..., Any], callback: StructPruneCallback, stack: ExitStack) -> Any:
+    @wraps(model_init)
+    def init(*args: Any) -> Any:
+        model = model_init(*args)
+        stack.enter_context(callback.resizing(model))
+        return model
+
+    return init
 
 
 def _courses(

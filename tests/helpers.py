@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -15,6 +16,10 @@ from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.calibration.passes import ModelPasses, batches_of
 from optimum_structprune.domains.load import load_domains
+from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.pruning.removers import take_
+from optimum_structprune.pruning.run import Run
+from optimum_structprune.pruning.steps import steps
 from optimum_structprune.surgery.consumers import read_consumer, units_to_columns, write_consumer_
 from optimum_structprune.surgery.cut import adopt_config_, shrink_layer_
 from optimum_structprune.surgery.plan import Plan
@@ -26,13 +31,40 @@ def logits(model):
 
 
 def same_weights(left, right) -> bool:
+    """Bit for bit, where a NaN equals a NaN."""
     mine, theirs = left.state_dict(), right.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    return mine.keys() == theirs.keys() and all(
+        torch.equal(mine[name], theirs[name])
+        or (mine[name].shape == theirs[name].shape and torch.allclose(mine[name], theirs[name], 0, 0, equal_nan=True))
+        for name in mine
+    )
 
 
 def whole_passes(model, arch, batches, clock=None, error_feedback=0.0) -> ModelPasses:
     """In the place of `passes_over`: the fallback, whatever the model allows."""
     return ModelPasses(model, arch, batches, clock)
+
+
+def evidence_of(settings, domains=None, run_passes=None) -> Evidence:
+    """What a run on the CPU knows of `domains`, by default those of a config in tokens of the tests' own tokenizer."""
+    domains = load_domains(settings, tokenizer()) if domains is None else domains
+    evidence = Evidence.of(settings, domains, torch.device("cpu"))
+    return evidence if run_passes is None else replace(evidence, run_passes=run_passes)
+
+
+def pruned_on(evidence, model, widths) -> Run:
+    """The finished run that brings a copy of a model to `widths` on given evidence."""
+    with Run(evidence.config, deepcopy(model), evidence) as run:
+        arch = run.arch
+        for step in steps(evidence.config, arch, run.model.config, widths):
+            take_(run, step)
+        run.finish(arch)
+    return run
+
+
+def modes(model: nn.Module) -> dict[str, bool]:
+    """Which modules of a model are in training mode."""
+    return {name: module.training for name, module in model.named_modules()}
 
 
 def count_hooks(model: nn.Module) -> int:
@@ -101,7 +133,7 @@ def silence(model, space, keep):
 
 
 def free_spaces(arch):
-    """Kinds of space whose width may differ and that several blocks have."""
+    """Kinds of space whose width may differ and that several layers have."""
     return [
         name
         for name in arch.names

@@ -1,9 +1,10 @@
-"""Every snippet in the README and the docs runs."""
+"""Every snippet in the README and the docs runs, and every command in them takes the flags that it is given."""
 
 import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,16 @@ from optimum_structprune.domains.builtin import builtin_documents
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BIN = Path(sys.executable).parent
 
 
-def snippets(language: str):
-    for page in PAGES:
-        for number, match in enumerate(re.finditer(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)):
-            yield pytest.param(page, match[1], id=f"{page.name}-{number}")
+def snippets(language: str) -> list:
+    return [
+        pytest.param(page, match[1], id=f"{page.name}-{number}")
+        for page in PAGES
+        for number, match in enumerate(re.finditer(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,34 @@ def desk(tmp_path_factory):
     return folder
 
 
+@cache
+def help_of(*command: str) -> str:
+    """What a Python script of the repository, and the command of it that is named, says with --help."""
+    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def unknown_flags(words: list[str]) -> list[str]:
+    """The flags of a line `python SCRIPT …` that the script does not have."""
+    script, arguments = words[1], words[2:]
+    command = arguments[:1] if arguments and f"{{{arguments[0]}," in help_of(script).replace("}", ",") else []
+    known = re.findall(r"--[\w-]+", help_of(script, *command))
+    return [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in known]
+
+
+def cells_without_a_run(words: list[str]) -> list[str]:
+    """The cells that a line of `benchmark_domains.py` names and the script does not have."""
+    if "--cells" not in words:
+        return []
+    listed = subprocess.run(
+        [sys.executable, *words[1:], "--list"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    named = words[words.index("--cells") + 1 :]
+    named = named[: next((number for number, word in enumerate(named) if word.startswith("--")), len(named))]
+    return [name for name in named if name not in listed]
+
+
 @pytest.mark.parametrize(("page", "code"), snippets("python"))
 def test_python(page, code, desk, monkeypatch):
     monkeypatch.chdir(desk)
@@ -59,10 +90,25 @@ def test_bash(page, code, desk):
         elif words and (BIN / words[0]).exists() and words[0] not in ("python", "pip"):
             done = subprocess.run([BIN / words[0], *words[1:]], cwd=desk, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
+        elif words and words[:2] == ["python", "-m"]:
+            done = subprocess.run([BIN / "python", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0 and done.stdout, f"{line}\n{done.stderr}"
         elif words and words[0] == "python":
-            assert (ROOT / words[1]).exists(), f"{words[1]} does not exist"
+            assert not unknown_flags(words), line
+            if words[1].endswith("benchmark_domains.py"):
+                assert not cells_without_a_run(words), line
         elif words:
             raise AssertionError(f"{page.name}: nothing checks {line!r}")
+
+
+def test_python_lines_inside_sentences_take_their_flags():
+    """Commands that stand in a sentence, where nothing runs them."""
+    for page in PAGES:
+        for line in re.findall(r"`((?:\w+=\w+ )?(?:python|bash) examples/[^`]*)`", page.read_text()):
+            words = shlex.split(line)
+            words = words[1:] if "=" in words[0] else words
+            script = ["python", "examples/prune_and_recover.py"] if words[0] == "bash" else words[:2]
+            assert (ROOT / words[1]).exists() and not unknown_flags([*script, *words[2:]]), f"{page.name}: {line}"
 
 
 @pytest.mark.parametrize(("page", "text"), snippets("yaml"))
@@ -72,8 +118,17 @@ def test_yaml(page, text):
 
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", page.read_text()):
+            other = page.parent / target if target else page
+            assert target.startswith("http") or other.exists(), f"{page.name}: {target}"
+            if anchor and not target.startswith("http"):
+                assert anchor[1:] in anchors(other), f"{page.name}: {target}{anchor}"
+
+
+def anchors(page: Path) -> list[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_every_public_name_is_documented():
@@ -81,3 +136,11 @@ def test_every_public_name_is_documented():
 
     text = "\n".join(page.read_text() for page in PAGES)
     assert [name for name in optimum_structprune.__all__ if name not in text] == []
+
+
+def test_every_option_is_documented():
+    """Each field of the config stands in a page, apart from those whose name says it all."""
+    from dataclasses import fields
+
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert [field.name for field in fields(StructPruneConfig) if not re.search(rf"\b{field.name}\b", text)] == []

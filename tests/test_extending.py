@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from models import build, documents, tokenizer
 from transformers import AutoModelForCausalLM
+
+from optimum_structprune import StructPruneConfig
+from optimum_structprune.pruning.measure import Measure
 
 
 ROOT = Path(__file__).parents[1]
@@ -71,3 +75,18 @@ def test_a_third_partys_classes_on_the_command_line(installed, tmp_path):
     assert (made["method"], made["criterion"]) == ("careful", "redundancy")
     wrong = call("--criterion", "redundance", "--overwrite")
     assert wrong.returncode == 2 and "Did you mean 'redundancy'" in wrong.stderr
+
+
+def test_the_pruner_of_the_page_stops_early_and_leaves_an_ordinary_model(tmp_path, monkeypatch):
+    names = {}
+    exec(re.sub(r"^@register.*\n", "", CODE[1], flags=re.MULTILINE), names)
+    config = StructPruneConfig(widths={"mlp": 24}, num_samples=6, seq_length=24)
+    ratios = iter([1.0, 1.5, 3.0, 3.0])
+    monkeypatch.setattr(Measure, "ratios", lambda self, model: {"a": next(ratios)})
+    pruner = names["Careful"](config)
+    pruned = pruner.prune_model(build("llama-tied"), inputs={"a": torch.randint(64, (8, 24))})
+    # After two of four geometric steps from 40 to 24.
+    assert pruned.config.intermediate_size == pruner.report.widths["mlp"][0] == 31
+    assert pruner.report.perplexity["a"]["after"] > 0
+    pruner.save(pruned, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 31

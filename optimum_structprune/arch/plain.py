@@ -1,4 +1,4 @@
-"""Checks of a model before it is pruned: adapters, quantization, offloaded weights and the number of positions."""
+"""Models whose weights are not plain parameters: adapters, quantization, and weights that are offloaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from .meta import skeleton
 
@@ -22,29 +21,21 @@ MERGE_INJECTED = (
 )
 
 
-def check_model(model: PreTrainedModel, config: StructPruneConfig) -> None:
-    """Refuse a model that cannot be pruned.
+def check_plain(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights are not its own parameters in memory. A quantized model passes, see `dequantized`.
 
-    Args:
-        model: The model.
-        config: The config of the run, for the length of its samples.
+    It is to be called before the model is described, because an adapter changes the names of the parameters.
 
     Raises:
-        StructPruneError: If the model carries an adapter, is quantized, has offloaded weights, or has fewer positions
-            than a sample has tokens.
+        StructPruneError: If the model carries an adapter or has offloaded weights.
     """
     check_no_adapter(model)
-    name = type(model).__name__
-    if is_quantized(model):
-        raise StructPruneError(f"{name} is quantized; prune `model.dequantize()`, or load it without quantization.")
     if offloaded := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise StructPruneError(
-            f"{len(offloaded)} parameters of this {name} are offloaded, such as {offloaded[0]}, and pruning needs all "
-            "of them in memory; load the model without offloading, on the CPU or over several devices."
+            f"{len(offloaded)} parameters of this {type(model).__name__} are offloaded, such as {offloaded[0]}, and "
+            "pruning needs all of them in memory; load the model without offloading, on the CPU or over several "
+            "devices."
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if config.stats is None and longest is not None and config.seq_length > longest:
-        raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
 
 
 def check_no_adapter(model: PreTrainedModel) -> None:

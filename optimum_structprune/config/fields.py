@@ -1,6 +1,7 @@
 """What every config is made of: strict fields, plain values in and out, and the domain that several of them name."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,7 +20,10 @@ from ..registry import did_you_mean
 
 T = TypeVar("T", bound=type)
 # `strict` would refuse 1 where 1.0 is meant; to a type checker an int is a float already.
-Number = float if TYPE_CHECKING else float | int
+if TYPE_CHECKING:
+    Number = float
+else:
+    Number = float | int
 
 
 def _range(allowed: Callable[[float], bool], what: str) -> Callable[[Any], None]:
@@ -157,27 +161,48 @@ def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
     return data
 
 
+# More values than this, with aliases written out, are taken for an attack on the memory.
+MOST_NODES = 100_000
+
+
+class PlainLoader(yaml.SafeLoader):
+    """Loads plain values only, and reads numbers as YAML 1.2 does: `1e-4` is a number, which PyYAML takes for text."""
+
+
+PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def parse_yaml(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        yaml.YAMLError: If it is not YAML, asks for more than plain values, or has a key twice in a mapping, which YAML
-            forbids and PyYAML lets pass.
+        yaml.YAMLError: If it is not YAML, asks for more than plain values, is nested too deeply, stands for too many
+            values, or has a key twice in a mapping, which YAML forbids and PyYAML lets pass.
     """
-    _refuse_twins(yaml.compose(text, Loader=yaml.SafeLoader))
-    return yaml.safe_load(text)
+    try:
+        node = yaml.compose(text, Loader=PlainLoader)
+        if node is not None and _size(node, {}) > MOST_NODES:
+            raise yaml.YAMLError(f"it stands for more than {MOST_NODES:,} values once its aliases are written out")
+        return yaml.load(text, PlainLoader)  # a safe loader
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
 
 
-def _refuse_twins(node: yaml.Node | None) -> None:
-    if isinstance(node, yaml.MappingNode):
-        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for name, count in names.items():
-            if count > 1:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {name!r} stands {count} times", problem_mark=node.start_mark
-                )
-        for _, value in node.value:
-            _refuse_twins(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_twins(value)
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """The number of values that a node stands for; no mapping in it may have a key twice."""
+    if id(node) not in sizes:
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            for name, count in names.items():
+                if count > 1:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {name!r} stands {count} times", problem_mark=node.start_mark
+                    )
+            children = [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        sizes[id(node)] = 1 + sum(_size(child, sizes) for child in children)
+    return sizes[id(node)]

@@ -144,7 +144,7 @@ class Rounds:
     def _save_model(self, widths: Widths) -> None:
         copy, plan = deepcopy(self.run.model), self.sweep.plan
         shrink_(copy, self.arch, plan, widths, self.biased)
-        config = replace(self.config, sparsity=None, budget=None, widths=dict(widths))
+        config = replace(self.config, sparsity=None, budget=None, widths={**widths})
 
         def write(staging: Path) -> None:
             config.save_pretrained(staging)

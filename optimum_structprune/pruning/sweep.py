@@ -16,6 +16,7 @@ from ..calibration.passes import Passes
 from ..criteria import CRITERIA, Criterion
 from ..criteria.aggregate import standardised
 from ..criteria.mixture import Mixture
+from ..errors import StructPruneError
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.cut import shrink_layer_
 from ..surgery.plan import Plan, best_units
@@ -198,4 +199,11 @@ class Sweep:
         if len(units) * axis.per_unit < weight.shape[1]:
             columns = units_to_columns(units, axis, weight.device)
             weight, moments = weight[:, columns], [of_domain.select(columns) for of_domain in moments]
-        return mixture.scores(criterion, weight, moments, axis.per_unit)
+        scores = mixture.scores(criterion, weight, moments, axis.per_unit)
+        if scores.shape != (len(units),) or not torch.isfinite(scores).all():
+            kind = f"the shape {tuple(scores.shape)}" if scores.shape != (len(units),) else "NaN or infinite values"
+            raise StructPruneError(
+                f"The criterion {self.config.scored_by!r} has to give {len(units)} finite scores, one per unit, at "
+                f"{axis.module}; it gives {kind}."
+            )
+        return scores

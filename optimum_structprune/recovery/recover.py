@@ -7,12 +7,10 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 
@@ -28,7 +26,7 @@ from .adapter import check_adapter, fresh_adapter, lora_config
 from .checks import check_recovery
 from .teacher import TeacherLogits, TrainingSamples, check_teacher, load_teacher, write_teacher_logits
 from .text import part_rows, samples_of, training_text
-from .trainer import DistillTrainer, NotFiniteError, last_checkpoint, training_arguments
+from .trainer import DistillTrainer, last_checkpoint, train_adapter_, training_arguments
 
 
 if TYPE_CHECKING:
@@ -88,7 +86,7 @@ class Recovery:
         # pruning has kept it.
         domains = training_text(config, self.pruning, tokenizer, teacher or model, self.parts)
         text = samples_of(domains)
-        report, ppl = RecoveryReport(), {}
+        ppl = {}
         if logits is not None:
             logits.check(text, config, model.config.get_text_config().vocab_size)
             ppl["dense"] = logits.index["perplexity"]
@@ -101,7 +99,8 @@ class Recovery:
             arguments = training_arguments(config, seed, on_cpu, scratch, self.part, self.parts)
             checkpoint = last_checkpoint(arguments.output_dir) if resume else None
             with fresh_adapter(model, lora_config(config), seed) as adapted:
-                self._train(DistillTrainer(adapted, arguments, samples, config, teacher), checkpoint, report)
+                trainer = DistillTrainer(adapted, arguments, samples, config, teacher)
+                report = train_adapter_(trainer, self.callbacks, checkpoint)
         recovered = adapted.merge_and_unload() if config.merge else adapted
         ppl["recovered"] = _perplexities(recovered, domains)
         report.perplexity = {domain.name: {when: ppl[when][domain.name] for when in ppl} for domain in domains}
@@ -193,28 +192,6 @@ class Recovery:
         teacher = load_teacher(teacher, model.dtype, model.device, trust_remote_code)
         check_teacher(teacher, model, bool(config.hidden_weight))
         return teacher, None
-
-    def _train(self, trainer: DistillTrainer, checkpoint: str | None, report: RecoveryReport) -> None:
-        for callback in self.callbacks:
-            trainer.add_callback(callback)
-        if checkpoint is not None:
-            check_adapter(cast("PeftModel", trainer.model), checkpoint)
-        start = perf_counter()
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-            trainer.check_weights()
-        except (OSError, SafetensorError) as error:
-            raise StructPruneError(
-                f"Training stopped at step {trainer.state.global_step} because a checkpoint could not be written: "
-                f"{error}. The model is as it was; resuming goes on from the last whole checkpoint."
-            ) from error
-        except NotFiniteError as error:
-            if not trainer.restore_finite_():
-                raise
-            report.stopped = f"{error} Training stopped there, and the last good weights were kept."
-        report.seconds = perf_counter() - start
-        report.steps = trainer.state.global_step
-        report.tokens = int(trainer.state.num_input_tokens_seen)
 
 
 def recover(

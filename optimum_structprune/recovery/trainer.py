@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -17,6 +20,8 @@ from ..config.recovery import TRAINING, RecoveryConfig
 from ..errors import StructPruneError
 from ..forward.divergence import divergence, divergence_from_likeliest, hidden_distance
 from ..forward.metrics import evaluating, input_device
+from ..saving.report import RecoveryReport
+from .adapter import check_adapter
 from .teacher import LOG_PROBABILITIES, TOKENS
 
 
@@ -198,3 +203,46 @@ class DistillTrainer(Trainer):
             raise NotFiniteError(
                 f"The loss of step {self.state.global_step + 1} is {float(loss.detach()):g}; {ADVICE}"
             )
+
+
+def train_adapter_(
+    trainer: DistillTrainer, callbacks: Iterable[TrainerCallback] = (), checkpoint: str | None = None
+) -> RecoveryReport:
+    """Train until the end, or until the last step whose loss was finite.
+
+    Args:
+        trainer: The trainer of the adapter.
+        callbacks: Further callbacks.
+        checkpoint: The folder of the checkpoint to go on from; None starts anew.
+
+    Returns:
+        What the training cost, and why it stopped if it did.
+
+    Raises:
+        StructPruneError: If the checkpoint belongs to another model, or a checkpoint cannot be written.
+        NotFiniteError: If no loss was finite.
+    """
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    if checkpoint is not None:
+        check_adapter(cast("PeftModel", trainer.model), checkpoint)
+    stopped = ""
+    start = perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.check_weights()
+    except (OSError, SafetensorError) as error:
+        raise StructPruneError(
+            f"Training stopped at step {trainer.state.global_step} because a checkpoint could not be written: "
+            f"{error}. The model is as it was; resuming goes on from the last complete checkpoint."
+        ) from error
+    except NotFiniteError as error:
+        if not trainer.restore_finite_():
+            raise
+        stopped = f"{error} Training stopped there, and the last good weights were kept."
+    return RecoveryReport(
+        tokens=int(trainer.state.num_input_tokens_seen),
+        steps=trainer.state.global_step,
+        seconds=perf_counter() - start,
+        stopped=stopped,
+    )

@@ -13,7 +13,7 @@ from ..arch.load import describe
 from ..errors import StructPruneError
 from ..surgery.resize import pad_
 from .hub import RECORDS, REPORT_NAME, check_reload, save_checked
-from .staging import check_target
+from .target import EXPORT_NAME, check_target
 
 
 if TYPE_CHECKING:
@@ -60,13 +60,15 @@ def export_uniform(
         model: A non-uniform model; it is left as it is.
         save_directory: The folder to write to; it is made if need be.
         tokenizer: The tokenizer to save beside the model.
-        overwrite: Whether a folder that exists is replaced.
+        overwrite: Whether a folder that exists is replaced; the one that `model` was loaded from never is.
         arch_file: A YAML file that describes architectures of your own, in the form of `families.yaml`.
 
     Raises:
-        StructPruneError: If the model is uniform already, the folder exists, or the saved model gives other outputs.
+        StructPruneError: If the model is uniform already, the folder exists and may not be replaced, or the saved
+            model gives other outputs.
     """
-    check_target(save_directory, overwrite)
+    used = [model.name_or_path, arch_file]
+    check_target(save_directory, overwrite, used)
     if not model.config.is_heterogeneous:
         raise StructPruneError(f"All layers of this {model.config.model_type} model have the same width already.")
     dense = _dense_parameters(model.name_or_path)
@@ -77,9 +79,15 @@ def export_uniform(
         for name in RECORDS:
             if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
                 shutil.copyfile(record, folder / name)
+        # By this record the folder is known as a result, and may be replaced.
+        parameters = {"before": padding.before, "after": padding.after}
+        (folder / EXPORT_NAME).write_text(json.dumps({"form": "uniform", "parameters": parameters}, indent=2) + "\n")
 
-    save_checked(padded, save_directory, tokenizer, overwrite, write, lambda _, folder: check_reload(model, folder))
-    return Padding(model.num_parameters(), padded.num_parameters(), dense)
+    padding = Padding(model.num_parameters(), padded.num_parameters(), dense)
+    save_checked(
+        padded, save_directory, tokenizer, overwrite, write, lambda _, folder: check_reload(model, folder), used
+    )
+    return padding
 
 
 def _dense_parameters(folder: str | None) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, outputs_of, run_model
 from ..surgery.plan import Plan
+from .ranks import on_first_rank
 from .report import Report
-from .staging import check_target, staged
+from .staging import staged_alone
+from .target import check_target, model_bytes, probe_target, used_paths
 
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ PLAN_NAME = "pruning_plan.json"
 REPORT_NAME = "report.json"
 # What a pruning leaves beside its model.
 RECORDS = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
+# The files that may name code, see `forget_code`.
+CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 # How far the outputs of the reloaded model may be off: by so much, or by so many steps of the dtype.
 TOLERANCE = 1e-4
 STEPS = 4
@@ -46,11 +51,14 @@ def save_pruned(
 ) -> None:
     """Save a pruned model with its config, plan, report, manifest and tokenizer; see `save_checked`.
 
+    The folder that the dense model was loaded from is never replaced, and nor is what the config names.
+
     Raises:
-        StructPruneError: If the folder exists, nothing was pruned, the plan is of another model, or the saved model
-            does not come back the same.
+        StructPruneError: If the folder exists and may not be replaced, nothing was pruned, the plan is of another
+            model, or the saved model does not come back the same.
     """
-    check_target(save_directory, overwrite)
+    used = [model.name_or_path, *used_paths(config)]
+    check_target(save_directory, overwrite, used)
     if plan is None or report is None:
         raise StructPruneError("There is nothing to save: call prune_model first.")
     check_pruned(plan, describe(model, config.arch_file))
@@ -62,7 +70,7 @@ def save_pruned(
         if manifest is not None:
             manifest.save(folder / MANIFEST_NAME)
 
-    save_checked(model, save_directory, tokenizer, overwrite, write, check_reload)
+    save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, used)
 
 
 def check_pruned(plan: Plan, arch: ArchSpec) -> None:
@@ -108,31 +116,77 @@ def save_checked(
     overwrite: bool,
     write: Callable[[Path], None],
     check: Callable[[Any, Path], Any],
+    used: Iterable[str | Path | None] = (),
 ) -> None:
     """Save a model, and make the folder appear only once it has been read back.
 
     Everything is written to a temporary folder beside the target, reloaded and compared, and then moved into place, so
-    that a failure leaves whatever was there before.
+    that a failure leaves whatever was there before. Of several processes, the first one saves, and the others wait for
+    it and fail if it fails.
 
     Args:
         model: The model to save.
         save_directory: The folder to write to; it is made if need be.
         tokenizer: The tokenizer to save beside the model.
-        overwrite: Whether a folder that exists is replaced.
+        overwrite: Whether a folder that exists is replaced, see `check_target`.
         write: A function that puts further files into the folder.
         check: A function that holds the folder against the model and raises where they differ.
+        used: The files and folders that the run reads, which are never replaced.
 
     Raises:
-        StructPruneError: If the folder exists, something cannot be written, or the saved model does not come back the
-            same.
+        StructPruneError: If the folder exists and may not be replaced, there is too little room, something cannot be
+            written, or the saved model does not come back the same.
     """
-    with staged(save_directory, overwrite) as staging:
-        with heterogeneous():
-            model.save_pretrained(str(staging))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        write(staging)
-        check(model, staging)
+
+    def save() -> None:
+        check_target(save_directory, overwrite, used)
+        probe_target(save_directory, _saved_bytes(model))
+        with staged_alone(save_directory, overwrite, used) as staging:
+            with heterogeneous():
+                model.save_pretrained(str(staging))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+            for name in CONFIGS:
+                forget_code(staging / name)
+            write(staging)
+            check(model, staging)
+
+    on_first_rank(save_directory, save)
+
+
+def _saved_bytes(model: PreTrainedModel | PeftModel) -> int:
+    """The size of what `save_pretrained` writes; nothing is said of an adapter, which is small."""
+    return 0 if hasattr(model, "peft_config") else model_bytes(model)
+
+
+def forget_code(path: Path) -> None:
+    """Take out of a saved config what names code in its own folder that is not there.
+
+    Such an `auto_map` comes from the folder that the model was loaded from, whose code is not copied where the model
+    was loaded with the classes of transformers. Code in a repository of the Hub, `owner/name--module.Class`, stays.
+
+    Args:
+        path: The file of the config; where there is none, nothing happens.
+    """
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text())
+    named = config.get("auto_map")
+    if not isinstance(named, dict):
+        return
+
+    def there(reference: Any) -> bool:
+        references = reference if isinstance(reference, list) else [reference]
+        return all(
+            one is None or "--" in one or (path.parent / f"{one.rpartition('.')[0]}.py").is_file()
+            for one in references
+        )
+
+    kept = {name: reference for name, reference in named.items() if there(reference)}
+    if kept == named:
+        return
+    config = {**config, "auto_map": kept} if kept else {key: config[key] for key in config if key != "auto_map"}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @torch.no_grad()

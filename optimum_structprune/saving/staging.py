@@ -4,55 +4,84 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ..errors import StructPruneError
+from .ranks import is_alone, is_first_rank, reporter
+from .target import check_target as check_target
+from .target import probe_target as probe_target
+from .target import used_paths as used_paths
+
+
+# What the errors of libraries that could not write a file say: torch's, and that of tokenizers.
+WRITING = ("inline_container.cc", "PytorchStreamWriter", "(os error ")
 
 
 @contextmanager
-def staged(folder: str | Path, overwrite: bool) -> Iterator[Path]:
+def staged(folder: str | Path, overwrite: bool, used: Iterable[str | Path | None] = ()) -> Iterator[Path]:
     """Give a temporary folder beside the target, and move it into place if everything inside `with` goes well.
+
+    Of several processes, all do what is inside `with`, and that of the first one is kept; the others wait for it and
+    fail if it fails.
 
     Args:
         folder: The target; folders above it are made if need be.
-        overwrite: Whether a folder that exists is replaced.
+        overwrite: Whether a folder that exists is replaced, see `check_target`.
+        used: The files and folders that the run reads, which are never replaced.
 
     Raises:
-        StructPruneError: If the folder exists, or something cannot be written; what was there before stays.
+        StructPruneError: If the folder exists and may not be replaced, or something cannot be written; what was there
+            before stays.
     """
+    if is_alone():
+        with staged_alone(folder, overwrite, used) as staging:
+            yield staging
+        return
+    outcome = reporter(folder)
+    if is_first_rank():
+        with outcome, staged_alone(folder, overwrite, used) as staging:
+            yield staging
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
+    outcome.wait()
+
+
+@contextmanager
+def staged_alone(folder: str | Path, overwrite: bool, used: Iterable[str | Path | None] = ()) -> Iterator[Path]:
+    """`staged` for a process that others may be waiting for."""
     target = Path(folder).resolve()  # a link keeps pointing to the folder
-    check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    check_target(target, overwrite, used)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise StructPruneError(f"{target} cannot be written: {error.strerror or error}.") from error
     try:
         yield staging
         staging.chmod(0o755)
         _swap(staging, target)
-    except (OSError, SafetensorError) as error:
-        raise StructPruneError(f"{target} could not be written, and what was there is as it was: {error}") from error
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise StructPruneError(f"{target} could not be written, and what was there is as it was: {reason}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_target(target: str | Path, overwrite: bool) -> None:
-    """Refuse a folder that must not be written to.
+def is_write_error(error: BaseException) -> bool:
+    """Whether an error says that a file could not be written, whichever library raised it.
 
-    Args:
-        target: The folder.
-        overwrite: Whether a folder that exists may be replaced.
-
-    Raises:
-        StructPruneError: If the folder is not empty and `overwrite` is off, or the target is a file.
+    Torch raises a bare `RuntimeError` and tokenizers a bare `Exception`, which their words tell from others.
     """
-    target = Path(target)
-    if target.is_file():
-        raise StructPruneError(f"{target} is a file; name a folder.")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise StructPruneError(f"The folder {target} exists and is not empty; choose another or allow overwriting.")
+    if isinstance(error, (OSError, SafetensorError)):
+        return True
+    return type(error) in (RuntimeError, Exception) and any(words in str(error) for words in WRITING)
 
 
 def _swap(staging: Path, target: Path) -> None:
@@ -69,4 +98,5 @@ def _swap(staging: Path, target: Path) -> None:
         else:
             former.rename(target)
         raise
-    shutil.rmtree(former)
+    # The new folder is in place, so whatever cannot be removed of the former one is no failure.
+    shutil.rmtree(former, ignore_errors=True)

@@ -120,7 +120,7 @@ class Consumers:
             every = torch.arange(weight.shape[1], device=weight.device)
             write_consumer_(self.model, axis, every, weight, bias)
             if bias is None and _views(self.model, axis)[1] is not None:
-                self.model.get_submodule(axis.module).bias = None  # a refit had added it
+                self.model.get_submodule(axis.module).bias = None  # type: ignore[assignment]  # a refit had added it
 
 
 def _copied(values: Values, dtype: torch.dtype | None = None) -> Values:

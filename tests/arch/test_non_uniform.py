@@ -22,10 +22,9 @@ from optimum_structprune import (
     disable_heterogeneous,
     enable_heterogeneous,
     export_uniform,
-    heterogeneous,
     prune_model,
 )
-from optimum_structprune.arch import layer_init
+from optimum_structprune.arch import heterogeneous, layer_init
 from optimum_structprune.arch.families import BUILTIN, read_families
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
@@ -321,7 +320,11 @@ def test_shards_device_map_pipeline_and_saving_again(saved, tmp_path):
         assert name == "auto" or set(again.hf_device_map.values()) == {"cpu", "disk"}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
     again.save_pretrained(tmp_path / "again")
-    assert {path.name for path in (tmp_path / "again").iterdir()} >= {"config.json", "modeling_structprune.py", "layer_init.py"}
+    assert {path.name for path in (tmp_path / "again").iterdir()} >= {
+        "config.json",
+        "modeling_structprune.py",
+        "layer_init.py",
+    }
     remote = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     torch.testing.assert_close(logits(remote), logits(model), atol=1e-6, rtol=0)
     write = pipeline("text-generation", model=again, tokenizer=tokenizer())

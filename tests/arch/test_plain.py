@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from models import build, config, token_ids, tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner, prune_model
-from optimum_structprune.arch.plain import check_no_adapter
+from optimum_structprune.arch.plain import check_no_adapter, check_plain
 
 
 class Packed(nn.Linear):
@@ -75,9 +76,15 @@ def write_gguf(path):
     writer.add_vocab_size(96)
     rng = np.random.default_rng(0)
     shapes = {"token_embd": (96, 32), "output": (96, 32), "output_norm": (32,)}
-    block = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
-    block |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
-    shapes |= {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in block.items()}
+    layer_shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    layer_shapes |= {
+        "ffn_gate": (64, 32),
+        "ffn_up": (64, 32),
+        "ffn_down": (32, 64),
+        "attn_norm": (32,),
+        "ffn_norm": (32,),
+    }
+    shapes |= {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in layer_shapes.items()}
     for name, shape in shapes.items():
         values = rng.normal(size=shape).astype(np.float32) * 0.2
         if len(shape) == 1:
@@ -168,6 +175,18 @@ def test_a_model_pruned_and_reloaded_is_pruned_again(tmp_path):
     twice = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
     assert (twice.config.intermediate_size, twice.config.num_key_value_heads) == (16, 2)
     assert second.report.dense_widths == {"mlp": 32}
+
+
+def test_a_model_with_offloaded_weights_is_refused(tmp_path):
+    model = build("llama-untied")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = dispatch_model(model, device_map=places, main_device="cpu", offload_dir=str(tmp_path))
+    with pytest.raises(
+        StructPruneError, match=r"9 parameters of this LlamaForCausalLM are offloaded, such as model.layers.1"
+    ):
+        check_plain(model)
+    check_plain(build("llama-untied"))
 
 
 def missing_tensor(model):

@@ -4,15 +4,17 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers import masked, random_plan, shrunk
-from models import PRUNABLE, build, token_ids
+from models import PRUNABLE, build, config, token_ids, tokenizer
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import Plan, StructPruneError
-from optimum_structprune.arch.load import describe
+from optimum_structprune import Plan, StructPruneError, prune_model
+from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
-from optimum_structprune.surgery.cut import adopt_config_, shrink_layer_
+from optimum_structprune.surgery.cut import adopt_config_, rebuilding_, shrink_layer_, slice_tensors
 
 
 SPACES = [(case, name) for case in PRUNABLE for name in describe(build(case)).names]
@@ -48,9 +50,9 @@ def test_keeping_everything_changes_nothing(case):
     arch = describe(model)
     plan = Plan(arch.model_type, {(space.layer, space.name): tuple(range(space.size)) for space in arch.spaces})
     small = deepcopy(model)
-    smaller = skeleton(small, shrunk_config(model.config, arch, {}))
-    for layer in range(arch.num_layers):
-        shrink_layer_(small, arch, layer, plan, smaller)
+    with rebuilding_(small, shrunk_config(model.config, arch, {})) as smaller:
+        for layer in range(arch.num_layers):
+            shrink_layer_(small, arch, layer, plan, smaller)
     assert torch.equal(logits(small), logits(model))
 
 
@@ -102,3 +104,39 @@ def test_a_forgotten_tensor_is_named():
             shrunk_config(model.config, arch, {"mlp": 24}),
             skeleton(model, shrunk_config(model.config, arch, {"mlp": 24})),
         )
+
+
+def test_tensors_that_stack_matrices_lose_experts_and_their_channels_at_once():
+    model = build("mixtral")
+    arch = describe(model)
+    name = "model.layers.0.mlp.experts.down_proj"
+    plan = Plan("mixtral", {(0, "expert"): (1, 3), (0, "mlp/1"): (0, 5), (0, "mlp/3"): (2, 4)})
+    tensors = {name: model.state_dict()[name], "model.norm.weight": model.state_dict()["model.norm.weight"]}
+    sliced = slice_tensors(tensors, list(arch.at(0)), plan)
+    expected = torch.stack([tensors[name][1][:, [0, 5]], tensors[name][3][:, [2, 4]]])
+    assert torch.equal(sliced[name], expected) and sliced["model.norm.weight"] is tensors["model.norm.weight"]
+
+
+@pytest.mark.parametrize("widths", [{"mlp": 24, "attention": 2}, {"hidden": 24}, {"layer": 1}])
+def test_the_hooks_that_move_inputs_between_devices_stay(widths):
+    model = build("llama-untied")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu", "model.norm": "cpu"}
+    model = dispatch_model(model, device_map={**places, "model.rotary_emb": "cpu", "lm_head": "cpu"})
+    calls = []
+
+    class Counting(AlignDevicesHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return super().pre_forward(module, *args, **kwargs)
+
+    hooked = [*layer_list(model, describe(model)), model.model.layers[0].mlp.down_proj]
+    for module in hooked:
+        add_hook_to_module(module, Counting(execution_device="cpu"))
+    expected = prune_model(build("llama-untied"), config(widths=widths), tokenizer())
+    small = prune_model(model, config(widths=widths), tokenizer(), inplace=True)
+    layers = layer_list(small, describe(small))
+    assert all(hasattr(layer, "_hf_hook") for layer in layers)
+    calls.clear()
+    assert torch.equal(logits(small), logits(expected))
+    assert [module for module in calls if module in layers] == layers
+    assert all(module not in hooked for module in calls), "a layer that was replaced still runs"

@@ -8,10 +8,11 @@ from models import build, config, token_ids
 
 from optimum_structprune import StructPruneConfig, StructPruneError
 from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.spec import ArchSpec, Space
+from optimum_structprune.arch.spec import GROUP, ArchSpec, Space
 from optimum_structprune.criteria.aggregate import standardised
 from optimum_structprune.domains.load import Domain
-from optimum_structprune.pruning.evidence import dense_scores
+from optimum_structprune.pruning.choose import dense_scores
+from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.saving.report import Report
 from optimum_structprune.widths.allocation import ranked_widths, target_widths, widths_for_sparsity
 from optimum_structprune.widths.schedule import round_widths
@@ -21,7 +22,7 @@ def arch_of(layers: int, groups: int, group_cost: int, channels: int, channel_co
     spaces = []
     for layer in range(layers):
         heads = (("kv_heads", 1), ("heads", 2))
-        spaces.append(Space("attention", layer, groups, (), (), heads, (), group_cost))
+        spaces.append(Space("attention", layer, groups, (), (), heads, (), group_cost, unit=GROUP))
         spaces.append(Space("mlp", layer, channels, (), (), (("ffn", 1),), (), channel_cost))
     params = groups * group_cost + channels * channel_cost + 7
     return ArchSpec("toy", "layers", (params,) * layers, tuple(spaces))
@@ -222,9 +223,8 @@ def test_global_allocation_is_that_of_flap():
             expected[space.name][space.layer] -= 1
 
     fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1, min_width=0.01)
-    scores = dense_scores(
-        model, arch, fields, [Domain("a", 1.0, samples, samples[:0])], arch.names, Report("llama", "wanda")
-    )
+    evidence = Evidence.of(fields, [Domain("a", 1.0, samples, samples[:0])], model.device)
+    scores = dense_scores(model, arch, fields, evidence, arch.names, Report("llama", "flap"))
     every = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
     found = ranked_widths(fields, arch, every, scores)
     assert found["mlp"][0] != found["mlp"][1] and found["attention"] == expected["attention"]

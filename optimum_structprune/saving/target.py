@@ -1,0 +1,211 @@
+"""Where a result may go: what may be replaced there, and whether there is room."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import StructPruneError
+from .ranks import is_first_rank
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+EXPORT_NAME = "structprune_export.json"
+# Files that only this package writes, and fields that each of them has.
+MARKERS: Mapping[str, frozenset[str]] = {
+    "structprune_config.json": frozenset({"criterion", "refit"}),
+    "pruning_plan.json": frozenset({"model_type", "keep"}),
+    "recovery_config.json": frozenset({"tokens", "lora"}),
+    "statistics.json": frozenset({"model_type", "domains", "files"}),
+    "teacher_logits.json": frozenset({"top_k", "shards"}),
+    EXPORT_NAME: frozenset({"form"}),
+}
+# Files that this package, transformers and peft write into a result; whatever else lies there is the user's.
+WRITTEN = re.compile(
+    r".+\.(json|safetensors|jinja|model|py|gguf)|(vocab|merges)\.txt|\.gitattributes|training_args\.bin"
+)
+WRITTEN_FOLDERS = ("additional_chat_templates", "__pycache__", ".cache")
+CARD = "README.md"  # peft writes one beside an adapter
+ADAPTER = "adapter_config.json"
+NAMED = 3  # so many names in a message
+UNITS = ("bytes", "kB", "MB", "GB")
+
+
+def check_target(target: str | Path, overwrite: bool, used: Iterable[str | Path | None] = ()) -> None:
+    """Refuse a folder that must not be written to.
+
+    A folder that holds something is replaced only if this package wrote it: one of its own records is in it, and
+    nothing that the package does not write. It is never replaced if it is, holds or lies in what the run reads. Of
+    several processes, the first one decides.
+
+    Args:
+        target: The folder.
+        overwrite: Whether a folder that exists may be replaced.
+        used: The files and folders that the run reads, such as the model, its text and statistics. Names that are not
+            on the disk, such as ids of the Hub, and what is empty are passed over.
+
+    Raises:
+        StructPruneError: If the target is a file, or the folder is not empty and may not be replaced; the message says
+            what would be lost.
+    """
+    if not is_first_rank():
+        return
+    folder = Path(target).resolve()
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise StructPruneError(f"{target} is a file; name a folder.")
+        if not folder.exists() or not any(folder.iterdir()):
+            return
+        if not overwrite:
+            raise StructPruneError(
+                f"The folder {target} exists and is not empty; choose another or allow overwriting."
+            )
+        _check_replaceable(folder, used)
+    except OSError as error:
+        raise StructPruneError(f"{target} cannot be written to: {error}") from error
+
+
+def _check_replaceable(folder: Path, used: Iterable[str | Path | None]) -> None:
+    for name in used:
+        if name and (relation := _relation(folder, name)):
+            raise StructPruneError(
+                f"{folder} {relation} {name}, which this run reads, so it is not overwritten; {_lost(folder)}. "
+                "Name another output folder."
+            )
+    if not is_result(folder):
+        raise StructPruneError(
+            f"{folder} is no result of structprune, so it is not overwritten; {_lost(folder)}. Name another output "
+            "folder, or remove this one yourself."
+        )
+    if foreign := sorted(foreign_entries(folder)):
+        names = ", ".join(foreign[:NAMED]) + (f" and {len(foreign) - NAMED} more" if len(foreign) > NAMED else "")
+        raise StructPruneError(
+            f"{folder} holds what structprune did not write ({names}), so it is not overwritten; {_lost(folder)}. "
+            "Move it elsewhere, or name another output folder."
+        )
+
+
+def is_result(folder: Path) -> bool:
+    """Whether this package wrote a folder: it holds one of `MARKERS` with the fields that belong there."""
+    return any(fields <= _fields(folder / name) for name, fields in MARKERS.items())
+
+
+def foreign_entries(folder: Path) -> Iterator[str]:
+    """The names of what lies in a result and was not written with it.
+
+    Args:
+        folder: A result of this package.
+    """
+    adapter = (folder / ADAPTER).is_file()
+    for path in folder.iterdir():
+        if path.is_dir() and (path.is_symlink() or path.name not in WRITTEN_FOLDERS):
+            yield path.name
+        elif not path.is_dir() and not WRITTEN.fullmatch(path.name) and not (adapter and path.name == CARD):
+            yield path.name
+
+
+def used_paths(*configs: Any) -> list[str]:
+    """The files and folders that configs name, for `check_target`: text, statistics, checkpoints and the like.
+
+    Args:
+        configs: Configs of pruning or recovery; None is passed over.
+    """
+    names: list[Any] = []
+    for config in filter(None, configs):
+        names += [domain.source for domain in getattr(config, "domains", None) or ()]
+        names += [
+            getattr(config, name, None)
+            for name in ("stats", "checkpoint_dir", "teacher_logits", "arch_file", "presets_file")
+        ]
+        names += [(getattr(config, "training", None) or {}).get("output_dir")]
+        names += used_paths(getattr(config, "recovery", None))
+    paths = [os.path.expanduser(name) for name in names if isinstance(name, (str, Path))]
+    return [match for path in paths for match in (glob(path, recursive=True) if "*" in path else [path])]
+
+
+def probe_target(target: str | Path, need_bytes: int = 0) -> None:
+    """Refuse a folder that could not be written to the end, before work is done for it.
+
+    Args:
+        target: The folder; it need not exist, nor those above it.
+        need_bytes: The size of what will be written. A folder that is replaced is kept until then.
+
+    Raises:
+        StructPruneError: If a file is in the way, nothing can be written there, the folder is a file system of its own
+            and so cannot be moved into place, or there is too little room; the message gives both numbers.
+    """
+    if not is_first_rank():
+        return
+    folder = Path(target).resolve()
+    try:
+        if os.path.ismount(folder):
+            raise StructPruneError(
+                f"{target} is where a file system is mounted, so it cannot be replaced in one step; name a folder "
+                "inside it."
+            )
+        parent = next(path for path in folder.parents if path.exists())
+        if not parent.is_dir():
+            raise StructPruneError(f"{target} cannot be made: {parent} is a file; name another output folder.")
+        Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent)).rmdir()
+        free = shutil.disk_usage(parent).free
+    except OSError as error:
+        raise StructPruneError(f"{target} cannot be written: {error.strerror or error}.") from error
+    if need_bytes > free:
+        raise StructPruneError(
+            f"{target} takes about {_size(need_bytes)}, and {parent} has {_size(free)} left; name another output "
+            "folder, or make room."
+        )
+
+
+def model_bytes(model: nn.Module) -> int:
+    """The size of a model's weights on the disk; what several names share counts once."""
+    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _fields(path: Path) -> set[str]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    return set(data) if isinstance(data, dict) else set()
+
+
+def _relation(folder: Path, name: str | Path) -> str:
+    """How a folder lies to something that is read: it `is`, `holds` or `lies in` it; empty if it does neither."""
+    try:
+        written = Path(os.path.abspath(os.path.expanduser(name)))
+        if not written.exists():
+            return ""
+        # A link counts at its own place too: with the folder it would go.
+        for path in (written.resolve(), written):
+            if path == folder:
+                return "is"
+            if folder in path.parents:
+                return "holds"
+            if path in folder.parents and path != Path(path.anchor):
+                return "lies in"
+    except (OSError, ValueError, RuntimeError):  # a text that is no path
+        pass
+    return ""
+
+
+def _lost(folder: Path) -> str:
+    """What a folder holds, in words."""
+    files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    size = sum(path.lstat().st_size for path in files)
+    return f"{len(files):,} file{'' if len(files) == 1 else 's'} ({_size(size)}) would be lost"
+
+
+def _size(size: int) -> str:
+    power = min((len(str(size)) - 1) // 3, len(UNITS) - 1)
+    return f"{size:,} {UNITS[0]}" if power == 0 else f"{size / 1000**power:,.1f} {UNITS[power]}"
