@@ -2,7 +2,7 @@
 
     python examples/benchmark_cost.py MODEL [--width mlp=1152] [--num-samples 36] [--allocation sensitivity]
 
-Time: calibration, scoring, refit and removal, and what chooses the widths of single blocks, against plain forward
+Time: calibration, scoring, refit and removal, and what chooses the widths of single layers, against plain forward
 passes of the dense model over the same tokens.
 Memory: the highest resident set while pruning in place, less what was resident before the model was loaded, against
 the model's own size. Linux only, because the high-water mark is reset through /proc.
@@ -43,10 +43,10 @@ def load_libraries() -> None:
 
 
 @torch.no_grad()
-def forward_seconds(model, blocks: torch.Tensor, batch_size: int) -> float:
+def forward_seconds(model, samples: torch.Tensor, batch_size: int) -> float:
     """Time of the decoder's plain forward passes, without the output head, which pruning does not run either."""
     start = perf_counter()
-    for ids in blocks.split(batch_size):
+    for ids in samples.split(batch_size):
         model.base_model(ids, use_cache=False)
     return perf_counter() - start
 
@@ -65,18 +65,18 @@ def run(args: Namespace) -> None:
     )
     load_libraries()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    blocks = torch.cat([domain.samples for domain in load_domains(config, tokenizer)])
+    samples = torch.cat([domain.samples for domain in load_domains(config, tokenizer)])
     before = resident("VmRSS")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     streams = 2 if config.error_feedback else 1
-    hidden = streams * blocks.numel() * model.config.hidden_size * model.dtype.itemsize
-    statistics = len(config.domains) * max(space.size for space in describe(model).spaces) ** 2 * 4
+    hidden = streams * samples.numel() * model.config.hidden_size * model.dtype.itemsize
+    moments = len(config.texts) * max(space.size for space in describe(model).spaces) ** 2 * 4
     # Out of the memory-mapped file, whose pages stay resident, though reclaimable, until the whole file is dropped.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    forward_seconds(model, blocks[: config.batch_size], config.batch_size)
-    seconds = [forward_seconds(model, blocks, config.batch_size)]
+    forward_seconds(model, samples[: config.batch_size], config.batch_size)
+    seconds = [forward_seconds(model, samples, config.batch_size)]
 
     reset_high_water_mark()
     pruner = StructPruner(config)
@@ -85,18 +85,18 @@ def run(args: Namespace) -> None:
     spent = sum(value for stage, value in pruner.report.seconds.items() if stage.startswith("round"))
     choosing = sum(pruner.report.seconds.get(stage, 0.0) for stage in ("ranking", "sensitivity"))
     dense = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
-    seconds.append(forward_seconds(dense, blocks, config.batch_size))
+    seconds.append(forward_seconds(dense, samples, config.batch_size))
     mean = sum(seconds) / len(seconds)
-    print(f"tokens                      {blocks.numel():,}")
+    print(f"tokens                      {samples.numel():,}")
     print(f"forward passes              {mean:.1f} s (before {seconds[0]:.1f}, after {seconds[1]:.1f})")
     print(f"calibration and pruning     {spent:.1f} s = {spent / mean:.2f} x forward")
-    print(f"widths of single blocks     {choosing:.1f} s = {choosing / mean:.2f} x forward")
+    print(f"widths of single layers     {choosing:.1f} s = {choosing / mean:.2f} x forward")
     print(f"model                       {size / 2**20:.0f} MiB")
     print(f"calibration hidden states   {hidden / 2**20:.0f} MiB")
-    print(f"statistics of one block     {statistics / 2**20:.0f} MiB")
+    print(f"moments of one layer        {moments / 2**20:.0f} MiB")
     print(
         f"peak while pruning in place {peak / 2**20:.0f} MiB = {peak / size:.2f} x model, "
-        f"{(peak - hidden - statistics) / size:.2f} x without hidden states and statistics"
+        f"{(peak - hidden - moments) / size:.2f} x without hidden states and moments"
     )
 
 
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--criterion")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--error_feedback", type=float, default=0.5, help="0 leaves the dense stream out")
+    parser.add_argument("--error-feedback", type=float, default=0.5, help="0 leaves the dense residual stream out")
     parser.add_argument("--allocation", default="uniform", help="uniform, global or sensitivity")
     disable_progress_bar()
     run(parser.parse_args())

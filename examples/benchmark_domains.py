@@ -55,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "flap + refit": {"criterion": "flap", "refit": "least_squares"},
     "wanda": {"criterion": "wanda", "refit": "none"},
     "wanda + refit": {"criterion": "wanda", "refit": "least_squares"},
-    "wanda + remaining_error refit": {"criterion": "wanda", "refit": "least_squares", "error_feedback": 0.0},
+    "wanda + refit without error feedback": {"criterion": "wanda", "refit": "least_squares", "error_feedback": 0.0},
     "obs": {"criterion": "obs", "refit": "none"},
     "obs + refit": {"criterion": "obs", "refit": "least_squares"},
     "taylor": {"criterion": "taylor", "refit": "none"},
@@ -66,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "obs global + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "global"},
     "obs by sensitivity + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "sensitivity"},
 }
-# What re-weights domains between rounds needs some.
+# What re-weights domains between rounds needs some; the widths by measured loss follow the worst domain without any.
 ITERATIVE = ("adaptive", "worst-case")
 
 
@@ -79,19 +79,19 @@ def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
         for text in texts
         for rounds in ROUNDS
         for method in METHODS
-        if not (text in ITERATIVE and rounds == "one-shot")
+        if rounds == "iterative" or text not in ITERATIVE or (text == "worst-case" and "sensitivity" in method)
     }
 
 
 def chosen(args: Namespace) -> dict[str, dict[str, Any]]:
     """The cells that match one of the patterns."""
-    found = cells(args.domains)
-    return {name: cell for name, cell in found.items() if any(fnmatchcase(name, one) for one in args.cells)}
+    every = cells(args.domains)
+    return {name: cell for name, cell in every.items() if any(fnmatchcase(name, pattern) for pattern in args.cells)}
 
 
 def keys(results: dict[str, Any]) -> set[tuple]:
     """What is there already."""
-    return {(one["cell"], one["removed"], one["seed"]) for one in results["runs"]}
+    return {(row["cell"], row["removed"], row["seed"]) for row in results["runs"]}
 
 
 def config_of(args: Namespace, cell: dict[str, Any], width: int, seed: int) -> StructPruneConfig:
@@ -114,9 +114,13 @@ def run(args: Namespace) -> None:
     texts, unseen = evaluation_texts(args, args.domains, tokenizer)
     tasks = Tasks(sorted((Path(args.data) / "tasks").glob("*.jsonl"))) if args.tasks else None
 
-    def measured(one) -> dict[str, Any]:
-        found: dict[str, Any] = {"perplexity": {name: perplexity(one, blocks) for name, blocks in texts.items()}}
-        return found if tasks is None else {**found, "tasks": tasks.score(one, tokenizer, limit=args.limit)}
+    def measured(measured_model) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            "perplexity": {name: perplexity(measured_model, samples) for name, samples in texts.items()}
+        }
+        return (
+            values if tasks is None else {**values, "tasks": tasks.score(measured_model, tokenizer, limit=args.limit)}
+        )
 
     if "dense" not in results:
         results |= {"unseen": unseen, "dense": measured(model)}
@@ -149,29 +153,29 @@ def columns(results: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
     """What a row of the table says about one run: multiples of the dense perplexity, and accuracies."""
     ratio = {name: value / results["dense"]["perplexity"][name] for name, value in row["perplexity"].items()}
     held = {name: value for name, value in ratio.items() if name not in results["unseen"]}
-    found = {"held-out": geometric_mean(held.values()), "worst": max(held.values())}
+    means = {"held-out": geometric_mean(held.values()), "worst": max(held.values())}
     if results["unseen"]:
-        found["unseen"] = geometric_mean(ratio[name] for name in results["unseen"])
+        means["unseen"] = geometric_mean(ratio[name] for name in results["unseen"])
     scores = {f"{name} acc": score["acc"] for name, score in row.get("tasks", {}).items()}
-    mean = {"tasks acc": fmean(scores.values())} if scores else {}
-    return {**found, **ratio, **mean, **scores, "seconds": row["seconds"]}
+    mean_score = {"tasks acc": fmean(scores.values())} if scores else {}
+    return {**means, **ratio, **mean_score, **scores, "seconds": row["seconds"]}
 
 
 def summary(results: dict[str, Any], row: dict[str, Any]) -> str:
     """The first columns in a line."""
-    found = columns(results, row)
+    values = columns(results, row)
     return ", ".join(
-        f"{name} {found[name]:.3f}" for name in ("held-out", "worst", "unseen", "tasks acc") if name in found
+        f"{name} {values[name]:.3f}" for name in ("held-out", "worst", "unseen", "tasks acc") if name in values
     )
 
 
 def groups(results: dict[str, Any], removed: int) -> Iterator[tuple[str, list[dict[str, float]]]]:
     """Cells with their runs of all seeds, the best on held-out text first."""
-    found: dict[str, list[dict[str, float]]] = {}
+    runs_by_cell: dict[str, list[dict[str, float]]] = {}
     for row in results["runs"]:
         if row["removed"] == removed:
-            found.setdefault(row["cell"], []).append(columns(results, row))
-    yield from sorted(found.items(), key=lambda cell: fmean(one["held-out"] for one in cell[1]))
+            runs_by_cell.setdefault(row["cell"], []).append(columns(results, row))
+    yield from sorted(runs_by_cell.items(), key=lambda cell: fmean(run["held-out"] for run in cell[1]))
 
 
 def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
@@ -180,7 +184,7 @@ def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
     for other in files[1:]:
         if differing := [name for name, value in first["setting"].items() if other["setting"].get(name) != value]:
             raise StructPruneError(f"the files were made with different settings: {', '.join(differing)}")
-    return {**first, "runs": [row for one in files for row in one["runs"]]}
+    return {**first, "runs": [row for file in files for row in file["runs"]]}
 
 
 def table(args: Namespace) -> None:
@@ -196,7 +200,7 @@ def table(args: Namespace) -> None:
         dense = {**dict.fromkeys(results["dense"]["perplexity"], 1.0), **accuracies}
         show("dense", ["", *(dense.get(name, "") for name in names)])
         for cell, runs in rows:
-            show(cell, [str(len(runs)), *(spread([one[name] for one in runs]) for name in names)])
+            show(cell, [str(len(runs)), *(spread([values[name] for values in runs]) for name in names)])
 
 
 def spread(values: list[float]) -> str:
@@ -219,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     running.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of files in DATA/calibration")
     running.add_argument("--removed", nargs="+", type=int, default=[20, 35, 50], help="FFN channels, in percent")
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    running.add_argument("--samples", type=int, default=60, help="calibration blocks of 512 tokens in all")
+    running.add_argument("--samples", type=int, default=60, help="calibration samples of 512 tokens in all")
     running.add_argument("--tasks", action="store_true", help="score DATA/tasks/*.jsonl as well")
     running.add_argument("--limit", type=int, help="items per task")
     args = parser.parse_args(argv)

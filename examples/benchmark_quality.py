@@ -4,7 +4,7 @@
 
 DATA holds `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain. Perplexity is given as a
 multiple of the dense model's. `heldout/` has other documents of the calibration domains, `unseen/` has domains that no
-calibration set contains; neither is ever used for calibration. Of each file the first blocks count, in file order.
+calibration set contains; neither is ever used for calibration. Of each file the first samples count, in file order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from optimum_structprune.saving.report import geometric_mean
 
 THREE = ("wiki", "code", "math")
 FIVE = (*THREE, "dialogue", "web")
-BLOCKS_PER_DOMAIN = 12
+SAMPLES_PER_DOMAIN = 12
 SEQ_LENGTH = 512
 
 
@@ -65,14 +65,14 @@ def load(args: Namespace):
     """The model in the dtype that was asked for, and its tokenizer."""
     if args.dtype == "bfloat16":
         # Products of fp32 matrices then run on the units for bf16. Second moments of bf16 activations lose nothing,
-        # and the refit's error_feedback about half a percent, as much as storing it in bf16 does.
+        # and what the refit changes about half a percent, as much as storing it in bf16 does.
         torch.set_float32_matmul_precision("medium")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=args.device)
     return model, AutoTokenizer.from_pretrained(args.model)
 
 
 def evaluation_texts(args: Namespace, domains: Sequence[str], tokenizer) -> tuple[dict[str, Tensor], list[str]]:
-    """The first blocks of every evaluation file by name, and which of the names nobody calibrates on."""
+    """The first samples of every evaluation file by name, and which of the names nobody calibrates on."""
     data = Path(args.data)
     unseen = sorted(path.stem for path in (data / "unseen").glob("*.jsonl"))
     paths = [
@@ -80,7 +80,7 @@ def evaluation_texts(args: Namespace, domains: Sequence[str], tokenizer) -> tupl
         *(data / "unseen" / f"{n}.jsonl" for n in unseen),
     ]
     texts = [DomainConfig(name=path.stem, source=str(path)) for path in paths]
-    return {t.name: read_heldout(t, tokenizer, SEQ_LENGTH, args.eval_samples).blocks for t in texts}, unseen
+    return {t.name: read_heldout(t, tokenizer, SEQ_LENGTH, args.eval_samples).samples for t in texts}, unseen
 
 
 def calibration(args: Namespace, names: Sequence[str]) -> list[DomainConfig]:
@@ -109,7 +109,7 @@ def run(args: Namespace) -> dict[str, dict]:
     """Prune once per row and evaluate."""
     model, tokenizer = load(args)
     texts, unseen = evaluation_texts(args, THREE, tokenizer)
-    dense = {name: perplexity(model, blocks) for name, blocks in texts.items()}
+    dense = {name: perplexity(model, samples) for name, samples in texts.items()}
     results = {"dense": {"perplexity": dense}}
     columns = ["held-out", *THREE, "worst", "unseen", *unseen, "seconds"]
     show("row", columns)
@@ -118,13 +118,13 @@ def run(args: Namespace) -> dict[str, dict]:
         if args.cells and name not in args.cells:
             continue
         names = fields.get("domains", THREE)
-        samples = BLOCKS_PER_DOMAIN * (len(THREE) if len(names) == 1 else len(names))
-        more = {"domains": calibration(args, names), "num_samples": samples}
+        count = SAMPLES_PER_DOMAIN * (len(THREE) if len(names) == 1 else len(names))
+        more = {"domains": calibration(args, names), "num_samples": count}
         config = StructPruneConfig(**{**fields, **more, "seq_length": SEQ_LENGTH, "seed": args.seed})
         pruned, seconds = pruned_by(model, tokenizer, config)
         # A row calibrated on one domain answers how it does on the three; the rest would double its time.
-        asked = {text: blocks for text, blocks in texts.items() if len(names) > 1 or text in THREE}
-        ratio = {text: perplexity(pruned, blocks) / dense[text] for text, blocks in asked.items()}
+        measured = {text: samples for text, samples in texts.items() if len(names) > 1 or text in THREE}
+        ratio = {text: perplexity(pruned, samples) / dense[text] for text, samples in measured.items()}
         held, other = [ratio[n] for n in THREE], [ratio[n] for n in unseen if n in ratio]
         elsewhere = [geometric_mean(other), *other] if other else ["" for _ in ["mean", *unseen]]
         results[name] = {"ratio": ratio, "seconds": seconds}
@@ -145,7 +145,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("data")
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--eval-samples", type=int, default=8, help="blocks of 512 tokens per evaluation file")
+    parser.add_argument("--eval-samples", type=int, default=8, help="samples of 512 tokens per evaluation file")
 
 
 def main(argv: list[str] | None = None) -> None:

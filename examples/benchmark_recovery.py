@@ -58,7 +58,7 @@ class Curve(TrainerCallback):
 
 
 def evaluation_samples(folder: Path, names: list[str], tokenizer, args: Namespace) -> dict[str, torch.Tensor]:
-    """Token blocks of each file in a folder, the same for every row."""
+    """Samples of each file in a folder, the same for every row."""
     domains = [DomainConfig(name=name, source=str(folder / f"{name}.jsonl")) for name in names]
     samples = args.eval_samples * len(names)
     config = StructPruneConfig(sparsity=0.5, domains=domains, num_samples=samples, seq_length=args.seq_length)
@@ -82,7 +82,7 @@ def run(args: Namespace) -> dict[str, dict]:
 
     def row(name: str, measured, seconds: float = 0.0) -> None:
         with torch.autocast(measured.device.type, torch.bfloat16, enabled=args.bf16):
-            ppl = {text: perplexity(measured, blocks) for text, blocks in texts.items()}
+            ppl = {text: perplexity(measured, samples) for text, samples in texts.items()}
         means = {"heldout": geometric_mean(ppl[n] for n in args.domains)}
         if unseen:
             means["unseen"] = geometric_mean(ppl[n] for n in unseen)
@@ -140,9 +140,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--domains", nargs="+", default=DOMAINS)
     parser.add_argument("--tokens", nargs="+", type=int, default=[25_000, 50_000, 100_000, 200_000], help="rows")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--samples", type=int, default=12, help="calibration blocks per domain")
+    parser.add_argument("--samples", type=int, default=12, help="calibration samples per domain")
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--eval-samples", type=int, default=24, help="blocks per evaluation file")
+    parser.add_argument("--eval-samples", type=int, default=24, help="samples per evaluation file")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--schedule", help="of the learning rate, such as constant_with_warmup")
     parser.add_argument("--kl-weight", type=float, help="of the distilled rows")

@@ -20,10 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("output")
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--num-samples", type=int, default=128, help="calibration blocks")
+    parser.add_argument("--num-samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--every-round", action="store_true", help="train after every round of pruning")
     parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--batch-size", type=int, default=4, help="training blocks per step and process")
+    parser.add_argument("--batch-size", type=int, default=4, help="training samples per step and process")
     parser.add_argument("--domain", action="append", default=[], help="NAME=SOURCE; by default the built-in texts")
     args = parser.parse_args(argv)
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             lora={"r": 16},
             training={"per_device_train_batch_size": args.batch_size},
         ),
-        **({"domains": domains} if domains else {}),
+        domains=domains or None,
     )
     pruner = StructPruner(config)
     # Each process prunes for itself; when training begins, all of them take the first one's weights.

@@ -31,12 +31,12 @@ class Arguments:
     model: str = field(metadata={"help": "Model id or folder."})
     output: str = field(metadata={"help": "Folder for the pruned classifier."})
     data: str | None = field(default=None, metadata={"help": "CSV or JSON-lines file with `text` and `label`."})
-    sparsity: float = field(default=0.3, metadata={"help": "Share of the blocks' parameters to remove."})
-    epochs: float = field(default=3.0, metadata={"help": "Of fine-tuning before pruning."})
-    epochs_after: float = field(default=1.0, metadata={"help": "Of fine-tuning after it."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Of both."})
-    num_samples: int = field(default=64, metadata={"help": "Calibration blocks."})
-    seq_length: int = field(default=128, metadata={"help": "Tokens per text and per calibration block."})
+    sparsity: float = field(default=0.3, metadata={"help": "The share of the layers' parameters to remove."})
+    epochs: float = field(default=3.0, metadata={"help": "Epochs of fine-tuning before pruning."})
+    epochs_after: float = field(default=1.0, metadata={"help": "Epochs of fine-tuning after pruning."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "The learning rate of both."})
+    num_samples: int = field(default=64, metadata={"help": "Calibration samples."})
+    seq_length: int = field(default=128, metadata={"help": "Tokens per text and per calibration sample."})
 
 
 def read_data(path: str | None):

@@ -73,6 +73,38 @@ def save_pruned(
     save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, used)
 
 
+def save_applied(
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    used: Iterable[str | Path | None] = (),
+) -> None:
+    """Save what `apply_plan` returned, with the plan and the tokenizer; see `save_checked`.
+
+    Args:
+        model: The smaller model.
+        save_directory: The folder to write to; it is made if need be.
+        plan: The plan that was applied.
+        tokenizer: The tokenizer to save beside the model.
+        overwrite: Whether a folder that exists is replaced, see `check_target`.
+        used: The files and folders that the run reads; the folder of the dense model is one of them anyway.
+
+    Raises:
+        StructPruneError: As `save_checked` does.
+    """
+    save_checked(
+        model,
+        save_directory,
+        tokenizer,
+        overwrite,
+        lambda folder: plan.save(folder / PLAN_NAME),
+        check_reload,
+        [model.name_or_path, *used],
+    )
+
+
 def check_pruned(plan: Plan, arch: ArchSpec) -> None:
     """Refuse a model that a plan cannot have left.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -48,14 +49,39 @@ def apply_plan(model: PreTrainedModel, plan: Plan, arch_file: str | None = None)
     if (layers := plan.keep.get((MODEL, LAYER))) is not None:
         drop_layers_(smaller, arch, layers)
     # Experts go before channels of the residual stream, and these before units, as in pruning.
-    for part in (plan.of_experts(), None, plan.of_units()):
-        arch = describe(smaller, arch_file)
-        if part is None:
-            if (channels := plan.keep.get((MODEL, HIDDEN))) is not None:
-                narrow_(smaller, arch, channels, {})
-        elif part.keep:
-            shrink_(smaller, arch, part, _widths(arch, part))
+    experts, units = _inside(plan)
+    _shrink_(smaller, experts, arch_file)
+    if (channels := plan.keep.get((MODEL, HIDDEN))) is not None:
+        narrow_(smaller, describe(smaller, arch_file), channels, {})
+    _shrink_(smaller, units, arch_file)
     return smaller
+
+
+def _inside(plan: Plan) -> tuple[Plan, Plan]:
+    """What a plan removes inside the layers: experts, and the units that are left when those have gone. Layers and
+    experts are numbered as in the model that is left by then.
+    """
+    keep: tuple[dict[tuple[int, str], tuple[int, ...]], dict[tuple[int, str], tuple[int, ...]]] = ({}, {})
+    layers = plan.keep.get((MODEL, LAYER))
+    for (layer, name), units in plan.keep.items():
+        if layer == MODEL or (layers is not None and layer not in layers):
+            continue
+        place = layer if layers is None else layers.index(layer)
+        kind, _, label = name.partition("/")
+        experts = plan.keep.get((layer, EXPERT))
+        if experts is not None and label.isdigit():
+            if int(label) not in experts:
+                continue
+            name = f"{kind}/{experts.index(int(label))}"
+        keep[kind != EXPERT][place, name] = units
+    experts_kept, units_kept = keep
+    return Plan(plan.model_type, experts_kept), Plan(plan.model_type, units_kept)
+
+
+def _shrink_(model: PreTrainedModel, plan: Plan, arch_file: str | None) -> None:
+    if plan.keep:
+        arch = describe(model, arch_file)
+        shrink_(model, arch, plan, _widths(arch, plan))
 
 
 def _widths(arch: ArchSpec, plan: Plan) -> dict[str, dict[int, int]]:
@@ -69,48 +95,41 @@ def _widths(arch: ArchSpec, plan: Plan) -> dict[str, dict[int, int]]:
 
 def _check_widths(model: PreTrainedModel, arch: ArchSpec, plan: Plan) -> None:
     """Refuse widths that the config of the smaller model could not say, or that it could not run with."""
-    layers = plan.keep.get((MODEL, LAYER), range(arch.num_layers))
     for kind in arch.offered:
-        spaces = [space for space in arch.of(kind) if space.layer in (MODEL, *layers)]
-        widths = {(space.layer, space.name): len(_kept(space, plan)) / space.scale for space in spaces}
-        legal = {space.width for space in spaces}
-        if set(widths.values()) - legal:
+        widths: dict[int, set[float]] = {}
+        for space in _left(arch, kind, plan):
+            kept = plan.keep.get((space.layer, space.name), range(space.size))
+            widths.setdefault(space.layer, set()).add(len(kept) / space.scale)
+        legal = set(arch.widths(kind).values())
+        if set().union(*widths.values()) - legal:
             legal.update(legal_sizes(model.config, arch, kind))
-        for (layer, _), width in widths.items():
-            if width not in legal:
-                nearest = min(legal, key=lambda size: abs(size - width))
+        for layer, of_layer in widths.items():
+            where = "" if layer == MODEL else f" in layer {layer}"
+            for width in of_layer - legal:
+                nearest = min(legal, key=lambda size: abs(size - width))  # noqa: B023  # called at once
                 raise StructPruneError(
-                    f"The plan keeps {width:g} of {kind!r}{_where(layer)}, and the nearest legal width is {nearest}."
+                    f"The plan keeps {width:g} of {kind!r}{where}, and the nearest legal width is {nearest}."
                 )
-        _check_alike(arch, kind, spaces, plan)
-
-
-def _check_alike(arch: ArchSpec, kind: str, spaces: list[Space], plan: Plan) -> None:
-    """Refuse spaces of a layer, or layers, that differ in width and must not."""
-    by_layer: dict[int, set[int]] = {}
-    for space in spaces:
-        # The experts that go need no width.
-        experts = plan.keep.get((space.layer, EXPERT))
-        label = space.name.partition("/")[2]
-        if experts is None or not label.isdigit() or int(label) in experts:
-            by_layer.setdefault(space.layer, set()).add(len(_kept(space, plan)) // space.scale)
-    for layer, widths in by_layer.items():
-        if len(widths) > 1:
+            if len(of_layer) > 1:
+                raise StructPruneError(
+                    f"The plan keeps {min(of_layer):g} and {max(of_layer):g} units of {kind!r}{where}, which share "
+                    "their width."
+                )
+        every = set().union(*widths.values())
+        reason = arch.uniform or arch.of(kind)[0].uniform
+        if reason and len(every) > 1:
             raise StructPruneError(
-                f"The plan keeps {min(widths)} and {max(widths)} units of {kind!r}{_where(layer)}, which share their "
-                "width."
+                f"The plan keeps {min(every):g} units of {kind!r} in one layer and {max(every):g} in another; a plain "
+                f"{arch.model_type} config takes one width for all: {reason}."
             )
-    reason = spaces and (arch.uniform or spaces[0].uniform)
-    if reason and len(every := set().union(*by_layer.values())) > 1:
-        raise StructPruneError(
-            f"The plan keeps {min(every)} units of {kind!r} in one layer and {max(every)} in another; a plain "
-            f"{arch.model_type} config takes one width for all: {reason}."
-        )
 
 
-def _kept(space: Space, plan: Plan) -> tuple[int, ...] | range:
-    return plan.keep.get((space.layer, space.name), range(space.size))
-
-
-def _where(layer: int) -> str:
-    return "" if layer == MODEL else f" in layer {layer}"
+def _left(arch: ArchSpec, kind: str, plan: Plan) -> Iterator[Space]:
+    """The spaces of a kind that are still there after whole layers and experts have gone."""
+    layers = plan.keep.get((MODEL, LAYER))
+    for space in arch.of(kind):
+        experts, label = plan.keep.get((space.layer, EXPERT)), space.name.partition("/")[2]
+        if layers is not None and space.layer not in (MODEL, *layers):
+            continue
+        if experts is None or not label.isdigit() or int(label) in experts:
+            yield space

@@ -216,7 +216,7 @@ def test_a_killed_run_goes_on_where_it_was(fields, tmp_path, kill, titles):
     kill(0)
     titles.clear()
     resumed, pruner = pruned(model, reader, again)
-    assert titles == ["round 2/3", "round 3/3"]
+    assert [title for title in titles if title != "ranking"] == ["round 2/3", "round 3/3"]
     assert pruner.plan == expected.plan and same_weights(resumed, whole)
     assert pruner.report.rounds == expected.report.rounds
 
@@ -315,7 +315,7 @@ def test_kept_rounds_are_ordinary_models_of_falling_width(floor, tmp_path):
     if floor is None:
         assert measured.pop()["widths"] == {"mlp": 96}  # the last round is the result itself
     folders = [tmp_path / f"round-{number}" for number in range(1, len(measured) + 1)]
-    assert sorted(path.name for path in tmp_path.glob("round-*")) == [path.name for path in folders]
+    assert sorted(path.name for path in tmp_path.glob("round-*") if path.is_dir()) == [path.name for path in folders]
     heldout = {domain.name: domain.heldout for domain in load_domains(settings, reader)}
     plans = [Plan.load(folder / "pruning_plan.json") for folder in folders]
     widths = []
