@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from .arch.load import describe
-from .arch.plain import dequantized
+from .arch.plain import check_plain, dequantized
 from .arch.spec import ArchSpec
 from .calibration.moments import Moments, save_moments
 from .calibration.stored import HELDOUT, Statistics, StoredDomain, StoredFile, key, layer_name
@@ -60,6 +60,7 @@ def calibrate(
     check_target(folder, overwrite)
     # One pass over the dense model: there are no rounds in which weights could move, and no error to feed back.
     config = replace(config, stats=None, adaptive_rate=0.0, objective="mean", error_feedback=0.0)
+    check_plain(model)
     model = dequantized(model, inplace=False)
     arch = describe(model, config.arch_file)
     check(config, arch, model, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)

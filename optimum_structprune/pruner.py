@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .arch.load import describe
 from .arch.meta import skeleton
-from .arch.plain import dequantized, is_quantized
+from .arch.plain import check_plain, dequantized, is_quantized
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.load import Domain
@@ -199,6 +199,7 @@ def checked(
     Raises:
         StructPruneError: If it cannot; see `pruning.checks.check`.
     """
+    check_plain(model)
     shapes = skeleton(model, model.config) if is_quantized(model) else model
     arch = describe(shapes, config.arch_file)
     check(config, arch, shapes, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)

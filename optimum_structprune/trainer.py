@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
 from .arch.load import describe
+from .arch.plain import check_plain
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.load import Domain, load_domains
@@ -190,6 +191,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         )
 
     def _begin(self, model: PreTrainedModel) -> None:
+        check_plain(model)
         arch = describe(model, self.config.arch_file)
         check(self.config, arch, model, TRAINER)
         self._dense = arch, widths_of(self.config, arch, model)

@@ -56,8 +56,10 @@ def pruned_on(evidence, model, widths) -> Run:
     """The finished run that brings a copy of a model to `widths` on given evidence."""
     with Run(evidence.config, deepcopy(model), evidence) as run:
         arch = run.arch
+        run.start()
         for step in steps(evidence.config, arch, run.model.config, widths):
             take_(run, step)
+        run.compare()
         run.finish(arch)
     return run
 

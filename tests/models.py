@@ -70,6 +70,79 @@ DEEPSEEK = {
     "topk_group": 1,
 }
 
+# The layers of linear attention, of a state-space mixer, and of short convolutions in hybrid models.
+MIXED = {"layer_types": ["mamba", "attention"]}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+JAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+SHORT = {"layer_types": ["conv", "full_attention"]}
+LOCAL_2 = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT = {**DEEPSEEK, "q_lora_rank": 8, "n_shared_experts": 1, "n_group": 1}
+INDEXED = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, "mlp_layer_types": ["dense", "sparse"]}
+KIMI = {
+    "q_lora_rank": None,
+    "num_local_experts": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_head_dim": 8,
+    "linear_num_heads": 2,
+}
+SHARED_MOE = {
+    **GROUPED,
+    "moe_intermediate_size": 40,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "use_qk_norm": True,
+}
+NEMOTRON_H = {
+    **{key: value for key, value in GROUPED.items() if key != "num_hidden_layers"},
+    "layer_types": ["mamba", "attention", "mlp", "moe"],
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "moe_shared_expert_intermediate_size": 36,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 8,
+    "n_groups": 1,
+    "chunk_size": 16,
+    "use_mamba_kernels": False,
+}
+GEMMA_4 = {
+    **GROUPED,
+    **SLIDING,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 96,
+    "global_head_dim": 8,
+}
+GEMMA_3N = {
+    **GROUPED,
+    **SLIDING,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 96,
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 4,
+}
+ZAMBA_2 = {
+    **GROUPED,
+    "layers_block_type": ["mamba", "hybrid"],
+    "mamba_ngroups": 1,
+    "n_mamba_heads": 8,
+    "mamba_headdim": 8,
+    "mamba_d_state": 8,
+    "adapter_rank": 4,
+    "num_mem_blocks": 1,
+    "chunk_size": 16,
+    "use_mem_rope": True,
+}
+
 # name -> (model type, config fields)
 CASES: dict[str, tuple[str, dict]] = {
     "llama-tied": ("llama", {**GROUPED, "tie_word_embeddings": True}),
@@ -123,11 +196,53 @@ CASES: dict[str, tuple[str, dict]] = {
     "deepseek_v2": ("deepseek_v2", {**DEEPSEEK, "q_lora_rank": None, "n_shared_experts": 2}),
     "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": 8, "n_shared_experts": 1, "n_group": 1}),
     "deepseek_v3-groups": ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": 8, "n_group": 2, "topk_group": 2}),
+    **{name: (name, GROUPED) for name in ("arcee", "apertus", "apertus1p5_text", "cwm", "exaone", "internlm3")},
+    **{name: (name, GROUPED) for name in ("iquestcoder", "hyperclovax", "jais2", "nanochat")},
+    "vaultgemma": ("vaultgemma", {**GROUPED, **SLIDING, "query_pre_attn_scalar": 4}),
+    "qwen3_next": ("qwen3_next", {**MOE, **LINEAR, "shared_expert_intermediate_size": 36, "mlp_only_layers": [0]}),
+    "qwen3_5_text": ("qwen3_5_text", {**GROUPED, **LINEAR}),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", {**MOE, **LINEAR, "shared_expert_intermediate_size": 36}),
+    "gemma4_text": ("gemma4_text", GEMMA_4),
+    "gemma4_text-experts": (
+        "gemma4_text",
+        {**GEMMA_4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    ),
+    "gemma3n_text": ("gemma3n_text", GEMMA_3N),
+    "glm4_moe": ("glm4_moe", SHARED_MOE),
+    "dots1": ("dots1", SHARED_MOE),
+    "glm4_moe_lite": ("glm4_moe_lite", {**LATENT, "mlp_layer_types": ["dense", "sparse"]}),
+    "glm_moe_dsa": ("glm_moe_dsa", {**LATENT, **INDEXED}),
+    "deepseek_v32": ("deepseek_v32", {**LATENT, **INDEXED}),
+    "kimi_linear": ("kimi_linear", {**LATENT, **KIMI}),
+    "llama4_text": (
+        "llama4_text",
+        {**GROUPED, "intermediate_size_mlp": 40, "num_local_experts": 4, "interleave_moe_layer_step": 2},
+    ),
+    "minimax": ("minimax", {**GROUPED, **LOCAL_2, "layer_types": ["full_attention", "linear_attention"]}),
+    "minimax_m2": ("minimax_m2", {**GROUPED, **LOCAL_2}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {**GROUPED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 40, "moe_num_shared_experts": 2},
+    ),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {**GROUPED, "num_experts": 4, "moe_topk": 2}),
+    "exaone_moe": ("exaone_moe", {**MOE, **SLIDING, "num_shared_experts": 2}),
+    "phimoe": ("phimoe", {**GROUPED, **LOCAL_2}),
+    "flex_olmo": ("flex_olmo", {**GROUPED, **TOP_2}),
+    "granitemoeshared": ("granitemoeshared", {**GROUPED, **LOCAL_2, "shared_intermediate_size": 36}),
+    "granitemoehybrid": ("granitemoehybrid", {**GROUPED, **LOCAL_2, **MIXED, "shared_intermediate_size": 36, **MAMBA}),
+    "falcon_h1": ("falcon_h1", {**GROUPED, **MAMBA, "mamba_d_ssm": 64}),
+    "bamba": ("bamba", {**GROUPED, **MAMBA, "attn_layer_indices": [1]}),
+    "jamba": ("jamba", {**GROUPED, **TOP_2, "attn_layer_period": 2, "attn_layer_offset": 1, **JAMBA}),
+    "nemotron_h": ("nemotron_h", NEMOTRON_H),
+    "lfm2": ("lfm2", {**GROUPED, "block_auto_adjust_ff_dim": False, **SHORT}),
+    "lfm2_moe": ("lfm2_moe", {**MOE, "num_dense_layers": 1, **SHORT}),
+    "olmo_hybrid": ("olmo_hybrid", {**GROUPED, **LINEAR}),
+    "zamba2": ("zamba2", ZAMBA_2),
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, **TOKENS}),
     "mpt": ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **TOKENS}),
 }
 # Model types whose configs cannot say that anything is gone.
-RIGID = {"bloom", "mpt"}
+RIGID = {"bloom", "mpt", "gemma3n_text", "zamba2"}
 PRUNABLE = [case for case, (model_type, _) in CASES.items() if model_type not in RIGID]
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

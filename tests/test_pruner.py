@@ -5,8 +5,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import count_hooks, logits, same_weights, whole_passes
+from helpers import count_hooks, evidence_of, logits, modes, pruned_on, same_weights, whole_passes
 from models import PRUNABLE, build, config, documents, token_ids, tokenizer
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import (
@@ -74,19 +75,21 @@ def test_without_a_criterion_the_refit_names_it(refit, criterion):
 
 
 def test_one_round_of_the_masked_form_equals_the_shrunk_form():
-    # With two rounds that both end at the target, the first works on masked blocks and the second on shrunk ones.
+    # Of two rounds the first works on masked layers and the second on shrunk ones.
     model = build("qwen2")
     once = prune_model(model, config(criterion="magnitude", refit="none"), tokenizer())
     twice = prune_model(model, config(criterion="magnitude", refit="none", rounds=2), tokenizer())
     assert same_weights(once, twice)
 
 
-def test_the_whole_model_fallback_prunes_too(monkeypatch):
-    monkeypatch.setattr("optimum_structprune.pruning.evidence.passes_over", whole_passes)
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_passes_over_the_whole_model_prune_too(rounds):
     model = build("llama-tied")
-    for rounds in (1, 2):
-        small = prune_model(model, config(rounds=rounds), tokenizer())
-        assert small.config.intermediate_size == 24 and count_hooks(small) == 0
+    small = pruned_on(evidence_of(config(rounds=rounds), run_passes=whole_passes), model, {"mlp": 24}).model
+    assert small.config.intermediate_size == 24 and count_hooks(small) == 0
+    # Later layers are judged on what the dense model before them gives, so the result is another one.
+    other = pruned_on(evidence_of(config(rounds=rounds)), model, {"mlp": 24}).model
+    assert not same_weights(small, other)
 
 
 def test_same_seed_same_plan_other_seed_other_text():
@@ -123,9 +126,74 @@ def test_an_exception_in_the_middle(monkeypatch, inplace):
     assert inplace or same_weights(model, before)
 
 
-def test_training_mode_comes_back():
-    assert prune_model(build("llama-tied").train(), config(), tokenizer()).training
-    assert not prune_model(build("llama-tied").eval(), config(), tokenizer()).training
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("case", "fields"),
+    [
+        ("llama-tied", {"rounds": 2}),
+        ("llama-tied", {"allocation": "sensitivity", "select": "perplexity"}),
+        ("llama-tied", {"allocation": "global", "criterion": "taylor"}),
+        ("mixtral", {"widths": {"layer": 1, "expert": 3, "hidden": 24, "mlp": 24}}),
+        ("bert", {"rounds": 2}),
+        ("vit", {}),
+    ],
+)
+def test_the_training_mode_comes_back_and_makes_no_difference(case, fields, inplace, training):
+    model = build(case).train(training)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5  # so that a pass in training mode would give something else
+    text = {"inputs": {"a": torch.randn(8, 3, 8, 8)}} if case == "vit" else {"tokenizer": tokenizer()}
+    expected = prune_model(deepcopy(model).eval(), config(**fields), **text)
+    small = prune_model(model, config(**fields), inplace=inplace, **text)
+    assert (small is model) == inplace and same_weights(small, expected)
+    assert set(modes(small).values()) == set(modes(model).values()) == {training}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("kind", "training"), [(RuntimeError, True), (KeyboardInterrupt, False)])
+@pytest.mark.parametrize(
+    ("case", "fields"),
+    [
+        ("llama-tied", {"rounds": 2, "widths": {"mlp": 24, "layer": 1}}),
+        ("llama-tied", {"allocation": "sensitivity"}),
+        ("llama-tied", {"select": "perplexity"}),
+        ("bert", {"rounds": 2}),
+    ],
+)
+def test_the_training_mode_comes_back_after_an_error(case, fields, kind, training, inplace):
+    """Wherever it comes up: at the first call in the last layer, the second, the third, the fifth, and so on."""
+    number, ended = 0, False
+    while not ended:
+        number += 1 + number // 2
+        model = build(case).train(training)
+        before = deepcopy(model)
+        handle = model.get_submodule(LAST[case]).register_forward_pre_hook(failing(number, kind))
+        try:
+            prune_model(model, config(num_samples=4, **fields), tokenizer(), inplace=inplace)
+            ended = True
+        except (kind, InPlaceError):
+            pass
+        handle.remove()
+        assert set(modes(model).values()) == {training}
+        assert inplace or (same_weights(model, before) and count_hooks(model) == 0)
+    assert number > 5
+
+
+LAST = {"llama-tied": "model.layers.1.mlp", "bert": "bert.encoder.layer.1.output"}
+
+
+def failing(number, kind):
+    """A hook that raises at its n-th call in a model, copies included."""
+    calls = []
+
+    def fail(module, args):
+        calls.append(module)
+        if len(calls) == number:
+            raise kind("stop")
+
+    return fail
 
 
 @torch.no_grad()
@@ -162,31 +230,39 @@ def test_the_report_adds_up():
     assert json.loads(json.dumps(report.to_dict()))["sparsity"] == report.sparsity
 
 
-def test_pruners_resolve_by_method():
+@pytest.fixture
+def unregister():
+    """Takes a class out of a registry again, which only tests need."""
+    entered = []
+    yield lambda registry, name: entered.append((registry, name))
+    for registry, name in entered:
+        for names in (table for table in vars(registry).values() if isinstance(table, dict)):
+            names.pop(name, None)
+
+
+def test_pruners_resolve_by_method(unregister):
+    unregister(PRUNERS, "test-pruner")
+
     @register_pruner("test-pruner")
     class Mine(StructPruner):
         pass
 
-    try:
-        assert type(AutoStructPruner.from_config(config(method="test-pruner"))) is Mine
-        with pytest.raises(StructPruneError, match=r"no pruner 'test-prunner'. Did you mean 'test-pruner'\?"):
-            AutoStructPruner.from_config(config(method="test-prunner"))
-    finally:
-        del PRUNERS._classes["test-pruner"]
+    assert type(AutoStructPruner.from_config(config(method="test-pruner"))) is Mine
+    with pytest.raises(StructPruneError, match=r"no pruner 'test-prunner'. Did you mean 'test-pruner'\?"):
+        AutoStructPruner.from_config(config(method="test-prunner"))
 
 
-def test_a_registered_criterion_is_used():
+def test_a_registered_criterion_is_used(unregister):
+    unregister(CRITERIA, "test-first")
+
     @register_criterion("test-first")
     class First(Criterion):
-        def score(self, weight, moments, block):
-            return -torch.arange(weight.shape[1] // block, dtype=torch.float32)
+        def score(self, weight, moments, columns_per_unit):
+            return -torch.arange(weight.shape[1] // columns_per_unit, dtype=torch.float32)
 
-    try:
-        pruner = StructPruner(config(criterion="test-first"))
-        pruner.prune_model(build("llama-tied"), tokenizer())
-        assert pruner.plan.keep[0, "mlp"] == tuple(range(24))
-    finally:
-        del CRITERIA._classes["test-first"]
+    pruner = StructPruner(config(criterion="test-first"))
+    pruner.prune_model(build("llama-tied"), tokenizer())
+    assert pruner.plan.keep[0, "mlp"] == tuple(range(24))
 
 
 def test_pruner_round_trips_through_dict():
@@ -200,7 +276,7 @@ def test_pruner_round_trips_through_dict():
         ({"criterion": "wnada"}, r"no criterion 'wnada'. Did you mean 'wanda'\?"),
         ({"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
         ({"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
-        ({"skip_layers": (5,)}, "skip_layers names block 5; the blocks are 0 to 1"),
+        ({"skip_layers": (5,)}, "skip_layers names layer 5; the layers are 0 to 1"),
         ({"domains": [DomainConfig(name="none", source=[])]}, "none"),
         ({"domains": [DomainConfig(name="short", source=documents(2))]}, "short"),
         ({"domains": [DomainConfig(name="gone", source="./gone.jsonl")]}, "gone.jsonl"),
@@ -223,8 +299,17 @@ def test_models_that_cannot_be_pruned_say_why():
         prune_model(build("llama-tied"), config())
 
 
-def test_nan_weights_are_noticed_before_anything_changes():
-    model = build("llama-tied")
-    model.model.layers[0].mlp.up_proj.weight.data[0] = float("nan")
-    with pytest.raises(StructPruneError, match="NaN or infinite activations at model.layers.0.mlp.down_proj"):
-        prune_model(model, config(), tokenizer())
+@pytest.mark.parametrize(
+    ("case", "weight", "message"),
+    [
+        ("llama-tied", "model.layers.0.mlp.up_proj", "perplexity on held-out text of the domain 'a' is not a number"),
+        ("bert", "bert.encoder.layer.0.intermediate.dense", "NaN or infinite activations at bert.encoder.layer.0.out"),
+    ],
+)
+def test_nan_weights_are_noticed_before_anything_changes(case, weight, message):
+    model = build(case)
+    model.get_submodule(weight).weight.data[0] = float("nan")
+    before = deepcopy(model)
+    with pytest.raises(StructPruneError, match=message) as refused:
+        prune_model(model, config(), tokenizer(), inplace=True)
+    assert not isinstance(refused.value, InPlaceError) and same_weights(model, before)

@@ -1,7 +1,6 @@
 """What only trained models and real text can show."""
 
 import json
-import os
 import subprocess
 import sys
 from math import log
@@ -10,47 +9,29 @@ from statistics import geometric_mean
 
 import pytest
 import torch
+from trained import ROOT, SHARED, loss_ratio, needs_shared, stories_config, stories_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, perplexity, prune_model
+from optimum_structprune import DomainConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.evaluation.heldout import read_heldout
-
-
-ROOT = Path(__file__).parents[1]
-SHARED = Path(os.environ.get("STRUCTPRUNE_SHARED", ROOT.parent / "shared"))
-STORIES = SHARED / "models" / "stories260K"
+from optimum_structprune.pruning import sensitivity
 
 
 @pytest.fixture(scope="module")
 def stories():
-    if not STORIES.exists():
-        pytest.skip(f"the trained model {STORIES} is not here")
-    return AutoModelForCausalLM.from_pretrained(STORIES), AutoTokenizer.from_pretrained(STORIES)
+    return stories_model()
 
 
-def config(**fields) -> StructPruneConfig:
-    domain = DomainConfig(name="stories", source=str(SHARED / "data" / "calibration" / "stories.jsonl"))
-    return StructPruneConfig(
-        **{"widths": {"mlp": 128}, "domains": [domain], "num_samples": 32, "seq_length": 256, **fields}
-    )
-
-
-def loss_ratio(stories, **fields) -> float:
-    """Perplexity after pruning, as a multiple of the dense model's, on held-out stories."""
-    pruner = StructPruner(config(**fields))
-    pruner.prune_model(*stories)
-    values = pruner.report.perplexity["stories"]
-    return values["after"] / values["before"]
-
-
+@needs_shared
 def test_a_trained_model_stays_one(stories):
     model, tokenizer = stories
-    small = prune_model(model, config(), tokenizer)
+    small = prune_model(model, stories_config(widths={"mlp": 128}, num_samples=32), tokenizer)
     prompt = tokenizer("Once upon a time, there was a little", return_tensors="pt")
     story = tokenizer.decode(small.generate(**prompt, max_new_tokens=12, do_sample=False)[0])
     assert any(word in story for word in ("girl", "boy", "bird", "dog", "cat", "bear", "bunny", "rabbit")), story
 
 
+@needs_shared
 @pytest.mark.parametrize("criterion", ["wanda", "flap", "obs"])
 def test_refit_helps_every_criterion_and_criteria_beat_chance(stories, criterion):
     bare, refitted = (loss_ratio(stories, criterion=criterion, refit=refit) for refit in ("none", "least_squares"))
@@ -58,15 +39,18 @@ def test_refit_helps_every_criterion_and_criteria_beat_chance(stories, criterion
     assert bare < 0.7 * loss_ratio(stories, criterion="random", refit="none")
 
 
+@needs_shared
 def test_attention_can_go_too(stories):
     assert loss_ratio(stories, widths={"attention": 2}) < loss_ratio(stories, widths={"attention": 2}, refit="none")
 
 
+@needs_shared
 def test_the_default_criterion_beats_wanda_where_attention_goes_too(stories):
     both = {"widths": {"mlp": 128, "attention": 2}, "holdout": 0.5}
     assert loss_ratio(stories, **both) < 0.96 * loss_ratio(stories, criterion="wanda", **both)  # 0.937 measured
 
 
+@needs_shared
 def test_rounds_do_not_drift(stories):
     assert loss_ratio(stories, rounds=4) < 1.03 * loss_ratio(stories)
 
@@ -88,17 +72,17 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     text = SHARED / "data" / "heldout"
     if not text.exists():
         pytest.skip(f"the text {text} is not here")
-    monkeypatch.setattr("optimum_structprune.pruning.sensitivity.PROBE_TOKENS", 1024)
+    monkeypatch.setattr(sensitivity, "PROBE_TOKENS", 1024)
     model, tokenizer = (
         auto.from_pretrained(smollm2.parent, gguf_file=smollm2.name) for auto in (AutoModelForCausalLM, AutoTokenizer)
     )
     heldout = [DomainConfig(name=name, source=str(text / f"{name}.jsonl")) for name in ("wiki", "code")]
-    blocks = torch.cat([read_heldout(domain, tokenizer, 256, 8).blocks for domain in heldout])
-    dense = perplexity(model, blocks)
+    samples = torch.cat([read_heldout(domain, tokenizer, 256, 8).samples for domain in heldout])
+    dense = perplexity(model, samples)
     fields = {"widths": {"mlp": 1000}, "num_samples": 24, "seq_length": 256, "round_to": 8}
     loss = {
         allocation: log(
-            perplexity(prune_model(model, StructPruneConfig(allocation=allocation, **fields), tokenizer), blocks)
+            perplexity(prune_model(model, StructPruneConfig(allocation=allocation, **fields), tokenizer), samples)
             / dense
         )
         for allocation in ("uniform", "sensitivity")
@@ -119,7 +103,7 @@ def test_the_demo_prunes_a_real_model(smollm2, tmp_path):
     assert "before: 'The capital of France is Paris" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["sparsity"] == pytest.approx(0.2, abs=0.02)
-    # Measured with these 8 blocks per domain: prose 1.13, code 1.19, math 1.01, geometric mean 1.11.
+    # Measured with these 8 samples per domain: prose 1.13, code 1.19, math 1.01, geometric mean 1.11.
     ratios = {name: values["after"] / values["before"] for name, values in report["perplexity"].items()}
     assert geometric_mean(ratios.values()) < 1.2 and max(ratios.values()) < 1.35, ratios
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

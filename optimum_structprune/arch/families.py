@@ -20,7 +20,7 @@ from ..registry import did_you_mean
 BUILTIN = Path(__file__).with_name("families.yaml")
 # Keys that had another name in version 0.1.
 RENAMED = {"blocks": "layer_path", "block_class": "layer_class"}
-UNITS = ("unit", "pair", "heads", "kv", "q")
+UNITS = ("unit", "pair", "heads", "kv", "q", "q_gate")
 # Reasons why layers may not differ that no entry has to repeat.
 TEXT_ONLY = "only a text model by itself is built layer by layer"
 UNDESCRIBED = "its description names no layer_class"

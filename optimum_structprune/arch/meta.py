@@ -57,8 +57,8 @@ def meta_model(
                 model = kind.from_config(config, trust_remote_code=trust_remote_code)
             else:
                 model = kind(config)
-    except ValueError as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # a hundred classes fail, each in a way of its own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise StructPruneError(f"A {config.model_type} model cannot be built from its config: {reason}") from error
     return model.eval() if dtype is None else model.eval().to(dtype)
 

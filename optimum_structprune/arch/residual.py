@@ -33,7 +33,8 @@ def residual_of(
     """
     size = getattr(config, template.size)
     embed, final = (f"{prefix}{module}.weight" for module in (template.embed, template.final))
-    norms = [f"{layer}{name}.weight" for layer in layers for name in template.norms]
+    names = [f"{layer}{name}.weight" for layer in layers for name in template.norms]
+    norms = [name for name in names if name in shapes]
     reads = [read for index, layer in enumerate(layers) for read in _reads(template, index, layer, shapes)]
     writers = [
         axis for layer in layers for module in template.out for axis in _writers(layer + module, template, shapes)
@@ -65,8 +66,8 @@ def residual_of(
         uniform=ONE_PER_MODEL,
     )
     reads.append(Read(MODEL, final.removesuffix(".weight"), (), norm=True))
-    names = tuple(axis.param for axis in writers)
-    return ResidualStream(space, embed, names, tuple(reads), template.plus, template.scaled)
+    written = tuple(axis.param for axis in writers)
+    return ResidualStream(space, embed, written, tuple(reads), template.plus, template.scaled)
 
 
 def _reads(template: ResidualTemplate, layer: int, prefix: str, shapes: Shapes) -> Iterator[Read]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from copy import deepcopy
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -16,11 +17,14 @@ from .spec import GROUP, HIDDEN, LAYER, ArchSpec, Widths
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# The grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes: 4 numbers in fp32,
+# 8 in half precision. Widths inside experts are multiples of 8 in any dtype, so that a cast never breaks a model.
 EXPERT_MULTIPLE = 8
+ROW_BYTES = 16
 # Config keys that change with the number of layers: those that count layers from the first one,
-COUNTS = ("max_window_layers", "first_k_dense_replace")
+COUNTS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
 # those that list the indices of some layers,
-INDICES = ("mlp_only_layers",)
+INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices")
 # and lists that never have one entry per layer, even where they happen to be as long.
 OTHER_LISTS = ("architectures", "bad_words_ids", "eos_token_id", "pos_att_type", "suppress_tokens")
 
@@ -106,27 +110,39 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> list[int]:
-    """Every width that a plain config of this model can express for the space `name`, ascending.
+    """Every width that a plain config of this model can express for the space `name`, and that the model runs with,
+    ascending.
 
     Any number of channels, experts and layers is legal. Each number of KV groups or heads is tried against the config
-    class's own validation. Widths inside experts are multiples of 8, because the grouped matrix product that
-    transformers runs experts with takes only rows of whole 16 bytes.
+    class's own validation. Widths inside experts are multiples of 8, and the residual stream of a model with experts
+    has a multiple of 4 channels in fp32 and of 8 in half precision, because the grouped matrix product that
+    transformers runs experts with takes only rows of whole 16 bytes. The full width is always legal.
 
     Args:
-        config: The model's config.
+        config: The model's config; its dtype decides how many numbers 16 bytes hold, and fp32 is assumed where it has
+            none.
         arch: The description of the model.
         name: The kind of space.
     """
-    space = max(arch.of(name), key=lambda space: space.width)
-    if space.experts is not None and space.inside:
-        return [size for size in range(1, space.width + 1) if size % EXPERT_MULTIPLE == 0 or size == space.width]
+    spaces = arch.of(name)
+    space = max(spaces, key=lambda space: space.width)
+    if space.unit == GROUP:
+        return [size for size in range(space.least, space.width + 1) if _accepts(config, arch, {name: size})]
+    step = 1
     if name == HIDDEN:
         # A class that refuses one channel less wants a multiple of the number of heads.
         step = 1 if _accepts(config, arch, {name: space.size - 1}) else text_config(config).num_attention_heads
-        return list(range(step, space.size + 1, step))
-    if space.unit != GROUP:
-        return list(range(space.least, space.width + 1))
-    return [size for size in range(space.least, space.width + 1) if _accepts(config, arch, {name: size})]
+        if any(other.experts is not None for other in arch.spaces):
+            step = lcm(step, _numbers_per_row(config))
+    elif any(other.experts is not None and other.inside for other in spaces):
+        step = EXPERT_MULTIPLE
+    return [size for size in range(space.least, space.width + 1) if size % step == 0 or size == space.width]
+
+
+def _numbers_per_row(config: PretrainedConfig) -> int:
+    """The smallest number of channels of whole 16 bytes."""
+    dtype = text_config(config).dtype or config.dtype
+    return max(ROW_BYTES // getattr(dtype, "itemsize", 4), 1)
 
 
 def _accepts(config: PretrainedConfig, arch: ArchSpec, sizes: Widths) -> bool:

@@ -93,7 +93,7 @@ def spaces_of(
         uniform=template.uniform,
     )
     if template.router is not None:
-        yield from _whole_experts(base, f"{prefix}{template.router}", shapes)
+        yield from _whole_experts(base, template, prefix, shapes)
     elif template.experts is not None:
         yield from _inside_experts(base, template, shapes, units)
     else:
@@ -115,7 +115,9 @@ def heads_of(config: PretrainedConfig) -> Heads:
 def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
     """The rows of a weight that one unit owns, by the words that templates use for it."""
     heads, groups, head_dim = heads_of(config)
-    units = {"unit": 1, "pair": 2, "heads": heads // groups, "kv": head_dim, "q": head_dim * (heads // groups)}
+    per_group = heads // groups
+    units = {"unit": 1, "pair": 2, "heads": per_group, "kv": head_dim, "q": head_dim * per_group}
+    units["q_gate"] = 2 * units["q"]
     for parts in (*template.out.values(), *template.into.values(), *template.along.values()):
         for part in parts:
             if part not in units:
@@ -137,13 +139,16 @@ def _inside_layer(
     yield _with_axes(replace(base, size=projections.size, biased=projections.biased), out, projections.into, shapes)
 
 
-def _whole_experts(base: Space, router: str, shapes: Shapes) -> Iterator[Space]:
-    """One unit per expert: index 0 of every tensor of the router and of the experts."""
+def _whole_experts(base: Space, template: Template, prefix: str, shapes: Shapes) -> Iterator[Space]:
+    """One unit per expert: index 0 of every tensor of the router and of the experts, index 1 of a single row."""
+    router = f"{prefix}{template.router}"
     if f"{router}.weight" not in shapes:
         return
     size = shapes[f"{router}.weight"][0]
     names = [name for owner in (router, base.experts) for name in shapes if name.startswith(f"{owner}.")]
-    out = [axis for name in names for axis in _axes(name, 0, ["unit"], size, shapes, {"unit": 1})]
+    names += [f"{prefix}{param}" for param in template.along if f"{prefix}{param}" in shapes]
+    dims = {name: int(len(shapes[name]) > 1 and shapes[name][0] == 1 < size) for name in names}
+    out = [axis for name in names for axis in _axes(name, dims[name], ["unit"], size, shapes, {"unit": 1})]
     yield _with_axes(replace(base, size=size, unit=EXPERT), out, [], shapes)
 
 

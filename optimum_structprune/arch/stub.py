@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -19,39 +22,53 @@ if TYPE_CHECKING:
 
 Roles = dict[str, dict[str, list[str]]]
 
+IN_A_LIST = re.compile(r"(.+?)\.(\d+)\.(.+)")
+# The last parts of the names of projections that write to the residual stream; what else reads it is a producer.
+CONSUMER = re.compile(
+    r"(o_proj|out_proj|c_proj|down_proj|out|wo|Wo|w2|fc2|fc_out|lin2|dense|dense_4h_to_h|\w*output\w*)$"
+)
+WIDTH_KEY = re.compile(r"intermediate|ffn|ff_|inner|d_ff|shared")
+UNKNOWN_KEY = "WHICH_CONFIG_KEY"
+
 
 def stub(model: PreTrainedModel) -> str:
-    """YAML in the form of `families.yaml`, made from the model's tensor-parallel plan and its weights' shapes.
+    """YAML in the form of `families.yaml`, made from the model's tensor-parallel plan and its weights' names and
+    shapes.
 
-    The package never uses a stub by itself: the plan says which projections produce and consume, but neither how rows
-    fall into units nor what else is coupled.
+    What the plan names comes first; elsewhere, and without a plan, a projection that reads the residual stream is a
+    producer, and one that writes it a consumer. The package never uses a stub by itself: neither the plan nor a name
+    says how rows fall into units or what else is coupled. Matrices that no space takes are listed as comments.
 
     Raises:
-        StructPruneError: If transformers has no tensor-parallel plan for the model; the message names the nearest
-            family, to start from.
+        StructPruneError: If the model has no list of layers; the message names the nearest family, to start from.
     """
     config = text_config(model.config)
-    base = f"{model.base_model_prefix}."
-    shapes = {name.removeprefix(base): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    near = nearest(config, shapes)
-    plan = getattr(config, "base_model_tp_plan", None) or {}
-    path, roles = _roles(plan)
-    if not roles:
-        raise StructPruneError(
-            f"transformers has no tensor-parallel plan for {config.model_type!r} to make a stub from; the nearest "
-            f"family is {near or 'none'}, start from its entry in families.yaml."
-        )
-    spaces = {
-        _name(owner): _space(owner, role, shapes, f"{path}.0.", config)
-        for owner, role in roles.items()
-        if role["out"] and role["in"]
+    shapes = {
+        name.removeprefix(f"{model.base_model_prefix}."): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
     }
+    near = nearest(config, shapes) or "none"
+    path, tensors = _layer_tensors(shapes)
+    if not tensors:
+        raise StructPruneError(
+            f"{config.model_type!r} has no list of layers to make a stub from; the nearest family is {near}, start "
+            "from its entry in families.yaml."
+        )
+    width = _residual_width(model, tensors)
+    plan = _by_plan(getattr(config, "base_model_tp_plan", None) or {}, tensors)
+    spaces = dict(_spaces({**_by_shape(tensors, width), **plan}, tensors, config))
+    spaces.update(_experts(tensors, width, config))
     entry = [{"model_types": [config.model_type], "layer_path": path, "spaces": spaces}]
-    head = (
-        f"# A stub for {config.model_type}: check every line, then pass the file as --arch.\n"
-        f"# The nearest family by names and shapes is {near or 'none'}.\n"
-    )
-    return head + yaml.safe_dump(entry, sort_keys=False).rstrip()
+    head = [
+        f"# A stub for {config.model_type}: check every line, then pass the file as --arch.",
+        f"# The nearest family by names and shapes is {near}.",
+    ]
+    taken = str(spaces)
+    rest = [name for name, shape in tensors.items() if len(shape) > 1 and _module(name) not in taken]
+    if not plan:
+        head.append("# transformers has no tensor-parallel plan for it: all roles are guessed from names and shapes.")
+    head += [f"# No space has {_module(name)}, {' x '.join(map(str, tensors[name]))}." for name in rest]
+    return "\n".join([*head, yaml.safe_dump(entry, sort_keys=False).rstrip()])
 
 
 def nearest(config: PretrainedConfig, shapes: Shapes) -> str | None:
@@ -65,48 +82,149 @@ def nearest(config: PretrainedConfig, shapes: Shapes) -> str | None:
     for model_type, family in builtin_families().items():
         try:
             fitting = len({axis.param for space in resolve(family, config, shapes).spaces for axis in space.axes})
-        except (StructPruneError, AttributeError, ZeroDivisionError, IndexError):
+        except Exception:  # an odd config fails in a way of its own with every template that does not fit it
             continue
         best = max(best, (fitting, model_type), key=lambda pair: pair[0])
     return best[1]
 
 
-def _roles(plan: Mapping[str, str]) -> tuple[str, Roles]:
-    """The path of the layers, and for each module the names of its projections that split by rows (producers) and by
-    columns (consumers).
+def _layer_tensors(shapes: Shapes) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """The path of the list of layers with the most parameters, and the shape of every tensor that some layer has."""
+    params: Counter[str] = Counter()
+    tensors: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if match := IN_A_LIST.fullmatch(name):
+            path, _, rest = match.groups()
+            params[path] += prod(shape)
+            tensors.setdefault(path, {}).setdefault(rest, shape)
+    if not params:
+        return "", {}
+    path = params.most_common(1)[0][0]
+    return path, tensors[path]
+
+
+def _residual_width(model: PreTrainedModel, tensors: Shapes) -> int:
+    """The number of channels of the residual stream: the most frequent dimension of the matrices in the layers, unless
+    the config says it.
     """
-    layer_path = ""
+    config = text_config(model.config)
+    stated = getattr(config, "hidden_size", None)
+    if isinstance(stated, int):
+        return stated
+    return Counter(size for shape in tensors.values() if len(shape) == 2 for size in shape).most_common(1)[0][0]
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _by_plan(plan: Mapping[str, str], tensors: Shapes) -> Roles:
+    """For each module, the names of its projections that split by rows (producers) and by columns (consumers); modules
+    that lack one of the two are left out.
+    """
     roles: Roles = {}
     for pattern, style in plan.items():
-        path, _, rest = pattern.partition(".*.")
-        owner, _, leaf = rest.rpartition(".")
+        name = pattern.partition(".*.")[2]
         side = {"colwise": "out", "rowwise": "in"}.get(style.removesuffix("_rep").removesuffix("_gather_output"))
-        if leaf and side:
-            layer_path = path
-            roles.setdefault(owner, {"out": [], "in": []})[side].append(rest)
-    return layer_path, roles
+        if side and f"{name}.weight" in tensors:
+            roles.setdefault(name.rpartition(".")[0], {"out": [], "in": []})[side].append(name)
+    return {owner: role for owner, role in roles.items() if role["out"] and role["in"]}
 
 
-def _name(owner: str) -> str:
-    return "attention" if "attn" in owner or "attention" in owner else owner.rpartition(".")[2] or "mlp"
+def _by_shape(tensors: Shapes, width: int) -> Roles:
+    """The same as `_by_plan`, guessed: a producer reads the residual stream, and a consumer writes it."""
+    roles: Roles = {}
+    for name, shape in tensors.items():
+        module = _module(name)
+        if len(shape) != 2 or module == name or width not in shape:
+            continue
+        owner, _, leaf = module.rpartition(".")
+        writes = shape[0] == width and (shape[1] != width or CONSUMER.search(leaf) is not None)
+        if writes or shape[1] == width:
+            roles.setdefault(owner, {"out": [], "in": []})["in" if writes else "out"].append(module)
+    return {owner: role for owner, role in roles.items() if role["out"] and role["in"]}
 
 
-def _space(
-    owner: str, role: Mapping[str, list[str]], shapes: Shapes, layer: str, config: PretrainedConfig
-) -> dict[str, Any]:
-    names = {side: [name for name in role[side] if f"{layer}{name}.weight" in shapes] for side in ("out", "in")}
-    if _name(owner) == "attention":
+def _spaces(roles: Roles, tensors: Shapes, config: PretrainedConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    names: set[str] = set()
+    for owner, role in roles.items():
+        kind = "attention" if "attn" in owner or "attention" in owner else owner.rpartition(".")[2] or "mlp"
+        name = kind if kind not in names else owner.replace(".", "_")
+        names.add(name)
+        make = _heads if kind == "attention" else _channels
+        yield name, make(role, tensors, config)
+
+
+def _heads(role: Mapping[str, list[str]], tensors: Shapes, config: PretrainedConfig) -> dict[str, Any]:
+    try:
         heads, groups, head_dim = heads_of(config)
-        projections = {
-            side: {
-                name: "q" if shapes[f"{layer}{name}.weight"][dim] > groups * head_dim or heads == groups else "kv"
-                for name in names[side]
-            }
-            for side, dim in (("out", 0), ("in", 1))
-        }
-        size: dict[str, Any] = {"size": "num_key_value_heads", "also": ["num_attention_heads"], "pin": ["head_dim"]}
-        return {**size, **projections}
-    rows = shapes[f"{layer}{names['in'][0]}.weight"][1] if names["in"] else 0
-    keys = [key for key, value in config.to_dict().items() if value == rows and key not in ("vocab_size",)]
-    units = {side: dict.fromkeys(names[side], "unit") for side in ("out", "in")}
-    return {"size": keys[0] if keys else "WHICH_CONFIG_KEY", **units}
+    except (AttributeError, TypeError, ZeroDivisionError):
+        heads, groups, head_dim = 1, 1, 0
+    query, packed = heads * head_dim, (heads + 2 * groups) * head_dim
+
+    def unit(name: str, dim: int) -> str | list[str]:
+        rows = tensors[f"{name}.weight"][dim]
+        if dim == 0 and rows == packed:
+            return ["q", "kv", "kv"]
+        if dim == 0 and rows == 2 * query and heads != groups:
+            return "q_gate"
+        return "q" if rows > groups * head_dim or heads == groups else "kv"
+
+    return {
+        "size": "num_key_value_heads",
+        "also": ["num_attention_heads"],
+        "pin": ["head_dim"],
+        "out": {name: unit(name, 0) for name in role["out"]},
+        "in": {name: unit(name, 1) for name in role["in"]},
+    }
+
+
+def _channels(role: Mapping[str, list[str]], tensors: Shapes, config: PretrainedConfig) -> dict[str, Any]:
+    size = tensors[f"{role['in'][0]}.weight"][1]
+    return {
+        "size": _key(config, size),
+        "out": {name: _units(tensors[f"{name}.weight"][0], size) for name in role["out"]},
+        "in": dict.fromkeys(role["in"], "unit"),
+    }
+
+
+def _units(rows: int, size: int) -> str | list[str]:
+    return ["unit", "unit"] if rows == 2 * size else "unit"
+
+
+def _key(config: PretrainedConfig, size: int) -> str:
+    """The config key that has this value; rather one that sounds like a width."""
+    keys = [key for key, value in config.to_dict().items() if value == size and key != "vocab_size"]
+    return next((key for key in keys if WIDTH_KEY.search(key)), keys[0] if keys else UNKNOWN_KEY)
+
+
+def _experts(tensors: Shapes, width: int, config: PretrainedConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The spaces of stacked experts: the channels inside them, and whole experts where a router is found."""
+    stacks: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if len(shape) == 3 and width in shape[1:] and leaf != "weight":
+            stacks.setdefault(owner, {})[leaf] = shape
+    for owner, params in stacks.items():
+        into = [leaf for leaf in params if CONSUMER.search(leaf)]
+        out = [leaf for leaf in params if leaf not in into]
+        if not into or not out:
+            continue
+        transposed = params[into[0]][2] == width != params[into[0]][1]
+        rows, columns = (2, 1) if transposed else (1, 2)
+        size = params[into[0]][columns]
+        yield (
+            "expert_mlp" if owner == "" else f"{owner.replace('.', '_')}_mlp",
+            {
+                "size": _key(config, size),
+                "experts": owner,
+                **({"transposed": True} if transposed else {}),
+                "out": {leaf: _units(params[leaf][rows], size) for leaf in out},
+                "in": dict.fromkeys(into, "unit"),
+            },
+        )
+        count = params[into[0]][0]
+        beside = owner.rpartition(".")[0]
+        routers = [_module(n) for n, s in tensors.items() if s == (count, width) and n.startswith(beside)]
+        if routers:
+            yield "expert", {"size": _key(config, count), "router": routers[0], "experts": owner}

@@ -26,12 +26,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Run the text through the model and store what pruning needs of it."""
     from ..calibrator import calibrate
-    from ..saving.staging import check_target
+    from ..saving.target import check_target, probe_target, used_paths
     from .loading import load_model_and_tokenizer
 
     # How much is removed plays no part here, but a config has to say it.
     config = pruning_config(args, sparsity=0.5)
-    check_target(args.output, args.overwrite)
+    check_target(args.output, args.overwrite, [args.model, *used_paths(config)])
+    probe_target(args.output)
     model, tokenizer = load_model_and_tokenizer(
         args.model, args.dtype, args.device, args.trust_remote_code, config.arch_file
     )

@@ -15,7 +15,7 @@ from ..errors import InPlaceError, StructPruneError
 DESCRIPTION = "Structured pruning of Hugging Face models."
 # Each is a module here with NAME, HELP, add_arguments(parser) and run(args) -> int. `optimum-cli` imports them all
 # on every call, so what is heavy is imported inside add_arguments() and run().
-COMMANDS = ("prune", "calibrate", "plan", "recover", "evaluate", "inspect", "export")
+COMMANDS = ("prune", "calibrate", "plan", "recover", "evaluate", "inspect", "export", "apply")
 
 
 class CommandParser(ArgumentParser):

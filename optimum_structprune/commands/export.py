@@ -27,10 +27,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Pad the model, save it, and say what that costs."""
     from ..saving.export import export_uniform
-    from ..saving.staging import check_target
-    from .loading import load_model_and_tokenizer
+    from ..saving.target import check_target, probe_target
+    from .loading import load_model_and_tokenizer, weights_bytes
 
-    check_target(args.output, args.overwrite)
+    check_target(args.output, args.overwrite, [args.model, args.arch_file])
+    probe_target(args.output, weights_bytes(args.model))
     model, tokenizer = load_model_and_tokenizer(
         args.model, args.dtype, args.device, args.trust_remote_code, args.arch_file
     )

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 
 from ..arch.heterogeneous import enable_heterogeneous
-from ..arch.meta import model_class
+from ..arch.meta import meta_model, model_class
 from ..errors import StructPruneError
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What `--device` takes beside the names of devices: ways to spread a model over all of them.
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+NAMED = 3  # so many names in a message
 
 
 def load_model_and_tokenizer(
@@ -35,22 +47,51 @@ def load_model_and_tokenizer(
         arch_file: Descriptions of your own, see `families.yaml`; non-uniform models of these load as well.
 
     Raises:
-        StructPruneError: If either cannot be loaded, with the reason.
+        StructPruneError: If either cannot be loaded, with the reason; also if weights are missing, which transformers
+            would fill with random numbers, or have other shapes than the config says.
     """
     load_dtype(dtype)
+    device = load_device(device)
     if arch_file is not None:
         enable_heterogeneous(arch_file)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, config = (_load(auto, name, trust_remote_code) for auto in (AutoTokenizer, AutoConfig))
+    tokenizer, config = load_tokenizer(name, trust_remote_code), load_config(name, trust_remote_code)
     try:
-        model = model_class(config, arch_file).from_pretrained(
-            name, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+        model, loaded = model_class(config, arch_file).from_pretrained(
+            name,
+            dtype=dtype,
+            device_map=device,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with both shapes
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load(name, error) from error
-    except RuntimeError as error:
-        raise StructPruneError(f"The model cannot be put on --device {device}: {_first_line(error)}") from error
+    except torch.OutOfMemoryError as error:
+        raise StructPruneError(f"The model cannot be put on --device {device}: {_line(error)}") from error
+    except Exception as error:  # whatever a damaged file or an odd config makes of the code that reads it
+        raise _cannot_load(name, error, trust_remote_code, arch_file) from error
+    _check_weights(name, loaded)
     return model.eval(), tokenizer
+
+
+def load_device(name: str | None) -> str:
+    """The device that `--device` names; without a name, cuda where there is one, and the CPU otherwise.
+
+    Raises:
+        StructPruneError: If this machine, or this build of torch, does not have it.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name in SPREAD:
+        return name
+    try:
+        if torch.device(name).type == "meta":
+            raise ValueError("it holds no weights")
+        torch.empty(0, device=name)
+    except Exception as error:  # torch raises an AssertionError, a RuntimeError or a NotImplementedError
+        have = "cpu" + ("".join(f", cuda:{index}" for index in range(torch.cuda.device_count())))
+        raise StructPruneError(
+            f"--device {name} cannot be used: {_first_line(error)}; this machine has {have}."
+        ) from error
+    return name
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -59,7 +100,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     Raises:
         StructPruneError: If it cannot be loaded, with the reason.
     """
-    return _load(AutoTokenizer, name, trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises a bare one
+        load_config(name, trust_remote_code)  # says more where the config is at fault
+        raise StructPruneError(f"The tokenizer of {name!r} cannot be loaded: {_line(error)}") from error
 
 
 def load_dtype(name: str) -> torch.dtype | None:
@@ -77,21 +122,133 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """A model's config.
 
     Raises:
-        StructPruneError: If it cannot be loaded, with the reason.
+        StructPruneError: If it cannot be loaded, with the reason; the message names the key that is at fault, where
+            one is.
     """
-    return _load(AutoConfig, name, trust_remote_code)
-
-
-def _load(auto_class: Any, name: str, trust_remote_code: bool) -> Any:
     try:
-        return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load(name, error) from error
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever an odd value makes of the code that reads it
+        raise _cannot_load(name, error, trust_remote_code) from error
 
 
-def _cannot_load(name: str, error: Exception) -> StructPruneError:
-    return StructPruneError(f"{name!r} cannot be loaded: {_first_line(error)}")
+def weights_bytes(name: str, config: PretrainedConfig | None = None, arch_file: str | None = None) -> int:
+    """The size of a model's weights: that of the safetensors files in its folder, or what its config says.
+
+    Args:
+        name: The id or the folder of the model.
+        config: The config of the model, for one that is no folder. Without it, such a model counts as nothing.
+        arch_file: Descriptions of your own.
+    """
+    if size := sum(path.stat().st_size for path in _weight_files(name)):
+        return size
+    if config is None:
+        return 0
+    model = meta_model(config, arch_file)
+    return model.num_parameters() * model.dtype.itemsize
+
+
+def _check_weights(name: str, loaded: Mapping[str, Collection[Any]]) -> None:
+    """Refuse a model whose weights are not all those of its files."""
+    if missing := sorted(loaded["missing_keys"]):
+        raise StructPruneError(
+            f"{name!r} lacks weights that its config asks for, which would be random: {_some(missing)}. The config "
+            "and the weights have to be of the same model."
+        )
+    if mismatched := sorted(loaded["mismatched_keys"]):
+        key, there, here = mismatched[0]
+        more = f", and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""
+        raise StructPruneError(
+            f"{name!r} has weights of other shapes than its config says: {key} is {tuple(there)} in the file and "
+            f"{tuple(here)} by the config{more}."
+        )
+    if errors := loaded.get("error_msgs"):
+        raise StructPruneError(f"{name!r} cannot be loaded: {' '.join(str(next(iter(errors))).split())}")
+    if unexpected := sorted(loaded["unexpected_keys"]):
+        logger.warning(
+            "%r has weights that the model does not use, and they are dropped: %s.", name, _some(unexpected)
+        )
+
+
+def _some(names: Collection[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join([*names][:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _cannot_load(
+    name: str, error: Exception, trust_remote_code: bool, arch_file: str | None = None
+) -> StructPruneError:
+    """The error that says why a model or its config cannot be loaded: which file is damaged, or which key is odd."""
+    if broken := next(_broken_files(name), None):
+        return StructPruneError(f"{broken} is damaged or cut, so {name!r} cannot be loaded: {_line(error)}")
+    fields = _config_fields(name)
+    if fields is not None and not isinstance(fields, dict):
+        return StructPruneError(f"The config.json of {name!r} has to hold a mapping, found {type(fields).__name__}.")
+    if fields and not (trust_remote_code and "auto_map" in fields) and (key := _odd_key(fields, arch_file)):
+        return StructPruneError(
+            f"{name!r} cannot be loaded: {key}={fields[key]!r} in its config.json cannot be used ({_line(error)})."
+        )
+    reason = _line(error) if isinstance(error, (OSError, ValueError, ImportError)) else _described(error)
+    return StructPruneError(f"{name!r} cannot be loaded: {reason}")
+
+
+def _weight_files(name: str) -> list[Path]:
+    return sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+
+
+def _broken_files(name: str) -> Iterator[Path]:
+    """The safetensors files of a folder that cannot be read."""
+    for path in _weight_files(name):
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (OSError, SafetensorError):
+            yield path
+
+
+def _config_fields(name: str) -> Any:
+    """What the config.json of a model holds; None where it cannot be read."""
+    try:
+        path = cached_file(name, "config.json", local_files_only=True)
+        return None if path is None else json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _odd_key(fields: Mapping[str, Any], arch_file: str | None) -> str | None:
+    """The key of a config without which a model can be built; None where there is no such key, or no need for it."""
+    if not isinstance(model_type := fields.get("model_type"), str) or model_type not in CONFIG_MAPPING:
+        return None
+    # A config that is refused as it is; if none is, a model that cannot be built from it.
+    for build in (CONFIG_MAPPING[model_type].from_dict, lambda data: _built(model_type, data, arch_file)):
+        if _works(build, fields):
+            continue
+        for key in fields:
+            if key != "model_type" and _works(build, {name: fields[name] for name in fields if name != key}):
+                return key
+        return None
+    return None
+
+
+def _built(model_type: str, fields: dict[str, Any], arch_file: str | None) -> None:
+    meta_model(CONFIG_MAPPING[model_type].from_dict(fields), arch_file)
+
+
+def _works(build: Any, fields: Mapping[str, Any]) -> bool:
+    try:
+        build(dict(fields))
+    except Exception:  # that it fails is the answer
+        return False
+    return True
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    """The message of an error in one line, as far as a sentence."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__

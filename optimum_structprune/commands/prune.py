@@ -11,6 +11,8 @@ from .arguments import add_config_arguments, add_model_arguments, add_path_argum
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from ..config.pruning import StructPruneConfig
+
 NAME = "prune"
 HELP = "Prune a model and save one that plain from_pretrained loads."
 
@@ -18,6 +20,7 @@ HELP = "Prune a model and save one that plain from_pretrained loads."
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one that is given overrides the config file."""
     from ..config.pruning import StructPruneConfig
+    from .recovering import add_worse_argument
 
     add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.")
     parser.add_argument(
@@ -31,6 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         help="The same, with this number of training tokens: short for --recovery tokens=N.",
     )
+    add_worse_argument(parser)
     add_model_arguments(parser)
     add_config_arguments(parser, StructPruneConfig)
 
@@ -42,15 +46,17 @@ def run(args: Namespace) -> int:
     from ..calibration.stored import Statistics
     from ..pruner import AutoStructPruner
     from ..recovery.checks import check_recovery
-    from ..saving.staging import check_target
+    from ..saving.target import check_apart, check_target, probe_target, used_paths
     from .loading import load_model_and_tokenizer
-    from .recovering import recover_and_save
+    from .recovering import recover_and_save, recovery_for
 
     config = pruning_config(args)
     # The pruned model is saved before it is trained, so that an interruption loses nothing.
     recovery = None if config.recovery is None or config.recovery.every_round else config.recovery
     config = config if recovery is None else replace(config, recovery=None)
-    check_target(args.output, args.overwrite)
+    check_target(args.output, args.overwrite, [args.model, *used_paths(config, recovery)])
+    check_apart(args.output, config, recovery)
+    probe_target(args.output, _result_bytes(args, config))
     if config.stats is not None:
         Statistics.load(config.stats)  # before a model is loaded in vain
     pruner = AutoStructPruner.from_config(config)
@@ -64,19 +70,37 @@ def run(args: Namespace) -> int:
     print(pruner.report)
     print(_where(pruned.config, args.output, config.arch_file))
     if recovery is not None:
-        recover_and_save(
+        return recover_and_save(
+            recovery_for(recovery, args.output, config),
             pruned,
             tokenizer,
-            recovery,
             args.output,
             pruned_folder=args.output,
-            pruning=config,
             teacher=args.model,
             overwrite=True,
+            accept_worse=args.accept_worse,
             trust_remote_code=args.trust_remote_code,
             arch_file=config.arch_file,
         )
     return 0
+
+
+def _result_bytes(args: Namespace, config: StructPruneConfig) -> int:
+    """The size of the pruned model's weights; nothing where it cannot be told yet, and the run itself will say why."""
+    import warnings
+
+    from ..dryrun import dry_run
+    from ..errors import StructPruneError
+    from .loading import load_config, load_dtype
+
+    dtype = load_dtype(args.dtype)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model_config = load_config(args.model, args.trust_remote_code)
+            return dry_run(model_config, config, dtype, args.trust_remote_code).memory.after
+    except StructPruneError:
+        return 0
 
 
 def _where(config: PretrainedConfig, output: str, arch_file: str | None) -> str:

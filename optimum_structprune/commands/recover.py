@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ..errors import StructPruneError
 from .arguments import (
     add_arch_argument,
     add_config_arguments,
@@ -21,6 +22,7 @@ HELP = "Train a pruned model with LoRA, with or without a teacher, and save it."
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one that is given overrides the config file."""
     from ..config.recovery import RecoveryConfig
+    from .recovering import add_worse_argument
 
     add_path_arguments(parser, "Folder or id of the pruned model.", "Folder for the recovered model.")
     parser.add_argument("--teacher", metavar="MODEL", help="The model to agree with, usually the dense one.")
@@ -32,6 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         const=False,
         help="Save the adapter and do not merge it: the same as --no-merge.",
     )
+    add_worse_argument(parser)
     add_arch_argument(parser)
     add_model_arguments(parser)
     add_config_arguments(parser, RecoveryConfig)
@@ -41,35 +44,49 @@ def run(args: Namespace) -> int:
     """Train, save, and show what came of it."""
     from ..config.pruning import CONFIG_NAME, StructPruneConfig
     from ..recovery.checks import check_recovery
-    from ..recovery.recover import Recovery
-    from ..saving.staging import check_target
-    from .loading import load_model_and_tokenizer, load_tokenizer
-    from .recovering import recover_and_save
+    from ..saving.target import check_apart, check_target, probe_target, used_paths
+    from .loading import load_model_and_tokenizer, load_tokenizer, weights_bytes
+    from .recovering import recover_and_save, recovery_for
 
     config = recovery_config(args)
-    check_target(args.output, args.overwrite)
+    _check_whole(args.model)
     known = (Path(args.model) / CONFIG_NAME).is_file()
     pruning = StructPruneConfig.from_pretrained(args.model) if known else None
+    # The recovered model may take the place of the pruned one; an adapter may not, since it needs that model.
+    own = None if config.merge else args.model
+    check_target(args.output, args.overwrite, [own, args.teacher, args.arch_file, *used_paths(config, pruning)])
+    check_apart(args.output, config)
+    probe_target(args.output, weights_bytes(args.model) if config.merge else 0)
+    recovery = recovery_for(config, args.output, pruning)
+    check_recovery(config, recovery.pruning, parts=1)
     if config.teacher_logits is not None and args.teacher is not None:
         # Before the model is loaded, so that the two are never in memory together.
-        recovery = Recovery(config, pruning)
-        check_recovery(config, recovery.pruning)
         tokenizer = load_tokenizer(args.model, args.trust_remote_code)
         recovery.write_teacher_logits(args.teacher, tokenizer, trust_remote_code=args.trust_remote_code)
     model, tokenizer = load_model_and_tokenizer(
         args.model, args.dtype, args.device, args.trust_remote_code, args.arch_file
     )
-    recover_and_save(
+    return recover_and_save(
+        recovery,
         model,
         tokenizer,
-        config,
         args.output,
         pruned_folder=args.model,
-        pruning=pruning,
         teacher=args.teacher,
         resume=args.resume,
         overwrite=args.overwrite,
+        accept_worse=args.accept_worse,
         trust_remote_code=args.trust_remote_code,
         arch_file=args.arch_file,
     )
-    return 0
+
+
+def _check_whole(model: str) -> None:
+    """Refuse a folder that holds an adapter and no model."""
+    folder = Path(model)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise StructPruneError(
+            f"{model} holds an adapter and no model. In Python, load_adapter(pruned_model, {model!r}) puts it on the "
+            "pruned model that it was trained on; merge_and_unload() and save_pretrained(…) then give a folder that "
+            "this command takes."
+        )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
+import warnings
+from argparse import ArgumentParser
 from dataclasses import replace
 from shlex import join
 from typing import TYPE_CHECKING
-
-from ..recovery.recover import Recovery
 
 
 if TYPE_CHECKING:
@@ -16,58 +15,112 @@ if TYPE_CHECKING:
 
     from ..config.pruning import StructPruneConfig
     from ..config.recovery import RecoveryConfig
+    from ..recovery.recover import Recovery
+
+# The exit code where a training has made the model worse, so that the result is not where it was asked for.
+WORSE = 1
+
+
+def add_worse_argument(parser: ArgumentParser) -> None:
+    """Declare the flag that takes a model which its training has made worse."""
+    parser.add_argument(
+        "--accept-worse",
+        action="store_true",
+        help="Save the trained model as the output even if it is worse on held-out text than before its training. "
+        f"Otherwise it goes to OUTPUT.worse, the output is left alone, and the exit code is {WORSE}.",
+    )
+
+
+def recovery_for(config: RecoveryConfig, output: str, pruning: StructPruneConfig | None) -> Recovery:
+    """The training of a model that goes to `output`; its checkpoints lie beside that folder while it lasts.
+
+    Args:
+        config: How the model is trained.
+        output: The folder to write to.
+        pruning: How the model was pruned, where that is known.
+    """
+    from ..recovery.recover import Recovery
+
+    return Recovery(replace(config, training={"output_dir": _checkpoints(output), **config.training}), pruning)
 
 
 def recover_and_save(
+    recovery: Recovery,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: RecoveryConfig,
     output: str,
     *,
     pruned_folder: str,
-    pruning: StructPruneConfig | None = None,
     teacher: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    accept_worse: bool = False,
     trust_remote_code: bool = False,
     arch_file: str | None = None,
-) -> None:
-    """Train a model, save it, and show what came of it. Checkpoints lie beside the output while training lasts.
+) -> int:
+    """Train a model, save it, and show what came of it.
+
+    A model that is worse on held-out text than before is saved beside the output, which is left alone.
 
     Args:
+        recovery: What `recovery_for` gave.
         model: The pruned model; it is trained itself.
         tokenizer: Its tokenizer.
-        config: How the model is trained.
         output: The folder to write to.
         pruned_folder: The id or the folder that the pruned model was loaded from, or saved to.
-        pruning: How the model was pruned, where that is known.
         teacher: The id or the folder of the model to agree with.
         resume: Whether training goes on from the last checkpoint.
         overwrite: Whether an output folder that exists is replaced.
+        accept_worse: Whether a worse model is saved as the output.
         trust_remote_code: Whether code that comes with the teacher is run.
         arch_file: Descriptions of your own that the model was loaded with.
+
+    Returns:
+        The exit code: 0, or `WORSE` where the model is worse and that was not accepted.
 
     Raises:
         StructPruneError: If the model cannot be trained or saved as the config says.
         KeyboardInterrupt: If the user interrupts the training; how it can go on is written to the standard error.
     """
-    checkpoints = f"{output.rstrip('/')}.checkpoints"
-    recovery = Recovery(replace(config, training={"output_dir": checkpoints, **config.training}), pruning)
+    from ..recovery.outcome import WorseModelWarning
+    from ..saving.target import check_target, remove_checkpoints
+
+    aside = f"{output.rstrip('/')}.worse"
+    if not accept_worse:
+        check_target(aside, overwrite=True)  # before it is trained in vain
     try:
-        recovered = recovery.recover_model(
-            model, tokenizer, teacher, resume=resume, trust_remote_code=trust_remote_code
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", WorseModelWarning)  # the report says it
+            recovered = recovery.recover_model(
+                model, tokenizer, teacher, resume=resume, trust_remote_code=trust_remote_code
+            )
     except KeyboardInterrupt:
         again = ["structprune", "recover", pruned_folder, output]
         again += ["--teacher", teacher] if teacher else []
         again += ["--arch", arch_file] if arch_file else []
         again += ["--trust-remote-code"] if trust_remote_code else []
         again += ["--overwrite"] if overwrite else []
+        again += ["--accept-worse"] if accept_worse else []
         line = join([*again, "--resume"])
         sys.stderr.write(f"structprune: interrupted; go on with `{line}` and the same settings.\n")
         raise
-    recovery.save(recovered, output, tokenizer=tokenizer, overwrite=overwrite, pruned=pruned_folder)
-    if "output_dir" not in config.training:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    print(recovery.report)
-    print(f"saved to {output}")
+    report = recovery.report
+    assert report is not None
+    worse = report.worse and not accept_worse
+    target = aside if worse else output
+    recovery.save(recovered, target, tokenizer=tokenizer, overwrite=overwrite or worse, pruned=pruned_folder)
+    print(report)
+    print(f"saved to {target}")
+    if worse:
+        sys.stderr.write(
+            f"structprune: the trained model is worse, so it is in {aside}, and {output} is as it was; train it with "
+            "other settings, or take it with --accept-worse.\n"
+        )
+        return WORSE
+    if recovery.config.training["output_dir"] == _checkpoints(output):
+        remove_checkpoints(_checkpoints(output))
+    return 0
+
+
+def _checkpoints(output: str) -> str:
+    return f"{output.rstrip('/')}.checkpoints"

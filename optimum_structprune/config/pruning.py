@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import yaml
 from huggingface_hub.dataclasses import strict, validated_field
 
+from ..errors import StructPruneError
 from ..registry import did_you_mean
 from .domains import DomainConfig, SelfTextConfig, check_names, with_domains
 from .fields import (
@@ -51,8 +52,9 @@ class StructPruneConfig(Serialisable):
     Args:
         method: The registered pruner that does it.
         sparsity: The share of the layers' parameters to remove, between 0 and 1.
-        widths: How many units each named space keeps, such as `{"mlp": 1152, "attention": 2}`. With another
-            `allocation` than `uniform`, each number is the mean over the layers.
+        widths: How many units each named space keeps, such as `{"mlp": 1152, "attention": 2}`. A list has one number
+            for each layer and a mapping one for each layer that it names, such as `{"mlp": {0: 1536, 1: 1024}}`. With
+            another `allocation` than `uniform`, each number is the mean over the layers.
         budget: What the whole model may have at most: `{"parameters": 110_000_000}`, `{"bytes": 300_000_000}` of
             parameters in its dtype, or `{"cache_bytes_per_token": 9000}` of keys and values. The widths are the
             largest that keep to it.
@@ -118,7 +120,7 @@ class StructPruneConfig(Serialisable):
 
     method: str = "iterative"
     sparsity: Number | None = validated_field(share, default=None)
-    widths: dict[str, int] | None = None
+    widths: dict[str, int | list[int] | dict[Any, int]] | None = None
     budget: dict[str, Number] | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
     criterion: str | None = None
@@ -157,6 +159,8 @@ class StructPruneConfig(Serialisable):
     def __post_init__(self) -> None:
         self.targets = tuple(self.targets)
         self.skip_layers = tuple(self.skip_layers)
+        if self.widths is not None:
+            self.widths = {name: _by_layer(name, width) for name, width in self.widths.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
@@ -180,6 +184,11 @@ class StructPruneConfig(Serialisable):
         if isinstance(recovery := data.get("recovery"), Mapping):
             data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
         return super().from_dict(data)
+
+    @property
+    def asked_widths(self) -> Mapping[str, int | Mapping[int, int]] | None:
+        """`widths` with numbers for single layers by layer."""
+        return cast("Mapping[str, int | Mapping[int, int]] | None", self.widths)
 
     @property
     def texts(self) -> list[DomainConfig]:
@@ -225,7 +234,12 @@ class StructPruneConfig(Serialisable):
         if self.budget is not None and len(self.budget) != 1:
             raise ValueError(f"budget names exactly one of {', '.join(BUDGETS)}, got {self.budget}")
         for name, width in (self.widths or {}).items():
-            if width < 1:
+            least = (
+                width
+                if isinstance(width, int)
+                else min(width.values() if isinstance(width, dict) else width, default=0)
+            )
+            if least < 1:
                 raise ValueError(f"widths[{name!r}] has to be 1 or more, got {width}")
         if self.widths == {}:
             raise ValueError("widths has to name at least one space, such as {'mlp': 1152}, got {}")
@@ -262,6 +276,16 @@ class StructPruneConfig(Serialisable):
         return cls.from_dict(read_yaml(path))
 
 
+def _by_layer(name: str, width: Any) -> int | dict[int, int]:
+    """One number for all layers as it is, numbers for single layers by layer."""
+    if isinstance(width, Mapping):
+        try:
+            return {int(layer): units for layer, units in width.items()}
+        except (TypeError, ValueError) as error:
+            raise StructPruneError(f"widths[{name!r}] names layers by their numbers, got {list(width)}.") from error
+    return dict(enumerate(width)) if isinstance(width, list) else width
+
+
 def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
     """Every pair of fields that cannot both be met, whatever the model: whether it is there, and what to do then.
 
@@ -273,6 +297,12 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         moves_weights and config.rounds < 2,
         f"adaptive_rate={config.adaptive_rate} and objective={config.objective!r} re-weight domains between rounds, "
         f"and rounds={config.rounds} leaves none; set rounds=3",
+    )
+    yield (
+        any(not isinstance(width, int) for width in (config.widths or {}).values())
+        and (config.allocation != "uniform" or bool(config.skip_layers)),
+        f"widths={config.widths} says what every layer keeps, so allocation={config.allocation!r} and "
+        f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number per space",
     )
     yield (
         config.aggregation == "harmonic" and config.normalisation == "zscore",

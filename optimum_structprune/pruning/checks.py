@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..arch.plain import check_no_adapter, is_quantized
+from ..arch.plain import is_quantized
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, ArchSpec, Widths
 from ..calibration.gradients import check_gradients
 from ..calibration.stored import Statistics
@@ -111,7 +111,6 @@ def check_config(config: StructPruneConfig, use: str) -> None:
 def model_rules(case: Case) -> Rules:
     """The model as it is."""
     config, arch, model = case.config, case.arch, case.model
-    check_no_adapter(model)
     yield (
         case.use == TRAINER and is_quantized(model),
         f"{type(model).__name__} is quantized; prune `model.dequantize()`, or load it without quantization.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..arch.spec import ArchSpec, Widths
+from ..arch.spec import ArchSpec, Width, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..surgery.plan import Plan
@@ -91,7 +91,7 @@ def search(
     return good
 
 
-def full_widths(arch: ArchSpec, like: Widths) -> dict[str, int | Mapping[int, int]]:
+def full_widths(arch: ArchSpec, like: Widths) -> Widths:
     """The present widths of the spaces in `like`, in its form: one number, or one per layer."""
     sizes = {name: arch.widths(name) for name in like}
     return {
@@ -102,7 +102,7 @@ def full_widths(arch: ArchSpec, like: Widths) -> dict[str, int | Mapping[int, in
 
 def halfway(
     config: StructPruneConfig, model_config: PretrainedConfig, arch: ArchSpec, high: Widths, low: Widths
-) -> dict[str, int | Mapping[int, int]] | None:
+) -> Widths | None:
     """The legal widths halfway between two; None where there are none in between.
 
     Args:
@@ -112,7 +112,7 @@ def halfway(
         high: Legal widths.
         low: Other legal widths, nowhere above them and in the same form.
     """
-    middle: dict[str, int | Mapping[int, int]] = {}
+    middle: dict[str, Width] = {}
     for name, least in low.items():
         multiple = config.round_to if arch.of(name)[0].rounds else 1
         most = high[name]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
@@ -25,7 +26,8 @@ def prune_units_(run: Run, step: Step) -> Plan:
     """One round: mask units, or in the last one remove all that are masked. A round that an earlier run of the same
     checkpoint has finished is passed over.
     """
-    run.rounds = rounds = run.rounds or Rounds(run, step)
+    rounds: Rounds = run.rounds or Rounds(run, step)
+    run.rounds = rounds
     if step.number <= rounds.done:
         return Plan(rounds.arch.model_type, {})
     if step.last:
@@ -86,7 +88,7 @@ class Rounds:
 
     def remove_masked_(self, widths: Widths) -> Plan:
         """Take what is masked out of the model, without another round."""
-        self.run.changed = True
+        self.run.changed = self.sweep.shrunk = True
         shrink_(self.run.model, self.arch, self.sweep.plan, widths, self.biased)
         return self.sweep.plan
 
@@ -130,8 +132,9 @@ class Rounds:
         self.evidence = replace(self.evidence, shares=shares)
 
     def undo_(self) -> None:
-        """Make the model dense again, as far as nothing has been removed for good."""
-        self.sweep.consumers.undo_()
+        """Make the model dense again, unless units have been removed for good."""
+        if not self.sweep.shrunk:
+            self.sweep.consumers.undo_()
 
     def _sweep_(self, widths: Widths, smaller) -> None:
         number = self.done + 1
@@ -144,7 +147,9 @@ class Rounds:
     def _save_model(self, widths: Widths) -> None:
         copy, plan = deepcopy(self.run.model), self.sweep.plan
         shrink_(copy, self.arch, plan, widths, self.biased)
-        config = replace(self.config, sparsity=None, budget=None, widths={**widths})
+        # What the round was asked for, whatever has chosen it.
+        chosen: Any = {"widths": dict(widths), "allocation": "uniform", "skip_layers": ()}
+        config = replace(self.config, sparsity=None, budget=None, **chosen)
 
         def write(staging: Path) -> None:
             config.save_pretrained(staging)

@@ -19,8 +19,6 @@ from .measure import Measure
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .rounds import Rounds
-
 
 class Run:
     """What the steps of one pruning share.
@@ -38,7 +36,7 @@ class Run:
         plan: The kept units of the dense model so far.
         measure: The figures of the dense model on held-out text; None until `start`.
         teacher: The model that recovery learns from; None where there is none in memory.
-        rounds: The rounds that have begun and have not ended.
+        rounds: The `Rounds` that have begun and have not ended; None between them.
         changed: Whether the model has lost something that cannot be put back.
     """
 
@@ -63,7 +61,7 @@ class Run:
         self.plan = Plan(arch.model_type, {})
         self.measure: Measure | None = None
         self.teacher: PreTrainedModel | None = None
-        self.rounds: Rounds | None = None
+        self.rounds: Any = None
         self.changed = False
 
     @property

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,18 +20,22 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import set_seed
 
 from ..config.fields import build
 from ..config.recovery import LORA, RecoveryConfig
-from ..errors import StructPruneError
+from ..errors import InPlaceError, StructPruneError
+from ..forward.metrics import evaluating, input_device
+from .identity import DIGITS, read_identity, weights_hash
 
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -63,60 +69,186 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+# What peft raises where an adapter does not go with a model, or a field of its config has a wrong type.
+PEFT_ERRORS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, AssertionError, re.error)
+WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+# How much of a sample the outputs before and after merging are compared on.
+PROBE_TOKENS = 64
+
+
 @contextmanager
-def fresh_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Iterator[PeftModel]:
+def fresh_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, merge: bool = True) -> Iterator[PeftModel]:
     """The model with a new adapter, which a failure inside `with` takes off again.
 
     Random numbers follow the seed inside `with`, and go on afterwards as they were.
 
     Args:
-        model: The model that gets the adapter. Its training mode and what of it is trainable are as before afterwards.
+        model: The model that gets the adapter. Its training mode is as before afterwards. What of it is trainable is
+            so too, except that the weights under an adapter that is kept stay frozen, as peft has it.
         lora: The kind of adapter.
         seed: The seed of the adapter's values.
+        merge: Whether the adapter will be folded into the weights.
 
     Raises:
-        StructPruneError: If peft cannot put the adapter on this model.
+        StructPruneError: If peft cannot put the adapter on this model, or what is trained would not be what is merged.
     """
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    training = model.training
+    training, trainable = model.training, _trainable(model)
     with seeded(seed):
         try:
-            adapted = get_peft_model(model, lora)
-        except (ValueError, TypeError) as error:
-            raise StructPruneError(f"peft cannot put the adapter on {type(model).__name__}: {error}") from error
-        try:
-            yield adapted
+            yield _adapted(model, lora, merge)
         except BaseException:  # Ctrl-C too
-            adapted.unload()
+            _take_off_(model, trainable)
             raise
         finally:
             model.train(training)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad = trainable.get(name.replace(".base_layer.", "."), parameter.requires_grad)
+    if merge:
+        _set_trainable_(model, trainable)
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+def _adapted(model: PreTrainedModel, config: PeftConfig, merge: bool) -> PeftModel:
+    tied = _tied(model)
+    with warnings.catch_warnings():
+        # peft warns of tied weights; where that matters, it is refused below.
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        try:
+            adapted = get_peft_model(model, config)
+        except PEFT_ERRORS as error:
+            raise StructPruneError(f"peft cannot put the adapter on {type(model).__name__}: {error}") from error
+    if merge:
+        _check_tied(adapted, tied)
+    return adapted
+
+
+def _tied(model: PreTrainedModel) -> dict[int, list[str]]:
+    """The names of the weights that share one tensor, by its id."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {key: shared for key, shared in names.items() if len(shared) > 1}
+
+
+def _check_tied(adapted: PeftModel, tied: Mapping[int, list[str]]) -> None:
+    # What peft merges into a tied weight changes it in all of its places, and was trained in one of them. Its
+    # `ensure_weight_tying` trains in both and merges both, one on top of the other.
+    for module in adapted.modules():
+        for parameter in _under(module).parameters() if isinstance(module, WRAPPERS) else ():
+            if names := tied.get(id(parameter)):
+                raise StructPruneError(
+                    f"The adapter would train {names[0]}, which is one tensor with {', '.join(names[1:])}, so that "
+                    "the merged model would not be the one that was trained; leave it out of lora['target_modules'] "
+                    "and lora['modules_to_save'], or keep the adapter with merge=False."
+                )
+
+
+def _trainable(model: PreTrainedModel) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def _set_trainable_(model: PreTrainedModel, trainable: Mapping[str, bool]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = trainable.get(name.replace(".base_layer.", "."), parameter.requires_grad)
+
+
+def _take_off_(model: PreTrainedModel, trainable: Mapping[str, bool]) -> None:
+    """Take off what peft has put on a model, also where it stopped half-way."""
+    _unwrap_(model)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    _set_trainable_(model, trainable)
+
+
+def _unwrap_(parent: nn.Module) -> None:
+    for name, child in list(parent.named_children()):
+        while isinstance(child, WRAPPERS):
+            child = _under(child)
+            setattr(parent, name, child)
+        _unwrap_(child)
+
+
+def _under(wrapper: Any) -> nn.Module:
+    return wrapper.get_base_layer() if isinstance(wrapper, BaseTunerLayer) else wrapper.original_module
+
+
+@torch.no_grad()
+def merge_adapter_(adapted: PeftModel, samples: Tensor) -> PreTrainedModel:
+    """Fold an adapter into the weights.
+
+    Args:
+        adapted: The model with the adapter.
+        samples: Token ids, shape `(samples, seq_length)`; the outputs are compared on the first ones.
+
+    Returns:
+        The model that was under the adapter, with other weights.
+
+    Raises:
+        InPlaceError: If the merged model gives other outputs than the one that was trained.
+    """
+    ids = samples[:1, :PROBE_TOKENS]
+    trained = _logits(adapted, ids)
+    merged = adapted.merge_and_unload()
+    distance = float((_logits(merged, ids) - trained).norm() / trained.norm())
+    # The sum of base and adapter is rounded once more. That takes logits apart by about a step of the dtype times the
+    # root of the number of layers, while an adapter that is merged wrongly takes them apart by 0.1 and more.
+    limit = 2 * torch.finfo(merged.dtype).eps ** 0.5
+    if distance > limit:
+        raise InPlaceError(
+            f"The merged model gives other outputs than the one that was trained: they differ by {distance:.2g} of "
+            f"their size, and {limit:.2g} is rounding. Load the pruned model again, and keep the adapter with "
+            "merge=False."
+        )
+    return merged
+
+
+def _logits(model: PreTrainedModel | PeftModel, ids: Tensor) -> Tensor:
+    with evaluating(model):
+        return model(input_ids=ids.to(input_device(model)), use_cache=False).logits.float()
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> PeftModel:
     """Put a saved adapter on the pruned model that it was trained on.
+
+    As with `PeftModel.from_pretrained`, the weights of the model are frozen afterwards.
 
     Args:
         model: The pruned model; after a failure it is as it was.
         folder: The folder of the adapter that a recovery with `merge=False` saved.
+        is_trainable: Whether the adapter can be trained on; otherwise it is frozen too, and the model is in eval mode.
 
     Raises:
-        StructPruneError: If the folder holds no adapter, or the adapter was trained on a model of other widths; the
-            message names the tensor and both shapes.
+        StructPruneError: If the folder holds no adapter, or the adapter was trained on another model. The message
+            names the tensor and both shapes where the widths differ, and both hashes where the weights do.
     """
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
+    except PEFT_ERRORS as error:
         raise StructPruneError(f"{folder} holds no adapter for this model: {error}") from error
+    config.inference_mode = not is_trainable
+    trainable, base = _trainable(model), weights_hash(model)
     try:
-        set_peft_model_state_dict(adapted, check_adapter(adapted, folder))
-    except StructPruneError:
-        adapted.unload()
+        adapted = _adapted(model, config, merge=False)
+        saved = check_adapter(adapted, folder)
+        _check_base(folder, base)
+        set_peft_model_state_dict(adapted, saved)
+    except BaseException:
+        _take_off_(model, trainable)
         raise
-    return adapted
+    return adapted if is_trainable else adapted.eval()
+
+
+def _check_base(folder: str | Path, base: str) -> None:
+    identity = read_identity(folder)
+    if identity is None:
+        warnings.warn(
+            f"{folder} does not say which model its adapter was trained on; only the shapes of its tensors could be "
+            "compared.",
+            stacklevel=3,
+        )
+    elif identity.get("model") != base:
+        raise StructPruneError(
+            f"The adapter in {folder} was trained on the model {str(identity.get('model'))[:DIGITS]}…, and this is "
+            f"{base[:DIGITS]}…: the widths are the same, and the weights are not. Load the pruned model that the "
+            "adapter was trained on."
+        )
 
 
 def check_adapter(adapted: PeftModel, folder: str | Path) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 from accelerate import PartialState
 from peft import PeftModel
@@ -19,18 +20,22 @@ from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain
 from ..domains.manifest import MANIFEST_NAME
 from ..errors import StructPruneError
+from ..fingerprint import tensor_hash
 from ..forward.metrics import perplexity
 from ..saving.hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
-from ..saving.report import RecoveryReport
-from .adapter import check_adapter, fresh_adapter, lora_config
+from ..saving.target import used_paths
+from .adapter import check_adapter, fresh_adapter, lora_config, merge_adapter_
 from .checks import check_recovery
+from .identity import Identity, settings_of, weights_hash
+from .outcome import RecoveryOutcome
 from .teacher import TeacherLogits, TrainingSamples, check_teacher, load_teacher, write_teacher_logits
 from .text import part_rows, samples_of, training_text
 from .trainer import DistillTrainer, last_checkpoint, train_adapter_, training_arguments
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from ..config.domains import DomainConfig
 
@@ -43,7 +48,8 @@ CARRIED = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
 class Recovery:
     """Trains a pruned causal language model.
 
-    After `recover_model`, `report` holds the numbers of the run.
+    After `recover_model`, `report` holds the numbers of the run, and `report.worse` says whether it made the model
+    worse.
 
     Args:
         config: How the model is trained.
@@ -67,7 +73,10 @@ class Recovery:
         self.callbacks = callbacks
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # its amount is not used
         self.part, self.parts = part, parts
-        self.report: RecoveryReport | None = None
+        self.report: RecoveryOutcome | None = None
+        self._identity: Identity | None = None
+        # The teacher whose predictions have been written or compared.
+        self._known_teacher: str | Path | None = None
 
     def recover_model(
         self,
@@ -80,7 +89,6 @@ class Recovery:
         """Train a model; see `recover`."""
         config = self.config
         check_recovery(config, self.pruning, model, self.parts)
-        seed = self.pruning.seed if config.seed is None else config.seed
         teacher, logits = self._teacher(teacher, model, tokenizer, trust_remote_code)
         # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
         # pruning has kept it.
@@ -94,18 +102,53 @@ class Recovery:
             ppl["dense"] = _perplexities(teacher, domains)
         ppl["pruned"] = _perplexities(model, domains)
         samples = Subset(TrainingSamples(text, logits), part_rows(domains, self.part, self.parts))
+        adapted, outcome = self._train(model, samples, text[samples.indices], teacher, logits, resume)
+        recovered = merge_adapter_(adapted, domains[0].heldout) if config.merge else adapted
+        ppl["recovered"] = _perplexities(recovered, domains)
+        outcome.perplexity = {domain.name: {when: ppl[when][domain.name] for when in ppl} for domain in domains}
+        self.report = outcome
+        outcome.judge()
+        return recovered
+
+    def _train(
+        self,
+        model: PreTrainedModel,
+        samples: Subset,
+        ids: Tensor,
+        teacher: PreTrainedModel | None,
+        logits: TeacherLogits | None,
+        resume: bool,
+    ) -> tuple[PeftModel, RecoveryOutcome]:
+        """The model with a trained adapter, and what the training did; `ids` are the tokens of `samples`."""
+        config = self.config
+        seed = self.pruning.seed if config.seed is None else config.seed
         with tempfile.TemporaryDirectory() as scratch:
             on_cpu = model.device.type == "cpu"
             arguments = training_arguments(config, seed, on_cpu, scratch, self.part, self.parts)
-            checkpoint = last_checkpoint(arguments.output_dir) if resume else None
-            with fresh_adapter(model, lora_config(config), seed) as adapted:
-                trainer = DistillTrainer(adapted, arguments, samples, config, teacher)
-                report = train_adapter_(trainer, self.callbacks, checkpoint)
-        recovered = adapted.merge_and_unload() if config.merge else adapted
-        ppl["recovered"] = _perplexities(recovered, domains)
-        report.perplexity = {domain.name: {when: ppl[when][domain.name] for when in ppl} for domain in domains}
-        self.report = report
-        return recovered
+            if resume or "output_dir" in config.training or not config.merge:
+                self._identity = self._identify(model, ids, teacher, logits, arguments)
+            checkpoint = None
+            if resume:
+                assert self._identity is not None
+                checkpoint = last_checkpoint(arguments.output_dir, self._identity)
+            with fresh_adapter(model, lora_config(config), seed, config.merge) as adapted:
+                trainer = DistillTrainer(adapted, arguments, samples, config, teacher, self._identity)
+                return adapted, train_adapter_(trainer, self.callbacks, checkpoint)
+
+    def _identify(
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        teacher: PreTrainedModel | None,
+        logits: TeacherLogits | None,
+        arguments: TrainingArguments,
+    ) -> Identity:
+        return Identity(
+            weights_hash(model),
+            tensor_hash(ids),
+            logits.teacher if logits is not None else None if teacher is None else weights_hash(teacher),
+            settings_of(self.config, lora_config(self.config), arguments, model.dtype),
+        )
 
     def write_teacher_logits(
         self,
@@ -113,8 +156,10 @@ class Recovery:
         tokenizer: PreTrainedTokenizerBase | None,
         trust_remote_code: bool = False,
     ) -> None:
-        """Write the teacher's predictions of the whole training text into `teacher_logits` of the config, unless that
-        folder exists. Where this comes before the pruned model is loaded, the two are never in memory together.
+        """Write the teacher's predictions of the whole training text into `teacher_logits` of the config. Where that
+        folder exists, its predictions have to be those of this teacher.
+
+        Where this comes before the pruned model is loaded, the two are never in memory together.
 
         Args:
             teacher: The model that the trained one should agree with, or its id or folder.
@@ -123,14 +168,20 @@ class Recovery:
 
         Raises:
             StructPruneError: If the config names no folder, the teacher cannot be loaded, there is no text, the models
-                would write it themselves, or the folder cannot be written.
+                would write it themselves, the folder cannot be written, or it holds the predictions of another
+                teacher.
         """
         config = self.config
         if config.teacher_logits is None or config.top_k is None:
             raise StructPruneError("RecoveryConfig(teacher_logits=…, top_k=…) says where the teacher's logits go.")
+        name = teacher if isinstance(teacher, (str, Path)) else None
+        if name is not None and name == self._known_teacher:
+            return
         # Of several processes, one writes.
         with PartialState().main_process_first():
+            self._known_teacher = name
             if Path(config.teacher_logits).exists():
+                TeacherLogits(config.teacher_logits).check_teacher(teacher, trust_remote_code)
                 return
             teacher = load_teacher(teacher, trust_remote_code=trust_remote_code)
             domains = training_text(config, self.pruning, tokenizer, teacher, self.parts)
@@ -153,7 +204,7 @@ class Recovery:
             model: The recovered model, or the adapter on the pruned one.
             save_directory: The folder to write to; it appears only after the result has been read back.
             tokenizer: The tokenizer that is saved beside the model.
-            overwrite: Whether a folder that exists is replaced.
+            overwrite: Whether a folder that exists is replaced, see `check_target`.
             pruned: The folder of the pruned model, whose pruning config, plan, report and manifest are copied where it
                 has them.
 
@@ -170,9 +221,15 @@ class Recovery:
                 (folder / name).write_text(text)
             (folder / RECOVERY_CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
             (folder / RECOVERY_REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n")
+            if identity is not None:
+                identity.save(folder)
 
+        identity = self._identity if isinstance(model, PeftModel) else None
         check = check_adapter if isinstance(model, PeftModel) else check_reload
-        save_checked(model, save_directory, tokenizer, overwrite, write, check)
+        # An adapter is of no use without the model under it.
+        base = model.get_base_model().name_or_path if isinstance(model, PeftModel) else None
+        used = [base, *used_paths(self.config, self.pruning)]
+        save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
 
     def _teacher(
         self,
@@ -194,6 +251,33 @@ class Recovery:
         return teacher, None
 
 
+@overload
+def recover(
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: RecoveryConfig | None = ...,
+    teacher: PreTrainedModel | str | None = ...,
+    domains: Iterable[DomainConfig] | None = ...,
+    resume: bool = ...,
+    trust_remote_code: bool = ...,
+    return_report: Literal[False] = ...,
+) -> PreTrainedModel | PeftModel: ...
+
+
+@overload
+def recover(
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: RecoveryConfig | None = ...,
+    teacher: PreTrainedModel | str | None = ...,
+    domains: Iterable[DomainConfig] | None = ...,
+    resume: bool = ...,
+    trust_remote_code: bool = ...,
+    *,
+    return_report: Literal[True],
+) -> tuple[PreTrainedModel | PeftModel, RecoveryOutcome]: ...
+
+
 def recover(
     pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -202,7 +286,8 @@ def recover(
     domains: Iterable[DomainConfig] | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
-) -> PreTrainedModel | PeftModel:
+    return_report: bool = False,
+) -> PreTrainedModel | PeftModel | tuple[PreTrainedModel | PeftModel, RecoveryOutcome]:
     """Train a pruned model in one call. `Recovery` does the same and keeps the numbers.
 
     Args:
@@ -211,22 +296,42 @@ def recover(
         config: How the model is trained.
         teacher: A model, or its id or folder, that the trained one should agree with; usually the dense model.
         domains: The training text where the config names none.
-        resume: Whether training goes on from the last checkpoint in the `output_dir` of `config.training`.
+        resume: Whether training goes on from the last checkpoint in the `output_dir` of `config.training`. The model,
+            the text, the teacher and the settings have to be those that it began with.
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
+        return_report: Whether the report comes back beside the model.
 
     Returns:
-        The model with the adapter merged, or with `merge=False` the adapter on the pruned model.
+        The model with the adapter merged, or with `merge=False` the adapter on the pruned model, whose weights are
+        frozen then. With `return_report`, a pair of it and the report.
 
     Raises:
         StructPruneError: If the config asks for what cannot be (see `check_recovery`), there is no text, the teacher
             has another vocabulary, peft cannot place the adapter, the loss was never finite, or there is nothing to
             resume.
+        InPlaceError: If the merged model gives other outputs than the one that was trained; the model has changed.
+
+    Warns:
+        WorseModelWarning: If the model is worse on held-out text than before, in the mean log perplexity over the
+            domains, or the training ended early.
     """
     config = config or RecoveryConfig()
     if domains is not None and config.domains is None:
         config = replace(config, domains=list(domains))
-    return Recovery(config).recover_model(pruned, tokenizer, teacher, resume, trust_remote_code)
+    recovery = Recovery(config)
+    recovered = recovery.recover_model(pruned, tokenizer, teacher, resume, trust_remote_code)
+    if not return_report:
+        return recovered
+    assert recovery.report is not None
+    return recovered, recovery.report
 
 
 def _perplexities(model: PreTrainedModel | PeftModel, domains: Sequence[Domain]) -> dict[str, float]:
-    return {domain.name: perplexity(model, domain.heldout) for domain in domains}
+    return {domain.name: _perplexity(model, domain.heldout) for domain in domains}
+
+
+def _perplexity(model: PreTrainedModel | PeftModel, samples: Tensor) -> float:
+    try:
+        return perplexity(model, samples)
+    except OverflowError:  # a model that is destroyed
+        return inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from ..errors import StructPruneError
 from ..forward.divergence import likeliest
 from ..forward.metrics import evaluating, input_device
 from ..saving.staging import staged
+from .identity import DIGITS, weights_hash
 
 
 if TYPE_CHECKING:
@@ -121,6 +123,7 @@ def write_teacher_logits(
     vocab_size = teacher.config.get_text_config().vocab_size
     shards = samples.split(max(1, TOKENS_PER_SHARD // samples.shape[1]))
     index = {
+        "teacher": weights_hash(teacher),
         "top_k": min(top_k, vocab_size),
         "temperature": temperature,
         "vocab_size": vocab_size,
@@ -184,6 +187,35 @@ class TeacherLogits:
             raise StructPruneError(
                 f"The teacher's logits in {self.folder} were written for other text, {len(self._places)} samples "
                 f"against {len(samples)} in this run; name a new folder to write them again."
+            )
+
+    @property
+    def teacher(self) -> str | None:
+        """The `weights_hash` of the teacher; None where an earlier version wrote the predictions."""
+        return self.index.get("teacher")
+
+    def check_teacher(self, teacher: PreTrainedModel | str | Path, trust_remote_code: bool = False) -> None:
+        """Refuse the predictions of another teacher.
+
+        Args:
+            teacher: The teacher of the run, or its id or folder.
+            trust_remote_code: Whether a teacher that is loaded may run code from its folder.
+
+        Raises:
+            StructPruneError: If the teacher cannot be loaded, or the predictions are those of another one.
+        """
+        if self.teacher is None:
+            warnings.warn(
+                f"The teacher's logits in {self.folder} do not say whose they are, so the teacher is not checked.",
+                stacklevel=3,
+            )
+            return
+        mine = weights_hash(load_teacher(teacher, trust_remote_code=trust_remote_code))
+        if mine != self.teacher:
+            raise StructPruneError(
+                f"The teacher's logits in {self.folder} were written by the model {self.teacher[:DIGITS]}…, and the "
+                f"teacher of this run is {mine[:DIGITS]}…; name a new folder to write them again, or leave the "
+                "teacher out."
             )
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -20,8 +23,10 @@ from ..config.recovery import TRAINING, RecoveryConfig
 from ..errors import StructPruneError
 from ..forward.divergence import divergence, divergence_from_likeliest, hidden_distance
 from ..forward.metrics import evaluating, input_device
-from ..saving.report import RecoveryReport
+from ..saving.staging import is_write_error
 from .adapter import check_adapter
+from .identity import Identity, read_identity
+from .outcome import RecoveryOutcome
 from .teacher import LOG_PROBABILITIES, TOKENS
 
 
@@ -30,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# What libraries raise where a value of `config.training` is of no use to them.
+LIBRARY_ERRORS = (TypeError, ValueError, AttributeError, KeyError, ImportError, RuntimeError, AssertionError)
+PLAIN_TYPES = (bool, int, float, str, NoneType)
 ADVICE = "lower training['learning_rate'], or train in float32 or bfloat16."
 
 
@@ -53,7 +61,7 @@ def training_arguments(
     Raises:
         StructPruneError: If transformers does not know a field or refuses its value.
     """
-    given = dict(config.training)
+    given = _typed(config.training)
     saving: dict[str, Any] = {"save_strategy": "no", "output_dir": scratch}
     if "output_dir" in given:
         saving = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}
@@ -61,25 +69,78 @@ def training_arguments(
             given["output_dir"] = f"{given['output_dir']}/round-{part}"
     # The samples carry what the loss reads, which is more than the model's arguments.
     fixed = {"seed": seed, "use_cpu": on_cpu, "remove_unused_columns": False}
-    return build(TrainingArguments, {**TRAINING, **saving, **fixed, **given})
+    with _readable("TrainingArguments: "):
+        return build(TrainingArguments, {**TRAINING, **saving, **fixed, **given})
 
 
-def last_checkpoint(folder: str | None) -> str:
-    """The last complete checkpoint in a folder.
+def _typed(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the types that `TrainingArguments` declares, which it does not check itself."""
+    hints = get_type_hints(TrainingArguments)
+    typed = {}
+    for name, value in training.items():
+        hint = hints.get(name, Any)
+        types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if value is False and str in types and not {bool, NoneType} & set(types):
+            value = "no"  # what YAML reads `save_strategy: no` as
+        plain = all(each in PLAIN_TYPES for each in types)
+        allowed = {*types, int} if float in types else set(types)
+        if plain and value is not None and type(value) not in allowed:
+            names = " or ".join(each.__name__ for each in types if each is not NoneType)
+            raise StructPruneError(f"TrainingArguments: {name} takes {names}, got {value!r}.")
+        typed[name] = value
+    return typed
+
+
+@contextmanager
+def _readable(saying: str) -> Iterator[None]:
+    """Errors of other libraries inside `with` are told as ours, with the cause.
+
+    Args:
+        saying: How the message begins.
+    """
+    try:
+        yield
+    except StructPruneError:
+        raise
+    except LIBRARY_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise StructPruneError(f"{saying}{type(error).__name__}: {reason}") from error
+
+
+def last_checkpoint(folder: str | None, identity: Identity) -> str:
+    """The last complete checkpoint of a training in a folder.
 
     The Trainer writes its state last, so a checkpoint without it was cut short by a kill, and the one before is still
     there then.
 
     Args:
         folder: The `output_dir` of a training.
+        identity: What the training is.
 
     Raises:
-        StructPruneError: If there is no complete checkpoint.
+        StructPruneError: If there is no complete checkpoint, or those that there are belong to other trainings; the
+            message names what differs, with both values.
     """
     complete = [path.parent for path in Path(folder or "").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     if folder is None or not complete:
         raise StructPruneError(f"There is no checkpoint in {folder} to resume from; start without resuming.")
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
+    complete.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    stored = {path: read_identity(path) for path in complete}
+    differences = {path: identity.differences(data) for path, data in stored.items() if data is not None}
+    unknown = [path for path in complete if path not in differences]
+    if own := [path for path in complete if path in differences and not differences[path]]:
+        return str(own[0])
+    if unknown:
+        warnings.warn(
+            f"{unknown[0]} does not say which training it belongs to, so the model, the text and the settings are "
+            "not checked.",
+            stacklevel=2,
+        )
+        return str(unknown[0])
+    raise StructPruneError(
+        f"{complete[0]} belongs to another training: {'; '.join(differences[complete[0]])}. Resume with what it began "
+        "with, or start without resuming."
+    )
 
 
 class DistillTrainer(Trainer):
@@ -92,6 +153,7 @@ class DistillTrainer(Trainer):
         recovery: The config that weighs the terms of the loss.
         teacher: The model to agree with. Where it is None and `samples` bring no predictions of it along, the loss is
             cross-entropy alone.
+        identity: What the training is, which is kept in the checkpoints; None keeps nothing.
     """
 
     def __init__(
@@ -101,12 +163,15 @@ class DistillTrainer(Trainer):
         samples: Dataset,
         recovery: RecoveryConfig,
         teacher: PreTrainedModel | None = None,
+        identity: Identity | None = None,
     ):
-        super().__init__(model=model, args=arguments, train_dataset=samples)
+        with _readable("The Trainer cannot be made: "):
+            super().__init__(model=model, args=arguments, train_dataset=samples)
         # The loss is a mean over equally long samples, so the Trainer may average over accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.recovery = recovery
         self.teacher = teacher
+        self.identity = identity
         # The step and the adapter at its beginning, of the last step with a finite loss.
         self._finite: tuple[int, dict[str, Tensor]] | None = None
 
@@ -114,6 +179,22 @@ class DistillTrainer(Trainer):
         """Train as `Trainer.train` does, with the teacher in eval mode."""
         with evaluating(*([] if self.teacher is None else [self.teacher])):
             return super().train(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.identity is not None and output_dir is not None:
+            self.identity.save(output_dir)
+
+    def tokens_seen(self) -> int:
+        """The number of tokens of text that were trained on.
+
+        The Trainer counts what several processes get, and the last batch of an epoch is filled up with samples that
+        one of them has had.
+        """
+        epochs = ceil(self.state.epoch or 0)
+        samples = cast("Any", self.train_dataset)
+        text = len(samples) * len(samples[0]["input_ids"]) * epochs
+        return min(int(self.state.num_input_tokens_seen), text)
 
     def compute_loss(
         self,
@@ -207,7 +288,7 @@ class DistillTrainer(Trainer):
 
 def train_adapter_(
     trainer: DistillTrainer, callbacks: Iterable[TrainerCallback] = (), checkpoint: str | None = None
-) -> RecoveryReport:
+) -> RecoveryOutcome:
     """Train until the end, or until the last step whose loss was finite.
 
     Args:
@@ -219,7 +300,8 @@ def train_adapter_(
         What the training cost, and why it stopped if it did.
 
     Raises:
-        StructPruneError: If the checkpoint belongs to another model, or a checkpoint cannot be written.
+        StructPruneError: If the checkpoint belongs to another model, a checkpoint cannot be written, or torch,
+            transformers or peft fail; the message gives their reason.
         NotFiniteError: If no loss was finite.
     """
     for callback in callbacks:
@@ -229,20 +311,35 @@ def train_adapter_(
     stopped = ""
     start = perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.check_weights()
-    except (OSError, SafetensorError) as error:
-        raise StructPruneError(
-            f"Training stopped at step {trainer.state.global_step} because a checkpoint could not be written: "
-            f"{error}. The model is as it was; resuming goes on from the last complete checkpoint."
-        ) from error
+        with _readable_training(trainer):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.check_weights()
     except NotFiniteError as error:
         if not trainer.restore_finite_():
             raise
-        stopped = f"{error} Training stopped there, and the last good weights were kept."
-    return RecoveryReport(
-        tokens=int(trainer.state.num_input_tokens_seen),
+        stopped = f"{error} Training stopped there, and the last weights with a finite loss were kept."
+    return RecoveryOutcome(
+        tokens=trainer.tokens_seen(),
         steps=trainer.state.global_step,
         seconds=perf_counter() - start,
         stopped=stopped,
+        learning_rate=trainer.args.learning_rate,
     )
+
+
+@contextmanager
+def _readable_training(trainer: DistillTrainer) -> Iterator[None]:
+    try:
+        yield
+    except StructPruneError:
+        raise
+    except Exception as error:
+        where, reason = f"Training stopped at step {trainer.state.global_step}", " ".join(str(error).split())
+        if is_write_error(error):
+            raise StructPruneError(
+                f"{where} because a checkpoint could not be written: {reason}. The model is as it was; resuming goes "
+                "on from the last complete checkpoint."
+            ) from error
+        if isinstance(error, LIBRARY_ERRORS):
+            raise StructPruneError(f"{where}: {type(error).__name__}: {reason}. The model is as it was.") from error
+        raise

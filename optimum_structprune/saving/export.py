@@ -13,6 +13,7 @@ from ..arch.load import describe
 from ..errors import StructPruneError
 from ..surgery.resize import pad_
 from .hub import RECORDS, REPORT_NAME, check_reload, save_checked
+from .ranks import is_alone
 from .target import EXPORT_NAME, check_target
 
 
@@ -68,7 +69,8 @@ def export_uniform(
             model gives other outputs.
     """
     used = [model.name_or_path, arch_file]
-    check_target(save_directory, overwrite, used)
+    if is_alone():  # others would wait for a process that stops here; saving checks it again
+        check_target(save_directory, overwrite, used)
     if not model.config.is_heterogeneous:
         raise StructPruneError(f"All layers of this {model.config.model_type} model have the same width already.")
     dense = _dense_parameters(model.name_or_path)

@@ -58,7 +58,6 @@ def save_pruned(
             model, or the saved model does not come back the same.
     """
     used = [model.name_or_path, *used_paths(config)]
-    check_target(save_directory, overwrite, used)
     if plan is None or report is None:
         raise StructPruneError("There is nothing to save: call prune_model first.")
     check_pruned(plan, describe(model, config.arch_file))

@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,40 @@ def used_paths(*configs: Any) -> list[str]:
         names += used_paths(getattr(config, "recovery", None))
     paths = [os.path.expanduser(name) for name in names if isinstance(name, (str, Path))]
     return [match for path in paths for match in (glob(path, recursive=True) if "*" in path else [path])]
+
+
+def check_apart(target: str | Path, *configs: Any) -> None:
+    """Refuse an output folder in which the run would write something else: the result replaces all of it.
+
+    Args:
+        target: The output folder.
+        configs: Configs of pruning or recovery; None is passed over.
+
+    Raises:
+        StructPruneError: If checkpoints or the teacher's logits would lie in the folder.
+    """
+    folder = Path(target).resolve()
+    for config in filter(None, configs):
+        training = getattr(config, "training", None) or {}
+        names = {name: getattr(config, name, None) for name in ("checkpoint_dir", "teacher_logits")}
+        for name, path in {**names, "output_dir": training.get("output_dir")}.items():
+            if path and folder in (Path(path).resolve(), *Path(path).resolve().parents):
+                raise StructPruneError(f"{name} {path} lies in the output folder {target}; name a folder beside it.")
+        check_apart(target, getattr(config, "recovery", None))
+
+
+def remove_checkpoints(folder: str | Path) -> None:
+    """Remove the checkpoints that a training left in a folder, and the folder if nothing else is in it.
+
+    Args:
+        folder: The `output_dir` of the training.
+    """
+    for path in [*Path(folder).glob("checkpoint-*"), *Path(folder).glob("round-*/checkpoint-*")]:
+        if (path / "trainer_state.json").is_file() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+    for path in [*Path(folder).glob("round-*"), Path(folder)]:
+        with suppress(OSError):  # it is not there, or not empty
+            path.rmdir()
 
 
 def probe_target(target: str | Path, need_bytes: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Cutting parameters down to the kept units: with `resize` and `residual`, the only code that creates parameters."""
+"""Cuts parameters down to the kept units, and puts the smaller modules into the model."""
 
 from __future__ import annotations
 

@@ -106,7 +106,15 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: If what is kept is not a list of whole numbers.
+        """
+        for name, by_layer in data["keep"].items():
+            for layer, units in by_layer.items():
+                if not isinstance(units, (list, tuple)) or any(type(unit) is not int for unit in units):
+                    raise ValueError(f"{name!r} in layer {layer} has to keep a list of whole numbers")
         keep = {
             (int(layer), name): tuple(units)
             for name, by_layer in data["keep"].items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, floor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..arch.shrink import legal_sizes, shrunk_config
 from ..arch.spec import LAYER, ArchSpec, Space, Width, Widths
@@ -55,7 +55,8 @@ def target_widths(
     if config.allocation != "uniform" or not (alike or config.widths):
         widths = ranked_widths(config, pruned, legal, scores or {})
     else:
-        widths = config.widths or widths_for_sparsity(pruned, float(config.sparsity or 0), legal, config.round_to)
+        asked = asked_widths(config, arch)
+        widths = asked or widths_for_sparsity(pruned, config.sparsity or 0.0, legal, config.round_to)
         if config.skip_layers or not alike:
             widths = {name: _at_most(width, pruned.of(name)) for name, width in widths.items()}
     shrunk_config(model_config, arch, widths)
@@ -86,8 +87,21 @@ def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: Pretra
         _check_disjoint(arch, list(legal))
     else:
         for name, width in config.widths.items():
-            _check_width(arch, name, width, legal[name])
+            _check_width(arch, name, cast("Width", width), legal[name])
     return legal
+
+
+def asked_widths(config: StructPruneConfig, arch: ArchSpec) -> Widths | None:
+    """The widths that a config gives; numbers for single layers as one number where all layers get the same."""
+    if config.widths is None:
+        return None
+    widths: dict[str, Width] = {}
+    for name, width in config.widths.items():
+        if isinstance(width, dict) and len({*width.values()}) == 1 and width.keys() == arch.widths(name).keys():
+            widths[name] = next(iter(width.values()))
+        else:
+            widths[name] = cast("Width", width)
+    return widths
 
 
 def choices(config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequence[int]) -> list[int]:
@@ -146,14 +160,15 @@ def check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[
     Raises:
         StructPruneError: If the layers of one of the spaces may not differ; the message gives the reason.
     """
-    if config.allocation == "uniform" and not config.skip_layers:
-        return
     cause = f"skip_layers={list(config.skip_layers)}" if config.skip_layers else f"allocation={config.allocation!r}"
+    if config.allocation == "uniform" and not config.skip_layers:
+        names = [name for name, width in (asked_widths(config, arch) or {}).items() if not isinstance(width, int)]
+        cause = f"widths={config.widths}"
     for name in names:
         if reason := arch.uniform or arch.of(name)[0].uniform:
             raise StructPruneError(
                 f"{cause} makes layers of different widths, which {name!r} of a {arch.model_type} model cannot have: "
-                f"{reason}; use allocation='uniform' without skip_layers."
+                f"{reason}; use allocation='uniform' without skip_layers, and one number per space in widths."
             )
 
 
@@ -202,10 +217,11 @@ def ranked_widths(
         for by_layer in [spaces_by_layer(arch, name)]
     }
     if config.widths is None:
-        goal = float(config.sparsity or 0) * sum(arch.layer_params)
+        goal = (config.sparsity or 0.0) * sum(arch.layer_params)
         _descend_(config, [layer for of_kind in ladders.values() for layer in of_kind], goal)
     else:
         for name, width in config.widths.items():
+            assert isinstance(width, int)  # `contradictions` has refused numbers for single layers here
             goal = sum(layer.unit_params * max(len(layer.scores) - width, 0) for layer in ladders[name])
             _descend_(config, ladders[name], goal)
     return {name: {layer.layer: layer.width for layer in of_kind} for name, of_kind in ladders.items()}
@@ -249,16 +265,25 @@ def _check_disjoint(arch: ArchSpec, names: Sequence[str]) -> None:
         )
 
 
-def _check_width(arch: ArchSpec, name: str, width: int, legal: Sequence[int]) -> None:
-    if width in legal:
-        return
-    below = [size for size in legal if size < width][-1:]
-    above = [size for size in legal if size > width][:1]
-    nearest = " or ".join(map(str, below + above))
-    raise StructPruneError(
-        f"widths[{name!r}] = {width} is not legal for this {arch.model_type} model, which has "
-        f"{arch.of(name)[0].size}; the nearest legal choice is {nearest}."
-    )
+def _check_width(arch: ArchSpec, name: str, width: Width, legal: Sequence[int]) -> None:
+    full = arch.widths(name)
+    by_layer = {None: width} if isinstance(width, int) else dict(width)
+    for layer, units in by_layer.items():
+        if layer is not None and layer not in full:
+            raise StructPruneError(
+                f"widths[{name!r}] names layer {layer}, which has no {name!r}; the layers that have it are "
+                f"{min(full)} to {max(full)}."
+            )
+        most = max(full.values()) if layer is None else full[layer]
+        allowed = [size for size in legal if size <= most]
+        if units in allowed:
+            continue
+        nearest = [size for size in allowed if size < units][-1:] + [size for size in allowed if size > units][:1]
+        where = "" if layer is None else f"[{layer}]"
+        raise StructPruneError(
+            f"widths[{name!r}]{where} = {units} is not legal for this {arch.model_type} model, which has "
+            f"{arch.of(name)[0].size}; the nearest legal choice is {' or '.join(map(str, nearest))}."
+        )
 
 
 def widths_for_sparsity(

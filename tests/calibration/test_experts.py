@@ -2,31 +2,25 @@
 
 import pytest
 import torch
-from helpers import batches, shrunk
+from helpers import batches, logits, shrunk
 from models import CASES, build, config, token_ids, tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.experts import contributions, inner_activations, inner_moments
-from optimum_structprune.calibration.sequential import LayerPasses
+from optimum_structprune.calibration.tally import listen
 from optimum_structprune.criteria.mixture import Mixture
+from optimum_structprune.forward.metrics import run_model
 from optimum_structprune.surgery.consumers import read_consumer
 
 
 MIXTURES = [case for case in CASES if describe(build(case)).of("expert")]
 
 
-@torch.no_grad()
-def logits(model):
-    return model(token_ids()).logits
-
-
 def routed(model, space):
-    passes = LayerPasses(model, describe(model), batches())
-    for layer in range(space.layer):
-        passes.advance(layer)
-    return passes._route(space.layer, model.get_submodule(space.experts))
+    text = batches()
+    return listen(model.get_submodule(space.experts), text, lambda index: run_model(model, text[index].ids))
 
 
 @pytest.mark.parametrize("case", MIXTURES)
@@ -68,12 +62,12 @@ def test_an_experts_contribution_is_the_mean_of_gate_times_norm():
             assert float(found[domain, expert]) == pytest.approx(sum(values) / len(values), rel=1e-4)
 
 
-def test_judging_experts_over_domains():
-    loud, soft = torch.tensor([10.0, 30.0]).double(), torch.tensor([3.0, 1.0]).double()
-    both = torch.stack([loud, soft])
-    assert Mixture((0.5, 0.5)).judge_experts(both).tolist() == [1.0, 1.0]
-    assert Mixture((1.0, 1.0), aggregation="max").judge_experts(both).tolist() == [1.5, 1.5]
-    assert Mixture((0.9, 0.1)).judge_experts(both).argmax() == 1
+def test_contributions_of_several_domains_are_combined():
+    high, low = torch.tensor([10.0, 30.0]).double(), torch.tensor([3.0, 1.0]).double()
+    both = torch.stack([high, low])
+    assert Mixture((0.5, 0.5)).combined(both).tolist() == [1.0, 1.0]
+    assert Mixture((1.0, 1.0), aggregation="max").combined(both).tolist() == [1.5, 1.5]
+    assert Mixture((0.9, 0.1)).combined(both).argmax() == 1
 
 
 @pytest.mark.parametrize("case", MIXTURES)
@@ -107,7 +101,7 @@ def test_experts_choose_their_own_channels():
 
 
 def test_refit_lets_a_channel_stand_in_for_its_twin():
-    # The first block only: later ones route other tokens to other experts once their input has changed.
+    # The first layer only: later ones route other tokens to other experts once their input has changed.
     model = build("mixtral")
     experts = model.model.layers[0].mlp.experts
     rows, columns = experts.gate_up_proj.data, experts.down_proj.data

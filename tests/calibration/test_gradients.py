@@ -1,4 +1,4 @@
-"""What the loss says of every tap, against autograd done by hand."""
+"""What the loss says of the input of every consumer, against autograd done by hand."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""Block by block and whole model see the same; hooks are gone on every way out."""
+"""Layer by layer and whole model see the same; hooks are gone on every way out."""
 
 import pytest
 import torch
-from helpers import batches, count_hooks
+from helpers import batches, count_hooks, evidence_of, logits, pruned_on
 from models import PRUNABLE, build, config, tokenizer
 from torch import nn
 
@@ -16,21 +16,21 @@ from optimum_structprune.forward.hooks import observe
 
 
 @pytest.mark.parametrize("case", [*PRUNABLE, "bert", "modernbert", "llava"])
-def test_block_by_block_equals_whole_model(case):
+def test_layer_by_layer_equals_whole_model(case):
     model = build(case)
     arch = describe(model)
-    blocks, whole = LayerPasses(model, arch, batches()), ModelPasses(model, arch, batches())
+    layers, whole = LayerPasses(model, arch, batches()), ModelPasses(model, arch, batches())
     for layer in range(arch.num_layers):
         for space in arch.at(layer):
             if not space.inside:
-                torch.testing.assert_close(blocks.contributions(layer, space), whole.contributions(layer, space))
+                torch.testing.assert_close(layers.contributions(layer, space), whole.contributions(layer, space))
                 continue
-            for left, right in zip(blocks.gather(layer, space, True), whole.gather(layer, space, True), strict=True):
+            for left, right in zip(layers.gather(layer, space, True), whole.gather(layer, space, True), strict=True):
                 for mine, theirs in zip(left, right, strict=True):
                     assert mine.count == theirs.count and (mine.count > 0 or space.experts)
                     torch.testing.assert_close(mine.gram, theirs.gram, rtol=1e-4, atol=1e-5)
                     torch.testing.assert_close(mine.mean, theirs.mean, rtol=1e-4, atol=1e-5)
-        blocks.advance(layer)
+        layers.advance(layer)
     assert count_hooks(model) == 0
 
 
@@ -58,7 +58,7 @@ def test_observing_a_missing_module_leaves_no_hook():
     assert count_hooks(model) == 0
 
 
-def test_nan_activations_name_the_tap():
+def test_nan_activations_name_the_consumer():
     model = build("llama-tied")
     model.model.layers[1].mlp.up_proj.weight.data[3] = float("nan")
     arch = describe(model)
@@ -70,19 +70,45 @@ def test_nan_activations_name_the_tap():
 
 
 class Between(nn.ModuleList):
-    """Stands in for an architecture that works on the hidden states between its blocks."""
+    """Stands in for an architecture that works on the hidden states between its layers."""
 
     def __getitem__(self, index):
         if isinstance(index, int):
             return super().__getitem__(index)
-        return [lambda hidden, block=block, **kwargs: block(hidden + 1, **kwargs) for block in self]
+        return [lambda hidden, layer=layer, **kwargs: layer(hidden + 1, **kwargs) for layer in self]
 
 
-def test_a_model_that_works_between_its_blocks_falls_back():
+def between():
     model = build("llama-tied")
     model.model.layers = Between(model.model.layers)
+    return model
+
+
+def test_a_model_that_works_between_its_layers_falls_back():
+    model = between()
     arch = describe(model)
     assert isinstance(passes_over(model, arch, batches()), ModelPasses)
-    with pytest.raises(NotSequentialError, match="between blocks 0 and 1"):
+    with pytest.raises(NotSequentialError, match="between layers 0 and 1"):
         capture(model, arch, batches()[0].ids, whole=True)
     assert count_hooks(model) == 0
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_model_that_works_between_its_layers_is_pruned(rounds):
+    """In every step the passes are those over the whole model, and they run with the model as it is then."""
+    model = between()
+    made = []
+
+    def recorded(*args):
+        made.append(passes_over(*args))
+        return made[-1]
+
+    settings = config(rounds=rounds)
+    small = pruned_on(evidence_of(settings, run_passes=recorded), model, {"mlp": 24}).model
+    assert [type(passes) for passes in made] == rounds * [ModelPasses]
+    assert small.config.intermediate_size == 24 and count_hooks(small) == 0
+    refitted, plain = (
+        (logits(pruned_on(evidence_of(config(refit=refit)), model, {"mlp": 24}).model) - logits(model)).norm()
+        for refit in ("least_squares", "none")
+    )
+    assert refitted < plain

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import whole_passes
+from helpers import evidence_of, pruned_on, whole_passes
 from models import build, config, documents, token_ids, tokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -24,8 +24,11 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.passes import passes_over
 from optimum_structprune.calibration.stored import Statistics, StoredPasses
 from optimum_structprune.commands.cli import main
+from optimum_structprune.config.pruning import builtin_domains
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import Manifest
+from optimum_structprune.pruning.choose import choose_widths
+from optimum_structprune.saving.report import Report
 
 
 WIDTHS = ({"mlp": 24, "attention": 2}, {"mlp": 9})
@@ -47,7 +50,7 @@ def stats(tmp_path_factory):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Tokens that each call of a block got."""
+    """Tokens that each call of a layer got."""
     tokens, forward = [], LlamaDecoderLayer.forward
 
     def counted(self, hidden_states, *args, **kwargs):
@@ -71,28 +74,27 @@ def assert_same_model(left, right):
 
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("how", [{}, {"criterion": "taylor"}, {"criterion": "obs"}, {"refit": "none"}])
-def test_it_is_pruning_on_the_dense_models_statistics(stats, ran, monkeypatch, widths, how):
+def test_it_is_pruning_on_the_dense_models_statistics(stats, ran, widths, how):
     found, small = pruned(stats, widths=widths, **how)
     calls = list(ran)
     ran.clear()
     for domain in 2 * load_domains(uneven(), tokenizer()):
         perplexity(small, domain.heldout)
     assert calls == ran, "nothing runs but what measures perplexity before and after"
-    monkeypatch.setattr("optimum_structprune.pruning.evidence.passes_over", whole_passes)
-    pruner = StructPruner(uneven(widths=widths, **how))
-    expected = pruner.prune_model(build("llama-tied"), tokenizer())
-    assert found.plan == pruner.plan
-    assert_same_model(small, expected)
-    assert found.report.calibration_tokens == pruner.report.calibration_tokens
-    assert found.manifest.domains == pruner.manifest.domains
-    assert found.report.perplexity["few"] == pytest.approx(pruner.report.perplexity["few"], rel=1e-4)
+    evidence = evidence_of(uneven(widths=widths, **how), run_passes=whole_passes)
+    expected = pruned_on(evidence, build("llama-tied"), widths)
+    assert found.plan == expected.plan
+    assert_same_model(small, expected.model)
+    assert found.report.calibration_tokens == expected.report.calibration_tokens
+    assert found.manifest.domains == evidence.manifest(tokenizer()).domains
+    assert found.report.perplexity["few"] == pytest.approx(expected.report.perplexity["few"], rel=1e-4)
 
 
 def test_rounds_refit_from_the_dense_weights(stats):
     rounds, small = pruned(stats, rounds=3, widths={"mlp": 9})
     once, plain = pruned(stats, rounds=1, widths={"mlp": 9})
     assert small.config.intermediate_size == plain.config.intermediate_size == 9
-    # The same evidence, but scores of later rounds judge refitted weights.
+    # The same moments, but scores of later rounds judge refitted weights.
     assert rounds.plan != once.plan and torch.isfinite(small(token_ids()).logits).all()
     for how in ({"adaptive_rate": 1.0}, {"max_perplexity_ratio": 50.0}):
         assert pruned(stats, rounds=2, widths={"mlp": 9}, **how)[1].config.intermediate_size == 9
@@ -113,17 +115,16 @@ def test_a_run_from_statistics_goes_on_where_it_was_killed(stats, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         pruned(stats, **fields)
     found, again = pruned(stats, **fields)
-    assert found.plan == expected.plan and len(calls) == 4 + 2 * 2, "two rounds of two blocks were left"
+    assert found.plan == expected.plan and len(calls) == 4 + 2 * 2, "two rounds of two layers were left"
     assert_same_model(again, model)
 
 
-def test_one_ranking_of_all_units(stats, monkeypatch):
+def test_one_ranking_of_all_units(stats):
     fields = {"allocation": "global", "sparsity": 0.3, "round_to": 1}
     found, _ = pruned(stats, **fields)
-    monkeypatch.setattr("optimum_structprune.pruning.evidence.passes_over", whole_passes)
-    pruner = StructPruner(uneven(**fields))
-    pruner.prune_model(build("llama-tied"), tokenizer())
-    assert found.plan == pruner.plan
+    model, evidence = build("llama-tied"), evidence_of(uneven(**fields), run_passes=whole_passes)
+    widths = choose_widths(evidence.config, describe(model), model, evidence, Report("llama", "obs"))
+    assert len({*widths["mlp"].values()}) == 2 and found.plan == pruned_on(evidence, model, widths).plan
 
 
 def test_domains_are_chosen_and_weighed_anew(stats):
@@ -144,6 +145,23 @@ def test_domains_are_chosen_and_weighed_anew(stats):
         StructPruneError, match=r"no statistics of a domain 'fex'; it has a, few. Did you mean 'few'\?"
     ):
         plan(a, replace(few, name="fex"))
+
+
+def test_built_in_domains_that_are_named_are_not_all_domains(tmp_path):
+    """To name the three that stand where none is named is to choose these three, with the weights given there."""
+    names = ("prose", "code", "math", "own")
+    domains = [DomainConfig(name=name, source=documents(seed=seed)) for seed, name in enumerate(names)]
+    domains[-1] = replace(domains[-1], weight=5.0)
+    calibrate(build("llama-tied"), tokenizer(), config(domains=domains), tmp_path / "stats")
+
+    def shares(**fields):
+        pruner = StructPruner(StructPruneConfig(stats=str(tmp_path / "stats"), widths={"mlp": 9}, **fields))
+        pruner.prune_model(build("llama-tied"), tokenizer())
+        return {entry.name: entry.weight for entry in pruner.manifest.domains}
+
+    third = pytest.approx(1 / 3)
+    assert shares(domains=builtin_domains()) == {"prose": third, "code": third, "math": third}
+    assert shares() == {"prose": 0.125, "code": 0.125, "math": 0.125, "own": 0.625}
 
 
 def test_only_what_is_asked_for_is_given(stats):
@@ -256,20 +274,23 @@ def test_what_statistics_cannot_give_is_refused(stats, tmp_path):
 
 def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     model = build("llama-tied").train()
+    calibrate(model, tokenizer(), uneven(), tmp_path / "stats")
+
+    def content():
+        return {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def fail(*args):
         raise OSError("no space left on device")
 
+    before = content()
     monkeypatch.setattr(calibrator, "save_file", fail)
-    with pytest.raises(StructPruneError, match="stats could not be written.*no space left"):
-        calibrate(model, tokenizer(), uneven(), tmp_path / "stats")
-    assert not list(tmp_path.iterdir()) and model.training
-    (tmp_path / "stats").mkdir()
-    (tmp_path / "stats" / "precious.txt").write_text("mine")
+    with pytest.raises(StructPruneError, match="new could not be written.*no space left"):
+        calibrate(model, tokenizer(), uneven(), tmp_path / "new")
     for overwrite, message in ((False, "exists and is not empty"), (True, "no space left")):
         with pytest.raises(StructPruneError, match=message):
             calibrate(model, tokenizer(), uneven(), tmp_path / "stats", overwrite)
-    assert [path.name for path in tmp_path.rglob("*")] == ["stats", "precious.txt"]
+    assert content() == before and model.training
+    assert [path.name for path in tmp_path.iterdir()] == ["stats"]
 
 
 def test_a_disk_that_is_too_small_is_noticed_first(tmp_path, monkeypatch, ran):
@@ -321,12 +342,11 @@ def test_several_domains_cost_what_one_of_as_many_tokens_does(ran, tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{"rounds": 2}, {"criterion": "taylor"}])
-def test_the_report_says_what_each_domain_costs(fields, monkeypatch):
+def test_the_report_says_what_each_domain_costs(fields):
+    model = build("llama-tied")
     for passes in (passes_over, whole_passes):
-        monkeypatch.setattr("optimum_structprune.pruning.evidence.passes_over", passes)
-        pruner = StructPruner(uneven(num_samples=9, **fields))
-        pruner.prune_model(build("llama-tied"), tokenizer())
-        report = pruner.report
+        evidence = evidence_of(uneven(num_samples=9, **fields), run_passes=passes)
+        report = pruned_on(evidence, model, {"mlp": 24}).report
         assert list(report.domain_seconds) == ["a", "few"] and min(report.domain_seconds.values()) > 0
         rounds = sum(seconds for stage, seconds in report.seconds.items() if stage.startswith("round"))
         assert sum(report.domain_seconds.values()) < rounds

@@ -1,4 +1,4 @@
-"""The residual stream: pruned ≡ the model whose removed channels are zero, and which channels go."""
+"""Channels of the residual stream: pruned ≡ the model whose removed channels are zero, and which channels go."""
 
 from copy import deepcopy
 
@@ -20,7 +20,7 @@ from optimum_structprune.surgery.residual import narrow_
 
 
 WIDTH = 24
-STREAMS = [case for case in CASES if describe(build(case)).stream is not None]
+WITH_CHANNELS = [case for case in CASES if describe(build(case)).residual is not None]
 
 
 def random_keep(seed=3):
@@ -28,12 +28,12 @@ def random_keep(seed=3):
 
 
 @torch.no_grad()
-def silenced(model, gone):
-    """The model whose stream is zero in some channels: nothing is embedded there, and nothing is written."""
+def masked(model, gone):
+    """The model whose residual stream is zero in some channels: nothing is embedded there, and nothing is written."""
     model = deepcopy(model)
-    stream = describe(model).stream
-    for axis in stream.space.out:
-        if axis.param in (stream.embed, *stream.writers):
+    residual = describe(model).residual
+    for axis in residual.space.out:
+        if axis.param in (residual.embed, *residual.writers):
             tensor = model.get_parameter(axis.param)
             tensor.index_fill_(axis.dim, torch.tensor(gone), 0)
     return model
@@ -43,13 +43,13 @@ def others(keep, size=32):
     return [channel for channel in range(size) if channel not in keep]
 
 
-@pytest.mark.parametrize("case", STREAMS)
-def test_pruned_equals_silenced_and_reloads(case, tmp_path):
+@pytest.mark.parametrize("case", WITH_CHANNELS)
+def test_pruned_equals_masked_and_reloads(case, tmp_path):
     model = build(case)
     dense, keep = logits(model), random_keep()
     small = deepcopy(model)
     narrow_(small, describe(small), keep, {})
-    torch.testing.assert_close(logits(small), logits(silenced(model, others(keep))), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(small), logits(masked(model, others(keep))), atol=1e-5, rtol=0)
     assert not torch.allclose(logits(small), dense, atol=1e-3), "pruning changed nothing, so the test shows nothing"
     tied = [one.get_input_embeddings().weight is one.get_output_embeddings().weight for one in (model, small)]
     assert tied[0] == tied[1]
@@ -71,7 +71,7 @@ def test_end_to_end_together_with_channels_of_the_ffn(case, tmp_path):
     torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
 
 
-def test_blocks_of_different_widths_keep_theirs(tmp_path):
+def test_layers_of_different_widths_keep_theirs(tmp_path):
     model = prune_model(build("llama-tied"), config(widths={"mlp": 24}, skip_layers=(0,)), tokenizer())
     small = prune_model(model, config(widths={HIDDEN: WIDTH}), tokenizer())
     assert [space.size for space in describe(small).of("mlp")] == [40, 24]
@@ -79,7 +79,7 @@ def test_blocks_of_different_widths_keep_theirs(tmp_path):
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(small))
 
 
-def test_every_family_has_a_stream_or_a_reason():
+def test_every_family_has_channels_or_a_reason():
     for model_type, family in builtin_families().items():
         assert family.text or (family.hidden is None) == (HIDDEN in family.missing), model_type
 
@@ -88,7 +88,7 @@ def test_every_family_has_a_stream_or_a_reason():
 @pytest.mark.parametrize("case", ["llama-tied", "gemma2", "olmo2", "qwen2_moe"])
 def test_dead_channels_go_first_and_nothing_changes(case, refit, aggregation):
     dead = others(random_keep())
-    model = silenced(build(case), dead)
+    model = masked(build(case), dead)
     pruner = StructPruner(config(widths={HIDDEN: WIDTH}, refit=refit, aggregation=aggregation))
     small = pruner.prune_model(model, tokenizer())
     assert pruner.plan.keep == {(MODEL, HIDDEN): random_keep()}
@@ -96,9 +96,9 @@ def test_dead_channels_go_first_and_nothing_changes(case, refit, aggregation):
 
 
 @torch.no_grad()
-def test_energies_are_means_over_tokens_wherever_the_stream_is_read():
+def test_energies_are_means_over_tokens_wherever_the_residual_stream_is_read():
     model = build("llama-tied")
-    found = channel_energies(model, describe(model).stream, batches(), 2)
+    found = channel_energies(model, describe(model).residual, batches(), 2)
     assert found.shape == (5, 2, 32)
     for domain in range(2):
         ids = torch.cat([batch.ids for batch in batches() if batch.domain == domain])
@@ -111,15 +111,15 @@ def test_energies_are_means_over_tokens_wherever_the_stream_is_read():
 @pytest.mark.parametrize("case", ["llama-untied", "exaone4", "gemma3_text", "gpt_oss"])
 def test_refit_lets_a_channel_stand_in_for_its_twin(case):
     model = build(case)
-    stream = describe(model).stream
+    residual = describe(model).residual
     weaker = torch.arange(24, 32)
-    for name in (stream.embed, *stream.writers):  # channels 24.. follow 16.. at a quarter of their size
-        axis = next(axis for axis in stream.space.out if axis.param == name)
+    for name in (residual.embed, *residual.writers):  # channels 24.. follow 16.. at a quarter of their size
+        axis = next(axis for axis in residual.space.out if axis.param == name)
         tensor = model.get_parameter(name).data
         tensor.index_copy_(axis.dim, weaker, 0.25 * tensor.index_select(axis.dim, weaker - 8))
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
-            parameter.data.fill_(1 - stream.plus)
+            parameter.data.fill_(1 - residual.plus)
     distance = {}
     for refit in ("none", "least_squares"):
         pruner = StructPruner(config(widths={HIDDEN: WIDTH}, refit=refit, damping=1e-6))
@@ -137,10 +137,10 @@ def test_norms_make_up_for_the_energy_that_is_gone():
         prune_model(model, config(widths={HIDDEN: WIDTH}, refit=refit), inputs=inputs)
         for refit in ("none", "least_squares")
     )
-    stream, held = describe(model).stream, batches_of(given_domains(inputs, 0.125), 4)
-    energies = channel_energies(model, stream, held, 2).mean(1)
+    residual, held = describe(model).residual, batches_of(given_domains(inputs, 0.125), 4)
+    energies = channel_energies(model, residual, held, 2).mean(1)
     keep = energies.mean(0).topk(WIDTH).indices
-    for read, energy in zip(stream.reads, energies, strict=True):
+    for read, energy in zip(residual.reads, energies, strict=True):
         ratio = refitted.get_submodule(read.tap).weight / plain.get_submodule(read.tap).weight
         torch.testing.assert_close(ratio, (energy[keep].sum() / 32).sqrt().float().expand(WIDTH), rtol=1e-3, atol=0)
 
@@ -193,7 +193,7 @@ def test_sparsity_chooses_the_width():
         ("llama-tied", {"widths": {HIDDEN: 24}, "max_perplexity_ratio": 2.0}, "is held by rounds, and 'hidden' goes"),
         ("llama-tied", {"sparsity": 0.25, "targets": (HIDDEN,), "allocation": "global"}, "belongs to the whole model"),
         ("gpt2-tied", {"widths": {HIDDEN: 24}}, "no space 'hidden' to prune: LayerNorm takes the mean"),
-        ("llava", {"widths": {HIDDEN: 24}}, "what is not text writes to this stream too"),
+        ("llava", {"widths": {HIDDEN: 24}}, "what is not text writes to the residual stream too"),
     ],
 )
 def test_what_is_refused(case, fields, message):
@@ -201,7 +201,7 @@ def test_what_is_refused(case, fields, message):
         prune_model(build(case), config(**fields), tokenizer())
 
 
-def test_a_trainer_prunes_inside_blocks_only():
+def test_a_trainer_prunes_inside_layers_only():
     callback = StructPruneCallback(config(widths={HIDDEN: WIDTH}))
     with pytest.raises(StructPruneError, match="'hidden' belongs to the whole model"):
         callback.on_init_end(None, None, None, model=build("llama-tied"))

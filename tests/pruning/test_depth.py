@@ -1,4 +1,4 @@
-"""Whole blocks: pruned ≡ skipped, what the config says of single blocks goes with them, and which ones go."""
+"""Whole layers: pruned ≡ skipped, what the config says of single layers goes with them, and which ones go."""
 
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -29,7 +29,7 @@ KEEP = (1, 3, 4)
 
 
 def deep(case):
-    """The case with five blocks, whose types do not alternate evenly."""
+    """The case with five layers, whose types do not alternate evenly."""
     auto, (model_type, fields) = (None, CASES[case]) if case in CASES else (OTHERS[case][0], OTHERS[case][1:])
     fields = deepcopy(fields)
     text = fields.get("text_config", fields)
@@ -56,11 +56,11 @@ SHALLOW = [case for case in DEEPER if LAYER in describe(deep(case)).offered]
 
 @contextmanager
 def without(model, keep):
-    """Blocks that are not kept hand on what they get."""
+    """Layers that are not kept hand on what they get."""
     with ExitStack() as stack:
-        for index, block in enumerate(layer_list(model, describe(model))):
+        for index, layer in enumerate(layer_list(model, describe(model))):
             if index not in keep:
-                stack.enter_context(bypass(block))
+                stack.enter_context(bypass(layer))
         yield
 
 
@@ -96,7 +96,7 @@ def test_every_family_has_depth_or_a_reason():
         assert family.text or (family.layer is None) == (LAYER in family.missing), model_type
 
 
-def test_blocks_of_different_widths_keep_theirs(tmp_path):
+def test_layers_of_different_widths_keep_theirs(tmp_path):
     model = prune_model(deep("llama-tied"), config(widths={"mlp": 24}, skip_layers=(0, 3)), tokenizer())
     small = deepcopy(model)
     drop_layers_(small, describe(small), KEEP)
@@ -109,7 +109,7 @@ def test_blocks_of_different_widths_keep_theirs(tmp_path):
         prune_model(model, config(widths={LAYER: 3, "mlp": 24}), tokenizer())
 
 
-def test_what_the_config_says_of_single_blocks_is_cut():
+def test_what_the_config_says_of_single_layers_is_cut():
     small = deep("qwen3")
     drop_layers_(small, describe(small), KEEP)
     assert small.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
@@ -132,9 +132,9 @@ def test_a_list_that_is_only_as_long_stays():
     assert settings.eos_token_id == [2, 3, 4, 5, 6] and settings.elsewhere == ["b", "d", "e"]
 
 
-def identity_(block):
-    """Make a block add nothing to the stream."""
-    for module in block.modules():
+def identity_(layer):
+    """Make a layer add nothing to the residual stream."""
+    for module in layer.modules():
         if isinstance(module, nn.Linear) and module.weight.shape[0] == 32:
             module.weight.data.zero_()
             if module.bias is not None:
@@ -143,7 +143,7 @@ def identity_(block):
 
 @pytest.mark.parametrize("criterion", ["wanda", "block_influence"])
 @pytest.mark.parametrize("aggregation", ["mean", "max"])
-def test_a_block_that_does_nothing_goes_first(criterion, aggregation):
+def test_a_layer_that_does_nothing_goes_first(criterion, aggregation):
     model = deep("qwen2")
     identity_(layer_list(model, describe(model))[2].self_attn.o_proj)
     identity_(layer_list(model, describe(model))[2].mlp.down_proj)
@@ -176,7 +176,7 @@ def test_loss_increase_is_measured_without_the_block():
     assert count_hooks(model) == 0
 
 
-def test_the_block_whose_loss_counts_least_goes():
+def test_the_layer_whose_loss_counts_least_goes():
     model, inputs = deep("llama-tied"), token_ids(6)
     scores = LossIncrease().score(model, describe(model), batches_of(given_domains({"a": inputs}, 0.1), 4))
     pruner = StructPruner(config(widths={LAYER: 4}, criterion="loss_increase"))
@@ -197,7 +197,7 @@ def test_depth_comes_before_everything_else_in_one_run(tmp_path):
     torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
 
 
-def test_plans_in_sequence_name_blocks_of_the_dense_model():
+def test_plans_in_sequence_name_layers_of_the_dense_model():
     first = Plan("x", {(MODEL, LAYER): (0, 2, 3), (1, "mlp"): (0, 1), (2, "mlp"): (0, 5, 6)})
     second = Plan("x", {(MODEL, LAYER): (1, 2), (1, "mlp"): (1, 2), (2, "attention"): (0,)})
     both = first.then(second)
@@ -225,7 +225,7 @@ def test_what_is_refused(case, fields, message):
         prune_model(deep(case), config(**fields), tokenizer())
 
 
-def test_a_trainer_prunes_inside_blocks_only():
+def test_a_trainer_prunes_inside_layers_only():
     callback = StructPruneCallback(config(widths={LAYER: 3}))
     with pytest.raises(StructPruneError, match="'layer' belongs to the whole model"):
         callback.on_init_end(None, None, None, model=deep("llama-tied"))

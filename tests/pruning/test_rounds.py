@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import count_hooks, evidence_of, logits, same_weights
 from models import build, config, documents, tokenizer
-from trained import STORIES, needs_shared, stories_config, stories_model
 from safetensors.torch import save_file
+from trained import STORIES, needs_shared, stories_config, stories_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import (

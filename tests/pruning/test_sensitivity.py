@@ -2,18 +2,16 @@
 
 import pytest
 import torch
-from helpers import NON_UNIFORM, count_hooks, free_spaces, whole_passes
-from huggingface_hub.errors import StrictDataclassClassValidationError
+from helpers import NON_UNIFORM, count_hooks, evidence_of, free_spaces, whole_passes
 from models import build, config, token_ids, tokenizer
 from torch.nn.functional import kl_div
 
-from optimum_structprune import StructPruneConfig, StructPruner
+from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe, layer_list
-from optimum_structprune.arch.spec import Space
 from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.calibration.tally import Batch
 from optimum_structprune.domains.load import Domain
-from optimum_structprune.pruning.evidence import mixture, passes_of
+from optimum_structprune.pruning.choose import choose_widths
 from optimum_structprune.pruning.sensitivity import STRIDE, Probe, sensitivities, trial_losses, unit_losses
 from optimum_structprune.pruning.sweep import Sweep
 from optimum_structprune.saving.report import Report
@@ -35,7 +33,7 @@ def assert_untouched(model, before):
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     assert count_hooks(model) == 0
-    assert not any("forward" in vars(block) for block in layer_list(model, describe(model)))
+    assert not any("forward" in vars(layer) for layer in layer_list(model, describe(model)))
 
 
 @torch.no_grad()
@@ -55,15 +53,16 @@ def test_a_probe_from_the_middle_sees_what_whole_passes_see(case):
     arch, before = describe(model), snapshot(model)
     batches = [Batch(0, token_ids(3, 12, 1)), Batch(1, token_ids(2, 12, 2)), Batch(1, token_ids(1, 12, 3))]
     dense = [model(batch.ids).logits for batch in batches]
-    sweep = Sweep(model, arch, config(error_feedback=0.0), mixture(config(), domains()))
-    passes, probe = passes_of(sweep, domains(), None, None), Probe(model, arch, batches)
+    evidence = evidence_of(config(error_feedback=0.0), domains())
+    sweep = Sweep(model, arch, evidence.config)
+    passes, probe = evidence.passes(model, arch), Probe(model, arch, batches)
     for layer in range(arch.num_layers):
         torch.testing.assert_close(probe.losses(), torch.zeros(2), atol=1e-5, rtol=0)
         for space in [space for space in arch.at(layer) if space.kind in free_spaces(arch)]:
             width = space.size // (2 * space.scale) * space.scale
-            consumers = sweep.trial(space, passes.gather(layer, space, sweep.gram), width)
+            consumers = sweep.trial(space, passes.gather(layer, space, sweep.gram), width, evidence.mixture)
             assert_untouched(model, before)
-            with sweep.holding(consumers):
+            with sweep.consumers.holding(consumers):
                 torch.testing.assert_close(probe.losses(), divergences(model, dense, batches), atol=1e-6, rtol=1e-3)
         passes.advance(layer)
         probe.advance()
@@ -73,34 +72,50 @@ def test_a_probe_from_the_middle_sees_what_whole_passes_see(case):
 def test_trials_prune_as_the_sweep_does_and_lose_more_with_more_gone():
     model = build("llama-tied")
     arch, before = describe(model), snapshot(model)
-    fields = config(error_feedback=0.0, widths={"mlp": 20})
-    sweep = Sweep(model, arch, fields, mixture(fields, domains()))
-    passes, space = passes_of(sweep, domains(), None, None), arch.of("mlp")[0]
+    evidence = evidence_of(config(error_feedback=0.0), domains())
+    sweep, mixture = Sweep(model, arch, evidence.config), evidence.mixture
+    passes, space = evidence.passes(model, arch), arch.of("mlp")[0]
     probe = Probe(model, arch, batches_of(domains(), 3))
-    losses = trial_losses(sweep, [space], passes, probe)
+    losses = trial_losses(sweep, [space], passes, probe, mixture)
     assert list(losses) == [10, 30]
     assert (torch.stack(list(losses.values())).diff(dim=0) > 0).all()
-    consumers = sweep.trial(space, passes.gather(0, space, True), 20)
+    consumers = sweep.trial(space, passes.gather(0, space, True), 20, mixture)
     assert_untouched(model, before)
     assert sweep.keep == {}
-    sweep.run_(passes_of(sweep, domains(), None, None), {"mlp": 20}, None, "round")
+    sweep.run_(evidence.passes(model, arch), mixture, {"mlp": 20}, None, "round")
     ((axis, (weight, _)),) = consumers.items()
     assert torch.equal(weight, read_consumer(model, axis)[0]) and weight.count_nonzero(0).bool().sum() == 20
 
 
-@pytest.mark.parametrize("scale", [1, 3])
-def test_units_together_cost_what_was_measured(scale):
-    space = Space("mlp", 0, 12 * scale, (), (), (), (), 1, scale=scale)
+def test_units_together_cost_what_was_measured():
     measured = {3: 0.1, 6: 0.3, 9: 0.9}
-    costs = unit_losses(space, measured)
-    assert len(costs) == 12 * scale and (costs > 0).all() and (costs.diff() >= 0).all()
+    costs = unit_losses(12, measured)
+    assert len(costs) == 12 and (costs > 0).all() and (costs.diff() >= 0).all()
     for units, loss in measured.items():
-        assert float(costs[: units * scale].sum()) == pytest.approx(scale * loss, rel=1e-5)
-    assert costs[9 * scale] > 1e4 * costs[9 * scale - 1], "what was not measured goes last"
+        assert float(costs[:units].sum()) == pytest.approx(loss, rel=1e-5)
     # One trial alone says that all cost the same, and what is less with more gone is noise.
-    torch.testing.assert_close(unit_losses(space, {6: 0.3})[: 6 * scale], torch.full((6 * scale,), 0.05))
-    assert torch.isfinite(unit_losses(space, {3: 0.0, 6: 0.2, 9: 0.1})).all()
-    assert (unit_losses(space, {3: 0.3, 6: 0.4, 9: 0.5}).diff() >= 0).all()
+    torch.testing.assert_close(unit_losses(12, {6: 0.3})[:6], torch.full((6,), 0.05))
+    assert torch.isfinite(unit_losses(12, {3: 0.0, 6: 0.2, 9: 0.1})).all()
+    # A curve that flattens out does not make the units beyond a trial cheaper than those that it has removed.
+    assert (unit_losses(12, {3: 0.3, 6: 0.4, 9: 0.5})[:9].diff() >= 0).all()
+    assert unit_losses(12, {}).tolist() == [0.0] * 12
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "mixtral"])
+def test_units_that_no_trial_has_removed_go_last(case):
+    """And the units of experts of one layer, which share their width, cost alike."""
+    model = build(case)
+    arch, evidence = describe(model), evidence_of(config(allocation="sensitivity"), domains())
+    scores = sensitivities(model, arch, evidence.config, evidence, ["mlp"], Report("llama", "obs"))
+    by_layer = {}
+    removed = round(0.75 * arch.of("mlp")[0].size)  # by the last trial
+    dearest = max(float(score[:removed].max()) for score in scores.values())
+    for space in arch.of("mlp"):
+        score = scores.pop((space.layer, space.name))
+        assert score.shape == (space.size,) and (score.diff() >= 0).all() and float(score[removed]) > dearest
+        expected = by_layer.setdefault(space.layer, score)
+        assert torch.equal(score, expected)
+    assert not scores
 
 
 @pytest.mark.parametrize("case", ["llama-bias", "gpt2-tied", "mixtral"])
@@ -125,30 +140,40 @@ def widths(model, **fields):
     return pruner.report.widths
 
 
-def test_a_block_that_does_little_gives_up_more(monkeypatch):
+def test_a_layer_that_does_little_gives_up_more():
     model = build("llama-tied")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(0.1)
     found = widths(model)
     assert found["mlp"][1] < found["mlp"][0] and sum(found["mlp"].values()) == 2 * 24
-    for module in ("pruning.evidence", "pruning.sensitivity"):
-        monkeypatch.setattr(f"optimum_structprune.{module}.passes_over", whole_passes)
-    assert widths(model, error_feedback=0.0) == found
+    # With and without passes over the whole model for everything that runs.
+    settings, arch = config(allocation="sensitivity", round_to=1, error_feedback=0.0), describe(model)
+    for run_passes in (whole_passes, None):
+        evidence = evidence_of(settings, run_passes=run_passes)
+        assert choose_widths(settings, arch, model, evidence, Report("llama", "obs")) == found
 
 
 def test_the_worst_domain_alone_counts_where_the_objective_is_the_worst():
     model = build("llama-tied")
     arch = describe(model)
 
-    def scores(shares, **fields):
-        parts = [Domain(d.name, share, d.samples, d.heldout) for d, share in zip(domains(), shares, strict=True)]
-        return sensitivities(model, arch, config(**fields), parts, ["mlp"], Report("llama", "obs"))
+    def scores(**fields):
+        evidence = evidence_of(config(allocation="sensitivity", **fields), domains())
+        return sensitivities(model, arch, evidence.config, evidence, ["mlp"], Report("llama", "obs"))
 
-    # The shares also weigh what is pruned on, so the two single domains are judged on the same pruning.
-    probe = scores((0.5, 0.5), objective="worst", rounds=2)
-    mean = scores((0.5, 0.5))
-    assert set(probe) == set(mean) == {(0, "mlp"), (1, "mlp")}
-    assert sum(float(score.sum()) for score in probe.values()) > sum(float(score.sum()) for score in mean.values())
+    # The same mixture is pruned on, so both judge the same trials.
+    worst, mean = scores(objective="worst"), scores()
+    assert set(worst) == set(mean) == {(0, "mlp"), (1, "mlp")}
+    assert sum(float(score.sum()) for score in worst.values()) > sum(float(score.sum()) for score in mean.values())
+
+
+def test_the_worst_objective_needs_no_rounds_where_it_chooses_the_widths():
+    pruner = StructPruner(config(allocation="sensitivity", objective="worst", round_to=1))
+    small = pruner.prune_model(build("llama-tied"), tokenizer())
+    assert sum(pruner.report.widths["mlp"].values()) == 2 * 24 and pruner.report.rounds == []
+    assert torch.isfinite(small(token_ids()).logits).all()
+    with pytest.raises(StructPruneError, match="objective='worst' re-weight domains.*rounds=1 leaves none"):
+        config(allocation="global", objective="worst")
 
 
 def test_nothing_stays_behind_when_a_trial_fails(monkeypatch):
@@ -171,7 +196,7 @@ def test_nothing_stays_behind_when_a_trial_fails(monkeypatch):
 
 def test_stored_statistics_hold_no_text_to_measure_on():
     with pytest.raises(
-        StrictDataclassClassValidationError,
+        StructPruneError,
         match="allocation='sensitivity' runs the model on held-out text, but stats=",
     ):
         StructPruneConfig(widths={"mlp": 9}, allocation="sensitivity", stats="folder")

@@ -8,7 +8,7 @@ from helpers import logits
 from models import build, config, tokenizer
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import Plan, StructPruneConfig, StructPruner, export_uniform
+from optimum_structprune import Plan, StructPruneConfig, StructPruneError, StructPruner, export_uniform
 from optimum_structprune.domains.manifest import Manifest
 
 
@@ -43,10 +43,19 @@ def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
 
 
-def test_a_folder_can_be_exported_onto_itself(pruned):
+def test_the_folder_of_the_model_is_never_replaced(pruned):
     folder, model = pruned
-    export_uniform(model, folder, overwrite=True)
-    assert (folder / "pruning_plan.json").is_file() and not (folder / "tokenizer.json").exists()
+    with pytest.raises(StructPruneError, match="pruned is .*pruned, which this run reads.*would be lost"):
+        export_uniform(model, folder, overwrite=True)
+    assert (folder / "tokenizer.json").is_file()
+
+
+def test_an_export_can_be_replaced_even_without_records(run, tmp_path):
+    model = run[1]
+    for _ in range(2):
+        export_uniform(model, tmp_path / "out", overwrite=True)
+    written = json.loads((tmp_path / "out" / "structprune_export.json").read_text())
+    assert written["form"] == "uniform" and written["parameters"]["before"] == model.num_parameters()
 
 
 @pytest.mark.parametrize("text", ["{}", '{"parameters": 5}', '{"parameters": {"before": "many"}}', "[]", "no JSON"])

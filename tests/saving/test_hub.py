@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_structprune import Plan, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import LAYER, MODEL
-from optimum_structprune.saving.hub import check_pruned, check_reload
+from optimum_structprune.saving.hub import check_pruned, check_reload, forget_code
 from optimum_structprune.saving.staging import staged
 
 
@@ -47,15 +47,15 @@ def test_everything_is_saved(run, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_an_existing_folder_is_refused_and_overwritten_on_request(run, tmp_path):
+def test_an_existing_result_is_refused_and_overwritten_on_request(run, tmp_path):
     pruner, model = run
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious.txt").write_text("mine")
+    pruner.save(model, tmp_path / "out", tokenizer())
+    (tmp_path / "out" / "old.json").write_text("{}")
     with pytest.raises(StructPruneError, match="out exists and is not empty"):
         pruner.save(model, tmp_path / "out")
-    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "tokenizer.json").exists()
     pruner.save(model, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "precious.txt").exists()
+    assert not (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "old.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -76,10 +76,16 @@ def test_a_link_to_a_folder_stays_a_link(run, tmp_path):
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["out"]
 
 
+def former_result(folder):
+    """A folder that may be replaced, with a file by which it is known again."""
+    folder.mkdir()
+    (folder / "pruning_plan.json").write_text(json.dumps({"model_type": "llama", "keep": {}}))
+    (folder / "precious.json").write_text("mine")
+
+
 def test_a_failure_leaves_what_was_there(run, tmp_path, monkeypatch):
     pruner, model = run
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious.txt").write_text("mine")
+    former_result(tmp_path / "out")
     reader = tokenizer()
 
     def fail(folder):
@@ -89,12 +95,11 @@ def test_a_failure_leaves_what_was_there(run, tmp_path, monkeypatch):
     with pytest.raises(StructPruneError, match="out could not be written, and what was there is as it was: no space"):
         pruner.save(model, tmp_path / "out", reader, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "precious.json").read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious.txt").write_text("mine")
+    former_result(tmp_path / "out")
     rename = Path.rename
 
     def refuse_new(self, target):
@@ -109,7 +114,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     ):
         (new / "new.txt").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "precious.json").read_text() == "mine"
 
 
 def test_a_file_that_appears_in_the_way_stays(tmp_path):
@@ -128,6 +133,52 @@ def test_a_full_disk_leaves_what_was_there(run, tmp_path):
         pruner.save(model, tmp_path / "out", overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_is_full_for_torch_or_a_tokenizer_is_an_error_of_ours(tmp_path):
+    former_result(tmp_path / "out")
+    writers = {
+        "inline_container|PytorchStreamWriter": lambda folder: torch.save(torch.zeros(9999), folder / "optimizer.pt"),
+        "too large": lambda folder: (folder / "notes.txt").write_text("x" * 9999),
+        "os error": lambda folder: tokenizer().save_pretrained(folder),
+    }
+    for reason, write in writers.items():
+        with (
+            full_disk(1_000),
+            pytest.raises(StructPruneError, match=f"out could not be written, and what was there.*({reason})"),
+            staged(tmp_path / "out", True) as new,
+        ):
+            write(new)
+        assert (tmp_path / "out" / "precious.json").read_text() == "mine"
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_of_the_work_itself_passes_through(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), staged(tmp_path / "out", False):
+        raise RuntimeError("shapes do not fit")
+    assert not list(tmp_path.iterdir())
+
+
+def test_code_that_is_not_there_is_not_named(run, tmp_path):
+    pruner, model = run
+    remote = {"AutoModel": "owner/name--modeling_x.X"}
+    model.config.auto_map = {"AutoConfig": "configuration_x.Config", "AutoTokenizer": ["gone.Slow", None], **remote}
+    try:
+        pruner.save(model, tmp_path / "out")
+        model.config.auto_map.pop("AutoModel")
+        pruner.save(model, tmp_path / "none")
+    finally:
+        del model.config.auto_map
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == remote
+    assert "auto_map" not in json.loads((tmp_path / "none" / "config.json").read_text())
+
+
+def test_code_that_is_there_stays_named(tmp_path):
+    (tmp_path / "configuration_x.py").write_text("")
+    text = json.dumps({"auto_map": {"AutoConfig": "configuration_x.Config"}})
+    (tmp_path / "config.json").write_text(text)
+    forget_code(tmp_path / "config.json")
+    assert (tmp_path / "config.json").read_text() == text
 
 
 def test_a_model_that_comes_back_different_is_not_saved(run, tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """Budgets, widths and rounds."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import build, config, token_ids
+from models import build, config, token_ids, tokenizer
 
-from optimum_structprune import StructPruneConfig, StructPruneError
+from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP, ArchSpec, Space
 from optimum_structprune.criteria.aggregate import standardised
@@ -229,3 +231,53 @@ def test_global_allocation_is_that_of_flap():
     found = ranked_widths(fields, arch, every, scores)
     assert found["mlp"][0] != found["mlp"][1] and found["attention"] == expected["attention"]
     assert all(abs(found["mlp"][layer] - width) <= 1 for layer, width in expected["mlp"].items())
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [
+        ({"mlp": [24, 32]}, {"mlp": {0: 24, 1: 32}}),
+        ({"mlp": {1: 16}, "attention": 2}, {"mlp": {0: 40, 1: 16}, "attention": {0: 2, 1: 2}}),
+        ({"mlp": [24, 24]}, {"mlp": {0: 24, 1: 24}}),
+    ],
+)
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_every_layer_may_be_given_its_own_width(widths, expected, rounds):
+    pruner = StructPruner(config(widths=widths, rounds=rounds))
+    small = pruner.prune_model(build("llama-tied"), tokenizer())
+    assert pruner.report.widths == expected
+    assert [layer.mlp.down_proj.in_features for layer in small.model.layers] == list(expected["mlp"].values())
+    assert small.config.is_heterogeneous == (len({*expected["mlp"].values()}) > 1)
+    again = StructPruneConfig.from_dict(json.loads(json.dumps(pruner.config.to_dict())))
+    assert again.widths == pruner.config.widths
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        (
+            "llama-tied",
+            {"widths": {"mlp": [24, 41]}},
+            r"widths\['mlp'\]\[1\] = 41 is not legal.*nearest legal choice is 40",
+        ),
+        (
+            "llama-tied",
+            {"widths": {"mlp": [24, 24, 24]}},
+            "names layer 2, which has no 'mlp'; the layers that have it are 0",
+        ),
+        ("llama-tied", {"widths": {"attention": {0: 3}}}, r"\[0\] = 3 is not legal.*nearest legal choice is 2 or 4"),
+        (
+            "bert",
+            {"widths": {"mlp": [24, 32]}},
+            "makes layers of different widths, which 'mlp' of a bert model cannot",
+        ),
+    ],
+)
+def test_widths_of_single_layers_that_will_not_do(case, fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        StructPruner(config(**fields)).prune_model(build(case), tokenizer())
+
+
+def test_widths_of_single_layers_leave_nothing_to_choose():
+    with pytest.raises(StructPruneError, match="says what every layer keeps, so allocation='global'"):
+        config(widths={"mlp": [24, 32]}, allocation="global")

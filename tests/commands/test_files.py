@@ -1,0 +1,191 @@
+"""Files and devices that a user can get wrong: each is one sentence and exit code 2, and nothing is lost."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from models import build, config, tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from optimum_structprune import Plan, StructPruneError, StructPruner
+from optimum_structprune.commands import apply, loading
+from optimum_structprune.commands.cli import CommandParser, execute
+from optimum_structprune.commands.loading import load_config, load_device, load_model_and_tokenizer, weights_bytes
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files") / "model"
+    build("llama-tied").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(dense, tmp_path):
+    return shutil.copytree(dense, tmp_path / "copy")
+
+
+def edit(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def refused(folder, message):
+    with pytest.raises(StructPruneError, match=message) as caught:
+        load_model_and_tokenizer(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_model_is_loaded(dense):
+    model, reader = load_model_and_tokenizer(str(dense), device="cpu")
+    assert model.dtype == torch.float32 and not model.training and len(reader) == 96
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # tied, and not missing
+
+
+def test_more_layers_in_the_config_than_in_the_weights_are_refused_by_name(copy):
+    edit(copy, num_hidden_layers=4)
+    refused(copy, r"lacks weights .* random: model.layers.2.input_layernorm.weight, .* and \d+ more")
+
+
+def test_one_missing_tensor_is_refused_by_name(copy):
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    refused(copy, r"lacks weights .*: model.layers.1.mlp.up_proj.weight\. ")
+
+
+def test_weights_of_another_shape_are_refused_with_both(copy):
+    edit(copy, intermediate_size=24)
+    refused(
+        copy, r"other shapes .*: model.layers.0.mlp.down_proj.weight is \(32, 40\) .* and \(32, 24\) by the config"
+    )
+
+
+def test_weights_that_are_not_used_are_named(copy, caplog):
+    edit(copy, num_hidden_layers=1)
+    load_model_and_tokenizer(str(copy))
+    assert "does not use" in caplog.text and "model.layers.1.input_layernorm.weight" in caplog.text
+
+
+@pytest.mark.parametrize("size", [0, 5, 3000])
+def test_a_cut_file_is_refused_by_name(copy, size):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    refused(copy, "copy/model.safetensors is damaged or cut")
+
+
+def test_a_file_of_weights_that_is_none_is_refused_by_name(copy):
+    (copy / "model.safetensors").write_bytes(b"\xff" * 5000)
+    refused(copy, "copy/model.safetensors is damaged or cut")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "x"}, "hidden_size='x' in its config.json"),
+        ({"intermediate_size": None}, "intermediate_size=None in its config.json"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 in its config.json"),
+        ({"vocab_size": 1.5}, "vocab_size=1.5"),
+        ({"rope_parameters": "a"}, "rope_parameters='a'"),
+        ({"hidden_act": "nope"}, "hidden_act='nope'"),
+        ({"dtype": "nope"}, "dtype='nope'"),
+        ({"quantization_config": 3}, "quantization_config=3"),
+        ({"per_layer_config": 3}, "per_layer_config=3"),
+        ({"auto_map": 3}, "cannot be loaded"),
+        ({"model_type": 5}, "model type `5`"),
+        ({"model_type": "nope"}, "model type `nope`"),
+    ],
+)
+def test_an_odd_value_in_a_config_is_refused_by_key(copy, fields, message):
+    edit(copy, **fields)
+    refused(copy, message)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "null", "{", '"text"', "[" * 5000, "\0"])
+def test_a_config_that_is_none_is_refused(copy, text):
+    (copy / "config.json").write_text(text)
+    refused(copy, "config.json|cannot be loaded")
+    with pytest.raises(StructPruneError):
+        load_config(str(copy))
+
+
+def test_a_tokenizer_that_is_none_is_refused(copy):
+    (copy / "tokenizer.json").write_text("{")
+    refused(copy, "tokenizer")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there_is_one_sentence(dense):
+    for device in ("cuda", "cuda:3", "mps", "nope", "meta", "cpu:x"):
+        with pytest.raises(StructPruneError, match=f"--device {device} cannot be used: .*this machine has cpu"):
+            load_device(device)
+    assert load_device(None) == load_device("cpu") == "cpu" and load_device("auto") == "auto"
+
+
+def test_memory_that_is_too_small_is_one_sentence(dense, monkeypatch):
+    def load(*args, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    refused(dense, "cannot be put on --device cpu: CUDA out of memory")
+
+
+def test_the_size_of_weights_is_that_of_the_files_or_of_the_config(dense, copy):
+    size = (dense / "model.safetensors").stat().st_size
+    assert weights_bytes(str(dense)) == size
+    (copy / "model.safetensors").unlink()
+    counted = weights_bytes(str(copy), loading.load_config(str(copy)))
+    assert 0.9 * size < counted <= size and weights_bytes("no/where") == 0
+
+
+def call(*arguments):
+    parser = CommandParser()
+    apply.add_arguments(parser)
+    parser.set_defaults(run=apply.run)
+    return execute(parser.parse_args(list(map(str, arguments))))
+
+
+def test_a_plan_is_applied_on_the_command_line(dense, tmp_path, capsys):
+    pruner = StructPruner(config(refit="none"))
+    pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(dense), tokenizer())
+    pruner.save(pruned, tmp_path / "pruned")
+    for plan in (tmp_path / "pruned", tmp_path / "pruned" / "pruning_plan.json"):
+        assert call(dense, plan, tmp_path / "out", "--overwrite", "--device", "cpu") == 0
+    assert "nothing was refitted" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert Plan.load(out / "pruning_plan.json") == pruner.plan and (out / "tokenizer.json").is_file()
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "pruned"))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_plan_that_cannot_be_applied_is_refused_before_a_model_is_loaded(dense, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "load_model_and_tokenizer", lambda *args: 1 / 0)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"model_type": "llama", "keep": {"mlp": {"0": [0, 1]}}}))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("mine")
+    for arguments, message in [
+        ((dense, tmp_path / "none.json", tmp_path / "out"), "cannot be read"),
+        ((dense, dense / "config.json", tmp_path / "out"), "is not a pruning plan"),
+        ((dense, plan, tmp_path / "file" / "out"), "is a file"),
+        ((dense, plan, dense, "--overwrite"), "which this run reads"),
+        ((dense, plan, tmp_path, "--overwrite"), "which this run reads"),
+        ((dense, plan, tmp_path / "notes", "--overwrite"), "no result of structprune"),
+    ]:
+        assert call(*arguments) == 2
+        assert message in capsys.readouterr().err
+    for keep in (
+        {"mlp": {"0": "abc"}},
+        {"mlp": {"0": [0.5]}},
+        {"mlp": {"0": [True]}},
+        {"mlp": [1]},
+        [],
+        {"mlp": {"x": []}},
+    ):
+        plan.write_text(json.dumps({"model_type": "llama", "keep": keep}))
+        assert call(dense, plan, tmp_path / "out") == 2
+        assert "is not a pruning plan" in capsys.readouterr().err

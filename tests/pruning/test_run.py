@@ -1,0 +1,327 @@
+"""What an error leaves behind: a model as it was, or one that cannot be taken for a finished one."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from helpers import count_hooks, evidence_of, logits, same_weights
+from models import build, config, documents, tokenizer
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from optimum_structprune import DomainConfig, InPlaceError, StructPruneError, StructPruner, prune_model
+from optimum_structprune.arch.load import describe
+from optimum_structprune.calibration.sequential import LayerPasses
+from optimum_structprune.criteria import Wanda
+from optimum_structprune.pruning import channels, checkpoint, experts, layers, sweep
+from optimum_structprune.pruning.measure import Measure
+from optimum_structprune.pruning.removers import take_
+from optimum_structprune.pruning.run import Run
+from optimum_structprune.pruning.steps import steps
+from optimum_structprune.surgery import cut
+from optimum_structprune.surgery.consumers import Consumers, read_consumer
+
+
+def assert_refused(prune, model, message, folder):
+    """The model is bit for bit as it was, the error does not say otherwise, and the model can be saved."""
+    before = deepcopy(model)
+    with pytest.raises(StructPruneError, match=message) as refused:
+        prune(model)
+    assert not isinstance(refused.value, InPlaceError)
+    assert same_weights(model, before) and model.config.to_dict() == before.config.to_dict()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == {
+        name: p.requires_grad for name, p in before.named_parameters()
+    }
+    assert count_hooks(model) == 0
+    model.save_pretrained(folder)
+
+
+def in_place(**fields):
+    return lambda model: prune_model(model, config(**fields), tokenizer(), inplace=True)
+
+
+# --- what is found inside the rounds
+
+
+@pytest.mark.parametrize(
+    ("case", "refit"),
+    [
+        ("llama-tied", "least_squares"),
+        ("llama-tied", "bias"),
+        ("llama-bias", "bias"),
+        ("mixtral", "least_squares"),
+        ("gpt_oss", "bias"),
+    ],
+)
+def test_a_floor_out_of_reach_undoes_all_masks(case, refit, monkeypatch, tmp_path):
+    tried = []
+    monkeypatch.setattr(Measure, "ratios", lambda self, model: tried.append(deepcopy(model)) or {"a": 9.0, "b": 1.1})
+    model = build(case)
+    prune = in_place(max_perplexity_ratio=1.2, rounds=2, round_to=8, refit=refit)
+    assert_refused(prune, model, "is not held by domain 'a' even with widths", tmp_path)
+    assert tried and not any(same_weights(model, other) for other in tried)
+
+
+@pytest.mark.parametrize("refit", ["least_squares", "bias", "none"])
+@pytest.mark.parametrize("case", ["llama-tied", "llama-bias", "gpt_oss"])
+def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit, tmp_path):
+    model = build(case)
+    last = describe(model).of("mlp")[-1]
+    model.get_parameter(last.out[0].param).data[..., -1] = float("nan")
+    masked = []
+
+    def prune(model):
+        evidence = evidence_of(config(refit=refit, rounds=2))
+        with Run(evidence.config, model, evidence) as run:
+            for step in steps(evidence.config, run.arch, model.config, {"mlp": 24}):
+                try:
+                    take_(run, step)
+                finally:
+                    masked.append(deepcopy(model))
+
+    assert_refused(prune, model, "NaN or infinite activations at model.layers.1.mlp", tmp_path)
+    assert len(masked) == 1 and not same_weights(masked[0], model)
+
+
+def test_nan_weights_of_an_encoder_undo_masks_too(tmp_path):
+    """What its perplexity would have shown at once is found in the last layer."""
+    model = build("bert")
+    model.bert.encoder.layer[1].intermediate.dense.weight.data[0] = float("nan")
+    message = "NaN or infinite activations at bert.encoder.layer.1.output.dense"
+    assert_refused(in_place(rounds=2, refit="bias"), model, message, tmp_path)
+
+
+def test_a_criterion_that_fails_in_a_later_layer(monkeypatch, tmp_path):
+    calls, score = [], Wanda.score
+
+    def scores(self, *args):
+        calls.append(args)
+        return score(self, *args) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(Wanda, "score", scores)
+    prune = in_place(criterion="wanda", rounds=2, refit="bias")
+    assert_refused(prune, build("llama-tied"), "'wanda' has to give 40 finite scores.*NaN", tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_undoes_the_round(monkeypatch, tmp_path):
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    prune = in_place(rounds=2, refit="bias", checkpoint_dir=str(tmp_path / "rounds"))
+    assert_refused(prune, build("llama-tied"), "Round 1 could not be saved.*no space left", tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_other_errors_undo_masks_too(kind, monkeypatch, tmp_path):
+    model, gather = build("llama-tied"), LayerPasses.gather
+
+    def fail(self, layer, space, gram):
+        if layer == 1:
+            raise kind("stop")
+        return gather(self, layer, space, gram)
+
+    monkeypatch.setattr(LayerPasses, "gather", fail)
+    before = deepcopy(model)
+    with pytest.raises(kind, match="stop"):
+        in_place(rounds=2, refit="bias")(model)
+    assert same_weights(model, before)
+    model.save_pretrained(tmp_path)
+
+
+# --- after something has gone for good
+
+
+def failing(function, number, kind):
+    """Raises at the n-th call, after the work is done."""
+    calls = []
+
+    def call(*args, **kwargs):
+        result = function(*args, **kwargs)
+        calls.append(result)
+        if len(calls) == number:
+            raise kind("stop")
+        return result
+
+    return call
+
+
+# The module whose function fails, the function, at which call, and the config.
+SHRUNK = {
+    "rounds": (sweep, "shrink_layer_", 1, {"rounds": 2}),
+    "last layer": (sweep, "shrink_layer_", 2, {"refit": "none"}),
+    "floor": (cut, "shrink_layer_", 1, {"max_perplexity_ratio": 50.0}),
+    "experts": (experts, "shrink_layer_", 1, {"widths": {"expert": 3}}),
+    "layers": (layers, "drop_layers_", 1, {"widths": {"layer": 1}}),
+    "channels": (channels, "narrow_", 1, {"widths": {"hidden": 24}}),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", [RuntimeError, StructPruneError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", SHRUNK)
+def test_a_model_that_has_begun_to_shrink_cannot_be_saved(where, kind, inplace, monkeypatch, tmp_path):
+    module, name, number, fields = SHRUNK[where]
+    model = build("mixtral")
+    before = deepcopy(model)
+    monkeypatch.setattr(module, name, failing(getattr(module, name), number, kind))
+    if not inplace or kind is KeyboardInterrupt:
+        expected = pytest.raises(kind, match="stop")
+    else:
+        expected = pytest.raises(InPlaceError, match=r"Pruning stopped \(stop\).*begun to change: load it again")
+    with expected as raised:
+        prune_model(model, config(**fields), tokenizer(), inplace=inplace)
+    if not inplace:
+        assert not isinstance(raised.value, InPlaceError)
+        assert same_weights(model, before) and count_hooks(model) == 0
+        model.save_pretrained(tmp_path / "as it was")
+        return
+    assert not same_weights(model, before)
+    with pytest.raises(InPlaceError, match="load it again"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # Loaded again means a model of its own, which has nothing to do with the broken one.
+    build("mixtral").save_pretrained(tmp_path / "again")
+
+
+def test_an_error_in_a_later_step_counts_too(monkeypatch, tmp_path):
+    """Experts have gone by then, and masks of units are undone: not enough to go on with this model."""
+    monkeypatch.setattr(LayerPasses, "advance_dense", failing(LayerPasses.advance_dense, 2, RuntimeError))
+    model = build("mixtral")
+    with pytest.raises(InPlaceError, match="load it again"):
+        in_place(widths={"expert": 3, "mlp": 24}, rounds=2)(model)
+    with pytest.raises(InPlaceError):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_run_knows_when_something_is_gone():
+    evidence, model = evidence_of(config(rounds=3)), build("llama-tied")
+    seen = []
+    with Run(evidence.config, model, evidence) as run:
+        for step in steps(evidence.config, run.arch, model.config, {"mlp": 24}):
+            seen.append((run.changed, run.rounds is not None))
+            take_(run, step)
+    assert seen == [(False, False), (False, True), (False, True)]
+    assert run.changed and run.rounds is None and model.config.intermediate_size == 24
+
+
+# --- a wish that is refused
+
+
+class Packed(nn.Linear):
+    """Stands in for the layer of a quantization library."""
+
+
+class Quantizer(HfQuantizer):
+    """Stands in for a quantizer that can go back."""
+
+    requires_calibration = False
+    is_trainable = False
+
+    def __init__(self):
+        self.quantization_config = QuantizationConfigMixin("gptq")
+
+    def is_serializable(self):
+        return True
+
+    def _dequantize(self, model, dtype=None):
+        for module in model.modules():
+            if isinstance(module, Packed):
+                module.__class__ = nn.Linear
+        return model
+
+
+def quantized():
+    model = build("llama-tied")
+    for layer in model.model.layers:
+        layer.mlp.up_proj.__class__ = Packed
+    model.hf_quantizer, model.is_quantized = Quantizer(), True
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+    model.config.dtype = torch.float32
+    return model
+
+
+@pytest.mark.parametrize(
+    ("fields", "reader", "message"),
+    [
+        ({"widths": {"attention": 3}}, tokenizer(), "nearest legal choice is 2 or 4"),
+        ({"criterion": "wnada"}, tokenizer(), "Did you mean 'wanda'"),
+        ({"seq_length": 65}, tokenizer(), "longer than the model's 64 positions"),
+        ({}, None, "reading them takes a tokenizer"),
+    ],
+)
+def test_a_quantized_model_stays_packed_where_a_wish_is_refused(fields, reader, message):
+    model = quantized()
+    with pytest.raises(StructPruneError, match=message):
+        prune_model(model, config(**fields), reader, inplace=True)
+    assert type(model.model.layers[0].mlp.up_proj) is Packed and model.is_quantized
+    # And what is granted unpacks it.
+    small = prune_model(model, config(), tokenizer(), inplace=True)
+    assert small is model and type(model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_text_that_is_not_enough_changes_nothing(inplace):
+    model = build("llama-tied")
+    before = deepcopy(model)
+    short = config(domains=[DomainConfig(name="short", source=documents(2))])
+    with pytest.raises(StructPruneError, match="short"):
+        StructPruner(short).prune_model(model, tokenizer(), inplace=inplace)
+    assert same_weights(model, before)
+
+
+# --- consumers
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["llama-tied", "llama-bias", "gpt2-tied", "mixtral", "gpt_oss"])
+def test_consumers_are_undone_exactly(case, dtype, biased):
+    """Whichever way round a weight is stored, of one expert or of all, with a bias of its own or one that is added."""
+    model = build(case).to(dtype)
+    dense, arch, consumers = deepcopy(model), describe(model), Consumers(model)
+    axes = [axis for space in arch.spaces if space.inside for axis in space.into]
+    for turn in (1, 2):  # the second change does not take the first one for dense
+        for axis in axes:
+            weight, bias = consumers.present(axis)
+            columns = torch.arange(0, weight.shape[1], 2)
+            if biased and (bias is not None or axis.part is None):
+                bias = torch.zeros(len(weight)) + turn if bias is None else bias + turn
+            consumers.mask_(axis, columns, weight[:, columns] * (turn + 1), bias)
+            present = consumers.present(axis)[0]
+            assert (present[:, 1::2] == 0).all() and (present[:, 0] != 0).any()
+            for ours, theirs in zip(consumers.dense(axis), read_consumer(dense, axis), strict=True):
+                assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+    assert not same_weights(model, dense)
+    parameters = {name: parameter for name, parameter in dense.named_parameters()}
+    consumers.undo_()
+    assert same_weights(model, dense) and dict(model.named_parameters()).keys() == parameters.keys()
+    assert torch.equal(logits(model), logits(dense))
+    # What is undone is dense from then on: nothing of it comes back.
+    consumers.undo_()
+    consumers.restore_({})
+    assert same_weights(model, dense)
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_values_that_are_held_for_a_while_are_put_back(error):
+    model = build("llama-tied")
+    before, consumers = deepcopy(model), Consumers(model)
+    axes = [space.into[0] for space in describe(model).of("mlp")]
+    held = {
+        axis: (torch.zeros_like(weight), torch.ones(32)) for axis in axes for weight in [read_consumer(model, axis)[0]]
+    }
+
+    def hold():
+        with consumers.holding(held):
+            assert not consumers.present(axes[0])[0].any() and float(consumers.present(axes[1])[1].sum()) == 32
+            if error:
+                raise RuntimeError("stop")
+
+    if error:
+        with pytest.raises(RuntimeError, match="stop"):
+            hold()
+    else:
+        hold()
+    assert same_weights(model, before)
