@@ -84,7 +84,7 @@ JAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}
 SHORT = {"layer_types": ["conv", "full_attention"]}
 LOCAL_2 = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LATENT = {**DEEPSEEK, "q_lora_rank": 8, "n_shared_experts": 1, "n_group": 1}
-INDEXED = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, "mlp_layer_types": ["dense", "sparse"]}
+INDEXED = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
 KIMI = {
     "q_lora_rank": None,
     "num_local_experts": 4,
@@ -210,7 +210,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "gemma3n_text": ("gemma3n_text", GEMMA_3N),
     "glm4_moe": ("glm4_moe", SHARED_MOE),
     "dots1": ("dots1", SHARED_MOE),
-    "glm4_moe_lite": ("glm4_moe_lite", {**LATENT, "mlp_layer_types": ["dense", "sparse"]}),
+    "glm4_moe_lite": ("glm4_moe_lite", LATENT),
     "glm_moe_dsa": ("glm_moe_dsa", {**LATENT, **INDEXED}),
     "deepseek_v32": ("deepseek_v32", {**LATENT, **INDEXED}),
     "kimi_linear": ("kimi_linear", {**LATENT, **KIMI}),

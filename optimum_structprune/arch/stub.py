@@ -27,6 +27,9 @@ IN_A_LIST = re.compile(r"(.+?)\.(\d+)\.(.+)")
 CONSUMER = re.compile(
     r"(o_proj|out_proj|c_proj|down_proj|out|wo|Wo|w2|fc2|fc_out|lin2|dense|dense_4h_to_h|\w*output\w*)$"
 )
+# Tensors that only state-space mixers, linear attention and convolutions have.
+MIXER = re.compile(r"(A_log|dt_bias|(^|\.)conv\w*\.weight)$")
+EXPERT_KEY = re.compile(r"expert")
 WIDTH_KEY = re.compile(r"intermediate|ffn|ff_|inner|d_ff|shared")
 UNKNOWN_KEY = "WHICH_CONFIG_KEY"
 
@@ -63,8 +66,7 @@ def stub(model: PreTrainedModel) -> str:
         f"# A stub for {config.model_type}: check every line, then pass the file as --arch.",
         f"# The nearest family by names and shapes is {near}.",
     ]
-    taken = str(spaces)
-    rest = [name for name, shape in tensors.items() if len(shape) > 1 and _module(name) not in taken]
+    rest = [name for name, shape in tensors.items() if len(shape) > 1 and _module(name) not in _taken(spaces)]
     if not plan:
         head.append("# transformers has no tensor-parallel plan for it: all roles are guessed from names and shapes.")
     head += [f"# No space has {_module(name)}, {' x '.join(map(str, tensors[name]))}." for name in rest]
@@ -118,6 +120,18 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
+def _taken(spaces: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The modules and parameters that the spaces name."""
+    names = {
+        f"{space['experts']}.{leaf}"
+        for space in spaces.values()
+        if "out" in space and "experts" in space
+        for leaf in (*space["out"], *space["in"])
+    }
+    names |= {name for space in spaces.values() if "experts" not in space for name in (*space["out"], *space["in"])}
+    return names | {space["router"] for space in spaces.values() if "router" in space}
+
+
 def _by_plan(plan: Mapping[str, str], tensors: Shapes) -> Roles:
     """For each module, the names of its projections that split by rows (producers) and by columns (consumers); modules
     that lack one of the two are left out.
@@ -132,8 +146,12 @@ def _by_plan(plan: Mapping[str, str], tensors: Shapes) -> Roles:
 
 
 def _by_shape(tensors: Shapes, width: int) -> Roles:
-    """The same as `_by_plan`, guessed: a producer reads the residual stream, and a consumer writes it."""
+    """The same as `_by_plan`, guessed: a producer reads the residual stream, and a consumer writes it. State-space
+    mixers, linear attention and convolutions are left out.
+    """
     roles: Roles = {}
+    mixers = {name.rpartition(".")[0] for name in tensors if MIXER.search(name)}
+    mixers |= {owner.rpartition(".")[0] for owner in mixers if owner.rpartition(".")[2].startswith("conv")}
     for name, shape in tensors.items():
         module = _module(name)
         if len(shape) != 2 or module == name or width not in shape:
@@ -142,6 +160,17 @@ def _by_shape(tensors: Shapes, width: int) -> Roles:
         writes = shape[0] == width and (shape[1] != width or CONSUMER.search(leaf) is not None)
         if writes or shape[1] == width:
             roles.setdefault(owner, {"out": [], "in": []})["in" if writes else "out"].append(module)
+    return _paired({owner: role for owner, role in roles.items() if owner not in mixers})
+
+
+def _paired(roles: Roles) -> Roles:
+    """Roles of modules that have both sides; those with one side are put together in the module that holds them."""
+    while alone := {owner for owner, role in roles.items() if owner and not (role["out"] and role["in"])}:
+        depth = max(owner.count(".") for owner in alone)
+        for owner in [owner for owner in alone if owner.count(".") == depth]:
+            role, parent = roles.pop(owner), roles.setdefault(owner.rpartition(".")[0], {"out": [], "in": []})
+            for side, modules in role.items():
+                parent[side] += modules
     return {owner: role for owner, role in roles.items() if role["out"] and role["in"]}
 
 
@@ -152,12 +181,14 @@ def _spaces(roles: Roles, tensors: Shapes, config: PretrainedConfig) -> Iterator
         name = kind if kind not in names else owner.replace(".", "_")
         names.add(name)
         make = _heads if kind == "attention" else _channels
-        yield name, make(role, tensors, config)
+        space = make(role, tensors, config)
+        if space["out"]:
+            yield name, space
 
 
 def _heads(role: Mapping[str, list[str]], tensors: Shapes, config: PretrainedConfig) -> dict[str, Any]:
     try:
-        heads, groups, head_dim = heads_of(config)
+        heads, groups, head_dim = heads_of(config.per_layer_config[0] if config.is_heterogeneous else config)
     except (AttributeError, TypeError, ZeroDivisionError):
         heads, groups, head_dim = 1, 1, 0
     query, packed = heads * head_dim, (heads + 2 * groups) * head_dim
@@ -181,9 +212,10 @@ def _heads(role: Mapping[str, list[str]], tensors: Shapes, config: PretrainedCon
 
 def _channels(role: Mapping[str, list[str]], tensors: Shapes, config: PretrainedConfig) -> dict[str, Any]:
     size = tensors[f"{role['in'][0]}.weight"][1]
+    rows = {name: tensors[f"{name}.weight"][0] for name in role["out"]}
     return {
         "size": _key(config, size),
-        "out": {name: _units(tensors[f"{name}.weight"][0], size) for name in role["out"]},
+        "out": {name: _units(count, size) for name, count in rows.items() if count in (size, 2 * size)},
         "in": dict.fromkeys(role["in"], "unit"),
     }
 
@@ -192,10 +224,10 @@ def _units(rows: int, size: int) -> str | list[str]:
     return ["unit", "unit"] if rows == 2 * size else "unit"
 
 
-def _key(config: PretrainedConfig, size: int) -> str:
-    """The config key that has this value; rather one that sounds like a width."""
+def _key(config: PretrainedConfig, size: int, sounds: re.Pattern[str] = WIDTH_KEY) -> str:
+    """The config key that has this value; rather one that sounds like what it counts."""
     keys = [key for key, value in config.to_dict().items() if value == size and key != "vocab_size"]
-    return next((key for key in keys if WIDTH_KEY.search(key)), keys[0] if keys else UNKNOWN_KEY)
+    return next((key for key in keys if sounds.search(key)), keys[0] if keys else UNKNOWN_KEY)
 
 
 def _experts(tensors: Shapes, width: int, config: PretrainedConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -227,4 +259,4 @@ def _experts(tensors: Shapes, width: int, config: PretrainedConfig) -> Iterator[
         beside = owner.rpartition(".")[0]
         routers = [_module(n) for n, s in tensors.items() if s == (count, width) and n.startswith(beside)]
         if routers:
-            yield "expert", {"size": _key(config, count), "router": routers[0], "experts": owner}
+            yield "expert", {"size": _key(config, count, EXPERT_KEY), "router": routers[0], "experts": owner}

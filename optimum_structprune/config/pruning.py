@@ -74,12 +74,10 @@ class StructPruneConfig(Serialisable):
             built-in texts in equal shares, and with `stats` for all domains that are stored.
         stats: A folder that `structprune calibrate` wrote. Its moments of the dense model are used instead of text,
             and `domains` only chooses among the stored domains and weighs them.
-        normalisation: What puts the domains on one scale: `energy` divides by the output energy of each domain,
-            `zscore` and `rank` compare scores only, `none` changes nothing.
-        aggregation: How the scores of several domains become one: `mean` pools the moments, `max` keeps what any
-            domain needs, `harmonic` drops what any domain can do without, `quantile` lies between. `max` and
-            `quantile` take no account of the domains' weights.
-        quantile: The quantile of the aggregation `quantile`: 0.5 is the median of the domains, near 1 it is `max`.
+        normalisation: The scale on which the domains are brought together. `energy` divides by the output energy of
+            each domain, `zscore` standardises the scores of each domain, `none` changes nothing.
+        aggregation: How the scores of several domains become one: `mean` weighs the domains, and with `energy` or
+            `none` pools their moments; `max` keeps what any domain needs, whatever its weight.
         adaptive_rate: How fast the weights of the domains follow their loss on held-out text from round to round. 0
             leaves the weights as they are.
         objective: `mean` lets weights move by a factor of 2. `worst` lets them move by a factor of 8 (at the rate 1
@@ -114,6 +112,7 @@ class StructPruneConfig(Serialisable):
     RENAMED: ClassVar[Mapping[str, str]] = {"correction": "error_feedback"}
     REMOVED: ClassVar[Mapping[str, tuple[Any, str]]] = {
         "guard": (False, NO_GAIN),
+        "quantile": (0.75, NO_GAIN),
         "reconstruct_epochs": (4, "the refit 'reconstruct' brought nothing; use recovery instead"),
         "reconstruct_rate": (1e-4, "the refit 'reconstruct' brought nothing; use recovery instead"),
     }
@@ -133,9 +132,8 @@ class StructPruneConfig(Serialisable):
     round_to: int = validated_field(positive, default=64)
     domains: list[DomainConfig] | None = None
     stats: str | None = None
-    normalisation: Literal["none", "energy", "zscore", "rank"] = "energy"
-    aggregation: Literal["mean", "max", "harmonic", "quantile"] = "mean"
-    quantile: Number = validated_field(share, default=0.75)
+    normalisation: Literal["none", "energy", "zscore"] = "energy"
+    aggregation: Literal["mean", "max"] = "mean"
     adaptive_rate: Number = validated_field(not_negative, default=0.0)
     objective: Literal["mean", "worst"] = "mean"
     max_perplexity_ratio: Number | None = validated_field(above_one, default=None)
@@ -303,10 +301,6 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         and (config.allocation != "uniform" or bool(config.skip_layers)),
         f"widths={config.widths} says what every layer keeps, so allocation={config.allocation!r} and "
         f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number per space",
-    )
-    yield (
-        config.aggregation == "harmonic" and config.normalisation == "zscore",
-        "aggregation='harmonic' takes positive scores, and normalisation='zscore' gives negative ones",
     )
     yield (
         config.keep_rounds and config.checkpoint_dir is None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def normalised(scores: Tensor, how: str) -> Tensor:
     Args:
         scores: The scores of each domain, shape `(domains, units)`.
         how: The way: `none` leaves the scores as they are, `energy` divides them by each domain's mean absolute score,
-            `zscore` gives each domain mean 0 and standard deviation 1, `rank` gives the worst unit 0 and the best 1.
+            `zscore` gives each domain mean 0 and standard deviation 1.
     """
     size = scores.abs().mean(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
     if how == "energy":
@@ -23,49 +23,18 @@ def normalised(scores: Tensor, how: str) -> Tensor:
         # Scores that are all alike still differ by rounding, which must not be scaled up.
         least = size * torch.finfo(scores.dtype).eps
         return (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True, correction=0).clamp(min=least)
-    if how == "rank":
-        return scores.argsort(dim=1, stable=True).argsort(1).to(scores) / max(scores.shape[1] - 1, 1)
     return scores
 
 
-def mean(scores: Tensor, shares: Tensor, quantile: float) -> Tensor:
-    """The weighted mean."""
-    return shares @ scores
-
-
-def highest(scores: Tensor, shares: Tensor, quantile: float) -> Tensor:
-    """The highest score, that of the domain which needs the unit most, whatever the weight of the domain."""
-    return scores.amax(0)
-
-
-def harmonic(scores: Tensor, shares: Tensor, quantile: float) -> Tensor:
-    """The weighted harmonic mean of positive scores: it is near 0 as soon as one domain can do without the unit."""
-    return 1 / (shares @ scores.clamp(min=torch.finfo(scores.dtype).tiny).reciprocal().clamp(max=1e30))
-
-
-def at_quantile(scores: Tensor, shares: Tensor, quantile: float) -> Tensor:
-    """A quantile over the domains, whatever their weights: 0.5 is the median, and 1 is `highest`."""
-    return scores.quantile(quantile, dim=0)
-
-
-AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "mean": mean,
-    "max": highest,
-    "harmonic": harmonic,
-    "quantile": at_quantile,
-}
-
-
-def aggregate(scores: Tensor, shares: Sequence[float], how: str, quantile: float) -> Tensor:
+def aggregate(scores: Tensor, shares: Sequence[float], how: str) -> Tensor:
     """One score per unit, shape `(units,)`.
 
     Args:
         scores: The scores of each domain, on one scale, shape `(domains, units)`.
         shares: The weight of each domain; the weights sum to 1.
-        how: A key of `AGGREGATIONS`.
-        quantile: The quantile that `quantile` takes.
+        how: `mean` weighs the domains, `max` takes the score of the domain that needs the unit most.
     """
-    return AGGREGATIONS[how](scores, torch.tensor(shares).to(scores), quantile)
+    return scores.amax(0) if how == "max" else torch.tensor(shares).to(scores) @ scores
 
 
 def standardised(columns: Tensor, columns_per_unit: int) -> Tensor:

@@ -30,13 +30,11 @@ class Mixture:
         normalisation: How domains are put on one scale; see `criteria.aggregate.normalised`. Moments are left as they
             are by `none` and divided by the output energy of their domain by all others.
         aggregation: How the scores of several domains become one; see `criteria.aggregate`.
-        quantile: The quantile that the aggregation `quantile` takes.
     """
 
     shares: tuple[float, ...]
     normalisation: str = "energy"
     aggregation: str = "mean"
-    quantile: float = 0.75
 
     def pool(self, weight: Tensor, moments_by_domain: Sequence[Moments]) -> Moments:
         """The moments of the domain mixture.
@@ -102,7 +100,7 @@ class Mixture:
 
     def _together(self, scores: Tensor, shares: Sequence[float]) -> Tensor:
         on_one_scale = normalised(scores, self.normalisation)
-        return aggregate(on_one_scale, shares, self.aggregation, self.quantile)
+        return aggregate(on_one_scale, shares, self.aggregation)
 
     def _seen(self, moments_by_domain: Sequence[Moments]) -> tuple[Sequence[Moments], Sequence[float]]:
         """The moments and shares of the domains that had tokens here, as not every expert does; all where none had."""

@@ -96,7 +96,7 @@ class Evidence:
     def mixture(self) -> Mixture:
         """How the moments and scores of the domains are brought together."""
         config = self.config
-        return Mixture(self.shares, config.normalisation, config.aggregation, config.quantile)
+        return Mixture(self.shares, config.normalisation, config.aggregation)
 
     @property
     def batches(self) -> list[Batch]:

@@ -95,12 +95,13 @@ def fresh_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, merge: bo
     training, trainable = model.training, _trainable(model)
     with seeded(seed):
         try:
-            yield _adapted(model, lora, merge)
+            adapted = _adapted(model, lora, merge)
+            yield adapted
         except BaseException:  # Ctrl-C too
             _take_off_(model, trainable)
-            raise
-        finally:
             model.train(training)
+            raise
+    adapted.train(training)
     if merge:
         _set_trainable_(model, trainable)
 

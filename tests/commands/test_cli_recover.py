@@ -31,7 +31,66 @@ def folder(tmp_path_factory):
 def command(folder, *extra, output="out"):
     flags = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--tokens", "480", "--device", "cpu"]
     training = ["--training", "disable_tqdm=true", "--training", "learning_rate=1e-2", "--lora", "r=2"]
-    return ["recover", str(folder / "pruned"), str(folder / output), *flags, *training, *extra]
+    # Random words teach little, and what most tests look at does not depend on it.
+    return ["recover", str(folder / "pruned"), str(folder / output), *flags, *training, "--accept-worse", *extra]
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+DESTROYED = ["--training", "learning_rate=100"]
+
+
+def test_a_worse_model_does_not_take_the_place_of_a_better_one(folder, capsys):
+    strict = [flag for flag in command(folder, *DESTROYED, "--overwrite", output="bad") if flag != "--accept-worse"]
+    assert main(strict) == 1
+    shown = capsys.readouterr()
+    assert "Recovery made the model worse" in shown.out and f"saved to {folder / 'bad.worse'}" in shown.out
+    assert f"it is in {folder / 'bad.worse'}, and {folder / 'bad'} is as it was" in shown.err
+    assert not (folder / "bad").exists() and (folder / "bad.checkpoints").exists()
+    assert json.loads((folder / "bad.worse" / "recovery_report.json").read_text())["worse"] is True
+    assert main([*strict, "--accept-worse"]) == 0
+    good = files(folder / "bad")
+    assert main(strict) == 1 and files(folder / "bad") == good
+    assert AutoModelForCausalLM.from_pretrained(folder / "bad.worse").config.intermediate_size == 24
+
+
+def test_prune_and_recover_keeps_the_pruned_model_where_training_destroys_it(folder, capsys):
+    arguments = ["prune", str(folder / "model"), str(folder / "kept"), "--width", "mlp=24", "--num-samples", "6"]
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]
+    assert main([*arguments, *text]) == 0
+    pruned = files(folder / "kept")["model.safetensors"]
+    settings = "{tokens: 240, training: {learning_rate: 100, disable_tqdm: true}}"
+    (folder / "bad.yaml").write_text(f"recovery: {settings}\n")
+    bad = [*arguments, *text, "--config", str(folder / "bad.yaml"), "--overwrite"]
+    assert main(bad) == 1
+    assert files(folder / "kept")["model.safetensors"] == pruned and "recovery_report.json" not in files(
+        folder / "kept"
+    )
+    assert files(folder / "kept.worse")["model.safetensors"] != pruned
+    assert main([*bad, "--accept-worse"]) == 0
+    assert files(folder / "kept")["model.safetensors"] != pruned
+
+
+def test_an_adapter_is_no_model_to_recover(folder, capsys, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    line = command(folder, output="wrong")
+    assert main([line[0], str(tmp_path), *line[2:]]) == 2
+    assert "holds an adapter and no model. In Python, load_adapter(pruned_model" in capsys.readouterr().err
+
+
+def test_every_round_of_the_pruning_is_no_matter_afterwards(folder):
+    # 96 tokens are 4 samples, too few for each of 6 rounds.
+    every = ["--tokens", "96", "--every-round", "--top-k", "8", "--teacher-logits", str(folder / "one-part")]
+    pruned = folder / "rounds"
+    pruned.mkdir()
+    for name, content in files(folder / "pruned").items():
+        (pruned / name).write_bytes(content)
+    config_path = pruned / "structprune_config.json"
+    config_path.write_text(json.dumps({**json.loads(config_path.read_text()), "rounds": 6}))
+    line = command(folder, *every, "--teacher", str(folder / "model"), output="parts")
+    assert main([line[0], str(pruned), *line[2:]]) == 0
 
 
 def test_recover(folder, capsys):
@@ -100,7 +159,7 @@ def test_killed_and_resumed(folder, capsys):
 def test_prune_and_recover(folder, capsys):
     arguments = ["prune", str(folder / "model"), str(folder / "both"), "--width", "mlp=24", "--num-samples", "6"]
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu", "--recovery-tokens", "240"]
-    assert main([*arguments, *text]) == 0
+    assert main([*arguments, *text, "--accept-worse"]) == 0
     shown = capsys.readouterr().out
     assert "width mlp" in shown and "recovery: 240 tokens" in shown
     assert AutoModelForCausalLM.from_pretrained(folder / "both").config.intermediate_size == 24

@@ -8,12 +8,12 @@ from models import config
 
 from optimum_structprune.calibration.moments import Moments, mix
 from optimum_structprune.criteria import CRITERIA
-from optimum_structprune.criteria.aggregate import AGGREGATIONS, aggregate, normalised
+from optimum_structprune.criteria.aggregate import aggregate, normalised
 from optimum_structprune.criteria.mixture import Mixture, output_energies
 from optimum_structprune.domains.reweight import MOST, reweighted
 
 
-HOWS = ["none", "energy", "zscore", "rank"]
+HOWS = ["none", "energy", "zscore"]
 matrices = st.tuples(st.integers(1, 4), st.integers(2, 8), st.integers(0, 2**31)).map(
     lambda case: torch.rand(case[:2], generator=torch.Generator().manual_seed(case[2])) ** 3 + 1e-3
 )
@@ -37,7 +37,6 @@ def test_normalised_keeps_the_order_and_removes_the_scale(scores, scale, how):
 def test_normalised_by_hand():
     scores = torch.tensor([[1.0, 3.0, 2.0], [40.0, 0.0, 20.0]])
     assert normalised(scores, "energy").tolist() == [[0.5, 1.5, 1.0], [2.0, 0.0, 1.0]]
-    assert normalised(scores, "rank").tolist() == [[0.0, 1.0, 0.5], [1.0, 0.0, 0.5]]
     torch.testing.assert_close(normalised(scores, "zscore")[1] * (2 / 3) ** 0.5, torch.tensor([1.0, -1.0, 0.0]))
 
 
@@ -49,26 +48,20 @@ def test_degenerate_scores_stay_finite_and_small(how):
 
 
 @settings(deadline=None, max_examples=40)
-@given(scores=matrices, how=st.sampled_from(sorted(AGGREGATIONS)))
+@given(scores=matrices, how=st.sampled_from(["mean", "max"]))
 def test_domains_that_agree_are_one_domain(scores, how):
     same = scores[:1].expand(3, -1)
-    torch.testing.assert_close(aggregate(same, [0.2, 0.3, 0.5], how, 0.6), scores[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(aggregate(same, [0.2, 0.3, 0.5], how), scores[0], rtol=1e-4, atol=1e-6)
 
 
 def test_aggregations_by_hand():
     scores = torch.tensor([[1.0, 4.0, 2.0], [3.0, 0.0, 2.0], [5.0, 8.0, 2.0]])
 
-    def of(how, quantile=0.75):
-        return aggregate(scores, [0.5, 0.25, 0.25], how, quantile).tolist()
+    def of(how):
+        return aggregate(scores, [0.5, 0.25, 0.25], how).tolist()
 
     assert of("mean") == [2.5, 4.0, 2.0]
     assert of("max") == [5.0, 8.0, 2.0]
-    assert of("quantile", 0.5) == [3.0, 4.0, 2.0]
-    assert of("quantile", 0.999)[0] == pytest.approx(5, abs=0.01)
-    harmonic = of("harmonic")
-    assert harmonic[0] == pytest.approx(1 / (0.5 / 1 + 0.25 / 3 + 0.25 / 5)) and harmonic[2] == pytest.approx(2)
-    # A unit that one domain has no use for goes first, however much the others need it.
-    assert 0 <= harmonic[1] < 1e-20
 
 
 @pytest.fixture
@@ -92,20 +85,20 @@ def test_the_mean_of_energies_is_taken_over_moments(parts, name, how):
     torch.testing.assert_close(mixture.scores(criterion, weight, moments, 2), criterion.score(weight, pooled, 2))
 
 
-@pytest.mark.parametrize("aggregation", sorted(AGGREGATIONS))
-@pytest.mark.parametrize("how", ["zscore", "rank"])
+@pytest.mark.parametrize("aggregation", ["mean", "max"])
+@pytest.mark.parametrize("how", ["zscore"])
 def test_all_else_scores_each_domain_by_itself(parts, how, aggregation):
     weight, moments = parts
     wanda = CRITERIA.get("wanda")(config())
     each = normalised(torch.stack([wanda.score(weight, one, 1) for one in moments]), how)
-    found = Mixture((0.3, 0.7), how, aggregation, 0.6).scores(wanda, weight, moments, 1)
-    torch.testing.assert_close(found, aggregate(each, [0.3, 0.7], aggregation, 0.6))
+    found = Mixture((0.3, 0.7), how, aggregation).scores(wanda, weight, moments, 1)
+    torch.testing.assert_close(found, aggregate(each, [0.3, 0.7], aggregation))
 
 
 def test_a_domain_that_never_came_here_has_no_say(parts):
     weight, (first, second) = parts
     wanda = CRITERIA.get("wanda")(config())
-    for aggregation in ("mean", "max", "harmonic"):
+    for aggregation in ("mean", "max"):
         three = Mixture((0.2, 0.3, 0.5), aggregation=aggregation).scores(
             wanda, weight, [first, Moments.empty(6, gram=True), second], 1
         )

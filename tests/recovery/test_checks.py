@@ -1,11 +1,14 @@
 """Mistakes in a recovery are found before any text is read."""
 
-import pytest
-from helpers import recovery_config
-from models import build, config
+from copy import deepcopy
 
-from optimum_structprune import DomainConfig, StructPruneError
+import pytest
+from helpers import recovery_config, same_weights
+from models import build, config, tokenizer
+
+from optimum_structprune import DomainConfig, StructPruneError, prune_model, recover
 from optimum_structprune.recovery.checks import check_recovery
+from optimum_structprune.recovery.trainer import training_arguments
 
 
 def domain(**fields) -> dict:
@@ -28,6 +31,10 @@ def unread():
         ({"lora": {"bias": 3, "task_type": "CAUSAL"}}, "LoraConfig: .*CAUSAL"),
         ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
         ({"training": {"lr_scheduler_type": "sinus"}}, "TrainingArguments: .*sinus"),
+        ({"training": {"max_steps": "x"}}, "TrainingArguments: max_steps takes int, got 'x'"),
+        ({"training": {"learning_rate": "fast"}}, "learning_rate takes float, got 'fast'"),
+        ({"training": {"bf16": "no"}}, "bf16 takes bool, got 'no'"),
+        ({"training": {"max_steps": True}}, "max_steps takes int, got True"),
         ({"training": {"fp16": True, "bf16": True}}, "TrainingArguments: At most one of fp16 and bf16"),
         (domain(source="preset:nothing"), "There is no preset 'nothing'"),
         (domain(source="./gone.txt"), "there is no file or folder gone.txt"),
@@ -55,6 +62,37 @@ def test_every_round_needs_tokens_of_its_own():
         check_recovery(settings, config(rounds=3))
     check_recovery(settings, config(rounds=3), parts=1)
     check_recovery(recovery_config(tokens=96), config(rounds=3))
+
+
+def test_no_is_a_text_where_a_text_is_wanted():
+    for value in (False, "no"):
+        settings = recovery_config(
+            training={"save_strategy": value, "learning_rate": 1, "gradient_checkpointing": False}
+        )
+        arguments = training_arguments(settings, 0, True, "nowhere")
+        assert arguments.save_strategy == "no" and arguments.gradient_checkpointing is False
+
+
+def test_errors_of_other_libraries_in_training_are_ours():
+    model = prune_model(build("llama-tied"), config(), tokenizer())
+    before = deepcopy(model)
+    for training in ({"lr_scheduler_kwargs": {"speed": 3}}, {"optim": "lomo"}):
+        with pytest.raises(StructPruneError, match="(Training stopped at step 0|Trainer cannot be made): ") as caught:
+            recover(model, tokenizer(), recovery_config(training=training))
+        assert caught.value.__cause__ is not None and same_weights(model, before)
+
+
+@pytest.mark.parametrize("amount", [{"widths": {"hidden": 24}}, {"sparsity": 0.5, "targets": ["layer", "mlp"]}])
+def test_hidden_states_of_pruned_layers_or_channels_are_refused_before_pruning(amount):
+    with pytest.raises(StructPruneError, match="hidden_weight=0.5 compares .* and (hidden|layer) is pruned"):
+        check_recovery(recovery_config(hidden_weight=0.5), config(**{"widths": None, **amount}))
+    check_recovery(recovery_config(hidden_weight=0.5), config())
+
+
+@pytest.mark.parametrize("case", ["bert", "t5"])
+def test_only_causal_models_are_trained_from_python_too(case):
+    with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For"):
+        recover(build(case), tokenizer(), recovery_config(**domain(source=unread())))
 
 
 @pytest.mark.parametrize("case", ["bert", "t5"])

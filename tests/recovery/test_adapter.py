@@ -1,0 +1,113 @@
+"""Adapters: what of a model is trainable under them, which model they fit, and what merging makes of them."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from helpers import logits, recovery_config, same_weights
+from models import build, config, tokenizer
+from peft.tuners.lora import Linear
+
+from optimum_structprune import InPlaceError, Recovery, StructPruneError, load_adapter, prune_model, recover
+from optimum_structprune.recovery.adapter import fresh_adapter, lora_config
+from optimum_structprune.recovery.identity import IDENTITY_NAME, weights_hash
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    return prune_model(build("llama-tied"), config(), tokenizer())
+
+
+@pytest.fixture(scope="module")
+def saved(pruned, tmp_path_factory):
+    """An adapter that was kept, and its folder."""
+    folder = tmp_path_factory.mktemp("adapter") / "out"
+    recovery = Recovery(recovery_config(tokens=96, merge=False))
+    adapted = recovery.recover_model(deepcopy(pruned), tokenizer())
+    recovery.save(adapted, folder)
+    return adapted, folder
+
+
+def trainable(model) -> set[str]:
+    """Which kinds of weights are trainable."""
+    return {"adapter" if "lora_" in name else "base" for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_kept_adapter_is_trainable_and_what_is_under_it_is_not(pruned, saved):
+    adapted, folder = saved
+    assert trainable(adapted) == {"adapter"} and not adapted.training
+    assert trainable(load_adapter(deepcopy(pruned), folder)) == set()
+    again = load_adapter(deepcopy(pruned), folder, is_trainable=True)
+    assert trainable(again) == {"adapter"}
+    torch.testing.assert_close(logits(again), logits(adapted))
+
+
+def test_an_adapter_of_another_model_of_the_same_widths_is_refused(pruned, saved):
+    other = deepcopy(pruned)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0].mul_(1.1)
+    before = deepcopy(other)
+    message = f"trained on the model {weights_hash(pruned)[:12]}…, and this is {weights_hash(other)[:12]}…: the widths"
+    with pytest.raises(StructPruneError, match=message):
+        load_adapter(other, saved[1])
+    assert same_weights(other, before) and trainable(other) == {"base"} and not hasattr(other, "peft_config")
+
+
+def test_an_adapter_fits_its_model_in_bfloat16_and_warns_where_it_does_not_say_which(pruned, saved, tmp_path):
+    assert weights_hash(deepcopy(pruned).bfloat16()) == weights_hash(pruned)
+    for path in saved[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / IDENTITY_NAME).unlink()
+    with pytest.warns(UserWarning, match="does not say which model its adapter was trained on"):
+        load_adapter(deepcopy(pruned), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_tied_weights_are_not_trained_apart_and_merged(pruned, lora):
+    model = deepcopy(pruned)
+    settings = lora_config(recovery_config(lora={"r": 2, **lora}))
+    with pytest.raises(
+        StructPruneError, match=r"would train model.embed_tokens.weight, which is one tensor with lm_h"
+    ):
+        recover(model, tokenizer(), recovery_config(lora={"r": 2, **lora}))
+    assert [*model.state_dict()] == [*pruned.state_dict()] and same_weights(model, pruned)
+    assert trainable(model) == {"base"}
+    with fresh_adapter(model, settings, 0, merge=False):  # an adapter that is kept is what was trained
+        pass
+
+
+def test_untied_embeddings_are_trained_and_merged(recwarn):
+    model = build("llama-untied")
+    lora = {"r": 2, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+    recover(model, tokenizer(), recovery_config(tokens=96, lora=lora))
+    assert not [warning for warning in recwarn if "tie" in str(warning.message)]
+
+
+def test_a_merged_model_that_is_not_the_trained_one_is_refused(pruned, monkeypatch):
+    original = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: -3 * original(self, name))
+    with pytest.raises(InPlaceError, match="merged model gives other outputs than the one that was trained"):
+        recover(deepcopy(pruned), tokenizer(), recovery_config())
+
+
+def test_an_adapter_that_peft_places_half_way_is_taken_off(pruned):
+    model = deepcopy(pruned)
+    with pytest.raises(StructPruneError, match="peft cannot put the adapter on LlamaForCausalLM"):
+        with fresh_adapter(model, lora_config(recovery_config(lora={"target_modules": ["q_proj", "norm"]})), 0):
+            pass
+    assert [*model.state_dict()] == [*pruned.state_dict()] and trainable(model) == {"base"}
+    assert not hasattr(model, "peft_config")
+
+
+def test_the_folder_says_what_the_training_was(pruned, saved):
+    identity = json.loads((saved[1] / IDENTITY_NAME).read_text())
+    assert identity["model"] == weights_hash(pruned) and identity["teacher"] is None
+    assert identity["settings"]["learning_rate"] == 1e-2 and identity["settings"]["lora.r"] == 2
