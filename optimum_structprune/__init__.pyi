@@ -23,6 +23,7 @@ from .recovery.adapter import load_adapter as load_adapter
 from .recovery.recover import Recovery as Recovery
 from .recovery.recover import recover as recover
 from .saving.export import export_uniform as export_uniform
+from .surgery.apply import apply_plan as apply_plan
 from .surgery.plan import Plan as Plan
 from .trainer import StructPruneCallback as StructPruneCallback
 from .trainer import attach_pruner as attach_pruner

@@ -25,7 +25,9 @@ from .fingerprint import fingerprint, vocabulary_hash
 from .forward.metrics import evaluating
 from .pruning.checks import CALIBRATE, check
 from .pruning.evidence import Evidence
-from .saving.staging import check_target, staged
+from .saving.ranks import is_alone
+from .saving.staging import staged
+from .saving.target import check_target, used_paths
 
 
 if TYPE_CHECKING:
@@ -57,7 +59,9 @@ def calibrate(
         StructPruneError: If the folder exists, the disk is too small, a domain cannot be read, or the model has
             experts.
     """
-    check_target(folder, overwrite)
+    used = [model.name_or_path, *used_paths(config)]
+    if is_alone():
+        check_target(folder, overwrite, used)
     # One pass over the dense model: there are no rounds in which weights could move, and no error to feed back.
     config = replace(config, stats=None, adaptive_rate=0.0, objective="mean", error_feedback=0.0)
     check_plain(model)
@@ -66,7 +70,7 @@ def calibrate(
     check(config, arch, model, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
     evidence = Evidence.read(config, model, tokenizer, inputs)
     _check_room(arch, len(evidence.domains), Path(folder))
-    with evaluating(model), staged(folder, overwrite) as staging:
+    with evaluating(model), staged(folder, overwrite, used) as staging:
         _write_moments(model, arch, evidence, staging)
         heldout = {str(index): domain.heldout.contiguous() for index, domain in enumerate(evidence.domains)}
         save_file(heldout, staging / HELDOUT)

@@ -248,6 +248,15 @@ PRUNABLE = [case for case, (model_type, _) in CASES.items() if model_type not in
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 PATCHES = {**VISION, "image_size": 8, "patch_size": 4}
 QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4}
+QWEN_3_VISION = {
+    "depth": 1,
+    "num_heads": 2,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+}
 MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}}
 QWEN_VL = {**PLAIN, **MROPE, "num_key_value_heads": 2}
 GEMMA = {**GROUPED, "query_pre_attn_scalar": 4}
@@ -309,6 +318,57 @@ OTHERS: dict[str, tuple[type, str, dict]] = {
             "text_config": QWEN_VL,
             "vision_config": {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32},
         },
+    ),
+}
+OTHERS |= {
+    "xlm-roberta": (AutoModelForMaskedLM, "xlm-roberta", PLAIN),
+    "camembert": (AutoModelForMaskedLM, "camembert", PLAIN),
+    "llava_next": (
+        AutoModelForImageTextToText,
+        "llava_next",
+        {
+            "text_config": {"model_type": "llama", **GROUPED},
+            "vision_config": {"model_type": "clip_vision_model", **PATCHES},
+        },
+    ),
+    "mistral3": (
+        AutoModelForImageTextToText,
+        "mistral3",
+        {
+            "text_config": {"model_type": "mistral", **GROUPED},
+            "vision_config": {"model_type": "pixtral", **PATCHES, "head_dim": 8},
+        },
+    ),
+    "internvl": (
+        AutoModelForImageTextToText,
+        "internvl",
+        {
+            "text_config": {"model_type": "qwen2", **GROUPED},
+            "vision_config": {**VISION, "image_size": [8, 8], "patch_size": [4, 4]},
+        },
+    ),
+    "smolvlm": (
+        AutoModelForImageTextToText,
+        "smolvlm",
+        {"text_config": {"model_type": "llama", **GROUPED}, "vision_config": PATCHES},
+    ),
+    "qwen3_vl": (
+        AutoModelForImageTextToText,
+        "qwen3_vl",
+        {
+            "text_config": {**GROUPED, **MROPE},
+            "vision_config": {**QWEN_3_VISION, "deepstack_visual_indexes": [0]},
+        },
+    ),
+    "qwen3_5": (
+        AutoModelForImageTextToText,
+        "qwen3_5",
+        {"text_config": {**GROUPED, **LINEAR}, "vision_config": QWEN_3_VISION},
+    ),
+    "gemma4": (
+        AutoModelForImageTextToText,
+        "gemma4",
+        {"text_config": GEMMA_4, "vision_config": {**PATCHES, "head_dim": 8, "num_key_value_heads": 2}},
     ),
 }
 OTHERS["llava"][2]["vision_config"] = {"model_type": "clip_vision_model", **PATCHES}

@@ -19,7 +19,7 @@ SIZE = 64  # the full width, in the tests of the search
 
 @st.composite
 def problems(draw):
-    """A falling course below the full width, how many of its steps are known to hold, and the least width that does."""
+    """A falling course below the full width, how many of its steps are known to hold, and the least that does."""
     course = sorted(draw(st.sets(st.integers(1, SIZE - 1), min_size=1, max_size=6)), reverse=True)
     known = draw(st.integers(0, len(course)))
     limit = draw(st.integers(1, course[known - 1] if known else SIZE))

@@ -10,7 +10,16 @@ from models import build, config, tokenizer
 
 from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneError, StructPruner
 from optimum_structprune.saving.hub import save_checked
-from optimum_structprune.saving.target import MARKERS, check_target, is_result, model_bytes, probe_target, used_paths
+from optimum_structprune.saving.target import (
+    MARKERS,
+    check_apart,
+    check_target,
+    is_result,
+    model_bytes,
+    probe_target,
+    remove_checkpoints,
+    used_paths,
+)
 
 
 def result(folder, marker="pruning_plan.json"):
@@ -152,3 +161,23 @@ def test_too_little_room_is_found_before_anything_is_written(tmp_path, monkeypat
     with pytest.raises(StructPruneError, match="has 1.0 kB left"):
         save_checked(model, tmp_path / "out", None, False, lambda folder: 1 / 0, lambda *_: None)
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_else_may_be_written_into_the_output(tmp_path):
+    out = tmp_path / "out"
+    for training in ({"output_dir": str(out)}, {"output_dir": f"{out}/steps"}):
+        with pytest.raises(StructPruneError, match="output_dir .*lies in the output folder"):
+            check_apart(out, config(recovery=RecoveryConfig(training=training)))
+    with pytest.raises(StructPruneError, match="checkpoint_dir .*lies in the output folder"):
+        check_apart(out, None, config(checkpoint_dir=f"{out}/rounds"))
+    check_apart(out, config(checkpoint_dir=f"{out}.rounds"), RecoveryConfig(training={"output_dir": str(tmp_path)}))
+
+
+def test_only_checkpoints_are_removed(tmp_path):
+    for place in ("a/checkpoint-2", "a/round-1/checkpoint-4", "b/checkpoint-2", "b/notes"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / ("trainer_state.json" if "checkpoint" in place else "thesis.txt")).write_text("")
+    for name in "abc":
+        remove_checkpoints(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["notes"]
