@@ -190,6 +190,10 @@ class StructPruneCallback(TrainerCallback, ExportableState):
             model, lambda module, state: resize_(module, describe(module, self.config.arch_file), state)
         )
 
+    def remove_hooks(self) -> None:
+        """Take all hooks of the callback off."""
+        self._hooks.close()
+
     def _begin(self, model: PreTrainedModel) -> None:
         check_plain(model)
         arch = describe(model, self.config.arch_file)
@@ -344,13 +348,14 @@ def attach_pruner(
     callback = StructPruneCallback(config, start, **schedule)
     if trainer.model is not None:
         callback.on_init_end(trainer.args, trainer.state, trainer.control, cast("PreTrainedModel", trainer.model))
-        callback.on_train_end(trainer.args, trainer.state, trainer.control)  # `train` below has the hook instead
+        callback.remove_hooks()  # `train` below has them inside `with`
     trainer.callback_handler.callbacks.insert(0, callback)
     train, model_init = trainer.train, trainer.model_init
 
     @wraps(train)
     def resizing_train(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
+            stack.callback(callback.remove_hooks)
             stack.enter_context(callback.resizing(cast("PreTrainedModel", trainer.model)))
             if model_init is not None:
                 # `train` makes a new model before it loads a checkpoint.

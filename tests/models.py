@@ -132,7 +132,7 @@ GEMMA_3N = {
 }
 ZAMBA_2 = {
     **GROUPED,
-    "layers_block_type": ["mamba", "hybrid"],
+    "layer_types": ["mamba", "hybrid"],
     "mamba_ngroups": 1,
     "n_mamba_heads": 8,
     "mamba_headdim": 8,

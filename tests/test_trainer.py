@@ -1,5 +1,6 @@
 """Pruning inside a Trainer: widths, optimizer state, checkpoints, resuming, and what is refused."""
 
+import json
 from copy import deepcopy
 
 import pytest
@@ -15,6 +16,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.surgery.followers import slice_state_
 from optimum_structprune.surgery.plan import Plan
 from optimum_structprune.surgery.resize import resize_
+from optimum_structprune.trainer import RecentText, removal_steps
 
 
 # Newer versions of transformers call it the first; the old name warns.
@@ -122,8 +124,7 @@ def test_moments_go_with_their_weights():
     before = {name: deepcopy(optimizer.state[parameter]) for name, parameter in model.named_parameters()}
     arch = describe(model)
     callback = pruner()
-    callback._domains = [callback._text()] if callback._seen else []
-    callback._take(model.train(), (), {"input_ids": token_ids(8, 24)})
+    callback.text.add(token_ids(8, 24))
     optimizer.zero_grad()
     assert callback.prune_(model, optimizer, {"mlp": 24, "attention": 2})
     keep = callback.plan.keep[0, "mlp"]
@@ -143,21 +144,165 @@ def test_an_optimizer_without_state_needs_no_cut():
     slice_state_(torch.optim.SGD(model.parameters()), model, describe(model), Plan("llama", {}))
 
 
-def test_padding_and_evaluation_are_no_calibration_text():
-    model = build("llama-tied")
-    callback = pruner()
-    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
-    callback._take(model.eval(), (), {"input_ids": torch.arange(6).view(2, 3)})
-    callback._take(model.train(), (), {"input_ids": torch.arange(6).view(2, 3), "attention_mask": mask})
-    assert torch.cat(list(callback._seen)).tolist() == [0, 1, 4, 5]
+def test_padding_is_no_calibration_text():
+    text = RecentText(num_samples=1, seq_length=4)
+    text.add_call(
+        (), {"input_ids": torch.arange(6).view(2, 3), "attention_mask": torch.tensor([[1, 1, 0], [0, 1, 1]])}
+    )
+    assert text.domain().samples.tolist() == [[0, 1, 4, 5]]
 
 
-def test_memory_of_seen_batches_is_bounded():
-    callback, model = pruner(), build("llama-tied").train()
+def test_evaluation_is_no_calibration_text(tmp_path):
+    texts = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            texts[state.global_step] = len(callback.text)
+
+    callback = pruner(start=8)
+    trainer(tmp_path, callbacks=[callback, Look()], eval_strategy="steps", eval_steps=1).train()
+    assert [texts[step] for step in (1, 2, 3)] == [48, 96, 144]
+
+
+def test_memory_of_the_text_is_bounded():
+    text = RecentText(num_samples=8, seq_length=24)
     for _ in range(100):
-        callback._take(model, (token_ids(4, 24),), {})
-    assert sum(map(len, callback._seen)) == 8 * 24
-    assert callback._text().samples.shape == (8, 24)
+        text.add(token_ids(4, 24))
+    assert len(text) == 8 * 24 and text.domain().samples.shape == (8, 24)
+
+
+@pytest.mark.parametrize("when", ["forward", "step end"])
+def test_no_hook_is_left_when_training_raises(tmp_path, when):
+    class Broken(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    run = trainer(tmp_path, callbacks=[pruner(start=6), *([Broken()] if when == "step end" else [])])
+    if when == "forward":
+        run.compute_loss = lambda model, inputs, *args, **kwargs: model(**{**inputs, "labels": "none"})
+    with pytest.raises(BaseException):  # noqa: B017  # whatever it is
+        run.train()
+    assert count_hooks(run.model) == 0 and not run.model._load_state_dict_pre_hooks
+
+
+def saved(folder, **fields):
+    return trainer(folder, **{"save_strategy": "steps", "save_steps": 2, "learning_rate": 0.0, **fields})
+
+
+def describes(plan, model):
+    """Whether a plan says which channels of the dense model are left."""
+    dense = build("llama-tied")
+    return all(
+        torch.equal(old.mlp.up_proj.weight[list(plan.keep[index, "mlp"])], new.mlp.up_proj.weight)
+        for index, (old, new) in enumerate(zip(dense.model.layers, model.model.layers, strict=True))
+    )
+
+
+SERIES = {"end": 6, "rounds": 3, "refit": "none", "criterion": "wanda"}
+
+
+@pytest.mark.parametrize("step", [2, 4, 8])
+def test_the_plan_speaks_of_the_dense_model_after_a_resume_too(tmp_path, step):
+    first = saved(tmp_path)
+    whole = attach_pruner(first, config(widths={"mlp": 24}, **without(SERIES, "end")), 2, end=6)
+    first.train()
+    assert describes(whole.plan, first.model)
+    second = saved(tmp_path)
+    callback = attach_pruner(second, config(widths={"mlp": 24}, **without(SERIES, "end")), 2, end=6)
+    second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert second.model.config.intermediate_size == 24 and describes(callback.plan, second.model)
+
+
+def without(fields, name):
+    return {key: value for key, value in fields.items() if key != name}
+
+
+def test_the_same_trainer_goes_on_after_an_interruption(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5 and not hasattr(self, "done"):
+                self.done = True
+                raise KeyboardInterrupt
+
+    run = saved(tmp_path, callbacks=[Stop()])
+    callback = attach_pruner(run, config(widths={"mlp": 24}, rounds=3, refit="none", criterion="wanda"), 2, end=6)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert run.model.config.intermediate_size < 40
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert run.model.config.intermediate_size == 24 and describes(callback.plan, run.model)
+
+
+def test_models_that_the_trainer_makes_anew(tmp_path):
+    arguments = saved(tmp_path).args
+    run = Trainer(None, arguments, train_dataset=ROWS, model_init=lambda: build("llama-tied"))
+    callback = attach_pruner(run, config(widths={"mlp": 24}, rounds=3, refit="none", criterion="wanda"), 2, end=6)
+    for checkpoint in (None, None, str(tmp_path / "checkpoint-4")):
+        run.train(resume_from_checkpoint=checkpoint)
+        assert run.model.config.intermediate_size == 24 and describes(callback.plan, run.model)
+        assert not run.model._load_state_dict_pre_hooks
+
+
+def test_metrics_are_left_alone(tmp_path):
+    run = trainer(tmp_path, callbacks=[pruner()], eval_strategy="steps", eval_steps=4)
+    outcome = run.train()
+    for metrics in (run.evaluate(), outcome.metrics):
+        assert not any("structprune" in name for name in metrics)
+    assert any("structprune/params" in entry for entry in run.state.log_history if "eval_loss" in entry)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        ({"start": 0.2, "end": 1.0}, [2, 5, 7, 10]),
+        ({"start": 1.0}, [10]),
+        ({"start": 2, "end": 9, "every": 3}, [2, 5, 8]),
+        ({"start": 0.0}, [1]),
+    ],
+)
+def test_steps_of_removal(schedule, steps):
+    settings = config(rounds=4 if "end" in schedule else 1)
+    given = {"end": None, "every": None, **schedule}
+    assert removal_steps(settings, given["start"], given["end"], given["every"], 10) == steps
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ((0.2, 0.8, None), "end=0.8 divides the removal.*rounds=1 removes everything at once; set rounds=4"),
+        ((0.5, 0.2, None), "end=0.2 is step 2, before start=0.5, step 5"),
+        ((-3, None, None), "start is a step, or a share of all steps from 0.0 to 1.0, got -3"),
+        ((1.5, None, None), "got 1.5"),
+        (("0.5", None, None), "got '0.5'"),
+        ((2, 8, 0), "every is a number of steps, 1 or more, got 0"),
+        ((2, 11, 3), "go after step 11, but training has 10 steps"),
+    ],
+)
+def test_steps_that_mean_nothing(schedule, message):
+    with pytest.raises(StructPruneError, match=message):
+        removal_steps(config(), *schedule, 10)
+
+
+def test_a_removal_waits_for_text(tmp_path):
+    watch, callback = Watch(), pruner(start=1, seq_length=64)
+    with pytest.warns(UserWarning, match="The removal at step 1 is put off.*training has shown 48 so far"):
+        trainer(tmp_path, callbacks=[callback, watch]).train()
+    assert watch.widths[1] == 40 and watch.widths[2] == 24
+
+
+def test_what_training_has_not_removed_is_said(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    with pytest.warns(UserWarning, match="ended after step 3, before the removals at step 6: the model is wider"):
+        trainer(tmp_path, callbacks=[pruner(start=6), Stop()]).train()
+
+
+def test_state_makes_the_same_callback():
+    callback = pruner(start=3, end=6, rounds=2)
+    again = StructPruneCallback.from_state(json.loads(json.dumps(callback.state())))
+    assert (again.start, again.end, again.config.widths, again.plan) == (3, 6, {"mlp": 24}, None)
 
 
 def test_checkpoints_on_the_way_reload_plainly_and_runs_resume(tmp_path):
@@ -220,7 +365,7 @@ def test_what_reporters_see(tmp_path, monkeypatch):
     run.train()
     seen = Dashboard.seen
     assert seen[2]["structprune/width/mlp"] == 40 and seen[3]["structprune/width/mlp"] == 24
-    assert seen[8]["structprune/params"] == run.model.num_parameters()
+    assert seen[6]["structprune/params"] == run.model.num_parameters()
     logged = [entry["structprune/width/mlp"] for entry in run.state.log_history]
     assert logged == sorted(logged, reverse=True) and {40, 24} == set(logged)
     assert [type(each) for each in run.callback_handler.callbacks if each is not callback] == others
@@ -281,7 +426,7 @@ def test_kept_weights_of_an_average_stay_as_far_from_the_models(wrap):
     with torch.no_grad():
         inner.get_parameter(name).add_(0.01 * torch.arange(40))
     callback = pruner(averages=[average])
-    callback._take(model.train(), (), {"input_ids": token_ids(8, 24)})
+    callback.text.add(token_ids(8, 24))
     callback.prune_(model, torch.optim.AdamW(model.parameters()), {"mlp": 24, "attention": 2})
     ahead = inner.get_parameter(name) - model.get_parameter(name)
     keep = torch.tensor(callback.plan.keep[0, "mlp"])
@@ -306,7 +451,7 @@ def test_an_average_takes_the_widths_of_its_checkpoint(tmp_path):
 def test_an_average_of_something_else_is_refused():
     model = build("llama-tied")
     callback = pruner(averages=[torch.nn.Linear(2, 2)])
-    callback._take(model.train(), (), {"input_ids": token_ids(8, 24)})
+    callback.text.add(token_ids(8, 24))
     with pytest.raises(StructPruneError, match="copies of the LlamaForCausalLM.*got Linear"):
         callback.prune_(model, torch.optim.AdamW(model.parameters()), {"mlp": 24})
     assert model.config.intermediate_size == 40
@@ -346,7 +491,6 @@ def test_optimizers_that_cannot_be_cut_are_refused(tmp_path):
     ("fields", "message"),
     [
         ({"start": 9}, "after step 9, but training has 8 steps"),
-        ({"start": 1, "seq_length": 60}, "seq_length=60 tokens, but training has shown 48 so far"),
         ({"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
     ],
 )
@@ -371,7 +515,7 @@ def test_a_model_takes_the_widths_of_a_state_dict():
         small = build(case)
         sizes = {"mlp": 24} if case == "gpt2-inner" else {"mlp": 24, "attention": 2}
         callback = pruner()
-        callback._take(small.train(), (), {"input_ids": token_ids(8, 24)})
+        callback.text.add(token_ids(8, 24))
         callback.prune_(small, torch.optim.AdamW(small.parameters()), sizes)
         model = build(case, seed=5)
         for source, target in ((small, model), (build(case), small)):

@@ -50,6 +50,7 @@ class Template:
     requires: Mapping[str, list[Any]] = field(default_factory=dict)
     within: str | None = None
     uniform: str = ""
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,8 @@ def _present_names(entry: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 
 def _depth(entry: Mapping[str, Any], where: str) -> Template:
-    _only(entry, ("size",), ("requires",), where)
-    return Template(size=entry["size"], requires=entry.get("requires", {}))
+    _only(entry, ("size",), ("requires", "kinds"), where)
+    return Template(size=entry["size"], requires=entry.get("requires", {}), kinds=tuple(entry.get("kinds", ())))
 
 
 def _residual(entry: Mapping[str, Any], where: str) -> ResidualTemplate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..errors import StructPruneError
-from .families import TEXT_ONLY, UNDESCRIBED, Family, family_of
+from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, family_of
 from .residual import residual_of
 from .shrink import text_config
 from .spaces import Shapes, meets, spaces_of
@@ -109,6 +109,7 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
         stacks.append((full_path, len(params_here)))
         layer_params += params_here
     places = [f"{path}.{index}." for path, count in stacks for index in range(count)]
+    least = _least_depth(family.layer, places, shapes) if family.layer is not None else 1
     residual = residual_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
     return ArchSpec(
         model_type=config.model_type,
@@ -118,13 +119,25 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
         missing=(*family.missing.items(), *_refused(family, config)),
         stacks=tuple(stacks),
         causal=family.causal,
-        model_spaces=(*_depth(family, config, layer_params), *([] if residual is None else [residual.space])),
+        model_spaces=(*_depth(family, config, layer_params, least), *([] if residual is None else [residual.space])),
         residual=residual,
         uniform="" if config.model_type in family.layer_class else family.uniform or UNDESCRIBED,
     )
 
 
-def _depth(family: Family, config: PretrainedConfig, layer_params: list[int]) -> Iterator[Space]:
+def _least_depth(template: Template, layers: Sequence[str], shapes: Shapes) -> int:
+    """The smallest number of layers among which, whichever they are, one has each of the modules that some must have.
+
+    Args:
+        template: The description of the space of whole layers.
+        layers: The full names of the layers, each with the dot.
+        shapes: The name and shape of every tensor.
+    """
+    having = [sum(f"{layer}{module}.weight" in shapes for layer in layers) for module in template.kinds]
+    return max((len(layers) - count + 1 for count in having if count), default=1)
+
+
+def _depth(family: Family, config: PretrainedConfig, layer_params: list[int], least: int) -> Iterator[Space]:
     if family.layer is not None and meets(config, family.layer):
         key, count = family.layer.size, len(layer_params)
         mean = round(sum(layer_params) / count)
@@ -137,6 +150,7 @@ def _depth(family: Family, config: PretrainedConfig, layer_params: list[int]) ->
             config=((key, 1),),
             pins=(),
             unit_params=mean,
+            least=least,
             unit=LAYER,
             uniform=ONE_PER_MODEL,
         )

@@ -26,7 +26,17 @@ COUNTS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
 # those that list the indices of some layers,
 INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices")
 # and lists that never have one entry per layer, even where they happen to be as long.
-OTHER_LISTS = ("architectures", "bad_words_ids", "eos_token_id", "pos_att_type", "suppress_tokens")
+OTHER_LISTS = (
+    "architectures",
+    "bad_words_ids",
+    "eos_token_id",
+    "mlp_multipliers",
+    "mtp_layers_block_type",
+    "pos_att_type",
+    "ssm_multipliers",
+    "suppress_tokens",
+    "time_step_limit",
+)
 
 
 def shrunk_config(

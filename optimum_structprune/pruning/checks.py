@@ -275,21 +275,27 @@ RULES: Mapping[str, Iterable[Any]] = {
 def without_effect(config: StructPruneConfig) -> Iterator[str]:
     """The options that are set and have no effect beside the others, each with the reason."""
     default = {field.name: field.default for field in fields(config)}
-    texts = [domain.source for domain in config.texts if isinstance(domain.source, str)]
-    explicit, gram = config.widths is not None, config.fits
+    recovery = config.recovery
+    domains = [*config.texts, *((recovery and recovery.domains) or ())]
+    texts = [domain.source for domain in domains if isinstance(domain.source, str)]
+    explicit, gram, uniform = config.widths is not None, config.fits, config.allocation == "uniform"
+    stored = config.stats is not None and recovery is None  # the text of a recovery follows these numbers too
     reasons = {
         "targets": (explicit, "widths names the spaces"),
-        "round_to": (explicit and config.max_perplexity_ratio is None, "widths are taken as they are"),
-        "min_width": (config.allocation == "uniform", "allocation='uniform' gives all layers one width"),
-        "max_width": (config.allocation == "uniform", "allocation='uniform' gives all layers one width"),
+        "round_to": (
+            explicit and uniform and config.max_perplexity_ratio is None,
+            "widths are taken as they are",
+        ),
+        "min_width": (uniform, "allocation='uniform' gives all layers one width"),
+        "max_width": (uniform, "allocation='uniform' gives all layers one width"),
         "schedule": (config.rounds == 1, "rounds=1 removes everything at once"),
         "damping": (not gram and config.scored_by != "obs", f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
         "pool_factor": (config.select == "random", "select='random' has no pool"),
         "presets_file": (not any(text.startswith(PRESET) for text in texts), "no domain is a preset"),
         "self_text": (not any(text.startswith(SELF) for text in texts), "the model writes no domain itself"),
-        "num_samples": (config.stats is not None, "stats were gathered already"),
-        "seq_length": (config.stats is not None, "stats were gathered already"),
+        "num_samples": (stored, "stats were gathered already"),
+        "seq_length": (stored, "stats were gathered already"),
     }
     for name, (idle, reason) in reasons.items():
         value = getattr(config, name)

@@ -246,9 +246,9 @@ def test_an_architecture_of_ones_own(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text(
         """
-- model_types: [cwm]
+- model_types: [diffllama]
   layer_path: layers
-  layer_class: {cwm: CwmDecoderLayer}
+  layer_class: {diffllama: DiffLlamaDecoderLayer}
   spaces:
     mlp:
       size: intermediate_size
@@ -256,7 +256,7 @@ def test_an_architecture_of_ones_own(tmp_path):
       in: {mlp.down_proj: unit}
 """
     )
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("cwm", **GROUPED))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("diffllama", **GROUPED))
     pruner = StructPruner(config(widths={"mlp": 24}, skip_layers=(0,), arch_file=str(own)))
     small = pruner.prune_model(model, tokenizer())
     pruner.save(small, tmp_path / "out")

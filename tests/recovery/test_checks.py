@@ -66,11 +66,9 @@ def test_every_round_needs_tokens_of_its_own():
 
 def test_no_is_a_text_where_a_text_is_wanted():
     for value in (False, "no"):
-        settings = recovery_config(
-            training={"save_strategy": value, "learning_rate": 1, "gradient_checkpointing": False}
-        )
+        settings = recovery_config(training={"save_strategy": value, "learning_rate": 1, "logging_first_step": False})
         arguments = training_arguments(settings, 0, True, "nowhere")
-        assert arguments.save_strategy == "no" and arguments.gradient_checkpointing is False
+        assert arguments.save_strategy == "no" and arguments.logging_first_step is False
 
 
 def test_errors_of_other_libraries_in_training_are_ours():

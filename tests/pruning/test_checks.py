@@ -1,0 +1,319 @@
+"""What cannot be met is refused before any text is read, and what has no effect is named."""
+
+import warnings
+from copy import deepcopy
+
+import pytest
+from helpers import recovery_config, same_weights
+from models import build, config, token_ids, tokenizer
+from peft import LoraConfig, get_peft_model
+
+from optimum_structprune import (
+    DomainConfig,
+    InPlaceError,
+    RecoveryConfig,
+    StructPruneCallback,
+    StructPruneConfig,
+    StructPruneError,
+    calibrate,
+    dry_run,
+    prune_model,
+)
+from optimum_structprune.arch.load import describe
+from optimum_structprune.pruning.checks import DRY_RUN, TRAINER, check, without_effect
+
+
+def unread():
+    """A source that fails the test when it is read."""
+    pytest.fail("text was read")
+    yield
+
+
+def blind(**fields) -> StructPruneConfig:
+    """A config of the tests whose text must not be read."""
+    domains = [DomainConfig(name=name, source=unread()) for name in "ab"]
+    return config(**{"domains": domains, **fields})
+
+
+def training(**fields) -> RecoveryConfig:
+    return recovery_config(domains=[DomainConfig(name="x", source=unread())], **fields)
+
+
+def headless():
+    return build("llama-tied").model
+
+
+def adapted():
+    return get_peft_model(build("llama-tied"), LoraConfig(target_modules=["q_proj"]))
+
+
+PERPLEXITY = "go by perplexity, which a model of type 'bert' does not have"
+ONLY_LAYERS = "judges whole layers, and nothing inside them"
+# Every rule for a pruning: a model, the config, and the message.
+REFUSED = [
+    # the model
+    (headless, {}, "no language-model head; load it with AutoModelForCausalLM"),
+    (adapted, {}, "carries a PEFT adapter"),
+    ("llama-tied", {"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
+    # how much
+    ("llama-tied", {"widths": {"mpl": 3}}, "no space 'mpl' to prune. Did you mean 'mlp'"),
+    ("llama-tied", {"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
+    ("llama-tied", {"widths": {"mlp": 41}}, "nearest legal choice is 40"),
+    ("llama-tied", {"sparsity": 0.999}, "is more than mlp, attention can give"),
+    ("llama-tied", {"sparsity": 0.2, "targets": ("mlp", "layer")}, "target 'layer' alone, or give widths"),
+    ("llama-tied", {"widths": None, "budget": {"parameters": 10}}, "budget"),
+    ("llama-tied", {"widths": {"mlp": 24}, "skip_layers": (5,)}, "skip_layers names layer 5"),
+    ("llama-tied", {"sparsity": 0.2, "targets": ("hidden",), "allocation": "global"}, "belongs to the whole model"),
+    ("t5", {"widths": {"layer": 1}}, "no space 'layer' to prune: encoder and decoder count"),
+    # the criterion
+    ("llama-tied", {"criterion": "wnada"}, "no criterion 'wnada'. Did you mean 'wanda'"),
+    ("llama-tied", {"criterion": "loss_increase"}, ONLY_LAYERS),
+    ("llama-tied", {"widths": {"layer": 1, "mlp": 24}, "criterion": "block_influence"}, ONLY_LAYERS),
+    ("mixtral", {"widths": {"expert": 3, "layer": 1}, "criterion": "loss_increase"}, ONLY_LAYERS),
+    ("bert", {"criterion": "taylor"}, "not for 'bert'; choose criterion='obs' or 'wanda'"),
+    ("mixtral", {"criterion": "taylor"}, "not for 'mixtral'; choose criterion='obs' or 'wanda'"),
+    # the spaces
+    ("mixtral", {"max_perplexity_ratio": 2, "widths": {"expert": 3}}, "held by rounds, and 'expert' goes before them"),
+    ("llama-tied", {"max_perplexity_ratio": 2, "widths": {"layer": 1}}, "and 'layer' goes before them"),
+    ("llama-tied", {"max_perplexity_ratio": 2, "widths": {"hidden": 24, "mlp": 8}}, "and 'hidden' goes before them"),
+    ("llama-tied", {"refit": "bias", "widths": {"hidden": 24}}, "needs a bias in all that reads 'hidden'"),
+    ("qwen2", {"refit": "bias"}, "refit='bias' needs a bias in the projections of 'mlp'"),
+    ("mixtral", {"refit": "bias", "sparsity": 0.2, "round_to": 8, "targets": ("mlp",)}, "in the projections of 'mlp'"),
+    ("bert", {"rounds": 2, "adaptive_rate": 1.0}, PERPLEXITY),
+    ("bert", {"rounds": 2, "objective": "worst"}, PERPLEXITY),
+    ("bert", {"max_perplexity_ratio": 2}, PERPLEXITY),
+    ("bert", {"allocation": "sensitivity"}, "layers of different widths are offered for decoders only"),
+    ("t5", {"allocation": "global"}, "layers of different widths, which 'mlp' of a t5 model cannot have"),
+    # the recovery
+    ("bert", {"recovery": training()}, "recovery trains models that predict the next token"),
+    ("t5", {"recovery": training()}, "recovery trains models that predict the next token"),
+    ("llama-tied", {"recovery": training(lora={"rr": 1})}, "LoraConfig has no field 'rr'"),
+    ("llama-tied", {"recovery": training(training={"max_step": 1})}, "TrainingArguments has no field 'max_step'"),
+    ("llama-tied", {"recovery": training(training={"lr_scheduler_type": "sinus"})}, "TrainingArguments: .*sinus"),
+    ("llama-tied", {"recovery": training(tokens=23)}, "tokens=23 does not give .* a sample of 24 tokens; 24 is the"),
+    ("llama-tied", {"recovery": training(tokens=47, every_round=True), "rounds": 2}, "in each of 2 rounds; 48 is the"),
+    ("llama-tied", {"recovery": training(tokens=999, seq_length=65)}, "seq_length=65 is longer than the model's 64"),
+    ("llama-tied", {"recovery": training(hidden_weight=1), "widths": {"layer": 1}}, "hidden_weight=1 compares"),
+    (
+        "llama-tied",
+        {"recovery": RecoveryConfig(domains=[DomainConfig(name="x", source="preset:none")])},
+        "There is no preset 'none'",
+    ),
+    (
+        "llama-tied",
+        {"recovery": RecoveryConfig(domains=[DomainConfig(name="x", source="./gone.txt")])},
+        "no file or folder gone.txt",
+    ),
+]
+
+
+def made(case):
+    return build(case) if isinstance(case, str) else case()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("case", "fields", "message"), REFUSED)
+def test_it_is_refused_before_text_is_read(case, fields, message, inplace):
+    model = made(case)
+    before = deepcopy(model)
+    with pytest.raises(StructPruneError, match=message) as refused:
+        prune_model(model, blind(**fields), tokenizer(), inplace=inplace)
+    assert not isinstance(refused.value, InPlaceError) and same_weights(model, before)
+
+
+def test_the_text_is_what_a_run_reads_next():
+    """Otherwise the test above would show nothing."""
+    for fields in ({}, {"recovery": training()}):
+        with pytest.raises(pytest.fail.Exception, match="text was read"):
+            prune_model(build("llama-tied"), blind(**fields), tokenizer())
+
+
+def test_text_without_a_reader_is_refused():
+    with pytest.raises(StructPruneError, match="reading them takes a tokenizer"):
+        prune_model(build("llama-tied"), blind(), None)
+    with pytest.raises(StructPruneError, match="reading them takes a tokenizer"):
+        calibrate(build("llama-tied"), None, blind(), "nowhere")
+
+
+@pytest.fixture(scope="module")
+def stats(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stats") / "stats"
+    calibrate(build("llama-tied"), tokenizer(), config(), folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"widths": {"layer": 1}}, "'layer' is judged by something else; prune without stats"),
+        ({"widths": {"hidden": 24}}, "'hidden' is judged by something else; prune without stats"),
+        ({"criterion": "taylor"}, "criterion='taylor' needs gradients.*--criterion taylor --overwrite"),
+        ({"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
+        ({"recovery": training(lora={"rr": 1})}, "LoraConfig has no field 'rr'"),
+    ],
+)
+def test_what_stored_moments_cannot_give(fields, message, stats):
+    with pytest.raises(StructPruneError, match=message):
+        prune_model(build("llama-tied"), blind(stats=stats, **fields), tokenizer(), inplace=True)
+
+
+def test_stored_moments_that_are_not_there_or_that_inputs_contradict(stats, tmp_path):
+    with pytest.raises(StructPruneError, match="holds no statistics"):
+        prune_model(build("llama-tied"), blind(stats=str(tmp_path)), tokenizer())
+    with pytest.raises(StructPruneError, match="inputs are calibration data, and stats="):
+        prune_model(build("llama-tied"), blind(stats=stats), tokenizer(), inputs={"a": token_ids()})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"refit": "bias"}, "adds parameters that the optimizer does not hold"),
+        ({"rounds": 2, "adaptive_rate": 1.0}, "span the rounds of one pruning"),
+        ({"rounds": 2, "objective": "worst"}, "span the rounds of one pruning"),
+        ({"max_perplexity_ratio": 2}, "span the rounds of one pruning"),
+        ({"checkpoint_dir": "x"}, "span the rounds of one pruning"),
+        ({"rounds": 2, "keep_rounds": True, "checkpoint_dir": "x"}, "span the rounds of one pruning"),
+        ({"allocation": "global"}, "which a Trainer's steps do not"),
+        ({"allocation": "sensitivity"}, "which a Trainer's steps do not"),
+        ({"stats": "x"}, "which training has changed by then"),
+        ({"recovery": training()}, "a Trainer trains already"),
+        ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
+        ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
+        ({"seq_length": 65}, "longer than the model's 64 positions"),
+        ({"criterion": "wnada"}, "Did you mean 'wanda'"),
+        ({"criterion": "block_influence"}, ONLY_LAYERS),
+    ],
+)
+def test_what_a_trainer_cannot_do(fields, message):
+    model, settings = build("llama-tied"), blind(**fields)
+    with pytest.raises(StructPruneError, match=message):
+        check(settings, describe(model), model, TRAINER)
+    if not {"widths", "seq_length", "criterion"} & set(fields):  # these take the model
+        with pytest.raises(StructPruneError, match=message):
+            StructPruneCallback(settings)
+    else:
+        StructPruneCallback(settings)
+
+
+def test_a_trainer_takes_no_quantized_model():
+    model = build("llama-tied")
+    model.is_quantized = True
+    with pytest.raises(StructPruneError, match=r"quantized; prune `model.dequantize\(\)`"):
+        check(blind(), describe(model), model, TRAINER)
+
+
+def test_moments_of_experts_are_not_stored(tmp_path):
+    with pytest.raises(StructPruneError, match="only the moments of dense models are stored"):
+        calibrate(build("mixtral"), tokenizer(), blind(), tmp_path / "stats")
+    with pytest.raises(StructPruneError, match="longer than the model's 64 positions"):
+        calibrate(build("llama-tied"), tokenizer(), blind(seq_length=65), tmp_path / "stats")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [rule for rule in REFUSED if isinstance(rule[0], str) and not {"recovery", "seq_length"} & set(rule[1])],
+)
+def test_a_dry_run_refuses_what_pruning_refuses(case, fields, message):
+    model = build(case)
+    model.config.architectures = [type(model).__name__]
+    with pytest.raises(StructPruneError, match=message):
+        dry_run(model.config, blind(**fields))
+
+
+def test_what_can_be_met_passes():
+    model = build("llama-tied")
+    for fields in ({}, {"widths": {"layer": 1, "hidden": 24, "mlp": 24}}, {"recovery": training()}):
+        check(blind(**fields), describe(model), model)
+
+
+# --- options without effect
+
+AMOUNT = {"widths": {"mlp": 24}}
+BY_SPARSITY = {"widths": None, "sparsity": 0.1}
+PRESETS = [DomainConfig(name="a", source="preset:code")]
+OWN = [DomainConfig(name="a", source="self:code")]
+# An option, a config in which it does nothing, and configs in which it does something.
+IDLE = [
+    ("targets", ["attention"], {}, [BY_SPARSITY, {"widths": None, "budget": {"parameters": 15_000}}]),
+    ("round_to", 8, {}, [BY_SPARSITY, {"max_perplexity_ratio": 1.5}, {"allocation": "global"}]),
+    ("min_width", 0.5, {}, [{"allocation": "global"}, {**BY_SPARSITY, "allocation": "sensitivity"}]),
+    ("max_width", 0.9, {}, [{"allocation": "global"}, {**BY_SPARSITY, "allocation": "sensitivity"}]),
+    ("schedule", "linear", {}, [{"rounds": 2}]),
+    ("damping", 0.5, {"refit": "none"}, [{}, {"refit": "none", "criterion": "obs"}]),
+    ("error_feedback", 0.25, {"refit": "none"}, [{}, {"criterion": "wanda"}]),
+    ("pool_factor", 2, {}, [{"select": "length"}, {"select": "perplexity"}]),
+    ("presets_file", "mine.yaml", {}, [{"domains": PRESETS}, {"recovery": RecoveryConfig(domains=PRESETS)}]),
+    ("self_text", {"max_new_tokens": 7}, {}, [{"domains": OWN}, {"recovery": RecoveryConfig(domains=OWN)}]),
+    ("num_samples", 9, {"stats": "folder"}, [{}, {"stats": "folder", "recovery": RecoveryConfig()}]),
+    ("seq_length", 25, {"stats": "folder"}, [{}, {"stats": "folder", "recovery": RecoveryConfig()}]),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "idle", "effective"), IDLE)
+def test_options_without_effect_are_named(name, value, idle, effective):
+    def named(fields, value):
+        settings = StructPruneConfig.from_dict({"domains": [DomainConfig("a", "b")], **AMOUNT, **fields, name: value})
+        return [entry for entry in without_effect(settings) if entry.startswith(f"{name}=")]
+
+    default = getattr(StructPruneConfig(sparsity=0.5), name)
+    (entry,) = named(idle, value)
+    assert f"{name}=" in entry and ", because " in entry
+    assert named(idle, default.to_dict() if name == "self_text" else default) == [], "what nobody has set"
+    for fields in effective:
+        assert named(fields, value) == [], fields
+
+
+@pytest.mark.parametrize("use", ["prune", DRY_RUN])
+def test_check_warns_once_of_all_of_them(use):
+    model = build("llama-tied")
+    settings = blind(round_to=8, schedule="linear", pool_factor=2, damping=0.5)
+    with pytest.warns(UserWarning) as caught:
+        check(settings, describe(model), model, use)
+    (warning,) = caught
+    assert str(warning.message) == (
+        "These options have no effect here: round_to=8, because widths are taken as they are; schedule='linear', "
+        "because rounds=1 removes everything at once; pool_factor=2, because select='random' has no pool."
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(blind(damping=0.5), describe(model), model, use)
+        check(blind(sparsity=0.2, round_to=8, rounds=2, schedule="linear"), describe(model), model, use)
+        # A Trainer has steps of its own, for which a schedule matters.
+        check(settings, describe(model), model, TRAINER)
+
+
+# For each option: with what else it is tried, and whether the pruned model is another one then.
+TRIED = [
+    ("targets", ["mlp"], {"widths": {"mlp": 24, "attention": 2}}, False),
+    ("targets", ["attention"], {"sparsity": 0.2, "round_to": 4}, True),
+    ("round_to", 8, {"widths": {"mlp": 21}}, False),
+    ("round_to", 8, {"widths": {"mlp": 21}, "allocation": "global"}, True),
+    ("round_to", 8, {"sparsity": 0.3}, True),
+    ("min_width", 0.6, {}, False),
+    ("min_width", 0.6, {"allocation": "sensitivity", "round_to": 1}, True),
+    ("schedule", "linear", {}, False),
+    ("schedule", "linear", {"rounds": 2, "widths": {"mlp": 9}}, True),
+    ("damping", 5.0, {"refit": "none"}, False),
+    ("damping", 5.0, {"refit": "none", "criterion": "obs"}, True),
+    ("damping", 5.0, {"criterion": "wanda"}, True),
+    ("error_feedback", 0.0, {"refit": "bias"}, False),
+    ("error_feedback", 0.0, {}, True),
+    ("pool_factor", 2, {}, False),
+    ("pool_factor", 2, {"select": "length"}, True),
+    ("presets_file", "mine.yaml", {}, False),
+    ("self_text", {"max_new_tokens": 7}, {}, False),
+]
+
+
+@pytest.mark.filterwarnings("ignore:These options have no effect")
+@pytest.mark.parametrize(("name", "value", "fields", "matters"), TRIED)
+def test_what_is_said_to_have_no_effect_has_none(name, value, fields, matters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("{}")
+    model, settings = build("llama-tied"), config(**fields)
+    model.model.layers[1].mlp.down_proj.weight.data *= 0.1  # so that layers differ where they may
+    changed = StructPruneConfig.from_dict({**settings.to_dict(), "domains": settings.domains, name: value})
+    left, right = (prune_model(model, one, tokenizer()) for one in (settings, changed))
+    assert same_weights(left, right) != matters
+    assert any(entry.startswith(f"{name}=") for entry in without_effect(changed)) != matters
