@@ -21,7 +21,7 @@ class Arguments:
 
     model: str = field(metadata={"help": "Model id or folder."})
     output: str = field(metadata={"help": "Folder for the pruned model."})
-    sparsity: float | None = field(default=None, metadata={"help": "Share of the blocks' parameters to remove."})
+    sparsity: float | None = field(default=None, metadata={"help": "Share of the layers' parameters to remove."})
     criterion: str | None = field(default=None, metadata={"help": "How units are scored."})
     rounds: int = field(default=1, metadata={"help": "Times that calibration and removal are repeated."})
     domains: list[str] = field(default_factory=list, metadata={"help": "NAME=SOURCE, several."})

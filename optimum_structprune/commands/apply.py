@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from .output import Result, add_output_arguments
+
 
 NAME = "apply"
 HELP = (
@@ -21,9 +23,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("output", help="Folder for the smaller model.")
     add_arch_argument(parser)
     add_model_arguments(parser)
+    add_output_arguments(parser)
 
 
-def run(args: Namespace) -> int:
+def run(args: Namespace) -> Result:
     """Apply the plan, save the model, and say what it removed."""
     from pathlib import Path
 
@@ -43,6 +46,8 @@ def run(args: Namespace) -> int:
     )
     smaller = apply_plan(model, plan, args.arch_file)
     save_applied(smaller, args.output, plan, tokenizer, args.overwrite, used)
-    print(f"{model.num_parameters():,} parameters before, {smaller.num_parameters():,} after; nothing was refitted")
-    print(f"saved to {args.output}")
-    return 0
+    before, after = model.num_parameters(), smaller.num_parameters()
+    return Result(
+        f"{before:,} parameters before, {after:,} after; nothing was refitted\nsaved to {args.output}",
+        {"parameters": {"before": before, "after": after}, "output": args.output},
+    )

@@ -160,19 +160,17 @@ def setting(text: str) -> tuple[str, Any]:
         ArgumentTypeError: If it has another form, or the value is not YAML.
     """
     name, value = _divided(text, "NAME=VALUE")
-    # YAML takes 1e-4 for a string because it has no point.
-    try:
-        return name, float(value) if "e" in value.lower() else _yaml(value)
-    except ValueError:
-        return name, _yaml(value)
+    return name, _yaml(value)
 
 
 def _yaml(text: str) -> Any:
     import yaml
 
+    from ..config.fields import parse_yaml
+
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return parse_yaml(text)
+    except (ValueError, yaml.YAMLError) as error:
         raise ArgumentTypeError(f"{text!r} is not YAML: {' '.join(str(error).split())}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from .arguments import add_config_arguments, add_model_arguments, add_path_arguments, pruning_config
+from .output import Result, add_output_arguments
 
 
 NAME = "calibrate"
@@ -20,10 +21,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
     add_path_arguments(parser, "Model id or folder.", "Folder for the statistics.")
     add_model_arguments(parser)
+    add_output_arguments(parser, reads_text=True)
     add_config_arguments(parser, StructPruneConfig)
 
 
-def run(args: Namespace) -> int:
+def run(args: Namespace) -> Result:
     """Run the text through the model and store what pruning needs of it."""
     from ..calibrator import calibrate
     from ..saving.target import check_target, probe_target, used_paths
@@ -36,6 +38,14 @@ def run(args: Namespace) -> int:
     model, tokenizer = load_model_and_tokenizer(
         args.model, args.dtype, args.device, args.trust_remote_code, config.arch_file
     )
-    print(calibrate(model, tokenizer, config, args.output, args.overwrite))
-    print(f"saved to {args.output}; prune with `structprune prune {args.model} OUT --stats {args.output}`")
-    return 0
+    statistics = calibrate(model, tokenizer, config, args.output, args.overwrite)
+    return Result(
+        f"{statistics}\nsaved to {args.output}; prune with `structprune prune {args.model} OUT --stats {args.output}`",
+        {
+            "model_type": statistics.model_type,
+            "calibration_tokens": statistics.tokens,
+            "saliency": statistics.saliency,
+            "bytes": sum(file.size for file in statistics.files.values()),
+            "output": args.output,
+        },
+    )

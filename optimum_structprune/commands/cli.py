@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 from .. import __version__
-from ..errors import InPlaceError, StructPruneError
+from ..errors import StructPruneError
+from .output import Result, check_output, show, working
 
 
 DESCRIPTION = "Structured pruning of Hugging Face models."
-# Each is a module here with NAME, HELP, add_arguments(parser) and run(args) -> int. `optimum-cli` imports them all
-# on every call, so what is heavy is imported inside add_arguments() and run().
+# Each is a module here with NAME, HELP, add_arguments(parser) and run(args) -> Result. `optimum-cli` imports them
+# all on every call, so what is heavy is imported inside add_arguments() and run().
 COMMANDS = ("prune", "calibrate", "plan", "recover", "evaluate", "inspect", "export", "apply")
+# With this variable set to 1 in the environment, every error shows its traceback.
+DEBUG = "STRUCTPRUNE_DEBUG"
+# Libraries that read what a user names: what goes wrong anywhere in them is taken for a fault of the input.
+READERS = {
+    "datasets",
+    "httpx",
+    "huggingface_hub",
+    "jinja2",
+    "lm_eval",
+    "pandas",
+    "pyarrow",
+    "requests",
+    "safetensors",
+    "safetensors_rust",
+    "tokenizers",
+    "yaml",
+}
+# Libraries that run models too: only what they raise themselves is taken for that.
+RUNNERS = {"peft", "transformers"}
 
 
 class CommandParser(ArgumentParser):
@@ -60,18 +82,55 @@ def add_commands(parser: ArgumentParser) -> None:
 
 
 def execute(args: Namespace) -> int:
-    """Run the chosen command and return its exit code.
+    """Run the chosen command, show its result and return its exit code.
 
-    A user's mistake, also one that is found half-way through a model, is one line without a traceback and exit code 2.
-    An interruption is exit code 130.
+    What a user can cause, also what is found half-way through a model, is one line without a traceback and exit code
+    2. Anything else that goes wrong is a line too, with exit code 1; see `DEBUG`. An interruption is exit code 130.
     """
     try:
-        return args.run(args)
-    except (StructPruneError, InPlaceError) as error:
-        sys.stderr.write(f"structprune: error: {' '.join(str(error).split())}\n")
-        return 2
+        check_output(args)
+        with working(args):
+            result = args.run(args)
+        if isinstance(result, Result):
+            show(result, args)
+            return result.code
+        return result
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if os.environ.get(DEBUG, "0") not in ("", "0"):
+            traceback.print_exc()
+        code, text = explained(error)
+        sys.stderr.write(f"structprune: error: {' '.join(text.split())}\n")
+        return code
+
+
+def explained(error: Exception) -> tuple[int, str]:
+    """The exit code that an error stands for, and the error in words."""
+    if isinstance(error, StructPruneError):
+        return 2, str(error)
+    text = str(error)
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text:
+        return 2, f"There is not enough memory: {text or type(error).__name__}"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return 2, f"{error.filename}: {error.strerror}."
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if isinstance(cause := error.__cause__, Exception) and str(cause) not in text:
+        text += f" (because of {type(cause).__name__}: {cause})"
+    if isinstance(error, OSError) or _of_input(error):
+        return 2, text
+    return 1, f"{text}. This is unexpected: please report it with what {DEBUG}=1 in the environment shows."
+
+
+def _of_input(error: Exception) -> bool:
+    """Whether an error comes from a library that was reading what the user named."""
+    package = __package__.partition(".")[0]
+    called: list[str] = []  # the libraries in the order of the calls, since the last call inside this package
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__")).partition(".")[0]
+        called = [] if name == package else [*called, name]
+    raised = {*called[-1:], type(error).__module__.partition(".")[0]}
+    return bool(READERS.intersection(called) or (READERS | RUNNERS) & raised)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

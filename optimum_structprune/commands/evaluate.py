@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from .arguments import SOURCES, add_arch_argument, add_loading_arguments, domain
+from .output import Result, add_output_arguments
 
 
 NAME = "evaluate"
@@ -41,19 +41,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="Items per task at most.")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="Sequences per forward pass (1).")
-    parser.add_argument("--json", metavar="FILE", help="Also write the numbers to this file.")
     add_arch_argument(parser)
     add_loading_arguments(parser)
+    add_output_arguments(parser, file=True, reads_text=True)
 
 
-def run(args: Namespace) -> int:
-    """Measure the model, and show and write the numbers."""
-    from ..errors import StructPruneError
+def run(args: Namespace) -> Result:
+    """Measure the model."""
     from ..evaluation.evaluate import evaluate
     from .loading import load_model_and_tokenizer
 
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise StructPruneError(f"--json {args.json}: there is no folder {Path(args.json).parent}.")
     loading = (args.dtype, args.device, args.trust_remote_code, args.arch_file)
     model, tokenizer = load_model_and_tokenizer(args.model, *loading)
     dense = load_model_and_tokenizer(args.against, *loading)[0] if args.against else None
@@ -68,7 +65,4 @@ def run(args: Namespace) -> int:
         batch_size=args.batch_size,
         limit=args.limit,
     )
-    if args.json:
-        evaluation.save(args.json)
-    print(evaluation)
-    return 0
+    return Result(str(evaluation), evaluation.to_dict())

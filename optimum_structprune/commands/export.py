@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from .arguments import add_arch_argument, add_model_arguments, add_path_arguments
+from .output import Result, add_output_arguments
 
 
 NAME = "export"
@@ -22,10 +23,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add_arch_argument(parser)
     add_model_arguments(parser)
+    add_output_arguments(parser)
 
 
-def run(args: Namespace) -> int:
+def run(args: Namespace) -> Result:
     """Pad the model, save it, and say what that costs."""
+    from dataclasses import asdict
+
     from ..saving.export import export_uniform
     from ..saving.target import check_target, probe_target
     from .loading import load_model_and_tokenizer, weights_bytes
@@ -35,6 +39,5 @@ def run(args: Namespace) -> int:
     model, tokenizer = load_model_and_tokenizer(
         args.model, args.dtype, args.device, args.trust_remote_code, args.arch_file
     )
-    print(export_uniform(model, args.output, tokenizer, args.overwrite, args.arch_file))
-    print(f"saved to {args.output}")
-    return 0
+    padding = export_uniform(model, args.output, tokenizer, args.overwrite, args.arch_file)
+    return Result(f"{padding}\nsaved to {args.output}", {"parameters": asdict(padding), "output": args.output})

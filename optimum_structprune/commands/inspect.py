@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from .arguments import add_arch_argument, add_trust_argument
+from .output import Result, add_output_arguments
 
 
 NAME = "inspect"
@@ -23,9 +24,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Print a description of an unknown architecture, to be checked, for --arch.",
     )
     add_trust_argument(parser)
+    add_output_arguments(parser)
 
 
-def run(args: Namespace) -> int:
+def run(args: Namespace) -> Result:
     """Build the model on the meta device and describe it."""
     from ..arch.load import describe
     from ..arch.meta import meta_model
@@ -36,21 +38,31 @@ def run(args: Namespace) -> int:
     config = load_config(args.model, args.trust_remote_code)
     model = meta_model(config, args.arch_file, trust_remote_code=args.trust_remote_code)
     if args.stub:
-        print(stub(model))
-        return 0
+        description = stub(model)
+        return Result(description, {"stub": description})
     arch = describe(model, args.arch_file)
     total = model.num_parameters()
-    print(f"{args.model}: {arch.model_type}, {arch.num_layers} layers, {total:,} parameters")
-    print(f"{'space':<12}{'units':>8}{'parameters':>16}{'share':>8}  legal widths")
+    lines = [
+        f"{args.model}: {arch.model_type}, {arch.num_layers} layers, {total:,} parameters",
+        f"{'space':<12}{'units':>8}{'parameters':>16}{'share':>8}  legal widths",
+    ]
+    offered = {}
     for name in arch.offered:
         spaces = arch.of(name)
         parameters = sum(space.size * space.unit_params for space in spaces)
-        legal = _ranges(legal_sizes(config, arch, name))
-        units = _ranges(sorted({space.width for space in spaces}))
-        print(f"{name:<12}{units:>8}{parameters:>16,}{parameters / total:>8.1%}  {legal}")
-    for name, reason in arch.missing:
-        print(f"{name:<12}cannot be pruned: {reason}")
-    return 0
+        legal, units = list(legal_sizes(config, arch, name)), sorted({space.width for space in spaces})
+        lines.append(f"{name:<12}{_ranges(units):>8}{parameters:>16,}{parameters / total:>8.1%}  {_ranges(legal)}")
+        offered[name] = {"units": units, "parameters": parameters, "legal": legal}
+    lines += [f"{name:<12}cannot be pruned: {reason}" for name, reason in arch.missing]
+    values = {
+        "model": args.model,
+        "model_type": arch.model_type,
+        "layers": arch.num_layers,
+        "parameters": total,
+        "spaces": offered,
+        "missing": dict(arch.missing),
+    }
+    return Result("\n".join(lines), values)
 
 
 def _ranges(sizes: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from .arguments import add_config_arguments, add_trust_argument, pruning_config
+from .output import Result, add_output_arguments
 
 
 NAME = "plan"
@@ -24,25 +25,18 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="auto",
         help="The dtype in which memory is counted: auto (as saved), float32, bfloat16 or float16.",
     )
-    parser.add_argument("--json", metavar="FILE", help="Also write the numbers to this file.")
+    add_output_arguments(parser, file=True)
     add_trust_argument(parser)
     add_config_arguments(parser, StructPruneConfig)
 
 
-def run(args: Namespace) -> int:
+def run(args: Namespace) -> Result:
     """Build the dense and the pruned model on the meta device and compare them."""
     from ..dryrun import dry_run
-    from ..errors import StructPruneError
     from .loading import load_config, load_dtype
 
     config = pruning_config(args)
     dtype = load_dtype(args.dtype)
     outcome = dry_run(load_config(args.model, args.trust_remote_code), config, dtype, args.trust_remote_code)
-    print(f"{args.model}: {outcome.model_type}, {outcome.sparsity:.1%} of the layers' parameters go")
-    print(outcome)
-    if args.json:
-        try:
-            outcome.save(args.json)
-        except OSError as error:
-            raise StructPruneError(f"--json {args.json} cannot be written: {error.strerror}.") from error
-    return 0
+    head = f"{args.model}: {outcome.model_type}, {outcome.sparsity:.1%} of the layers' parameters go"
+    return Result(f"{head}\n{outcome}", outcome.to_dict())

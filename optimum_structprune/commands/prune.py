@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from .arguments import add_config_arguments, add_model_arguments, add_path_arguments, pruning_config
+from .output import Result, add_output_arguments, note
 
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add_worse_argument(parser)
     add_model_arguments(parser)
+    add_output_arguments(parser, reads_text=True)
     add_config_arguments(parser, StructPruneConfig)
 
 
-def run(args: Namespace) -> int:
+def run(args: Namespace) -> Result:
     """Prune, save, and show what came of it."""
     from dataclasses import replace
 
@@ -67,10 +69,13 @@ def run(args: Namespace) -> int:
         check_recovery(recovery, config, model)  # before it is pruned in vain
     pruned = pruner.prune_model(model, tokenizer, inplace=True)
     pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
-    print(pruner.report)
-    print(_where(pruned.config, args.output, config.arch_file))
+    report = pruner.report
+    assert report is not None
+    text = f"{report}\n{_where(pruned.config, args.output, config.arch_file)}"
+    values = {**report.to_dict(), "output": args.output}
     if recovery is not None:
-        return recover_and_save(
+        note(args, f"the pruned model is saved to {args.output}; now it is trained")
+        trained = recover_and_save(
             recovery_for(recovery, args.output, config),
             pruned,
             tokenizer,
@@ -82,7 +87,8 @@ def run(args: Namespace) -> int:
             trust_remote_code=args.trust_remote_code,
             arch_file=config.arch_file,
         )
-    return 0
+        return Result(f"{text}\n{trained.text}", {**values, "recovery": trained.values}, trained.code)
+    return Result(text, values)
 
 
 def _result_bytes(args: Namespace, config: StructPruneConfig) -> int:

@@ -13,6 +13,7 @@ from .arguments import (
     add_path_arguments,
     recovery_config,
 )
+from .output import Result, add_output_arguments
 
 
 NAME = "recover"
@@ -37,10 +38,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_worse_argument(parser)
     add_arch_argument(parser)
     add_model_arguments(parser)
+    add_output_arguments(parser, reads_text=True)
     add_config_arguments(parser, RecoveryConfig)
 
 
-def run(args: Namespace) -> int:
+def run(args: Namespace) -> Result:
     """Train, save, and show what came of it."""
     from ..config.pruning import CONFIG_NAME, StructPruneConfig
     from ..recovery.checks import check_recovery

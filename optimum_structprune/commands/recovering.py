@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import warnings
 from argparse import ArgumentParser
-from dataclasses import replace
+from dataclasses import asdict, replace
 from shlex import join
 from typing import TYPE_CHECKING
+
+from .output import Result
 
 
 if TYPE_CHECKING:
@@ -57,8 +59,8 @@ def recover_and_save(
     accept_worse: bool = False,
     trust_remote_code: bool = False,
     arch_file: str | None = None,
-) -> int:
-    """Train a model, save it, and show what came of it.
+) -> Result:
+    """Train a model, save it, and hand over what came of it.
 
     A model that is worse on held-out text than before is saved beside the output, which is left alone.
 
@@ -76,7 +78,7 @@ def recover_and_save(
         arch_file: Descriptions of your own that the model was loaded with.
 
     Returns:
-        The exit code: 0, or `WORSE` where the model is worse and that was not accepted.
+        What came of it, with the exit code 0, or `WORSE` where the model is worse and that was not accepted.
 
     Raises:
         StructPruneError: If the model cannot be trained or saved as the config says.
@@ -109,17 +111,16 @@ def recover_and_save(
     worse = report.worse and not accept_worse
     target = aside if worse else output
     recovery.save(recovered, target, tokenizer=tokenizer, overwrite=overwrite or worse, pruned=pruned_folder)
-    print(report)
-    print(f"saved to {target}")
+    text, values = f"{report}\nsaved to {target}", {**asdict(report), "output": target}
     if worse:
         sys.stderr.write(
             f"structprune: the trained model is worse, so it is in {aside}, and {output} is as it was; train it with "
             "other settings, or take it with --accept-worse.\n"
         )
-        return WORSE
+        return Result(text, values, WORSE)
     if recovery.config.training["output_dir"] == _checkpoints(output):
         remove_checkpoints(_checkpoints(output))
-    return 0
+    return Result(text, values)
 
 
 def _checkpoints(output: str) -> str:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -143,15 +144,33 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, bat
 
 @contextmanager
 def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Put models in eval mode inside `with`, and afterwards back in the mode that each was in."""
-    training = [model.training for model in models]
+    """Put models in eval mode inside `with`; afterwards every module is back in the mode that it was in.
+
+    A module that has taken the place of another inside `with` is put in the mode of that one, and a module at a new
+    place in the mode of the model.
+    """
+    modes = [_Modes(model) for model in models]
     try:
         for model in models:
             model.eval()
         yield
     finally:
-        for model, mode in zip(models, training, strict=True):
-            model.train(mode)
+        for model, before in zip(models, modes, strict=True):
+            before.restore(model)
+
+
+class _Modes:
+    """The training modes of a model's modules, by module and by name, without keeping a module alive."""
+
+    def __init__(self, model: Any):
+        self.root: bool = model.training
+        self.by_name = {name: module.training for name, module in model.named_modules()}
+        self.by_module = WeakKeyDictionary({module: module.training for module in model.modules()})
+
+    def restore(self, model: Any) -> None:
+        model.train(self.root)
+        for name, module in model.named_modules():
+            module.training = self.by_module.get(module, self.by_name.get(name, self.root))
 
 
 def _predictions(models: Sequence[Any], samples: Tensor, batch_size: int) -> Iterator[list[Tensor]]:

@@ -227,7 +227,7 @@ class Recovery:
         identity = self._identity if isinstance(model, PeftModel) else None
         check = check_adapter if isinstance(model, PeftModel) else check_reload
         # An adapter is of no use without the model under it.
-        base = model.get_base_model().name_or_path if isinstance(model, PeftModel) else None
+        base = str(model.get_base_model().name_or_path) if isinstance(model, PeftModel) else None
         used = [base, *used_paths(self.config, self.pruning)]
         save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
 

@@ -15,7 +15,12 @@ from optimum_structprune.forward.calls import NotSequentialError, capture
 from optimum_structprune.forward.hooks import observe
 
 
-@pytest.mark.parametrize("case", [*PRUNABLE, "bert", "modernbert", "llava"])
+# Models whose layers get more than the hidden states of the layer before them.
+NOT_SEQUENTIAL = ["gemma4_text", "gemma4_text-experts"]
+SEQUENTIAL = [case for case in [*PRUNABLE, "bert", "modernbert", "llava"] if case not in NOT_SEQUENTIAL]
+
+
+@pytest.mark.parametrize("case", SEQUENTIAL)
 def test_layer_by_layer_equals_whole_model(case):
     model = build(case)
     arch = describe(model)
@@ -90,6 +95,23 @@ def test_a_model_that_works_between_its_layers_falls_back():
     assert isinstance(passes_over(model, arch, batches()), ModelPasses)
     with pytest.raises(NotSequentialError, match="between layers 0 and 1"):
         capture(model, arch, batches()[0].ids, whole=True)
+    assert count_hooks(model) == 0
+
+
+@pytest.mark.parametrize("case", NOT_SEQUENTIAL)
+def test_a_family_whose_layers_get_more_than_hidden_states_falls_back(case):
+    model = build(case)
+    arch = describe(model)
+    with pytest.raises(NotSequentialError, match="called with more than hidden states"):
+        LayerPasses(model, arch, batches())
+    passes = passes_over(model, arch, batches())
+    assert isinstance(passes, ModelPasses) and count_hooks(model) == 0
+    for space in arch.spaces:
+        if space.inside:
+            counts = [
+                sum(moments.count for moments in by_domain) for by_domain in passes.gather(space.layer, space, True)
+            ]
+            assert min(counts) > 0
     assert count_hooks(model) == 0
 
 

@@ -1,0 +1,159 @@
+"""Where the output of a command goes: the result to the standard output, and everything else to the standard error.
+
+Nothing here imports a library at the top: `optimum-cli` imports this module on every call.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from ..errors import StructPruneError
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command hands over to be shown.
+
+    Attributes:
+        text: The result for people.
+        values: The same as plain values for JSON.
+        code: The exit code of the command.
+    """
+
+    text: str
+    values: Mapping[str, Any]
+    code: int = 0
+
+
+def add_output_arguments(parser: ArgumentParser, file: bool = False, reads_text: bool = False) -> None:
+    """Declare `--json` and `--quiet`.
+
+    Args:
+        parser: The parser of the command.
+        file: Whether `--json` takes the name of a file as well.
+        reads_text: Whether the command reads data sets, whose library has progress bars of its own.
+    """
+    text = "Print the result as one JSON document instead of text."
+    if file:
+        text += " With a FILE, write the document to it and print the text."
+        parser.add_argument("--json", nargs="?", const=True, metavar="FILE", help=text)
+    else:
+        parser.add_argument("--json", action="store_true", help=text)
+    parser.add_argument("--quiet", action="store_true", help="No progress bars and no notes; warnings stay.")
+    parser.set_defaults(reads_text=reads_text)
+
+
+def check_output(args: Namespace) -> None:
+    """Refuse a file of `--json` that cannot be there, before work is done.
+
+    Raises:
+        StructPruneError: If its folder does not exist.
+    """
+    file = getattr(args, "json", None)
+    if isinstance(file, str) and not Path(file).resolve().parent.is_dir():
+        raise StructPruneError(f"--json {file} cannot be written: there is no folder {Path(file).parent}.")
+
+
+def show(result: Result, args: Namespace) -> None:
+    """Print a result, as text or as JSON, and write the file of `--json` if one is named.
+
+    Raises:
+        StructPruneError: If the file cannot be written.
+    """
+    form = getattr(args, "json", None)
+    document = json.dumps(_plain(result.values), indent=2)
+    if isinstance(form, str):
+        try:
+            Path(form).write_text(document + "\n")
+        except OSError as error:
+            raise StructPruneError(f"--json {form} cannot be written: {error.strerror}.") from error
+    try:
+        _print(document if form is True else result.text)
+    except BrokenPipeError:
+        # The reader wants no more, as `head` does. Python would complain when it flushes the pipe at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def note(args: Namespace, text: str) -> None:
+    """Tell how the work goes, unless `--quiet` is given."""
+    if not getattr(args, "quiet", False):
+        sys.stderr.write(f"{text}\n")
+
+
+@contextmanager
+def working(args: Namespace) -> Iterator[None]:
+    """Keep the standard output free for the result while a command works, and leave out what is not wanted.
+
+    What other libraries print goes to the standard error, or nowhere with `--quiet`. Progress bars appear only on a
+    terminal and without `--quiet`; the switches of the libraries are afterwards as they were.
+    """
+    if not hasattr(args, "quiet"):
+        yield
+        return
+    with ExitStack() as stack:
+        prints = stack.enter_context(open(os.devnull, "w")) if args.quiet else sys.stderr
+        stack.enter_context(redirect_stdout(prints))
+        if args.quiet or not sys.stderr.isatty():
+            stack.enter_context(_no_bars(args.reads_text))
+        yield
+
+
+@contextmanager
+def _no_bars(reads_text: bool) -> Iterator[None]:
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging as transformers_logging
+
+    # The bar of transformers' Trainer has no switch; it is left out where this logger shows errors only.
+    trainer = logging.getLogger("transformers.training_args")
+    level = trainer.level
+    # transformers' switch moves that of huggingface_hub too, so it is restored first.
+    switches: list[tuple[bool, Callable[[], None], Callable[[], None]]] = [
+        (
+            transformers_logging.is_progress_bar_enabled(),
+            transformers_logging.disable_progress_bar,
+            transformers_logging.enable_progress_bar,
+        ),
+        (not hub.are_progress_bars_disabled(), hub.disable_progress_bars, hub.enable_progress_bars),
+    ]
+    if reads_text or "datasets" in sys.modules:
+        import datasets.utils as data
+
+        switches.append((data.is_progress_bar_enabled(), data.disable_progress_bars, data.enable_progress_bars))
+    try:
+        trainer.setLevel(logging.ERROR)
+        for enabled, disable, _ in switches:
+            if enabled:
+                disable()
+        yield
+    finally:
+        trainer.setLevel(level)
+        for enabled, _, enable in switches:
+            if enabled:
+                enable()
+
+
+def _print(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    """A value of JSON; a number that JSON does not have is null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -1,0 +1,255 @@
+"""What a command shows, and where: the result on the standard output, everything else on the standard error."""
+
+import io
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import datasets
+import huggingface_hub.utils as hub
+import pytest
+import torch
+from models import build, documents, tokenizer
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from optimum_structprune import Plan, StructPruneError
+from optimum_structprune.commands import output
+from optimum_structprune.commands.cli import COMMANDS, execute, main
+from optimum_structprune.commands.output import Result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("output")
+    build("llama-tied").save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(200)))
+    units = {(0, "mlp"): tuple(range(24))}
+    Plan("llama", units).save(folder / "plan.json")
+    return folder
+
+
+def commands(folder):
+    model, text = str(folder / "model"), ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24"]
+    short, cpu = [*text, "--num-samples", "6"], ["--device", "cpu"]
+    training = ["--training", "learning_rate=1e-3", "--lora", "r=2", "--tokens", "96", "--accept-worse"]
+    return {
+        "inspect": ["inspect", model],
+        "plan": ["plan", model, "--width", "mlp=24"],
+        "apply": ["apply", model, str(folder / "plan.json"), str(folder / "applied"), *cpu],
+        "prune": ["prune", model, str(folder / "pruned"), "--width", "mlp=24", "--skip-layer", "0", *short, *cpu],
+        "export": ["export", str(folder / "pruned"), str(folder / "padded"), "--pad-uniform", *cpu],
+        "calibrate": ["calibrate", model, str(folder / "stats"), *short, *cpu],
+        "evaluate": ["evaluate", str(folder / "pruned"), "--against", model, *short, *cpu],
+        "recover": ["recover", str(folder / "pruned"), str(folder / "trained"), *text, *training, *cpu],
+    }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder, capsys):
+    lines, again = commands(folder), {"prune", "apply", "export", "calibrate", "recover"}
+    assert lines.keys() == set(COMMANDS)
+    for name, line in lines.items():
+        assert main(line) == 0, name
+        text = capsys.readouterr()
+        assert text.out.strip() and "%|" not in text.err and not text.out.startswith("{"), name
+        assert main([*line, "--json", "--quiet", *(["--overwrite"] if name in again else [])]) == 0, name
+        shown = capsys.readouterr()
+        values = json.loads(shown.out)
+        assert isinstance(values, dict) and len(values) > 2 and "%|" not in shown.err, name
+        if name in again:
+            assert values["output"] == line[3 if name == "apply" else 2]
+        if name == "inspect":
+            assert values["spaces"]["attention"] == {"units": [4], "parameters": 6144, "legal": [1, 2, 4]}
+
+
+def test_json_in_a_pipe(folder):
+    line = [*commands(folder)["prune"], "--json", "--overwrite"]
+    line[2] = str(folder / "piped")
+    run = [sys.executable, "-m", "optimum_structprune.commands.cli"]
+    if not Path(sys.executable).with_name("structprune").exists():
+        pytest.skip("the console script is not installed")
+    run = [str(Path(sys.executable).with_name("structprune"))]
+    done = subprocess.run([*run, *line], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == line[2]
+    assert "%|" not in done.stderr and "it/s" not in done.stderr
+
+
+def test_a_trained_result_has_both_reports(folder, capsys):
+    training = ["--recovery", "tokens=96", "--recovery", "lora={r: 2}", "--accept-worse", "--json"]
+    line = [*commands(folder)["prune"], *training]
+    line[2] = str(folder / "both")
+    assert main(line) == 0
+    shown = capsys.readouterr()
+    values = json.loads(shown.out)
+    assert values["perplexity"]["a"]["after"] > 0 and values["recovery"]["perplexity"]["a"]["recovered"] > 0
+    assert f"the pruned model is saved to {line[2]}" in shown.err
+    assert main([*line, "--quiet", "--overwrite"]) == 0
+    assert "the pruned model is saved" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["plan", "evaluate"])
+def test_json_to_a_file_leaves_the_text(name, folder, tmp_path, capsys):
+    line = ["plan", str(folder / "model"), "--width", "mlp=24"]
+    if name == "evaluate":
+        line = ["evaluate", str(folder / "model"), *commands(folder)["calibrate"][3:]]
+    assert main([*line, "--json", str(tmp_path / "out.json")]) == 0
+    text = capsys.readouterr().out
+    assert not text.startswith("{")
+    assert main([*line, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out.json").read_text())
+    assert main([*line, "--json", str(tmp_path / "no" / "out.json")]) == 2
+    assert "cannot be written: there is no folder" in capsys.readouterr().err
+
+
+def switches():
+    return logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled(), datasets.is_progress_bar_enabled()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def parsed(run, quiet=False, json_=False):
+    return Namespace(run=run, quiet=quiet, json=json_, reads_text=True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_bars_are_off_without_a_terminal_and_the_switches_come_back(fails, monkeypatch):
+    seen = []
+
+    def run(args):
+        seen.append(switches())
+        print("a library prints")
+        if fails:
+            raise StructPruneError("no")
+        return Result("text", {})
+
+    level = output.logging.getLogger("transformers.training_args").level
+    for terminal, quiet, bars in [(Terminal(), False, True), (Terminal(), True, False), (io.StringIO(), False, False)]:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(sys, "stdout", shown := io.StringIO())
+        for before in (True, False):
+            (datasets.enable_progress_bars if before else datasets.disable_progress_bars)()
+            (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+            was = switches()
+            assert execute(parsed(run, quiet)) == (2 if fails else 0)
+            on = bars and before
+            assert seen.pop() == (on, not on, on) and switches() == was == (before, not before, before)
+            assert output.logging.getLogger("transformers.training_args").level == level
+        datasets.enable_progress_bars()
+        logging.enable_progress_bar()
+        assert ("a library prints" in terminal.getvalue()) is not quiet
+        assert shown.getvalue() == ("" if fails else "text\ntext\n")
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys):
+    values = {"a": float("nan"), 1: [float("inf"), (1, "x", None, True)], "path": Path("p")}
+    assert execute(parsed(lambda args: Result("", values, 1), json_=True)) == 1
+    assert json.loads(capsys.readouterr().out) == {"a": None, "1": [None, [1, "x", None, True]], "path": "p"}
+
+
+def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert execute(parsed(lambda args: Result("0.5 ± 0.1", {}))) == 0
+    assert raw.getvalue() == b"0.5 ? 0.1\n"
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    code = (
+        "from argparse import Namespace; from optimum_structprune.commands.cli import execute; import sys; "
+        "from optimum_structprune.commands.output import Result; "
+        "sys.exit(execute(Namespace(run=lambda args: Result('x' * 10**6, {}))))"
+    )
+    done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{code}" | true; echo ${{PIPESTATUS[0]}}'],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.stdout == "0\n" and done.stderr == ""
+
+
+def tokenizers_error():
+    Tokenizer.from_str("{")
+
+
+def datasets_error():
+    datasets.load_dataset("json", data_files="/no/where.json")
+
+
+def datasets_inner_error(tmp="x"):
+    datasets.Dataset.from_dict({"a": [1]}).map(lambda row: row["b"])
+
+
+def safetensors_error():
+    raise SafetensorError("header too large")
+
+
+def caused():
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        raise ConnectionError("no route")
+    except ConnectionError as error:
+        raise type("Gone", (Exception,), {"__module__": HfHubHTTPError.__module__})("offline") from error
+
+
+def disk_error():
+    raise OSError(28, "No space left on device", "/out/model.safetensors")
+
+
+def memory_error():
+    raise MemoryError
+
+
+def device_memory_error():
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        (tokenizers_error, "Exception: EOF while parsing"),
+        (datasets_error, "/no/where.json"),
+        (safetensors_error, "SafetensorError: header too large"),
+        (caused, "Gone: offline (because of ConnectionError: no route)"),
+        (disk_error, "/out/model.safetensors: No space left on device."),
+        (memory_error, "There is not enough memory: MemoryError"),
+        (device_memory_error, "There is not enough memory: CUDA out of memory."),
+    ],
+)
+def test_errors_of_the_input_and_the_machine_are_one_line_and_exit_code_2(fail, message, capsys):
+    assert execute(parsed(lambda args: fail())) == 2
+    line, *more = capsys.readouterr().err.splitlines()
+    assert not more and line.startswith("structprune: error: ") and message in line and "unexpected" not in line
+
+
+@pytest.mark.parametrize(
+    "fail", [lambda: 1 / 0, lambda: datasets_inner_error(), lambda: torch.zeros(2) @ torch.zeros(3)]
+)
+def test_bugs_are_one_line_with_a_hint_and_exit_code_1(fail, capsys, monkeypatch):
+    if fail.__code__.co_names == ("datasets_inner_error",):
+        pytest.skip("a function of ours that `datasets` calls is outside this package here")
+    monkeypatch.delenv("STRUCTPRUNE_DEBUG", raising=False)
+    assert execute(parsed(lambda args: fail())) == 1
+    line, *more = capsys.readouterr().err.splitlines()
+    assert not more and line.endswith("please report it with what STRUCTPRUNE_DEBUG=1 in the environment shows.")
+
+
+def test_the_debug_switch_shows_the_traceback(capsys, monkeypatch):
+    monkeypatch.setenv("STRUCTPRUNE_DEBUG", "1")
+    for fail, code in ((lambda args: 1 / 0, 1), (lambda args: disk_error(), 2)):
+        assert execute(parsed(fail)) == code
+        assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("STRUCTPRUNE_DEBUG", "0")
+    assert execute(parsed(lambda args: disk_error())) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_result_reloads(folder):
+    assert AutoModelForCausalLM.from_pretrained(folder / "applied").config.model_type == "llama"
