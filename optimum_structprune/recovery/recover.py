@@ -59,6 +59,9 @@ class Recovery:
         part: The part of the text, from 1, that is trained on where the training is divided over rounds of pruning.
         parts: The number of these parts; no sample is in two of them. With more than one, the checkpoints of each part
             go into a folder `round-PART` of their own.
+
+    Raises:
+        StructPruneError: If `config` is no `RecoveryConfig`.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Recovery:
         part: int = 1,
         parts: int = 1,
     ):
+        if not isinstance(config, RecoveryConfig):
+            raise StructPruneError(f"A recovery takes a RecoveryConfig, got {type(config).__name__}.")
         self.config = config
         self.callbacks = callbacks
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # its amount is not used

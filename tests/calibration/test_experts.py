@@ -27,7 +27,7 @@ def routed(model, space):
 def test_inner_activations_and_consumers_make_the_experts_output(case):
     model = build(case)
     arch = describe(model)
-    of_experts = [space for space in arch.of("mlp") if space.experts]
+    of_experts = [space for space in arch.spaces if space.experts and space.inside]
     spaces = [space for space in of_experts if space.layer == of_experts[-1].layer]
     experts = model.get_submodule(spaces[0].experts)
     call = routed(model, spaces[0])[0]

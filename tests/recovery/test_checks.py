@@ -80,6 +80,11 @@ def test_errors_of_other_libraries_in_training_are_ours():
         assert caught.value.__cause__ is not None and same_weights(model, before)
 
 
+def test_a_config_of_another_kind_is_refused():
+    with pytest.raises(StructPruneError, match="takes a RecoveryConfig, got StructPruneConfig"):
+        recover(build("llama-tied"), tokenizer(), config())
+
+
 @pytest.mark.parametrize("amount", [{"widths": {"hidden": 24}}, {"sparsity": 0.5, "targets": ["layer", "mlp"]}])
 def test_hidden_states_of_pruned_layers_or_channels_are_refused_before_pruning(amount):
     with pytest.raises(StructPruneError, match="hidden_weight=0.5 compares .* and (hidden|layer) is pruned"):
