@@ -103,7 +103,7 @@ SHARED_MOE = {
 }
 NEMOTRON_H = {
     **{key: value for key, value in GROUPED.items() if key != "num_hidden_layers"},
-    "layer_types": ["mamba", "attention", "mlp", "moe"],
+    "layer_types": ["attention", "moe", "mamba", "mlp"],
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 40,
@@ -202,23 +202,21 @@ CASES: dict[str, tuple[str, dict]] = {
     "qwen3_next": ("qwen3_next", {**MOE, **LINEAR, "shared_expert_intermediate_size": 36, "mlp_only_layers": [0]}),
     "qwen3_5_text": ("qwen3_5_text", {**GROUPED, **LINEAR}),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", {**MOE, **LINEAR, "shared_expert_intermediate_size": 36}),
-    "gemma4_text": ("gemma4_text", GEMMA_4),
-    "gemma4_text-experts": (
-        "gemma4_text",
-        {**GEMMA_4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
-    ),
     "gemma3n_text": ("gemma3n_text", GEMMA_3N),
     "glm4_moe": ("glm4_moe", SHARED_MOE),
     "dots1": ("dots1", SHARED_MOE),
     "glm4_moe_lite": ("glm4_moe_lite", LATENT),
     "glm_moe_dsa": ("glm_moe_dsa", {**LATENT, **INDEXED}),
-    "deepseek_v32": ("deepseek_v32", {**LATENT, **INDEXED}),
+    "deepseek_v32": ("deepseek_v32", {**LATENT, **INDEXED, "index_topk": 64}),
     "kimi_linear": ("kimi_linear", {**LATENT, **KIMI}),
     "llama4_text": (
         "llama4_text",
         {**GROUPED, "intermediate_size_mlp": 40, "num_local_experts": 4, "interleave_moe_layer_step": 2},
     ),
-    "minimax": ("minimax", {**GROUPED, **LOCAL_2, "layer_types": ["full_attention", "linear_attention"]}),
+    "minimax": (
+        "minimax",
+        {**GROUPED, **LOCAL_2, "block_size": 8, "layer_types": ["full_attention", "linear_attention"]},
+    ),
     "minimax_m2": ("minimax_m2", {**GROUPED, **LOCAL_2}),
     "ernie4_5_moe": (
         "ernie4_5_moe",
@@ -364,6 +362,12 @@ OTHERS |= {
         AutoModelForImageTextToText,
         "qwen3_5",
         {"text_config": {**GROUPED, **LINEAR}, "vision_config": QWEN_3_VISION},
+    ),
+    "gemma4_text": (AutoModelForCausalLM, "gemma4_text", GEMMA_4),
+    "gemma4_text-experts": (
+        AutoModelForCausalLM,
+        "gemma4_text",
+        {**GEMMA_4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 40},
     ),
     "gemma4": (
         AutoModelForImageTextToText,

@@ -45,7 +45,8 @@ def cached_bytes(model, tokens):
     both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     cache = next(value for value in model(ids, use_cache=True, **both).values() if isinstance(value, Cache))
     layers = getattr(cache, "self_attention_cache", cache).layers
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    # The states of a linear attention do not grow with the text.
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if getattr(layer, "keys", None) is not None)
 
 
 def numbers_of(model):
@@ -59,7 +60,7 @@ def numbers_of(model):
 def numbers_in(outcome, when):
     widths = {space.name: getattr(space, when) for space in outcome.spaces}
     changes = (outcome.parameters, outcome.layer_parameters, outcome.memory, outcome.cache_per_token)
-    return widths, *(getattr(change, when) for change in changes)
+    return widths, *(change and getattr(change, when) for change in changes)
 
 
 def halves(arch):
@@ -77,22 +78,27 @@ WISHES += [
 WISHES += [("mixtral", {"sparsity": 0.3, "round_to": 8}), ("bert", {"sparsity": 0.3, "targets": ("mlp",)})]
 
 
+# Models that cannot be run without weights, so that the size of their cache is not known.
+NO_CACHE_KNOWN = ("gemma4_text", "gemma4_text-experts", "gemma4")
+
+
 @pytest.mark.parametrize(("case", "fields"), WISHES)
 def test_it_says_what_pruning_gives(case, fields):
     model = build(case)
     wish = config(**(fields or {"widths": halves(describe(model))}))
     outcome = dry_run(config_of(model), wish)
     small = prune_model(model, wish, tokenizer())
-    for one, when in ((model, "before"), (small, "after")):
+    for that, when in ((model, "before"), (small, "after")):
         widths, *said = numbers_in(outcome, when)
-        found, *counted = numbers_of(one)
+        counted_widths, *counted = numbers_of(that)
         for name, width in widths.items():
-            assert (width if isinstance(width, dict) else dict.fromkeys(found[name], width)) == found[name]
-        assert said == counted
+            expected = counted_widths[name]
+            assert (width if isinstance(width, dict) else dict.fromkeys(expected, width)) == expected
+        assert said == counted or (case in NO_CACHE_KNOWN and said == [*counted[:-1], None])
     assert outcome.parameters.after < outcome.parameters.before
 
 
-def test_blocks_that_differ():
+def test_layers_that_differ():
     model = build("llama-tied")
     wish = config(widths={"mlp": 24}, skip_layers=(1,))
     outcome = dry_run(config_of(model), wish)

@@ -25,9 +25,9 @@ def imports(path: Path, typing: bool = False):
     tree = ast.parse(path.read_text())
     typed = {
         id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
-        for node in ast.walk(block)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        for node in ast.walk(branch)
     }
     package = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(tree):
@@ -120,7 +120,9 @@ def lines(node: ast.AST) -> int:
 
 
 # Longer than 40 lines (functions) or 150 (classes), each with its reason.
-LONG: dict[str, str] = {}
+LONG = {
+    "config.pruning.StructPruneConfig": "one line per field, and validators that `strict` looks for inside the class",
+}
 
 
 def test_functions_and_classes_are_short():
@@ -139,6 +141,8 @@ def test_public_functions_and_classes_have_docstrings():
     for path in FILES:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                if any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list):
+                    continue  # the docstring is that of the function itself
                 members = [n for n in getattr(node, "body", []) if isinstance(n, ast.FunctionDef)]
                 public = [n for n in members if isinstance(node, ast.ClassDef) and not n.name.startswith("_")]
                 bare += [f"{'.'.join(parts(path))}.{n.name}" for n in [node, *public] if not ast.get_docstring(n)]

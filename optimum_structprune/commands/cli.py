@@ -124,6 +124,8 @@ def explained(error: Exception) -> tuple[int, str]:
 
 def _of_input(error: Exception) -> bool:
     """Whether an error comes from a library that was reading what the user named."""
+    if type(error) is Exception:
+        return True  # tokenizers raises bare ones, from code that leaves no frames
     package = __package__.partition(".")[0]
     called: list[str] = []  # the libraries in the order of the calls, since the last call inside this package
     for frame, _ in traceback.walk_tb(error.__traceback__):

@@ -117,7 +117,7 @@ def _no_bars(reads_text: bool) -> Iterator[None]:
     trainer = logging.getLogger("transformers.training_args")
     level = trainer.level
     # transformers' switch moves that of huggingface_hub too, so it is restored first.
-    switches: list[tuple[bool, Callable[[], None], Callable[[], None]]] = [
+    switches: list[tuple[bool, Callable[..., Any], Callable[..., Any]]] = [
         (
             transformers_logging.is_progress_bar_enabled(),
             transformers_logging.disable_progress_bar,

@@ -18,6 +18,8 @@ from ..errors import StructPruneError
 from ..registry import did_you_mean
 
 
+# Why a field is gone; see `Serialisable.REMOVED`.
+NO_GAIN = "it brought nothing in our benchmark (docs/benchmarks.md)"
 T = TypeVar("T", bound=type)
 # `strict` would refuse 1 where 1.0 is meant; to a type checker an int is a float already.
 if TYPE_CHECKING:

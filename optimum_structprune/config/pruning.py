@@ -15,6 +15,7 @@ from ..errors import StructPruneError
 from ..registry import did_you_mean
 from .domains import DomainConfig, SelfTextConfig, check_names, with_domains
 from .fields import (
+    NO_GAIN,
     Number,
     Serialisable,
     above_one,
@@ -35,7 +36,6 @@ CONFIG_NAME = "structprune_config.json"
 # The fields of which exactly one says how much is removed.
 AMOUNTS = ("sparsity", "widths", "budget")
 BUDGETS = ("parameters", "bytes", "cache_bytes_per_token")
-NO_GAIN = "it brought nothing in our benchmark (docs/benchmarks.md)"
 
 
 def builtin_domains() -> list[DomainConfig]:

@@ -3,12 +3,12 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict, validated_field
 
 from .domains import DomainConfig, check_names, with_domains
-from .fields import Number, Serialisable, config_class, not_negative, positive
+from .fields import NO_GAIN, Number, Serialisable, config_class, positive
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -46,11 +46,7 @@ class RecoveryConfig(Serialisable):
             go there and training can be resumed.
         kl_weight: The share of the divergence from the teacher in the loss; the rest is cross-entropy. Without a
             teacher the loss is cross-entropy whatever stands here.
-        hidden_weight: The weight of the distance between the hidden states of both models after every layer, which is
-            added to the loss. It needs a model with as many layers and hidden channels as the teacher.
         temperature: The number that the logits of both models are divided by before they are compared.
-        direction: `forward` is KL(teacher‖model), which covers all that the teacher does; `reverse` is
-            KL(model‖teacher), which keeps to what the teacher does most.
         top_k: Compare the teacher's k likeliest tokens and all others as one, which saves memory; None compares all.
         teacher_logits: A folder for the teacher's `top_k` likeliest predictions of the training text. They are written
             before training starts and read back during it, so that the teacher is not in memory then.
@@ -66,15 +62,18 @@ class RecoveryConfig(Serialisable):
             another one. The message names the field and the value.
     """
 
+    REMOVED: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        "direction": ("forward", NO_GAIN),
+        "hidden_weight": (0.0, NO_GAIN),
+    }
+
     tokens: int = validated_field(positive, default=200_000)
     seq_length: int | None = validated_field(positive, default=None)
     domains: list[DomainConfig] | None = None
     lora: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     kl_weight: Number = validated_field(_proportion, default=0.25)
-    hidden_weight: Number = validated_field(not_negative, default=0.0)
     temperature: Number = validated_field(positive, default=1.0)
-    direction: Literal["forward", "reverse"] = "forward"
     top_k: int | None = validated_field(positive, default=None)
     teacher_logits: str | None = None
     merge: bool = True
@@ -97,8 +96,8 @@ class RecoveryConfig(Serialisable):
 
     @property
     def distils(self) -> bool:
-        """Whether the loss has a term that compares the model with a teacher."""
-        return bool(self.kl_weight or self.hidden_weight)
+        """Whether the loss compares the model with a teacher."""
+        return bool(self.kl_weight)
 
     def validate_domains(self) -> None:
         """Refuse an empty list of domains, and two of the same name."""
@@ -116,9 +115,5 @@ class RecoveryConfig(Serialisable):
             return
         if self.top_k is None:
             raise ValueError("teacher_logits keeps the teacher's likeliest tokens, so it needs top_k, such as 64")
-        if self.hidden_weight:
-            raise ValueError(
-                f"teacher_logits holds no hidden states, so hidden_weight has to be 0, got {self.hidden_weight}"
-            )
         if not self.kl_weight:
             raise ValueError("teacher_logits is of no use with kl_weight=0; leave one of them out")

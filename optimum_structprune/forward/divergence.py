@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
-def divergence(
-    logits: Tensor, teacher: Tensor, temperature: float = 1.0, direction: str = "forward", top_k: int | None = None
-) -> Tensor:
-    """Mean Kullback-Leibler divergence per position, times temperature² (Hinton et al. 2015, section 2).
+def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+    """Mean divergence KL(teacher‖model) per position, times temperature² (Hinton et al. 2015, section 2).
 
     Args:
         logits: The model's logits, shape `(..., vocab)`.
         teacher: The teacher's logits, of the same shape; no gradient flows into them.
         temperature: The number that both are divided by.
-        direction: `forward` is KL(teacher‖model), `reverse` is KL(model‖teacher).
         top_k: The number of the teacher's likeliest tokens that are told apart; all others count as one event. The
             result is a lower bound of the full divergence. None tells all tokens apart.
 
@@ -25,9 +20,9 @@ def divergence(
         A scalar in nats, fp32.
     """
     if top_k is not None and top_k < teacher.shape[-1]:
-        return divergence_from_likeliest(logits, *likeliest(teacher, top_k, temperature), temperature, direction)
+        return divergence_from_likeliest(logits, *likeliest(teacher, top_k, temperature), temperature)
     mine, theirs = (_log_probabilities(values, temperature) for values in (logits, teacher.detach()))
-    return _mean_divergence(mine, theirs, direction) * temperature**2
+    return _mean_divergence(mine, theirs) * temperature**2
 
 
 def likeliest(teacher: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -47,7 +42,6 @@ def divergence_from_likeliest(
     tokens: Tensor,
     log_probabilities: Tensor,
     temperature: float = 1.0,
-    direction: str = "forward",
 ) -> Tensor:
     """The same as `divergence` with `top_k`, from what `likeliest` gave at the same temperature.
 
@@ -56,33 +50,13 @@ def divergence_from_likeliest(
         tokens: The teacher's likeliest tokens, shape `(..., k)`.
         log_probabilities: Their log-probabilities, of the same shape; no gradient flows into them.
         temperature: The number that the logits are divided by.
-        direction: `forward` is KL(teacher‖model), `reverse` is KL(model‖teacher).
     """
     mine = _log_probabilities(logits, temperature).gather(-1, tokens)
-    return _mean_divergence(_with_rest(mine), _with_rest(log_probabilities), direction) * temperature**2
+    return _mean_divergence(_with_rest(mine), _with_rest(log_probabilities)) * temperature**2
 
 
-def hidden_distance(hidden: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Squared distance between hidden states, relative to the teacher's squared length, mean over tokens and layers.
-
-    Each token is divided by its own length, so that all count alike: the few tokens with huge states would otherwise
-    decide alone.
-
-    Args:
-        hidden: The model's hidden states, one tensor per layer, shape `(..., channels)`.
-        teacher: The teacher's hidden states, of the same shapes; no gradient flows into them.
-    """
-    distances = []
-    for mine, theirs in zip(hidden, teacher, strict=True):
-        target = theirs.detach().float()
-        length = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).eps)
-        distances.append(((mine.float() - target).square().sum(-1) / length).mean())
-    return torch.stack(distances).mean()
-
-
-def _mean_divergence(mine: Tensor, theirs: Tensor, direction: str) -> Tensor:
-    p, q = (theirs, mine) if direction == "forward" else (mine, theirs)
-    return (p.exp() * (p - q)).sum(-1).mean()
+def _mean_divergence(mine: Tensor, theirs: Tensor) -> Tensor:
+    return (theirs.exp() * (theirs - mine)).sum(-1).mean()
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..arch.spec import HIDDEN, LAYER
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.sources import documents
@@ -39,9 +38,8 @@ def check_recovery(
     Raises:
         StructPruneError: If peft or transformers do not know a field or refuse its value, a preset or a file of a
             domain does not exist, the tokens do not give every domain a sample, the samples are longer than the
-            model's positions, the predictions of a teacher are to be kept for text that the model itself writes,
-            hidden states are to be compared across layers or channels that are pruned, or the model is not a causal
-            language model.
+            model's positions, the predictions of a teacher are to be kept for text that the model itself writes, or
+            the model is not a causal language model.
     """
     if parts is None:
         parts = pruning.rounds if config.every_round else 1
@@ -52,18 +50,8 @@ def check_recovery(
     lora_config(config)
     on_cpu = not torch.cuda.is_available() if model is None else model.device.type == "cpu"
     training_arguments(config, text.seed, on_cpu, tempfile.gettempdir(), parts=parts)
-    _check_hidden(config, pruning)
     if model is not None:
         _check_model(model, text.seq_length)
-
-
-def _check_hidden(config: RecoveryConfig, pruning: StructPruneConfig) -> None:
-    pruned = sorted({HIDDEN, LAYER} & {*(pruning.targets if pruning.widths is None else pruning.widths)})
-    if pruned and config.hidden_weight:
-        raise StructPruneError(
-            f"hidden_weight={config.hidden_weight} compares hidden states with the teacher's layer by layer and "
-            f"channel by channel, and {' and '.join(pruned)} is pruned; set hidden_weight=0."
-        )
 
 
 def _check_model(model: PreTrainedModel, seq_length: int) -> None:

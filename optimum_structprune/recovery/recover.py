@@ -252,7 +252,7 @@ class Recovery:
         if teacher is None or not config.distils:
             return None, None
         teacher = load_teacher(teacher, model.dtype, model.device, trust_remote_code)
-        check_teacher(teacher, model, bool(config.hidden_weight))
+        check_teacher(teacher, model)
         return teacher, None
 
 

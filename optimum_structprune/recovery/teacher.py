@@ -62,16 +62,15 @@ def load_teacher(
         raise StructPruneError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
 
 
-def check_teacher(teacher: PreTrainedModel, model: PreTrainedModel, hidden: bool) -> None:
+def check_teacher(teacher: PreTrainedModel, model: PreTrainedModel) -> None:
     """Refuse a teacher that the model cannot be compared with.
 
     Args:
         teacher: The teacher, a causal language model.
         model: The model that learns from it.
-        hidden: Whether their hidden states are compared too.
 
     Raises:
-        StructPruneError: If their vocabularies differ, or their hidden states do and are to be compared.
+        StructPruneError: If their vocabularies differ.
     """
     theirs, mine = (each.config.get_text_config() for each in (teacher, model))
     if theirs.vocab_size != mine.vocab_size:
@@ -79,18 +78,6 @@ def check_teacher(teacher: PreTrainedModel, model: PreTrainedModel, hidden: bool
             f"The teacher has a vocabulary of {theirs.vocab_size} tokens and the model one of {mine.vocab_size}, so "
             "their predictions cannot be compared; take the model that was pruned as the teacher, or leave the "
             "teacher out."
-        )
-    if not hidden:
-        return
-    if theirs.hidden_size != mine.hidden_size:
-        raise StructPruneError(
-            f"hidden_weight compares hidden states, but the teacher's have {theirs.hidden_size} channels and the "
-            f"model's {mine.hidden_size}: its hidden space was pruned; set hidden_weight=0."
-        )
-    if theirs.num_hidden_layers != mine.num_hidden_layers:
-        raise StructPruneError(
-            f"hidden_weight compares hidden states layer by layer, but the teacher has {theirs.num_hidden_layers} "
-            f"layers and the model {mine.num_hidden_layers}; set hidden_weight=0."
         )
 
 

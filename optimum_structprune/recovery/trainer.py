@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..config.fields import build
 from ..config.recovery import TRAINING, RecoveryConfig
 from ..errors import StructPruneError
-from ..forward.divergence import divergence, divergence_from_likeliest, hidden_distance
+from ..forward.divergence import divergence, divergence_from_likeliest
 from ..forward.metrics import evaluating, input_device
 from ..saving.staging import is_write_error
 from .adapter import check_adapter
@@ -177,12 +177,16 @@ class DistillTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, with the teacher in eval mode."""
-        with evaluating(*([] if self.teacher is None else [self.teacher])):
-            return super().train(*args, **kwargs)
+        try:
+            with evaluating(*([] if self.teacher is None else [self.teacher])):
+                return super().train(*args, **kwargs)
+        finally:
+            # accelerate leaves a `forward` that computes in mixed precision on the model itself.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.identity is not None and output_dir is not None:
+        if self.identity is not None and output_dir is not None and self.is_world_process_zero():
             self.identity.save(output_dir)
 
     def tokens_seen(self) -> int:
@@ -210,12 +214,14 @@ class DistillTrainer(Trainer):
         """
         stored = {name: inputs[name] for name in (TOKENS, LOG_PROBABILITIES) if name in inputs}
         model_inputs = {name: value for name, value in inputs.items() if name not in stored}
-        outputs = model(**model_inputs, output_hidden_states=bool(self.teacher and self.recovery.hidden_weight))
+        outputs = model(**model_inputs)
         loss = outputs.loss
         if stored:
             loss = self._mixed(loss, self._stored_divergence(outputs.logits, stored))
         elif self.teacher is not None:
-            loss = self._with_teacher(loss, outputs, self._teacher_outputs(inputs["input_ids"]))
+            theirs = self._teacher_logits(inputs["input_ids"]).to(outputs.logits.device)
+            temperature = float(self.recovery.temperature)
+            loss = self._mixed(loss, divergence(outputs.logits, theirs, temperature, self.recovery.top_k))
         self._check(loss)
         if self._finite is None or self._finite[0] != self.state.global_step:
             weights = {name: tensor.clone() for name, tensor in self._trainable().items()}
@@ -250,28 +256,15 @@ class DistillTrainer(Trainer):
         return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     @torch.no_grad()
-    def _teacher_outputs(self, ids: Tensor) -> Any:
+    def _teacher_logits(self, ids: Tensor) -> Tensor:
         teacher = self.teacher
         assert teacher is not None
-        hidden = bool(self.recovery.hidden_weight)
         with self.accelerator.autocast():
-            return teacher(ids.to(input_device(teacher)), use_cache=False, output_hidden_states=hidden)
-
-    def _with_teacher(self, loss: Tensor, outputs: Any, theirs: Any) -> Tensor:
-        recovery, device = self.recovery, outputs.logits.device
-        if recovery.kl_weight:
-            logits = theirs.logits.to(device)
-            temperature, direction, top_k = float(recovery.temperature), recovery.direction, recovery.top_k
-            loss = self._mixed(loss, divergence(outputs.logits, logits, temperature, direction, top_k))
-        if recovery.hidden_weight:
-            # The first one is the embeddings, before any layer.
-            hidden = [state.to(device) for state in theirs.hidden_states[1:]]
-            loss = loss + recovery.hidden_weight * hidden_distance(outputs.hidden_states[1:], hidden)
-        return loss
+            return teacher(ids.to(input_device(teacher)), use_cache=False).logits
 
     def _stored_divergence(self, logits: Tensor, stored: dict[str, Tensor]) -> Tensor:
-        temperature, direction = float(self.recovery.temperature), self.recovery.direction
-        return divergence_from_likeliest(logits, stored[TOKENS], stored[LOG_PROBABILITIES], temperature, direction)
+        temperature = float(self.recovery.temperature)
+        return divergence_from_likeliest(logits, stored[TOKENS], stored[LOG_PROBABILITIES], temperature)
 
     def _mixed(self, loss: Tensor, divergence: Tensor) -> Tensor:
         weight = self.recovery.kl_weight

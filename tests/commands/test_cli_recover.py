@@ -190,7 +190,6 @@ def test_code_of_the_teacher_is_run_where_it_is_allowed(folder, monkeypatch, cap
         (["--training", "learning_rat=1"], "Did you mean 'learning_rate'"),
         (["--teacher", "no/where"], "'no/where' cannot be loaded"),
         (["--kl-weight", "2"], "between 0 and 1"),
-        (["--direction", "backward"], "('forward', 'reverse'), got backward"),
         (["--domain", "b=./gone.txt"], "gone.txt"),
     ],
 )

@@ -93,7 +93,6 @@ REFUSED = [
     ("llama-tied", {"recovery": training(tokens=23)}, "tokens=23 does not give .* a sample of 24 tokens; 24 is the"),
     ("llama-tied", {"recovery": training(tokens=47, every_round=True), "rounds": 2}, "in each of 2 rounds; 48 is the"),
     ("llama-tied", {"recovery": training(tokens=999, seq_length=65)}, "seq_length=65 is longer than the model's 64"),
-    ("llama-tied", {"recovery": training(hidden_weight=1), "widths": {"layer": 1}}, "hidden_weight=1 compares"),
     (
         "llama-tied",
         {"recovery": RecoveryConfig(domains=[DomainConfig(name="x", source="preset:none")])},

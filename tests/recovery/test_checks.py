@@ -85,13 +85,6 @@ def test_a_config_of_another_kind_is_refused():
         recover(build("llama-tied"), tokenizer(), config())
 
 
-@pytest.mark.parametrize("amount", [{"widths": {"hidden": 24}}, {"sparsity": 0.5, "targets": ["layer", "mlp"]}])
-def test_hidden_states_of_pruned_layers_or_channels_are_refused_before_pruning(amount):
-    with pytest.raises(StructPruneError, match="hidden_weight=0.5 compares .* and (hidden|layer) is pruned"):
-        check_recovery(recovery_config(hidden_weight=0.5), config(**{"widths": None, **amount}))
-    check_recovery(recovery_config(hidden_weight=0.5), config())
-
-
 @pytest.mark.parametrize("case", ["bert", "t5"])
 def test_only_causal_models_are_trained_from_python_too(case):
     with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For"):

@@ -1,0 +1,149 @@
+"""Every numerical path at the sizes of real models, on one thread and on several: SmolLM2's FFN has 1,536 channels, a
+KV group of SmolLM2 192 columns and one of Llama 3 512.
+"""
+
+import pytest
+import torch
+from models import config
+
+from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.criteria import CRITERIA
+from optimum_structprune.criteria.aggregate import standardised
+from optimum_structprune.criteria.mixture import output_energies
+from optimum_structprune.surgery.refit import least_squares, solve_damped, with_damped_factor
+
+
+FFN = 1536
+TOKENS = 2048
+DAMPING = 0.01
+
+
+@pytest.fixture(params=[1, 4], autouse=True)
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def inputs(size, tokens=TOKENS, seed=0):
+    """Correlated inputs with a mean, as activations are: fp32, shape `(tokens, size)`."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(tokens, 8, generator=generator) @ torch.randn(8, size, generator=generator)
+    return torch.randn(tokens, size, generator=generator) + 0.3 * common + 0.5
+
+
+def close(actual, expected, relative):
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    assert error < relative, error
+
+
+def fitted(x, weight, keep, bias, error):
+    """What `least_squares` stands for, from the inputs themselves in fp64."""
+    x, weight = x.double(), weight.double()
+    removed = torch.ones(x.shape[1], dtype=torch.bool)
+    removed[keep] = False
+    left, target = x[:, keep], x[:, removed] @ weight[:, removed].T
+    target = target if error is None else target + error.double()
+    if bias is not None:
+        centre, shift = left.mean(0), target.mean(0)
+        left, target = left - centre, target - shift
+    ridge = torch.diag((DAMPING * left.square().mean(0)).sqrt())
+    tall = torch.cat([left / len(x) ** 0.5, ridge])
+    right = torch.cat([target / len(x) ** 0.5, torch.zeros(len(keep), len(weight), dtype=torch.float64)])
+    change = torch.linalg.lstsq(tall, right).solution.T
+    refitted = weight[:, keep] + change
+    return refitted, None if bias is None else bias.double() + shift - change @ centre
+
+
+@pytest.mark.parametrize("error_feedback", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("size", "kept"), [(FFN, 1024), (3 * 512, 2 * 512)])
+def test_the_refit_is_the_least_squares_solution(size, kept, with_bias, error_feedback):
+    if size == kept + 512 and kept == 1024 and size != FFN:
+        pytest.skip("the same sizes")
+    generator, x = torch.Generator().manual_seed(1), inputs(size)
+    weight = torch.randn(16, size, generator=generator)
+    bias = torch.randn(16, generator=generator) if with_bias else None
+    error = torch.randn(TOKENS, 16, generator=generator) + x[:, :16] if error_feedback else None
+    keep = torch.randperm(size, generator=generator)[:kept].sort().values
+    moments = Moments.empty(size, gram=True, out=16 if error_feedback else None)
+    for part in range(0, TOKENS, 512):
+        moments.update(x[part : part + 512], None if error is None else error[part : part + 512])
+    found, shifted = least_squares(weight, bias, moments, keep, DAMPING)
+    expected, expected_bias = fitted(x, weight, keep, bias, error)
+    close(found, expected, 1e-3)
+    if bias is not None:
+        close(shifted, expected_bias, 1e-2)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_a_singular_gram_matrix_is_solved_with_the_least_damping_that_works(damping):
+    x = inputs(FFN, tokens=100)
+    x[:, 5] = 0  # a channel that never fires
+    gram = Moments.empty(FFN, gram=True).update(x).full_gram()
+    factor = with_damped_factor(gram, damping, lambda factor: factor)
+    ridge = (factor.double() @ factor.double().T - gram.double()).diagonal() / gram.diagonal().double().clamp(min=1e-6)
+    least = max(damping, 1e-8)
+    used = float(ridge[torch.arange(FFN) != 5].median())
+    assert torch.isfinite(factor).all() and used < 1.1 * least if damping else used < 1e-4
+    right = torch.randn(8, FFN, generator=torch.Generator().manual_seed(0)) @ gram
+    solved = solve_damped(gram, right, damping)
+    assert torch.isfinite(solved).all() and float((solved @ gram - right).norm() / right.norm()) < 0.2
+
+
+@pytest.mark.parametrize("columns", [192, 512])
+def test_obs_scores_groups_on_correlated_inputs(columns):
+    x, weight = inputs(3 * columns, tokens=4 * columns), torch.randn(16, 3 * columns)
+    moments = Moments.empty(3 * columns, gram=True).update(x)
+    scores = CRITERIA.get("obs")(config(criterion="obs", damping=1e-6)).score(weight, moments, columns)
+    others = slice(columns, None)
+    target = (x @ weight.T).double()
+    rest = target - x[:, others].double() @ torch.linalg.lstsq(x[:, others].double(), target).solution
+    assert scores.shape == (3,)
+    assert float(scores[0]) == pytest.approx(0.5 * float(rest.square().sum(1).mean()), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", sorted(set(CRITERIA.names()) if hasattr(CRITERIA, "names") else {"obs", "wanda"}))
+def test_every_criterion_scores_the_channels_of_an_ffn(name):
+    moments = Moments.empty(FFN, gram=True).update(inputs(FFN))
+    moments.saliency = torch.rand(FFN, dtype=torch.float64)
+    weight = torch.randn(16, FFN, generator=torch.Generator().manual_seed(2))
+    scores = CRITERIA.get(name)(config(criterion=name)).score(weight, moments, 1)
+    assert scores.shape == (FFN,) and torch.isfinite(scores).all()
+
+
+def test_moments_are_those_of_all_tokens_however_they_come():
+    x, error = inputs(FFN), inputs(16, seed=3)
+    running = Moments.empty(FFN, gram=True, out=16)
+    for part in (slice(0, 1), slice(1, 700), slice(700, None)):
+        running.update(x[part], error[part])
+    halves = [Moments.empty(FFN, gram=True, out=16).update(x[part], error[part])
+              for part in (slice(0, 700), slice(700, None))]  # fmt: skip
+    precise = x.double()
+    for moments in (running, halves[0].merge(halves[1])):
+        assert moments.count == TOKENS
+        close(moments.mean, precise.mean(0), 1e-9)
+        close(moments.square, precise.square().mean(0), 1e-9)
+        close(moments.variance, precise.var(0, correction=0), 1e-8)
+        close(moments.full_gram(), precise.T @ precise / TOKENS, 1e-5)
+        close(moments.error.mean, error.double().mean(0), 1e-5)
+        close(moments.error.cross, error.double().T @ precise / TOKENS, 1e-5)
+
+
+def test_output_energies_are_those_of_the_outputs():
+    x, weight = inputs(FFN), torch.randn(576, FFN, generator=torch.Generator().manual_seed(2))
+    domains = [Moments.empty(FFN, gram=True).update(part) for part in x.split(TOKENS // 2)]
+    for energy, part in zip(output_energies(weight, domains), x.split(TOKENS // 2), strict=True):
+        expected = float((part.double() @ weight.double().T).square().sum(1).mean())
+        assert energy == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("columns_per_unit", [1, 192, 512])
+def test_standardised_scores_have_mean_zero(columns_per_unit):
+    columns = inputs(1, tokens=FFN)[:, 0] * 1e-6 + 1e-3
+    precise = columns.double()
+    expected = ((precise - precise.mean()) / precise.std(correction=0)).reshape(-1, columns_per_unit).mean(1)
+    scores = standardised(columns, columns_per_unit)
+    assert torch.allclose(scores.double(), expected, atol=1e-2)
+    assert torch.isfinite(standardised(torch.ones(FFN), columns_per_unit)).all()
