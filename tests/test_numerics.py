@@ -1,5 +1,5 @@
 """Every numerical path at the sizes of real models, on one thread and on several: SmolLM2's FFN has 1,536 channels, a
-KV group of SmolLM2 192 columns and one of Llama 3 512.
+KV group of SmolLM2 192 columns and one of Llama 3 512. `obs` on such groups is in `criteria/test_criteria.py`.
 """
 
 import pytest
@@ -58,10 +58,8 @@ def fitted(x, weight, keep, bias, error):
 
 @pytest.mark.parametrize("error_feedback", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(("size", "kept"), [(FFN, 1024), (3 * 512, 2 * 512)])
+@pytest.mark.parametrize(("size", "kept"), [(FFN, 1152), (2 * 512, 512)])
 def test_the_refit_is_the_least_squares_solution(size, kept, with_bias, error_feedback):
-    if size == kept + 512 and kept == 1024 and size != FFN:
-        pytest.skip("the same sizes")
     generator, x = torch.Generator().manual_seed(1), inputs(size)
     weight = torch.randn(16, size, generator=generator)
     bias = torch.randn(16, generator=generator) if with_bias else None
@@ -92,19 +90,7 @@ def test_a_singular_gram_matrix_is_solved_with_the_least_damping_that_works(damp
     assert torch.isfinite(solved).all() and float((solved @ gram - right).norm() / right.norm()) < 0.2
 
 
-@pytest.mark.parametrize("columns", [192, 512])
-def test_obs_scores_groups_on_correlated_inputs(columns):
-    x, weight = inputs(3 * columns, tokens=4 * columns), torch.randn(16, 3 * columns)
-    moments = Moments.empty(3 * columns, gram=True).update(x)
-    scores = CRITERIA.get("obs")(config(criterion="obs", damping=1e-6)).score(weight, moments, columns)
-    others = slice(columns, None)
-    target = (x @ weight.T).double()
-    rest = target - x[:, others].double() @ torch.linalg.lstsq(x[:, others].double(), target).solution
-    assert scores.shape == (3,)
-    assert float(scores[0]) == pytest.approx(0.5 * float(rest.square().sum(1).mean()), rel=1e-2)
-
-
-@pytest.mark.parametrize("name", sorted(set(CRITERIA.names()) if hasattr(CRITERIA, "names") else {"obs", "wanda"}))
+@pytest.mark.parametrize("name", ["flap", "magnitude", "obs", "random", "taylor", "wanda"])
 def test_every_criterion_scores_the_channels_of_an_ffn(name):
     moments = Moments.empty(FFN, gram=True).update(inputs(FFN))
     moments.saliency = torch.rand(FFN, dtype=torch.float64)

@@ -135,7 +135,7 @@ def test_an_exception_in_the_middle(monkeypatch, inplace):
     ("case", "fields"),
     [
         ("llama-tied", {"rounds": 2}),
-        ("llama-tied", {"allocation": "sensitivity", "select": "perplexity"}),
+        ("llama-tied", {"allocation": "sensitivity"}),
         ("llama-tied", {"allocation": "global", "criterion": "taylor"}),
         ("mixtral", {"widths": {"layer": 1, "expert": 3, "hidden": 24, "mlp": 24}}),
         ("bert", {"rounds": 2}),
@@ -161,7 +161,6 @@ def test_the_training_mode_comes_back_and_makes_no_difference(case, fields, inpl
     [
         ("llama-tied", {"rounds": 2, "widths": {"mlp": 24, "layer": 1}}),
         ("llama-tied", {"allocation": "sensitivity"}),
-        ("llama-tied", {"select": "perplexity"}),
         ("bert", {"rounds": 2}),
     ],
 )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from ..config.pruning import StructPruneConfig
+    from ..config.recovery import RecoveryConfig
 
 NAME = "prune"
 HELP = "Prune a model and save one that plain from_pretrained loads."
@@ -45,10 +46,8 @@ def run(args: Namespace) -> Result:
     """Prune, save, and show what came of it."""
     from dataclasses import replace
 
-    from ..calibration.stored import Statistics
     from ..pruner import AutoStructPruner
     from ..recovery.checks import check_recovery
-    from ..saving.target import check_apart, check_target, probe_target, used_paths
     from .loading import load_model_and_tokenizer
     from .recovering import recover_and_save, recovery_for
 
@@ -56,11 +55,7 @@ def run(args: Namespace) -> Result:
     # The pruned model is saved before it is trained, so that an interruption loses nothing.
     recovery = None if config.recovery is None or config.recovery.every_round else config.recovery
     config = config if recovery is None else replace(config, recovery=None)
-    check_target(args.output, args.overwrite, [args.model, *used_paths(config, recovery)])
-    check_apart(args.output, config, recovery)
-    probe_target(args.output, _result_bytes(args, config))
-    if config.stats is not None:
-        Statistics.load(config.stats)  # before a model is loaded in vain
+    _check_folders(args, config, recovery)
     pruner = AutoStructPruner.from_config(config)
     model, tokenizer = load_model_and_tokenizer(
         args.model, args.dtype, args.device, args.trust_remote_code, config.arch_file
@@ -89,6 +84,18 @@ def run(args: Namespace) -> Result:
         )
         return Result(f"{text}\n{trained.text}", {**values, "recovery": trained.values}, trained.code)
     return Result(text, values)
+
+
+def _check_folders(args: Namespace, config: StructPruneConfig, recovery: RecoveryConfig | None) -> None:
+    # Before a model is loaded in vain.
+    from ..calibration.stored import Statistics
+    from ..saving.target import check_apart, check_target, probe_target, used_paths
+
+    check_target(args.output, args.overwrite, [args.model, *used_paths(config, recovery)])
+    check_apart(args.output, config, recovery)
+    probe_target(args.output, _result_bytes(args, config))
+    if config.stats is not None:
+        Statistics.load(config.stats)
 
 
 def _result_bytes(args: Namespace, config: StructPruneConfig) -> int:

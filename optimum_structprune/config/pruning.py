@@ -87,9 +87,6 @@ class StructPruneConfig(Serialisable):
             The rounds go toward the target and stop before a domain exceeds it.
         checkpoint_dir: A folder that remembers each round; a run that was killed goes on from there.
         keep_rounds: Whether the smaller and smaller models are left in that folder as `round-1`, `round-2`, …
-        select: Which samples of a pool are used: `random`, `length` (of the longest documents), `diverse` (nearest to
-            the centres of k-means on mean activations) or `perplexity` (the middle of the distribution).
-        pool_factor: The size of that pool, as a multiple of the samples used.
         presets_file: A YAML file with presets of your own, in the form of the built-in `presets.yaml`.
         self_text: How the model writes the domains `self:NAME`.
         num_samples: The number of calibration samples in all, divided over the domains by weight.
@@ -112,9 +109,11 @@ class StructPruneConfig(Serialisable):
     RENAMED: ClassVar[Mapping[str, str]] = {"correction": "error_feedback"}
     REMOVED: ClassVar[Mapping[str, tuple[Any, str]]] = {
         "guard": (False, NO_GAIN),
+        "pool_factor": (4, NO_GAIN),
         "quantile": (0.75, NO_GAIN),
         "reconstruct_epochs": (4, "the refit 'reconstruct' brought nothing; use recovery instead"),
         "reconstruct_rate": (1e-4, "the refit 'reconstruct' brought nothing; use recovery instead"),
+        "select": ("random", NO_GAIN),
     }
 
     method: str = "iterative"
@@ -139,8 +138,6 @@ class StructPruneConfig(Serialisable):
     max_perplexity_ratio: Number | None = validated_field(above_one, default=None)
     checkpoint_dir: str | None = None
     keep_rounds: bool = False
-    select: Literal["random", "length", "diverse", "perplexity"] = "random"
-    pool_factor: int = validated_field(positive, default=4)
     presets_file: str | None = None
     self_text: SelfTextConfig = field(default_factory=SelfTextConfig)
     num_samples: int = validated_field(positive, default=128)
@@ -322,7 +319,6 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
     )
     for needs_text, text in (
         (config.allocation == "sensitivity", "allocation='sensitivity' runs the model on held-out text"),
-        (config.select != "random", f"select={config.select!r} chooses text to calibrate on"),
         (every_round, "recovery with every_round=True calibrates on a trained model after each round"),
     ):
         yield (

@@ -17,7 +17,6 @@ from .generated import self_documents
 from .packing import DOCUMENTS_PER_CALL, Frame, Packed, Tokens, prefix_token, tokenised
 from .presets import resolve
 from .reweight import MOST
-from .select import Selector
 from .sources import documents
 
 
@@ -80,7 +79,7 @@ def load_domains(
         tokenizer: The model's own tokenizer.
         vocab_size: The size of the model's vocabulary, which every token has to lie in.
         heldout_samples: The number of held-out samples per domain, in place of the share that the config says.
-        model: The model that writes the domains `self:NAME`, and sees the pool that `config.select` chooses from.
+        model: The model that writes the domains `self:NAME`.
 
     Raises:
         StructPruneError: If there is no tokenizer or one of another model, a domain gives too little text, or there
@@ -94,7 +93,7 @@ def load_domains(
             f"seq_length={config.seq_length} has no room for text after the prefix; 2 is the least."
         )
     domains = resolve(config.texts, config.presets_file)
-    packer = _Packer(config, domains, frame, heldout_samples, Selector(config, model))
+    packer = _Packer(config, domains, frame, heldout_samples)
     write = partial(self_documents, model, tokenizer, config.self_text) if model is not None else None
     loaded = []
     for index, domain in enumerate(domains):
@@ -211,7 +210,6 @@ class _Packer:
     domains: Sequence[DomainConfig]
     frame: Frame
     num_heldout: int | None
-    selector: Selector
 
     def load(self, index: int, stream: Iterator[Tokens], vocab_size: int | None) -> Domain:
         domain = self.domains[index]
@@ -235,11 +233,10 @@ class _Packer:
         count = self._counts(self.config.num_samples)[index]
         aside, need = self._needs(count)
         heldout = self.frame.take(stream, aside)
-        pool = self.frame.take(stream, need * self.selector.factor)
-        if self.frame.length(pool) < need:
-            raise StructPruneError(self._too_little(index, [*heldout, *pool]))
-        samples = self.selector.pack(self.frame, pool, count)
-        return self.frame.pack(heldout, aside // self.frame.body), samples
+        documents = self.frame.take(stream, need)
+        if self.frame.length(documents) < need:
+            raise StructPruneError(self._too_little(index, [*heldout, *documents]))
+        return self.frame.pack(heldout, aside // self.frame.body), self.frame.pack(documents, count)
 
     def spare(self, index: int, stream: Iterator[Tokens]) -> Packed | None:
         """Further samples, as far as there is text: as many as a larger weight may come to ask for."""

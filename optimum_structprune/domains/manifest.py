@@ -98,7 +98,6 @@ class Manifest:
     Attributes:
         seed: The seed of the order of the documents, and of text that the model wrote.
         seq_length: The number of tokens in a sample.
-        select: How samples were chosen.
         tokenizer: The name of the tokenizer.
         versions: The versions of Python and of the libraries that decide what text comes out.
         domains: One entry for each domain.
@@ -106,7 +105,6 @@ class Manifest:
 
     seed: int
     seq_length: int
-    select: str
     tokenizer: str
     versions: Mapping[str, str]
     domains: Sequence[Entry]
@@ -119,7 +117,6 @@ class Manifest:
         return cls(
             seed=config.seed,
             seq_length=config.seq_length,
-            select=config.select,
             tokenizer="" if tokenizer is None else tokenizer.name_or_path,
             versions={
                 "optimum-structprune": __version__,

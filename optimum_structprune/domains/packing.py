@@ -48,12 +48,6 @@ class Packed:
     mask: Tensor | None
     documents: tuple[tuple[str, ...], ...]
 
-    def select(self, indices: Sequence[int]) -> Packed:
-        """The samples with these indices, in this order."""
-        index = torch.tensor(indices, dtype=torch.long)
-        mask = None if self.mask is None else self.mask[index]
-        return Packed(self.samples[index], mask, tuple(self.documents[i] for i in indices))
-
     @property
     def hashes(self) -> tuple[str, ...]:
         """The hashes of all documents, each once, in the order of first use."""

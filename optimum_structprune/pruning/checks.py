@@ -291,7 +291,6 @@ def without_effect(config: StructPruneConfig) -> Iterator[str]:
         "schedule": (config.rounds == 1, "rounds=1 removes everything at once"),
         "damping": (not gram and config.scored_by != "obs", f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
-        "pool_factor": (config.select == "random", "select='random' has no pool"),
         "presets_file": (not any(text.startswith(PRESET) for text in texts), "no domain is a preset"),
         "self_text": (not any(text.startswith(SELF) for text in texts), "the model writes no domain itself"),
         "num_samples": (stored, "stats were gathered already"),

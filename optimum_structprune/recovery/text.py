@@ -56,7 +56,6 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
         domains=[replace(domain, weight=1.0) for domain in domains],
         num_samples=samples * len(domains),
         seq_length=seq_length,
-        select="random",
         adaptive_rate=0.0,
         objective="mean",
     )

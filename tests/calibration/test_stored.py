@@ -250,7 +250,6 @@ def test_damage_is_named(stats, tmp_path, name, damage, message):
 def test_what_statistics_cannot_give_is_refused(stats, tmp_path):
     model = build("llama-tied")
     for fields, message in (
-        ({"select": "length"}, "select='length' chooses text"),
         ({"recovery": {"every_round": True}}, "every_round=True calibrates on a trained model"),
         ({"recovery": {"tokens": 9}}, "recovery trains on text, stats=.* holds none, and no domain is named"),
     ):

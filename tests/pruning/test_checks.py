@@ -241,7 +241,6 @@ IDLE = [
     ("schedule", "linear", {}, [{"rounds": 2}]),
     ("damping", 0.5, {"refit": "none"}, [{}, {"refit": "none", "criterion": "obs"}]),
     ("error_feedback", 0.25, {"refit": "none"}, [{}, {"criterion": "wanda"}]),
-    ("pool_factor", 2, {}, [{"select": "length"}, {"select": "perplexity"}]),
     ("presets_file", "mine.yaml", {}, [{"domains": PRESETS}, {"recovery": RecoveryConfig(domains=PRESETS)}]),
     ("self_text", {"max_new_tokens": 7}, {}, [{"domains": OWN}, {"recovery": RecoveryConfig(domains=OWN)}]),
     ("num_samples", 9, {"stats": "folder"}, [{}, {"stats": "folder", "recovery": RecoveryConfig()}]),
@@ -266,13 +265,13 @@ def test_options_without_effect_are_named(name, value, idle, effective):
 @pytest.mark.parametrize("use", ["prune", DRY_RUN])
 def test_check_warns_once_of_all_of_them(use):
     model = build("llama-tied")
-    settings = blind(round_to=8, schedule="linear", pool_factor=2, damping=0.5)
+    settings = blind(round_to=8, schedule="linear", damping=0.5)
     with pytest.warns(UserWarning) as caught:
         check(settings, describe(model), model, use)
     (warning,) = caught
     assert str(warning.message) == (
         "These options have no effect here: round_to=8, because widths are taken as they are; schedule='linear', "
-        "because rounds=1 removes everything at once; pool_factor=2, because select='random' has no pool."
+        "because rounds=1 removes everything at once."
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -298,8 +297,6 @@ TRIED = [
     ("damping", 5.0, {"criterion": "wanda"}, True),
     ("error_feedback", 0.0, {"refit": "bias"}, False),
     ("error_feedback", 0.0, {}, True),
-    ("pool_factor", 2, {}, False),
-    ("pool_factor", 2, {"select": "length"}, True),
     ("presets_file", "mine.yaml", {}, False),
     ("self_text", {"max_new_tokens": 7}, {}, False),
 ]

@@ -1,0 +1,277 @@
+"""About 10,000 odd inputs: whatever a user hands in comes out as a value or as a `StructPruneError`.
+
+In CI the examples are the same in every run.
+"""
+
+import json
+import os
+import warnings
+from dataclasses import fields
+from itertools import islice
+
+import datasets
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from optimum_structprune import DomainConfig, Plan, RecoveryConfig, StructPruneConfig, StructPruneError
+from optimum_structprune.arch.families import read_families
+from optimum_structprune.calibration.stored import STATISTICS, Statistics
+from optimum_structprune.config.domains import SelfTextConfig
+from optimum_structprune.config.fields import parse_yaml, read_yaml
+from optimum_structprune.domains.manifest import Manifest
+from optimum_structprune.domains.presets import presets, resolve
+from optimum_structprune.domains.sources import documents
+
+
+CONFIGS = (StructPruneConfig, RecoveryConfig, DomainConfig, SelfTextConfig)
+NAMES = sorted({field.name for config in CONFIGS for field in fields(config)})
+WORDS = [*NAMES, "mlp", "attention", "parameters", "bytes", "obs", "least_squares", "global", "worst", "none", "chat"]
+
+
+def examples(number):
+    return settings(
+        max_examples=number,
+        deadline=None,
+        derandomize="CI" in os.environ,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+
+
+words = st.sampled_from(WORDS) | st.text(max_size=6)
+leaves = (
+    st.none() | st.booleans() | st.integers(-3, 200) | st.integers() | st.floats() | words
+    | st.sampled_from([0.5, 1, 1e-4, "builtin:prose", "preset:code", "{a}", "", float("nan"), 10**400])
+)  # fmt: skip
+values = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def mappings(config):
+    """Mappings whose keys are mostly fields of a config."""
+    names = st.sampled_from([field.name for field in fields(config)]) | words
+    return st.dictionaries(names, values, max_size=4)
+
+
+def altered(whole):
+    """A whole description with single values, anywhere, replaced, left out or added."""
+
+    def places(node, path=()):
+        yield path
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        for key, item in items:
+            yield from places(item, (*path, key))
+
+    def change(changes):
+        node = json.loads(json.dumps(whole))
+        for path, kind, value in changes:
+            if not path:
+                node = value if kind == "set" else node
+                continue
+            at = node
+            try:
+                for key in path[:-1]:
+                    at = at[key]
+                if kind == "set":
+                    at[path[-1]] = value
+                elif kind == "drop":
+                    del at[path[-1]]
+                elif isinstance(at, dict):
+                    at[str(value)] = value
+            except (KeyError, IndexError, TypeError):
+                continue
+        return node
+
+    one = st.tuples(st.sampled_from(list(places(whole))), st.sampled_from(["set", "drop", "add"]), values)
+    return st.lists(one, max_size=3).map(change)
+
+
+def handled(call, *args, **kwargs):
+    """What a call gives; None where it refuses the input."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return call(*args, **kwargs)
+        except StructPruneError as error:
+            assert str(error)
+            return None
+
+
+def as_json(value):
+    return json.dumps(value, default=str)
+
+
+@examples(2500)
+@given(st.one_of(*(st.tuples(st.just(config), mappings(config)) for config in CONFIGS)))
+def test_configs_from_mappings(case):
+    config, data = case
+    built = handled(config.from_dict, data)
+    if built is not None:
+        assert handled(config.from_dict, built.to_dict()) is not None
+
+
+@examples(1000)
+@given(values)
+def test_configs_from_anything(data):
+    for config in CONFIGS:
+        handled(config.from_dict, data)
+
+
+@examples(1500)
+@given(st.one_of(*(st.tuples(st.just(config), mappings(config)) for config in CONFIGS)))
+def test_configs_from_arguments(case):
+    config, data = case
+    handled(config, **data)
+
+
+yaml_bits = st.sampled_from(
+    ["a", "b: ", "- ", "\n", "  ", "&x ", "*x", "[", "]", "{", "}", ", ", ": ", "? ", "!!python/name:os ", "!!set ",
+     "<<: ", "'", '"', "|", ">", "#", "---\n", "...", "%YAML 1.2\n", "1e-4", "0o7", "2020-99-99", "!!binary ", "\t",
+     "\x00", "é", ".nan", "!!timestamp ", "!!int ", "!!float ", "0x", "1:2", "=", "!!omap ", "!!pairs ", "~", "- - "]
+)  # fmt: skip
+
+
+@examples(1500)
+@given(st.lists(yaml_bits, max_size=14).map("".join) | st.text(max_size=40))
+def test_yaml_texts(text):
+    try:
+        parse_yaml(text)
+    except yaml.YAMLError:
+        pass
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz") / "file"
+
+
+@examples(500)
+@given(data=st.binary(max_size=30) | st.lists(yaml_bits, max_size=10).map(lambda bits: "".join(bits).encode()))
+def test_yaml_files(file, data):
+    file.write_bytes(data)
+    handled(read_yaml, file)
+    handled(StructPruneConfig.from_yaml, file)
+    handled(presets, str(file))
+
+
+PLAN = {"model_type": "llama", "keep": {"mlp": {"0": [0, 1], "1": [2]}, "layer": {"-1": [0]}}}
+
+
+@examples(1000)
+@given(data=altered(PLAN) | values)
+def test_plans(file, data):
+    plan = handled(Plan.from_dict, data)
+    if plan is not None:
+        plan.widths()
+        assert handled(Plan.from_dict, plan.to_dict()) == plan
+    file.write_text(as_json(data))
+    loaded = handled(Plan.load, file)
+    if loaded is not None:
+        loaded.widths()
+
+
+ENTRY = {
+    "name": "a", "origin": {"name": "a", "source": "x.txt"}, "weight": 0.5, "calibration_tokens": 5,
+    "evidence_tokens": 5, "heldout_tokens": 2, "samples_sha256": "00", "heldout_sha256": "01", "documents": ["02"],
+    "heldout_documents": ["03"],
+}  # fmt: skip
+MANIFEST = {"seed": 0, "seq_length": 8, "select": "random", "tokenizer": "", "versions": {"torch": "2"}, "domains": [ENTRY]}  # fmt: skip
+
+
+@examples(800)
+@given(data=altered(MANIFEST) | values)
+def test_manifests(file, data):
+    file.write_text(as_json(data))
+    manifest = handled(Manifest.load, file)
+    if manifest is not None:
+        manifest.overlaps("a", ["02"])
+        manifest.overlaps(DomainConfig(name="b", source="x.txt"), ["03"])
+        manifest.save(file)
+        assert handled(Manifest.load, file) is not None
+
+
+STORED = {
+    "model_type": "llama", "model": "00", "tokenizer": "01", "saliency": False,
+    "domains": [{"name": "a", "weight": 1.0, "shape": [2, 3]}], "files": {"x": {"size": 1, "sha256": "00"}},
+}  # fmt: skip
+
+
+@examples(800)
+@given(data=altered(STORED) | values)
+def test_descriptions_of_statistics(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "statistics"
+    folder.mkdir(exist_ok=True)
+    (folder / "x").write_text("1")
+    (folder / STATISTICS).write_text(as_json(data))
+    statistics = handled(Statistics.load, folder)
+    if statistics is not None:
+        str(statistics)
+        for name in statistics.files:
+            handled(statistics._checked, name)
+
+
+FAMILY = [
+    {
+        "model_types": ["mine"],
+        "layer_path": "layers",
+        "layer_class": {"mine": "MineLayer"},
+        "layer": {"size": "num_hidden_layers"},
+        "hidden": {"size": "hidden_size", "embed": "e", "head": "h", "final": "n", "norms": ["n"],
+                   "in": {"q": "unit"}, "out": ["o"]},
+        "missing": {"expert": "why"},
+        "spaces": {
+            "mlp": {"size": "intermediate_size", "out": {"up": "unit"}, "in": {"down": "unit"}, "also": ["g"]},
+            "attention": {"size": "heads", "out": {"q": ["q"]}, "in": {"o": "q"}, "requires": {"x": [1]}},
+        },
+    },
+    {"model_types": ["other"], "text": "text_config"},
+]  # fmt: skip
+
+
+@examples(800)
+@given(data=altered(FAMILY) | values)
+def test_families(file, data):
+    file.write_text(as_json(data))
+    for family in handled(read_families, file) or []:
+        assert all(isinstance(name, str) for name in (*family.model_types, *family.layer_paths))
+        for name, template in family.spaces.items():
+            assert isinstance(name, str) and isinstance(template.size, str)
+
+
+sources = st.tuples(
+    st.sampled_from(
+        ["", "builtin:", "preset:", "self:", "memory:", "/", "~", "./", "**/", "no/where", "*.txt", "a/b"]
+    ),
+    st.sampled_from(["", "code", "math", "prose", "hybrid", "[", "\x00", "*", "é", "x" * 300, "..", "a.csv", "}"])
+    | st.text(max_size=5),
+).map("".join)
+
+
+@examples(600)
+@given(source=sources, template=st.none() | st.sampled_from(["chat", "{text}", "{a}: {b}"]), split=words)
+def test_sources(monkeypatch, tmp_path_factory, source, template, split):
+    def no_hub(*args, **kwargs):
+        if args[:1] == ("json",) or "data_files" in kwargs:
+            raise ValueError("files are read in test_domains.py")
+        raise datasets.exceptions.DatasetNotFoundError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_hub)
+    monkeypatch.chdir(tmp_path_factory.getbasetemp())
+    domain = handled(DomainConfig, name="a", source=source, template=template, split=split)
+    if domain is None or source.startswith(("/", "~", "**", "..", "./")) and "no" not in source:
+        return  # the whole disk is no text
+    for resolved in handled(resolve, [domain]) or []:
+        handled(lambda domain: list(islice(documents(domain, 0), 1)), resolved)
+
+
+@examples(500)
+@given(rows=st.lists(values, max_size=3), template=st.none() | st.sampled_from(["chat", "{text}", "{a}: {mlp}"]))
+def test_rows_in_memory(rows, template):
+    domain = handled(DomainConfig, name="a", source=rows, template=template)
+    if domain is not None:
+        handled(lambda: list(documents(domain, 0)))
