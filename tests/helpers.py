@@ -125,9 +125,9 @@ def silence(model, space, keep):
         logits[..., gone] = float("-inf")
         return logits
 
-    def silent_forward(hidden):
+    def silent_forward(*args):
         with patch("torch.nn.functional.linear", silent_linear):
-            return forward(hidden)
+            return forward(*args)
 
     router.forward = silent_forward
     if hasattr(router, "e_score_correction_bias"):

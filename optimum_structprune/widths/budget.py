@@ -185,7 +185,9 @@ def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
     # The field has another name in newer releases of transformers.
     cache = next(value for value in output.values() if isinstance(value, Cache))
     layers: list[Any] = getattr(cache, "self_attention_cache", cache).layers
-    return sum(layer.keys.numel() + layer.values.numel() for layer in layers)
+    # Linear attention, state-space mixers and short convolutions hold a state whose size no number of tokens changes.
+    growing = [layer for layer in layers if getattr(layer, "keys", None) is not None]
+    return sum(layer.keys.numel() + layer.values.numel() for layer in growing)
 
 
 def biased_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:
