@@ -44,6 +44,7 @@ DOMAINS = ("wiki", "code", "math", "dialogue", "web")
 MIXES: dict[str, dict[str, Any]] = {
     "mix": {},
     "max": {"aggregation": "max"},
+    "zscore": {"normalisation": "zscore"},
     "adaptive": {"adaptive_rate": 1.0},
     "worst-case": {"objective": "worst"},
     "self-generated": {"domains": SELF},
