@@ -122,7 +122,7 @@ def test_configs_from_anything(data):
         handled(config.from_dict, data)
 
 
-@examples(1500)
+@examples(1000)
 @given(st.one_of(*(st.tuples(st.just(config), mappings(config)) for config in CONFIGS)))
 def test_configs_from_arguments(case):
     config, data = case
@@ -180,7 +180,9 @@ ENTRY = {
     "evidence_tokens": 5, "heldout_tokens": 2, "samples_sha256": "00", "heldout_sha256": "01", "documents": ["02"],
     "heldout_documents": ["03"],
 }  # fmt: skip
-MANIFEST = {"seed": 0, "seq_length": 8, "select": "random", "tokenizer": "", "versions": {"torch": "2"}, "domains": [ENTRY]}  # fmt: skip
+MANIFEST = {
+    "seed": 0, "seq_length": 8, "select": "random", "tokenizer": "", "versions": {"torch": "2"}, "domains": [ENTRY],
+}  # fmt: skip
 
 
 @examples(800)
@@ -222,7 +224,7 @@ FAMILY = [
         "layer_class": {"mine": "MineLayer"},
         "layer": {"size": "num_hidden_layers"},
         "hidden": {"size": "hidden_size", "embed": "e", "head": "h", "final": "n", "norms": ["n"],
-                   "in": {"q": "unit"}, "out": ["o"]},
+                   "in": {"n": ["q"]}, "out": ["o"]},
         "missing": {"expert": "why"},
         "spaces": {
             "mlp": {"size": "intermediate_size", "out": {"up": "unit"}, "in": {"down": "unit"}, "also": ["g"]},
@@ -275,3 +277,12 @@ def test_rows_in_memory(rows, template):
     domain = handled(DomainConfig, name="a", source=rows, template=template)
     if domain is not None:
         handled(lambda: list(documents(domain, 0)))
+
+
+def test_what_is_altered_is_right_before(file, tmp_path):
+    for whole, read in ((PLAN, Plan.load), (MANIFEST, Manifest.load), (FAMILY, read_families)):
+        file.write_text(json.dumps(whole))
+        assert read(file)
+    (tmp_path / "x").write_text("1")
+    (tmp_path / STATISTICS).write_text(json.dumps(STORED))
+    assert Statistics.load(tmp_path).tokens == {"a": 6}

@@ -154,6 +154,31 @@ def test_the_training_mode_comes_back_and_makes_no_difference(case, fields, inpl
     assert set(modes(small).values()) == set(modes(model).values()) == {training}
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("case", ["llama-tied", "bert", "mixtral"])
+def test_modules_that_differ_in_their_mode_keep_it(case, inplace, fails, monkeypatch):
+    """Such as a frozen layer in eval mode in a model that is trained."""
+    model = build(case).train()
+    for module in list(model.modules())[5::3]:
+        module.training = False
+    before, shrink = modes(model), sweep.shrink_layer_
+
+    def failing_shrink(model, arch, layer, plan, smaller):
+        shrink(model, arch, layer, plan, smaller)
+        if layer == 1:
+            raise RuntimeError("stop")
+
+    if fails:
+        monkeypatch.setattr(sweep, "shrink_layer_", failing_shrink)
+        with pytest.raises(InPlaceError if inplace else RuntimeError):
+            prune_model(model, config(rounds=2), tokenizer(), inplace=inplace)
+        small = model
+    else:
+        small = prune_model(model, config(rounds=2), tokenizer(), inplace=inplace)
+    assert modes(small) == modes(model) == before and {True, False} == set(before.values())
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(("kind", "training"), [(RuntimeError, True), (KeyboardInterrupt, False)])
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -127,8 +128,8 @@ def _template(entry: Mapping[str, Any], where: str, transposed: bool) -> Templat
         out=_parts(entry.get("out", {}), f"{where}.out"),
         into=_parts(entry.get("in", {}), f"{where}.in"),
         along=_parts(entry.get("with", {}), f"{where}.with"),
-        also=tuple(entry.get("also", ())),
-        pin=tuple(entry.get("pin", ())),
+        also=_names(entry.get("also", ())),
+        pin=_names(entry.get("pin", ())),
         bias=entry.get("bias"),
         transposed=entry.get("transposed", transposed),
         experts=entry.get("experts"),
@@ -149,25 +150,74 @@ def read_families(path: str | Path) -> list[Family]:
     """
     try:
         entries = parse_yaml(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise StructPruneError(f"{path} cannot be read: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
         raise StructPruneError(f"{path} has to hold a list of families, each with model_types, layer_path and spaces.")
-    return [_family(entry, Path(path).name) for entry in entries]
+    families = []
+    for number, entry in enumerate(entries):
+        try:
+            families.append(_family(entry, Path(path).name))
+            _check_types(families[-1], Family)
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, StructPruneError):
+                raise
+            name = entry.get("model_types", f"entry {number}")
+            raise StructPruneError(f"{Path(path).name}: {name} does not describe a family: {error}.") from error
+    return families
+
+
+def _check_types(value: Any, annotation: Any) -> None:
+    """Check a value, and what is in it, against the type that it is declared with.
+
+    Raises:
+        TypeError: If it has another type.
+    """
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return
+    if origin in (Union, UnionType):
+        kinds = [kind for kind in inner if kind is not NoneType]
+        if value is not None:
+            _check_types(value, kinds[0])
+    elif is_dataclass(annotation):
+        for name, kind in get_type_hints(annotation).items():
+            try:
+                _check_types(getattr(value, name), kind)
+            except TypeError as error:
+                raise TypeError(f"{name}: {error}") from error
+    elif annotation is float:
+        _check_types(value, int) if not isinstance(value, float) else None
+    elif not isinstance(value, origin or annotation) or (isinstance(value, bool) and annotation is int):
+        raise TypeError(f"{value!r} is a {type(value).__name__} and not a {(origin or annotation).__name__}")
+    elif origin in (list, tuple):
+        for item in value:
+            _check_types(item, inner[0])
+    elif origin is Mapping:
+        for key, item in value.items():
+            _check_types(key, inner[0])
+            _check_types(item, inner[1])
+
+
+def _names(value: Any) -> tuple[Any, ...]:
+    """A list as a tuple; a single text would become its letters."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{value!r} has to be a list")
+    return tuple(value)
 
 
 def _family(entry: Mapping[str, Any], file: str) -> Family:
-    where = f"{file}: {', '.join(entry.get('model_types', ['?']))}"
+    where = f"{file}: {', '.join(map(str, _names(entry.get('model_types', ['?']))))}"
     entry = _present_names(entry, where)
     if "text" in entry:
         _only(entry, ("model_types", "text"), (), where)
-        return Family(model_types=tuple(entry["model_types"]), text=entry["text"])
+        return Family(model_types=_names(entry["model_types"]), text=entry["text"])
     optional = ("transposed", "missing", "causal", "layer_class", "uniform", "layer", "hidden")
     _only(entry, ("model_types", "layer_path", "spaces"), optional, where)
     path = entry["layer_path"]
     return Family(
-        model_types=tuple(entry["model_types"]),
-        layer_paths=(path,) if isinstance(path, str) else tuple(path),
+        model_types=_names(entry["model_types"]),
+        layer_paths=(path,) if isinstance(path, str) else _names(path),
         spaces={
             name: _template(space, f"{where}.{name}", entry.get("transposed", False))
             for name, space in entry["spaces"].items()
@@ -191,7 +241,7 @@ def _present_names(entry: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 def _depth(entry: Mapping[str, Any], where: str) -> Template:
     _only(entry, ("size",), ("requires", "kinds"), where)
-    return Template(size=entry["size"], requires=entry.get("requires", {}), kinds=tuple(entry.get("kinds", ())))
+    return Template(size=entry["size"], requires=entry.get("requires", {}), kinds=_names(entry.get("kinds", ())))
 
 
 def _residual(entry: Mapping[str, Any], where: str) -> ResidualTemplate:
@@ -202,10 +252,10 @@ def _residual(entry: Mapping[str, Any], where: str) -> ResidualTemplate:
         embed=entry["embed"],
         head=entry["head"],
         final=entry["final"],
-        norms=tuple(entry["norms"]),
+        norms=_names(entry["norms"]),
         into=entry["in"],
-        out=tuple(entry["out"]),
-        pin=tuple(entry.get("pin", ())),
+        out=_names(entry["out"]),
+        pin=_names(entry.get("pin", ())),
         plus=entry.get("plus", 0.0),
         scaled=entry.get("scaled", False),
         transposed=entry.get("transposed", False),

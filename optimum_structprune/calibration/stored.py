@@ -7,6 +7,7 @@ import mmap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,8 @@ class Statistics:
             domains = [StoredDomain(**domain) for domain in data["domains"]]
             files = {name: StoredFile(**file) for name, file in data["files"].items()}
             found = cls(**{**data, "folder": Path(folder), "domains": domains, "files": files})
-        except (KeyError, TypeError, AttributeError) as error:
+            found._check_types()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StructPruneError(f"{path} does not describe statistics ({error}); calibrate again.") from error
         for name, file in found.files.items():
             size = (found.folder / name).stat().st_size if (found.folder / name).is_file() else 0
@@ -120,6 +122,19 @@ class Statistics:
                     f"{found.folder / name} has {size:,} bytes instead of {file.size:,}; calibrate again."
                 )
         return found
+
+    def _check_types(self) -> None:
+        """Refuse values that are not of the types that they are declared with, by a TypeError or a ValueError."""
+        texts = [self.model_type, self.model, *self.files, *(file.sha256 for file in self.files.values())]
+        texts += [domain.name for domain in self.domains] + ([] if self.tokenizer is None else [self.tokenizer])
+        sizes = [file.size for file in self.files.values()] + [size for one in self.domains for size in one.shape]
+        numbers = [*sizes, *(domain.weight for domain in self.domains)]
+        if not all(isinstance(text, str) for text in texts) or any("\0" in name for name in self.files):
+            raise TypeError("a name or a hash is no text")
+        if not isinstance(self.saliency, bool) or not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+            raise TypeError("a size is no whole number")
+        if not all(isinstance(number, (int, float)) and isfinite(number) for number in numbers):
+            raise TypeError("a weight is no number")
 
     def save(self) -> None:
         """Write the description."""

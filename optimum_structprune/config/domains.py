@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict, validated_field
 
 from ..errors import StructPruneError
-from .fields import Number, Serialisable, config_class, filled, not_negative, positive
+from .fields import Number, Serialisable, config_class, filled, mapping_of, not_negative, positive
 
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
@@ -169,7 +169,7 @@ def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
     Raises:
         StructPruneError: If an entry is not a domain.
     """
-    domains = data.get("domains")
+    domains = mapping_of(data, owner).get("domains")
     if not isinstance(domains, list):
         return data
     return {**data, "domains": [as_domain(item, owner) for item in domains]}

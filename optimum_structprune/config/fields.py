@@ -28,11 +28,19 @@ else:
     Number = float | int
 
 
+def finite(value: float) -> bool:
+    """Whether a number is one that a float can hold: no NaN, no infinity, and no integer of hundreds of digits."""
+    try:
+        return isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _range(allowed: Callable[[float], bool], what: str) -> Callable[[Any], None]:
     """A validator that passes finite numbers in a range, and whatever is no number: `strict` checks types."""
 
     def validate(value: Any) -> None:
-        if isinstance(value, (int, float)) and not (isfinite(value) and allowed(value)):
+        if isinstance(value, (int, float)) and not (finite(value) and allowed(value)):
             raise ValueError(what.format(value))
 
     return validate
@@ -76,7 +84,22 @@ class Serialisable:
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
-        return cls(**{str(name): value for name, value in data.items()})
+        return cls(**{str(name): value for name, value in mapping_of(data, cls.__name__).items()})
+
+
+def mapping_of(data: Any, owner: str) -> Mapping[str, Any]:
+    """The mapping itself.
+
+    Args:
+        data: What should be a mapping of fields.
+        owner: The name of what they are the fields of, for the message.
+
+    Raises:
+        StructPruneError: If it is something else.
+    """
+    if not isinstance(data, Mapping):
+        raise StructPruneError(f"{owner} takes a mapping of fields, got {type(data).__name__}.")
+    return data
 
 
 def present_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +179,7 @@ def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
     """
     try:
         data = parse(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise StructPruneError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, Mapping):
         raise StructPruneError(f"{path} has to hold a mapping of fields, found {type(data).__name__}.")
@@ -190,6 +213,9 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, PlainLoader)  # a safe loader
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        # What PyYAML makes of a tag that does not fit its value, such as a date of no calendar.
+        raise yaml.YAMLError(f"a value is not what its tag says ({error})") from error
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:

@@ -4,7 +4,6 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -21,6 +20,7 @@ from .fields import (
     above_one,
     config_class,
     filled,
+    finite,
     not_negative,
     positive,
     proportion,
@@ -224,7 +224,7 @@ class StructPruneConfig(Serialisable):
         for name, most in (self.budget or {}).items():
             if name not in BUDGETS:
                 raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")
-            if not (isfinite(most) and most > 0):
+            if not (finite(most) and most > 0):
                 raise ValueError(f"budget[{name!r}] has to be greater than 0, got {most}")
         if self.budget is not None and len(self.budget) != 1:
             raise ValueError(f"budget names exactly one of {', '.join(BUDGETS)}, got {self.budget}")

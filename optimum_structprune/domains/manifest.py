@@ -29,6 +29,8 @@ LIBRARIES = ("torch", "transformers", "datasets", "tokenizers")
 WHERE = ("source", "dataset_config", "split", "revision")
 # Names that the fields of an entry had in earlier versions.
 FORMER_KEYS = {"blocks_sha256": "samples_sha256"}
+# Keys of earlier versions that say nothing any more.
+REMOVED_KEYS = {"select"}
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,20 @@ class Entry:
     def from_dict(cls, data: Mapping[str, Any]) -> Entry:
         """An entry from its fields; those of earlier versions may have their old names."""
         return cls(**{FORMER_KEYS.get(key, key): value for key, value in data.items()})
+
+    def check_types(self) -> None:
+        """Refuse values that another program has written.
+
+        Raises:
+            TypeError: If a value is not of the type that it is declared with.
+        """
+        if not isinstance(self.name, str) or not isinstance(self.origin, Mapping):
+            raise TypeError(f"the domain {self.name!r} has no name or no origin")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):
+            raise TypeError(f"the domain {self.name!r} has the weight {self.weight!r}")
+        for hashes in (self.documents, self.heldout_documents):
+            if not isinstance(hashes, list) or not all(isinstance(one, str) for one in hashes):
+                raise TypeError(f"the domain {self.name!r} has no list of the hashes of its documents")
 
     def uses(self, source: str | DomainConfig) -> bool:
         """Whether the domain has this name or this source, or was read from where this other domain says."""
@@ -141,8 +157,12 @@ class Manifest:
         path = path / MANIFEST_NAME if path.is_dir() else path
         data = read_mapping(path, json.loads)
         try:
-            return cls(**{**data, "domains": [Entry.from_dict(entry) for entry in data["domains"]]})
-        except (KeyError, TypeError, AttributeError) as error:
+            fields = {name: value for name, value in data.items() if name not in REMOVED_KEYS}
+            manifest = cls(**{**fields, "domains": [Entry.from_dict(entry) for entry in data["domains"]]})
+            for entry in manifest.domains:
+                entry.check_types()
+            return manifest
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StructPruneError(f"{path} is no calibration manifest: {error}") from error
 
     def overlaps(self, domain_name_or_source: str | DomainConfig, document_hashes: Collection[str] = ()) -> list[str]:

@@ -109,18 +109,23 @@ class Plan:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError: If what is kept is not a list of whole numbers.
+            StructPruneError: If it is no plan, or what is kept is not a list of whole numbers.
         """
-        for name, by_layer in data["keep"].items():
-            for layer, units in by_layer.items():
-                if not isinstance(units, (list, tuple)) or any(type(unit) is not int for unit in units):
-                    raise ValueError(f"{name!r} in layer {layer} has to keep a list of whole numbers")
-        keep = {
-            (int(layer), name): tuple(units)
-            for name, by_layer in data["keep"].items()
-            for layer, units in by_layer.items()
-        }
-        return cls(model_type=data["model_type"], keep=keep)
+        try:
+            for name, by_layer in data["keep"].items():
+                for layer, units in by_layer.items():
+                    if not isinstance(units, (list, tuple)) or any(type(unit) is not int for unit in units):
+                        raise ValueError(f"{name!r} in layer {layer} has to keep a list of whole numbers")
+            keep = {
+                (int(layer), str(name)): tuple(units)
+                for name, by_layer in data["keep"].items()
+                for layer, units in by_layer.items()
+            }
+            if not isinstance(model_type := data["model_type"], str):
+                raise ValueError(f"the model type has to be a name, got {model_type!r}")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise StructPruneError(f"This is not a pruning plan: {error!r}.") from error
+        return cls(model_type=model_type, keep=keep)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -136,5 +141,5 @@ class Plan:
         data = read_mapping(Path(path), json.loads)
         try:
             return cls.from_dict(data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StructPruneError(f"{path} is not a pruning plan: {error!r}") from error
+        except StructPruneError as error:
+            raise StructPruneError(f"{path} is not a pruning plan: {error.__cause__!r}") from error

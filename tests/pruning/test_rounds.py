@@ -221,14 +221,30 @@ def test_a_killed_run_goes_on_where_it_was(fields, tmp_path, kill, titles):
     assert pruner.report.rounds == expected.report.rounds
 
 
+UNDER_A_FLOOR = {
+    "rounds": 4,
+    "max_perplexity_ratio": 1.47,
+    "round_to": 8,
+    "adaptive_rate": 0.5,
+    "keep_rounds": True,
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run under a floor that nothing has killed: the model, the pruner and the names in its folder."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    whole, expected = pruned(*stories_model(), two_domains(**UNDER_A_FLOOR, checkpoint_dir=str(folder)))
+    assert [entry["holds"] for entry in expected.report.rounds] == [True, False, True, False]
+    return whole, expected, {path.name for path in folder.iterdir()}
+
+
 @needs_shared
 @pytest.mark.parametrize("last", [2, 3, 4])
-def test_a_killed_run_under_a_floor_goes_on_where_it_was(last, tmp_path, kill):
+def test_a_killed_run_under_a_floor_goes_on_where_it_was(last, uninterrupted, tmp_path, kill):
+    whole, expected, names = uninterrupted
     model, reader = stories_model()
-    settings = {"rounds": 4, "max_perplexity_ratio": 1.47, "round_to": 8, "adaptive_rate": 0.5, "keep_rounds": True}
-    whole, expected = pruned(model, reader, two_domains(**settings, checkpoint_dir=str(tmp_path / "a")))
-    again = two_domains(**settings, checkpoint_dir=str(tmp_path / "b"))
-    assert [one["holds"] for one in expected.report.rounds] == [True, False, True, False]
+    again = two_domains(**UNDER_A_FLOOR, checkpoint_dir=str(tmp_path))
     kill(last)
     with pytest.raises(Killed):
         pruned(model, reader, again)
@@ -236,7 +252,7 @@ def test_a_killed_run_under_a_floor_goes_on_where_it_was(last, tmp_path, kill):
     resumed, pruner = pruned(model, reader, again)
     assert pruner.plan == expected.plan and same_weights(resumed, whole)
     assert pruner.report.rounds == expected.report.rounds
-    assert {one.name for one in (tmp_path / "a").iterdir()} == {one.name for one in (tmp_path / "b").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 @pytest.fixture
