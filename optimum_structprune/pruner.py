@@ -80,9 +80,11 @@ class StructPruner:
         config = self.config
         arch = checked(config, model, tokenizer, inputs)
         model, dense = _to_change(model, inplace)
-        evidence = Evidence.read(config, model, tokenizer, inputs)
-        with Run(config, model, evidence, tokenizer, inplace) as run:
-            widths = choose_widths(config, arch, model, evidence, run.report)
+        report = Report(arch.model_type, config.scored_by)
+        with report.timed("domains"):
+            evidence = Evidence.read(config, model, tokenizer, inputs)
+        with Run(config, model, evidence, tokenizer, inplace, report) as run:
+            widths = choose_widths(config, arch, model, evidence, report)
             run.start(dense)
             for step in self.steps(arch, model, widths):
                 self.take_(run, step)
@@ -90,7 +92,7 @@ class StructPruner:
                     run.compare()
                     run.recover(step.part, step.parts)
             run.finish(arch)
-        self.plan, self.report, self.manifest = run.plan, run.report, evidence.manifest(tokenizer)
+        self.plan, self.report, self.manifest = run.plan, report, evidence.manifest(tokenizer)
         return model
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:

@@ -11,6 +11,8 @@ from statistics import fmean
 MOST = {"mean": 2.0, "worst": 8.0}
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-6
+# Larger ones, also infinite ones, say no more than that the domain is lost.
+MOST_LOSS = 100.0
 HALVINGS = 100
 
 
@@ -32,7 +34,7 @@ def reweighted(
     Returns:
         Shares that sum to 1.
     """
-    sizes = [max(loss, LEAST_LOSS) for loss in losses]
+    sizes = [min(max(loss, LEAST_LOSS), MOST_LOSS) for loss in losses]
     typical = fmean(sizes)
     moved = [share * exp(rate * (size / typical - 1)) for share, size in zip(shares, sizes, strict=True)]
     return within(moved, weights, MOST[objective])

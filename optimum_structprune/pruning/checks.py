@@ -173,11 +173,6 @@ def space_rules(case: Case) -> Rules:
         "adaptive_rate, objective='worst' and max_perplexity_ratio go by perplexity, which a model of type "
         f"{arch.model_type!r} does not have; leave them out.",
     )
-    yield (
-        not arch.causal and config.allocation == "sensitivity",
-        "allocation='sensitivity' measures the predictions of the next token, which a model of type "
-        f"{arch.model_type!r} does not make; use allocation='global' or 'uniform'.",
-    )
 
 
 def statistics_rules(case: Case) -> Rules:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isnan
+from math import inf, isnan
 from typing import TYPE_CHECKING
 
 from ..errors import StructPruneError
@@ -36,11 +36,16 @@ class Measure:
         self.dense = {name: self._of(model, name) for name in self.heldout}
 
     def ratios(self, model: PreTrainedModel) -> dict[str, float]:
-        """Perplexity as a multiple of the dense model's, by domain."""
-        return {name: self._of(model, name) / self.dense[name] for name in self.heldout}
+        """Perplexity as a multiple of the dense model's, by domain; infinity where it is not a number."""
+        ratios = {name: perplexity(model, samples) / self.dense[name] for name, samples in self.heldout.items()}
+        return {name: inf if isnan(ratio) else ratio for name, ratio in ratios.items()}
 
     def after(self, model: PreTrainedModel, report: Report) -> None:
-        """Put the figures of the smaller model into the report, beside those of the dense one."""
+        """Put the figures of the smaller model into the report, beside those of the dense one.
+
+        Raises:
+            StructPruneError: If the perplexity of the smaller model is not a number.
+        """
         for name, before in self.dense.items():
             after = self._of(model, name)
             if isinstance(before, float):
