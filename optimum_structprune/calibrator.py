@@ -23,6 +23,7 @@ from .domains.manifest import MANIFEST_NAME
 from .errors import StructPruneError
 from .fingerprint import fingerprint, vocabulary_hash
 from .forward.metrics import evaluating
+from .pruning.arguments import check_arguments, check_config_kind
 from .pruning.checks import CALIBRATE, check
 from .pruning.evidence import Evidence
 from .saving.ranks import is_alone
@@ -59,6 +60,8 @@ def calibrate(
         StructPruneError: If the folder exists, the disk is too small, a domain cannot be read, or the model has
             experts.
     """
+    check_config_kind(config)
+    check_arguments(model, tokenizer, inputs)
     used = [model.name_or_path, *used_paths(config)]
     if is_alone():
         check_target(folder, overwrite, used)

@@ -15,6 +15,7 @@ from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.load import Domain
 from .domains.manifest import Manifest
+from .pruning.arguments import check_arguments, check_config_kind
 from .pruning.checks import check
 from .pruning.choose import choose_widths
 from .pruning.evidence import Evidence
@@ -47,9 +48,13 @@ class StructPruner:
         report: The numbers of the last run; None before there was one.
         plan: The units of the dense model that the last run kept.
         manifest: What the last run was calibrated on.
+
+    Raises:
+        StructPruneError: If `config` is no `StructPruneConfig`.
     """
 
     def __init__(self, config: StructPruneConfig):
+        check_config_kind(config)
         self.config = config
         self.report: Report | None = None
         self.plan: Plan | None = None
@@ -174,6 +179,7 @@ class AutoStructPruner:
         Raises:
             StructPruneError: If no pruner is registered under that name.
         """
+        check_config_kind(config)
         return PRUNERS.get(config.method)(config)
 
 
@@ -201,6 +207,7 @@ def checked(
     Raises:
         StructPruneError: If it cannot; see `pruning.checks.check`.
     """
+    check_arguments(model, tokenizer, inputs)
     check_plain(model)
     shapes = skeleton(model, model.config) if is_quantized(model) else model
     arch = describe(shapes, config.arch_file)
