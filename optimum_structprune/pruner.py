@@ -12,6 +12,7 @@ from .arch.load import describe
 from .arch.meta import skeleton
 from .arch.plain import check_plain, dequantized, is_quantized
 from .arch.spec import ArchSpec, Widths
+from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .domains.load import Domain
 from .domains.manifest import Manifest
@@ -84,10 +85,10 @@ class StructPruner:
         """
         config = self.config
         arch = checked(config, model, tokenizer, inputs)
-        model, dense = _to_change(model, inplace)
         report = Report(arch.model_type, config.scored_by)
         with report.timed("domains"):
-            evidence = Evidence.read(config, model, tokenizer, inputs)
+            evidence = Evidence.read(config, _to_read(model, config), tokenizer, inputs)
+        model, dense = _to_change(model, inplace)
         with Run(config, model, evidence, tokenizer, inplace, report) as run:
             widths = choose_widths(config, arch, model, evidence, report)
             run.start(dense)
@@ -213,6 +214,15 @@ def checked(
     arch = describe(shapes, config.arch_file)
     check(config, arch, shapes, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
     return arch
+
+
+def _to_read(model: PreTrainedModel, config: StructPruneConfig) -> PreTrainedModel:
+    """The model that writes text and that stored moments are compared with.
+
+    A quantized model is unpacked for that, in a copy: it stays packed where its text is not enough.
+    """
+    asked = config.stats is not None or any(map(written_by_model, config.texts))
+    return dequantized(model, inplace=False) if asked else model
 
 
 def _to_change(model: PreTrainedModel, inplace: bool) -> tuple[PreTrainedModel, PreTrainedModel | None]:

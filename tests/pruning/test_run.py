@@ -264,7 +264,6 @@ def test_a_quantized_model_stays_packed_where_a_wish_is_refused(fields, reader, 
     assert small is model and type(model.model.layers[0].mlp.up_proj) is nn.Linear
 
 
-@pytest.mark.xfail(strict=True, reason="issue 13: a quantized model is unpacked in place before its text is read")
 def test_a_quantized_model_stays_packed_where_its_text_is_not_enough():
     model = quantized()
     short = config(domains=[DomainConfig(name="short", source=documents(2))])
