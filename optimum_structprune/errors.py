@@ -1,5 +1,12 @@
 """What goes wrong, in words a user can act on."""
 
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+NAMED = 3  # so many names in a message
+
 
 class StructPruneError(ValueError):
     """A mistake in the input. The message names the thing, what was found and the nearest legal choice. Nothing has
@@ -9,3 +16,14 @@ class StructPruneError(ValueError):
 
 class InPlaceError(StructPruneError, RuntimeError):
     """Pruning stopped after a model that was to be changed in place had begun to change: load the model again."""
+
+
+def one_line(message: object) -> str:
+    """A message, such as the error of another library, in one line."""
+    return " ".join(str(message).split())
+
+
+def some_of(names: Collection[str]) -> str:
+    """The first names, and how many more there are: `"a, b, c and 4 more"`."""
+    more = len(names) - NAMED
+    return ", ".join([*names][:NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -27,7 +27,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -38,9 +38,10 @@ def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def tensor_hash(tensor: Tensor) -> str:
     """The SHA-256 of a tensor's bytes, in hexadecimal digits."""
-    return sha256(_bytes(tensor)).hexdigest()
+    return sha256(raw_bytes(tensor)).hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on any device, in order."""
     # Viewed as uint8, because numpy has no bfloat16.
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -30,11 +30,11 @@ from .surgery.followers import Average, check_state, slice_state_
 from .surgery.plan import Plan
 from .surgery.resize import resize_
 from .widths.budget import widths_of
-from .widths.schedule import next_legal, round_widths
+from .widths.schedule import legal_round_widths
 
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 # Optimizers whose state is one number per weight, or one per parameter.
 ELEMENTWISE = (optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam)
@@ -117,7 +117,8 @@ class StructPruneCallback(TrainerCallback, ExportableState):
             self.plan = Plan.from_dict(earlier["attributes"]["kept"])
         arch, widths = cast("tuple[ArchSpec, Widths]", self._dense)
         numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
-        self.steps = dict(zip(numbers, _courses(self.config, arch, model.config, widths, len(numbers)), strict=True))
+        in_rounds = replace(self.config, rounds=len(numbers))
+        self.steps = dict(zip(numbers, legal_round_widths(in_rounds, arch, model.config, widths), strict=True))
         self._due = dict(self.steps)
         if self.calibration == "domains":
             vocab_size = model.config.get_text_config().vocab_size
@@ -375,13 +376,6 @@ def _resizing_init(model_init: Callable[..., Any], callback: StructPruneCallback
         return model
 
     return init
-
-
-def _courses(
-    config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig, widths: Widths, count: int
-) -> list[Widths]:
-    course = round_widths(replace(config, rounds=count), arch, widths)
-    return [next_legal(model_config, arch, goal) for goal in course]
 
 
 def _inner(optimizer: Any) -> optim.Optimizer:

@@ -30,6 +30,12 @@ def logits(model):
     return model(token_ids()).logits
 
 
+def save_with_tokenizer(model, folder) -> None:
+    """Save a model of `build` as a folder that a command line can name."""
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
 def same_weights(left, right) -> bool:
     """Bit for bit, where a NaN equals a NaN."""
     mine, theirs = left.state_dict(), right.state_dict()

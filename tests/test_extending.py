@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build, documents, tokenizer
+from helpers import save_with_tokenizer
+from models import build, documents
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruneConfig
@@ -54,8 +55,7 @@ def installed(tmp_path_factory):
 
 
 def test_a_third_partys_classes_on_the_command_line(installed, tmp_path):
-    build("llama-tied").save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
+    save_with_tokenizer(build("llama-tied"), tmp_path / "model")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80)))
     (tmp_path / "run.yaml").write_text("method: careful\nnum_samples: 6\nseq_length: 24\n")
     flags = ["--config", "run.yaml", "--criterion", "redundancy", "--width", "mlp=24", "--domain", "a=a.jsonl"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from .meta import skeleton
 
 
@@ -90,8 +90,7 @@ def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
         return plain.dequantize()
     except NotImplementedError as error:
         raise StructPruneError(
-            f"{problem}, which transformers cannot undo ({' '.join(str(error).split())}); load it without "
-            "quantization."
+            f"{problem}, which transformers cannot undo ({one_line(error)}); load it without quantization."
         ) from error
 
 

@@ -16,6 +16,8 @@ from textwrap import dedent
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ..errors import one_line
+
 
 if TYPE_CHECKING:
     from ..config.pruning import StructPruneConfig
@@ -171,7 +173,7 @@ def _yaml(text: str) -> Any:
     try:
         return parse_yaml(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise ArgumentTypeError(f"{text!r} is not YAML: {' '.join(str(error).split())}") from error
+        raise ArgumentTypeError(f"{text!r} is not YAML: {one_line(error)}") from error
 
 
 def domain(text: str) -> dict[str, Any]:

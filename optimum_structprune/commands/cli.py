@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from .. import __version__
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from .output import Result, check_output, show, working
 
 
@@ -101,7 +101,7 @@ def execute(args: Namespace) -> int:
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             traceback.print_exc()
         code, text = explained(error)
-        sys.stderr.write(f"structprune: error: {' '.join(text.split())}\n")
+        sys.stderr.write(f"structprune: error: {one_line(text)}\n")
         return code
 
 

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from ..arch.heterogeneous import enable_heterogeneous
 from ..arch.meta import meta_model, model_class
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line, some_of
 
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What `--device` takes beside the names of devices: ways to spread a model over all of them.
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
-NAMED = 3  # so many names in a message
 
 
 def load_model_and_tokenizer(
@@ -151,7 +150,7 @@ def _check_weights(name: str, loaded: Mapping[str, Collection[Any]]) -> None:
     """Refuse a model whose weights are not all those of its files."""
     if missing := sorted(loaded["missing_keys"]):
         raise StructPruneError(
-            f"{name!r} lacks weights that its config asks for, which would be random: {_some(missing)}. The config "
+            f"{name!r} lacks weights that its config asks for, which would be random: {some_of(missing)}. The config "
             "and the weights have to be of the same model."
         )
     if mismatched := sorted(loaded["mismatched_keys"]):
@@ -162,16 +161,11 @@ def _check_weights(name: str, loaded: Mapping[str, Collection[Any]]) -> None:
             f"{tuple(here)} by the config{more}."
         )
     if errors := loaded.get("error_msgs"):
-        raise StructPruneError(f"{name!r} cannot be loaded: {' '.join(str(next(iter(errors))).split())}")
+        raise StructPruneError(f"{name!r} cannot be loaded: {one_line(next(iter(errors)))}")
     if unexpected := sorted(loaded["unexpected_keys"]):
         logger.warning(
-            "%r has weights that the model does not use, and they are dropped: %s.", name, _some(unexpected)
+            "%r has weights that the model does not use, and they are dropped: %s.", name, some_of(unexpected)
         )
-
-
-def _some(names: Collection[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join([*names][:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _cannot_load(
@@ -247,7 +241,7 @@ def _described(error: Exception) -> str:
 
 def _line(error: Exception) -> str:
     """The message of an error in one line, as far as a sentence."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error)[:300] or type(error).__name__
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from argparse import ArgumentParser
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from shlex import join
 from typing import TYPE_CHECKING
@@ -97,13 +98,15 @@ def recover_and_save(
                 model, tokenizer, teacher, resume=resume, trust_remote_code=trust_remote_code
             )
     except KeyboardInterrupt:
-        again = ["structprune", "recover", pruned_folder, output]
-        again += ["--teacher", teacher] if teacher else []
-        again += ["--arch", arch_file] if arch_file else []
-        again += ["--trust-remote-code"] if trust_remote_code else []
-        again += ["--overwrite"] if overwrite else []
-        again += ["--accept-worse"] if accept_worse else []
-        line = join([*again, "--resume"])
+        flags = {
+            "--teacher": teacher,
+            "--arch": arch_file,
+            "--trust-remote-code": trust_remote_code,
+            "--overwrite": overwrite,
+            "--accept-worse": accept_worse,
+            "--resume": True,
+        }
+        line = join(["structprune", "recover", pruned_folder, output, *_flags(flags)])
         sys.stderr.write(f"structprune: interrupted; go on with `{line}` and the same settings.\n")
         raise
     report = recovery.report
@@ -121,6 +124,13 @@ def recover_and_save(
     if recovery.config.training["output_dir"] == _checkpoints(output):
         remove_checkpoints(_checkpoints(output))
     return Result(text, values)
+
+
+def _flags(values: Mapping[str, str | bool | None]) -> list[str]:
+    """A command line's flags: those that are True alone, those with a text before it, and no others."""
+    return [
+        part for flag, value in values.items() if value for part in ((flag,) if value is True else (flag, str(value)))
+    ]
 
 
 def _checkpoints(output: str) -> str:

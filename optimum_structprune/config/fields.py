@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
 
 
@@ -136,7 +136,7 @@ def config_class(cls: T) -> T:
         try:
             init(self, *args, **values)
         except (StrictDataclassError, TypeError) as error:
-            raise StructPruneError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
+            raise StructPruneError(f"{cls.__name__}: {one_line(error)}") from error
 
     cls.__init__ = checked  # type: ignore[misc]
     return cls
@@ -159,7 +159,7 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
     try:
         return cls(**values)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise StructPruneError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
+        raise StructPruneError(f"{cls.__name__}: {one_line(error)}") from error
 
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import yaml
 from huggingface_hub.dataclasses import strict, validated_field
@@ -179,11 +179,6 @@ class StructPruneConfig(Serialisable):
         if isinstance(recovery := data.get("recovery"), Mapping):
             data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
         return super().from_dict(data)
-
-    @property
-    def asked_widths(self) -> Mapping[str, int | Mapping[int, int]] | None:
-        """`widths` with numbers for single layers by layer."""
-        return cast("Mapping[str, int | Mapping[int, int]] | None", self.widths)
 
     @property
     def texts(self) -> list[DomainConfig]:

@@ -13,7 +13,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.domains import IN_MEMORY, SELF, DomainConfig
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
 from .builtin import builtin_documents, sections
 from .templates import Row, rendered, string
@@ -118,7 +118,7 @@ def _load_saved(domain: DomainConfig) -> Dataset:
     try:
         loaded = load_from_disk(os.path.expanduser(domain.source))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise StructPruneError(f"The domain {domain.name!r}: {domain.source} cannot be read: {reason}") from error
     if not isinstance(loaded, DatasetDict):
         return loaded
@@ -204,7 +204,7 @@ def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], 
     except StopIteration:  # what `datasets` makes of a file without rows
         return
     except Exception as error:  # a reader passes on whatever its parser or its HTTP client raises
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise StructPruneError(f"The domain {domain.name!r}: {what} cannot be read: {reason}") from error
 
 

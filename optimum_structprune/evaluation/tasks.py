@@ -11,7 +11,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 
@@ -58,7 +58,7 @@ class Tasks:
             try:
                 self.loaded = manager.load(tasks)
             except (OSError, ValueError) as error:  # what `datasets` raises where the Hub or a data set is missing
-                raise StructPruneError(f"The tasks cannot be loaded: {' '.join(str(error).split())}") from error
+                raise StructPruneError(f"The tasks cannot be loaded: {one_line(error)}") from error
 
     def score(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, limit: int | None = None

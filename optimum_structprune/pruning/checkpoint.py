@@ -119,11 +119,8 @@ class Checkpoint:
             return None
         with self._readable():
             state = json.loads((self.folder / STATE).read_text())
-            number, key, measured = (
-                int(state["round"]),
-                state["key"],
-                [_measured(entry) for entry in state["measured"]],
-            )
+            number, key = int(state["round"]), state["key"]
+            measured = [_measured(entry) for entry in state["measured"]]
         if key != self.key:
             raise StructPruneError(
                 f"{self.folder} holds round {number} of a run with another model, config or calibration text; name "

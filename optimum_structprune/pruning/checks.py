@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..arch.plain import is_quantized
-from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, ArchSpec, Widths
+from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Widths
 from ..calibration.gradients import check_gradients
 from ..calibration.stored import Statistics
 from ..config.domains import PRESET, SELF
@@ -22,12 +22,12 @@ from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError
 from ..widths.budget import biased_spaces, widths_of
 from .evidence import judges_layers
+from .steps import WHOLE_MODEL
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WHOLE_MODEL = (LAYER, EXPERT, HIDDEN)
 # What the model is to be used for: pruned, only looked at, pruned by a Trainer, or run to store its moments.
 PRUNE, DRY_RUN, TRAINER, CALIBRATE = "prune", "dry run", "trainer", "calibrate"
 Rules = Iterator[tuple[bool, str]]

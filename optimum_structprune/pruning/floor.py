@@ -9,7 +9,7 @@ from ..arch.spec import ArchSpec, Width, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..surgery.plan import Plan
-from ..widths.schedule import next_legal, round_widths
+from ..widths.schedule import legal_round_widths, next_legal
 from .rounds import Rounds
 from .run import Run
 from .steps import Step
@@ -31,7 +31,7 @@ def prune_within_floor_(run: Run, step: Step) -> Plan:
     model_config, config = run.model.config, run.config
     run.rounds = rounds = Rounds(run, step)
     arch = rounds.arch
-    course = [next_legal(model_config, arch, goal) for goal in round_widths(config, arch, step.target)]
+    course = legal_round_widths(config, arch, model_config, step.target)
     full = full_widths(arch, step.target)
     state = rounds.snapshot(), rounds.evidence.shares
 

@@ -49,13 +49,8 @@ class Run:
         inplace: bool = True,
         report: Report | None = None,
     ):
-        self.config, self.model, self.evidence, self.tokenizer, self.inplace = (
-            config,
-            model,
-            evidence,
-            tokenizer,
-            inplace,
-        )
+        self.config, self.model, self.evidence = config, model, evidence
+        self.tokenizer, self.inplace = tokenizer, inplace
         arch = self.arch
         self.report = report or Report(arch.model_type, config.scored_by)
         self.plan = Plan(arch.model_type, {})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..arch.spec import EXPERT, HIDDEN, LAYER, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
-from ..widths.schedule import next_legal, round_widths
+from ..widths.schedule import legal_round_widths, round_widths
 
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def steps(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedCon
     if config.recovery is None or not config.recovery.every_round:
         return _with_training(list(_sequence(config, arch, model_config, widths)), 1, 1)
     alone = replace(config, rounds=1)
-    goals = [next_legal(model_config, arch, goal) for goal in round_widths(config, arch, widths)]
+    goals = legal_round_widths(config, arch, model_config, widths)
     return [
         step
         for part, goal in enumerate(goals, start=1)
@@ -84,9 +84,12 @@ def _sequence(
     if config.max_perplexity_ratio is not None:
         yield Step(FLOOR, inside, inside)
         return
-    course = round_widths(config, arch, inside)
-    if config.keep_rounds:
-        course = [next_legal(model_config, arch, goal) for goal in course]
+    # Where the rounds on the way are saved, each of them has to be a model that can be.
+    course = (
+        legal_round_widths(config, arch, model_config, inside)
+        if config.keep_rounds
+        else round_widths(config, arch, inside)
+    )
     yield from _numbered(UNITS, course, inside)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config.fields import read_mapping
 from ..config.recovery import RecoveryConfig
+from ..fingerprint import raw_bytes
 
 
 if TYPE_CHECKING:
@@ -147,11 +148,10 @@ def weights_hash(model: PreTrainedModel) -> str:
     digest = sha256(str(model.config.model_type).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        weight = _weight(model, name, tensor).detach()
+        weight = _weight(model, name, tensor)
         weight = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
         if not weight.is_meta:
-            # Viewed as uint8, because numpy has no bfloat16.
-            digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(raw_bytes(weight))
     return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config.fields import build
 from ..config.recovery import TRAINING, RecoveryConfig
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from ..forward.divergence import divergence, divergence_from_likeliest
 from ..forward.metrics import evaluating, input_device
 from ..saving.staging import is_write_error
@@ -103,7 +103,7 @@ def _readable(saying: str) -> Iterator[None]:
     except StructPruneError:
         raise
     except LIBRARY_ERRORS as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise StructPruneError(f"{saying}{type(error).__name__}: {reason}") from error
 
 
@@ -327,7 +327,7 @@ def _readable_training(trainer: DistillTrainer) -> Iterator[None]:
     except StructPruneError:
         raise
     except Exception as error:
-        where, reason = f"Training stopped at step {trainer.state.global_step}", " ".join(str(error).split())
+        where, reason = f"Training stopped at step {trainer.state.global_step}", one_line(error)
         if is_write_error(error):
             raise StructPruneError(
                 f"{where} because a checkpoint could not be written: {reason}. The model is as it was; resuming goes "

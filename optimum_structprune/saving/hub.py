@@ -91,7 +91,8 @@ def save_applied(
         used: The files and folders that the run reads; the folder of the dense model is one of them anyway.
 
     Raises:
-        StructPruneError: As `save_checked` does.
+        StructPruneError: If the folder exists and may not be replaced, something cannot be written, or the saved model
+            does not come back the same.
     """
     save_checked(
         model,

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from .ranks import is_alone, is_first_rank, reporter
-from .target import check_target as check_target
-from .target import probe_target as probe_target
-from .target import used_paths as used_paths
+from .target import check_target
 
 
 # What the errors of libraries that could not write a file say: torch's, and that of tokenizers.
@@ -68,7 +66,7 @@ def staged_alone(folder: str | Path, overwrite: bool, used: Iterable[str | Path 
     except Exception as error:
         if not is_write_error(error):
             raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise StructPruneError(f"{target} could not be written, and what was there is as it was: {reason}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -13,7 +13,7 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StructPruneError
+from ..errors import StructPruneError, some_of
 from .ranks import is_first_rank
 
 
@@ -37,7 +37,6 @@ WRITTEN = re.compile(
 WRITTEN_FOLDERS = ("additional_chat_templates", "__pycache__", ".cache")
 CARD = "README.md"  # peft writes one beside an adapter
 ADAPTER = "adapter_config.json"
-NAMED = 3  # so many names in a message
 UNITS = ("bytes", "kB", "MB", "GB")
 
 
@@ -88,10 +87,9 @@ def _check_replaceable(folder: Path, used: Iterable[str | Path | None]) -> None:
             "folder, or remove this one yourself."
         )
     if foreign := sorted(foreign_entries(folder)):
-        names = ", ".join(foreign[:NAMED]) + (f" and {len(foreign) - NAMED} more" if len(foreign) > NAMED else "")
         raise StructPruneError(
-            f"{folder} holds what structprune did not write ({names}), so it is not overwritten; {_lost(folder)}. "
-            "Move it elsewhere, or name another output folder."
+            f"{folder} holds what structprune did not write ({some_of(foreign)}), so it is not overwritten; "
+            f"{_lost(folder)}. Move it elsewhere, or name another output folder."
         )
 
 

@@ -14,7 +14,7 @@ from ..arch.load import layer_list, put_layer_, put_layers_
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, ArchSpec, Space, Widths
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from .plan import Plan
 
 
@@ -159,7 +159,7 @@ def replace_(old: nn.Module, new: nn.Module, state: Mapping[str, Tensor], arch: 
         new.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise StructPruneError(
-            f"The description of {arch.model_type!r} does not fit this model: {' '.join(str(error).split())}"
+            f"The description of {arch.model_type!r} does not fit this model: {one_line(error)}"
         ) from error
     new.train(old.training)
     _move_tensors(old, new)

@@ -63,6 +63,13 @@ def round_widths(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> l
     return [*steps, widths]
 
 
+def legal_round_widths(
+    config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig, widths: Widths
+) -> list[Widths]:
+    """`round_widths` with legal ones on the way, for steps that each leave a model; see `next_legal`."""
+    return [next_legal(model_config, arch, goal) for goal in round_widths(config, arch, widths)]
+
+
 def _on_the_way(schedule: str, t: float, size: int, width: int) -> int:
     """The width after the share t of the steps."""
     fraction = {

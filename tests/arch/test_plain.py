@@ -9,58 +9,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
-from models import build, config, token_ids, tokenizer
+from helpers import logits
+from models import build, config, tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from quantized import Packed, Quantizer, Reversible, quantized
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.plain import check_no_adapter, check_plain
-
-
-class Packed(nn.Linear):
-    """Stands in for the layer of a quantization library."""
-
-
-class Quantizer(HfQuantizer):
-    """Stands in for a quantizer that cannot go back."""
-
-    requires_calibration = False
-    is_trainable = False
-
-    def __init__(self):
-        self.quantization_config = QuantizationConfigMixin("gptq")
-
-    def is_serializable(self):
-        return True
-
-
-class Reversible(Quantizer):
-    """One that can."""
-
-    def _dequantize(self, model, dtype=None):
-        for module in model.modules():
-            if isinstance(module, Packed):
-                module.__class__ = nn.Linear
-        return model.to(dtype)
-
-
-def quantized(quantizer):
-    model = build("llama-tied")
-    for layer in model.model.layers:
-        layer.mlp.up_proj.__class__ = Packed
-    model.hf_quantizer, model.is_quantized = quantizer, True
-    model.config.quantization_config = quantizer.quantization_config
-    model.config.dtype = torch.float32
-    return model
-
-
-@torch.no_grad()
-def logits(model):
-    return model(token_ids()).logits
 
 
 def write_gguf(path):

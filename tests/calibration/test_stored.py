@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import evidence_of, pruned_on, whole_passes
+from helpers import evidence_of, pruned_on, save_with_tokenizer, whole_passes
 from models import build, config, documents, token_ids, tokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -308,8 +308,7 @@ def test_inputs_without_text(tmp_path):
 
 
 def test_through_the_command_line(tmp_path, capsys):
-    build("llama-tied").save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
+    save_with_tokenizer(build("llama-tied"), tmp_path / "model")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80)))
     model, stats = str(tmp_path / "model"), str(tmp_path / "stats")
     text = ["--domain", f"a={tmp_path / 'a.jsonl'}", "--num-samples", "6", "--seq-length", "24"]

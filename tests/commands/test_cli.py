@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import GROUPED, build, documents, token_ids, tokenizer
+from helpers import save_with_tokenizer
+from models import GROUPED, build, documents, token_ids
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -44,8 +45,7 @@ SHORT = ["--num-samples", "6", "--seq-length", "24"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
-    build("llama-tied").save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
+    save_with_tokenizer(build("llama-tied"), folder / "model")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80)))
     return folder
 
@@ -91,8 +91,7 @@ def test_inspect(folder, capsys):
 def test_an_unknown_architecture_from_stub_to_pruned(folder, tmp_path, capsys):
     config = DiffLlamaConfig(**GROUPED)
     model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
+    save_with_tokenizer(model, tmp_path / "model")
     assert main(["inspect", str(tmp_path / "model")]) == 2
     assert "'diffllama' is not described" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "model"), "--stub"]) == 0
@@ -117,8 +116,7 @@ def test_a_stub_needs_no_tensor_parallel_plan(tmp_path, capsys):
 
 
 def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path, capsys):
-    build("distilbert").save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
+    save_with_tokenizer(build("distilbert"), tmp_path / "model")
     arguments = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--domain", f"a={folder / 'a.jsonl'}"]
     assert main([*arguments, *SHORT, "--width", "mlp=24", "--device", "cpu"]) == 0
     assert "it loads with DistilBertForMaskedLM.from_pretrained" in capsys.readouterr().out
@@ -261,8 +259,7 @@ def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkey
     }
     (tmp_path / "own.yaml").write_text(json.dumps([family]))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("cwm", **GROUPED))
-    model.save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
+    save_with_tokenizer(model, tmp_path / "model")
     small, arch = str(tmp_path / "small"), ["--arch", str(tmp_path / "own.yaml"), "--device", "cpu"]
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24"]
     pruning = ["--width", "mlp=24", "--skip-layer", "0", "--num-samples", "6"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import save_with_tokenizer
 from models import build, config, documents, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -21,8 +22,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     text = folder / "a.jsonl"
     text.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(200)))
-    build("llama-tied").save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
+    save_with_tokenizer(build("llama-tied"), folder / "model")
     pruner = StructPruner(config())
     pruner.save(pruner.prune_model(build("llama-tied"), tokenizer()), folder / "pruned", tokenizer=tokenizer())
     return folder

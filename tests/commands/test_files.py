@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import save_with_tokenizer
 from models import build, config, tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -18,8 +19,7 @@ from optimum_structprune.commands.loading import load_config, load_device, load_
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files") / "model"
-    build("llama-tied").save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    save_with_tokenizer(build("llama-tied"), folder)
     return folder
 
 

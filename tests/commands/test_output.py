@@ -11,7 +11,8 @@ import datasets
 import huggingface_hub.utils as hub
 import pytest
 import torch
-from models import build, documents, tokenizer
+from helpers import save_with_tokenizer
+from models import build, documents
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -26,8 +27,7 @@ from optimum_structprune.commands.output import Result
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("output")
-    build("llama-tied").save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
+    save_with_tokenizer(build("llama-tied"), folder / "model")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(200)))
     units = {(0, "mlp"): tuple(range(24))}
     Plan("llama", units).save(folder / "plan.json")

@@ -7,6 +7,7 @@ from math import exp, log
 
 import pytest
 import torch
+from helpers import save_with_tokenizer
 from models import build, config, documents, token_ids, tokenizer
 from torch.nn.functional import cross_entropy, log_softmax
 from trained import needs_shared, stories_model
@@ -38,8 +39,7 @@ def pair():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     for seed, name in enumerate(("model", "dense")):
-        build("llama-tied", seed).save_pretrained(folder / name)
-        tokenizer().save_pretrained(folder / name)
+        save_with_tokenizer(build("llama-tied", seed), folder / name)
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(40)))
     items = ({"query": "w5 w6", "choices": ["w7", "w8 w9"], "gold": i % 2} for i in range(4))
     (folder / "quiz.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))

@@ -6,9 +6,8 @@ import pytest
 import torch
 from helpers import count_hooks, evidence_of, logits, same_weights
 from models import build, config, documents, tokenizer
+from quantized import Packed, Reversible, quantized
 from torch import nn
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_structprune import DomainConfig, InPlaceError, StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
@@ -212,39 +211,6 @@ def test_a_run_knows_when_something_is_gone():
 # --- a wish that is refused
 
 
-class Packed(nn.Linear):
-    """Stands in for the layer of a quantization library."""
-
-
-class Quantizer(HfQuantizer):
-    """Stands in for a quantizer that can go back."""
-
-    requires_calibration = False
-    is_trainable = False
-
-    def __init__(self):
-        self.quantization_config = QuantizationConfigMixin("gptq")
-
-    def is_serializable(self):
-        return True
-
-    def _dequantize(self, model, dtype=None):
-        for module in model.modules():
-            if isinstance(module, Packed):
-                module.__class__ = nn.Linear
-        return model
-
-
-def quantized():
-    model = build("llama-tied")
-    for layer in model.model.layers:
-        layer.mlp.up_proj.__class__ = Packed
-    model.hf_quantizer, model.is_quantized = Quantizer(), True
-    model.config.quantization_config = model.hf_quantizer.quantization_config
-    model.config.dtype = torch.float32
-    return model
-
-
 @pytest.mark.parametrize(
     ("fields", "reader", "message"),
     [
@@ -255,7 +221,7 @@ def quantized():
     ],
 )
 def test_a_quantized_model_stays_packed_where_a_wish_is_refused(fields, reader, message):
-    model = quantized()
+    model = quantized(Reversible())
     with pytest.raises(StructPruneError, match=message):
         prune_model(model, config(**fields), reader, inplace=True)
     assert type(model.model.layers[0].mlp.up_proj) is Packed and model.is_quantized
@@ -265,7 +231,7 @@ def test_a_quantized_model_stays_packed_where_a_wish_is_refused(fields, reader, 
 
 
 def test_a_quantized_model_stays_packed_where_its_text_is_not_enough():
-    model = quantized()
+    model = quantized(Reversible())
     short = config(domains=[DomainConfig(name="short", source=documents(2))])
     with pytest.raises(StructPruneError, match="short"):
         StructPruner(short).prune_model(model, tokenizer(), inplace=True)
