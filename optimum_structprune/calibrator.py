@@ -15,8 +15,8 @@ from transformers.utils.logging import tqdm
 from .arch.load import describe
 from .arch.plain import check_plain, dequantized
 from .arch.spec import ArchSpec
-from .calibration.moments import Moments, save_moments
-from .calibration.stored import HELDOUT, Statistics, StoredDomain, StoredFile, key, layer_name
+from .calibration.moments import save_moments
+from .calibration.stored import HELDOUT, Statistics, StoredDomain, StoredFile, moments_name
 from .config.pruning import StructPruneConfig
 from .criteria import CRITERIA
 from .domains.manifest import MANIFEST_NAME
@@ -92,14 +92,18 @@ def calibrate(
 
 
 def _write_moments(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, folder: Path) -> None:
-    """One file for each layer."""
+    """One file for each layer and domain."""
     passes = evidence.passes(model, arch)
     for layer in tqdm(range(arch.num_layers), desc="calibration", unit="layer"):
-        moments: dict[str, Moments] = {}
-        for space in arch.at(layer):
-            for axis, by_domain in zip(space.into, passes.gather(layer, space, gram=True), strict=True):
-                moments |= {key(axis.module, index): of_domain for index, of_domain in enumerate(by_domain)}
-        save_moments(moments, folder / layer_name(layer))
+        spaces = list(arch.at(layer))
+        streams = [passes.gather(layer, space, gram=True) for space in spaces]
+        for domain, by_space in enumerate(zip(*streams, strict=True)):
+            found = {
+                axis.module: moments
+                for space, by_consumer in zip(spaces, by_space, strict=True)
+                for axis, moments in zip(space.into, by_consumer, strict=True)
+            }
+            save_moments(found, folder / moments_name(layer, domain))
         passes.advance(layer)
 
 

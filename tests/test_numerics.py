@@ -9,7 +9,7 @@ from models import config
 from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.criteria.aggregate import standardised
-from optimum_structprune.criteria.mixture import output_energies
+from optimum_structprune.criteria.mixture import output_energy
 from optimum_structprune.surgery.refit import least_squares, solve_damped, with_damped_factor
 
 
@@ -80,13 +80,17 @@ def test_a_singular_gram_matrix_is_solved_with_the_least_damping_that_works(damp
     x = inputs(FFN, tokens=100)
     x[:, 5] = 0  # a channel that never fires
     gram = Moments.empty(FFN, gram=True).update(x).full_gram()
-    factor = with_damped_factor(gram, damping, lambda factor: factor)
+
+    def copy(dtype):
+        return gram.to(dtype, copy=True)
+
+    factor = with_damped_factor(copy, gram.diagonal(), damping, lambda factor: factor)
     ridge = (factor.double() @ factor.double().T - gram.double()).diagonal() / gram.diagonal().double().clamp(min=1e-6)
     least = max(damping, 1e-8)
     used = float(ridge[torch.arange(FFN) != 5].median())
     assert torch.isfinite(factor).all() and used < 1.1 * least if damping else used < 1e-4
     right = torch.randn(8, FFN, generator=torch.Generator().manual_seed(0)) @ gram
-    solved = solve_damped(gram, right, damping)
+    solved = solve_damped(copy, gram.diagonal(), right, damping)
     assert torch.isfinite(solved).all() and float((solved @ gram - right).norm() / right.norm()) < 0.2
 
 
@@ -120,9 +124,11 @@ def test_moments_are_those_of_all_tokens_however_they_come():
 def test_output_energies_are_those_of_the_outputs():
     x, weight = inputs(FFN), torch.randn(576, FFN, generator=torch.Generator().manual_seed(2))
     domains = [Moments.empty(FFN, gram=True).update(part) for part in x.split(TOKENS // 2)]
-    for energy, part in zip(output_energies(weight, domains), x.split(TOKENS // 2), strict=True):
+    for moments, part in zip(domains, x.split(TOKENS // 2), strict=True):
         expected = float((part.double() @ weight.double().T).square().sum(1).mean())
-        assert energy == pytest.approx(expected, rel=1e-4)
+        assert output_energy(weight, moments) == pytest.approx(expected, rel=1e-4)
+        moments.update(part, output=part @ weight.T)  # what was seen of the outputs goes before what follows from H
+        assert output_energy(weight, moments) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("columns_per_unit", [1, 192, 512])

@@ -55,25 +55,24 @@ def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tenso
 
 def inner_moments(
     experts: nn.Module, space: Space, calls: Sequence[Routed], gram: bool, num_domains: int
-) -> list[Moments]:
-    """Moments of one expert's inner activations, one per domain, over the tokens that chose it.
+) -> Iterator[Moments]:
+    """Moments of one expert's inner activations over the tokens that chose it, of one domain after the other.
 
     An expert that no token of any domain chose is scored by its weights alone, as if its inner activations were
     uncorrelated and had the second moment 1.
     """
-    device = next(experts.parameters()).device
-    moments = [Moments.empty(space.size, gram, device) for _ in range(num_domains)]
-    expert = space.into[0].part or 0
-    for call in calls:
-        hidden, _ = call.of(expert)
-        if len(hidden):
-            moments[call.domain].update(inner_activations(experts, space, hidden))
-    if not any(of_domain.count for of_domain in moments):
-        for of_domain in moments:
-            of_domain.square.fill_(1)
-            if of_domain.gram is not None:
-                of_domain.gram.fill_diagonal_(1)
-    return moments
+    device, expert = next(experts.parameters()).device, space.into[0].part or 0
+    chosen = any(bool((call.index == expert).any()) for call in calls)
+    for domain in range(num_domains):
+        moments = Moments.empty(space.size, gram, device)
+        for call in calls:
+            if call.domain == domain and len(hidden := call.of(expert)[0]):
+                moments.update(inner_activations(experts, space, hidden))
+        if not chosen:
+            moments.square.fill_(1)
+            if moments.gram is not None:
+                moments.gram.fill_diagonal_(1)
+        yield moments
 
 
 @torch.no_grad()

@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import StructPruneError
+from .gram import add_product_, submatrix, update_gram_
 
 
 # The fields of Moments that not every run gathers and that files may hold.
-OPTIONAL = ("gram", "saliency")
+OPTIONAL = ("gram", "saliency", "energy")
+# So many tokens are in memory in fp64 at a time.
+PRECISE_TOKENS = 256
 
 
 @dataclass
@@ -41,7 +44,7 @@ class ErrorMoments:
         """
         error, x = (tensor.to(self.cross.device, torch.float32) for tensor in (error, x))
         self.mean.lerp_(error.mean(0), share)
-        self.cross.lerp_(error.T @ x / len(x), share)
+        add_product_(self.cross, error, x, share)
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Moments:
         square: The second moment E[x²] of each component, shape `(n,)`, fp64.
         gram: The Gram matrix E[x xᵀ], shape `(n, n)`, fp32; None where only the diagonal is kept.
         saliency: The first-order Taylor term E|x ∂L/∂x|, shape `(n,)`, fp64; None where no gradients are needed.
+        energy: The output energy E‖W x‖² with the dense weight W of the consumer, shape `()`, fp64; None where no
+            output was seen.
         error: The error that error feedback asks the consumer to make up for; None where there is none.
     """
 
@@ -64,6 +69,7 @@ class Moments:
     square: Tensor
     gram: Tensor | None = None
     saliency: Tensor | None = None
+    energy: Tensor | None = None
     error: ErrorMoments | None = None
 
     @classmethod
@@ -89,8 +95,13 @@ class Moments:
         )
 
     @torch.no_grad()
-    def update(self, x: Tensor, error: Tensor | None = None) -> Moments:
-        """Take in inputs `x` of shape `(..., n)`, and with error feedback their `error` of shape `(..., out)`.
+    def update(self, x: Tensor, error: Tensor | None = None, output: Tensor | None = None) -> Moments:
+        """Take in inputs.
+
+        Args:
+            x: The inputs, shape `(..., n)`.
+            error: The errors that error feedback asks to make up for, shape `(..., out)`.
+            output: What the consumer gives for the inputs, without its bias, shape `(..., out)`.
 
         Returns:
             These moments themselves.
@@ -100,14 +111,17 @@ class Moments:
             return self
         self.count += len(x)
         share = len(x) / self.count
-        precise = x.double()
-        self.mean.lerp_(precise.mean(0).to(self.mean.device), share)
-        self.square.lerp_(precise.square().mean(0).to(self.square.device), share)
+        x = x.to(self.mean.device)
+        mean, square = _precise_means(x)
+        self.mean.lerp_(mean, share)
+        self.square.lerp_(square, share)
         if self.gram is not None:
-            x = x.to(self.gram.device, torch.float32)
-            self.gram.lerp_(x.T @ x / len(x), share)
+            update_gram_(self.gram, x, share)
         if self.error is not None and error is not None:
             self.error.update(error.reshape(-1, error.shape[-1]), x, share)
+        if output is not None:
+            energy = output.detach().float().square().sum(-1).double().mean().to(self.mean.device)
+            self.energy = energy if self.energy is None else self.energy.lerp_(energy, share)
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -117,10 +131,10 @@ class Moments:
     def select(self, columns: Sequence[int] | Tensor) -> Moments:
         """The moments of some components only."""
         index = torch.as_tensor(columns, device=self.mean.device)
-        gram = None if self.gram is None else self.gram[index][:, index]
+        gram = None if self.gram is None else submatrix(self.gram, index, index)
         saliency = None if self.saliency is None else self.saliency[index]
         error = None if self.error is None else replace(self.error, cross=self.error.cross[:, index])
-        return Moments(self.count, self.mean[index], self.square[index], gram, saliency, error)
+        return Moments(self.count, self.mean[index], self.square[index], gram, saliency, error=error)
 
     @property
     def variance(self) -> Tensor:
@@ -139,6 +153,17 @@ class Moments:
         return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.square).all())
 
 
+def _precise_means(x: Tensor) -> tuple[Tensor, Tensor]:
+    """E[x] and E[x²] over tokens in fp64, shape `(n,)` each."""
+    mean, square = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
+    for part in x.split(PRECISE_TOKENS):
+        precise = part.double()
+        share = precise.new_full((len(part),), 1 / len(x))
+        mean.add_(share @ precise)
+        square.add_(share @ precise.square_())
+    return mean, square
+
+
 def mix(moments: Sequence[Moments], weights: Sequence[float]) -> Moments:
     """The weighted average of several moments: those of the mixture distribution.
 
@@ -146,34 +171,68 @@ def mix(moments: Sequence[Moments], weights: Sequence[float]) -> Moments:
         moments: Moments of the same consumer, all with or all without a Gram matrix.
         weights: One non-negative weight for each; they are normalised to sum to one.
     """
-    total = sum(weights)
-    if total <= 0:
-        raise StructPruneError("There is nothing to mix: every weight is 0.")
-    shares = [weight / total for weight in weights]
+    blend = Blend()
+    for part, weight in zip(moments, weights, strict=True):
+        blend.add(part, weight)
+    return blend.moments()
 
-    def average(tensors: Sequence[Tensor]) -> Tensor:
-        # One at a time: a stack of Gram matrices would take as much memory again.
-        total = torch.zeros_like(tensors[0])
-        for share, tensor in zip(shares, tensors, strict=True):
-            total.add_(tensor, alpha=share)
-        return total
 
-    grams = [part.gram for part in moments if part.gram is not None]
-    saliencies = [part.saliency for part in moments if part.saliency is not None]
-    errors = [part.error for part in moments if part.error is not None]
-    return Moments(
-        count=sum(part.count for part in moments),
-        mean=average([part.mean for part in moments]),
-        square=average([part.square for part in moments]),
-        gram=average(grams) if grams else None,
-        saliency=average(saliencies) if saliencies else None,
-        error=ErrorMoments(
-            average([error.mean for error in errors]),
-            average([error.cross for error in errors]),
-        )
-        if errors
-        else None,
-    )
+class Blend:
+    """The weighted average of moments that come one after the other.
+
+    Memory: the moments of the average, whatever the number of parts.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._total = self._seen_total = 0.0
+        self._count = 0
+
+    @torch.no_grad()
+    def add(self, part: Moments, weight: float, share: float | None = None, take: bool = False) -> None:
+        """Take in one part.
+
+        Args:
+            part: Moments of the consumer; all parts have the same fields.
+            weight: Its weight.
+            share: Its weight in the saliency, which is on one scale in all parts; None takes `weight`.
+            take: Whether the Gram matrix may be taken over instead of copied; the part has neither it nor an error
+                afterwards.
+        """
+        share = weight if share is None else share
+        self._total, self._seen_total = self._total + weight, self._seen_total + share
+        self._count += part.count
+        for name, tensor in _tensors_of(part).items():
+            scale = share if name == "saliency" else weight
+            if name in self._sums:
+                self._sums[name].add_(tensor, alpha=scale)
+            else:
+                self._sums[name] = tensor.mul_(scale) if take and name == "gram" else tensor * scale
+        if take:
+            part.gram = part.error = None
+
+    def moments(self) -> Moments:
+        """The average.
+
+        Raises:
+            StructPruneError: If every weight is 0.
+        """
+        if self._total <= 0:
+            raise StructPruneError("There is nothing to mix: every weight is 0.")
+        for name, tensor in self._sums.items():
+            tensor.div_(self._seen_total if name == "saliency" else self._total)
+        means = dict(self._sums)
+        self._sums = {}
+        error = ErrorMoments(means.pop("error.mean"), means.pop("error.cross")) if "error.mean" in means else None
+        return Moments(self._count, means.pop("mean"), means.pop("square"), error=error, **means)
+
+
+def _tensors_of(moments: Moments) -> dict[str, Tensor]:
+    """The tensors of moments by the name of their field."""
+    tensors = {name: getattr(moments, name) for name in ("mean", "square", *OPTIONAL)}
+    if moments.error is not None:
+        tensors |= {"error.mean": moments.error.mean, "error.cross": moments.error.cross}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def save_moments(moments_by_name: Mapping[str, Moments], path: str | Path) -> None:
@@ -211,6 +270,7 @@ def load_moments(path: str | Path, device: torch.device | str = "cpu") -> dict[s
                 square=tensors[f"{name}/square"],
                 gram=tensors.get(f"{name}/gram"),
                 saliency=tensors.get(f"{name}/saliency"),
+                energy=tensors.get(f"{name}/energy"),
             )
             for name in names
         }

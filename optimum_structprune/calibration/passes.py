@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..arch.spec import ArchSpec, Space
 from ..forward.calls import NotSequentialError
 from ..forward.clock import Clock
-from ..forward.hooks import observe
+from ..forward.hooks import observe_products
 from ..forward.metrics import run_model
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
@@ -29,8 +28,12 @@ if TYPE_CHECKING:
 class Passes(Protocol):
     """Forward passes over the calibration samples, asked for by one layer of the model after the other."""
 
-    def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
-        """Moments of the inputs of the space's consumers: for each consumer, one per domain."""
+    def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
+        """Moments of the inputs of the space's consumers: one per consumer, of one domain after the other.
+
+        A Gram matrix of a large model takes gigabytes, so those of a domain are to be let go before the next is asked
+        for.
+        """
         ...
 
     def contributions(self, layer: int, space: Space) -> Tensor:
@@ -84,24 +87,34 @@ class ModelPasses:
         self.model, self.arch, self.batches = model, arch, batches
         self.clock = clock or Clock(next(model.parameters()).device)
         self.num_domains = 1 + max(batch.domain for batch in batches)
-        self.tally: Tally | None = None
+        self.tallies: list[Tally] = []
         self.routed: tuple[str, tuple[Routed, ...]] = ("", ())
 
-    def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
-        """See `Passes.gather`."""
+    def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
+        """See `Passes.gather`; here the moments of all domains and layers are in memory."""
         if space.experts is not None:
             experts = self.model.get_submodule(space.experts)
             if self.routed[0] != space.experts:
                 self.routed = space.experts, self._route(experts)
-            return [finite(space, inner_moments(experts, space, self.routed[1], gram, self.num_domains))]
-        if self.tally is None:
-            spaces = [other for other in self.arch.spaces if other.experts is None]
-            self.tally = Tally(spaces, gram, self.num_domains, next(self.model.parameters()).device)
-            with observe(self.model, self.tally.moments, self.tally.add):
-                for index, batch in enumerate(self.batches):
-                    self.tally.batch = batch
-                    self._run(index)
-        return self.tally.of(space)
+            for domain, moments in enumerate(inner_moments(experts, space, self.routed[1], gram, self.num_domains)):
+                yield [finite(space, moments, domain)]
+            return
+        if not self.tallies:
+            self.tallies = self._tallied(gram)
+        for tally in self.tallies:
+            yield tally.of(space)
+
+    def _tallied(self, gram: bool) -> list[Tally]:
+        spaces = [space for space in self.arch.spaces if space.experts is None]
+        device = next(self.model.parameters()).device
+        tallies = [Tally(spaces, gram, domain, device) for domain in range(self.num_domains)]
+        present = tallies[0]
+        with observe_products(self.model, present.moments, lambda name, *seen: present.add(name, *seen)):
+            for index, batch in enumerate(self.batches):
+                present = tallies[batch.domain]
+                present.batch = batch
+                self._run(index)
+        return tallies
 
     def contributions(self, layer: int, space: Space) -> Tensor:
         """See `Passes.contributions`."""
@@ -140,16 +153,12 @@ class GradientPasses:
             passes.advance,
         )
 
-    def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
+    def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         """See `Passes.gather`."""
-        moments_by_consumer = self.passes.gather(layer, space, gram)
-        return [
-            [
-                replace(moments, saliency=loss)
-                for moments, loss in zip(by_domain, self.saliency[axis.module], strict=True)
-            ]
-            for axis, by_domain in zip(space.into, moments_by_consumer, strict=True)
-        ]
+        for domain, by_consumer in enumerate(self.passes.gather(layer, space, gram)):
+            for axis, moments in zip(space.into, by_consumer, strict=True):
+                moments.saliency = self.saliency[axis.module][domain]
+            yield by_consumer
 
 
 def passes_over(

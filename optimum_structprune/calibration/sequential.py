@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from ..arch.load import layer_list
 from ..arch.spec import ArchSpec, Space
 from ..forward.calls import Call, NotSequentialError, capture, first_of, same_call
 from ..forward.clock import Clock
-from ..forward.hooks import adding, observe
+from ..forward.hooks import adding, observe_products
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
 from .tally import Batch, Tally, finite, listen
@@ -71,19 +71,27 @@ class LayerPasses:
             self.hidden.append(hidden)
         self.dense = list(self.hidden)
 
-    def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
+    def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         """See `Passes.gather`."""
         if space.experts is not None:
             experts = self._module(layer, space.experts)
             # The experts of a layer read the same tokens, whichever of them is pruned first.
             self.routed = self.routed or self._route(layer, experts)
-            return [finite(space, inner_moments(experts, space, self.routed, gram, self.num_domains))]
+            for domain, moments in enumerate(inner_moments(experts, space, self.routed, gram, self.num_domains)):
+                yield [finite(space, moments, domain)]
+            return
         self.routed = ()
+        for domain in range(self.num_domains):
+            yield self._tallied(layer, space, gram, domain)
+
+    def _tallied(self, layer: int, space: Space, gram: bool, domain: int) -> list[Moments]:
         local = {self._local(layer, axis.module): axis.module for axis in space.into}
         gains = {local[name]: gain for name in local if self.error_feedback and (gain := self.gain(layer, name))}
-        tally = Tally([space], gram, self.num_domains, self.device, gains, self.hidden[0].shape[-1])
-        with observe(self._layer(layer), local, lambda name, x: tally.add(local[name], x)):
+        tally = Tally([space], gram, domain, self.device, gains, self.hidden[0].shape[-1])
+        with observe_products(self._layer(layer), local, lambda name, *seen: tally.add(local[name], *seen)):
             for index, batch in enumerate(self.batches):
+                if batch.domain != domain:
+                    continue
                 tally.batch = batch
                 output = self.output(layer, index)
                 if gains:

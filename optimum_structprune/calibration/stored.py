@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from math import isfinite
@@ -208,13 +208,23 @@ class Statistics:
         used = [replace(entry, weight=weights[entry.name]) for entry in whole.domains if entry.name in weights]
         return replace(whole, domains=used)
 
-    def of_layer(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Moments]:
-        """Moments of the inputs of one layer's consumers, by `key`.
+    def moments(self, layer: int, domain: int, device: torch.device | str = "cpu") -> dict[str, Moments]:
+        """Moments of the inputs of one layer's consumers in a domain, by module.
+
+        Args:
+            layer: The index of the layer.
+            domain: The number of the domain.
+            device: The device that takes them.
 
         Raises:
             StructPruneError: If the file is missing or damaged.
         """
-        return load_moments(self._checked(layer_name(layer)), device)
+        if (name := moments_name(layer, domain)) in self.files:
+            return load_moments(self._checked(name), device)
+        # Version 0.1 wrote the moments of all domains to one file.
+        every = load_moments(self._checked(f"layer-{layer:03d}.safetensors"), device)
+        end = f"/{domain}"
+        return {name.removesuffix(end): moments for name, moments in every.items() if name.endswith(end)}
 
     def _checked(self, name: str) -> Path:
         path = self.folder / name
@@ -243,20 +253,16 @@ class StoredPasses:
         names = [domain.name for domain in statistics.domains]
         self.statistics, self.gradient, self.device = statistics, gradient, device
         self.indices = [names.index(domain.name) for domain in domains]
-        self.layer, self.moments = -1, dict[str, Moments]()
 
-    def gather(self, layer: int, space: Space, gram: bool) -> list[list[Moments]]:
+    def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         """See `Passes.gather`."""
-        if self.layer != layer:
-            self.moments = {}  # the moments of one layer at a time are in memory
-            self.layer, self.moments = layer, self.statistics.of_layer(layer, self.device)
         # A run over text would not have gathered what is not asked for, and what is there is used.
         unused: dict[str, Any] = {
             name: None for name, used in (("gram", gram), ("saliency", self.gradient)) if not used
         }
-        return [
-            [replace(self.moments[key(axis.module, index)], **unused) for index in self.indices] for axis in space.into
-        ]
+        for index in self.indices:
+            moments = self.statistics.moments(layer, index, self.device)
+            yield [replace(moments.pop(axis.module), **unused) for axis in space.into]
 
     def contributions(self, layer: int, space: Space) -> Tensor:
         """Raises a StructPruneError: what an expert contributes is not stored."""
@@ -272,14 +278,9 @@ class StoredPasses:
         """See `Passes.advance`; there is nothing to run."""
 
 
-def layer_name(layer: int) -> str:
-    """The name of the file that holds one layer's moments."""
-    return f"layer-{layer:03d}.safetensors"
-
-
-def key(module: str, domain: int) -> str:
-    """The name of the moments of a consumer in a domain, by the number of the domain."""
-    return f"{module}/{domain}"
+def moments_name(layer: int, domain: int) -> str:
+    """The name of the file that holds one layer's moments in a domain."""
+    return f"layer-{layer:03d}.domain-{domain}.safetensors"
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

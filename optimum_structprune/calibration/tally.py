@@ -64,28 +64,27 @@ def listen(experts: nn.Module, batches: Sequence[Batch], run: Callable[[int], ob
     return tuple(calls)
 
 
-def finite(space: Space, moments_by_domain: list[Moments]) -> list[Moments]:
-    """The moments of a consumer, by domain, as they are.
+def finite(space: Space, moments: Moments, domain: int) -> Moments:
+    """The moments of a consumer in a domain as they are.
 
     Raises:
         StructPruneError: If they hold a NaN or an infinity.
     """
-    for domain, moments in enumerate(moments_by_domain):
-        if not moments.finite:
-            raise StructPruneError(
-                f"NaN or infinite activations at {space.into[0].module} in domain {domain}; "
-                "load the model in float32 or bfloat16, or check its weights."
-            )
-    return moments_by_domain
+    if not moments.finite:
+        raise StructPruneError(
+            f"NaN or infinite activations at {space.into[0].module} in domain {domain}; "
+            "load the model in float32 or bfloat16, or check its weights."
+        )
+    return moments
 
 
 class Tally:
-    """Sums up the inputs of consumers by module and domain, while `batch` says which samples are running.
+    """Sums up the inputs of consumers in one domain by module, while `batch` says which samples are running.
 
     Args:
         spaces: The spaces whose consumers are observed.
         gram: Whether Gram matrices are gathered.
-        num_domains: The number of domains.
+        domain: The number of the domain.
         device: The device that holds the moments.
         gains: For each consumer that makes up for the error of the layer's output: how much one unit of its own output
             adds to that output, by module.
@@ -96,49 +95,49 @@ class Tally:
         self,
         spaces: Sequence[Space],
         gram: bool,
-        num_domains: int,
+        domain: int,
         device: torch.device,
         gains: Mapping[str, float] | None = None,
         out: int = 0,
     ):
         self.batch: Batch | None = None
-        self.gains = gains or {}
-        # Inputs of consumers whose error is known only once the layer has run to its end.
-        self.pending: dict[str, Tensor] = {}
+        self.domain, self.gains = domain, gains or {}
+        # Inputs and products of consumers whose error is known only once the layer has run to its end.
+        self.pending: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.moments = {
-            axis.module: [
-                Moments.empty(space.size * axis.per_unit, gram, device, out if axis.module in self.gains else None)
-                for _ in range(num_domains)
-            ]
+            axis.module: Moments.empty(
+                space.size * axis.per_unit, gram, device, out if axis.module in self.gains else None
+            )
             for space in spaces
             for axis in space.into
         }
 
-    def add(self, module: str, x: Tensor) -> None:
-        """Take in the input of a consumer, or keep it until `add_error`."""
-        assert self.batch is not None
-        x = unmasked(x, self.batch.mask)
+    def add(self, module: str, x: Tensor, product: Tensor | None = None) -> None:
+        """Take in the input of a consumer and its product with the weight, or keep both until `add_error`."""
+        x, product = self._counted(x), None if product is None else self._counted(product)
         if module in self.gains:
-            self.pending[module] = x
+            self.pending[module] = x, product
         else:
-            self.moments[module][self.batch.domain].update(x)
+            self.moments[module].update(x, output=product)
 
     def add_error(self, error: Tensor) -> None:
         """Take in the inputs that are pending, with the error of the layer's output, shape `(..., out)`."""
-        assert self.batch is not None
-        error = unmasked(error, self.batch.mask)
-        for module, x in self.pending.items():
-            self.moments[module][self.batch.domain].update(x, error / self.gains[module])
+        error = self._counted(error)
+        for module, (x, product) in self.pending.items():
+            self.moments[module].update(x, error / self.gains[module], product)
         self.pending = {}
 
-    def of(self, space: Space) -> list[list[Moments]]:
-        """The moments of a space's consumers: for each consumer, one per domain.
+    def of(self, space: Space) -> list[Moments]:
+        """The moments of a space's consumers.
 
         Raises:
             StructPruneError: If they hold a NaN or an infinity, or a consumer never ran.
         """
-        for axis in space.into:
-            for domain, moments in enumerate(finite(space, self.moments[axis.module])):
-                if moments.count == 0:
-                    raise StructPruneError(f"{axis.module} never ran during calibration in domain {domain}.")
-        return [self.moments[axis.module] for axis in space.into]
+        found = [finite(space, self.moments[axis.module], self.domain) for axis in space.into]
+        for axis, moments in zip(space.into, found, strict=True):
+            if moments.count == 0:
+                raise StructPruneError(f"{axis.module} never ran during calibration in domain {self.domain}.")
+        return found
+
+    def _counted(self, x: Tensor) -> Tensor:
+        return unmasked(x, None if self.batch is None else self.batch.mask)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..calibration.moments import Moments, mix
+from ..calibration.moments import Blend, Moments
 from .aggregate import aggregate, normalised
 
 
@@ -36,7 +36,7 @@ class Mixture:
     normalisation: str = "energy"
     aggregation: str = "mean"
 
-    def pool(self, weight: Tensor, moments_by_domain: Sequence[Moments]) -> Moments:
+    def pool(self, weight: Tensor, moments_by_domain: Iterable[Moments]) -> Moments:
         """The moments of the domain mixture.
 
         Each domain is divided by its output energy, so that one with large activations does not outweigh the others.
@@ -45,19 +45,13 @@ class Mixture:
             weight: The weight of the dense consumer, shape `(out, n)`.
             moments_by_domain: The moments of its input, one per domain.
         """
-        moments_by_domain, shares = self._seen(moments_by_domain)
-        return mix(moments_by_domain, self._weights(weight, moments_by_domain, shares))
-
-    def _weights(
-        self, weight: Tensor, moments_by_domain: Sequence[Moments], shares: Sequence[float]
-    ) -> Sequence[float]:
-        energies = output_energies(weight, moments_by_domain)
-        if self.normalisation == "none" or min(energies) <= 0:
-            return shares
-        return [share / energy for share, energy in zip(shares, energies, strict=True)]
+        pool = Pool(self, weight)
+        for moments in moments_by_domain:
+            pool.add(moments)
+        return pool.result().moments
 
     def scores(
-        self, criterion: Criterion, weight: Tensor, moments_by_domain: Sequence[Moments], columns_per_unit: int
+        self, criterion: Criterion, weight: Tensor, moments_by_domain: Iterable[Moments], columns_per_unit: int
     ) -> Tensor:
         """One score per unit from all domains.
 
@@ -73,19 +67,16 @@ class Mixture:
         Returns:
             The scores, shape `(units,)`, higher = keep.
         """
-        moments_by_domain, shares = self._seen(moments_by_domain)
-        if self.aggregation == "mean" and self.normalisation in ("none", "energy"):
-            # The loss has the same scale in every domain, so its saliencies need no normalisation.
-            by_loss = moments_by_domain[0].saliency is not None
-            weights = shares if by_loss else self._weights(weight, moments_by_domain, shares)
-            # Mixing Gram matrices takes long, and no criterion reads the error.
-            read = [
-                replace(moments, gram=moments.gram if criterion.needs_gram else None, error=None)
-                for moments in moments_by_domain
-            ]
-            return criterion.score(weight, mix(read, weights), columns_per_unit)
-        scores = torch.stack([criterion.score(weight, moments, columns_per_unit) for moments in moments_by_domain])
-        return self._together(scores, shares)
+        scoring = Scoring(criterion, weight, columns_per_unit)
+        pool = Pool(self, weight, scoring)
+        for moments in moments_by_domain:
+            pool.add(moments)
+        return pool.result().scores
+
+    @property
+    def pools_scores(self) -> bool:
+        """Whether units are scored once, by the moments of the mixture, and not by each domain alone."""
+        return self.aggregation == "mean" and self.normalisation in ("none", "energy")
 
     def combined(self, contributions: Tensor) -> Tensor:
         """One score per unit from its contributions in every domain.
@@ -96,38 +87,130 @@ class Mixture:
         Returns:
             The scores, shape `(units,)`, higher = keep.
         """
-        return self._together(contributions, self.shares)
+        return self.together(contributions, self.shares)
 
-    def _together(self, scores: Tensor, shares: Sequence[float]) -> Tensor:
+    def together(self, scores: Tensor, shares: Sequence[float]) -> Tensor:
+        """One score per unit from those of each domain, shape `(domains, units)`, and the weights of the domains."""
         on_one_scale = normalised(scores, self.normalisation)
         return aggregate(on_one_scale, shares, self.aggregation)
 
-    def _seen(self, moments_by_domain: Sequence[Moments]) -> tuple[Sequence[Moments], Sequence[float]]:
-        """The moments and shares of the domains that had tokens here, as not every expert does; all where none had."""
-        seen = [
-            (moments, share) for moments, share in zip(moments_by_domain, self.shares, strict=True) if moments.count
-        ]
-        if not seen:
-            return moments_by_domain, self.shares
-        total = sum(share for _, share in seen)
-        return [moments for moments, _ in seen], [share / total for _, share in seen]
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the units of a consumer are scored.
+
+    Attributes:
+        criterion: The criterion.
+        weight: The present weight of the consumer, shape `(out, units * columns_per_unit)`, fp32.
+        columns_per_unit: The number of columns that a unit owns.
+        columns: The columns of the dense consumer that are left; None where all are.
+    """
+
+    criterion: Criterion
+    weight: Tensor
+    columns_per_unit: int
+    columns: Tensor | None = None
+
+    def of(self, moments: Moments) -> Tensor:
+        """The scores by these moments of the dense consumer's input, shape `(units,)`, higher = keep."""
+        left = moments if self.columns is None else moments.select(self.columns)
+        return self.criterion.score(self.weight, left, self.columns_per_unit)
 
 
-def output_energies(weight: Tensor, moments_by_domain: Sequence[Moments]) -> list[float]:
-    """E‖W x‖² by domain, from the Gram matrices, or without them from the second moments alone (as if components were
-    uncorrelated).
+@dataclass(frozen=True)
+class Pooled:
+    """What all domains say of one consumer.
+
+    Attributes:
+        scores: One score per unit, shape `(units,)`, higher = keep; nothing where the units are not scored.
+        moments: The moments of the domain mixture, each domain divided by its output energy.
+    """
+
+    scores: Tensor
+    moments: Moments
+
+
+class Pool:
+    """Brings the moments of one consumer together, of one domain after the other.
+
+    In memory are the moments of the mixture, and those of the present domain, however many domains there are.
 
     Args:
-        weight: The weight W of a consumer, shape `(out, n)`.
-        moments_by_domain: The moments of its input x, one per domain.
+        mixture: How the domains are brought together.
+        weight: The weight of the dense consumer, shape `(out, n)`.
+        scoring: How its units are scored; None where they are not.
     """
-    if moments_by_domain[0].gram is None:
-        squares = weight.square().sum(0)
-        return [float(squares @ moments.square.to(weight)) for moments in moments_by_domain]
-    # tr(W H Wᵀ) = ⟨Wᵀ W, H⟩: the large product is computed once for all domains, and a few rows at a time.
-    energies = torch.zeros(len(moments_by_domain), dtype=torch.float64, device=weight.device)
-    for rows in torch.arange(weight.shape[1], device=weight.device).split(ROWS):
-        product = weight[:, rows].T @ weight
-        for index, moments in enumerate(moments_by_domain):
-            energies[index] += (product * moments.full_gram()[rows].to(weight)).sum()
-    return energies.tolist()
+
+    def __init__(self, mixture: Mixture, weight: Tensor, scoring: Scoring | None = None):
+        self.mixture, self.weight, self.scoring = mixture, weight, scoring
+        self._blend, self._shares = Blend(), iter(mixture.shares)
+        self._scores: list[Tensor] = []
+        self._seen: list[float] = []
+        # The output energy of the first domain, and whether tokens and outputs other than zero have come in.
+        self._first, self._tokens, self._loud = 0.0, False, False
+
+    def add(self, moments: Moments, take: bool = False) -> None:
+        """Take in the next domain.
+
+        Args:
+            moments: The moments of the dense consumer's input.
+            take: Whether their Gram matrix may be taken over; they have none afterwards.
+        """
+        share = next(self._shares)
+        energy = 0.0 if self.mixture.normalisation == "none" else output_energy(self.weight, moments)
+        self._start_anew(bool(moments.count), energy > 0)
+        # Not every expert gets tokens of every domain, and a domain without output asks for nothing to be kept.
+        if bool(moments.count) < self._tokens or (energy > 0) < self._loud:
+            return
+        self._first = self._first or energy
+        if self.scoring is not None and not self.mixture.pools_scores:
+            self._scores.append(self.scoring.of(moments))
+            self._seen.append(share)
+        self._blend.add(moments, share * self._first / energy if self._loud else share, share, take)
+
+    def result(self) -> Pooled:
+        """What the domains say together; it can be asked for once, after the last of them."""
+        moments = self._blend.moments()
+        if self.scoring is None:
+            return Pooled(self.weight.new_zeros(0), moments)
+        if self.mixture.pools_scores:
+            return Pooled(self.scoring.of(moments), moments)
+        total = sum(self._seen)
+        scores = self.mixture.together(torch.stack(self._scores), [share / total for share in self._seen])
+        return Pooled(scores, moments)
+
+    def _start_anew(self, tokens: bool, loud: bool) -> None:
+        """Forget the domains so far where the next one has what none of them had: tokens, or an output."""
+        if tokens > self._tokens or (tokens == self._tokens and loud > self._loud):
+            self._blend, self._scores, self._seen, self._first = Blend(), [], [], 0.0
+            self._tokens, self._loud = tokens, loud
+
+
+def pooled(by_domain: Iterable[list[Moments]], pools: Sequence[Pool]) -> list[Pooled]:
+    """What all domains say of several consumers.
+
+    Args:
+        by_domain: The moments, one per consumer, of one domain after the other; they are taken over.
+        pools: One pool per consumer.
+    """
+    for by_consumer in by_domain:
+        for pool, moments in zip(pools, by_consumer, strict=True):
+            pool.add(moments, take=True)
+    return [pool.result() for pool in pools]
+
+
+def output_energy(weight: Tensor, moments: Moments) -> float:
+    """E‖W x‖² of a consumer: what was seen of its outputs; else from the Gram matrix, or without one from the second
+    moments alone (as if components were uncorrelated).
+
+    Args:
+        weight: The weight W of the consumer, shape `(out, n)`.
+        moments: The moments of its input x.
+    """
+    if moments.energy is not None:
+        return float(moments.energy)
+    if moments.gram is None:
+        return float(weight.square().sum(0) @ moments.square.to(weight))
+    # tr(W H Wᵀ) = ⟨W H, W⟩, a few rows of W at a time.
+    parts = [((rows @ moments.gram.to(rows)) * rows).sum(dtype=torch.float64) for rows in weight.split(ROWS)]
+    return float(torch.stack(parts).sum())

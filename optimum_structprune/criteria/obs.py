@@ -9,6 +9,10 @@ from ..surgery.refit import with_damped_factor
 from .base import Criterion, register_criterion
 
 
+# So many columns of an inverse are in memory at a time.
+COLUMNS = 512
+
+
 @register_criterion("obs")
 class OptimalBrainSurgeon(Criterion):
     """The score is ½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) for a unit u, which is ½ ‖W_:j‖² / [H⁻¹]_jj for a single column j.
@@ -20,22 +24,44 @@ class OptimalBrainSurgeon(Criterion):
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""
-        gram = moments.full_gram().to(weight)
-        units = len(gram) // columns_per_unit
-        if float(gram.diagonal().sum()) <= 0:
-            return weight.new_zeros(units)
-        inverse = with_damped_factor(gram, float(self.config.damping), torch.cholesky_inverse)
-        tiles = (
-            inverse.reshape(units, columns_per_unit, units, columns_per_unit)
-            .diagonal(dim1=0, dim2=2)
-            .permute(2, 0, 1)
-            .double()
+        gram = moments.full_gram()
+        diagonal = gram.diagonal()
+        if float(diagonal.sum()) <= 0:
+            return weight.new_zeros(len(gram) // columns_per_unit)
+        damping = float(self.config.damping)
+        return with_damped_factor(
+            lambda dtype: gram.to(weight.device, dtype, copy=True),
+            diagonal,
+            damping,
+            lambda factor: _losses(weight, factor, columns_per_unit),
         )
+
+
+def _losses(weight: Tensor, factor: Tensor, columns_per_unit: int) -> Tensor:
+    """½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) of every unit u, shape `(units,)`.
+
+    Args:
+        weight: W, shape `(out, n)`.
+        factor: The lower triangular L with `L Lᵀ = H`, shape `(n, n)`.
+        columns_per_unit: The number of columns that a unit owns.
+    """
+    out, size = weight.shape
+    step = max(COLUMNS // columns_per_unit, 1) * columns_per_unit
+    losses = []
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        units = (stop - start) // columns_per_unit
+        # H⁻¹ is XᵀX with X = L⁻¹, whose columns are zero above the diagonal.
+        identity = torch.eye(size - start, stop - start, dtype=factor.dtype, device=factor.device)
+        inverse = torch.linalg.solve_triangular(factor[start:, start:], identity, upper=False)
+        columns = inverse.reshape(-1, units, columns_per_unit).movedim(0, -1).double()
         # Shape (units, columns_per_unit, out).
-        columns = weight.reshape(len(weight), units, columns_per_unit).permute(1, 2, 0).double()
+        dense = weight[:, start:stop].reshape(out, units, columns_per_unit).movedim(0, -1).double()
         # The batched LU of torch 2.13's CPU build fails from 160 columns on once several threads are set.
-        solution = torch.linalg.solve_triangular(_factors(tiles), columns, upper=False)
-        return 0.5 * solution.square().sum((1, 2)).to(weight)
+        tiles = _factors(columns @ columns.mT)
+        solution = torch.linalg.solve_triangular(tiles, dense, upper=False)
+        losses.append(0.5 * solution.square().sum((1, 2)))
+    return torch.cat(losses).to(weight)
 
 
 def _factors(tiles: Tensor) -> Tensor:

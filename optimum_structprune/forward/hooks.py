@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
 
 class StopForward(Exception):
@@ -45,6 +46,28 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
                 see(name, args[0])
 
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def observe_products(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Tensor | None], None]):
+    """Call `see(name, input, product)` whenever a module has run.
+
+    Args:
+        model: The model that holds the modules.
+        names: The full names of the modules.
+        see: The function to call with the module's name, its first positional input, and for a linear module the
+            product of that input with its weight: its output without the bias.
+    """
+    with ExitStack() as stack:
+        for name in names:
+
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
+                linear = isinstance(module, (nn.Linear, Conv1D))
+                bias = getattr(module, "bias", None)
+                see(name, args[0], None if not linear else output if bias is None else output - bias)
+
+            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield
 
 

@@ -69,20 +69,23 @@ def channel_energies(
         Shape `(reads, domains, channels)`; the mean over channels is 1.
     """
     read_at = replace(residual.space, into=tuple(Axis(f"{read.tap}.weight", 1) for read in residual.reads))
-    tally = Tally([read_at], False, num_domains, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    tallies = [Tally([read_at], False, domain, device) for domain in range(num_domains)]
     names = [read.tap for read in residual.reads]
 
     def see(name: str, hidden: Tensor) -> None:
         hidden = hidden.double()
         size = hidden.square().mean(-1, keepdim=True).sqrt()
-        tally.add(name, hidden / size.clamp(min=torch.finfo(size.dtype).tiny))
+        present.add(name, hidden / size.clamp(min=torch.finfo(size.dtype).tiny))
 
+    present = tallies[0]
     with observe(model, names, see):
         for batch in batches:
-            tally.batch = batch
+            present = tallies[batch.domain]
+            present.batch = batch
             run_model(model, batch.ids)
-    squares = [torch.stack([moments.square for moments in by_domain]) for by_domain in tally.of(read_at)]
-    return torch.stack(squares).cpu()
+    squares = [torch.stack([moments.square for moments in tally.of(read_at)]) for tally in tallies]
+    return torch.stack(squares, 1).cpu()
 
 
 def refit_readers_(
@@ -109,13 +112,14 @@ def refit_readers_(
         reads = [read for read in arch.residual.reads if read.layer == layer]
         # All consumers at one place get the same input, so the moments of the first one are those of all.
         spaces = [replace(arch.residual.space, layer=layer, into=read.readers[:1]) for read in reads]
-        moments_by_read = [passes.gather(layer, space, True)[0] for space in spaces]
+        moments_by_read = [[moments for (moments,) in passes.gather(layer, space, True)] for space in spaces]
         passes.advance(layer)
         for read, moments_by_domain in zip(reads, moments_by_read, strict=True):
             for axis in _matrices(model, read.readers):
                 weight, bias = read_consumer(model, axis)
                 columns = torch.tensor(keep, device=weight.device)
-                moments = mixture.pool(weight, moments_by_domain)
+                # What was seen are the outputs of the first reader alone.
+                moments = mixture.pool(weight, (replace(moments, energy=None) for moments in moments_by_domain))
                 refitted = REFITS[config.refit](weight, bias, moments, columns, config.damping)
                 write_consumer_(model, axis, columns, *refitted)
 

@@ -222,9 +222,9 @@ def trial_losses(
     removed = sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0})
     values: dict[int, dict[Axis, Values]] = {units: {} for units in removed}
     for space in spaces:
-        moments = passes.gather(space.layer, space, sweep.gram)
+        gathered = sweep.gather(passes, space, mixture)
         for units, of_trial in values.items():
-            of_trial |= sweep.trial(space, moments, (width - units) * space.scale, mixture)
+            of_trial |= sweep.trial(space, gathered, (width - units) * space.scale)
     losses = {}
     for units, of_trial in values.items():
         with sweep.consumers.holding(of_trial):

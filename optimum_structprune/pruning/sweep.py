@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from ..arch.spec import ArchSpec, Axis, Space, Widths
-from ..calibration.moments import Moments
 from ..calibration.passes import Passes
 from ..criteria import CRITERIA, Criterion
 from ..criteria.aggregate import standardised
-from ..criteria.mixture import Mixture
+from ..criteria.mixture import Mixture, Pool, Pooled, Scoring, pooled
 from ..errors import StructPruneError
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.cut import shrink_layer_
@@ -91,7 +90,6 @@ class Sweep:
                 places; None where units are only masked.
             title: The label of the progress bar.
         """
-        criterion = self._criterion()
         for layer in tqdm(range(self.arch.num_layers), desc=title, unit="layer"):
             axes = [axis for space in self.arch.at(layer) for axis in space.into]
             with self.consumers.as_dense(axes):
@@ -99,10 +97,8 @@ class Sweep:
             for space in self.arch.at(layer):
                 width = space.width_in(widths) * space.scale
                 if width < space.size:
-                    # A refit starts from the dense weights, so error feedback has to see the error that these leave.
-                    with self.consumers.as_dense(space.into):
-                        moments = passes.gather(layer, space, self.gram)
-                    self._choose_(space, moments, width, mixture, criterion)
+                    # What was gathered is let go before the next space: a Gram matrix takes gigabytes.
+                    self._choose_(space, self.gather(passes, space, mixture), width)
             if smaller is not None:
                 self.shrunk = True
                 shrink_layer_(self.model, self.arch, layer, self.plan, smaller)
@@ -124,30 +120,58 @@ class Sweep:
         for layer in tqdm(range(self.arch.num_layers), desc="ranking", unit="layer"):
             for space in self.arch.at(layer):
                 if space.kind in names:
-                    by_consumer = []
-                    for axis, moments in zip(
-                        space.into, passes.gather(layer, space, criterion.needs_gram), strict=True
-                    ):
-                        columns = mixture.scores(criterion, self.consumers.present(axis)[0], moments, 1)
-                        by_consumer.append(standardised(columns, axis.per_unit).cpu())
+                    weights = [self.consumers.present(axis)[0] for axis in space.into]
+                    pools = [Pool(mixture, weight, Scoring(criterion, weight, 1)) for weight in weights]
+                    by_consumer = [
+                        standardised(of_one.scores, axis.per_unit).cpu()
+                        for axis, of_one in zip(
+                            space.into, pooled(passes.gather(layer, space, criterion.needs_gram), pools), strict=True
+                        )
+                    ]
                     scores[layer, space.name] = torch.stack(by_consumer).mean(0)
             passes.advance(layer)
         return scores
 
-    def trial(
-        self, space: Space, moments: Sequence[Sequence[Moments]], width: int, mixture: Mixture
-    ) -> dict[Axis, Values]:
+    def gather(self, passes: Passes, space: Space, mixture: Mixture) -> list[Pooled]:
+        """What the samples say of a space, from its dense consumers and their present weights.
+
+        Args:
+            passes: The passes over the calibration samples, at the layer of the space.
+            space: The space.
+            mixture: How the domains are brought together.
+
+        Returns:
+            The scores of the units that are left, and the moments of the domain mixture, by consumer.
+
+        Raises:
+            StructPruneError: If a criterion does not give one finite score for each unit.
+        """
+        before, criterion = self._before(space), self._criterion()
+        pools = []
+        for axis in space.into:
+            dense, present, columns = self.consumers.dense(axis)[0], self.consumers.present(axis)[0], None
+            if len(before) < space.size:
+                columns = units_to_columns(before, axis, present.device)
+                present = present[:, columns]
+            pools.append(Pool(mixture, dense, Scoring(criterion, present, axis.per_unit, columns)))
+        # A refit starts from the dense weights, so error feedback has to see the error that these leave.
+        with self.consumers.as_dense(space.into):
+            found = pooled(passes.gather(space.layer, space, self.gram), pools)
+        for axis, of_one in zip(space.into, found, strict=True):
+            self._check_scores(axis, of_one.scores, len(before))
+        return found
+
+    def trial(self, space: Space, gathered: Sequence[Pooled], width: int) -> dict[Axis, Values]:
         """The values that the consumers of one space would get if it kept so many units; the model is left as it is.
 
         Args:
             space: The space, at its full width.
-            moments: The moments of the inputs of its consumers, by consumer and domain.
+            gathered: What `gather` gave for it.
             width: How many units are kept.
-            mixture: How the domains are brought together.
         """
         keep = dict(self.keep)
         with self.consumers.holding(self.consumers.copies(space.into)):
-            self._choose_(space, moments, width, mixture, self._criterion())
+            self._choose_(space, gathered, width)
             values = self.consumers.copies(space.into)
         self.keep = keep
         self.consumers.forget(space.into)
@@ -172,38 +196,23 @@ class Sweep:
         # Made anew for each round, so that what it draws at random does not depend on the rounds before.
         return CRITERIA.get(self.config.scored_by)(self.config)
 
-    def _choose_(
-        self,
-        space: Space,
-        moments: Sequence[Sequence[Moments]],
-        width: int,
-        mixture: Mixture,
-        criterion: Criterion,
-    ) -> None:
-        key = (space.layer, space.name)
-        before = self.keep.get(key, tuple(range(space.size)))
-        pairs = list(zip(space.into, moments, strict=True))
-        scores = [self._scores(axis, by_domain, before, mixture, criterion) for axis, by_domain in pairs]
-        self.keep[key] = tuple(before[unit] for unit in best_units(torch.stack(scores).sum(0), width))
-        refit = REFITS[self.config.refit]
-        for axis, by_domain in pairs:
-            weight, bias = self.consumers.dense(axis)
-            columns = units_to_columns(self.keep[key], axis, weight.device)
-            pooled = mixture.pool(weight, by_domain)
-            self.consumers.mask_(axis, columns, *refit(weight, bias, pooled, columns, self.config.damping))
+    def _before(self, space: Space) -> tuple[int, ...]:
+        return self.keep.get((space.layer, space.name), tuple(range(space.size)))
 
-    def _scores(
-        self, axis: Axis, moments: Sequence[Moments], units: Sequence[int], mixture: Mixture, criterion: Criterion
-    ) -> Tensor:
-        weight, _ = self.consumers.present(axis)
-        if len(units) * axis.per_unit < weight.shape[1]:
-            columns = units_to_columns(units, axis, weight.device)
-            weight, moments = weight[:, columns], [of_domain.select(columns) for of_domain in moments]
-        scores = mixture.scores(criterion, weight, moments, axis.per_unit)
-        if scores.shape != (len(units),) or not torch.isfinite(scores).all():
-            kind = f"the shape {tuple(scores.shape)}" if scores.shape != (len(units),) else "NaN or infinite values"
+    def _choose_(self, space: Space, gathered: Sequence[Pooled], width: int) -> None:
+        before, refit = self._before(space), REFITS[self.config.refit]
+        scores = torch.stack([of_one.scores for of_one in gathered]).sum(0)
+        keep = tuple(before[unit] for unit in best_units(scores, width))
+        self.keep[space.layer, space.name] = keep
+        for axis, of_one in zip(space.into, gathered, strict=True):
+            weight, bias = self.consumers.dense(axis)
+            columns = units_to_columns(keep, axis, weight.device)
+            self.consumers.mask_(axis, columns, *refit(weight, bias, of_one.moments, columns, self.config.damping))
+
+    def _check_scores(self, axis: Axis, scores: Tensor, units: int) -> None:
+        if scores.shape != (units,) or not torch.isfinite(scores).all():
+            kind = f"the shape {tuple(scores.shape)}" if scores.shape != (units,) else "NaN or infinite values"
             raise StructPruneError(
-                f"The criterion {self.config.scored_by!r} has to give {len(units)} finite scores, one per unit, at "
+                f"The criterion {self.config.scored_by!r} has to give {units} finite scores, one per unit, at "
                 f"{axis.module}; it gives {kind}."
             )
-        return scores

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..calibration.gram import submatrix
 from ..calibration.moments import Moments
 from ..errors import StructPruneError
 
@@ -16,60 +17,76 @@ logger = logging.getLogger(__name__)
 
 # The smallest second moment, relative to the mean one, that the ridge of a component is computed from.
 LEAST = 1e-6
+# The number of rows of a matrix product or of a right side that are in memory a second time.
+ROWS = 1024
 
 Refit = Callable[[Tensor, "Tensor | None", Moments, Tensor, float], "tuple[Tensor, Tensor | None]"]
 
 
-def with_damped_factor(matrix: Tensor, damping: float, use: Callable[[Tensor], Tensor]) -> Tensor:
-    """The result of `use` for the Cholesky factor of `matrix + λ D`, where D is the diagonal of `matrix`.
+def with_damped_factor(
+    matrix: Callable[[torch.dtype], Tensor], diagonal: Tensor, damping: float, use: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The result of `use` for the Cholesky factor of `M + λ D`, where D is the diagonal of a matrix M.
 
     The ridge is relative to every component's own second moment, so that it does not depend on the scale of a
     component: every correlation is lowered by the factor 1 / (1 + λ). The factorisation is tried in fp32, then in
-    fp64, then with ten times the damping, and so on, until the result is finite.
+    fp64, then with ten times the damping, and so on, until the result is finite. It happens in place, so that M is in
+    memory only once more.
 
     Args:
-        matrix: A positive semi-definite matrix, shape `(n, n)`, not all zeros.
+        matrix: A function that gives a new copy of M, positive semi-definite and not all zeros, shape `(n, n)`, in a
+            dtype.
+        diagonal: The diagonal of M, shape `(n,)`.
         damping: λ.
-        use: A function of the lower triangular L with `L Lᵀ = matrix + λ D`, shape `(n, n)`.
+        use: A function of the lower triangular L with `L Lᵀ = M + λ D`, shape `(n, n)`.
 
     Raises:
         StructPruneError: If the result is not finite even with 100,000 times the damping.
     """
-    diagonal = matrix.diagonal()
     # A component that is always zero would get no ridge, and the matrix would stay singular.
     scale = diagonal.clamp(min=LEAST * float(diagonal.mean()))
     for attempt in range(6):
         ridge = max(damping, 1e-8) * 10.0**attempt
         for dtype in (torch.float32, torch.float64):
-            damped = matrix.to(dtype, copy=True)
-            damped.diagonal().add_(scale.to(dtype), alpha=ridge)
-            factor, info = torch.linalg.cholesky_ex(damped)
-            if info == 0:
-                result = use(factor)
-                if torch.isfinite(result).all():
-                    return result
+            result = _factored(matrix(dtype), scale, ridge, use)
+            if result is not None:
+                return result
         logger.warning("The Gram matrix is not positive definite with damping %g; trying ten times that.", ridge)
     raise StructPruneError(
         "The Gram matrix of a consumer's input cannot be inverted even with damping; the activations are broken."
     )
 
 
-def solve_damped(matrix: Tensor, right: Tensor, damping: float) -> Tensor:
-    """Solve `X (matrix + λ D) = right`, with the ridge of `with_damped_factor`.
+def _factored(damped: Tensor, scale: Tensor, ridge: float, use: Callable[[Tensor], Tensor]) -> Tensor | None:
+    damped.diagonal().add_(scale.to(damped), alpha=ridge)
+    info = torch.empty((), dtype=torch.int32, device=damped.device)
+    torch.linalg.cholesky_ex(damped, out=(damped, info))
+    if info != 0:
+        return None
+    result = use(damped)
+    return result if torch.isfinite(result).all() else None
+
+
+def solve_damped(matrix: Callable[[torch.dtype], Tensor], diagonal: Tensor, right: Tensor, damping: float) -> Tensor:
+    """Solve `X (M + λ D) = right`, with the ridge of `with_damped_factor`.
 
     Args:
-        matrix: A positive semi-definite matrix, shape `(n, n)`.
+        matrix: A function that gives a new copy of M, positive semi-definite, shape `(n, n)`, in a dtype.
+        diagonal: The diagonal of M, shape `(n,)`.
         right: The right side, shape `(m, n)`.
         damping: λ.
 
     Returns:
         X, shape `(m, n)`, in the dtype of `right`; zeros for a matrix of zeros.
     """
-    if float(matrix.diagonal().sum()) <= 0:
+    if float(diagonal.sum()) <= 0:
         return torch.zeros_like(right)
-    return with_damped_factor(
-        matrix, damping, lambda factor: torch.cholesky_solve(right.to(factor.dtype).T, factor).T.to(right.dtype)
-    )
+
+    def solve(factor: Tensor) -> Tensor:
+        parts = [torch.cholesky_solve(rows.to(factor.dtype).T, factor).T.to(right.dtype) for rows in right.split(ROWS)]
+        return torch.cat(parts)
+
+    return with_damped_factor(matrix, diagonal, damping, solve)
 
 
 def no_refit(
@@ -114,22 +131,39 @@ def least_squares(
     Returns:
         W', shape `(out, kept)`, and the bias.
     """
-    gram = moments.full_gram()
-    removed, error = _others(keep, weight.shape[1]), moments.error
-    cross, square = gram[removed][:, keep], gram[keep][:, keep]
-    mean = moments.mean.to(square)
+    gram, error = moments.full_gram(), moments.error
+    mean, diagonal = moments.mean.to(gram), gram.diagonal()[keep]
     if bias is not None:
-        cross = cross - torch.outer(mean[removed], mean[keep])
-        square = square - torch.outer(mean[keep], mean[keep])
-    missing = weight[:, removed] @ cross.to(weight)
-    if error is not None:
-        centre = 0.0 if bias is None else torch.outer(error.mean, mean[keep])
-        missing = missing + (error.cross[:, keep] - centre).to(weight)
-    refitted = weight[:, keep] + solve_damped(square, missing, damping)
+        diagonal = diagonal - mean[keep].square()
+
+    def kept(dtype: torch.dtype) -> Tensor:
+        square = submatrix(gram, keep, keep)
+        if bias is not None:
+            square.addr_(mean[keep], mean[keep], alpha=-1)
+        return square.to(dtype)
+
+    missing = _missing(weight, bias is not None, moments, keep)
+    refitted = weight[:, keep] + solve_damped(kept, diagonal, missing, damping)
     if bias is not None:
         bias = bias + weight @ mean.to(weight) - refitted @ mean[keep].to(weight)
         bias = bias if error is None else bias + error.mean.to(bias)
     return refitted, bias
+
+
+def _missing(weight: Tensor, centred: bool, moments: Moments, keep: Tensor) -> Tensor:
+    """`W_R H_RS + E[e x_Sᵀ]`, what the kept columns are to make up for, shape `(out, kept)`."""
+    gram, error, mean = moments.full_gram(), moments.error, moments.mean.to(weight)
+    removed = _others(keep, weight.shape[1])
+    missing = weight.new_zeros(len(weight), len(keep))
+    for some in removed.split(ROWS):
+        missing.addmm_(weight[:, some], submatrix(gram, some, keep).to(weight))
+    if centred:
+        missing.addr_(weight[:, removed] @ mean[removed], mean[keep], alpha=-1)
+    if error is not None:
+        missing.add_(error.cross[:, keep].to(weight))
+        if centred:
+            missing.addr_(error.mean.to(weight), mean[keep], alpha=-1)
+    return missing
 
 
 def _others(keep: Tensor, size: int) -> Tensor:

@@ -94,8 +94,8 @@ def test_moments_hold_the_error_of_the_residual_stream(dtype):
         error = 0.25 * (dense - passes.output(0, 0)).float().flatten(0, 1) / 0.7
     torch.testing.assert_close(moments.error.mean, error.mean(0), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(moments.error.cross, error.T @ inputs[0] / len(error), rtol=1e-2, atol=1e-2)
-    plain = LayerPasses(model, arch, [Batch(0, token_ids())]).gather(0, space, True)
-    assert plain[0][0].error is None
+    ((plain,),) = LayerPasses(model, arch, [Batch(0, token_ids())]).gather(0, space, True)
+    assert plain.error is None
 
 
 def test_it_is_nothing_where_nothing_was_lost():

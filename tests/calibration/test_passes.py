@@ -70,7 +70,7 @@ def test_nan_activations_name_the_consumer():
     passes = LayerPasses(model, arch, batches())
     passes.advance(0)
     with pytest.raises(StructPruneError, match=r"NaN or infinite activations at model.layers.1.mlp.down_proj"):
-        passes.gather(1, arch.of("mlp")[1], False)
+        list(passes.gather(1, arch.of("mlp")[1], False))
     assert count_hooks(model) == 0
 
 

@@ -171,7 +171,7 @@ def test_only_what_is_asked_for_is_given(stats):
     for gram in (False, True):
         for gradient in (False, True):
             passes = StoredPasses(stored, stored.chosen(uneven()), gradient, torch.device("cpu"))
-            for part in passes.gather(1, space, gram)[0]:
+            for (part,) in passes.gather(1, space, gram):
                 assert (part.gram is not None, part.saliency is not None) == (gram, gradient)
     with pytest.raises(StructPruneError, match="experts"):
         passes.contributions(1, space)
@@ -230,8 +230,8 @@ def drop_field(path):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("layer-001.safetensors", cut, "layer-001.safetensors has .* bytes instead of"),
-        ("layer-001.safetensors", flip, "layer-001.safetensors is damaged"),
+        ("layer-001.domain-0.safetensors", cut, "layer-001.domain-0.safetensors has .* bytes instead of"),
+        ("layer-001.domain-0.safetensors", flip, "layer-001.domain-0.safetensors is damaged"),
         ("heldout.safetensors", flip, "heldout.safetensors is damaged"),
         ("heldout.safetensors", lambda path: path.unlink(), "heldout.safetensors has 0 bytes"),
         ("calibration_manifest.json", flip, "calibration_manifest.json is damaged"),

@@ -6,7 +6,7 @@ from models import config
 
 from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.criteria import CRITERIA
-from optimum_structprune.criteria.mixture import Mixture, output_energies
+from optimum_structprune.criteria.mixture import Mixture, output_energy
 
 
 @pytest.fixture
@@ -77,9 +77,7 @@ def test_random_follows_the_seed(case):
 
 def test_output_energy_is_that_of_the_outputs(case):
     weight, x, moments = case
-    assert output_energies(weight, [moments])[0] == pytest.approx(
-        float((x @ weight.T).square().sum(1).mean()), rel=1e-4
-    )
+    assert output_energy(weight, moments) == pytest.approx(float((x @ weight.T).square().sum(1).mean()), rel=1e-4)
 
 
 def test_a_domain_with_large_activations_does_not_outweigh_the_others(case):
@@ -87,8 +85,8 @@ def test_a_domain_with_large_activations_does_not_outweigh_the_others(case):
     scaled = Moments.empty(6, gram=True).update(100 * x)
     pooled = Mixture((0.5, 0.5)).pool(weight, [moments, scaled])
     # Both are the same text but for the scale, so each has to contribute one half of the pooled energy.
-    expected = moments.gram / output_energies(weight, [moments])[0]
-    torch.testing.assert_close(pooled.gram / output_energies(weight, [pooled])[0], expected, rtol=1e-3, atol=1e-5)
+    expected = moments.gram / output_energy(weight, moments)
+    torch.testing.assert_close(pooled.gram / output_energy(weight, pooled), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_max_keeps_what_only_one_domain_needs():

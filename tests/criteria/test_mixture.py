@@ -9,7 +9,7 @@ from models import config
 from optimum_structprune.calibration.moments import Moments, mix
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.criteria.aggregate import aggregate, normalised
-from optimum_structprune.criteria.mixture import Mixture, output_energies
+from optimum_structprune.criteria.mixture import Mixture, output_energy
 from optimum_structprune.domains.reweight import MOST, reweighted
 
 
@@ -77,8 +77,8 @@ def parts():
 def test_the_mean_of_energies_is_taken_over_moments(parts, name, how):
     weight, moments = parts
     criterion = CRITERIA.get(name)(config(criterion=name))
-    weights = [0.3 / (1 if how == "none" else output_energies(weight, moments)[0])]
-    weights.append(0.7 / (1 if how == "none" else output_energies(weight, moments)[1]))
+    weights = [0.3 / (1 if how == "none" else output_energy(weight, moments[0]))]
+    weights.append(0.7 / (1 if how == "none" else output_energy(weight, moments[1])))
     pooled = mix(moments, weights)
     mixture = Mixture((0.3, 0.7), normalisation=how)
     torch.testing.assert_close(mixture.pool(weight, moments).gram, pooled.gram)

@@ -291,7 +291,7 @@ def test_experts_see_the_masked_tokens_only(passes):
     mask[:, 5:8] = True
     inner = [space for space in arch.at(0) if space.experts is not None and space.inside]
     run = passes(model, arch, batches_of(masked_domain(mask), 3))
-    counts = [run.gather(0, space, gram=False)[0][0].count for space in inner]
+    counts = [next(run.gather(0, space, gram=False))[0].count for space in inner]
     # Two of the experts see each token.
     assert sum(counts) == 2 * int(mask.sum())
 

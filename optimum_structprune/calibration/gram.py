@@ -1,0 +1,69 @@
+"""Products of large symmetric matrices: half the work, and no second copy. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+# A Gram matrix is symmetric, so only what lies on and right of the diagonal is computed, in panels of at least so many
+# rows, and in at most so many panels: smaller ones cost more than they save.
+PANEL, MAX_PANELS = 512, 8
+
+
+def panels(size: int) -> Iterator[slice]:
+    """The rows of a square matrix, in panels."""
+    step = max(PANEL, -(-size // MAX_PANELS))
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+@torch.no_grad()
+def update_gram_(gram: Tensor, x: Tensor, share: float) -> None:
+    """Take tokens into a running Gram matrix E[x xᵀ].
+
+    Args:
+        gram: The matrix, shape `(n, n)`, fp32; it is changed.
+        x: The inputs of the tokens, shape `(tokens, n)`.
+        share: The share that these tokens have in all tokens so far.
+    """
+    for rows in panels(len(gram)):
+        right = slice(rows.start, len(gram))
+        add_product_(gram[rows, right], x[:, rows], x[:, right], share)
+        gram[rows.stop :, rows] = gram[rows, rows.stop :].T
+
+
+@torch.no_grad()
+def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> None:
+    """Take `leftᵀ right`, a sum over tokens, into a running mean in fp32.
+
+    Args:
+        total: The running mean, shape `(m, n)`, fp32; it is changed.
+        left: Shape `(tokens, m)`.
+        right: Shape `(tokens, n)`.
+        share: The share that these tokens have in all tokens so far.
+    """
+    if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:
+        # Products of bf16 numbers are exact in fp32, so no fp32 copy of the inputs is needed.
+        product = torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        product = left.T.float() @ right.float()
+    # Not added by the product itself, which would lose the digits of few tokens beside many.
+    total.lerp_(product.div_(len(left)), share)
+
+
+@torch.no_grad()
+def submatrix(matrix: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Some rows and columns of a matrix as a new one, made without a copy of whole rows.
+
+    Args:
+        matrix: The matrix, shape `(m, n)`.
+        rows: The indices of the rows.
+        columns: The indices of the columns.
+        dtype: The dtype of the result; None takes that of the matrix.
+    """
+    part = matrix.new_empty(len(rows), len(columns), dtype=dtype or matrix.dtype)
+    for into, some in zip(part.split(PANEL), rows.split(PANEL), strict=True):
+        into.copy_(matrix[some].index_select(1, columns))
+    return part
