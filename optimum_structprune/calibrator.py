@@ -23,6 +23,7 @@ from .domains.manifest import MANIFEST_NAME
 from .errors import StructPruneError
 from .fingerprint import fingerprint, vocabulary_hash
 from .forward.metrics import evaluating
+from .forward.placement import Placement
 from .pruning.arguments import check_arguments, check_config_kind
 from .pruning.checks import CALIBRATE, check
 from .pruning.evidence import Evidence
@@ -93,18 +94,19 @@ def calibrate(
 
 def _write_moments(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, folder: Path) -> None:
     """One file for each layer and domain."""
-    passes = evidence.passes(model, arch)
+    passes, placement = evidence.passes(model, arch), Placement(model, arch)
     for layer in tqdm(range(arch.num_layers), desc="calibration", unit="layer"):
         spaces = list(arch.at(layer))
-        streams = [passes.gather(layer, space, gram=True) for space in spaces]
-        for domain, by_space in enumerate(zip(*streams, strict=True)):
-            found = {
-                axis.module: moments
-                for space, by_consumer in zip(spaces, by_space, strict=True)
-                for axis, moments in zip(space.into, by_consumer, strict=True)
-            }
-            save_moments(found, folder / moments_name(layer, domain))
-        passes.advance(layer)
+        with placement.at(layer):
+            streams = [passes.gather(layer, space, gram=True) for space in spaces]
+            for domain, by_space in enumerate(zip(*streams, strict=True)):
+                found = {
+                    axis.module: moments
+                    for space, by_consumer in zip(spaces, by_space, strict=True)
+                    for axis, moments in zip(space.into, by_consumer, strict=True)
+                }
+                save_moments(found, folder / moments_name(layer, domain))
+            passes.advance(layer)
 
 
 def _check_room(arch: ArchSpec, num_domains: int, folder: Path) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .offloading import weight_of
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,11 +23,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     """The SHA-256 of a model's config and of every weight, in hexadecimal digits.
 
     Args:
-        model: The model; each tensor is copied to the CPU in turn.
+        model: The model; each tensor is copied to the CPU in turn. Those that accelerate has offloaded are read.
     """
     config = {name: value for name, value in model.config.to_dict().items() if name not in ORIGIN}
     digest = sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
+        tensor = weight_of(model, name) if tensor.is_meta else tensor
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(raw_bytes(tensor))
     return digest.hexdigest()

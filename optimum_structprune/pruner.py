@@ -16,6 +16,8 @@ from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .domains.load import Domain
 from .domains.manifest import Manifest
+from .errors import StructPruneError
+from .offloading import is_offloaded
 from .pruning.arguments import check_arguments, check_config_kind
 from .pruning.checks import check
 from .pruning.choose import choose_widths
@@ -229,4 +231,8 @@ def _to_change(model: PreTrainedModel, inplace: bool) -> tuple[PreTrainedModel, 
     """The model that may be changed; and the dense one, where that stays as it is."""
     if is_quantized(model):
         return dequantized(model, inplace), None
+    if is_offloaded(model) and not inplace:
+        raise StructPruneError(
+            f"{type(model).__name__} is offloaded, and a copy of it would need as much room again; pass inplace=True."
+        )
     return (model, None) if inplace else (deepcopy(model), model)

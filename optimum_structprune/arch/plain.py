@@ -1,4 +1,4 @@
-"""Models whose weights are not plain parameters: adapters, quantization, and weights that are offloaded."""
+"""Models whose weights are not plain parameters: adapters and quantization."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import StructPruneError, one_line
+from ..offloading import check_reachable
 from .meta import skeleton
 
 
@@ -22,20 +23,15 @@ MERGE_INJECTED = (
 
 
 def check_plain(model: PreTrainedModel) -> None:
-    """Refuse a model whose weights are not its own parameters in memory. A quantized model passes, see `dequantized`.
+    """Refuse a model whose weights are not its own parameters. A quantized model passes, see `dequantized`.
 
     It is to be called before the model is described, because an adapter changes the names of the parameters.
 
     Raises:
-        StructPruneError: If the model carries an adapter or has offloaded weights.
+        StructPruneError: If the model carries an adapter or has no weights.
     """
     check_no_adapter(model)
-    if offloaded := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise StructPruneError(
-            f"{len(offloaded)} parameters of this {type(model).__name__} are offloaded, such as {offloaded[0]}, and "
-            "pruning needs all of them in memory; load the model without offloading, on the CPU or over several "
-            "devices."
-        )
+    check_reachable(model)
 
 
 def check_no_adapter(model: PreTrainedModel) -> None:

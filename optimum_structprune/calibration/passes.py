@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..arch.spec import ArchSpec, Space
+from ..errors import StructPruneError
 from ..forward.calls import NotSequentialError
 from ..forward.clock import Clock
 from ..forward.hooks import observe_products
 from ..forward.metrics import run_model
+from ..offloading import compute_device, is_offloaded
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
 from .sequential import LayerPasses
@@ -85,7 +87,7 @@ class ModelPasses:
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):
         self.model, self.arch, self.batches = model, arch, batches
-        self.clock = clock or Clock(next(model.parameters()).device)
+        self.clock = clock or Clock(compute_device(model))
         self.num_domains = 1 + max(batch.domain for batch in batches)
         self.tallies: list[Tally] = []
         self.routed: tuple[str, tuple[Routed, ...]] = ("", ())
@@ -106,7 +108,7 @@ class ModelPasses:
 
     def _tallied(self, gram: bool) -> list[Tally]:
         spaces = [space for space in self.arch.spaces if space.experts is None]
-        device = next(self.model.parameters()).device
+        device = compute_device(self.model)
         tallies = [Tally(spaces, gram, domain, device) for domain in range(self.num_domains)]
         present = tallies[0]
         with observe_products(self.model, present.moments, lambda name, *seen: present.add(name, *seen)):
@@ -168,8 +170,17 @@ def passes_over(
     clock: Clock | None = None,
     error_feedback: float = 0.0,
 ) -> Passes:
-    """Passes layer by layer where the model allows it, over the whole model otherwise; see `LayerPasses`."""
+    """Passes layer by layer where the model allows it, over the whole model otherwise; see `LayerPasses`.
+
+    Raises:
+        StructPruneError: If the model has to run as a whole, and its layers are offloaded.
+    """
     try:
         return LayerPasses(model, arch, batches, clock, error_feedback)
-    except NotSequentialError:
+    except NotSequentialError as error:
+        if is_offloaded(model):
+            raise StructPruneError(
+                f"{error}, so they cannot be brought in one by one; load the {arch.model_type} model in memory, or over "
+                "several devices."
+            ) from error
         return ModelPasses(model, arch, batches, clock)

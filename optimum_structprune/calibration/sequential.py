@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import convert_to_fp32, send_to_device
@@ -13,7 +14,8 @@ from ..arch.load import layer_list
 from ..arch.spec import ArchSpec, Space
 from ..forward.calls import Call, NotSequentialError, capture, first_of, same_call
 from ..forward.clock import Clock
-from ..forward.hooks import adding, observe_products
+from ..forward.hooks import adding, observe_products, replaying
+from ..offloading import compute_device, is_offloaded
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
 from .tally import Batch, Tally, finite, listen
@@ -55,12 +57,16 @@ class LayerPasses:
     ):
         self.model, self.arch, self.error_feedback = model, arch, error_feedback
         self.gains: dict[str, float | None] = {}
-        self.device = next(model.parameters()).device
+        self.device = compute_device(model)
+        # The hidden states of all samples may take more memory than the layers that a GPU has room for.
+        stored = torch.device("cpu") if is_offloaded(model) else None
         self.clock = clock or Clock(self.device)
         self.batches = list(batches)
         self.num_domains = 1 + max(batch.domain for batch in batches)
         self.hidden: list[Tensor] = []
         self.calls: dict[int, list[Call]] = {}
+        # What a layer returns beside hidden states; None where it returns them alone.
+        self.extras: dict[int, tuple[Any, ...] | None] = {}
         self.routed: tuple[Routed, ...] = ()
         for batch in batches:
             size = len(batch.ids)
@@ -68,7 +74,7 @@ class LayerPasses:
                 hidden, calls = capture(model, arch, batch.ids, size not in self.calls)
             if not same_call(self.calls.setdefault(size, calls)[0], calls[0]):
                 raise NotSequentialError(f"the layers of {arch.model_type!r} are called with more than hidden states")
-            self.hidden.append(hidden)
+            self.hidden.append(hidden if stored is None else hidden.to(stored))
         self.dense = list(self.hidden)
 
     def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
@@ -95,7 +101,8 @@ class LayerPasses:
                 tally.batch = batch
                 output = self.output(layer, index)
                 if gains:
-                    tally.add_error(self.error_feedback * (self.dense[index].float() - output.float()))
+                    dense = self.dense[index].to(output.device)
+                    tally.add_error(self.error_feedback * (dense.float() - output.float()))
         return tally.of(space)
 
     def contributions(self, layer: int, space: Space) -> Tensor:
@@ -111,15 +118,31 @@ class LayerPasses:
                 self.error_feedback = 0.0
         if self.error_feedback:
             for index, hidden in enumerate(self.dense):
-                self.dense[index] = self.output(layer, index, hidden)
+                self.dense[index] = self.output(layer, index, hidden).to(hidden.device)
 
     def advance(self, layer: int) -> None:
         """See `Passes.advance`."""
         self.routed = ()
-        if layer + 1 == self.arch.num_layers:
-            return  # nothing reads what the last layer gives
-        for index in range(len(self.hidden)):
-            self.hidden[index] = self.output(layer, index)
+        if layer + 1 < self.arch.num_layers:  # nothing that prunes reads what the last layer gives
+            self.pass_through(layer)
+
+    def pass_through(self, layer: int) -> None:
+        """Take the hidden states of all samples through a layer."""
+        for index, hidden in enumerate(self.hidden):
+            self.hidden[index] = self.output(layer, index).to(hidden.device)
+
+    @contextmanager
+    def skipping(self, count: int, index: int) -> Iterator[None]:
+        """The first layers do not run inside `with`: they give the stored hidden states of one batch.
+
+        Args:
+            count: The number of layers that the hidden states have passed through.
+            index: The number of the batch.
+        """
+        hidden = self.hidden[index]
+        outputs = [hidden if (extras := self.extras[layer]) is None else (hidden, *extras) for layer in range(count)]
+        with replaying(layer_list(self.model, self.arch)[:count], outputs):
+            yield
 
     @torch.no_grad()
     def gain(self, layer: int, name: str) -> float | None:
@@ -164,6 +187,7 @@ class LayerPasses:
             hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
         with self.clock.running(self.batches[index].domain):
             output = module(hidden_states=hidden, **kwargs) if call.by_name else module(hidden, *args, **kwargs)
+        self.extras[layer] = output[1:] if isinstance(output, tuple) else None
         return first_of(output)
 
     def _layer(self, layer: int) -> nn.Module:

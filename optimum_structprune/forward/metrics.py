@@ -102,6 +102,13 @@ def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: 
     return exp(loss / samples[:, 1:].numel())
 
 
+@torch.no_grad()
+def total_loss(model: PreTrainedModel, ids: Tensor) -> float:
+    """The sum of a causal model's next-token losses over a batch, shape `(batch, seq_length)`, in one forward pass."""
+    pairs = zip(ids[:, 1:].flatten().split(TOKENS_AT_ONCE), _next_token_logits(model, ids, plain=False), strict=True)
+    return sum(_loss(logits, targets.to(logits.device)) for targets, logits in pairs)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How a model compares with the dense one on the same text.

@@ -20,6 +20,7 @@ from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError
+from ..offloading import is_offloaded
 from ..widths.budget import biased_spaces, widths_of
 from .evidence import judges_layers
 from .steps import WHOLE_MODEL
@@ -123,6 +124,32 @@ def model_rules(case: Case) -> Rules:
     yield (
         arch.causal and model.get_output_embeddings() is None,
         f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM.",
+    )
+
+
+def offloading_rules(case: Case) -> Rules:
+    """What takes all weights of a model at once, where accelerate has offloaded some."""
+    config, name = case.config, type(case.model).__name__
+    if not is_offloaded(case.model):
+        return
+    advice = "load the model in memory, or over several devices"
+    yield (case.use == TRAINER, f"{name} is offloaded, and a Trainer trains weights in memory; {advice}.")
+    yield (is_quantized(case.model), f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
+    yield (
+        CRITERIA.get(config.scored_by).needs_gradient,
+        f"criterion={config.scored_by!r} takes a backward pass through all layers of {name}, which is offloaded; choose "
+        f"criterion='obs' or 'wanda', or {advice}.",
+    )
+    if case.use == CALIBRATE:
+        return
+    yield (
+        HIDDEN in case.widths,
+        f"'hidden' changes all layers of {name} at once, which is offloaded; prune inside the layers, or {advice}.",
+    )
+    yield (
+        config.recovery is not None,
+        f"Recovery trains weights in memory, and {name} is offloaded; leave recovery out, save, and recover the "
+        "smaller model.",
     )
 
 
@@ -261,9 +288,9 @@ def calibrate_rules(case: Case) -> Rules:
 CONFIG_RULES: Mapping[str, Iterable[Any]] = {TRAINER: (trainer_rules,)}
 RULES: Mapping[str, Iterable[Any]] = {
     DRY_RUN: (criterion_rules, space_rules),
-    PRUNE: (model_rules, criterion_rules, space_rules, text_rules, statistics_rules, recovery_rules),
-    TRAINER: (model_rules, criterion_rules, trainer_space_rules, space_rules),
-    CALIBRATE: (model_rules, calibrate_rules, text_rules),
+    PRUNE: (model_rules, offloading_rules, criterion_rules, space_rules, text_rules, statistics_rules, recovery_rules),
+    TRAINER: (model_rules, offloading_rules, criterion_rules, trainer_space_rules, space_rules),
+    CALIBRATE: (model_rules, offloading_rules, calibrate_rules, text_rules),
 }
 
 

@@ -6,6 +6,7 @@ from transformers.utils.logging import tqdm
 
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
+from ..forward.placement import Placement
 from ..surgery.cut import adopt_config_, shrink_layer_
 from ..surgery.plan import Plan, best_units
 from .run import Run
@@ -23,14 +24,15 @@ def remove_experts_(run: Run, step: Step) -> Plan:
         new_config = shrunk_config(model.config, arch, step.widths)
         smaller = skeleton(model, new_config)
         passes = evidence.run_passes(model, arch, evidence.batches, evidence.clock)
-        keep: dict[tuple[int, str], tuple[int, ...]] = {}
+        placement, keep = Placement(model, arch), dict[tuple[int, str], tuple[int, ...]]()
         for layer in tqdm(range(arch.num_layers), desc="experts", unit="layer"):
-            for space in arch.at(layer):
-                if space.kind in step.widths:
-                    scores = evidence.mixture.combined(passes.contributions(layer, space))
-                    keep[layer, space.name] = best_units(scores, space.width_in(step.widths))
-            run.changed = True
-            shrink_layer_(model, arch, layer, Plan(arch.model_type, keep), smaller)
-            passes.advance(layer)
+            with placement.at(layer, changes=True):
+                for space in arch.at(layer):
+                    if space.kind in step.widths:
+                        scores = evidence.mixture.combined(passes.contributions(layer, space))
+                        keep[layer, space.name] = best_units(scores, space.width_in(step.widths))
+                run.changed = True
+                shrink_layer_(model, arch, layer, Plan(arch.model_type, keep), smaller)
+                passes.advance(layer)
         adopt_config_(model, new_config, smaller)
     return Plan(arch.model_type, keep)

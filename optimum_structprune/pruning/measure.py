@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, isnan
-from typing import TYPE_CHECKING
+from math import exp, inf, isnan
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..arch.load import describe
+from ..arch.spec import ArchSpec
+from ..calibration.sequential import LayerPasses
+from ..calibration.tally import Batch
 from ..errors import StructPruneError
-from ..forward.metrics import model_outputs, output_error, perplexity
+from ..forward.metrics import evaluating, model_outputs, output_error, perplexity, total_loss
+from ..forward.placement import Placement
+from ..offloading import is_offloaded
 from ..saving.report import Report
 
 
@@ -25,19 +33,22 @@ class Measure:
         model: The dense model, which is measured at once.
         domains: The domains with their held-out samples.
         causal: Whether the model predicts the next token.
+        arch_file: A file with descriptions of your own, see `families.yaml`.
 
     Raises:
         StructPruneError: If the perplexity of the dense model is not a number.
     """
 
-    def __init__(self, model: PreTrainedModel, domains: Sequence[Domain], causal: bool):
+    def __init__(
+        self, model: PreTrainedModel, domains: Sequence[Domain], causal: bool, arch_file: str | None = None
+    ):
         self.heldout = {domain.name: domain.heldout for domain in domains}
-        self.causal = causal
-        self.dense = {name: self._of(model, name) for name in self.heldout}
+        self.causal, self.arch_file = causal, arch_file
+        self.dense = self._of_all(model)
 
     def ratios(self, model: PreTrainedModel) -> dict[str, float]:
         """Perplexity as a multiple of the dense model's, by domain; infinity where it is not a number."""
-        ratios = {name: perplexity(model, samples) / self.dense[name] for name, samples in self.heldout.items()}
+        ratios = {name: value / self.dense[name] for name, value in self._perplexities(model).items()}
         return {name: inf if isnan(ratio) else ratio for name, ratio in ratios.items()}
 
     def after(self, model: PreTrainedModel, report: Report) -> None:
@@ -46,21 +57,49 @@ class Measure:
         Raises:
             StructPruneError: If the perplexity of the smaller model is not a number.
         """
+        found = self._of_all(model)
         for name, before in self.dense.items():
-            after = self._of(model, name)
             if isinstance(before, float):
-                report.perplexity[name] = {"before": before, "after": after}
+                report.perplexity[name] = {"before": before, "after": found[name]}
             else:
-                report.output_error[name] = output_error(after, before)
+                report.output_error[name] = output_error(found[name], before)
 
-    def _of(self, model: PreTrainedModel, name: str):
-        samples: Tensor = self.heldout[name]
+    def _of_all(self, model: PreTrainedModel) -> dict[str, Any]:
         if not self.causal:
-            return model_outputs(model, samples)
-        value = perplexity(model, samples)
-        if isnan(value):
-            raise StructPruneError(
-                f"The perplexity on held-out text of the domain {name!r} is not a number; load the model in float32 "
-                "or bfloat16, or check its weights."
-            )
-        return value
+            return {name: model_outputs(model, samples) for name, samples in self.heldout.items()}
+        found = self._perplexities(model)
+        for name, value in found.items():
+            if isnan(value):
+                raise StructPruneError(
+                    f"The perplexity on held-out text of the domain {name!r} is not a number; load the model in float32 "
+                    "or bfloat16, or check its weights."
+                )
+        return found
+
+    def _perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+        if not is_offloaded(model):
+            return {name: perplexity(model, samples) for name, samples in self.heldout.items()}
+        values = layerwise_perplexities(model, describe(model, self.arch_file), list(self.heldout.values()))
+        return dict(zip(self.heldout, values, strict=True))
+
+
+@torch.no_grad()
+def layerwise_perplexities(model: PreTrainedModel, arch: ArchSpec, texts: Sequence[Tensor]) -> list[float]:
+    """The perplexity over each of several texts; see `perplexity`. Every layer is brought in once for all of them.
+
+    Args:
+        model: A causal language model.
+        arch: Its description.
+        texts: Token ids, shape `(samples, seq_length)` each.
+    """
+    batches = [Batch(number, ids) for number, text in enumerate(texts) for ids in text.split(1)]
+    with evaluating(model):
+        passes, placement = LayerPasses(model, arch, batches), Placement(model, arch)
+        for layer in range(arch.num_layers):
+            with placement.at(layer):
+                passes.pass_through(layer)
+        losses = [0.0] * len(texts)
+        for index, batch in enumerate(batches):
+            with passes.skipping(arch.num_layers, index):
+                losses[batch.domain] += total_loss(model, batch.ids)
+    return [exp(loss / text[:, 1:].numel()) for loss, text in zip(losses, texts, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from inspect import signature
 from math import ceil
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..arch.load import layer_list
 from ..arch.spec import ArchSpec, Axis, Space
 from ..calibration.passes import Passes, batches_of, passes_over
 from ..calibration.sequential import LayerPasses
@@ -21,7 +21,6 @@ from ..config.pruning import StructPruneConfig
 from ..criteria.mixture import Mixture
 from ..domains.load import Domain
 from ..forward.divergence import divergence
-from ..forward.hooks import intercept, replaying
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
 from ..saving.report import Report
 from ..surgery.consumers import Values
@@ -59,14 +58,10 @@ class Probe:
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], passes: Passes | None = None):
         self.model, self.batches, self.layer = model, batches, 0
         self.passes = passes or passes_over(model, arch, batches)
-        self.layers = list(layer_list(model, arch))
         self.options: dict[str, Any] = {}
         if "logits_to_keep" in signature(model.forward).parameters:
             self.options["logits_to_keep"] = torch.arange(0, batches[0].ids.shape[1], STRIDE)
-        # What a layer returns beside hidden states; None where it returns them alone.
-        self.extras: dict[int, tuple[Any, ...] | None] = {}
-        with intercept(self.layers, lambda *_: None, self._see):
-            self.dense = [self._logits(index) for index in range(len(batches))]
+        self.dense = [self._logits(index) for index in range(len(batches))]
 
     def advance(self) -> None:
         """Go on to the next layer."""
@@ -83,23 +78,13 @@ class Probe:
                 count[batch.domain] += len(dense)
         return total / count
 
-    def _see(self, index: int, output: Any) -> None:
-        self.extras[index] = output[1:] if isinstance(output, tuple) else None
-
     @torch.no_grad()
     def _logits(self, index: int) -> Tensor:
         """The logits of every fourth token of a batch, shape `(tokens, vocab)`."""
-        skipped = self.layer if isinstance(self.passes, LayerPasses) else 0
-        outputs = [self._output(layer, index) for layer in range(skipped)]
-        with replaying(self.layers[:skipped], outputs):
+        by_layers = isinstance(self.passes, LayerPasses)
+        with self.passes.skipping(self.layer, index) if by_layers else nullcontext():
             logits = run_model(self.model, self.batches[index].ids, **self.options).logits
         return (logits if self.options else logits[:, ::STRIDE]).flatten(0, 1)
-
-    def _output(self, layer: int, index: int) -> Any:
-        """An output for a layer that does not run: the input of the present layer, which is all that is read of it."""
-        assert isinstance(self.passes, LayerPasses)
-        hidden, extras = self.passes.hidden[index], self.extras[layer]
-        return hidden if extras is None else (hidden, *extras)
 
 
 def sensitivities(
@@ -179,11 +164,12 @@ def all_trials(
     samples = probe_batches(evidence.domains, config.batch_size)
     probe = Probe(model, arch, samples, evidence.run_passes(model, arch, samples))
     for layer in tqdm(range(arch.num_layers), desc="sensitivity", unit="layer"):
-        for key, of_kind in spaces.items():
-            if key[0] == layer:
-                trials[key] = trial_losses(sweep, of_kind, passes, probe, evidence.mixture)
-        passes.advance(layer)
-        probe.advance()
+        with sweep.placement.at(layer):
+            for key, of_kind in spaces.items():
+                if key[0] == layer:
+                    trials[key] = trial_losses(sweep, of_kind, passes, probe, evidence.mixture)
+            passes.advance(layer)
+            probe.advance()
     return trials
 
 

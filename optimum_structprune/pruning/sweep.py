@@ -16,6 +16,7 @@ from ..criteria import CRITERIA, Criterion
 from ..criteria.aggregate import standardised
 from ..criteria.mixture import Mixture, Pool, Pooled, Scoring, pooled
 from ..errors import StructPruneError
+from ..forward.placement import Placement
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.cut import shrink_layer_
 from ..surgery.plan import Plan, best_units
@@ -57,6 +58,7 @@ class Sweep:
 
     Attributes:
         keep: The kept units so far, by layer and space.
+        placement: Brings in the layers that are offloaded, one at a time.
         consumers: The consumers, with the dense values of those that have been changed.
         shrunk: Whether a layer has lost its removed units for good.
     """
@@ -64,7 +66,8 @@ class Sweep:
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig):
         self.model, self.arch, self.config = model, arch, config
         self.keep: dict[tuple[int, str], tuple[int, ...]] = {}
-        self.consumers = Consumers(model)
+        self.placement = Placement(model, arch)
+        self.consumers = Consumers(model, self.placement)
         self.shrunk = False
 
     @property
@@ -91,19 +94,9 @@ class Sweep:
             title: The label of the progress bar.
         """
         for layer in tqdm(range(self.arch.num_layers), desc=title, unit="layer"):
-            axes = [axis for space in self.arch.at(layer) for axis in space.into]
-            with self.consumers.as_dense(axes):
-                passes.advance_dense(layer, widths)
-            for space in self.arch.at(layer):
-                width = space.width_in(widths) * space.scale
-                if width < space.size:
-                    # What was gathered is let go before the next space: a Gram matrix takes gigabytes.
-                    self._choose_(space, self.gather(passes, space, mixture), width)
-            if smaller is not None:
-                self.shrunk = True
-                shrink_layer_(self.model, self.arch, layer, self.plan, smaller)
-                self.consumers.forget(axes)
-            passes.advance(layer)
+            with self.placement.at(layer, changes=True):
+                self._prune_layer_(layer, passes, mixture, widths, smaller)
+                passes.advance(layer)
 
     def scores(self, passes: Passes, mixture: Mixture, names: Collection[str]) -> dict[tuple[int, str], Tensor]:
         """Scores of the units of the dense model that compare over layers and spaces; nothing is changed.
@@ -118,18 +111,11 @@ class Sweep:
         """
         criterion, scores = self._criterion(), {}
         for layer in tqdm(range(self.arch.num_layers), desc="ranking", unit="layer"):
-            for space in self.arch.at(layer):
-                if space.kind in names:
-                    weights = [self.consumers.present(axis)[0] for axis in space.into]
-                    pools = [Pool(mixture, weight, Scoring(criterion, weight, 1)) for weight in weights]
-                    by_consumer = [
-                        standardised(of_one.scores, axis.per_unit).cpu()
-                        for axis, of_one in zip(
-                            space.into, pooled(passes.gather(layer, space, criterion.needs_gram), pools), strict=True
-                        )
-                    ]
-                    scores[layer, space.name] = torch.stack(by_consumer).mean(0)
-            passes.advance(layer)
+            with self.placement.at(layer):
+                for space in self.arch.at(layer):
+                    if space.kind in names:
+                        scores[layer, space.name] = self._comparable(space, passes, mixture, criterion)
+                passes.advance(layer)
         return scores
 
     def gather(self, passes: Passes, space: Space, mixture: Mixture) -> list[Pooled]:
@@ -195,6 +181,32 @@ class Sweep:
     def _criterion(self) -> Criterion:
         # Made anew for each round, so that what it draws at random does not depend on the rounds before.
         return CRITERIA.get(self.config.scored_by)(self.config)
+
+    def _prune_layer_(
+        self, layer: int, passes: Passes, mixture: Mixture, widths: Widths, smaller: PreTrainedModel | None
+    ) -> None:
+        axes = [axis for space in self.arch.at(layer) for axis in space.into]
+        with self.consumers.as_dense(axes):
+            passes.advance_dense(layer, widths)
+        for space in self.arch.at(layer):
+            width = space.width_in(widths) * space.scale
+            if width < space.size:
+                # What was gathered is let go before the next space: a Gram matrix takes gigabytes.
+                self._choose_(space, self.gather(passes, space, mixture), width)
+        if smaller is not None:
+            self.shrunk = True
+            shrink_layer_(self.model, self.arch, layer, self.plan, smaller)
+            self.consumers.forget(axes)
+
+    def _comparable(self, space: Space, passes: Passes, mixture: Mixture, criterion: Criterion) -> Tensor:
+        """Scores of the units of a space that compare over layers, shape `(units,)`."""
+        weights = [self.consumers.present(axis)[0] for axis in space.into]
+        pools = [Pool(mixture, weight, Scoring(criterion, weight, 1)) for weight in weights]
+        found = pooled(passes.gather(space.layer, space, criterion.needs_gram), pools)
+        by_consumer = [
+            standardised(of_one.scores, axis.per_unit).cpu() for axis, of_one in zip(space.into, found, strict=True)
+        ]
+        return torch.stack(by_consumer).mean(0)
 
     def _before(self, space: Space) -> tuple[int, ...]:
         return self.keep.get((space.layer, space.name), tuple(range(space.size)))

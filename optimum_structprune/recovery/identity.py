@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config.fields import read_mapping
 from ..config.recovery import RecoveryConfig
 from ..fingerprint import raw_bytes
+from ..offloading import weight_of
 
 
 if TYPE_CHECKING:
@@ -148,23 +149,10 @@ def weights_hash(model: PreTrainedModel) -> str:
     digest = sha256(str(model.config.model_type).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        weight = _weight(model, name, tensor)
+        weight = weight_of(model, name) if tensor.is_meta else tensor
         weight = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
-        if not weight.is_meta:
-            digest.update(raw_bytes(weight))
+        digest.update(raw_bytes(weight))
     return digest.hexdigest()
-
-
-def _weight(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
-    """The weight of a name, also where accelerate has put it away and left a tensor without values."""
-    if not tensor.is_meta:
-        return tensor
-    module, _, leaf = name.rpartition(".")
-    hook = getattr(model.get_submodule(module), "_hf_hook", None)
-    for each in getattr(hook, "hooks", [hook]):
-        if (weights := getattr(each, "weights_map", None)) is not None:
-            return weights[leaf]
-    return tensor
 
 
 def _plain(value: Any) -> Any:

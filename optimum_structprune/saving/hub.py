@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, outputs_of, run_model
+from ..offloading import declared, is_offloaded, places
 from ..surgery.plan import Plan
 from .ranks import on_first_rank
 from .report import Report
@@ -37,6 +39,7 @@ CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 # How far the outputs of the reloaded model may be off: by so much, or by so many steps of the dtype.
 TOLERANCE = 1e-4
 STEPS = 4
+SHARD_SIZE = "2GB"
 
 
 def save_pruned(
@@ -174,8 +177,8 @@ def save_checked(
         check_target(save_directory, overwrite, used)
         probe_target(save_directory, _saved_bytes(model))
         with staged_alone(save_directory, overwrite, used) as staging:
-            with heterogeneous():
-                model.save_pretrained(str(staging))
+            with heterogeneous(), declared(model):
+                model.save_pretrained(str(staging), **_shards(model))
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
             for name in CONFIGS:
@@ -184,6 +187,15 @@ def save_checked(
             check(model, staging)
 
     on_first_rank(save_directory, save)
+
+
+def _shards(model: Any) -> dict[str, Any]:
+    """Offloaded weights are read into memory one shard after the other, and none of them twice."""
+    if not is_offloaded(model):
+        return {}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return {"max_shard_size": SHARD_SIZE, "state_dict": state}
 
 
 def _saved_bytes(model: PreTrainedModel | PeftModel) -> int:
@@ -235,11 +247,16 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
     # A config on disk does not say which kernels ran, and those of another attention round differently.
     names = ("attn_implementation", "experts_implementation")
     kernels: dict[str, Any] = {name: _kernels(model.config, name) for name in names}
-    with heterogeneous():
-        again = type(model).from_pretrained(folder, dtype=model.dtype, device_map=model.device, **kernels)
-    probe = _probe(model)
-    with evaluating(model, again):
-        ours, theirs = (outputs_of(run_model(one, probe)) for one in (model, again))
+    where: Any = places(model) if is_offloaded(model) else model.device
+    with TemporaryDirectory(prefix=f".{Path(folder).name}.", dir=Path(folder).parent) as scratch:
+        with heterogeneous():
+            again = type(model).from_pretrained(
+                folder, dtype=model.dtype, device_map=where, offload_folder=scratch, **kernels
+            )
+        probe = _probe(model)
+        with evaluating(model, again):
+            ours, theirs = (outputs_of(run_model(one, probe)) for one in (model, again))
+        del again  # before what it reads is gone
     difference = float((ours.float() - theirs.float()).abs().max())
     if not difference <= _tolerance(ours, model.dtype):
         raise StructPruneError(f"The model saved to {folder} gives other outputs: they differ by {difference:.2g}.")

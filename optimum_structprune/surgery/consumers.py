@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arch.spec import Axis
+from ..forward.placement import Placement
 
 
 # Weight `(out, n)` and bias `(out,)` of a consumer, whichever way round the model stores them.
@@ -57,15 +58,16 @@ class Consumers:
 
     Args:
         model: The model.
+        placement: Brings in the layers that are offloaded.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, placement: Placement):
+        self.model, self.placement = model, placement
         self._dense: dict[Axis, Values] = {}
 
     def present(self, axis: Axis) -> Values:
         """The values as they are, as fp32 copies."""
-        return read_consumer(self.model, axis)
+        return self._read(axis, torch.float32)
 
     def dense(self, axis: Axis) -> Values:
         """The values before any change, as fp32 copies."""
@@ -74,12 +76,13 @@ class Consumers:
     def mask_(self, axis: Axis, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Give the kept columns new values and mask all others; see `write_consumer_`."""
         if axis not in self._dense:
-            self._dense[axis] = _copied(_views(self.model, axis))
-        write_consumer_(self.model, axis, columns, weight, bias)
+            self._dense[axis] = self._read(axis)
+        with self.placement.of(axis.module, changes=True):
+            write_consumer_(self.model, axis, columns, weight, bias)
 
     def copies(self, axes: Iterable[Axis]) -> dict[Axis, Values]:
         """Copies of the present values of some consumers, in the model's dtype."""
-        return {axis: _copied(_views(self.model, axis)) for axis in axes}
+        return {axis: self._read(axis) for axis in axes}
 
     @contextmanager
     def holding(self, values: Mapping[Axis, Values]) -> Iterator[None]:
@@ -117,10 +120,15 @@ class Consumers:
     @torch.no_grad()
     def _put_(self, values: Mapping[Axis, Values]) -> None:
         for axis, (weight, bias) in values.items():
-            every = torch.arange(weight.shape[1], device=weight.device)
-            write_consumer_(self.model, axis, every, weight, bias)
-            if bias is None and _views(self.model, axis)[1] is not None:
-                self.model.get_submodule(axis.module).bias = None  # type: ignore[assignment]  # a refit had added it
+            with self.placement.of(axis.module, changes=True):
+                every = torch.arange(weight.shape[1], device=weight.device)
+                write_consumer_(self.model, axis, every, weight, bias)
+                if bias is None and _views(self.model, axis)[1] is not None:
+                    self.model.get_submodule(axis.module).bias = None  # type: ignore[assignment]  # a refit added it
+
+    def _read(self, axis: Axis, dtype: torch.dtype | None = None) -> Values:
+        with self.placement.of(axis.module):
+            return _copied(_views(self.model, axis), dtype)
 
 
 def _copied(values: Values, dtype: torch.dtype | None = None) -> Values:

@@ -15,6 +15,7 @@ from optimum_structprune.calibration.sequential import LayerPasses
 from optimum_structprune.criteria import Wanda
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.reweight import reweighted
+from optimum_structprune.forward.placement import Placement
 from optimum_structprune.pruning import channels, checkpoint, experts, layers, sweep
 from optimum_structprune.pruning.measure import Measure
 from optimum_structprune.pruning.removers import take_
@@ -269,7 +270,8 @@ def test_text_that_is_not_enough_changes_nothing(inplace):
 def test_consumers_are_undone_exactly(case, dtype, biased):
     """Whichever way round a weight is stored, of one expert or of all, with a bias of its own or one that is added."""
     model = build(case).to(dtype)
-    dense, arch, consumers = deepcopy(model), describe(model), Consumers(model)
+    dense, arch = deepcopy(model), describe(model)
+    consumers = Consumers(model, Placement(model, arch))
     axes = [axis for space in arch.spaces if space.inside for axis in space.into]
     for turn in (1, 2):  # the second change does not take the first one for dense
         for axis in axes:
@@ -296,7 +298,7 @@ def test_consumers_are_undone_exactly(case, dtype, biased):
 @pytest.mark.parametrize("error", [False, True])
 def test_values_that_are_held_for_a_while_are_put_back(error):
     model = build("llama-tied")
-    before, consumers = deepcopy(model), Consumers(model)
+    before, consumers = deepcopy(model), Consumers(model, Placement(model, describe(model)))
     axes = [space.into[0] for space in describe(model).of("mlp")]
     held = {
         axis: (torch.zeros_like(weight), torch.ones(32)) for axis in axes for weight in [read_consumer(model, axis)[0]]

@@ -1,0 +1,74 @@
+"""The weights of one layer at a time, wherever accelerate keeps those of the others.
+
+Pruning calls a layer once for each batch, so an offloaded layer comes in once and stays until it is finished with;
+whatever shape it has by then goes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..arch.load import layer_list
+from ..arch.spec import ArchSpec
+from ..offloading import bring_in, check_reachable, is_offloaded, put_back
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Placement:
+    """The weights of a model's layers, one layer at a time; where all of them are in memory, nothing moves.
+
+    Args:
+        model: The model, whose layers accelerate may have offloaded.
+        arch: Its description.
+
+    Raises:
+        StructPruneError: If weights are missing that accelerate does not hold.
+    """
+
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec):
+        self.model, self.arch = model, arch
+        check_reachable(model)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether layers are brought in."""
+        return is_offloaded(self.model)
+
+    @contextmanager
+    def at(self, layer: int, changes: bool = False) -> Iterator[None]:
+        """Have the weights of one layer on the device that computes it, inside `with`.
+
+        Args:
+            layer: The index of the layer.
+            changes: Whether the layer goes back as it is in the end, another module and other shapes included;
+                otherwise what it holds then is dropped.
+        """
+        hooks = bring_in(self._layer(layer))
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            put_back(self.model, self._layer(layer), hooks, store=changes and finished)
+
+    @contextmanager
+    def of(self, module: str, changes: bool = False) -> Iterator[None]:
+        """`at` for the layer that holds a module.
+
+        Args:
+            module: The full name of the module.
+            changes: See `at`.
+        """
+        layers = (layer for layer in range(self.arch.num_layers) if module.startswith(self.arch.layer_prefix(layer)))
+        with self.at(next(layers), changes):
+            yield
+
+    def _layer(self, layer: int) -> nn.Module:
+        return layer_list(self.model, self.arch)[layer]

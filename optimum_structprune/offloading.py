@@ -1,0 +1,212 @@
+"""Weights that accelerate has offloaded to the CPU's memory or to the disk: where they are, and how they come and go.
+
+Accelerate loads the weights of a module at every call and drops them after it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.utils import (
+    OffloadedWeightsLoader,
+    PrefixedDataset,
+    named_module_tensors,
+    set_module_tensor_to_device,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import StructPruneError, some_of
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights of a model elsewhere between the calls of its modules."""
+    return any(hook.offload for module in model.modules() for hook in _hooks_of(module))
+
+
+def places(model: nn.Module) -> dict[str, str]:
+    """Where the tensors of each module are, as a `device_map` for `from_pretrained`: its device, or the disk for
+    everything that is offloaded.
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if (tensor := next((tensor for _, tensor in named_module_tensors(module)), None)) is not None:
+            found[name] = "disk" if any(hook.offload for hook in _hooks_of(module)) else str(tensor.device)
+    return found
+
+
+@contextmanager
+def declared(model: nn.Module) -> Iterator[None]:
+    """Have transformers know of what is offloaded inside `with`, as it does where it has loaded the model itself."""
+    known: Any = getattr(model, "hf_device_map", None)
+    if not is_offloaded(model) or {"cpu", "disk"} & set((known or {}).values()):
+        yield
+        return
+    model.hf_device_map = places(model)  # type: ignore[assignment]  # typed as Tensor | Module
+    try:
+        yield
+    finally:
+        del model.hf_device_map
+        if known is not None:
+            model.hf_device_map = known
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """The device that computes the first weights of a model: where they are, or where accelerate brings them."""
+    for module in model.modules():
+        for hook in _hooks_of(module):
+            if hook.offload and hook.execution_device is not None:
+                return torch.device(hook.execution_device)
+        if (tensor := next(module.parameters(recurse=False), None)) is not None:
+            return tensor.device
+    return torch.device("cpu")
+
+
+def check_reachable(model: nn.Module) -> None:
+    """Refuse a model without weights, such as one on the meta device.
+
+    Raises:
+        StructPruneError: If a parameter is on the meta device, and accelerate does not hold it.
+    """
+    held = {
+        f"{name}.{leaf}" if name else leaf
+        for name, module in model.named_modules()
+        for hook in _hooks_of(module)
+        if hook.offload
+        for leaf, _ in named_module_tensors(module, recurse=hook.place_submodules)
+    }
+    if missing := [name for name, tensor in model.named_parameters() if tensor.is_meta and name not in held]:
+        raise StructPruneError(
+            f"{len(missing)} parameters of this {type(model).__name__} have no weights: {some_of(missing)}. Load the "
+            "model with from_pretrained, in memory or with a device_map."
+        )
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a model; where accelerate has offloaded it, a copy of what it holds.
+
+    Args:
+        model: The model.
+        name: The full name of the tensor.
+    """
+    path, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), leaf)
+    if not tensor.is_meta:
+        return tensor
+    parts = path.split(".")
+    for length in range(len(parts), -1, -1):
+        owner = ".".join(parts[:length])
+        for hook in _hooks_of(model.get_submodule(owner)):
+            if hook.offload:
+                return hook.weights_map[name.removeprefix(f"{owner}.") if owner else name]
+    raise StructPruneError(f"{name} is on the meta device and has no values.")
+
+
+def _hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return [one for one in hooks if isinstance(one, AlignDevicesHook)]
+
+
+def _tensors_of(module: nn.Module, hook: AlignDevicesHook) -> dict[str, Tensor]:
+    """What a hook offloads of its module, by name."""
+    return dict(
+        named_module_tensors(
+            module, include_buffers=hook.offload_buffers, recurse=hook.place_submodules, remove_non_persistent=True
+        )
+    )
+
+
+def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
+    """Load what is offloaded of a layer, and keep its hooks from dropping it.
+
+    Returns:
+        The hooks that would have.
+    """
+    found = []
+    for module in layer.modules():
+        for hook in _hooks_of(module):
+            if hook.offload:
+                for name in _tensors_of(module, hook):
+                    value = hook.weights_map[name]
+                    # A copy, because the layer may be changed in place, and what is held must not be.
+                    set_module_tensor_to_device(module, name, hook.execution_device, value=value.clone())
+                hook.offload = False
+                found.append(hook)
+    return found
+
+
+def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], store: bool) -> None:
+    """Offload a layer again.
+
+    Args:
+        model: The model.
+        layer: The layer, which may have taken the place of the one that was brought in, and its hooks with it.
+        hooks: The hooks that offload it.
+        store: Whether its weights are kept.
+    """
+    on_disk: dict[str, Tensor] = {}
+    index: dict[str, Any] = {}
+    for module in layer.modules():
+        for hook in (one for one in _hooks_of(module) if one in hooks):
+            for name, tensor in _tensors_of(module, hook).items():
+                if store:
+                    index |= _store(hook.weights_map, name, tensor.detach().cpu(), on_disk)
+                set_module_tensor_to_device(module, name, "meta")
+            hook.offload = True
+    if on_disk:
+        path = str(_next_file(model))
+        save_file(on_disk, path)
+        for key, loader in index.items():
+            entry = {"safetensors_file": path, "weight_name": key, "dtype": str(on_disk[key].dtype)[len("torch.") :]}
+            loader.index[key] = entry
+
+
+def _store(weights: Any, name: str, tensor: Tensor, on_disk: dict[str, Tensor]) -> dict[str, OffloadedWeightsLoader]:
+    """Put a tensor where the former one of that name is held: into memory, or among those that go to the disk.
+
+    Returns:
+        By full name, what reads a tensor that goes to the disk.
+    """
+    if isinstance(weights, PrefixedDataset):
+        return _store(weights.dataset, f"{weights.prefix}{name}", tensor, on_disk)
+    if not isinstance(weights, OffloadedWeightsLoader):
+        weights[name] = tensor
+        return {}
+    if name not in weights.all_keys:
+        weights.all_keys.append(name)
+    if name in weights.state_dict or not weights.index:
+        weights.state_dict[name] = tensor
+        return {}
+    on_disk[name] = tensor.contiguous()
+    return {name: weights}
+
+
+def _next_file(model: Any) -> Path:
+    """A new file in a folder that goes when the model does."""
+    folder = getattr(model, "_structprune_folder", None)
+    if folder is None:
+        folder = model._structprune_folder = tempfile.mkdtemp(prefix="structprune-", dir=_scratch(model))
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder) / f"{sum(1 for _ in Path(folder).iterdir())}.safetensors"
+
+
+def _scratch(model: nn.Module) -> str | None:
+    """The folder that accelerate offloads to, if it exists."""
+    for module in model.modules():
+        for hook in _hooks_of(module):
+            weights: Any = hook.weights_map
+            while isinstance(weights, PrefixedDataset):
+                weights = weights.dataset
+            folder = getattr(weights, "save_folder", None)
+            if folder is not None and Path(folder).is_dir():
+                return str(folder)
+    return None
