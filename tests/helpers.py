@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -160,3 +162,34 @@ def recovery_config(**fields) -> RecoveryConfig:
     training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
     defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, **RECOVERY_TEXT}
     return RecoveryConfig(**{**defaults, **fields, "training": {**training, **fields.get("training", {})}})
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@contextmanager
+def dying(monkeypatch, module, number, after):
+    """The process dies at the n-th time that it touches the disk, before or after what it does there.
+
+    Gives a function that counts them.
+    """
+    calls = []
+
+    def wrapped(function):
+        def call(*args, **kwargs):
+            calls.append(function)
+            if len(calls) == number and not after:
+                raise Killed
+            result = function(*args, **kwargs)
+            if len(calls) == number:
+                raise Killed
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", wrapped(module.save_file))
+        for name in ("write_text", "replace", "unlink"):
+            patch.setattr(Path, name, wrapped(getattr(Path, name)))
+        yield lambda: len(calls)

@@ -17,7 +17,7 @@ from ..forward.metrics import run_model
 from ..offloading import compute_device, is_offloaded
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
-from .sequential import LayerPasses
+from .sequential import LayerPasses, PassesState
 from .tally import Batch, Tally, finite, listen
 
 
@@ -53,6 +53,14 @@ class Passes(Protocol):
 
     def advance(self, layer: int) -> None:
         """Go on to the next layer; `layer` has its final weights for this step."""
+        ...
+
+    def state(self) -> PassesState | None:
+        """What the passes have reached; None where they cannot go on at a layer."""
+        ...
+
+    def resume_(self, state: PassesState) -> None:
+        """Go on from what other passes over the same samples have reached."""
         ...
 
 
@@ -129,6 +137,12 @@ class ModelPasses:
     def advance(self, layer: int) -> None:
         """See `Passes.advance`."""
 
+    def state(self) -> None:
+        """See `Passes.state`."""
+
+    def resume_(self, state: PassesState) -> None:
+        """See `Passes.resume_`; there is no state to resume."""
+
     def _route(self, experts: nn.Module) -> tuple[Routed, ...]:
         return listen(experts, self.batches, self._run)
 
@@ -154,6 +168,7 @@ class GradientPasses:
             passes.advance_dense,
             passes.advance,
         )
+        self.state, self.resume_ = passes.state, passes.resume_
 
     def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         """See `Passes.gather`."""
@@ -180,7 +195,7 @@ def passes_over(
     except NotSequentialError as error:
         if is_offloaded(model):
             raise StructPruneError(
-                f"{error}, so they cannot be brought in one by one; load the {arch.model_type} model in memory, or over "
-                "several devices."
+                f"{error}, so they cannot be brought in one by one; load the {arch.model_type} model in memory, or "
+                "over several devices."
             ) from error
         return ModelPasses(model, arch, batches, clock)

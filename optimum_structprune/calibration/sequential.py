@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,19 @@ if TYPE_CHECKING:
 
 # The largest share of a module's output that may reach the layer's output in another direction than its own.
 MAX_DEVIATION = 0.1
+
+
+@dataclass(frozen=True)
+class PassesState:
+    """What passes over the samples have reached.
+
+    Attributes:
+        tensors: Hidden states, by name.
+        values: Numbers that were found in earlier layers, as JSON takes them.
+    """
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
 
 
 class LayerPasses:
@@ -130,6 +144,20 @@ class LayerPasses:
         """Take the hidden states of all samples through a layer."""
         for index, hidden in enumerate(self.hidden):
             self.hidden[index] = self.output(layer, index).to(hidden.device)
+
+    def state(self) -> PassesState:
+        """See `Passes.state`."""
+        tensors = {f"hidden.{index}": hidden for index, hidden in enumerate(self.hidden)}
+        if self.error_feedback:
+            tensors |= {f"dense.{index}": hidden for index, hidden in enumerate(self.dense)}
+        return PassesState(tensors, {"gains": self.gains, "error_feedback": self.error_feedback})
+
+    def resume_(self, state: PassesState) -> None:
+        """See `Passes.resume_`."""
+        for name, stored in (("hidden", self.hidden), ("dense", self.dense)):
+            for index, before in enumerate(stored):
+                stored[index] = state.tensors.get(f"{name}.{index}", before).to(before.device)
+        self.gains, self.error_feedback = dict(state.values["gains"]), state.values["error_feedback"]
 
     @contextmanager
     def skipping(self, count: int, index: int) -> Iterator[None]:

@@ -25,6 +25,7 @@ from ..errors import StructPruneError
 from ..fingerprint import fingerprint, vocabulary_hash
 from ..registry import did_you_mean
 from .moments import Moments, load_moments
+from .sequential import PassesState
 
 
 if TYPE_CHECKING:
@@ -276,6 +277,13 @@ class StoredPasses:
 
     def advance(self, layer: int) -> None:
         """See `Passes.advance`; there is nothing to run."""
+
+    def state(self) -> PassesState:
+        """See `Passes.state`; nothing is reached that is not in the folder."""
+        return PassesState({}, {})
+
+    def resume_(self, state: PassesState) -> None:
+        """See `Passes.resume_`; there is nothing to resume."""
 
 
 def moments_name(layer: int, domain: int) -> str:

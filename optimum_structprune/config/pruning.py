@@ -85,7 +85,8 @@ class StructPruneConfig(Serialisable):
             that loses most.
         max_perplexity_ratio: A limit to the held-out perplexity of every domain, as a multiple of the dense model's.
             The rounds go toward the target and stop before a domain exceeds it.
-        checkpoint_dir: A folder that remembers each round; a run that was killed goes on from there.
+        checkpoint_dir: A folder that remembers each round, and each layer of the last one; a run that was killed goes
+            on from there.
         keep_rounds: Whether the smaller and smaller models are left in that folder as `round-1`, `round-2`, …
         presets_file: A YAML file with presets of your own, in the form of the built-in `presets.yaml`.
         self_text: How the model writes the domains `self:NAME`.

@@ -117,7 +117,7 @@ class Checkpoint:
         """
         if not (self.folder / STATE).exists():
             return None
-        with self._readable():
+        with readable(self.folder):
             state = json.loads((self.folder / STATE).read_text())
             number, key = int(state["round"]), state["key"]
             measured = [_measured(entry) for entry in state["measured"]]
@@ -126,19 +126,23 @@ class Checkpoint:
                 f"{self.folder} holds round {number} of a run with another model, config or calibration text; name "
                 "another checkpoint_dir, or remove the folder."
             )
-        with self._readable():
+        with readable(self.folder):
             tensors = load_file(self.folder / state["tensors"])
             keep = Plan.from_dict(state["plan"]).keep
             return State(number, tuple(state["shares"]), _snapshot(arch, keep, tensors), measured)
 
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StructPruneError(
-                f"{self.folder} is not a readable checkpoint ({error}); remove it to start anew."
-            ) from error
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn whatever a damaged checkpoint causes inside `with` into one error.
+
+    Raises:
+        StructPruneError: If the folder cannot be read, or holds something else than is expected there.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StructPruneError(f"{folder} is not a readable checkpoint ({error}); remove it to start anew.") from error
 
 
 def _snapshot(arch: ArchSpec, keep: Mapping[tuple[int, str], tuple[int, ...]], tensors: Mapping[str, Tensor]):

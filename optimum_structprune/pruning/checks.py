@@ -137,8 +137,8 @@ def offloading_rules(case: Case) -> Rules:
     yield (is_quantized(case.model), f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
     yield (
         CRITERIA.get(config.scored_by).needs_gradient,
-        f"criterion={config.scored_by!r} takes a backward pass through all layers of {name}, which is offloaded; choose "
-        f"criterion='obs' or 'wanda', or {advice}.",
+        f"criterion={config.scored_by!r} takes a backward pass through all layers of {name}, which is offloaded; "
+        f"choose criterion='obs' or 'wanda', or {advice}.",
     )
     if case.use == CALIBRATE:
         return

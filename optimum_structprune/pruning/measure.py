@@ -39,9 +39,7 @@ class Measure:
         StructPruneError: If the perplexity of the dense model is not a number.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, domains: Sequence[Domain], causal: bool, arch_file: str | None = None
-    ):
+    def __init__(self, model: PreTrainedModel, domains: Sequence[Domain], causal: bool, arch_file: str | None = None):
         self.heldout = {domain.name: domain.heldout for domain in domains}
         self.causal, self.arch_file = causal, arch_file
         self.dense = self._of_all(model)
@@ -71,8 +69,8 @@ class Measure:
         for name, value in found.items():
             if isnan(value):
                 raise StructPruneError(
-                    f"The perplexity on held-out text of the domain {name!r} is not a number; load the model in float32 "
-                    "or bfloat16, or check its weights."
+                    f"The perplexity on held-out text of the domain {name!r} is not a number; load the model in "
+                    "float32 or bfloat16, or check its weights."
                 )
         return found
 

@@ -17,6 +17,7 @@ from ..surgery.plan import Plan
 from ..widths.budget import biased_spaces
 from .checkpoint import Checkpoint, run_key
 from .evidence import Evidence
+from .progress import Progress
 from .run import Run
 from .steps import Step
 from .sweep import Snapshot, Sweep
@@ -62,10 +63,13 @@ class Rounds:
         self.sweep = Sweep(run.model, self.arch, self.config)
         self.evidence: Evidence = run.evidence
         self.checkpoint: Checkpoint | None = None
+        self.progress: Progress | None = None
         self.done = 0
         if self.config.checkpoint_dir is not None:
             key = run_key(self.config, run.model, run.evidence.entries(), step.target)
             self.checkpoint = Checkpoint(Path(self.config.checkpoint_dir), key)
+            self.progress = Progress(Path(self.config.checkpoint_dir), f"{key}/{step.count}")
+            self.progress.check()
             if (state := self.checkpoint.load(self.arch)) is not None:
                 self.done, run.report.rounds = state.number, state.measured
                 self.evidence = replace(self.evidence, shares=state.shares)
@@ -140,9 +144,8 @@ class Rounds:
         number = self.done + 1
         with self.run.report.timed(f"round {number}"):
             passes = self.evidence.passes(self.run.model, self.arch)
-            self.sweep.run_(
-                passes, self.evidence.mixture, widths, smaller, f"round {number}/{max(number, self.total)}"
-            )
+            title = f"round {number}/{max(number, self.total)}"
+            self.sweep.run_(passes, self.evidence.mixture, widths, smaller, title, self.progress)
 
     def _save_model(self, widths: Widths) -> None:
         copy, plan = deepcopy(self.run.model), self.sweep.plan

@@ -71,9 +71,7 @@ class Run:
             dense: The dense model where it is another object than the one that shrinks, so that no copy is needed.
         """
         with self.report.timed("perplexity"):
-            self.measure = Measure(
-                self.model, self.evidence.domains, self.arch.causal, self.config.arch_file
-            )
+            self.measure = Measure(self.model, self.evidence.domains, self.arch.causal, self.config.arch_file)
         self.report.start(self.model, self.arch)
         recovery = self.config.recovery
         if recovery is None or not recovery.distils:

@@ -81,8 +81,8 @@ class Probe:
     @torch.no_grad()
     def _logits(self, index: int) -> Tensor:
         """The logits of every fourth token of a batch, shape `(tokens, vocab)`."""
-        by_layers = isinstance(self.passes, LayerPasses)
-        with self.passes.skipping(self.layer, index) if by_layers else nullcontext():
+        passes = self.passes
+        with passes.skipping(self.layer, index) if isinstance(passes, LayerPasses) else nullcontext():
             logits = run_model(self.model, self.batches[index].ids, **self.options).logits
         return (logits if self.options else logits[:, ::STRIDE]).flatten(0, 1)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
+from ..arch.load import layer_list
 from ..arch.spec import ArchSpec, Axis, Space, Widths
 from ..calibration.passes import Passes
 from ..criteria import CRITERIA, Criterion
@@ -18,7 +19,7 @@ from ..criteria.mixture import Mixture, Pool, Pooled, Scoring, pooled
 from ..errors import StructPruneError
 from ..forward.placement import Placement
 from ..surgery.consumers import Consumers, Values, units_to_columns
-from ..surgery.cut import shrink_layer_
+from ..surgery.cut import fill_layer_, shrink_layer_
 from ..surgery.plan import Plan, best_units
 from ..surgery.refit import REFITS
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..config.pruning import StructPruneConfig
+    from .progress import Progress
 
 Keep = Mapping[tuple[int, str], tuple[int, ...]]
 
@@ -81,7 +83,13 @@ class Sweep:
         return Plan(self.arch.model_type, dict(self.keep))
 
     def run_(
-        self, passes: Passes, mixture: Mixture, widths: Widths, smaller: PreTrainedModel | None, title: str
+        self,
+        passes: Passes,
+        mixture: Mixture,
+        widths: Widths,
+        smaller: PreTrainedModel | None,
+        title: str,
+        progress: Progress | None = None,
     ) -> None:
         """One round.
 
@@ -92,11 +100,16 @@ class Sweep:
             smaller: In the last round, the `skeleton` of the smaller model, whose layers are filled and take their
                 places; None where units are only masked.
             title: The label of the progress bar.
+            progress: Remembers the finished layers of the last round; None where nothing does.
         """
-        for layer in tqdm(range(self.arch.num_layers), desc=title, unit="layer"):
+        every = range(self.arch.num_layers)
+        done = 0 if progress is None or smaller is None else self._go_on_(progress, passes, smaller)
+        for layer in tqdm(every[done:], desc=title, unit="layer", initial=done, total=len(every)):
             with self.placement.at(layer, changes=True):
                 self._prune_layer_(layer, passes, mixture, widths, smaller)
                 passes.advance(layer)
+                if progress is not None and smaller is not None and (state := passes.state()) is not None:
+                    progress.save(layer, self.plan, layer_list(self.model, self.arch)[layer].state_dict(), state)
 
     def scores(self, passes: Passes, mixture: Mixture, names: Collection[str]) -> dict[tuple[int, str], Tensor]:
         """Scores of the units of the dense model that compare over layers and spaces; nothing is changed.
@@ -109,12 +122,12 @@ class Sweep:
         Returns:
             By layer and name of the space, shape `(units,)`.
         """
-        criterion, scores = self._criterion(), {}
+        scores = {}
         for layer in tqdm(range(self.arch.num_layers), desc="ranking", unit="layer"):
             with self.placement.at(layer):
                 for space in self.arch.at(layer):
                     if space.kind in names:
-                        scores[layer, space.name] = self._comparable(space, passes, mixture, criterion)
+                        scores[layer, space.name] = self._comparable(space, passes, mixture)
                 passes.advance(layer)
         return scores
 
@@ -132,7 +145,7 @@ class Sweep:
         Raises:
             StructPruneError: If a criterion does not give one finite score for each unit.
         """
-        before, criterion = self._before(space), self._criterion()
+        before, criterion = self._before(space), self._criterion(space.layer)
         pools = []
         for axis in space.into:
             dense, present, columns = self.consumers.dense(axis)[0], self.consumers.present(axis)[0], None
@@ -178,9 +191,26 @@ class Sweep:
         self.keep = dict(snapshot.keep)
         self.consumers.resume_(snapshot.consumers)
 
-    def _criterion(self) -> Criterion:
-        # Made anew for each round, so that what it draws at random does not depend on the rounds before.
-        return CRITERIA.get(self.config.scored_by)(self.config)
+    def _criterion(self, layer: int) -> Criterion:
+        # Made anew for each layer, so that what it draws at random does not depend on the layers before, which a run
+        # that goes on where another was killed does not score again.
+        config = replace(self.config, seed=self.config.seed + layer)
+        return CRITERIA.get(config.scored_by)(config)
+
+    def _go_on_(self, progress: Progress, passes: Passes, smaller: PreTrainedModel) -> int:
+        """Take over the layers that an earlier run has finished, and return their number."""
+        finished = progress.load()
+        if finished is None:
+            return 0
+        for layer in range(finished.layers):
+            with self.placement.at(layer, changes=True):
+                self.shrunk = True
+                fill_layer_(self.model, self.arch, layer, progress.tensors(layer), smaller)
+        self.keep = dict(finished.plan.keep)
+        for layer in range(finished.layers):
+            self.consumers.forget(axis for space in self.arch.at(layer) for axis in space.into)
+        passes.resume_(finished.passes)
+        return finished.layers
 
     def _prune_layer_(
         self, layer: int, passes: Passes, mixture: Mixture, widths: Widths, smaller: PreTrainedModel | None
@@ -198,8 +228,9 @@ class Sweep:
             shrink_layer_(self.model, self.arch, layer, self.plan, smaller)
             self.consumers.forget(axes)
 
-    def _comparable(self, space: Space, passes: Passes, mixture: Mixture, criterion: Criterion) -> Tensor:
+    def _comparable(self, space: Space, passes: Passes, mixture: Mixture) -> Tensor:
         """Scores of the units of a space that compare over layers, shape `(units,)`."""
+        criterion = self._criterion(space.layer)
         weights = [self.consumers.present(axis)[0] for axis in space.into]
         pools = [Pool(mixture, weight, Scoring(criterion, weight, 1)) for weight in weights]
         found = pooled(passes.gather(space.layer, space, criterion.needs_gram), pools)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..config.fields import read_mapping
 from ..config.recovery import RecoveryConfig

@@ -118,6 +118,27 @@ def shrink_layer_(model: PreTrainedModel, arch: ArchSpec, layer: int, plan: Plan
     put_layer_(model, arch, layer, new)
 
 
+def fill_layer_(
+    model: PreTrainedModel, arch: ArchSpec, layer: int, state: Mapping[str, Tensor], smaller: PreTrainedModel
+) -> None:
+    """Replace one layer by a smaller one that an earlier run has made; see `shrink_layer_`.
+
+    Args:
+        model: The model that is changed.
+        arch: The description of the model.
+        layer: The index of the layer.
+        state: The tensors of the smaller layer, by their names inside it.
+        smaller: The `skeleton` of the shrunk config; it gives up its layer.
+
+    Raises:
+        StructPruneError: If the tensors do not fit.
+    """
+    old, new = layer_list(model, arch)[layer], layer_list(smaller, arch)[layer]
+    device = next(old.parameters()).device
+    replace_(old, new, {name: tensor.to(device) for name, tensor in state.items()}, arch)
+    put_layer_(model, arch, layer, new)
+
+
 def replace_layers_(
     model: PreTrainedModel, arch: ArchSpec, other: PreTrainedModel, state: Mapping[str, Tensor]
 ) -> None:

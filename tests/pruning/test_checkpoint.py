@@ -1,11 +1,8 @@
 """A round on disk: whole at any moment, whatever is killed, and the same as in memory."""
 
-from contextlib import contextmanager
-from pathlib import Path
-
 import pytest
 import torch
-from helpers import evidence_of, same_weights
+from helpers import Killed, dying, evidence_of, same_weights
 from models import build, config, full_disk, tokenizer
 
 from optimum_structprune import Plan, StructPruneConfig, StructPruneError, StructPruner
@@ -13,10 +10,6 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.pruning import checkpoint
 from optimum_structprune.pruning.checkpoint import Checkpoint, State, run_key
 from optimum_structprune.pruning.sweep import Sweep
-
-
-class Killed(Exception):
-    """Stands for the end of the process."""
 
 
 MEASURED = [
@@ -63,33 +56,6 @@ def test_what_was_saved_last_is_what_is_loaded(states, tmp_path):
         assert files == {"rounds.json", f"round-{state.number}.safetensors"}
 
 
-@contextmanager
-def dying(monkeypatch, number, after):
-    """The process dies at the n-th time that it touches the disk, before or after what it does there.
-
-    Gives a function that counts them.
-    """
-    calls = []
-
-    def wrapped(function):
-        def call(*args, **kwargs):
-            calls.append(function)
-            if len(calls) == number and not after:
-                raise Killed
-            result = function(*args, **kwargs)
-            if len(calls) == number:
-                raise Killed
-            return result
-
-        return call
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", wrapped(checkpoint.save_file))
-        for name in ("write_text", "replace", "unlink"):
-            patch.setattr(Path, name, wrapped(getattr(Path, name)))
-        yield lambda: len(calls)
-
-
 @pytest.mark.parametrize("after", [False, True])
 def test_a_kill_between_any_two_writes_leaves_a_whole_round(states, after, tmp_path, monkeypatch):
     (first, second, third), arch = states
@@ -98,7 +64,7 @@ def test_a_kill_between_any_two_writes_leaves_a_whole_round(states, after, tmp_p
         number += 1
         folder = tmp_path / str(number)
         save(folder, first)
-        with dying(monkeypatch, number, after) as count:
+        with dying(monkeypatch, checkpoint, number, after) as count:
             try:
                 save(folder, second)
                 done = True
@@ -119,7 +85,7 @@ def test_a_kill_in_the_first_round_leaves_none_or_one(states, after, tmp_path, m
     (first, *_), arch = states
     for number in (1, 2, 3):
         folder = tmp_path / str(number)
-        with dying(monkeypatch, number, after), pytest.raises(Killed):
+        with dying(monkeypatch, checkpoint, number, after), pytest.raises(Killed):
             save(folder, first)
         if (found := Checkpoint(folder, "key").load(arch)) is not None:
             assert_same(found, first)

@@ -7,7 +7,7 @@ from helpers import logits
 from models import build, config, tokenizer
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import StructPruneError, StructPruner, calibrate
+from optimum_structprune import StructPruner
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.offloading import is_offloaded, weight_of
 

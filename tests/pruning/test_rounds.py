@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import count_hooks, evidence_of, logits, same_weights
+from helpers import Killed, count_hooks, evidence_of, logits, same_weights
 from models import build, config, documents, tokenizer
 from safetensors.torch import save_file
 from trained import STORIES, needs_shared, stories_config, stories_model
@@ -29,10 +29,6 @@ from optimum_structprune.pruning import sweep as sweeping
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.pruning.sweep import Sweep
 from optimum_structprune.surgery.consumers import read_consumer
-
-
-class Killed(Exception):
-    """Stands for the end of the process."""
 
 
 def two_domains(**fields):

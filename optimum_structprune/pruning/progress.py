@@ -1,0 +1,127 @@
+"""The finished layers of the last round, on disk, so that a run that was killed goes on at the next one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..calibration.passes import PassesState
+from ..errors import StructPruneError
+from ..surgery.plan import Plan
+from .checkpoint import readable
+
+
+STATE = "layers.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A folder that remembers the layers that one run has finished.
+
+    Attributes:
+        folder: The folder; it is made when the first layer is saved.
+        key: What identifies the run and its round; see `checkpoint.run_key`.
+    """
+
+    folder: Path
+    key: str
+
+    def save(self, layer: int, plan: Plan, tensors: Mapping[str, Tensor], passes: PassesState) -> None:
+        """Keep a finished layer, and what the next one starts from.
+
+        The state names its files and replaces the former state in one step, after they are written. So a kill at any
+        moment leaves the layers before.
+
+        Args:
+            layer: The index of the layer.
+            plan: The units that are kept so far.
+            tensors: The tensors of the smaller layer, by their names inside it.
+            passes: What the passes over the samples have reached.
+
+        Raises:
+            StructPruneError: If something cannot be written; the layers before are as they were then.
+        """
+        name = f"passes-{layer}.safetensors"
+        state = {"key": self.key, "layers": layer + 1, "plan": plan.to_dict(), "passes": name, "values": passes.values}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self._layer(layer), tensors)
+            _write(self.folder / name, passes.tensors)
+            (self.folder / f"{STATE}.new").write_text(json.dumps(state))
+            (self.folder / f"{STATE}.new").replace(self.folder / STATE)
+            for older in set(self.folder.glob("passes-*.safetensors")) - {self.folder / name}:
+                older.unlink()
+        except (OSError, SafetensorError) as error:
+            raise StructPruneError(
+                f"Layer {layer} could not be saved to {self.folder}: {error}. The layers before are intact, and the "
+                "same call goes on from them."
+            ) from error
+
+    def load(self) -> Finished | None:
+        """What was saved last; None where the folder remembers no layer.
+
+        Raises:
+            StructPruneError: If the folder belongs to another run, or is damaged.
+        """
+        state = self.check()
+        if state is None:
+            return None
+        with readable(self.folder):
+            passes = PassesState(load_file(self.folder / state["passes"]), dict(state["values"]))
+            return Finished(int(state["layers"]), Plan.from_dict(state["plan"]), passes)
+
+    def check(self) -> dict[str, Any] | None:
+        """The description of what was saved last; None where the folder remembers no layer.
+
+        Raises:
+            StructPruneError: If the folder belongs to another run, or its description is damaged.
+        """
+        if not (self.folder / STATE).exists():
+            return None
+        with readable(self.folder):
+            state = json.loads((self.folder / STATE).read_text())
+            key, layers = state["key"], int(state["layers"])
+        if key != self.key:
+            raise StructPruneError(
+                f"{self.folder} holds {layers} layers of a run with another model, config or calibration text; name "
+                "another checkpoint_dir, or remove the folder."
+            )
+        return state
+
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """The tensors of a finished layer, by their names inside it.
+
+        Raises:
+            StructPruneError: If the file is damaged.
+        """
+        with readable(self.folder):
+            return load_file(self._layer(layer))
+
+    def _layer(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:03d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a folder remembers.
+
+    Attributes:
+        layers: The number of finished layers.
+        plan: The units that they keep.
+        passes: What the passes over the samples have reached.
+    """
+
+    layers: int
+    plan: Plan
+    passes: PassesState
+
+
+def _write(path: Path, tensors: Mapping[str, Any]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
