@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arch.spec import Space
+from ..processes import add_up_
 from .moments import Moments
 
 
@@ -62,12 +63,14 @@ def inner_moments(
     uncorrelated and had the second moment 1.
     """
     device, expert = next(experts.parameters()).device, space.into[0].part or 0
-    chosen = any(bool((call.index == expert).any()) for call in calls)
+    chosen = torch.tensor(sum(int((call.index == expert).sum()) for call in calls), device=device)
+    add_up_([chosen])
     for domain in range(num_domains):
         moments = Moments.empty(space.size, gram, device)
         for call in calls:
             if call.domain == domain and len(hidden := call.of(expert)[0]):
                 moments.update(inner_activations(experts, space, hidden))
+        moments.add_up_()
         if not chosen:
             moments.square.fill_(1)
             if moments.gram is not None:
@@ -85,6 +88,7 @@ def contributions(experts: nn.Module, size: int, calls: Sequence[Routed], num_do
     for domain, expert, value in _contributions(experts, size, calls):
         total[domain, expert] += float(value.double().sum())
         count[domain, expert] += len(value)
+    add_up_([total, count])
     return total / count.clamp(min=1)
 
 

@@ -13,6 +13,7 @@ from ..arch.spec import ArchSpec
 from ..errors import StructPruneError
 from ..forward.clock import Clock
 from ..forward.hooks import observe
+from ..processes import add_up_
 from .tally import Batch
 
 
@@ -59,6 +60,7 @@ def saliencies(
             for name, sum_of_batch in gradients.items():
                 total = sums.setdefault(name, torch.zeros(domains, len(sum_of_batch), dtype=torch.float64))
                 total[batch.domain] += sum_of_batch.cpu()
+    add_up_([counts, *(sums[name] for name in sorted(sums))])
     return {name: total / counts.clamp(min=1)[:, None] for name, total in sums.items()}
 
 

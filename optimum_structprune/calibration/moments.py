@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import StructPruneError
+from ..processes import add_up_, process_count
 from .gram import add_product_, submatrix, update_gram_
 
 
@@ -122,6 +123,27 @@ class Moments:
         if output is not None:
             energy = output.detach().float().square().sum(-1).double().mean().to(self.mean.device)
             self.energy = energy if self.energy is None else self.energy.lerp_(energy, share)
+        return self
+
+    @torch.no_grad()
+    def add_up_(self) -> Moments:
+        """Bring together the tokens of all processes; see `processes.across_processes`.
+
+        Returns:
+            These moments themselves.
+        """
+        if process_count() == 1:
+            return self
+        mine = self.count
+        totals = torch.tensor([mine, self.energy is not None], device=self.mean.device)
+        add_up_([totals])
+        self.count = int(totals[0])
+        if self.energy is None and totals[1]:
+            self.energy = self.mean.new_zeros(())  # no token came here, and every process has to take part
+        tensors = list(_tensors_of(self).values())
+        for tensor in tensors:
+            tensor.mul_(mine / max(self.count, 1))
+        add_up_(tensors)
         return self
 
     def merge(self, other: Moments) -> Moments:

@@ -17,6 +17,7 @@ from ..forward.calls import Call, NotSequentialError, capture, first_of, same_ca
 from ..forward.clock import Clock
 from ..forward.hooks import adding, observe_products, replaying
 from ..offloading import compute_device, is_offloaded
+from ..processes import as_first_has_
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
 from .tally import Batch, Tally, finite, listen
@@ -192,8 +193,8 @@ class LayerPasses:
             plain = self.output(layer, index).float()
             with adding(self._layer(layer).get_submodule(name), noise):
                 change = (self.output(layer, index).float() - plain).to(noise.device)
-            gain = float((change * noise).sum() / noise.square().sum())
-            deviation = float((change - gain * noise).norm() / noise.norm())
+            gain = float(as_first_has_((change * noise).sum() / noise.square().sum()))
+            deviation = float(as_first_has_((change - gain * noise).norm() / noise.norm()))
             self.gains[name] = gain if deviation < MAX_DEVIATION * abs(gain) else None
         return self.gains[name]
 

@@ -133,7 +133,7 @@ class Tally:
         Raises:
             StructPruneError: If they hold a NaN or an infinity, or a consumer never ran.
         """
-        found = [finite(space, self.moments[axis.module], self.domain) for axis in space.into]
+        found = [finite(space, self.moments[axis.module].add_up_(), self.domain) for axis in space.into]
         for axis, moments in zip(space.into, found, strict=True):
             if moments.count == 0:
                 raise StructPruneError(f"{axis.module} never ran during calibration in domain {self.domain}.")

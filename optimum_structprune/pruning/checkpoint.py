@@ -18,6 +18,7 @@ from ..arch.spec import ArchSpec, Widths
 from ..domains.manifest import Entry
 from ..errors import StructPruneError
 from ..fingerprint import fingerprint
+from ..processes import process_index, wait_for_all
 from ..surgery.plan import Plan
 from .sweep import Snapshot
 
@@ -85,6 +86,13 @@ class Checkpoint:
         Raises:
             StructPruneError: If the files cannot be written; the last finished round is as it was then.
         """
+        if process_index() == 0:
+            self._write(snapshot, shares, number, measured)
+        wait_for_all()
+
+    def _write(
+        self, snapshot: Snapshot, shares: Sequence[float], number: int, measured: Sequence[Mapping[str, Any]]
+    ) -> None:
         tensors = {}
         for index, (weight, bias) in enumerate(snapshot.consumers.values()):
             tensors[f"{index}.weight"] = weight.contiguous()

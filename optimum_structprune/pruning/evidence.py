@@ -21,6 +21,7 @@ from ..domains.load import Domain, calibration_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.reweight import reweighted
 from ..forward.clock import Clock
+from ..processes import own_part
 
 
 if TYPE_CHECKING:
@@ -103,6 +104,20 @@ class Evidence:
         """The samples of all domains as they were asked for, one domain after the other."""
         return batches_of(self.domains, self.config.batch_size)
 
+    @property
+    def own_batches(self) -> list[Batch]:
+        """The samples of all domains that this process runs in the next round, one domain after the other."""
+        domains = self._in_proportion() if self.config.reweights else self.domains
+        parts = [
+            replace(
+                domain,
+                samples=own_part(domain.samples),
+                mask=None if domain.mask is None else own_part(domain.mask),
+            )
+            for domain in domains
+        ]
+        return batches_of(parts, self.config.batch_size)
+
     def passes(self, model: PreTrainedModel, arch: ArchSpec) -> Passes:
         """Passes over the samples with the model as it is now, or the stored moments.
 
@@ -113,8 +128,7 @@ class Evidence:
         gradient = CRITERIA.get(config.scored_by).needs_gradient
         if self.statistics is not None:
             return StoredPasses(self.statistics, self.domains, gradient, next(model.parameters()).device)
-        domains = self._in_proportion() if config.reweights else self.domains
-        batches = batches_of(domains, config.batch_size)
+        batches = self.own_batches
         saliency = saliencies(model, arch, batches, self.clock) if gradient else {}
         passes = self.run_passes(model, arch, batches, self.clock, config.error_feedback if config.fits else 0.0)
         return GradientPasses(passes, saliency) if gradient else passes

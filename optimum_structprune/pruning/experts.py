@@ -23,7 +23,7 @@ def remove_experts_(run: Run, step: Step) -> Plan:
         model, arch, evidence = run.model, run.arch, run.evidence
         new_config = shrunk_config(model.config, arch, step.widths)
         smaller = skeleton(model, new_config)
-        passes = evidence.run_passes(model, arch, evidence.batches, evidence.clock)
+        passes = evidence.run_passes(model, arch, evidence.own_batches, evidence.clock)
         placement, keep = Placement(model, arch), dict[tuple[int, str], tuple[int, ...]]()
         for layer in tqdm(range(arch.num_layers), desc="experts", unit="layer"):
             with placement.at(layer, changes=True):

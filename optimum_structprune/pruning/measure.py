@@ -15,7 +15,8 @@ from ..calibration.tally import Batch
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, model_outputs, output_error, perplexity, total_loss
 from ..forward.placement import Placement
-from ..offloading import is_offloaded
+from ..offloading import compute_device, is_offloaded
+from ..processes import add_up_, own_part, process_count
 from ..saving.report import Report
 
 
@@ -75,10 +76,19 @@ class Measure:
         return found
 
     def _perplexities(self, model: PreTrainedModel) -> dict[str, float]:
-        if not is_offloaded(model):
-            return {name: perplexity(model, samples) for name, samples in self.heldout.items()}
-        values = layerwise_perplexities(model, describe(model, self.arch_file), list(self.heldout.values()))
-        return dict(zip(self.heldout, values, strict=True))
+        texts = [own_part(samples) for samples in self.heldout.values()]
+        if is_offloaded(model):
+            values = layerwise_perplexities(model, describe(model, self.arch_file), texts)
+        else:
+            values = [perplexity(model, text) for text in texts]
+        if process_count() == 1:
+            return dict(zip(self.heldout, values, strict=True))
+        counts = torch.tensor([float(text[:, 1:].numel()) for text in texts], dtype=torch.float64)
+        losses = torch.tensor(values, dtype=torch.float64).log() * counts
+        device = compute_device(model)
+        sums = [losses.to(device), counts.to(device)]
+        add_up_(sums)
+        return dict(zip(self.heldout, (sums[0] / sums[1]).exp().tolist(), strict=True))
 
 
 @torch.no_grad()

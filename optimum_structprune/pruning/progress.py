@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..calibration.passes import PassesState
 from ..errors import StructPruneError
+from ..processes import process_count, process_index, wait_for_all
 from ..surgery.plan import Plan
 from .checkpoint import readable
 
@@ -48,15 +49,19 @@ class Progress:
         Raises:
             StructPruneError: If something cannot be written; the layers before are as they were then.
         """
-        name = f"passes-{layer}.safetensors"
-        state = {"key": self.key, "layers": layer + 1, "plan": plan.to_dict(), "passes": name, "values": passes.values}
+        mine = f"{process_index()}-of-{process_count()}"
+        name = f"passes-{layer}-{mine}.safetensors"
+        values = {"key": self.key, "layers": layer + 1, "plan": plan.to_dict(), "values": passes.values}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self._layer(layer), tensors)
             _write(self.folder / name, passes.tensors)
-            (self.folder / f"{STATE}.new").write_text(json.dumps(state))
-            (self.folder / f"{STATE}.new").replace(self.folder / STATE)
-            for older in set(self.folder.glob("passes-*.safetensors")) - {self.folder / name}:
+            wait_for_all()
+            if process_index() == 0:
+                _write(self._layer(layer), tensors)
+                (self.folder / f"{STATE}.new").write_text(json.dumps(values))
+                (self.folder / f"{STATE}.new").replace(self.folder / STATE)
+            wait_for_all()
+            for older in set(self.folder.glob(f"passes-*-{mine}.safetensors")) - {self.folder / name}:
                 older.unlink()
         except (OSError, SafetensorError) as error:
             raise StructPruneError(
@@ -74,8 +79,10 @@ class Progress:
         if state is None:
             return None
         with readable(self.folder):
-            passes = PassesState(load_file(self.folder / state["passes"]), dict(state["values"]))
-            return Finished(int(state["layers"]), Plan.from_dict(state["plan"]), passes)
+            layers = int(state["layers"])
+            name = f"passes-{layers - 1}-{process_index()}-of-{process_count()}.safetensors"
+            passes = PassesState(load_file(self.folder / name), dict(state["values"]))
+            return Finished(layers, Plan.from_dict(state["plan"]), passes)
 
     def check(self) -> dict[str, Any] | None:
         """The description of what was saved last; None where the folder remembers no layer.

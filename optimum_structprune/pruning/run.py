@@ -10,6 +10,7 @@ from ..arch.load import describe
 from ..arch.spec import ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..errors import InPlaceError
+from ..processes import alone
 from ..saving.report import Report
 from ..surgery.plan import Plan
 from .evidence import Evidence
@@ -96,7 +97,7 @@ class Run:
         """
         if self.config.recovery is None:
             return
-        with self.report.timed("recovery"):
+        with self.report.timed("recovery"), alone():
             recovery = self._recovery(part, parts)
             recovery.recover_model(self.model, self.tokenizer, self.teacher)
             self.report.recovery = recovery.report.after(self.report.recovery)

@@ -22,6 +22,7 @@ from ..criteria.mixture import Mixture
 from ..domains.load import Domain
 from ..forward.divergence import divergence
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
+from ..processes import add_up_, own_part
 from ..saving.report import Report
 from ..surgery.consumers import Values
 from ..widths.ranking import spaces_by_layer
@@ -76,6 +77,7 @@ class Probe:
             for logits, dense in zip(*pairs, strict=True):
                 total[batch.domain] += float(divergence(logits, dense)) * len(dense)
                 count[batch.domain] += len(dense)
+        add_up_([total, count])
         return total / count
 
     @torch.no_grad()
@@ -184,9 +186,11 @@ def remaining_error(num_layers: int, error_feedback: float) -> list[float]:
 
 
 def probe_batches(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
-    """Held-out samples, as many of every domain, of about `PROBE_TOKENS` tokens in all."""
+    """Held-out samples that this process runs: as many of every domain, of about `PROBE_TOKENS` tokens in all."""
     count = max(1, ceil(PROBE_TOKENS / domains[0].heldout.shape[1] / len(domains)))
-    return batches_of([replace(domain, samples=domain.heldout[:count], mask=None) for domain in domains], batch_size)
+    return batches_of(
+        [replace(domain, samples=own_part(domain.heldout[:count]), mask=None) for domain in domains], batch_size
+    )
 
 
 def trial_losses(

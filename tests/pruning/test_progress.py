@@ -52,7 +52,7 @@ def test_finished_layers_are_not_made_again(tmp_path, monkeypatch):
         "layers.json",
         "layer-000.safetensors",
         "layer-001.safetensors",
-        "passes-1.safetensors",
+        "passes-1-0-of-1.safetensors",
     }
 
 
@@ -78,7 +78,7 @@ def test_another_run_is_refused_before_anything_changes(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["layers.json", "layer-000.safetensors", "passes-1.safetensors"])
+@pytest.mark.parametrize("name", ["layers.json", "layer-000.safetensors", "passes-1-0-of-1.safetensors"])
 def test_a_damaged_file_is_named(name, tmp_path):
     pruned("llama-tied", tmp_path / "run")
     path = tmp_path / "run" / name

@@ -1,0 +1,87 @@
+"""Several processes that share one pruning: each runs a part of the samples, and sums are taken over all of them.
+
+Nothing is shared unless the program says so with `across_processes`, since a program may as well prune in one of its
+processes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+
+T = TypeVar("T", Tensor, Sequence)
+_together = False
+
+
+@contextmanager
+def across_processes() -> Iterator[None]:
+    """Share the work inside `with` among the processes that `torchrun` or `accelerate launch` has started.
+
+    All of them have to do the same inside, with the same arguments. A process that is alone does everything itself.
+    """
+    global _together
+    PartialState(cpu=not torch.cuda.is_available())
+    before, _together = _together, dist.is_initialized() and dist.get_world_size() > 1
+    try:
+        yield
+    finally:
+        _together = before
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Every process does all of what is inside `with`, as libraries expect that share work in a way of their own."""
+    global _together
+    before, _together = _together, False
+    try:
+        yield
+    finally:
+        _together = before
+
+
+def process_count() -> int:
+    """The number of processes that share the work."""
+    return dist.get_world_size() if _together else 1
+
+
+def process_index() -> int:
+    """The number of this process among them, from 0."""
+    return dist.get_rank() if _together else 0
+
+
+def own_part(samples: T) -> T:
+    """The samples that this process runs: every N-th; all of them where there are fewer than processes.
+
+    Where all processes run the same samples, means over all of them are the same as over one.
+    """
+    count = process_count()
+    return samples if len(samples) < count else samples[process_index() :: count]
+
+
+@torch.no_grad()
+def add_up_(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors by their sums over all processes. The processes wait for each other here."""
+    if _together:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+@torch.no_grad()
+def as_first_has_(tensor: Tensor) -> Tensor:
+    """Give a tensor the values that it has in the first process, and return it."""
+    if _together:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here."""
+    if _together:
+        dist.barrier()

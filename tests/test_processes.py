@@ -1,0 +1,103 @@
+"""Two processes that share a pruning find what one process finds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import build, config, documents, tokenizer
+from safetensors.torch import load_file
+
+from optimum_structprune import DomainConfig, StructPruner
+
+
+TESTS = Path(__file__).parent
+# One launch for all of them, because a launch takes longer than they do.
+RUNS = {
+    "llama-tied": {"widths": {"mlp": 24, "attention": 2}},
+    "llama-bias": {"criterion": "flap", "refit": "bias"},
+    "qwen3": {"criterion": "taylor", "rounds": 2, "adaptive_rate": 1.0},
+    "mixtral": {"widths": {"expert": 3, "mlp": 24}},
+    "gemma2": {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
+    "granite": {"widths": {"layer": 1, "hidden": 24, "mlp": 24}},
+    "t5": {},
+}
+SCRIPT = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from safetensors.torch import save_file
+from test_processes import RUNS, pruned
+from optimum_structprune.processes import across_processes, process_count, process_index
+
+folder = Path(sys.argv[1])
+with across_processes():
+    assert process_count() == 2
+    for case in RUNS:
+        pruner, model = pruned(case)
+        part = folder / f"{{case}}-{{process_index()}}"
+        part.mkdir()
+        save_file({{name: tensor.clone() for name, tensor in model.state_dict().items()}}, part / "weights")
+        (part / "plan").write_text(json.dumps(pruner.plan.to_dict()))
+        (part / "report").write_text(json.dumps(pruner.report.to_dict()))
+"""
+
+
+def pruned(case):
+    few = [" ".join(f"w{3 + (i * j) % 5}" for j in range(30)) for i in range(60)]
+    domains = [DomainConfig(name="a", source=documents()), DomainConfig(name="few", source=few, weight=0.2)]
+    pruner = StructPruner(config(**{"domains": domains, **RUNS[case]}))
+    return pruner, pruner.prune_model(build(case), tokenizer())
+
+
+def launch(script, *arguments, timeout=300):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*command, *map(str, (script, *arguments))], capture_output=True, text=True, env=environment, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "script.py").write_text(SCRIPT.format(tests=str(TESTS)))
+    done = launch(folder / "script.py", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_two_processes_find_what_one_finds(case, together):
+    pruner, model = pruned(case)
+    for rank in (0, 1):
+        part = together / f"{case}-{rank}"
+        assert json.loads((part / "plan").read_text()) == pruner.plan.to_dict()
+        theirs = load_file(part / "weights")
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-5)
+        report = json.loads((part / "report").read_text())
+        for name, values in pruner.report.perplexity.items():
+            assert report["perplexity"][name] == pytest.approx(values, rel=1e-5)
+
+
+DYING = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from test_processes import pruned
+from optimum_structprune.pruning.sweep import Sweep
+from optimum_structprune.processes import across_processes
+
+if os.environ["RANK"] == "1":
+    Sweep.gather = lambda *args: os._exit(9)
+with across_processes():
+    pruned("llama-tied")
+"""
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    (tmp_path / "script.py").write_text(DYING.format(tests=str(TESTS)))
+    assert launch(tmp_path / "script.py", timeout=120).returncode != 0
