@@ -50,6 +50,12 @@ def add_loading_arguments(parser: ArgumentParser) -> None:
 def add_model_arguments(parser: ArgumentParser) -> None:
     """Declare the flags that say how a model is loaded and saved."""
     add_loading_arguments(parser)
+    parser.add_argument(
+        "--offload",
+        metavar="{cpu,disk}",
+        help="Keep the layers in the CPU's memory or on the disk, and bring in one at a time: for models that are "
+        "larger than the memory of the device.",
+    )
     parser.add_argument("--overwrite", action="store_true", help="Replace the output folder.")
 
 

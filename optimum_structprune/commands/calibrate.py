@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from .arguments import add_config_arguments, add_model_arguments, add_path_arguments, pruning_config
 from .output import Result, add_output_arguments
@@ -27,7 +28,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> Result:
     """Run the text through the model and store what pruning needs of it."""
+    from tempfile import TemporaryDirectory
+
     from ..calibrator import calibrate
+    from ..processes import across_processes
     from ..saving.target import check_target, probe_target, used_paths
     from .loading import load_model_and_tokenizer
 
@@ -35,10 +39,19 @@ def run(args: Namespace) -> Result:
     config = pruning_config(args, sparsity=0.5)
     check_target(args.output, args.overwrite, [args.model, *used_paths(config)])
     probe_target(args.output)
-    model, tokenizer = load_model_and_tokenizer(
-        args.model, args.dtype, args.device, args.trust_remote_code, config.arch_file
-    )
-    statistics = calibrate(model, tokenizer, config, args.output, args.overwrite)
+    output = Path(args.output).resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{output.name}.offload.", dir=output.parent) as scratch, across_processes():
+        model, tokenizer = load_model_and_tokenizer(
+            args.model,
+            args.dtype,
+            args.device,
+            args.trust_remote_code,
+            config.arch_file,
+            args.offload,
+            scratch,
+        )
+        statistics = calibrate(model, tokenizer, config, args.output, args.overwrite)
     return Result(
         f"{statistics}\nsaved to {args.output}; prune with `structprune prune {args.model} OUT --stats {args.output}`",
         {

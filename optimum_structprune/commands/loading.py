@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from ..arch.heterogeneous import enable_heterogeneous
+from ..arch.load import describe
 from ..arch.meta import meta_model, model_class
 from ..errors import StructPruneError, one_line, some_of
+from ..forward.placement import layer_places
 
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Where `--offload` keeps layers while they do not run: in the CPU's memory, or in the model's files on the disk.
+OFFLOADS = ("cpu", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What `--device` takes beside the names of devices: ways to spread a model over all of them.
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -35,6 +40,8 @@ def load_model_and_tokenizer(
     device: str | None = None,
     trust_remote_code: bool = False,
     arch_file: str | None = None,
+    offload: str | None = None,
+    offload_folder: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer.
 
@@ -44,6 +51,8 @@ def load_model_and_tokenizer(
         device: The device to put it on; None takes cuda where there is one, and the CPU otherwise.
         trust_remote_code: Whether code that comes with the model is run.
         arch_file: Descriptions of your own, see `families.yaml`; non-uniform models of these load as well.
+        offload: Where layers are while they do not run, one of `OFFLOADS`; None keeps them on the device.
+        offload_folder: The folder for weights that accelerate cannot read from the model's own files.
 
     Raises:
         StructPruneError: If either cannot be loaded, with the reason; also if weights are missing, which transformers
@@ -51,6 +60,7 @@ def load_model_and_tokenizer(
     """
     load_dtype(dtype)
     device = load_device(device)
+    check_offload(offload, device, name)
     if arch_file is not None:
         enable_heterogeneous(arch_file)
     tokenizer, config = load_tokenizer(name, trust_remote_code), load_config(name, trust_remote_code)
@@ -58,7 +68,10 @@ def load_model_and_tokenizer(
         model, loaded = model_class(config, arch_file).from_pretrained(
             name,
             dtype=dtype,
-            device_map=device,
+            device_map=device
+            if offload is None
+            else _offloaded(config, device, offload, trust_remote_code, arch_file),
+            offload_folder=offload_folder,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, with both shapes
@@ -71,14 +84,55 @@ def load_model_and_tokenizer(
     return model.eval(), tokenizer
 
 
+def check_offload(offload: str | None, device: str, name: str) -> None:
+    """Refuse a way to offload that is not known, or that has no effect.
+
+    Args:
+        offload: What `--offload` names; None passes.
+        device: The device that computes.
+        name: The id or the folder of the model.
+
+    Raises:
+        StructPruneError: If it is none of `OFFLOADS`, the device is the one that layers would be offloaded to, or the
+            model's files cannot be read a layer at a time.
+    """
+    if offload is None:
+        return
+    if offload not in OFFLOADS:
+        raise StructPruneError(f"--offload {offload} is not known; choose one of {', '.join(OFFLOADS)}.")
+    if device in SPREAD:
+        raise StructPruneError(
+            f"--device {device} spreads the layers itself, over the disk too where it has to; leave out --offload."
+        )
+    if offload == "cpu" and torch.device(device).type == "cpu":
+        raise StructPruneError(
+            "--offload cpu keeps layers in the CPU's memory while another device computes them, and --device is the CPU "
+            "here; leave it out, or use --offload disk."
+        )
+    if Path(name).is_dir() and not _weight_files(name) and (old := next(Path(name).glob("*.bin"), None)):
+        raise StructPruneError(
+            f"{old} is no safetensors file, and only these are read a layer at a time; convert it once where it fits "
+            f"into memory: AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)."
+        )
+
+
+def _offloaded(
+    config: PretrainedConfig, device: str, offload: str, trust_remote_code: bool, arch_file: str | None
+) -> dict[str, str]:
+    model = meta_model(config, arch_file, trust_remote_code=trust_remote_code)
+    return layer_places(model, describe(model, arch_file), device, offload)
+
+
 def load_device(name: str | None) -> str:
-    """The device that `--device` names; without a name, cuda where there is one, and the CPU otherwise.
+    """The device that `--device` names; without a name, cuda where there is one, and the CPU otherwise. Of several
+    processes on a machine, each gets a GPU of its own.
 
     Raises:
         StructPruneError: If this machine, or this build of torch, does not have it.
     """
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        own = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+        return own if torch.cuda.is_available() else "cpu"
     if name in SPREAD:
         return name
     try:

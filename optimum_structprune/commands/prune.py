@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import add_config_arguments, add_model_arguments, add_path_arguments, pruning_config
@@ -10,10 +11,11 @@ from .output import Result, add_output_arguments, note
 
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..config.pruning import StructPruneConfig
     from ..config.recovery import RecoveryConfig
+    from ..pruner import StructPruner
 
 NAME = "prune"
 HELP = "Prune a model and save one that plain from_pretrained loads."
@@ -37,6 +39,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="The same, with this number of training tokens: short for --recovery tokens=N.",
     )
     add_worse_argument(parser)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Remember every finished layer in a folder beside the output, and go on from there if a run with the same "
+        "settings was killed.",
+    )
     add_model_arguments(parser)
     add_output_arguments(parser, reads_text=True)
     add_config_arguments(parser, StructPruneConfig)
@@ -44,26 +52,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> Result:
     """Prune, save, and show what came of it."""
-    from dataclasses import replace
-
     from ..pruner import AutoStructPruner
-    from ..recovery.checks import check_recovery
-    from .loading import load_model_and_tokenizer
     from .recovering import recover_and_save, recovery_for
 
-    config = pruning_config(args)
-    # The pruned model is saved before it is trained, so that an interruption loses nothing.
-    recovery = None if config.recovery is None or config.recovery.every_round else config.recovery
-    config = config if recovery is None else replace(config, recovery=None)
+    config, recovery = _configs(args)
     _check_folders(args, config, recovery)
     pruner = AutoStructPruner.from_config(config)
-    model, tokenizer = load_model_and_tokenizer(
-        args.model, args.dtype, args.device, args.trust_remote_code, config.arch_file
-    )
-    if recovery is not None:
-        check_recovery(recovery, config, model)  # before it is pruned in vain
-    pruned = pruner.prune_model(model, tokenizer, inplace=True)
-    pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
+    pruned, tokenizer = _prune_and_save(args, pruner, recovery)
     report = pruner.report
     assert report is not None
     text = f"{report}\n{_where(pruned.config, args.output, config.arch_file)}"
@@ -84,6 +79,73 @@ def run(args: Namespace) -> Result:
         )
         return Result(f"{text}\n{trained.text}", {**values, "recovery": trained.values}, trained.code)
     return Result(text, values)
+
+
+def _configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | None]:
+    """How to prune, and how to train afterwards; the pruned model is saved in between, so that an interruption of the
+    training loses nothing.
+
+    Raises:
+        StructPruneError: If `--resume` is given beside a checkpoint_dir, or `--offload` beside recovery.
+    """
+    from dataclasses import replace
+
+    from ..errors import StructPruneError
+
+    config = pruning_config(args)
+    recovery = None if config.recovery is None or config.recovery.every_round else config.recovery
+    config = config if recovery is None else replace(config, recovery=None)
+    if args.resume:
+        if config.checkpoint_dir is not None:
+            raise StructPruneError(
+                f"checkpoint_dir={config.checkpoint_dir!r} remembers a run, and --resume does the same in a folder "
+                "beside the output; leave out either."
+            )
+        config = replace(config, checkpoint_dir=str(_progress_folder(args.output)))
+    if args.offload is not None and recovery is not None:
+        raise StructPruneError(
+            f"--offload {args.offload} prunes a model that does not fit, and recovery trains it in memory; leave out "
+            f"recovery, and afterwards run `structprune recover {args.output} OUT --teacher {args.model}`."
+        )
+    return config, recovery
+
+
+def _progress_folder(output: str) -> Path:
+    """Where `--resume` remembers a run: a hidden folder beside the output."""
+    path = Path(output).resolve()
+    return path.with_name(f".{path.name}.progress")
+
+
+def _prune_and_save(
+    args: Namespace, pruner: StructPruner, recovery: RecoveryConfig | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The smaller model, saved, and its tokenizer. Processes that were started together share the work."""
+    import shutil
+    from tempfile import TemporaryDirectory
+
+    from ..processes import across_processes, process_index
+    from ..recovery.checks import check_recovery
+    from .loading import load_model_and_tokenizer
+
+    config, output = pruner.config, Path(args.output).resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{output.name}.offload.", dir=output.parent) as scratch, across_processes():
+        model, tokenizer = load_model_and_tokenizer(
+            args.model,
+            args.dtype,
+            args.device,
+            args.trust_remote_code,
+            config.arch_file,
+            args.offload,
+            scratch,
+        )
+        if recovery is not None:
+            check_recovery(recovery, config, model)  # before it is pruned in vain
+        pruned = pruner.prune_model(model, tokenizer, inplace=True)
+        pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
+        if args.resume and process_index() == 0:
+            shutil.rmtree(_progress_folder(args.output), ignore_errors=True)
+    return pruned, tokenizer
 
 
 def _check_folders(args: Namespace, config: StructPruneConfig, recovery: RecoveryConfig | None) -> None:

@@ -21,6 +21,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def layer_places(model: PreTrainedModel, arch: ArchSpec, device: str, layers: str) -> dict[str, str]:
+    """A `device_map` for `from_pretrained` that puts the layers of a model elsewhere than everything around them.
+
+    Args:
+        model: The model; shapes are enough, so it may be on the meta device.
+        arch: Its description.
+        device: The device that computes, and that holds what is no layer.
+        layers: Where the layers are while they do not run: `cpu` for its memory, or `disk`.
+    """
+    lists = {path for path, _ in arch.stacks}
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+        inside = [path for path in lists if path.startswith(f"{name}." if name else "")]
+        if name in lists:
+            yield name, layers
+        elif not inside:
+            yield name, device
+        else:
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            yield from ((f"{name}.{leaf}" if name else leaf, device) for leaf, _ in own)
+            for leaf, child in module.named_children():
+                yield from walk(f"{name}.{leaf}" if name else leaf, child)
+
+    return dict(walk("", model))
+
+
 class Placement:
     """The weights of a model's layers, one layer at a time; where all of them are in memory, nothing moves.
 
