@@ -34,6 +34,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="Tokens to write after it (32).")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="Timed runs of each model, in turns (9).")
     parser.add_argument("--threads", type=int, metavar="N", help="Threads; by default what torch is set to.")
+    parser.add_argument(
+        "--clock", default="wall", help="wall (default), or cpu: time of the processor, where other jobs run too."
+    )
     add_arch_argument(parser)
     add_loading_arguments(parser)
     add_output_arguments(parser, file=True)
@@ -43,14 +46,16 @@ def run(args: Namespace) -> Result:
     """Check all models by their configs, load them, and let them take turns."""
     from ..arch.heterogeneous import enable_heterogeneous
     from ..errors import StructPruneError
-    from ..evaluation.speed import check_speed, measure_speed
+    from ..evaluation.speed import check_clock, check_speed, measure_speed
     from .loading import SPREAD, load_device, load_dtype, load_model
 
     load_dtype(args.dtype)
-    if load_device(args.device) in SPREAD:
+    device = load_device(args.device)
+    if device in SPREAD:
         raise StructPruneError(
             f"--device {args.device} spreads a model, and the time of one device is measured: name one."
         )
+    check_clock(args.clock, device)
     if args.arch_file is not None:
         enable_heterogeneous(args.arch_file)
     paths = dict(zip(names_of([args.dense, *args.models]), [args.dense, *args.models], strict=True))
@@ -67,6 +72,7 @@ def run(args: Namespace) -> Result:
         new_tokens=args.new_tokens,
         repeats=args.repeats,
         threads=args.threads,
+        clock=args.clock,
         folders={name: folder for name, path in paths.items() if (folder := _folder(path))},
         arch_file=args.arch_file,
     )

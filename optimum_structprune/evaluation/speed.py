@@ -10,10 +10,12 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
+from time import process_time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer as wall_time
 
 from ..errors import StructPruneError
 from ..forward.generation import cache_name, read_prompt, write_tokens
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache, PreTrainedModel
 
+# `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
 # Seconds that a repeat spends on reading prompts.
 AT_LEAST = 0.1
 COUNTED = "weights and cache of keys and values, counted; activations are not in it"
@@ -117,6 +121,7 @@ class Speed:
         new_tokens: The number of tokens written after each prompt.
         repeats: The number of times that each model ran, in turns with the others.
         threads: The number of threads of torch.
+        clock: What the seconds are: `wall` is time that passes, `cpu` is time of the processor, over all threads.
         device: The device of the first model.
         memory_is: What `Measurement.memory` stands for.
         notes: What the numbers do not say.
@@ -127,6 +132,7 @@ class Speed:
     new_tokens: int
     repeats: int
     threads: int
+    clock: str
     device: str
     memory_is: str
     notes: list[str] = field(default_factory=list)
@@ -144,7 +150,7 @@ class Speed:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         first = next(iter(self.models))
         lines = [
-            f"{self.device}, {threads}, {self.repeats} repeats in turns.",
+            f"{self.device}, {threads}, {self.repeats} repeats in turns, {self.clock} time.",
             f"speed-up: the time of {first} over the model's, median and quartiles of the pairs.",
             "ideal: the same by operations (read), and by bytes of weights and cache (write).",
             f"memory: {self.memory_is}.",
@@ -194,6 +200,7 @@ def measure_speed(
     new_tokens: int = 32,
     repeats: int = 9,
     threads: int | None = None,
+    clock: str = "wall",
     folders: Mapping[str, str | Path] | None = None,
     arch_file: str | Path | None = None,
     seed: int = 0,
@@ -213,15 +220,19 @@ def measure_speed(
         new_tokens: The number of tokens to write after each prompt.
         repeats: The number of timed runs of each model, for each batch size and prompt.
         threads: The number of threads; None takes what torch is set to.
+        clock: What is timed: `wall` for time that passes, or `cpu` for time of the processor, over all threads, which
+            other jobs on the machine disturb less.
         folders: The folders of the models' files, by model, for the sizes of these files.
         arch_file: Descriptions of your own, see `families.yaml`.
         seed: The seed of the prompts.
 
     Raises:
         StructPruneError: If there is no model, a model does not predict the next token, keeps no cache, is spread over
-            several devices or has too few positions, or a number is below 1.
+            several devices or has too few positions, a number is below 1, or the clock is unknown.
     """
     check_speed(models, batch_sizes, prompts, new_tokens, repeats, threads)
+    for model in models.values():
+        check_clock(clock, input_device(model))
     threads = threads or torch.get_num_threads()
     vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
@@ -231,7 +242,8 @@ def measure_speed(
         reasons = {name: why_not_ideal(model, arch_file) for name, model in models.items()}
         for batch_size, prompt in product(batch_sizes, prompts):
             ids = torch.randint(vocabulary, (batch_size, prompt), generator=generator)
-            runs = {name: _Runs(model, ids, new_tokens, threads, works[name]) for name, model in models.items()}
+            how = {"num_threads": threads, "timer": CLOCKS[clock]}
+            runs = {name: _Runs(model, ids, new_tokens, how, works[name]) for name, model in models.items()}
             for _ in range(repeats):
                 for run in runs.values():
                     run.repeat()
@@ -243,6 +255,7 @@ def measure_speed(
         new_tokens=new_tokens,
         repeats=repeats,
         threads=threads,
+        clock=clock,
         device=str(input_device(first)),
         memory_is=PEAK if input_device(first).type == "cuda" else COUNTED,
         notes=[f"There is no ideal speed-up for {name}: {reason}." for name, reason in reasons.items() if reason],
@@ -283,6 +296,18 @@ def check_speed(
         _check_model(name, model, max(prompts), new_tokens)
 
 
+def check_clock(clock: str, device: torch.device | str) -> None:
+    """Refuse a clock that is not one of `CLOCKS`, or that does not see what a device does.
+
+    Raises:
+        StructPruneError: If it is either.
+    """
+    if clock not in CLOCKS:
+        raise StructPruneError(f"There is no clock {clock!r}; choose one of {', '.join(CLOCKS)}.")
+    if clock == "cpu" and torch.device(device).type != "cpu":
+        raise StructPruneError(f"The clock 'cpu' does not see what {device} does; choose 'wall'.")
+
+
 def _check_model(name: str, model: PreTrainedModel, prompt: int, new_tokens: int) -> None:
     if model.config.is_encoder_decoder or not model.can_generate():
         raise StructPruneError(
@@ -311,24 +336,24 @@ class _Runs:
         model: The model, in eval mode.
         ids: The prompts, shape `(batch, prompt)`.
         new_tokens: The number of tokens to write.
-        threads: The number of threads.
+        how: The arguments of `Timer`: the number of threads and the clock.
         work: The work of the model.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, threads: int, work: Work):
+    def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, how: Mapping[str, Any], work: Work):
         self.ids, self.new_tokens = ids.to(input_device(model)), new_tokens
         read, write = partial(read_prompt, model, self.ids), partial(write_tokens, model, count=new_tokens)
         self.memory = self._memory(model, read, write, work)
         token, cache = read()
         names = {"read": read, "write": write, "token": token, "cache": cache, "deepcopy": deepcopy}
         self.timers = {
-            "prefill": Timer("read()", globals=names, num_threads=threads),
+            "prefill": Timer("read()", globals=names, **how),
             # Writing changes the cache, and the setup is not timed: two copies are for the runs that do not count.
             "decode": Timer(
                 "write(token, caches.pop())",
                 setup="caches = [deepcopy(cache) for _ in range(2)]",
                 globals=names,
-                num_threads=threads,
+                **how,
             ),
         }
         self.seconds: dict[str, list[float]] = {stage: [] for stage in self.timers}
