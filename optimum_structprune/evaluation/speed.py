@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.benchmark import Timer
-from torch.utils.benchmark.utils.timer import timer as wall_time
+from torch.utils.benchmark import timer as wall_time
 
 from ..errors import StructPruneError
 from ..forward.generation import cache_name, read_prompt, write_tokens
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
+SPEEDUP = ("speed-up", "quartiles", "ideal")  # the heads of three columns
 # Seconds that a repeat spends on reading prompts.
 AT_LEAST = 0.1
 COUNTED = "weights and cache of keys and values, counted; activations are not in it"
@@ -189,9 +190,6 @@ class Speed:
         return [f"x {spread.median:.3f}", f"{spread.low:.3f}-{spread.high:.3f}", ideal]
 
 
-SPEEDUP = ("speed-up", "quartiles", "ideal")
-
-
 def measure_speed(
     models: Mapping[str, PreTrainedModel],
     *,
@@ -226,9 +224,13 @@ def measure_speed(
         arch_file: Descriptions of your own, see `families.yaml`.
         seed: The seed of the prompts.
 
+    Returns:
+        The times of each model in each shape, and their ratios to those of the first model.
+
     Raises:
         StructPruneError: If there is no model, a model does not predict the next token, keeps no cache, is spread over
-            several devices or has too few positions, a number is below 1, or the clock is unknown.
+            several devices or has too few positions, a number is below 1, or the clock is unknown or does not see the
+            device.
     """
     check_speed(models, batch_sizes, prompts, new_tokens, repeats, threads)
     for model in models.values():
