@@ -14,6 +14,8 @@ from .errors import InPlaceError as InPlaceError
 from .errors import StructPruneError as StructPruneError
 from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.speed import Speed as Speed
+from .evaluation.speed import measure_speed as measure_speed
 from .forward.metrics import perplexity as perplexity
 from .pruner import AutoStructPruner as AutoStructPruner
 from .pruner import StructPruner as StructPruner

@@ -227,6 +227,14 @@ def test_benchmark_domains(desk, capsys, monkeypatch):
         run([*arguments, *small, "--samples", "5"])
 
 
+def test_benchmark_speed(desk, capsys):
+    small = ["--widths", "24", "16", "--prompts", "8", "--new-tokens", "2", "--repeats", "1"]
+    main("benchmark_speed")([str(desk / "model"), *small, "--json", str(desk / "speed.json")])
+    models = json.loads((desk / "speed.json").read_text())["models"]
+    assert models["mlp=24"]["parameters"] - models["mlp=16"]["parameters"] == 2 * 3 * 32 * 8
+    assert "mlp=16" in capsys.readouterr().out
+
+
 def test_every_example_says_how_to_call_it():
     for path in EXAMPLES.glob("*.py"):
         text = path.read_text()

@@ -59,11 +59,31 @@ def load_model_and_tokenizer(
             would fill with random numbers, or have other shapes than the config says.
     """
     load_dtype(dtype)
+    load_device(device)
+    if arch_file is not None:
+        enable_heterogeneous(arch_file)
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    return load_model(name, dtype, device, trust_remote_code, arch_file), tokenizer
+
+
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    arch_file: str | None = None,
+) -> PreTrainedModel:
+    """A model without its tokenizer; see `load_model_and_tokenizer`.
+
+    Raises:
+        StructPruneError: If it cannot be loaded, with the reason.
+    """
+    load_dtype(dtype)
     device = load_device(device)
     check_offload(offload, device, name)
     if arch_file is not None:
         enable_heterogeneous(arch_file)
-    tokenizer, config = load_tokenizer(name, trust_remote_code), load_config(name, trust_remote_code)
+    config = load_config(name, trust_remote_code)
     try:
         model, loaded = model_class(config, arch_file).from_pretrained(
             name,
@@ -81,7 +101,7 @@ def load_model_and_tokenizer(
     except Exception as error:  # whatever a damaged file or an odd config makes of the code that reads it
         raise _cannot_load(name, error, trust_remote_code, arch_file) from error
     _check_weights(name, loaded)
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def check_offload(offload: str | None, device: str, name: str) -> None:

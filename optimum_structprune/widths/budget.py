@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache
 
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
 from ..arch.spec import MODEL, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
+from ..forward.generation import cache_of, growing_layers
 from .allocation import check_may_differ, choices, legal_widths, target_widths, width_bounds
 
 
@@ -182,12 +182,7 @@ def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
         output = model.get_decoder()(inputs_embeds=token, use_cache=True)
     except (RuntimeError, TypeError):
         return None
-    # The field has another name in newer releases of transformers.
-    cache = next(value for value in output.values() if isinstance(value, Cache))
-    layers: list[Any] = getattr(cache, "self_attention_cache", cache).layers
-    # Linear attention, state-space mixers and short convolutions hold a state whose size no number of tokens changes.
-    growing = [layer for layer in layers if getattr(layer, "keys", None) is not None]
-    return sum(layer.keys.numel() + layer.values.numel() for layer in growing)
+    return sum(layer.keys.numel() + layer.values.numel() for layer in growing_layers(cache_of(output)))
 
 
 def biased_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ def commands(folder):
         "prune": ["prune", model, str(folder / "pruned"), "--width", "mlp=24", "--skip-layer", "0", *short, *cpu],
         "export": ["export", str(folder / "pruned"), str(folder / "padded"), "--pad-uniform", *cpu],
         "calibrate": ["calibrate", model, str(folder / "stats"), *short, *cpu],
+        "benchmark": ["benchmark", model, str(folder / "pruned"), "--prompt", "8", "--repeats", "1", *cpu],
         "evaluate": ["evaluate", str(folder / "pruned"), "--against", model, *short, *cpu],
         "recover": ["recover", str(folder / "pruned"), str(folder / "trained"), *text, *training, *cpu],
     }

@@ -1,0 +1,66 @@
+"""Which FFN widths a device likes: speed of the same model at several widths, in turns, against the first of them.
+
+    python examples/benchmark_speed.py MODEL [--widths 998 992 1000 1008 1024] [--dtype bfloat16] [--json FILE]
+
+The channels that stay are the first ones, since speed does not depend on which they are.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from optimum_structprune import Plan, apply_plan, measure_speed
+from optimum_structprune.arch.load import describe
+
+
+def narrowed(model, width: int):
+    """The model with the first channels of every FFN."""
+    arch = describe(model)
+    return apply_plan(
+        model, Plan(arch.model_type, {(space.layer, "mlp"): tuple(range(width)) for space in arch.of("mlp")})
+    )
+
+
+def run(args: Namespace) -> None:
+    """Measure and print."""
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval().to(args.device)
+    models = {f"mlp={width}": narrowed(model, width) for width in args.widths}
+    del model
+    speed = measure_speed(
+        models,
+        batch_sizes=args.batch_sizes,
+        prompts=args.prompts,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        threads=args.threads,
+        clock=args.clock,
+    )
+    print(speed)
+    if args.json:
+        speed.save(args.json)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the arguments and run."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--widths", nargs="+", type=int, default=[998, 992, 1000, 1008, 1024])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1])
+    parser.add_argument("--prompts", nargs="+", type=int, default=[128])
+    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--clock", default="wall", help="wall, or cpu where other jobs run too")
+    parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", help="a file for all numbers")
+    disable_progress_bar()
+    run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""`structprune benchmark`: how fast models read prompts and write tokens, against the first of them."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .arguments import add_arch_argument, add_loading_arguments
+from .output import Result, add_output_arguments
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "benchmark"
+HELP = "Measure how fast models read prompts and write tokens, against the dense one."
+# Where the flags name none; a default of argparse would stay beside what is given.
+BATCH_SIZES, PROMPTS = [1], [128]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("dense", help="Model id or folder of the dense model, which the others are compared with.")
+    parser.add_argument("models", nargs="+", metavar="pruned", help="Model ids or folders to compare with it.")
+    parser.add_argument(
+        "--batch-size", action="append", type=int, metavar="N", help="Sequences that run together (1). Repeatable."
+    )
+    parser.add_argument(
+        "--prompt", action="append", type=int, metavar="N", help="Tokens in each prompt (128). Repeatable."
+    )
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="Tokens to write after it (32).")
+    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="Timed runs of each model, in turns (9).")
+    parser.add_argument("--threads", type=int, metavar="N", help="Threads; by default what torch is set to.")
+    parser.add_argument(
+        "--clock", default="wall", help="wall (default), or cpu: time of the processor, where other jobs run too."
+    )
+    add_arch_argument(parser)
+    add_loading_arguments(parser)
+    add_output_arguments(parser, file=True)
+
+
+def run(args: Namespace) -> Result:
+    """Check all models by their configs, load them, and let them take turns."""
+    from ..arch.heterogeneous import enable_heterogeneous
+    from ..errors import StructPruneError
+    from ..evaluation.speed import check_clock, check_speed, measure_speed
+    from .loading import SPREAD, load_device, load_dtype, load_model
+
+    load_dtype(args.dtype)
+    device = load_device(args.device)
+    if device in SPREAD:
+        raise StructPruneError(
+            f"--device {args.device} spreads a model, and the time of one device is measured: name one."
+        )
+    check_clock(args.clock, device)
+    if args.arch_file is not None:
+        enable_heterogeneous(args.arch_file)
+    paths = dict(zip(names_of([args.dense, *args.models]), [args.dense, *args.models], strict=True))
+    batch_sizes, prompts = args.batch_size or BATCH_SIZES, args.prompt or PROMPTS
+    shapes = {name: _shapes(path, args) for name, path in paths.items()}
+    check_speed(shapes, batch_sizes, prompts, args.new_tokens, args.repeats, args.threads)
+    speed = measure_speed(
+        {
+            name: load_model(path, args.dtype, args.device, args.trust_remote_code, args.arch_file)
+            for name, path in paths.items()
+        },
+        batch_sizes=batch_sizes,
+        prompts=prompts,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        threads=args.threads,
+        clock=args.clock,
+        folders={name: folder for name, path in paths.items() if (folder := _folder(path))},
+        arch_file=args.arch_file,
+    )
+    return Result(str(speed), speed.to_dict())
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """A short name for each model: the last part of its path, or all of it, numbered where that is the same too.
+
+    The same model twice shows how far the measurement is from 1 where nothing differs.
+    """
+    short = Counter(Path(path).name for path in paths)
+    names = [Path(path).name if short[Path(path).name] == 1 else path for path in paths]
+    return [
+        f"{name} ({names[:number].count(name) + 1})" if names.count(name) > 1 else name
+        for number, name in enumerate(names)
+    ]
+
+
+def _shapes(path: str, args: Namespace) -> PreTrainedModel:
+    from ..arch.meta import meta_model
+    from .loading import load_config
+
+    config = load_config(path, args.trust_remote_code)
+    return meta_model(config, args.arch_file, trust_remote_code=args.trust_remote_code)
+
+
+def _folder(path: str) -> Path | None:
+    """The folder of a model's files; that of an id is where its config has been stored."""
+    from transformers.utils import cached_file
+
+    config = cached_file(path, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    return None if config is None else Path(config).parent

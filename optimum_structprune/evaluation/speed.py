@@ -1,0 +1,424 @@
+"""How fast models are: prompts read and tokens written per second, in turns, beside what their sizes promise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median, quantiles
+from time import process_time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer as wall_time
+
+from ..errors import StructPruneError
+from ..forward.generation import cache_name, read_prompt, write_tokens
+from ..forward.metrics import evaluating, input_device
+from ..saving.report import table
+from .ideal import Work, bytes_of, why_not_ideal, work_of
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Cache, PreTrainedModel
+
+# `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
+SPEEDUP = ("speed-up", "quartiles", "ideal")  # the heads of three columns
+# Seconds that a repeat spends on reading prompts.
+AT_LEAST = 0.1
+COUNTED = "weights and cache of keys and values, counted; activations are not in it"
+PEAK = "the model's weights and the most that CUDA's allocator held beside them in one run"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The median and the quartiles of one number or more."""
+        low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+        return cls(middle, low, high)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One kind of work of one model.
+
+    Attributes:
+        seconds: The time of each repeat.
+        tokens_per_second: The tokens of all sequences per second, from the median time.
+        speedup: The first model's time over this model's, in pairs of the same repeat.
+        ideal: The first model's work over this model's: floating-point operations where a prompt is read, bytes of
+            weights and cache where tokens are written; None where it cannot be counted.
+    """
+
+    seconds: tuple[float, ...]
+    tokens_per_second: float
+    speedup: Spread
+    ideal: float | None
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model takes.
+
+    Attributes:
+        parameters: The number of parameters.
+        dtype: The dtype of the weights.
+        weights: The bytes of the weights in memory.
+        files: The bytes of its safetensors files; None where no folder is known.
+        cache_per_token: The bytes of keys and values per token, over all layers.
+    """
+
+    parameters: int
+    dtype: str
+    weights: int
+    files: int | None
+    cache_per_token: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one model did with prompts of one shape.
+
+    Attributes:
+        model: The name of the model.
+        batch_size: The number of sequences.
+        prompt: The number of tokens in each prompt.
+        first_token: The seconds until the first token is there, which is the median time of `prefill`.
+        prefill: The reading of the prompts, the choice of the first token included.
+        decode: The writing of tokens after the prompts.
+        memory: The bytes that `Speed.memory_is` names.
+    """
+
+    model: str
+    batch_size: int
+    prompt: int
+    first_token: float
+    prefill: Timing
+    decode: Timing
+    memory: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The numbers that `measure_speed` measured; `str` of it is three tables.
+
+    Attributes:
+        models: The sizes, by model; all speed-ups are over the first.
+        measurements: The times, by batch size, prompt and model.
+        new_tokens: The number of tokens written after each prompt.
+        repeats: The number of times that each model ran, in turns with the others.
+        threads: The number of threads of torch.
+        clock: What the seconds are: `wall` is time that passes, `cpu` is time of the processor, over all threads.
+        device: The device of the first model.
+        memory_is: What `Measurement.memory` stands for.
+        notes: What the numbers do not say.
+    """
+
+    models: dict[str, ModelSize]
+    measurements: list[Measurement]
+    new_tokens: int
+    repeats: int
+    threads: int
+    clock: str
+    device: str
+    memory_is: str
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers as plain values."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the numbers to a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        """A table of sizes, one of prompts read, one of tokens written, and what the columns mean."""
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        first = next(iter(self.models))
+        lines = [
+            f"{self.device}, {threads}, {self.repeats} repeats in turns, {self.clock} time.",
+            f"speed-up: the time of {first} over the model's, median and quartiles of the pairs.",
+            "ideal: the same by operations (read), and by bytes of weights and cache (write).",
+            f"memory: {self.memory_is}.",
+            *self.notes,
+        ]
+        return "\n\n".join([self._sizes(), self._read(), self._write(), "\n".join(lines)])
+
+    def _sizes(self) -> str:
+        rows = [["", "parameters", "dtype", "bytes of weights", "of files", "of cache per token"]]
+        for name, size in self.models.items():
+            files = "?" if size.files is None else f"{size.files:,}"
+            numbers = [f"{size.parameters:,}", size.dtype, f"{size.weights:,}", files, f"{size.cache_per_token:,}"]
+            rows.append([name, *numbers])
+        return table(rows)
+
+    def _read(self) -> str:
+        rows = [["read a prompt", "batch", "prompt", "tokens/s", "first token", *SPEEDUP]]
+        for one in self.measurements:
+            rows.append(
+                [*_case(one, one.prefill), f"{one.first_token * 1e3:,.1f} ms", *self._speedup(one, one.prefill)]
+            )
+        return table(rows)
+
+    def _write(self) -> str:
+        rows = [[f"write {self.new_tokens} tokens", "batch", "prompt", "tokens/s", "per token", *SPEEDUP, "memory"]]
+        for one in self.measurements:
+            each = median(one.decode.seconds) / self.new_tokens * 1e3
+            speedup = self._speedup(one, one.decode)
+            rows.append([*_case(one, one.decode), f"{each:,.2f} ms", *speedup, f"{one.memory / 2**20:,.0f} MiB"])
+        return table(rows)
+
+    def _speedup(self, one: Measurement, timing: Timing) -> list[str]:
+        if one.model == next(iter(self.models)):
+            return ["", "", ""]
+        spread, ideal = timing.speedup, "?" if timing.ideal is None else f"x {timing.ideal:.3f}"
+        return [f"x {spread.median:.3f}", f"{spread.low:.3f}-{spread.high:.3f}", ideal]
+
+
+def measure_speed(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    prompts: Sequence[int] = (128,),
+    new_tokens: int = 32,
+    repeats: int = 9,
+    threads: int | None = None,
+    clock: str = "wall",
+    folders: Mapping[str, str | Path] | None = None,
+    arch_file: str | Path | None = None,
+    seed: int = 0,
+) -> Speed:
+    """Measure how fast causal language models read prompts and write tokens, against the first of them.
+
+    The models take turns, so that what else the machine does meets all of them. `torch.utils.benchmark.Timer` times
+    them, and lets each run before what counts, so that none profits from what the one before left in caches.
+
+    Prompts are random token ids, and the likeliest tokens are written, whatever they are. Where a model chooses among
+    experts, its speed depends on the text, and these numbers say little.
+
+    Args:
+        models: The models by name, on their devices; their training modes are left as they were.
+        batch_sizes: The numbers of sequences that run together.
+        prompts: The lengths of the prompts, in tokens.
+        new_tokens: The number of tokens to write after each prompt.
+        repeats: The number of timed runs of each model, for each batch size and prompt.
+        threads: The number of threads; None takes what torch is set to.
+        clock: What is timed: `wall` for time that passes, or `cpu` for time of the processor, over all threads, which
+            other jobs on the machine disturb less.
+        folders: The folders of the models' files, by model, for the sizes of these files.
+        arch_file: Descriptions of your own, see `families.yaml`.
+        seed: The seed of the prompts.
+
+    Returns:
+        The times of each model in each shape, and their ratios to those of the first model.
+
+    Raises:
+        StructPruneError: If there is no model, a model does not predict the next token, keeps no cache, is spread over
+            several devices or has too few positions, a number is below 1, or the clock is unknown or does not see the
+            device.
+    """
+    check_speed(models, batch_sizes, prompts, new_tokens, repeats, threads)
+    for model in models.values():
+        check_clock(clock, input_device(model))
+    threads = threads or torch.get_num_threads()
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
+    generator = torch.Generator().manual_seed(seed)
+    measurements: list[Measurement] = []
+    with evaluating(*models.values()):
+        works = {name: work_of(model) for name, model in models.items()}
+        reasons = {name: why_not_ideal(model, arch_file) for name, model in models.items()}
+        for batch_size, prompt in product(batch_sizes, prompts):
+            ids = torch.randint(vocabulary, (batch_size, prompt), generator=generator)
+            how = {"num_threads": threads, "timer": CLOCKS[clock]}
+            runs = {name: _Runs(model, ids, new_tokens, how, works[name]) for name, model in models.items()}
+            for _ in range(repeats):
+                for run in runs.values():
+                    run.repeat()
+            measurements += _measured(runs, works if not any(reasons.values()) else None)
+    first = next(iter(models.values()))
+    return Speed(
+        models={name: _size(model, works[name], (folders or {}).get(name)) for name, model in models.items()},
+        measurements=measurements,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=threads,
+        clock=clock,
+        device=str(input_device(first)),
+        memory_is=PEAK if input_device(first).type == "cuda" else COUNTED,
+        notes=[f"There is no ideal speed-up for {name}: {reason}." for name, reason in reasons.items() if reason],
+    )
+
+
+def check_speed(
+    models: Mapping[str, PreTrainedModel],
+    batch_sizes: Sequence[int],
+    prompts: Sequence[int],
+    new_tokens: int,
+    repeats: int,
+    threads: int | None,
+) -> None:
+    """Refuse what `measure_speed` cannot measure.
+
+    Args:
+        models: The models by name; shapes are enough, so they may be on the meta device.
+        batch_sizes: The numbers of sequences that run together.
+        prompts: The lengths of the prompts, in tokens.
+        new_tokens: The number of tokens to write after each prompt.
+        repeats: The number of timed runs.
+        threads: The number of threads; None takes what torch is set to.
+
+    Raises:
+        StructPruneError: If any of it cannot be; the message names it and the nearest that can.
+    """
+    if not models:
+        raise StructPruneError("There is nothing to measure: name a model.")
+    for label, numbers in (("batch_size", batch_sizes), ("prompt", prompts)):
+        if not numbers:
+            raise StructPruneError(f"There is nothing to measure: name a {label}.")
+    counts = {"new_tokens": [new_tokens], "repeats": [repeats], "threads": [] if threads is None else [threads]}
+    for label, numbers in {"batch_size": batch_sizes, "prompt": prompts, **counts}.items():
+        if min(numbers, default=1) < 1:
+            raise StructPruneError(f"{label} has to be 1 or more, got {min(numbers)}.")
+    for name, model in models.items():
+        _check_model(name, model, max(prompts), new_tokens)
+
+
+def check_clock(clock: str, device: torch.device | str) -> None:
+    """Refuse a clock that is not one of `CLOCKS`, or that does not see what a device does.
+
+    Raises:
+        StructPruneError: If it is either.
+    """
+    if clock not in CLOCKS:
+        raise StructPruneError(f"There is no clock {clock!r}; choose one of {', '.join(CLOCKS)}.")
+    if clock == "cpu" and torch.device(device).type != "cpu":
+        raise StructPruneError(f"The clock 'cpu' does not see what {device} does; choose 'wall'.")
+
+
+def _check_model(name: str, model: PreTrainedModel, prompt: int, new_tokens: int) -> None:
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise StructPruneError(
+            f"{name} is a {type(model).__name__}, which does not predict the next token: only such models count."
+        )
+    if cache_name(model) is None:
+        raise StructPruneError(
+            f"{name} is a {type(model).__name__}, which takes no cache of keys and values: only models that do count."
+        )
+    if len(set(getattr(model, "hf_device_map", None) or {"": ""}.values())) > 1:
+        raise StructPruneError(f"{name} is spread over several devices, and the time of one is measured: name one.")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and prompt + new_tokens > longest:
+        legal = longest - new_tokens
+        nearest = f"the longest prompt is {legal}" if legal > 0 else f"new_tokens may be {longest - 1} at most"
+        raise StructPruneError(
+            f"prompt={prompt} and new_tokens={new_tokens} take {prompt + new_tokens} positions, and {name} has "
+            f"{longest}: {nearest}."
+        )
+
+
+class _Runs:
+    """The runs of one model over prompts of one shape.
+
+    Args:
+        model: The model, in eval mode.
+        ids: The prompts, shape `(batch, prompt)`.
+        new_tokens: The number of tokens to write.
+        how: The arguments of `Timer`: the number of threads and the clock.
+        work: The work of the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, how: Mapping[str, Any], work: Work):
+        self.ids, self.new_tokens = ids.to(input_device(model)), new_tokens
+        read, write = partial(read_prompt, model, self.ids), partial(write_tokens, model, count=new_tokens)
+        self.memory = self._memory(model, read, write, work)
+        token, cache = read()
+        names = {"read": read, "write": write, "token": token, "cache": cache, "deepcopy": deepcopy}
+        self.timers = {
+            "prefill": Timer("read()", globals=names, **how),
+            # Writing changes the cache, and the setup is not timed: two copies are for the runs that do not count.
+            "decode": Timer(
+                "write(token, caches.pop())",
+                setup="caches = [deepcopy(cache) for _ in range(2)]",
+                globals=names,
+                **how,
+            ),
+        }
+        self.seconds: dict[str, list[float]] = {stage: [] for stage in self.timers}
+
+    def repeat(self) -> None:
+        """Time each kind of work once; a short prompt is read several times, and the median of these counts."""
+        self.seconds["prefill"].append(self.timers["prefill"].blocked_autorange(min_run_time=AT_LEAST).median)
+        self.seconds["decode"].append(self.timers["decode"].timeit(1).median)
+
+    def tokens(self, stage: str) -> int:
+        """The tokens of one run: those read, or those written."""
+        return self.ids.numel() if stage == "prefill" else len(self.ids) * self.new_tokens
+
+    def work(self, stage: str, work: Work) -> int:
+        """The work of one run: floating-point operations to read, bytes to write."""
+        batch_size, prompt = self.ids.shape
+        if stage == "prefill":
+            return batch_size * work.prompt_flops(prompt)
+        return work.decode_bytes(batch_size, prompt, self.new_tokens)
+
+    def _memory(
+        self,
+        model: PreTrainedModel,
+        read: Callable[[], tuple[Tensor, Cache]],
+        write: Callable[[Tensor, Cache], Tensor],
+        work: Work,
+    ) -> int:
+        weights = bytes_of(model.parameters()) + bytes_of(model.buffers())
+        if self.ids.device.type != "cuda":
+            return weights + len(self.ids) * work.cache(self.ids.shape[1] + self.new_tokens)
+        write(*read())  # the libraries behind CUDA take memory when they are first used, and keep it
+        torch.cuda.reset_peak_memory_stats(self.ids.device)
+        before = torch.cuda.memory_allocated(self.ids.device)
+        write(*read())
+        return weights + torch.cuda.max_memory_allocated(self.ids.device) - before
+
+
+def _measured(runs: Mapping[str, _Runs], works: Mapping[str, Work] | None) -> Iterator[Measurement]:
+    """The measurements of all models with one shape; without `works` there is no ideal."""
+    first, reference = next(iter(runs.items()))
+
+    def timing(name: str, stage: str) -> Timing:
+        run, seconds = runs[name], runs[name].seconds[stage]
+        pairs = [theirs / mine for theirs, mine in zip(reference.seconds[stage], seconds, strict=True)]
+        ideal = works and reference.work(stage, works[first]) / run.work(stage, works[name])
+        return Timing(tuple(seconds), run.tokens(stage) / median(seconds), Spread.of(pairs), ideal or None)
+
+    for name, run in runs.items():
+        prefill, decode = timing(name, "prefill"), timing(name, "decode")
+        batch_size, prompt = run.ids.shape
+        yield Measurement(name, batch_size, prompt, median(prefill.seconds), prefill, decode, run.memory)
+
+
+def _size(model: PreTrainedModel, work: Work, folder: str | Path | None) -> ModelSize:
+    files = 0 if folder is None else sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    return ModelSize(
+        parameters=model.num_parameters(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        weights=bytes_of(model.parameters()),
+        files=files or None,
+        cache_per_token=work.cache_per_token,
+    )
+
+
+def _case(one: Measurement, timing: Timing) -> list[str]:
+    return [one.model, f"{one.batch_size}", f"{one.prompt:,}", f"{timing.tokens_per_second:,.1f}"]

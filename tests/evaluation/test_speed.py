@@ -1,0 +1,213 @@
+"""Speed: the work of a model against its definition, cached writing against plain passes, and what is refused."""
+
+import json
+from dataclasses import replace
+from statistics import median
+
+import pytest
+import torch
+from helpers import modes, save_with_tokenizer
+from models import GROUPED, build, token_ids
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimum_structprune import Plan, Speed, StructPruneError, apply_plan, measure_speed
+from optimum_structprune.evaluation.ideal import CachedLayer, why_not_ideal, work_of
+from optimum_structprune.evaluation.speed import Spread
+from optimum_structprune.forward.generation import read_prompt, write_tokens
+
+
+SHORT = {"prompts": (8,), "new_tokens": 3, "repeats": 2}
+
+
+def half(model):
+    """The model with half of its FFN."""
+    return apply_plan(model, Plan(model.config.model_type, {(layer, "mlp"): tuple(range(20)) for layer in range(2)}))
+
+
+@pytest.fixture(scope="module")
+def speed() -> Speed:
+    dense = build("llama-tied")
+    return measure_speed({"dense": dense, "half": half(dense)}, batch_sizes=(1, 2), **SHORT)
+
+
+# --- reading and writing
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gpt2-tied", "gemma3_text", "qwen3_5_text", "bloom"])
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_writing_with_the_cache_gives_the_likeliest_tokens(case):
+    model, ids = build(case), token_ids(length=7)
+    token, cache = read_prompt(model, ids)
+    last = write_tokens(model, token, cache, 4)
+    for _ in range(5):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(last, ids[:, -1:])
+
+
+def test_an_eos_token_does_not_stop_it():
+    model = build("llama-tied")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()  # tied: all logits are equal, and the likeliest token is the first
+    model.generation_config.eos_token_id = model.config.eos_token_id = 0
+    token, cache = read_prompt(model, token_ids())
+    assert (token == 0).all()
+    write_tokens(model, token, cache, 5)
+    assert cache.get_seq_length() == token_ids().shape[1] + 5
+
+
+# --- the ideal
+
+
+def test_work_is_counted_from_the_parameters():
+    hidden, ffn, vocabulary, layers, prompt = 32, 40, 96, 2, 8
+    queries, keys = 8 * 4, 4 * 4
+    work = work_of(build("llama-tied"))
+    matrices = layers * (hidden * (2 * queries + 2 * keys) + 3 * hidden * ffn)
+    assert (work.matrices, work.head) == (matrices, hidden * vocabulary)
+    assert work.read == 4 * (matrices + hidden * vocabulary + (2 * layers + 1) * hidden)
+    pairs = sum(range(1, prompt + 1))  # of a token with itself and each before it
+    attention = layers * pairs * 2 * queries  # a product with the keys and one with the values
+    assert work.prompt_flops(prompt) == 2 * (matrices * prompt + hidden * vocabulary + attention)
+    assert work.cache_per_token == layers * 2 * keys * 4 and work.cache(10) == 10 * work.cache_per_token
+    assert work.decode_bytes(3, prompt, 2) == 2 * work.read + 3 * (9 + 10) * work.cache_per_token
+
+
+@pytest.mark.parametrize("case", ["llama-untied", "gpt2-tied", "opt", "phi", "qwen3"])
+def test_matrices_head_and_embeddings_are_all_matrices(case):
+    model = build(case)
+    work, embeddings = work_of(model), [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    everything = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    assert work.matrices + (0 if tied else work.head) + sum(w.numel() for w in embeddings) == everything
+
+
+def test_a_window_bounds_what_a_token_looks_at():
+    windowed, free = CachedLayer(1, 4, 3), CachedLayer(1, 4, None)
+    assert windowed.seen(1, 6) == 1 + 2 + 3 + 3 + 3 and free.seen(1, 6) == 15
+    work = replace(work_of(build("llama-tied")), layers=(windowed, free))
+    assert work.cache(5) == 4 * (3 + 5)
+    assert {layer.window for layer in work_of(build("gemma3_text")).layers} == {4, None}
+
+
+def test_where_parameters_do_not_say_the_work_there_is_no_ideal():
+    assert why_not_ideal(build("llama-tied")) is None
+    assert "experts" in why_not_ideal(build("mixtral"))
+    unknown = AutoModelForCausalLM.from_config(AutoConfig.for_model("diffllama", **GROUPED))
+    assert "not described" in why_not_ideal(unknown)
+    packed = build("llama-tied")
+    packed.config.quantization_config = {"quant_method": "gptq"}
+    assert "quantized" in why_not_ideal(packed)
+    found = measure_speed({"dense": build("llama-tied"), "routed": build("mixtral")}, **SHORT)
+    assert all(one.prefill.ideal is None and one.decode.ideal is None for one in found.measurements)
+    assert "no ideal speed-up for routed" in str(found) and " ?" in str(found)
+
+
+# --- the result
+
+
+def test_every_model_is_measured_in_every_shape(speed):
+    assert [(one.batch_size, one.prompt, one.model) for one in speed.measurements] == [
+        (batch_size, 8, model) for batch_size in (1, 2) for model in ("dense", "half")
+    ]
+    for one in speed.measurements:
+        for timing, tokens in ((one.prefill, 8), (one.decode, 3)):
+            assert len(timing.seconds) == 2 and min(timing.seconds) > 0
+            assert timing.tokens_per_second == pytest.approx(one.batch_size * tokens / median(timing.seconds))
+            assert timing.speedup.low <= timing.speedup.median <= timing.speedup.high
+        assert one.first_token == median(one.prefill.seconds)
+
+
+def test_speed_ups_are_ratios_of_pairs_over_the_first_model(speed):
+    for dense, pruned in (speed.measurements[:2], speed.measurements[2:]):
+        for stage in ("prefill", "decode"):
+            first, other = getattr(dense, stage), getattr(pruned, stage)
+            assert first.speedup == Spread(1, 1, 1) and first.ideal == 1 < other.ideal
+            pairs = [a / b for a, b in zip(first.seconds, other.seconds, strict=True)]
+            assert other.speedup == Spread.of(pairs)
+
+
+def test_the_ideal_is_a_ratio_of_work(speed):
+    dense = build("llama-tied")
+    works = work_of(dense), work_of(half(dense))
+    *_, one = speed.measurements
+    flops, read = ([work.prompt_flops(8) for work in works], [work.decode_bytes(2, 8, 3) for work in works])
+    assert one.prefill.ideal == pytest.approx(flops[0] / flops[1])
+    assert one.decode.ideal == pytest.approx(read[0] / read[1])
+
+
+def test_spread_is_the_median_and_the_quartiles():
+    assert Spread.of([2.0]) == Spread(2, 2, 2)
+    assert Spread.of([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3, 2, 4)
+
+
+def test_sizes_and_memory_are_counted(speed, tmp_path):
+    model = build("llama-tied")
+    save_with_tokenizer(model, tmp_path)
+    found = measure_speed({"a": model}, folders={"a": tmp_path}, **SHORT)
+    size = found.models["a"]
+    assert size.parameters == model.num_parameters() and size.dtype == "float32"
+    assert size.files == (tmp_path / "model.safetensors").stat().st_size > size.weights == 4 * size.parameters
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert found.measurements[0].memory == size.weights + buffers + 11 * size.cache_per_token
+    assert speed.models["dense"].files is None and speed.models["half"].parameters < size.parameters
+    found.save(tmp_path / "speed.json")
+    assert json.loads((tmp_path / "speed.json").read_text()) == json.loads(json.dumps(found.to_dict()))
+
+
+def test_the_table_says_what_it_shows(speed):
+    shown = str(speed)
+    for words in (
+        "read a prompt",
+        "write 3 tokens",
+        "first token",
+        "quartiles",
+        "ideal",
+        "2 repeats in turns",
+        "counted",
+    ):
+        assert words in shown
+    assert "wall time" in shown and "cpu time" in str(measure_speed({"a": build("llama-tied")}, clock="cpu", **SHORT))
+
+
+def test_models_and_torch_are_left_as_they_were():
+    model, threads = build("llama-tied").train(), torch.get_num_threads()
+    model.model.layers[1].eval()
+    before = modes(model)
+    found = measure_speed({"a": model}, threads=threads + 1, **SHORT)
+    assert modes(model) == before and torch.get_num_threads() == threads and found.threads == threads + 1
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        (None, {}, "nothing to measure: name a model"),
+        ("llama-tied", {"prompts": ()}, "name a prompt"),
+        ("llama-tied", {"batch_sizes": (4, 0)}, "batch_size has to be 1 or more, got 0"),
+        ("llama-tied", {"new_tokens": 0}, "new_tokens has to be 1 or more, got 0"),
+        ("llama-tied", {"repeats": -1}, "repeats has to be 1 or more, got -1"),
+        ("llama-tied", {"threads": 0}, "threads has to be 1 or more, got 0"),
+        (
+            "llama-tied",
+            {"prompts": (8, 60), "new_tokens": 5},
+            "take 65 positions, and it has 64: the longest prompt is 59",
+        ),
+        ("llama-tied", {"new_tokens": 64}, "new_tokens may be 63 at most"),
+        ("llama-tied", {"clock": "sun"}, "no clock 'sun'; choose one of wall, cpu"),
+        ("bert", {}, "it is a BertForMaskedLM, which does not predict the next token"),
+        ("t5", {}, "does not predict the next token"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(case, fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        measure_speed({"it": build(case)} if case else {}, **{**SHORT, **fields})
+
+
+def test_a_model_on_several_devices_is_refused():
+    model = build("llama-tied")
+    model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    with pytest.raises(StructPruneError, match="several devices"):
+        measure_speed({"it": model}, **SHORT)
