@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import convert_to_fp32, send_to_device
 from torch import Tensor, nn
 
-from ..arch.load import layer_list
 from ..arch.spec import ArchSpec, Space
-from ..forward.calls import Call, NotSequentialError, capture, first_of, same_call
 from ..forward.clock import Clock
-from ..forward.hooks import adding, observe_products, replaying
-from ..offloading import compute_device, is_offloaded
+from ..forward.hooks import adding, observe_products
 from ..processes import as_first_has_
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
+from .running import LayerRunner
 from .tally import Batch, Tally, finite, listen
 
 
@@ -44,7 +40,7 @@ class PassesState:
     values: dict[str, Any]
 
 
-class LayerPasses:
+class LayerPasses(LayerRunner):
     """One layer at a time, on stored inputs that have come through the layers already pruned.
 
     Memory: the hidden states of the calibration samples (twice with error feedback) and the moments of one layer.
@@ -70,26 +66,11 @@ class LayerPasses:
         clock: Clock | None = None,
         error_feedback: float = 0.0,
     ):
-        self.model, self.arch, self.error_feedback = model, arch, error_feedback
+        super().__init__(model, arch, batches, clock)
+        self.error_feedback = error_feedback
         self.gains: dict[str, float | None] = {}
-        self.device = compute_device(model)
-        # The hidden states of all samples may take more memory than the layers that a GPU has room for.
-        stored = torch.device("cpu") if is_offloaded(model) else None
-        self.clock = clock or Clock(self.device)
-        self.batches = list(batches)
-        self.num_domains = 1 + max(batch.domain for batch in batches)
-        self.hidden: list[Tensor] = []
-        self.calls: dict[int, list[Call]] = {}
-        # What a layer returns beside hidden states; None where it returns them alone.
-        self.extras: dict[int, tuple[Any, ...] | None] = {}
         self.routed: tuple[Routed, ...] = ()
-        for batch in batches:
-            size = len(batch.ids)
-            with self.clock.running(batch.domain):
-                hidden, calls = capture(model, arch, batch.ids, size not in self.calls)
-            if not same_call(self.calls.setdefault(size, calls)[0], calls[0]):
-                raise NotSequentialError(f"the layers of {arch.model_type!r} are called with more than hidden states")
-            self.hidden.append(hidden if stored is None else hidden.to(stored))
+        self.num_domains = 1 + max(batch.domain for batch in batches)
         self.dense = list(self.hidden)
 
     def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
@@ -141,11 +122,6 @@ class LayerPasses:
         if layer + 1 < self.arch.num_layers:  # nothing that prunes reads what the last layer gives
             self.pass_through(layer)
 
-    def pass_through(self, layer: int) -> None:
-        """Take the hidden states of all samples through a layer."""
-        for index, hidden in enumerate(self.hidden):
-            self.hidden[index] = self.output(layer, index).to(hidden.device)
-
     def state(self) -> PassesState:
         """See `Passes.state`."""
         tensors = {f"hidden.{index}": hidden for index, hidden in enumerate(self.hidden)}
@@ -159,19 +135,6 @@ class LayerPasses:
             for index, before in enumerate(stored):
                 stored[index] = state.tensors.get(f"{name}.{index}", before).to(before.device)
         self.gains, self.error_feedback = dict(state.values["gains"]), state.values["error_feedback"]
-
-    @contextmanager
-    def skipping(self, count: int, index: int) -> Iterator[None]:
-        """The first layers do not run inside `with`: they give the stored hidden states of one batch.
-
-        Args:
-            count: The number of layers that the hidden states have passed through.
-            index: The number of the batch.
-        """
-        hidden = self.hidden[index]
-        outputs = [hidden if (extras := self.extras[layer]) is None else (hidden, *extras) for layer in range(count)]
-        with replaying(layer_list(self.model, self.arch)[:count], outputs):
-            yield
 
     @torch.no_grad()
     def gain(self, layer: int, name: str) -> float | None:
@@ -197,37 +160,6 @@ class LayerPasses:
             deviation = float(as_first_has_((change - gain * noise).norm() / noise.norm()))
             self.gains[name] = gain if deviation < MAX_DEVIATION * abs(gain) else None
         return self.gains[name]
-
-    @torch.no_grad()
-    def output(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
-        """What a layer gives for one batch, in the layer's own precision.
-
-        Args:
-            layer: The index of the layer.
-            index: The number of the batch.
-            hidden: Hidden states in place of those that are stored, shape `(batch, seq_length, hidden)`.
-        """
-        hidden = self.hidden[index] if hidden is None else hidden
-        call = self.calls[len(hidden)][layer]
-        module = self._layer(layer)
-        like = next(module.parameters())
-        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
-        if like.dtype == torch.float32:
-            hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
-        with self.clock.running(self.batches[index].domain):
-            output = module(hidden_states=hidden, **kwargs) if call.by_name else module(hidden, *args, **kwargs)
-        self.extras[layer] = output[1:] if isinstance(output, tuple) else None
-        return first_of(output)
-
-    def _layer(self, layer: int) -> nn.Module:
-        # Looked up anew each time, since a layer is replaced when it shrinks.
-        return layer_list(self.model, self.arch)[layer]
-
-    def _local(self, layer: int, name: str) -> str:
-        return name.removeprefix(self.arch.layer_prefix(layer))
-
-    def _module(self, layer: int, name: str) -> nn.Module:
-        return self._layer(layer).get_submodule(self._local(layer, name))
 
     def _route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
         return listen(experts, self.batches, lambda index: self.output(layer, index))

@@ -59,11 +59,11 @@ def load_model_and_tokenizer(
             would fill with random numbers, or have other shapes than the config says.
     """
     load_dtype(dtype)
-    load_device(device)
+    check_offload(offload, load_device(device), name)
     if arch_file is not None:
         enable_heterogeneous(arch_file)
     tokenizer = load_tokenizer(name, trust_remote_code)
-    return load_model(name, dtype, device, trust_remote_code, arch_file), tokenizer
+    return load_model(name, dtype, device, trust_remote_code, arch_file, offload, offload_folder), tokenizer
 
 
 def load_model(
@@ -72,6 +72,8 @@ def load_model(
     device: str | None = None,
     trust_remote_code: bool = False,
     arch_file: str | None = None,
+    offload: str | None = None,
+    offload_folder: str | Path | None = None,
 ) -> PreTrainedModel:
     """A model without its tokenizer; see `load_model_and_tokenizer`.
 
@@ -88,9 +90,7 @@ def load_model(
         model, loaded = model_class(config, arch_file).from_pretrained(
             name,
             dtype=dtype,
-            device_map=device
-            if offload is None
-            else _offloaded(config, device, offload, trust_remote_code, arch_file),
+            device_map=_places(config, device, offload, trust_remote_code, arch_file),
             offload_folder=offload_folder,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -126,8 +126,8 @@ def check_offload(offload: str | None, device: str, name: str) -> None:
         )
     if offload == "cpu" and torch.device(device).type == "cpu":
         raise StructPruneError(
-            "--offload cpu keeps layers in the CPU's memory while another device computes them, and --device is the CPU "
-            "here; leave it out, or use --offload disk."
+            "--offload cpu keeps layers in the CPU's memory while another device computes them, and --device is the "
+            "CPU here; leave it out, or use --offload disk."
         )
     if Path(name).is_dir() and not _weight_files(name) and (old := next(Path(name).glob("*.bin"), None)):
         raise StructPruneError(
@@ -136,9 +136,12 @@ def check_offload(offload: str | None, device: str, name: str) -> None:
         )
 
 
-def _offloaded(
-    config: PretrainedConfig, device: str, offload: str, trust_remote_code: bool, arch_file: str | None
-) -> dict[str, str]:
+def _places(
+    config: PretrainedConfig, device: str, offload: str | None, trust_remote_code: bool, arch_file: str | None
+) -> str | dict[str, str]:
+    """The `device_map` for a device, and for where the layers are offloaded to."""
+    if offload is None:
+        return device
     model = meta_model(config, arch_file, trust_remote_code=trust_remote_code)
     return layer_places(model, describe(model, arch_file), device, offload)
 

@@ -42,8 +42,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="Remember every finished layer in a folder beside the output, and go on from there if a run with the same "
-        "settings was killed.",
+        help="Remember every finished layer in a folder beside the output, and go on from there if a run with the "
+        "same settings was killed.",
     )
     add_model_arguments(parser)
     add_output_arguments(parser, reads_text=True)

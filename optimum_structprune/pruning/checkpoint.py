@@ -20,7 +20,7 @@ from ..errors import StructPruneError
 from ..fingerprint import fingerprint
 from ..processes import process_index, wait_for_all
 from ..surgery.plan import Plan
-from .sweep import Snapshot
+from .units import Snapshot
 
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 
 from ..arch.load import describe
 from ..arch.spec import ArchSpec
-from ..calibration.sequential import LayerPasses
+from ..calibration.running import LayerRunner
 from ..calibration.tally import Batch
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, model_outputs, output_error, perplexity, total_loss
@@ -102,12 +102,12 @@ def layerwise_perplexities(model: PreTrainedModel, arch: ArchSpec, texts: Sequen
     """
     batches = [Batch(number, ids) for number, text in enumerate(texts) for ids in text.split(1)]
     with evaluating(model):
-        passes, placement = LayerPasses(model, arch, batches), Placement(model, arch)
+        runner, placement = LayerRunner(model, arch, batches), Placement(model, arch)
         for layer in range(arch.num_layers):
             with placement.at(layer):
-                passes.pass_through(layer)
+                runner.pass_through(layer)
         losses = [0.0] * len(texts)
         for index, batch in enumerate(batches):
-            with passes.skipping(arch.num_layers, index):
+            with runner.skipping(arch.num_layers, index):
                 losses[batch.domain] += total_loss(model, batch.ids)
     return [exp(loss / text[:, 1:].numel()) for loss, text in zip(losses, texts, strict=True)]

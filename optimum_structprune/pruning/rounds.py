@@ -20,7 +20,8 @@ from .evidence import Evidence
 from .progress import Progress
 from .run import Run
 from .steps import Step
-from .sweep import Snapshot, Sweep
+from .sweep import Sweep
+from .units import Snapshot
 
 
 def prune_units_(run: Run, step: Step) -> Plan:

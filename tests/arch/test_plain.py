@@ -135,16 +135,14 @@ def test_a_model_pruned_and_reloaded_is_pruned_again(tmp_path):
     assert second.report.dense_widths == {"mlp": 32}
 
 
-def test_a_model_with_offloaded_weights_is_refused(tmp_path):
+def test_offloaded_weights_are_weights_and_those_on_the_meta_device_are_none(tmp_path):
     model = build("llama-untied")
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
     places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
-    model = dispatch_model(model, device_map=places, main_device="cpu", offload_dir=str(tmp_path))
-    with pytest.raises(
-        StructPruneError, match=r"9 parameters of this LlamaForCausalLM are offloaded, such as model.layers.1"
-    ):
-        check_plain(model)
+    check_plain(dispatch_model(model, device_map=places, main_device="cpu", offload_dir=str(tmp_path)))
     check_plain(build("llama-untied"))
+    with pytest.raises(StructPruneError, match=r"21 parameters of this LlamaForCausalLM have no weights.*and 18 more"):
+        check_plain(build("llama-untied").to("meta"))
 
 
 def missing_tensor(model):

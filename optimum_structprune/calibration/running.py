@@ -1,0 +1,109 @@
+"""The layers of a model, run one at a time on stored inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import convert_to_fp32, send_to_device
+from torch import Tensor, nn
+
+from ..arch.load import layer_list
+from ..arch.spec import ArchSpec
+from ..forward.calls import Call, NotSequentialError, capture, first_of, same_call
+from ..forward.clock import Clock
+from ..forward.hooks import replaying
+from ..offloading import compute_device, is_offloaded
+from .tally import Batch
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LayerRunner:
+    """Runs single layers on the hidden states of samples, as the model would.
+
+    Args:
+        model: The model.
+        arch: Its description.
+        batches: The samples.
+        clock: Takes the time of each domain.
+
+    Attributes:
+        device: The device that computes the first layer.
+        hidden: The hidden states of every batch, shape `(batch, seq_length, channels)`.
+
+    Raises:
+        NotSequentialError: If a layer's input is more than the output of the layer before it.
+    """
+
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):
+        self.model, self.arch = model, arch
+        self.device = compute_device(model)
+        # The hidden states of all samples may take more memory than the layers that a GPU has room for.
+        stored = torch.device("cpu") if is_offloaded(model) else None
+        self.clock = clock or Clock(self.device)
+        self.batches = list(batches)
+        self.hidden: list[Tensor] = []
+        self.calls: dict[int, list[Call]] = {}
+        # What a layer returns beside hidden states; None where it returns them alone.
+        self.extras: dict[int, tuple[Any, ...] | None] = {}
+        for batch in batches:
+            size = len(batch.ids)
+            with self.clock.running(batch.domain):
+                hidden, calls = capture(model, arch, batch.ids, size not in self.calls)
+            if not same_call(self.calls.setdefault(size, calls)[0], calls[0]):
+                raise NotSequentialError(f"the layers of {arch.model_type!r} are called with more than hidden states")
+            self.hidden.append(hidden if stored is None else hidden.to(stored))
+
+    def pass_through(self, layer: int) -> None:
+        """Take the hidden states of all samples through a layer."""
+        for index, hidden in enumerate(self.hidden):
+            self.hidden[index] = self.output(layer, index).to(hidden.device)
+
+    @contextmanager
+    def skipping(self, count: int, index: int) -> Iterator[None]:
+        """The first layers do not run inside `with`: they give the stored hidden states of one batch.
+
+        Args:
+            count: The number of layers that the hidden states have passed through.
+            index: The number of the batch.
+        """
+        hidden = self.hidden[index]
+        outputs = [hidden if (extras := self.extras[layer]) is None else (hidden, *extras) for layer in range(count)]
+        with replaying(layer_list(self.model, self.arch)[:count], outputs):
+            yield
+
+    @torch.no_grad()
+    def output(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
+        """What a layer gives for one batch, in the layer's own precision.
+
+        Args:
+            layer: The index of the layer.
+            index: The number of the batch.
+            hidden: Hidden states in place of those that are stored, shape `(batch, seq_length, hidden)`.
+        """
+        hidden = self.hidden[index] if hidden is None else hidden
+        call = self.calls[len(hidden)][layer]
+        module = self._layer(layer)
+        like = next(module.parameters())
+        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
+        if like.dtype == torch.float32:
+            hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
+        with self.clock.running(self.batches[index].domain):
+            output = module(hidden_states=hidden, **kwargs) if call.by_name else module(hidden, *args, **kwargs)
+        self.extras[layer] = output[1:] if isinstance(output, tuple) else None
+        return first_of(output)
+
+    def _layer(self, layer: int) -> nn.Module:
+        # Looked up anew each time, since a layer is replaced when it shrinks.
+        return layer_list(self.model, self.arch)[layer]
+
+    def _local(self, layer: int, name: str) -> str:
+        return name.removeprefix(self.arch.layer_prefix(layer))
+
+    def _module(self, layer: int, name: str) -> nn.Module:
+        return self._layer(layer).get_submodule(self._local(layer, name))

@@ -1,0 +1,161 @@
+"""The units of a model that are kept, one space after the other, and the weights that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..arch.spec import ArchSpec, Axis, Space
+from ..calibration.passes import Passes
+from ..criteria import CRITERIA, Criterion
+from ..criteria.mixture import Mixture, Pool, Pooled, Scoring, pooled
+from ..errors import StructPruneError
+from ..forward.placement import Placement
+from ..surgery.consumers import Consumers, Values, units_to_columns
+from ..surgery.plan import Plan, best_units
+from ..surgery.refit import REFITS
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..config.pruning import StructPruneConfig
+
+Keep = Mapping[tuple[int, str], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the rounds have reached.
+
+    Attributes:
+        keep: The kept units, by layer and space.
+        consumers: The values of the consumers of these spaces.
+    """
+
+    keep: Keep
+    consumers: Mapping[Axis, Values]
+
+
+class Units:
+    """Chooses the units of one space at a time, and masks all others.
+
+    Args:
+        model: The model that is changed.
+        arch: Its description.
+        config: How to prune.
+
+    Attributes:
+        keep: The kept units so far, by layer and space.
+        placement: Brings in the layers that are offloaded, one at a time.
+        consumers: The consumers, with the dense values of those that have been changed.
+        shrunk: Whether a layer has lost its removed units for good.
+    """
+
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig):
+        self.model, self.arch, self.config = model, arch, config
+        self.keep: dict[tuple[int, str], tuple[int, ...]] = {}
+        self.placement = Placement(model, arch)
+        self.consumers = Consumers(model, self.placement)
+        self.shrunk = False
+
+    @property
+    def gram(self) -> bool:
+        """Whether scores or refits take Gram matrices."""
+        return CRITERIA.get(self.config.scored_by).needs_gram or self.config.fits
+
+    @property
+    def plan(self) -> Plan:
+        """The kept units, as a value."""
+        return Plan(self.arch.model_type, dict(self.keep))
+
+    def gather(self, passes: Passes, space: Space, mixture: Mixture) -> list[Pooled]:
+        """What the samples say of a space, from its dense consumers and their present weights.
+
+        Args:
+            passes: The passes over the calibration samples, at the layer of the space.
+            space: The space.
+            mixture: How the domains are brought together.
+
+        Returns:
+            The scores of the units that are left, and the moments of the domain mixture, by consumer.
+
+        Raises:
+            StructPruneError: If a criterion does not give one finite score for each unit.
+        """
+        before, criterion = self._before(space), self._criterion(space.layer)
+        pools = []
+        for axis in space.into:
+            dense, present, columns = self.consumers.dense(axis)[0], self.consumers.present(axis)[0], None
+            if len(before) < space.size:
+                columns = units_to_columns(before, axis, present.device)
+                present = present[:, columns]
+            pools.append(Pool(mixture, dense, Scoring(criterion, present, axis.per_unit, columns)))
+        # A refit starts from the dense weights, so error feedback has to see the error that these leave.
+        with self.consumers.as_dense(space.into):
+            found = pooled(passes.gather(space.layer, space, self.gram), pools)
+        for axis, of_one in zip(space.into, found, strict=True):
+            self._check_scores(axis, of_one.scores, len(before))
+        return found
+
+    def trial(self, space: Space, gathered: Sequence[Pooled], width: int) -> dict[Axis, Values]:
+        """The values that the consumers of one space would get if it kept so many units; the model is left as it is.
+
+        Args:
+            space: The space, at its full width.
+            gathered: What `gather` gave for it.
+            width: How many units are kept.
+        """
+        keep = dict(self.keep)
+        with self.consumers.holding(self.consumers.copies(space.into)):
+            self._choose_(space, gathered, width)
+            values = self.consumers.copies(space.into)
+        self.keep = keep
+        self.consumers.forget(space.into)
+        return values
+
+    def snapshot(self) -> Snapshot:
+        """Copies of what has changed so far."""
+        spaces = [space for space in self.arch.spaces if (space.layer, space.name) in self.keep]
+        return Snapshot(dict(self.keep), self.consumers.copies(axis for space in spaces for axis in space.into))
+
+    def restore_(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this run."""
+        self.keep = dict(snapshot.keep)
+        self.consumers.restore_(snapshot.consumers)
+
+    def resume_(self, snapshot: Snapshot) -> None:
+        """Take a snapshot of an earlier run of the same rounds into the dense model."""
+        self.keep = dict(snapshot.keep)
+        self.consumers.resume_(snapshot.consumers)
+
+    def _criterion(self, layer: int) -> Criterion:
+        # Made anew for each layer, so that what it draws at random does not depend on the layers before, which a run
+        # that goes on where another was killed does not score again.
+        config = replace(self.config, seed=self.config.seed + layer)
+        return CRITERIA.get(config.scored_by)(config)
+
+    def _before(self, space: Space) -> tuple[int, ...]:
+        return self.keep.get((space.layer, space.name), tuple(range(space.size)))
+
+    def _choose_(self, space: Space, gathered: Sequence[Pooled], width: int) -> None:
+        before, refit = self._before(space), REFITS[self.config.refit]
+        scores = torch.stack([of_one.scores for of_one in gathered]).sum(0)
+        keep = tuple(before[unit] for unit in best_units(scores, width))
+        self.keep[space.layer, space.name] = keep
+        for axis, of_one in zip(space.into, gathered, strict=True):
+            weight, bias = self.consumers.dense(axis)
+            columns = units_to_columns(keep, axis, weight.device)
+            self.consumers.mask_(axis, columns, *refit(weight, bias, of_one.moments, columns, self.config.damping))
+
+    def _check_scores(self, axis: Axis, scores: Tensor, units: int) -> None:
+        if scores.shape != (units,) or not torch.isfinite(scores).all():
+            kind = f"the shape {tuple(scores.shape)}" if scores.shape != (units,) else "NaN or infinite values"
+            raise StructPruneError(
+                f"The criterion {self.config.scored_by!r} has to give {units} finite scores, one per unit, at "
+                f"{axis.module}; it gives {kind}."
+            )
