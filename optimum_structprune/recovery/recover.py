@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ from ..domains.manifest import MANIFEST_NAME
 from ..errors import StructPruneError
 from ..fingerprint import tensor_hash
 from ..forward.metrics import perplexity
+from ..plain_json import to_json
 from ..saving.hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
 from ..saving.target import used_paths
 from .adapter import check_adapter, fresh_adapter, lora_config, merge_adapter_
@@ -102,7 +102,7 @@ class Recovery:
         ppl = {}
         if logits is not None:
             logits.check(text, config, model.config.get_text_config().vocab_size)
-            ppl["dense"] = logits.index["perplexity"]
+            ppl["dense"] = logits.perplexity
         elif teacher is not None:
             ppl["dense"] = _perplexities(teacher, domains)
         ppl["pruned"] = _perplexities(model, domains)
@@ -224,8 +224,8 @@ class Recovery:
         def write(folder: Path) -> None:
             for name, text in carried.items():
                 (folder / name).write_text(text)
-            (folder / RECOVERY_CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-            (folder / RECOVERY_REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n")
+            (folder / RECOVERY_CONFIG_NAME).write_text(to_json(self.config.to_dict()) + "\n")
+            (folder / RECOVERY_REPORT_NAME).write_text(to_json(asdict(report)) + "\n")
             if identity is not None:
                 identity.save(folder)
 
