@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -160,3 +164,19 @@ def recovery_config(**fields) -> RecoveryConfig:
     training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
     defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, **RECOVERY_TEXT}
     return RecoveryConfig(**{**defaults, **fields, "training": {**training, **fields.get("training", {})}})
+
+
+def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """What two processes of `torchrun` say that run a script, which may import what the tests share."""
+    (folder / "script.py").write_text(script)
+    tests = str(Path(__file__).parent)
+    path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*command, str(folder / "script.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**environment, "PYTHONPATH": path},
+        timeout=120,
+    )

@@ -25,12 +25,13 @@ from ..plain_json import to_json
 from ..saving.hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
 from ..saving.target import used_paths
 from .adapter import check_adapter, fresh_adapter, lora_config, merge_adapter_
+from .checkpoints import last_checkpoint
 from .checks import check_recovery
 from .identity import Identity, settings_of, weights_hash
 from .outcome import RecoveryOutcome
 from .teacher import TeacherLogits, TrainingSamples, check_teacher, load_teacher, write_teacher_logits
 from .text import part_rows, samples_of, training_text
-from .trainer import DistillTrainer, last_checkpoint, train_adapter_, training_arguments
+from .trainer import DistillTrainer, train_adapter_, training_arguments
 
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Recovery:
             checkpoint = None
             if resume:
                 assert self._identity is not None
-                checkpoint = last_checkpoint(arguments.output_dir, self._identity)
+                checkpoint = last_checkpoint(arguments.output_dir, self._identity, arguments.save_only_model)
             with fresh_adapter(model, lora_config(config), seed, config.merge) as adapted:
                 trainer = DistillTrainer(adapted, arguments, samples, config, teacher, self._identity)
                 return adapted, train_adapter_(trainer, self.callbacks, checkpoint)
