@@ -67,8 +67,8 @@ class StructPruneConfig(Serialisable):
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
             ranks all units of the model by score, `sensitivity` ranks them by the measured loss of the model.
-        min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with other
-            allocations than `uniform`, and where the layers of the model differ in width already.
+        min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with
+            other allocations than `uniform`, and where the layers of the model differ in width already.
         max_width: The share of its units that a layer keeps at most, where `min_width` says at least.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
             need not be.
