@@ -1,4 +1,4 @@
-"""A training goes on from the last checkpoint that is whole, whatever a kill or a full disk has left of the later ones."""
+"""A training goes on from the last checkpoint that is whole, whatever a kill has left of the later ones."""
 
 import json
 import shutil

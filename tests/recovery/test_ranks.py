@@ -1,4 +1,4 @@
-"""Several processes train one model: their checkpoints say which training they belong to, as those of one process do."""
+"""Several processes train one model: their checkpoints say which training they belong to."""
 
 from helpers import on_two_ranks
 
