@@ -59,7 +59,7 @@ def check_output(args: Namespace) -> None:
         StructPruneError: If its folder does not exist.
     """
     file = getattr(args, "json", None)
-    if isinstance(file, str) and not Path(file).resolve().parent.is_dir():
+    if isinstance(file, str) and not Path(file).absolute().parent.is_dir():
         raise StructPruneError(f"--json {file} cannot be written: there is no folder {Path(file).parent}.")
 
 

@@ -20,6 +20,7 @@ from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError
+from ..saving.target import probe_folder
 from ..widths.allocation import is_bounded
 from ..widths.budget import biased_spaces, widths_of
 from .evidence import judges_layers
@@ -195,6 +196,13 @@ def statistics_rules(case: Case) -> Rules:
     )
 
 
+def checkpoint_rules(case: Case) -> Rules:
+    """The folder that remembers the rounds."""
+    if case.config.checkpoint_dir is not None:
+        probe_folder(case.config.checkpoint_dir)
+    yield from ()
+
+
 def recovery_rules(case: Case) -> Rules:
     """The training that follows."""
     if case.config.recovery is None:
@@ -262,7 +270,7 @@ def calibrate_rules(case: Case) -> Rules:
 CONFIG_RULES: Mapping[str, Iterable[Any]] = {TRAINER: (trainer_rules,)}
 RULES: Mapping[str, Iterable[Any]] = {
     DRY_RUN: (criterion_rules, space_rules),
-    PRUNE: (model_rules, criterion_rules, space_rules, text_rules, statistics_rules, recovery_rules),
+    PRUNE: (model_rules, criterion_rules, space_rules, text_rules, statistics_rules, checkpoint_rules, recovery_rules),
     TRAINER: (model_rules, criterion_rules, trainer_space_rules, space_rules),
     CALIBRATE: (model_rules, calibrate_rules, text_rules),
 }

@@ -220,11 +220,13 @@ class Recovery:
         report = self.report
         if report is None:
             raise StructPruneError("There is nothing to save: call recover_model first.")
-        carried = {name: Path(pruned, name).read_text() for name in CARRIED if pruned and Path(pruned, name).is_file()}
+        carried = {
+            name: Path(pruned, name).read_bytes() for name in CARRIED if pruned and Path(pruned, name).is_file()
+        }
 
         def write(folder: Path) -> None:
-            for name, text in carried.items():
-                (folder / name).write_text(text)
+            for name, record in carried.items():
+                (folder / name).write_bytes(record)
             (folder / RECOVERY_CONFIG_NAME).write_text(to_json(self.config.to_dict()) + "\n")
             (folder / RECOVERY_REPORT_NAME).write_text(to_json(asdict(report)) + "\n")
             if identity is not None:
