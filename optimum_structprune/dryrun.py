@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from .arch.meta import meta_model, model_class
 from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
+from .plain_json import to_json
 from .pruner import AutoStructPruner
 from .pruning.checks import DRY_RUN, check
 from .saving.report import table
@@ -130,7 +130,7 @@ class DryRun:
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        Path(path).write_text(to_json(self.to_dict()) + "\n")
 
     def __str__(self) -> str:
         """Widths, parameters, memory and cache, as a table."""

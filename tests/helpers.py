@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -193,3 +196,19 @@ def dying(monkeypatch, module, number, after):
         for name in ("write_text", "replace", "unlink"):
             patch.setattr(Path, name, wrapped(getattr(Path, name)))
         yield lambda: len(calls)
+
+
+def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """What two processes of `torchrun` say that run a script, which may import what the tests share."""
+    (folder / "script.py").write_text(script)
+    tests = str(Path(__file__).parent)
+    path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*command, str(folder / "script.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**environment, "PYTHONPATH": path},
+        timeout=120,
+    )

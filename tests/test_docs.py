@@ -5,20 +5,27 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import yaml
 from models import real_text_model
+from optimum.commands.optimum_cli import main as optimum_main
 
 from optimum_structprune import StructPruneConfig
+from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.builtin import builtin_documents
 
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BIN = Path(sys.executable).parent
+# The console scripts that have our commands, as functions that read `sys.argv`.
+OWN = {"structprune": lambda: main(sys.argv[1:]), "optimum-cli": optimum_main}
 
 
 def snippets(language: str) -> list:
@@ -47,12 +54,29 @@ def desk(tmp_path_factory):
     return folder
 
 
+def ran(run, words: list[str]) -> str:
+    """What a command prints that runs in this process, where torch need not be imported anew; it has to succeed."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as shown:
+        patch.setattr(sys, "argv", words)
+        try:
+            code = run()
+        except SystemExit as end:
+            code = end.code
+    assert not code, shlex.join(words)
+    return shown.getvalue()
+
+
+def said_by(script: str, *arguments: str) -> str:
+    """What a Python script of the repository prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")
+        return ran(lambda: run_path(str(ROOT / script), run_name="__main__") and None, [script, *arguments])
+
+
 @cache
 def help_of(*command: str) -> str:
     """What a Python script of the repository, and the command of it that is named, says with --help."""
-    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return said_by(*command, "--help")
 
 
 def unknown_flags(words: list[str]) -> list[str]:
@@ -67,9 +91,7 @@ def cells_without_a_run(words: list[str]) -> list[str]:
     """The patterns of a line of `benchmark_domains.py` that match no cell of the script."""
     if "--cells" not in words:
         return []
-    listed = subprocess.run(
-        [sys.executable, *words[1:], "--list"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    listed = said_by(*words[1:], "--list").splitlines()
     named = words[words.index("--cells") + 1 :]
     named = named[: next((number for number, word in enumerate(named) if word.startswith("--")), len(named))]
     return [pattern for pattern in named if not fnmatch.filter(listed, pattern)]
@@ -82,12 +104,15 @@ def test_python(page, code, desk, monkeypatch):
 
 
 @pytest.mark.parametrize(("page", "code"), snippets("bash"))
-def test_bash(page, code, desk):
+def test_bash(page, code, desk, monkeypatch):
     makefile = (ROOT / "Makefile").read_text()
     for line in code.splitlines():
         words = shlex.split(line, comments=True)
         if words and words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.M), f"{words[1]} is no target of the Makefile"
+        elif words and words[0] in OWN:
+            monkeypatch.chdir(desk)
+            ran(OWN[words[0]], words)
         elif words and (BIN / words[0]).exists() and words[0] not in ("python", "pip"):
             done = subprocess.run([BIN / words[0], *words[1:]], cwd=desk, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stderr}"

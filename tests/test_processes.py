@@ -1,20 +1,16 @@
 """Two processes that share a pruning find what one process finds."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import on_two_ranks
 from models import build, config, documents, tokenizer
 from safetensors.torch import load_file
 
 from optimum_structprune import DomainConfig, StructPruner
 
 
-TESTS = Path(__file__).parent
 # One launch for all of them, because a launch takes longer than they do.
 RUNS = {
     "llama-tied": {"widths": {"mlp": 24, "attention": 2}},
@@ -26,8 +22,7 @@ RUNS = {
     "t5": {},
 }
 SCRIPT = """
-import json, os, sys
-sys.path.insert(0, {tests!r})
+import json, sys
 from pathlib import Path
 from safetensors.torch import save_file
 from test_processes import RUNS, pruned
@@ -38,9 +33,9 @@ with across_processes():
     assert process_count() == 2
     for case in RUNS:
         pruner, model = pruned(case)
-        part = folder / f"{{case}}-{{process_index()}}"
+        part = folder / f"{case}-{process_index()}"
         part.mkdir()
-        save_file({{name: tensor.clone() for name, tensor in model.state_dict().items()}}, part / "weights")
+        save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, part / "weights")
         (part / "plan").write_text(json.dumps(pruner.plan.to_dict()))
         (part / "report").write_text(json.dumps(pruner.report.to_dict()))
 """
@@ -53,19 +48,10 @@ def pruned(case):
     return pruner, pruner.prune_model(build(case), tokenizer())
 
 
-def launch(script, *arguments, timeout=300):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [*command, *map(str, (script, *arguments))], capture_output=True, text=True, env=environment, timeout=timeout
-    )
-
-
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    (folder / "script.py").write_text(SCRIPT.format(tests=str(TESTS)))
-    done = launch(folder / "script.py", folder)
+    done = on_two_ranks(SCRIPT, folder, folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -85,8 +71,7 @@ def test_two_processes_find_what_one_finds(case, together):
 
 
 DYING = """
-import os, sys
-sys.path.insert(0, {tests!r})
+import os
 from test_processes import pruned
 from optimum_structprune.pruning.sweep import Sweep
 from optimum_structprune.processes import across_processes
@@ -99,5 +84,4 @@ with across_processes():
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
-    (tmp_path / "script.py").write_text(DYING.format(tests=str(TESTS)))
-    assert launch(tmp_path / "script.py", timeout=120).returncode != 0
+    assert on_two_ranks(DYING, tmp_path).returncode != 0

@@ -159,9 +159,9 @@ def _depth(family: Family, config: PretrainedConfig, layer_params: list[int], le
 def _layer_params(layer_path: str, shapes: Shapes) -> list[int]:
     sizes: dict[int, int] = {}
     for name, shape in shapes.items():
-        if name.startswith(f"{layer_path}."):
-            index = int(name[len(layer_path) + 1 :].split(".")[0])
-            sizes[index] = sizes.get(index, 0) + prod(shape)
+        index = name.removeprefix(f"{layer_path}.").partition(".")[0]
+        if name.startswith(f"{layer_path}.") and index.isdecimal():
+            sizes[int(index)] = sizes.get(int(index), 0) + prod(shape)
     return [sizes[index] for index in sorted(sizes)]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import StructPruneError
 from .families import ResidualTemplate
-from .spaces import Shapes, heads_of
+from .spaces import Shapes, heads_of, number
 from .spec import HIDDEN, MODEL, ONE_PER_MODEL, Axis, Read, ResidualStream, Space
 
 
@@ -31,7 +31,7 @@ def residual_of(
     Raises:
         StructPruneError: If a parameter is missing or does not have as many channels as the residual stream.
     """
-    size = getattr(config, template.size)
+    size = number(config, template.size)
     embed, final = (f"{prefix}{module}.weight" for module in (template.embed, template.final))
     names = [f"{layer}{name}.weight" for layer in layers for name in template.norms]
     norms = [name for name in names if name in shapes]

@@ -37,6 +37,8 @@ class Dims(NamedTuple):
 # How weights are stored: (out, in) as in `nn.Linear`, (in, out) as in GPT-2, and both stacked over experts.
 LINEAR, TRANSPOSED = Dims(0, 1, 0), Dims(1, 0, 0)
 STACKED, STACKED_TRANSPOSED = Dims(1, 2, 1), Dims(2, 1, 1)
+# The words of templates that stand for numbers of heads.
+HEAD_WORDS = {"heads", "kv", "q", "q_gate"}
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def spaces_of(
         pins=tuple((key, units["kv"]) for key in template.pin),
         unit_params=0,
         bias_flag=template.bias,
-        scale=getattr(config, template.times) if template.times else 1,
-        least=getattr(config, template.least) if template.least else 1,
+        scale=number(config, template.times) if template.times else 1,
+        least=(getattr(config, template.least, None) if template.least else None) or 1,
         unit=CHANNEL if rows <= {"unit", "pair"} else GROUP,
         experts=f"{prefix}{template.experts}" if template.experts else None,
         uniform=template.uniform,
@@ -106,23 +108,48 @@ def meets(config: PretrainedConfig, template: Template) -> bool:
 
 
 def heads_of(config: PretrainedConfig) -> Heads:
-    """The attention heads of a config, with what transformers derives where the config does not say it."""
-    heads = config.num_attention_heads
+    """The attention heads of a config, with what transformers derives where the config does not say it.
+
+    Raises:
+        StructPruneError: If the config does not say enough; the message names the key.
+    """
+    heads = number(config, "num_attention_heads")
     groups = getattr(config, "num_key_value_heads", None) or heads
-    return Heads(heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return Heads(heads, groups, getattr(config, "head_dim", None) or number(config, "hidden_size") // heads)
+
+
+def number(config: PretrainedConfig, key: str) -> int:
+    """A whole number in a config.
+
+    Raises:
+        StructPruneError: If the config has no such number, or one below 1.
+    """
+    value = getattr(config, key, None)
+    if not isinstance(value, int) or value < 1:
+        raise StructPruneError(
+            f"The description of this family needs {key!r}, a number of 1 or more in the config of a "
+            f"{config.model_type} model, and finds {value!r}."
+        )
+    return value
 
 
 def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
-    """The rows of a weight that one unit owns, by the words that templates use for it."""
-    heads, groups, head_dim = heads_of(config)
+    """The rows of a weight that one unit owns, by those words for it that a template uses.
+
+    Raises:
+        StructPruneError: If the config does not have the numbers that these words stand for.
+    """
+    described = (*template.out.values(), *template.into.values(), *template.along.values())
+    words = {part for parts in described for part in parts}
+    words |= {"unit", *(["heads"] if template.also else []), *(["kv"] if template.pin else [])}
+    # A config of a model without attention need not have any heads.
+    heads, groups, head_dim = heads_of(config) if words & HEAD_WORDS else Heads(1, 1, 1)
     per_group = heads // groups
     units = {"unit": 1, "pair": 2, "heads": per_group, "kv": head_dim, "q": head_dim * per_group}
     units["q_gate"] = 2 * units["q"]
-    for parts in (*template.out.values(), *template.into.values(), *template.along.values()):
-        for part in parts:
-            if part not in units:
-                units[part] = sum(getattr(config, key) for key in part.split("+"))
-    return units
+    return {
+        word: units[word] if word in units else sum(number(config, key) for key in word.split("+")) for word in words
+    }
 
 
 def _inside_layer(

@@ -23,6 +23,7 @@ from ..domains.load import Domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
 from ..fingerprint import fingerprint, vocabulary_hash
+from ..plain_json import to_json
 from ..registry import did_you_mean
 from .moments import Moments, load_moments
 from .sequential import PassesState
@@ -140,7 +141,7 @@ class Statistics:
     def save(self) -> None:
         """Write the description."""
         data = {name: value for name, value in asdict(self).items() if name != "folder"}
-        (self.folder / STATISTICS).write_text(json.dumps(data, indent=2) + "\n")
+        (self.folder / STATISTICS).write_text(to_json(data) + "\n")
 
     @property
     def tokens(self) -> dict[str, int]:

@@ -5,19 +5,18 @@ Nothing here imports a library at the top: `optimum-cli` imports this module on 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ..errors import StructPruneError
+from ..plain_json import to_json
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def check_output(args: Namespace) -> None:
         StructPruneError: If its folder does not exist.
     """
     file = getattr(args, "json", None)
-    if isinstance(file, str) and not Path(file).resolve().parent.is_dir():
+    if isinstance(file, str) and not Path(file).absolute().parent.is_dir():
         raise StructPruneError(f"--json {file} cannot be written: there is no folder {Path(file).parent}.")
 
 
@@ -71,7 +70,7 @@ def show(result: Result, args: Namespace) -> None:
         StructPruneError: If the file cannot be written.
     """
     form = getattr(args, "json", None)
-    document = json.dumps(_plain(result.values), indent=2)
+    document = to_json(result.values)
     if isinstance(form, str):
         try:
             Path(form).write_text(document + "\n")
@@ -146,14 +145,3 @@ def _print(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
     sys.stdout.flush()
-
-
-def _plain(value: Any) -> Any:
-    """A value of JSON; a number that JSON does not have is null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

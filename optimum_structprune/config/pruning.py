@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub.dataclasses import strict, validated_field
 
 from ..errors import StructPruneError
+from ..plain_json import to_json
 from ..registry import did_you_mean
 from .domains import DomainConfig, SelfTextConfig, check_names, with_domains
 from .fields import (
@@ -66,8 +67,9 @@ class StructPruneConfig(Serialisable):
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
             ranks all units of the model by score, `sensitivity` ranks them by the measured loss of the model.
-        min_width: The share of its units that every layer keeps at least, where the allocation is not `uniform`.
-        max_width: The share of its units that a layer keeps at most, where the allocation is not `uniform`.
+        min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with
+            other allocations than `uniform`, and where the layers of the model differ in width already.
+        max_width: The share of its units that a layer keeps at most, where `min_width` says at least.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
             need not be.
         domains: The calibration text. More than one kind of text makes the result general. None stands for the three
@@ -250,7 +252,7 @@ class StructPruneConfig(Serialisable):
         """Write `structprune_config.json` into a folder, which is made if need be."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        (folder / CONFIG_NAME).write_text(to_json(self.to_dict()) + "\n")
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> "StructPruneConfig":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -261,10 +263,11 @@ class _Packer:
             spent = "; a generator gives its text only once" if isinstance(domain.source, Iterator) else ""
             return f"The domain {domain.name!r} is empty{spent}."
         advice = "Give it more documents, or choose a smaller seq_length."
-        for fewer in range(config.num_samples - 1, len(self.domains) - 1, -1):
-            if self._suffices(texts, self._counts(fewer)[index]):
-                advice = f"num_samples={fewer} would do."
-                break
+        numbers = range(len(self.domains), min(config.num_samples, sys.maxsize))
+        # The text suffices for the first so many of these numbers of samples.
+        enough = bisect_left(numbers, True, key=lambda few: not self._suffices(texts, self._counts(few)[index]))
+        if enough:
+            advice = f"num_samples={numbers[enough - 1]} would do."
         tokens = sum(len(text.ids) for text in texts)
         need = sum(self._needs(self._counts(config.num_samples)[index]))
         return (

@@ -15,6 +15,7 @@ from ..config.domains import DomainConfig
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
 from ..fingerprint import tensor_hash
+from ..plain_json import to_json
 
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class Manifest:
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        Path(path).write_text(to_json(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, folder_or_file: str | Path) -> Manifest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from ..domains.packing import prefix_token
 from ..domains.presets import resolve
 from ..errors import StructPruneError
 from ..forward.metrics import compare, perplexity
+from ..plain_json import to_json
 from ..saving.report import geometric_mean, table
 from .heldout import Heldout, read_heldout
 from .tasks import Scores, Tasks
@@ -59,8 +59,8 @@ class Evaluation:
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the numbers to a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write the numbers to a JSON file; one that is not finite is null."""
+        Path(path).write_text(to_json(self.to_dict()) + "\n")
 
     def __str__(self) -> str:
         """A table of domains, one of tasks, and the warnings."""

@@ -6,7 +6,7 @@ A config that contradicts itself, whatever the model, is refused when it is made
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError
 from ..offloading import is_offloaded
+from ..saving.target import probe_folder
+from ..widths.allocation import is_bounded
 from ..widths.budget import biased_spaces, widths_of
 from .evidence import judges_layers
 from .steps import WHOLE_MODEL
@@ -97,7 +99,7 @@ def check(
         for broken, text in rules(case):
             if broken:
                 raise StructPruneError(text)
-    if unused := list(without_effect(config)) if use in (PRUNE, DRY_RUN) else []:
+    if unused := list(without_effect(config, arch, list(case.widths))) if use in (PRUNE, DRY_RUN) else []:
         warnings.warn(f"These options have no effect here: {'; '.join(unused)}.", stacklevel=3)
 
 
@@ -221,6 +223,13 @@ def statistics_rules(case: Case) -> Rules:
     )
 
 
+def checkpoint_rules(case: Case) -> Rules:
+    """The folder that remembers the rounds."""
+    if case.config.checkpoint_dir is not None:
+        probe_folder(case.config.checkpoint_dir)
+    yield from ()
+
+
 def recovery_rules(case: Case) -> Rules:
     """The training that follows."""
     if case.config.recovery is None:
@@ -288,28 +297,44 @@ def calibrate_rules(case: Case) -> Rules:
 CONFIG_RULES: Mapping[str, Iterable[Any]] = {TRAINER: (trainer_rules,)}
 RULES: Mapping[str, Iterable[Any]] = {
     DRY_RUN: (criterion_rules, space_rules),
-    PRUNE: (model_rules, offloading_rules, criterion_rules, space_rules, text_rules, statistics_rules, recovery_rules),
+    PRUNE: (
+        model_rules,
+        offloading_rules,
+        criterion_rules,
+        space_rules,
+        text_rules,
+        statistics_rules,
+        checkpoint_rules,
+        recovery_rules,
+    ),
     TRAINER: (model_rules, offloading_rules, criterion_rules, trainer_space_rules, space_rules),
     CALIBRATE: (model_rules, offloading_rules, calibrate_rules, text_rules),
 }
 
 
-def without_effect(config: StructPruneConfig) -> Iterator[str]:
-    """The options that are set and have no effect beside the others, each with the reason."""
+def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> Iterator[str]:
+    """The options that are set and have no effect beside the others, each with the reason.
+
+    Args:
+        config: How to prune.
+        arch: The description of the model.
+        names: The kinds of space that are pruned.
+    """
     default = {field.name: field.default for field in fields(config)}
     recovery = config.recovery
     domains = [*config.texts, *((recovery and recovery.domains) or ())]
     texts = [domain.source for domain in domains if isinstance(domain.source, str)]
     explicit, gram, uniform = config.widths is not None, config.fits, config.allocation == "uniform"
     stored = config.stats is not None and recovery is None  # the text of a recovery follows these numbers too
+    alike = "widths are taken as they are" if explicit else "allocation='uniform' gives all layers one width"
     reasons = {
         "targets": (explicit, "widths names the spaces"),
         "round_to": (
             explicit and uniform and config.max_perplexity_ratio is None,
             "widths are taken as they are",
         ),
-        "min_width": (uniform, "allocation='uniform' gives all layers one width"),
-        "max_width": (uniform, "allocation='uniform' gives all layers one width"),
+        "min_width": (not is_bounded(config, arch, names), alike),
+        "max_width": (not is_bounded(config, arch, names), alike),
         "schedule": (config.rounds == 1, "rounds=1 removes everything at once"),
         "damping": (not gram and config.scored_by != "obs", f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),

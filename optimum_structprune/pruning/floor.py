@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..arch.spec import ArchSpec, Width, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
+from ..saving.report import worst_ratio
 from ..surgery.plan import Plan
 from ..widths.schedule import legal_round_widths, next_legal
 from .rounds import Rounds
@@ -132,8 +133,7 @@ def between(high: int, low: int, multiple: int) -> int:
 
 
 def _out_of_reach(config: StructPruneConfig, last: Mapping[str, Any]) -> str:
-    name = max(last["perplexity_ratio"], key=last["perplexity_ratio"].get)
-    ratio = last["perplexity_ratio"][name]
+    name, ratio = worst_ratio(last["perplexity_ratio"])
     return (
         f"max_perplexity_ratio={config.max_perplexity_ratio} is not held by domain {name!r} even with widths "
         f"{last['widths']}, the nearest to the dense ones, which give {ratio:.4f}; allow that, or name a smaller "

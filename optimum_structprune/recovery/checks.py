@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.sources import documents
 from ..errors import StructPruneError
+from ..saving.target import probe_folder
 from .adapter import lora_config
 from .text import text_config
 from .trainer import training_arguments
@@ -37,9 +39,9 @@ def check_recovery(
 
     Raises:
         StructPruneError: If peft or transformers do not know a field or refuse its value, a preset or a file of a
-            domain does not exist, the tokens do not give every domain a sample, the samples are longer than the
-            model's positions, the predictions of a teacher are to be kept for text that the model itself writes, or
-            the model is not a causal language model.
+            domain does not exist, checkpoints or a teacher's predictions cannot be written, the tokens do not give
+            every domain a sample, the samples are longer than the model's positions, the predictions of a teacher are
+            to be kept for text that the model itself writes, or the model is not a causal language model.
     """
     if parts is None:
         parts = pruning.rounds if config.every_round else 1
@@ -49,7 +51,11 @@ def check_recovery(
         documents(domain, text.seed, None, lambda name, seed: iter(()))
     lora_config(config)
     on_cpu = not torch.cuda.is_available() if model is None else model.device.type == "cpu"
-    training_arguments(config, text.seed, on_cpu, tempfile.gettempdir(), parts=parts)
+    arguments = training_arguments(config, text.seed, on_cpu, tempfile.gettempdir(), parts=parts)
+    if "output_dir" in config.training:
+        probe_folder(str(arguments.output_dir))
+    if config.teacher_logits is not None:
+        probe_folder(Path(config.teacher_logits).parent)
     if model is not None:
         _check_model(model, text.seq_length)
 

@@ -17,6 +17,7 @@ from ..config.fields import read_mapping
 from ..config.recovery import RecoveryConfig
 from ..fingerprint import raw_bytes
 from ..offloading import weight_of
+from ..plain_json import plain, to_json
 
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Identity:
 
     def save(self, folder: str | Path) -> None:
         """Write `recovery_identity.json` into a folder."""
-        Path(folder, IDENTITY_NAME).write_text(json.dumps(asdict(self), indent=2, default=_plain) + "\n")
+        Path(folder, IDENTITY_NAME).write_text(to_json(asdict(self)) + "\n")
 
     def differences(self, stored: Mapping[str, Any]) -> list[str]:
         """How a stored identity differs from this one, with both values of each difference.
@@ -94,7 +95,7 @@ class Identity:
         Args:
             stored: What `read_identity` gave.
         """
-        mine = json.loads(json.dumps(asdict(self), default=_plain))
+        mine = plain(asdict(self))
         found = [
             f"{name} {_short(stored.get(name))} there and {_short(mine[name])} here"
             for name in ("model", "text", "teacher")
@@ -152,10 +153,6 @@ def weights_hash(model: PreTrainedModel) -> str:
         weight = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
         digest.update(raw_bytes(weight))
     return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _short(value: Any) -> str:

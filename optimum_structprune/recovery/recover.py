@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -22,15 +21,17 @@ from ..domains.manifest import MANIFEST_NAME
 from ..errors import StructPruneError
 from ..fingerprint import tensor_hash
 from ..forward.metrics import perplexity
+from ..plain_json import to_json
 from ..saving.hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
 from ..saving.target import used_paths
 from .adapter import check_adapter, fresh_adapter, lora_config, merge_adapter_
+from .checkpoints import last_checkpoint
 from .checks import check_recovery
 from .identity import Identity, settings_of, weights_hash
 from .outcome import RecoveryOutcome
 from .teacher import TeacherLogits, TrainingSamples, check_teacher, load_teacher, write_teacher_logits
 from .text import part_rows, samples_of, training_text
-from .trainer import DistillTrainer, last_checkpoint, train_adapter_, training_arguments
+from .trainer import DistillTrainer, train_adapter_, training_arguments
 
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Recovery:
         ppl = {}
         if logits is not None:
             logits.check(text, config, model.config.get_text_config().vocab_size)
-            ppl["dense"] = logits.index["perplexity"]
+            ppl["dense"] = logits.perplexity
         elif teacher is not None:
             ppl["dense"] = _perplexities(teacher, domains)
         ppl["pruned"] = _perplexities(model, domains)
@@ -135,7 +136,7 @@ class Recovery:
             checkpoint = None
             if resume:
                 assert self._identity is not None
-                checkpoint = last_checkpoint(arguments.output_dir, self._identity)
+                checkpoint = last_checkpoint(arguments.output_dir, self._identity, arguments.save_only_model)
             with fresh_adapter(model, lora_config(config), seed, config.merge) as adapted:
                 trainer = DistillTrainer(adapted, arguments, samples, config, teacher, self._identity)
                 return adapted, train_adapter_(trainer, self.callbacks, checkpoint)
@@ -219,13 +220,15 @@ class Recovery:
         report = self.report
         if report is None:
             raise StructPruneError("There is nothing to save: call recover_model first.")
-        carried = {name: Path(pruned, name).read_text() for name in CARRIED if pruned and Path(pruned, name).is_file()}
+        carried = {
+            name: Path(pruned, name).read_bytes() for name in CARRIED if pruned and Path(pruned, name).is_file()
+        }
 
         def write(folder: Path) -> None:
-            for name, text in carried.items():
-                (folder / name).write_text(text)
-            (folder / RECOVERY_CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-            (folder / RECOVERY_REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n")
+            for name, record in carried.items():
+                (folder / name).write_bytes(record)
+            (folder / RECOVERY_CONFIG_NAME).write_text(to_json(self.config.to_dict()) + "\n")
+            (folder / RECOVERY_REPORT_NAME).write_text(to_json(asdict(report)) + "\n")
             if identity is not None:
                 identity.save(folder)
 

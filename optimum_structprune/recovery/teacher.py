@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,7 @@ from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
 from ..forward.divergence import likeliest
 from ..forward.metrics import evaluating, input_device
+from ..plain_json import to_json
 from ..saving.staging import staged
 from .identity import DIGITS, weights_hash
 
@@ -115,12 +117,12 @@ def write_teacher_logits(
         "temperature": temperature,
         "vocab_size": vocab_size,
         "shards": [len(shard) for shard in shards],
-        "perplexity": dict(perplexity),
+        "perplexity": perplexity,
     }
     with staged(folder, overwrite=False) as staging, evaluating(teacher):
         for number, shard in enumerate(logging.tqdm(shards, desc="teacher", unit="shard")):
             save_file(_predictions(teacher, shard, index["top_k"], temperature), staging / _shard_name(number))
-        (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        (staging / INDEX_NAME).write_text(to_json(index) + "\n")
 
 
 def _predictions(teacher: PreTrainedModel, samples: Tensor, top_k: int, temperature: float) -> dict[str, Tensor]:
@@ -138,16 +140,33 @@ class TeacherLogits:
     Args:
         folder: The folder to read.
 
+    Attributes:
+        folder: The folder.
+        teacher: The `weights_hash` of the teacher; None where an earlier version wrote the predictions.
+        perplexity: The teacher's perplexity on held-out text, by domain.
+
     Raises:
         StructPruneError: If the folder holds no such predictions.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.index: dict[str, Any] = dict(read_mapping(self.folder / INDEX_NAME, json.loads))
-        self._places = [
-            (_shard_name(number), row) for number, count in enumerate(self.index["shards"]) for row in range(count)
-        ]
+        index = read_mapping(self.folder / INDEX_NAME, json.loads)
+        try:
+            self.teacher = None if index.get("teacher") is None else str(index["teacher"])
+            # JSON has no infinity, which is the perplexity of a teacher that is destroyed.
+            self.perplexity = {
+                str(name): inf if value is None else float(value) for name, value in index["perplexity"].items()
+            }
+            self._places = [
+                (_shard_name(number), row) for number, count in enumerate(index["shards"]) for row in range(count)
+            ]
+            self._written = {name: index[name] for name in ("top_k", "temperature", "vocab_size")}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StructPruneError(
+                f"{self.folder / INDEX_NAME} is no index of a teacher's logits ({type(error).__name__}: {error}); "
+                "name a new folder to write them again."
+            ) from error
 
     def check(self, samples: Tensor, recovery: RecoveryConfig, vocab_size: int) -> None:
         """Refuse predictions that belong to another training run.
@@ -163,9 +182,9 @@ class TeacherLogits:
         top_k = min(recovery.top_k or vocab_size, vocab_size)
         wanted = {"top_k": top_k, "temperature": float(recovery.temperature), "vocab_size": vocab_size}
         for name, value in wanted.items():
-            if self.index[name] != value:
+            if self._written[name] != value:
                 raise StructPruneError(
-                    f"The teacher's logits in {self.folder} were written with {name}={self.index[name]}, and this "
+                    f"The teacher's logits in {self.folder} were written with {name}={self._written[name]}, and this "
                     f"run has {name}={value}; name a new folder to write them again."
                 )
         if len(self._places) != len(samples) or any(
@@ -175,11 +194,6 @@ class TeacherLogits:
                 f"The teacher's logits in {self.folder} were written for other text, {len(self._places)} samples "
                 f"against {len(samples)} in this run; name a new folder to write them again."
             )
-
-    @property
-    def teacher(self) -> str | None:
-        """The `weights_hash` of the teacher; None where an earlier version wrote the predictions."""
-        return self.index.get("teacher")
 
     def check_teacher(self, teacher: PreTrainedModel | str | Path, trust_remote_code: bool = False) -> None:
         """Refuse the predictions of another teacher.
@@ -215,7 +229,7 @@ class TeacherLogits:
         try:
             with safe_open(self.folder / name, framework="pt") as shard:
                 return [shard.get_slice(key)[row_of_shard] for key in keys]
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, IndexError) as error:
             raise StructPruneError(f"{self.folder / name} is not readable: {error}") from error
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil
-from pathlib import Path
 from time import perf_counter
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
@@ -15,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config.fields import build
 from ..config.recovery import TRAINING, RecoveryConfig
@@ -25,7 +21,7 @@ from ..forward.divergence import divergence, divergence_from_likeliest
 from ..forward.metrics import evaluating, input_device
 from ..saving.staging import is_write_error
 from .adapter import check_adapter
-from .identity import Identity, read_identity
+from .identity import Identity
 from .outcome import RecoveryOutcome
 from .teacher import LOG_PROBABILITIES, TOKENS
 
@@ -105,42 +101,6 @@ def _readable(saying: str) -> Iterator[None]:
     except LIBRARY_ERRORS as error:
         reason = one_line(error)
         raise StructPruneError(f"{saying}{type(error).__name__}: {reason}") from error
-
-
-def last_checkpoint(folder: str | None, identity: Identity) -> str:
-    """The last complete checkpoint of a training in a folder.
-
-    The Trainer writes its state last, so a checkpoint without it was cut short by a kill, and the one before is still
-    there then.
-
-    Args:
-        folder: The `output_dir` of a training.
-        identity: What the training is.
-
-    Raises:
-        StructPruneError: If there is no complete checkpoint, or those that there are belong to other trainings; the
-            message names what differs, with both values.
-    """
-    complete = [path.parent for path in Path(folder or "").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    if folder is None or not complete:
-        raise StructPruneError(f"There is no checkpoint in {folder} to resume from; start without resuming.")
-    complete.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    stored = {path: read_identity(path) for path in complete}
-    differences = {path: identity.differences(data) for path, data in stored.items() if data is not None}
-    unknown = [path for path in complete if path not in differences]
-    if own := [path for path in complete if path in differences and not differences[path]]:
-        return str(own[0])
-    if unknown:
-        warnings.warn(
-            f"{unknown[0]} does not say which training it belongs to, so the model, the text and the settings are "
-            "not checked.",
-            stacklevel=2,
-        )
-        return str(unknown[0])
-    raise StructPruneError(
-        f"{complete[0]} belongs to another training: {'; '.join(differences[complete[0]])}. Resume with what it began "
-        "with, or start without resuming."
-    )
 
 
 class DistillTrainer(Trainer):

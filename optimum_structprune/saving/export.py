@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..arch.load import describe
 from ..errors import StructPruneError
+from ..plain_json import to_json
 from ..surgery.resize import pad_
 from .hub import RECORDS, REPORT_NAME, check_reload, save_checked
 from .ranks import is_alone
@@ -83,7 +84,7 @@ def export_uniform(
                 shutil.copyfile(record, folder / name)
         # By this record the folder is known as a result, and may be replaced.
         parameters = {"before": padding.before, "after": padding.after}
-        (folder / EXPORT_NAME).write_text(json.dumps({"form": "uniform", "parameters": parameters}, indent=2) + "\n")
+        (folder / EXPORT_NAME).write_text(to_json({"form": "uniform", "parameters": parameters}) + "\n")
 
     padding = Padding(model.num_parameters(), padded.num_parameters(), dense)
     save_checked(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from math import exp, log
+from math import exp, inf, isnan, log
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ..arch.spec import LAYER, MODEL, ArchSpec
+from ..plain_json import to_json
 from ..surgery.plan import Plan
 
 
@@ -137,8 +137,8 @@ class Report:
         return {**asdict(self), "sparsity": self.sparsity}
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write JSON; a number that is not finite, which JSON does not have, is null."""
+        Path(path).write_text(to_json(self.to_dict()) + "\n")
 
     def __str__(self) -> str:
         """Widths, parameters and perplexity per domain, as a table."""
@@ -165,7 +165,7 @@ class Report:
             shares = ", ".join(f"{name} {share:.2f}" for name, share in held[-1]["shares"].items())
             yield f"shares in the last round: {shares}"
         if missed := [one["perplexity_ratio"] for one in self.rounds if not one.get("holds", True)]:
-            name, ratio = max(missed[-1].items(), key=lambda pair: pair[1])
+            name, ratio = worst_ratio(missed[-1])
             yield f"the floor stopped it: the next narrower widths give perplexity {name} x {ratio:.3f}"
 
     def _width(self, name: str) -> tuple[str, str, str]:
@@ -176,6 +176,11 @@ class Report:
 
 def _change(before: float, after: float) -> tuple[str, str, str]:
     return f"{before:.2f}", f"{after:.2f}", f"x {after / before:.3f}"
+
+
+def worst_ratio(ratios: Mapping[str, float]) -> tuple[str, float]:
+    """The largest ratio and its domain; one that is no number is worse than any."""
+    return max(ratios.items(), key=lambda pair: inf if isnan(pair[1]) else pair[1])
 
 
 def geometric_mean(values: Iterable[float]) -> float:

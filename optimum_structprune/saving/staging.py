@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ..errors import StructPruneError, one_line
 from .ranks import is_alone, is_first_rank, reporter
-from .target import check_target
+from .target import check_target, resolved
 
 
 # What the errors of libraries that could not write a file say: torch's, and that of tokenizers.
@@ -52,7 +52,7 @@ def staged(folder: str | Path, overwrite: bool, used: Iterable[str | Path | None
 @contextmanager
 def staged_alone(folder: str | Path, overwrite: bool, used: Iterable[str | Path | None] = ()) -> Iterator[Path]:
     """`staged` for a process that others may be waiting for."""
-    target = Path(folder).resolve()  # a link keeps pointing to the folder
+    target = resolved(folder)  # a link keeps pointing to the folder
     check_target(target, overwrite, used)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,21 @@ ADAPTER = "adapter_config.json"
 UNITS = ("bytes", "kB", "MB", "GB")
 
 
+def resolved(target: str | Path) -> Path:
+    """The absolute path that a name leads to, over all links.
+
+    Args:
+        target: The name; nothing need be there.
+
+    Raises:
+        StructPruneError: If it leads nowhere, as a loop of links or a name with a NUL does.
+    """
+    try:
+        return Path(target).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StructPruneError(f"{str(target)!r} cannot be written: {error}.") from error
+
+
 def check_target(target: str | Path, overwrite: bool, used: Iterable[str | Path | None] = ()) -> None:
     """Refuse a folder that must not be written to.
 
@@ -59,7 +74,7 @@ def check_target(target: str | Path, overwrite: bool, used: Iterable[str | Path 
     """
     if not is_first_rank():
         return
-    folder = Path(target).resolve()
+    folder = resolved(target)
     try:
         if folder.exists() and not folder.is_dir():
             raise StructPruneError(f"{target} is a file; name a folder.")
@@ -141,12 +156,12 @@ def check_apart(target: str | Path, *configs: Any) -> None:
     Raises:
         StructPruneError: If checkpoints or the teacher's logits would lie in the folder.
     """
-    folder = Path(target).resolve()
+    folder = resolved(target)
     for config in filter(None, configs):
         training = getattr(config, "training", None) or {}
         names = {name: getattr(config, name, None) for name in ("checkpoint_dir", "teacher_logits")}
         for name, path in {**names, "output_dir": training.get("output_dir")}.items():
-            if path and folder in (Path(path).resolve(), *Path(path).resolve().parents):
+            if path and folder in (resolved(path), *resolved(path).parents):
                 raise StructPruneError(f"{name} {path} lies in the output folder {target}; name a folder beside it.")
         check_apart(target, getattr(config, "recovery", None))
 
@@ -178,7 +193,7 @@ def probe_target(target: str | Path, need_bytes: int = 0) -> None:
     """
     if not is_first_rank():
         return
-    folder = Path(target).resolve()
+    folder = resolved(target)
     try:
         if os.path.ismount(folder):
             raise StructPruneError(
@@ -197,6 +212,28 @@ def probe_target(target: str | Path, need_bytes: int = 0) -> None:
             f"{target} takes about {_size(need_bytes)}, and {parent} has {_size(free)} left; name another output "
             "folder, or make room."
         )
+
+
+def probe_folder(folder: str | Path) -> None:
+    """Refuse a folder in which no file could be written, before work is done for it.
+
+    Args:
+        folder: The folder; it need not exist, nor those above it.
+
+    Raises:
+        StructPruneError: If a file is in the way, or nothing can be written there.
+    """
+    if not is_first_rank():
+        return
+    try:
+        path = resolved(folder)
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+        if not nearest.is_dir():
+            raise StructPruneError(f"{folder} cannot be made: {nearest} is a file; name another folder.")
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise StructPruneError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -52,7 +52,7 @@ def target_widths(
     check_may_differ(config, arch, list(legal))
     pruned = _without(arch, config.skip_layers)
     widths: Widths
-    if config.allocation != "uniform" or not (alike or config.widths):
+    if is_bounded(config, arch, list(legal)):
         widths = ranked_widths(config, pruned, legal, scores or {})
     else:
         asked = asked_widths(config, arch)
@@ -134,7 +134,7 @@ def width_bounds(
     for name, sizes in legal.items():
         spaces = pruned.of(name)
         least, *_, most = [*choices(config, arch, name, sizes), max(sizes)]
-        if config.allocation != "uniform" or not _alike(arch, legal):
+        if is_bounded(config, arch, list(legal)):
             rungs = {space.layer: _rungs(config, space, sizes) for space in spaces}
             largest[name] = {layer: widths[0] for layer, widths in rungs.items()}
             smallest[name] = {layer: widths[-1] for layer, widths in rungs.items()}
@@ -142,6 +142,20 @@ def width_bounds(
             largest[name] = _at_most(most, spaces) if config.skip_layers else most
             smallest[name] = _at_most(least, spaces) if config.skip_layers else least
     return smallest, largest
+
+
+def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> bool:
+    """Whether layers get widths of their own between `min_width` and `max_width`, see `ranked_widths`.
+
+    They do so with `allocation="uniform"` too where the model's layers differ in width already, unless `widths` says
+    what each gets.
+
+    Args:
+        config: The config, for its allocation and its widths.
+        arch: The description of the model.
+        names: The kinds of space that are pruned.
+    """
+    return config.allocation != "uniform" or (config.widths is None and not _alike(arch, names))
 
 
 def _alike(arch: ArchSpec, names: Collection[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -91,14 +92,14 @@ def _filled_up(
     fits: Callable[[Widths], bool],
 ) -> Widths:
     """Larger widths where they still fit: a coarse step of one space may leave room for a finer one of another."""
+    filled = dict(widths)
     for name, width in widths.items():
-        larger = choices(config, arch, name, legal[name])
-        while isinstance(width, int) and width < larger[-1]:
-            width = next(choice for choice in larger if choice > width)
-            if not fits({**widths, name: width}):
-                break
-            widths = {**widths, name: width}
-    return widths
+        if isinstance(width, int):
+            larger = [choice for choice in choices(config, arch, name, legal[name]) if choice > width]
+            # What fits comes first: a larger width never takes less.
+            fitting = bisect_left(larger, True, key=lambda choice: not fits({**filled, name: choice}))
+            filled[name] = [width, *larger][fitting]
+    return filled
 
 
 def _check_reach(config: StructPruneConfig, dense: float, most: float, least: float, names: list[str]) -> None:

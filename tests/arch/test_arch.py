@@ -5,6 +5,7 @@ import fnmatch
 import pytest
 import yaml
 from models import CASES, OTHERS, build
+from transformers import PretrainedConfig
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.arch.families import builtin_families, family_of, read_families
@@ -23,6 +24,35 @@ def write(tmp_path, *entries):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(list(entries)))
     return path
+
+
+def shapes_of(*widths):
+    """The weights of feed-forward layers of these widths."""
+    up = {f"layers.{layer}.mlp.up_proj.weight": (width, 4) for layer, width in enumerate(widths)}
+    return {**up, **{f"layers.{layer}.mlp.down_proj.weight": (4, width) for layer, width in enumerate(widths)}}
+
+
+def test_a_config_needs_only_the_numbers_that_the_description_names(tmp_path):
+    (family,) = read_families(write(tmp_path, LLAMA))
+    bare = PretrainedConfig(intermediate_size=8)
+    (space, _) = resolve(family, bare, shapes_of(8, 8)).spaces
+    assert space.size == 8
+    heads = {**LLAMA["spaces"]["mlp"], "out": {"mlp.up_proj": "q"}, "in": {"mlp.down_proj": "q"}}
+    other = {**heads, "out": {"mlp.up_proj": "my_dim+my_dim"}, "in": {"mlp.down_proj": "unit"}}
+    for template, fields, message in [
+        (heads, {}, "'num_attention_heads', a number of 1 or more .* and finds None"),
+        (heads, {"num_attention_heads": 0}, "'num_attention_heads', .* and finds 0"),
+        (heads, {"num_attention_heads": 2}, "'hidden_size', .* and finds None"),
+        (other, {}, "'my_dim', .* and finds None"),
+        (other, {"my_dim": "x"}, "'my_dim', .* and finds 'x'"),
+        ({**LLAMA["spaces"]["mlp"], "times": "factor"}, {}, "'factor', .* and finds None"),
+    ]:
+        (family,) = read_families(write(tmp_path, {**LLAMA, "spaces": {"mlp": template}}))
+        with pytest.raises(StructPruneError, match=message):
+            resolve(family, PretrainedConfig(**fields), shapes_of(8, 8))
+    (family,) = read_families(write(tmp_path, {**LLAMA, "layer_path": "layers.0"}))
+    with pytest.raises(StructPruneError, match="layers at 'layers.0'; nothing is there"):
+        resolve(family, bare, shapes_of(8, 8))
 
 
 def test_axis_indices():

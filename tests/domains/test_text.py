@@ -576,12 +576,13 @@ def test_an_empty_domain(source):
         load_domains(make(source), tokenizer())
 
 
-def test_too_little_text_names_what_would_do():
+@pytest.mark.parametrize(("asked", "needs"), [(60, "1020"), (10**12, r"\d{14}"), (10**30, r"\d{32}")])
+def test_too_little_text_names_what_would_do(asked, needs):
     texts = numbered(20)
     with pytest.raises(
-        StructPruneError, match="'d' has 200 tokens in 20 documents.* take 1020, .*num_samples="
+        StructPruneError, match=f"'d' has 200 tokens in 20 documents.* take {needs}, .*num_samples="
     ) as raised:
-        load_domains(make(texts, num_samples=60), tokenizer())
+        load_domains(make(texts, num_samples=asked), tokenizer())
     largest = int(re.search(r"num_samples=(\d+) would do", str(raised.value))[1])
     (domain,) = load_domains(make(texts, num_samples=largest), tokenizer())
     assert len(domain.samples) == largest

@@ -21,6 +21,7 @@ from optimum_structprune import (
 )
 from optimum_structprune.arch.load import describe
 from optimum_structprune.pruning.checks import DRY_RUN, TRAINER, check, without_effect
+from optimum_structprune.widths.budget import cached_values, widths_of
 
 
 def unread():
@@ -250,9 +251,11 @@ IDLE = [
 
 @pytest.mark.parametrize(("name", "value", "idle", "effective"), IDLE)
 def test_options_without_effect_are_named(name, value, idle, effective):
+    arch = describe(build("llama-tied"))
+
     def named(fields, value):
         settings = StructPruneConfig.from_dict({"domains": [DomainConfig("a", "b")], **AMOUNT, **fields, name: value})
-        return [entry for entry in without_effect(settings) if entry.startswith(f"{name}=")]
+        return [entry for entry in without_effect(settings, arch, names_of(settings)) if entry.startswith(f"{name}=")]
 
     default = getattr(StructPruneConfig(sparsity=0.5), name)
     (entry,) = named(idle, value)
@@ -279,6 +282,10 @@ def test_check_warns_once_of_all_of_them(use):
         check(blind(sparsity=0.2, round_to=8, rounds=2, schedule="linear"), describe(model), model, use)
         # A Trainer has steps of its own, for which a schedule matters.
         check(settings, describe(model), model, TRAINER)
+
+
+def names_of(settings):
+    return list(settings.widths or settings.targets)
 
 
 # For each option: with what else it is tried, and whether the pruned model is another one then.
@@ -312,4 +319,36 @@ def test_what_is_said_to_have_no_effect_has_none(name, value, fields, matters, t
     changed = StructPruneConfig.from_dict({**settings.to_dict(), "domains": settings.domains, name: value})
     left, right = (prune_model(model, one, tokenizer()) for one in (settings, changed))
     assert same_weights(left, right) != matters
-    assert any(entry.startswith(f"{name}=") for entry in without_effect(changed)) != matters
+    entries = without_effect(changed, describe(model), names_of(changed))
+    assert any(entry.startswith(f"{name}=") for entry in entries) != matters
+
+
+@pytest.mark.filterwarnings("ignore:These options have no effect")
+@pytest.mark.parametrize(
+    ("name", "value", "fields"),
+    [
+        ("min_width", 0.8, {"sparsity": 0.1, "targets": ["mlp", "attention"]}),
+        ("max_width", 0.5, {"sparsity": 0.2, "targets": ["mlp"]}),
+        ("max_width", 0.8, {"widths": {"mlp": 16}}),
+        ("max_width", 0.8, {"budget": {"parameters": 0.9}, "targets": ["mlp", "attention"]}),
+        ("max_width", 0.8, {"budget": {"cache_bytes_per_token": 0.5}, "targets": ["mlp", "attention"]}),
+    ],
+)
+def test_bounds_matter_where_the_layers_of_a_model_differ_already(name, value, fields):
+    model = prune_model(build("llama-tied"), config(widths={"mlp": {0: 20, 1: 32}}), tokenizer())
+    arch = describe(model)
+    gauges = {"parameters": model.num_parameters(), "cache_bytes_per_token": cached_values(model, arch) * 4}
+    if "budget" in fields:
+        fields = {**fields, "budget": {kind: int(part * gauges[kind]) for kind, part in fields["budget"].items()}}
+
+    def outcome(settings):
+        try:
+            return widths_of(settings, arch, model)
+        except StructPruneError as error:
+            return str(error)
+
+    settings = StructPruneConfig(**fields)
+    changed = StructPruneConfig(**fields, **{name: value})
+    names = list(widths_of(settings, arch, model))
+    entries = without_effect(changed, arch, names)
+    assert any(entry.startswith(f"{name}=") for entry in entries) == (outcome(settings) == outcome(changed))

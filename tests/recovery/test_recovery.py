@@ -236,6 +236,17 @@ def test_a_last_step_that_is_no_number_is_taken_back(pruned, monkeypatch):
     assert all(ppl["recovered"] < 200 for ppl in recovery.report.perplexity.values())
 
 
+def test_records_of_the_pruning_are_carried_over_whatever_is_in_them(pruned, tmp_path):
+    (tmp_path / "pruned").mkdir()
+    records = {"report.json": b"\xff\xfe", "pruning_plan.json": b"", "calibration_manifest.json": b"{\r\n}"}
+    for name, data in records.items():
+        (tmp_path / "pruned" / name).write_bytes(data)
+    recovery = Recovery(recovery_config(tokens=96))
+    model = recovery.recover_model(pruned, tokenizer())
+    recovery.save(model, tmp_path / "out", pruned=tmp_path / "pruned")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in records} == records
+
+
 def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(pruned, tmp_path):
     training = {"output_dir": str(tmp_path), "save_steps": 4, "save_total_limit": 2}
     expected = recover(deepcopy(pruned), tokenizer(), recovery_config(training=training))

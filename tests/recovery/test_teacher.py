@@ -156,6 +156,12 @@ def test_no_predictions_and_broken_ones(pruned, tmp_path):
         recover(pruned, tokenizer(), settings)
     index = json.loads((tmp_path / "logits" / "teacher_logits.json").read_text())
     assert index["top_k"] == 7 and index["shards"] == [20]
+    broken = [{"shards": "many"}, {"shards": [30]}, {"perplexity": [1.0]}, {"perplexity": {"a": "x"}}, {"top_k": None}]
+    for values in [*broken, *({name: ...} for name in ("shards", "perplexity", "vocab_size"))]:
+        kept = {name: value for name, value in {**index, **values}.items() if value is not ...}
+        (tmp_path / "logits" / "teacher_logits.json").write_text(json.dumps(kept))
+        with pytest.raises(StructPruneError, match="logits"):
+            recover(pruned, tokenizer(), settings)
     with pytest.raises(StructPruneError, match="says where the teacher's logits go"):
         Recovery(recovery_config()).write_teacher_logits(build("llama-tied"), tokenizer())
 

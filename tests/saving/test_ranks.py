@@ -1,18 +1,13 @@
 """Several processes save one folder: the first one writes, the others get the same outcome."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from helpers import on_two_ranks
 
 
 SCRIPT = """
 import sys, os
 import torch.distributed as dist
 from pathlib import Path
-sys.path.insert(0, {tests!r})
 from models import build, config, tokenizer
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.saving.staging import staged
@@ -37,24 +32,14 @@ try:
             (folder / "rank.txt").write_text(str(rank))
         assert (out / "model.safetensors").is_file() and (out.parent / "more" / "rank.txt").read_text() == "0"
 except StructPruneError as error:
-    print(f"rank {{rank}}: {{error}}", flush=True)
+    print(f"rank {rank}: {error}", flush=True)
 if dist.is_initialized():
     dist.destroy_process_group()
 """
 
 
 def launch(tmp_path, mode):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent.parent)))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [*command, str(script), str(tmp_path / "out" / "small"), mode],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
+    return on_two_ranks(SCRIPT, tmp_path, tmp_path / "out" / "small", mode)
 
 
 @pytest.mark.parametrize("mode", ["together", "apart", "first only"])

@@ -3,19 +3,23 @@
 import json
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import recovery_config
 from models import build, config, tokenizer
 
-from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneError, StructPruner
+from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneError, StructPruner, prune_model
 from optimum_structprune.saving.hub import save_checked
+from optimum_structprune.saving.staging import staged
 from optimum_structprune.saving.target import (
     MARKERS,
     check_apart,
     check_target,
     is_result,
     model_bytes,
+    probe_folder,
     probe_target,
     remove_checkpoints,
     used_paths,
@@ -140,18 +144,43 @@ def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for target, message in [
         (tmp_path / "file" / "out", "file is a file"),
         ("/proc/none", "cannot be written"),
         (tmp_path / ("x" * 300), "cannot be written"),
         ("/proc", "mounted"),
+        (tmp_path / "loop" / "out", "cannot be written: .*loop"),
+        ("a\0b", r"'a\\x00b' cannot be written: embedded null byte"),
     ]:
         with pytest.raises(StructPruneError, match=message):
             probe_target(target)
+        if "x" * 300 not in str(target) and message != "mounted":
+            with pytest.raises(StructPruneError), staged(target, overwrite=False):
+                pytest.fail("there is no such folder")
     usage = SimpleNamespace(free=3_000_000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(StructPruneError, match="takes about 5.0 GB, and .* has 3.0 MB left"):
         probe_target(tmp_path / "out", 5_000_000_000)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_dir", "output_dir", "teacher_logits"])
+def test_folders_of_checkpoints_are_probed_before_text_is_read(tmp_path, name):
+    def unread():
+        pytest.fail("text was read")
+        yield
+
+    domain = [DomainConfig("a", unread())]
+    (tmp_path / "file").write_text("")
+    for folder, message in [(tmp_path / "file" / "run", "file is a file"), (Path("/proc/none/run"), "cannot be")]:
+        fields = {"teacher_logits": str(folder), "top_k": 7} if name == "teacher_logits" else {}
+        training = {"output_dir": str(folder)} if name == "output_dir" else {}
+        recovery = recovery_config(domains=domain, training=training, **fields)
+        checked = {"checkpoint_dir": str(folder)} if name == "checkpoint_dir" else {"recovery": recovery}
+        with pytest.raises(StructPruneError, match=message):
+            prune_model(build("llama-tied"), config(domains=domain, rounds=2, **checked), tokenizer())
+    probe_folder(tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_too_little_room_is_found_before_anything_is_written(tmp_path, monkeypatch):
