@@ -21,7 +21,6 @@ from .config.pruning import StructPruneConfig
 from .criteria import CRITERIA
 from .domains.manifest import MANIFEST_NAME
 from .errors import StructPruneError
-from .fingerprint import fingerprint, vocabulary_hash
 from .forward.metrics import evaluating
 from .forward.placement import Placement
 from .pruning.arguments import check_arguments, check_config_kind
@@ -30,6 +29,7 @@ from .pruning.evidence import Evidence
 from .saving.ranks import is_alone
 from .saving.staging import staged
 from .saving.target import check_target, used_paths
+from .system.fingerprint import fingerprint, vocabulary_hash
 
 
 if TYPE_CHECKING:

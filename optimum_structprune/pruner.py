@@ -17,7 +17,6 @@ from .config.pruning import StructPruneConfig
 from .domains.load import Domain
 from .domains.manifest import Manifest
 from .errors import StructPruneError
-from .offloading import is_offloaded
 from .pruning.arguments import check_arguments, check_config_kind
 from .pruning.checks import check
 from .pruning.choose import choose_widths
@@ -29,6 +28,7 @@ from .registry import Registry
 from .saving.hub import save_pruned
 from .saving.report import Report
 from .surgery.plan import Plan
+from .system.offloading import is_offloaded
 
 
 if TYPE_CHECKING:

@@ -242,6 +242,8 @@ CASES: dict[str, tuple[str, dict]] = {
 # Model types whose configs cannot say that anything is gone.
 RIGID = {"bloom", "mpt", "gemma3n_text", "zamba2"}
 PRUNABLE = [case for case, (model_type, _) in CASES.items() if model_type not in RIGID]
+# Their layers are called with more than hidden states.
+NOT_SEQUENTIAL = ["gemma4_text", "gemma4_text-experts"]
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 PATCHES = {**VISION, "image_size": 8, "patch_size": 4}

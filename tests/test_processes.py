@@ -26,7 +26,7 @@ import json, sys
 from pathlib import Path
 from safetensors.torch import save_file
 from test_processes import RUNS, pruned
-from optimum_structprune.processes import across_processes, process_count, process_index
+from optimum_structprune.system.processes import across_processes, process_count, process_index
 
 folder = Path(sys.argv[1])
 with across_processes():
@@ -74,7 +74,7 @@ DYING = """
 import os
 from test_processes import pruned
 from optimum_structprune.pruning.sweep import Sweep
-from optimum_structprune.processes import across_processes
+from optimum_structprune.system.processes import across_processes
 
 if os.environ["RANK"] == "1":
     Sweep.gather = lambda *args: os._exit(9)

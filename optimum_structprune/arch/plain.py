@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import StructPruneError, one_line
-from ..offloading import check_reachable
+from ..system.offloading import check_reachable
 from .meta import skeleton
 
 

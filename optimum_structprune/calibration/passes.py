@@ -14,7 +14,7 @@ from ..forward.calls import NotSequentialError
 from ..forward.clock import Clock
 from ..forward.hooks import observe_products
 from ..forward.metrics import run_model
-from ..offloading import compute_device, is_offloaded
+from ..system.offloading import compute_device, is_offloaded
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
 from .sequential import LayerPasses, PassesState

@@ -15,7 +15,7 @@ from ..arch.spec import ArchSpec
 from ..forward.calls import Call, NotSequentialError, capture, first_of, same_call
 from ..forward.clock import Clock
 from ..forward.hooks import replaying
-from ..offloading import compute_device, is_offloaded
+from ..system.offloading import compute_device, is_offloaded
 from .tally import Batch
 
 
@@ -90,7 +90,7 @@ class LayerRunner:
         call = self.calls[len(hidden)][layer]
         module = self._layer(layer)
         like = next(module.parameters())
-        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
+        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), self._device(layer))
         if like.dtype == torch.float32:
             hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
         with self.clock.running(self.batches[index].domain):
@@ -101,6 +101,9 @@ class LayerRunner:
     def _layer(self, layer: int) -> nn.Module:
         # Looked up anew each time, since a layer is replaced when it shrinks.
         return layer_list(self.model, self.arch)[layer]
+
+    def _device(self, layer: int) -> torch.device:
+        return next(self._layer(layer).parameters()).device
 
     def _local(self, layer: int, name: str) -> str:
         return name.removeprefix(self.arch.layer_prefix(layer))

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ..arch.spec import ArchSpec, Space
 from ..forward.clock import Clock
 from ..forward.hooks import adding, observe_products
-from ..processes import as_first_has_
+from ..system.offloading import is_offloaded
+from ..system.processes import as_first_has_
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
 from .running import LayerRunner
 from .tally import Batch, Tally, finite, listen
+from .unchanged import Unchanged
 
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class LayerPasses(LayerRunner):
         self.gains: dict[str, float | None] = {}
         self.routed: tuple[Routed, ...] = ()
         self.num_domains = 1 + max(batch.domain for batch in batches)
+        self.unchanged = Unchanged(torch.device("cpu") if is_offloaded(model) else None)
         self.dense = list(self.hidden)
 
     def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
@@ -90,7 +93,12 @@ class LayerPasses(LayerRunner):
         local = {self._local(layer, axis.module): axis.module for axis in space.into}
         gains = {local[name]: gain for name in local if self.error_feedback and (gain := self.gain(layer, name))}
         tally = Tally([space], gram, domain, self.device, gains, self.hidden[0].shape[-1])
-        with observe_products(self._layer(layer), local, lambda name, *seen: tally.add(local[name], *seen)):
+        module, index = self._layer(layer), 0
+        pruned = [self._local(layer, axis.param) for axis in space.axes]
+        with (
+            observe_products(module, local, lambda name, *seen: tally.add(local[name], *seen)),
+            self.unchanged.recording(module, pruned, lambda: index),
+        ):
             for index, batch in enumerate(self.batches):
                 if batch.domain != domain:
                     continue
@@ -121,6 +129,13 @@ class LayerPasses(LayerRunner):
         self.routed = ()
         if layer + 1 < self.arch.num_layers:  # nothing that prunes reads what the last layer gives
             self.pass_through(layer)
+        self.unchanged.forget()
+
+    def pass_through(self, layer: int) -> None:
+        """See `LayerRunner.pass_through`; what runs before the pruned parts of the layer does not run again."""
+        for index, hidden in enumerate(self.hidden):
+            with self.unchanged.replayed(self._layer(layer), index, self._device(layer)):
+                self.hidden[index] = self.output(layer, index).to(hidden.device)
 
     def state(self) -> PassesState:
         """See `Passes.state`."""

@@ -22,9 +22,9 @@ from ..config.pruning import StructPruneConfig
 from ..domains.load import Domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
-from ..fingerprint import fingerprint, vocabulary_hash
 from ..plain_json import to_json
 from ..registry import did_you_mean
+from ..system.fingerprint import fingerprint, vocabulary_hash
 from .moments import Moments, load_moments
 from .sequential import PassesState
 

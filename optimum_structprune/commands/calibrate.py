@@ -31,8 +31,8 @@ def run(args: Namespace) -> Result:
     from tempfile import TemporaryDirectory
 
     from ..calibrator import calibrate
-    from ..processes import across_processes
     from ..saving.target import check_target, probe_target, used_paths
+    from ..system.processes import across_processes
     from .loading import load_model_and_tokenizer
 
     # How much is removed plays no part here, but a config has to say it.

@@ -123,8 +123,8 @@ def _prune_and_save(
     import shutil
     from tempfile import TemporaryDirectory
 
-    from ..processes import across_processes, process_index
     from ..recovery.checks import check_recovery
+    from ..system.processes import across_processes, process_index
     from .loading import load_model_and_tokenizer
 
     config, output = pruner.config, Path(args.output).resolve()

@@ -19,9 +19,9 @@ from torch import Tensor
 from ..config.domains import SELF, SelfTextConfig
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
-from ..fingerprint import fingerprint
 from ..forward.metrics import evaluating, perplexity
 from ..registry import did_you_mean
+from ..system.fingerprint import fingerprint
 from .packing import prefix_token
 from .templates import Document
 

@@ -14,8 +14,8 @@ from .. import __version__
 from ..config.domains import DomainConfig
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
-from ..fingerprint import tensor_hash
 from ..plain_json import to_json
+from ..system.fingerprint import tensor_hash
 
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
-from ..offloading import bring_in, check_reachable, is_offloaded, put_back
+from ..system.offloading import bring_in, check_reachable, is_offloaded, put_back
 
 
 if TYPE_CHECKING:

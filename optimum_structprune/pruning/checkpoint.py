@@ -17,9 +17,9 @@ from torch import Tensor
 from ..arch.spec import ArchSpec, Widths
 from ..domains.manifest import Entry
 from ..errors import StructPruneError
-from ..fingerprint import fingerprint
-from ..processes import process_index, wait_for_all
 from ..surgery.plan import Plan
+from ..system.fingerprint import fingerprint
+from ..system.processes import process_index, wait_for_all
 from .units import Snapshot
 
 

@@ -20,8 +20,8 @@ from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError
-from ..offloading import is_offloaded
 from ..saving.target import probe_folder
+from ..system.offloading import is_offloaded
 from ..widths.allocation import is_bounded
 from ..widths.budget import biased_spaces, widths_of
 from .evidence import judges_layers

@@ -15,9 +15,9 @@ from ..calibration.tally import Batch
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, model_outputs, output_error, perplexity, total_loss
 from ..forward.placement import Placement
-from ..offloading import compute_device, is_offloaded
-from ..processes import add_up_, own_part, process_count
 from ..saving.report import Report
+from ..system.offloading import compute_device, is_offloaded
+from ..system.processes import add_up_, own_part, process_count
 
 
 if TYPE_CHECKING:

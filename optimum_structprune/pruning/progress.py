@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..calibration.passes import PassesState
 from ..errors import StructPruneError
-from ..processes import process_count, process_index, wait_for_all
 from ..surgery.plan import Plan
+from ..system.processes import process_count, process_index, wait_for_all
 from .checkpoint import readable
 
 

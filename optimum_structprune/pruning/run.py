@@ -10,9 +10,9 @@ from ..arch.load import describe
 from ..arch.spec import ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..errors import InPlaceError
-from ..processes import alone
 from ..saving.report import Report
 from ..surgery.plan import Plan
+from ..system.processes import alone
 from .evidence import Evidence
 from .measure import Measure
 

@@ -22,9 +22,9 @@ from ..criteria.mixture import Mixture
 from ..domains.load import Domain
 from ..forward.divergence import divergence
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
-from ..processes import add_up_, own_part
 from ..saving.report import Report
 from ..surgery.consumers import Values
+from ..system.processes import add_up_, own_part
 from ..widths.ranking import spaces_by_layer
 from .evidence import Evidence
 from .sweep import Sweep

@@ -15,9 +15,9 @@ import torch
 
 from ..config.fields import read_mapping
 from ..config.recovery import RecoveryConfig
-from ..fingerprint import raw_bytes
-from ..offloading import weight_of
 from ..plain_json import plain, to_json
+from ..system.fingerprint import raw_bytes
+from ..system.offloading import weight_of
 
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain
 from ..domains.manifest import MANIFEST_NAME
 from ..errors import StructPruneError
-from ..fingerprint import tensor_hash
 from ..forward.metrics import perplexity
 from ..plain_json import to_json
 from ..saving.hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
 from ..saving.target import used_paths
+from ..system.fingerprint import tensor_hash
 from .adapter import check_adapter, fresh_adapter, lora_config, merge_adapter_
 from .checkpoints import last_checkpoint
 from .checks import check_recovery

@@ -18,8 +18,8 @@ from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, outputs_of, run_model
-from ..offloading import declared, is_offloaded, places
 from ..surgery.plan import Plan
+from ..system.offloading import declared, is_offloaded, places
 from .ranks import on_first_rank
 from .report import Report
 from .staging import staged_alone

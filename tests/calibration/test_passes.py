@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import batches, count_hooks, evidence_of, logits, pruned_on
-from models import PRUNABLE, build, config, tokenizer
+from models import NOT_SEQUENTIAL, PRUNABLE, build, config, tokenizer
 from torch import nn
 
 from optimum_structprune import StructPruneError
@@ -15,8 +15,6 @@ from optimum_structprune.forward.calls import NotSequentialError, capture
 from optimum_structprune.forward.hooks import observe
 
 
-# Models whose layers get more than the hidden states of the layer before them.
-NOT_SEQUENTIAL = ["gemma4_text", "gemma4_text-experts"]
 SEQUENTIAL = [case for case in [*PRUNABLE, "bert", "modernbert", "llava"] if case not in NOT_SEQUENTIAL]
 
 

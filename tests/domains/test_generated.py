@@ -15,7 +15,7 @@ from optimum_structprune.config.domains import SelfTextConfig
 from optimum_structprune.domains import generated
 from optimum_structprune.domains.generated import self_documents
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.fingerprint import fingerprint
+from optimum_structprune.system.fingerprint import fingerprint
 
 
 CHATML = (

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruner
 from optimum_structprune.arch.load import describe, layer_list
-from optimum_structprune.offloading import is_offloaded, weight_of
+from optimum_structprune.system.offloading import is_offloaded, weight_of
 
 
 PLACES = ("disk", "memory")

@@ -24,7 +24,7 @@ from accelerate.utils import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import StructPruneError, some_of
+from ..errors import StructPruneError, some_of
 
 
 def is_offloaded(model: nn.Module) -> bool:

@@ -1,0 +1,1 @@
+"""What lies below the models: processes, weights that are held elsewhere, and hashes."""
