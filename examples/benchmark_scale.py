@@ -1,6 +1,6 @@
 """Pruning at the shapes of large models, with random weights: peak memory and time per layer, in memory and streamed.
 
-    python examples/benchmark_scale.py FOLDER --shape 7B --layers 2 [--offload none disk] [--domains 1 5] [--tokens 4096]
+    python examples/benchmark_scale.py FOLDER --shape 7B --layers 2 --offload none disk --domains 1 5 --tokens 4096
 
 A checkpoint of the shape is written to FOLDER, with as many layers as are asked for and no more than one of them in
 memory, and pruned in a process of its own for each row of the table. Weights are random, so the figures are of memory
@@ -22,7 +22,7 @@ import torch
 from benchmark_cost import load_libraries, reset_high_water_mark, resident
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner
@@ -31,20 +31,21 @@ from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.forward.placement import layer_places
 
 
-# Hidden size, FFN width, layers, heads, KV groups and vocabulary of Qwen2.5; the last one runs in seconds.
+# Family, hidden size, FFN width, layers, heads, KV groups and vocabulary: a deeper TinyLlama, Qwen2.5-7B and -32B, and
+# one that runs in seconds.
 SHAPES = {
-    "1.5B": (1536, 8960, 28, 12, 2, 151936),
-    "7B": (3584, 18944, 28, 28, 4, 152064),
-    "32B": (5120, 27648, 64, 40, 8, 152064),
-    "tiny": (64, 256, 4, 4, 2, 512),
+    "1.5B": (LlamaConfig, 2048, 5632, 32, 32, 4, 32000),
+    "7B": (Qwen2Config, 3584, 18944, 28, 28, 4, 152064),
+    "32B": (Qwen2Config, 5120, 27648, 64, 40, 8, 152064),
+    "tiny": (LlamaConfig, 64, 256, 4, 4, 2, 512),
 }
 SHARE = 2 / 3
 
 
 def shape_config(shape: str, layers: int | None) -> PretrainedConfig:
     """The config of a shape, with fewer layers where a number is given."""
-    hidden, ffn, depth, heads, groups, vocabulary = SHAPES[shape]
-    return Qwen2Config(
+    family, hidden, ffn, depth, heads, groups, vocabulary = SHAPES[shape]
+    return family(
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=layers or depth,
@@ -53,7 +54,7 @@ def shape_config(shape: str, layers: int | None) -> PretrainedConfig:
         vocab_size=vocabulary,
         tie_word_embeddings=False,
         dtype="bfloat16",
-        architectures=["Qwen2ForCausalLM"],
+        architectures=[family.__name__.replace("Config", "ForCausalLM")],
     )
 
 
@@ -147,25 +148,26 @@ def measure(args: Namespace) -> dict[str, float]:
 def rows(args: Namespace) -> Iterator[str]:
     """One row for each way, measured in a process of its own."""
     size = write_checkpoint(shape_config(args.shape, args.layers), args.folder)
-    depth, layers = SHAPES[args.shape][2], args.layers or SHAPES[args.shape][2]
-    gram = SHAPES[args.shape][1] ** 2 * 4
+    _, _, ffn, depth, *_ = SHAPES[args.shape]
+    layers, gram = args.layers or depth, 4 * ffn**2
     yield (
         f"{args.shape}, {layers} of {depth} layers, {size / 1e9:.2f} GB in bfloat16, {args.tokens:,} tokens, "
         f"one Gram matrix {gram / 1e9:.2f} GB\n"
     )
-    yield "| layers are | domains | peak GB | of the checkpoint | beyond it, in Gram matrices | s per layer | × forward |"
+    yield "| layers are | domains | peak GB | × checkpoint | beyond it, in Gram matrices | s per layer | × forward |"
     yield "|---|---|---|---|---|---|---|"
     for offload in args.offload:
         for domains in args.domains:
-            command = [sys.executable, __file__, str(args.folder), "--measure", "--offload", offload]
-            command += ["--domains", str(domains), "--tokens", str(args.tokens), "--seq-length", str(args.seq_length)]
-            found = json.loads(
-                subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-            )
+            options = {"offload": offload, "domains": domains, "tokens": args.tokens, "seq-length": args.seq_length}
+            given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+            command = [sys.executable, __file__, str(args.folder), "--measure", *given]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found = json.loads(done.stdout.splitlines()[-1])
             beyond = (found["peak"] - (size if offload == "none" else 0)) / gram
+            where = "in memory" if offload == "none" else f"on the {offload}"
             yield (
-                f"| {'in memory' if offload == 'none' else 'on the ' + offload} | {domains} | {found['peak'] / 1e9:.2f} | "
-                f"{found['peak'] / size:.2f} | {beyond:.2f} | {found['per layer']:.1f} | {found['forwards']:.2f} |"
+                f"| {where} | {domains} | {found['peak'] / 1e9:.2f} | {found['peak'] / size:.2f} | {beyond:.2f} | "
+                f"{found['per layer']:.1f} | {found['forwards']:.2f} |"
             )
 
 
