@@ -111,7 +111,7 @@ def run(args: Namespace) -> None:
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Read the arguments and run."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where other jobs run beside it")
     parser.add_argument("--allocation", default="uniform", help="uniform, global or sensitivity")
     disable_progress_bar()
-    run(parser.parse_args())
+    run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def rows(args: Namespace) -> Iterator[str]:
             )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Read the arguments and run."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--measure", action="store_true", help="measure one way in this process")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.measure:
         args.offload, args.domains = args.offload[0], args.domains[0]
         print(json.dumps(measure(args)))

@@ -180,6 +180,26 @@ def test_benchmark_recovery(desk, capsys):
     assert capsys.readouterr().out.count("\n| ") == 7
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
+def test_benchmark_scale(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    small = ["--shape", "tiny", "--layers", "2", "--domains", "2", "--tokens", "512", "--seq-length", "64"]
+    main("benchmark_scale")([str(tmp_path / "tiny"), *small])
+    head, _, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("tiny, 2 of 4 layers")
+    assert [row.split(" | ")[:2] for row in rows] == [["| in memory", "2"], ["| on the disk", "2"]]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "tiny").config.num_hidden_layers == 2
+
+
+@needs_shared
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
+def test_benchmark_cost(capsys):
+    model = str(SHARED / "models" / "stories260K")
+    main("benchmark_cost")([model, "--width", "mlp=96", "--num-samples", "6", "--seq-length", "64", "--clock", "cpu"])
+    shown = capsys.readouterr().out
+    assert "calibration and pruning" in shown and "x forward" in shown and "x model" in shown
+
+
 @needs_shared
 def test_benchmark_domains(desk, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
