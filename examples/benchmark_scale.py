@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.forward.placement import layer_places
+from optimum_structprune.forward.placement import layer_device_map
 
 
 # Family, hidden size, FFN width, layers, heads, KV groups and vocabulary: a deeper TinyLlama, Qwen2.5-7B and -32B, and
@@ -114,8 +114,7 @@ def measure(args: Namespace) -> dict[str, float]:
         reset_high_water_mark()
         places: str | dict[str, str] = "cpu"
         if args.offload == "disk":
-            shapes = meta_model(config)
-            places = layer_places(shapes, describe(shapes), "cpu", "disk")
+            places = layer_device_map(config, "cpu", "disk")
         model = AutoModelForCausalLM.from_pretrained(
             args.folder, device_map=places, offload_folder=scratch, dtype="auto"
         )

@@ -1,8 +1,8 @@
 """Structured pruning for the Hugging Face stack: physically smaller models that plain `from_pretrained` loads.
 
 The files here are what one can do. The folders are the stages that a model passes through, and each imports only from
-those before it: `config`, `arch`, `forward`, `widths`, `domains`, `calibration`, `surgery`, `criteria`, `saving`,
-`recovery`, `pruning`, `evaluation`, `commands`.
+those before it: `system`, `config`, `arch`, `forward`, `widths`, `domains`, `calibration`, `surgery`, `criteria`,
+`saving`, `recovery`, `pruning`, `evaluation`, `commands`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.speed import Speed as Speed
 from .evaluation.speed import measure_speed as measure_speed
 from .forward.metrics import perplexity as perplexity
+from .forward.placement import layer_device_map as layer_device_map
 from .pruner import AutoStructPruner as AutoStructPruner
 from .pruner import StructPruner as StructPruner
 from .pruner import prune_model as prune_model
@@ -27,6 +28,7 @@ from .recovery.recover import recover as recover
 from .saving.export import export_uniform as export_uniform
 from .surgery.apply import apply_plan as apply_plan
 from .surgery.plan import Plan as Plan
+from .system.processes import across_processes as across_processes
 from .trainer import StructPruneCallback as StructPruneCallback
 from .trainer import attach_pruner as attach_pruner
 

@@ -12,7 +12,10 @@ import optimum_structprune
 PACKAGE = Path(optimum_structprune.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. The files at the root lie above `evaluation` if they import a folder, and below `config` if not.
-ORDER = "system config arch forward widths domains calibration surgery criteria saving recovery pruning evaluation commands"
+ORDER = (
+    "system config arch forward widths domains calibration surgery criteria saving recovery pruning evaluation "
+    "commands"
+)
 
 
 def parts(path: Path) -> tuple[str, ...]:

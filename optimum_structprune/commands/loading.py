@@ -16,10 +16,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from ..arch.heterogeneous import enable_heterogeneous
-from ..arch.load import describe
 from ..arch.meta import meta_model, model_class
 from ..errors import StructPruneError, one_line, some_of
-from ..forward.placement import layer_places
+from ..forward.placement import layer_device_map
 
 
 if TYPE_CHECKING:
@@ -142,8 +141,7 @@ def _places(
     """The `device_map` for a device, and for where the layers are offloaded to."""
     if offload is None:
         return device
-    model = meta_model(config, arch_file, trust_remote_code=trust_remote_code)
-    return layer_places(model, describe(model, arch_file), device, offload)
+    return layer_device_map(config, device, offload, arch_file, trust_remote_code)
 
 
 def load_device(name: str | None) -> str:

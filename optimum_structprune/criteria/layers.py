@@ -53,7 +53,7 @@ class BlockInfluence(LayerCriterion):
     @torch.no_grad()
     def score(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> Tensor:
         """See `LayerCriterion.score`."""
-        total = torch.zeros(arch.num_layers, dtype=torch.float64)
+        lost: list[list[Tensor]] = [[] for _ in range(arch.num_layers)]
         inputs: dict[int, Tensor] = {}
         count, mask = 0, batches[0].mask
 
@@ -63,14 +63,14 @@ class BlockInfluence(LayerCriterion):
         def after(index: int, output: Any) -> None:
             states = (inputs.pop(index), first_of(output))
             entering, leaving = (unmasked(x.double(), mask) for x in states)
-            total[index] += float((1 - cosine_similarity(entering, leaving, dim=-1)).sum())
+            lost[index].append((1 - cosine_similarity(entering, leaving, dim=-1)).sum())
 
         with intercept(layer_list(model, arch), before, after):
             for batch in batches:
                 mask = batch.mask
                 run_model(model, batch.ids)
                 count += batch.ids.numel() if mask is None else int(mask.sum())
-        return total / count
+        return torch.stack([torch.stack(of_layer).sum().cpu() for of_layer in lost]) / count
 
 
 @LAYER_CRITERIA.register("loss_increase")

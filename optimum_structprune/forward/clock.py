@@ -13,15 +13,24 @@ class Clock:
     """Measures the seconds that are spent on each domain.
 
     Args:
-        device: The device that does the work. A GPU runs behind the program, so the clock waits for it.
-
-    Attributes:
-        seconds: The seconds by number of the domain.
+        device: The device that does the work. A GPU runs behind the program, so it notes itself when it comes to the
+            begin and the end of what is timed, and nothing waits for it until the seconds are asked for.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds: dict[int, float] = {}
+        self._seconds: dict[int, float] = {}
+        self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """The seconds by number of the domain."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+        for domain, start, end in self._events:
+            self._add(domain, start.elapsed_time(end) / 1000)
+        self._events.clear()
+        return self._seconds
 
     @contextmanager
     def running(self, domain: int) -> Iterator[None]:
@@ -30,8 +39,17 @@ class Clock:
         Args:
             domain: The number of the domain that was running.
         """
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            stream = torch.cuda.current_stream(self.device)
+            begin.record(stream)
+            yield
+            end.record(stream)
+            self._events.append((domain, begin, end))
+            return
         start = perf_counter()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[domain] = self.seconds.get(domain, 0.0) + perf_counter() - start
+        self._add(domain, perf_counter() - start)
+
+    def _add(self, domain: int, seconds: float) -> None:
+        self._seconds[domain] = self._seconds.get(domain, 0.0) + seconds

@@ -98,15 +98,15 @@ def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: 
         batch_size: The number of samples per forward pass; 1 keeps the logits of a large vocabulary small.
     """
     with evaluating(model):
-        loss = sum(_loss(logits, targets) for targets, logits in _predictions([model], samples, batch_size))
-    return exp(loss / samples[:, 1:].numel())
+        losses = [_loss(logits, targets) for targets, logits in _predictions([model], samples, batch_size)]
+    return exp(_total(losses) / samples[:, 1:].numel())
 
 
 @torch.no_grad()
 def total_loss(model: PreTrainedModel, ids: Tensor) -> float:
     """The sum of a causal model's next-token losses over a batch, shape `(batch, seq_length)`, in one forward pass."""
     pairs = zip(ids[:, 1:].flatten().split(TOKENS_AT_ONCE), _next_token_logits(model, ids, plain=False), strict=True)
-    return sum(_loss(logits, targets.to(logits.device)) for targets, logits in pairs)
+    return _total([_loss(logits, targets.to(logits.device)) for targets, logits in pairs])
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,15 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, bat
         samples: Token ids, shape `(samples, seq_length)`.
         batch_size: The number of samples per forward pass.
     """
-    totals = torch.zeros(4, dtype=torch.float64)
+    found: list[list[Tensor]] = [[], [], [], []]
     with evaluating(model, dense):
         for targets, logits, theirs in _predictions([model, dense], samples, batch_size):
-            distance = float(divergence(logits, theirs)) * len(targets)
-            agreed = float((logits.argmax(-1) == theirs.argmax(-1)).sum())
-            totals += torch.tensor([_loss(logits, targets), _loss(theirs, targets), distance, agreed])
-    loss, dense_loss, distance, agreed = (totals / samples[:, 1:].numel()).tolist()
-    return Comparison(exp(loss), exp(dense_loss), distance, agreed)
+            agreed = (logits.argmax(-1) == theirs.argmax(-1)).sum()
+            parts = (_loss(logits, targets), _loss(theirs, targets), divergence(logits, theirs) * len(targets), agreed)
+            for total, part in zip(found, parts, strict=True):
+                total.append(part.double())
+    loss, dense_loss, distance, agreement = (_total(parts) / samples[:, 1:].numel() for parts in found)
+    return Comparison(exp(loss), exp(dense_loss), distance, agreement)
 
 
 @contextmanager
@@ -215,5 +216,10 @@ def _plain(model: Any, ids: Tensor) -> bool:
     return torch.equal(head(hidden.to(head.weight.device)), run_model(model, ids).logits)
 
 
-def _loss(logits: Tensor, targets: Tensor) -> float:
-    return float(cross_entropy(logits.float(), targets, reduction="sum"))
+def _total(parts: Sequence[Tensor]) -> float:
+    return float(torch.stack(list(parts)).sum())
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the losses, shape `()`, fp64. It stays on its device, so that nothing waits for a GPU."""
+    return cross_entropy(logits.float(), targets, reduction="sum").double()

@@ -12,37 +12,50 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..arch.load import layer_list
+from ..arch.load import describe, layer_list
+from ..arch.meta import meta_model
 from ..arch.spec import ArchSpec
 from ..system.offloading import bring_in, check_reachable, is_offloaded, put_back
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from pathlib import Path
+
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
-def layer_places(model: PreTrainedModel, arch: ArchSpec, device: str, layers: str) -> dict[str, str]:
+def layer_device_map(
+    config: PretrainedConfig,
+    device: str = "cpu",
+    layers: str = "disk",
+    arch_file: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, str]:
     """A `device_map` for `from_pretrained` that puts the layers of a model elsewhere than everything around them.
 
     Args:
-        model: The model; shapes are enough, so it may be on the meta device.
-        arch: Its description.
-        device: The device that computes, and that holds what is no layer.
-        layers: Where the layers are while they do not run: `cpu` for its memory, or `disk`.
+        config: The config of the model.
+        device: The device that computes, and that holds what is no layer: embeddings, the last norm, the head.
+        layers: Where the layers are while they do not run: `disk`, or `cpu` for its memory.
+        arch_file: A file with descriptions of your own, see `families.yaml`.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        StructPruneError: If the model type is unknown, or transformers cannot build the model.
     """
-    lists = {path for path, _ in arch.stacks}
+    model = meta_model(config, arch_file, trust_remote_code=trust_remote_code)
+    lists = {path for path, _ in describe(model, arch_file).stacks}
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-        inside = [path for path in lists if path.startswith(f"{name}." if name else "")]
         if name in lists:
             yield name, layers
-        elif not inside:
+        elif not any(path.startswith(f"{name}." if name else "") for path in lists):
             yield name, device
         else:
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            yield from ((f"{name}.{leaf}" if name else leaf, device) for leaf, _ in own)
-            for leaf, child in module.named_children():
-                yield from walk(f"{name}.{leaf}" if name else leaf, child)
+            for leaf, child in [*own, *module.named_children()]:
+                path = f"{name}.{leaf}" if name else leaf
+                yield from walk(path, child) if isinstance(child, nn.Module) else [(path, device)]
 
     return dict(walk("", model))
 
