@@ -34,6 +34,11 @@ def update_gram_(gram: Tensor, x: Tensor, share: float) -> None:
         gram[rows.stop :, rows] = gram[rows, rows.stop :].T
 
 
+def operand(x: Tensor) -> Tensor:
+    """Inputs in the dtype that products are taken in: fp32, unless products of what they are in are exact in fp32."""
+    return x if x.is_cuda and x.dtype == torch.bfloat16 else x.float()
+
+
 @torch.no_grad()
 def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> None:
     """Take `leftᵀ right`, a sum over tokens, into a running mean in fp32.
@@ -44,8 +49,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> No
         right: Shape `(tokens, n)`.
         share: The share that these tokens have in all tokens so far.
     """
-    if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:
-        # Products of bf16 numbers are exact in fp32, so no fp32 copy of the inputs is needed.
+    if left.dtype == right.dtype == torch.bfloat16 and left.is_cuda:
         product = torch.mm(left.T, right, out_dtype=torch.float32)
     else:
         product = left.T.float() @ right.float()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import StructPruneError
 from ..system.processes import add_up_, process_count
-from .gram import add_product_, submatrix, update_gram_
+from .gram import add_product_, operand, submatrix, update_gram_
 
 
 # The fields of Moments that not every run gathers and that files may hold.
@@ -43,8 +43,8 @@ class ErrorMoments:
             x: The inputs of the same tokens.
             share: The share that these tokens have in all tokens so far.
         """
-        error, x = (tensor.to(self.cross.device, torch.float32) for tensor in (error, x))
-        self.mean.lerp_(error.mean(0), share)
+        error, x = (tensor.to(self.cross.device) for tensor in (error, x))
+        self.mean.lerp_(error.float().mean(0), share)
         add_product_(self.cross, error, x, share)
 
 
@@ -112,7 +112,7 @@ class Moments:
             return self
         self.count += len(x)
         share = len(x) / self.count
-        x = x.to(self.mean.device)
+        x = operand(x.to(self.mean.device))
         mean, square = _precise_means(x)
         self.mean.lerp_(mean, share)
         self.square.lerp_(square, share)
