@@ -6,6 +6,7 @@ processes alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -27,7 +28,8 @@ def across_processes() -> Iterator[None]:
     All of them have to do the same inside, with the same arguments. A process that is alone does everything itself.
     """
     global _together
-    PartialState(cpu=not torch.cuda.is_available())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # a process that is alone may yet choose its device
+        PartialState(cpu=not torch.cuda.is_available())
     before, _together = _together, dist.is_initialized() and dist.get_world_size() > 1
     try:
         yield
