@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
+from .arch.fingerprint import fingerprint, vocabulary_hash
 from .arch.load import describe
 from .arch.plain import check_plain, dequantized
 from .arch.spec import ArchSpec
@@ -21,7 +22,6 @@ from .config.pruning import StructPruneConfig
 from .criteria import CRITERIA
 from .domains.manifest import MANIFEST_NAME
 from .errors import StructPruneError
-from .fingerprint import fingerprint, vocabulary_hash
 from .forward.metrics import evaluating
 from .forward.placement import Placement
 from .pruning.arguments import check_arguments, check_config_kind

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arch.spec import Space
-from ..processes import add_up_
+from ..forward.processes import add_up_
 from .moments import Moments
 
 

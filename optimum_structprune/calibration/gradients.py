@@ -13,7 +13,7 @@ from ..arch.spec import ArchSpec
 from ..errors import StructPruneError
 from ..forward.clock import Clock
 from ..forward.hooks import observe
-from ..processes import add_up_
+from ..forward.processes import add_up_
 from .tally import Batch
 
 

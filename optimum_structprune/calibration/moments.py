@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import StructPruneError
-from ..processes import add_up_, process_count
+from ..forward.processes import add_up_, process_count
 from .gram import add_product_, submatrix, update_gram_
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..arch.spec import ArchSpec, Space
 from ..forward.clock import Clock
 from ..forward.hooks import adding, observe_products
-from ..processes import as_first_has_
+from ..forward.processes import as_first_has_
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
 from .running import LayerRunner

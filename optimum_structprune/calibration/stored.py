@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..arch.fingerprint import fingerprint, vocabulary_hash
 from ..arch.spec import Space
 from ..config.fields import read_mapping
 from ..config.pruning import StructPruneConfig
 from ..domains.load import Domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
-from ..fingerprint import fingerprint, vocabulary_hash
 from ..plain_json import to_json
 from ..registry import did_you_mean
 from .moments import Moments, load_moments

@@ -31,7 +31,7 @@ def run(args: Namespace) -> Result:
     from tempfile import TemporaryDirectory
 
     from ..calibrator import calibrate
-    from ..processes import across_processes
+    from ..forward.processes import across_processes
     from ..saving.target import check_target, probe_target, used_paths
     from .loading import load_model_and_tokenizer
 

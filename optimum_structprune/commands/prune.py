@@ -123,7 +123,7 @@ def _prune_and_save(
     import shutil
     from tempfile import TemporaryDirectory
 
-    from ..processes import across_processes, process_index
+    from ..forward.processes import across_processes, process_index
     from ..recovery.checks import check_recovery
     from .loading import load_model_and_tokenizer
 

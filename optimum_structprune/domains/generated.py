@@ -16,10 +16,10 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor
 
+from ..arch.fingerprint import fingerprint
 from ..config.domains import SELF, SelfTextConfig
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
-from ..fingerprint import fingerprint
 from ..forward.metrics import evaluating, perplexity
 from ..registry import did_you_mean
 from .packing import prefix_token

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..arch.fingerprint import tensor_hash
 from ..config.domains import DomainConfig
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
-from ..fingerprint import tensor_hash
 from ..plain_json import to_json
 
 

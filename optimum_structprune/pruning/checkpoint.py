@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..arch.fingerprint import fingerprint
 from ..arch.spec import ArchSpec, Widths
 from ..domains.manifest import Entry
 from ..errors import StructPruneError
-from ..fingerprint import fingerprint
-from ..processes import process_index, wait_for_all
+from ..forward.processes import process_index, wait_for_all
 from ..surgery.plan import Plan
 from .units import Snapshot
 

@@ -21,7 +21,7 @@ from ..domains.load import Domain, calibration_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.reweight import reweighted
 from ..forward.clock import Clock
-from ..processes import own_part
+from ..forward.processes import own_part
 
 
 if TYPE_CHECKING:

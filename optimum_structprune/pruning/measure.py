@@ -15,8 +15,8 @@ from ..calibration.tally import Batch
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, model_outputs, output_error, perplexity, total_loss
 from ..forward.placement import Placement
+from ..forward.processes import add_up_, own_part, process_count
 from ..offloading import compute_device, is_offloaded
-from ..processes import add_up_, own_part, process_count
 from ..saving.report import Report
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..calibration.passes import PassesState
 from ..errors import StructPruneError
-from ..processes import process_count, process_index, wait_for_all
+from ..forward.processes import process_count, process_index, wait_for_all
 from ..surgery.plan import Plan
 from .checkpoint import readable
 

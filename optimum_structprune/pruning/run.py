@@ -10,7 +10,7 @@ from ..arch.load import describe
 from ..arch.spec import ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..errors import InPlaceError
-from ..processes import alone
+from ..forward.processes import alone
 from ..saving.report import Report
 from ..surgery.plan import Plan
 from .evidence import Evidence

@@ -22,7 +22,7 @@ from ..criteria.mixture import Mixture
 from ..domains.load import Domain
 from ..forward.divergence import divergence
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
-from ..processes import add_up_, own_part
+from ..forward.processes import add_up_, own_part
 from ..saving.report import Report
 from ..surgery.consumers import Values
 from ..widths.ranking import spaces_by_layer

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..arch.fingerprint import raw_bytes
 from ..config.fields import read_mapping
 from ..config.recovery import RecoveryConfig
-from ..fingerprint import raw_bytes
 from ..offloading import weight_of
 from ..plain_json import plain, to_json
 

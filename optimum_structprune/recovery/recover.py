@@ -14,12 +14,12 @@ from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 
+from ..arch.fingerprint import tensor_hash
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain
 from ..domains.manifest import MANIFEST_NAME
 from ..errors import StructPruneError
-from ..fingerprint import tensor_hash
 from ..forward.metrics import perplexity
 from ..plain_json import to_json
 from ..saving.hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked

@@ -11,11 +11,11 @@ from models import build, real_text_model
 from trained import needs_shared, stories_model
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
+from optimum_structprune.arch.fingerprint import fingerprint
 from optimum_structprune.config.domains import SelfTextConfig
 from optimum_structprune.domains import generated
 from optimum_structprune.domains.generated import self_documents
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.fingerprint import fingerprint
 
 
 CHATML = (

@@ -25,8 +25,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from safetensors.torch import save_file
-from test_processes import RUNS, pruned
-from optimum_structprune.processes import across_processes, process_count, process_index
+from forward.test_processes import RUNS, pruned
+from optimum_structprune.forward.processes import across_processes, process_count, process_index
 
 folder = Path(sys.argv[1])
 with across_processes():
@@ -72,9 +72,9 @@ def test_two_processes_find_what_one_finds(case, together):
 
 DYING = """
 import os
-from test_processes import pruned
+from forward.test_processes import pruned
 from optimum_structprune.pruning.sweep import Sweep
-from optimum_structprune.processes import across_processes
+from optimum_structprune.forward.processes import across_processes
 
 if os.environ["RANK"] == "1":
     Sweep.gather = lambda *args: os._exit(9)

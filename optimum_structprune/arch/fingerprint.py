@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .offloading import weight_of
+from ..offloading import weight_of
 
 
 if TYPE_CHECKING:
