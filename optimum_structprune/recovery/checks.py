@@ -12,6 +12,7 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.sources import documents
 from ..errors import StructPruneError
+from ..offloading import is_offloaded
 from ..saving.target import probe_folder
 from .adapter import lora_config
 from .text import text_config
@@ -64,6 +65,11 @@ def _check_model(model: PreTrainedModel, seq_length: int) -> None:
     if model.config.is_encoder_decoder or not model.can_generate():
         raise StructPruneError(
             f"Recovery trains causal language models, and {type(model).__name__} is none; leave recovery out."
+        )
+    if is_offloaded(model):
+        raise StructPruneError(
+            f"Recovery trains weights in memory, and {type(model).__name__} is offloaded; leave recovery out, save, "
+            "and recover the smaller model."
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and seq_length > longest:
