@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,69 @@ def test_a_run_that_was_killed_at_any_moment_comes_to_the_same_result(dense, tmp
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         for name in ("pruning_plan.json", "report.json"):
             assert entries(out / name) == entries(tmp_path / "whole" / name)
+
+
+FLAGS = "--width mlp=24 --width attention=2 --num-samples 6 --seq-length 24 --device cpu".split()
+
+
+def launched(arguments, processes=2) -> list:
+    """The command line of `structprune` in several processes."""
+    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *launch, "-m", "optimum_structprune", *map(str, arguments)]
+
+
+def run(arguments, processes=2) -> subprocess.CompletedProcess:
+    command = launched(arguments, processes)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+
+
+def pruning(dense, out, *flags) -> list:
+    return ["prune", dense / "model", out, *FLAGS, "--domain", f"a={dense / 'a.jsonl'}", *flags]
+
+
+@pytest.fixture(scope="module")
+def alone(dense):
+    """What one process gives."""
+    done = run(pruning(dense, dense / "alone"), 1)
+    assert done.returncode == 0, done.stderr
+    return dense / "alone"
+
+
+def same_result(out, expected) -> None:
+    assert (out / "pruning_plan.json").read_text() == (expected / "pruning_plan.json").read_text()
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (out, expected))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives_and_say_it_once(dense, alone, tmp_path):
+    done = run(pruning(dense, tmp_path / "out", "--offload", "disk"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("width mlp") == done.stdout.count("saved to") == 1
+    same_result(tmp_path / "out", alone)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_two_were_killed(dense, alone, tmp_path):
+    command = launched(pruning(dense, tmp_path / "out", "--resume"))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    progress = tmp_path / ".out.progress" / "layers.json"
+    while process.poll() is None and not progress.exists():
+        time.sleep(0.002)
+    for each in [process.pid, *map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())]:
+        os.kill(each, signal.SIGKILL)
+    process.wait()
+    assert progress.exists() and not (tmp_path / "out").exists()
+    done = run(pruning(dense, tmp_path / "out", "--resume"))
+    assert done.returncode == 0, done.stderr
+    same_result(tmp_path / "out", alone)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all(dense, tmp_path):
+    done = run(pruning(dense, tmp_path / "out", "--criterion", "nope"))
+    assert done.returncode != 0 and "structprune: error: " in done.stderr
+    assert not list(tmp_path.iterdir())
