@@ -43,6 +43,7 @@ def check_recovery(
             domain does not exist, checkpoints or a teacher's predictions cannot be written, the tokens do not give
             every domain a sample, the samples are longer than the model's positions, the predictions of a teacher are
             to be kept for text that the model itself writes, or the model is not a causal language model.
+            Also if it is offloaded, or FSDP is asked for on the CPU.
     """
     if parts is None:
         parts = pruning.rounds if config.every_round else 1
@@ -53,6 +54,11 @@ def check_recovery(
     lora_config(config)
     on_cpu = not torch.cuda.is_available() if model is None else model.device.type == "cpu"
     arguments = training_arguments(config, text.seed, on_cpu, tempfile.gettempdir(), parts=parts)
+    if arguments.fsdp and on_cpu:
+        raise StructPruneError(
+            f"training's fsdp={config.training['fsdp']!r} shards a model over GPUs, and on the CPU the Trainer "
+            "ignores it without a word; leave it out, and every process holds the whole model."
+        )
     if "output_dir" in config.training:
         probe_folder(str(arguments.output_dir))
     if config.teacher_logits is not None:
