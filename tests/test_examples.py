@@ -255,6 +255,14 @@ def test_benchmark_speed(desk, capsys):
     assert "mlp=16" in capsys.readouterr().out
 
 
+def test_benchmark_gpu(tmp_path, capsys):
+    assert main("benchmark_gpu")(["--device", "cpu", "--tiny", "--folder", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("float32: cpu against the CPU | 0.0% other units", "--offload disk", "TFLOP/s", "(ideal "):
+        assert words in shown
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_example_says_how_to_call_it():
     for path in EXAMPLES.glob("*.py"):
         text = path.read_text()

@@ -13,10 +13,11 @@ from ..errors import StructPruneError
 from ..forward.calls import NotSequentialError
 from ..forward.clock import Clock
 from ..forward.hooks import observe_products
-from ..forward.metrics import run_model
+from ..forward.metrics import evaluating, run_model
 from ..system.offloading import compute_device, is_offloaded
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
+from .running import LayerRunner
 from .sequential import LayerPasses, PassesState
 from .tally import Batch, Tally, finite, listen
 
@@ -194,8 +195,32 @@ def passes_over(
         return LayerPasses(model, arch, batches, clock, error_feedback)
     except NotSequentialError as error:
         if is_offloaded(model):
-            raise StructPruneError(
-                f"{error}, so they cannot be brought in one by one; load the {arch.model_type} model in memory, or "
-                "over several devices."
-            ) from error
+            raise _must_be_whole(arch, error) from error
         return ModelPasses(model, arch, batches, clock)
+
+
+def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:
+    """Refuse a model whose layers cannot run one by one, which an offloaded one has to.
+
+    Args:
+        model: The model; it runs a few tokens. One that reads something else, such as pixels, passes.
+        arch: Its description.
+
+    Raises:
+        StructPruneError: If it has to run as a whole.
+    """
+    if model.main_input_name != "input_ids":
+        return
+    texts = [torch.tensor([row]) for row in ((0, 1, 2, 3), (3, 2, 1, 0))]
+    try:
+        with evaluating(model):
+            LayerRunner(model, arch, [Batch(0, ids) for ids in texts])
+    except NotSequentialError as error:
+        raise _must_be_whole(arch, error) from error
+
+
+def _must_be_whole(arch: ArchSpec, error: NotSequentialError) -> StructPruneError:
+    return StructPruneError(
+        f"{error}, so the layers cannot be brought in one by one; load the {arch.model_type} model in memory, or over "
+        "several devices."
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from .arguments import add_config_arguments, add_model_arguments, add_path_arguments, pruning_config
 from .output import Result, add_output_arguments
@@ -28,20 +27,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> Result:
     """Run the text through the model and store what pruning needs of it."""
-    from tempfile import TemporaryDirectory
-
     from ..calibrator import calibrate
-    from ..saving.target import check_target, probe_target, used_paths
+    from ..saving.claims import claimed, folder_beside
+    from ..saving.target import OFFLOAD, check_target, resolved, used_paths
     from ..system.processes import across_processes
     from .loading import load_model_and_tokenizer
 
     # How much is removed plays no part here, but a config has to say it.
     config = pruning_config(args, sparsity=0.5)
-    check_target(args.output, args.overwrite, [args.model, *used_paths(config)])
-    probe_target(args.output)
-    output = Path(args.output).resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{output.name}.offload.", dir=output.parent) as scratch, across_processes():
+    with across_processes(), claimed(args.output), folder_beside(resolved(args.output), OFFLOAD) as scratch:
+        check_target(args.output, args.overwrite, [args.model, *used_paths(config)])
         model, tokenizer = load_model_and_tokenizer(
             args.model,
             args.dtype,

@@ -86,22 +86,28 @@ def execute(args: Namespace) -> int:
 
     What a user can cause, also what is found half-way through a model, is one line without a traceback and exit code
     2. Anything else that goes wrong is a line too, with exit code 1; see `DEBUG`. An interruption is exit code 130.
+
+    Of several processes that a launcher has started, the first one shows the result, and the others say no more than
+    what goes wrong in them.
     """
+    number = int(os.environ.get("RANK", "0"))
     try:
         check_output(args)
-        with working(args):
+        with working(args, silent=number > 0):
             result = args.run(args)
-        if isinstance(result, Result):
+        if not isinstance(result, Result):
+            return result
+        if number == 0:
             show(result, args)
-            return result.code
-        return result
+        return result.code
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             traceback.print_exc()
         code, text = explained(error)
-        sys.stderr.write(f"structprune: error: {one_line(text)}\n")
+        where = f" in process {number}" if number else ""
+        sys.stderr.write(f"structprune: error{where}: {one_line(text)}\n")
         return code
 
 

@@ -265,7 +265,12 @@ def _weight_files(name: str) -> list[Path]:
 
 
 def _broken_files(name: str) -> Iterator[Path]:
-    """The safetensors files of a folder that cannot be read."""
+    """The safetensors files of a folder that cannot be read, and their index."""
+    for path in Path(name).glob("*.safetensors.index.json"):
+        try:
+            json.loads(path.read_text())["weight_map"].values()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            yield path
     for path in _weight_files(name):
         try:
             with safe_open(path, framework="pt") as file:

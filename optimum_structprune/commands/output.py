@@ -90,15 +90,20 @@ def note(args: Namespace, text: str) -> None:
 
 
 @contextmanager
-def working(args: Namespace) -> Iterator[None]:
+def working(args: Namespace, silent: bool = False) -> Iterator[None]:
     """Keep the standard output free for the result while a command works, and leave out what is not wanted.
 
     What other libraries print goes to the standard error, or nowhere with `--quiet`. Progress bars appear only on a
     terminal and without `--quiet`; the switches of the libraries are afterwards as they were.
+
+    Args:
+        args: The arguments of the command.
+        silent: Whether the command is quiet anyway.
     """
     if not hasattr(args, "quiet"):
         yield
         return
+    args.quiet = args.quiet or silent
     with ExitStack() as stack:
         prints = stack.enter_context(open(os.devnull, "w")) if args.quiet else sys.stderr
         stack.enter_context(redirect_stdout(prints))

@@ -53,18 +53,37 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> Result:
     """Prune, save, and show what came of it."""
     from ..pruner import AutoStructPruner
-    from .recovering import recover_and_save, recovery_for
+    from ..saving.claims import claimed
+    from ..system.processes import across_processes
 
     config, recovery = _configs(args)
-    _check_folders(args, config, recovery)
     pruner = AutoStructPruner.from_config(config)
-    pruned, tokenizer = _prune_and_save(args, pruner, recovery)
-    report = pruner.report
+    # Processes that were started together share the work.
+    with across_processes(), claimed(args.output):
+        _check_folders(args, config, recovery)
+        pruned, tokenizer = _prune_and_save(args, pruner, recovery)
+        return _result(args, pruner, recovery, pruned, tokenizer)
+
+
+def _result(
+    args: Namespace,
+    pruner: StructPruner,
+    recovery: RecoveryConfig | None,
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Result:
+    """What came of it, with the training that may follow."""
+    from ..system.processes import alone
+    from .recovering import recover_and_save, recovery_for
+
+    config, report = pruner.config, pruner.report
     assert report is not None
     text = f"{report}\n{_where(pruned.config, args.output, config.arch_file)}"
     values = {**report.to_dict(), "output": args.output}
-    if recovery is not None:
-        note(args, f"the pruned model is saved to {args.output}; now it is trained")
+    if recovery is None:
+        return Result(text, values)
+    note(args, f"the pruned model is saved to {args.output}; now it is trained")
+    with alone():
         trained = recover_and_save(
             recovery_for(recovery, args.output, config),
             pruned,
@@ -77,8 +96,7 @@ def run(args: Namespace) -> Result:
             trust_remote_code=args.trust_remote_code,
             arch_file=config.arch_file,
         )
-        return Result(f"{text}\n{trained.text}", {**values, "recovery": trained.values}, trained.code)
-    return Result(text, values)
+    return Result(f"{text}\n{trained.text}", {**values, "recovery": trained.values}, trained.code)
 
 
 def _configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | None]:
@@ -119,17 +137,17 @@ def _progress_folder(output: str) -> Path:
 def _prune_and_save(
     args: Namespace, pruner: StructPruner, recovery: RecoveryConfig | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The smaller model, saved, and its tokenizer. Processes that were started together share the work."""
-    import shutil
-    from tempfile import TemporaryDirectory
+    """The smaller model, saved, and its tokenizer."""
+    from contextlib import suppress
 
     from ..recovery.checks import check_recovery
-    from ..system.processes import across_processes, process_index
+    from ..saving.claims import folder_beside
+    from ..saving.target import OFFLOAD, resolved
+    from ..system.processes import process_index
     from .loading import load_model_and_tokenizer
 
-    config, output = pruner.config, Path(args.output).resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{output.name}.offload.", dir=output.parent) as scratch, across_processes():
+    config = pruner.config
+    with folder_beside(resolved(args.output), OFFLOAD) as scratch:
         model, tokenizer = load_model_and_tokenizer(
             args.model,
             args.dtype,
@@ -144,7 +162,8 @@ def _prune_and_save(
         pruned = pruner.prune_model(model, tokenizer, inplace=True)
         pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
         if args.resume and process_index() == 0:
-            shutil.rmtree(_progress_folder(args.output), ignore_errors=True)
+            with suppress(OSError):  # nothing was remembered; with the scratch folder it goes in one step
+                _progress_folder(args.output).rename(scratch / "progress")
     return pruned, tokenizer
 
 

@@ -86,6 +86,7 @@ def recover_and_save(
         KeyboardInterrupt: If the user interrupts the training; how it can go on is written to the standard error.
     """
     from ..recovery.outcome import WorseModelWarning
+    from ..saving.ranks import is_first_rank
     from ..saving.target import check_target, remove_checkpoints
 
     aside = f"{output.rstrip('/')}.worse"
@@ -116,10 +117,11 @@ def recover_and_save(
     recovery.save(recovered, target, tokenizer=tokenizer, overwrite=overwrite or worse, pruned=pruned_folder)
     text, values = f"{report}\nsaved to {target}", {**asdict(report), "output": target}
     if worse:
-        sys.stderr.write(
-            f"structprune: the trained model is worse, so it is in {aside}, and {output} is as it was; train it with "
-            "other settings, or take it with --accept-worse.\n"
-        )
+        if is_first_rank():
+            sys.stderr.write(
+                f"structprune: the trained model is worse, so it is in {aside}, and {output} is as it was; train it "
+                "with other settings, or take it with --accept-worse.\n"
+            )
         return Result(text, values, WORSE)
     if recovery.config.training["output_dir"] == _checkpoints(output):
         remove_checkpoints(_checkpoints(output))

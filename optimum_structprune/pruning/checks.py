@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..arch.plain import is_quantized
 from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Widths
 from ..calibration.gradients import check_gradients
+from ..calibration.passes import check_sequential
 from ..calibration.stored import Statistics
 from ..config.domains import PRESET, SELF
 from ..config.pruning import StructPruneConfig
@@ -142,8 +143,14 @@ def offloading_rules(case: Case) -> Rules:
         f"criterion={config.scored_by!r} takes a backward pass through all layers of {name}, which is offloaded; "
         f"choose criterion='obs' or 'wanda', or {advice}.",
     )
-    if case.use == CALIBRATE:
-        return
+    if case.use != CALIBRATE:
+        yield from _offloaded_whole(case, advice)
+    check_sequential(case.model, case.arch)
+
+
+def _offloaded_whole(case: Case, advice: str) -> Rules:
+    """What a pruning changes in all layers at once."""
+    config, name = case.config, type(case.model).__name__
     yield (
         HIDDEN in case.widths,
         f"'hidden' changes all layers of {name} at once, which is offloaded; prune inside the layers, or {advice}.",

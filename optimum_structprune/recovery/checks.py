@@ -13,6 +13,7 @@ from ..config.recovery import RecoveryConfig
 from ..domains.sources import documents
 from ..errors import StructPruneError
 from ..saving.target import probe_folder
+from ..system.offloading import is_offloaded
 from .adapter import lora_config
 from .text import text_config
 from .trainer import training_arguments
@@ -42,6 +43,7 @@ def check_recovery(
             domain does not exist, checkpoints or a teacher's predictions cannot be written, the tokens do not give
             every domain a sample, the samples are longer than the model's positions, the predictions of a teacher are
             to be kept for text that the model itself writes, or the model is not a causal language model.
+            Also if it is offloaded, or FSDP is asked for on the CPU.
     """
     if parts is None:
         parts = pruning.rounds if config.every_round else 1
@@ -52,6 +54,11 @@ def check_recovery(
     lora_config(config)
     on_cpu = not torch.cuda.is_available() if model is None else model.device.type == "cpu"
     arguments = training_arguments(config, text.seed, on_cpu, tempfile.gettempdir(), parts=parts)
+    if arguments.fsdp and on_cpu:
+        raise StructPruneError(
+            f"training's fsdp={config.training['fsdp']!r} shards a model over GPUs, and on the CPU the Trainer "
+            "ignores it without a word; leave it out, and every process holds the whole model."
+        )
     if "output_dir" in config.training:
         probe_folder(str(arguments.output_dir))
     if config.teacher_logits is not None:
@@ -64,6 +71,11 @@ def _check_model(model: PreTrainedModel, seq_length: int) -> None:
     if model.config.is_encoder_decoder or not model.can_generate():
         raise StructPruneError(
             f"Recovery trains causal language models, and {type(model).__name__} is none; leave recovery out."
+        )
+    if is_offloaded(model):
+        raise StructPruneError(
+            f"Recovery trains weights in memory, and {type(model).__name__} is offloaded; leave recovery out, save, "
+            "and recover the smaller model."
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and seq_length > longest:

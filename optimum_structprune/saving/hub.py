@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +20,11 @@ from ..errors import StructPruneError
 from ..forward.metrics import evaluating, outputs_of, run_model
 from ..surgery.plan import Plan
 from ..system.offloading import declared, is_offloaded, places
+from .claims import folder_beside
 from .ranks import on_first_rank
 from .report import Report
 from .staging import staged_alone
-from .target import check_target, model_bytes, probe_target, used_paths
+from .target import OFFLOAD, check_target, model_bytes, probe_target, resolved, used_paths
 
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ def save_checked(
         check_target(save_directory, overwrite, used)
         probe_target(save_directory, _saved_bytes(model))
         with staged_alone(save_directory, overwrite, used) as staging:
-            with heterogeneous(), declared(model):
+            with heterogeneous(), declared(model), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # see _shards
                 model.save_pretrained(str(staging), **_shards(model))
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
@@ -248,7 +250,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
     names = ("attn_implementation", "experts_implementation")
     kernels: dict[str, Any] = {name: _kernels(model.config, name) for name in names}
     where: Any = places(model) if is_offloaded(model) else model.device
-    with TemporaryDirectory(prefix=f".{Path(folder).name}.", dir=Path(folder).parent) as scratch:
+    with folder_beside(resolved(folder), OFFLOAD) as scratch:
         with heterogeneous():
             again = type(model).from_pretrained(
                 folder, dtype=model.dtype, device_map=where, offload_folder=scratch, **kernels

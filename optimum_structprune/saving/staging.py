@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ..errors import StructPruneError, one_line
+from .claims import clear_leftovers, folder_beside, in_use
 from .ranks import is_alone, is_first_rank, reporter
-from .target import check_target, resolved
+from .target import OLD, SAVING, check_target, resolved
 
 
 # What the errors of libraries that could not write a file say: torch's, and that of tokenizers.
@@ -53,23 +53,24 @@ def staged(folder: str | Path, overwrite: bool, used: Iterable[str | Path | None
 def staged_alone(folder: str | Path, overwrite: bool, used: Iterable[str | Path | None] = ()) -> Iterator[Path]:
     """`staged` for a process that others may be waiting for."""
     target = resolved(folder)  # a link keeps pointing to the folder
+    clear_leftovers(target)
     check_target(target, overwrite, used)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise StructPruneError(f"{target} cannot be written: {error.strerror or error}.") from error
-    try:
-        yield staging
-        staging.chmod(0o755)
-        _swap(staging, target)
-    except Exception as error:
-        if not is_write_error(error):
-            raise
-        reason = one_line(error)
-        raise StructPruneError(f"{target} could not be written, and what was there is as it was: {reason}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with ExitStack() as stack:
+        try:
+            staging = stack.enter_context(folder_beside(target, SAVING))
+        except OSError as error:
+            raise StructPruneError(f"{target} cannot be written: {error.strerror or error}.") from error
+        try:
+            yield staging
+            staging.chmod(0o755)
+            _swap(staging, target)
+        except Exception as error:
+            if not is_write_error(error):
+                raise
+            reason = one_line(error)
+            raise StructPruneError(
+                f"{target} could not be written, and what was there is as it was: {reason}"
+            ) from error
 
 
 def is_write_error(error: BaseException) -> bool:
@@ -86,15 +87,12 @@ def _swap(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
-    former = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    try:
-        target.rename(former)
-        staging.rename(target)
-    except OSError:
-        if target.exists():
-            former.rmdir()
-        else:
-            former.rename(target)
-        raise
-    # The new folder is in place, so whatever cannot be removed of the former one is no failure.
-    shutil.rmtree(former, ignore_errors=True)
+    # The new folder is in place when the former one goes, so whatever cannot be removed of it is no failure.
+    with in_use(target), folder_beside(target, OLD) as former:
+        try:
+            target.rename(former)
+            staging.rename(target)
+        except BaseException:
+            if not target.exists():
+                former.rename(target)
+            raise

@@ -37,6 +37,9 @@ WRITTEN = re.compile(
 WRITTEN_FOLDERS = ("additional_chat_templates", "__pycache__", ".cache")
 CARD = "README.md"  # peft writes one beside an adapter
 ADAPTER = "adapter_config.json"
+# What temporary folders beside a result are for: one that is being written, a former one that is being replaced, and
+# weights that do not fit into memory.
+SAVING, OLD, OFFLOAD = LEFTOVERS = ("saving", "old", "offload")
 UNITS = ("bytes", "kB", "MB", "GB")
 
 
@@ -203,7 +206,7 @@ def probe_target(target: str | Path, need_bytes: int = 0) -> None:
         parent = next(path for path in folder.parents if path.exists())
         if not parent.is_dir():
             raise StructPruneError(f"{target} cannot be made: {parent} is a file; name another output folder.")
-        Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent)).rmdir()
+        Path(tempfile.mkdtemp(prefix=f".{folder.name}.{SAVING}.", dir=parent)).rmdir()
         free = shutil.disk_usage(parent).free
     except OSError as error:
         raise StructPruneError(f"{target} cannot be written: {error.strerror or error}.") from error

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from helpers import logits
 from models import build, config, tokenizer
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import StructPruner
+from optimum_structprune import InPlaceError, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe, layer_list
+from optimum_structprune.forward.placement import layer_places
+from optimum_structprune.pruning.sweep import Sweep
 from optimum_structprune.system.offloading import is_offloaded, weight_of
 
 
@@ -65,3 +67,73 @@ def test_it_is_pruned_as_in_memory(case, place, tmp_path):
     ours.save(small, tmp_path / "small", tokenizer())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(again), logits(expected), rtol=1e-4, atol=1e-5)
+
+
+SPREAD = ("half", "cpu_offload", "disk_offload", "dispatch", "auto")
+
+
+def spread(case, way, folder):
+    """A model that accelerate has spread over memory and disk in one of several ways."""
+    model = build(case)
+    arch = describe(model)
+    main = torch.device("cpu")
+    if way == "cpu_offload":
+        return cpu_offload(model, execution_device=main, offload_buffers=True)
+    if way == "disk_offload":
+        return disk_offload(model, folder / "offload", execution_device=main)
+    places = layer_places(model, arch, "cpu", "disk")
+    del places[arch.layer_path]
+    places |= {f"{arch.layer_path}.{layer}": ("cpu", "disk")[layer % 2] for layer in range(arch.num_layers)}
+    if way == "dispatch":
+        return dispatch_model(model, places, main_device="cpu", offload_dir=folder / "offload")
+    model.save_pretrained(folder / "dense", max_shard_size="20KB")
+    settings = {"offload_folder": folder / "offload", "dtype": model.dtype}
+    if way == "auto":
+        layer = sum(tensor.nbytes for tensor in layer_list(model, arch)[0].parameters())
+        size = sum(tensor.nbytes for tensor in model.parameters())
+        settings["max_memory"] = {"cpu": size - layer // 2}
+        places = "auto"
+    return AutoModelForCausalLM.from_pretrained(folder / "dense", device_map=places, **settings).eval()
+
+
+@pytest.mark.parametrize("way", SPREAD)
+@pytest.mark.parametrize("case", ["llama-untied", "llama-tied", "mixtral", "gpt2-tied"])
+def test_however_accelerate_spreads_a_model_it_is_pruned_as_in_memory(case, way, tmp_path):
+    fields = {"widths": {"mlp": 24}}
+    theirs, expected = pruned(build(case), **fields)
+    model = spread(case, way, tmp_path)
+    assert is_offloaded(model)
+    ours, small = pruned(model, **fields)
+    assert ours.plan.to_dict() == theirs.plan.to_dict()
+    assert is_offloaded(small)
+    for _ in range(2):  # the hooks go on with what has gone back
+        torch.testing.assert_close(logits(small), logits(expected), rtol=1e-4, atol=1e-5)
+    ours.save(small, tmp_path / "small", tokenizer())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    torch.testing.assert_close(logits(again), logits(expected), rtol=1e-4, atol=1e-5)
+    assert sum(tensor.numel() for tensor in again.parameters()) == expected.num_parameters()
+
+
+def test_a_model_without_weights_is_refused():
+    with torch.device("meta"):
+        model = build("llama-tied")
+    with pytest.raises(StructPruneError, match="parameters of this LlamaForCausalLM have no weights"):
+        pruned(model)
+
+
+def test_an_interruption_leaves_a_model_that_refuses_to_be_saved(tmp_path, monkeypatch):
+    model, calls = offloaded("llama-untied", "disk", tmp_path), []
+    choose = Sweep.gather
+
+    def interrupted(self, *args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return choose(self, *args)
+
+    monkeypatch.setattr(Sweep, "gather", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pruned(model, widths={"mlp": 24})
+    with pytest.raises(InPlaceError, match="KeyboardInterrupt.*already begun to change: load it again"):
+        model.save_pretrained(tmp_path / "small")
+    assert not (tmp_path / "small").exists()

@@ -3,6 +3,8 @@
 from copy import deepcopy
 
 import pytest
+import torch
+from accelerate import cpu_offload
 from helpers import recovery_config, same_weights
 from models import build, config, tokenizer
 
@@ -95,3 +97,15 @@ def test_only_causal_models_are_trained_from_python_too(case):
 def test_only_causal_language_models_are_trained(case):
     with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For"):
         check_recovery(recovery_config(), config(), build(case))
+
+
+def test_a_model_on_the_cpu_is_not_sharded_over_gpus():
+    settings = recovery_config(training={"fsdp": "full_shard"})
+    with pytest.raises(StructPruneError, match="fsdp='full_shard' shards a model over GPUs"):
+        check_recovery(settings, config(), build("llama-tied"))
+
+
+def test_an_offloaded_model_is_not_trained():
+    model = cpu_offload(build("llama-tied"), execution_device=torch.device("cpu"))
+    with pytest.raises(StructPruneError, match="LlamaForCausalLM is offloaded; leave recovery out, save, and"):
+        check_recovery(recovery_config(), config(), model)

@@ -25,7 +25,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from safetensors.torch import save_file
-from test_processes import RUNS, pruned
+from forward.test_processes import RUNS, pruned
 from optimum_structprune.system.processes import across_processes, process_count, process_index
 
 folder = Path(sys.argv[1])
@@ -72,7 +72,7 @@ def test_two_processes_find_what_one_finds(case, together):
 
 DYING = """
 import os
-from test_processes import pruned
+from forward.test_processes import pruned
 from optimum_structprune.pruning.sweep import Sweep
 from optimum_structprune.system.processes import across_processes
 

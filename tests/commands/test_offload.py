@@ -1,0 +1,163 @@
+"""`--offload` on the command line: what it refuses, each in one line before anything is pruned, and what it gives."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import logits, save_with_tokenizer
+from models import build, documents, full_disk, tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from optimum_structprune import StructPruner
+from optimum_structprune.commands.cli import main
+from optimum_structprune.saving.claims import claimed
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("offload")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80)))
+    model = build("llama-untied")
+    model.save_pretrained(folder / "model", max_shard_size="12KB")
+    tokenizer().save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def copy(desk, tmp_path):
+    return shutil.copytree(desk / "model", tmp_path / "copy")
+
+
+def command(desk, model, out, *flags, widths=("mlp=24",), offload="disk"):
+    short = ["--domain", f"a={desk / 'a.jsonl'}", "--num-samples", "6", "--seq-length", "24", "--device", "cpu"]
+    wide = [part for width in widths for part in ("--width", width)]
+    place = [] if offload is None else ["--offload", offload]
+    return ["prune", str(model), str(out), *short, *wide, *place, *map(str, flags)]
+
+
+def refused(capsys, monkeypatch, tmp_path, arguments, *words):
+    """The one line that a command ends with, while nothing is pruned or left behind."""
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(StructPruner, "take_", None)
+    assert main(arguments) == 2
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("structprune: error:")]
+    assert len(shown) == 1 and all(word in shown[0] for word in words), shown
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("place", ["disk", None])
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "gone", "index of a file that is not there", "index cut"])
+def test_a_damaged_shard_is_named(desk, copy, tmp_path, capsys, monkeypatch, damage, place):
+    shard = sorted(copy.glob("*.safetensors"))[3]
+    index = copy / "model.safetensors.index.json"
+    if damage == "gone":
+        shard.unlink()
+    elif damage == "index cut":
+        index.write_text(index.read_text()[:-50])
+    elif damage.startswith("index"):
+        index.write_text(index.read_text().replace("00004", "00444"))
+        shard = Path("model-00444")
+    else:
+        shard.write_bytes({"cut": shard.read_bytes()[:-40], "empty": b"", "noise": b"\xff" * 4000}[damage])
+    word = index.name if damage == "index cut" else shard.name
+    refused(capsys, monkeypatch, tmp_path, command(desk, copy, tmp_path / "out", offload=place), word)
+
+
+def test_files_that_cannot_be_read_by_layer_are_named(desk, copy, tmp_path, capsys, monkeypatch):
+    for path in [*copy.glob("*.safetensors"), *copy.glob("*.index.json")]:
+        path.unlink()
+    torch.save(build("llama-untied").state_dict(), copy / "pytorch_model.bin")
+    words = ("pytorch_model.bin is no safetensors file", "save_pretrained(")
+    refused(capsys, monkeypatch, tmp_path, command(desk, copy, tmp_path / "out"), *words)
+
+
+@pytest.mark.parametrize(
+    ("offload", "flags", "words"),
+    [
+        ("tape", (), ("--offload tape is not known", "cpu, disk")),
+        ("cpu", (), ("--offload cpu", "--offload disk")),
+        ("disk", ("--criterion", "taylor"), ("'taylor' takes a backward pass", "criterion='obs'")),
+        ("disk", ("--recover",), ("recovery trains it in memory", "structprune recover")),
+        ("disk", ("--recovery", "every_round=true"), ("Recovery trains weights in memory",)),
+        ("disk", ("--resume", "--checkpoint-dir", "there"), ("--resume", "leave out either")),
+    ],
+)
+def test_what_offload_does_not_go_with(desk, tmp_path, capsys, monkeypatch, offload, flags, words):
+    monkeypatch.chdir(tmp_path)
+    refused(
+        capsys, monkeypatch, tmp_path, command(desk, desk / "model", tmp_path / "out", *flags, offload=offload), *words
+    )
+
+
+def test_a_space_of_all_layers_is_refused(desk, tmp_path, capsys, monkeypatch):
+    arguments = command(desk, desk / "model", tmp_path / "out", widths=("hidden=16",))
+    refused(capsys, monkeypatch, tmp_path, arguments, "'hidden' changes all layers", "prune inside the layers")
+
+
+@pytest.mark.parametrize("case", ["t5", "gemma4_text"])
+def test_layers_that_cannot_run_one_by_one_are_refused(desk, tmp_path, capsys, monkeypatch, case):
+    save_with_tokenizer(build(case), tmp_path / "model")
+    arguments = command(desk, tmp_path / "model", tmp_path / "out")
+    refused(capsys, monkeypatch, tmp_path, arguments, "cannot be brought in one by one", "in memory")
+
+
+def test_a_second_run_into_the_same_output_is_refused_at_once(desk, tmp_path, capsys, monkeypatch):
+    with claimed(tmp_path / "out"):
+        refused(capsys, monkeypatch, tmp_path, command(desk, desk / "model", tmp_path / "out"), "Another run writes")
+        calibrate = ["calibrate", *command(desk, desk / "model", tmp_path / "out", widths=())[1:]]
+        refused(capsys, monkeypatch, tmp_path, calibrate, "Another run writes to", "name another output")
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+@pytest.mark.parametrize("size", [300, 4000, 9000])
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(desk, tmp_path, capsys, size, resume):
+    out = tmp_path / "out"
+    assert main(command(desk, desk / "model", out, widths=("mlp=32",))) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    with full_disk(size):
+        assert main(command(desk, desk / "model", out, "--overwrite", *resume)) == 2
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("structprune: error:")]
+    assert len(shown) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", ".out.progress"}
+    assert main(command(desk, desk / "model", out, "--overwrite", *resume)) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+SAME = {
+    "llama-untied": (("mlp=24", "attention=2"), ()),
+    "llama-tied": (("mlp=24",), ()),
+    "llama-bias": (("mlp=24",), ("--dtype", "bfloat16")),
+    "mixtral": (("expert=3", "mlp=24"), ()),
+    "qwen3_moe": (("expert=3", "mlp=24"), ()),
+    "gpt_oss": (("mlp=24",), ()),
+    "gemma3_text": (("layer=1", "mlp=24"), ()),
+    "phi3": (("mlp=24",), ("--skip-layer", "0")),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_it_gives_what_pruning_in_memory_gives(desk, tmp_path, case):
+    build(case).save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    tokenizer().save_pretrained(tmp_path / "model")
+    widths, flags = SAME[case]
+    for out, offload in (("memory", None), ("disk", "disk")):
+        assert main(command(desk, tmp_path / "model", tmp_path / out, *flags, widths=widths, offload=offload)) == 0
+    theirs, ours = (tmp_path / out for out in ("memory", "disk"))
+    assert (ours / "pruning_plan.json").read_text() == (theirs / "pruning_plan.json").read_text()
+    expected, found = (load_file(out / "model.safetensors") for out in (theirs, ours))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "memory", "model"]
+    # What has layers of several widths by then is pruned once more.
+    for out, offload in (("memory", None), ("disk", "disk")):
+        again = [str(tmp_path / f"{out}-again"), *flags]
+        assert main(command(desk, theirs, *again, widths=("mlp=16",), offload=offload)) == 0
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / f"{out}-again") for out in ("memory", "disk"))
+    torch.testing.assert_close(logits(first), logits(second), rtol=1e-5, atol=1e-5)
