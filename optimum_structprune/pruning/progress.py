@@ -51,7 +51,8 @@ class Progress:
         """
         mine = f"{process_index()}-of-{process_count()}"
         name = f"passes-{layer}-{mine}.safetensors"
-        values = {"key": self.key, "layers": layer + 1, "plan": plan.to_dict(), "values": passes.values}
+        values = {"key": self.key, "processes": process_count(), "layers": layer + 1}
+        values |= {"plan": plan.to_dict(), "values": passes.values}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder / name, passes.tensors)
@@ -88,17 +89,23 @@ class Progress:
         """The description of what was saved last; None where the folder remembers no layer.
 
         Raises:
-            StructPruneError: If the folder belongs to another run, or its description is damaged.
+            StructPruneError: If the folder belongs to another run or another number of processes, or its text is
+                damaged.
         """
         if not (self.folder / STATE).exists():
             return None
         with readable(self.folder):
             state = json.loads((self.folder / STATE).read_text())
-            key, layers = state["key"], int(state["layers"])
+            key, layers, processes = state["key"], int(state["layers"]), int(state["processes"])
         if key != self.key:
             raise StructPruneError(
                 f"{self.folder} holds {layers} layers of a run with another model, config or calibration text; name "
                 "another checkpoint_dir, or remove the folder."
+            )
+        if processes != process_count():
+            raise StructPruneError(
+                f"{self.folder} holds {layers} layers of a run with {processes} processes, each with its part of the "
+                f"samples, and this run has {process_count()}; start {processes}, or remove the folder to start anew."
             )
         return state
 

@@ -85,3 +85,11 @@ def test_a_damaged_file_is_named(name, tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(StructPruneError, match="run is not a readable checkpoint .*; remove it to start anew"):
         pruned("llama-tied", tmp_path / "run")
+
+
+def test_a_run_of_another_number_of_processes_is_refused_with_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "process_count", lambda: 2)
+    pruned("llama-tied", tmp_path / "run")
+    monkeypatch.undo()
+    with pytest.raises(StructPruneError, match="2 layers of a run with 2 processes.*run has 1; start 2, or remove"):
+        pruned("llama-tied", tmp_path / "run")
