@@ -199,7 +199,7 @@ def dry_run(
         cache_per_token=cached and cached.times(dtype.itemsize),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
         notes=_notes(model_config, config),
-        cost=setting and cost(config, workload(config, arch, dense, widths, dtype.itemsize), setting),
+        cost=None if setting is None else cost(config, workload(config, arch, dense, widths, dtype.itemsize), setting),
     )
 
 

@@ -93,7 +93,9 @@ def traffic(work: Workload, offload: str | None = None, checkpoint: bool = False
     written = work.result + (returned if offload == "disk" else 0)
     written += (small + len(work.layers) * stored) if checkpoint else 0
     copied = streamed + returned + _carried(work, stored) if offload is not None else 0
-    parts = sum(FP32 * c.size**2 + (FP32 * c.size * c.out if work.feedback and not c.expert else 0) for c in work.consumers)
+    parts = sum(
+        FP32 * c.size**2 + (FP32 * c.size * c.out if work.feedback and not c.expert else 0) for c in work.consumers
+    )
     summed = work.rounds * work.samples.domains * parts if processes > 1 and work.gram else 0
     return Traffic(read, written, copied, summed)
 

@@ -9,7 +9,7 @@ from ..config.pruning import StructPruneConfig
 from ..saving.report import table
 from .cost import Flops, Traffic, flops, traffic
 from .machines import FACTORS, MACHINES, MOVES, PRODUCTS, Estimate, estimate
-from .need import ERROR, Need, need
+from .need import ERROR, USABLE, Need, need
 from .room import gigabytes
 from .workload import Workload
 
@@ -89,7 +89,7 @@ class Cost:
 
     def _verdict(self) -> str:
         memory = self.setting.device_memory or 0
-        if self.need.device <= memory:
+        if self.need.fits(memory):
             return f"fits into {gigabytes(memory)}"
         weights = self.need.weights > memory / 2 and self.setting.offload is None
         advice = "--offload cpu or disk" if weights else "fewer samples, a smaller batch_size or criterion='wanda'"
@@ -99,13 +99,15 @@ class Cost:
         rows = [(f"TFLOP, {name}", f"{count / 1e12:,.3g}") for name, count in asdict(self.flops).items()]
         return rows + [(f"bytes {name}", gigabytes(count)) for name, count in asdict(self.traffic).items()]
 
-    def _machines(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = [("machine", "layers on", "per GPU", "CPU memory", "compute", "moving", "in all")]
+    def _machines(self) -> list[tuple[str, str, str, str, str, str, str]]:
+        rows: list[tuple[str, ...]] = [
+            ("machine", "layers in", "per GPU", "CPU memory", "compute", "moving", "in all")
+        ]
         for one in self.machines:
             times = [duration(value) for value in (one.compute, one.moving, one.seconds)]
-            where = one.offload or "gpu"
-            times = times if one.fits else ["-", "-", "does not fit"]
-            rows.append((one.machine, where, gigabytes(one.device), gigabytes(one.host), *times))
+            where = one.offload or "GPU"
+            compute, moving, whole = times if one.fits else ["-", "-", "does not fit"]
+            rows.append((one.machine, where, gigabytes(one.device), gigabytes(one.host), compute, moving, whole))
         return rows
 
 
@@ -118,8 +120,8 @@ def assumptions() -> list[str]:
         for machine in MACHINES
     ]
     return [
-        f"assumed: {PRODUCTS:.0%} of these rates in products, {FACTORS:.0%} in factors, {MOVES:.0%} of the bandwidths; "
-        f"memory on top of the weights to {ERROR:.0%}",
+        f"assumed: {PRODUCTS:.0%} of these rates in products, {FACTORS:.0%} in factors, {MOVES:.0%} of the "
+        f"bandwidths; memory on top of the weights to {ERROR:.0%}, and {USABLE:.0%} of a memory usable",
         *lines,
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .cost import flops, traffic
-from .need import need
+from .need import USABLE, need
 from .workload import Workload
 
 
@@ -54,7 +54,7 @@ class Machine:
 # RTX 4090: 165 TFLOP/s in bf16, 82.6 in fp32, PCIe 4.0 x16. H100 SXM: 989 and 67, PCIe 5.0 x16, NVLink 450 GB/s one
 # way; a network card of 400 Gbit/s for each GPU between nodes. NVMe disks.
 MACHINES = (
-    Machine("1 x 24 GB (RTX 4090)", 1, 1, 24e9, 64e9, 165e12, 82.6e12, 32e9, 5e9, 32e9),
+    Machine("1 x 24 GB (RTX 4090)", 1, 1, 24e9, 128e9, 165e12, 82.6e12, 32e9, 5e9, 32e9),
     Machine("1 x 80 GB (H100)", 1, 1, 80e9, 256e9, 989e12, 67e12, 64e9, 5e9, 450e9),
     Machine("8 x 80 GB (H100)", 1, 8, 80e9, 2e12, 989e12, 67e12, 64e9, 10e9, 450e9),
     Machine("2 nodes of 8 x 80 GB", 2, 8, 80e9, 2e12, 989e12, 67e12, 64e9, 10e9, 50e9),
@@ -101,7 +101,7 @@ def estimate(work: Workload, machine: Machine, offload: str | None = None, check
     fits, chosen = False, offload
     for way in (offload,) if offload is not None else OFFLOADS:
         found, chosen = need(work, way, machine.processes), way
-        fits = found.device <= machine.memory and found.host * machine.devices <= machine.host
+        fits = found.fits(machine.memory) and found.host * machine.devices <= machine.host * USABLE
         if fits:
             break
     compute, moving = _compute(work, machine), _moving(work, machine, chosen, checkpoint)

@@ -15,8 +15,12 @@ from .workload import Consumer, Layer, Workload
 FP32, FP64 = 4, 8  # bytes
 # How many activations of its widest matrix a layer holds at a time: both factors of a gated product, and the product.
 WIDE = 3
+# What tensors that are not counted here took in measurements, whatever the size of the model.
+BESIDE = 40 * 10**6
 # By how much the estimate of what comes on top of the model may lie off, either way; see docs/scaling.md.
 ERROR = 0.15
+# The share of a memory that tensors can fill, beside libraries and gaps between tensors.
+USABLE = 0.95
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Need:
         """The bytes on the compute device on top of the model's weights."""
         return self.hidden + self.working
 
+    def fits(self, memory: float) -> bool:
+        """Whether it fits into a device of so many bytes even if the estimate is too low by its error."""
+        return self.weights + self.above * (1 + ERROR) <= memory * USABLE
+
 
 def need(work: Workload, offload: str | None = None, processes: int = 1) -> Need:
     """The memory that each of several processes takes on its device.
@@ -67,7 +75,7 @@ def need(work: Workload, offload: str | None = None, processes: int = 1) -> Need
         weights += work.itemsize * sum(consumer.size * consumer.out for consumer in work.consumers)
     stages = _stages(work, offload is not None)
     stage = max(stages, key=lambda name: stages[name])
-    return Need(stage, weights, hidden, stages[stage], host)
+    return Need(stage, weights, hidden, stages[stage] + BESIDE, host)
 
 
 def _stages(work: Workload, offloaded: bool) -> Mapping[str, int]:

@@ -225,9 +225,7 @@ def _consumer(axis: Axis, space: Space, shape: tuple[int, ...], widths: Widths, 
     return Consumer(space.layer, space.name, size, kept, out, axis.per_unit, share, axis.part is not None)
 
 
-def _layer(
-    layer: int, arch: ArchSpec, shapes: Mapping[str, tuple[int, ...]], widths: Widths, chosen: int
-) -> Layer:
+def _layer(layer: int, arch: ArchSpec, shapes: Mapping[str, tuple[int, ...]], widths: Widths, chosen: int) -> Layer:
     prefix, spaces = arch.layer_prefix(layer), list(arch.at(layer))
     stacked = tuple({f"{space.experts}." for space in spaces if space.experts is not None})
     products = 0.0
@@ -240,9 +238,8 @@ def _layer(
             products += count * min(chosen / shape[0], 1.0) if routed else count
     removed = sum((space.width - space.width_in(widths)) * space.scale * space.unit_params for space in spaces)
     attention = sum(space.size * axis.per_unit for space in spaces if space.unit == GROUP for axis in space.into)
-    wide = max(
-        (space.size * axis.per_unit * (chosen if axis.part is not None else 1) for space in spaces for axis in space.into),
-        default=0,
-    )
+    wide = [
+        space.size * axis.per_unit * (1 if axis.part is None else chosen) for space in spaces for axis in space.into
+    ]
     whole = arch.layer_params[layer]
-    return Layer(whole, max(whole - removed, 0), products, attention, wide)
+    return Layer(whole, max(whole - removed, 0), products, attention, max(wide, default=0))
