@@ -96,7 +96,7 @@ class Cost:
         return f"does not fit into {gigabytes(memory)}; what helps is {advice}"
 
     def _work(self) -> list[tuple[str, str]]:
-        rows = [(f"TFLOP, {name}", f"{count / 1e12:,.3g}") for name, count in asdict(self.flops).items()]
+        rows = [(f"TFLOP, {name}", _teras(count)) for name, count in asdict(self.flops).items()]
         return rows + [(f"bytes {name}", gigabytes(count)) for name, count in asdict(self.traffic).items()]
 
     def _machines(self) -> list[tuple[str, str, str, str, str, str, str]]:
@@ -124,6 +124,12 @@ def assumptions() -> list[str]:
         f"bandwidths; memory on top of the weights to {ERROR:.0%}, and {USABLE:.0%} of a memory usable",
         *lines,
     ]
+
+
+def _teras(count: float) -> str:
+    """A number in units of 10¹², with three digits or more."""
+    teras = count / 1e12
+    return f"{teras:,.0f}" if teras >= 100 else f"{teras:.3g}"
 
 
 def duration(seconds: float) -> str:

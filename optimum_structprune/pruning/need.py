@@ -129,14 +129,19 @@ def _gathering(work: Workload, consumer: Consumer, layer: Layer) -> int:
     tokens = work.samples.batch_tokens
     inputs = tokens * size * (work.itemsize + (FP32 if work.itemsize < FP32 else 0))
     batch = max(_activations(work, layer), inputs + panel + 2 * FP32 * tokens * consumer.out)
-    return several * (gram + _cross(work, consumer)) + batch + _matrices(work, consumer)
+    return several * (gram + _cross(work, consumer)) + batch + _matrices(work, consumer) + _routed(work, consumer)
+
+
+def _routed(work: Workload, consumer: Consumer) -> int:
+    """The tokens that enter the experts of a layer, which are kept until all its experts have been gone through."""
+    return work.itemsize * work.samples.tokens * work.hidden if consumer.expert else 0
 
 
 def _scoring(work: Workload, consumer: Consumer) -> int:
     """The moments, and where scores take a factor: the factor, and a copy of it that the solver makes."""
     size = consumer.size
     gram = FP32 * size * size if work.gram else 0
-    kept = gram + _cross(work, consumer) + _matrices(work, consumer)
+    kept = gram + _cross(work, consumer) + _matrices(work, consumer) + _routed(work, consumer)
     if not work.factors:
         return kept
     block = min(COLUMNS, size)
@@ -152,5 +157,5 @@ def _refitting(work: Workload, consumer: Consumer) -> int:
     if not work.fits:
         return 0
     size, kept, out = consumer.size, consumer.kept, consumer.out
-    moments = FP32 * size * size + _cross(work, consumer) + FP32 * out * size
+    moments = FP32 * size * size + _cross(work, consumer) + FP32 * out * size + _routed(work, consumer)
     return moments + FP32 * (2 * kept * kept + 3 * out * kept + min(ROWS, size) * kept)
