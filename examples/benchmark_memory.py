@@ -27,12 +27,13 @@ def run(args: Namespace) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": args.hidden, "num_attention_heads": 8, "num_key_value_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, intermediate_size=args.ffn, num_hidden_layers=2, **sizes))
+    model = model.eval().to(getattr(torch, args.dtype))
     config = StructPruneConfig(widths={"mlp": args.ffn * 2 // 3 // 64 * 64}, num_samples=20, seq_length=512)
     inputs = {f"domain {i}": torch.randint(1000, (20 // args.domains + 4, 512)) for i in range(args.domains)}
-    found = need(workload(config, describe(model), model, dict(config.widths or {}), 4, inputs))
+    found = need(workload(config, describe(model), model, dict(config.widths or {}), model.dtype.itemsize, inputs))
     before = resident("VmRSS")
     reset_high_water_mark()
-    StructPruner(config).prune_model(model.eval(), inputs=inputs, inplace=True)
+    StructPruner(config).prune_model(model, inputs=inputs, inplace=True)
     peak = resident("VmHWM") - before
     print(f"FFN {args.ffn}, {args.domains} domains: estimated {found.above / 1e6:,.0f} MB at its peak, {found.stage}")
     print(f"measured {peak / 1e6:,.0f} MB, so the estimate is {found.above / peak - 1:+.1%} off")
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--ffn", type=int, default=4096)
     parser.add_argument("--domains", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     disable_progress_bar()
     run(parser.parse_args())
 

@@ -13,6 +13,8 @@ from .need import ERROR, USABLE, Need, need
 from .room import gigabytes
 from .workload import Workload
 
+HEAD = ("machine", "layers in", "per GPU", "CPU memory", "compute", "moving", "in all")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -99,7 +101,7 @@ class Cost:
         rows = [(f"TFLOP, {name}", _teras(count)) for name, count in asdict(self.flops).items()]
         return rows + [(f"bytes {name}", gigabytes(count)) for name, count in asdict(self.traffic).items()]
 
-    def _machines(self) -> list[tuple[str, str, str, str, str, str, str]]:
+    def _machines(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [
             ("machine", "layers in", "per GPU", "CPU memory", "compute", "moving", "in all")
         ]
