@@ -20,6 +20,8 @@ from .config.pruning import StructPruneConfig
 from .plain_json import to_json
 from .pruner import AutoStructPruner
 from .pruning.checks import DRY_RUN, check
+from .pruning.estimate import Cost, Setting, cost
+from .pruning.workload import workload
 from .saving.report import table
 from .widths.budget import biased_spaces, cached_values, widths_of
 
@@ -96,6 +98,7 @@ class DryRun:
             where it does not generate.
         reload: The ways to load the result.
         notes: What the numbers do not say.
+        cost: What the pruning itself takes; None where it was not asked for.
     """
 
     model_type: str
@@ -107,6 +110,7 @@ class DryRun:
     cache_per_token: Change | None
     reload: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    cost: Cost | None = None
 
     @property
     def block_parameters(self) -> Change:
@@ -126,7 +130,8 @@ class DryRun:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {**asdict(self), "widths": self.widths, "sparsity": self.sparsity}
+        cost = self.cost and self.cost.to_dict()
+        return {**asdict(self), "widths": self.widths, "sparsity": self.sparsity, "cost": cost}
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
@@ -141,7 +146,9 @@ class DryRun:
         if self.cache_per_token is None or self.cache_per_token.before:
             unknown = ("cache bytes per token", "?", "?", "")
             rows.append(unknown if self.cache_per_token is None else self.cache_per_token.row(unknown[0]))
-        return "\n".join([table(rows), *map(str, self.spaces), *self.notes, *map("loads with {}".format, self.reload)])
+        loads = map("loads with {}".format, self.reload)
+        costs = [str(self.cost)] if self.cost is not None else []
+        return "\n".join([table(rows), *map(str, self.spaces), *self.notes, *loads, *costs])
 
 
 def dry_run(
@@ -149,6 +156,7 @@ def dry_run(
     config: StructPruneConfig,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    setting: Setting | None = None,
 ) -> DryRun:
     """The widths and parameter counts that pruning with `config` gives, without any weights.
 
@@ -157,6 +165,7 @@ def dry_run(
         config: How it is to be pruned.
         dtype: The dtype in which memory is counted; None takes what the model's config says.
         trust_remote_code: Whether code that comes with the model is run.
+        setting: Where the pruning is to run, for what it costs there; None leaves the cost out.
 
     With any other allocation than `uniform` the widths of single layers follow from calibration; those given here
     remove as much in all, to within one step of one layer.
@@ -190,6 +199,7 @@ def dry_run(
         cache_per_token=cached and cached.times(dtype.itemsize),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
         notes=_notes(model_config, config),
+        cost=None if setting is None else cost(config, workload(config, arch, dense, widths, dtype.itemsize), setting),
     )
 
 

@@ -22,6 +22,7 @@ from .pruning.checks import check
 from .pruning.choose import choose_widths
 from .pruning.evidence import Evidence
 from .pruning.removers import take_
+from .pruning.room import check_room
 from .pruning.run import Run
 from .pruning.steps import Step, steps
 from .registry import Registry
@@ -82,11 +83,13 @@ class StructPruner:
                 token ids, shape `(samples, ...)`; a part of each is held out.
 
         Raises:
-            StructPruneError: If the model, the config or a domain cannot be used; nothing has changed then.
+            StructPruneError: If the model, the config or a domain cannot be used, or the device has too little memory
+                free; nothing has changed then.
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
         config = self.config
         arch = checked(config, model, tokenizer, inputs)
+        check_room(config, arch, model, _shapes(model), inplace, inputs)
         report = Report(arch.model_type, config.scored_by)
         with report.timed("domains"):
             evidence = Evidence.read(config, _to_read(model, config), tokenizer, inputs)
@@ -212,10 +215,15 @@ def checked(
     """
     check_arguments(model, tokenizer, inputs)
     check_plain(model)
-    shapes = skeleton(model, model.config) if is_quantized(model) else model
+    shapes = _shapes(model)
     arch = describe(shapes, config.arch_file)
     check(config, arch, shapes, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
     return arch
+
+
+def _shapes(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with the shapes of the unpacked one: itself where it is not quantized."""
+    return skeleton(model, model.config) if is_quantized(model) else model
 
 
 def _to_read(model: PreTrainedModel, config: StructPruneConfig) -> PreTrainedModel:

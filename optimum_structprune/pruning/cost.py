@@ -1,0 +1,182 @@
+"""What a pruning computes, reads and writes. Numbers in, numbers out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..calibration.gram import panels
+from ..criteria.obs import COLUMNS
+from .workload import Consumer, Workload
+
+
+BACKWARD = 2  # forward passes that a backward pass costs
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations; a multiplication and an addition are two.
+
+    Attributes:
+        forward: Forward passes over the samples, in the dtype of the model.
+        statistics: Gram matrices and cross-moments.
+        scoring: Factors of Gram matrices and their inverses, in fp32.
+        refit: Products with Gram matrices, factors and solutions, in fp32.
+    """
+
+    forward: float
+    statistics: float
+    scoring: float
+    refit: float
+
+    @property
+    def shared(self) -> float:
+        """What several processes share."""
+        return self.forward + self.statistics
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.shared + self.scoring + self.refit
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that move.
+
+    Attributes:
+        read: What is read from the disk: the weights once, and again for every stream of layers from there.
+        written: What is written to the disk: the result, smaller layers that go back there, and the checkpoint.
+        copied: What goes to the compute device and back, where layers are offloaded.
+        summed: The moments that processes add up.
+    """
+
+    read: int
+    written: int
+    copied: int
+    summed: int
+
+
+def flops(work: Workload) -> Flops:
+    """The operations of a pruning.
+
+    Args:
+        work: What the pruning has to go through.
+    """
+    forward = work.rounds * _round(work) + _perplexities(work) + (_gradient(work) if work.gradient else 0.0)
+    consumers = work.consumers
+    return Flops(
+        forward,
+        work.rounds * sum(_moments(work, consumer) for consumer in consumers),
+        work.rounds * sum(_scores(work, consumer) for consumer in consumers),
+        work.rounds * sum(_refit(consumer) for consumer in consumers) if work.fits else 0.0,
+    )
+
+
+def traffic(work: Workload, offload: str | None = None, checkpoint: bool = False, processes: int = 1) -> Traffic:
+    """The bytes that move.
+
+    Args:
+        work: What the pruning has to go through.
+        offload: Where layers are while they do not run: `cpu`, `disk`, or None for the device itself.
+        checkpoint: Whether finished layers are remembered on disk.
+        processes: The number of processes that share the samples.
+    """
+    outside = work.itemsize * work.outside
+    dense, small = work.weights - outside, work.result - outside
+    # Each round streams the layers twice, once to record how they are called; each perplexity does the same.
+    streamed = (2 * work.rounds + 2) * dense + 2 * small
+    returned = (work.rounds - 1) * dense + small
+    stored = work.samples.tokens * work.hidden * work.itemsize * work.streams
+    # The result is read once more, to check that it loads.
+    read = work.weights + work.result + (streamed + small if offload == "disk" else 0)
+    written = work.result + (returned if offload == "disk" else 0)
+    written += (small + len(work.layers) * stored) if checkpoint else 0
+    copied = streamed + returned + _carried(work, stored) if offload is not None else 0
+    parts = sum(
+        FP32 * c.size**2 + (FP32 * c.size * c.out if work.feedback and not c.expert else 0) for c in work.consumers
+    )
+    summed = work.rounds * work.samples.domains * parts if processes > 1 and work.gram else 0
+    return Traffic(read, written, copied, summed)
+
+
+def _carried(work: Workload, stored: int) -> int:
+    """The hidden states that come to the device and go back: those of each pass, and on to the next layer."""
+    gathering = sum(len(_gathered(work, layer)) for layer in range(len(work.layers)))
+    return work.rounds * stored * (2 * len(work.layers) + gathering)
+
+
+def _pass(work: Workload, layer: int, tokens: int) -> float:
+    """One layer on so many tokens. Its attention multiplies all pairs of tokens of a sample."""
+    found = work.layers[layer]
+    return 2 * tokens * (found.products + 2 * work.samples.length * found.attention)
+
+
+def _gathered(work: Workload, layer: int) -> list[bool]:
+    """One entry for each pass that gathers moments: whether experts are routed in it, all of them in one."""
+    spaces = {consumer.space: consumer.expert for consumer in work.at(layer)}
+    return [expert for expert in spaces.values() if not expert] + [True] * any(spaces.values())
+
+
+def _round(work: Workload) -> float:
+    """The passes of one round: one that records the calls on a batch, one for each space that loses units, one on to
+    the next layer, one of the dense residual stream, and what finds out how far a consumer's output reaches.
+    """
+    samples, total = work.samples, 0.0
+    for layer in range(len(work.layers)):
+        gathered = _gathered(work, layer)
+        passes = len(gathered) + (_onward(work, layer) if layer + 1 < len(work.layers) else 0) + work.feedback
+        probes = 2 * gathered.count(False) if work.feedback else 0
+        total += passes * _pass(work, layer, samples.tokens)
+        total += (probes + 1) * _pass(work, layer, min(samples.batch_tokens, samples.tokens))
+        for consumer in work.at(layer):
+            if consumer.expert:
+                # What enters an expert's consumer is computed again, by matrices twice as large where they are gated.
+                total += 4 * consumer.share * samples.tokens * consumer.out * consumer.size
+    return total
+
+
+def _onward(work: Workload, layer: int) -> float:
+    """A pass on to the next layer, which in the last round goes through a smaller layer."""
+    left = work.layers[layer].left / max(work.layers[layer].parameters, 1)
+    return (work.rounds - 1 + left) / work.rounds
+
+
+def _perplexities(work: Workload) -> float:
+    """Held-out text through the dense model and through the smaller one."""
+    tokens, head = work.samples.heldout * work.samples.length, work.vocab * work.hidden
+    dense = sum(_pass(work, layer, tokens) for layer in range(len(work.layers)))
+    left = sum(found.left for found in work.layers) / max(sum(found.parameters for found in work.layers), 1)
+    return dense * (1 + left) + 4 * tokens * head
+
+
+def _gradient(work: Workload) -> float:
+    tokens = work.samples.tokens
+    layers = sum(_pass(work, layer, tokens) for layer in range(len(work.layers)))
+    return work.rounds * (1 + BACKWARD) * (layers + 2 * tokens * work.vocab * work.hidden)
+
+
+def _moments(work: Workload, consumer: Consumer) -> float:
+    """The part of the Gram matrix that is computed, and the cross-moment with the error."""
+    if not work.gram:
+        return 0.0
+    tokens, size = work.samples.tokens * consumer.share, consumer.size
+    half = sum((rows.stop - rows.start) * (size - rows.start) for rows in panels(size))
+    energy = 2 * work.samples.domains * size**2 * consumer.out if consumer.expert else 0
+    return 2 * tokens * (half + (consumer.out * size if work.feedback and not consumer.expert else 0)) + energy
+
+
+def _scores(work: Workload, consumer: Consumer) -> float:
+    """A Cholesky factor, its inverse, and the blocks of the inverse Gram matrix on its diagonal."""
+    if not work.factors:
+        return 0.0
+    times, size = work.samples.domains if work.apart else 1, consumer.size
+    # The columns of the inverse are solved for in blocks, each from its first row that is not zero.
+    inverse = sum((size - start) ** 2 * min(COLUMNS, size - start) for start in range(0, size, COLUMNS))
+    return times * (size**3 / 3 + inverse + size**2 * consumer.per_unit)
+
+
+def _refit(consumer: Consumer) -> float:
+    """What removed columns leave to make up for, a Cholesky factor, and the solution."""
+    size, kept, out = consumer.size, consumer.kept, consumer.out
+    return 2 * out * (size - kept) * kept + kept**3 / 3 + 2 * out * kept**2
