@@ -13,6 +13,7 @@ from .need import ERROR, USABLE, Need, need
 from .room import gigabytes
 from .workload import Workload
 
+
 HEAD = ("machine", "layers in", "per GPU", "CPU memory", "compute", "moving", "in all")
 
 
