@@ -47,6 +47,16 @@ def recovery_for(config: RecoveryConfig, output: str, pruning: StructPruneConfig
     return Recovery(replace(config, training={"output_dir": _checkpoints(output), **config.training}), pruning)
 
 
+def _say_worse(aside: str, output: str) -> None:
+    from ..saving.ranks import is_first_rank
+
+    if is_first_rank():
+        sys.stderr.write(
+            f"structprune: the trained model is worse, so it is in {aside}, and {output} is as it was; train it with "
+            "other settings, or take it with --accept-worse.\n"
+        )
+
+
 def recover_and_save(
     recovery: Recovery,
     model: PreTrainedModel,
@@ -86,7 +96,6 @@ def recover_and_save(
         KeyboardInterrupt: If the user interrupts the training; how it can go on is written to the standard error.
     """
     from ..recovery.outcome import WorseModelWarning
-    from ..saving.ranks import is_first_rank
     from ..saving.target import check_target, remove_checkpoints
 
     aside = f"{output.rstrip('/')}.worse"
@@ -117,11 +126,7 @@ def recover_and_save(
     recovery.save(recovered, target, tokenizer=tokenizer, overwrite=overwrite or worse, pruned=pruned_folder)
     text, values = f"{report}\nsaved to {target}", {**asdict(report), "output": target}
     if worse:
-        if is_first_rank():
-            sys.stderr.write(
-                f"structprune: the trained model is worse, so it is in {aside}, and {output} is as it was; train it "
-                "with other settings, or take it with --accept-worse.\n"
-            )
+        _say_worse(aside, output)
         return Result(text, values, WORSE)
     if recovery.config.training["output_dir"] == _checkpoints(output):
         remove_checkpoints(_checkpoints(output))

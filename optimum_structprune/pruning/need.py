@@ -64,7 +64,8 @@ def need(work: Workload, offload: str | None = None, processes: int = 1) -> Need
         offload: Where layers are while they do not run: `cpu`, `disk`, or None for the device itself.
         processes: The number of processes that share the samples.
     """
-    streams = work.hidden * work.itemsize * work.samples.tokens * work.streams // processes
+    # One more than the residual streams, for what the attention gives, which does not run again.
+    streams = work.hidden * work.itemsize * work.samples.tokens * (work.streams + 1) // processes
     inside = work.itemsize * sum(layer.parameters for layer in work.layers)
     largest = work.itemsize * max(layer.parameters for layer in work.layers)
     weights = work.weights if offload is None else work.weights - inside + largest

@@ -28,6 +28,7 @@ def trained(resume, **training):
 
 
 expected = logits(trained(False))
+dist.barrier()  # the first process may still be writing
 print(f"rank {rank} saw", sorted(path.name for path in folder.iterdir()), flush=True)
 dist.barrier()
 if rank == 0:
