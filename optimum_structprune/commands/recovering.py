@@ -118,14 +118,18 @@ def recover_and_save(
     text, values = f"{report}\nsaved to {target}", {**asdict(report), "output": target}
     if worse:
         if is_first_rank():
-            sys.stderr.write(
-                f"structprune: the trained model is worse, so it is in {aside}, and {output} is as it was; train it "
-                "with other settings, or take it with --accept-worse.\n"
-            )
+            sys.stderr.write(_worse(aside, output))
         return Result(text, values, WORSE)
     if recovery.config.training["output_dir"] == _checkpoints(output):
         remove_checkpoints(_checkpoints(output))
     return Result(text, values)
+
+
+def _worse(aside: str, output: str) -> str:
+    return (
+        f"structprune: the trained model is worse, so it is in {aside}, and {output} is as it was; train it with "
+        "other settings, or take it with --accept-worse.\n"
+    )
 
 
 def _flags(values: Mapping[str, str | bool | None]) -> list[str]:
