@@ -52,8 +52,7 @@ def _losses(weight: Tensor, factor: Tensor, columns_per_unit: int) -> Tensor:
         stop = min(start + step, size)
         units = (stop - start) // columns_per_unit
         # H⁻¹ is XᵀX with X = L⁻¹, whose columns are zero above the diagonal.
-        identity = torch.eye(size - start, stop - start, dtype=factor.dtype, device=factor.device)
-        inverse = torch.linalg.solve_triangular(factor[start:, start:], identity, upper=False)
+        inverse = _inverse_columns(factor, start, stop)
         columns = inverse.reshape(-1, units, columns_per_unit).movedim(0, -1).double()
         # Shape (units, columns_per_unit, out).
         dense = weight[:, start:stop].reshape(out, units, columns_per_unit).movedim(0, -1).double()
@@ -62,6 +61,31 @@ def _losses(weight: Tensor, factor: Tensor, columns_per_unit: int) -> Tensor:
         solution = torch.linalg.solve_triangular(tiles, dense, upper=False)
         losses.append(0.5 * solution.square().sum((1, 2)))
     return torch.cat(losses).to(weight)
+
+
+def _inverse_columns(factor: Tensor, start: int, stop: int) -> Tensor:
+    """Columns of the inverse of a lower triangular matrix, from their first row that is not zero on.
+
+    A block of rows follows from those above it, so that no part of the factor larger than a block is copied, which a
+    solver would do.
+
+    Args:
+        factor: The matrix, shape `(n, n)`.
+        start: The first column.
+        stop: The column after the last.
+
+    Returns:
+        Shape `(n - start, stop - start)`.
+    """
+    size = len(factor)
+    columns = factor.new_zeros(size - start, stop - start)
+    columns[: stop - start].fill_diagonal_(1)
+    for first in range(start, size, COLUMNS):
+        last = min(first + COLUMNS, size)
+        rows = columns[first - start : last - start]
+        rows.sub_(factor[first:last, start:first] @ columns[: first - start])
+        rows.copy_(torch.linalg.solve_triangular(factor[first:last, first:last], rows, upper=False))
+    return columns
 
 
 def _factors(tiles: Tensor) -> Tensor:

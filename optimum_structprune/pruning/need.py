@@ -139,24 +139,22 @@ def _routed(work: Workload, consumer: Consumer) -> int:
 
 
 def _scoring(work: Workload, consumer: Consumer) -> int:
-    """The moments, and where scores take a factor: the factor, and a copy of it that the solver makes."""
+    """The moments, and where scores take a factor: the factor, and some columns of its inverse."""
     size = consumer.size
     gram = FP32 * size * size if work.gram else 0
     kept = gram + _cross(work, consumer) + _matrices(work, consumer) + _routed(work, consumer)
     if not work.factors:
         return kept
-    block = min(COLUMNS, size)
-    # Right side and solution of one block of columns, and solution and its fp64 copy of the block before.
-    blocks = block * size * (3 * FP32 + FP64)
-    copy = max(gram, FP32 * (size - block) ** 2 + blocks)
+    # Those columns and those of the block before, and two copies in fp64.
+    blocks = min(COLUMNS, size) * size * (2 * FP32 + 2 * FP64)
     domain = gram if work.apart and work.samples.domains > 1 else 0
-    return kept + domain + gram + copy
+    return kept + domain + gram + blocks
 
 
 def _refitting(work: Workload, consumer: Consumer) -> int:
-    """The moments, the kept submatrix, which becomes its own factor, and a copy of it that the solver makes."""
+    """The moments, and the kept submatrix, which becomes its own factor."""
     if not work.fits:
         return 0
     size, kept, out = consumer.size, consumer.kept, consumer.out
     moments = FP32 * size * size + _cross(work, consumer) + FP32 * out * size + _routed(work, consumer)
-    return moments + FP32 * (2 * kept * kept + 3 * out * kept + min(ROWS, size) * kept)
+    return moments + FP32 * (kept * kept + 4 * out * kept + min(ROWS, size) * kept)

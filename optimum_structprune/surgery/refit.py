@@ -59,11 +59,13 @@ def with_damped_factor(
 
 def _factored(damped: Tensor, scale: Tensor, ridge: float, use: Callable[[Tensor], Tensor]) -> Tensor | None:
     damped.diagonal().add_(scale.to(damped), alpha=ridge)
+    # LAPACK counts by columns, and would have to copy what is stored by rows. The matrix is symmetric.
+    factor = damped.mT
     info = torch.empty((), dtype=torch.int32, device=damped.device)
-    torch.linalg.cholesky_ex(damped, out=(damped, info))
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
     if info != 0:
         return None
-    result = use(damped)
+    result = use(factor)
     return result if torch.isfinite(result).all() else None
 
 
@@ -83,8 +85,12 @@ def solve_damped(matrix: Callable[[torch.dtype], Tensor], diagonal: Tensor, righ
         return torch.zeros_like(right)
 
     def solve(factor: Tensor) -> Tensor:
-        parts = [torch.cholesky_solve(rows.to(factor.dtype).T, factor).T.to(right.dtype) for rows in right.split(ROWS)]
-        return torch.cat(parts)
+        # In two steps, because `cholesky_solve` copies the factor.
+        solutions = []
+        for rows in right.split(ROWS):
+            half = torch.linalg.solve_triangular(factor, rows.to(factor.dtype).T, upper=False)
+            solutions.append(torch.linalg.solve_triangular(factor.mT, half, upper=True).T.to(right.dtype))
+        return torch.cat(solutions)
 
     return with_damped_factor(matrix, diagonal, damping, solve)
 
