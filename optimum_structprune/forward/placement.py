@@ -15,7 +15,7 @@ from torch import nn
 from ..arch.load import describe, layer_list
 from ..arch.meta import meta_model
 from ..arch.spec import ArchSpec
-from ..system.offloading import bring_in, check_reachable, is_offloaded, put_back
+from ..system.offloading import bring_in, check_reachable, give_back_free_memory, is_offloaded, put_back
 
 
 if TYPE_CHECKING:
@@ -89,13 +89,9 @@ class Placement:
             changes: Whether the layer goes back as it is in the end, another module and other shapes included;
                 otherwise what it holds then is dropped.
         """
-        hooks = bring_in(self._layer(layer))
-        finished = False
-        try:
+        with self._at(layer, changes):
             yield
-            finished = True
-        finally:
-            put_back(self.model, self._layer(layer), hooks, store=changes and finished)
+        give_back_free_memory()
 
     @contextmanager
     def of(self, module: str, changes: bool = False) -> Iterator[None]:
@@ -106,8 +102,18 @@ class Placement:
             changes: See `at`.
         """
         layers = (layer for layer in range(self.arch.num_layers) if module.startswith(self.arch.layer_prefix(layer)))
-        with self.at(next(layers), changes):
+        with self._at(next(layers), changes):
             yield
+
+    @contextmanager
+    def _at(self, layer: int, changes: bool) -> Iterator[None]:
+        hooks = bring_in(self._layer(layer))
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            put_back(self.model, self._layer(layer), hooks, store=changes and finished)
 
     def _layer(self, layer: int) -> nn.Module:
         return layer_list(self.model, self.arch)[layer]

@@ -5,7 +5,9 @@ Accelerate loads the weights of a module at every call and drops them after it.
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -68,6 +70,17 @@ def compute_device(model: nn.Module) -> torch.device:
         if (tensor := next(module.parameters(recurse=False), None)) is not None:
             return tensor.device
     return torch.device("cpu")
+
+
+def give_back_free_memory() -> None:
+    """Have the C library give memory that is free back to the system, as far as it can be asked to.
+
+    The one of most Linux systems keeps freed blocks of up to 32 MB, such as matrices of a layer, and would hold many
+    layers in the end.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def check_reachable(model: nn.Module) -> None:
