@@ -7,9 +7,8 @@ from helpers import logits
 from models import build, config, tokenizer
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import InPlaceError, StructPruneError, StructPruner
+from optimum_structprune import InPlaceError, StructPruneError, StructPruner, layer_device_map
 from optimum_structprune.arch.load import describe, layer_list
-from optimum_structprune.forward.placement import layer_places
 from optimum_structprune.pruning.sweep import Sweep
 from optimum_structprune.system.offloading import is_offloaded, weight_of
 
@@ -81,7 +80,7 @@ def spread(case, way, folder):
         return cpu_offload(model, execution_device=main, offload_buffers=True)
     if way == "disk_offload":
         return disk_offload(model, folder / "offload", execution_device=main)
-    places = layer_places(model, arch, "cpu", "disk")
+    places = layer_device_map(model.config, "cpu", "disk")
     del places[arch.layer_path]
     places |= {f"{arch.layer_path}.{layer}": ("cpu", "disk")[layer % 2] for layer in range(arch.num_layers)}
     if way == "dispatch":
