@@ -16,7 +16,7 @@ FP32, FP64 = 4, 8  # bytes
 # How many activations of its widest matrix a layer holds at a time: both factors of a gated product, and the product.
 WIDE = 3
 # What tensors that are not counted here took in measurements, whatever the size of the model.
-BESIDE = 40 * 10**6
+BESIDE = 60 * 10**6
 # By how much the estimate of what comes on top of the model may lie off, either way; see docs/scaling.md.
 ERROR = 0.15
 # The share of a memory that tensors can fill, beside libraries and gaps between tensors.
