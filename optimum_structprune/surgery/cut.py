@@ -216,6 +216,8 @@ def _move_settings(old: nn.Module, new: nn.Module) -> None:
     dispatch: Any = getattr(old, "_hf_hook", None)
     if dispatch is not None:
         remove_hook_from_module(old)
+        # What accelerate leaves there holds the module, and so its weights until the next garbage collection.
+        vars(old).pop("forward", None)
         add_hook_to_module(new, dispatch)
 
 

@@ -1,5 +1,8 @@
 """A model whose layers are on the disk, or in another memory, is pruned as one that is in memory."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
@@ -136,3 +139,17 @@ def test_an_interruption_leaves_a_model_that_refuses_to_be_saved(tmp_path, monke
     with pytest.raises(InPlaceError, match="KeyboardInterrupt.*already begun to change: load it again"):
         model.save_pretrained(tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_layer_is_gone_once_a_smaller_one_has_taken_its_place(place, tmp_path):
+    """Without a garbage collection: a model that streams must not come to hold all of its layers."""
+    model = offloaded("llama-untied", place, tmp_path)
+    parts = [weakref.ref(module) for layer in layer_list(model, describe(model)) for module in layer.modules()]
+    gc.collect()
+    gc.disable()
+    try:
+        pruned(model, widths={"mlp": 24, "attention": 2})
+        assert not [part() for part in parts if part() is not None]
+    finally:
+        gc.enable()
