@@ -39,7 +39,7 @@ INSTALLED = {
     "optipfair": ["optipfair==0.4.2"],
     "amd-quark": ["amd-quark==0.13"],
     "torch-kirigami": ["torch-kirigami==0.2.1"],
-    # It imports requests without asking for it.
+    # It imports requests, which pip does not install with it.
     "nvidia-modelopt": ["nvidia-modelopt==0.47.0", "requests"],
 }
 # Each row's tool, what differs from the tool's defaults, and the multiple that its width is rounded to.
