@@ -63,8 +63,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], int]] = {
     "optipfair, PON": ("optipfair", {"neuron_selection_method": "PON"}, 1),
     "optipfair, L2": ("optipfair", {"neuron_selection_method": "L2"}, 1),
     "torch-kirigami, GroupMagnitude": ("torch-kirigami", {}, 1),
-    "nvidia-modelopt, mcore_minitron": ("nvidia-modelopt", {"mode": "mcore_minitron"}, 1),
-    "nvidia-modelopt, fastnas": ("nvidia-modelopt", {"mode": "fastnas"}, 1),
+    "nvidia-modelopt, mcore_minitron": ("nvidia-modelopt", {}, 1),
 }
 
 

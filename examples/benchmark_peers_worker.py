@@ -129,7 +129,7 @@ def optipfair(model: Any, texts: Texts, job: dict[str, Any]) -> Any:
 
 
 def quark(model: Any, texts: Texts, job: dict[str, Any]) -> Any:
-    """Prune the FFN by AMD Quark's OSSCAR, with the settings of its Llama example."""
+    """Prune the FFN by AMD Quark's OSSCAR, which refits the down projection."""
     from quark.torch import ModelPruner
     from quark.torch.pruning.config import OSSCARConfig, PConfig
     from torch.utils.data import DataLoader
@@ -163,18 +163,18 @@ def kirigami(model: Any, texts: Texts, job: dict[str, Any]) -> Any:
 
 
 def modelopt(model: Any, texts: Texts, job: dict[str, Any]) -> Any:
-    """Prune the FFN by NVIDIA ModelOpt in the mode of the options."""
+    """Prune the FFN by NVIDIA ModelOpt's Minitron, its mode for language models."""
     import modelopt.torch.prune as mtp
 
-    constraints = {"export_config": {"ffn_hidden_size": job["width"]}}
-    ids = next(iter(texts.values()))[:1]
+    rows = torch.cat(list(texts.values()))
 
     def forward_loop(model: Any) -> None:
-        for sample in torch.cat(list(texts.values())).split(1):
-            model(input_ids=sample)
+        for ids in rows.split(1):
+            model(input_ids=ids)
 
+    constraints = {"export_config": {"ffn_hidden_size": job["width"]}}
     config = {"forward_loop": forward_loop}
-    model, _ = mtp.prune(model, mode=job["options"]["mode"], constraints=constraints, dummy_input=ids, config=config)
+    model, _ = mtp.prune(model, "mcore_minitron", constraints=constraints, dummy_input=rows[:1], config=config)
     return model
 
 
