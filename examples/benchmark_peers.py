@@ -132,7 +132,7 @@ def row_of(name: str, args: Namespace, width: int, scratch: Path, folder: Path) 
         return row
     job["probe"] = row["probe"]
     measured = work("evaluate", sys.executable, job, scratch, args.minutes)
-    row["reloads"] = measured.get("error", "yes")
+    row["reloads"] = f"no: {measured['error']}" if "error" in measured else "yes"
     if "error" in measured and job["pickle"]:
         measured = work("evaluate", python, {**job, "pickled": True}, scratch, args.minutes)
     return {**row, **measured}
@@ -184,24 +184,28 @@ def table(results: dict[str, Any]) -> None:
     columns = ["parameters", "FFN width", "held-out", "unseen", "CPU s", "s", "peak MiB", "plain from_pretrained"]
     show("row", columns)
     show("---", ["---" for _ in columns])
-    rows, unseen = results["rows"], results["unseen"]
+    rows, dense = results["rows"], means(results, "dense")
     for name in (name for name in ROWS if name in rows):
-        row = rows[name]
-        if "error" in row and "perplexity" not in row:
+        row, quality = rows[name], means(results, name)
+        if not quality:
             show(name, [""] * (len(columns) - 1) + [row["error"]])
             continue
-        perplexity = row["perplexity"]
-        held = geometric_mean([value for text, value in perplexity.items() if text not in unseen])
-        other = geometric_mean([perplexity[text] for text in unseen]) if unseen else float("nan")
-        cost = [f"{row[field]:.0f}" if field in row else "" for field in ("cpu_seconds", "seconds")]
+        texts = [f"{value:,.2f} ({value / dense.get(kind, value):,.2f})" for kind, value in quality.items()]
+        cost = [f"{row[field]:.1f}" if field in row else "" for field in ("cpu_seconds", "seconds")]
         peak = f"{row['peak'] / 2**20:.0f}" if "peak" in row else ""
         sizes = sorted({*row.get("widths", [])})
         width = "" if not sizes else str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
-        show(name, [f"{row['parameters']:,}", width, held, other, *cost, peak, row.get("reloads", "yes")])
-    versions = sorted(
-        {f"{tool} {version}" for row in rows.values() for tool, version in row.get("versions", {}).items()}
-    )
-    print(f"\n{', '.join(versions)}")
+        show(name, [f"{row['parameters']:,}", width, *texts, *cost, peak, row.get("reloads", "yes")])
+    used = sorted({f"{tool} {version}" for row in rows.values() for tool, version in row.get("versions", {}).items()})
+    print(f"\n{', '.join(used)}")
+
+
+def means(results: dict[str, Any], name: str) -> dict[str, float]:
+    """The geometric means of a row's perplexities on held-out and on unseen text; none of a row that has no result."""
+    perplexity = results["rows"].get(name, {}).get("perplexity", {})
+    kinds = {"held-out": False, "unseen": True}
+    values = {kind: [v for n, v in perplexity.items() if (n in results["unseen"]) is of] for kind, of in kinds.items()}
+    return {kind: geometric_mean(found) if found else float("nan") for kind, found in values.items() if perplexity}
 
 
 def missing(args: Namespace) -> list[str]:
