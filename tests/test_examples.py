@@ -263,6 +263,41 @@ def test_benchmark_gpu(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_benchmark_peers_names_its_rows_and_says_what_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    arguments = [str(tmp_path), str(tmp_path / "data"), str(tmp_path / "out.json")]
+    main("benchmark_peers")([*arguments, "--list"])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[:2] == ["dense", "optimum-structprune, defaults"] and any(row.startswith("optipfair") for row in rows)
+    main("benchmark_peers")(arguments)
+    assert capsys.readouterr().out.startswith("skipped: ") and not (tmp_path / "out.json").exists()
+
+
+@needs_shared
+@pytest.mark.slow
+def test_benchmark_peers(desk, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    out = desk / "peers.json"
+    arguments = [str(SHARED / "models" / "stories260K"), str(SHARED / "data"), str(out), "--domains", "stories"]
+    small = ["--samples", "4", "--eval-samples", "1"]
+    run = main("benchmark_peers")
+    run([*arguments, *small, "--rows", "dense", "*, defaults", "optipfair, L2"])
+    rows = json.loads(out.read_text())["rows"]
+    assert [*rows] == ["dense", "optimum-structprune, defaults", "optipfair, L2"]
+    dense, ours, failed = rows.values()
+    assert ours["reloads"] == "yes" and set(ours["widths"]) == {112} and ours["parameters"] < dense["parameters"]
+    assert ours["perplexity"]["stories"] > dense["perplexity"]["stories"] and ours["cpu_seconds"] > 0
+    assert failed["error"].startswith("not installed: ERROR: ")
+    assert capsys.readouterr().out.count("\n| ") == 4
+    run([*arguments, *small, "--rows", "dense"])
+    assert json.loads(out.read_text())["rows"] == rows
+    with pytest.raises(StructPruneError, match="other settings: samples"):
+        run([*arguments, "--samples", "5", "--eval-samples", "1"])
+
+
 def test_every_example_says_how_to_call_it():
     for path in EXAMPLES.glob("*.py"):
         text = path.read_text()
