@@ -5,9 +5,10 @@
 DATA is as for `benchmark_quality.py`. Every tool but this package gets a virtual environment of its own under
 `--folder` (a temporary one otherwise), into which pip installs it; the environment that runs this script stays as it
 is. Each row is pruned in a process of its tool's environment, and measured in a second one, which has transformers
-and not the tool, and loads the result by plain `from_pretrained`. Where that fails, the tool's environment measures
-it from a pickle by the same code. All rows get the same tokens, in fp32. `out.json` keeps the rows, so a run can be
-interrupted, and go on; a row that is removed from it is measured again. Linux only, as memory is read from /proc.
+and not the tool, and loads the result by plain `from_pretrained`. Where that fails, the tool prunes once more, and its
+environment measures the result by the same code. All rows get the same tokens, in fp32. `out.json` keeps the rows, so
+a run can be interrupted, and go on; a row that is removed from it is measured again. Linux only, since memory is read
+from /proc.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from benchmark_quality import FIVE, SEQ_LENGTH, calibration, evaluation_texts, show, write_json
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from optimum_structprune import StructPruneConfig, StructPruneError
@@ -33,6 +34,7 @@ from optimum_structprune.saving.report import geometric_mean
 
 WORKER = Path(__file__).with_name("benchmark_peers_worker.py")
 OURS = "optimum-structprune"
+TEXTS = "texts.safetensors"
 # What pip installs for each tool, beside torch and transformers.
 INSTALLED = {
     "torch-pruning": ["torch-pruning==1.6.1"],
@@ -120,7 +122,7 @@ def row_of(name: str, args: Namespace, width: int, scratch: Path, folder: Path) 
     tool, options, multiple = ROWS[name]
     out, width = scratch / "pruned", multiple * round(width / multiple)
     job = {"tool": tool, "options": options, "model": args.model, "width": width, "seed": args.seed}
-    job |= {"texts": str(scratch / "texts.pt"), "out": str(out), "pickle": tool != OURS, "pickled": False}
+    job |= {"texts": str(scratch / TEXTS), "out": str(out), "measure": False}
     if name == "dense":
         return work("evaluate", sys.executable, {**job, "out": args.model}, scratch, args.minutes)
     try:
@@ -133,8 +135,9 @@ def row_of(name: str, args: Namespace, width: int, scratch: Path, folder: Path) 
     job["probe"] = row["probe"]
     measured = work("evaluate", sys.executable, job, scratch, args.minutes)
     row["reloads"] = f"no: {measured['error']}" if "error" in measured else "yes"
-    if "error" in measured and job["pickle"]:
-        measured = work("evaluate", python, {**job, "pickled": True}, scratch, args.minutes)
+    if "error" in measured and tool != OURS:
+        again = work("prune", python, {**job, "measure": True}, scratch, args.minutes)
+        measured = {name: again[name] for name in ("error", "perplexity") if name in again}
     return {**row, **measured}
 
 
@@ -158,7 +161,11 @@ def write_texts(args: Namespace, path: Path) -> list[str]:
     domains = {domain.name: domain.samples for domain in load_domains(config, tokenizer)}
     texts, unseen = evaluation_texts(args, args.domains, tokenizer)
     probe = next(iter(texts.values()))[:1, :256]
-    torch.save({"calibration": domains, "texts": texts, "probe": probe}, path)
+    tensors = {"probe": probe.contiguous()}
+    for kind, samples in (("calibration", domains), ("texts", texts)):
+        for number, (name, part) in enumerate(samples.items()):
+            tensors[f"{kind}/{number:02d}/{name}"] = part.contiguous()
+    save_file(tensors, path)
     return unseen
 
 
@@ -168,7 +175,7 @@ def run(args: Namespace) -> None:
     chosen = [name for name in ROWS if any(fnmatchcase(name, pattern) for pattern in args.rows)]
     with TemporaryDirectory() as scratch:
         folder = Path(args.folder or scratch).resolve()
-        results["unseen"] = write_texts(args, Path(scratch) / "texts.pt")
+        results["unseen"] = write_texts(args, Path(scratch) / TEXTS)
         width = round(AutoConfig.from_pretrained(args.model).intermediate_size * (100 - args.removed) / 100)
         for name in chosen:
             if name in results["rows"]:

@@ -4,8 +4,8 @@
     python examples/benchmark_peers_worker.py evaluate JOB.json
 
 `prune` loads the model, has one tool prune it, and saves it. `evaluate` loads what was saved by transformers alone,
-or with `"pickled": true` in the job from a pickle, and measures perplexity. Each writes its numbers to the job's
-`answer`.
+and measures perplexity; where transformers cannot load it, `prune` with `"measure": true` in the job does both. Each
+writes its numbers to the job's `answer`.
 The environments of the other tools have neither optimum-structprune nor the other examples, so this file imports
 torch, transformers and, where it prunes, the one tool.
 """
@@ -21,6 +21,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -189,6 +190,22 @@ TOOLS = {
 }
 
 
+class Samples:
+    """The tokens that every row gets: calibration samples by domain, texts by name, and a probe."""
+
+    def __init__(self, path: str):
+        # The numbers in the names keep the order.
+        parts = {tuple(name.split("/", 2)): tensor for name, tensor in sorted(load_file(path).items())}
+        self.calibration, self.texts = (
+            {name[2]: tensor for name, tensor in parts.items() if name[0] == kind} for kind in ("calibration", "texts")
+        )
+        self.probe = parts[("probe",)]
+
+    def perplexities(self, model: Any) -> dict[str, float]:
+        """The perplexity on each text."""
+        return {name: perplexity(model, samples) for name, samples in self.texts.items()}
+
+
 def prune(job: dict[str, Any]) -> dict[str, Any]:
     """Prune, measure time and memory, and save.
 
@@ -197,13 +214,13 @@ def prune(job: dict[str, Any]) -> dict[str, Any]:
     """
     tool, module = TOOLS[job["tool"]]
     __import__(module)
-    texts = torch.load(job["texts"])
+    texts = Samples(job["texts"])
     torch.manual_seed(job["seed"])
     before = resident("VmRSS")
     model = dense(job["model"])
     Path("/proc/self/clear_refs").write_text("5")  # starts a new high-water mark
     start, busy = perf_counter(), process_time()
-    model = tool(model, texts["calibration"], job)
+    model = tool(model, texts.calibration, job)
     seconds, cpu, peak = perf_counter() - start, process_time() - busy, resident("VmHWM") - before
     model.eval().zero_grad()
     answer = {
@@ -212,27 +229,23 @@ def prune(job: dict[str, Any]) -> dict[str, Any]:
         "peak": peak,
         "parameters": parameters(model),
         "widths": widths(model),
-        "probe": perplexity(model, texts["probe"]),
+        "probe": perplexity(model, texts.probe),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", job["tool"])},
     }
+    if job["measure"]:
+        return {**answer, "perplexity": texts.perplexities(model)}
     model.save_pretrained(job["out"])
-    if job["pickle"]:
-        torch.save(model, Path(job["out"]) / "model.pt")
     return answer
 
 
 def evaluate(job: dict[str, Any]) -> dict[str, Any]:
     """Load what was saved and measure perplexity on every text, and on the probe, which shows if it is the same."""
-    if job["pickled"]:
-        model = torch.load(Path(job["out"]) / "model.pt", weights_only=False)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(job["out"], dtype=torch.float32)
-    model.eval()
-    texts = torch.load(job["texts"])
-    answer = {"parameters": parameters(model), "probe": perplexity(model, texts["probe"])}
+    model = AutoModelForCausalLM.from_pretrained(job["out"], dtype=torch.float32).eval()
+    texts = Samples(job["texts"])
+    answer = {"parameters": parameters(model), "probe": perplexity(model, texts.probe)}
     if abs(answer["probe"] / job.get("probe", answer["probe"]) - 1) > 1e-3:
         raise ValueError(f"another model comes back: perplexity {answer['probe']:.2f} instead of {job['probe']:.2f}")
-    return {**answer, "perplexity": {name: perplexity(model, samples) for name, samples in texts["texts"].items()}}
+    return {**answer, "perplexity": texts.perplexities(model)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -58,16 +58,15 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> No
 
 
 @torch.no_grad()
-def submatrix(matrix: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def submatrix(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Some rows and columns of a matrix as a new one, made without a copy of whole rows.
 
     Args:
         matrix: The matrix, shape `(m, n)`.
         rows: The indices of the rows.
         columns: The indices of the columns.
-        dtype: The dtype of the result; None takes that of the matrix.
     """
-    part = matrix.new_empty(len(rows), len(columns), dtype=dtype or matrix.dtype)
+    part = matrix.new_empty(len(rows), len(columns))
     for into, some in zip(part.split(PANEL), rows.split(PANEL), strict=True):
         into.copy_(matrix[some].index_select(1, columns))
     return part

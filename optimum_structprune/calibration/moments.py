@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import StructPruneError
@@ -270,21 +270,26 @@ def save_moments(moments_by_name: Mapping[str, Moments], path: str | Path) -> No
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def load_moments(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Moments]:
+def load_moments(
+    path: str | Path, device: torch.device | str = "cpu", names: Collection[str] | None = None
+) -> dict[str, Moments]:
     """Read what `save_moments` wrote.
 
     Args:
         path: The file.
         device: The device that takes the tensors.
+        names: The names whose moments are read; None stands for all.
 
     Raises:
         StructPruneError: If the file is missing, damaged or not a statistics file.
     """
     try:
-        tensors = load_file(path, str(device))
-        names = [name.removesuffix("/count") for name in tensors if name.endswith("/count")]
-        if not names:
-            raise KeyError("count")
+        with safe_open(path, "pt", str(device)) as file:
+            fields = {key: key.rpartition("/") for key in file.keys()}  # noqa: SIM118  # it is no mapping
+            names = [name for name, _, field in fields.values() if field == "count"] if names is None else names
+            if not names:
+                raise KeyError("count")
+            tensors = {key: file.get_tensor(key) for key, (name, _, _) in fields.items() if name in names}
         return {
             name: Moments(
                 count=int(tensors[f"{name}/count"]),

@@ -90,7 +90,7 @@ class LayerRunner:
         call = self.calls[len(hidden)][layer]
         module = self._layer(layer)
         like = next(module.parameters())
-        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), self._device(layer))
+        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
         if like.dtype == torch.float32:
             hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
         with self.clock.running(self.batches[index].domain):

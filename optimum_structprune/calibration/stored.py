@@ -210,23 +210,22 @@ class Statistics:
         used = [replace(entry, weight=weights[entry.name]) for entry in whole.domains if entry.name in weights]
         return replace(whole, domains=used)
 
-    def moments(self, layer: int, domain: int, device: torch.device | str = "cpu") -> dict[str, Moments]:
-        """Moments of the inputs of one layer's consumers in a domain, by module.
+    def moments_file(self, layer: int, domain: int) -> tuple[Path, str]:
+        """The file that holds one layer's moments in a domain, and what follows the names of modules in it.
+
+        The whole file is read for its hash.
 
         Args:
             layer: The index of the layer.
             domain: The number of the domain.
-            device: The device that takes them.
 
         Raises:
             StructPruneError: If the file is missing or damaged.
         """
         if (name := moments_name(layer, domain)) in self.files:
-            return load_moments(self._checked(name), device)
+            return self._checked(name), ""
         # Version 0.1 wrote the moments of all domains to one file.
-        every = load_moments(self._checked(f"layer-{layer:03d}.safetensors"), device)
-        end = f"/{domain}"
-        return {name.removesuffix(end): moments for name, moments in every.items() if name.endswith(end)}
+        return self._checked(f"layer-{layer:03d}.safetensors"), f"/{domain}"
 
     def _checked(self, name: str) -> Path:
         path = self.folder / name
@@ -255,6 +254,8 @@ class StoredPasses:
         names = [domain.name for domain in statistics.domains]
         self.statistics, self.gradient, self.device = statistics, gradient, device
         self.indices = [names.index(domain.name) for domain in domains]
+        # Files whose hash is right, by layer and domain: each is asked for once for every space.
+        self.files: dict[tuple[int, int], tuple[Path, str]] = {}
 
     def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         """See `Passes.gather`."""
@@ -263,8 +264,11 @@ class StoredPasses:
             name: None for name, used in (("gram", gram), ("saliency", self.gradient)) if not used
         }
         for index in self.indices:
-            moments = self.statistics.moments(layer, index, self.device)
-            yield [replace(moments.pop(axis.module), **unused) for axis in space.into]
+            if (layer, index) not in self.files:
+                self.files[layer, index] = self.statistics.moments_file(layer, index)
+            path, end = self.files[layer, index]
+            moments = load_moments(path, self.device, [f"{axis.module}{end}" for axis in space.into])
+            yield [replace(moments[f"{axis.module}{end}"], **unused) for axis in space.into]
 
     def contributions(self, layer: int, space: Space) -> Tensor:
         """Raises a StructPruneError: what an expert contributes is not stored."""

@@ -31,21 +31,13 @@ def run(args: Namespace) -> Result:
     from ..saving.claims import claimed, folder_beside
     from ..saving.target import OFFLOAD, check_target, resolved, used_paths
     from ..system.processes import across_processes
-    from .loading import load_model_and_tokenizer
+    from .loading import load_offloaded
 
     # How much is removed plays no part here, but a config has to say it.
     config = pruning_config(args, sparsity=0.5)
     with across_processes(), claimed(args.output), folder_beside(resolved(args.output), OFFLOAD) as scratch:
         check_target(args.output, args.overwrite, [args.model, *used_paths(config)])
-        model, tokenizer = load_model_and_tokenizer(
-            args.model,
-            args.dtype,
-            args.device,
-            args.trust_remote_code,
-            config.arch_file,
-            args.offload,
-            scratch,
-        )
+        model, tokenizer = load_offloaded(args, config.arch_file, scratch)
         statistics = calibrate(model, tokenizer, config, args.output, args.overwrite)
     return Result(
         f"{statistics}\nsaved to {args.output}; prune with `structprune prune {args.model} OUT --stats {args.output}`",

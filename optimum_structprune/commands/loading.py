@@ -22,6 +22,8 @@ from ..forward.placement import layer_device_map
 
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,21 @@ OFFLOADS = ("cpu", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What `--device` takes beside the names of devices: ways to spread a model over all of them.
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def load_offloaded(
+    args: Namespace, arch_file: str | None, scratch: Path
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer that the flags of `add_model_arguments` name; see `load_model_and_tokenizer`.
+
+    Args:
+        args: The flags.
+        arch_file: Descriptions of your own.
+        scratch: The folder for weights that are offloaded.
+    """
+    return load_model_and_tokenizer(
+        args.model, args.dtype, args.device, args.trust_remote_code, arch_file, args.offload, scratch
+    )
 
 
 def load_model_and_tokenizer(
@@ -57,10 +74,7 @@ def load_model_and_tokenizer(
         StructPruneError: If either cannot be loaded, with the reason; also if weights are missing, which transformers
             would fill with random numbers, or have other shapes than the config says.
     """
-    load_dtype(dtype)
-    check_offload(offload, load_device(device), name)
-    if arch_file is not None:
-        enable_heterogeneous(arch_file)
+    _prepared(name, dtype, device, arch_file, offload)
     tokenizer = load_tokenizer(name, trust_remote_code)
     return load_model(name, dtype, device, trust_remote_code, arch_file, offload, offload_folder), tokenizer
 
@@ -79,11 +93,7 @@ def load_model(
     Raises:
         StructPruneError: If it cannot be loaded, with the reason.
     """
-    load_dtype(dtype)
-    device = load_device(device)
-    check_offload(offload, device, name)
-    if arch_file is not None:
-        enable_heterogeneous(arch_file)
+    device = _prepared(name, dtype, device, arch_file, offload)
     config = load_config(name, trust_remote_code)
     try:
         model, loaded = model_class(config, arch_file).from_pretrained(
@@ -101,6 +111,16 @@ def load_model(
         raise _cannot_load(name, error, trust_remote_code, arch_file) from error
     _check_weights(name, loaded)
     return model.eval()
+
+
+def _prepared(name: str, dtype: str, device: str | None, arch_file: str | None, offload: str | None) -> str:
+    """The device, once the flags have been checked; non-uniform models of the file's families load from then on."""
+    load_dtype(dtype)
+    found = load_device(device)
+    check_offload(offload, found, name)
+    if arch_file is not None:
+        enable_heterogeneous(arch_file)
+    return found
 
 
 def check_offload(offload: str | None, device: str, name: str) -> None:

@@ -144,19 +144,11 @@ def _prune_and_save(
     from ..saving.claims import folder_beside
     from ..saving.target import OFFLOAD, resolved
     from ..system.processes import process_index
-    from .loading import load_model_and_tokenizer
+    from .loading import load_offloaded
 
     config = pruner.config
     with folder_beside(resolved(args.output), OFFLOAD) as scratch:
-        model, tokenizer = load_model_and_tokenizer(
-            args.model,
-            args.dtype,
-            args.device,
-            args.trust_remote_code,
-            config.arch_file,
-            args.offload,
-            scratch,
-        )
+        model, tokenizer = load_offloaded(args, config.arch_file, scratch)
         if recovery is not None:
             check_recovery(recovery, config, model)  # before it is pruned in vain
         pruned = pruner.prune_model(model, tokenizer, inplace=True)

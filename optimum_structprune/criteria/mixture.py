@@ -45,10 +45,7 @@ class Mixture:
             weight: The weight of the dense consumer, shape `(out, n)`.
             moments_by_domain: The moments of its input, one per domain.
         """
-        pool = Pool(self, weight)
-        for moments in moments_by_domain:
-            pool.add(moments)
-        return pool.result().moments
+        return Pool(self, weight).through(moments_by_domain).moments
 
     def scores(
         self, criterion: Criterion, weight: Tensor, moments_by_domain: Iterable[Moments], columns_per_unit: int
@@ -67,11 +64,7 @@ class Mixture:
         Returns:
             The scores, shape `(units,)`, higher = keep.
         """
-        scoring = Scoring(criterion, weight, columns_per_unit)
-        pool = Pool(self, weight, scoring)
-        for moments in moments_by_domain:
-            pool.add(moments)
-        return pool.result().scores
+        return Pool(self, weight, Scoring(criterion, weight, columns_per_unit)).through(moments_by_domain).scores
 
     @property
     def pools_scores(self) -> bool:
@@ -167,6 +160,12 @@ class Pool:
             self._scores.append(self.scoring.of(moments))
             self._seen.append(share)
         self._blend.add(moments, share * self._first / energy if self._loud else share, share, take)
+
+    def through(self, moments_by_domain: Iterable[Moments]) -> Pooled:
+        """What all domains say together, from moments that stay as they are."""
+        for moments in moments_by_domain:
+            self.add(moments)
+        return self.result()
 
     def result(self) -> Pooled:
         """What the domains say together; it can be asked for once, after the last of them."""
