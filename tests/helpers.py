@@ -199,16 +199,23 @@ def dying(monkeypatch, module, number, after):
 
 
 def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """What two processes of `torchrun` say that run a script, which may import what the tests share."""
+    """What two processes of `torchrun` say that run a script, which may import what the tests share.
+
+    Every rank writes into a file of its own: two that share a pipe write into each other's lines.
+    """
     (folder / "script.py").write_text(script)
-    tests = str(Path(__file__).parent)
+    tests, said = str(Path(__file__).parent), folder / "said"
     path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [*command, str(folder / "script.py"), *map(str, arguments)],
+    done = subprocess.run(
+        [*command, "--redirects", "3", "--log-dir", str(said), str(folder / "script.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**environment, "PYTHONPATH": path},
         timeout=120,
     )
+    for stream in ("stdout", "stderr"):
+        ranks = "".join(file.read_text() for file in sorted(said.rglob(f"{stream}.log")))
+        setattr(done, stream, getattr(done, stream) + ranks)
+    return done
