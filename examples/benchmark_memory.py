@@ -17,8 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.pruning.need import need
-from optimum_structprune.pruning.workload import workload
+from optimum_structprune.costs.need import need
+from optimum_structprune.costs.workload import workload
 
 
 def run(args: Namespace) -> None:

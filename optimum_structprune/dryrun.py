@@ -17,11 +17,11 @@ from .arch.meta import meta_model, model_class
 from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
+from .costs.estimate import Cost, Setting, cost
+from .costs.workload import workload
 from .plain_json import to_json
 from .pruner import AutoStructPruner
 from .pruning.checks import DRY_RUN, check
-from .pruning.estimate import Cost, Setting, cost
-from .pruning.workload import workload
 from .saving.report import table
 from .widths.budget import biased_spaces, cached_values, widths_of
 

@@ -14,6 +14,7 @@ from .arch.plain import check_plain, dequantized, is_quantized
 from .arch.spec import ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
+from .costs.room import check_room
 from .domains.load import Domain
 from .domains.manifest import Manifest
 from .errors import StructPruneError
@@ -22,7 +23,6 @@ from .pruning.checks import check
 from .pruning.choose import choose_widths
 from .pruning.evidence import Evidence
 from .pruning.removers import take_
-from .pruning.room import check_room
 from .pruning.run import Run
 from .pruning.steps import Step, steps
 from .registry import Registry

@@ -12,7 +12,7 @@ from transformers import Cache, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 from optimum_structprune import StructPruneConfig, StructPruneError, dry_run, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.commands.cli import main
-from optimum_structprune.pruning.estimate import Setting
+from optimum_structprune.costs.estimate import Setting
 
 
 LLAMA_70B = {

@@ -11,7 +11,7 @@ from .output import Result, add_output_arguments
 
 
 if TYPE_CHECKING:
-    from ..pruning.estimate import Setting
+    from ..costs.estimate import Setting
 
 NAME = "plan"
 HELP = (
@@ -66,8 +66,8 @@ def _setting(args: Namespace) -> Setting | None:
     Raises:
         StructPruneError: If a flag is given that takes `--cost`, or its value is not legal.
     """
+    from ..costs.estimate import Setting
     from ..errors import StructPruneError
-    from ..pruning.estimate import Setting
     from .loading import OFFLOADS
 
     names = ("device_memory", "offload", "processes")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config.pruning import StructPruneConfig
 from ..saving.report import table
-from .cost import Flops, Traffic, flops, traffic
+from .flops import Flops, Traffic, flops, traffic
 from .machines import FACTORS, MACHINES, MOVES, PRODUCTS, Estimate, estimate
 from .need import ERROR, USABLE, Need, need
 from .room import gigabytes

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_structprune import StructPruneConfig, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.pruning.need import ERROR, need
-from optimum_structprune.pruning.workload import workload
+from optimum_structprune.costs.need import ERROR, need
+from optimum_structprune.costs.workload import workload
 
 
 STATUS = Path("/proc/self/status")

@@ -7,9 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.pruning.cost import flops, traffic
-from optimum_structprune.pruning.machines import MACHINES, estimate
-from optimum_structprune.pruning.workload import workload
+from optimum_structprune.costs.flops import flops, traffic
+from optimum_structprune.costs.machines import MACHINES, estimate
+from optimum_structprune.costs.workload import workload
 
 
 ATEN = torch.ops.aten

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cost import flops, traffic
+from .flops import flops, traffic
 from .need import USABLE, need
 from .workload import Workload
 

@@ -1,0 +1,1 @@
+"""What a pruning needs before it begins: memory, arithmetic, bytes, time, and on which machine."""
