@@ -124,7 +124,7 @@ def test_families_and_variants(case, tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """A trained model of 30 layers that lose between none and a quarter of their FFN, and every other one a KV group."""
+    """A trained model whose layers lose up to a quarter of their FFN, and every other one a KV group."""
     import demo
 
     model, tokenizer = demo.load(smollm2_file())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("STRUCTPRUNE_SHARED", ROOT.parent / "shared"))
-sys.path.insert(0, str(ROOT / "examples"))
 MODEL = SHARED / "models" / "stories260K"
 STORIES = SHARED / "data" / "calibration" / "stories.jsonl"
 needs_shared = pytest.mark.skipif(
