@@ -1,6 +1,9 @@
 """A real llama.cpp computes from our GGUF files what transformers computes; `make llama-cpp` installs one."""
 
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import gguf
@@ -140,3 +143,52 @@ def test_a_real_model_with_a_width_for_each_layer(smollm2, tmp_path):
     check(smollm2.model, smollm2.tokenizer, tmp_path / "out.gguf", "The capital of France is", new=12, tolerance=2e-3)
     template = gguf.GGUFReader(tmp_path / "out.gguf").get_field("tokenizer.chat_template")
     assert template is None or template.contents() == smollm2.tokenizer.chat_template
+
+
+@pytest.fixture(scope="module")
+def converter(tmp_path_factory):
+    """llama.cpp's own converter, whose source comes with the binaries."""
+    pytest.importorskip("sentencepiece", reason="llama.cpp's converter imports sentencepiece")
+    source = tmp_path_factory.mktemp("source")
+    bundle = llama_cpp.modules() / "node-llama-cpp" / "llama" / "gitRelease.bundle"
+    subprocess.run(["git", "clone", "--quiet", bundle, source], check=True, capture_output=True)
+
+    def convert(folder, path):
+        script = [sys.executable, source / "convert_hf_to_gguf.py", folder, "--outfile", path, "--outtype", "f32"]
+        paths = {**os.environ, "PYTHONPATH": str(source / "gguf-py")}
+        done = subprocess.run(script, env=paths, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return convert
+
+
+@needs_shared
+def test_a_uniform_result_is_the_file_of_llama_cpps_own_converter(converter, tmp_path):
+    pruner = StructPruner(stories_config(widths={"mlp": 120, "attention": 2}))
+    model, tokenizer = stories_model()
+    model = pruner.prune_model(model, tokenizer).eval()
+    pruner.save(model, tmp_path / "pruned", tokenizer=tokenizer)
+    converter(tmp_path / "pruned", tmp_path / "theirs.gguf")
+    export_gguf(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), tmp_path / "ours.gguf", tokenizer)
+    ours, theirs = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+    tensors = {tensor.name: tensor.data for tensor in theirs.tensors}
+    assert {tensor.name for tensor in ours.tensors} == tensors.keys()
+    assert all(np.array_equal(tensor.data, tensors[tensor.name]) for tensor in ours.tensors)
+    # Ours says more: who wrote it, what stands around a text, and scores, which theirs gives no piece.
+    more = {"GGUF.kv_count", "structprune.version", "tokenizer.ggml.scores"}
+    more |= {f"tokenizer.ggml.{name}" for name in ("add_eos_token", "add_sep_token", "add_space_prefix")}
+    left, right = ({name: field.contents() for name, field in file.fields.items()} for file in (ours, theirs))
+    differing = {name for name in left.keys() | right.keys() if left.get(name) != right.get(name)}
+    assert differing <= more
+    (row,) = [tokenizer(TEXTS[0]).input_ids]
+    (found,) = llama_cpp.ask(tmp_path / "theirs.gguf", ids=[row])["logprobs"]
+    expected = model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)[range(len(row) - 1), row[1:]]
+    np.testing.assert_allclose([token["logprob"] for token in found], expected.detach(), atol=2e-4)
+
+
+@needs_shared
+def test_a_non_uniform_result_is_a_trap_for_llama_cpps_own_converter(stories, converter, tmp_path):
+    """It takes the model without a word, and llama.cpp does not load what it writes; see docs/serving.md."""
+    converter(saved(stories, tmp_path), tmp_path / "theirs.gguf")
+    with pytest.raises(RuntimeError, match="Failed to load model"):
+        llama_cpp.ask(tmp_path / "theirs.gguf")
