@@ -6,13 +6,14 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import benchmark_quantised
 import gguf
 import llama_cpp
 import numpy as np
 import pytest
 import torch
 from models import GROUPED, real_text_model
-from trained import needs_shared, smollm2_file, stories_config, stories_model
+from trained import STORIES, needs_shared, smollm2_file, stories_config, stories_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import Plan, StructPruner, apply_plan, export_gguf
@@ -143,6 +144,17 @@ def test_a_real_model_with_a_width_for_each_layer(smollm2, tmp_path):
     check(smollm2.model, smollm2.tokenizer, tmp_path / "out.gguf", "The capital of France is", new=12, tolerance=2e-3)
     template = gguf.GGUFReader(tmp_path / "out.gguf").get_field("tokenizer.chat_template")
     assert template is None or template.contents() == smollm2.tokenizer.chat_template
+
+
+@needs_shared
+def test_the_benchmark_prints_size_and_perplexity(stories, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["", str(saved(stories, tmp_path)), "--text", str(STORIES), "--num-samples", "2"])
+    benchmark_quantised.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["F16", "Q8_0", "Q4_0"]
+    (whole, small, least), sizes = ([float(row[at].strip(" |")) for row in rows] for at in (3, 2))
+    assert sizes == sorted(sizes, reverse=True)
+    assert small == pytest.approx(whole, rel=0.02) and whole < least < 2 * whole
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
 
     names = {number: name for name, number in tokenizer.get_vocab().items()}
     added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
-    texts, types = [], []
+    texts: list[str] = []
+    types: list[int] = []
     for number in range(size):
         text, kind = names.get(number, f"[PAD{number}]"), TokenType.NORMAL
         if number not in names:
