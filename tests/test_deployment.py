@@ -15,8 +15,7 @@ from huggingface_hub import HfApi
 from models import build, config, token_ids, tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
-from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingArguments, pipeline
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
 from optimum_structprune import StructPruner
 
@@ -167,16 +166,6 @@ def test_a_device_map_with_layers_on_disk(deployed, tmp_path):
     model = load(deployed, device_map=places, offload_folder=tmp_path)
     assert "disk" in model.hf_device_map.values()
     torch.testing.assert_close(logits(model), logits(deployed.model))
-
-
-def test_weights_of_8_bits_are_saved_and_load_again(deployed, tmp_path):
-    weights = TorchAoConfig(Int8WeightOnlyConfig())
-    small = load(deployed, quantization_config=weights, dtype=torch.float32)
-    small.save_pretrained(tmp_path)
-    whole, error = logits(deployed.model), logits(small) - logits(deployed.model)
-    assert 0 < error.norm() < 0.05 * whole.norm()
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(small))
-    assert (tmp_path / "model.safetensors").stat().st_size < (deployed.folder / "model.safetensors").stat().st_size
 
 
 @graphs

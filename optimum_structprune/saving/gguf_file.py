@@ -80,8 +80,10 @@ def export_gguf(
     check_gguf(model.config)
     check_file(path, overwrite, [model.name_or_path])
     check_plain(model)
-    if is_quantized(model) or model.dtype not in TYPES:
+    if is_quantized(model):
         raise StructPruneError("A GGUF file is written from plain weights; load the model without quantization.")
+    if model.dtype not in TYPES:
+        raise StructPruneError(f"A GGUF file holds float32, float16 or bfloat16, and the model is in {model.dtype}.")
     kind, file_type = TYPES[model.dtype]
     with staged_file(path, overwrite, [model.name_or_path]) as staging:
         parameters = _write(model, staging, tokenizer, kind, file_type)

@@ -105,6 +105,13 @@ def test_a_uniform_model_is_written_as_what_it_is(alike, tmp_path):
     assert found["llama.attention.head_count"] == 8 and found["llama.attention.head_count_kv"] == 4
 
 
+def test_a_text_is_no_longer_than_a_sliding_window(tmp_path):
+    fields = {**GROUPED, "sliding_window": 16}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", **fields))
+    export_gguf(model, tmp_path / "out.gguf", reader(pieces=False))
+    assert fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))["llama.context_length"] == 16
+
+
 def test_scaled_frequencies_are_what_transformers_computes(tmp_path):
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 32
@@ -203,7 +210,9 @@ def test_what_may_be_replaced(alike, tmp_path):
         export_gguf(alike, tmp_path, tokens, overwrite=True)
 
 
-def test_values_that_do_not_fit_are_refused(alike, tmp_path):
+def test_values_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(StructPruneError, match="the model is in torch.float64"):
+        export_gguf(build("llama-tied").double(), tmp_path / "out.gguf", reader(pieces=False))
     model = build("llama-tied").to(torch.float16)
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(StructPruneError, match="ffn_down.*float16 cannot hold"):
