@@ -90,7 +90,7 @@ Choices = Mapping[tuple[int, str], Choice]
 
 def choices_to_list(choices: Choices) -> list[list[Any]]:
     """Choices as JSON takes them: the layer, the name of the space, and the values of each."""
-    return [[layer, name, choice.to_dict()] for (layer, name), choice in choices.items()]
+    return [[layer, name, dict(vars(choice))] for (layer, name), choice in choices.items()]
 
 
 def choices_of_list(rows: Sequence[Sequence[Any]]) -> dict[tuple[int, str], Choice]:
