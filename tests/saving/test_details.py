@@ -62,7 +62,7 @@ def test_the_experts_of_a_layer_become_one_entry():
     few = {"carried": torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]), "errors": (1.0, 0.5, 2.0)}
     experts = {(0, "mlp/0"): noted([1.0, 2.0, 3.0], 2, **few), (0, "mlp/1"): noted([1.0, 2.0, 3.0], 2, **few)}
     details = Details()
-    details.take({**experts, (1, "mlp/0"): noted([1.0, 2.0], 1)}, layers=[0, 5])
+    details.take({**experts, (5, "mlp/0"): noted([1.0, 2.0], 1)})
     both = details.choices["mlp"][0]
     assert (both.scored, both.kept, both.spaces) == (6, 4, 2) and sum(both.kept_counts) == 4
     assert both.error == (0.5, 0.25) and both.agreement == pytest.approx((1.0,))

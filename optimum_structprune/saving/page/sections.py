@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ...arch.spec import MODEL
+from ...arch.spec import LAYER, MODEL
 from ...config.domains import IN_MEMORY
 from ...config.pruning import CONFIG_NAME
 from ...surgery.plan import PLAN_NAME
@@ -126,7 +126,9 @@ def tiles(records: Records) -> Iterator[Tile]:
         mean = geometric_mean(values[last] / values["dense"] for values in perplexities.values())
         worst = max(perplexities, key=lambda name: perplexities[name][last] / perplexities[name]["dense"])
         ratio = perplexities[worst][last] / perplexities[worst]["dense"]
-        note = f"geometric mean over {_count(len(perplexities), 'domain')}; worst {worst}, × {ratio:.3f}"
+        note = (
+            f"geometric mean over {_count(len(perplexities), 'domain')}; worst {worst}, ×\N{NO-BREAK SPACE}{ratio:.3f}"
+        )
         yield Tile(label, f"× {mean:.3f}", note)
     if errors := report.get("output_error"):
         worst = max(errors, key=lambda name: errors[name] or 0)
@@ -181,6 +183,9 @@ def what_and_why(records: Records) -> Section:
             part.text.append(
                 f"{kind}: layers keep {low:,} to {high:,} of {full:,} units, {mean} in the mean ({change})."
             )
+    if records.plan is not None and (left := records.plan.keep.get((MODEL, LAYER))) is not None:
+        gone = [str(layer) for layer in range(report["dense_widths"][LAYER]) if layer not in left]
+        part.text.append(f"Whole layers that went: {', '.join(gone)}.")
     if config is None:
         part.missing.append(f"Why: there is no {CONFIG_NAME} beside the model.")
         return part
@@ -533,9 +538,9 @@ def _choices(records: Records, part: Section, what: str) -> Iterator[tuple[str, 
     if records.details is None:
         part.missing.append(f"{what}: {NOT_THEN}.")
     elif not records.details.choices:
-        part.missing.append(f"{what}: nothing was removed inside the layers, or a run of before had done that part.")
+        part.missing.append(f"{what}: nothing was removed inside the layers, or an earlier version had begun the run.")
     else:
-        yield from records.details.choices.items()
+        yield from sorted(records.details.choices.items())
 
 
 def _dtype(records: Records) -> list[str]:
