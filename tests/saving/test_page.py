@@ -132,6 +132,15 @@ def test_an_older_result_says_what_it_does_not_know(folder, tmp_path):
     assert "in the place of DENSE" in text and "in the place of DENSE" not in text_of(tmp_path / "old", dense="big")
 
 
+def test_a_domain_whose_perplexity_is_infinite_is_not_passed_over(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "broken")
+    report = json.loads((folder / "report.json").read_text())
+    report["perplexity"][HOSTILE]["after"] = None
+    (tmp_path / "broken" / "report.json").write_text(json.dumps(report))
+    text = text_of(tmp_path / "broken")
+    assert '<dd class="value">infinite</dd>' in text and "where a perplexity is infinite" in text
+
+
 def test_without_matplotlib_the_numbers_are_there(folder, monkeypatch):
     monkeypatch.setattr(pictures, "can_draw", lambda: False)
     text = text_of(folder)

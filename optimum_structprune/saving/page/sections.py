@@ -122,6 +122,8 @@ def tiles(records: Records) -> Iterator[Tile]:
         small = noted["after"]
         note = f"{readable_size(records.dense_bytes)} → {readable_size(small)}"
         yield Tile("Weights", _change(small / records.dense_bytes), note)
+    if broken := _broken(records):
+        yield Tile("Perplexity", "infinite", f"on {', '.join(broken)}")
     for label, perplexities, last in _held_out(records):
         mean = geometric_mean(values[last] / values["dense"] for values in perplexities.values())
         worst = max(perplexities, key=lambda name: perplexities[name][last] / perplexities[name]["dense"])
@@ -132,7 +134,7 @@ def tiles(records: Records) -> Iterator[Tile]:
         yield Tile(label, f"× {mean:.3f}", note)
     if errors := report.get("output_error"):
         worst = max(errors, key=lambda name: errors[name] or 0)
-        yield Tile("Output error", f"{errors[worst]:.4f}", f"of the hidden states' variance, worst {worst}")
+        yield Tile("Output error", _number(errors[worst], 4), f"of the hidden states' variance, worst {worst}")
     if spent := report.get("seconds"):
         note = "since it went on" if records.details is not None and records.details.resumed else "in all stages"
         yield Tile("Time", _time(sum(spent.values())), note)
@@ -157,6 +159,12 @@ def _pruned(records: Records) -> dict[str, dict[str, float]]:
 def _recovered(records: Records) -> dict[str, dict[str, float]]:
     found = dict((records.recovery or {}).get("perplexity", {}))
     return _finite({name: values for name, values in found.items() if "dense" in values})
+
+
+def _broken(records: Records) -> list[str]:
+    """The domains with a perplexity that is no finite number, which JSON has as null."""
+    found = [*records.report.get("perplexity", {}).items(), *(records.recovery or {}).get("perplexity", {}).items()]
+    return sorted({name for name, values in found if None in values.values()})
 
 
 def _finite(perplexities: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -208,6 +216,8 @@ def quality(records: Records) -> Section:
     report = records.report
     if report.get("perplexity"):
         part.text.append("Held-out text is of the domains that were calibrated on, and was not calibrated on itself.")
+    if broken := _broken(records):
+        part.text.append(f"Without {', '.join(broken)}, where a perplexity is infinite: the model is of no use there.")
     _add_perplexities(part, "held-out", "Held-out text of the calibration", _pruned(records), ("pruned",))
     if records.recovery is None:
         part.missing.append("Recovered: there was no training after pruning.")
