@@ -66,7 +66,7 @@ class Units:
     @property
     def gram(self) -> bool:
         """Whether scores or refits take Gram matrices."""
-        return CRITERIA.get(self.config.scored_by).needs_gram or self.config.fits
+        return CRITERIA.get(self.config.scored_by).needs_gram or self.config.correlates
 
     @property
     def plan(self) -> Plan:
@@ -146,6 +146,10 @@ class Units:
         before, refit = self._before(space), REFITS[self.config.refit]
         scores = torch.stack([of_one.scores for of_one in gathered]).sum(0)
         keep = tuple(before[unit] for unit in best_units(scores, width))
+        if len(space.into) == 1:
+            (axis,), (of_one,) = space.into, gathered
+            dense, others = self.consumers.dense(axis)[0], [unit for unit in before if unit not in set(keep)]
+            keep = self._criterion(space.layer).exchanged(keep, others, dense, of_one.moments, axis.per_unit)
         self.keep[space.layer, space.name] = keep
         for axis, of_one in zip(space.into, gathered, strict=True):
             weight, bias = self.consumers.dense(axis)
