@@ -109,7 +109,7 @@ def keys(results: dict[str, Any]) -> set[tuple]:
 
 def config_of(args: Namespace, cell: dict[str, Any], width: int, seed: int) -> StructPruneConfig:
     """The whole config of one run."""
-    more = {"widths": {"mlp": width}, "num_samples": args.samples, "seq_length": SEQ_LENGTH, "seed": seed}
+    more = {"widths": {"mlp": width}, "num_samples": args.samples, "seq_length": args.seq_length, "seed": seed}
     return StructPruneConfig.from_dict({**cell, **more, "domains": calibration(args, cell["domains"])})
 
 
@@ -236,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     running.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of files in DATA/calibration")
     running.add_argument("--removed", nargs="+", type=int, default=[20, 35, 50], help="FFN channels, in percent")
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    running.add_argument("--samples", type=int, default=60, help="calibration samples of 512 tokens in all")
+    running.add_argument("--samples", type=int, default=60, help="calibration samples in all")
+    running.add_argument("--seq-length", type=int, default=SEQ_LENGTH, help="tokens in a calibration sample")
     running.add_argument("--tasks", action="store_true", help="score DATA/tasks/*.jsonl as well")
     running.add_argument("--limit", type=int, help="items per task")
     args = parser.parse_args(argv)
