@@ -103,7 +103,8 @@ def run(args: Namespace) -> dict[str, dict]:
             Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
 
     parts = {part: names for part, names in (("heldout", seen), ("unseen", unseen)) if names}
-    show("row", [*parts, *(f"{part} closed" for part in parts), *texts, "seconds"])
+    heads = ["held-out" if part == "heldout" else part for part in parts]
+    show("row", [*heads, *(f"{head} closed" for head in heads), *texts, "seconds"])
     show("---", ["---"] * (2 * len(parts) + len(texts) + 1))
     row("dense", model)
     pruned = prune_model(model, pruning, tokenizer)
