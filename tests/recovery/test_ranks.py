@@ -44,7 +44,8 @@ except StructPruneError as error:
     print(f"rank {rank} refused: {error}", flush=True)
 for train in ("full", "scales"):
     model = recover(deepcopy(pruned), tokenizer(), recovery_config(tokens=288, train=train, lora={}))
-    print(f"rank {rank} trained {train}: {weights_hash(model) != weights_hash(pruned)} {weights_hash(model)}", flush=True)
+    changed = weights_hash(model) != weights_hash(pruned)
+    print(f"rank {rank} trained {train}: {changed} {weights_hash(model)}", flush=True)
 dist.destroy_process_group()
 """
 
