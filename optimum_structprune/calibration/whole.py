@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
@@ -90,13 +90,13 @@ def removal_orders(
         StructPruneError: If the model has experts.
     """
     check_dense(arch)
-    axes = {axis.module: (space, axis) for space in arch.spaces for axis in space.into}
+    axes = {axis.module: axis for space in arch.spaces for axis in space.into}
     by_domain: dict[int, list[Batch]] = {}
     for batch in batches:
         by_domain.setdefault(batch.domain, []).append(batch)
     mixed = [batch for batch in chain(*zip_longest(*by_domain.values())) if batch is not None]
     samples = sum(len(batch.ids) for batch in mixed)
-    orders = {name: _Order(_weight(model, axis), axis.per_unit, samples) for name, (_, axis) in axes.items()}
+    orders = {name: _Order(_weight(model, axis), axis.per_unit, samples) for name, axis in axes.items()}
 
     def see(batch: Batch, name: str, x: Tensor) -> None:
         for row, sample in enumerate(x.reshape(len(batch.ids), -1, x.shape[-1])):
@@ -178,7 +178,7 @@ def check_dense(arch: ArchSpec) -> None:
 @torch.no_grad()
 def _run(
     model: PreTrainedModel,
-    names: Iterator[str] | Sequence[str] | dict,
+    names: Iterable[str],
     batches: Sequence[Batch],
     see: Callable[[Batch, str, Tensor], None],
     clock: Clock | None,

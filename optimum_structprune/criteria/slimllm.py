@@ -29,14 +29,14 @@ class SlimLLM(Criterion):
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""
-        covariance = _covariance(moments).to(weight)
         if columns_per_unit > 1:
-            shares, between = _of_units(weight, covariance, columns_per_unit)
+            shares, between = _of_units(weight, moments, columns_per_unit)
             own, total = between.diagonal(dim1=1, dim2=2), shares.sum(1, keepdim=True)
             return -_similarity(total - shares, total - 2 * shares + own, total).abs().sum(0)
         assert moments.saliency is not None
-        outputs = weight @ covariance @ weight.T
-        values, directions = torch.linalg.eigh(outputs.double())
+        mean = weight @ moments.mean.to(weight)
+        covariance = (weight @ moments.full_gram().to(weight) @ weight.T).addr_(mean, mean, alpha=-1)
+        values, directions = torch.linalg.eigh(covariance.double())
         importance = torch.sigmoid(values.abs() / values.abs().mean().clamp(min=torch.finfo(values.dtype).tiny))
         columns = ((directions.T @ weight.double()).abs() * importance[:, None]).norm(dim=0)
         return (columns * moments.square.to(columns).sqrt() + moments.saliency.to(columns)).to(weight)
@@ -47,7 +47,7 @@ class SlimLLM(Criterion):
         """See `Criterion.exchanged`."""
         if columns_per_unit == 1 or not others:
             return keep
-        shares, between = _of_units(weight, _covariance(moments).to(weight), columns_per_unit)
+        shares, between = _of_units(weight, moments, columns_per_unit)
         total, own, kept, gone = shares.sum(1), between.diagonal(dim1=1, dim2=2), list(keep), list(others)
         best = _similarity(shares[:, kept].sum(1), between[:, kept][:, :, kept].sum((1, 2)), total).sum()
         # Every exchange brings the output nearer, so none comes back.
@@ -68,27 +68,23 @@ class SlimLLM(Criterion):
             kept[i], gone[j] = gone[j], kept[i]
 
 
-def _covariance(moments: Moments) -> Tensor:
-    gram = moments.full_gram().double()
-    return gram - torch.outer(moments.mean, moments.mean).to(gram)
-
-
-def _of_units(weight: Tensor, covariance: Tensor, columns_per_unit: int) -> tuple[Tensor, Tensor]:
+def _of_units(weight: Tensor, moments: Moments, columns_per_unit: int) -> tuple[Tensor, Tensor]:
     """Covariances of the outputs of units.
 
     Args:
         weight: W, shape `(out, units * columns_per_unit)`.
-        covariance: The covariance of its input.
+        moments: The moments of its input.
         columns_per_unit: The number of columns of a unit.
 
     Returns:
         With the output of all units, shape `(out, units)`, and with that of each unit, shape `(out, units, units)`.
     """
+    gram, mean = moments.full_gram().to(weight), moments.mean.to(weight)
     shape = len(weight), -1, columns_per_unit
-    by_unit = [
-        ((weight[:, own] @ covariance[own]) * weight).view(shape).sum(2)
-        for own in torch.arange(weight.shape[1], device=weight.device).split(columns_per_unit)
-    ]
+    by_unit = []
+    for own in torch.arange(weight.shape[1], device=weight.device).split(columns_per_unit):
+        covariances = gram[own].addr(mean[own], mean, alpha=-1)
+        by_unit.append(((weight[:, own] @ covariances) * weight).view(shape).sum(2))
     between = torch.stack(by_unit, 1)
     return between.sum(2), between
 

@@ -226,7 +226,6 @@ def statistics_rules(case: Case) -> Rules:
     config, arch = case.config, case.arch
     if config.stats is None:
         return
-    yield from _never_stored(config)
     statistics = Statistics.load(config.stats)
     for name in case.widths:
         yield (
@@ -239,6 +238,7 @@ def statistics_rules(case: Case) -> Rules:
         f"criterion={config.criterion!r} needs gradients, which {config.stats} does not hold; write them with "
         f"`structprune calibrate MODEL {config.stats} --criterion {config.criterion} --overwrite`.",
     )
+    yield from _never_stored(config)
 
 
 def _never_stored(config: StructPruneConfig) -> Rules:

@@ -148,7 +148,7 @@ class Units:
         keep = tuple(before[unit] for unit in best_units(scores, width))
         if len(space.into) == 1:
             (axis,), (of_one,) = space.into, gathered
-            dense, others = self.consumers.dense(axis)[0], [unit for unit in before if unit not in set(keep)]
+            dense, others = self.consumers.dense(axis)[0], sorted({*before} - {*keep})
             keep = self._criterion(space.layer).exchanged(keep, others, dense, of_one.moments, axis.per_unit)
         self.keep[space.layer, space.name] = keep
         for axis, of_one in zip(space.into, gathered, strict=True):
