@@ -93,7 +93,10 @@ def test_it_can_be_interrupted_and_go_on(trained, pruned, tmp_path):
     resumed = recover(model, tokenizer(), settings(train, training=training), resume=True)
     torch.testing.assert_close(logits(resumed), logits(expected), rtol=1e-4, atol=1e-5)
     other = "scales" if train == "full" else "full"
-    with pytest.raises(StructPruneError, match="There is no checkpoint in"):
+    with (
+        pytest.warns(UserWarning, match="is passed over"),
+        pytest.raises(StructPruneError, match="There is no checkpoint in"),
+    ):
         recover(deepcopy(pruned), tokenizer(), settings(other, training=training), resume=True)
 
 
@@ -112,7 +115,7 @@ def test_what_belongs_to_another_way_is_refused(pruned):
         recover(deepcopy(pruned).half(), tokenizer(), settings("full"))
 
 
-@pytest.mark.parametrize("case", ["gpt2-tied", "gemma2", "mixtral"])
+@pytest.mark.parametrize("case", ["gpt2-tied", "mixtral"])
 def test_scales_fold_into_every_layout(case):
     model = build(case)
     before = deepcopy(model)
