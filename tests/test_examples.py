@@ -203,6 +203,15 @@ def test_benchmark_recovery(desk, capsys):
         half, whole = (rows[f"{way}, {tokens} tokens"] for tokens in ("2,048", "3,968"))
         assert whole["heldout"] < half["heldout"] < rows["pruned"]["heldout"] and half["seconds"] < whole["seconds"]
     assert capsys.readouterr().out.count("\n| ") == 7
+    left = ["--domains", "stories", "math", "--left-out", "stories", "--samples", "4", "--seq-length", "128"]
+    main("benchmark_recovery")(
+        [*arguments[:4], *left, "--tokens", "1024", "--eval-samples", "2", "--ways", "distilled, scales"]
+    )
+    out = capsys.readouterr().out
+    assert (
+        "| row | unseen | unseen closed | stories | seconds |" in out
+        and "\n| distilled, scales, 1,024 tokens |" in out
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")

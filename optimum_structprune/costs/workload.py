@@ -203,7 +203,7 @@ def workload(
         itemsize=itemsize,
         rounds=config.rounds,
         feedback=config.fits and config.error_feedback > 0 and config.stats is None,
-        gram=config.fits or bool(criterion and criterion.needs_gram),
+        gram=config.correlates or bool(criterion and criterion.needs_gram),
         factors=config.scored_by == "obs",
         apart=config.aggregation != "mean" or config.normalisation not in ("none", "energy"),
         fits=config.fits,
