@@ -137,7 +137,7 @@ def check_file(target: str | Path, overwrite: bool, used: Iterable[str | Path | 
         if not ours:
             raise StructPruneError(
                 f"{file} is no GGUF file of structprune, so it is not overwritten "
-                f"({readable_size(file.stat().st_size)} would be lost). Name another file, or remove this one yourself."
+                f"({readable_size(file.stat().st_size)} would be lost). Name another file, or remove this one."
             )
         for name in used:
             if name and _relation(file, name) == "is":
