@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo smoke test style quality docs dist venv llama-cpp torchao clean
+.PHONY: help demo smoke test style quality docs llama-cpp torchao dist venv clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 11
