@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+
 from .measuring import add_measuring_arguments, measured
 from .output import Result, add_output_arguments
 
