@@ -15,7 +15,7 @@ from ..domains.load import num_heldout
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def workload(
     )
 
 
-def _active(text) -> int:
+def _active(text: PreTrainedConfig) -> int:
     """The number of experts that a token goes to."""
     return next((n for key in ("num_experts_per_tok", "top_k") if isinstance(n := getattr(text, key, None), int)), 1)
 
