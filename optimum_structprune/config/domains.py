@@ -18,6 +18,7 @@ from .fields import Number, Serialisable, config_class, filled, mapping_of, not_
 IN_MEMORY = "memory:"
 PRESET = "preset:"
 SELF = "self:"
+BUILTIN = "builtin:"
 CHAT = "chat"
 
 

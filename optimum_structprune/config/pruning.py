@@ -13,12 +13,13 @@ from huggingface_hub.dataclasses import strict, validated_field
 from ..errors import StructPruneError
 from ..plain_json import to_json
 from ..registry import did_you_mean
-from .domains import DomainConfig, SelfTextConfig, check_names, with_domains
+from .domains import BUILTIN, DomainConfig, SelfTextConfig, check_names, with_domains
 from .fields import (
     NO_GAIN,
     Number,
     Serialisable,
     above_one,
+    below_one,
     config_class,
     filled,
     finite,
@@ -36,6 +37,8 @@ from .recovery import RecoveryConfig
 CONFIG_NAME = "structprune_config.json"
 # The fields of which exactly one says how much is removed.
 AMOUNTS = ("sparsity", "widths", "budget")
+# The name of the domain that `breadth` adds, and of the built-in text in it.
+BROAD = "broad"
 BUDGETS = ("parameters", "bytes", "cache_bytes_per_token")
 
 
@@ -74,6 +77,8 @@ class StructPruneConfig(Serialisable):
             need not be.
         domains: The calibration text. More than one kind of text makes the result general. None stands for the three
             built-in texts in equal shares, and with `stats` for all domains that are stored.
+        breadth: The share of the calibration tokens that goes to `builtin:broad` beside the domains: a little of
+            everything, against a loss on text that nobody named. 0 leaves it out.
         stats: A folder that `structprune calibrate` wrote. Its moments of the dense model are used instead of text,
             and `domains` only chooses among the stored domains and weighs them.
         normalisation: The scale on which the domains are brought together. `energy` divides by the output energy of
@@ -133,6 +138,7 @@ class StructPruneConfig(Serialisable):
     max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
     domains: list[DomainConfig] | None = None
+    breadth: Number = validated_field(below_one, default=0.0)
     stats: str | None = None
     normalisation: Literal["none", "energy", "zscore"] = "energy"
     aggregation: Literal["mean", "max"] = "mean"
@@ -185,8 +191,12 @@ class StructPruneConfig(Serialisable):
 
     @property
     def texts(self) -> list[DomainConfig]:
-        """The domains, or the built-in ones where none are named."""
-        return builtin_domains() if self.domains is None else self.domains
+        """The domains, or the built-in ones where none are named, and the broad text beside them."""
+        own = builtin_domains() if self.domains is None else self.domains
+        if self.breadth == 0:
+            return own
+        weight = self.breadth / (1 - self.breadth) * sum(domain.weight for domain in own)
+        return [*own, DomainConfig(name=BROAD, source=f"{BUILTIN}{BROAD}", weight=weight)]
 
     @property
     def scored_by(self) -> str:
@@ -296,6 +306,11 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         and (config.allocation != "uniform" or bool(config.skip_layers)),
         f"widths={config.widths} says what every layer keeps, so allocation={config.allocation!r} and "
         f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number per space",
+    )
+    yield (
+        config.breadth > 0 and any(domain.name == BROAD for domain in config.domains or ()),
+        f"breadth={config.breadth} adds a domain of the name {BROAD!r}, and domains has one; rename it, or leave "
+        "breadth out",
     )
     yield (
         config.keep_rounds and config.checkpoint_dir is None,
