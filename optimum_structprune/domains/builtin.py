@@ -36,8 +36,8 @@ def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
     Args:
         name: `prose` (the English of Python's documentation, docstrings and comments), `code` (sources of the standard
             library, other files than those that `prose` reads), `math` (word problems with worked answers), `records`
-            (tables and logs, made by rule), the name of a file in `texts/`, several of these as `letters+news`, or
-            `broad` for all of them.
+            (tables and logs, made by rule), the name of a file in `texts/`, several of these as `letters+news`,
+            `broad` for all of them, or all but some as `broad-code-math`.
         seed: The seed of the order, and of what is made by rule.
 
     Returns:
@@ -61,11 +61,12 @@ def kinds(name: str) -> list[str]:
         StructPruneError: If there is no such text.
     """
     known = [*MADE, *sorted(path.stem for path in TEXTS.glob("*.txt"))]
-    names = known if name == BROAD else name.split("+")
-    for kind in names:
+    first, *others = name.split("-")
+    named = others if first == BROAD else name.split("+")
+    for kind in named:
         if kind not in known:
             raise StructPruneError(f"There is no built-in text {kind!r}.{did_you_mean(kind, [*known, BROAD])}")
-    return names
+    return [kind for kind in known if kind not in named] if first == BROAD else named
 
 
 def _documents(kind: str, rng: Random) -> Iterator[str]:
