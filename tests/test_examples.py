@@ -265,9 +265,7 @@ def test_benchmark_domains_leaves_one_kind_out(desk, capsys, monkeypatch):
     cells = ["mix, one-shot, obs + refit", "mix + a fifth broad, one-shot, obs + refit", "web only, one-shot, wanda"]
     run([*arguments, *small, "--domains", *kinds, "--cells", *cells[:2]])
     first = json.loads(out.read_text())["runs"]
-    assert [(row["cell"], row["left_out"]) for row in first] == [
-        (cell, kind) for cell in cells[:2] for kind in kinds
-    ]
+    assert [(row["cell"], row["left_out"]) for row in first] == [(cell, kind) for cell in cells[:2] for kind in kinds]
     run([*arguments, *small, "--domains", *kinds, "--cells", *cells])
     again = json.loads(out.read_text())["runs"]
     assert again[:6] == first and [row["left_out"] for row in again[6:]] == ["stories", "math"]

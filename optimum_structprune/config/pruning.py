@@ -39,12 +39,10 @@ CONFIG_NAME = "structprune_config.json"
 AMOUNTS = ("sparsity", "widths", "budget")
 # The name of the domain that `breadth` adds, and of the built-in text in it.
 BROAD = "broad"
+# Its share where no domains are named.
+BROAD_ALONE = 0.5
 AUTO = "auto"
 BUDGETS = ("parameters", "bytes", "cache_bytes_per_token")
-
-
-# The share of the broad text where no domains are named.
-BROAD_ALONE = 0.5
 
 
 def builtin_domains() -> list[DomainConfig]:
