@@ -19,6 +19,8 @@ IN_MEMORY = "memory:"
 PRESET = "preset:"
 SELF = "self:"
 BUILTIN = "builtin:"
+# The built-in text of all kinds, and the domain that `breadth` makes of it.
+BROAD = "broad"
 CHAT = "chat"
 
 

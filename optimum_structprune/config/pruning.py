@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict, validated_field
 from ..errors import StructPruneError
 from ..plain_json import to_json
 from ..registry import did_you_mean
-from .domains import BUILTIN, DomainConfig, SelfTextConfig, check_names, with_domains
+from .domains import BROAD, BUILTIN, DomainConfig, SelfTextConfig, check_names, with_domains
 from .fields import (
     NO_GAIN,
     Number,
@@ -37,9 +37,7 @@ from .recovery import RecoveryConfig
 CONFIG_NAME = "structprune_config.json"
 # The fields of which exactly one says how much is removed.
 AMOUNTS = ("sparsity", "widths", "budget")
-# The name of the domain that `breadth` adds, and of the built-in text in it.
-BROAD = "broad"
-# Its share where no domains are named.
+# The share of the broad text where no domains are named.
 BROAD_ALONE = 0.5
 AUTO = "auto"
 BUDGETS = ("parameters", "bytes", "cache_bytes_per_token")
@@ -301,6 +299,10 @@ def _broad_beside(own: list[DomainConfig]) -> str:
     return BUILTIN + "-".join([BROAD, *(kind for name in named for kind in name.split("+"))])
 
 
+def _is_broad(domain: DomainConfig) -> bool:
+    return isinstance(domain.source, str) and domain.source.startswith(f"{BUILTIN}{BROAD}")
+
+
 def _by_layer(name: str, width: Any) -> int | dict[int, int]:
     """One number for all layers as it is, numbers for single layers by layer."""
     if isinstance(width, Mapping):
@@ -330,8 +332,7 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number per space",
     )
     yield (
-        config.broad_share > 0
-        and any(BROAD == domain.name or f"{BUILTIN}{BROAD}" == domain.source for domain in config.domains or ()),
+        config.broad_share > 0 and any(BROAD == domain.name or _is_broad(domain) for domain in config.domains or ()),
         f"breadth={config.breadth} adds a domain {BROAD!r} of the source {BUILTIN}{BROAD}, and domains has one; "
         "rename it, or leave breadth out",
     )

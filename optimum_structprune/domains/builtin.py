@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
+from ..config.domains import BROAD
 from ..errors import StructPruneError
 from ..registry import did_you_mean
 from .problems import word_problems
@@ -23,7 +24,6 @@ from .records import records
 TEXTS = Path(__file__).with_name("texts")
 # The line between two documents in a file of texts.
 BETWEEN = "\n%\n"
-BROAD = "broad"
 SECTION = 4_000
 PART = 800
 SHORTEST = 200
