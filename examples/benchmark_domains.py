@@ -64,7 +64,11 @@ MIXES: dict[str, dict[str, Any]] = {
     "mix + a fifth broad": {"breadth": 0.2},
     "mix + two fifths broad": {"breadth": 0.4},
 }
-ROUNDS: dict[str, dict[str, Any]] = {"one-shot": {"rounds": 1}, "iterative": {"rounds": 3}}
+ROUNDS: dict[str, dict[str, Any]] = {
+    "one-shot": {"rounds": 1},
+    "iterative": {"rounds": 3},
+    "10 rounds": {"rounds": 10, "schedule": "linear"},  # at most 5 % in each where half of all is removed
+}
 METHODS: dict[str, dict[str, Any]] = {
     "flap + bias": {"criterion": "flap", "refit": "bias"},
     "flap + refit": {"criterion": "flap", "refit": "least_squares"},
@@ -75,6 +79,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "obs + refit": {"criterion": "obs", "refit": "least_squares"},
     "taylor": {"criterion": "taylor", "refit": "none"},
     "taylor + refit": {"criterion": "taylor", "refit": "least_squares"},
+    "slimllm": {"criterion": "slimllm", "refit": "slope", "allocation": "cosine"},
+    "slimllm uniform": {"criterion": "slimllm", "refit": "slope"},
+    "slimllm + refit": {"criterion": "slimllm", "refit": "least_squares"},
+    "pip": {"criterion": "pip", "refit": "none"},
+    "pip + refit": {"criterion": "pip", "refit": "least_squares"},
+    "iterative norm": {"criterion": "iterative_norm", "refit": "none"},
+    "iterative norm + refit": {"criterion": "iterative_norm", "refit": "least_squares"},
     "flap global + bias": {"criterion": "flap", "refit": "bias", "allocation": "global"},
     "flap global + refit": {"criterion": "flap", "refit": "least_squares", "allocation": "global"},
     "wanda global + refit": {"criterion": "wanda", "refit": "least_squares", "allocation": "global"},
@@ -90,6 +101,8 @@ NEAR = {
     "web": ("web", "news", "self:prose"),
     "stories": ("fiction", "self:prose"),
 }
+# Settings that files of earlier versions of this script leave out.
+SETTINGS = {"seq_length": SEQ_LENGTH, "leave_one_out": False}
 # What re-weights domains between rounds needs some; the widths by measured loss follow the worst domain without any.
 ITERATIVE = ("adaptive", "worst-case")
 
@@ -104,6 +117,7 @@ def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
         for rounds in ROUNDS
         for method in METHODS
         if rounds == "iterative" or text not in ITERATIVE or (text == "worst-case" and "sensitivity" in method)
+        if rounds != "10 rounds" or "pip" in method
     }
 
 
@@ -204,13 +218,13 @@ def run(args: Namespace) -> None:
 
 def begin(args: Namespace) -> dict[str, Any]:
     """The results so far, which have to come from the same settings."""
-    same = ("model", "data", "dtype", "domains", "samples", "eval_samples", "tasks", "limit")
-    same += ("seq_length", "leave_one_out")
+    same = ("model", "data", "dtype", "domains", "samples", "eval_samples", "tasks", "limit", *SETTINGS)
     setting = {name: getattr(args, name) for name in same}
     if not Path(args.out).exists():
         return {"setting": setting, "runs": []}
     results = json.loads(Path(args.out).read_text())
-    if differing := [name for name in same if results["setting"].get(name) != setting[name]]:
+    found = {**SETTINGS, **results["setting"]}
+    if differing := [name for name in setting if found.get(name) != setting[name]]:
         raise StructPruneError(f"{args.out} was made with other settings: {', '.join(differing)}; name another file.")
     return results
 
