@@ -1,6 +1,7 @@
 """Does it help to mix domains, to weigh them, and to prune in rounds? A grid of cells over seeds and widths.
 
     python examples/benchmark_domains.py run MODEL DATA out.json [--cells "mix, *" ...] [--seeds 0 1 2] [--tasks]
+    python examples/benchmark_domains.py run MODEL DATA left.json --leave-one-out [--cells "mix*, *" ...]
     python examples/benchmark_domains.py table out.json [more.json ...]
 
 DATA is as for `benchmark_quality.py`, with multiple-choice items in `tasks/`. A cell is a calibration text, a number
@@ -8,6 +9,10 @@ of rounds and a method, such as `mix, one-shot, wanda + refit`; `run … --list`
 number of calibration tokens. `run` leaves out what `out.json` already holds, so it can be interrupted and go on, and
 `table` shows what is there so far: means ± standard deviations over seeds. Several files of the same settings, such as
 those of runs side by side, make one table.
+
+With `--leave-one-out`, each cell calibrates on all kinds of text but one and looks at that one, for every kind in
+turn. Only DATA/calibration is read, and a fifth of its documents is set aside to look at, so that a choice can be made
+without the evaluation text. Built-in and self-written text of about the same kind is left out with it.
 """
 
 from __future__ import annotations
@@ -15,7 +20,9 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from math import exp, log
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -30,10 +37,15 @@ from benchmark_quality import (
     show,
     write_json,
 )
+from set_aside import divided
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from optimum_structprune import StructPruneConfig, StructPruneError, perplexity
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, perplexity
 from optimum_structprune.arch.load import describe
+from optimum_structprune.config.domains import BUILTIN
+from optimum_structprune.domains.builtin import kinds
+from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.evaluation.tasks import Tasks
 from optimum_structprune.saving.report import geometric_mean
 
@@ -49,6 +61,8 @@ MIXES: dict[str, dict[str, Any]] = {
     "worst-case": {"objective": "worst"},
     "self-generated": {"domains": SELF},
     "built-in": {"domains": ("builtin:prose", "builtin:code", "builtin:math")},
+    "mix + a fifth broad": {"breadth": 0.2},
+    "mix + two fifths broad": {"breadth": 0.4},
 }
 ROUNDS: dict[str, dict[str, Any]] = {
     "one-shot": {"rounds": 1},
@@ -78,6 +92,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "obs global + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "global"},
     "obs by sensitivity + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "sensitivity"},
 }
+# Sources that are left out together with a domain: `prose` is the docstrings of the files that `code` is made of.
+NEAR = {
+    "wiki": ("encyclopedia", "countries", "self:prose"),
+    "code": ("code", "prose", "self:code"),
+    "math": ("math", "self:math"),
+    "dialogue": ("dialogue", "self:dialogue"),
+    "web": ("web", "news", "self:prose"),
+    "stories": ("fiction", "self:prose"),
+}
+# Settings that files of earlier versions of this script leave out.
+SETTINGS = {"seq_length": SEQ_LENGTH, "leave_one_out": False}
 # What re-weights domains between rounds needs some; the widths by measured loss follow the worst domain without any.
 ITERATIVE = ("adaptive", "worst-case")
 
@@ -104,13 +129,44 @@ def chosen(args: Namespace) -> dict[str, dict[str, Any]]:
 
 def keys(results: dict[str, Any]) -> set[tuple]:
     """What is there already."""
-    return {(row["cell"], row["removed"], row["seed"]) for row in results["runs"]}
+    return {(row["cell"], row["removed"], row["seed"], row.get("left_out")) for row in results["runs"]}
 
 
-def config_of(args: Namespace, cell: dict[str, Any], width: int, seed: int) -> StructPruneConfig:
+def config_of(
+    args: Namespace, cell: dict[str, Any], width: int, seed: int, left_out: str | None = None
+) -> StructPruneConfig:
     """The whole config of one run."""
     more = {"widths": {"mlp": width}, "num_samples": args.samples, "seq_length": args.seq_length, "seed": seed}
-    return StructPruneConfig.from_dict({**cell, **more, "domains": calibration(args, cell["domains"])})
+    config = StructPruneConfig.from_dict({**cell, **more, "domains": calibration(args, cell["domains"])})
+    return config if left_out is None else without(args, config, left_out)
+
+
+def without(args: Namespace, config: StructPruneConfig, left_out: str) -> StructPruneConfig:
+    """The same config without one kind of text, and without the documents that are set aside of the others."""
+    near = NEAR.get(left_out, ())
+    own = [domain for domain in config.domains or () if domain.name != left_out]
+    domains = []
+    for domain in replace(config, domains=own).texts:
+        if domain.source.startswith(BUILTIN):
+            names = [name for name in kinds(domain.source.removeprefix(BUILTIN)) if name not in near]
+            domains += [replace(domain, source=BUILTIN + "+".join(names))] if names else []
+        elif domain.name in args.domains:
+            domains.append(replace(domain, source=aside(args, domain.name)[0]))
+        elif domain.source not in near:
+            domains.append(domain)
+    return replace(config, domains=domains, breadth=0.0)
+
+
+def aside(args: Namespace, name: str) -> tuple[list[str], list[str]]:
+    """The documents of a calibration file to calibrate on, and those that are set aside."""
+    parts = divided(Path(args.data) / "calibration" / f"{name}.jsonl")
+    return tuple([json.loads(line)["text"] for line in part] for part in parts)
+
+
+def aside_texts(args: Namespace, tokenizer) -> dict[str, Tensor]:
+    """The first samples of what is set aside of every calibration file."""
+    texts = [DomainConfig(name, aside(args, name)[1]) for name in args.domains]
+    return {text.name: read_heldout(text, tokenizer, args.seq_length, args.eval_samples).samples for text in texts}
 
 
 def run(args: Namespace) -> None:
@@ -124,7 +180,9 @@ def run(args: Namespace) -> None:
     results = begin(args)
     model, tokenizer = load(args)
     size = describe(model).of("mlp")[0].size
-    texts, unseen = evaluation_texts(args, args.domains, tokenizer)
+    texts, unseen = (
+        (aside_texts(args, tokenizer), []) if args.leave_one_out else evaluation_texts(args, args.domains, tokenizer)
+    )
     tasks = Tasks(sorted((Path(args.data) / "tasks").glob("*.jsonl"))) if args.tasks else None
 
     def measured(measured_model) -> dict[str, Any]:
@@ -138,26 +196,35 @@ def run(args: Namespace) -> None:
     if "dense" not in results:
         results |= {"unseen": unseen, "dense": measured(model)}
     # Seeds come last, so that an interrupted run has a first answer to everything.
-    todo = [(seed, removed, name) for seed in args.seeds for removed in args.removed for name in names]
-    for seed, removed, name in todo:
-        if (name, removed, seed) in keys(results):
+    todo = [
+        (seed, removed, name, left)
+        for seed in args.seeds
+        for removed in args.removed
+        for name in names
+        for left in (args.domains if args.leave_one_out else [None])
+        if names[name]["domains"] != (left,)
+    ]
+    for seed, removed, name, left in todo:
+        if (name, removed, seed, left) in keys(results):
             continue
         width = 8 * round(size * (100 - removed) / 100 / 8)
-        pruned, seconds = pruned_by(model, tokenizer, config_of(args, names[name], width, seed))
+        pruned, seconds = pruned_by(model, tokenizer, config_of(args, names[name], width, seed, left))
         row = {"cell": name, "removed": removed, "width": width, "seed": seed, "seconds": seconds, **measured(pruned)}
-        results["runs"].append(row)
+        results["runs"].append(row if left is None else {**row, "left_out": left})
         write_json(args.out, results)
-        print(f"{name}, {removed} %, seed {seed}: {summary(results, row)}", flush=True)
+        kind = "" if left is None else f" without {left}"
+        print(f"{name}{kind}, {removed} %, seed {seed}: {summary(results, row)}", flush=True)
 
 
 def begin(args: Namespace) -> dict[str, Any]:
     """The results so far, which have to come from the same settings."""
-    same = ("model", "data", "dtype", "domains", "samples", "eval_samples", "tasks", "limit")
+    same = ("model", "data", "dtype", "domains", "samples", "eval_samples", "tasks", "limit", *SETTINGS)
     setting = {name: getattr(args, name) for name in same}
     if not Path(args.out).exists():
         return {"setting": setting, "runs": []}
     results = json.loads(Path(args.out).read_text())
-    if differing := [name for name in same if results["setting"].get(name) != setting[name]]:
+    found = {**SETTINGS, **results["setting"]}
+    if differing := [name for name in setting if found.get(name) != setting[name]]:
         raise StructPruneError(f"{args.out} was made with other settings: {', '.join(differing)}; name another file.")
     return results
 
@@ -165,10 +232,11 @@ def begin(args: Namespace) -> dict[str, Any]:
 def columns(results: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
     """What a row of the table says about one run: multiples of the dense perplexity, and accuracies."""
     ratio = {name: value / results["dense"]["perplexity"][name] for name, value in row["perplexity"].items()}
-    held = {name: value for name, value in ratio.items() if name not in results["unseen"]}
+    unseen = [row["left_out"]] if "left_out" in row else results["unseen"]
+    held = {name: value for name, value in ratio.items() if name not in unseen}
     means = {"held-out": geometric_mean(held.values()), "worst": max(held.values())}
-    if results["unseen"]:
-        means["unseen"] = geometric_mean(ratio[name] for name in results["unseen"])
+    if unseen:
+        means["unseen"] = geometric_mean(ratio[name] for name in unseen)
     scores = {f"{name} acc": score["acc"] for name, score in row.get("tasks", {}).items()}
     mean_score = {"tasks acc": fmean(scores.values())} if scores else {}
     return {**means, **ratio, **mean_score, **scores, "seconds": row["seconds"]}
@@ -206,6 +274,9 @@ def table(args: Namespace) -> None:
     accuracies = {f"{name} acc": score["acc"] for name, score in results["dense"].get("tasks", {}).items()}
     for removed in sorted({row["removed"] for row in results["runs"]}):
         print(f"\n{removed} % of the FFN channels removed\n")
+        if results["setting"].get("leave_one_out"):
+            left_out_table(results, removed, args.against)
+            continue
         rows = list(groups(results, removed))
         names = list(rows[0][1][0])
         show("cell", ["seeds", *names])
@@ -214,6 +285,53 @@ def table(args: Namespace) -> None:
         show("dense", ["", *(dense.get(name, "") for name in names)])
         for cell, runs in rows:
             show(cell, [str(len(runs)), *(spread([values[name] for values in runs]) for name in names)])
+
+
+def left_out_table(results: dict[str, Any], removed: int, against: str) -> None:
+    """One row for each cell: the loss on the kinds that were left out and on those that were not.
+
+    A loss is the mean logarithm of the multiples of the dense perplexity. "Of the reference's" compares the same kinds
+    and seeds, and its spread is over these.
+    """
+    losses = left_out_losses(results, removed)
+    kinds_left = results["setting"]["domains"]
+    show("cell", ["runs", "left out", "of the reference's", "own", "of the reference's", *kinds_left, "seconds"])
+    show("---", ["---"] * (len(kinds_left) + 6))
+    for cell, found in sorted(losses.items(), key=lambda item: fmean(run["left out"] for run in item[1].values())):
+        values: list[str | float] = [str(len(found))]
+        for column in ("left out", "own"):
+            pairs = [
+                (run[column], losses[against][key][column])
+                for key, run in found.items()
+                if key in losses.get(against, {})
+            ]
+            values.append(exp(fmean(run[column] for run in found.values())))
+            values.append(compared(pairs))
+        for kind in kinds_left:
+            left = [run["left out"] for (left, _), run in found.items() if left == kind]
+            values.append(exp(fmean(left)) if left else "")
+        show(cell, [*values, f"{fmean(run['seconds'] for run in found.values()):.0f}"])
+
+
+def left_out_losses(results: dict[str, Any], removed: int) -> dict[str, dict[tuple, dict[str, float]]]:
+    """The losses of each cell by the kind that was left out and the seed."""
+    losses: dict[str, dict[tuple, dict[str, float]]] = {}
+    dense = results["dense"]["perplexity"]
+    for row in results["runs"]:
+        if row["removed"] == removed:
+            loss = {name: log(value / dense[name]) for name, value in row["perplexity"].items()}
+            run_ = {"left out": loss.pop(row["left_out"]), "own": fmean(loss.values()), "seconds": row["seconds"]}
+            losses.setdefault(row["cell"], {})[row["left_out"], row["seed"]] = run_
+    return losses
+
+
+def compared(pairs: list[tuple[float, float]]) -> str:
+    """The sum of losses as a share of the reference's, and the standard deviation of the shares."""
+    if not pairs:
+        return ""
+    share = sum(loss for loss, _ in pairs) / sum(reference for _, reference in pairs)
+    apart = f" ± {stdev(loss / reference for loss, reference in pairs):.3f}" if len(pairs) > 1 else ""
+    return f"{share:.3f}{apart}"
 
 
 def spread(values: list[float]) -> str:
@@ -231,6 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(running)
     running.add_argument("out", help="JSON file with the results")
     showing.add_argument("out", nargs="+", help="JSON files with the results")
+    showing.add_argument("--against", default="mix, one-shot, obs + refit", help="the reference of --leave-one-out")
     running.add_argument("--cells", nargs="+", default=["*"], help='patterns such as "mix, *, wanda*"')
     running.add_argument("--list", action="store_true", help="name the cells and stop")
     running.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of files in DATA/calibration")
@@ -238,6 +357,7 @@ def main(argv: list[str] | None = None) -> None:
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     running.add_argument("--samples", type=int, default=60, help="calibration samples in all")
     running.add_argument("--seq-length", type=int, default=SEQ_LENGTH, help="tokens in a calibration sample")
+    running.add_argument("--leave-one-out", action="store_true", help="look at the kind that is not calibrated on")
     running.add_argument("--tasks", action="store_true", help="score DATA/tasks/*.jsonl as well")
     running.add_argument("--limit", type=int, help="items per task")
     args = parser.parse_args(argv)

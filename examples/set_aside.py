@@ -13,18 +13,24 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 
+def divided(path: Path, share: float = 0.2, seed: int = 0) -> tuple[list[str], list[str]]:
+    """The lines of a file in an order that the seed chooses: those to calibrate on, and the share to set aside."""
+    lines = path.read_text().splitlines(keepends=True)
+    random.Random(seed).shuffle(lines)
+    used = int(len(lines) * (1 - share))
+    return lines[:used], lines[used:]
+
+
 def run(args: Namespace) -> None:
     """Divide every file, with the same seed."""
     out = Path(args.out)
     for folder in ("calibration", "heldout", "unseen"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for path in sorted((Path(args.data) / "calibration").glob("*.jsonl")):
-        lines = path.read_text().splitlines(keepends=True)
-        random.Random(args.seed).shuffle(lines)
-        used = int(len(lines) * (1 - args.share))
-        aside = "heldout" if path.stem in args.domains else "unseen"
-        (out / "calibration" / path.name).write_text("".join(lines[:used]))
-        (out / aside / path.name).write_text("".join(lines[used:]))
+        used, aside = divided(path, args.share, args.seed)
+        folder = "heldout" if path.stem in args.domains else "unseen"
+        (out / "calibration" / path.name).write_text("".join(used))
+        (out / folder / path.name).write_text("".join(aside))
 
 
 def main(arguments: list[str] | None = None) -> None:

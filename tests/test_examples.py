@@ -284,6 +284,34 @@ def test_benchmark_domains(desk, capsys, monkeypatch):
         run([*arguments, *small, "--samples", "5"])
 
 
+@needs_shared
+def test_benchmark_domains_leaves_one_kind_out(desk, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    data, out = desk / "kinds", desk / "left.json"
+    (data / "calibration").mkdir(parents=True)
+    kinds = ("stories", "math", "web")
+    for kind in kinds:
+        lines = (SHARED / "data" / "calibration" / f"{kind}.jsonl").read_text().splitlines(keepends=True)
+        (data / "calibration" / f"{kind}.jsonl").write_text("".join(lines[:80]))
+    arguments = ["run", str(SHARED / "models" / "stories260K"), str(data), str(out), "--leave-one-out"]
+    small = ["--removed", "50", "--seeds", "0", "--samples", "6", "--seq-length", "64", "--eval-samples", "2"]
+    run = main("benchmark_domains")
+    cells = ["mix, one-shot, obs + refit", "mix + a fifth broad, one-shot, obs + refit", "web only, one-shot, wanda"]
+    run([*arguments, *small, "--domains", *kinds, "--cells", *cells[:2]])
+    first = json.loads(out.read_text())["runs"]
+    assert [(row["cell"], row["left_out"]) for row in first] == [(cell, kind) for cell in cells[:2] for kind in kinds]
+    run([*arguments, *small, "--domains", *kinds, "--cells", *cells])
+    again = json.loads(out.read_text())["runs"]
+    assert again[:6] == first and [row["left_out"] for row in again[6:]] == ["stories", "math"]
+    capsys.readouterr()
+    run(["table", str(out)])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[0][:4] == ["cell", "runs", "left out", "of the reference's"]
+    table = {row[0]: row for row in rows[2:]}
+    assert {cell: table[cell][1] for cell in cells} == dict(zip(cells, "332", strict=True))
+    assert table[cells[0]][3] == "1.000 ± 0.000"
+
+
 def test_benchmark_speed(desk, capsys):
     small = ["--widths", "24", "16", "--prompts", "8", "--new-tokens", "2", "--repeats", "1"]
     main("benchmark_speed")([str(desk / "model"), *small, "--json", str(desk / "speed.json")])

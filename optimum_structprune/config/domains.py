@@ -18,6 +18,9 @@ from .fields import Number, Serialisable, config_class, filled, mapping_of, not_
 IN_MEMORY = "memory:"
 PRESET = "preset:"
 SELF = "self:"
+BUILTIN = "builtin:"
+# The built-in text of all kinds, and the domain that `breadth` makes of it.
+BROAD = "broad"
 CHAT = "chat"
 
 

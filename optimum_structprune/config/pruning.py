@@ -13,12 +13,13 @@ from huggingface_hub.dataclasses import strict, validated_field
 from ..errors import StructPruneError
 from ..plain_json import to_json
 from ..registry import did_you_mean
-from .domains import DomainConfig, SelfTextConfig, check_names, with_domains
+from .domains import BROAD, BUILTIN, DomainConfig, SelfTextConfig, check_names, with_domains
 from .fields import (
     NO_GAIN,
     Number,
     Serialisable,
     above_one,
+    below_one,
     config_class,
     filled,
     finite,
@@ -36,12 +37,14 @@ from .recovery import RecoveryConfig
 CONFIG_NAME = "structprune_config.json"
 # The fields of which exactly one says how much is removed.
 AMOUNTS = ("sparsity", "widths", "budget")
+# The share of the broad text where no domains are named.
+BROAD_ALONE = 0.5
 AUTO = "auto"
 BUDGETS = ("parameters", "bytes", "cache_bytes_per_token")
 
 
 def builtin_domains() -> list[DomainConfig]:
-    """The domains that need no download, in equal shares."""
+    """The domains where none are named, in equal shares; they need no download. The broad text comes beside them."""
     return [DomainConfig(name=name, source=f"builtin:{name}") for name in ("prose", "code", "math")]
 
 
@@ -74,8 +77,11 @@ class StructPruneConfig(Serialisable):
         max_width: The share of its units that a layer keeps at most, where `min_width` says at least.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
             need not be.
-        domains: The calibration text. More than one kind of text makes the result general. None stands for the three
-            built-in texts in equal shares, and with `stats` for all domains that are stored.
+        domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
+            prose, code and math in equal shares, and with `stats` for all domains that are stored.
+        breadth: The share of the calibration tokens that goes to `builtin:broad` beside the domains: a little of
+            everything, against a loss on text that nobody named. None stands for a half where no domains are named,
+            and for nothing beside domains of your own.
         stats: A folder that `structprune calibrate` wrote. Its moments of the dense model are used instead of text,
             and `domains` only chooses among the stored domains and weighs them.
         normalisation: The scale on which the domains are brought together. `energy` divides by the output energy of
@@ -135,6 +141,7 @@ class StructPruneConfig(Serialisable):
     max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
     domains: list[DomainConfig] | None = None
+    breadth: Number | None = validated_field(below_one, default=None)
     stats: str | None = None
     normalisation: Literal["none", "energy", "zscore"] = "energy"
     aggregation: Literal["mean", "max"] = "mean"
@@ -192,8 +199,18 @@ class StructPruneConfig(Serialisable):
 
     @property
     def texts(self) -> list[DomainConfig]:
-        """The domains, or the built-in ones where none are named."""
-        return builtin_domains() if self.domains is None else self.domains
+        """The domains, or the built-in ones where none are named, and the broad text beside them."""
+        own = builtin_domains() if self.domains is None else self.domains
+        share = self.broad_share
+        if share == 0:
+            return own
+        weight = share / (1 - share) * sum(domain.weight for domain in own)
+        return [*own, DomainConfig(name=BROAD, source=_broad_beside(own), weight=weight)]
+
+    @property
+    def broad_share(self) -> float:
+        """The share of the broad text, named or not."""
+        return (BROAD_ALONE if self.domains is None else 0.0) if self.breadth is None else self.breadth
 
     @property
     def scored_by(self) -> str:
@@ -281,6 +298,17 @@ class StructPruneConfig(Serialisable):
         return cls.from_dict(read_yaml(path))
 
 
+def _broad_beside(own: list[DomainConfig]) -> str:
+    """The built-in text of all kinds but those that domains name: one document must not be in two domains."""
+    sources = [domain.source for domain in own if isinstance(domain.source, str)]
+    named = [source.removeprefix(BUILTIN) for source in sources if source.startswith(BUILTIN)]
+    return BUILTIN + "-".join([BROAD, *(kind for name in named for kind in name.split("+"))])
+
+
+def _is_broad(domain: DomainConfig) -> bool:
+    return isinstance(domain.source, str) and domain.source.startswith(f"{BUILTIN}{BROAD}")
+
+
 def _by_layer(name: str, width: Any) -> int | dict[int, int]:
     """One number for all layers as it is, numbers for single layers by layer."""
     if isinstance(width, Mapping):
@@ -308,6 +336,11 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         and (config.allocation != "uniform" or bool(config.skip_layers)),
         f"widths={config.widths} says what every layer keeps, so allocation={config.allocation!r} and "
         f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number per space",
+    )
+    yield (
+        config.broad_share > 0 and any(BROAD == domain.name or _is_broad(domain) for domain in config.domains or ()),
+        f"breadth={config.breadth} adds a domain {BROAD!r} of the source {BUILTIN}{BROAD}, and domains has one; "
+        "rename it, or leave breadth out",
     )
     yield (
         config.keep_rounds and config.checkpoint_dir is None,

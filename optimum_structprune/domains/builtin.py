@@ -1,4 +1,7 @@
-"""Calibration text that needs no download: English, code and arithmetic from any Python installation."""
+"""Calibration text that needs no download: from any Python installation, made by rule, or from files beside this one.
+
+`texts/README.md` says where the files come from, and under which licences.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,18 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ..config.domains import BROAD
 from ..errors import StructPruneError
 from ..registry import did_you_mean
 from .problems import word_problems
+from .records import records
 
 
+TEXTS = Path(__file__).with_name("texts")
+# The line between two documents in a file of texts.
+BETWEEN = "\n%\n"
 SECTION = 4_000
+PART = 800
 SHORTEST = 200
 SKIP = frozenset("test tests idlelib lib2to3 site-packages dist-packages encodings pydoc_data __phello__".split())
 
@@ -27,16 +36,48 @@ def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
 
     Args:
         name: `prose` (the English of Python's documentation, docstrings and comments), `code` (sources of the standard
-            library, other files than those that `prose` reads) or `math` (word problems with worked answers).
-        seed: The seed of the order, and of the word problems.
+            library, other files than those that `prose` reads), `math` (word problems with worked answers), `records`
+            (tables and logs, made by rule), the name of a file in `texts/`, several of these as `letters+news`,
+            `broad` for all of them, or all but some as `broad-code-math`.
+        seed: The seed of the order, and of what is made by rule.
+
+    Returns:
+        The documents of one kind of text. Of several kinds, parts of about `PART` characters, as much of each kind for
+        as long as it lasts, so that a few samples hold something of all of them.
 
     Raises:
         StructPruneError: If there is no such text, or this Python comes without the sources of its library.
     """
-    texts = {"prose": _prose, "code": _code, "math": word_problems}
-    if name not in texts:
-        raise StructPruneError(f"There is no built-in text {name!r}.{did_you_mean(name, texts)}")
-    return texts[name](Random(seed))
+    names = kinds(name)
+    if len(names) == 1:
+        return _documents(names[0], Random(seed))
+    Random(seed).shuffle(names)
+    return _evenly([_in_parts(_documents(kind, Random(seed))) for kind in names])
+
+
+def kinds(name: str) -> list[str]:
+    """The kinds of text that a name of built-in text stands for.
+
+    Raises:
+        StructPruneError: If there is no such text.
+    """
+    known = [*MADE, *sorted(path.stem for path in TEXTS.glob("*.txt"))]
+    first, *others = name.split("-")
+    named = others if first == BROAD else name.split("+")
+    for kind in named:
+        if kind not in known:
+            raise StructPruneError(f"There is no built-in text {kind!r}.{did_you_mean(kind, [*known, BROAD])}")
+    return [kind for kind in known if kind not in named] if first == BROAD else named
+
+
+def _documents(kind: str, rng: Random) -> Iterator[str]:
+    return MADE[kind](rng) if kind in MADE else _from_file(kind, rng)
+
+
+def _from_file(kind: str, rng: Random) -> Iterator[str]:
+    documents = (TEXTS / f"{kind}.txt").read_text(encoding="utf-8").strip("\n").split(BETWEEN)
+    rng.shuffle(documents)
+    return iter(documents)
 
 
 def sections(text: str, size: int = SECTION) -> Iterator[str]:
@@ -63,6 +104,22 @@ def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
                 alive.append(stream)
                 yield part
         streams = alive
+
+
+def _evenly(streams: list[Iterator[str]]) -> Iterator[str]:
+    # The next part is of the kind that has given the fewest characters.
+    given = dict.fromkeys(range(len(streams)), 0)
+    while given:
+        least = min(given, key=lambda i: given[i])
+        if (part := next(streams[least], None)) is None:
+            del given[least]
+        else:
+            given[least] += len(part)
+            yield part
+
+
+def _in_parts(documents: Iterator[str]) -> Iterator[str]:
+    yield from (part for document in documents for part in sections(document, PART))
 
 
 def _library() -> list[Path]:
@@ -130,3 +187,12 @@ def _english(texts: list[str], seen: set[str]) -> str:
             seen.add(paragraph)
             kept.append(paragraph)
     return "\n\n".join(kept)
+
+
+# What is read from Python's library, or made by rule.
+MADE: dict[str, Callable[[Random], Iterator[str]]] = {
+    "prose": _prose,
+    "code": _code,
+    "math": word_problems,
+    "records": records,
+}

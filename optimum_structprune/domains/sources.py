@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..config.domains import IN_MEMORY, SELF, DomainConfig
+from ..config.domains import BUILTIN, IN_MEMORY, SELF, DomainConfig
 from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
 from .builtin import builtin_documents, sections
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-BUILTIN = "builtin:"
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
 HUB_BUFFER = 10_000

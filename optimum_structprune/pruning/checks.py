@@ -367,6 +367,7 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
         "presets_file": (not any(text.startswith(PRESET) for text in texts), "no domain is a preset"),
         "self_text": (not any(text.startswith(SELF) for text in texts), "the model writes no domain itself"),
+        "breadth": (stored, "stats were gathered already; name the domain 'broad' if they hold it"),
         "num_samples": (stored, "stats were gathered already"),
         "seq_length": (stored, "stats were gathered already"),
     }

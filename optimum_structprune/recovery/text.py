@@ -54,6 +54,7 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
     return replace(
         pruning,
         domains=[replace(domain, weight=1.0) for domain in domains],
+        breadth=0.0,
         num_samples=samples * len(domains),
         seq_length=seq_length,
         adaptive_rate=0.0,

@@ -96,6 +96,17 @@ def test_bad_values_name_the_field_and_the_value(fields, message):
     assert "\n" not in str(caught.value)
 
 
+def test_breadth_adds_a_domain_and_leaves_the_others_as_they_are():
+    own = [DomainConfig("a", "a.txt", weight=2), DomainConfig("b", "b.txt")]
+    *kept, broad = StructPruneConfig(sparsity=0.2, domains=own, breadth=0.25).texts
+    assert kept == own == StructPruneConfig(sparsity=0.2, domains=own, breadth=0).texts
+    assert (broad.source, broad.weight) == ("builtin:broad", 1.0)
+    assert StructPruneConfig(sparsity=0.2, domains=own).texts == own
+    assert StructPruneConfig(sparsity=0.2).texts[-1].weight == 3.0
+    with pytest.raises(StructPruneError, match="breadth=0.1 adds a domain 'broad'"):
+        StructPruneConfig(sparsity=0.2, domains=[DomainConfig("broad", "a.txt")], breadth=0.1)
+
+
 def test_assignment_is_checked_too():
     config = StructPruneConfig(sparsity=0.2)
     with pytest.raises(StrictDataclassError, match="'sparsity'"):

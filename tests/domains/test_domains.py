@@ -45,8 +45,20 @@ ROWS = {
     "law": {"text": "t", "label": 1},
     "medicine": {"pubid": 1, "question": "q", "context": {"contexts": ["c"]}, "long_answer": "a"},
     "multilingual": {"inputs": "q", "targets": "a", "language": "French", "language_code": "fra"},
+    "stories": {"text": "t"},
+    "reviews": {"text": "t", "label": 0},
+    "abstracts": {"id": "1", "submitter": "s", "authors": "a", "title": "T", "abstract": "t", "categories": ["c"]},
+    "bills": {"text": "t", "summary": "s", "title": "T"},
+    "database": {"answer": "a", "question": "q", "context": "c"},
+    **dict.fromkeys(("german", "spanish", "chinese"), {"id": "1", "url": "u", "title": "T", "text": "t"}),
 }
-TEXT = {"math": "Question: q\nAnswer: a", "medicine": "Question: q\nAnswer: a", "multilingual": "q\na"}
+TEXT = {
+    "math": "Question: q\nAnswer: a",
+    "medicine": "Question: q\nAnswer: a",
+    "multilingual": "q\na",
+    "abstracts": "T\n\nt",
+    "database": "c\n-- q\na",
+}
 
 
 def chatty(template: str | None):
@@ -85,12 +97,13 @@ def test_a_preset_streams_from_the_hub(name, monkeypatch):
     assert calls == [(where, {"split": entry.get("split", "train"), "streaming": True})]
 
 
-def test_hybrid_is_an_equal_mix():
-    parts = resolve([DomainConfig("mix", "preset:hybrid", weight=3), DomainConfig("other", "builtin:prose")])
+@pytest.mark.parametrize("preset", ["hybrid", "broad"])
+def test_a_mix_is_in_equal_shares(preset):
+    parts = resolve([DomainConfig("mix", f"preset:{preset}", weight=3), DomainConfig("other", "builtin:prose")])
     assert len(parts) > 8
     assert parts[-1].source == "builtin:prose"
     assert {part.weight for part in parts[:-1]} == {3 / len(parts[:-1])}
-    assert [part.name for part in parts[:-1]] == [f"mix-{name}" for name in presets()["hybrid"]["mix"]]
+    assert [part.name for part in parts[:-1]] == [f"mix-{name}" for name in presets()[preset]["mix"]]
     assert not any(part.source.startswith(PRESET) for part in parts)
 
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.config.pruning import StructPruneConfig
-from optimum_structprune.domains import builtin, problems, sources
+from optimum_structprune.domains import builtin, problems, records, sources
 from optimum_structprune.domains.builtin import builtin_documents, sections
 from optimum_structprune.domains.load import load_domains, num_heldout, split_samples
 from optimum_structprune.domains.packing import prefix_token
@@ -102,13 +102,53 @@ def test_builtin_text_is_plenty_and_distinct(name, least):
     assert all(builtin.SHORTEST / 2 <= len(text) <= 2 * builtin.SECTION for text in texts)
 
 
-@pytest.mark.parametrize("name", ["prose", "code", "math"])
+@pytest.mark.parametrize("name", ["prose", "code", "math", "records", "letters", "letters+news", "broad"])
 def test_the_seed_decides_the_builtin_documents(name):
     def first(seed):
         return list(itertools.islice(builtin_documents(name, seed), 5))
 
     assert first(3) == first(3)
     assert first(3) != first(4)
+
+
+FILES = [path.stem for path in builtin.TEXTS.glob("*.txt")]
+
+
+def test_broad_text_is_of_every_kind_that_there_is():
+    assert set(builtin.kinds("broad")) == {"prose", "code", "math", "records", *FILES}
+    described = (builtin.TEXTS / "README.md").read_text()
+    assert set(builtin.kinds("broad-math-code")) == set(builtin.kinds("broad")) - {"math", "code"}
+    assert len(FILES) > 10 and "countries.txt" in described
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_documents_in_files_are_short_and_distinct(name):
+    texts = list(builtin_documents(name))
+    assert len(set(texts)) == len(texts) >= 8
+    assert all(text == text.strip() and builtin.SHORTEST / 2 < len(text) < 2 * builtin.PART for text in texts)
+
+
+def test_several_kinds_have_equal_shares_of_the_characters():
+    names = ["letters", "countries", "math", "records"]
+    whole = {name: "\n".join(itertools.islice(builtin_documents(name, 3), 200)) for name in names}
+    given = dict.fromkeys(names, 0)
+    for part in itertools.islice(builtin_documents("+".join(names), 3), 30):
+        (kind,) = (name for name in names if part in whole[name])
+        given[kind] += len(part)
+    assert max(given.values()) - min(given.values()) <= 2 * builtin.PART
+
+
+def test_broad_text_goes_on_where_files_end():
+    sizes = itertools.accumulate(map(len, builtin_documents("broad")))
+    assert any(size > 400_000 for size in sizes)
+
+
+def test_invoices_add_up():
+    invoices = [text for text in itertools.islice(records.records(random.Random(0)), 100) if "Invoice" in text]
+    assert len(invoices) > 10
+    for text in invoices:
+        *lines, total = map(Fraction, re.findall(r"(?<= )\d+\.\d\d$", text, re.M))
+        assert sum(lines) == total, text
 
 
 def test_prose_reads_other_files_than_code():
@@ -138,6 +178,8 @@ def test_code_does_not_always_begin_at_the_top_of_a_file(monkeypatch, tmp_path):
 def test_unknown_builtin_proposes_the_nearest():
     with pytest.raises(StructPruneError, match="no built-in text 'prosa'. Did you mean 'prose'"):
         read("builtin:prosa")
+    with pytest.raises(StructPruneError, match="no built-in text 'newz'. Did you mean 'news'"):
+        read("builtin:letters+newz")
 
 
 def test_python_without_sources(tmp_path, monkeypatch):
@@ -625,7 +667,7 @@ def test_a_sample_that_only_holds_the_prefix():
 @needs_shared
 def test_the_builtin_domains_with_a_trained_tokenizer():
     trained = AutoTokenizer.from_pretrained(MODEL)
-    config = StructPruneConfig(sparsity=0.2, num_samples=9, seq_length=64)
+    config = StructPruneConfig(sparsity=0.2, breadth=0, num_samples=9, seq_length=64)
     loaded = load_domains(config, trained, vocab_size=512)
     assert [domain.name for domain in loaded] == ["prose", "code", "math"]
     for domain in loaded:
@@ -636,6 +678,17 @@ def test_the_builtin_domains_with_a_trained_tokenizer():
     assert "import" in trained.decode(loaded[1].samples[:, 1:].flatten())
     with pytest.raises(StructPruneError, match="vocabulary 100"):
         load_domains(config, trained, vocab_size=100)
+
+
+@needs_shared
+def test_broad_text_has_its_share_of_the_samples():
+    trained = AutoTokenizer.from_pretrained(MODEL)
+    own = [DomainConfig("mine", "builtin:math", weight=3), DomainConfig("more", "builtin:code", weight=1)]
+    config = StructPruneConfig(sparsity=0.2, domains=own, breadth=0.4, num_samples=10, seq_length=64)
+    loaded = load_domains(config, trained)
+    assert [(domain.name, len(domain.samples)) for domain in loaded] == [("mine", 5), ("more", 1), ("broad", 4)]
+    assert [domain.weight for domain in loaded] == pytest.approx([0.45, 0.15, 0.4])
+    assert loaded[-1].origin.source == "builtin:broad-math-code"
 
 
 @needs_shared
