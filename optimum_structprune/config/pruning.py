@@ -86,7 +86,7 @@ class StructPruneConfig(Serialisable):
             unless `adaptive_rate` says otherwise), and with `allocation="sensitivity"` the widths follow the domain
             that loses most.
         max_perplexity_ratio: A limit to the held-out perplexity of every domain, as a multiple of the dense model's.
-            The rounds go toward the target and stop before a domain exceeds it.
+            The rounds go toward the target and stop before a domain exceeds it, on text that the report does not use.
         checkpoint_dir: A folder that remembers each round, and each layer of the last one; a run that was killed goes
             on from there.
         keep_rounds: Whether the smaller and smaller models are left in that folder as `round-1`, `round-2`, …
@@ -98,7 +98,9 @@ class StructPruneConfig(Serialisable):
         damping: The ridge of the refit toward the original weights, relative to the diagonal of the Gram matrix.
         error_feedback: The share of the error of the residual stream so far that a refit makes up for, at the cost of
             one more forward pass. 0 fits every layer to its own dense function, 1 to the dense model's stream.
-        holdout: The share of each domain's samples that is set aside, from other documents, to measure perplexity.
+        holdout: The share of each domain's samples that is set aside, from other documents, to measure perplexity. As
+            many more are set aside where widths, weights of domains or a limit follow from measurements, which are
+            made on these instead.
         skip_layers: The layers that are not pruned; the others give up as much more.
         recovery: Training after the last round, or after each; None leaves it out.
         seed: The seed of everything random.
@@ -207,6 +209,14 @@ class StructPruneConfig(Serialisable):
     def measures(self) -> bool:
         """Whether a round that is not the last is measured on held-out text."""
         return self.reweights or self.keep_rounds or self.max_perplexity_ratio is not None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether widths, weights of domains or the end of the rounds follow from a measurement of the model on text,
+        which may not be the text that the report measures it on.
+        """
+        measured = self.allocation not in ("uniform", "global")
+        return measured or self.reweights or self.max_perplexity_ratio is not None
 
     @property
     def spans_rounds(self) -> bool:
