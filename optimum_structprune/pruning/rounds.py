@@ -11,9 +11,9 @@ from typing import Any
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
 from ..arch.spec import Widths
-from ..saving.hub import PLAN_NAME, check_reload, save_checked
+from ..saving.hub import check_reload, save_checked
 from ..surgery.cut import adopt_config_, shrink_
-from ..surgery.plan import Plan
+from ..surgery.plan import PLAN_NAME, Plan
 from ..widths.budget import biased_spaces
 from .checkpoint import Checkpoint, run_key
 from .evidence import Evidence
@@ -70,9 +70,10 @@ class Rounds:
             key = run_key(self.config, run.model, run.evidence.entries(), step.target)
             self.checkpoint = Checkpoint(Path(self.config.checkpoint_dir), key)
             self.progress = Progress(Path(self.config.checkpoint_dir), f"{key}/{step.count}")
-            self.progress.check()
+            run.report.details.resumed = self.progress.check() is not None
             if (state := self.checkpoint.load(self.arch)) is not None:
                 self.done, run.report.rounds = state.number, state.measured
+                run.report.details.resumed = True
                 self.evidence = replace(self.evidence, shares=state.shares)
                 self.sweep.resume_(state.snapshot)
 
@@ -88,12 +89,14 @@ class Rounds:
             self._sweep_(widths, smaller)
         finally:
             self.run.changed = self.run.changed or self.sweep.shrunk
+        self.run.choices |= self.sweep.choices
         self.record(widths, {})
         adopt_config_(self.run.model, new_config, smaller)
 
     def remove_masked_(self, widths: Widths) -> Plan:
         """Take what is masked out of the model, without another round."""
         self.run.changed = self.sweep.shrunk = True
+        self.run.choices |= self.sweep.choices
         shrink_(self.run.model, self.arch, self.sweep.plan, widths, self.biased)
         return self.sweep.plan
 
@@ -146,7 +149,7 @@ class Rounds:
         with self.run.report.timed(f"round {number}"):
             passes = self.evidence.passes(self.run.model, self.arch)
             title = f"round {number}/{max(number, self.total)}"
-            self.sweep.run_(passes, self.evidence.mixture, widths, smaller, title, self.progress)
+            self.sweep.run_(passes, self.evidence.mixture, widths, smaller, title, self.progress, number, self.total)
 
     def _save_model(self, widths: Widths) -> None:
         copy, plan = deepcopy(self.run.model), self.sweep.plan

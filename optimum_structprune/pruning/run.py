@@ -7,9 +7,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..arch.load import describe
-from ..arch.spec import ArchSpec
+from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..errors import InPlaceError
+from ..saving.details import Choice
 from ..saving.report import Report
 from ..surgery.plan import Plan
 from ..system.processes import alone
@@ -38,6 +39,7 @@ class Run:
         measure: The figures of the dense model on held-out text; None until `start`.
         teacher: The model that recovery learns from; None where there is none in memory.
         rounds: The `Rounds` that have begun and have not ended; None between them.
+        choices: How the units inside the layers were chosen, in summary.
         changed: Whether the model has lost something that cannot be put back.
     """
 
@@ -58,6 +60,7 @@ class Run:
         self.measure: Measure | None = None
         self.teacher: PreTrainedModel | None = None
         self.rounds: Any = None
+        self.choices: dict[tuple[int, str], Choice] = {}
         self.changed = False
 
     @property
@@ -109,6 +112,8 @@ class Run:
             dense: The description of the dense model.
         """
         self.report.finish(self.model, self.arch, dense, self.plan)
+        self.report.details.domains = self.evidence.names
+        self.report.details.take(self.choices, self.plan.keep.get((MODEL, LAYER)))
         self.report.calibration_tokens = {domain.name: domain.samples.numel() for domain in self.evidence.domains}
         self.report.domain_seconds = {
             self.evidence.names[number]: spent for number, spent in sorted(self.evidence.clock.seconds.items())

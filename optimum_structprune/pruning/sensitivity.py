@@ -109,7 +109,7 @@ def sensitivities(
         config: How to prune.
         evidence: What is known of the text; a part of each domain is held out.
         names: The kinds of space.
-        report: Takes the time.
+        report: Takes the time and the losses.
 
     Returns:
         By layer and name of the space, shape `(units,)`, ascending: only the number of units in a layer matters.
@@ -125,6 +125,9 @@ def sensitivities(
     }
     with evaluating(model), report.timed("sensitivity"):
         trials = all_trials(Sweep(model, arch, alone), spaces, replace(evidence, config=alone))
+    for (layer, name), by_units in trials.items():
+        found = {units: losses.tolist() for units, losses in by_units.items()}
+        report.details.sensitivity.setdefault(name, {})[layer] = found
     shares = torch.tensor(evidence.shares)
     if config.objective == "worst":
         totals = torch.stack([losses for by_units in trials.values() for losses in by_units.values()]).sum(0)

@@ -14,14 +14,15 @@ from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 
-from ..config.pruning import CONFIG_NAME, StructPruneConfig
+from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain
-from ..domains.manifest import MANIFEST_NAME
 from ..errors import StructPruneError
 from ..forward.metrics import perplexity
 from ..plain_json import to_json
-from ..saving.hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
+from ..saving.hub import RECORDS, check_reload, save_checked
+from ..saving.page.page import leave_page
+from ..saving.report import RECOVERY_REPORT_NAME, REPORT_NAME
 from ..saving.target import used_paths
 from ..system.fingerprint import tensor_hash
 from .adapter import check_adapter, fresh_adapter, lora_config, merge_adapter_
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from ..config.domains import DomainConfig
 
 RECOVERY_CONFIG_NAME = "recovery_config.json"
-RECOVERY_REPORT_NAME = "recovery_report.json"
-# The files of a pruned model that are copied beside the recovered one.
-CARRIED = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
 
 
 class Recovery:
@@ -221,7 +219,7 @@ class Recovery:
         if report is None:
             raise StructPruneError("There is nothing to save: call recover_model first.")
         carried = {
-            name: Path(pruned, name).read_bytes() for name in CARRIED if pruned and Path(pruned, name).is_file()
+            name: Path(pruned, name).read_bytes() for name in RECORDS if pruned and Path(pruned, name).is_file()
         }
 
         def write(folder: Path) -> None:
@@ -229,6 +227,8 @@ class Recovery:
                 (folder / name).write_bytes(record)
             (folder / RECOVERY_CONFIG_NAME).write_text(to_json(self.config.to_dict()) + "\n")
             (folder / RECOVERY_REPORT_NAME).write_text(to_json(asdict(report)) + "\n")
+            if REPORT_NAME in carried:
+                leave_page(folder, save_directory)
             if identity is not None:
                 identity.save(folder)
 

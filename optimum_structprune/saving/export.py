@@ -13,8 +13,9 @@ from ..arch.load import describe
 from ..errors import StructPruneError
 from ..plain_json import to_json
 from ..surgery.resize import pad_
-from .hub import RECORDS, REPORT_NAME, check_reload, save_checked
+from .hub import RECORDS, check_reload, save_checked
 from .ranks import is_alone
+from .report import REPORT_NAME
 from .target import EXPORT_NAME, check_target
 
 

@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING, Any
 from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..plain_json import to_json
 from ..surgery.plan import Plan
+from ..system.memory import peak_memory
+from .details import Details
+from .target import model_bytes
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+REPORT_NAME = "report.json"
+RECOVERY_REPORT_NAME = "recovery_report.json"
 
 
 @dataclass
@@ -78,6 +85,7 @@ class Report:
         domain_seconds: The time spent in calibration, by domain.
         rounds: For rounds that are measured: the widths of each, the weights of the domains in it, the ratio of
             perplexities after it (empty after the last, see `perplexity`), and whether it holds a limit on perplexity.
+        details: What the run saw while it pruned, which is saved in a file of its own.
     """
 
     model_type: str
@@ -93,10 +101,16 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     domain_seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    details: Details = field(default_factory=Details, repr=False, compare=False)
 
     def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:
         """Enter the sizes of the dense model."""
         self.parameters["before"], self.layer_parameters["before"] = model.num_parameters(), sum(arch.layer_params)
+        self.details.model = {
+            "name": model.name_or_path,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "bytes": {"before": model_bytes(model)},
+        }
 
     def finish(self, model: PreTrainedModel, arch: ArchSpec, dense: ArchSpec, plan: Plan) -> None:
         """Enter the sizes and widths of the smaller model.
@@ -108,6 +122,7 @@ class Report:
             plan: The kept units of the dense model.
         """
         self.parameters["after"], self.layer_parameters["after"] = model.num_parameters(), sum(arch.layer_params)
+        self.details.model["bytes"]["after"] = model_bytes(model)
         kept = {MODEL, *plan.keep.get((MODEL, LAYER), range(dense.num_layers))}
         for name, widths in plan.widths().items():
             full = dense.widths(name)
@@ -116,10 +131,11 @@ class Report:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside `with` to a stage."""
+        """Add the time spent inside `with` to a stage, and note the memory taken by its end."""
         start = perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
+        self.details.memory[stage] = peak_memory()
 
     @property
     def block_parameters(self) -> dict[str, int]:
@@ -134,7 +150,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {**asdict(self), "sparsity": self.sparsity}
+        values = asdict(replace(self, details=Details()))
+        del values["details"]
+        return {**values, "sparsity": self.sparsity}
 
     def save(self, path: str | Path) -> None:
         """Write JSON; a number that is not finite, which JSON does not have, is null."""

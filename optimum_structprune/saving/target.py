@@ -32,7 +32,7 @@ MARKERS: Mapping[str, frozenset[str]] = {
 }
 # Files that this package, transformers and peft write into a result; whatever else lies there is the user's.
 WRITTEN = re.compile(
-    r".+\.(json|safetensors|jinja|model|py|gguf)|(vocab|merges)\.txt|\.gitattributes|training_args\.bin"
+    r".+\.(json|safetensors|jinja|model|py|gguf)|report\.html|(vocab|merges)\.txt|\.gitattributes|training_args\.bin"
 )
 WRITTEN_FOLDERS = ("additional_chat_templates", "__pycache__", ".cache")
 CARD = "README.md"  # peft writes one beside an adapter
@@ -212,8 +212,8 @@ def probe_target(target: str | Path, need_bytes: int = 0) -> None:
         raise StructPruneError(f"{target} cannot be written: {error.strerror or error}.") from error
     if need_bytes > free:
         raise StructPruneError(
-            f"{target} takes about {_size(need_bytes)}, and {parent} has {_size(free)} left; name another output "
-            "folder, or make room."
+            f"{target} takes about {readable_size(need_bytes)}, and {parent} has {readable_size(free)} left; name "
+            "another output folder, or make room."
         )
 
 
@@ -276,9 +276,10 @@ def _lost(folder: Path) -> str:
     """What a folder holds, in words."""
     files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
     size = sum(path.lstat().st_size for path in files)
-    return f"{len(files):,} file{'' if len(files) == 1 else 's'} ({_size(size)}) would be lost"
+    return f"{len(files):,} file{'' if len(files) == 1 else 's'} ({readable_size(size)}) would be lost"
 
 
-def _size(size: int) -> str:
+def readable_size(size: int) -> str:
+    """A number of bytes in the largest unit that leaves a digit before the point."""
     power = min((len(str(size)) - 1) // 3, len(UNITS) - 1)
     return f"{size:,} {UNITS[0]}" if power == 0 else f"{size / 1000**power:,.1f} {UNITS[power]}"
