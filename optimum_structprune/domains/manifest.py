@@ -14,7 +14,7 @@ from .. import __version__
 from ..config.domains import DomainConfig
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
-from ..plain_json import to_json
+from ..plain_json import to_json, unversioned, versioned
 from ..system.fingerprint import tensor_hash
 
 
@@ -151,7 +151,7 @@ class Manifest:
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        Path(path).write_text(to_json(asdict(self)) + "\n")
+        Path(path).write_text(to_json(versioned(asdict(self))) + "\n")
 
     @classmethod
     def load(cls, folder_or_file: str | Path) -> Manifest:
@@ -162,7 +162,7 @@ class Manifest:
         """
         path = Path(folder_or_file)
         path = path / MANIFEST_NAME if path.is_dir() else path
-        data = read_mapping(path, json.loads)
+        data = unversioned(read_mapping(path, json.loads))
         try:
             fields = {name: value for name, value in data.items() if name not in REMOVED_KEYS}
             manifest = cls(**{**fields, "domains": [Entry.from_dict(entry) for entry in data["domains"]]})
