@@ -261,7 +261,7 @@ def test_benchmark_tasks(desk, capsys, monkeypatch):
     run = main("benchmark_tasks")
     run([*arguments, *small, "--cells", "mix"])
     first = {path: path.read_bytes() for path in out.rglob("*.json*")}
-    run([*arguments, *small, "--cells", "mix*", "stories only"])
+    run([*arguments, *small, "--cells", "mix", "mix + recovery", "stories only"])
     assert all(path.read_bytes() == content for path, content in first.items())
     kept = json.loads((out / "mix, 50 %.json").read_text())
     assert kept["items"]["two"].keys() == {"acc", "acc_norm"} and len(kept["items"]["two"]["acc"]) == 4

@@ -16,8 +16,8 @@ from ..forward.generation import cache_name, cache_of, last_logits_only
 from .items import Answer, ItemFile
 
 
-# What lm_eval asks: the texts of a context and of what follows it, and the token ids of both.
-Request = tuple[tuple[str, str], list[int], list[int]]
+# What lm_eval asks: the texts of a context and of what follows it (None for windows of a text), and their token ids.
+Request = tuple[Any, list[int], list[int]]
 
 
 class SharedPrompts(HFLM):
@@ -45,6 +45,8 @@ class SharedPrompts(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
+        if requests and requests[0][0] is None:  # windows of a text, which have nothing in common
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         answers: list[Answer] = []
         labelled = zip(self.labels, requests, strict=True)
         # An item with several contexts, such as one that is asked without its question as well, is several groups.

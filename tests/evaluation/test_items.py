@@ -62,6 +62,18 @@ def test_choices_after_a_shared_prompt_score_as_each_does_alone(case, tmp_path):
         assert line["loglikelihood"] == pytest.approx(defined(model, item), abs=1e-4)
 
 
+def test_texts_are_scored_as_before():
+    from lm_eval.api.instance import Instance
+
+    from optimum_structprune.evaluation.choices import SharedPrompts
+
+    model, text = build("llama-tied"), documents(1)[0]
+    wrapped = SharedPrompts(pretrained=model, tokenizer=tokenizer(), backend="causal", batch_size=1)
+    (found,) = wrapped.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    ids = torch.tensor([[1, *tokenizer()(text, add_special_tokens=False)["input_ids"]]])
+    assert found == pytest.approx(-float(sample_losses(model, ids)[0]) * (ids.shape[1] - 1), rel=1e-4)
+
+
 def test_a_killed_run_goes_on_at_the_next_item(tmp_path, monkeypatch):
     model, quiz, kept = build("llama-tied"), write_items(tmp_path / "quiz.jsonl"), tmp_path / "kept"
     whole = evaluate(model, tokenizer(), tasks=[quiz])

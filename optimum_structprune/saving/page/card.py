@@ -19,6 +19,7 @@ from ...arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 from ...arch.meta import model_class
 from ...config.fields import read_mapping
 from ...errors import one_line
+from ...plain_json import unversioned
 from ..report import REPORT_NAME, geometric_mean
 from ..target import CARD, is_result, is_signed, resolved, signed
 from .records import Records
@@ -106,7 +107,7 @@ def model_card(
     records = Records.read(folder) if (folder / REPORT_NAME).is_file() else Records(name, {})
     known = Dense.of(records.dense or dense or "")
     kind, report = model_class(config, arch_file).__name__, records.report
-    settings: dict[str, Any] = dict(records.config or {})
+    settings = unversioned(records.config or {})
     causal = kind == "AutoModelForCausalLM"
     licence: dict[str, Any] = dict(known.licence)
     card_data = ModelCardData(
