@@ -1,7 +1,8 @@
-"""Scores the choices of an item in one batch, after a prompt that runs once; needs lm_eval."""
+"""Scores the choices of items in one batch, after prompts that run once; needs lm_eval."""
 
 from __future__ import annotations
 
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +17,8 @@ from ..forward.generation import cache_name, cache_of, last_logits_only
 from .items import Answer, ItemFile
 
 
+# Items whose prompts run in one pass.
+ITEMS_AT_ONCE = 8
 # What lm_eval asks: the texts of a context and of what follows it (None for windows of a text), and their token ids.
 Request = tuple[Any, list[int], list[int]]
 
@@ -23,7 +26,8 @@ Request = tuple[Any, list[int], list[int]]
 class SharedPrompts(HFLM):
     """A model of lm_eval that runs the prompt of an item once, and all its choices together after it.
 
-    Models whose cache holds more than keys and values run every choice with its prompt, as lm_eval does.
+    Several items share a pass. Models whose cache holds more than keys and values run every choice with its prompt, as
+    lm_eval does.
 
     Args:
         items: Keeps the answers to each item; None keeps nothing.
@@ -36,6 +40,9 @@ class SharedPrompts(HFLM):
         self.labels: list[tuple[str, int]] = []
         self.last_only = {"logits_to_keep": 1} if last_logits_only(self.model) else {}
         self.cache_name = cache_name(self.model)
+        # Prompts of different lengths need padding, and with it positions of their own.
+        padded = {"attention_mask", "position_ids"} <= signature(self.model.forward).parameters.keys()
+        self.at_once = max(ITEMS_AT_ONCE, self.batch_size) if padded else 1
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[Answer]:
         """See `HFLM.loglikelihood`."""
@@ -47,41 +54,77 @@ class SharedPrompts(HFLM):
     ) -> list[Answer]:
         if requests and requests[0][0] is None:  # windows of a text, which have nothing in common
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        answers: list[Answer] = []
         labelled = zip(self.labels, requests, strict=True)
         # An item with several contexts, such as one that is asked without its question as well, is several groups.
         groups = groupby(labelled, key=lambda pair: (pair[0], pair[1][0][0], tuple(pair[1][1])))
-        with tqdm(total=len(requests), desc="choices", disable=disable_tqdm) as bar:
-            for (label, context, _), group in groups:
-                asked = [request for _, request in group]
-                choices = [texts[1] for texts, _, _ in asked]
-                found = None if self.items is None else self.items.get(context, choices)
-                if found is None:
-                    found = self._answered(asked)
-                    if self.items is not None:
-                        self.items.add(label, context, choices, found)
-                answers += found
-                bar.update(len(found))
-        return answers
+        asked = [(label, [request for _, request in group]) for (label, _, _), group in groups]
+        found = [None if self.items is None else self.items.get(*_texts(item)) for _, item in asked]
+        # Choices of about the same length leave little to fill up; there are more of them than of prompts.
+        todo = [index for index, known in enumerate(found) if known is None]
+        todo.sort(key=lambda index: _lengths(asked[index][1]), reverse=True)
+        for start in tqdm(range(0, len(todo), self.at_once), desc="items", disable=disable_tqdm):
+            chunk = todo[start : start + self.at_once]
+            for index, answers in zip(chunk, self._answered([asked[index][1] for index in chunk]), strict=True):
+                found[index] = answers
+                if self.items is not None:
+                    label, item = asked[index]
+                    self.items.add(label, *_texts(item), answers)
+        return [answer for answers in found for answer in answers or ()]
 
     @torch.no_grad()
-    def _answered(self, requests: list[Request]) -> list[Answer]:
-        context, choices = requests[0][1], [choice for _, _, choice in requests]
+    def _answered(self, items: list[list[Request]]) -> list[list[Answer]]:
+        """The answers to some items; each is the requests that share its context."""
+        contexts, choices = [item[0][1] for item in items], [choice for item in items for _, _, choice in item]
         longest = max(map(len, choices))
-        if self.cache_name is None or len(context) + longest > self.max_length + 1:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True)  # which cuts a context that is too long
-        prompt = self.model(torch.tensor([context], device=self.device), use_cache=True, **self.last_only)
-        logits = prompt.logits[:, -1:].expand(len(choices), -1, -1)
+        if self.cache_name is None or max(map(len, contexts)) + longest > self.max_length + 1:
+            return self._apart(items)  # which cuts a context that is too long
+        ids, mask = _filled(contexts, self.device, left=True)
+        prompt = self.model(ids, use_cache=True, **self.last_only, **self._places(mask, ids.shape[1]))
+        rows = torch.tensor([number for number, item in enumerate(items) for _ in item], device=self.device)
+        logits = prompt.logits[:, -1:][rows]
         if longest > 1:
             cache = cache_of(prompt)
             if not _repeats(cache):
-                return super()._loglikelihood_tokens(requests, disable_tqdm=True)
-            cache.batch_repeat_interleave(len(choices))
-            # What is filled up lies behind all that counts, where causal attention does not see it.
-            rows = [torch.tensor(choice[:-1] + context[:1] * (longest - len(choice))) for choice in choices]
-            rest = self.model(torch.stack(rows).to(self.device), use_cache=True, **{self.cache_name: cache}).logits
-            logits = torch.cat([logits, rest], dim=1)
-        return [_answer(row[: len(choice)], choice) for row, choice in zip(logits, choices, strict=True)]
+                return self._apart(items)
+            cache.batch_select_indices(rows)
+            # What is filled up on the right lies behind all that counts, where causal attention does not see it.
+            rest, _ = _filled([choice[:-1] for choice in choices], self.device, left=False)
+            mask = torch.cat([mask[rows], torch.ones_like(rest)], dim=1)
+            more = {self.cache_name: cache, **self._places(mask, rest.shape[1])}
+            logits = torch.cat([logits, self.model(rest, use_cache=True, **more).logits], dim=1)
+        answers = iter([_answer(row[: len(choice)], choice) for row, choice in zip(logits, choices, strict=True)])
+        return [[next(answers) for _ in item] for item in items]
+
+    def _apart(self, items: list[list[Request]]) -> list[list[Answer]]:
+        return [super(SharedPrompts, self)._loglikelihood_tokens(item, disable_tqdm=True) for item in items]
+
+    def _places(self, mask: Tensor, count: int) -> dict[str, Tensor]:
+        """The arguments that say where the last `count` tokens of each row stand; none where nothing is filled up."""
+        if mask.all():
+            return {}
+        return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -count:]}
+
+
+def _texts(item: list[Request]) -> tuple[str, list[str]]:
+    """The context and the choices of an item."""
+    return item[0][0][0], [texts[1] for texts, _, _ in item]
+
+
+def _lengths(item: list[Request]) -> tuple[int, int]:
+    """The length of the longest choice of an item, and that of its context, in tokens."""
+    return max(len(choice) for _, _, choice in item), len(item[0][1])
+
+
+def _filled(rows: list[list[int]], device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of token ids filled up to the same length, and where they are, both of shape `(rows, longest)`."""
+    longest = max(map(len, rows))
+
+    def filled(values: list[int]) -> list[int]:
+        blank = [0] * (longest - len(values))
+        return blank + values if left else values + blank
+
+    ids, mask = ([filled(row) for row in kind] for kind in (rows, [[1] * len(row) for row in rows]))
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _answer(logits: Tensor, choice: list[int]) -> Answer:
