@@ -166,7 +166,7 @@ def all_trials(
     trials = {}
     model, arch, config = sweep.model, sweep.arch, sweep.config
     passes = evidence.passes(model, arch)
-    samples = probe_batches(evidence.domains, config.batch_size)
+    samples = probe_batches(evidence.domains, config.samples_at_once)
     probe = Probe(model, arch, samples, evidence.run_passes(model, arch, samples))
     for layer in tqdm(range(arch.num_layers), desc="sensitivity", unit="layer"):
         with sweep.placement.at(layer):
