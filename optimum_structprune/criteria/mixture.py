@@ -112,7 +112,7 @@ class Scoring:
 
     def carried(self, moments: Moments) -> Tensor:
         """How much output each unit carries by these moments, Σ_j ‖W_:j‖² E[x_j²] over its columns j; `(units,)`."""
-        square = moments.square if self.columns is None else moments.square[self.columns]
+        square = moments.square if self.columns is None else moments.square[self.columns.to(moments.square.device)]
         return per_unit(square.to(self.weight) * self.weight.square().sum(0), self.columns_per_unit)
 
 

@@ -50,6 +50,7 @@ class Evaluation:
         paired: How the scores differ from the dense model's on the same items, `{task: {metric: Paired}}`, and over
             the items of all tasks together under `ALL`.
         warnings: The reasons why these numbers may be too good.
+        shared: The domains that share something with what the model was calibrated on; None where that is not known.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Evaluation:
     tasks: dict[str, Scores] = field(default_factory=dict)
     paired: dict[str, dict[str, Paired]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    shared: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers as plain values."""
@@ -189,9 +191,10 @@ def evaluate(
         seq_length=seq_length,
         prefix=None if prefix is None else str(tokenizer.convert_ids_to_tokens(prefix)),
     )
-    manifest = manifest or _manifest(model)
-    evaluation.warnings = _overlaps(manifest, texts)
-    evaluation.calibrated = _calibrated(manifest, named)
+    if (manifest := manifest or _manifest(model)) is not None:
+        overlaps = _overlaps(manifest, texts)
+        evaluation.shared, evaluation.calibrated = list(overlaps), _calibrated(manifest, named)
+        evaluation.warnings = [sentence for sentences in overlaps.values() for sentence in sentences]
     for warning in evaluation.warnings:
         warnings.warn(warning, stacklevel=2)
     for text in texts:
@@ -261,10 +264,8 @@ def _together(answers: Answers, metric: str) -> dict[int, float]:
     return dict(enumerate(score for metrics in answers.items.values() for score in metrics[metric].values()))
 
 
-def _calibrated(manifest: Manifest | None, domains: Sequence[DomainConfig]) -> list[str] | None:
+def _calibrated(manifest: Manifest, domains: Sequence[DomainConfig]) -> list[str]:
     """The domains that have the name of one that was calibrated on, or were read from the same place."""
-    if manifest is None:
-        return None
     return [
         domain.name
         for domain in domains
@@ -272,14 +273,15 @@ def _calibrated(manifest: Manifest | None, domains: Sequence[DomainConfig]) -> l
     ]
 
 
-def _overlaps(manifest: Manifest | None, texts: Sequence[Heldout]) -> list[str]:
-    if manifest is None:
-        return []
-    return [
-        f"The domain {text.domain.name!r}: {shared}."
+def _overlaps(manifest: Manifest, texts: Sequence[Heldout]) -> dict[str, list[str]]:
+    """What texts share with the calibration, in sentences, by domain; without those that share nothing."""
+    found = {
+        text.domain.name: [
+            f"The domain {text.domain.name!r}: {shared}." for shared in manifest.overlaps(text.domain, text.documents)
+        ]
         for text in texts
-        for shared in manifest.overlaps(text.domain, text.documents)
-    ]
+    }
+    return {name: sentences for name, sentences in found.items() if sentences}
 
 
 def _check(

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
-from ..arch.spec import Widths
+from ..arch.spec import LAYER, MODEL, Widths
 from ..saving.hub import check_reload, save_checked
 from ..surgery.cut import adopt_config_, shrink_
 from ..surgery.plan import PLAN_NAME, Plan
@@ -89,14 +89,14 @@ class Rounds:
             self._sweep_(widths, smaller)
         finally:
             self.run.changed = self.run.changed or self.sweep.shrunk
-        self.run.choices |= self.sweep.choices
+        self._note_choices()
         self.record(widths, {})
         adopt_config_(self.run.model, new_config, smaller)
 
     def remove_masked_(self, widths: Widths) -> Plan:
         """Take what is masked out of the model, without another round."""
         self.run.changed = self.sweep.shrunk = True
-        self.run.choices |= self.sweep.choices
+        self._note_choices()
         shrink_(self.run.model, self.arch, self.sweep.plan, widths, self.biased)
         return self.sweep.plan
 
@@ -150,6 +150,12 @@ class Rounds:
             passes = self.evidence.passes(self.run.model, self.arch)
             title = f"round {number}/{max(number, self.total)}"
             self.sweep.run_(passes, self.evidence.mixture, widths, smaller, title, self.progress, number, self.total)
+
+    def _note_choices(self) -> None:
+        """Hand the run what was noted of the choices, under the numbers that the layers have in the dense model."""
+        layers = self.run.plan.keep.get((MODEL, LAYER))
+        for (layer, name), choice in self.sweep.choices.items():
+            self.run.choices[layer if layers is None else layers[layer], name] = choice
 
     def _save_model(self, widths: Widths) -> None:
         copy, plan = deepcopy(self.run.model), self.sweep.plan

@@ -39,7 +39,7 @@ class Run:
         measure: The figures of the dense model on held-out text; None until `start`.
         teacher: The model that recovery learns from; None where there is none in memory.
         rounds: The `Rounds` that have begun and have not ended; None between them.
-        choices: How the units inside the layers were chosen, in summary.
+        choices: How the units inside the layers were chosen, in summary, by layer of the dense model and space.
         changed: Whether the model has lost something that cannot be put back.
     """
 
@@ -113,7 +113,8 @@ class Run:
         """
         self.report.finish(self.model, self.arch, dense, self.plan)
         self.report.details.domains = self.evidence.names
-        self.report.details.take(self.choices, self.plan.keep.get((MODEL, LAYER)))
+        left = self.plan.keep.get((MODEL, LAYER), range(dense.num_layers))
+        self.report.details.take({key: choice for key, choice in self.choices.items() if key[0] in left})
         self.report.calibration_tokens = {domain.name: domain.samples.numel() for domain in self.evidence.domains}
         self.report.domain_seconds = {
             self.evidence.names[number]: spent for number, spent in sorted(self.evidence.clock.seconds.items())

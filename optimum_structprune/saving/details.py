@@ -90,7 +90,7 @@ Choices = Mapping[tuple[int, str], Choice]
 
 def choices_to_list(choices: Choices) -> list[list[Any]]:
     """Choices as JSON takes them: the layer, the name of the space, and the values of each."""
-    return [[layer, name, choice.to_dict()] for (layer, name), choice in choices.items()]
+    return [[layer, name, dict(vars(choice))] for (layer, name), choice in choices.items()]
 
 
 def choices_of_list(rows: Sequence[Sequence[Any]]) -> dict[tuple[int, str], Choice]:
@@ -174,18 +174,12 @@ class Details:
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     resumed: bool = False
 
-    def take(self, choices: Choices, layers: Sequence[int] | None = None) -> None:
-        """Enter what was chosen, the experts of a layer as one.
-
-        Args:
-            choices: The choices by layer and name of the space.
-            layers: The layers of the dense model that the run has left, in order; None stands for all.
-        """
+    def take(self, choices: Choices) -> None:
+        """Enter what was chosen, by layer and name of the space, the experts of a layer as one."""
         self.choices = {}
         for (layer, name), choice in sorted(choices.items()):
-            number = layer if layers is None else layers[layer]
             of_kind = self.choices.setdefault(name.partition("/")[0], {})
-            of_kind[number] = of_kind[number].with_(choice) if number in of_kind else choice
+            of_kind[layer] = of_kind[layer].with_(choice) if layer in of_kind else choice
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

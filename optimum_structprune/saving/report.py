@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from math import exp, inf, isnan, log
+from itertools import pairwise
+from math import ceil, exp, inf, isnan, log
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "report.json"
 RECOVERY_REPORT_NAME = "recovery_report.json"
+BARS = "▁▂▃▄▅▆▇█"
+LONGEST_SPARK = 32
 
 
 @dataclass
@@ -160,7 +163,7 @@ class Report:
 
     def __str__(self) -> str:
         """Widths, parameters and perplexity per domain, as a table."""
-        rows = [("", "before", "after", "")]
+        rows: list[tuple[str, ...]] = [("", "before", "after", "")]
         rows += [(f"width {name}", *self._width(name)) for name in sorted(self.widths)]
         for label, counts in (("parameters", self.parameters), ("  in the layers", self.layer_parameters)):
             before, after = counts["before"], counts["after"]
@@ -172,7 +175,7 @@ class Report:
         if len(self.perplexity) > 1:
             means = [geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
             rows.append(("  geometric mean", *_change(*means)))
-        lines = [table(rows), *self._remarks()]
+        lines = [table(self._with_sparks(rows)), *self._remarks()]
         return "\n".join([*lines, *([] if self.recovery is None else ["", str(self.recovery)])])
 
     def _remarks(self) -> Iterator[str]:
@@ -185,6 +188,15 @@ class Report:
         if missed := [one["perplexity_ratio"] for one in self.rounds if not one.get("holds", True)]:
             name, ratio = worst_ratio(missed[-1])
             yield f"the floor stopped it: the next narrower widths give perplexity {name} x {ratio:.3f}"
+
+    def _with_sparks(self, rows: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
+        """Rows with a column more that shows the width of each layer, where layers differ."""
+        sparks = {
+            f"width {name}": spark_line([width / self.dense_widths[name] for width in widths.values()])
+            for name, widths in self.widths.items()
+            if len({*widths.values()}) > 1
+        }
+        return [(*row, sparks.get(row[0], "")) for row in rows] if sparks else rows
 
     def _width(self, name: str) -> tuple[str, str, str]:
         widths, dense = list(self.widths[name].values()), self.dense_widths[name]
@@ -199,6 +211,14 @@ def _change(before: float, after: float) -> tuple[str, str, str]:
 def worst_ratio(ratios: Mapping[str, float]) -> tuple[str, float]:
     """The largest ratio and its domain; one that is no number is worse than any."""
     return max(ratios.items(), key=lambda pair: inf if isnan(pair[1]) else pair[1])
+
+
+def spark_line(shares: Sequence[float]) -> str:
+    """Shares from 0 to 1 as a line of bars; of more than `LONGEST_SPARK`, neighbours share a bar of their mean."""
+    count = min(len(shares), LONGEST_SPARK)
+    ends = [len(shares) * number // count for number in range(count + 1)]
+    means = [fmean(shares[start:end]) for start, end in pairwise(ends)]
+    return "".join(BARS[min(max(ceil(mean * len(BARS)), 1), len(BARS)) - 1] for mean in means)
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from ... import __version__
 from ...errors import StructPruneError, one_line
-from .pictures import can_draw
+from . import pictures
 from .records import Records
 from .sections import SECTIONS, tiles
 
@@ -28,6 +29,22 @@ def page(records: Records) -> str:
     Raises:
         StructPruneError: If a record does not hold what this package writes.
     """
+    try:
+        return _template().render(
+            records=records,
+            tiles=list(tiles(records)),
+            sections=[section(records) for section in SECTIONS],
+            how_to_draw="" if pictures.can_draw() else HOW_TO_DRAW,
+            version=__version__,
+            svg=Markup,  # what matplotlib draws is escaped by it
+            coded=coded,
+        )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise StructPruneError(f"{records.output}: a record is not what this package writes: {error!r}.") from error
+
+
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("optimum_structprune.saving.page", "."),
         autoescape=True,
@@ -35,18 +52,7 @@ def page(records: Records) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    try:
-        return environment.get_template("page.html.jinja").render(
-            records=records,
-            tiles=list(tiles(records)),
-            sections=[section(records) for section in SECTIONS],
-            how_to_draw="" if can_draw() else HOW_TO_DRAW,
-            version=__version__,
-            svg=Markup,  # what matplotlib draws is escaped by it
-            coded=coded,
-        )
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise StructPruneError(f"{records.output}: a record is not what this package writes: {error!r}.") from error
+    return environment.get_template("page.html.jinja")
 
 
 def coded(text: str) -> Markup:
@@ -58,7 +64,7 @@ def coded(text: str) -> Markup:
     return Markup("").join(tags)
 
 
-def write_page(folder: str | Path, output: str | Path | None = None, dense: str = "", dense_bytes: int = 0) -> Path:
+def write_report(folder: str | Path, output: str | Path | None = None, dense: str = "", dense_bytes: int = 0) -> Path:
     """Write the page of a result into its folder, in one step.
 
     Args:
@@ -84,6 +90,6 @@ def write_page(folder: str | Path, output: str | Path | None = None, dense: str 
 def leave_page(folder: str | Path, output: str | Path) -> None:
     """Write the page of a result that is being saved; a page that cannot be made only gives a warning."""
     try:
-        write_page(folder, output)
+        write_report(folder, output)
     except Exception as error:  # hours of work are not given up for a page about them
         warnings.warn(f"{output} gets no {PAGE_NAME}: {one_line(error)}", stacklevel=2)

@@ -65,6 +65,8 @@ WIDTH, HEIGHT = 4.0, 2.3
 MOST_ROWS = 32
 # Up to so many rows do not overlap.
 FEW_ROWS = 8
+# Ratios that differ by more than this factor are shown on a logarithmic axis.
+WIDE = 10
 # The longest name that is written out.
 LONGEST = 20
 # With more pairs of domains than this, each domain gets one row: its mean over the others.
@@ -223,6 +225,10 @@ def ratios(name: str, perplexities: Mapping[str, Mapping[str, float]], marks: Se
             points = [values[mark] / values["dense"] for values in perplexities.values()]
             axes.plot(points, range(len(points)), form, color=colour, label=mark, zorder=3, markersize=6.5)
         axes.axvline(1.0, color=INK, linewidth=1.2, label="dense")
+        shown = [value / values["dense"] for values in perplexities.values() for value in values.values()]
+        if max(shown) > WIDE * min(shown):
+            axes.set_xscale("log")
+            _plain_powers(axes.xaxis)
         axes.set(xlabel="perplexity, as a multiple of the dense model's", ylim=(len(perplexities) - 0.5, -0.5))
         axes.set_yticks(range(len(perplexities)), list(map(_short, perplexities)))
         axes.grid(False, axis="y")
@@ -300,8 +306,6 @@ def losses(name: str, trials: Mapping[int, Mapping[int, Sequence[float]]], full:
         trials: The losses by domain, by layer and number of units removed.
         full: The full width, for the names of the lines.
     """
-    from matplotlib.ticker import LogLocator
-
     layers = list(trials)
     removed = sorted({units for by_units in trials.values() for units in by_units})
     looks = (("o-", KEPT), ("s--", REMOVED), ("D:", RECOVERED))
@@ -314,10 +318,8 @@ def losses(name: str, trials: Mapping[int, Mapping[int, Sequence[float]]], full:
             axes.fill_between(there, *ends, color=colour, alpha=0.18, linewidth=0)
         if all(value > 0 for by_units in trials.values() for values in by_units.values() for value in values):
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            _plain_powers(axes.yaxis)
         axes.set(xlabel="layer", ylabel="KL from dense, nats")
-        axes.minorticks_off()
         _whole_numbers(axes.xaxis)
         _legend(axes)
     return svg[0]
@@ -352,6 +354,15 @@ def _whole_numbers(axis: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+
+
+def _plain_powers(axis: Any) -> None:
+    """Ticks of a logarithmic axis as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _legend(axes: Any) -> None:

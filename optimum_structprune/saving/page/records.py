@@ -12,6 +12,7 @@ from ...config.fields import read_mapping
 from ...config.pruning import CONFIG_NAME
 from ...domains.manifest import MANIFEST_NAME
 from ...errors import StructPruneError
+from ...surgery.plan import PLAN_NAME, Plan
 from ..details import DETAILS_NAME, Details
 from ..report import RECOVERY_REPORT_NAME, REPORT_NAME
 
@@ -28,6 +29,7 @@ class Records:
         report: The numbers of the run.
         details: What the run saw while it pruned.
         config: How it pruned.
+        plan: The units of the dense model that are kept.
         manifest: What it was calibrated on.
         recovery: The numbers of the training afterwards.
         evaluation: What `structprune evaluate` has measured.
@@ -39,6 +41,7 @@ class Records:
     report: Mapping[str, Any]
     details: Details | None = None
     config: Mapping[str, Any] | None = None
+    plan: Plan | None = None
     manifest: Mapping[str, Any] | None = None
     recovery: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
@@ -79,6 +82,7 @@ class Records:
             report=report,
             details=details,
             config=read(CONFIG_NAME),
+            plan=Plan.load(folder / PLAN_NAME) if (folder / PLAN_NAME).is_file() else None,
             manifest=read(MANIFEST_NAME),
             recovery=read(RECOVERY_REPORT_NAME) or report.get("recovery"),
             evaluation=read(EVALUATION_NAME),

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ...arch.spec import MODEL
+from ...arch.spec import LAYER, MODEL
 from ...config.domains import IN_MEMORY
 from ...config.pruning import CONFIG_NAME
 from ...surgery.plan import PLAN_NAME
@@ -122,15 +122,19 @@ def tiles(records: Records) -> Iterator[Tile]:
         small = noted["after"]
         note = f"{readable_size(records.dense_bytes)} → {readable_size(small)}"
         yield Tile("Weights", _change(small / records.dense_bytes), note)
+    if broken := _broken(records):
+        yield Tile("Perplexity", "infinite", f"on {', '.join(broken)}")
     for label, perplexities, last in _held_out(records):
         mean = geometric_mean(values[last] / values["dense"] for values in perplexities.values())
         worst = max(perplexities, key=lambda name: perplexities[name][last] / perplexities[name]["dense"])
         ratio = perplexities[worst][last] / perplexities[worst]["dense"]
-        note = f"geometric mean over {_count(len(perplexities), 'domain')}; worst {worst}, × {ratio:.3f}"
+        note = (
+            f"geometric mean over {_count(len(perplexities), 'domain')}; worst {worst}, ×\N{NO-BREAK SPACE}{ratio:.3f}"
+        )
         yield Tile(label, f"× {mean:.3f}", note)
     if errors := report.get("output_error"):
         worst = max(errors, key=lambda name: errors[name] or 0)
-        yield Tile("Output error", f"{errors[worst]:.4f}", f"of the hidden states' variance, worst {worst}")
+        yield Tile("Output error", _number(errors[worst], 4), f"of the hidden states' variance, worst {worst}")
     if spent := report.get("seconds"):
         note = "since it went on" if records.details is not None and records.details.resumed else "in all stages"
         yield Tile("Time", _time(sum(spent.values())), note)
@@ -157,6 +161,12 @@ def _recovered(records: Records) -> dict[str, dict[str, float]]:
     return _finite({name: values for name, values in found.items() if "dense" in values})
 
 
+def _broken(records: Records) -> list[str]:
+    """The domains with a perplexity that is no finite number, which JSON has as null."""
+    found = [*records.report.get("perplexity", {}).items(), *(records.recovery or {}).get("perplexity", {}).items()]
+    return sorted({name for name, values in found if None in values.values()})
+
+
 def _finite(perplexities: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return {
         name: dict(values)
@@ -181,6 +191,9 @@ def what_and_why(records: Records) -> Section:
             part.text.append(
                 f"{kind}: layers keep {low:,} to {high:,} of {full:,} units, {mean} in the mean ({change})."
             )
+    if records.plan is not None and (left := records.plan.keep.get((MODEL, LAYER))) is not None:
+        gone = [str(layer) for layer in range(report["dense_widths"][LAYER]) if layer not in left]
+        part.text.append(f"Whole layers that went: {', '.join(gone)}.")
     if config is None:
         part.missing.append(f"Why: there is no {CONFIG_NAME} beside the model.")
         return part
@@ -203,6 +216,8 @@ def quality(records: Records) -> Section:
     report = records.report
     if report.get("perplexity"):
         part.text.append("Held-out text is of the domains that were calibrated on, and was not calibrated on itself.")
+    if broken := _broken(records):
+        part.text.append(f"Without {', '.join(broken)}, where a perplexity is infinite: the model is of no use there.")
     _add_perplexities(part, "held-out", "Held-out text of the calibration", _pruned(records), ("pruned",))
     if records.recovery is None:
         part.missing.append("Recovered: there was no training after pruning.")
@@ -533,9 +548,9 @@ def _choices(records: Records, part: Section, what: str) -> Iterator[tuple[str, 
     if records.details is None:
         part.missing.append(f"{what}: {NOT_THEN}.")
     elif not records.details.choices:
-        part.missing.append(f"{what}: nothing was removed inside the layers, or a run of before had done that part.")
+        part.missing.append(f"{what}: nothing was removed inside the layers, or an earlier version had begun the run.")
     else:
-        yield from records.details.choices.items()
+        yield from sorted(records.details.choices.items())
 
 
 def _dtype(records: Records) -> list[str]:
