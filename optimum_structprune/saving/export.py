@@ -17,7 +17,7 @@ from .hub import RECORDS, check_reload, save_checked
 from .page.card import leave_card
 from .ranks import is_alone
 from .report import REPORT_NAME
-from .target import EXPORT_NAME, check_target
+from .target import EXPORT_NAME, check_target, model_bytes
 
 
 if TYPE_CHECKING:
@@ -32,16 +32,21 @@ class Padding:
         before: The number of parameters of the non-uniform model.
         after: The number of parameters of the padded model.
         dense: The number of parameters before pruning; None where it is not known.
+        bytes: What the added ones take, in the model's dtype.
     """
 
     before: int
     after: int
     dense: int | None = None
+    bytes: int = 0
 
     def __str__(self) -> str:
         """The cost in one sentence."""
         added = self.after - self.before
-        text = f"padding adds {added:,} parameters that are zero ({added / self.before:.1%} of {self.before:,})"
+        text = (
+            f"padding adds {added:,} parameters that are zero ({self.bytes / 1e6:,.1f} MB, {added / self.before:.1%} "
+            f"of {self.before:,})"
+        )
         if self.dense is None or self.dense <= self.before:
             return text
         return f"{text} and gives back {added / (self.dense - self.before):.1%} of what pruning had removed"
@@ -89,7 +94,7 @@ def export_uniform(
         (folder / EXPORT_NAME).write_text(to_json({"form": "uniform", "parameters": parameters}) + "\n")
         leave_card(folder, save_directory, padded.config, model.name_or_path, arch_file)
 
-    padding = Padding(model.num_parameters(), padded.num_parameters(), dense)
+    padding = Padding(model.num_parameters(), padded.num_parameters(), dense, model_bytes(padded) - model_bytes(model))
     save_checked(
         padded, save_directory, tokenizer, overwrite, write, lambda _, folder: check_reload(model, folder), used
     )

@@ -36,6 +36,8 @@ WRITTEN = re.compile(
     r".+\.(json|safetensors|jinja|model|py|gguf)|report\.html|(vocab|merges)\.txt|\.gitattributes|training_args\.bin"
 )
 WRITTEN_FOLDERS = ("additional_chat_templates", "__pycache__", ".cache")
+# The first entry of a GGUF file that this package wrote, among the first bytes of the file.
+GGUF_MARK, GGUF_HEAD = "structprune.version", 512
 CARD = "README.md"
 SIGNATURE = "\n<!-- Written by optimum-structprune; the SHA-256 of all above is {}. -->\n"
 SIGNED = re.compile(re.escape(SIGNATURE).replace(r"\{\}", r"(\w{64})") + r"\Z")
@@ -112,6 +114,36 @@ def _check_replaceable(folder: Path, used: Iterable[str | Path | None]) -> None:
             f"{folder} holds what structprune did not write ({some_of(foreign)}), so it is not overwritten; "
             f"{_lost(folder)}. Move it elsewhere, or name another output folder."
         )
+
+
+def check_file(target: str | Path, overwrite: bool) -> None:
+    """Refuse a GGUF file that must not be written.
+
+    Args:
+        target: The file.
+        overwrite: Whether a file that exists may be replaced; only one that this package wrote ever is.
+
+    Raises:
+        StructPruneError: If the target is a folder, or exists and may not be replaced; the message says what would be
+            lost.
+    """
+    file = resolved(target)
+    try:
+        if file.is_dir():
+            raise StructPruneError(f"{target} is a folder; name a file in it, such as {Path(target) / 'model.gguf'}.")
+        if not file.exists():
+            return
+        if not overwrite:
+            raise StructPruneError(f"The file {target} exists; choose another or allow overwriting.")
+        with open(file, "rb") as opened:
+            ours = GGUF_MARK.encode() in opened.read(GGUF_HEAD)
+        if not ours:
+            raise StructPruneError(
+                f"{file} is no GGUF file of structprune, so it is not overwritten "
+                f"({readable_size(file.stat().st_size)} would be lost). Name another file, or remove this one yourself."
+            )
+    except OSError as error:
+        raise StructPruneError(f"{target} cannot be written to: {error}") from error
 
 
 def is_result(folder: Path) -> bool:
