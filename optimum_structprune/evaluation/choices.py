@@ -85,6 +85,7 @@ class SharedPrompts(HFLM):
         if longest > 1:
             cache = cache_of(prompt)
             if not _repeats(cache):
+                self.cache_name = None  # so that no other prompt runs in vain
                 return self._apart(items)
             cache.batch_select_indices(rows)
             # What is filled up on the right lies behind all that counts, where causal attention does not see it.
