@@ -63,11 +63,12 @@ class StructPruneConfig(Serialisable):
         targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths.
         criterion: The registered criterion that scores the units. None stands for `obs` with a least-squares refit,
             and for `wanda` otherwise.
-        refit: What makes up for the removed units: `none`, `bias` or `least_squares`.
+        refit: What makes up for the removed units: `none`, `bias`, `slope` or `least_squares`.
         rounds: How many times calibration, scoring and removal are repeated; each round removes a part.
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
-            ranks all units of the model by score, `sensitivity` ranks them by the measured loss of the model.
+            ranks all units of the model by score, `cosine` takes more from layers that change the residual stream
+            less, `sensitivity` ranks units by the measured loss of the model.
         min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with
             other allocations than `uniform`, and where the layers of the model differ in width already.
         max_width: The share of its units that a layer keeps at most, where `min_width` says at least.
@@ -128,10 +129,10 @@ class StructPruneConfig(Serialisable):
     budget: dict[str, Number] | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
     criterion: str | None = None
-    refit: Literal["none", "bias", "least_squares"] = "least_squares"
+    refit: Literal["none", "bias", "slope", "least_squares"] = "least_squares"
     rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
-    allocation: Literal["uniform", "global", "sensitivity"] = "uniform"
+    allocation: Literal["uniform", "global", "cosine", "sensitivity"] = "uniform"
     min_width: Number = validated_field(share, default=0.1)
     max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
@@ -203,8 +204,13 @@ class StructPruneConfig(Serialisable):
 
     @property
     def fits(self) -> bool:
-        """Whether kept weights are fitted to the dense outputs, which takes Gram matrices."""
+        """Whether every kept weight is fitted to the dense outputs."""
         return self.refit == "least_squares"
+
+    @property
+    def correlates(self) -> bool:
+        """Whether the refit reads Gram matrices."""
+        return self.refit in ("slope", "least_squares")
 
     @property
     def reweights(self) -> bool:
@@ -221,7 +227,7 @@ class StructPruneConfig(Serialisable):
         """Whether widths, weights of domains or the end of the rounds follow from a measurement of the model on text,
         which may not be the text that the report measures it on.
         """
-        measured = self.allocation not in ("uniform", "global")
+        measured = self.allocation not in ("uniform", "global", "cosine")
         return measured or self.reweights or self.max_perplexity_ratio is not None
 
     @property
@@ -332,7 +338,7 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         "max_perplexity_ratio, keep_rounds and checkpoint_dir span rounds; leave out either",
     )
     for needs_text, text in (
-        (config.allocation == "sensitivity", "allocation='sensitivity' runs the model on held-out text"),
+        (config.allocation in ("cosine", "sensitivity"), f"allocation={config.allocation!r} runs the model on text"),
         (every_round, "recovery with every_round=True calibrates on a trained model after each round"),
     ):
         yield (

@@ -157,7 +157,9 @@ def readable(folder: Path) -> Iterator[None]:
         raise StructPruneError(f"{folder} is not a readable checkpoint ({error}); remove it to start anew.") from error
 
 
-def _snapshot(arch: ArchSpec, keep: Mapping[tuple[int, str], tuple[int, ...]], tensors: Mapping[str, Tensor]):
+def _snapshot(
+    arch: ArchSpec, keep: Mapping[tuple[int, str], tuple[int, ...]], tensors: Mapping[str, Tensor]
+) -> Snapshot:
     axes = [axis for space in arch.spaces if (space.layer, space.name) in keep for axis in space.into]
     return Snapshot(keep, {axis: (tensors[f"{i}.weight"], tensors.get(f"{i}.bias")) for i, axis in enumerate(axes)})
 

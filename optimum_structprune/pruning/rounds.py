@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
@@ -22,6 +22,10 @@ from .run import Run
 from .steps import Step
 from .sweep import Sweep
 from .units import Snapshot
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def prune_units_(run: Run, step: Step) -> Plan:
@@ -144,7 +148,7 @@ class Rounds:
         if not self.sweep.shrunk:
             self.sweep.consumers.undo_()
 
-    def _sweep_(self, widths: Widths, smaller) -> None:
+    def _sweep_(self, widths: Widths, smaller: PreTrainedModel | None) -> None:
         number = self.done + 1
         with self.run.report.timed(f"round {number}"):
             passes = self.evidence.passes(self.run.model, self.arch)

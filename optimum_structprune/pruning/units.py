@@ -71,7 +71,7 @@ class Units:
     @property
     def gram(self) -> bool:
         """Whether scores or refits take Gram matrices."""
-        return CRITERIA.get(self.config.scored_by).needs_gram or self.config.fits
+        return CRITERIA.get(self.config.scored_by).needs_gram or self.config.correlates
 
     @property
     def plan(self) -> Plan:
@@ -151,9 +151,13 @@ class Units:
     def _choose_(self, space: Space, gathered: Sequence[Pooled], width: int, note: bool = False) -> None:
         before, refit = self._before(space), REFITS[self.config.refit]
         scores = torch.stack([of_one.scores for of_one in gathered]).sum(0)
-        best, errors = best_units(scores, width), []
-        keep = tuple(before[unit] for unit in best)
+        keep = tuple(before[unit] for unit in best_units(scores, width))
+        if len(space.into) == 1:
+            (axis,), (of_one,) = space.into, gathered
+            dense, others = self.consumers.dense(axis)[0], sorted({*before} - {*keep})
+            keep = self._criterion(space.layer).exchanged(keep, others, dense, of_one.moments, axis.per_unit)
         self.keep[space.layer, space.name] = keep
+        errors = []
         for axis, of_one in zip(space.into, gathered, strict=True):
             weight, bias = self.consumers.dense(axis)
             columns = units_to_columns(keep, axis, weight.device)
@@ -164,7 +168,8 @@ class Units:
             self.consumers.mask_(axis, columns, *refitted)
         # A round that removes nothing here says no more of the units.
         if note and width < len(before):
-            self.choices[space.layer, space.name] = _summary(scores, best, gathered, errors)
+            chosen = torch.isin(torch.tensor(before), torch.tensor(keep))
+            self.choices[space.layer, space.name] = _summary(scores, chosen, gathered, errors)
 
     def _check_scores(self, axis: Axis, scores: Tensor, units: int) -> None:
         if scores.shape != (units,) or not torch.isfinite(scores).all():
@@ -176,11 +181,9 @@ class Units:
 
 
 def _summary(
-    scores: Tensor, best: Sequence[int], gathered: Sequence[Pooled], errors: Sequence[tuple[float, float, float]]
+    scores: Tensor, kept: Tensor, gathered: Sequence[Pooled], errors: Sequence[tuple[float, float, float]]
 ) -> Choice:
     """What is noted of a choice: sums over the consumers of the space, where all of them know."""
-    kept = torch.zeros(len(scores), dtype=torch.bool)
-    kept[list(best)] = True
     carried = [of_one.carried for of_one in gathered if of_one.carried is not None]
     every = len(gathered)
     return choice_of(

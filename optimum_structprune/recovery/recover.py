@@ -1,4 +1,4 @@
-"""Training after pruning: LoRA on the recovery domains, with or without a teacher, merged at the end."""
+"""Training after pruning on the recovery domains, with or without a teacher; an adapter is merged at the end."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from ..saving.page.page import leave_page
 from ..saving.report import RECOVERY_REPORT_NAME, REPORT_NAME
 from ..saving.target import used_paths
 from ..system.fingerprint import tensor_hash
-from .adapter import check_adapter, fresh_adapter, lora_config, merge_adapter_
+from .adapter import adapter_config, check_adapter, fresh_adapter, merge_adapter_
 from .checkpoints import last_checkpoint
 from .checks import check_recovery
 from .identity import Identity, settings_of, weights_hash
 from .outcome import RecoveryOutcome
 from .teacher import TeacherLogits, TrainingSamples, check_teacher, load_teacher, write_teacher_logits
 from .text import part_rows, samples_of, training_text
-from .trainer import DistillTrainer, train_adapter_, training_arguments
+from .trainer import DistillTrainer, train_, training_arguments
+from .weights import every_weight
 
 
 if TYPE_CHECKING:
@@ -105,8 +106,9 @@ class Recovery:
             ppl["dense"] = _perplexities(teacher, domains)
         ppl["pruned"] = _perplexities(model, domains)
         samples = Subset(TrainingSamples(text, logits), part_rows(domains, self.part, self.parts))
-        adapted, outcome = self._train(model, samples, text[samples.indices], teacher, logits, resume)
-        recovered = merge_adapter_(adapted, domains[0].heldout) if config.merge else adapted
+        recovered, outcome = self._train(model, samples, text[samples.indices], teacher, logits, resume)
+        if config.merge and isinstance(recovered, PeftModel):
+            recovered = merge_adapter_(recovered, domains[0].heldout)
         ppl["recovered"] = _perplexities(recovered, domains)
         outcome.perplexity = {domain.name: {when: ppl[when][domain.name] for when in ppl} for domain in domains}
         self.report = outcome
@@ -121,8 +123,8 @@ class Recovery:
         teacher: PreTrainedModel | None,
         logits: TeacherLogits | None,
         resume: bool,
-    ) -> tuple[PeftModel, RecoveryOutcome]:
-        """The model with a trained adapter, and what the training did; `ids` are the tokens of `samples`."""
+    ) -> tuple[PreTrainedModel | PeftModel, RecoveryOutcome]:
+        """The trained model, with its adapter if it has one, and what was done; `ids` are the tokens of `samples`."""
         config = self.config
         seed = self.pruning.seed if config.seed is None else config.seed
         with tempfile.TemporaryDirectory() as scratch:
@@ -134,9 +136,11 @@ class Recovery:
             if resume:
                 assert self._identity is not None
                 checkpoint = last_checkpoint(arguments.output_dir, self._identity, arguments.save_only_model)
-            with fresh_adapter(model, lora_config(config), seed, config.merge) as adapted:
-                trainer = DistillTrainer(adapted, arguments, samples, config, teacher, self._identity)
-                return adapted, train_adapter_(trainer, self.callbacks, checkpoint)
+            adapter = adapter_config(config, model, self.pruning.arch_file)
+            way = every_weight(model, seed) if adapter is None else fresh_adapter(model, adapter, seed, config.merge)
+            with way as trained:
+                trainer = DistillTrainer(trained, arguments, samples, config, teacher, self._identity)
+                return trained, train_(trainer, self.callbacks, checkpoint)
 
     def _identify(
         self,
@@ -150,7 +154,9 @@ class Recovery:
             weights_hash(model),
             tensor_hash(ids),
             logits.teacher if logits is not None else None if teacher is None else weights_hash(teacher),
-            settings_of(self.config, lora_config(self.config), arguments, model.dtype),
+            settings_of(
+                self.config, adapter_config(self.config, model, self.pruning.arch_file), arguments, model.dtype
+            ),
         )
 
     def write_teacher_logits(
@@ -311,7 +317,7 @@ def recover(
         return_report: Whether the report comes back beside the model.
 
     Returns:
-        The model with the adapter merged, or with `merge=False` the adapter on the pruned model, whose weights are
+        The model, with the adapter merged, or with `merge=False` the adapter on the pruned model, whose weights are
         frozen then. With `return_report`, a pair of it and the report.
 
     Raises:

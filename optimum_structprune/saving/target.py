@@ -140,7 +140,7 @@ def check_file(target: str | Path, overwrite: bool) -> None:
         if not ours:
             raise StructPruneError(
                 f"{file} is no GGUF file of structprune, so it is not overwritten "
-                f"({readable_size(file.stat().st_size)} would be lost). Name another file, or remove it yourself."
+                f"({readable_size(file.stat().st_size)} would be lost). Name another file, or remove this one."
             )
     except OSError as error:
         raise StructPruneError(f"{target} cannot be written to: {error}") from error

@@ -114,6 +114,25 @@ def bias_refit(
     return weight[:, keep], shift if bias is None else bias + shift
 
 
+def slope_refit(
+    weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
+) -> tuple[Tensor, Tensor | None]:
+    """Scale every output by the slope of the regression of its dense values on its pruned ones.
+
+    This is the regression of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689). Where the consumer has a bias, it
+    takes the intercept; without one the line goes through zero, as the model has no place for an intercept. See
+    `least_squares` for the arguments.
+    """
+    gram, mean, kept = moments.full_gram().to(weight), moments.mean.to(weight), weight[:, keep]
+    products = ((weight @ gram)[:, keep] * kept).sum(1)
+    squares = ((kept @ submatrix(gram, keep, keep)) * kept).sum(1)
+    dense, pruned = weight @ mean, kept @ mean[keep]
+    if bias is not None:
+        products, squares = products - dense * pruned, squares - pruned.square()
+    slope = torch.where(squares > 0, products / squares, torch.ones_like(squares))
+    return slope[:, None] * kept, None if bias is None else bias + dense - slope * pruned
+
+
 def least_squares(
     weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -224,5 +243,6 @@ def _others(keep: Tensor, size: int) -> Tensor:
 REFITS: dict[str, Refit] = {
     "none": no_refit,
     "bias": bias_refit,
+    "slope": slope_refit,
     "least_squares": least_squares,
 }

@@ -197,6 +197,6 @@ def test_nothing_stays_behind_when_a_trial_fails(monkeypatch):
 def test_stored_statistics_hold_no_text_to_measure_on():
     with pytest.raises(
         StructPruneError,
-        match="allocation='sensitivity' runs the model on held-out text, but stats=",
+        match="allocation='sensitivity' runs the model on text, but stats=",
     ):
         StructPruneConfig(widths={"mlp": 9}, allocation="sensitivity", stats="folder")
