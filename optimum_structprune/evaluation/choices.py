@@ -44,7 +44,7 @@ class SharedPrompts(HFLM):
         padded = {"attention_mask", "position_ids"} <= signature(self.model.forward).parameters.keys()
         self.at_once = max(ITEMS_AT_ONCE, self.batch_size) if padded else 1
 
-    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[Answer]:
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
         """See `HFLM.loglikelihood`."""
         self.labels = [(request.task_name, request.doc_id) for request in requests]
         return super().loglikelihood(requests, disable_tqdm)
