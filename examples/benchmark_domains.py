@@ -189,9 +189,9 @@ def run(args: Namespace) -> None:
         values: dict[str, Any] = {
             "perplexity": {name: perplexity(measured_model, samples) for name, samples in texts.items()}
         }
-        return (
-            values if tasks is None else {**values, "tasks": tasks.score(measured_model, tokenizer, limit=args.limit)}
-        )
+        if tasks is not None:
+            values["tasks"] = tasks.score(measured_model, tokenizer, limit=args.limit).scores
+        return values
 
     if "dense" not in results:
         results |= {"unseen": unseen, "dense": measured(model)}

@@ -7,6 +7,33 @@ from collections.abc import Mapping, Sequence, Set
 from math import isfinite
 from typing import Any
 
+from .errors import StructPruneError
+
+
+# The version of the form of every file that this package writes. Files without one are from before there was any.
+FORMAT_VERSION = 1
+VERSION_KEY = "format_version"
+
+
+def versioned(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with the version of their form before them."""
+    return {VERSION_KEY: FORMAT_VERSION, **values}
+
+
+def unversioned(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields without the version of their form.
+
+    Raises:
+        StructPruneError: If a later version of this package wrote them.
+    """
+    version = values.get(VERSION_KEY, FORMAT_VERSION)
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise StructPruneError(
+            f"{VERSION_KEY} {version!r} is not known here, where {FORMAT_VERSION} is the latest; a newer "
+            "optimum-structprune reads it."
+        )
+    return {name: value for name, value in values.items() if name != VERSION_KEY}
+
 
 def plain(value: Any) -> Any:
     """A value as JSON knows it.

@@ -28,6 +28,7 @@ from .pruning.run import Run
 from .pruning.steps import Step, steps
 from .registry import Registry
 from .saving.hub import save_pruned
+from .saving.push import push_to_hub
 from .saving.report import Report
 from .surgery.plan import Plan
 from .system.offloading import is_offloaded
@@ -167,6 +168,22 @@ class StructPruner:
             StructPruneError: If the folder exists, or the saved model does not come back the same.
         """
         save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite, self.manifest)
+
+    def push_to_hub(
+        self, save_directory: str | Path, repo_id: str, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Push what `save` wrote to the Hub, and return the address; see `saving.push.push_to_hub`.
+
+        Args:
+            save_directory: The folder that `save` wrote to.
+            repo_id: The repository, `OWNER/NAME`; it is made if need be.
+            private: Whether the repository is private; None leaves it as it is, or as the Hub makes new ones.
+            token: A token of the Hub; None takes the one that the machine is logged in with.
+
+        Raises:
+            StructPruneError: If nothing was saved there, or the Hub refuses it.
+        """
+        return push_to_hub(save_directory, repo_id, private, token)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values."""

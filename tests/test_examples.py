@@ -312,6 +312,38 @@ def test_benchmark_domains_leaves_one_kind_out(desk, capsys, monkeypatch):
     assert table[cells[0]][3] == "1.000 ± 0.000"
 
 
+@needs_shared
+def test_benchmark_tasks(desk, capsys, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    out, quizzes = desk / "answers", []
+    for name in ("one", "two"):
+        quizzes.append(desk / f"{name}.jsonl")
+        items = ({"query": f"Tom has {i} big", "choices": ["dogs", "and red"], "gold": i % 2} for i in range(4))
+        quizzes[-1].write_text("\n".join(map(json.dumps, items)))
+    arguments = ["run", str(SHARED / "models" / "stories260K"), str(SHARED / "data"), str(out), "--domains", "stories"]
+    small = ["--removed", "50", "--samples", "4", "--recovery-tokens", "2048", "--tasks", *map(str, quizzes)]
+    run = main("benchmark_tasks")
+    run([*arguments, *small, "--cells", "mix"])
+    first = {path: path.read_bytes() for path in out.rglob("*.json*")}
+    run([*arguments, *small, "--cells", "mix", "mix + recovery", "stories only"])
+    assert all(path.read_bytes() == content for path, content in first.items())
+    kept = json.loads((out / "mix, 50 %.json").read_text())
+    assert kept["items"]["two"].keys() == {"acc", "acc_norm"} and len(kept["items"]["two"]["acc"]) == 4
+    assert "mix + recovery, 50 %.json" in {path.name for path in out.iterdir()}
+    # The mix of one domain is that domain, so the two share their answers.
+    assert len(list((out / "items").iterdir())) == len(list(out.glob("*%.json")))
+    capsys.readouterr()
+    run(["table", str(out), "--metric", "acc"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    by_name = {row[0]: row[1:] for row in rows}
+    mean = kept["scores"]["one"]["acc"]
+    assert by_name["| mix"][0].startswith(f"{mean:.3f} ± ") and len(rows) == 3 + len(list(out.glob("*%.json")))
+    assert by_name["| stories only"][5:7] == ["+0.000 ± 0.000", "1.0000"]
+    with pytest.raises(StructPruneError, match="other settings: samples"):
+        run([*arguments, *small, "--samples", "5"])
+
+
 def test_benchmark_speed(desk, capsys):
     small = ["--widths", "24", "16", "--prompts", "8", "--new-tokens", "2", "--repeats", "1"]
     main("benchmark_speed")([str(desk / "model"), *small, "--json", str(desk / "speed.json")])

@@ -192,16 +192,15 @@ class Statistics:
                 )
         heldout = _tensors(self._checked(HELDOUT))
         total = sum(weights.values())
-        return [
-            Domain(
-                domain.name,
-                weights[domain.name] / total,
-                torch.empty(domain.shape, device="meta"),
-                heldout[str(index)],
-            )
-            for index, domain in enumerate(self.domains)
-            if domain.name in weights
-        ]
+        domains = []
+        for index, domain in enumerate(self.domains):
+            if domain.name in weights:
+                held = heldout[str(index)]
+                # No more text can be read for choices, so what is there is divided.
+                reported, probe = held.tensor_split(2) if config.chooses else (held, None)
+                samples, weight = torch.empty(domain.shape, device="meta"), weights[domain.name] / total
+                domains.append(Domain(domain.name, weight, samples, reported, probe=probe))
+        return domains
 
     def manifest(self, domains: Sequence[Domain]) -> Manifest:
         """What was calibrated on, as far as it is used now."""

@@ -45,7 +45,7 @@ def run(args: Namespace) -> Result:
         args.model, args.dtype, args.device, args.trust_remote_code, args.arch_file
     )
     smaller = apply_plan(model, plan, args.arch_file)
-    save_applied(smaller, args.output, plan, tokenizer, args.overwrite, used)
+    save_applied(smaller, args.output, plan, tokenizer, args.overwrite, used, args.arch_file)
     before, after = model.num_parameters(), smaller.num_parameters()
     return Result(
         f"{before:,} parameters before, {after:,} after; nothing was refitted\nsaved to {args.output}",

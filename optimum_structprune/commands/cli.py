@@ -25,6 +25,7 @@ DEBUG = "STRUCTPRUNE_DEBUG"
 READERS = {
     "datasets",
     "httpx",
+    "httpx2",
     "huggingface_hub",
     "jinja2",
     "lm_eval",

@@ -29,6 +29,15 @@ def add_measuring_arguments(parser: ArgumentParser) -> None:
         metavar="NAME|FILE.jsonl",
         help="A task of lm_eval, or a file of multiple-choice items in lines of JSON. Repeatable.",
     )
+    parser.add_argument(
+        "--tasks", dest="task", action="extend", nargs="+", metavar="NAME|FILE.jsonl", help="Several of them."
+    )
+    parser.add_argument(
+        "--items",
+        metavar="FOLDER",
+        help="A folder that keeps the answers to each item of a task, so that a run goes on where it was killed, and "
+        "the dense model answers once for all models that are compared with it.",
+    )
     parser.add_argument("--seq-length", type=int, default=512, metavar="N", help="Tokens per sample (512).")
     parser.add_argument(
         "--num-samples",
@@ -37,7 +46,7 @@ def add_measuring_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         help="Samples per domain at most; by default each domain is read to its end.",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="Items per task at most.")
+    parser.add_argument("--limit", type=int, metavar="N", help="Items per task at most; by default all of them.")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="Sequences per forward pass (1).")
     add_arch_argument(parser)
     add_loading_arguments(parser)
@@ -67,4 +76,5 @@ def measured(args: Namespace, model_name: str, dense_name: str | None) -> Evalua
         num_samples=args.num_samples,
         batch_size=args.batch_size,
         limit=args.limit,
+        items=args.items,
     )

@@ -24,6 +24,7 @@ HELP = "Prune a model and save one that plain from_pretrained loads."
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one that is given overrides the config file."""
     from ..config.pruning import StructPruneConfig
+    from .pushing import add_push_arguments
     from .recovering import add_worse_argument
 
     add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.")
@@ -45,6 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Remember every finished layer in a folder beside the output, and go on from there if a run with the "
         "same settings was killed.",
     )
+    add_push_arguments(parser)
     add_model_arguments(parser)
     add_output_arguments(parser, reads_text=True)
     add_config_arguments(parser, StructPruneConfig)
@@ -55,14 +57,16 @@ def run(args: Namespace) -> Result:
     from ..pruner import AutoStructPruner
     from ..saving.claims import claimed
     from ..system.processes import across_processes
+    from .pushing import check_push_arguments, pushed
 
     config, recovery = _configs(args)
+    check_push_arguments(args)
     pruner = AutoStructPruner.from_config(config)
     # Processes that were started together share the work.
     with across_processes(), claimed(args.output):
         _check_folders(args, config, recovery)
-        pruned, tokenizer = _prune_and_save(args, pruner, recovery)
-        return _result(args, pruner, recovery, pruned, tokenizer)
+        smaller, tokenizer = _prune_and_save(args, pruner, recovery)
+        return pushed(args, _result(args, pruner, recovery, smaller, tokenizer))
 
 
 def _result(

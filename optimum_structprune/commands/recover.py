@@ -23,6 +23,7 @@ HELP = "Train a pruned model, with or without a teacher, and save it."
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one that is given overrides the config file."""
     from ..config.recovery import RecoveryConfig
+    from .pushing import add_push_arguments
     from .recovering import add_worse_argument
 
     add_path_arguments(parser, "Folder or id of the pruned model.", "Folder for the recovered model.")
@@ -36,6 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Save the adapter and do not merge it: the same as --no-merge.",
     )
     add_worse_argument(parser)
+    add_push_arguments(parser)
     add_arch_argument(parser)
     add_model_arguments(parser)
     add_output_arguments(parser, reads_text=True)
@@ -48,10 +50,12 @@ def run(args: Namespace) -> Result:
     from ..recovery.checks import check_recovery
     from ..saving.target import check_apart, check_target, probe_target, used_paths
     from .loading import load_model_and_tokenizer, load_tokenizer, weights_bytes
+    from .pushing import check_push_arguments, pushed
     from .recovering import recover_and_save, recovery_for
 
     config = recovery_config(args)
     _check_whole(args.model)
+    check_push_arguments(args)
     known = (Path(args.model) / CONFIG_NAME).is_file()
     pruning = StructPruneConfig.from_pretrained(args.model) if known else None
     # The recovered model may take the place of the pruned one; an adapter may not, since it needs that model.
@@ -68,7 +72,7 @@ def run(args: Namespace) -> Result:
     model, tokenizer = load_model_and_tokenizer(
         args.model, args.dtype, args.device, args.trust_remote_code, args.arch_file
     )
-    return recover_and_save(
+    result = recover_and_save(
         recovery,
         model,
         tokenizer,
@@ -81,6 +85,7 @@ def run(args: Namespace) -> Result:
         trust_remote_code=args.trust_remote_code,
         arch_file=args.arch_file,
     )
+    return pushed(args, result)
 
 
 def _check_whole(model: str) -> None:

@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import StructPruneError, one_line
+from ..plain_json import unversioned
 from ..registry import did_you_mean
 
 
@@ -86,7 +87,7 @@ class Serialisable:
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
-        return cls(**{str(name): value for name, value in mapping_of(data, cls.__name__).items()})
+        return cls(**{str(name): value for name, value in unversioned(mapping_of(data, cls.__name__)).items()})
 
 
 def mapping_of(data: Any, owner: str) -> Mapping[str, Any]:

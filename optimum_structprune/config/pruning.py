@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub.dataclasses import strict, validated_field
 
 from ..errors import StructPruneError
-from ..plain_json import to_json
+from ..plain_json import to_json, versioned
 from ..registry import did_you_mean
 from .domains import BROAD, BUILTIN, DomainConfig, SelfTextConfig, check_names, with_domains
 from .fields import (
@@ -94,7 +94,7 @@ class StructPruneConfig(Serialisable):
             unless `adaptive_rate` says otherwise), and with `allocation="sensitivity"` the widths follow the domain
             that loses most.
         max_perplexity_ratio: A limit to the held-out perplexity of every domain, as a multiple of the dense model's.
-            The rounds go toward the target and stop before a domain exceeds it.
+            The rounds go toward the target and stop before a domain exceeds it, on text that the report does not use.
         checkpoint_dir: A folder that remembers each round, and each layer of the last one; a run that was killed goes
             on from there.
         keep_rounds: Whether the smaller and smaller models are left in that folder as `round-1`, `round-2`, …
@@ -106,7 +106,9 @@ class StructPruneConfig(Serialisable):
         damping: The ridge of the refit toward the original weights, relative to the diagonal of the Gram matrix.
         error_feedback: The share of the error of the residual stream so far that a refit makes up for, at the cost of
             one more forward pass. 0 fits every layer to its own dense function, 1 to the dense model's stream.
-        holdout: The share of each domain's samples that is set aside, from other documents, to measure perplexity.
+        holdout: The share of each domain's samples that is set aside, from other documents, to measure perplexity. As
+            many more are set aside where widths, weights of domains or a limit follow from measurements, which are
+            made on these instead.
         skip_layers: The layers that are not pruned; the others give up as much more.
         recovery: Training after the last round, or after each; None leaves it out.
         seed: The seed of everything random.
@@ -238,6 +240,14 @@ class StructPruneConfig(Serialisable):
         return self.reweights or self.keep_rounds or self.max_perplexity_ratio is not None
 
     @property
+    def chooses(self) -> bool:
+        """Whether widths, weights of domains or the end of the rounds follow from a measurement of the model on text,
+        which may not be the text that the report measures it on.
+        """
+        measured = self.allocation not in ("uniform", "global", "cosine")
+        return measured or self.reweights or self.max_perplexity_ratio is not None
+
+    @property
     def spans_rounds(self) -> bool:
         """Whether something besides the model goes from one round to the next."""
         return self.measures or self.checkpoint_dir is not None
@@ -281,7 +291,7 @@ class StructPruneConfig(Serialisable):
         """Write `structprune_config.json` into a folder, which is made if need be."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(to_json(self.to_dict()) + "\n")
+        (folder / CONFIG_NAME).write_text(to_json(versioned(self.to_dict())) + "\n")
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> "StructPruneConfig":

@@ -68,7 +68,7 @@ class Samples:
 
     Attributes:
         count: The number of calibration samples.
-        heldout: The number of held-out samples.
+        heldout: The number of held-out samples, those included that choices are made on.
         length: The number of tokens of a sample.
         batch: The number of samples in a forward pass.
         domains: The number of domains.
@@ -89,9 +89,11 @@ class Samples:
             domains = 0 if config.stats is not None else len(config.texts)
             count = 0 if config.stats is not None else config.num_samples
             aside, length = domains * num_heldout(ceil(count / max(domains, 1)), config.holdout), config.seq_length
+            aside *= 2 if config.chooses else 1
         else:
             domains, rows = len(inputs), sum(map(len, inputs.values()))
             aside = sum(num_heldout(len(samples), config.holdout) for samples in inputs.values())
+            aside *= 2 if config.chooses else 1
             # What is no text has as many tokens as the model makes of it, which shapes do not say.
             length = max((samples.shape[1] if samples.ndim == 2 else 1 for samples in inputs.values()), default=0)
             count = max(rows - aside, 0)

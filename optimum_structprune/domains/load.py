@@ -30,18 +30,21 @@ if TYPE_CHECKING:
 class Domain:
     """A calibration domain as token samples of equal length, some of them held out to measure perplexity.
 
-    No document is in both the calibration samples and the held-out ones.
+    No document is in two of the calibration samples, the held-out ones and the probe.
 
     Attributes:
         name: The name of the domain in the report.
         weight: The share of the calibration that the config gives to the domain; those of all domains sum to 1.
         samples: The calibration samples, shape `(num_samples, seq_length)`, int64.
-        heldout: The held-out samples, shape `(num_heldout, seq_length)`, int64.
+        heldout: The held-out samples that the report measures, shape `(num_heldout, seq_length)`, int64.
         mask: Which tokens of `samples` give evidence, of the same shape, bool; None where all of them do.
         origin: The config of the domain, presets resolved; None for inputs that were given.
         documents: The hashes of the documents in `samples` and `spare`.
         heldout_documents: The hashes of the documents in `heldout`.
         spare: Further samples, for rounds in which the domain counts more than the config says.
+        probe: Further held-out samples, which choices are made on and the report does not measure; None where nothing
+            is chosen by measuring.
+        probe_documents: The hashes of the documents in `probe`.
     """
 
     name: str
@@ -53,6 +56,13 @@ class Domain:
     documents: tuple[str, ...] = ()
     heldout_documents: tuple[str, ...] = ()
     spare: Packed | None = None
+    probe: Tensor | None = None
+    probe_documents: tuple[str, ...] = ()
+
+    @property
+    def trial(self) -> Tensor:
+        """The samples that a choice is made on, or a round is watched by, shape `(samples, seq_length)`."""
+        return self.heldout if self.probe is None else self.probe
 
     @property
     def pool(self) -> Tensor:
@@ -124,16 +134,17 @@ def calibration_domains(
         StructPruneError: If a domain cannot be read or is too small.
     """
     if inputs is not None:
-        return given_domains(inputs, float(config.holdout))
+        return given_domains(inputs, float(config.holdout), config.chooses)
     return load_domains(config, tokenizer, model.config.get_text_config().vocab_size, model=model)
 
 
-def given_domains(inputs: Mapping[str, Tensor], holdout: float) -> list[Domain]:
+def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = False) -> list[Domain]:
     """Domains from inputs that are ready for the model, in equal shares.
 
     Args:
         inputs: The inputs of each domain by its name, shape `(samples, ...)`.
         holdout: The share of each domain's samples that is set aside, 2 samples at least.
+        probe: Whether as many more are set aside for choices.
 
     Raises:
         StructPruneError: If there are no inputs, or too few to set some aside.
@@ -143,12 +154,13 @@ def given_domains(inputs: Mapping[str, Tensor], holdout: float) -> list[Domain]:
     domains = []
     for name, samples in inputs.items():
         aside = num_heldout(len(samples), holdout)
-        if len(samples) <= aside:
+        used = 2 * aside if probe else aside
+        if len(samples) <= used:
             raise StructPruneError(
-                f"inputs[{name!r}] has {len(samples)} samples, of which {aside} are held out; "
-                f"{aside + 1} is the least."
+                f"inputs[{name!r}] has {len(samples)} samples, of which {used} are held out; {used + 1} is the least."
             )
-        domains.append(Domain(name, 1 / len(inputs), samples[aside:], samples[:aside]))
+        domain = Domain(name, 1 / len(inputs), samples[used:], samples[:aside])
+        domains.append(replace(domain, probe=samples[aside:used]) if probe else domain)
     return domains
 
 
@@ -194,9 +206,9 @@ def check_vocabulary(largest: int, vocab_size: int | None) -> None:
 
 
 def _check_tokens(
-    domain: DomainConfig, heldout: Packed, packed: Packed, spare: Packed | None, vocab_size: int | None
+    domain: DomainConfig, packed: Packed, others: Sequence[Packed | None], vocab_size: int | None
 ) -> None:
-    largest = max(int(part.samples.max()) for part in (heldout, packed, spare) if part is not None)
+    largest = max(int(part.samples.max()) for part in (packed, *others) if part is not None)
     check_vocabulary(largest, vocab_size)
     if packed.mask is not None and not packed.mask.any():
         raise StructPruneError(
@@ -215,9 +227,9 @@ class _Packer:
 
     def load(self, index: int, stream: Iterator[Tokens], vocab_size: int | None) -> Domain:
         domain = self.domains[index]
-        heldout, packed = self.pack(index, stream)
+        heldout, packed, probe = self.pack(index, stream)
         spare = None if written_by_model(domain) else self.spare(index, stream)
-        _check_tokens(domain, heldout, packed, spare, vocab_size)
+        _check_tokens(domain, packed, [heldout, probe, spare], vocab_size)
         return Domain(
             name=domain.name,
             weight=domain.weight / sum(domain.weight for domain in self.domains),
@@ -228,17 +240,20 @@ class _Packer:
             documents=packed.hashes + (() if spare is None else spare.hashes),
             heldout_documents=heldout.hashes,
             spare=spare,
+            probe=None if probe is None else probe.samples,
+            probe_documents=() if probe is None else probe.hashes,
         )
 
-    def pack(self, index: int, stream: Iterator[Tokens]) -> tuple[Packed, Packed]:
-        # Held-out samples come first, so that they are the same text whatever num_samples is.
+    def pack(self, index: int, stream: Iterator[Tokens]) -> tuple[Packed, Packed, Packed | None]:
+        # Held-out samples come first, so that they are the same text whatever num_samples is. The probe comes last, so
+        # that all others are the same text whether something is chosen or not.
         count = self._counts(self.config.num_samples)[index]
-        aside, need = self._needs(count)
-        heldout = self.frame.take(stream, aside)
-        documents = self.frame.take(stream, need)
-        if self.frame.length(documents) < need:
-            raise StructPruneError(self._too_little(index, [*heldout, *documents]))
-        return self.frame.pack(heldout, aside // self.frame.body), self.frame.pack(documents, count)
+        needs = self._needs(count)
+        texts = [self.frame.take(stream, need) for need in needs]
+        if any(self.frame.length(text) < need for text, need in zip(texts, needs, strict=True)):
+            raise StructPruneError(self._too_little(index, [one for text in texts for one in text]))
+        packed = [self.frame.pack(text, need // self.frame.body) for text, need in zip(texts, needs, strict=True)]
+        return packed[0], packed[1], packed[2] if self.config.chooses else None
 
     def spare(self, index: int, stream: Iterator[Tokens]) -> Packed | None:
         """Further samples, as far as there is text: as many as a larger weight may come to ask for."""
@@ -253,9 +268,10 @@ class _Packer:
     def _counts(self, num_samples: int) -> list[int]:
         return split_samples(num_samples, [domain.weight for domain in self.domains])
 
-    def _needs(self, count: int) -> tuple[int, int]:
+    def _needs(self, count: int) -> list[int]:
+        """The number of tokens to hold out, to calibrate on, and to probe with where something is chosen."""
         aside = self.num_heldout or num_heldout(count, float(self.config.holdout))
-        return self.frame.body * aside, self.frame.body * count
+        return [self.frame.body * number for number in (aside, count, *([aside] if self.config.chooses else []))]
 
     def _too_little(self, index: int, texts: Sequence[Tokens]) -> str:
         domain, config = self.domains[index], self.config

@@ -14,7 +14,7 @@ from .. import __version__
 from ..config.domains import DomainConfig
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
-from ..plain_json import to_json
+from ..plain_json import to_json, unversioned, versioned
 from ..system.fingerprint import tensor_hash
 
 
@@ -49,6 +49,8 @@ class Entry:
         heldout_sha256: The SHA-256 of the held-out samples.
         documents: The SHA-256 of each document in the calibration samples, in the order of use.
         heldout_documents: The SHA-256 of each document in the held-out samples.
+        probe_sha256: The SHA-256 of the samples that choices were made on; empty where there are none.
+        probe_documents: The SHA-256 of each document in these samples.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Entry:
     heldout_sha256: str
     documents: Sequence[str]
     heldout_documents: Sequence[str]
+    probe_sha256: str = ""
+    probe_documents: Sequence[str] = ()
 
     @classmethod
     def of(cls, domain: Domain) -> Entry:
@@ -77,6 +81,8 @@ class Entry:
             heldout_sha256=tensor_hash(domain.heldout),
             documents=list(domain.documents),
             heldout_documents=list(domain.heldout_documents),
+            probe_sha256="" if domain.probe is None else tensor_hash(domain.probe),
+            probe_documents=list(domain.probe_documents),
         )
 
     @classmethod
@@ -94,8 +100,8 @@ class Entry:
             raise TypeError(f"the domain {self.name!r} has no name or no origin")
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):
             raise TypeError(f"the domain {self.name!r} has the weight {self.weight!r}")
-        for hashes in (self.documents, self.heldout_documents):
-            if not isinstance(hashes, list) or not all(isinstance(one, str) for one in hashes):
+        for hashes in (self.documents, self.heldout_documents, self.probe_documents):
+            if not isinstance(hashes, (list, tuple)) or not all(isinstance(one, str) for one in hashes):
                 raise TypeError(f"the domain {self.name!r} has no list of the hashes of its documents")
 
     def uses(self, source: str | DomainConfig) -> bool:
@@ -145,7 +151,7 @@ class Manifest:
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        Path(path).write_text(to_json(asdict(self)) + "\n")
+        Path(path).write_text(to_json(versioned(asdict(self))) + "\n")
 
     @classmethod
     def load(cls, folder_or_file: str | Path) -> Manifest:
@@ -156,7 +162,7 @@ class Manifest:
         """
         path = Path(folder_or_file)
         path = path / MANIFEST_NAME if path.is_dir() else path
-        data = read_mapping(path, json.loads)
+        data = unversioned(read_mapping(path, json.loads))
         try:
             fields = {name: value for name, value in data.items() if name not in REMOVED_KEYS}
             manifest = cls(**{**fields, "domains": [Entry.from_dict(entry) for entry in data["domains"]]})
@@ -180,8 +186,11 @@ class Manifest:
             calibrated = len(hashes.intersection(entry.documents))
             heldout = len(hashes.intersection(entry.heldout_documents))
             where = f"the calibration domain {entry.name!r} ({entry.origin.get('source', 'given inputs')})"
+            probed = len(hashes.intersection(entry.probe_documents))
             if calibrated:
                 sentences.append(f"{calibrated} of {len(hashes)} documents were calibrated on, in {where}")
+            elif probed:
+                sentences.append(f"{probed} of {len(hashes)} documents decided widths or weights, in {where}")
             elif heldout:
                 sentences.append(
                     f"{heldout} of {len(hashes)} documents were held out to measure perplexity, in {where}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +14,20 @@ from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..domains.packing import prefix_token
 from ..domains.presets import resolve
 from ..errors import StructPruneError
-from ..forward.metrics import compare, perplexity
-from ..plain_json import to_json
+from ..forward.metrics import compare, sample_losses, standard_error
+from ..plain_json import to_json, versioned
 from ..saving.report import geometric_mean, table
 from .heldout import Heldout, read_heldout
-from .tasks import Scores, Tasks
+from .paired import Paired, paired
+from .tasks import Answers, Scores, Tasks
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..config.domains import DomainConfig
+
+ALL = "all items"
 
 
 @dataclass
@@ -37,9 +41,14 @@ class Evaluation:
         prefix: The token at the head of each sample; None where the tokenizer has none.
         tokens: The number of predicted tokens, by domain.
         perplexity: The perplexities, `{domain: {"model": …, "dense": …}}`; "dense" only where there is a dense model.
+        perplexity_stderr: Their standard errors over samples, and with a dense model that of "ratio" over the same
+            samples; NaN where there is one sample.
+        calibrated: Which domains are of a kind that the model was calibrated on; None where nothing says so.
         divergence: The mean KL(dense‖model) per predicted token in nats, by domain.
         agreement: The share of predicted tokens for which both models find the same one likeliest, by domain.
         tasks: The scores, `{task: {"model": {"acc": …, "acc_stderr": …, …}, "dense": {…}}}`.
+        paired: How the scores differ from the dense model's on the same items, `{task: {metric: Paired}}`, and over
+            the items of all tasks together under `ALL`.
         warnings: The reasons why these numbers may be too good.
         shared: The domains that share something with what the model was calibrated on; None where that is not known.
     """
@@ -50,9 +59,12 @@ class Evaluation:
     prefix: str | None = None
     tokens: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
+    calibrated: list[str] | None = None
     divergence: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, Scores] = field(default_factory=dict)
+    paired: dict[str, dict[str, Paired]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     shared: list[str] | None = None
 
@@ -62,7 +74,7 @@ class Evaluation:
 
     def save(self, path: str | Path) -> None:
         """Write the numbers to a JSON file; one that is not finite is null."""
-        Path(path).write_text(to_json(self.to_dict()) + "\n")
+        Path(path).write_text(to_json(versioned(self.to_dict())) + "\n")
 
     def __str__(self) -> str:
         """A table of domains, one of tasks, and the warnings."""
@@ -75,26 +87,50 @@ class Evaluation:
         return ["model"] if self.dense is None else ["dense", "model"]
 
     def _domains(self) -> str:
-        models, compared = self._models, self.dense is not None
-        rows = [["perplexity", "tokens", *models, *(["ratio", "KL", "top-1"] if compared else [])]]
-        for name, ppl in self.perplexity.items():
-            rows.append([name, f"{self.tokens[name]:,}", *(f"{ppl[which]:.2f}" for which in models)])
-            if compared:
-                rows[-1] += [_ratio(ppl), f"{self.divergence[name]:.4f}", f"{self.agreement[name]:.1%}"]
-        if len(self.perplexity) > 1:
-            means = {which: geometric_mean(ppl[which] for ppl in self.perplexity.values()) for which in models}
-            rows.append(["  geometric mean", "", *(f"{mean:.2f}" for mean in means.values())])
-            rows[-1] += [_ratio(means), "", ""] if compared else []
+        compared = self.dense is not None
+        rows = [["perplexity", "tokens", *self._models, *(["ratio", "KL", "top-1"] if compared else [])]]
+        blank = [""] * (len(rows[0]) - 1)
+        for title, names in self._kinds():
+            rows += [[title, *blank]] if title else []
+            rows += [self._domain(name) for name in names]
+            rows += [self._mean(names)] if len(names) > 1 else []
         head = f", each begun with {self.prefix!r}" if self.prefix else ""
-        return f"{table(rows)}\nsamples of {self.seq_length} tokens{head}"
+        return f"{table(rows)}\n± the standard error over samples of {self.seq_length} tokens{head}"
+
+    def _kinds(self) -> list[tuple[str, list[str]]]:
+        """The domains whose mean says something, under a title: those of calibrated kinds, and all others."""
+        names = list(self.perplexity)
+        if self.calibrated is None:
+            return [("", names)]
+        others = [name for name in names if name not in self.calibrated]
+        kinds = [("calibrated kinds:", self.calibrated), ("other kinds:", others)]
+        return [(title, found) for title, found in kinds if found]
+
+    def _domain(self, name: str) -> list[str]:
+        ppl, errors = self.perplexity[name], self.perplexity_stderr[name]
+        row = [name, f"{self.tokens[name]:,}"]
+        row += [f"{ppl[which]:.2f}{_plus_minus(errors[which], 2)}" for which in self._models]
+        if self.dense is not None:
+            row.append(f"{_ratio(ppl)}{_plus_minus(errors['ratio'], 3)}")
+            row += [f"{self.divergence[name]:.4f}", f"{self.agreement[name]:.1%}"]
+        return row
+
+    def _mean(self, names: Sequence[str]) -> list[str]:
+        means = {which: geometric_mean(self.perplexity[name][which] for name in names) for which in self._models}
+        row = ["  geometric mean", "", *(f"{mean:.2f}" for mean in means.values())]
+        return [*row, _ratio(means), "", ""] if self.dense is not None else row
 
     def _tasks(self) -> str:
-        rows = [["task", "metric", "items", *self._models]]
+        compared = self.dense is not None
+        rows = [["task", "metric", "items", *self._models, *(["difference", "p", ""] if compared else [])]]
         for name, scores in self.tasks.items():
             for metric in scores["model"]:
                 if metric != "items" and "_stderr" not in metric:
                     items = f"{scores['model']['items']:.0f}" if "items" in scores["model"] else ""
-                    rows.append([name, metric, items, *(_with_error(scores[which], metric) for which in self._models)])
+                    row = [name, metric, items, *(_with_error(scores[which], metric) for which in self._models)]
+                    rows.append(row + (_verdict(self.paired.get(name, {}).get(metric)) if compared else []))
+        for metric, found in self.paired.get(ALL, {}).items():
+            rows.append([f"  {ALL}", metric, str(found.items), "", "", *_verdict(found)])
         return table(rows)
 
 
@@ -109,6 +145,7 @@ def evaluate(
     num_samples: int | None = None,
     batch_size: int = 1,
     limit: int | None = None,
+    items: str | Path | None = None,
     manifest: Manifest | None = None,
     num_blocks: int | None = None,
 ) -> Evaluation:
@@ -120,13 +157,16 @@ def evaluate(
         domains: The text for perplexity, read in the order of the source; see `read_heldout`.
         tasks: The names of registered lm_eval tasks, or JSON-lines files of multiple-choice items; see `Tasks`.
         dense: Another model with the same tokenizer to compare with: adds its own perplexities and scores, the
-            divergence from it and the agreement with it.
+            divergence from it and the agreement with it, and whether the two differ on the same items.
         seq_length: The number of tokens in a sample.
         num_samples: The number of samples per domain at most; None reads every domain to its end.
-        batch_size: The number of samples, or of sequences of a task, in a forward pass.
+        batch_size: The number of samples in a forward pass, or of sequences of a task that is no choice of answers.
         limit: The number of items per task at most; None takes all of them.
-        manifest: The manifest of what the model was calibrated on, to warn of domains that share text with it; by
-            default the one in the folder that the model was loaded from, if there is one.
+        items: A folder that keeps the answers to each item of a task. What is there is not computed again, so a run
+            that was killed goes on, and the dense model answers only once; see `ItemFile`.
+        manifest: The manifest of what the model was calibrated on, to tell domains of these kinds from others, and to
+            warn of those that share text with it; by default the one in the folder that the model was loaded from, if
+            there is one.
         num_blocks: The former name of `num_samples`; it gives a FutureWarning.
 
     Raises:
@@ -153,16 +193,45 @@ def evaluate(
     )
     if (manifest := manifest or _manifest(model)) is not None:
         overlaps = _overlaps(manifest, texts)
-        evaluation.shared = list(overlaps)
+        evaluation.shared, evaluation.calibrated = list(overlaps), _calibrated(manifest, named)
         evaluation.warnings = [sentence for sentences in overlaps.values() for sentence in sentences]
     for warning in evaluation.warnings:
         warnings.warn(warning, stacklevel=2)
     for text in texts:
         _measure(evaluation, model, dense, text, batch_size)
     if loaded_tasks is not None:
-        scores = {which: loaded_tasks.score(one, tokenizer, batch_size, limit) for which, one in models.items()}
-        evaluation.tasks = {name: {which: scores[which][name] for which in models} for name in scores["model"]}
+        _score(evaluation, loaded_tasks, models, tokenizer, (batch_size, limit, items))
     return evaluation
+
+
+def _score(
+    evaluation: Evaluation,
+    tasks: Tasks,
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    how: tuple[int, int | None, str | Path | None],
+) -> None:
+    answers = {which: tasks.score(one, tokenizer, *how) for which, one in models.items()}
+    scores = {which: found.scores for which, found in answers.items()}
+    evaluation.tasks = {name: {which: scores[which][name] for which in models} for name in scores["model"]}
+    if "dense" in answers:
+        evaluation.paired = paired_tasks(answers["model"], answers["dense"])
+
+
+def paired_tasks(model: Answers, dense: Answers) -> dict[str, dict[str, Paired]]:
+    """How two models differ by task and metric, and over the items of all tasks together where there are several.
+
+    Args:
+        model: The answers of the model.
+        dense: The answers of the dense model to the same tasks.
+    """
+    found: dict[str, dict[str, Paired]] = {}
+    for name, metrics in model.items.items():
+        found[name] = {metric: paired(scores, dense.items[name][metric]) for metric, scores in metrics.items()}
+    shared = set.intersection(*map(set, found.values())) if len(found) > 1 else set()
+    if shared:
+        found[ALL] = {metric: paired(*(_together(one, metric) for one in (model, dense))) for metric in sorted(shared)}
+    return found
 
 
 def _measure(
@@ -171,11 +240,16 @@ def _measure(
     name = text.domain.name
     evaluation.tokens[name] = text.samples[:, 1:].numel()
     if dense is None:
-        evaluation.perplexity[name] = {"model": perplexity(model, text.samples, batch_size)}
-        return
-    both = compare(model, dense, text.samples, batch_size)
-    evaluation.perplexity[name] = {"model": both.perplexity, "dense": both.dense_perplexity}
-    evaluation.divergence[name], evaluation.agreement[name] = both.divergence, both.agreement
+        losses = {"model": sample_losses(model, text.samples, batch_size)}
+    else:
+        both = compare(model, dense, text.samples, batch_size)
+        losses = {"model": both.losses, "dense": both.dense_losses, "ratio": both.losses - both.dense_losses}
+        evaluation.divergence[name], evaluation.agreement[name] = both.divergence, both.agreement
+    # The error of e to a mean is that of the mean, relative to it.
+    values = {which: float(loss.mean().exp()) for which, loss in losses.items()}
+    errors = {which: values[which] * standard_error(loss) for which, loss in losses.items()}
+    evaluation.perplexity_stderr[name] = errors
+    evaluation.perplexity[name] = {which: value for which, value in values.items() if which != "ratio"}
 
 
 def _manifest(model: PreTrainedModel) -> Manifest | None:
@@ -183,6 +257,20 @@ def _manifest(model: PreTrainedModel) -> Manifest | None:
         return None
     path = Path(model.name_or_path) / MANIFEST_NAME
     return Manifest.load(path) if path.is_file() else None
+
+
+def _together(answers: Answers, metric: str) -> dict[int, float]:
+    """The scores of the items of all tasks, numbered through."""
+    return dict(enumerate(score for metrics in answers.items.values() for score in metrics[metric].values()))
+
+
+def _calibrated(manifest: Manifest, domains: Sequence[DomainConfig]) -> list[str]:
+    """The domains that have the name of one that was calibrated on, or were read from the same place."""
+    return [
+        domain.name
+        for domain in domains
+        if any(entry.name == domain.name or entry.uses(domain) for entry in manifest.domains)
+    ]
 
 
 def _overlaps(manifest: Manifest, texts: Sequence[Heldout]) -> dict[str, list[str]]:
@@ -223,6 +311,16 @@ def _check_positive(**numbers: int | None) -> None:
 
 def _ratio(ppl: Mapping[str, float]) -> str:
     return f"x {ppl['model'] / ppl['dense']:.3f}"
+
+
+def _plus_minus(error: float, digits: int) -> str:
+    return f" ± {error:.{digits}f}" if isfinite(error) else ""
+
+
+def _verdict(found: Paired | None) -> list[str]:
+    if found is None:
+        return ["", "", ""]
+    return [f"{found.difference:+.3f}{_plus_minus(found.stderr, 3)}", f"{found.p_value:.3f}", found.verdict]
 
 
 def _with_error(scores: Mapping[str, float], metric: str) -> str:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import StructPruneError, one_line
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
+from .items import ItemFile
 
 
 if TYPE_CHECKING:
@@ -23,6 +25,19 @@ METRICS = ("acc", "acc_norm")
 # The seed that lm_eval's own command uses.
 FEWSHOT_SEED = 1234
 Scores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model scores in tasks.
+
+    Attributes:
+        scores: Metrics of each task with their standard errors: `{"piqa": {"acc": …, "acc_stderr": …, "items": …}}`.
+        items: The scores of each item, `{"piqa": {"acc": {0: 1.0, 1: 0.0, …}}}`, for metrics that are means of them.
+    """
+
+    scores: Scores
+    items: dict[str, dict[str, dict[int, float]]]
 
 
 class Tasks:
@@ -61,36 +76,49 @@ class Tasks:
                 raise StructPruneError(f"The tasks cannot be loaded: {one_line(error)}") from error
 
     def score(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, limit: int | None = None
-    ) -> Scores:
-        """Metrics of each task with their standard errors: `{"piqa": {"acc": …, "acc_stderr": …, "items": …}}`.
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 8,
+        limit: int | None = None,
+        folder: str | Path | None = None,
+    ) -> Answers:
+        """Ask a model the tasks. The choices of an item run in one batch, after a prompt that runs once.
 
         Args:
             model: A causal language model; its training mode is left as it was.
             tokenizer: The model's own tokenizer; it is not changed.
-            batch_size: The number of sequences in a forward pass.
+            batch_size: The number of sequences in a forward pass, where these are not the choices of an item.
             limit: The number of items per task at most, counted from the beginning; None takes all of them.
+            folder: A folder that keeps the answers to each item, see `ItemFile`; None keeps nothing.
+
+        Raises:
+            StructPruneError: If the answers cannot be kept.
         """
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
 
+        from .choices import SharedPrompts
+
+        kept = None if folder is None else ItemFile(folder, model, tokenizer)
         for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(FEWSHOT_SEED)
         with _quiet(), evaluating(model):
             # Sums of bf16 log-probabilities would be too coarse. lm_eval sets a padding token on the tokenizer.
-            wrapped = HFLM(
+            wrapped = SharedPrompts(
+                kept,
                 pretrained=model,
                 tokenizer=deepcopy(tokenizer),
                 backend="causal",
                 batch_size=batch_size,
                 softmax_dtype="float32",
             )
-            results = lm_eval.evaluate(wrapped, self.loaded, limit=limit, log_samples=False)
+            results = lm_eval.evaluate(wrapped, self.loaded, limit=limit, log_samples=True)
         counts = {name: sizes["effective"] for name, sizes in results["n-samples"].items()}
-        return {
+        scores = {
             name: {**_metrics(values), **({"items": counts[name]} if name in counts else {})}
             for name, values in {**results["results"], **results.get("groups", {})}.items()
         }
+        return Answers(scores, {name: _by_item(samples) for name, samples in results["samples"].items()})
 
 
 def local_task(path: Path) -> dict[str, Any]:
@@ -158,6 +186,17 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
         for key, value in values.items()
         if "," in key and isinstance(value, (int, float))
     }
+
+
+def _by_item(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """The scores of each item by metric, from what lm_eval logs; the name of a filter stays as in `_metrics`."""
+    found: dict[str, dict[int, float]] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            if isinstance(value := sample[metric], (bool, int, float)):
+                name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
+                found.setdefault(name, {})[sample["doc_id"]] = float(value)
+    return found
 
 
 def _require_lm_eval() -> None:

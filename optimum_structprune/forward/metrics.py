@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import exp
+from math import exp, nan
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -97,16 +97,27 @@ def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: 
         samples: Token ids, shape `(samples, seq_length)`.
         batch_size: The number of samples per forward pass; 1 keeps the logits of a large vocabulary small.
     """
+    return exp(float(sample_losses(model, samples, batch_size).mean()))
+
+
+@torch.no_grad()
+def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int = 1) -> Tensor:
+    """The mean loss per predicted token of each sample, shape `(samples,)`, fp64, on the CPU; see `perplexity`."""
     with evaluating(model):
-        losses = [_loss(logits, targets) for targets, logits in _predictions([model], samples, batch_size)]
-    return exp(_total(losses) / samples[:, 1:].numel())
+        losses = [_losses(logits, targets) for targets, logits in _predictions([model], samples, batch_size)]
+    return _by_sample(losses, samples)
+
+
+def standard_error(values: Tensor) -> float:
+    """The standard error of the mean of independent values, shape `(values,)`; NaN where there is only one."""
+    return float(values.double().std()) / len(values) ** 0.5 if len(values) > 1 else nan
 
 
 @torch.no_grad()
 def total_loss(model: PreTrainedModel, ids: Tensor) -> float:
     """The sum of a causal model's next-token losses over a batch, shape `(batch, seq_length)`, in one forward pass."""
     pairs = zip(ids[:, 1:].flatten().split(TOKENS_AT_ONCE), _next_token_logits(model, ids, plain=False), strict=True)
-    return _total([_loss(logits, targets.to(logits.device)) for targets, logits in pairs])
+    return _total([_losses(logits, targets.to(logits.device)).sum() for targets, logits in pairs])
 
 
 @dataclass(frozen=True)
@@ -114,16 +125,26 @@ class Comparison:
     """How a model compares with the dense one on the same text.
 
     Attributes:
-        perplexity: The perplexity of the model.
-        dense_perplexity: The perplexity of the dense model.
+        losses: The mean loss per predicted token of the model in each sample, shape `(samples,)`.
+        dense_losses: The same of the dense model.
         divergence: The mean KL(dense‖model) per predicted token, in nats.
         agreement: The share of the predicted tokens for which both models find the same token likeliest.
     """
 
-    perplexity: float
-    dense_perplexity: float
+    losses: Tensor
+    dense_losses: Tensor
     divergence: float
     agreement: float
+
+    @property
+    def perplexity(self) -> float:
+        """The perplexity of the model."""
+        return exp(float(self.losses.mean()))
+
+    @property
+    def dense_perplexity(self) -> float:
+        """The perplexity of the dense model."""
+        return exp(float(self.dense_losses.mean()))
 
 
 @torch.no_grad()
@@ -143,11 +164,13 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, bat
     with evaluating(model, dense):
         for targets, logits, theirs in _predictions([model, dense], samples, batch_size):
             agreed = (logits.argmax(-1) == theirs.argmax(-1)).sum()
-            parts = (_loss(logits, targets), _loss(theirs, targets), divergence(logits, theirs) * len(targets), agreed)
+            apart = divergence(logits, theirs) * len(targets)
+            parts = (_losses(logits, targets), _losses(theirs, targets), apart.double(), agreed.double())
             for total, part in zip(found, parts, strict=True):
-                total.append(part.double())
-    loss, dense_loss, distance, agreement = (_total(parts) / samples[:, 1:].numel() for parts in found)
-    return Comparison(exp(loss), exp(dense_loss), distance, agreement)
+                total.append(part)
+    losses, dense_losses = (_by_sample(parts, samples) for parts in found[:2])
+    distance, agreement = (_total(parts) / samples[:, 1:].numel() for parts in found[2:])
+    return Comparison(losses, dense_losses, distance, agreement)
 
 
 @contextmanager
@@ -220,6 +243,11 @@ def _total(parts: Sequence[Tensor]) -> float:
     return float(torch.stack(list(parts)).sum())
 
 
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the losses, shape `()`, fp64. It stays on its device, so that nothing waits for a GPU."""
-    return cross_entropy(logits.float(), targets, reduction="sum").double()
+def _by_sample(losses: Sequence[Tensor], samples: Tensor) -> Tensor:
+    """The mean of the losses of each sample, shape `(samples,)`, from those of all predicted tokens in order."""
+    return torch.cat(list(losses)).reshape(samples[:, 1:].shape).mean(1).cpu()
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each token, shape `(tokens,)`, fp64. It stays on its device, so that nothing waits for a GPU."""
+    return cross_entropy(logits.float(), targets, reduction="none").double()

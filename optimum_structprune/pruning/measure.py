@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import exp, inf, isnan
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 class Measure:
     """Perplexity by domain, or for models that do not predict the next token, the error of the last hidden states.
 
+    Choices are made by `ratios` on the probe of each domain where it has one, and what is reported is measured on the
+    held-out samples.
+
     Args:
         model: The dense model, which is measured at once.
         domains: The domains with their held-out samples.
@@ -42,12 +45,15 @@ class Measure:
 
     def __init__(self, model: PreTrainedModel, domains: Sequence[Domain], causal: bool, arch_file: str | None = None):
         self.heldout = {domain.name: domain.heldout for domain in domains}
+        self.probes = {domain.name: domain.probe for domain in domains if domain.probe is not None}
         self.causal, self.arch_file = causal, arch_file
         self.dense = self._of_all(model)
+        self.dense_probes = self._perplexities(model, self.probes) if causal and self.probes else self.dense
 
     def ratios(self, model: PreTrainedModel) -> dict[str, float]:
         """Perplexity as a multiple of the dense model's, by domain; infinity where it is not a number."""
-        ratios = {name: value / self.dense[name] for name, value in self._perplexities(model).items()}
+        found = self._perplexities(model, self.probes or self.heldout)
+        ratios = {name: value / self.dense_probes[name] for name, value in found.items()}
         return {name: inf if isnan(ratio) else ratio for name, ratio in ratios.items()}
 
     def after(self, model: PreTrainedModel, report: Report) -> None:
@@ -66,7 +72,7 @@ class Measure:
     def _of_all(self, model: PreTrainedModel) -> dict[str, Any]:
         if not self.causal:
             return {name: model_outputs(model, samples) for name, samples in self.heldout.items()}
-        found = self._perplexities(model)
+        found = self._perplexities(model, self.heldout)
         for name, value in found.items():
             if isnan(value):
                 raise StructPruneError(
@@ -75,20 +81,20 @@ class Measure:
                 )
         return found
 
-    def _perplexities(self, model: PreTrainedModel) -> dict[str, float]:
-        texts = [own_part(samples) for samples in self.heldout.values()]
+    def _perplexities(self, model: PreTrainedModel, by_domain: Mapping[str, Tensor]) -> dict[str, float]:
+        texts = [own_part(samples) for samples in by_domain.values()]
         if is_offloaded(model):
             values = layerwise_perplexities(model, describe(model, self.arch_file), texts)
         else:
             values = [perplexity(model, text) for text in texts]
         if process_count() == 1:
-            return dict(zip(self.heldout, values, strict=True))
+            return dict(zip(by_domain, values, strict=True))
         counts = torch.tensor([float(text[:, 1:].numel()) for text in texts], dtype=torch.float64)
         losses = torch.tensor(values, dtype=torch.float64).log() * counts
         device = compute_device(model)
         sums = [losses.to(device), counts.to(device)]
         add_up_(sums)
-        return dict(zip(self.heldout, (sums[0] / sums[1]).exp().tolist(), strict=True))
+        return dict(zip(by_domain, (sums[0] / sums[1]).exp().tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -189,10 +189,10 @@ def remaining_error(num_layers: int, error_feedback: float) -> list[float]:
 
 
 def probe_batches(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
-    """Held-out samples that this process runs: as many of every domain, of about `PROBE_TOKENS` tokens in all."""
-    count = max(1, ceil(PROBE_TOKENS / domains[0].heldout.shape[1] / len(domains)))
+    """Samples to choose by that this process runs: as many of every domain, of about `PROBE_TOKENS` tokens in all."""
+    count = max(1, ceil(PROBE_TOKENS / domains[0].trial.shape[1] / len(domains)))
     return batches_of(
-        [replace(domain, samples=own_part(domain.heldout[:count]), mask=None) for domain in domains], batch_size
+        [replace(domain, samples=own_part(domain.trial[:count]), mask=None) for domain in domains], batch_size
     )
 
 

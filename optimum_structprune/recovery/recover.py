@@ -21,6 +21,7 @@ from ..errors import StructPruneError
 from ..forward.metrics import perplexity
 from ..plain_json import to_json
 from ..saving.hub import RECORDS, check_reload, save_checked
+from ..saving.page.card import RECOVERY_CONFIG_NAME, leave_card
 from ..saving.page.page import leave_page
 from ..saving.report import RECOVERY_REPORT_NAME, REPORT_NAME
 from ..saving.target import used_paths
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from ..config.domains import DomainConfig
-
-RECOVERY_CONFIG_NAME = "recovery_config.json"
 
 
 class Recovery:
@@ -237,6 +236,8 @@ class Recovery:
                 leave_page(folder, save_directory)
             if identity is not None:
                 identity.save(folder)
+            if not isinstance(model, PeftModel):  # peft writes the card of an adapter
+                leave_card(folder, save_directory, model.config, model.name_or_path, self.pruning.arch_file)
 
         identity = self._identity if isinstance(model, PeftModel) else None
         check = check_adapter if isinstance(model, PeftModel) else check_reload

@@ -57,8 +57,12 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
         breadth=0.0,
         num_samples=samples * len(domains),
         seq_length=seq_length,
+        # Nothing is chosen, so no text is set aside for it.
         adaptive_rate=0.0,
         objective="mean",
+        allocation="uniform",
+        max_perplexity_ratio=None,
+        keep_rounds=False,
     )
 
 

@@ -14,6 +14,7 @@ from ..errors import StructPruneError
 from ..plain_json import to_json
 from ..surgery.resize import pad_
 from .hub import RECORDS, check_reload, save_checked
+from .page.card import leave_card
 from .ranks import is_alone
 from .report import REPORT_NAME
 from .target import EXPORT_NAME, check_target, model_bytes
@@ -91,6 +92,7 @@ def export_uniform(
         # By this record the folder is known as a result, and may be replaced.
         parameters = {"before": padding.before, "after": padding.after}
         (folder / EXPORT_NAME).write_text(to_json({"form": "uniform", "parameters": parameters}) + "\n")
+        leave_card(folder, save_directory, padded.config, model.name_or_path, arch_file)
 
     padding = Padding(model.num_parameters(), padded.num_parameters(), dense, model_bytes(padded) - model_bytes(model))
     save_checked(

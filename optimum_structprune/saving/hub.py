@@ -22,6 +22,7 @@ from ..surgery.plan import PLAN_NAME, Plan
 from ..system.offloading import declared, is_offloaded, places
 from .claims import folder_beside
 from .details import DETAILS_NAME
+from .page.card import leave_card
 from .page.page import leave_page
 from .ranks import on_first_rank
 from .report import REPORT_NAME, Report
@@ -74,6 +75,7 @@ def save_pruned(
         if manifest is not None:
             manifest.save(folder / MANIFEST_NAME)
         leave_page(folder, save_directory)
+        leave_card(folder, save_directory, model.config, model.name_or_path, config.arch_file)
 
     save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, used)
 
@@ -85,6 +87,7 @@ def save_applied(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     used: Iterable[str | Path | None] = (),
+    arch_file: str | None = None,
 ) -> None:
     """Save what `apply_plan` returned, with the plan and the tokenizer; see `save_checked`.
 
@@ -95,20 +98,18 @@ def save_applied(
         tokenizer: The tokenizer to save beside the model.
         overwrite: Whether a folder that exists is replaced, see `check_target`.
         used: The files and folders that the run reads; the folder of the dense model is one of them anyway.
+        arch_file: A file with descriptions of your own that the model was described by.
 
     Raises:
         StructPruneError: If the folder exists and may not be replaced, something cannot be written, or the saved model
             does not come back the same.
     """
-    save_checked(
-        model,
-        save_directory,
-        tokenizer,
-        overwrite,
-        lambda folder: plan.save(folder / PLAN_NAME),
-        check_reload,
-        [model.name_or_path, *used],
-    )
+
+    def write(folder: Path) -> None:
+        plan.save(folder / PLAN_NAME)
+        leave_card(folder, save_directory, model.config, model.name_or_path, arch_file)
+
+    save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, [model.name_or_path, *used])
 
 
 def check_pruned(plan: Plan, arch: ArchSpec) -> None:

@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ..arch.spec import LAYER, MODEL, ArchSpec
-from ..plain_json import to_json
+from ..plain_json import to_json, versioned
 from ..surgery.plan import Plan
 from ..system.memory import peak_memory
 from .details import Details
@@ -159,7 +159,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write JSON; a number that is not finite, which JSON does not have, is null."""
-        Path(path).write_text(to_json(self.to_dict()) + "\n")
+        Path(path).write_text(to_json(versioned(self.to_dict())) + "\n")
 
     def __str__(self) -> str:
         """Widths, parameters and perplexity per domain, as a table."""

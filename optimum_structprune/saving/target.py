@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from glob import glob
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,9 @@ WRITTEN = re.compile(
 WRITTEN_FOLDERS = ("additional_chat_templates", "__pycache__", ".cache")
 # The first entry of a GGUF file that this package wrote, among the first bytes of the file.
 GGUF_MARK, GGUF_HEAD = "structprune.version", 512
-CARD = "README.md"  # peft writes one beside an adapter
+CARD = "README.md"
+SIGNATURE = "\n<!-- Written by optimum-structprune; the SHA-256 of all above is {}. -->\n"
+SIGNED = re.compile(re.escape(SIGNATURE).replace(r"\{\}", r"(\w{64})") + r"\Z")
 ADAPTER = "adapter_config.json"
 # What temporary folders beside a result are for: one that is being written, a former one that is being replaced, and
 # weights that do not fit into memory.
@@ -158,8 +161,29 @@ def foreign_entries(folder: Path) -> Iterator[str]:
     for path in folder.iterdir():
         if path.is_dir() and (path.is_symlink() or path.name not in WRITTEN_FOLDERS):
             yield path.name
-        elif not path.is_dir() and not WRITTEN.fullmatch(path.name) and not (adapter and path.name == CARD):
+        elif path.name == CARD and (adapter or is_signed(path)):
+            continue  # peft writes one beside an adapter
+        elif not path.is_dir() and not WRITTEN.fullmatch(path.name):
             yield path.name
+
+
+def signed(text: str) -> str:
+    """A text with a last line by which it is known as this package's, as long as nobody changes it.
+
+    Args:
+        text: The text; a former signature is replaced.
+    """
+    body = SIGNED.sub("", text)
+    return body + SIGNATURE.format(sha256(body.encode()).hexdigest())
+
+
+def is_signed(path: Path) -> bool:
+    """Whether a file holds what `signed` gave, unchanged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return SIGNED.search(text) is not None and signed(text) == text
 
 
 def used_paths(*configs: Any) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..arch.spec import EXPERT, LAYER, MODEL, ArchSpec
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
+from ..plain_json import unversioned, versioned
 
 
 PLAN_NAME = "pruning_plan.json"
@@ -132,7 +133,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict()) + "\n")
+        Path(path).write_text(json.dumps(versioned(self.to_dict())) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -141,7 +142,7 @@ class Plan:
         Raises:
             StructPruneError: If the file cannot be read or is not a plan.
         """
-        data = read_mapping(Path(path), json.loads)
+        data = unversioned(read_mapping(Path(path), json.loads))
         try:
             return cls.from_dict(data)
         except StructPruneError as error:

@@ -132,7 +132,7 @@ def test_spare_text_is_other_text_and_on_record():
 def test_spare_text_carries_its_mask_and_goes_as_far_as_there_is_some():
     rows = [{"q": f"how many {i}", "a": f"it is {i} and so on"} for i in range(60)]
     answers = {"template": "{q}: {a}", "answers_only": True}
-    domains = [DomainConfig("a", rows, **answers), DomainConfig("b", rows[:8], **answers)]
+    domains = [DomainConfig("a", rows, **answers), DomainConfig("b", rows[:12], **answers)]
     settings = config(domains=domains, num_samples=4, seq_length=16, rounds=2, objective="worst")
     long, short = load_domains(settings, tokenizer())
     assert len(long.pool) == 4 and 2 <= len(short.pool) < 4
@@ -219,7 +219,7 @@ def test_a_killed_run_goes_on_where_it_was(fields, tmp_path, kill, titles):
 
 UNDER_A_FLOOR = {
     "rounds": 4,
-    "max_perplexity_ratio": 1.47,
+    "max_perplexity_ratio": 1.6,
     "round_to": 8,
     "adaptive_rate": 0.5,
     "keep_rounds": True,
@@ -316,7 +316,7 @@ def test_a_damaged_checkpoint_is_refused(half_done, damage):
 
 
 @needs_shared
-@pytest.mark.parametrize("floor", [None, 1.6])
+@pytest.mark.parametrize("floor", [None, 1.8])
 def test_kept_rounds_are_ordinary_models_of_falling_width(floor, tmp_path):
     model, reader = stories_model()
     settings = two_domains(
@@ -328,7 +328,7 @@ def test_kept_rounds_are_ordinary_models_of_falling_width(floor, tmp_path):
         assert measured.pop()["widths"] == {"mlp": 96}  # the last round is the result itself
     folders = [tmp_path / f"round-{number}" for number in range(1, len(measured) + 1)]
     assert sorted(path.name for path in tmp_path.glob("round-*") if path.is_dir()) == [path.name for path in folders]
-    heldout = {domain.name: domain.heldout for domain in load_domains(settings, reader)}
+    trial = {domain.name: domain.trial for domain in load_domains(settings, reader)}
     plans = [Plan.load(folder / "pruning_plan.json") for folder in folders]
     widths = []
     for folder, plan, one in zip(folders, plans, measured, strict=True):
@@ -339,7 +339,7 @@ def test_kept_rounds_are_ordinary_models_of_falling_width(floor, tmp_path):
         saved = StructPruneConfig.from_pretrained(folder)
         assert saved.keep_rounds and saved.widths == {"mlp": widths[-1]}
         for name, ratio in one["perplexity_ratio"].items():
-            assert perplexity(kept, heldout[name]) / perplexity(model, heldout[name]) == pytest.approx(ratio, rel=1e-3)
+            assert perplexity(kept, trial[name]) / perplexity(model, trial[name]) == pytest.approx(ratio, rel=1e-3)
     assert len(widths) > 1 and widths == sorted(set(widths), reverse=True)
     for wider, narrower in zip(plans, [*plans[1:], pruner.plan], strict=True):
         assert all(set(narrower.keep[at]) <= set(wider.keep[at]) for at in wider.keep)

@@ -1,0 +1,77 @@
+"""Whether two models differ on the same items, or by no more than chance would have it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..forward.metrics import standard_error
+
+
+# A difference that chance alone gives less often than this is one.
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How the scores of a model differ from those of the dense one on the same items.
+
+    Attributes:
+        items: The number of items.
+        difference: The mean difference of the scores, model minus dense.
+        stderr: Its standard error over items; the scores of an item are not independent, so this is less than those of
+            the two means suggest.
+        better: The number of items on which the model scores more.
+        worse: The number of items on which it scores less.
+        p_value: How often chance alone gives a difference as large: by McNemar's exact test where every score is 0 or
+            1, by a t test of the differences otherwise.
+        verdict: `worse` or `better` where the p-value is below 0.05, `alike` otherwise: the items then do not tell the
+            two apart, and `difference` ± 2 `stderr` says how much may be hidden.
+    """
+
+    items: int
+    difference: float
+    stderr: float
+    better: int
+    worse: int
+    p_value: float
+    verdict: str
+
+
+def paired(model: Mapping[int, float], dense: Mapping[int, float]) -> Paired:
+    """Compare two models item by item.
+
+    Args:
+        model: The scores of the model by the number of the item.
+        dense: The scores of the dense model on the same items.
+
+    Raises:
+        ValueError: If the items differ.
+    """
+    if model.keys() != dense.keys():
+        raise ValueError(f"{len(model)} and {len(dense)} items are not the same ones")
+    differences = torch.tensor([model[item] - dense[item] for item in model], dtype=torch.float64)
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    binary = {*model.values(), *dense.values()} <= {0.0, 1.0}
+    p_value = _mcnemar(better, worse) if binary else _t_test(differences)
+    difference = float(differences.mean())
+    verdict = "alike" if p_value >= LEVEL else "better" if difference > 0 else "worse"
+    return Paired(len(differences), difference, standard_error(differences), better, worse, p_value, verdict)
+
+
+def _mcnemar(better: int, worse: int) -> float:
+    """McNemar's exact test: where the models are alike, each of them wins half of the items that tell them apart."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def _t_test(differences: torch.Tensor) -> float:
+    from scipy.stats import ttest_1samp
+
+    # Nothing is known of the spread of one item, and there is none where all differ by the same.
+    if len(differences) < 2 or not differences.std():
+        return 1.0 if len(differences) < 2 or not differences.any() else 0.0
+    return float(ttest_1samp(differences.numpy(), 0.0).pvalue)

@@ -1,0 +1,147 @@
+"""Puts a finished result onto the Hub, in one commit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of httpx, or of what has taken its place
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import StructPruneError, one_line
+from .page.card import renamed
+from .target import ADAPTER, CARD, WRITTEN, is_result, is_signed
+
+
+TEMPLATES = "additional_chat_templates"
+HOW_TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+
+
+def push_to_hub(
+    folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None, message: str | None = None
+) -> str:
+    """Upload a result of this package, in one commit, so that the repository never holds half of it.
+
+    What lies in the folder and was not written with the result stays where it is. The snippet of the model card names
+    the repository. A model card in the repository that somebody has written or changed is kept.
+
+    Args:
+        folder: The folder of the result.
+        repo_id: The repository, `OWNER/NAME`; it is made if need be.
+        private: Whether the repository is private; None leaves it as it is, or as the Hub makes new ones.
+        token: A token of the Hub; None takes the one that the machine is logged in with.
+        message: The message of the commit.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        StructPruneError: If the folder holds no finished result, the Hub does not take the token or cannot be reached,
+            or the repository is public and should be private.
+    """
+    files = result_files(folder)
+    with plainly(repo_id, f"The result is complete in {folder}; `hf upload {repo_id} {folder}` pushes it later."):
+        api = checked_api(repo_id, token)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and api.model_info(repo_id).private is False:
+            raise StructPruneError(
+                f"{repo_id} is public, and the result was to be private; make it private in its settings, or name "
+                "another repository."
+            )
+        kept = CARD in files and _has_card_of_its_own(api, repo_id)
+        operations = [
+            CommitOperationAdd(name, renamed(path.read_text(encoding="utf-8"), repo_id).encode())
+            if name == CARD and is_signed(path)
+            else CommitOperationAdd(name, path)
+            for name, path in files.items()
+            if not (kept and name == CARD)
+        ]
+        api.create_commit(repo_id, operations, commit_message=message or "Upload a pruned model")
+    return str(url)
+
+
+def check_push(repo_id: str, token: str | None = None) -> None:
+    """Refuse what could not be pushed, before work is done for it.
+
+    Args:
+        repo_id: The repository, `OWNER/NAME`.
+        token: A token of the Hub; None takes the one that the machine is logged in with.
+
+    Raises:
+        StructPruneError: If that is no name of a repository, there is no token, or the Hub does not know it.
+    """
+    with plainly(repo_id, "Nothing has been done yet."):
+        checked_api(repo_id, token)
+
+
+def checked_api(repo_id: str, token: str | None) -> HfApi:
+    """The Hub as the owner of a token sees it."""
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise StructPruneError(f"{repo_id!r} names no owner; a repository is OWNER/NAME.")
+    token = token or get_token()
+    if token is None:
+        raise StructPruneError(f"Pushing to {repo_id} takes a token of the Hub: {HOW_TO_LOG_IN}.")
+    api = HfApi(token=token)
+    api.whoami()
+    return api
+
+
+def result_files(folder: str | Path) -> dict[str, Path]:
+    """The files that belong to a result, by their names in a repository.
+
+    Raises:
+        StructPruneError: If the folder holds no finished result.
+    """
+    root = Path(folder)
+    whole = root.is_dir() and is_result(root) and ((root / "config.json").is_file() or (root / ADAPTER).is_file())
+    if not whole:
+        raise StructPruneError(
+            f"{folder} holds no model that structprune has saved; name the folder that `structprune prune`, `recover` "
+            "or `pruner.save` wrote."
+        )
+    paths = [path for path in root.iterdir() if WRITTEN.fullmatch(path.name) or path.name == CARD]
+    paths += (root / TEMPLATES).glob("*")
+    return {path.relative_to(root).as_posix(): path for path in sorted(paths) if path.is_file()}
+
+
+@contextmanager
+def plainly(repo_id: str, state: str) -> Iterator[None]:
+    """Say what the Hub refuses as a `StructPruneError`.
+
+    Args:
+        repo_id: The repository.
+        state: What there is now, and what to do.
+    """
+    try:
+        yield
+    except HFValidationError as error:
+        raise StructPruneError(f"{repo_id!r} is no name of a repository, OWNER/NAME: {one_line(error)}") from error
+    except OfflineModeIsEnabled as error:
+        raise StructPruneError(f"HF_HUB_OFFLINE is set, so nothing can be pushed to {repo_id}. {state}") from error
+    except HfHubHTTPError as error:
+        code = None if error.response is None else error.response.status_code
+        reasons = {
+            401: f"The Hub does not know the token: {HOW_TO_LOG_IN}.",
+            403: f"The token may not write to {repo_id}: name a repository of your own, or {HOW_TO_LOG_IN} there.",
+        }
+        reason = reasons.get(code or 0, f"The Hub refused the push to {repo_id}: {one_line(error)}")
+        raise StructPruneError(f"{reason} {state}") from error
+    except (HTTPError, OSError) as error:
+        raise StructPruneError(f"{repo_id} could not be pushed: {one_line(error).rstrip('.')}. {state}") from error
+
+
+def _has_card_of_its_own(api: HfApi, repo_id: str) -> bool:
+    """Whether the repository has a model card that this package did not write, or that somebody has changed."""
+    try:
+        return not is_signed(Path(api.hf_hub_download(repo_id, CARD)))
+    except EntryNotFoundError:
+        return False

@@ -1,0 +1,144 @@
+"""The model card of a result: what it says, that its snippet runs, and whose it is."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from models import build, config, documents, tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimum_structprune import DomainConfig, StructPruneError, StructPruner, apply_plan, export_uniform
+from optimum_structprune.saving.hub import save_applied
+from optimum_structprune.saving.page.card import model_card
+from optimum_structprune.saving.target import is_signed
+
+
+def tables(text: str) -> dict[str, list[list[str]]]:
+    """The rows of the table under each heading."""
+    sections = re.split(r"^## (.*)$", text, flags=re.M)
+    rows = {
+        title: [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines() if line.startswith("|")]
+        for title, body in zip(sections[1::2], sections[2::2], strict=True)
+    }
+    return {title: found for title, found in rows.items() if found}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A dense model with a card, and what was pruned from it: `slim`, and `uneven` with widths of its own by layer."""
+    folder = tmp_path_factory.mktemp("cards")
+    build("llama-tied").save_pretrained(folder / "dense")
+    (folder / "dense" / "README.md").write_text("---\nlicense: other\nlicense_name: artistic\n---\nA model.\n")
+    domains = [DomainConfig("a", documents(60)), DomainConfig("b", documents(60, seed=1), weight=3.0)]
+    for name, fields in (("slim", {}), ("uneven", {"sparsity": 0.3, "allocation": "global", "round_to": 1})):
+        pruner = StructPruner(config(domains=domains, **fields))
+        pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(folder / "dense"), tokenizer())
+        pruner.save(pruned, folder / name, tokenizer())
+    return folder, pruner
+
+
+def test_it_says_what_the_records_say(desk):
+    folder, _ = desk
+    card, report = ModelCard.load(folder / "slim" / "README.md"), json.loads((folder / "slim/report.json").read_text())
+    assert card.data.library_name == "transformers" and "structured-pruning" in card.data.tags
+    assert (card.data.license, card.data.license_name, card.data.base_model) == ("other", "artistic", None)
+    found = tables(card.text)
+    counts = report["parameters"]
+    assert found["Size"][2] == ["parameters", f"{counts['before']:,}", f"{counts['after']:,}"]
+    assert found["Size"][-1] == ["width of `mlp`", "40", "24"]
+    for (name, dense, pruned), (domain, ppl) in zip(
+        found["Perplexity"][2:4], report["perplexity"].items(), strict=True
+    ):
+        assert (name, dense, pruned) == (domain, f"{ppl['before']:.2f}", f"{ppl['after']:.2f}")
+    assert [row[2] for row in found["Calibrated on"][2:]] == ["0.25", "0.75"]
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.S)[1])
+    assert settings == {
+        name: value
+        for name, value in json.loads((folder / "slim/structprune_config.json").read_text()).items()
+        if name != "format_version"
+    }
+
+
+def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, tmp_path, monkeypatch):
+    folder, _ = desk
+    out = tmp_path / "out"
+    out.mkdir()
+    settings = AutoConfig.from_pretrained(folder / "slim")
+    (out / "config.json").write_text((folder / "slim/config.json").read_text())
+    origins = ["owner/data", "imdb", "builtin:prose", "notes.jsonl", "memory:list", str(tmp_path), "self:code"]
+    manifest = json.loads((folder / "slim/calibration_manifest.json").read_text())
+    entries = [{**manifest["domains"][0], "origin": {"source": source}} for source in origins]
+    (out / "calibration_manifest.json").write_text(json.dumps({**manifest, "domains": entries}))
+    # As version 0.1 wrote a report, without a format_version.
+    old = {
+        "model_type": "llama",
+        "criterion": "wanda",
+        "parameters": {"before": 20, "after": 10},
+        "layer_parameters": {"before": 10, "after": 5},
+        "widths": {"mlp": {"0": 3, "1": 4}},
+        "dense_widths": {"mlp": 8},
+        "perplexity": {"a": {"before": 2.0, "after": None}},
+    }
+    (out / "report.json").write_text(json.dumps(old))
+    monkeypatch.setattr(
+        ModelCard, "load", lambda name: ModelCard("---\nlicense: mit\n---\n") if "/" in name else 1 / 0
+    )
+    card = ModelCard(model_card(out, "out", settings, "owner/model"))
+    assert (card.data.base_model, card.data.license, card.data.datasets) == (
+        "owner/model",
+        "mit",
+        ["imdb", "owner/data"],
+    )
+    assert "[owner/model](https://huggingface.co/owner/model)" in card.text and "(-50.0%)" in card.text
+    assert tables(card.text)["Size"][-1] == ["width of `mlp`", "8", "3 to 4"]
+    unknown = ModelCard(model_card(out, "out", settings, "gone"))
+    assert unknown.data.license is None and "Unknown: the card of gone names no licence" in unknown.text
+    cached = "/home/me/hub/models--owner--model/snapshots/0123"
+    assert ModelCard(model_card(out, "out", settings, cached)).data.base_model == "owner/model"
+
+
+def test_the_snippets_run_without_this_package(desk):
+    folder, _ = desk
+    code = "import sys\nsys.modules['optimum_structprune'] = None\n"
+    for name in ("slim", "uneven"):
+        code += re.search(r"```python\n(.*?)```", (folder / name / "README.md").read_text(), re.S)[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
+
+
+def test_a_non_uniform_result_says_what_it_needs(desk):
+    folder, _ = desk
+    slim, uneven = ((folder / name / "README.md").read_text() for name in ("slim", "uneven"))
+    assert "trust_remote_code=True" in uneven and "structprune export" in uneven and "does not load" in uneven
+    assert "trust_remote_code" not in slim.partition("## Size")[0] and "optimum-structprune is not needed" in slim
+    assert "`convert_hf_to_gguf.py` works" in slim
+
+
+def test_every_result_has_one(desk, tmp_path):
+    folder, pruner = desk
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    save_applied(apply_plan(dense, pruner.plan), tmp_path / "applied", pruner.plan)
+    export_uniform(AutoModelForCausalLM.from_pretrained(folder / "uneven"), tmp_path / "padded")
+    for name in ("applied", "padded"):
+        assert is_signed(tmp_path / name / "README.md")
+        assert ModelCard.load(tmp_path / name / "README.md").data.license_name == "artistic"
+    assert "trust_remote_code=True" not in (tmp_path / "padded" / "README.md").read_text().partition("## Size")[0]
+
+
+@pytest.mark.parametrize("change", [lambda text: "my own", lambda text: text.replace("## Limits", "## My limits")])
+def test_words_of_the_user_are_never_overwritten(desk, tmp_path, change):
+    folder, _ = desk
+    pruner = StructPruner(config())
+    pruned = pruner.prune_model(build("llama-tied"), tokenizer())
+    pruner.save(pruned, tmp_path / "out")
+    pruner.save(pruned, tmp_path / "out", overwrite=True)
+    card = tmp_path / "out" / "README.md"
+    card.write_text(change(card.read_text()))
+    before = card.read_text()
+    with pytest.raises(StructPruneError, match="did not write .README.md."):
+        pruner.save(pruned, tmp_path / "out", overwrite=True)
+    assert card.read_text() == before

@@ -1,0 +1,151 @@
+"""The files of a result keep to their schemas, and those of earlier versions still load."""
+
+import json
+import warnings
+from dataclasses import fields
+from importlib.resources import files
+
+import pytest
+from jsonschema import Draft202012Validator, ValidationError
+from models import build, config, tokenizer
+
+from optimum_structprune import (
+    DomainConfig,
+    Manifest,
+    Plan,
+    RecoveryConfig,
+    SelfTextConfig,
+    StructPruneConfig,
+    StructPruneError,
+    StructPruner,
+)
+from optimum_structprune.domains.manifest import Entry
+from optimum_structprune.saving.report import RecoveryReport, Report
+
+
+SCHEMAS = {
+    path.name.removesuffix(".schema.json"): json.loads(path.read_text(encoding="utf-8"))
+    for path in files("optimum_structprune.saving").joinpath("schemas").iterdir()
+}
+LOADERS = {
+    "structprune_config": StructPruneConfig.from_pretrained,
+    "calibration_manifest": Manifest.load,
+    "pruning_plan": lambda folder: Plan.load(folder / "pruning_plan.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("formats") / "slim"
+    pruner = StructPruner(config(rounds=2, adaptive_rate=1.0, skip_layers=[]))
+    pruner.save(pruner.prune_model(build("llama-tied"), tokenizer()), folder, tokenizer())
+    return pruner, folder
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_what_is_saved_keeps_to_its_schema(name, saved):
+    Draft202012Validator.check_schema(SCHEMAS[name])
+    document = json.loads((saved[1] / f"{name}.json").read_text())
+    check = Draft202012Validator(SCHEMAS[name]).validate
+    check(document)
+    assert document["format_version"] == 1
+    check({field: value for field, value in document.items() if field != "format_version"})
+    for wrong in ({**document, "format_version": 2}, {**document, "unheard_of": 1}):
+        with pytest.raises(ValidationError):
+            check(wrong)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"widths": {"mlp": [20, 24], "attention": {0: 2}}},
+        {"sparsity": 0.2, "allocation": "sensitivity", "objective": "worst", "criterion": "wanda"},
+        {"budget": {"bytes": 10}, "stats": "folder", "domains": None},
+        {"sparsity": 0.2, "recovery": RecoveryConfig(tokens=9, lora={"r": 2}, training={"learning_rate": 1e-3})},
+    ],
+)
+def test_every_config_keeps_to_its_schema(fields, tmp_path):
+    settings = StructPruneConfig(**fields)
+    settings.save_pretrained(tmp_path)
+    document = json.loads((tmp_path / "structprune_config.json").read_text())
+    Draft202012Validator(SCHEMAS["structprune_config"]).validate(document)
+    assert StructPruneConfig.from_pretrained(tmp_path) == settings
+
+
+def test_schemas_name_what_the_classes_have():
+    """A new field goes into the schema too, with its sentence."""
+    config_schema, report = SCHEMAS["structprune_config"], SCHEMAS["report"]
+    manifest = SCHEMAS["calibration_manifest"]
+    for cls, schema, besides in (
+        (StructPruneConfig, config_schema, {"format_version"}),
+        (DomainConfig, config_schema["$defs"]["DomainConfig"], set()),
+        (SelfTextConfig, config_schema["$defs"]["SelfTextConfig"], set()),
+        (RecoveryConfig, config_schema["$defs"]["RecoveryConfig"], set()),
+        (Manifest, manifest, {"format_version"}),
+        (Entry, manifest["$defs"]["Entry"], set()),
+        (Report, report, {"format_version", "sparsity"}),
+        (RecoveryReport, report["$defs"]["RecoveryReport"], set()),
+    ):
+        names = {field.name for field in fields(cls)} - {"details"} | besides
+        assert set(schema["properties"]) == names, cls.__name__
+        assert all(one.get("description") for one in schema["properties"].values()), cls.__name__
+
+
+# As version 0.1 wrote them, before there was a format_version: names that have changed, and fields that are gone.
+OLD = {
+    "structprune_config": {
+        "method": "iterative",
+        "widths": {"mlp": 24},
+        "criterion": "wanda",
+        "correction": 0.25,
+        "guard": False,
+        "pool_factor": 4,
+        "domains": [{"name": "a", "source": "builtin:code", "weight": 1.0}],
+    },
+    "calibration_manifest": {
+        "seed": 0,
+        "seq_length": 24,
+        "tokenizer": "",
+        "select": "random",
+        "versions": {"python": "3.11"},
+        "domains": [
+            {
+                "name": "a",
+                "origin": {"source": "builtin:code"},
+                "weight": 1.0,
+                "calibration_tokens": 96,
+                "evidence_tokens": 96,
+                "heldout_tokens": 48,
+                "blocks_sha256": "00",
+                "heldout_sha256": "11",
+                "documents": ["22"],
+                "heldout_documents": ["33"],
+            }
+        ],
+    },
+    "pruning_plan": {"model_type": "llama", "keep": {"mlp": {"0": [0, 2, 5], "1": [1, 2, 3]}}},
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_files_of_an_earlier_version_load(name, tmp_path):
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(OLD[name]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the names that have changed
+        found = LOADERS[name](tmp_path)
+    if name == "structprune_config":
+        assert (found.widths, found.error_feedback, found.domains[0].name) == ({"mlp": 24}, 0.25, "a")
+    elif name == "calibration_manifest":
+        assert found.domains[0].samples_sha256 == "00" and not found.domains[0].probe_documents
+    else:
+        assert found.widths() == {"mlp": {0: 3, 1: 3}}
+
+
+@pytest.mark.parametrize("name", OLD)
+@pytest.mark.parametrize("version", [2, "1", 0, None])
+def test_files_of_a_later_version_are_refused(name, version, saved, tmp_path):
+    document = json.loads((saved[1] / f"{name}.json").read_text())
+    (tmp_path / f"{name}.json").write_text(json.dumps({**document, "format_version": version}))
+    with pytest.raises(StructPruneError, match="format_version .* is not known here, where 1 is the latest"):
+        LOADERS[name](tmp_path)
