@@ -36,6 +36,9 @@ from .recovery import RecoveryConfig
 CONFIG_NAME = "structprune_config.json"
 # The fields of which exactly one says how much is removed.
 AMOUNTS = ("sparsity", "widths", "budget")
+# The allocations that give all layers one width, and those that measure what the model loses.
+ONE_WIDTH = ("uniform", "search_uniform")
+MEASURED = ("sensitivity", "search", "search_uniform")
 BUDGETS = ("parameters", "bytes", "cache_bytes_per_token")
 
 
@@ -66,7 +69,9 @@ class StructPruneConfig(Serialisable):
         rounds: How many times calibration, scoring and removal are repeated; each round removes a part.
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
-            ranks all units of the model by score, `sensitivity` ranks them by the measured loss of the model.
+            ranks all units of the model by score. The others go by the measured loss of the model: `sensitivity`
+            gives each layer widths of its own, `search` may also remove whole layers, and `search_uniform` looks for
+            the best number of layers and the best widths, the same everywhere.
         min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with
             other allocations than `uniform`, and where the layers of the model differ in width already.
         max_width: The share of its units that a layer keeps at most, where `min_width` says at least.
@@ -83,10 +88,12 @@ class StructPruneConfig(Serialisable):
         adaptive_rate: How fast the weights of the domains follow their loss on held-out text from round to round. 0
             leaves the weights as they are.
         objective: `mean` lets weights move by a factor of 2. `worst` lets them move by a factor of 8 (at the rate 1
-            unless `adaptive_rate` says otherwise), and with `allocation="sensitivity"` the widths follow the domain
-            that loses most.
+            unless `adaptive_rate` says otherwise), and with an allocation that measures losses the widths follow
+            the domain that loses most.
         max_perplexity_ratio: A limit to the held-out perplexity of every domain, as a multiple of the dense model's.
             The rounds go toward the target and stop before a domain exceeds it.
+        losses_dir: A folder that keeps the losses that `sensitivity`, `search` and `search_uniform` measure, for other
+            targets of the same model and text. None stands for the folder of `stats`, or for `checkpoint_dir`.
         checkpoint_dir: A folder that remembers each round, and each layer of the last one; a run that was killed goes
             on from there.
         keep_rounds: Whether the smaller and smaller models are left in that folder as `round-1`, `round-2`, …
@@ -128,7 +135,7 @@ class StructPruneConfig(Serialisable):
     refit: Literal["none", "bias", "least_squares"] = "least_squares"
     rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
-    allocation: Literal["uniform", "global", "sensitivity"] = "uniform"
+    allocation: Literal["uniform", "global", "sensitivity", "search", "search_uniform"] = "uniform"
     min_width: Number = validated_field(share, default=0.1)
     max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
@@ -139,6 +146,7 @@ class StructPruneConfig(Serialisable):
     adaptive_rate: Number = validated_field(not_negative, default=0.0)
     objective: Literal["mean", "worst"] = "mean"
     max_perplexity_ratio: Number | None = validated_field(above_one, default=None)
+    losses_dir: str | None = None
     checkpoint_dir: str | None = None
     keep_rounds: bool = False
     presets_file: str | None = None
@@ -197,6 +205,11 @@ class StructPruneConfig(Serialisable):
     def fits(self) -> bool:
         """Whether kept weights are fitted to the dense outputs, which takes Gram matrices."""
         return self.refit == "least_squares"
+
+    @property
+    def searches(self) -> bool:
+        """Whether widths follow from measured losses."""
+        return self.allocation in MEASURED
 
     @property
     def reweights(self) -> bool:
@@ -285,7 +298,7 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
     What depends on a model as well is in `pruning/checks.py`.
     """
     recovery, every_round = config.recovery, config.recovery is not None and config.recovery.every_round
-    moves_weights = config.adaptive_rate > 0 or (config.objective == "worst" and config.allocation != "sensitivity")
+    moves_weights = config.adaptive_rate > 0 or (config.objective == "worst" and not config.searches)
     yield (
         moves_weights and config.rounds < 2,
         f"adaptive_rate={config.adaptive_rate} and objective={config.objective!r} re-weight domains between rounds, "
@@ -296,6 +309,16 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         and (config.allocation != "uniform" or bool(config.skip_layers)),
         f"widths={config.widths} says what every layer keeps, so allocation={config.allocation!r} and "
         f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number per space",
+    )
+    yield (
+        config.widths is not None and config.allocation == "search_uniform",
+        f"widths={config.widths} says what is kept, and allocation='search_uniform' chooses it; say how much with "
+        "sparsity or budget",
+    )
+    yield (
+        config.losses_dir is not None and not config.searches,
+        f"losses_dir={config.losses_dir!r} keeps measured losses, and allocation={config.allocation!r} measures none; "
+        f"leave it out, or choose one of {', '.join(MEASURED)}",
     )
     yield (
         config.keep_rounds and config.checkpoint_dir is None,
@@ -315,14 +338,11 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         "recovery with every_round=True makes each round a pruning of its own, and adaptive_rate, objective, "
         "max_perplexity_ratio, keep_rounds and checkpoint_dir span rounds; leave out either",
     )
-    for needs_text, text in (
-        (config.allocation == "sensitivity", "allocation='sensitivity' runs the model on held-out text"),
-        (every_round, "recovery with every_round=True calibrates on a trained model after each round"),
-    ):
-        yield (
-            needs_text and config.stats is not None,
-            f"{text}, but stats={config.stats!r} holds moments of the dense model; leave out one of the two",
-        )
+    yield (
+        every_round and config.stats is not None,
+        "recovery with every_round=True calibrates on a trained model after each round, but stats="
+        f"{config.stats!r} holds moments of the dense model; leave out one of the two",
+    )
     yield (
         config.stats is not None and recovery is not None and recovery.domains is None and config.domains is None,
         f"recovery trains on text, stats={config.stats!r} holds none, and no domain is named; name them in domains, "

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from ..arch.spec import ArchSpec, Widths
+from ..arch.spec import ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..forward.metrics import evaluating
 from ..saving.report import Report
 from ..widths.budget import widths_of
+from ..widths.shapes import Shape
 from .evidence import Evidence
-from .sensitivity import sensitivities
+from .search import search
 from .sweep import Sweep
 
 
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 Scores = dict[tuple[int, str], "Tensor"]
 
 
-def choose_widths(
+def choose_shape(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, evidence: Evidence, report: Report
-) -> Widths:
-    """The widths that a config asks for; where layers get widths of their own, from scores of all units.
+) -> Shape:
+    """The widths that a config asks for, from scores of all units or from measured losses where it says so.
 
     Args:
         config: How much to remove, and how it is spread over the layers.
@@ -34,11 +35,13 @@ def choose_widths(
         evidence: What is known of the text.
         report: Takes the time.
     """
+    if config.searches:
+        return search(model, arch, config, evidence, report)
     widths = widths_of(config, arch, model)
-    if config.allocation not in SCORES:
-        return widths
-    scores = SCORES[config.allocation](model, arch, config, evidence, list(widths), report)
-    return widths_of(config, arch, model, scores)
+    if config.allocation == "global":
+        scores = dense_scores(model, arch, config, evidence, list(widths), report)
+        widths = widths_of(config, arch, model, scores)
+    return Shape(widths)
 
 
 def dense_scores(
@@ -61,7 +64,3 @@ def dense_scores(
     """
     with evaluating(model), report.timed("ranking"):
         return Sweep(model, arch, config).scores(evidence.passes(model, arch), evidence.mixture, names)
-
-
-# What ranks the units, by allocation; `uniform` ranks none.
-SCORES: dict[str, Callable[..., Scores]] = {"global": dense_scores, "sensitivity": sensitivities}

@@ -37,6 +37,7 @@ class Run:
         plan: The kept units of the dense model so far.
         measure: The figures of the dense model on held-out text; None until `start`.
         teacher: The model that recovery learns from; None where there is none in memory.
+        layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
         rounds: The `Rounds` that have begun and have not ended; None between them.
         changed: Whether the model has lost something that cannot be put back.
     """
@@ -57,6 +58,7 @@ class Run:
         self.plan = Plan(arch.model_type, {})
         self.measure: Measure | None = None
         self.teacher: PreTrainedModel | None = None
+        self.layers: tuple[int, ...] | None = None
         self.rounds: Any = None
         self.changed = False
 
