@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import getdoc
 from textwrap import dedent
@@ -59,6 +59,35 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace the output folder.")
 
 
+def add_text_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags that name text and tasks to measure models by."""
+    parser.add_argument(
+        "--domain",
+        action="append",
+        default=[],
+        type=domain,
+        metavar="NAME=SOURCE",
+        help=f"Text that is read in its own order. Repeatable. {SOURCES}",
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME|FILE.jsonl",
+        help="A task of lm_eval, or a file of multiple-choice items in lines of JSON. Repeatable.",
+    )
+    parser.add_argument("--seq-length", type=int, default=512, metavar="N", help="Tokens per sample (512).")
+    parser.add_argument(
+        "--num-samples",
+        "--num-blocks",
+        type=int,
+        metavar="N",
+        help="Samples per domain at most; by default each domain is read to its end.",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="Items per task at most.")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="Sequences per forward pass (1).")
+
+
 def add_trust_argument(parser: ArgumentParser) -> None:
     """Declare the flag that allows code of the model's author."""
     parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
@@ -71,13 +100,14 @@ def add_arch_argument(parser: ArgumentParser) -> None:
     )
 
 
-def add_config_arguments(parser: ArgumentParser, config_class: type) -> None:
+def add_config_arguments(parser: ArgumentParser, config_class: type, without: Collection[str] = ()) -> None:
     """Declare `--config`, and one flag for each field of a config.
 
     Args:
         parser: The parser of the command.
         config_class: The dataclass of the config. The flags have no defaults, so that those that are given can be laid
             over the file.
+        without: The fields that get no flag.
     """
     name = config_class.__name__
     parser.add_argument("--config", metavar="FILE", help=f"A YAML file with fields of {name}; flags override it.")
@@ -85,6 +115,8 @@ def add_config_arguments(parser: ArgumentParser, config_class: type) -> None:
     types, sentences = get_type_hints(config_class), first_sentences(config_class)
     former = {new: old for old, new in getattr(config_class, "RENAMED", {}).items()}
     for field in fields(config_class):
+        if field.name in without:
+            continue
         how = _how(field.name, types[field.name])
         text = " ".join(filter(None, (sentences.get(field.name), how.pop("help", ""), _default(field))))
         names = [_flag(field.name), ALIASES.get(field.name), former.get(field.name) and _flag(former[field.name])]
@@ -244,7 +276,7 @@ def _file(args: Namespace) -> dict[str, Any]:
 
 def _given(args: Namespace, config_class: type) -> dict[str, Any]:
     """The fields for which a flag was given; repeated pairs are a mapping."""
-    values = {field.name: getattr(args, field.name) for field in fields(config_class)}
+    values = {field.name: getattr(args, field.name, None) for field in fields(config_class)}
     return {
         name: dict(value) if isinstance(value, list) and isinstance(value[0], tuple) else value
         for name, value in values.items()

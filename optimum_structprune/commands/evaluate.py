@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from .arguments import SOURCES, add_arch_argument, add_loading_arguments, domain
+from .arguments import add_arch_argument, add_loading_arguments, add_text_arguments
 from .output import Result, add_output_arguments
 
 
@@ -16,31 +16,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("model", help="Model id or folder.")
     parser.add_argument("--against", metavar="DENSE", help="The dense model to compare with.")
-    parser.add_argument(
-        "--domain",
-        action="append",
-        default=[],
-        type=domain,
-        metavar="NAME=SOURCE",
-        help=f"Text that is read in its own order. Repeatable. {SOURCES}",
-    )
-    parser.add_argument(
-        "--task",
-        action="append",
-        default=[],
-        metavar="NAME|FILE.jsonl",
-        help="A task of lm_eval, or a file of multiple-choice items in lines of JSON. Repeatable.",
-    )
-    parser.add_argument("--seq-length", type=int, default=512, metavar="N", help="Tokens per sample (512).")
-    parser.add_argument(
-        "--num-samples",
-        "--num-blocks",
-        type=int,
-        metavar="N",
-        help="Samples per domain at most; by default each domain is read to its end.",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="Items per task at most.")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="Sequences per forward pass (1).")
+    add_text_arguments(parser)
     add_arch_argument(parser)
     add_loading_arguments(parser)
     add_output_arguments(parser, file=True, reads_text=True)

@@ -316,6 +316,11 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         "sparsity or budget",
     )
     yield (
+        bool(config.skip_layers) and config.allocation == "search_uniform",
+        f"skip_layers={list(config.skip_layers)} leaves layers as they are, and allocation='search_uniform' looks for "
+        "one shape of all layers; choose allocation='search'",
+    )
+    yield (
         config.losses_dir is not None and not config.searches,
         f"losses_dir={config.losses_dir!r} keeps measured losses, and allocation={config.allocation!r} measures none; "
         f"leave it out, or choose one of {', '.join(MEASURED)}",

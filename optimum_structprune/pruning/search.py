@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from ..config.pruning import StructPruneConfig
 from ..forward.metrics import evaluating
 from ..surgery.cut import drop_layers_
 from ..system.offloading import is_offloaded
-from ..widths.allocation import choices, legal_widths, rungs_of
+from ..widths.allocation import alike, choices, legal_widths, rungs_of
 from ..widths.budget import keeps_to, resources, widths_of
 from ..widths.ranking import spaces_by_layer
 from ..widths.shapes import Curves, Resource, Shape, searched_shape, uniform_shapes
@@ -103,11 +104,12 @@ def candidates(
     found = []
     if config.allocation != "search_uniform":
         found += _by_layer(config, arch, model, names, curves, wanted)
-    if config.allocation != "sensitivity" and config.widths is None:
+    one_shape = config.allocation != "sensitivity" and config.widths is None and alike(arch, names)
+    if one_shape and not config.skip_layers:
         found += _uniform(config, arch, model, names, curves, wanted[0])
-    # Layers that differ in width may keep more per unit than the mean, of which a wish for cache or operations is made.
+    # Where layers differ, a unit may keep more than the mean, of which a wish for cache is made.
     found = [one for one in found if one.shape.layers or keeps_to(config, arch, model, one.shape.widths)]
-    plain = replace(config, allocation="uniform", losses_dir=None)
+    plain = replace(config, allocation="uniform", objective="mean", losses_dir=None)
     found.append(Candidate("one width", Shape(widths_of(plain, arch, model))))
     distinct: dict[str, Candidate] = {}
     for one in found:
@@ -119,12 +121,11 @@ def offers_layers(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedMo
     """Whether whole layers may go: where `search` or `search_uniform` says how much in all, the layers are alike, and
     nothing else in the config speaks of single layers or of more than one round.
     """
-    kinds = set(arch.names)
     return (
         config.allocation in ("search", "search_uniform")
         and config.widths is None
         and LAYER in arch.offered
-        and all(len(set(arch.widths(kind).values())) == 1 for kind in kinds)
+        and alike(arch, arch.names)
         and config.stats is None
         and not config.skip_layers
         and config.rounds == 1
@@ -190,6 +191,14 @@ def _by_layer(
         for layer, spaces in spaces_by_layer(arch, name).items()
         if layer not in config.skip_layers
     }
+    steps = [
+        one.unit[key] * (high - low)
+        for one in wanted
+        for key, widths in rungs.items()
+        for high, low in pairwise(widths)
+        if key in one.unit
+    ]
+    wanted = [_nearest(config, one, min(steps, default=0.0)) for one in wanted]
     found = []
     for most_gone in {_most_gone(config, arch, curves), 0}:
         shape = searched_shape(rungs, curves, wanted, most_gone)
@@ -208,10 +217,18 @@ def _uniform(
     """The best few shapes of one width, the best of those that keep all layers among them."""
     legal = legal_widths(config, arch, model.config)
     may = {name: choices(config, arch, name, legal[name]) for name in names}
+    finest = max(may, key=lambda name: len(may[name]))
+    step = min((high - low for low, high in pairwise(may[finest])), default=0)
+    wanted = _nearest(config, wanted, step * sum(wanted.unit[key] for key in curves.units if key[1] == finest))
     ranked = uniform_shapes(may, curves, wanted, _most_gone(config, arch, curves))
     whole = [pair for pair in ranked if pair[1].layers is None][:1]
     most = FINALISTS if config.allocation == "search_uniform" else 1
     return [Candidate("one shape", shape, loss) for loss, shape in [*ranked[:most], *whole]]
+
+
+def _nearest(config: StructPruneConfig, wanted: Resource, step: float) -> Resource:
+    """What is wanted, to within half of a step, where it is a share or a mean and not a budget that is to be kept."""
+    return wanted if config.budget is not None else replace(wanted, need=wanted.need - step / 2)
 
 
 def _most_gone(config: StructPruneConfig, arch: ArchSpec, curves: Curves) -> int:

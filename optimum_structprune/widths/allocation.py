@@ -43,8 +43,8 @@ def target_widths(
             not differ, or the sparsity cannot be reached.
     """
     legal = legal_widths(config, arch, model_config) if legal is None else legal
-    alike = _alike(arch, legal)
-    if not alike and LAYER in legal and len(legal) > 1:
+    same = alike(arch, legal)
+    if not same and LAYER in legal and len(legal) > 1:
         raise StructPruneError(
             f"The layers of this {arch.model_type} model differ in width, and {LAYER!r} would number them anew; prune "
             f"{LAYER!r} in a run of its own."
@@ -57,7 +57,7 @@ def target_widths(
     else:
         asked = asked_widths(config, arch)
         widths = asked or widths_for_sparsity(pruned, config.sparsity or 0.0, legal, config.round_to)
-        if config.skip_layers or not alike:
+        if config.skip_layers or not same:
             widths = {name: _at_most(width, pruned.of(name)) for name, width in widths.items()}
     shrunk_config(model_config, arch, widths)
     return widths
@@ -155,10 +155,10 @@ def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]
         arch: The description of the model.
         names: The kinds of space that are pruned.
     """
-    return config.allocation not in ONE_WIDTH or (config.widths is None and not _alike(arch, names))
+    return config.allocation not in ONE_WIDTH or (config.widths is None and not alike(arch, names))
 
 
-def _alike(arch: ArchSpec, names: Collection[str]) -> bool:
+def alike(arch: ArchSpec, names: Collection[str]) -> bool:
     """Whether all layers have the same width in each of these kinds of space."""
     return all(len({space.width for space in arch.of(name)}) == 1 for name in names)
 

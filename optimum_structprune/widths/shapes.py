@@ -11,8 +11,9 @@ from ..arch.spec import LAYER, Width, Widths
 from .knapsack import Option, cheapest
 
 
-# So many widths of a space are told apart at a time; then those around the best one are.
+# So many widths of a space are told apart at a time, and so many times at most.
 AT_A_TIME = 16
+ROUNDS = 12
 Key = tuple[int, str]
 
 
@@ -75,8 +76,8 @@ def searched_shape(
 ) -> Shape:
     """The shape of least predicted loss in which each layer has widths of its own, or goes.
 
-    Losses of different places are taken to add up. Few widths of each space are told apart at first, then those
-    between the neighbours of the best one, until none lie between.
+    Losses of different places are taken to add up. Few widths of each space are told apart at first, then closer ones
+    around the best, until the best stays where it is among its next neighbours.
 
     Args:
         rungs: The widths that may be chosen, descending from the full one, by layer and kind of space.
@@ -101,21 +102,24 @@ def searched_shape(
         for layer, loss in curves.layers.items()
         if most_gone
     }
-    inside = {key: list(widths) for key, widths in rungs.items()}
-    while True:
-        few = {key: thinned(widths) for key, widths in inside.items()}
+    stride = max(map(len, rungs.values())) // AT_A_TIME + 1
+    few = {key: thinned(range(len(widths))) for key, widths in rungs.items()}
+    best: dict[Key, int] = {}
+    for _ in range(ROUNDS):
         found, gone = cheapest(
-            {key: [option(key, width) for width in widths] for key, widths in few.items()},
+            {key: [option(key, rungs[key][place]) for place in places] for key, places in few.items()},
             exits,
             [one.need for one in resources],
             most_gone,
         )
-        if all(len(few[key]) == len(inside[key]) for key in found):
+        before, best = best, {key: few[key][index] for key, index in found.items()}
+        if stride == 1 and best == before:
             break
-        inside = {key: _around(inside[key], few[key], found[key]) if key in found else few[key] for key in few}
+        stride = max(stride // 4, 1)
+        few |= {key: _around(place, stride, len(rungs[key])) for key, place in best.items()}
     widths: dict[str, dict[int, int]] = {}
-    for (layer, name), index in found.items():
-        widths.setdefault(name, {})[layer] = few[layer, name][index]
+    for (layer, name), place in best.items():
+        widths.setdefault(name, {})[layer] = rungs[layer, name][place]
     stay = None
     if gone:
         stay = tuple(layer for layer in curves.layers if layer not in gone)
@@ -130,10 +134,10 @@ def thinned(widths: Sequence[int]) -> list[int]:
     return [widths[round(number * last / (AT_A_TIME - 1))] for number in range(AT_A_TIME)]
 
 
-def _around(widths: list[int], few: list[int], index: int) -> list[int]:
-    """The widths from one neighbour of the chosen one to the other, both included, since the other layers move too."""
-    first, last = widths.index(few[max(index - 1, 0)]), widths.index(few[min(index + 1, len(few) - 1)])
-    return widths[first : last + 1]
+def _around(place: int, stride: int, count: int) -> list[int]:
+    """The places at multiples of a stride from one, `AT_A_TIME` at most, of `count` places."""
+    half = AT_A_TIME // 2
+    return [other for n in range(-half, half) if 0 <= (other := place + n * stride) < count]
 
 
 def uniform_shapes(
