@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..arch.load import describe
-from ..arch.spec import LAYER, ArchSpec, Space
+from ..arch.spec import LAYER, ArchSpec, Space, Widths
 from ..config.pruning import StructPruneConfig
+from ..errors import StructPruneError
 from ..forward.metrics import evaluating
 from ..surgery.cut import drop_layers_
 from ..system.offloading import is_offloaded
@@ -101,16 +103,16 @@ def candidates(
         curves: The measured losses.
     """
     wanted = resources(config, arch, model, names, bool(curves.layers))
+    plain = widths_of(replace(config, allocation="uniform", objective="mean", losses_dir=None), arch, model)
     found = []
     if config.allocation != "search_uniform":
-        found += _by_layer(config, arch, model, names, curves, wanted)
+        found += _by_layer(config, arch, model, names, curves, wanted, plain)
     one_shape = config.allocation != "sensitivity" and config.widths is None and alike(arch, names)
     if one_shape and not config.skip_layers:
         found += _uniform(config, arch, model, names, curves, wanted[0])
     # Where layers differ, a unit may keep more than the mean, of which a wish for cache is made.
     found = [one for one in found if one.shape.layers or keeps_to(config, arch, model, one.shape.widths)]
-    plain = replace(config, allocation="uniform", objective="mean", losses_dir=None)
-    found.append(Candidate("one width", Shape(widths_of(plain, arch, model))))
+    found.append(Candidate("one width", Shape(plain)))
     distinct: dict[str, Candidate] = {}
     for one in found:
         distinct.setdefault(repr((one.shape.layers, sorted(one.shape.widths.items()))), one)
@@ -182,28 +184,46 @@ def _by_layer(
     names: Sequence[str],
     curves: Curves,
     wanted: Sequence[Resource],
+    plain: Widths,
 ) -> list[Candidate]:
-    """The best shape with widths for each layer, with whole layers gone and without."""
+    """The best shape with widths for each layer, with whole layers gone and without, and one halfway to one width, since
+    layers that each give up much lose more together than they do one at a time.
+    """
     legal = legal_widths(config, arch, model.config)
+    spaces = {(space.layer, name): space for name in names for space in arch.of(name)}
     rungs = {
-        (layer, name): rungs_of(config, spaces[0], legal[name])
-        for name in names
-        for layer, spaces in spaces_by_layer(arch, name).items()
-        if layer not in config.skip_layers
+        key: rungs_of(config, space, legal[key[1]])
+        for key, space in spaces.items()
+        if key[0] not in config.skip_layers
     }
-    steps = [
-        one.unit[key] * (high - low)
-        for one in wanted
-        for key, widths in rungs.items()
-        for high, low in pairwise(widths)
-        if key in one.unit
-    ]
-    wanted = [_nearest(config, one, min(steps, default=0.0)) for one in wanted]
+    wanted = [_nearest(config, one, _least_step(one, rungs)) for one in wanted]
     found = []
     for most_gone in {_most_gone(config, arch, curves), 0}:
         shape = searched_shape(rungs, curves, wanted, most_gone)
         found.append(Candidate("whole layers" if shape.layers else "each layer", shape, _loss(curves, shape)))
+    ends = {key: (spaces[key].width_in(found[-1].shape.widths), spaces[key].width_in(plain)) for key in rungs}
+    near = {key: [width for width in widths if _is_halfway(width, *ends[key])] for key, widths in rungs.items()}
+    if all(near.values()):
+        with suppress(StructPruneError):  # the widths in between may be too few to save enough
+            shape = searched_shape(near, curves, wanted)
+            found.append(Candidate("halfway", shape, _loss(curves, shape)))
     return found
+
+
+def _is_halfway(width: int, searched: int, plain: int) -> bool:
+    """Whether a width lies between one width for all layers and the middle of it and the searched one."""
+    return min(2 * plain, searched + plain) <= 2 * width <= max(2 * plain, searched + plain)
+
+
+def _least_step(wanted: Resource, rungs: Mapping[Key, Sequence[int]]) -> float:
+    """How much goes with the cheapest step from one width to the next."""
+    steps = [
+        wanted.unit[key] * (high - low)
+        for key, widths in rungs.items()
+        for high, low in pairwise(widths)
+        if key in wanted.unit
+    ]
+    return min(steps, default=0.0)
 
 
 def _uniform(

@@ -54,13 +54,13 @@ def test_one_shape_for_all_layers_is_a_plain_model(model):
     assert pruner.report.sparsity > 0.17
 
 
-@pytest.mark.parametrize("better", [0, 1])
+@pytest.mark.parametrize("better", [0, 2])
 def test_measured_widths_are_taken_only_where_they_are_better(model, better, monkeypatch):
-    """Whichever of the two loses less when both are pruned on trial."""
-    losses = iter([torch.tensor([1.0, 1.0]), torch.tensor([1.0, 0.5] if better else [1.0, 1.5])])
-    monkeypatch.setattr(trials.Probe, "losses", losses_of(trials.Probe.losses, losses))
+    """Whichever shape loses least when all are pruned on trial."""
+    losses = [torch.tensor([1.0, 1.0 - 0.5 * (number == better)]) for number in range(3)]
+    monkeypatch.setattr(trials.Probe, "losses", losses_of(trials.Probe.losses, iter(losses)))
     pruner, small = pruned(model, widths={"mlp": 24}, allocation="sensitivity", round_to=1)
-    assert [one["proposed_by"] for one in pruner.report.shapes] == ["each layer", "one width"]
+    assert [one["proposed_by"] for one in pruner.report.shapes] == ["each layer", "halfway", "one width"]
     assert small.config.is_heterogeneous == (not better) and pruner.report.shapes[better]["chosen"]
 
 
