@@ -39,7 +39,7 @@ AMOUNTS = ("sparsity", "widths", "budget")
 # The allocations that give all layers one width, and those that measure what the model loses.
 ONE_WIDTH = ("uniform", "search_uniform")
 MEASURED = ("sensitivity", "search", "search_uniform")
-BUDGETS = ("parameters", "bytes", "cache_bytes_per_token")
+BUDGETS = ("parameters", "bytes", "cache_bytes_per_token", "flops_per_token")
 
 
 def builtin_domains() -> list[DomainConfig]:
@@ -60,8 +60,8 @@ class StructPruneConfig(Serialisable):
             for each layer and a mapping one for each layer that it names, such as `{"mlp": {0: 1536, 1: 1024}}`. With
             another `allocation` than `uniform`, each number is the mean over the layers.
         budget: What the whole model may have at most: `{"parameters": 110_000_000}`, `{"bytes": 300_000_000}` of
-            parameters in its dtype, or `{"cache_bytes_per_token": 9000}` of keys and values. The widths are the
-            largest that keep to it.
+            parameters in its dtype, `{"cache_bytes_per_token": 9000}` of keys and values, or `{"flops_per_token":
+            200_000_000}` to read a prompt of `seq_length` tokens. The widths are the largest that keep to it.
         targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths.
         criterion: The registered criterion that scores the units. None stands for `obs` with a least-squares refit,
             and for `wanda` otherwise.

@@ -186,8 +186,8 @@ def _by_layer(
     wanted: Sequence[Resource],
     plain: Widths,
 ) -> list[Candidate]:
-    """The best shape with widths for each layer, with whole layers gone and without, and one halfway to one width, since
-    layers that each give up much lose more together than they do one at a time.
+    """The best shape with widths for each layer, with whole layers gone and without, and one halfway to one width,
+    since layers that each give up much lose more together than they do one at a time.
     """
     legal = legal_widths(config, arch, model.config)
     spaces = {(space.layer, name): space for name in names for space in arch.of(name)}

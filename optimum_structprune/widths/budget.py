@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
@@ -143,6 +144,9 @@ def _gauge(
             return values * itemsize
 
         return cached
+    if "flops_per_token" in (config.budget or {}):
+        _check_flops(model, arch)
+        return lambda widths: flops_per_token(_small(model, arch, widths), arch, config.seq_length)
     biased = biased_spaces(config, arch, [name for name in names if arch.of(name)[0].inside])
     full = {name: arch.widths(name) for name in biased}
     dense = _small(model, arch, full, biased).num_parameters() if biased else model.num_parameters()
@@ -236,6 +240,40 @@ def _removed(arch: ArchSpec, widths: Widths) -> int:
     """The number of parameters that the layers lose."""
     spaces = (*arch.model_spaces, *arch.spaces)
     return sum((space.width - space.width_in(widths)) * space.scale * space.unit_params for space in spaces)
+
+
+def _check_flops(model: PreTrainedModel, arch: ArchSpec) -> None:
+    """Refuse a model whose parameters do not say what a token costs."""
+    if any("expert" in name for name in (*arch.names, *(name for name, _ in arch.missing))):
+        raise StructPruneError(
+            f"Which experts of a {arch.model_type} model a token goes through depends on the text; give the budget in "
+            "parameters or bytes."
+        )
+    if not arch.causal or cached_values(_small(model, arch, {}), arch) is None:
+        raise StructPruneError(
+            f"How much a {arch.model_type} model computes per token cannot be told without running it; give the "
+            "budget in parameters or bytes."
+        )
+
+
+def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
+    """The floating-point operations per token to read a prompt, with the logits of each token.
+
+    They are two per parameter of a matrix, the head's among them, and in the mean over the prompt, two per cached
+    value, query head of its group and token that a token looks at. Sliding windows are not taken into account.
+
+    Args:
+        model: The model on the meta device; its attention implementation is changed.
+        arch: The description of the model.
+        tokens: The length of the prompt.
+    """
+    head: Any = model.get_output_embeddings()
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    inside = [one for one in model.get_decoder().parameters() if one is not head.weight and id(one) not in looked_up]
+    matrices = sum(one.numel() for one in inside if one.ndim > 1) + head.weight.numel()
+    groups = (getattr(module, "num_key_value_groups", None) for module in model.modules())
+    group = next((group for group in groups if isinstance(group, int)), 1)
+    return 2 * matrices + group * (cached_values(model, arch) or 0) * (tokens + 1)
 
 
 @torch.no_grad()
