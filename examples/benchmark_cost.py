@@ -1,9 +1,11 @@
 """What pruning costs, as ratios measured in one process.
 
     python examples/benchmark_cost.py MODEL [--width mlp=1152] [--num-samples 36] [--allocation sensitivity]
+    python examples/benchmark_cost.py MODEL --num-samples 12 24 48 --layers 10 20 30 --domains 1 5
 
 Time: calibration, scoring, refit and removal, and what chooses the widths of single layers, against plain forward
-passes of the dense model over the same tokens.
+passes of the dense model over the same tokens. Of several numbers of samples and of layers each pair is measured, and
+a straight line is fitted to the times; of several numbers of domains the same samples are divided into so many.
 Memory: the highest resident set while pruning in place, less what was resident before the model was loaded, against
 the model's own size. Linux only, because the high-water mark is reset through /proc.
 """
@@ -11,16 +13,20 @@ the model's own size. Linux only, because the high-water mark is reset through /
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from time import perf_counter, process_time
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.domains.load import load_domains
+from optimum_structprune.domains.load import Domain, load_domains
 from optimum_structprune.pruning.choose import choose_widths
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.saving.report import Report
@@ -58,57 +64,142 @@ def forward_seconds(model, samples: torch.Tensor, batch_size: int, clock=perf_co
     return clock() - start
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What one pruning cost.
+
+    Attributes:
+        samples: The number of calibration samples.
+        layers: The number of layers of the model.
+        domains: The number of domains.
+        tokens: The number of calibration tokens.
+        forward: The seconds of plain forward passes over them: before and after the pruning.
+        pruning: The seconds of calibration, scores, refit and removal.
+        choosing: The seconds that the choice of widths took.
+        model: The bytes of the model.
+        hidden: The bytes of the hidden states of all samples.
+        moments: The bytes of the moments of one consumer.
+        peak: The bytes that the process took at its peak, above those before the model was loaded.
+    """
+
+    samples: int
+    layers: int
+    domains: int
+    tokens: int
+    forward: tuple[float, float]
+    pruning: float
+    choosing: float
+    model: int
+    hidden: int
+    moments: int
+    peak: int
+
+    @property
+    def row(self) -> str:
+        """One row of the table."""
+        mean = sum(self.forward) / 2
+        beside = self.peak - self.hidden - self.moments
+        return (
+            f"| {self.samples} | {self.tokens:,} | {self.layers} | {self.domains} | {mean:.1f} | {self.pruning:.1f} | "
+            f"{self.pruning / mean:.2f} | {self.choosing / mean:.2f} | {self.peak / 2**20:.0f} | "
+            f"{self.peak / self.model:.2f} | {beside / self.model:.2f} |"
+        )
+
+
+HEAD = (
+    "| samples | tokens | layers | domains | forward s | pruning s | × forward | choosing × forward | peak MiB | "
+    "× model | × model without hidden states and moments |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def load(args: Namespace, layers: int | None) -> PreTrainedModel:
+    """The model, or its first layers, out of the memory-mapped file, whose pages would stay resident."""
+    fewer = {} if layers is None else {"num_hidden_layers": layers}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", **fewer).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def divided(domains: Sequence[Domain], count: int | None) -> list[Domain]:
+    """The same samples in another number of domains, of equal weight."""
+    if count is None:
+        return list(domains)
+    parts = torch.cat([domain.samples for domain in domains]).tensor_split(count)
+    like = replace(domains[0], weight=1 / count, spare=None, mask=None)
+    return [replace(like, name=f"part {number}", samples=part) for number, part in enumerate(parts)]
+
+
+def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, count: int | None) -> Cost:
+    """Prune once."""
+    clock = CLOCKS[args.clock]
+    domains = divided(load_domains(settings, AutoTokenizer.from_pretrained(args.model)), count)
+    samples = torch.cat([domain.samples for domain in domains])
+    before = resident("VmRSS")
+    model = load(args, layers)
+    arch, size = describe(model), sum(parameter.nbytes for parameter in model.parameters())
+    forward_seconds(model, samples[: settings.batch_size], settings.batch_size)
+    first = forward_seconds(model, samples, settings.batch_size, clock)
+
+    reset_high_water_mark()
+    report = Report(arch.model_type, settings.scored_by)
+    start = clock()
+    chosen = choose_widths(settings, arch, model, Evidence.of(settings, domains, model.device), report)
+    choosing = clock() - start
+    StructPruner(settings).prune_to_(model, domains, chosen)
+    spent = clock() - start - choosing
+    peak = resident("VmHWM") - before
+    second = forward_seconds(load(args, layers), samples, settings.batch_size, clock)
+    streams = 2 if settings.error_feedback else 1
+    return Cost(
+        samples=len(samples),
+        layers=arch.num_layers,
+        domains=len(domains),
+        tokens=samples.numel(),
+        forward=(first, second),
+        pruning=spent,
+        choosing=choosing,
+        model=size,
+        hidden=streams * samples.numel() * model.config.hidden_size * model.dtype.itemsize,
+        moments=min(len(domains), 2) * max(space.size for space in arch.spaces) ** 2 * 4,
+        peak=peak,
+    )
+
+
+def fitted(costs: Sequence[Cost]) -> str:
+    """The least-squares fit of the times to a number of seconds per layer, and one per layer and 1,000 tokens."""
+    terms = np.array([[cost.layers, cost.layers * cost.tokens / 1000] for cost in costs])
+    seconds = np.array([cost.pruning for cost in costs])
+    forward = np.array([sum(cost.forward) / 2 for cost in costs])
+    (fixed, rate), *_ = np.linalg.lstsq(terms, seconds, rcond=None)
+    (pass_rate,), *_ = np.linalg.lstsq(terms[:, 1:], forward, rcond=None)
+    off = np.abs(terms @ [fixed, rate] / seconds - 1).max()
+    return (
+        f"\nseconds = layers x ({fixed:.3f} + {rate:.3f} x tokens / 1000), at most {off:.1%} off; "
+        f"forward passes: layers x {pass_rate:.3f} x tokens / 1000; ratio for many tokens: {rate / pass_rate:.2f}"
+    )
+
+
 def run(args: Namespace) -> None:
     """Measure and print."""
     widths = dict(pair.split("=") for pair in args.width)
-    config = StructPruneConfig(
+    settings = StructPruneConfig(
         widths={name: int(width) for name, width in widths.items()},
-        num_samples=args.num_samples,
         seq_length=args.seq_length,
         criterion=args.criterion,
         rounds=args.rounds,
         error_feedback=args.error_feedback,
         allocation=args.allocation,
     )
-    clock = CLOCKS[args.clock]
     load_libraries()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    domains = load_domains(config, tokenizer)
-    samples = torch.cat([domain.samples for domain in domains])
-    before = resident("VmRSS")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    streams = 2 if config.error_feedback else 1
-    hidden = streams * samples.numel() * model.config.hidden_size * model.dtype.itemsize
-    moments = min(len(config.texts), 2) * max(space.size for space in describe(model).spaces) ** 2 * 4
-    # Out of the memory-mapped file, whose pages stay resident, though reclaimable, until the whole file is dropped.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    forward_seconds(model, samples[: config.batch_size], config.batch_size)
-    seconds = [forward_seconds(model, samples, config.batch_size, clock)]
-
-    reset_high_water_mark()
-    report = Report(model.config.model_type, config.scored_by)
-    start = clock()
-    chosen = choose_widths(config, describe(model), model, Evidence.of(config, domains, model.device), report)
-    choosing = clock() - start
-    StructPruner(config).prune_to_(model, domains, chosen)
-    spent = clock() - start - choosing
-    peak = resident("VmHWM") - before
-    dense = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
-    seconds.append(forward_seconds(dense, samples, config.batch_size, clock))
-    mean = sum(seconds) / len(seconds)
-    print(f"tokens                      {samples.numel():,}")
-    print(f"forward passes              {mean:.1f} s (before {seconds[0]:.1f}, after {seconds[1]:.1f})")
-    print(f"calibration and pruning     {spent:.1f} s = {spent / mean:.2f} x forward")
-    print(f"widths of single layers     {choosing:.1f} s = {choosing / mean:.2f} x forward")
-    print(f"model                       {size / 2**20:.0f} MiB")
-    print(f"calibration hidden states   {hidden / 2**20:.0f} MiB")
-    print(f"moments of one layer        {moments / 2**20:.0f} MiB")
-    print(
-        f"peak while pruning in place {peak / 2**20:.0f} MiB = {peak / size:.2f} x model, "
-        f"{(peak - hidden - moments) / size:.2f} x without hidden states and moments"
-    )
+    costs = []
+    print(HEAD)
+    for count, layers, domains in product(args.num_samples, args.layers, args.domains):
+        cost = measure(args, replace(settings, num_samples=count), layers, domains)
+        print(cost.row, flush=True)
+        costs.append(cost)
+    if len(args.num_samples) > 1:
+        print(fitted(costs))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,7 +207,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--width", nargs="+", default=["mlp=1152"])
-    parser.add_argument("--num-samples", type=int, default=36)
+    parser.add_argument("--num-samples", type=int, nargs="+", default=[36])
+    parser.add_argument("--layers", type=int, nargs="+", default=[None], help="the first layers of the model alone")
+    parser.add_argument("--domains", type=int, nargs="+", default=[None], help="divides the samples anew")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--criterion")
     parser.add_argument("--rounds", type=int, default=1)
@@ -124,6 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where other jobs run beside it")
     parser.add_argument("--allocation", default="uniform", help="uniform, global or sensitivity")
     disable_progress_bar()
+    set_verbosity_error()  # the layers that --layers leaves out are no news
     run(parser.parse_args(argv))
 
 

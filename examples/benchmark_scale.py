@@ -153,8 +153,11 @@ def rows(args: Namespace) -> Iterator[str]:
         f"{args.shape}, {layers} of {depth} layers, {size / 1e9:.2f} GB in bfloat16, {args.tokens:,} tokens, "
         f"one Gram matrix {gram / 1e9:.2f} GB\n"
     )
-    yield "| layers are | domains | peak GB | × checkpoint | beyond it, in Gram matrices | s per layer | × forward |"
-    yield "|---|---|---|---|---|---|---|"
+    yield (
+        "| layers are | domains | peak GB | × checkpoint | beyond it, in Gram matrices | s per layer | "
+        f"min for all {depth} layers | × forward |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
     for offload in args.offload:
         for domains in args.domains:
             options = {"offload": offload, "domains": domains, "tokens": args.tokens, "seq-length": args.seq_length}
@@ -166,7 +169,7 @@ def rows(args: Namespace) -> Iterator[str]:
             where = "in memory" if offload == "none" else f"on the {offload}"
             yield (
                 f"| {where} | {domains} | {found['peak'] / 1e9:.2f} | {found['peak'] / size:.2f} | {beyond:.2f} | "
-                f"{found['per layer']:.1f} | {found['forwards']:.2f} |"
+                f"{found['per layer']:.1f} | {found['per layer'] * depth / 60:.1f} | {found['forwards']:.2f} |"
             )
 
 

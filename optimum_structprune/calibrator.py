@@ -18,6 +18,7 @@ from .arch.spec import ArchSpec
 from .calibration.moments import save_moments
 from .calibration.stored import HELDOUT, Statistics, StoredDomain, StoredFile, moments_name
 from .config.pruning import StructPruneConfig
+from .costs.batch import with_batch_size
 from .criteria import CRITERIA
 from .domains.manifest import MANIFEST_NAME
 from .errors import StructPruneError
@@ -72,7 +73,7 @@ def calibrate(
     model = dequantized(model, inplace=False)
     arch = describe(model, config.arch_file)
     check(config, arch, model, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
-    evidence = Evidence.read(config, model, tokenizer, inputs)
+    evidence = with_batch_size(Evidence.read(config, model, tokenizer, inputs), arch, model)
     _check_room(arch, len(evidence.domains), Path(folder))
     with evaluating(model), staged(folder, overwrite, used) as staging:
         _write_moments(model, arch, evidence, staging)

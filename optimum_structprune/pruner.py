@@ -14,6 +14,7 @@ from .arch.plain import check_plain, dequantized, is_quantized
 from .arch.spec import ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
+from .costs.batch import with_batch_size
 from .costs.room import check_room
 from .domains.load import Domain
 from .domains.manifest import Manifest
@@ -94,8 +95,9 @@ class StructPruner:
         with report.timed("domains"):
             evidence = Evidence.read(config, _to_read(model, config), tokenizer, inputs)
         model, dense = _to_change(model, inplace)
-        with Run(config, model, evidence, tokenizer, inplace, report) as run:
-            shape = choose_shape(config, arch, model, evidence, report)
+        evidence = with_batch_size(evidence, arch, model)
+        with Run(evidence.config, model, evidence, tokenizer, inplace, report) as run:
+            shape = choose_shape(evidence.config, arch, model, evidence, report)
             run.start(dense)
             run.layers = shape.layers
             for step in self.steps(arch, model, shape.after_removal()):
@@ -139,7 +141,8 @@ class StructPruner:
             InPlaceError: If pruning failed after the model had begun to change.
         """
         evidence = Evidence.of(self.config, domains, model.device)
-        with Run(self.config, model, evidence, report=report) as run:
+        evidence = with_batch_size(evidence, describe(model, self.config.arch_file), model)
+        with Run(evidence.config, model, evidence, report=report) as run:
             for step in self.steps(run.arch, model, widths):
                 self.take_(run, step)
         return run.plan

@@ -195,9 +195,12 @@ def test_benchmark_scale(tmp_path, capsys, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
 def test_benchmark_cost(capsys):
     model = str(SHARED / "models" / "stories260K")
-    main("benchmark_cost")([model, "--width", "mlp=96", "--num-samples", "6", "--seq-length", "64", "--clock", "cpu"])
+    numbers = ["--num-samples", "6", "12", "--layers", "2", "--domains", "1", "3"]
+    main("benchmark_cost")([model, "--width", "mlp=96", "--seq-length", "64", "--clock", "cpu", *numbers])
     shown = capsys.readouterr().out
-    assert "calibration and pruning" in shown and "x forward" in shown and "x model" in shown
+    rows = [line.split(" | ")[:4] for line in shown.splitlines() if line.startswith("| ") and "layers" not in line]
+    assert rows == [[f"| {n}", f"{64 * n}", "2", k] for n in (6, 12) for k in "13"]
+    assert "seconds = layers x " in shown
 
 
 @needs_shared

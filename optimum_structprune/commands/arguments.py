@@ -160,9 +160,20 @@ def _how(name: str, annotation: Any) -> dict[str, Any]:
     if origin is Literal:
         # The config refuses what is none of them: its message proposes the nearest legal choice.
         return {"metavar": f"{{{','.join(map(str, inside))}}}"}
+    words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
+    if int in members and words:
+        return {"type": _number_or_word, "metavar": f"{{N,{','.join(words)}}}"}
     if float in members:
         return {"type": float, "metavar": "X"}
     return {"type": int, "metavar": "N"} if kind is int else {"metavar": name.rpartition("_")[2].upper()}
+
+
+def _number_or_word(text: str) -> int | str:
+    """A whole number, or a word, which the config judges."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def _pair(annotation: Any) -> dict[str, Any]:

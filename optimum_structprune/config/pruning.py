@@ -40,6 +40,7 @@ AMOUNTS = ("sparsity", "widths", "budget")
 ONE_WIDTH = ("uniform", "search_uniform")
 MEASURED = ("sensitivity", "search", "search_uniform")
 BUDGETS = ("parameters", "bytes", "cache_bytes_per_token", "flops_per_token")
+AUTO = "auto"
 
 
 def builtin_domains() -> list[DomainConfig]:
@@ -101,7 +102,7 @@ class StructPruneConfig(Serialisable):
         self_text: How the model writes the domains `self:NAME`.
         num_samples: The number of calibration samples in all, divided over the domains by weight.
         seq_length: The number of tokens in a sample.
-        batch_size: The number of samples in a forward pass.
+        batch_size: The number of samples in a forward pass. `auto` takes the most that the device has room for.
         damping: The ridge of the refit toward the original weights, relative to the diagonal of the Gram matrix.
         error_feedback: The share of the error of the residual stream so far that a refit makes up for, at the cost of
             one more forward pass. 0 fits every layer to its own dense function, 1 to the dense model's stream.
@@ -153,7 +154,7 @@ class StructPruneConfig(Serialisable):
     self_text: SelfTextConfig = field(default_factory=SelfTextConfig)
     num_samples: int = validated_field(positive, default=128)
     seq_length: int = validated_field(positive, default=512)
-    batch_size: int = validated_field(positive, default=4)
+    batch_size: int | Literal["auto"] = validated_field(positive, default=4)
     damping: Number = validated_field(not_negative, default=0.1)
     error_feedback: Number = validated_field(proportion, default=0.5)
     holdout: Number = validated_field(share, default=0.125)
@@ -190,6 +191,11 @@ class StructPruneConfig(Serialisable):
         if isinstance(recovery := data.get("recovery"), Mapping):
             data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
         return super().from_dict(data)
+
+    @property
+    def samples_at_once(self) -> int:
+        """The number of samples in a forward pass; the least where the device has not been asked yet."""
+        return 1 if self.batch_size == AUTO else int(self.batch_size)
 
     @property
     def texts(self) -> list[DomainConfig]:

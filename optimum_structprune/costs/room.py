@@ -83,7 +83,7 @@ def _message(
     helps += [] if offloaded or device.type == "cpu" else ["--offload cpu or disk"]
     helps += ["--offload disk"] if not offloaded and device.type == "cpu" else []
     helps += [f"num_samples below {config.num_samples}"] if found.hidden else []
-    helps += [f"batch_size below {config.batch_size}"] if config.batch_size > 1 else []
+    helps += [f"batch_size below {config.batch_size}"] if config.samples_at_once > 1 else []
     helps += ["criterion='wanda' with refit='none', which take no Gram matrix"] if config.fits else []
     return (
         f"Pruning takes at least {gigabytes(least)} on {device} above the model ({parts}), and {gigabytes(free)} are "

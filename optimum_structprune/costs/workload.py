@@ -95,7 +95,7 @@ class Samples:
             # What is no text has as many tokens as the model makes of it, which shapes do not say.
             length = max((samples.shape[1] if samples.ndim == 2 else 1 for samples in inputs.values()), default=0)
             count = max(rows - aside, 0)
-        return cls(count, aside, length, min(config.batch_size, ceil(count / max(domains, 1))), domains)
+        return cls(count, aside, length, min(config.samples_at_once, ceil(count / max(domains, 1))), domains)
 
     @property
     def tokens(self) -> int:

@@ -22,6 +22,7 @@ from ..errors import StructPruneError
 from ..forward.metrics import evaluating, perplexity
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint
+from ..system.processes import alone, of_all, of_first, process_index
 from .packing import prefix_token
 from .templates import Document
 
@@ -62,12 +63,12 @@ def self_documents(
         raise StructPruneError(f"{SELF}{name} takes a causal language model, and {type(model).__name__} is none.")
     author = _Author(model, tokenizer, config, _Kind(**kinds[name]), seed)
     path = _cache(author, name)
-    kept = _read(path)
+    batches = dict(enumerate(of_first(_read(path))))
     idle = 0
     for number in count():
-        documents = kept[number] if number < len(kept) else author.write(number)
-        if number >= len(kept):
-            _append(path, number, documents)
+        if number not in batches:
+            batches |= _written(author, number, path)
+        documents = batches.pop(number)
         idle = 0 if documents else idle + 1
         if idle == PATIENCE:
             raise StructPruneError(
@@ -204,6 +205,18 @@ class _Author:
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         shown = self.kind.keep if self.chats else True
         return Document.joined([(prompt if shown else "", False), (text, True)])
+
+
+def _written(author: _Author, number: int, path: Path) -> dict[int, list[Document]]:
+    """A batch, and those after it: each process writes one of them, and the first process keeps all on the disk."""
+    own = number + process_index()
+    with alone():
+        documents = author.write(own)
+    batches = dict(enumerate(of_all(documents), number))
+    if process_index() == 0:
+        for batch in batches.items():
+            _append(path, *batch)
+    return batches
 
 
 def _cache(author: _Author, name: str) -> Path:

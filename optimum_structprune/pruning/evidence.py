@@ -102,7 +102,7 @@ class Evidence:
     @property
     def batches(self) -> list[Batch]:
         """The samples of all domains as they were asked for, one domain after the other."""
-        return batches_of(self.domains, self.config.batch_size)
+        return batches_of(self.domains, self.config.samples_at_once)
 
     @property
     def own_batches(self) -> list[Batch]:
@@ -116,7 +116,7 @@ class Evidence:
             )
             for domain in domains
         ]
-        return batches_of(parts, self.config.batch_size)
+        return batches_of(parts, self.config.samples_at_once)
 
     def passes(self, model: PreTrainedModel, arch: ArchSpec) -> Passes:
         """Passes over the samples with the model as it is now, or the stored moments.

@@ -171,7 +171,7 @@ def measured_curves(
     if all(key in known.trials for key in keys):
         trials = {key: known.trials[key] for key in keys}
     else:
-        samples = probe_batches(evidence.domains, config.batch_size)
+        samples = probe_batches(evidence.domains, config.samples_at_once)
         probe = Probe(model, arch, samples, evidence.run_passes(model, arch, samples))
         trials = all_trials(Sweep(model, arch, alone), spaces, evidence, probe, layers, known)
     return curves_of(config, arch, spaces, trials, evidence)
@@ -272,7 +272,7 @@ def _trials(
     """The loss of the model in each shape, after a pruning on a part of the samples."""
     if len(found) == 1:
         return [(0.0, found[0])]
-    samples = probe_batches(evidence.domains, config.batch_size)
+    samples = probe_batches(evidence.domains, config.samples_at_once)
     probe = Probe(model, arch, samples, evidence.run_passes(model, arch, samples))
     shares = torch.tensor(evidence.shares)
     most = max(1, TRIAL_TOKENS // len(evidence.domains) // evidence.domains[0].samples.shape[1])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 
 T = TypeVar("T", Tensor, Sequence)
+V = TypeVar("V")
 _together = False
 
 
@@ -81,6 +82,22 @@ def as_first_has_(tensor: Tensor) -> Tensor:
     if _together:
         dist.broadcast(tensor, 0)
     return tensor
+
+
+def of_first(value: V) -> V:
+    """What the first process has, in every process."""
+    values = [value]
+    if _together:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def of_all(value: V) -> list[V]:
+    """What each process has, in their order, in every process."""
+    values = [value] * process_count()
+    if _together:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def wait_for_all() -> None:

@@ -133,6 +133,11 @@ def test_former_names_are_not_named_here():
     assert all(f"--{old}" in parser.format_help() for old in shown)
 
 
+def test_a_number_or_a_word():
+    for words, value in (("auto", "auto"), ("8", 8)):
+        assert pruning_config(parsed(prune, "m", "o", "--sparsity", "0.2", "--batch-size", words)).batch_size == value
+
+
 def test_flags_override_the_file(tmp_path):
     text = {"sparsity": 0.4, "criterion": "flap", "rounds": 3, "recovery": {"tokens": 900, "kl_weight": 0.5}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**text, "self_text": {"top_p": 0.8, "min_tokens": 8}}))

@@ -1,14 +1,15 @@
 """Two processes that share a pruning find what one process finds."""
 
 import json
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from helpers import on_two_ranks
-from models import build, config, documents, tokenizer
+from models import build, config, documents, real_text_model, tokenizer
 from safetensors.torch import load_file
 
-from optimum_structprune import DomainConfig, StructPruner
+from optimum_structprune import DomainConfig, SelfTextConfig, StructPruner
 
 
 # One launch for all of them, because a launch takes longer than they do.
@@ -20,6 +21,7 @@ RUNS = {
     "gemma2": {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
     "granite": {"widths": {"layer": 1, "hidden": 24, "mlp": 24}},
     "t5": {},
+    "writes itself": {},
 }
 SCRIPT = """
 import json, sys
@@ -42,10 +44,21 @@ with across_processes():
 
 
 def pruned(case):
+    if case == "writes itself":
+        return on_text_of_its_own()
     few = [" ".join(f"w{3 + (i * j) % 5}" for j in range(30)) for i in range(60)]
     domains = [DomainConfig(name="a", source=documents()), DomainConfig(name="few", source=few, weight=0.2)]
     pruner = StructPruner(config(**{"domains": domains, **RUNS[case]}))
     return pruner, pruner.prune_model(build(case), tokenizer())
+
+
+def on_text_of_its_own():
+    model, reader = real_text_model()
+    with TemporaryDirectory() as cache:
+        writes = SelfTextConfig(batch_size=2, max_new_tokens=40, min_tokens=8, cache_dir=cache)
+        domains = [DomainConfig(name="own", source="self:code")]
+        pruner = StructPruner(config(domains=domains, num_samples=4, self_text=writes))
+        return pruner, pruner.prune_model(model, reader)
 
 
 @pytest.fixture(scope="module")
