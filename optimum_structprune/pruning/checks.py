@@ -247,9 +247,9 @@ def statistics_rules(case: Case) -> Rules:
 
 
 def checkpoint_rules(case: Case) -> Rules:
-    """The folder that remembers the rounds."""
-    if case.config.checkpoint_dir is not None:
-        probe_folder(case.config.checkpoint_dir)
+    """The folders that remember the rounds and the measured losses."""
+    for folder in filter(None, (case.config.checkpoint_dir, case.config.losses_dir)):
+        probe_folder(folder)
     yield from ()
 
 

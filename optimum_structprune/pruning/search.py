@@ -7,6 +7,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import inf, isnan
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,7 +199,7 @@ def _by_layer(
     }
     wanted = [_nearest(config, one, _least_step(one, rungs)) for one in wanted]
     found = []
-    for most_gone in {_most_gone(config, arch, curves), 0}:
+    for most_gone in dict.fromkeys((_most_gone(config, arch, curves), 0)):
         shape = searched_shape(rungs, curves, wanted, most_gone)
         found.append(Candidate("whole layers" if shape.layers else "each layer", shape, _loss(curves, shape)))
     ends = {key: (spaces[key].width_in(found[-1].shape.widths), spaces[key].width_in(plain)) for key in rungs}
@@ -280,7 +281,8 @@ def _trials(
         evidence = replace(evidence, domains=[domain.portion(most) for domain in evidence.domains])
     losses = [_loss_in_shape(model, arch, config, evidence, one.shape, probe) for one in found]
     worst = config.objective == "worst"
-    return [(float(loss.max() if worst else loss @ shares), one) for loss, one in zip(losses, found, strict=True)]
+    totals = [float(loss.max() if worst else loss @ shares) for loss in losses]
+    return [(inf if isnan(total) else total, one) for total, one in zip(totals, found, strict=True)]
 
 
 def _loss_in_shape(
