@@ -71,10 +71,10 @@ def search(
         evidence: What is known of the text; a part of each domain is held out.
         report: Takes the time, and the shapes that were tried.
     """
-    names = list(widths_of(config, arch, model))
+    plain = widths_of(replace(config, allocation="uniform", objective="mean", losses_dir=None), arch, model)
     with evaluating(model), report.timed("search"):
-        curves = measured_curves(model, arch, config, evidence, names, offers_layers(config, arch, model))
-        found = candidates(config, arch, model, names, curves)
+        curves = measured_curves(model, arch, config, evidence, list(plain), offers_layers(config, arch, model))
+        found = candidates(config, arch, model, plain, curves)
         results = _trials(model, arch, config, evidence, found)
     best = min(results, key=lambda pair: pair[0])[1]
     report.shapes = [
@@ -92,7 +92,7 @@ def search(
 
 
 def candidates(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Sequence[str], curves: Curves
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, plain: Widths, curves: Curves
 ) -> list[Candidate]:
     """The shapes that are pruned on trial: those that measured losses speak for, and the one of `uniform`.
 
@@ -100,14 +100,14 @@ def candidates(
         config: How much to remove, and which shapes may be taken.
         arch: The description of the model.
         model: The dense model; shapes are enough.
-        names: The kinds of space that are pruned.
+        plain: The widths of `uniform`.
         curves: The measured losses.
     """
+    names = list(plain)
     wanted = resources(config, arch, model, names, bool(curves.layers))
-    plain = widths_of(replace(config, allocation="uniform", objective="mean", losses_dir=None), arch, model)
     found = []
     if config.allocation != "search_uniform":
-        found += _by_layer(config, arch, model, names, curves, wanted, plain)
+        found += _by_layer(config, arch, model, curves, wanted, plain)
     one_shape = config.allocation != "sensitivity" and config.widths is None and alike(arch, names)
     if one_shape and not config.skip_layers:
         found += _uniform(config, arch, model, names, curves, wanted[0])
@@ -182,7 +182,6 @@ def _by_layer(
     config: StructPruneConfig,
     arch: ArchSpec,
     model: PreTrainedModel,
-    names: Sequence[str],
     curves: Curves,
     wanted: Sequence[Resource],
     plain: Widths,
@@ -191,7 +190,7 @@ def _by_layer(
     since layers that each give up much lose more together than they do one at a time.
     """
     legal = legal_widths(config, arch, model.config)
-    spaces = {(space.layer, name): space for name in names for space in arch.of(name)}
+    spaces = {(space.layer, name): space for name in plain for space in arch.of(name)}
     rungs = {
         key: rungs_of(config, space, legal[key[1]])
         for key, space in spaces.items()
