@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 # What of a config a trial depends on, beside the model and the text.
-OF_TRIALS = ("criterion", "refit", "damping", "normalisation", "aggregation", "seed")
+OF_TRIALS = ("refit", "damping", "normalisation", "aggregation", "seed")
 Key = tuple[int, str]
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
 Trials = dict[Key, dict[int, Tensor]]
@@ -67,7 +67,7 @@ class Known:
             return cls(None, "")
         way = {name: value for name, value in config.to_dict().items() if name in OF_TRIALS}
         text = [{**asdict(entry), "origin": None} for entry in evidence.entries()]
-        parts = [way, measure, text, list(evidence.shares), fingerprint(model)]
+        parts = [config.scored_by, way, measure, text, list(evidence.shares), fingerprint(model)]
         key = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         path = Path(folder) / f"losses-{key[:12]}.json"
         trials = _read(path, key, len(evidence.shares)) if path.is_file() else {}
