@@ -50,7 +50,11 @@ MIXES: dict[str, dict[str, Any]] = {
     "self-generated": {"domains": SELF},
     "built-in": {"domains": ("builtin:prose", "builtin:code", "builtin:math")},
 }
-ROUNDS: dict[str, dict[str, Any]] = {"one-shot": {"rounds": 1}, "iterative": {"rounds": 3}}
+ROUNDS: dict[str, dict[str, Any]] = {
+    "one-shot": {"rounds": 1},
+    "iterative": {"rounds": 3},
+    "10 rounds": {"rounds": 10, "schedule": "linear"},  # at most 5 % in each where half of all is removed
+}
 METHODS: dict[str, dict[str, Any]] = {
     "flap + bias": {"criterion": "flap", "refit": "bias"},
     "flap + refit": {"criterion": "flap", "refit": "least_squares"},
@@ -61,6 +65,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "obs + refit": {"criterion": "obs", "refit": "least_squares"},
     "taylor": {"criterion": "taylor", "refit": "none"},
     "taylor + refit": {"criterion": "taylor", "refit": "least_squares"},
+    "slimllm": {"criterion": "slimllm", "refit": "slope", "allocation": "cosine"},
+    "slimllm uniform": {"criterion": "slimllm", "refit": "slope"},
+    "slimllm + refit": {"criterion": "slimllm", "refit": "least_squares"},
+    "pip": {"criterion": "pip", "refit": "none"},
+    "pip + refit": {"criterion": "pip", "refit": "least_squares"},
+    "iterative norm": {"criterion": "iterative_norm", "refit": "none"},
+    "iterative norm + refit": {"criterion": "iterative_norm", "refit": "least_squares"},
     "flap global + bias": {"criterion": "flap", "refit": "bias", "allocation": "global"},
     "flap global + refit": {"criterion": "flap", "refit": "least_squares", "allocation": "global"},
     "wanda global + refit": {"criterion": "wanda", "refit": "least_squares", "allocation": "global"},
@@ -81,6 +92,7 @@ def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
         for rounds in ROUNDS
         for method in METHODS
         if rounds == "iterative" or text not in ITERATIVE or (text == "worst-case" and "sensitivity" in method)
+        if rounds != "10 rounds" or "pip" in method
     }
 
 
@@ -97,7 +109,7 @@ def keys(results: dict[str, Any]) -> set[tuple]:
 
 def config_of(args: Namespace, cell: dict[str, Any], width: int, seed: int) -> StructPruneConfig:
     """The whole config of one run."""
-    more = {"widths": {"mlp": width}, "num_samples": args.samples, "seq_length": SEQ_LENGTH, "seed": seed}
+    more = {"widths": {"mlp": width}, "num_samples": args.samples, "seq_length": args.seq_length, "seed": seed}
     return StructPruneConfig.from_dict({**cell, **more, "domains": calibration(args, cell["domains"])})
 
 
@@ -224,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     running.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of files in DATA/calibration")
     running.add_argument("--removed", nargs="+", type=int, default=[20, 35, 50], help="FFN channels, in percent")
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    running.add_argument("--samples", type=int, default=60, help="calibration samples of 512 tokens in all")
+    running.add_argument("--samples", type=int, default=60, help="calibration samples in all")
+    running.add_argument("--seq-length", type=int, default=SEQ_LENGTH, help="tokens in a calibration sample")
     running.add_argument("--tasks", action="store_true", help="score DATA/tasks/*.jsonl as well")
     running.add_argument("--limit", type=int, help="items per task")
     args = parser.parse_args(argv)

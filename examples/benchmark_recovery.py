@@ -1,12 +1,15 @@
 """What training after pruning brings back, over tokens, with and without a teacher, as a Markdown table.
 
     python examples/benchmark_recovery.py MODEL DATA [--tokens 25000 50000 100000 200000] [--bf16] [--json out.json]
+    python examples/benchmark_recovery.py MODEL DATA --ways distilled "distilled, all weights" "distilled, scales"
 
 Each way of training is one run over as many tokens as the last number says, measured on the way at the others.
 
 DATA holds `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain. `heldout/` has other documents
 of the training domains, `unseen/` has domains that neither calibration nor training saw. Beside the perplexities
-stands the share of the log-perplexity gap between dense and pruned that is closed.
+stands the share of the log-perplexity gap between dense and pruned that is closed. With `--left-out`, a kind of
+text in `calibration/` that nothing is calibrated or trained on is all that is measured, so that a choice can be made
+without the evaluation text.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from copy import deepcopy
 from math import log
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -29,7 +33,13 @@ from optimum_structprune.saving.report import geometric_mean
 
 
 DOMAINS = ["wiki", "code", "math", "dialogue", "web"]
-WAYS = ["LoRA", "distilled"]
+# What the rows train, and by what.
+WAYS: dict[str, dict[str, Any]] = {
+    "LoRA": {"kl_weight": 0.0},
+    "distilled": {},
+    "distilled, all weights": {"train": "full"},
+    "distilled, scales": {"train": "scales"},
+}
 
 
 class Curve(TrainerCallback):
@@ -70,11 +80,13 @@ def run(args: Namespace) -> dict[str, dict]:
     data = Path(args.data)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=args.device)
-    unseen = sorted(path.stem for path in (data / "unseen").glob("*.jsonl"))
-    texts = evaluation_samples(data / "heldout", args.domains, tokenizer, args)
+    unseen = args.left_out or sorted(path.stem for path in (data / "unseen").glob("*.jsonl"))
+    kinds = [name for name in args.domains if name not in args.left_out]
+    seen = [] if args.left_out else kinds
+    texts = evaluation_samples(data / "heldout", seen, tokenizer, args) if seen else {}
     if unseen:
-        texts |= evaluation_samples(data / "unseen", unseen, tokenizer, args)
-    domains = [DomainConfig(name=name, source=str(data / "calibration" / f"{name}.jsonl")) for name in args.domains]
+        texts |= evaluation_samples(data / ("calibration" if args.left_out else "unseen"), unseen, tokenizer, args)
+    domains = [DomainConfig(name=name, source=str(data / "calibration" / f"{name}.jsonl")) for name in kinds]
     pruning = StructPruneConfig(
         widths={"mlp": args.mlp}, domains=domains, num_samples=args.samples * len(domains), seq_length=args.seq_length
     )
@@ -83,17 +95,16 @@ def run(args: Namespace) -> dict[str, dict]:
     def row(name: str, measured, seconds: float = 0.0) -> None:
         with torch.autocast(measured.device.type, torch.bfloat16, enabled=args.bf16):
             ppl = {text: perplexity(measured, samples) for text, samples in texts.items()}
-        means = {"heldout": geometric_mean(ppl[n] for n in args.domains)}
-        if unseen:
-            means["unseen"] = geometric_mean(ppl[n] for n in unseen)
+        means = {part: geometric_mean(ppl[n] for n in names) for part, names in parts.items()}
         results[name] = {"perplexity": ppl, **means, "seconds": seconds}
         closed = {part: closed_gap(results, part, means[part]) for part in means}
         show(name, [*means.values(), *closed.values(), *ppl.values(), f"{seconds:.0f}"])
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
 
-    parts = ["held-out", "unseen"] if unseen else ["held-out"]
-    show("row", [*parts, *(f"{part} closed" for part in parts), *texts, "seconds"])
+    parts = {part: names for part, names in (("heldout", seen), ("unseen", unseen)) if names}
+    heads = ["held-out" if part == "heldout" else part for part in parts]
+    show("row", [*heads, *(f"{head} closed" for head in heads), *texts, "seconds"])
     show("---", ["---"] * (2 * len(parts) + len(texts) + 1))
     row("dense", model)
     pruned = prune_model(model, pruning, tokenizer)
@@ -103,7 +114,7 @@ def run(args: Namespace) -> dict[str, dict]:
             args.tokens[:-1], lambda trained, seen, seconds, way=way: row(f"{way}, {seen:,} tokens", trained, seconds)
         )
         recovery = Recovery(recovery_config(args, way), pruning, [curve])
-        recovered = recovery.recover_model(deepcopy(pruned), tokenizer, model if way == "distilled" else None)
+        recovered = recovery.recover_model(deepcopy(pruned), tokenizer, None if way == "LoRA" else model)
         row(f"{way}, {recovery.report.tokens:,} tokens", recovered, recovery.report.seconds - curve.measuring)
     return results
 
@@ -113,8 +124,8 @@ def recovery_config(args: Namespace, way: str) -> RecoveryConfig:
     given = {"learning_rate": args.learning_rate, "lr_scheduler_type": args.schedule}
     training = {name: value for name, value in given.items() if value is not None}
     training |= {"per_device_train_batch_size": args.batch_size, "bf16": args.bf16, "disable_tqdm": True}
-    shares = {"LoRA": {"kl_weight": 0.0}, "distilled": {} if args.kl_weight is None else {"kl_weight": args.kl_weight}}
-    return RecoveryConfig(tokens=args.tokens[-1], training=training, seed=args.seed, **shares[way])
+    share = {} if args.kl_weight is None else {"kl_weight": args.kl_weight}
+    return RecoveryConfig(tokens=args.tokens[-1], training=training, seed=args.seed, **{**share, **WAYS[way]})
 
 
 def closed_gap(results: dict[str, dict], part: str, value: float) -> float:
@@ -138,8 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data")
     parser.add_argument("--mlp", type=int, default=1152, help="FFN width to keep")
     parser.add_argument("--domains", nargs="+", default=DOMAINS)
+    parser.add_argument("--left-out", nargs="+", default=[], help="files of DATA/calibration that are only measured")
     parser.add_argument("--tokens", nargs="+", type=int, default=[25_000, 50_000, 100_000, 200_000], help="rows")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=["LoRA", "distilled"])
     parser.add_argument("--samples", type=int, default=12, help="calibration samples per domain")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=24, help="samples per evaluation file")

@@ -26,6 +26,8 @@ from .recovery.adapter import load_adapter as load_adapter
 from .recovery.recover import Recovery as Recovery
 from .recovery.recover import recover as recover
 from .saving.export import export_uniform as export_uniform
+from .saving.gguf_file import export_gguf as export_gguf
+from .saving.page.page import write_report as write_report
 from .surgery.apply import apply_plan as apply_plan
 from .surgery.plan import Plan as Plan
 from .system.processes import across_processes as across_processes

@@ -34,7 +34,7 @@ from .widths.schedule import legal_round_widths
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 # Optimizers whose state is one number per weight, or one per parameter.
 ELEMENTWISE = (optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam)
@@ -88,7 +88,14 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         self._domains: list[Domain] = []
         self._hooks = ExitStack()
 
-    def on_init_end(self, args, state, control, model: PreTrainedModel | None = None, **kwargs) -> None:
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Remember the dense widths, and let the model take the widths of a checkpoint that is loaded into it.
 
         Raises:
@@ -100,7 +107,14 @@ class StructPruneCallback(TrainerCallback, ExportableState):
             self._hooks.enter_context(self.resizing(model))
 
     def on_train_begin(
-        self, args, state, control, model=None, optimizer=None, processing_class=None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Check what the run is made of, and lay out its steps. A checkpoint has been loaded by now.
 
@@ -112,7 +126,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         _check_run(args, model, _inner(optimizer))
         if self._dense is None or state.global_step == 0:
             self._begin(model)
-        earlier = state.stateful_callbacks.get(type(self).__name__)
+        earlier = cast("dict[str, Any]", state.stateful_callbacks).get(type(self).__name__)
         if state.global_step and isinstance(earlier, dict):
             self.plan = Plan.from_dict(earlier["attributes"]["kept"])
         arch, widths = cast("tuple[ArchSpec, Widths]", self._dense)
@@ -124,14 +138,24 @@ class StructPruneCallback(TrainerCallback, ExportableState):
             vocab_size = model.config.get_text_config().vocab_size
             self._domains = load_domains(self.config, processing_class, vocab_size, model=model)
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         """Watch the next batch, if it may be calibrated on."""
         if self.calibration == "batches" and self._due:
             self._hooks.callback(before_next_call(model, self.text.add_call).remove)
 
     on_substep_end = on_step_begin
 
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Prune, if a removal is due. It is put off while training has not shown enough text for one sample."""
         self._hooks.close()
         for step in [step for step in self._due if step <= state.global_step]:
@@ -143,7 +167,15 @@ class StructPruneCallback(TrainerCallback, ExportableState):
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
                 control.should_log = True
 
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, model=None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Put the number of parameters and the widths into what the Trainer logs.
 
         The dict of an evaluation, or of a whole training, is what the Trainer returns as metrics, which an objective
@@ -160,7 +192,9 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         if logs is not None and "loss" in logs:
             logs.update(values)
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Take the hooks off, drop the text, and say what has not been removed."""
         self._hooks.close()
         self.text = RecentText(self.config.num_samples, self.config.seq_length)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import torch
 from models import PRUNABLE, build, config, documents, token_ids, tokenizer
 from torch import nn
@@ -25,6 +26,7 @@ from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.pruning.removers import take_
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.pruning.steps import steps
+from optimum_structprune.saving.details import Details
 from optimum_structprune.surgery.consumers import read_consumer, units_to_columns, write_consumer_
 from optimum_structprune.surgery.cut import adopt_config_, shrink_layer_
 from optimum_structprune.surgery.plan import Plan
@@ -73,6 +75,18 @@ def pruned_on(evidence, model, widths) -> Run:
         run.compare()
         run.finish(arch)
     return run
+
+
+def assert_same_choices(ours: Details, theirs: Details) -> None:
+    """Two runs have noted the same of what they chose, within rounding."""
+    assert ours.choices.keys() == theirs.choices.keys()
+    for kind, choices in theirs.choices.items():
+        assert ours.choices[kind].keys() == choices.keys()
+        for layer, one in choices.items():
+            other = ours.choices[kind][layer]
+            assert (other.scored, other.kept, other.axis) == (one.scored, one.kept, one.axis)
+            assert other.error == pytest.approx(one.error, rel=1e-3, abs=1e-5)
+            assert other.agreement == pytest.approx(one.agreement, abs=0.1)
 
 
 def modes(model: nn.Module) -> dict[str, bool]:

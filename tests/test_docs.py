@@ -13,16 +13,28 @@ from runpy import run_path
 
 import pytest
 import yaml
-from models import real_text_model
+from models import GROUPED, real_text_model
 from optimum.commands.optimum_cli import main as optimum_main
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import StructPruneConfig
+from optimum_structprune.arch.families import builtin_families
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.builtin import builtin_documents
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Pages that lead from one command to the next: each runs as a whole.
+TOURS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+# What follows the flags of a command in them, which are those for real models.
+SMALL = {
+    "prune": "--num-samples 6 --seq-length 64 --round-to 8",
+    "evaluate": "--num-samples 2 --seq-length 64",
+    "recover": "--tokens 200 --training per_device_train_batch_size=2",
+    "benchmark": "--repeats 2 --prompt 8 --new-tokens 2",
+}
+UNKNOWN = "flint"  # a model type that no family describes
 BIN = Path(sys.executable).parent
 # The console scripts that have our commands, as functions that read `sys.argv`.
 OWN = {"structprune": lambda: main(sys.argv[1:]), "optimum-cli": optimum_main}
@@ -32,6 +44,7 @@ def snippets(language: str) -> list:
     return [
         pytest.param(page, match[1], id=f"{page.name}-{number}")
         for page in PAGES
+        if page not in TOURS
         for number, match in enumerate(re.finditer(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S))
     ]
 
@@ -45,10 +58,17 @@ def desk(tmp_path_factory):
     model, tokenizer = real_text_model()
     for saved in (model, tokenizer):
         saved.save_pretrained(folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
-    lines = (json.dumps({"text": text}) for _, text in zip(range(400), builtin_documents("math", 7), strict=False))
-    (folder / "notes.jsonl").write_text("\n".join(lines))
+    (folder / "Qwen").mkdir()
+    (folder / "Qwen" / "Qwen2.5-7B-Instruct").symlink_to(folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
+    lines = [json.dumps({"text": text}) for _, text in zip(range(400), builtin_documents("math", 7), strict=False)]
+    for name, part in {"notes": lines, "notes-prune": lines[:300], "notes-test": lines[300:]}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(part))
     items = ({"query": "Question: One and one?", "choices": ["two", "three"], "gold": i % 2} for i in range(4))
     (folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, items)))
+    assert UNKNOWN not in builtin_families(), "take another type that is not described"
+    sizes = {**GROUPED, "vocab_size": len(tokenizer), "max_position_embeddings": 1024}
+    for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model(UNKNOWN, **sizes)), tokenizer):
+        saved.save_pretrained(folder / "other-model")
     readme = (ROOT / "README.md").read_text()
     (folder / "run.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", readme, re.M | re.S)[1])
     return folder
@@ -105,11 +125,10 @@ def test_python(page, code, desk, monkeypatch):
 
 @pytest.mark.parametrize(("page", "code"), snippets("bash"))
 def test_bash(page, code, desk, monkeypatch):
-    makefile = (ROOT / "Makefile").read_text()
     for line in code.splitlines():
         words = shlex.split(line, comments=True)
         if words and words[0] == "make":
-            assert re.search(rf"^{words[1]}:", makefile, re.M), f"{words[1]} is no target of the Makefile"
+            assert words[1] in targets(), f"{words[1]} is no target of the Makefile"
         elif words and words[0] in OWN:
             monkeypatch.chdir(desk)
             ran(OWN[words[0]], words)
@@ -125,6 +144,38 @@ def test_bash(page, code, desk, monkeypatch):
                 assert not cells_without_a_run(words), line
         elif words:
             raise AssertionError(f"{page.name}: nothing checks {line!r}")
+
+
+@pytest.mark.parametrize("page", TOURS, ids=lambda page: page.name)
+def test_a_guide_leads_from_its_first_command_to_its_last(page, desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    for language, code in re.findall(r"^```(python|bash)\n(.*?)^```", page.read_text(), re.M | re.S):
+        if language == "python":
+            exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+            continue
+        for line in code.splitlines():
+            words, _, file = line.partition(" > ")
+            words = shlex.split(words)
+            shown = ran(OWN[words[0]], [*words, *shlex.split(SMALL.get(words[1], ""))])
+            if file:
+                Path(file).write_text(shown)
+
+
+def targets() -> list[str]:
+    """What the Makefile can be asked for."""
+    return re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[0].split()
+
+
+def test_make_help_names_every_target():
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert [line.split()[0] for line in shown.splitlines()] == targets()
+    assert all(len(line.split()) > 3 for line in shown.splitlines())
+
+
+def test_tests_that_pages_name_exist():
+    for page in PAGES:
+        for file, _, test in re.findall(r"`(tests/[\w/]+\.py)(::(\w+))?`", page.read_text()):
+            assert f"def {test}" in (ROOT / file).read_text(), f"{page.name}: {file}::{test}"
 
 
 def test_python_lines_inside_sentences_take_their_flags():
@@ -162,6 +213,13 @@ def test_every_public_name_is_documented():
 
     text = "\n".join(page.read_text() for page in PAGES)
     assert [name for name in optimum_structprune.__all__ if name not in text] == []
+
+
+def test_every_public_name_has_its_docstring_on_the_site():
+    import optimum_structprune
+
+    shown = re.findall(r"^::: optimum_structprune\.(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.M)
+    assert sorted(shown) == optimum_structprune.__all__
 
 
 def test_every_option_is_documented():

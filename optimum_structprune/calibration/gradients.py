@@ -1,9 +1,10 @@
-"""How the loss depends on the input of every consumer: one backward pass through the whole model per batch."""
+"""How the loss depends on the input of every consumer: backward passes through the whole model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Gives what a function makes of x ∂L/∂x, by module, for the embeddings of a batch.
+Backward = Callable[[Tensor, Callable[[Tensor], Tensor]], dict[str, Tensor]]
 # The label of a token that no loss is taken of.
 IGNORED = -100
+# The size of a perturbation of an embedding, as a multiple of the embedding's own root mean square.
+NOISE = 0.1
 
 
 def saliencies(
@@ -43,9 +48,65 @@ def saliencies(
     Raises:
         StructPruneError: If the model does not predict the next token, or has experts.
     """
+
+    def of_batch(batch: Batch, backward: Backward) -> dict[str, Tensor]:
+        return backward(_embedded(model, batch), lambda product: product.abs().flatten(0, -2).sum(0))
+
+    return _per_token(model, arch, batches, clock or Clock(model.device), of_batch)
+
+
+def contrasts(
+    model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
+) -> dict[str, Tensor]:
+    """How much the gradient of a gate on every consumer's input differs between two views of a sample.
+
+    A gate multiplies one component x of the input at all tokens of a sample, so the gradient of the loss by it is
+    Σ x ∂L/∂x over these tokens. One view is the sample as it is; in the other, noise of `NOISE` times the embedding's
+    own root mean square is added to the embedding of each token. Both are predicted against the same tokens.
+
+    Args:
+        model: A causal language model.
+        arch: Its description.
+        batches: The calibration samples.
+        clock: Takes the time of each domain.
+
+    Returns:
+        Σ|g(sample) - g(perturbed)| over the samples, per predicted token, by module, shape `(domains, n)`, fp64.
+
+    Raises:
+        StructPruneError: If the model does not predict the next token, or has experts.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def of_batch(batch: Batch, backward: Backward) -> dict[str, Tensor]:
+        def gates(product: Tensor) -> Tensor:
+            return product.reshape(len(batch.ids), -1, product.shape[-1]).sum(1)
+
+        plain = _embedded(model, batch)
+        noise = torch.randn(plain.shape, generator=generator).to(plain)
+        views = (plain, plain + NOISE * plain.square().mean(-1, keepdim=True).sqrt() * noise)
+        first, second = (backward(view, gates) for view in views)
+        return {name: (first[name] - second[name]).abs().sum(0) for name in first}
+
+    return _per_token(model, arch, batches, clock or Clock(model.device), of_batch)
+
+
+@torch.no_grad()
+def _embedded(model: PreTrainedModel, batch: Batch) -> Tensor:
+    return model.get_input_embeddings()(batch.ids.to(model.device))
+
+
+def _per_token(
+    model: PreTrainedModel,
+    arch: ArchSpec,
+    batches: Sequence[Batch],
+    clock: Clock,
+    of_batch: Callable[[Batch, Backward], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """What `of_batch` gives by module, added up for each domain and divided by its number of predicted tokens."""
     check_gradients(arch)
     modules = sorted({axis.module for space in arch.spaces for axis in space.into})
-    domains, clock = 1 + max(batch.domain for batch in batches), clock or Clock(model.device)
+    domains = 1 + max(batch.domain for batch in batches)
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(domains, dtype=torch.float64)
     with _frozen(model):
@@ -55,9 +116,10 @@ def saliencies(
             if not predicted:
                 continue
             counts[batch.domain] += predicted
+
             with clock.running(batch.domain):
-                gradients = _backward(model, modules, batch.ids, labels, predicted)
-            for name, sum_of_batch in gradients.items():
+                found = of_batch(batch, partial(_backward, model, modules, labels, predicted))
+            for name, sum_of_batch in found.items():
                 total = sums.setdefault(name, torch.zeros(domains, len(sum_of_batch), dtype=torch.float64))
                 total[batch.domain] += sum_of_batch.cpu()
     add_up_([counts, *(sums[name] for name in sorted(sums))])
@@ -66,25 +128,26 @@ def saliencies(
 
 @torch.enable_grad()
 def _backward(
-    model: PreTrainedModel, modules: Sequence[str], ids: Tensor, labels: Tensor, predicted: int
+    model: PreTrainedModel,
+    modules: Sequence[str],
+    labels: Tensor,
+    predicted: int,
+    start: Tensor,
+    reduce: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
+    """What `reduce` makes of x ∂L/∂x, shape `(..., n)`, by module, with embeddings `start`."""
     seen: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
         x.retain_grad()
         seen[name] = x
 
-    ids = ids.to(model.device)
     # The weights are frozen, so the graph has to begin at the embeddings.
-    start = model.get_input_embeddings()(ids).detach().requires_grad_()
+    start = start.detach().requires_grad_()
     with observe(model, modules, see):
-        loss = model(inputs_embeds=start, labels=labels.to(ids.device), use_cache=False).loss
+        loss = model(inputs_embeds=start, labels=labels.to(start.device), use_cache=False).loss
     (loss * predicted).backward()
-    return {
-        name: (x.detach() * x.grad).abs().double().flatten(0, -2).sum(0)
-        for name, x in seen.items()
-        if x.grad is not None
-    }
+    return {name: reduce((x.detach() * x.grad).double()) for name, x in seen.items() if x.grad is not None}
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from .gram import add_product_, operand, submatrix, update_gram_
 
 # The fields of Moments that not every run gathers and that files may hold.
 OPTIONAL = ("gram", "saliency", "energy")
+# The fields of ErrorMoments.
+ERROR = ("mean", "cross", "energy")
 # So many tokens are in memory in fp64 at a time.
 PRECISE_TOKENS = 256
 
@@ -29,10 +31,21 @@ class ErrorMoments:
     Attributes:
         mean: The mean E[e] of the error e, shape `(out,)`, fp32.
         cross: The cross-moment E[e xᵀ], shape `(out, n)`, fp32.
+        energy: The energy E‖e‖², shape `()`, fp64.
     """
 
     mean: Tensor
     cross: Tensor
+    energy: Tensor
+
+    @classmethod
+    def empty(cls, out: int, size: int, device: torch.device | str = "cpu") -> ErrorMoments:
+        """Moments of no errors, shape `(out,)` each, beside inputs of shape `(size,)`."""
+        return cls(
+            mean=torch.zeros(out, device=device),
+            cross=torch.zeros(out, size, device=device),
+            energy=torch.zeros((), dtype=torch.float64, device=device),
+        )
 
     @torch.no_grad()
     def update(self, error: Tensor, x: Tensor, share: float) -> None:
@@ -45,6 +58,7 @@ class ErrorMoments:
         """
         error, x = (tensor.to(self.cross.device) for tensor in (error, x))
         self.mean.lerp_(error.float().mean(0), share)
+        self.energy.lerp_(error.float().square().sum(-1).double().mean(), share)
         add_product_(self.cross, error, x, share)
 
 
@@ -59,7 +73,8 @@ class Moments:
         mean: The mean E[x], shape `(n,)`, fp64.
         square: The second moment E[x²] of each component, shape `(n,)`, fp64.
         gram: The Gram matrix E[x xᵀ], shape `(n, n)`, fp32; None where only the diagonal is kept.
-        saliency: The first-order Taylor term E|x ∂L/∂x|, shape `(n,)`, fp64; None where no gradients are needed.
+        saliency: What passes through the whole model have said of each component, shape `(n,)`, fp64, such as the
+            first-order Taylor term E|x ∂L/∂x|; None where no criterion asks for it.
         energy: The output energy E‖W x‖² with the dense weight W of the consumer, shape `()`, fp64; None where no
             output was seen.
         error: The error that error feedback asks the consumer to make up for; None where there is none.
@@ -90,9 +105,7 @@ class Moments:
             mean=torch.zeros(size, dtype=torch.float64, device=device),
             square=torch.zeros(size, dtype=torch.float64, device=device),
             gram=torch.zeros(size, size, device=device) if gram else None,
-            error=None
-            if out is None
-            else ErrorMoments(torch.zeros(out, device=device), torch.zeros(out, size, device=device)),
+            error=None if out is None else ErrorMoments.empty(out, size, device),
         )
 
     @torch.no_grad()
@@ -245,7 +258,8 @@ class Blend:
             tensor.div_(self._seen_total if name == "saliency" else self._total)
         means = dict(self._sums)
         self._sums = {}
-        error = ErrorMoments(means.pop("error.mean"), means.pop("error.cross")) if "error.mean" in means else None
+        seen = {name: means.pop(f"error.{name}") for name in ERROR} if "error.mean" in means else {}
+        error = ErrorMoments(**seen) if seen else None
         return Moments(self._count, means.pop("mean"), means.pop("square"), error=error, **means)
 
 
@@ -253,7 +267,7 @@ def _tensors_of(moments: Moments) -> dict[str, Tensor]:
     """The tensors of moments by the name of their field."""
     tensors = {name: getattr(moments, name) for name in ("mean", "square", *OPTIONAL)}
     if moments.error is not None:
-        tensors |= {"error.mean": moments.error.mean, "error.cross": moments.error.cross}
+        tensors |= {f"error.{name}": getattr(moments.error, name) for name in ERROR}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 

@@ -154,12 +154,12 @@ class ModelPasses:
             run_model(base, self.batches[index].ids)
 
 
-class GradientPasses:
-    """Passes whose moments also say what the loss makes of every component.
+class SaliencyPasses:
+    """Passes whose moments also hold what passes through the whole model have said of every component.
 
     Args:
         passes: The passes that gather everything else.
-        saliency: E|x ∂L/∂x| by module, shape `(domains, n)`; see `calibration.gradients.saliencies`.
+        saliency: What they have said, by module, shape `(domains, n)`; see `criteria.base.Saliencies`.
     """
 
     def __init__(self, passes: Passes, saliency: Mapping[str, Tensor]):

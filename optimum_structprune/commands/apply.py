@@ -30,10 +30,10 @@ def run(args: Namespace) -> Result:
     """Apply the plan, save the model, and say what it removed."""
     from pathlib import Path
 
-    from ..saving.hub import PLAN_NAME, save_applied
+    from ..saving.hub import save_applied
     from ..saving.target import check_target, probe_target
     from ..surgery.apply import apply_plan
-    from ..surgery.plan import Plan
+    from ..surgery.plan import PLAN_NAME, Plan
     from .loading import load_model_and_tokenizer
 
     path = Path(args.plan) / PLAN_NAME if Path(args.plan).is_dir() else Path(args.plan)

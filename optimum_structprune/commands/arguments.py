@@ -59,35 +59,6 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace the output folder.")
 
 
-def add_text_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags that name text and tasks to measure models by."""
-    parser.add_argument(
-        "--domain",
-        action="append",
-        default=[],
-        type=domain,
-        metavar="NAME=SOURCE",
-        help=f"Text that is read in its own order. Repeatable. {SOURCES}",
-    )
-    parser.add_argument(
-        "--task",
-        action="append",
-        default=[],
-        metavar="NAME|FILE.jsonl",
-        help="A task of lm_eval, or a file of multiple-choice items in lines of JSON. Repeatable.",
-    )
-    parser.add_argument("--seq-length", type=int, default=512, metavar="N", help="Tokens per sample (512).")
-    parser.add_argument(
-        "--num-samples",
-        "--num-blocks",
-        type=int,
-        metavar="N",
-        help="Samples per domain at most; by default each domain is read to its end.",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="Items per task at most.")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="Sequences per forward pass (1).")
-
-
 def add_trust_argument(parser: ArgumentParser) -> None:
     """Declare the flag that allows code of the model's author."""
     parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")

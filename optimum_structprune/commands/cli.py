@@ -26,6 +26,7 @@ COMMANDS = (
     "recover",
     "evaluate",
     "compare",
+    "report",
     "benchmark",
     "inspect",
     "export",

@@ -6,11 +6,13 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import add_arch_argument, add_loading_arguments, add_text_arguments
+from .evaluate import add_measuring_arguments
 from .output import Result, add_output_arguments
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ..evaluation.evaluate import Evaluation
     from ..evaluation.side_by_side import Facts, SideBySide
 
@@ -22,7 +24,7 @@ BATCH_SIZE, PROMPT = 1, 128
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("models", nargs="+", metavar="model", help="Model ids or folders.")
-    add_text_arguments(parser)
+    add_measuring_arguments(parser)
     parser.add_argument("--speed", action="store_true", help="Also measure how fast they read and write tokens.")
     parser.add_argument("--csv", metavar="FILE", help="Write the table to a file of comma-separated values.")
     parser.add_argument(
@@ -30,8 +32,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="Draw quality against size to an .svg, .png or .pdf file; joined are those that no other beats in both.",
     )
-    add_arch_argument(parser)
-    add_loading_arguments(parser)
     add_output_arguments(parser, file=True, reads_text=True)
 
 
@@ -95,7 +95,7 @@ def _facts(path: str, args: Namespace) -> Facts:
     return Facts.of(model, _evaluation(model, tokenizer, args), args.arch_file)
 
 
-def _evaluation(model, tokenizer, args: Namespace) -> Evaluation | None:
+def _evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: Namespace) -> Evaluation | None:
     from ..evaluation.evaluate import evaluate
 
     if not (args.domain or args.task):

@@ -9,16 +9,22 @@ from .output import Result, add_output_arguments
 
 
 NAME = "export"
-HELP = "Save a non-uniform model with one width for all layers, filled up with zeros."
+HELP = "Write a model for llama.cpp (OUT.gguf), or a non-uniform one with one width for all layers (--pad-uniform)."
+ENDING = ".gguf"
+# GGUF's own names for the dtypes that a file can have.
+GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags."""
-    add_path_arguments(parser, "Folder or id of the pruned model.", "Folder for the exported model.")
+    add_path_arguments(
+        parser,
+        "Folder or id of the pruned model.",
+        f"File for llama.cpp, which ends in {ENDING}; with --pad-uniform, folder for the padded model.",
+    )
     parser.add_argument(
         "--pad-uniform",
         action="store_true",
-        required=True,
         help="Fill narrower layers up with zeros, for runtimes that take one width only.",
     )
     add_arch_argument(parser)
@@ -27,6 +33,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> Result:
+    """Write the model in the form that the flags name."""
+    from ..errors import StructPruneError
+
+    if args.output.endswith(ENDING) == args.pad_uniform:
+        raise StructPruneError(
+            f"Name a file OUT{ENDING} for llama.cpp, or a folder with --pad-uniform for runtimes that take one width "
+            f"only. A padded folder can be written as OUT{ENDING} afterwards."
+        )
+    return _pad(args) if args.pad_uniform else _write_gguf(args)
+
+
+def _pad(args: Namespace) -> Result:
     """Pad the model, save it, and say what that costs."""
     from dataclasses import asdict
 
@@ -41,3 +59,20 @@ def run(args: Namespace) -> Result:
     )
     padding = export_uniform(model, args.output, tokenizer, args.overwrite, args.arch_file)
     return Result(f"{padding}\nsaved to {args.output}", {"parameters": asdict(padding), "output": args.output})
+
+
+def _write_gguf(args: Namespace) -> Result:
+    """Write the file for llama.cpp."""
+    from dataclasses import asdict
+
+    from ..saving.gguf_file import check_gguf, export_gguf
+    from ..saving.target import check_file, probe_target
+    from .loading import load_config, load_model_and_tokenizer, weights_bytes
+
+    check_gguf(load_config(args.model, args.trust_remote_code))
+    check_file(args.output, args.overwrite, [args.model])
+    probe_target(args.output, weights_bytes(args.model))
+    dtype = GGUF_DTYPES.get(args.dtype, args.dtype)
+    model, tokenizer = load_model_and_tokenizer(args.model, dtype, args.device, args.trust_remote_code)
+    written = export_gguf(model, args.output, tokenizer, args.overwrite)
+    return Result(f"{written}\nsaved to {args.output}", {**asdict(written), "output": args.output})

@@ -17,7 +17,7 @@ from .output import Result, add_output_arguments
 
 
 NAME = "recover"
-HELP = "Train a pruned model with LoRA, with or without a teacher, and save it."
+HELP = "Train a pruned model, with or without a teacher, and save it."
 
 
 def add_arguments(parser: ArgumentParser) -> None:

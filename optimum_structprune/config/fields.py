@@ -21,6 +21,7 @@ from ..registry import did_you_mean
 # Why a field is gone; see `Serialisable.REMOVED`.
 NO_GAIN = "it brought nothing in our benchmark (docs/benchmarks.md)"
 T = TypeVar("T", bound=type)
+Self = TypeVar("Self", bound="Serialisable")
 # `strict` would refuse 1 where 1.0 is meant; to a type checker an int is a float already.
 if TYPE_CHECKING:
     Number = float
@@ -78,7 +79,7 @@ class Serialisable:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]):
+    def from_dict(cls: type[Self], data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`.
 
         Raises:

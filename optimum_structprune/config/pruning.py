@@ -66,13 +66,14 @@ class StructPruneConfig(Serialisable):
         targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths.
         criterion: The registered criterion that scores the units. None stands for `obs` with a least-squares refit,
             and for `wanda` otherwise.
-        refit: What makes up for the removed units: `none`, `bias` or `least_squares`.
+        refit: What makes up for the removed units: `none`, `bias`, `slope` or `least_squares`.
         rounds: How many times calibration, scoring and removal are repeated; each round removes a part.
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
-            ranks all units of the model by score. The others go by the measured loss of the model: `sensitivity`
-            gives each layer widths of its own, `search` may also remove whole layers, and `search_uniform` looks for
-            the best number of layers and the best widths, the same everywhere.
+            ranks all units of the model by score, `cosine` takes more from layers that change the residual stream
+            less. The others go by the measured loss of the model: `sensitivity` gives each layer widths of its own,
+            `search` may also remove whole layers, and `search_uniform` looks for the best number of layers and the
+            best widths, the same everywhere.
         min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with
             other allocations than `uniform`, and where the layers of the model differ in width already.
         max_width: The share of its units that a layer keeps at most, where `min_width` says at least.
@@ -133,10 +134,10 @@ class StructPruneConfig(Serialisable):
     budget: dict[str, Number] | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
     criterion: str | None = None
-    refit: Literal["none", "bias", "least_squares"] = "least_squares"
+    refit: Literal["none", "bias", "slope", "least_squares"] = "least_squares"
     rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
-    allocation: Literal["uniform", "global", "sensitivity", "search", "search_uniform"] = "uniform"
+    allocation: Literal["uniform", "global", "cosine", "sensitivity", "search", "search_uniform"] = "uniform"
     min_width: Number = validated_field(share, default=0.1)
     max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
@@ -209,13 +210,18 @@ class StructPruneConfig(Serialisable):
 
     @property
     def fits(self) -> bool:
-        """Whether kept weights are fitted to the dense outputs, which takes Gram matrices."""
+        """Whether every kept weight is fitted to the dense outputs."""
         return self.refit == "least_squares"
 
     @property
     def searches(self) -> bool:
         """Whether widths follow from measured losses."""
         return self.allocation in MEASURED
+
+    @property
+    def correlates(self) -> bool:
+        """Whether the refit reads Gram matrices."""
+        return self.refit in ("slope", "least_squares")
 
     @property
     def reweights(self) -> bool:
@@ -349,11 +355,14 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         "recovery with every_round=True makes each round a pruning of its own, and adaptive_rate, objective, "
         "max_perplexity_ratio, keep_rounds and checkpoint_dir span rounds; leave out either",
     )
-    yield (
-        every_round and config.stats is not None,
-        "recovery with every_round=True calibrates on a trained model after each round, but stats="
-        f"{config.stats!r} holds moments of the dense model; leave out one of the two",
-    )
+    for needs_text, text in (
+        (config.allocation == "cosine", "allocation='cosine' runs the model on text"),
+        (every_round, "recovery with every_round=True calibrates on a trained model after each round"),
+    ):
+        yield (
+            needs_text and config.stats is not None,
+            f"{text}, but stats={config.stats!r} holds moments of the dense model; leave out one of the two",
+        )
     yield (
         config.stats is not None and recovery is not None and recovery.domains is None and config.domains is None,
         f"recovery trains on text, stats={config.stats!r} holds none, and no domain is named; name them in domains, "

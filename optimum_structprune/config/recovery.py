@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
@@ -15,13 +15,15 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": 
 TRAINING = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 4,
-    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "logging_steps": 10,
     "include_num_input_tokens_seen": "all",
     "report_to": "none",
 }
+
+# The learning rates of the ways to train.
+RATES = {"lora": 1e-3, "full": 1e-4, "scales": 1e-2}
 
 
 def _proportion(value: Any) -> None:
@@ -33,7 +35,7 @@ def _proportion(value: Any) -> None:
 @strict
 @dataclass(kw_only=True)
 class RecoveryConfig(Serialisable):
-    """How a pruned model is trained: LoRA, with or without a teacher.
+    """How a pruned model is trained, with or without a teacher.
 
     Fields that are None follow the pruning config where there is one, and its defaults otherwise.
 
@@ -41,9 +43,11 @@ class RecoveryConfig(Serialisable):
         tokens: The number of training tokens in all; every domain gives the same number.
         seq_length: The number of tokens in a training sample.
         domains: The training text; documents that the perplexity is measured on are left out.
+        train: What is trained. `lora` trains a low-rank adapter, `full` all weights, `scales` the norms and one factor
+            for each component that a consumer inside the layers reads, which fold into its weights.
         lora: Fields of `peft.LoraConfig`, laid over `LORA`.
-        training: Fields of `transformers.TrainingArguments`, laid over `TRAINING`. With an `output_dir`, checkpoints
-            go there and training can be resumed.
+        training: Fields of `transformers.TrainingArguments`, laid over `TRAINING` and the learning rate in `RATES`.
+            With an `output_dir`, checkpoints go there and training can be resumed.
         kl_weight: The share of the divergence from the teacher in the loss; the rest is cross-entropy. Without a
             teacher the loss is cross-entropy whatever stands here.
         temperature: The number that the logits of both models are divided by before they are compared.
@@ -70,6 +74,7 @@ class RecoveryConfig(Serialisable):
     tokens: int = validated_field(positive, default=200_000)
     seq_length: int | None = validated_field(positive, default=None)
     domains: list[DomainConfig] | None = None
+    train: Literal["lora", "full", "scales"] = "lora"
     lora: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     kl_weight: Number = validated_field(_proportion, default=0.25)
@@ -103,6 +108,16 @@ class RecoveryConfig(Serialisable):
         """Refuse an empty list of domains, and two of the same name."""
         if self.domains is not None:
             check_names(self.domains)
+
+    def validate_train(self) -> None:
+        """Refuse what belongs to another way of training."""
+        if self.lora and self.train != "lora":
+            raise ValueError(f"lora={self.lora} belongs to train='lora', got train={self.train!r}; leave out either")
+        if self.train == "full" and not self.merge:
+            raise ValueError(
+                "merge=False keeps an adapter apart, and train='full' trains the weights themselves; leave merge out, "
+                "or use train='lora' or 'scales'"
+            )
 
     def validate_rounds(self) -> None:
         """Refuse to leave an adapter beside a model that is pruned further."""

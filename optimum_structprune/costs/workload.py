@@ -15,7 +15,7 @@ from ..domains.load import num_heldout
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def workload(
         itemsize=itemsize,
         rounds=config.rounds,
         feedback=config.fits and config.error_feedback > 0 and config.stats is None,
-        gram=config.fits or bool(criterion and criterion.needs_gram),
+        gram=config.correlates or bool(criterion and criterion.needs_gram),
         factors=config.scored_by == "obs",
         apart=config.aggregation != "mean" or config.normalisation not in ("none", "energy"),
         fits=config.fits,
@@ -211,7 +211,7 @@ def workload(
     )
 
 
-def _active(text) -> int:
+def _active(text: PreTrainedConfig) -> int:
     """The number of experts that a token goes to."""
     return next((n for key in ("num_experts_per_tok", "top_k") if isinstance(n := getattr(text, key, None), int)), 1)
 

@@ -1,10 +1,13 @@
 """Criteria: they turn weights and moments into one score per unit (higher = keep)."""
 
-from .base import CRITERIA, Criterion, per_unit, register_criterion
+from .base import CRITERIA, Criterion, per_unit, register_criterion, saliencies_for
 from .flap import Flap
+from .iterative_norm import IterativeNorm
 from .magnitude import Magnitude
 from .obs import OptimalBrainSurgeon
+from .pip import PerturbedViews
 from .random import Random
+from .slimllm import SlimLLM
 from .taylor import Taylor
 from .wanda import Wanda
 
@@ -13,11 +16,15 @@ __all__ = [
     "CRITERIA",
     "Criterion",
     "Flap",
+    "IterativeNorm",
     "Magnitude",
     "OptimalBrainSurgeon",
+    "PerturbedViews",
     "Random",
+    "SlimLLM",
     "Taylor",
     "Wanda",
     "per_unit",
     "register_criterion",
+    "saliencies_for",
 ]

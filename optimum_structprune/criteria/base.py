@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
+from ..calibration.gradients import saliencies
 from ..calibration.moments import Moments
 from ..config.pruning import StructPruneConfig
 from ..registry import Registry
+
+
+# What gives `Moments.saliency`: a function of a model, its description, the samples and a clock. It returns one tensor
+# per consumer, by module, shape `(domains, n)`, fp64.
+Saliencies = Callable[..., "dict[str, Tensor]"]
 
 
 class Criterion(ABC):
@@ -20,11 +27,13 @@ class Criterion(ABC):
 
     Attributes:
         needs_gram: Whether `score` reads `moments.gram`; without it only mean and second moment are gathered.
-        needs_gradient: Whether `score` reads `moments.saliency`, which takes a backward pass through the whole model.
+        needs_gradient: Whether `score` reads a `moments.saliency` that takes backward passes through the whole model.
+        watches: What gives `moments.saliency` in place of E|x ∂L/∂x|; None where it is that, or not read at all.
     """
 
     needs_gram: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
+    watches: ClassVar[Saliencies | None] = None
 
     def __init__(self, config: StructPruneConfig):
         self.config = config
@@ -41,6 +50,28 @@ class Criterion(ABC):
         Returns:
             The scores, shape `(units,)`.
         """
+
+    def exchanged(
+        self, keep: tuple[int, ...], others: Sequence[int], weight: Tensor, moments: Moments, columns_per_unit: int
+    ) -> tuple[int, ...]:
+        """The units to keep, where a set of units is judged otherwise than by the sum of their scores.
+
+        Args:
+            keep: The units with the highest scores, ascending.
+            others: The units that would go.
+            weight: The dense weight of the consumer, shape `(out, n)`, fp32.
+            moments: The moments of its input, of the domain mixture.
+            columns_per_unit: The number of columns that a unit owns.
+
+        Returns:
+            As many units, ascending; here those with the highest scores.
+        """
+        return keep
+
+
+def saliencies_for(criterion: type[Criterion]) -> Saliencies | None:
+    """What gives the `moments.saliency` that a criterion reads; None where it reads none."""
+    return criterion.watches or (saliencies if criterion.needs_gradient else None)
 
 
 def per_unit(columns: Tensor, columns_per_unit: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..calibration.moments import Blend, Moments
 from .aggregate import aggregate, normalised
+from .base import per_unit
 
 
 if TYPE_CHECKING:
@@ -109,6 +110,11 @@ class Scoring:
         left = moments if self.columns is None else moments.select(self.columns)
         return self.criterion.score(self.weight, left, self.columns_per_unit)
 
+    def carried(self, moments: Moments) -> Tensor:
+        """How much output each unit carries by these moments, Σ_j ‖W_:j‖² E[x_j²] over its columns j; `(units,)`."""
+        square = moments.square if self.columns is None else moments.square[self.columns.to(moments.square.device)]
+        return per_unit(square.to(self.weight) * self.weight.square().sum(0), self.columns_per_unit)
+
 
 @dataclass(frozen=True)
 class Pooled:
@@ -117,10 +123,13 @@ class Pooled:
     Attributes:
         scores: One score per unit, shape `(units,)`, higher = keep; nothing where the units are not scored.
         moments: The moments of the domain mixture, each domain divided by its output energy.
+        carried: How much output each unit carries in each domain, see `Scoring.carried`, shape `(domains, units)`;
+            None where the units are not scored, or a domain has no token here.
     """
 
     scores: Tensor
     moments: Moments
+    carried: Tensor | None = None
 
 
 class Pool:
@@ -139,6 +148,7 @@ class Pool:
         self._blend, self._shares = Blend(), iter(mixture.shares)
         self._scores: list[Tensor] = []
         self._seen: list[float] = []
+        self._carried: list[Tensor] = []
         # The output energy of the first domain, and whether tokens and outputs other than zero have come in.
         self._first, self._tokens, self._loud = 0.0, False, False
 
@@ -150,6 +160,8 @@ class Pool:
             take: Whether their Gram matrix may be taken over; they have none afterwards.
         """
         share = next(self._shares)
+        if self.scoring is not None and moments.count:
+            self._carried.append(self.scoring.carried(moments))
         energy = 0.0 if self.mixture.normalisation == "none" else output_energy(self.weight, moments)
         self._start_anew(bool(moments.count), energy > 0)
         # Not every expert gets tokens of every domain, and a domain without output asks for nothing to be kept.
@@ -173,10 +185,13 @@ class Pool:
         if self.scoring is None:
             return Pooled(self.weight.new_zeros(0), moments)
         if self.mixture.pools_scores:
-            return Pooled(self.scoring.of(moments), moments)
+            return Pooled(self.scoring.of(moments), moments, self._all_carried())
         total = sum(self._seen)
         scores = self.mixture.together(torch.stack(self._scores), [share / total for share in self._seen])
-        return Pooled(scores, moments)
+        return Pooled(scores, moments, self._all_carried())
+
+    def _all_carried(self) -> Tensor | None:
+        return torch.stack(self._carried) if len(self._carried) == len(self.mixture.shares) else None
 
     def _start_anew(self, tokens: bool, loud: bool) -> None:
         """Forget the domains so far where the next one has what none of them had: tokens, or an output."""

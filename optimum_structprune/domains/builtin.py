@@ -10,6 +10,7 @@ import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from ..errors import StructPruneError
 from ..registry import did_you_mean
@@ -100,7 +101,7 @@ def _prose(rng: Random) -> Iterator[str]:
     return _in_turn(streams)
 
 
-def _parts(read: Callable[..., str], *arguments) -> Iterator[str]:
+def _parts(read: Callable[..., str], *arguments: Any) -> Iterator[str]:
     # A generator, so that a file is only read, and parsed, when its turn comes.
     yield from (part for part in sections(read(*arguments)) if len(part) >= SHORTEST)
 

@@ -198,7 +198,7 @@ def _hub_rows(reader: _Reader) -> Iterable[Row]:
     return rows.shuffle(seed=reader.seed, buffer_size=HUB_BUFFER)
 
 
-def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], *arguments) -> Iterator[T]:
+def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
     try:
         yield from read(*arguments)
     except StopIteration:  # what `datasets` makes of a file without rows

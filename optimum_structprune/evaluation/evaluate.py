@@ -41,6 +41,7 @@ class Evaluation:
         agreement: The share of predicted tokens for which both models find the same one likeliest, by domain.
         tasks: The scores, `{task: {"model": {"acc": …, "acc_stderr": …, …}, "dense": {…}}}`.
         warnings: The reasons why these numbers may be too good.
+        shared: The domains that share something with what the model was calibrated on; None where that is not known.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Evaluation:
     agreement: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, Scores] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    shared: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers as plain values."""
@@ -149,7 +151,10 @@ def evaluate(
         seq_length=seq_length,
         prefix=None if prefix is None else str(tokenizer.convert_ids_to_tokens(prefix)),
     )
-    evaluation.warnings = _overlaps(manifest or _manifest(model), texts)
+    if (manifest := manifest or _manifest(model)) is not None:
+        overlaps = _overlaps(manifest, texts)
+        evaluation.shared = list(overlaps)
+        evaluation.warnings = [sentence for sentences in overlaps.values() for sentence in sentences]
     for warning in evaluation.warnings:
         warnings.warn(warning, stacklevel=2)
     for text in texts:
@@ -180,14 +185,15 @@ def _manifest(model: PreTrainedModel) -> Manifest | None:
     return Manifest.load(path) if path.is_file() else None
 
 
-def _overlaps(manifest: Manifest | None, texts: Sequence[Heldout]) -> list[str]:
-    if manifest is None:
-        return []
-    return [
-        f"The domain {text.domain.name!r}: {shared}."
+def _overlaps(manifest: Manifest, texts: Sequence[Heldout]) -> dict[str, list[str]]:
+    """What texts share with the calibration, in sentences, by domain; without those that share nothing."""
+    found = {
+        text.domain.name: [
+            f"The domain {text.domain.name!r}: {shared}." for shared in manifest.overlaps(text.domain, text.documents)
+        ]
         for text in texts
-        for shared in manifest.overlaps(text.domain, text.documents)
-    ]
+    }
+    return {name: sentences for name, sentences in found.items() if sentences}
 
 
 def _check(

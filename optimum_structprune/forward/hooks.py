@@ -50,7 +50,9 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
 
 
 @contextmanager
-def observe_products(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Tensor | None], None]):
+def observe_products(
+    model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Tensor | None], None]
+) -> Iterator[None]:
     """Call `see(name, input, product)` whenever a module has run.
 
     Args:

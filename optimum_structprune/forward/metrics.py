@@ -34,7 +34,7 @@ def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def run_model(model: PreTrainedModel, ids: Tensor, **more: Any):
+def run_model(model: PreTrainedModel, ids: Tensor, **more: Any) -> Any:
     """Run one forward pass over a batch; an encoder-decoder model reads the same text on both sides.
 
     Args:
@@ -53,7 +53,7 @@ def run_model(model: PreTrainedModel, ids: Tensor, **more: Any):
     return model(ids, **more)
 
 
-def outputs_of(output) -> Tensor:
+def outputs_of(output: Any) -> Tensor:
     """The main tensor of a model's output: the logits where there are some, the last hidden states otherwise."""
     return output.logits if getattr(output, "logits", None) is not None else output[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..arch.spec import ArchSpec, Widths
 from ..domains.manifest import Entry
 from ..errors import StructPruneError
+from ..saving.details import choices_of_list, choices_to_list
 from ..surgery.plan import Plan
 from ..system.fingerprint import fingerprint
 from ..system.processes import process_index, wait_for_all
@@ -101,6 +102,7 @@ class Checkpoint:
         name = f"round-{number}.safetensors"
         plan = Plan("", snapshot.keep).to_dict()
         state = {"key": self.key, "round": number, "tensors": name, "shares": list(shares), "plan": plan}
+        state["choices"] = choices_to_list(snapshot.choices)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, self.folder / name)
@@ -137,7 +139,9 @@ class Checkpoint:
         with readable(self.folder):
             tensors = load_file(self.folder / state["tensors"])
             keep = Plan.from_dict(state["plan"]).keep
-            return State(number, tuple(state["shares"]), _snapshot(arch, keep, tensors), measured)
+            # Checkpoints of before have no choices.
+            snapshot = replace(_snapshot(arch, keep, tensors), choices=choices_of_list(state.get("choices", [])))
+            return State(number, tuple(state["shares"]), snapshot, measured)
 
 
 @contextmanager
@@ -153,7 +157,9 @@ def readable(folder: Path) -> Iterator[None]:
         raise StructPruneError(f"{folder} is not a readable checkpoint ({error}); remove it to start anew.") from error
 
 
-def _snapshot(arch: ArchSpec, keep: Mapping[tuple[int, str], tuple[int, ...]], tensors: Mapping[str, Tensor]):
+def _snapshot(
+    arch: ArchSpec, keep: Mapping[tuple[int, str], tuple[int, ...]], tensors: Mapping[str, Tensor]
+) -> Snapshot:
     axes = [axis for space in arch.spaces if (space.layer, space.name) in keep for axis in space.into]
     return Snapshot(keep, {axis: (tensors[f"{i}.weight"], tensors.get(f"{i}.bias")) for i, axis in enumerate(axes)})
 

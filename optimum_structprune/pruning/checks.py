@@ -16,9 +16,10 @@ from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Widths
 from ..calibration.gradients import check_gradients
 from ..calibration.passes import check_sequential
 from ..calibration.stored import Statistics
+from ..calibration.whole import check_dense
 from ..config.domains import PRESET, SELF
 from ..config.pruning import StructPruneConfig
-from ..criteria import CRITERIA
+from ..criteria import CRITERIA, saliencies_for
 from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError
 from ..saving.target import probe_folder
@@ -139,8 +140,8 @@ def offloading_rules(case: Case) -> Rules:
     yield (case.use == TRAINER, f"{name} is offloaded, and a Trainer trains weights in memory; {advice}.")
     yield (is_quantized(case.model), f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
     yield (
-        CRITERIA.get(config.scored_by).needs_gradient,
-        f"criterion={config.scored_by!r} takes a backward pass through all layers of {name}, which is offloaded; "
+        saliencies_for(CRITERIA.get(config.scored_by)) is not None,
+        f"criterion={config.scored_by!r} takes passes through all layers of {name} at once, which is offloaded; "
         f"choose criterion='obs' or 'wanda', or {advice}.",
     )
     if case.use != CALIBRATE:
@@ -185,9 +186,13 @@ def criterion_rules(case: Case) -> Rules:
         f"its own, or choose a criterion for {(others or names)[0]!r}: {LAYER!r} is judged by {BLOCK_INFLUENCE!r} "
         "then.",
     )
-    # An unknown name is refused here, and a criterion that needs gradients where there are none.
-    if not judges_layers(config) and CRITERIA.get(config.scored_by).needs_gradient:
+    if judges_layers(config):
+        return
+    criterion = CRITERIA.get(config.scored_by)  # an unknown name is refused here
+    if criterion.needs_gradient:
         check_gradients(case.arch)
+    elif criterion.watches is not None:
+        check_dense(case.arch)
 
 
 def space_rules(case: Case) -> Rules:
@@ -202,6 +207,11 @@ def space_rules(case: Case) -> Rules:
     yield (
         HIDDEN in names and config.refit == "bias",
         f"refit='bias' needs a bias in all that reads {HIDDEN!r}; use refit='least_squares' or 'none'.",
+    )
+    yield (
+        HIDDEN in names and config.refit == "slope",
+        f"refit='slope' is for consumers inside the layers, and {HIDDEN!r} is read all over the model; use "
+        "refit='least_squares' or 'none'.",
     )
     biased_spaces(config, arch, [name for name in names if arch.of(name)[0].inside])
     yield (
@@ -243,6 +253,15 @@ def statistics_rules(case: Case) -> Rules:
         CRITERIA.get(config.scored_by).needs_gradient and not statistics.saliency,
         f"criterion={config.criterion!r} needs gradients, which {config.stats} does not hold; write them with "
         f"`structprune calibrate MODEL {config.stats} --criterion {config.criterion} --overwrite`.",
+    )
+    yield from _never_stored(config)
+
+
+def _never_stored(config: StructPruneConfig) -> Rules:
+    yield (
+        CRITERIA.get(config.scored_by).watches is not None,
+        f"criterion={config.criterion!r} goes by passes through the whole model, of which nothing is stored; prune "
+        "without stats, or choose criterion='obs', 'wanda', 'flap' or 'taylor'.",
     )
 
 
@@ -314,6 +333,7 @@ def calibrate_rules(case: Case) -> Rules:
         "tokens that are routed to them in a run; only the moments of dense models are stored. Prune it without "
         "stats.",
     )
+    yield from _never_stored(case.config)
 
 
 # Rules that need no model, so that a mistake shows as early as can be.

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..arch.spec import ArchSpec
-from ..calibration.gradients import saliencies
-from ..calibration.passes import GradientPasses, Passes, batches_of, passes_over
+from ..calibration.passes import Passes, SaliencyPasses, batches_of, passes_over
 from ..calibration.stored import Statistics, StoredPasses
 from ..calibration.tally import Batch
-from ..criteria import CRITERIA
+from ..criteria import CRITERIA, saliencies_for
 from ..criteria.layers import LAYER_CRITERIA
 from ..criteria.mixture import Mixture
 from ..domains.load import Domain, calibration_domains, split_samples
@@ -125,13 +124,13 @@ class Evidence:
         number in all stays the same.
         """
         config = self.config
-        gradient = CRITERIA.get(config.scored_by).needs_gradient
+        watch = saliencies_for(CRITERIA.get(config.scored_by))
         if self.statistics is not None:
-            return StoredPasses(self.statistics, self.domains, gradient, next(model.parameters()).device)
+            return StoredPasses(self.statistics, self.domains, watch is not None, next(model.parameters()).device)
         batches = self.own_batches
-        saliency = saliencies(model, arch, batches, self.clock) if gradient else {}
+        saliency = None if watch is None else watch(model, arch, batches, self.clock)
         passes = self.run_passes(model, arch, batches, self.clock, config.error_feedback if config.fits else 0.0)
-        return GradientPasses(passes, saliency) if gradient else passes
+        return passes if saliency is None else SaliencyPasses(passes, saliency)
 
     def reweighted(self, ratios: Mapping[str, float]) -> Evidence:
         """The evidence of the next round, in which a domain counts more that has lost more.

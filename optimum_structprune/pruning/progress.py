@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..calibration.passes import PassesState
 from ..errors import StructPruneError
+from ..saving.details import Choices, choices_of_list, choices_to_list
 from ..surgery.plan import Plan
 from ..system.processes import process_count, process_index, wait_for_all
 from .checkpoint import readable
@@ -34,7 +35,9 @@ class Progress:
     folder: Path
     key: str
 
-    def save(self, layer: int, plan: Plan, tensors: Mapping[str, Tensor], passes: PassesState) -> None:
+    def save(
+        self, layer: int, plan: Plan, tensors: Mapping[str, Tensor], passes: PassesState, choices: Choices
+    ) -> None:
         """Keep a finished layer, and what the next one starts from.
 
         The state names its files and replaces the former state in one step, after they are written. So a kill at any
@@ -45,6 +48,7 @@ class Progress:
             plan: The units that are kept so far.
             tensors: The tensors of the smaller layer, by their names inside it.
             passes: What the passes over the samples have reached.
+            choices: How these units were chosen, in summary.
 
         Raises:
             StructPruneError: If something cannot be written; the layers before are as they were then.
@@ -53,6 +57,7 @@ class Progress:
         name = f"passes-{layer}-{mine}.safetensors"
         values = {"key": self.key, "processes": process_count(), "layers": layer + 1}
         values |= {"plan": plan.to_dict(), "values": passes.values}
+        values["choices"] = choices_to_list(choices)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder / name, passes.tensors)
@@ -83,7 +88,9 @@ class Progress:
             layers = int(state["layers"])
             name = f"passes-{layers - 1}-{process_index()}-of-{process_count()}.safetensors"
             passes = PassesState(load_file(self.folder / name), dict(state["values"]))
-            return Finished(layers, Plan.from_dict(state["plan"]), passes)
+            # What a version before this one has saved has no choices.
+            choices = choices_of_list(state.get("choices", []))
+            return Finished(layers, Plan.from_dict(state["plan"]), passes, choices)
 
     def check(self) -> dict[str, Any] | None:
         """The description of what was saved last; None where the folder remembers no layer.
@@ -130,11 +137,13 @@ class Finished:
         layers: The number of finished layers.
         plan: The units that they keep.
         passes: What the passes over the samples have reached.
+        choices: How these units were chosen, in summary.
     """
 
     layers: int
     plan: Plan
     passes: PassesState
+    choices: Choices
 
 
 def _write(path: Path, tensors: Mapping[str, Any]) -> None:

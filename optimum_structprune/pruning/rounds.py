@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
-from ..arch.spec import Widths
-from ..saving.hub import PLAN_NAME, check_reload, save_checked
+from ..arch.spec import LAYER, MODEL, Widths
+from ..saving.hub import check_reload, save_checked
 from ..surgery.cut import adopt_config_, shrink_
-from ..surgery.plan import Plan
+from ..surgery.plan import PLAN_NAME, Plan
 from ..widths.budget import biased_spaces
 from .checkpoint import Checkpoint, run_key
 from .evidence import Evidence
@@ -22,6 +22,10 @@ from .run import Run
 from .steps import Step
 from .sweep import Sweep
 from .units import Snapshot
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def prune_units_(run: Run, step: Step) -> Plan:
@@ -70,9 +74,10 @@ class Rounds:
             key = run_key(self.config, run.model, run.evidence.entries(), step.target)
             self.checkpoint = Checkpoint(Path(self.config.checkpoint_dir), key)
             self.progress = Progress(Path(self.config.checkpoint_dir), f"{key}/{step.count}")
-            self.progress.check()
+            run.report.details.resumed = self.progress.check() is not None
             if (state := self.checkpoint.load(self.arch)) is not None:
                 self.done, run.report.rounds = state.number, state.measured
+                run.report.details.resumed = True
                 self.evidence = replace(self.evidence, shares=state.shares)
                 self.sweep.resume_(state.snapshot)
 
@@ -88,12 +93,14 @@ class Rounds:
             self._sweep_(widths, smaller)
         finally:
             self.run.changed = self.run.changed or self.sweep.shrunk
+        self._note_choices()
         self.record(widths, {})
         adopt_config_(self.run.model, new_config, smaller)
 
     def remove_masked_(self, widths: Widths) -> Plan:
         """Take what is masked out of the model, without another round."""
         self.run.changed = self.sweep.shrunk = True
+        self._note_choices()
         shrink_(self.run.model, self.arch, self.sweep.plan, widths, self.biased)
         return self.sweep.plan
 
@@ -141,12 +148,18 @@ class Rounds:
         if not self.sweep.shrunk:
             self.sweep.consumers.undo_()
 
-    def _sweep_(self, widths: Widths, smaller) -> None:
+    def _sweep_(self, widths: Widths, smaller: PreTrainedModel | None) -> None:
         number = self.done + 1
         with self.run.report.timed(f"round {number}"):
             passes = self.evidence.passes(self.run.model, self.arch)
             title = f"round {number}/{max(number, self.total)}"
-            self.sweep.run_(passes, self.evidence.mixture, widths, smaller, title, self.progress)
+            self.sweep.run_(passes, self.evidence.mixture, widths, smaller, title, self.progress, number, self.total)
+
+    def _note_choices(self) -> None:
+        """Hand the run what was noted of the choices, under the numbers that the layers have in the dense model."""
+        layers = self.run.plan.keep.get((MODEL, LAYER))
+        for (layer, name), choice in self.sweep.choices.items():
+            self.run.choices[layer if layers is None else layers[layer], name] = choice
 
     def _save_model(self, widths: Widths) -> None:
         copy, plan = deepcopy(self.run.model), self.sweep.plan

@@ -7,9 +7,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..arch.load import describe
-from ..arch.spec import ArchSpec
+from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..errors import InPlaceError
+from ..saving.details import Choice
 from ..saving.report import Report
 from ..surgery.plan import Plan
 from ..system.processes import alone
@@ -39,6 +40,7 @@ class Run:
         teacher: The model that recovery learns from; None where there is none in memory.
         layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
         rounds: The `Rounds` that have begun and have not ended; None between them.
+        choices: How the units inside the layers were chosen, in summary, by layer of the dense model and space.
         changed: Whether the model has lost something that cannot be put back.
     """
 
@@ -60,6 +62,7 @@ class Run:
         self.teacher: PreTrainedModel | None = None
         self.layers: tuple[int, ...] | None = None
         self.rounds: Any = None
+        self.choices: dict[tuple[int, str], Choice] = {}
         self.changed = False
 
     @property
@@ -111,6 +114,9 @@ class Run:
             dense: The description of the dense model.
         """
         self.report.finish(self.model, self.arch, dense, self.plan)
+        self.report.details.domains = self.evidence.names
+        left = self.plan.keep.get((MODEL, LAYER), range(dense.num_layers))
+        self.report.details.take({key: choice for key, choice in self.choices.items() if key[0] in left})
         self.report.calibration_tokens = {domain.name: domain.samples.numel() for domain in self.evidence.domains}
         self.report.domain_seconds = {
             self.evidence.names[number]: spent for number, spent in sorted(self.evidence.clock.seconds.items())

@@ -73,7 +73,8 @@ def search(
     """
     plain = widths_of(replace(config, allocation="uniform", objective="mean", losses_dir=None), arch, model)
     with evaluating(model), report.timed("search"):
-        curves = measured_curves(model, arch, config, evidence, list(plain), offers_layers(config, arch, model))
+        layers = offers_layers(config, arch, model)
+        curves = measured_curves(model, arch, config, evidence, list(plain), layers, report)
         found = candidates(config, arch, model, plain, curves)
         results = _trials(model, arch, config, evidence, found)
     best = min(results, key=lambda pair: pair[0])[1]
@@ -145,6 +146,7 @@ def measured_curves(
     evidence: Evidence,
     names: Sequence[str],
     layers: bool,
+    report: Report,
 ) -> Curves:
     """The losses of the model by what each layer gives up; those that earlier runs have kept are not measured again.
 
@@ -155,6 +157,7 @@ def measured_curves(
         evidence: What is known of the text.
         names: The kinds of space.
         layers: Whether whole layers are tried too.
+        report: Takes the losses.
     """
     # A trial has no errors of earlier layers that error feedback could see, and a bias would stay in the model.
     refit: Any = "none" if config.refit == "bias" else config.refit
@@ -175,6 +178,9 @@ def measured_curves(
         samples = probe_batches(evidence.domains, config.samples_at_once)
         probe = Probe(model, arch, samples, evidence.run_passes(model, arch, samples))
         trials = all_trials(Sweep(model, arch, alone), spaces, evidence, probe, layers, known)
+    for layer, name in spaces:
+        found = {units: losses.tolist() for units, losses in trials[layer, name].items()}
+        report.details.sensitivity.setdefault(name, {})[layer] = found
     return curves_of(config, arch, spaces, trials, evidence)
 
 

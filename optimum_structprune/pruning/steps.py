@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -93,7 +93,7 @@ def _sequence(
     yield from _numbered(UNITS, course, inside)
 
 
-def _numbered(kind: str, course: list, target: Widths) -> Iterator[Step]:
+def _numbered(kind: str, course: Sequence[Widths], target: Widths) -> Iterator[Step]:
     for number, widths in enumerate(course, start=1):
         yield Step(kind, widths, target, number, len(course))
 

@@ -40,6 +40,8 @@ class Sweep(Units):
         smaller: PreTrainedModel | None,
         title: str,
         progress: Progress | None = None,
+        number: int = 1,
+        rounds: int = 1,
     ) -> None:
         """One round.
 
@@ -51,15 +53,21 @@ class Sweep(Units):
                 places; None where units are only masked.
             title: The label of the progress bar.
             progress: Remembers the finished layers of the last round; None where nothing does.
+            number: The number of the round, from 1.
+            rounds: The number of all rounds. The progress bar counts the layers of all of them, for the time left.
         """
         every = range(self.arch.num_layers)
         done = 0 if progress is None or smaller is None else self._go_on_(progress, passes, smaller)
-        for layer in tqdm(every[done:], desc=title, unit="layer", initial=done, total=len(every)):
+        before = (number - 1) * len(every)
+        for layer in tqdm(
+            every[done:], desc=title, unit="layer", initial=before + done, total=max(rounds, number) * len(every)
+        ):
             with self.placement.at(layer, changes=True):
                 self._prune_layer_(layer, passes, mixture, widths, smaller)
                 passes.advance(layer)
                 if progress is not None and smaller is not None and (state := passes.state()) is not None:
-                    progress.save(layer, self.plan, layer_list(self.model, self.arch)[layer].state_dict(), state)
+                    tensors = layer_list(self.model, self.arch)[layer].state_dict()
+                    progress.save(layer, self.plan, tensors, state, self.choices)
 
     def scores(self, passes: Passes, mixture: Mixture, names: Collection[str]) -> dict[tuple[int, str], Tensor]:
         """Scores of the units of the dense model that compare over layers and spaces; nothing is changed.
@@ -90,7 +98,7 @@ class Sweep(Units):
             with self.placement.at(layer, changes=True):
                 self.shrunk = True
                 fill_layer_(self.model, self.arch, layer, progress.tensors(layer), smaller)
-        self.keep = dict(finished.plan.keep)
+        self.keep, self.choices = dict(finished.plan.keep), dict(finished.choices)
         for layer in range(finished.layers):
             self.consumers.forget(axis for space in self.arch.at(layer) for axis in space.into)
         passes.resume_(finished.passes)
@@ -106,7 +114,7 @@ class Sweep(Units):
             width = space.width_in(widths) * space.scale
             if width < space.size:
                 # What was gathered is let go before the next space: a Gram matrix takes gigabytes.
-                self._choose_(space, self.gather(passes, space, mixture), width)
+                self._choose_(space, self.gather(passes, space, mixture), width, note=True)
         if smaller is not None:
             self.shrunk = True
             shrink_layer_(self.model, self.arch, layer, self.plan, smaller)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor
 from ..arch.spec import ArchSpec, Axis, Space
 from ..calibration.passes import Passes
 from ..criteria import CRITERIA, Criterion
-from ..criteria.mixture import Mixture, Pool, Pooled, Scoring, pooled
+from ..criteria.mixture import Mixture, Pool, Pooled, Scoring, output_energy, pooled
 from ..errors import StructPruneError
 from ..forward.placement import Placement
+from ..saving.details import Choice, Choices, choice_of
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.plan import Plan, best_units
-from ..surgery.refit import REFITS
+from ..surgery.refit import REFITS, squared_errors
 
 
 if TYPE_CHECKING:
@@ -35,10 +36,12 @@ class Snapshot:
     Attributes:
         keep: The kept units, by layer and space.
         consumers: The values of the consumers of these spaces.
+        choices: How these units were chosen, in summary, by layer and space.
     """
 
     keep: Keep
     consumers: Mapping[Axis, Values]
+    choices: Choices = field(default_factory=dict)
 
 
 class Units:
@@ -51,6 +54,7 @@ class Units:
 
     Attributes:
         keep: The kept units so far, by layer and space.
+        choices: How they were chosen, in summary, by layer and space.
         placement: Brings in the layers that are offloaded, one at a time.
         consumers: The consumers, with the dense values of those that have been changed.
         shrunk: Whether a layer has lost its removed units for good.
@@ -59,6 +63,7 @@ class Units:
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig):
         self.model, self.arch, self.config = model, arch, config
         self.keep: dict[tuple[int, str], tuple[int, ...]] = {}
+        self.choices: dict[tuple[int, str], Choice] = {}
         self.placement = Placement(model, arch)
         self.consumers = Consumers(model, self.placement)
         self.shrunk = False
@@ -66,7 +71,7 @@ class Units:
     @property
     def gram(self) -> bool:
         """Whether scores or refits take Gram matrices."""
-        return CRITERIA.get(self.config.scored_by).needs_gram or self.config.fits
+        return CRITERIA.get(self.config.scored_by).needs_gram or self.config.correlates
 
     @property
     def plan(self) -> Plan:
@@ -121,16 +126,17 @@ class Units:
     def snapshot(self) -> Snapshot:
         """Copies of what has changed so far."""
         spaces = [space for space in self.arch.spaces if (space.layer, space.name) in self.keep]
-        return Snapshot(dict(self.keep), self.consumers.copies(axis for space in spaces for axis in space.into))
+        values = self.consumers.copies(axis for space in spaces for axis in space.into)
+        return Snapshot(dict(self.keep), values, dict(self.choices))
 
     def restore_(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this run."""
-        self.keep = dict(snapshot.keep)
+        self.keep, self.choices = dict(snapshot.keep), dict(snapshot.choices)
         self.consumers.restore_(snapshot.consumers)
 
     def resume_(self, snapshot: Snapshot) -> None:
         """Take a snapshot of an earlier run of the same rounds into the dense model."""
-        self.keep = dict(snapshot.keep)
+        self.keep, self.choices = dict(snapshot.keep), dict(snapshot.choices)
         self.consumers.resume_(snapshot.consumers)
 
     def _criterion(self, layer: int) -> Criterion:
@@ -142,15 +148,28 @@ class Units:
     def _before(self, space: Space) -> tuple[int, ...]:
         return self.keep.get((space.layer, space.name), tuple(range(space.size)))
 
-    def _choose_(self, space: Space, gathered: Sequence[Pooled], width: int) -> None:
+    def _choose_(self, space: Space, gathered: Sequence[Pooled], width: int, note: bool = False) -> None:
         before, refit = self._before(space), REFITS[self.config.refit]
         scores = torch.stack([of_one.scores for of_one in gathered]).sum(0)
         keep = tuple(before[unit] for unit in best_units(scores, width))
+        if len(space.into) == 1:
+            (axis,), (of_one,) = space.into, gathered
+            dense, others = self.consumers.dense(axis)[0], sorted({*before} - {*keep})
+            keep = self._criterion(space.layer).exchanged(keep, others, dense, of_one.moments, axis.per_unit)
         self.keep[space.layer, space.name] = keep
+        errors = []
         for axis, of_one in zip(space.into, gathered, strict=True):
             weight, bias = self.consumers.dense(axis)
             columns = units_to_columns(keep, axis, weight.device)
-            self.consumers.mask_(axis, columns, *refit(weight, bias, of_one.moments, columns, self.config.damping))
+            refitted = refit(weight, bias, of_one.moments, columns, self.config.damping)
+            if note and of_one.moments.gram is not None:
+                left = squared_errors(weight, bias, of_one.moments, columns, *refitted)
+                errors.append((*left, output_energy(weight, of_one.moments)))
+            self.consumers.mask_(axis, columns, *refitted)
+        # A round that removes nothing here says no more of the units.
+        if note and width < len(before):
+            chosen = torch.isin(torch.tensor(before), torch.tensor(keep))
+            self.choices[space.layer, space.name] = _summary(scores, chosen, gathered, errors)
 
     def _check_scores(self, axis: Axis, scores: Tensor, units: int) -> None:
         if scores.shape != (units,) or not torch.isfinite(scores).all():
@@ -159,3 +178,17 @@ class Units:
                 f"The criterion {self.config.scored_by!r} has to give {units} finite scores, one per unit, at "
                 f"{axis.module}; it gives {kind}."
             )
+
+
+def _summary(
+    scores: Tensor, kept: Tensor, gathered: Sequence[Pooled], errors: Sequence[tuple[float, float, float]]
+) -> Choice:
+    """What is noted of a choice: sums over the consumers of the space, where all of them know."""
+    carried = [of_one.carried for of_one in gathered if of_one.carried is not None]
+    every = len(gathered)
+    return choice_of(
+        scores,
+        kept,
+        torch.stack(carried).sum(0) if len(carried) == every else None,
+        tuple(map(sum, zip(*errors, strict=True))) if len(errors) == every else None,
+    )

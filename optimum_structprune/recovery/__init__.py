@@ -1,1 +1,1 @@
-"""Training after pruning: LoRA, with or without a teacher. The stage before it is any pruned model."""
+"""Training after pruning: an adapter, all weights, or scales, with or without a teacher."""

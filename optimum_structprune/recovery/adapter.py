@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from peft import (
+    IA3Config,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -27,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import set_seed
 
+from ..arch.load import describe
 from ..config.fields import build
 from ..config.recovery import LORA, RecoveryConfig
 from ..errors import InPlaceError, StructPruneError
@@ -46,6 +48,40 @@ def lora_config(config: RecoveryConfig) -> LoraConfig:
         StructPruneError: If peft does not know a field or refuses its value.
     """
     return build(LoraConfig, {**LORA, **config.lora})
+
+
+def scales_config(model: PreTrainedModel, arch_file: str | None = None) -> IA3Config:
+    """The adapter that trains norms, and one scale for each component that a consumer inside the layers reads.
+
+    The scales are those of (IA)³ (Liu et al. 2022, section 3.3) at the inputs of consumers alone, and fold into the
+    columns of their weights. What experts read has none.
+
+    Args:
+        model: The model.
+        arch_file: A file with descriptions of your own, see `families.yaml`.
+
+    Raises:
+        StructPruneError: If the model type is unknown.
+    """
+    spaces = [space for space in describe(model, arch_file).spaces if space.inside and space.experts is None]
+    consumers = sorted({axis.module for space in spaces for axis in space.into})
+    norms = [name for name, module in model.named_modules() if _is_vector(module)]
+    return IA3Config(
+        task_type="CAUSAL_LM", target_modules=consumers, feedforward_modules=consumers, modules_to_save=norms
+    )
+
+
+def adapter_config(config: RecoveryConfig, model: PreTrainedModel, arch_file: str | None = None) -> PeftConfig | None:
+    """The adapter of a training; None where the weights themselves are trained. See `lora_config`, `scales_config`."""
+    if config.train == "full":
+        return None
+    return lora_config(config) if config.train == "lora" else scales_config(model, arch_file)
+
+
+def _is_vector(module: nn.Module) -> bool:
+    """Whether a module holds vectors and nothing else, as norms do."""
+    own = list(module.parameters())
+    return not list(module.children()) and bool(own) and all(parameter.ndim == 1 for parameter in own)
 
 
 @contextmanager
@@ -77,7 +113,7 @@ PROBE_TOKENS = 64
 
 
 @contextmanager
-def fresh_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, merge: bool = True) -> Iterator[PeftModel]:
+def fresh_adapter(model: PreTrainedModel, kind: PeftConfig, seed: int, merge: bool = True) -> Iterator[PeftModel]:
     """The model with a new adapter, which a failure inside `with` takes off again.
 
     Random numbers follow the seed inside `with`, and go on afterwards as they were.
@@ -85,17 +121,17 @@ def fresh_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, merge: bo
     Args:
         model: The model that gets the adapter. Its training mode is as before afterwards. What of it is trainable is
             so too, except that the weights under an adapter that is kept stay frozen, as peft has it.
-        lora: The kind of adapter.
+        kind: The kind of adapter.
         seed: The seed of the adapter's values.
         merge: Whether the adapter will be folded into the weights.
 
     Raises:
         StructPruneError: If peft cannot put the adapter on this model, or what is trained would not be what is merged.
     """
-    training, trainable = model.training, _trainable(model)
+    training, trainable = model.training, trainable_of(model)
     with seeded(seed):
         try:
-            adapted = _adapted(model, lora, merge)
+            adapted = _adapted(model, kind, merge)
             yield adapted
         except BaseException:  # Ctrl-C too
             _take_off_(model, trainable)
@@ -103,7 +139,7 @@ def fresh_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, merge: bo
             raise
     adapted.train(training)
     if merge:
-        _set_trainable_(model, trainable)
+        set_trainable_(model, trainable)
 
 
 def _adapted(model: PreTrainedModel, config: PeftConfig, merge: bool) -> PeftModel:
@@ -111,6 +147,8 @@ def _adapted(model: PreTrainedModel, config: PeftConfig, merge: bool) -> PeftMod
     with warnings.catch_warnings():
         # peft warns of tied weights; where that matters, it is refused below.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        # It looks up by itself how a module stores its weight, and says so.
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         try:
             adapted = get_peft_model(model, config)
         except PEFT_ERRORS as error:
@@ -141,11 +179,13 @@ def _check_tied(adapted: PeftModel, tied: Mapping[int, list[str]]) -> None:
                 )
 
 
-def _trainable(model: PreTrainedModel) -> dict[str, bool]:
+def trainable_of(model: PreTrainedModel) -> dict[str, bool]:
+    """Whether each parameter is trained, by name."""
     return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
-def _set_trainable_(model: PreTrainedModel, trainable: Mapping[str, bool]) -> None:
+def set_trainable_(model: PreTrainedModel, trainable: Mapping[str, bool]) -> None:
+    """Make trainable what `trainable_of` says, also where an adapter has been put around it."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad = trainable.get(name.replace(".base_layer.", "."), parameter.requires_grad)
 
@@ -155,7 +195,7 @@ def _take_off_(model: PreTrainedModel, trainable: Mapping[str, bool]) -> None:
     _unwrap_(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
-    _set_trainable_(model, trainable)
+    set_trainable_(model, trainable)
 
 
 def _unwrap_(parent: nn.Module) -> None:
@@ -224,7 +264,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
     except PEFT_ERRORS as error:
         raise StructPruneError(f"{folder} holds no adapter for this model: {error}") from error
     config.inference_mode = not is_trainable
-    trainable, base = _trainable(model), weights_hash(model)
+    trainable, base = trainable_of(model), weights_hash(model)
     try:
         adapted = _adapted(model, config, merge=False)
         saved = check_adapter(adapted, folder)

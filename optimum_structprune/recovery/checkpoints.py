@@ -11,6 +11,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME as MODEL_WEIGHTS_NAME
 
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
@@ -31,7 +33,8 @@ def last_checkpoint(folder: str | None, identity: Identity, only_model: bool = F
         StructPruneError: If there is no whole checkpoint, or those that there are belong to other trainings; the
             message names what differs, with both values.
     """
-    whole = [] if folder is None else _whole_checkpoints(Path(folder), only_model)
+    adapter = identity.settings.get("train") != "full"
+    whole = [] if folder is None else _whole_checkpoints(Path(folder), adapter, only_model)
     if not whole:
         raise StructPruneError(f"There is no checkpoint in {folder} to resume from; start without resuming.")
     stored = {path: read_identity(path) for path in whole}
@@ -52,30 +55,34 @@ def last_checkpoint(folder: str | None, identity: Identity, only_model: bool = F
     )
 
 
-def _whole_checkpoints(folder: Path, only_model: bool) -> list[Path]:
+def _whole_checkpoints(folder: Path, adapter: bool, only_model: bool) -> list[Path]:
     """The checkpoints that lack nothing, the last first; warns of those whose files are damaged."""
     # The Trainer writes its state last, so without it a checkpoint is known to have been cut short.
     states = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
     numbered = [path.parent for path in states if path.parent.name.rpartition("-")[2].isdecimal()]
     whole = []
     for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if reason := _damage(path, only_model):
+        if reason := _damage(path, adapter, only_model):
             warnings.warn(f"{path} is passed over: {reason}.", stacklevel=3)
         else:
             whole.append(path)
     return whole
 
 
-def _damage(checkpoint: Path, only_model: bool) -> str:
+def _damage(checkpoint: Path, adapter: bool, only_model: bool) -> str:
     """What is missing in a checkpoint or cannot be read; empty where it is whole."""
     try:
-        for name in (TRAINER_STATE_NAME, CONFIG_NAME):
+        for name in (TRAINER_STATE_NAME, CONFIG_NAME if adapter else MODEL_CONFIG_NAME):
             read_mapping(checkpoint / name, json.loads)
         read_identity(checkpoint)
-        with safe_open(checkpoint / SAFETENSORS_WEIGHTS_NAME, framework="pt"):
-            pass
+        weights = [checkpoint / SAFETENSORS_WEIGHTS_NAME] if adapter else [*checkpoint.glob("model*.safetensors")]
+        for path in weights:
+            with safe_open(path, framework="pt"):
+                pass
     except (StructPruneError, OSError, SafetensorError) as error:
         return str(error)
+    if not weights:
+        return f"it has no {MODEL_WEIGHTS_NAME}"
     # FSDP and DeepSpeed keep the optimizer under names of their own.
     if not only_model and not [*checkpoint.glob("*optimizer*"), *checkpoint.glob("global_step*")]:
         return "it has no state of the optimizer"

@@ -14,7 +14,7 @@ from ..domains.sources import documents
 from ..errors import StructPruneError
 from ..saving.target import probe_folder
 from ..system.offloading import is_offloaded
-from .adapter import lora_config
+from .adapter import adapter_config, lora_config
 from .text import text_config
 from .trainer import training_arguments
 
@@ -52,6 +52,8 @@ def check_recovery(
         # Names that lead nowhere are found when the source is opened; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
     lora_config(config)
+    if model is not None:
+        adapter_config(config, model, pruning.arch_file)
     on_cpu = not torch.cuda.is_available() if model is None else model.device.type == "cpu"
     arguments = training_arguments(config, text.seed, on_cpu, tempfile.gettempdir(), parts=parts)
     if arguments.fsdp and on_cpu:
@@ -65,6 +67,11 @@ def check_recovery(
         probe_folder(Path(config.teacher_logits).parent)
     if model is not None:
         _check_model(model, text.seq_length)
+        if config.train == "full" and model.dtype == torch.float16:
+            raise StructPruneError(
+                f"train='full' moves the weights of {type(model).__name__} in their own float16, which is too coarse "
+                "for an optimizer; load the model in float32, or train='lora'."
+            )
 
 
 def _check_model(model: PreTrainedModel, seq_length: int) -> None:

@@ -21,7 +21,7 @@ from ..system.offloading import weight_of
 
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
     from transformers import PreTrainedModel, TrainingArguments
 
 IDENTITY_NAME = "recovery_identity.json"
@@ -121,19 +121,21 @@ def read_identity(folder: str | Path) -> Mapping[str, Any] | None:
     return read_mapping(path, json.loads) if path.is_file() else None
 
 
-def settings_of(config: RecoveryConfig, lora: LoraConfig, arguments: TrainingArguments, dtype: Any) -> dict[str, Any]:
+def settings_of(
+    config: RecoveryConfig, adapter: PeftConfig | None, arguments: TrainingArguments, dtype: Any
+) -> dict[str, Any]:
     """The settings that change the weights which come out of a training, by name.
 
     Args:
         config: How the model is trained.
-        lora: The adapter, before peft has placed it.
+        adapter: The adapter, before peft has placed it; None where the weights themselves are trained.
         arguments: The arguments of the Trainer.
         dtype: The dtype of the model.
     """
     own = {name: value for name, value in config.to_dict().items() if name not in ELSEWHERE}
     training = {name: getattr(arguments, name, None) for name in TRAINING_FIELDS}
-    adapter = {f"lora.{name}": value for name, value in lora.to_dict().items()}
-    return {"dtype": str(dtype), **own, **training, **adapter}
+    kind = {} if adapter is None else {f"{config.train}.{name}": value for name, value in adapter.to_dict().items()}
+    return {"dtype": str(dtype), **own, **training, **kind}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Training after pruning: LoRA on the recovery domains, with or without a teacher, merged at the end."""
+"""Training after pruning on the recovery domains, with or without a teacher; an adapter is merged at the end."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 
-from ..config.pruning import CONFIG_NAME, StructPruneConfig
+from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain
-from ..domains.manifest import MANIFEST_NAME
 from ..errors import StructPruneError
 from ..forward.metrics import perplexity
 from ..plain_json import to_json
-from ..saving.hub import PLAN_NAME, REPORT_NAME, check_reload, save_checked
+from ..saving.hub import RECORDS, check_reload, save_checked
+from ..saving.page.page import leave_page
+from ..saving.report import RECOVERY_REPORT_NAME, REPORT_NAME
 from ..saving.target import used_paths
 from ..system.fingerprint import tensor_hash
-from .adapter import check_adapter, fresh_adapter, lora_config, merge_adapter_
+from .adapter import adapter_config, check_adapter, fresh_adapter, merge_adapter_
 from .checkpoints import last_checkpoint
 from .checks import check_recovery
 from .identity import Identity, settings_of, weights_hash
 from .outcome import RecoveryOutcome
 from .teacher import TeacherLogits, TrainingSamples, check_teacher, load_teacher, write_teacher_logits
 from .text import part_rows, samples_of, training_text
-from .trainer import DistillTrainer, train_adapter_, training_arguments
+from .trainer import DistillTrainer, train_, training_arguments
+from .weights import every_weight
 
 
 if TYPE_CHECKING:
@@ -41,9 +43,6 @@ if TYPE_CHECKING:
     from ..config.domains import DomainConfig
 
 RECOVERY_CONFIG_NAME = "recovery_config.json"
-RECOVERY_REPORT_NAME = "recovery_report.json"
-# The files of a pruned model that are copied beside the recovered one.
-CARRIED = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
 
 
 class Recovery:
@@ -108,8 +107,9 @@ class Recovery:
             ppl["dense"] = _perplexities(teacher, domains)
         ppl["pruned"] = _perplexities(model, domains)
         samples = Subset(TrainingSamples(text, logits), part_rows(domains, self.part, self.parts))
-        adapted, outcome = self._train(model, samples, text[samples.indices], teacher, logits, resume)
-        recovered = merge_adapter_(adapted, domains[0].heldout) if config.merge else adapted
+        recovered, outcome = self._train(model, samples, text[samples.indices], teacher, logits, resume)
+        if config.merge and isinstance(recovered, PeftModel):
+            recovered = merge_adapter_(recovered, domains[0].heldout)
         ppl["recovered"] = _perplexities(recovered, domains)
         outcome.perplexity = {domain.name: {when: ppl[when][domain.name] for when in ppl} for domain in domains}
         self.report = outcome
@@ -124,8 +124,8 @@ class Recovery:
         teacher: PreTrainedModel | None,
         logits: TeacherLogits | None,
         resume: bool,
-    ) -> tuple[PeftModel, RecoveryOutcome]:
-        """The model with a trained adapter, and what the training did; `ids` are the tokens of `samples`."""
+    ) -> tuple[PreTrainedModel | PeftModel, RecoveryOutcome]:
+        """The trained model, with its adapter if it has one, and what was done; `ids` are the tokens of `samples`."""
         config = self.config
         seed = self.pruning.seed if config.seed is None else config.seed
         with tempfile.TemporaryDirectory() as scratch:
@@ -137,9 +137,11 @@ class Recovery:
             if resume:
                 assert self._identity is not None
                 checkpoint = last_checkpoint(arguments.output_dir, self._identity, arguments.save_only_model)
-            with fresh_adapter(model, lora_config(config), seed, config.merge) as adapted:
-                trainer = DistillTrainer(adapted, arguments, samples, config, teacher, self._identity)
-                return adapted, train_adapter_(trainer, self.callbacks, checkpoint)
+            adapter = adapter_config(config, model, self.pruning.arch_file)
+            way = every_weight(model, seed) if adapter is None else fresh_adapter(model, adapter, seed, config.merge)
+            with way as trained:
+                trainer = DistillTrainer(trained, arguments, samples, config, teacher, self._identity)
+                return trained, train_(trainer, self.callbacks, checkpoint)
 
     def _identify(
         self,
@@ -153,7 +155,9 @@ class Recovery:
             weights_hash(model),
             tensor_hash(ids),
             logits.teacher if logits is not None else None if teacher is None else weights_hash(teacher),
-            settings_of(self.config, lora_config(self.config), arguments, model.dtype),
+            settings_of(
+                self.config, adapter_config(self.config, model, self.pruning.arch_file), arguments, model.dtype
+            ),
         )
 
     def write_teacher_logits(
@@ -221,7 +225,7 @@ class Recovery:
         if report is None:
             raise StructPruneError("There is nothing to save: call recover_model first.")
         carried = {
-            name: Path(pruned, name).read_bytes() for name in CARRIED if pruned and Path(pruned, name).is_file()
+            name: Path(pruned, name).read_bytes() for name in RECORDS if pruned and Path(pruned, name).is_file()
         }
 
         def write(folder: Path) -> None:
@@ -229,6 +233,8 @@ class Recovery:
                 (folder / name).write_bytes(record)
             (folder / RECOVERY_CONFIG_NAME).write_text(to_json(self.config.to_dict()) + "\n")
             (folder / RECOVERY_REPORT_NAME).write_text(to_json(asdict(report)) + "\n")
+            if REPORT_NAME in carried:
+                leave_page(folder, save_directory)
             if identity is not None:
                 identity.save(folder)
 
@@ -310,7 +316,7 @@ def recover(
         return_report: Whether the report comes back beside the model.
 
     Returns:
-        The model with the adapter merged, or with `merge=False` the adapter on the pruned model, whose weights are
+        The model, with the adapter merged, or with `merge=False` the adapter on the pruned model, whose weights are
         frozen then. With `return_report`, a pair of it and the report.
 
     Raises:

@@ -10,12 +10,13 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..config.fields import build
-from ..config.recovery import TRAINING, RecoveryConfig
+from ..config.recovery import RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
 from ..forward.divergence import divergence, divergence_from_likeliest
 from ..forward.metrics import evaluating, input_device
@@ -27,7 +28,6 @@ from .teacher import LOG_PROBABILITIES, TOKENS
 
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -66,7 +66,7 @@ def training_arguments(
     # The samples carry what the loss reads, which is more than the model's arguments.
     fixed = {"seed": seed, "use_cpu": on_cpu, "remove_unused_columns": False}
     with _readable("TrainingArguments: "):
-        return build(TrainingArguments, {**TRAINING, **saving, **fixed, **given})
+        return build(TrainingArguments, {**TRAINING, "learning_rate": RATES[config.train], **saving, **fixed, **given})
 
 
 def _typed(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,10 +104,10 @@ def _readable(saying: str) -> Iterator[None]:
 
 
 class DistillTrainer(Trainer):
-    """Trains the adapter of a model.
+    """Trains what is trainable of a model.
 
     Args:
-        model: A model with an adapter.
+        model: A model with an adapter, or one whose own weights are trained.
         arguments: The arguments of the Trainer.
         samples: The training text, as `TrainingSamples` gives it.
         recovery: The config that weighs the terms of the loss.
@@ -118,7 +118,7 @@ class DistillTrainer(Trainer):
 
     def __init__(
         self,
-        model: PeftModel,
+        model: PreTrainedModel | PeftModel,
         arguments: TrainingArguments,
         samples: Dataset,
         recovery: RecoveryConfig,
@@ -132,7 +132,7 @@ class DistillTrainer(Trainer):
         self.recovery = recovery
         self.teacher = teacher
         self.identity = identity
-        # The step and the adapter at its beginning, of the last step with a finite loss.
+        # The step and what is trained at its beginning, of the last step with a finite loss.
         self._finite: tuple[int, dict[str, Tensor]] | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,7 +199,7 @@ class DistillTrainer(Trainer):
 
     @torch.no_grad()
     def restore_finite_(self) -> bool:
-        """Give the adapter the last values whose loss was finite.
+        """Give what is trained the last values whose loss was finite.
 
         Returns:
             Whether there were any.
@@ -239,13 +239,13 @@ class DistillTrainer(Trainer):
             )
 
 
-def train_adapter_(
+def train_(
     trainer: DistillTrainer, callbacks: Iterable[TrainerCallback] = (), checkpoint: str | None = None
 ) -> RecoveryOutcome:
     """Train until the end, or until the last step whose loss was finite.
 
     Args:
-        trainer: The trainer of the adapter.
+        trainer: The trainer.
         callbacks: Further callbacks.
         checkpoint: The folder of the checkpoint to go on from; None starts anew.
 
@@ -259,8 +259,8 @@ def train_adapter_(
     """
     for callback in callbacks:
         trainer.add_callback(callback)
-    if checkpoint is not None:
-        check_adapter(cast("PeftModel", trainer.model), checkpoint)
+    if checkpoint is not None and isinstance(trainer.model, PeftModel):
+        check_adapter(trainer.model, checkpoint)
     stopped = ""
     start = perf_counter()
     try:

@@ -13,9 +13,10 @@ from ..arch.load import describe
 from ..errors import StructPruneError
 from ..plain_json import to_json
 from ..surgery.resize import pad_
-from .hub import RECORDS, REPORT_NAME, check_reload, save_checked
+from .hub import RECORDS, check_reload, save_checked
 from .ranks import is_alone
-from .target import EXPORT_NAME, check_target
+from .report import REPORT_NAME
+from .target import EXPORT_NAME, check_target, model_bytes
 
 
 if TYPE_CHECKING:
@@ -30,16 +31,21 @@ class Padding:
         before: The number of parameters of the non-uniform model.
         after: The number of parameters of the padded model.
         dense: The number of parameters before pruning; None where it is not known.
+        bytes: What the added ones take, in the model's dtype.
     """
 
     before: int
     after: int
     dense: int | None = None
+    bytes: int = 0
 
     def __str__(self) -> str:
         """The cost in one sentence."""
         added = self.after - self.before
-        text = f"padding adds {added:,} parameters that are zero ({added / self.before:.1%} of {self.before:,})"
+        text = (
+            f"padding adds {added:,} parameters that are zero ({self.bytes / 1e6:,.1f} MB, {added / self.before:.1%} "
+            f"of {self.before:,})"
+        )
         if self.dense is None or self.dense <= self.before:
             return text
         return f"{text} and gives back {added / (self.dense - self.before):.1%} of what pruning had removed"
@@ -86,7 +92,7 @@ def export_uniform(
         parameters = {"before": padding.before, "after": padding.after}
         (folder / EXPORT_NAME).write_text(to_json({"form": "uniform", "parameters": parameters}) + "\n")
 
-    padding = Padding(model.num_parameters(), padded.num_parameters(), dense)
+    padding = Padding(model.num_parameters(), padded.num_parameters(), dense, model_bytes(padded) - model_bytes(model))
     save_checked(
         padded, save_directory, tokenizer, overwrite, write, lambda _, folder: check_reload(model, folder), used
     )

@@ -18,11 +18,13 @@ from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, outputs_of, run_model
-from ..surgery.plan import Plan
+from ..surgery.plan import PLAN_NAME, Plan
 from ..system.offloading import declared, is_offloaded, places
 from .claims import folder_beside
+from .details import DETAILS_NAME
+from .page.page import leave_page
 from .ranks import on_first_rank
-from .report import Report
+from .report import REPORT_NAME, Report
 from .staging import staged_alone
 from .target import OFFLOAD, check_target, model_bytes, probe_target, resolved, used_paths
 
@@ -31,10 +33,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-PLAN_NAME = "pruning_plan.json"
-REPORT_NAME = "report.json"
 # What a pruning leaves beside its model.
-RECORDS = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
+RECORDS = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, DETAILS_NAME, MANIFEST_NAME)
 # The files that may name code, see `forget_code`.
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 # How far the outputs of the reloaded model may be off: by so much, or by so many steps of the dtype.
@@ -53,7 +53,7 @@ def save_pruned(
     overwrite: bool = False,
     manifest: Manifest | None = None,
 ) -> None:
-    """Save a pruned model with its config, plan, report, manifest and tokenizer; see `save_checked`.
+    """Save a pruned model with its config, plan, report, details, manifest, page and tokenizer; see `save_checked`.
 
     The folder that the dense model was loaded from is never replaced, and nor is what the config names.
 
@@ -70,8 +70,10 @@ def save_pruned(
         config.save_pretrained(folder)
         plan.save(folder / PLAN_NAME)
         report.save(folder / REPORT_NAME)
+        report.details.save(folder / DETAILS_NAME)
         if manifest is not None:
             manifest.save(folder / MANIFEST_NAME)
+        leave_page(folder, save_directory)
 
     save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, used)
 

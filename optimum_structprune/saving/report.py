@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from math import exp, inf, isnan, log
+from itertools import pairwise
+from math import ceil, exp, inf, isnan, log
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -15,10 +16,19 @@ from typing import TYPE_CHECKING, Any
 from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..plain_json import to_json
 from ..surgery.plan import Plan
+from ..system.memory import peak_memory
+from .details import Details
+from .target import model_bytes
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+REPORT_NAME = "report.json"
+RECOVERY_REPORT_NAME = "recovery_report.json"
+BARS = "▁▂▃▄▅▆▇█"
+LONGEST_SPARK = 32
 
 
 @dataclass
@@ -80,6 +90,7 @@ class Report:
             perplexities after it (empty after the last, see `perplexity`), and whether it holds a limit on perplexity.
         shapes: For widths that follow from measured losses: the shapes that were pruned on trial, what proposed each,
             and its loss, KL(dense‖model) in nats per token.
+        details: What the run saw while it pruned, which is saved in a file of its own.
     """
 
     model_type: str
@@ -96,10 +107,16 @@ class Report:
     domain_seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     shapes: list[dict[str, Any]] = field(default_factory=list)
+    details: Details = field(default_factory=Details, repr=False, compare=False)
 
     def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:
         """Enter the sizes of the dense model."""
         self.parameters["before"], self.layer_parameters["before"] = model.num_parameters(), sum(arch.layer_params)
+        self.details.model = {
+            "name": model.name_or_path,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "bytes": {"before": model_bytes(model)},
+        }
 
     def finish(self, model: PreTrainedModel, arch: ArchSpec, dense: ArchSpec, plan: Plan) -> None:
         """Enter the sizes and widths of the smaller model.
@@ -111,6 +128,7 @@ class Report:
             plan: The kept units of the dense model.
         """
         self.parameters["after"], self.layer_parameters["after"] = model.num_parameters(), sum(arch.layer_params)
+        self.details.model["bytes"]["after"] = model_bytes(model)
         kept = {MODEL, *plan.keep.get((MODEL, LAYER), range(dense.num_layers))}
         for name, widths in plan.widths().items():
             full = dense.widths(name)
@@ -119,10 +137,11 @@ class Report:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside `with` to a stage."""
+        """Add the time spent inside `with` to a stage, and note the memory taken by its end."""
         start = perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
+        self.details.memory[stage] = peak_memory()
 
     @property
     def block_parameters(self) -> dict[str, int]:
@@ -137,7 +156,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {**asdict(self), "sparsity": self.sparsity}
+        values = asdict(replace(self, details=Details()))
+        del values["details"]
+        return {**values, "sparsity": self.sparsity}
 
     def save(self, path: str | Path) -> None:
         """Write JSON; a number that is not finite, which JSON does not have, is null."""
@@ -145,7 +166,7 @@ class Report:
 
     def __str__(self) -> str:
         """Widths, parameters and perplexity per domain, as a table."""
-        rows = [("", "before", "after", "")]
+        rows: list[tuple[str, ...]] = [("", "before", "after", "")]
         rows += [(f"width {name}", *self._width(name)) for name in sorted(self.widths)]
         for label, counts in (("parameters", self.parameters), ("  in the layers", self.layer_parameters)):
             before, after = counts["before"], counts["after"]
@@ -157,7 +178,7 @@ class Report:
         if len(self.perplexity) > 1:
             means = [geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
             rows.append(("  geometric mean", *_change(*means)))
-        lines = [table(rows), *self._remarks()]
+        lines = [table(self._with_sparks(rows)), *self._remarks()]
         return "\n".join([*lines, *([] if self.recovery is None else ["", str(self.recovery)])])
 
     def _remarks(self) -> Iterator[str]:
@@ -173,6 +194,15 @@ class Report:
         if missed := [one["perplexity_ratio"] for one in self.rounds if not one.get("holds", True)]:
             name, ratio = worst_ratio(missed[-1])
             yield f"the floor stopped it: the next narrower widths give perplexity {name} x {ratio:.3f}"
+
+    def _with_sparks(self, rows: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
+        """Rows with a column more that shows the width of each layer, where layers differ."""
+        sparks = {
+            f"width {name}": spark_line([width / self.dense_widths[name] for width in widths.values()])
+            for name, widths in self.widths.items()
+            if len({*widths.values()}) > 1
+        }
+        return [(*row, sparks.get(row[0], "")) for row in rows] if sparks else rows
 
     def _width(self, name: str) -> tuple[str, str, str]:
         widths, dense = list(self.widths[name].values()), self.dense_widths[name]
@@ -196,6 +226,14 @@ def _change(before: float, after: float) -> tuple[str, str, str]:
 def worst_ratio(ratios: Mapping[str, float]) -> tuple[str, float]:
     """The largest ratio and its domain; one that is no number is worse than any."""
     return max(ratios.items(), key=lambda pair: inf if isnan(pair[1]) else pair[1])
+
+
+def spark_line(shares: Sequence[float]) -> str:
+    """Shares from 0 to 1 as a line of bars; of more than `LONGEST_SPARK`, neighbours share a bar of their mean."""
+    count = min(len(shares), LONGEST_SPARK)
+    ends = [len(shares) * number // count for number in range(count + 1)]
+    means = [fmean(shares[start:end]) for start, end in pairwise(ends)]
+    return "".join(BARS[min(max(ceil(mean * len(BARS)), 1), len(BARS)) - 1] for mean in means)
 
 
 def geometric_mean(values: Iterable[float]) -> float:

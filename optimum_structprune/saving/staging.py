@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from ..errors import StructPruneError, one_line
 from .claims import clear_leftovers, folder_beside, in_use
 from .ranks import is_alone, is_first_rank, reporter
-from .target import OLD, SAVING, check_target, resolved
+from .target import OLD, SAVING, check_file, check_target, resolved
 
 
 # What the errors of libraries that could not write a file say: torch's, and that of tokenizers.
@@ -71,6 +71,33 @@ def staged_alone(folder: str | Path, overwrite: bool, used: Iterable[str | Path 
             raise StructPruneError(
                 f"{target} could not be written, and what was there is as it was: {reason}"
             ) from error
+
+
+@contextmanager
+def staged_file(path: str | Path, overwrite: bool, used: Iterable[str | Path | None] = ()) -> Iterator[Path]:
+    """Give the name of a temporary file beside the target, and move it into place if everything inside `with` goes
+    well.
+
+    Args:
+        path: The target; folders above it are made if need be.
+        overwrite: Whether a file that exists is replaced, see `check_file`.
+        used: The files and folders that the run reads.
+
+    Raises:
+        StructPruneError: If the file exists and may not be replaced, or it cannot be written; what was there before
+            stays.
+    """
+    target = resolved(path)
+    clear_leftovers(target)
+    check_file(target, overwrite, used)
+    try:
+        with folder_beside(target, SAVING) as staging:
+            yield staging / target.name
+            (staging / target.name).replace(target)
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        raise StructPruneError(f"{target} could not be written: {one_line(error)}") from error
 
 
 def is_write_error(error: BaseException) -> bool:

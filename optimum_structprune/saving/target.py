@@ -32,9 +32,11 @@ MARKERS: Mapping[str, frozenset[str]] = {
 }
 # Files that this package, transformers and peft write into a result; whatever else lies there is the user's.
 WRITTEN = re.compile(
-    r".+\.(json|safetensors|jinja|model|py|gguf)|(vocab|merges)\.txt|\.gitattributes|training_args\.bin"
+    r".+\.(json|safetensors|jinja|model|py|gguf)|report\.html|(vocab|merges)\.txt|\.gitattributes|training_args\.bin"
 )
 WRITTEN_FOLDERS = ("additional_chat_templates", "__pycache__", ".cache")
+# The first entry of a GGUF file that this package wrote, among the first bytes of the file.
+GGUF_MARK, GGUF_HEAD = "structprune.version", 512
 CARD = "README.md"  # peft writes one beside an adapter
 ADAPTER = "adapter_config.json"
 # What temporary folders beside a result are for: one that is being written, a former one that is being replaced, and
@@ -109,6 +111,39 @@ def _check_replaceable(folder: Path, used: Iterable[str | Path | None]) -> None:
             f"{folder} holds what structprune did not write ({some_of(foreign)}), so it is not overwritten; "
             f"{_lost(folder)}. Move it elsewhere, or name another output folder."
         )
+
+
+def check_file(target: str | Path, overwrite: bool, used: Iterable[str | Path | None] = ()) -> None:
+    """Refuse a GGUF file that must not be written; the rules are those of `check_target`.
+
+    Args:
+        target: The file.
+        overwrite: Whether a file that exists may be replaced; only one that this package wrote ever is.
+        used: The files and folders that the run reads.
+
+    Raises:
+        StructPruneError: If the target is a folder, lies in what is read, or exists and may not be replaced.
+    """
+    file = resolved(target)
+    try:
+        if file.is_dir():
+            raise StructPruneError(f"{target} is a folder; name a file in it, such as {Path(target) / 'model.gguf'}.")
+        if not file.exists():
+            return
+        if not overwrite:
+            raise StructPruneError(f"The file {target} exists; choose another or allow overwriting.")
+        with open(file, "rb") as opened:
+            ours = GGUF_MARK.encode() in opened.read(GGUF_HEAD)
+        if not ours:
+            raise StructPruneError(
+                f"{file} is no GGUF file of structprune, so it is not overwritten "
+                f"({readable_size(file.stat().st_size)} would be lost). Name another file, or remove this one."
+            )
+        for name in used:
+            if name and _relation(file, name) == "is":
+                raise StructPruneError(f"{file} is {name}, which this run reads; name another file.")
+    except OSError as error:
+        raise StructPruneError(f"{target} cannot be written to: {error}") from error
 
 
 def is_result(folder: Path) -> bool:
@@ -212,8 +247,8 @@ def probe_target(target: str | Path, need_bytes: int = 0) -> None:
         raise StructPruneError(f"{target} cannot be written: {error.strerror or error}.") from error
     if need_bytes > free:
         raise StructPruneError(
-            f"{target} takes about {_size(need_bytes)}, and {parent} has {_size(free)} left; name another output "
-            "folder, or make room."
+            f"{target} takes about {readable_size(need_bytes)}, and {parent} has {readable_size(free)} left; name "
+            "another output folder, or make room."
         )
 
 
@@ -276,9 +311,10 @@ def _lost(folder: Path) -> str:
     """What a folder holds, in words."""
     files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
     size = sum(path.lstat().st_size for path in files)
-    return f"{len(files):,} file{'' if len(files) == 1 else 's'} ({_size(size)}) would be lost"
+    return f"{len(files):,} file{'' if len(files) == 1 else 's'} ({readable_size(size)}) would be lost"
 
 
-def _size(size: int) -> str:
+def readable_size(size: int) -> str:
+    """A number of bytes in the largest unit that leaves a digit before the point."""
     power = min((len(str(size)) - 1) // 3, len(UNITS) - 1)
     return f"{size:,} {UNITS[0]}" if power == 0 else f"{size / 1000**power:,.1f} {UNITS[power]}"

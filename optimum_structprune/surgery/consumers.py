@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class Consumers:
         finally:
             self._put_(present)
 
-    def as_dense(self, axes: Iterable[Axis]):
+    def as_dense(self, axes: Iterable[Axis]) -> AbstractContextManager[None]:
         """Consumers that have their dense values inside `with`."""
         return self.holding({axis: self._dense[axis] for axis in axes if axis in self._dense})
 

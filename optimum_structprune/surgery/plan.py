@@ -15,6 +15,9 @@ from ..config.fields import read_mapping
 from ..errors import StructPruneError
 
 
+PLAN_NAME = "pruning_plan.json"
+
+
 def best_units(scores: Tensor, width: int) -> tuple[int, ...]:
     """The units with the highest scores, ascending.
 

@@ -114,6 +114,25 @@ def bias_refit(
     return weight[:, keep], shift if bias is None else bias + shift
 
 
+def slope_refit(
+    weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
+) -> tuple[Tensor, Tensor | None]:
+    """Scale every output by the slope of the regression of its dense values on its pruned ones.
+
+    This is the regression of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689). Where the consumer has a bias, it
+    takes the intercept; without one the line goes through zero, as the model has no place for an intercept. See
+    `least_squares` for the arguments.
+    """
+    gram, mean, kept = moments.full_gram().to(weight), moments.mean.to(weight), weight[:, keep]
+    products = ((weight @ gram)[:, keep] * kept).sum(1)
+    squares = ((kept @ submatrix(gram, keep, keep)) * kept).sum(1)
+    dense, pruned = weight @ mean, kept @ mean[keep]
+    if bias is not None:
+        products, squares = products - dense * pruned, squares - pruned.square()
+    slope = torch.where(squares > 0, products / squares, torch.ones_like(squares))
+    return slope[:, None] * kept, None if bias is None else bias + dense - slope * pruned
+
+
 def least_squares(
     weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -172,6 +191,49 @@ def _missing(weight: Tensor, centred: bool, moments: Moments, keep: Tensor) -> T
     return missing
 
 
+@torch.no_grad()
+def squared_errors(
+    weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, refitted: Tensor, new_bias: Tensor | None
+) -> tuple[float, float]:
+    """The squared error that a consumer leaves without a refit and with one, from the Gram matrix of its input.
+
+    It is `E‖W x + b + e − W' x_S − b'‖²`, which `least_squares` minimises but for its ridge; without a refit W' is W_S
+    and b' is b. See `least_squares` for the symbols.
+
+    Args:
+        weight: The dense consumer W, shape `(out, n)`.
+        bias: Its bias b, shape `(out,)`, or None.
+        moments: The moments of the input x, with Gram matrix, for all n components.
+        keep: The kept columns S, ascending, shape `(kept,)`.
+        refitted: The new weights W', shape `(out, kept)`.
+        new_bias: The new bias b', shape `(out,)`, or None.
+    """
+    removed = _others(keep, weight.shape[1])
+    before = _energy(weight[:, removed], moments, removed)
+    lost = weight.index_copy(1, keep, weight[:, keep] - refitted)
+    after = _energy(lost, moments, torch.arange(weight.shape[1], device=weight.device))
+    if new_bias is not None:
+        shift = new_bias if bias is None else new_bias - bias
+        after += float(shift.square().sum() - 2 * shift @ (lost @ moments.mean.to(lost)))
+        if moments.error is not None:
+            after -= 2 * float(shift @ moments.error.mean.to(lost))
+    return max(before, 0.0), max(after, 0.0)
+
+
+def _energy(lost: Tensor, moments: Moments, columns: Tensor) -> float:
+    """`E‖D x_C + e‖²` for the lost weights D, shape `(out, |C|)`, of the columns C."""
+    gram, error = moments.full_gram(), moments.error
+    parts = [
+        ((lost @ submatrix(gram, columns, some).to(lost)) * own).sum(dtype=torch.float64)
+        for some, own in zip(columns.split(ROWS), lost.split(ROWS, 1), strict=True)
+    ]
+    energy = float(torch.stack(parts).sum())
+    if error is None:
+        return energy
+    crossed = (lost * error.cross[:, columns].to(lost)).sum(dtype=torch.float64)
+    return energy + 2 * float(crossed) + float(error.energy)
+
+
 def _others(keep: Tensor, size: int) -> Tensor:
     others = torch.ones(size, dtype=torch.bool, device=keep.device)
     others[keep] = False
@@ -181,5 +243,6 @@ def _others(keep: Tensor, size: int) -> Tensor:
 REFITS: dict[str, Refit] = {
     "none": no_refit,
     "bias": bias_refit,
+    "slope": slope_refit,
     "least_squares": least_squares,
 }

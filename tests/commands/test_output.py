@@ -49,6 +49,7 @@ def commands(folder):
         "calibrate": ["calibrate", model, str(folder / "stats"), *short, *cpu],
         "benchmark": ["benchmark", model, str(folder / "pruned"), "--prompt", "8", "--repeats", "1", *cpu],
         "evaluate": ["evaluate", str(folder / "pruned"), "--against", model, *short, *cpu],
+        "report": ["report", str(folder / "pruned"), model, *short, *cpu],
         "recover": ["recover", str(folder / "pruned"), str(folder / "trained"), *text, *training, *cpu],
     }
 

@@ -5,11 +5,12 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from helpers import on_two_ranks
+from helpers import assert_same_choices, on_two_ranks
 from models import build, config, documents, real_text_model, tokenizer
 from safetensors.torch import load_file
 
 from optimum_structprune import DomainConfig, SelfTextConfig, StructPruner
+from optimum_structprune.saving.details import Details
 
 
 # One launch for all of them, because a launch takes longer than they do.
@@ -40,6 +41,7 @@ with across_processes():
         save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, part / "weights")
         (part / "plan").write_text(json.dumps(pruner.plan.to_dict()))
         (part / "report").write_text(json.dumps(pruner.report.to_dict()))
+        pruner.report.details.save(part / "details")
 """
 
 
@@ -78,6 +80,7 @@ def test_two_processes_find_what_one_finds(case, together):
         theirs = load_file(part / "weights")
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-5)
+        assert_same_choices(Details.load(part / "details"), pruner.report.details)
         report = json.loads((part / "report").read_text())
         for name, values in pruner.report.perplexity.items():
             assert report["perplexity"][name] == pytest.approx(values, rel=1e-5)

@@ -78,6 +78,7 @@ REFUSED = [
     ("llama-tied", {"max_perplexity_ratio": 2, "widths": {"layer": 1}}, "and 'layer' goes before them"),
     ("llama-tied", {"max_perplexity_ratio": 2, "widths": {"hidden": 24, "mlp": 8}}, "and 'hidden' goes before them"),
     ("llama-tied", {"refit": "bias", "widths": {"hidden": 24}}, "needs a bias in all that reads 'hidden'"),
+    ("llama-tied", {"refit": "slope", "widths": {"hidden": 24}}, "refit='slope' is for consumers inside the layers"),
     ("qwen2", {"refit": "bias"}, "refit='bias' needs a bias in the projections of 'mlp'"),
     ("mixtral", {"refit": "bias", "sparsity": 0.2, "round_to": 8, "targets": ("mlp",)}, "in the projections of 'mlp'"),
     ("bert", {"rounds": 2, "adaptive_rate": 1.0}, PERPLEXITY),

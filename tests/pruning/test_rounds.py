@@ -402,3 +402,15 @@ def test_rounds_of_an_encoder_are_kept_without_a_perplexity(tmp_path):
     small = prune_model(build("bert"), config(rounds=2, keep_rounds=True, checkpoint_dir=str(tmp_path)), tokenizer())
     kept = type(small).from_pretrained(tmp_path / "round-1")
     assert small.config.intermediate_size == 24 < kept.config.intermediate_size < 40
+
+
+def test_the_progress_bar_counts_the_layers_of_all_rounds(monkeypatch):
+    bars = []
+
+    def bar(layers, desc, unit, initial, total):
+        bars.append((desc, initial, total))
+        return layers
+
+    monkeypatch.setattr("optimum_structprune.pruning.sweep.tqdm", bar)
+    StructPruner(config(rounds=3)).prune_model(build("llama-tied"), tokenizer())
+    assert bars == [("round 1/3", 0, 6), ("round 2/3", 2, 6), ("round 3/3", 4, 6)]

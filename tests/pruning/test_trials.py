@@ -107,7 +107,9 @@ def test_units_that_no_trial_has_removed_go_last(case):
     """And the experts of one layer, which share their width, have one curve."""
     model = build(case)
     arch, evidence = describe(model), evidence_of(config(allocation="sensitivity"), domains())
-    curves = measured_curves(model, arch, evidence.config, evidence, ["mlp"], layers=False)
+    curves = measured_curves(
+        model, arch, evidence.config, evidence, ["mlp"], layers=False, report=Report("llama", "obs")
+    )
     assert set(curves.units) == {(space.layer, "mlp") for space in arch.of("mlp")} and curves.layers == {}
     width = arch.of("mlp")[0].width
     removed = round(0.75 * width)  # by the last trial
@@ -163,7 +165,9 @@ def test_the_worst_domain_alone_counts_where_the_objective_is_the_worst():
 
     def total(**fields):
         evidence = evidence_of(config(allocation="sensitivity", **fields), domains())
-        curves = measured_curves(model, arch, evidence.config, evidence, ["mlp"], layers=False)
+        curves = measured_curves(
+            model, arch, evidence.config, evidence, ["mlp"], layers=False, report=Report("llama", "obs")
+        )
         return sum(curve[-1] for curve in curves.units.values())
 
     # The same mixture is pruned on, so both judge the same trials.

@@ -17,6 +17,7 @@ from helpers import logits, recovery_config
 from models import build, config, tokenizer
 
 from optimum_structprune import StructPruneError, prune_model, recover
+from optimum_structprune.recovery.identity import weights_hash
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 pruned = prune_model(build("llama-tied"), config(), tokenizer())
@@ -41,6 +42,10 @@ try:
     trained(True, learning_rate=0.5)
 except StructPruneError as error:
     print(f"rank {rank} refused: {error}", flush=True)
+for train in ("full", "scales"):
+    model = recover(deepcopy(pruned), tokenizer(), recovery_config(tokens=288, train=train, lora={}))
+    changed = weights_hash(model) != weights_hash(pruned)
+    print(f"rank {rank} trained {train}: {changed} {weights_hash(model)}", flush=True)
 dist.destroy_process_group()
 """
 
@@ -53,5 +58,8 @@ def test_checkpoints_of_two_processes(tmp_path):
     for rank in (0, 1):
         assert f"rank {rank} saw {[path.name for path in checkpoints]}" in done.stdout
         assert f"rank {rank} refused: " in done.stdout
+    for train in ("full", "scales"):
+        said = [line.split()[-2:] for line in done.stdout.splitlines() if f"trained {train}: " in line]
+        assert len(said) == 2 and said[0] == said[1] and said[0][0] == "True"
     assert done.stdout.count("learning_rate=0.01 there and 0.5 here") == 2
     assert done.stderr.count("is passed over: ") >= 2

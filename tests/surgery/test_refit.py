@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_structprune.calibration.moments import Moments
-from optimum_structprune.surgery.refit import bias_refit, least_squares, no_refit, solve_damped
+from optimum_structprune.surgery.refit import (
+    bias_refit,
+    least_squares,
+    no_refit,
+    slope_refit,
+    solve_damped,
+    squared_errors,
+)
 
 
 def problem(seed: int, n: int = 12, out: int = 5, count: int = 200):
@@ -72,6 +79,28 @@ def test_bias_refit_removes_the_mean_error():
     torch.testing.assert_close(residual.mean(0), torch.zeros(5), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_slope_is_the_regression_of_every_output(with_bias):
+    weight, bias, x = problem(5)
+    bias, keep = bias if with_bias else None, torch.arange(7)
+    new, new_bias = slope_refit(weight, bias, moments_of(x), keep, 0.1)
+    assert (new_bias is None) == (bias is None)
+    for i in range(5):
+        pruned, dense = (x[:, keep] @ weight[i, keep])[:, None], x @ weight[i]
+        pruned = torch.cat([pruned, torch.ones_like(pruned)], 1) if with_bias else pruned
+        slope, *shift = torch.linalg.lstsq(pruned, dense[:, None]).solution.flatten().tolist()
+        torch.testing.assert_close(new[i], slope * weight[i, keep], rtol=1e-3, atol=1e-4)
+        if shift:
+            assert float(new_bias[i] - bias[i]) == pytest.approx(shift[0], rel=1e-2, abs=1e-2)
+
+
+def test_an_output_that_is_gone_has_no_slope():
+    weight, _, x = problem(5)
+    weight[2, :7] = 0
+    new, _ = slope_refit(weight, None, moments_of(x), torch.arange(7), 0.1)
+    assert new.isfinite().all() and not new[2].any()
+
+
 def test_a_singular_gram_matrix_is_damped_until_it_factors():
     matrix = torch.ones(6, 6)
     solution = solve_damped(lambda dtype: matrix.to(dtype, copy=True), torch.ones(6), torch.ones(2, 6), 0.0)
@@ -83,3 +112,27 @@ def test_dead_channels_need_no_solution():
     assert (
         solve_damped(lambda dtype: torch.zeros(3, 3, dtype=dtype), torch.zeros(3), torch.zeros(2, 3), 1e-2) == 0
     ).all()
+
+
+@pytest.mark.parametrize("refit", [no_refit, bias_refit, least_squares])
+@pytest.mark.parametrize("with_error", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_squared_errors_are_those_of_the_outputs(with_bias, with_error, refit):
+    weight, bias, x = problem(5)
+    bias = bias if with_bias else None
+    asked = torch.randn(len(x), len(weight)) if with_error else torch.zeros(len(x), len(weight))
+    moments = Moments.empty(x.shape[1], gram=True, out=len(weight) if with_error else None)
+    for some, of_some in zip(x.split(70), asked.split(70), strict=True):
+        moments.update(some, of_some if with_error else None)
+    keep = torch.tensor([0, 2, 3, 5, 7, 8, 11])
+    refitted, new_bias = refit(weight, bias, moments, keep, 1e-3)
+
+    def measured(new_weight, its_bias):
+        dense = x @ weight.T + (0 if bias is None else bias) + asked
+        return float(
+            (dense - x[:, keep] @ new_weight.T - (0 if its_bias is None else its_bias)).square().sum(1).mean()
+        )
+
+    before, after = squared_errors(weight, bias, moments, keep, refitted, new_bias)
+    assert before == pytest.approx(measured(weight[:, keep], bias), rel=1e-3)
+    assert after == pytest.approx(measured(refitted, new_bias), rel=1e-3)

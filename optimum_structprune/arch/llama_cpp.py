@@ -1,0 +1,132 @@
+"""What llama.cpp can run: its architecture for a model, the rows that it expects in another order, and its names for
+ways to cut text.
+
+Sources, all of llama.cpp: `src/models/{llama,qwen2,deci}.cpp` for what an architecture computes and which sizes it
+reads by layer, `src/llama-model.cpp` (`llama_model_rope_type`) for the order of rows, `src/llama-vocab.cpp` for the
+pre-tokenizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .spaces import heads_of
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+# llama.cpp's own architecture for a model type: it takes one width for all layers.
+OWN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+# The only one that reads the sizes of each layer. It computes a Llama layer, with biases where the file has some.
+BY_LAYER = "deci"
+# These rotate the channels 2i and 2i + 1 of a head together; transformers, and all others, channels i and i + half.
+INTERLEAVED = ("llama", BY_LAYER)
+ROTATED = {"q_proj": "heads", "k_proj": "groups"}
+ROPE_TYPES = ("default", "linear", "llama3")
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+)
+# What a byte-level tokenizer does before its merges, and whether it looks a word up whole before it merges: llama.cpp
+# knows each such way by a name.
+PRE_TOKENIZERS = {
+    (("bytes", True), False): "gpt-2",
+    (("digits", True), ("bytes", True), False): "smollm",
+    (("split", _WORDS + r"\p{N}" + _REST), ("bytes", False), False): "qwen2",
+    (("split", _WORDS + r"\p{N}{1,3}" + _REST), ("bytes", False), True): "llama-bpe",
+    (("split", _CASED + r"\p{N}" + _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)), ("bytes", False), True): "tekken",
+}
+
+
+def gguf_architecture(config: PretrainedConfig) -> str | None:
+    """The architecture of llama.cpp as which a model can be written.
+
+    The files of llama.cpp's own converter run if this is the model type's own architecture. Where it is `deci`, only
+    `structprune export` writes one that runs.
+
+    Args:
+        config: The config of the model.
+
+    Returns:
+        Its name, or None where there is none; `gguf_refusal` says why.
+    """
+    if gguf_refusal(config) is not None:
+        return None
+    own, (heads, _, head_dim) = OWN[config.model_type], heads_of(layer_configs(config)[0])
+    # Others than the interleaved take the width of the residual stream for that of all heads together, and know no
+    # factors of frequencies.
+    stock = heads * head_dim == config.hidden_size and rope_of(config).get("rope_type") != "llama3"
+    return own if not config.is_heterogeneous and (stock or own in INTERLEAVED) else BY_LAYER
+
+
+def gguf_refusal(config: PretrainedConfig) -> str | None:
+    """Why `structprune export` cannot write a model for llama.cpp, and what can be done instead.
+
+    Args:
+        config: The config of the model.
+
+    Returns:
+        One or two sentences; None where it can.
+    """
+    kind, uniform = config.model_type, not getattr(config, "is_heterogeneous", False)
+    if kind not in OWN:
+        return f"structprune writes GGUF files of {', '.join(OWN)} models, and this is a {kind} model. " + (
+            "Its layers are alike, so llama.cpp's own convert_hf_to_gguf.py may take it."
+            if uniform
+            else "llama.cpp reads the width of each layer only in an architecture that computes what these compute. "
+            "Give all layers one width: structprune export MODEL OUT --pad-uniform. llama.cpp's own "
+            "convert_hf_to_gguf.py may take that."
+        )
+    for name, found, taken in _choices(config):
+        if found not in taken:
+            return f"llama.cpp computes such a model with {name}={', '.join(map(str, taken))} only, found {found}."
+    return None
+
+
+def _choices(config: PretrainedConfig) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """What a config chooses, and what of it llama.cpp computes."""
+    yield "hidden_act", config.hidden_act, ("silu",)
+    yield "rope_type", rope_of(config).get("rope_type", "default"), ROPE_TYPES
+    yield "partial_rotary_factor", rope_of(config).get("partial_rotary_factor", 1.0), (1.0,)
+
+
+def rope_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The parameters of a config's rotary embedding."""
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def layer_configs(config: PretrainedConfig) -> list[Any]:
+    """The config of each layer, with its own sizes.
+
+    Args:
+        config: The config of the model.
+    """
+    if not config.is_heterogeneous:
+        return [config] * config.num_hidden_layers
+    return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
+
+
+def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str) -> Tensor:
+    """A parameter with its rows in the order in which llama.cpp's architecture expects them.
+
+    Args:
+        name: The name of the parameter.
+        rows: Its values; index 0 counts the channels of all heads, where the parameter belongs to queries or keys.
+        layer_config: The config of the parameter's layer.
+        architecture: The name of the architecture.
+
+    Returns:
+        For queries and keys of an interleaved architecture, channel i of each head at place 2i, and channel i + half
+        at place 2i + 1; anything else as it is.
+    """
+    module = name.split(".")[-2]
+    if architecture not in INTERLEAVED or module not in ROTATED:
+        return rows
+    heads = getattr(heads_of(layer_config), ROTATED[module])
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)

@@ -1,0 +1,222 @@
+"""Writes a model as a GGUF file for llama.cpp, with a width for each layer where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal, in_file_order, layer_configs, rope_of
+from ..arch.plain import check_plain, is_quantized
+from ..arch.spaces import heads_of
+from ..errors import StructPruneError
+from .gguf_vocabulary import add_vocabulary
+from .staging import staged_file
+from .target import GGUF_MARK, check_file
+
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# gguf's name for the type of a tensor, and for a file of such tensors, by torch's.
+TYPES = {
+    torch.float32: ("F32", "ALL_F32"),
+    torch.float16: ("F16", "MOSTLY_F16"),
+    torch.bfloat16: ("BF16", "MOSTLY_BF16"),
+}
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """What was written for llama.cpp.
+
+    Attributes:
+        architecture: The name of llama.cpp's architecture.
+        dtype: gguf's name for the type of the matrices; vectors are F32 always.
+        parameters: The number of values.
+        bytes: The size of the file.
+    """
+
+    architecture: str
+    dtype: str
+    parameters: int
+    bytes: int
+
+    def __str__(self) -> str:
+        """All of it in one line."""
+        return (
+            f"llama.cpp's architecture {self.architecture}, {self.parameters:,} parameters as {self.dtype}, "
+            f"{self.bytes / 1e6:,.1f} MB"
+        )
+
+
+def export_gguf(
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    overwrite: bool = False,
+) -> GGUFFile:
+    """Write a model and its tokenizer as one GGUF file, which llama.cpp runs as it is.
+
+    Layers may differ in width: llama.cpp's architecture `deci` reads the sizes of each layer. A model whose layers are
+    alike is written as its own architecture, as llama.cpp's converter does, because more programs know that one. The
+    file appears once it is whole. The matrices have the model's dtype; load the model in another one to write that.
+
+    Args:
+        model: A model of one of the types in `arch/llama_cpp.py`; it is left as it is.
+        path: The file to write; folders above it are made if need be.
+        tokenizer: The tokenizer of the model.
+        overwrite: Whether a file that exists is replaced, if this function wrote it.
+
+    Raises:
+        StructPruneError: If llama.cpp cannot run such a model or cut text as its tokenizer does, the file exists and
+            may not be replaced, or it cannot be written.
+    """
+    check_gguf(model.config)
+    check_file(path, overwrite, [model.name_or_path])
+    check_plain(model)
+    if is_quantized(model):
+        raise StructPruneError("A GGUF file is written from plain weights; load the model without quantization.")
+    if model.dtype not in TYPES:
+        raise StructPruneError(f"A GGUF file holds float32, float16 or bfloat16, and the model is in {model.dtype}.")
+    kind, file_type = TYPES[model.dtype]
+    with staged_file(path, overwrite, [model.name_or_path]) as staging:
+        parameters = _write(model, staging, tokenizer, kind, file_type)
+        size = staging.stat().st_size
+    return GGUFFile(str(gguf_architecture(model.config)), kind, parameters, size)
+
+
+def check_gguf(config: PretrainedConfig) -> None:
+    """Refuse a model that `export_gguf` cannot write, before its weights are loaded.
+
+    Raises:
+        StructPruneError: If llama.cpp has no architecture for it, or the package gguf is not installed.
+    """
+    if (reason := gguf_refusal(config)) is not None:
+        raise StructPruneError(reason)
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise StructPruneError("A GGUF file takes the package gguf: pip install optimum-structprune[gguf]") from error
+
+
+def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase, kind: str, file_type: str) -> int:
+    """Write the file, one tensor at a time, and return the number of values in it."""
+    import gguf
+
+    architecture = str(gguf_architecture(model.config))
+    writer = gguf.GGUFWriter(path, architecture)
+    types = {name: _type(name, shape, kind) for name, shape, _ in _tensors(model, architecture)}
+    for name, shape, _ in _tensors(model, architecture):
+        size = gguf.quant_shape_to_byte_shape(shape, types[name])
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(size)), raw_dtype=types[name])
+    total = writer.get_total_parameter_count()[0]
+    _add_metadata(writer, model, path.stem, total)
+    _add_sizes(writer, model.config)
+    writer.add_file_type(gguf.LlamaFileType[file_type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_vocabulary(writer, tokenizer, model.config.vocab_size)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, _, tensor in _tensors(model, architecture):
+            writer.write_tensor_data(_packed(name, tensor(), types[name]))
+    finally:
+        writer.close()
+    return total
+
+
+def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+    """The name in the file, the shape, and a function that gives the values, of each tensor of the file."""
+    import gguf
+
+    layers = layer_configs(model.config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], len(layers))
+    for name, parameter in model.named_parameters():
+        place = names.get_name(name, (".weight", ".bias"))
+        if place is None:
+            raise StructPruneError(f"llama.cpp's architecture {architecture} has no tensor for {name}.")
+        layer = next((layers[int(part)] for part in name.split(".") if part.isdecimal()), None)
+
+        def values(name: str = name, parameter: torch.Tensor = parameter, layer: Any = layer) -> torch.Tensor:
+            return in_file_order(name, parameter.detach().float().cpu(), layer, architecture)
+
+        yield place, tuple(parameter.shape), values
+    if rope_of(model.config).get("rope_type") == "llama3":
+        factors = _frequency_factors(model.config)
+        yield f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight", tuple(factors.shape), lambda: factors
+
+
+def _type(name: str, shape: tuple[int, ...], kind: str) -> Any:
+    """The type of a tensor; llama.cpp adds and multiplies by vectors in F32 only."""
+    import gguf
+
+    return gguf.GGMLQuantizationType["F32" if len(shape) == 1 else kind]
+
+
+def _packed(name: str, values: torch.Tensor, kind: Any) -> np.ndarray:
+    import gguf
+
+    with np.errstate(over="ignore"):  # what is too large is refused below
+        packed = gguf.quants.quantize(values.numpy(), kind)
+    if packed.dtype == np.float16 and not np.isfinite(packed).all():
+        raise StructPruneError(f"{name} has values that float16 cannot hold; write bfloat16 or float32.")
+    return packed
+
+
+def _frequency_factors(config: PretrainedConfig) -> torch.Tensor:
+    """By how much the frequencies of the rotary embedding are divided, `(head_dim / 2,)`."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS[rope_of(config)["rope_type"]](config, torch.device("cpu"))
+    places = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
+    return rope_of(config)["rope_theta"] ** -places / scaled
+
+
+def _add_metadata(writer: GGUFWriter, model: PreTrainedModel, name: str, total: int) -> None:
+    """Write what the model is called, and what the card beside it says of where it comes from."""
+    import gguf
+
+    from .. import __version__
+
+    writer.add_string(GGUF_MARK, __version__)
+    folder = Path(model.name_or_path) if model.name_or_path and Path(model.name_or_path).is_dir() else None
+    metadata = gguf.Metadata.load(model_path=folder, total_params=total)
+    metadata.name = metadata.name or name
+    metadata.size_label = metadata.size_label or gguf.size_label(total, 0, 0, 0)
+    writer.add_type(gguf.GGUFType.MODEL)
+    metadata.set_gguf_meta_model(writer)
+
+
+def _add_sizes(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    """Write the numbers of the config; for each layer its own, where the architecture reads that."""
+    import gguf
+
+    writer.add_block_count(config.num_hidden_layers)
+    # llama.cpp attends to everything, which is the same as a sliding window as long as the text fits into that.
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    writer.add_context_length(min(config.max_position_embeddings, window))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = rope_of(config)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    layers = layer_configs(config)
+    heads, groups, (head_dim, *_) = zip(*map(heads_of, layers), strict=True)
+    widths = [layer.intermediate_size for layer in layers]
+    by_layer = writer.arch == BY_LAYER
+    writer.add_feed_forward_length(widths if by_layer else widths[0])
+    writer.add_head_count(list(heads) if by_layer else heads[0])
+    writer.add_head_count_kv(list(groups) if by_layer else groups[0])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)

@@ -1,0 +1,27 @@
+"""How much memory this process has taken."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None  # type: ignore[assignment]
+
+
+def peak_memory() -> dict[str, int]:
+    """The most bytes that this process has held at a time since it began, by kind of memory: `cpu`, and `cuda` where
+    that is in use; without what cannot be known here.
+    """
+    peaks = {}
+    if resource is not None:
+        # Linux counts in kB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks["cpu"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peaks["cuda"] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    return peaks

@@ -1,0 +1,58 @@
+"""`structprune report`, and the command lines that the page names."""
+
+import html
+import json
+import re
+import shlex
+
+import pytest
+from helpers import save_with_tokenizer
+from models import build, documents
+
+from optimum_structprune import Plan
+from optimum_structprune.commands.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, two texts, and the model pruned on the first of them."""
+    folder = tmp_path_factory.mktemp("report")
+    save_with_tokenizer(build("llama-tied"), folder / "model")
+    for seed, name in enumerate("ab"):
+        lines = [json.dumps({"text": text}) for text in documents(200, seed=seed)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--num-samples", "6"]
+    assert main(["prune", str(folder / "model"), str(folder / "small"), "--width", "mlp=24", *text, "--quiet"]) == 0
+    return folder
+
+
+def page(folder) -> str:
+    return html.unescape((folder / "small" / "report.html").read_text())
+
+
+def test_the_page_names_the_command_that_repeats_the_run(folder):
+    line = re.search(r"structprune prune .*", page(folder))[0]
+    words = shlex.split(line)
+    assert main([*words[1:], "--quiet"]) == 0
+    assert Plan.load(words[3] + "/pruning_plan.json") == Plan.load(folder / "small" / "pruning_plan.json")
+
+
+def test_further_text_is_measured_and_told_from_what_was_calibrated_on(folder, capsys):
+    assert "Unseen text and tasks: nothing was measured" in page(folder)
+    domains = [flag for name in "ab" for flag in ("--domain", f"{name}={folder / name}.jsonl")]
+    dense, small = str(folder / "model"), str(folder / "small")
+    assert (
+        main(["report", small, dense, *domains, "--seq-length", "24", "--num-samples", "4", "--json", "--quiet"]) == 0
+    )
+    values = json.loads(capsys.readouterr().out)
+    assert values["evaluation"]["shared"] == ["a"] and values["report"].endswith("report.html")
+    text = page(folder)
+    unseen, shared = text.index("Unseen text"), text.index("Text that the calibration shares")
+    assert (
+        unseen < text.index('<th scope="row">b</th>', unseen) < shared < text.index('<th scope="row">a</th>', shared)
+    )
+
+
+def test_a_folder_without_a_result_is_a_mistake_in_one_line(folder, capsys):
+    assert main(["report", str(folder / "model")]) == 2
+    assert "has no report.json" in capsys.readouterr().err

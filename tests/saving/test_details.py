@@ -1,0 +1,106 @@
+"""What a run notes of its choices: few numbers that say the truth about many."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import build, config, tokenizer
+
+from optimum_structprune import StructPruneError, StructPruner
+from optimum_structprune.saving.details import (
+    BINS,
+    Details,
+    choice_of,
+    choices_of_list,
+    choices_to_list,
+    rank_correlations,
+)
+
+
+def noted(scores, width, **more):
+    scores = torch.tensor(scores)
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept[scores.topk(width).indices] = True
+    return choice_of(scores, kept, **more)
+
+
+SCORES = st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=30)
+
+
+@settings(deadline=None, max_examples=100)
+@given(scores=SCORES, data=st.data())
+def test_every_unit_is_counted_once_on_its_side_of_the_cut(scores, data):
+    width = data.draw(st.integers(1, len(scores) - 1))
+    one = noted(scores, width)
+    assert sum(one.kept_counts) == one.kept == width and one.scored == len(scores)
+    assert sum(one.removed_counts) == len(scores) - width
+    assert not any(one.kept_counts[:BINS]) and not any(one.removed_counts[BINS:])
+    assert one.axis == ("ratio" if min(scores) >= 0 and sorted(scores)[-width] > 0 else "deviation")
+
+
+def test_the_axis_is_a_multiple_of_the_cut():
+    one = noted([1.0, 4.0], 1)  # the cut is 2, so they lie one power of two to the left and to the right
+    assert one.removed_counts.index(1) == BINS - BINS // 6 and one.kept_counts.index(1) == BINS + BINS // 6
+
+
+def test_rank_correlations_are_those_of_numpy_with_ties_in_the_mean_of_their_ranks():
+    values = torch.tensor([[3.0, 1.0, 2.0, 2.0], [1.0, 2.0, 3.0, 4.0], [3.0, 1.0, 2.0, 2.0]])
+    ranks = [[4, 1, 2.5, 2.5], [1, 2, 3, 4], [4, 1, 2.5, 2.5]]
+    expected = np.corrcoef(ranks)[np.triu_indices(3, 1)]
+    np.testing.assert_allclose(rank_correlations(values), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("values", [[[1.0, 2.0]], [[1.0, 2.0], [5.0, 5.0]]], ids=["one domain", "all alike"])
+def test_a_correlation_that_means_nothing_is_not_there(values):
+    assert rank_correlations(torch.tensor(values)) == ()
+
+
+def test_the_experts_of_a_layer_become_one_entry():
+    few = {"carried": torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]), "errors": (1.0, 0.5, 2.0)}
+    experts = {(0, "mlp/0"): noted([1.0, 2.0, 3.0], 2, **few), (0, "mlp/1"): noted([1.0, 2.0, 3.0], 2, **few)}
+    details = Details()
+    details.take({**experts, (5, "mlp/0"): noted([1.0, 2.0], 1)})
+    both = details.choices["mlp"][0]
+    assert (both.scored, both.kept, both.spaces) == (6, 4, 2) and sum(both.kept_counts) == 4
+    assert both.error == (0.5, 0.25) and both.agreement == pytest.approx((1.0,))
+    assert set(details.choices["mlp"]) == {0, 5}
+
+
+@pytest.fixture(scope="module")
+def details():
+    pruner = StructPruner(config(widths=None, sparsity=0.25, allocation="sensitivity", round_to=1))
+    pruner.prune_model(build("llama-tied"), tokenizer())
+    return pruner.report.details
+
+
+def test_a_run_notes_what_it_saw(details):
+    assert details.choices and details.sensitivity and details.memory
+    assert details.model["bytes"]["after"] < details.model["bytes"]["before"] and details.domains
+    for choices in details.choices.values():
+        for one in choices.values():
+            without, with_refit = one.error
+            assert 0 <= with_refit <= without * (1 + 1e-4)
+            assert all(-1 - 1e-9 <= value <= 1 + 1e-9 for value in one.agreement)
+
+
+def test_what_is_saved_is_read_back(details, tmp_path):
+    details.save(tmp_path / "details.json")
+    assert Details.load(tmp_path / "details.json").to_dict() == details.to_dict()
+    for choices in details.choices.values():
+        named = {(layer, "mlp"): one for layer, one in choices.items()}
+        assert choices_of_list(json.loads(json.dumps(choices_to_list(named)))) == named
+
+
+def test_a_later_version_and_a_damaged_file_are_refused(details, tmp_path):
+    path = tmp_path / "details.json"
+    for text, message in (
+        ("{", "cannot be read"),
+        ('{"version": 2}', "version 2, this package reads 1"),
+        ('{"version": 1, "choices": {"mlp": 3}, "sensitivity": {}}', "not the record of a pruning"),
+    ):
+        path.write_text(text)
+        with pytest.raises(StructPruneError, match=message):
+            Details.load(path)

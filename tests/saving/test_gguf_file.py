@@ -1,0 +1,235 @@
+"""A GGUF file holds what the model holds, as llama.cpp reads it; `tests/test_llama_cpp.py` runs one."""
+
+import json
+from itertools import pairwise
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from models import GROUPED, build, config, full_disk, tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers import pre_tokenizers as steps
+from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence
+from tokenizers.models import BPE, Unigram
+from tokenizers.normalizers import Prepend
+from tokenizers.normalizers import Replace as Replaced
+from tokenizers.normalizers import Sequence as Normalizers
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from optimum_structprune import StructPruneError, StructPruner, export_gguf
+from optimum_structprune.arch.llama_cpp import PRE_TOKENIZERS
+from optimum_structprune.commands.cli import main
+from optimum_structprune.domains.builtin import builtin_documents
+from optimum_structprune.saving.gguf_vocabulary import pre_tokenizer
+
+
+TEXTS = [text[:2000] for _, text in zip(range(20), builtin_documents("math"), strict=False)]
+
+
+def reader(pieces: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer of 90 tokens: on SentencePiece's pieces, or on bytes."""
+    special = ["<unk>", "<s>", "</s>"]
+    backend = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True) if pieces else BPE())
+    if pieces:
+        backend.normalizer = Normalizers([Prepend("▁"), Replaced(" ", "▁")])
+        backend.decoder = Sequence([Replace("▁", " "), ByteFallback(), Fuse()])
+    else:
+        backend.pre_tokenizer = steps.Sequence([steps.Digits(True), steps.ByteLevel(add_prefix_space=False)])
+    backend.train_from_iterator(TEXTS, BpeTrainer(vocab_size=90, special_tokens=special))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{{ messages[0]['content'] }}",
+    )
+
+
+@pytest.fixture(scope="module")
+def differing():
+    """A model whose layers differ in the widths of FFN and attention."""
+    widths = {"mlp": [24, 40], "attention": [4, 2]}
+    return StructPruner(config(widths=widths)).prune_model(build("llama-tied"), tokenizer())
+
+
+@pytest.fixture(scope="module")
+def alike():
+    """A uniform model with biases and an output head of its own."""
+    fields = {**GROUPED, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval()
+
+
+def fields_of(file) -> dict:
+    return {name: field.contents() for name, field in file.fields.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["differing", "alike"])
+def test_the_file_holds_the_weights(case, dtype, request, tmp_path):
+    model = request.getfixturevalue(case)
+    model = type(model)(model.config).to(dtype) if dtype != torch.float32 else model
+    written = export_gguf(model, tmp_path / "out.gguf", reader(pieces=False))
+    file = gguf.GGUFReader(tmp_path / "out.gguf")
+    found = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in file.tensors}
+    # The map is the one that llama.cpp's converter goes by.
+    kind = gguf.MODEL_ARCH[written.architecture.upper()]
+    names = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        values = found.pop(names.get_name(name, (".weight", ".bias")))
+        if "q_proj" in name or "k_proj" in name:  # back into transformers' order
+            pairs = values.reshape(-1, 2, 2, *values.shape[1:])
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        assert np.array_equal(values, parameter.detach().float().numpy()), name
+    assert not found
+    matrices = {tensor.tensor_type.name for tensor in file.tensors if tensor.data.ndim > 1}
+    vectors = {tensor.tensor_type.name for tensor in file.tensors if tensor.data.ndim == 1}
+    assert (matrices, vectors) == ({written.dtype}, {"F32"})
+    assert written.parameters == model.num_parameters() and written.bytes == (tmp_path / "out.gguf").stat().st_size
+
+
+def test_every_layer_has_its_own_sizes(differing, tmp_path):
+    assert export_gguf(differing, tmp_path / "out.gguf", reader(pieces=False)).architecture == "deci"
+    found = fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))
+    assert found["deci.feed_forward_length"] == [24, 40]
+    assert found["deci.attention.head_count"] == [8, 4] and found["deci.attention.head_count_kv"] == [4, 2]
+    assert found["deci.attention.key_length"] == found["deci.rope.dimension_count"] == 4
+    assert found["deci.vocab_size"] == 96 and found["deci.block_count"] == 2
+
+
+def test_a_uniform_model_is_written_as_what_it_is(alike, tmp_path):
+    export_gguf(alike, tmp_path / "out.gguf", reader(pieces=False))
+    found = fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))
+    assert found["general.architecture"] == "llama" and found["llama.feed_forward_length"] == 40
+    assert found["llama.attention.head_count"] == 8 and found["llama.attention.head_count_kv"] == 4
+
+
+def test_a_text_is_no_longer_than_a_sliding_window(tmp_path):
+    fields = {**GROUPED, "sliding_window": 16}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", **fields))
+    export_gguf(model, tmp_path / "out.gguf", reader(pieces=False))
+    assert fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))["llama.context_length"] == 16
+
+
+def test_scaled_frequencies_are_what_transformers_computes(tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 32
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**GROUPED, "rope_parameters": rope}))
+    export_gguf(model, tmp_path / "out.gguf", reader(pieces=False))
+    factors = next(t.data for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors if t.name == "rope_freqs.weight")
+    plain = 1e4 ** -(np.arange(0, 4, 2) / 4)
+    np.testing.assert_allclose(plain / factors, model.model.rotary_emb.inv_freq, rtol=1e-5)
+    assert factors.max() > 1
+
+
+def test_a_vocabulary_of_bytes(alike, tmp_path):
+    tokens = reader(pieces=False)
+    tokens.add_tokens(["<|tool|>", "word"])
+    export_gguf(alike, tmp_path / "out.gguf", tokens)
+    found = fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
+    names, kinds = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    assert tokens.convert_tokens_to_ids(names[:92]) == [*range(92)]
+    assert names[92:] == [f"[PAD{number}]" for number in range(92, 96)]  # the embedding has more rows
+    kind = gguf.TokenType
+    assert kinds[:3] == [kind.CONTROL] * 3 and set(kinds[3:90]) == {kind.NORMAL}
+    assert kinds[90:] == [kind.CONTROL, kind.USER_DEFINED] + [kind.UNUSED] * 4
+    merges = json.loads(tokens.backend_tokenizer.to_str())["model"]["merges"]
+    assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
+    assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == (1, 2)
+    assert not found["tokenizer.ggml.add_bos_token"] and not found["tokenizer.ggml.add_eos_token"]
+    assert found["tokenizer.chat_template"] == tokens.chat_template
+
+
+def test_the_scores_of_pieces_give_the_merges_of_the_tokenizer(alike, tmp_path):
+    """llama.cpp joins the two neighbours whose whole scores highest, the left ones among equals."""
+    tokens = reader(pieces=True)
+    export_gguf(alike, tmp_path / "out.gguf", tokens)
+    found = fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("llama", "default")
+    assert found["tokenizer.ggml.add_space_prefix"]
+    scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
+    for text in TEXTS:
+        words = [*("▁" + text[:200].replace(" ", "▁"))]
+        while any("".join(pair) in scores for pair in pairwise(words)):
+            best = max(range(len(words) - 1), key=lambda at: (scores.get(words[at] + words[at + 1], -np.inf), -at))
+            words[best : best + 2] = [words[best] + words[best + 1]]
+        assert words == tokens.tokenize(text[:200])
+
+
+@pytest.mark.parametrize("key", PRE_TOKENIZERS, ids=PRE_TOKENIZERS.values())
+def test_what_comes_before_the_merges_is_known_by_its_steps(key):
+    make = {
+        "bytes": lambda regex: steps.ByteLevel(add_prefix_space=False, use_regex=regex),
+        "digits": lambda single: steps.Digits(individual_digits=single),
+        "split": lambda pattern: steps.Split(Regex(pattern), "isolated"),
+    }
+    *parts, ignore_merges = key
+    made = [make[name](value) for name, value in parts]
+    backend = Tokenizer(BPE(ignore_merges=ignore_merges))
+    backend.pre_tokenizer = steps.Sequence(made) if len(made) > 1 else made[0]
+    assert pre_tokenizer(json.loads(backend.to_str())) == PRE_TOKENIZERS[key]
+    backend.pre_tokenizer = steps.Sequence([steps.Punctuation(), *made])
+    with pytest.raises(StructPruneError, match="another way than this tokenizer.*Punctuation.*knows those of gpt-2"):
+        pre_tokenizer(json.loads(backend.to_str()))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        (lambda: tokenizer(), "found WordLevel"),
+        (lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(Unigram([("a", 0.0)], 0))), "found Unigram"),
+        (
+            lambda: (more := reader(pieces=False)).add_tokens([f"t{n}" for n in range(9)]) and more,
+            "99 tokens .* 96 rows",
+        ),
+    ],
+    ids=["words", "unigram", "more"],
+)
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(alike, tmp_path, tokens, reason):
+    with pytest.raises(StructPruneError, match=reason):
+        export_gguf(alike, tmp_path / "out.gguf", tokens())
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_may_be_replaced(alike, tmp_path):
+    file, tokens = tmp_path / "out.gguf", reader(pieces=False)
+    export_gguf(alike, file, tokens)
+    before = file.read_bytes()
+    with pytest.raises(StructPruneError, match="out.gguf exists"):
+        export_gguf(alike, file, tokens)
+    with full_disk(9_000), pytest.raises(StructPruneError, match="out.gguf could not be written"):
+        export_gguf(alike, file, tokens, overwrite=True)
+    assert file.read_bytes() == before and [*tmp_path.iterdir()] == [file]
+    export_gguf(alike, file, tokens, overwrite=True)
+    file.write_bytes(b"GGUF of another program")
+    with pytest.raises(StructPruneError, match="no GGUF file of structprune, so it is not overwritten .23 bytes"):
+        export_gguf(alike, file, tokens, overwrite=True)
+    with pytest.raises(StructPruneError, match="is a folder; name a file"):
+        export_gguf(alike, tmp_path, tokens, overwrite=True)
+
+
+def test_values_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(StructPruneError, match="the model is in torch.float64"):
+        export_gguf(build("llama-tied").double(), tmp_path / "out.gguf", reader(pieces=False))
+    model = build("llama-tied").to(torch.float16)
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("inf")
+    with pytest.raises(StructPruneError, match="ffn_down.*float16 cannot hold"):
+        export_gguf(model, tmp_path / "out.gguf", reader(pieces=False))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_on_the_command_line(differing, tmp_path, capsys):
+    for saved in (differing, reader(pieces=False)):
+        saved.save_pretrained(tmp_path / "pruned")
+    line = ["export", str(tmp_path / "pruned"), str(tmp_path / "new" / "out.gguf"), "--device", "cpu"]
+    assert main([*line, "--dtype", "bf16", "--json", "--quiet"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["architecture"], shown["dtype"], shown["output"]) == ("deci", "BF16", line[2])
+    assert gguf.GGUFReader(line[2]).get_field("deci.feed_forward_length").contents() == [24, 40]
+    assert main([*line, "--pad-uniform"]) == 2 and "afterwards" in capsys.readouterr().err
+    assert main([*line[:2], str(tmp_path / "out")]) == 2 and "Name a file OUT.gguf" in capsys.readouterr().err
+    build("qwen3").save_pretrained(tmp_path / "qwen3")
+    assert main(["export", str(tmp_path / "qwen3"), str(tmp_path / "q.gguf")]) == 2
+    assert "this is a qwen3 model" in capsys.readouterr().err

@@ -1,0 +1,218 @@
+"""The page about a result: complete, self-contained, escaped, and silent on what was not recorded."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from models import build, config, tokenizer
+
+from optimum_structprune import StructPruneError, StructPruner
+from optimum_structprune.evaluation.evaluate import Evaluation
+from optimum_structprune.saving.details import BINS, Choice, Details
+from optimum_structprune.saving.page import page as page_module
+from optimum_structprune.saving.page import pictures
+from optimum_structprune.saving.page.page import PAGE_NAME, page, write_report
+from optimum_structprune.saving.page.records import Records
+
+
+PARTS = ("what", "quality", "widths", "scores", "domains", "refit", "sensitivity", "cost", "repeat")
+HOSTILE = '<img src=x onerror=alert(1)> & $x$ `y` "z"'
+# The first of them that is there draws the page; Debian's is called chromium.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# Right edges beyond the window, of what cannot be scrolled into view in a box of its own.
+OVERFLOWING = """() => [...document.querySelectorAll("body *")]
+    .filter(one => !one.closest(".scroll, pre") && one.getBoundingClientRect().right > innerWidth + 1)
+    .map(one => one.outerHTML.slice(0, 120))"""
+EMPTY = """() => [...document.querySelectorAll("main section, figure svg, .tile")]
+    .filter(one => one.getBoundingClientRect().width < 20 || one.getBoundingClientRect().height < 20)
+    .map(one => one.outerHTML.slice(0, 120))"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pages_with_pictures():
+    pytest.importorskip("matplotlib")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "can_draw", lambda: True)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A result with every record that there can be, one of whose domains has a hostile name."""
+    folder = tmp_path_factory.mktemp("page") / "small & <slim>"
+    fields = {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "rounds": 2}
+    pruner = StructPruner(config(**fields, adaptive_rate=1.0))
+    model = pruner.prune_model(build("llama-tied"), tokenizer())
+    report = pruner.report
+    first = report.details.domains[0]
+    report.details.domains[0] = HOSTILE
+    report.perplexity[HOSTILE] = report.perplexity.pop(first)
+    pruner.save(model, folder, tokenizer())
+    trained = {"tokens": 480, "steps": 20, "seconds": 3.0, "stopped": ""}
+    perplexity = {HOSTILE: {"dense": 9.0, "pruned": 18.0, "recovered": 12.0}}
+    (folder / "recovery_report.json").write_text(json.dumps({**trained, "perplexity": perplexity}))
+    both = {"dense": 10.0, "model": 15.0}
+    scores = {"quiz": {"dense": {"acc": 0.75, "items": 4.0}, "model": {"acc": 0.5, "items": 4.0}}}
+    Evaluation(str(folder), perplexity={"far": both, "near": both}, tasks=scores, shared=["near"]).save(
+        folder / "evaluation.json"
+    )
+    write_report(folder)
+    return folder
+
+
+def text_of(folder, **more) -> str:
+    return page(Records.read(folder, **more))
+
+
+class Outline(HTMLParser):
+    """The tags of a page with their attributes, and the ids."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.feed(text)
+        self.ids = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_every_part_is_there_with_its_pictures(folder):
+    text = (folder / PAGE_NAME).read_text()
+    outline = Outline(text)
+    assert [name for name in PARTS if name not in outline.ids] == []
+    details = Details.load(folder / "pruning_details.json")
+    widths = json.loads((folder / "report.json").read_text())["widths"]
+    # Perplexities held out, recovered, unseen and shared, and the stages; scores, domains and errors by kind of space.
+    assert text.count("<svg") == 5 + len(widths) + 3 * len(details.choices) + len(details.sensitivity)
+    assert text.count('class="missing"') == 2  # the model and its text were in memory, so no command has them
+    for number in ("18.00", "12.00", "× 1.333", "× 1.500", "0.750"):
+        assert number in text
+
+
+def test_it_needs_nothing_else_and_is_small(folder):
+    text = (folder / PAGE_NAME).read_text()
+    outline = Outline(text)
+    assert len(text.encode()) < 1_000_000
+    assert len(outline.ids) == len({*outline.ids})
+    assert "script" not in {tag for tag, _ in outline.tags}
+    targets = [values[name] for _, values in outline.tags for name in ("src", "href", "xlink:href") if name in values]
+    assert targets and all(target.startswith(("#", "data:")) for target in targets)
+    assert {target[1:] for target in targets if target.startswith("#")} <= {*outline.ids}
+    assert not re.search(r"url\((?!#)|@import", text)
+
+
+def test_what_comes_from_a_user_is_escaped(folder):
+    text = (folder / PAGE_NAME).read_text()
+    assert "<img" not in text and "<slim>" not in text
+    assert "&lt;img src=x onerror=alert(1)&gt; &amp; $x$" in text
+
+
+def test_a_deep_model_with_many_domains_stays_small(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "deep")
+    domains = [f"domain {number}" for number in range(8)]
+    counts = tuple(range(BINS))
+    one = Choice(4096, 2048, "ratio", (0,) * BINS + counts, counts + (0,) * BINS, (0.5,) * 28, (0.2, 0.1))
+    details = Details(domains=domains, choices={kind: dict.fromkeys(range(96), one) for kind in ("attention", "mlp")})
+    details.save(tmp_path / "deep" / "pruning_details.json")
+    assert 100_000 < len(text_of(tmp_path / "deep").encode()) < 1_000_000
+
+
+def test_an_older_result_says_what_it_does_not_know(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "old")
+    for name in ("pruning_details.json", "evaluation.json", "recovery_report.json", "calibration_manifest.json"):
+        (tmp_path / "old" / name).unlink()
+    text = text_of(tmp_path / "old")
+    for what in ("The scores", "The domains&#39; rankings", "The errors", "The losses", "Memory"):
+        assert f"{what}: the version of the package that made this result did not record it" in text
+    for what in ("Unseen text and tasks: nothing was measured", "Recovered: there was", "The manifest: there is none"):
+        assert what in text
+    assert "in the place of DENSE" in text and "in the place of DENSE" not in text_of(tmp_path / "old", dense="big")
+
+
+def test_a_domain_whose_perplexity_is_infinite_is_not_passed_over(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "broken")
+    report = json.loads((folder / "report.json").read_text())
+    report["perplexity"][HOSTILE]["after"] = None
+    (tmp_path / "broken" / "report.json").write_text(json.dumps(report))
+    text = text_of(tmp_path / "broken")
+    assert '<dd class="value">infinite</dd>' in text and "where a perplexity is infinite" in text
+
+
+def test_without_matplotlib_the_numbers_are_there(folder, monkeypatch):
+    monkeypatch.setattr(pictures, "can_draw", lambda: False)
+    text = text_of(folder)
+    assert "<svg" not in text and "optimum-structprune[report]" in text and "× 1.333" in text
+
+
+def test_what_is_no_result_is_refused(folder, tmp_path):
+    with pytest.raises(StructPruneError, match=r"has no report.json, so it is not what `structprune prune`"):
+        write_report(tmp_path)
+    (tmp_path / "report.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(StructPruneError, match="a record is not what this package writes: KeyError"):
+        write_report(tmp_path)
+    assert not (tmp_path / PAGE_NAME).exists()
+
+
+def test_a_page_that_cannot_be_made_does_not_take_the_model_with_it(tmp_path, monkeypatch):
+    pruner = StructPruner(config())
+    model = pruner.prune_model(build("llama-tied"), tokenizer())
+    monkeypatch.setattr(page_module, "tiles", lambda records: 1 / 0)
+    with pytest.warns(UserWarning, match="small gets no report.html: division by zero"):
+        pruner.save(model, tmp_path / "small")
+    assert (tmp_path / "small" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    with sync_api.sync_playwright() as running:
+        # The page is our own; as root, Chromium starts without its sandbox only.
+        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def opened(folder, browser):
+    """Opens the page at a width, in a colour scheme, and gives what it complains of beside it."""
+
+    def open_(width: int, scheme: str):
+        tab, complaints = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme), []
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.on("requestfailed", lambda request: complaints.append(request.url))
+        tab.goto((folder / PAGE_NAME).as_uri())
+        return tab, complaints
+
+    return open_
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1100, 400])
+def test_a_browser_shows_all_of_it(width, scheme, opened, tmp_path):
+    tab, complaints = opened(width, scheme)
+    assert complaints == []
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert tab.evaluate(OVERFLOWING) == [] and tab.evaluate(EMPTY) == []
+    assert [name for name in PARTS if not tab.locator(f"section#{name}").is_visible()] == []
+    red = int(re.search(r"\d+", tab.evaluate("getComputedStyle(document.body).backgroundColor"))[0])
+    assert (red > 200) == (scheme == "light")
+    assert len(tab.screenshot(path=tmp_path / "page.png", full_page=True)) > 20_000
+    tab.close()
+
+
+def test_on_paper_it_is_dark_on_white_and_nothing_is_folded(opened):
+    tab, _ = opened(800, "dark")
+    tab.emulate_media(media="print")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    heights = tab.evaluate(
+        "[...document.querySelectorAll('details table')].map(one => one.getBoundingClientRect().height)"
+    )
+    assert heights and min(heights) > 20
+    tab.close()

@@ -1,0 +1,206 @@
+"""A real llama.cpp computes from our GGUF files what transformers computes; `make llama-cpp` installs one."""
+
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import benchmark_quantised
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+from models import GROUPED, real_text_model
+from trained import STORIES, needs_shared, smollm2_file, stories_config, stories_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimum_structprune import Plan, StructPruner, apply_plan, export_gguf
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(llama_cpp.missing() is not None, reason=str(llama_cpp.missing())),
+]
+# Spaces, digits, contractions, line ends, other scripts and bytes that no token holds whole.
+TEXTS = [
+    "Once upon a time there was a little girl named Lily. She's 7 and it's   2024!\n\n\tShe  said: don't",
+    " leading space, ünïcödé, 日本語 3333 café 😀 ... (x+y)**2 == 9;\n    return None\n",
+    "def f(x):\n\treturn {'a': 1, \"b\": [2.50, 1e-3]}  # A'S I'LL\r\n",
+]
+
+
+def check(model, tokenizer, path, prompt, new=24, tolerance=2e-4):
+    """The same tokens, log-probabilities, likeliest tokens and greedy text."""
+    export_gguf(model, path, tokenizer)
+    ids = [tokenizer(text).input_ids for text in TEXTS]
+    start = tokenizer(prompt).input_ids
+    found = llama_cpp.ask(path, texts=TEXTS, ids=ids, prompt=start, write=new)
+    assert found["tokens"] == [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
+    assert found["bos"] == (ids[0][0] == tokenizer.bos_token_id)
+    for row, theirs in zip(ids, found["logprobs"], strict=True):
+        with torch.no_grad():
+            ours = model(torch.tensor([row])).logits[0, :-1].float().log_softmax(-1)
+        np.testing.assert_allclose(
+            [token["logprob"] for token in theirs], ours[range(len(row) - 1), row[1:]], atol=tolerance
+        )
+        best = torch.tensor([token["best"] for token in theirs])
+        assert ((ours.gather(1, best[:, None])[:, 0] - ours.amax(1)).abs() < tolerance).all()
+    written = model.generate(torch.tensor([start]), max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    assert found["written"] == written[0, len(start) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def stories():
+    """A trained model of which each layer keeps another width of its FFN, and one layer half its heads."""
+    model, tokenizer = stories_model()
+    widths = {"mlp": [172, 140, 96, 120, 88], "attention": [4, 4, 2, 4, 2]}
+    pruner = StructPruner(stories_config(widths=widths))
+    return pruner.prune_model(model, tokenizer).eval(), tokenizer, pruner
+
+
+@needs_shared
+def test_layers_of_different_widths(stories, tmp_path):
+    model, tokenizer, _ = stories
+    check(model, tokenizer, tmp_path / "out.gguf", "Once upon a time, there was a")
+    assert gguf.GGUFReader(tmp_path / "out.gguf").get_field("general.architecture").contents() == "deci"
+
+
+@needs_shared
+def test_perplexity_in_16_bits(stories, tmp_path):
+    model, tokenizer, _ = stories
+    ids = tokenizer("One day, a bird saw a big tree. The bird was happy to sit in it and sing all day long.").input_ids
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.exp().item()
+    for dtype in (torch.float16, torch.bfloat16):
+        path = tmp_path / f"{dtype}.gguf"
+        export_gguf(AutoModelForCausalLM.from_pretrained(saved(stories, tmp_path), dtype=dtype), path, tokenizer)
+        (theirs,) = llama_cpp.ask(path, ids=[ids])["logprobs"]
+        found = math.exp(-sum(token["logprob"] for token in theirs) / len(theirs))
+        assert found == pytest.approx(expected, rel=0.02 if dtype == torch.bfloat16 else 0.005)
+
+
+def saved(stories, folder):
+    """The folder that a pruned model was saved to."""
+    model, tokenizer, pruner = stories
+    if not (folder / "pruned").exists():
+        pruner.save(model, folder / "pruned", tokenizer=tokenizer)
+    return folder / "pruned"
+
+
+ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+BIASED = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+DIFFERING = {"per_layer_config": {1: {"intermediate_size": 24}}}
+FEWER = {"num_attention_heads": 4, "num_key_value_heads": 2}
+# name -> model type, fields, and the architecture that it is written as
+RANDOM = {
+    "llama": ("llama", {}, "llama"),
+    "biases": ("llama", BIASED, "llama"),
+    "biases-differing": ("llama", {**BIASED, **DIFFERING}, "deci"),
+    "llama3-rope": (
+        "llama",
+        {**DIFFERING, "rope_parameters": {**ROPE, "original_max_position_embeddings": 32}},
+        "deci",
+    ),
+    "linear-rope": ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.0}}, "llama"),
+    "mistral": ("mistral", {**DIFFERING, "head_dim": 8}, "deci"),
+    "qwen2": ("qwen2", {}, "qwen2"),
+    "qwen2-fewer-heads": ("qwen2", FEWER, "deci"),
+    "qwen2-differing": ("qwen2", DIFFERING, "deci"),
+}
+
+
+@pytest.mark.parametrize("case", RANDOM)
+def test_families_and_variants(case, tmp_path):
+    model_type, fields, architecture = RANDOM[case]
+    _, tokenizer = real_text_model()
+    sizes = {**GROUPED, "vocab_size": len(tokenizer), "max_position_embeddings": 512, **fields}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    check(model, tokenizer, tmp_path / "out.gguf", "Question: what is")
+    found = gguf.GGUFReader(tmp_path / "out.gguf").get_field("general.architecture").contents()
+    assert found == architecture
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """A trained model whose layers lose up to a quarter of their FFN, and every other one a KV group."""
+    import demo
+
+    model, tokenizer = demo.load(smollm2_file())
+    keep = {}
+    for number, layer in enumerate(model.model.layers):
+        size = layer.mlp.down_proj.weight.abs().sum(0)
+        keep[number, "mlp"] = tuple(size.topk(1536 - 128 * (number % 4)).indices.sort().values.tolist())
+        keep[number, "attention"] = (0, 1, 2) if number % 2 == 0 else (0, 2)
+    return SimpleNamespace(model=apply_plan(model, Plan("llama", keep)).eval(), tokenizer=tokenizer)
+
+
+def test_a_real_model_with_a_width_for_each_layer(smollm2, tmp_path):
+    check(smollm2.model, smollm2.tokenizer, tmp_path / "out.gguf", "The capital of France is", new=12, tolerance=2e-3)
+    template = gguf.GGUFReader(tmp_path / "out.gguf").get_field("tokenizer.chat_template")
+    assert template is None or template.contents() == smollm2.tokenizer.chat_template
+
+
+@needs_shared
+def test_the_benchmark_prints_size_and_perplexity(stories, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["", str(saved(stories, tmp_path)), "--text", str(STORIES), "--num-samples", "2"])
+    benchmark_quantised.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["F16", "Q8_0", "Q4_0"]
+    (whole, small, least), sizes = ([float(row[at].strip(" |")) for row in rows] for at in (3, 2))
+    assert sizes == sorted(sizes, reverse=True)
+    assert small == pytest.approx(whole, rel=0.02) and whole < least < 2 * whole
+
+
+@pytest.fixture(scope="module")
+def converter(tmp_path_factory):
+    """llama.cpp's own converter, whose source comes with the binaries."""
+    pytest.importorskip("sentencepiece", reason="llama.cpp's converter imports sentencepiece")
+    source = tmp_path_factory.mktemp("source")
+    bundle = llama_cpp.modules() / "node-llama-cpp" / "llama" / "gitRelease.bundle"
+    subprocess.run(["git", "clone", "--quiet", bundle, source], check=True, capture_output=True)
+
+    def convert(folder, path):
+        script = [sys.executable, source / "convert_hf_to_gguf.py", folder, "--outfile", path, "--outtype", "f32"]
+        paths = {**os.environ, "PYTHONPATH": str(source / "gguf-py")}
+        done = subprocess.run(script, env=paths, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return convert
+
+
+@needs_shared
+def test_a_uniform_result_is_the_file_of_llama_cpps_own_converter(converter, tmp_path):
+    pruner = StructPruner(stories_config(widths={"mlp": 120, "attention": 2}))
+    model, tokenizer = stories_model()
+    model = pruner.prune_model(model, tokenizer).eval()
+    pruner.save(model, tmp_path / "pruned", tokenizer=tokenizer)
+    converter(tmp_path / "pruned", tmp_path / "theirs.gguf")
+    export_gguf(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), tmp_path / "ours.gguf", tokenizer)
+    ours, theirs = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+    tensors = {tensor.name: tensor.data for tensor in theirs.tensors}
+    assert {tensor.name for tensor in ours.tensors} == tensors.keys()
+    assert all(np.array_equal(tensor.data, tensors[tensor.name]) for tensor in ours.tensors)
+    # Ours says more: who wrote it, what stands around a text, and scores, which theirs gives no piece.
+    more = {"GGUF.kv_count", "structprune.version", "tokenizer.ggml.scores"}
+    more |= {f"tokenizer.ggml.{name}" for name in ("add_eos_token", "add_sep_token", "add_space_prefix")}
+    left, right = ({name: field.contents() for name, field in file.fields.items()} for file in (ours, theirs))
+    differing = {name for name in left.keys() | right.keys() if left.get(name) != right.get(name)}
+    assert differing <= more
+    (row,) = [tokenizer(TEXTS[0]).input_ids]
+    (found,) = llama_cpp.ask(tmp_path / "theirs.gguf", ids=[row])["logprobs"]
+    expected = model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)[range(len(row) - 1), row[1:]]
+    np.testing.assert_allclose([token["logprob"] for token in found], expected.detach(), atol=2e-4)
+
+
+@needs_shared
+def test_a_non_uniform_result_is_a_trap_for_llama_cpps_own_converter(stories, converter, tmp_path):
+    """It takes the model without a word, and llama.cpp does not load what it writes; see docs/serving.md."""
+    converter(saved(stories, tmp_path), tmp_path / "theirs.gguf")
+    with pytest.raises(RuntimeError, match="Failed to load model"):
+        llama_cpp.ask(tmp_path / "theirs.gguf")
