@@ -10,6 +10,7 @@ from functools import cache
 from io import StringIO
 from pathlib import Path
 from runpy import run_path
+from shutil import copytree
 
 import pytest
 import yaml
@@ -50,16 +51,16 @@ def snippets(language: str) -> list:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory):
+def inputs(tmp_path_factory):
     """A folder in which the names that the snippets use exist, so that they run as they stand."""
     import json
 
-    folder = tmp_path_factory.mktemp("desk")
+    folder = tmp_path_factory.mktemp("inputs")
     model, tokenizer = real_text_model()
     for saved in (model, tokenizer):
         saved.save_pretrained(folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     (folder / "Qwen").mkdir()
-    (folder / "Qwen" / "Qwen2.5-7B-Instruct").symlink_to(folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
+    (folder / "Qwen" / "Qwen2.5-7B-Instruct").symlink_to("../HuggingFaceTB/SmolLM2-135M-Instruct")
     lines = [json.dumps({"text": text}) for _, text in zip(range(400), builtin_documents("math", 7), strict=False)]
     for name, part in {"notes": lines, "notes-prune": lines[:300], "notes-test": lines[300:]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(part))
@@ -72,6 +73,12 @@ def desk(tmp_path_factory):
     readme = (ROOT / "README.md").read_text()
     (folder / "run.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", readme, re.M | re.S)[1])
     return folder
+
+
+@pytest.fixture(scope="module")
+def desk(inputs, tmp_path_factory):
+    """The folder that the snippets share: some read what an earlier one has written."""
+    return copytree(inputs, tmp_path_factory.mktemp("desk") / "shared", symlinks=True)
 
 
 def ran(run, words: list[str]) -> str:
@@ -147,8 +154,8 @@ def test_bash(page, code, desk, monkeypatch):
 
 
 @pytest.mark.parametrize("page", TOURS, ids=lambda page: page.name)
-def test_a_guide_leads_from_its_first_command_to_its_last(page, desk, monkeypatch):
-    monkeypatch.chdir(desk)
+def test_a_guide_leads_from_its_first_command_to_its_last(page, inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(copytree(inputs, tmp_path / "desk", symlinks=True))
     for language, code in re.findall(r"^```(python|bash)\n(.*?)^```", page.read_text(), re.M | re.S):
         if language == "python":
             exec(compile(code, str(page), "exec"), {"__name__": "__main__"})

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING
 
-from .arguments import SOURCES, add_arch_argument, add_loading_arguments, domain
+from .measuring import add_measuring_arguments, measured
 from .output import Result, add_output_arguments
 
-
-if TYPE_CHECKING:
-    from ..evaluation.evaluate import Evaluation
 
 NAME = "evaluate"
 HELP = "Measure a model by perplexity and tasks, alone or against the dense one."
@@ -24,65 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_output_arguments(parser, file=True, reads_text=True)
 
 
-def add_measuring_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags that say what is measured, and how the models are loaded."""
-    parser.add_argument(
-        "--domain",
-        action="append",
-        default=[],
-        type=domain,
-        metavar="NAME=SOURCE",
-        help=f"Text that is read in its own order. Repeatable. {SOURCES}",
-    )
-    parser.add_argument(
-        "--task",
-        action="append",
-        default=[],
-        metavar="NAME|FILE.jsonl",
-        help="A task of lm_eval, or a file of multiple-choice items in lines of JSON. Repeatable.",
-    )
-    parser.add_argument("--seq-length", type=int, default=512, metavar="N", help="Tokens per sample (512).")
-    parser.add_argument(
-        "--num-samples",
-        "--num-blocks",
-        type=int,
-        metavar="N",
-        help="Samples per domain at most; by default each domain is read to its end.",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="Items per task at most.")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="Sequences per forward pass (1).")
-    add_arch_argument(parser)
-    add_loading_arguments(parser)
-
-
 def run(args: Namespace) -> Result:
     """Measure the model."""
     evaluation = measured(args, args.model, args.against)
     return Result(str(evaluation), evaluation.to_dict())
-
-
-def measured(args: Namespace, model_name: str, dense_name: str | None) -> Evaluation:
-    """What the flags of `add_measuring_arguments` ask for.
-
-    Args:
-        args: The flags.
-        model_name: The id or the folder of the model.
-        dense_name: The same of the dense one, where there is one to compare with.
-    """
-    from ..evaluation.evaluate import evaluate
-    from .loading import load_model_and_tokenizer
-
-    loading = (args.dtype, args.device, args.trust_remote_code, args.arch_file)
-    model, tokenizer = load_model_and_tokenizer(model_name, *loading)
-    dense = load_model_and_tokenizer(dense_name, *loading)[0] if dense_name else None
-    return evaluate(
-        model,
-        tokenizer,
-        args.domain,
-        args.task,
-        dense,
-        seq_length=args.seq_length,
-        num_samples=args.num_samples,
-        batch_size=args.batch_size,
-        limit=args.limit,
-    )

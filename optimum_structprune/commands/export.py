@@ -70,7 +70,7 @@ def _write_gguf(args: Namespace) -> Result:
     from .loading import load_config, load_model_and_tokenizer, weights_bytes
 
     check_gguf(load_config(args.model, args.trust_remote_code))
-    check_file(args.output, args.overwrite, [args.model])
+    check_file(args.output, args.overwrite)
     probe_target(args.output, weights_bytes(args.model))
     dtype = GGUF_DTYPES.get(args.dtype, args.dtype)
     model, tokenizer = load_model_and_tokenizer(args.model, dtype, args.device, args.trust_remote_code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from .evaluate import add_measuring_arguments, measured
+from .measuring import add_measuring_arguments, measured
 from .output import Result, add_output_arguments
 
 

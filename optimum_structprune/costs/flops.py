@@ -9,7 +9,7 @@ from ..criteria.obs import COLUMNS
 from .workload import Consumer, Workload
 
 
-BACKWARD = 2  # forward passes that a backward pass costs
+BACKWARD = 1  # forward passes that a backward pass costs where the weights are frozen
 FP32 = 4  # bytes
 
 
@@ -63,7 +63,7 @@ def flops(work: Workload) -> Flops:
     Args:
         work: What the pruning has to go through.
     """
-    forward = work.rounds * _round(work) + _perplexities(work) + (_gradient(work) if work.gradient else 0.0)
+    forward = work.rounds * _round(work) + _perplexities(work) + _watched(work)
     consumers = work.consumers
     return Flops(
         forward,
@@ -150,10 +150,11 @@ def _perplexities(work: Workload) -> float:
     return dense * (1 + left) + 4 * tokens * head
 
 
-def _gradient(work: Workload) -> float:
+def _watched(work: Workload) -> float:
+    """The passes through the whole model that a criterion takes before each round."""
     tokens = work.samples.tokens
     layers = sum(_pass(work, layer, tokens) for layer in range(len(work.layers)))
-    return work.rounds * (1 + BACKWARD) * (layers + 2 * tokens * work.vocab * work.hidden)
+    return work.rounds * work.views * (1 + BACKWARD * work.gradient) * (layers + 2 * tokens * work.vocab * work.hidden)
 
 
 def _moments(work: Workload, consumer: Consumer) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..arch.spec import GROUP, ArchSpec, Axis, Space, Widths
 from ..config.pruning import StructPruneConfig
-from ..criteria import CRITERIA
+from ..criteria import CRITERIA, saliencies_for
 from ..domains.load import num_heldout
 
 
@@ -126,7 +126,8 @@ class Workload:
         factors: Whether scores take a factor of the Gram matrix.
         apart: Whether each domain is scored by itself.
         fits: Whether kept weights are fitted.
-        gradient: Whether scores take a backward pass.
+        views: How many passes over the samples scores take through the whole model before each round.
+        gradient: Whether these passes go backward too.
     """
 
     layers: tuple[Layer, ...]
@@ -142,6 +143,7 @@ class Workload:
     factors: bool
     apart: bool
     fits: bool
+    views: int
     gradient: bool
 
     @property
@@ -207,6 +209,7 @@ def workload(
         factors=config.scored_by == "obs",
         apart=config.aggregation != "mean" or config.normalisation not in ("none", "energy"),
         fits=config.fits,
+        views=criterion.views if criterion and saliencies_for(criterion) else 0,
         gradient=bool(criterion and criterion.needs_gradient),
     )
 

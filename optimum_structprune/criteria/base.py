@@ -29,11 +29,13 @@ class Criterion(ABC):
         needs_gram: Whether `score` reads `moments.gram`; without it only mean and second moment are gathered.
         needs_gradient: Whether `score` reads a `moments.saliency` that takes backward passes through the whole model.
         watches: What gives `moments.saliency` in place of E|x ∂L/∂x|; None where it is that, or not read at all.
+        views: How many passes over the samples that takes.
     """
 
     needs_gram: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
     watches: ClassVar[Saliencies | None] = None
+    views: ClassVar[int] = 1
 
     def __init__(self, config: StructPruneConfig):
         self.config = config

@@ -13,8 +13,9 @@ class IterativeNorm(Criterion):
 
     Those go first whose removal changes the output least, by the mean of ‖r_t + W_u x_tu‖ over tokens t, where r_t is
     what the units removed before have given. This is `IterativeChannelContributionHook` of NVIDIA's Model Optimizer
-    (Puzzletron, arXiv 2411.19146) without its optional scaling of the dense output, one sample after the other; see
-    `calibration.whole.removal_orders`. There the units are channels; for KV groups the formula is ours.
+    0.47 (`modelopt/torch/nas/plugins/megatron_hooks/base_hooks.py`) without its optional scaling of the dense output,
+    one sample after the other; see `calibration.whole.removal_orders`. There the units are channels; for KV groups the
+    formula is ours.
     """
 
     watches = staticmethod(removal_orders)

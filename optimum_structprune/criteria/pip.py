@@ -18,6 +18,7 @@ class PerturbedViews(Criterion):
 
     needs_gradient = True
     watches = staticmethod(contrasts)
+    views = 2
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""

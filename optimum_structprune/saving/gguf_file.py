@@ -78,14 +78,14 @@ def export_gguf(
             may not be replaced, or it cannot be written.
     """
     check_gguf(model.config)
-    check_file(path, overwrite, [model.name_or_path])
+    check_file(path, overwrite)
     check_plain(model)
     if is_quantized(model):
         raise StructPruneError("A GGUF file is written from plain weights; load the model without quantization.")
     if model.dtype not in TYPES:
         raise StructPruneError(f"A GGUF file holds float32, float16 or bfloat16, and the model is in {model.dtype}.")
     kind, file_type = TYPES[model.dtype]
-    with staged_file(path, overwrite, [model.name_or_path]) as staging:
+    with staged_file(path, overwrite) as staging:
         parameters = _write(model, staging, tokenizer, kind, file_type)
         size = staging.stat().st_size
     return GGUFFile(str(gguf_architecture(model.config)), kind, parameters, size)

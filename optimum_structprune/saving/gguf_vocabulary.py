@@ -39,7 +39,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size:
             f"A GGUF file holds a BPE tokenizer of the tokenizers library, found a {type(tokenizer).__name__}."
         )
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    check_vocabulary(parts, len(tokenizer), size)
+    _check_vocabulary(parts, len(tokenizer), size)
     from gguf import BpeVocab, LlamaHfVocab
 
     pieces = parts["model"].get("byte_fallback", False)
@@ -57,7 +57,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size:
     _add_special(writer, tokenizer)
 
 
-def check_vocabulary(parts: Mapping[str, Any], tokens: int, size: int) -> None:
+def _check_vocabulary(parts: Mapping[str, Any], tokens: int, size: int) -> None:
     """Refuse a tokenizer that llama.cpp does not have.
 
     Args:

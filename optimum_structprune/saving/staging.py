@@ -74,14 +74,13 @@ def staged_alone(folder: str | Path, overwrite: bool, used: Iterable[str | Path 
 
 
 @contextmanager
-def staged_file(path: str | Path, overwrite: bool, used: Iterable[str | Path | None] = ()) -> Iterator[Path]:
+def staged_file(path: str | Path, overwrite: bool) -> Iterator[Path]:
     """Give the name of a temporary file beside the target, and move it into place if everything inside `with` goes
     well.
 
     Args:
         path: The target; folders above it are made if need be.
         overwrite: Whether a file that exists is replaced, see `check_file`.
-        used: The files and folders that the run reads.
 
     Raises:
         StructPruneError: If the file exists and may not be replaced, or it cannot be written; what was there before
@@ -89,7 +88,7 @@ def staged_file(path: str | Path, overwrite: bool, used: Iterable[str | Path | N
     """
     target = resolved(path)
     clear_leftovers(target)
-    check_file(target, overwrite, used)
+    check_file(target, overwrite)
     try:
         with folder_beside(target, SAVING) as staging:
             yield staging / target.name

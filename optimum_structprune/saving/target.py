@@ -113,16 +113,16 @@ def _check_replaceable(folder: Path, used: Iterable[str | Path | None]) -> None:
         )
 
 
-def check_file(target: str | Path, overwrite: bool, used: Iterable[str | Path | None] = ()) -> None:
-    """Refuse a GGUF file that must not be written; the rules are those of `check_target`.
+def check_file(target: str | Path, overwrite: bool) -> None:
+    """Refuse a GGUF file that must not be written.
 
     Args:
         target: The file.
         overwrite: Whether a file that exists may be replaced; only one that this package wrote ever is.
-        used: The files and folders that the run reads.
 
     Raises:
-        StructPruneError: If the target is a folder, lies in what is read, or exists and may not be replaced.
+        StructPruneError: If the target is a folder, or exists and may not be replaced; the message says what would be
+            lost.
     """
     file = resolved(target)
     try:
@@ -139,9 +139,6 @@ def check_file(target: str | Path, overwrite: bool, used: Iterable[str | Path | 
                 f"{file} is no GGUF file of structprune, so it is not overwritten "
                 f"({readable_size(file.stat().st_size)} would be lost). Name another file, or remove this one."
             )
-        for name in used:
-            if name and _relation(file, name) == "is":
-                raise StructPruneError(f"{file} is {name}, which this run reads; name another file.")
     except OSError as error:
         raise StructPruneError(f"{target} cannot be written to: {error}") from error
 

@@ -53,7 +53,15 @@ def work_of(model, config, inputs, itemsize=4):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"rounds": 2}, {"error_feedback": 0}, {"criterion": "wanda", "refit": "none"}, {"aggregation": "max"}],
+    [
+        {},
+        {"rounds": 2},
+        {"error_feedback": 0},
+        {"criterion": "wanda", "refit": "none"},
+        {"aggregation": "max"},
+        {"criterion": "pip", "refit": "none"},
+        {"criterion": "slimllm", "refit": "slope"},
+    ],
 )
 def test_operations_are_those_that_torch_counts(fields):
     model, inputs = llama(), {name: torch.randint(256, (18, 64)) for name in "ab"}
