@@ -6,14 +6,11 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .evaluate import add_measuring_arguments
+from .measuring import add_measuring_arguments, measured_of, names_of
 from .output import Result, add_output_arguments
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ..evaluation.evaluate import Evaluation
     from ..evaluation.side_by_side import Facts, SideBySide
 
 NAME = "compare"
@@ -39,7 +36,6 @@ def run(args: Namespace) -> Result:
     """Check all models by their configs, then load and measure one after the other."""
     from ..evaluation.pictures import draw_quality
     from ..evaluation.side_by_side import SideBySide
-    from .benchmark import names_of
 
     paths = dict(zip(names_of(args.models), args.models, strict=True))
     _check(args, paths)
@@ -92,24 +88,8 @@ def _facts(path: str, args: Namespace) -> Facts:
     from .loading import load_model_and_tokenizer
 
     model, tokenizer = load_model_and_tokenizer(path, args.dtype, args.device, args.trust_remote_code, args.arch_file)
-    return Facts.of(model, _evaluation(model, tokenizer, args), args.arch_file)
-
-
-def _evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: Namespace) -> Evaluation | None:
-    from ..evaluation.evaluate import evaluate
-
-    if not (args.domain or args.task):
-        return None
-    return evaluate(
-        model,
-        tokenizer,
-        args.domain,
-        args.task,
-        seq_length=args.seq_length,
-        num_samples=args.num_samples,
-        batch_size=args.batch_size,
-        limit=args.limit,
-    )
+    evaluation = measured_of(args, model, tokenizer) if args.domain or args.task else None
+    return Facts.of(model, evaluation, args.arch_file)
 
 
 def _add_speed(models: SideBySide, paths: dict[str, str], args: Namespace) -> None:
