@@ -27,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import Domain, load_domains
-from optimum_structprune.pruning.choose import choose_widths
+from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.saving.report import Report
 
@@ -144,7 +144,7 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
     reset_high_water_mark()
     report = Report(arch.model_type, settings.scored_by)
     start = clock()
-    chosen = choose_widths(settings, arch, model, Evidence.of(settings, domains, model.device), report)
+    chosen = choose_shape(settings, arch, model, Evidence.of(settings, domains, model.device), report).after_removal()
     choosing = clock() - start
     StructPruner(settings).prune_to_(model, domains, chosen)
     spent = clock() - start - choosing
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--error-feedback", type=float, default=0.5, help="0 leaves the dense residual stream out")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where other jobs run beside it")
-    parser.add_argument("--allocation", default="uniform", help="uniform, global or sensitivity")
+    parser.add_argument("--allocation", default="uniform", help="as in StructPruneConfig")
     disable_progress_bar()
     set_verbosity_error()  # the layers that --layers leaves out are no news
     run(parser.parse_args(argv))

@@ -21,7 +21,7 @@ from .domains.manifest import Manifest
 from .errors import StructPruneError
 from .pruning.arguments import check_arguments, check_config_kind
 from .pruning.checks import check
-from .pruning.choose import choose_widths
+from .pruning.choose import choose_shape
 from .pruning.evidence import Evidence
 from .pruning.removers import take_
 from .pruning.run import Run
@@ -98,9 +98,10 @@ class StructPruner:
         model, dense = _to_change(model, inplace)
         evidence = with_batch_size(evidence, arch, model)
         with Run(evidence.config, model, evidence, tokenizer, inplace, report) as run:
-            widths = choose_widths(evidence.config, arch, model, evidence, report)
+            shape = choose_shape(evidence.config, arch, model, evidence, report)
             run.start(dense)
-            for step in self.steps(arch, model, widths):
+            run.layers = shape.layers
+            for step in self.steps(arch, model, shape.after_removal()):
                 self.take_(run, step)
                 if step.part:
                     run.compare()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.pruning import sensitivity
+from optimum_structprune.pruning import trials
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     text = SHARED / "data" / "heldout"
     if not text.exists():
         pytest.skip(f"the text {text} is not here")
-    monkeypatch.setattr(sensitivity, "PROBE_TOKENS", 1024)
+    monkeypatch.setattr(trials, "PROBE_TOKENS", 1024)
     model, tokenizer = (
         auto.from_pretrained(smollm2.parent, gguf_file=smollm2.name) for auto in (AutoModelForCausalLM, AutoTokenizer)
     )

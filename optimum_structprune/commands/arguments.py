@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import getdoc
 from textwrap import dedent
@@ -71,13 +71,14 @@ def add_arch_argument(parser: ArgumentParser) -> None:
     )
 
 
-def add_config_arguments(parser: ArgumentParser, config_class: type) -> None:
+def add_config_arguments(parser: ArgumentParser, config_class: type, without: Collection[str] = ()) -> None:
     """Declare `--config`, and one flag for each field of a config.
 
     Args:
         parser: The parser of the command.
         config_class: The dataclass of the config. The flags have no defaults, so that those that are given can be laid
             over the file.
+        without: The fields that get no flag.
     """
     name = config_class.__name__
     parser.add_argument("--config", metavar="FILE", help=f"A YAML file with fields of {name}; flags override it.")
@@ -85,6 +86,8 @@ def add_config_arguments(parser: ArgumentParser, config_class: type) -> None:
     types, sentences = get_type_hints(config_class), first_sentences(config_class)
     former = {new: old for old, new in getattr(config_class, "RENAMED", {}).items()}
     for field in fields(config_class):
+        if field.name in without:
+            continue
         how = _how(field.name, types[field.name])
         text = " ".join(filter(None, (sentences.get(field.name), how.pop("help", ""), _default(field))))
         names = [_flag(field.name), ALIASES.get(field.name), former.get(field.name) and _flag(former[field.name])]
@@ -255,7 +258,7 @@ def _file(args: Namespace) -> dict[str, Any]:
 
 def _given(args: Namespace, config_class: type) -> dict[str, Any]:
     """The fields for which a flag was given; repeated pairs are a mapping."""
-    values = {field.name: getattr(args, field.name) for field in fields(config_class)}
+    values = {field.name: getattr(args, field.name, None) for field in fields(config_class)}
     return {
         name: dict(value) if isinstance(value, list) and isinstance(value[0], tuple) else value
         for name, value in values.items()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import add_arch_argument, add_loading_arguments
+from .measuring import names_of
 from .output import Result, add_output_arguments
 
 
@@ -77,19 +76,6 @@ def run(args: Namespace) -> Result:
         arch_file=args.arch_file,
     )
     return Result(str(speed), speed.to_dict())
-
-
-def names_of(paths: Sequence[str]) -> list[str]:
-    """A short name for each model: the last part of its path, or all of it, numbered where that is the same too.
-
-    The same model twice shows how far the measurement is from 1 where nothing differs.
-    """
-    short = Counter(Path(path).name for path in paths)
-    names = [Path(path).name if short[Path(path).name] == 1 else path for path in paths]
-    return [
-        f"{name} ({names[:number].count(name) + 1})" if names.count(name) > 1 else name
-        for number, name in enumerate(names)
-    ]
 
 
 def _shapes(path: str, args: Namespace) -> PreTrainedModel:

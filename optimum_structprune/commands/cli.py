@@ -18,7 +18,20 @@ from .output import Result, check_output, show, working
 DESCRIPTION = "Structured pruning of Hugging Face models."
 # Each is a module here with NAME, HELP, add_arguments(parser) and run(args) -> Result. `optimum-cli` imports them
 # all on every call, so what is heavy is imported inside add_arguments() and run().
-COMMANDS = ("prune", "calibrate", "plan", "recover", "evaluate", "report", "benchmark", "inspect", "export", "apply")
+COMMANDS = (
+    "prune",
+    "sweep",
+    "calibrate",
+    "plan",
+    "recover",
+    "evaluate",
+    "compare",
+    "report",
+    "benchmark",
+    "inspect",
+    "export",
+    "apply",
+)
 # With this variable set to 1 in the environment, every error shows its traceback.
 DEBUG = "STRUCTPRUNE_DEBUG"
 # Libraries that read what a user names: what goes wrong anywhere in them is taken for a fault of the input.

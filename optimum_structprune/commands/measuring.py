@@ -1,14 +1,19 @@
-"""Measures models on text and tasks; `evaluate` and `report` share it."""
+"""Measures models on text and tasks; `evaluate`, `report` and `compare` share it."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import SOURCES, add_arch_argument, add_loading_arguments, domain
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ..evaluation.evaluate import Evaluation
 
 
@@ -60,12 +65,23 @@ def measured(args: Namespace, model_name: str, dense_name: str | None) -> Evalua
         model_name: The id or the folder of the model.
         dense_name: The same of the dense one, where there is one to compare with.
     """
-    from ..evaluation.evaluate import evaluate
     from .loading import load_model_and_tokenizer
 
     loading = (args.dtype, args.device, args.trust_remote_code, args.arch_file)
     model, tokenizer = load_model_and_tokenizer(model_name, *loading)
     dense = load_model_and_tokenizer(dense_name, *loading)[0] if dense_name else None
+    return measured_of(args, model, tokenizer, dense)
+
+
+def measured_of(
+    args: Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dense: PreTrainedModel | None = None,
+) -> Evaluation:
+    """What `measured` gives, of models that are loaded."""
+    from ..evaluation.evaluate import evaluate
+
     return evaluate(
         model,
         tokenizer,
@@ -78,3 +94,16 @@ def measured(args: Namespace, model_name: str, dense_name: str | None) -> Evalua
         limit=args.limit,
         items=args.items,
     )
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """A short name for each model: the last part of its path, or all of it, numbered where that is the same too.
+
+    The same model twice shows how far the measurement is from 1 where nothing differs.
+    """
+    short = Counter(Path(path).name for path in paths)
+    names = [Path(path).name if short[Path(path).name] == 1 else path for path in paths]
+    return [
+        f"{name} ({names[:number].count(name) + 1})" if names.count(name) > 1 else name
+        for number, name in enumerate(names)
+    ]

@@ -39,8 +39,11 @@ CONFIG_NAME = "structprune_config.json"
 AMOUNTS = ("sparsity", "widths", "budget")
 # The share of the broad text where no domains are named.
 BROAD_ALONE = 0.5
+# The allocations that give all layers one width, and those that measure what the model loses.
+ONE_WIDTH = ("uniform", "search_uniform")
+MEASURED = ("sensitivity", "search", "search_uniform")
+BUDGETS = ("parameters", "bytes", "cache_bytes_per_token", "flops_per_token")
 AUTO = "auto"
-BUDGETS = ("parameters", "bytes", "cache_bytes_per_token")
 
 
 def builtin_domains() -> list[DomainConfig]:
@@ -61,8 +64,8 @@ class StructPruneConfig(Serialisable):
             for each layer and a mapping one for each layer that it names, such as `{"mlp": {0: 1536, 1: 1024}}`. With
             another `allocation` than `uniform`, each number is the mean over the layers.
         budget: What the whole model may have at most: `{"parameters": 110_000_000}`, `{"bytes": 300_000_000}` of
-            parameters in its dtype, or `{"cache_bytes_per_token": 9000}` of keys and values. The widths are the
-            largest that keep to it.
+            parameters in its dtype, `{"cache_bytes_per_token": 9000}` of keys and values, or `{"flops_per_token":
+            200_000_000}` to read a prompt of `seq_length` tokens. The widths are the largest that keep to it.
         targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths.
         criterion: The registered criterion that scores the units. None stands for `obs` with a least-squares refit,
             and for `wanda` otherwise.
@@ -71,7 +74,9 @@ class StructPruneConfig(Serialisable):
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
             ranks all units of the model by score, `cosine` takes more from layers that change the residual stream
-            less, `sensitivity` ranks units by the measured loss of the model.
+            less. The others go by the measured loss of the model: `sensitivity` gives each layer widths of its own,
+            `search` may also remove whole layers, and `search_uniform` looks for the best number of layers and the
+            best widths, the same everywhere.
         min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with
             other allocations than `uniform`, and where the layers of the model differ in width already.
         max_width: The share of its units that a layer keeps at most, where `min_width` says at least.
@@ -91,10 +96,12 @@ class StructPruneConfig(Serialisable):
         adaptive_rate: How fast the weights of the domains follow their loss on held-out text from round to round. 0
             leaves the weights as they are.
         objective: `mean` lets weights move by a factor of 2. `worst` lets them move by a factor of 8 (at the rate 1
-            unless `adaptive_rate` says otherwise), and with `allocation="sensitivity"` the widths follow the domain
-            that loses most.
+            unless `adaptive_rate` says otherwise), and with an allocation that measures losses the widths follow
+            the domain that loses most.
         max_perplexity_ratio: A limit to the held-out perplexity of every domain, as a multiple of the dense model's.
             The rounds go toward the target and stop before a domain exceeds it, on text that the report does not use.
+        losses_dir: A folder that keeps the losses that `sensitivity`, `search` and `search_uniform` measure, for other
+            targets of the same model and text. None stands for the folder of `stats`, or for `checkpoint_dir`.
         checkpoint_dir: A folder that remembers each round, and each layer of the last one; a run that was killed goes
             on from there.
         keep_rounds: Whether the smaller and smaller models are left in that folder as `round-1`, `round-2`, …
@@ -138,7 +145,7 @@ class StructPruneConfig(Serialisable):
     refit: Literal["none", "bias", "slope", "least_squares"] = "least_squares"
     rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
-    allocation: Literal["uniform", "global", "cosine", "sensitivity"] = "uniform"
+    allocation: Literal["uniform", "global", "cosine", "sensitivity", "search", "search_uniform"] = "uniform"
     min_width: Number = validated_field(share, default=0.1)
     max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
@@ -150,6 +157,7 @@ class StructPruneConfig(Serialisable):
     adaptive_rate: Number = validated_field(not_negative, default=0.0)
     objective: Literal["mean", "worst"] = "mean"
     max_perplexity_ratio: Number | None = validated_field(above_one, default=None)
+    losses_dir: str | None = None
     checkpoint_dir: str | None = None
     keep_rounds: bool = False
     presets_file: str | None = None
@@ -225,6 +233,11 @@ class StructPruneConfig(Serialisable):
         return self.refit == "least_squares"
 
     @property
+    def searches(self) -> bool:
+        """Whether widths follow from measured losses."""
+        return self.allocation in MEASURED
+
+    @property
     def correlates(self) -> bool:
         """Whether the refit reads Gram matrices."""
         return self.refit in ("slope", "least_squares")
@@ -244,8 +257,7 @@ class StructPruneConfig(Serialisable):
         """Whether widths, weights of domains or the end of the rounds follow from a measurement of the model on text,
         which may not be the text that the report measures it on.
         """
-        measured = self.allocation not in ("uniform", "global", "cosine")
-        return measured or self.reweights or self.max_perplexity_ratio is not None
+        return self.searches or self.reweights or self.max_perplexity_ratio is not None
 
     @property
     def spans_rounds(self) -> bool:
@@ -335,7 +347,7 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
     What depends on a model as well is in `pruning/checks.py`.
     """
     recovery, every_round = config.recovery, config.recovery is not None and config.recovery.every_round
-    moves_weights = config.adaptive_rate > 0 or (config.objective == "worst" and config.allocation != "sensitivity")
+    moves_weights = config.adaptive_rate > 0 or (config.objective == "worst" and not config.searches)
     yield (
         moves_weights and config.rounds < 2,
         f"adaptive_rate={config.adaptive_rate} and objective={config.objective!r} re-weight domains between rounds, "
@@ -351,6 +363,21 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         config.broad_share > 0 and any(BROAD == domain.name or _is_broad(domain) for domain in config.domains or ()),
         f"breadth={config.breadth} adds a domain {BROAD!r} of the source {BUILTIN}{BROAD}, and domains has one; "
         "rename it, or leave breadth out",
+    )
+    yield (
+        config.widths is not None and config.allocation == "search_uniform",
+        f"widths={config.widths} says what is kept, and allocation='search_uniform' chooses it; say how much with "
+        "sparsity or budget",
+    )
+    yield (
+        bool(config.skip_layers) and config.allocation == "search_uniform",
+        f"skip_layers={list(config.skip_layers)} leaves layers as they are, and allocation='search_uniform' looks for "
+        "one shape of all layers; choose allocation='search'",
+    )
+    yield (
+        config.losses_dir is not None and not config.searches,
+        f"losses_dir={config.losses_dir!r} keeps measured losses, and allocation={config.allocation!r} measures none; "
+        f"leave it out, or choose one of {', '.join(MEASURED)}",
     )
     yield (
         config.keep_rounds and config.checkpoint_dir is None,
@@ -371,7 +398,7 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         "max_perplexity_ratio, keep_rounds and checkpoint_dir span rounds; leave out either",
     )
     for needs_text, text in (
-        (config.allocation in ("cosine", "sensitivity"), f"allocation={config.allocation!r} runs the model on text"),
+        (config.allocation == "cosine", "allocation='cosine' runs the model on text"),
         (every_round, "recovery with every_round=True calibrates on a trained model after each round"),
     ):
         yield (

@@ -24,7 +24,7 @@ from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError
 from ..saving.target import probe_folder
 from ..system.offloading import is_offloaded
-from ..widths.allocation import is_bounded
+from ..widths.allocation import alike, is_bounded
 from ..widths.budget import biased_spaces, widths_of
 from .evidence import judges_layers
 from .steps import WHOLE_MODEL
@@ -215,6 +215,22 @@ def space_rules(case: Case) -> Rules:
     )
     biased_spaces(config, arch, [name for name in names if arch.of(name)[0].inside])
     yield (
+        config.searches and not arch.causal,
+        f"allocation={config.allocation!r} measures how far the predictions of the next token move, and a model of "
+        f"type {arch.model_type!r} makes none; use allocation='uniform' or 'global'.",
+    )
+    outside = [name for name in names if not arch.of(name)[0].inside or arch.of(name)[0].layer == MODEL]
+    yield (
+        config.searches and bool(outside),
+        f"allocation={config.allocation!r} chooses widths inside the layers, and {(outside or [''])[0]!r} is none of "
+        "them; leave it out of targets and widths.",
+    )
+    yield (
+        config.allocation == "search_uniform" and not alike(arch, names),
+        f"The layers of this {arch.model_type} model differ in width, and allocation='search_uniform' looks for one "
+        "shape of all layers; choose allocation='search'.",
+    )
+    yield (
         not arch.causal and (config.reweights or config.max_perplexity_ratio is not None),
         "adaptive_rate, objective='worst' and max_perplexity_ratio go by perplexity, which a model of type "
         f"{arch.model_type!r} does not have; leave them out.",
@@ -250,9 +266,9 @@ def _never_stored(config: StructPruneConfig) -> Rules:
 
 
 def checkpoint_rules(case: Case) -> Rules:
-    """The folder that remembers the rounds."""
-    if case.config.checkpoint_dir is not None:
-        probe_folder(case.config.checkpoint_dir)
+    """The folders that remember the rounds and the measured losses."""
+    for folder in filter(None, (case.config.checkpoint_dir, case.config.losses_dir)):
+        probe_folder(folder)
     yield from ()
 
 
@@ -353,15 +369,15 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
     texts = [domain.source for domain in domains if isinstance(domain.source, str)]
     explicit, gram, uniform = config.widths is not None, config.fits, config.allocation == "uniform"
     stored = config.stats is not None and recovery is None  # the text of a recovery follows these numbers too
-    alike = "widths are taken as they are" if explicit else "allocation='uniform' gives all layers one width"
+    same = "widths are taken as they are" if explicit else "allocation='uniform' gives all layers one width"
     reasons = {
         "targets": (explicit, "widths names the spaces"),
         "round_to": (
             explicit and uniform and config.max_perplexity_ratio is None,
             "widths are taken as they are",
         ),
-        "min_width": (not is_bounded(config, arch, names), alike),
-        "max_width": (not is_bounded(config, arch, names), alike),
+        "min_width": (not is_bounded(config, arch, names) and config.allocation != "search_uniform", same),
+        "max_width": (not is_bounded(config, arch, names), same),
         "schedule": (config.rounds == 1, "rounds=1 removes everything at once"),
         "damping": (not gram and config.scored_by != "obs", f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..arch.spec import ArchSpec, Widths
+from ..arch.spec import ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from ..forward.metrics import evaluating
 from ..saving.report import Report
 from ..widths.budget import widths_of
+from ..widths.shapes import Shape
 from .evidence import Evidence
-from .sensitivity import sensitivities
+from .search import search
 from .sweep import Sweep
 
 
@@ -27,10 +28,10 @@ Scores = dict[tuple[int, str], "Tensor"]
 SHARPNESS = 10.0
 
 
-def choose_widths(
+def choose_shape(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, evidence: Evidence, report: Report
-) -> Widths:
-    """The widths that a config asks for; where layers get widths of their own, from scores of all units.
+) -> Shape:
+    """The widths that a config asks for, from scores of all units or from measured losses where it says so.
 
     Args:
         config: How much to remove, and how it is spread over the layers.
@@ -39,11 +40,13 @@ def choose_widths(
         evidence: What is known of the text.
         report: Takes the time.
     """
+    if config.searches:
+        return search(model, arch, config, evidence, report)
     widths = widths_of(config, arch, model)
-    if config.allocation not in SCORES:
-        return widths
-    scores = SCORES[config.allocation](model, arch, config, evidence, list(widths), report)
-    return widths_of(config, arch, model, scores)
+    if config.allocation in SCORES:
+        scores = SCORES[config.allocation](model, arch, config, evidence, list(widths), report)
+        widths = widths_of(config, arch, model, scores)
+    return Shape(widths)
 
 
 def dense_scores(
@@ -96,9 +99,8 @@ def cosine_scores(
     }
 
 
-# What ranks the units, by allocation; `uniform` ranks none.
+# What ranks the units, by allocation; `uniform` ranks none, and the others measure.
 SCORES: dict[str, Callable[..., Scores]] = {
     "global": dense_scores,
     "cosine": cosine_scores,
-    "sensitivity": sensitivities,
 }

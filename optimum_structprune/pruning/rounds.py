@@ -165,7 +165,7 @@ class Rounds:
         copy, plan = deepcopy(self.run.model), self.sweep.plan
         shrink_(copy, self.arch, plan, widths, self.biased)
         # What the round was asked for, whatever has chosen it.
-        chosen: Any = {"widths": dict(widths), "allocation": "uniform", "skip_layers": ()}
+        chosen: Any = {"widths": dict(widths), "allocation": "uniform", "losses_dir": None, "skip_layers": ()}
         config = replace(self.config, sparsity=None, budget=None, **chosen)
 
         def write(staging: Path) -> None:

@@ -38,6 +38,7 @@ class Run:
         plan: The kept units of the dense model so far.
         measure: The figures of the dense model on held-out text; None until `start`.
         teacher: The model that recovery learns from; None where there is none in memory.
+        layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
         rounds: The `Rounds` that have begun and have not ended; None between them.
         choices: How the units inside the layers were chosen, in summary, by layer of the dense model and space.
         changed: Whether the model has lost something that cannot be put back.
@@ -59,6 +60,7 @@ class Run:
         self.plan = Plan(arch.model_type, {})
         self.measure: Measure | None = None
         self.teacher: PreTrainedModel | None = None
+        self.layers: tuple[int, ...] | None = None
         self.rounds: Any = None
         self.choices: dict[tuple[int, str], Choice] = {}
         self.changed = False

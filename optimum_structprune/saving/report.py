@@ -88,6 +88,8 @@ class Report:
         domain_seconds: The time spent in calibration, by domain.
         rounds: For rounds that are measured: the widths of each, the weights of the domains in it, the ratio of
             perplexities after it (empty after the last, see `perplexity`), and whether it holds a limit on perplexity.
+        shapes: For widths that follow from measured losses: the shapes that were pruned on trial, what proposed each,
+            and its loss, KL(dense‖model) in nats per token.
         details: What the run saw while it pruned, which is saved in a file of its own.
     """
 
@@ -104,6 +106,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     domain_seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    shapes: list[dict[str, Any]] = field(default_factory=list)
     details: Details = field(default_factory=Details, repr=False, compare=False)
 
     def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:
@@ -181,6 +184,9 @@ class Report:
     def _remarks(self) -> Iterator[str]:
         if self.domain_seconds:
             yield "calibration: " + ", ".join(f"{name} {spent:.1f} s" for name, spent in self.domain_seconds.items())
+        for one in self.shapes if len(self.shapes) > 1 else ():
+            taken = "taken" if one["chosen"] else "tried"
+            yield f"{taken}: {_described(one)}, KL {one['loss']:.4f}"
         held = [one for one in self.rounds if one.get("holds", True)]
         if held and held[-1]["shares"] != self.rounds[0]["shares"]:
             shares = ", ".join(f"{name} {share:.2f}" for name, share in held[-1]["shares"].items())
@@ -202,6 +208,15 @@ class Report:
         widths, dense = list(self.widths[name].values()), self.dense_widths[name]
         low, high = min(widths), max(widths)
         return str(dense), str(low) if low == high else f"{low}-{high}", f"{fmean(widths) / dense - 1:+.1%}"
+
+
+def _described(shape: Mapping[str, Any]) -> str:
+    """A shape in words: `each layer (mlp 640-1536, attention 3)`."""
+    numbers = {
+        name: [width] if isinstance(width, int) else [*width.values()] for name, width in shape["widths"].items()
+    }
+    ranges = {name: f"{min(of)}" if min(of) == max(of) else f"{min(of)}-{max(of)}" for name, of in numbers.items()}
+    return f"{shape['proposed_by']} ({', '.join(f'{name} {of}' for name, of in ranges.items())})"
 
 
 def _change(before: float, after: float) -> tuple[str, str, str]:

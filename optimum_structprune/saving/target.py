@@ -197,7 +197,7 @@ def used_paths(*configs: Any) -> list[str]:
         names += [domain.source for domain in getattr(config, "domains", None) or ()]
         names += [
             getattr(config, name, None)
-            for name in ("stats", "checkpoint_dir", "teacher_logits", "arch_file", "presets_file")
+            for name in ("stats", "losses_dir", "checkpoint_dir", "teacher_logits", "arch_file", "presets_file")
         ]
         names += [(getattr(config, "training", None) or {}).get("output_dir")]
         names += used_paths(getattr(config, "recovery", None))
@@ -213,12 +213,12 @@ def check_apart(target: str | Path, *configs: Any) -> None:
         configs: Configs of pruning or recovery; None is passed over.
 
     Raises:
-        StructPruneError: If checkpoints or the teacher's logits would lie in the folder.
+        StructPruneError: If measured losses, checkpoints or the teacher's logits would lie in the folder.
     """
     folder = resolved(target)
     for config in filter(None, configs):
         training = getattr(config, "training", None) or {}
-        names = {name: getattr(config, name, None) for name in ("checkpoint_dir", "teacher_logits")}
+        names = {name: getattr(config, name, None) for name in ("losses_dir", "checkpoint_dir", "teacher_logits")}
         for name, path in {**names, "output_dir": training.get("output_dir")}.items():
             if path and folder in (resolved(path), *resolved(path).parents):
                 raise StructPruneError(f"{name} {path} lies in the output folder {target}; name a folder beside it.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from ..arch.shrink import legal_sizes, shrunk_config
 from ..arch.spec import LAYER, ArchSpec, Space, Width, Widths
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import ONE_WIDTH, StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
 from .ranking import Ladder, descend_, ladder, spaces_by_layer
@@ -43,8 +43,8 @@ def target_widths(
             not differ, or the sparsity cannot be reached.
     """
     legal = legal_widths(config, arch, model_config) if legal is None else legal
-    alike = _alike(arch, legal)
-    if not alike and LAYER in legal and len(legal) > 1:
+    same = alike(arch, legal)
+    if not same and LAYER in legal and len(legal) > 1:
         raise StructPruneError(
             f"The layers of this {arch.model_type} model differ in width, and {LAYER!r} would number them anew; prune "
             f"{LAYER!r} in a run of its own."
@@ -57,7 +57,7 @@ def target_widths(
     else:
         asked = asked_widths(config, arch)
         widths = asked or widths_for_sparsity(pruned, config.sparsity or 0.0, legal, config.round_to)
-        if config.skip_layers or not alike:
+        if config.skip_layers or not same:
             widths = {name: _at_most(width, pruned.of(name)) for name, width in widths.items()}
     shrunk_config(model_config, arch, widths)
     return widths
@@ -135,7 +135,7 @@ def width_bounds(
         spaces = pruned.of(name)
         least, *_, most = [*choices(config, arch, name, sizes), max(sizes)]
         if is_bounded(config, arch, list(legal)):
-            rungs = {space.layer: _rungs(config, space, sizes) for space in spaces}
+            rungs = {space.layer: rungs_of(config, space, sizes) for space in spaces}
             largest[name] = {layer: widths[0] for layer, widths in rungs.items()}
             smallest[name] = {layer: widths[-1] for layer, widths in rungs.items()}
         else:
@@ -147,7 +147,7 @@ def width_bounds(
 def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> bool:
     """Whether layers get widths of their own between `min_width` and `max_width`, see `ranked_widths`.
 
-    They do so with `allocation="uniform"` too where the model's layers differ in width already, unless `widths` says
+    They do so with allocations of one width too where the model's layers differ in width already, unless `widths` says
     what each gets.
 
     Args:
@@ -155,10 +155,10 @@ def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]
         arch: The description of the model.
         names: The kinds of space that are pruned.
     """
-    return config.allocation != "uniform" or (config.widths is None and not _alike(arch, names))
+    return config.allocation not in ONE_WIDTH or (config.widths is None and not alike(arch, names))
 
 
-def _alike(arch: ArchSpec, names: Collection[str]) -> bool:
+def alike(arch: ArchSpec, names: Collection[str]) -> bool:
     """Whether all layers have the same width in each of these kinds of space."""
     return all(len({space.width for space in arch.of(name)}) == 1 for name in names)
 
@@ -175,7 +175,7 @@ def check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[
         StructPruneError: If the layers of one of the spaces may not differ; the message gives the reason.
     """
     cause = f"skip_layers={list(config.skip_layers)}" if config.skip_layers else f"allocation={config.allocation!r}"
-    if config.allocation == "uniform" and not config.skip_layers:
+    if config.allocation in ONE_WIDTH and not config.skip_layers:
         names = [name for name, width in (asked_widths(config, arch) or {}).items() if not isinstance(width, int)]
         cause = f"widths={config.widths}"
     for name in names:
@@ -226,7 +226,7 @@ def ranked_widths(
         StructPruneError: If the bounds of a layer do not leave room for the budget.
     """
     ladders = {
-        name: [ladder(spaces, _rungs(config, spaces[0], legal[name]), scores) for spaces in by_layer.values()]
+        name: [ladder(spaces, rungs_of(config, spaces[0], legal[name]), scores) for spaces in by_layer.values()]
         for name in legal
         for by_layer in [spaces_by_layer(arch, name)]
     }
@@ -241,8 +241,14 @@ def ranked_widths(
     return {name: {layer.layer: layer.width for layer in of_kind} for name, of_kind in ladders.items()}
 
 
-def _rungs(config: StructPruneConfig, space: Space, legal: Sequence[int]) -> list[int]:
-    """The widths that a layer may take, descending."""
+def rungs_of(config: StructPruneConfig, space: Space, legal: Sequence[int]) -> list[int]:
+    """The widths that a layer may take between `min_width` and `max_width`, descending.
+
+    Args:
+        config: The config, for its bounds and its `round_to`.
+        space: The space in that layer.
+        legal: The legal widths, ascending.
+    """
     widths = sorted({*(width for width in legal if width < space.width), space.width})
     choices = _rounded(widths, space.width, config.round_to if space.rounds else 1)
     least, most = ceil(config.min_width * space.width), floor(config.max_width * space.width)

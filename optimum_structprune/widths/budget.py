@@ -8,14 +8,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
-from ..arch.spec import MODEL, ArchSpec, Widths
+from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.generation import cache_of, growing_layers
 from .allocation import check_may_differ, choices, legal_widths, target_widths, width_bounds
+from .ranking import spaces_by_layer
+from .shapes import Resource
 
 
 if TYPE_CHECKING:
@@ -141,6 +144,9 @@ def _gauge(
             return values * itemsize
 
         return cached
+    if "flops_per_token" in (config.budget or {}):
+        _check_flops(model, arch)
+        return lambda widths: flops_per_token(_small(model, arch, widths), arch, config.seq_length)
     biased = biased_spaces(config, arch, [name for name in names if arch.of(name)[0].inside])
     full = {name: arch.widths(name) for name in biased}
     dense = _small(model, arch, full, biased).num_parameters() if biased else model.num_parameters()
@@ -149,6 +155,79 @@ def _gauge(
         # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
         return lambda widths: size * _small(model, arch, widths, biased).num_parameters()
     return lambda widths: size * (dense - _removed(arch, widths))
+
+
+def resources(
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    model: PreTrainedModel,
+    names: Collection[str],
+    layers: bool = False,
+) -> list[Resource]:
+    """What a config wants saved, and what saves it: for widths given as means one resource for each space, and one
+    otherwise.
+
+    Args:
+        config: The config, which says how much is removed.
+        arch: The description of the model.
+        model: The dense model; shapes are enough.
+        names: The kinds of space that are pruned.
+        layers: Whether whole layers may go.
+    """
+    costs = {
+        (layer, name): float(sum(space.unit_params * space.scale for space in spaces))
+        for name in names
+        for layer, spaces in spaces_by_layer(arch, name).items()
+    }
+    params = {layer: float(count) for layer, count in enumerate(arch.layer_params)} if layers else {}
+    if config.widths is not None:
+        return [_mean_width(config, arch, name, costs) for name in names]
+    if config.budget is None:
+        return [Resource((config.sparsity or 0.0) * sum(arch.layer_params), costs, params)]
+    ((name, limit),) = config.budget.items()
+    legal = legal_widths(config, arch, model.config)
+    gauge = _gauge(config, arch, model, list(names), model.dtype.itemsize)
+    need = gauge({kind: arch.widths(kind) for kind in names}) - limit
+    if name in ("parameters", "bytes"):
+        size = model.dtype.itemsize if name == "bytes" else 1
+        return [Resource(need, {key: size * cost for key, cost in costs.items()}, _times(params, size))]
+    units = {kind: _per_unit(arch, gauge, kind, min(legal[kind])) for kind in names}
+    layer = gauge({}) - gauge({LAYER: arch.num_layers - 1}) if layers else 0
+    return [Resource(need, {key: units[key[1]] for key in costs}, {index: float(layer) for index in params})]
+
+
+def keeps_to(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> bool:
+    """Whether a model of given widths keeps to the budget of a config, if it has one.
+
+    Args:
+        config: The config.
+        arch: The description of the model.
+        model: The dense model; shapes are enough.
+        widths: The widths by kind of space.
+    """
+    if config.budget is None:
+        return True
+    return _gauge(config, arch, model, list(widths), model.dtype.itemsize)(widths) <= max(config.budget.values())
+
+
+def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, costs: Mapping[Any, float]) -> Resource:
+    """The parameters that go where a space has so many units in the mean over the layers."""
+    width = (config.widths or {})[name]
+    assert isinstance(width, int)  # `contradictions` has refused numbers for single layers here
+    own = {key: cost for key, cost in costs.items() if key[1] == name and key[0] not in config.skip_layers}
+    sizes = arch.widths(name)
+    return Resource(sum(cost * max(sizes[layer] - width, 0) for (layer, _), cost in own.items()), own, {})
+
+
+def _per_unit(arch: ArchSpec, gauge: Callable[[Widths], int], kind: str, least: int) -> float:
+    """What one unit of width takes in one layer, in the mean over the layers."""
+    sizes = arch.widths(kind)
+    removed = sum(size - min(least, size) for size in sizes.values())
+    return (gauge({}) - gauge({kind: least})) / max(removed, 1)
+
+
+def _times(values: Mapping[int, float], factor: float) -> dict[int, float]:
+    return {key: factor * value for key, value in values.items()}
 
 
 def _small(model: PreTrainedModel, arch: ArchSpec, widths: Widths, biased: Collection[str] = ()) -> PreTrainedModel:
@@ -161,6 +240,40 @@ def _removed(arch: ArchSpec, widths: Widths) -> int:
     """The number of parameters that the layers lose."""
     spaces = (*arch.model_spaces, *arch.spaces)
     return sum((space.width - space.width_in(widths)) * space.scale * space.unit_params for space in spaces)
+
+
+def _check_flops(model: PreTrainedModel, arch: ArchSpec) -> None:
+    """Refuse a model whose parameters do not say what a token costs."""
+    if any("expert" in name for name in (*arch.names, *(name for name, _ in arch.missing))):
+        raise StructPruneError(
+            f"Which experts of a {arch.model_type} model a token goes through depends on the text; give the budget in "
+            "parameters or bytes."
+        )
+    if not arch.causal or cached_values(_small(model, arch, {}), arch) is None:
+        raise StructPruneError(
+            f"How much a {arch.model_type} model computes per token cannot be told without running it; give the "
+            "budget in parameters or bytes."
+        )
+
+
+def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
+    """The floating-point operations per token to read a prompt, with the logits of each token.
+
+    They are two per parameter of a matrix, the head's among them, and in the mean over the prompt, two per cached
+    value, query head of its group and token that a token looks at. Sliding windows are not taken into account.
+
+    Args:
+        model: The model on the meta device; its attention implementation is changed.
+        arch: The description of the model.
+        tokens: The length of the prompt.
+    """
+    head: Any = model.get_output_embeddings()
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    inside = [one for one in model.get_decoder().parameters() if one is not head.weight and id(one) not in looked_up]
+    matrices = sum(one.numel() for one in inside if one.ndim > 1) + head.weight.numel()
+    groups = (getattr(module, "num_key_value_groups", None) for module in model.modules())
+    group = next((group for group in groups if isinstance(group, int)), 1)
+    return 2 * matrices + group * (cached_values(model, arch) or 0) * (tokens + 1)
 
 
 @torch.no_grad()

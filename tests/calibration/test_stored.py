@@ -27,7 +27,7 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.config.pruning import builtin_domains
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import Manifest
-from optimum_structprune.pruning.choose import choose_widths
+from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.saving.report import Report
 
 
@@ -123,7 +123,7 @@ def test_one_ranking_of_all_units(stats):
     fields = {"allocation": "global", "sparsity": 0.3, "round_to": 1}
     found, _ = pruned(stats, **fields)
     model, evidence = build("llama-tied"), evidence_of(uneven(**fields), run_passes=whole_passes)
-    widths = choose_widths(evidence.config, describe(model), model, evidence, Report("llama", "obs"))
+    widths = choose_shape(evidence.config, describe(model), model, evidence, Report("llama", "obs")).widths
     assert len({*widths["mlp"].values()}) == 2 and found.plan == pruned_on(evidence, model, widths).plan
 
 

@@ -8,8 +8,8 @@ from helpers import save_with_tokenizer
 from models import build
 
 from optimum_structprune.commands import loading
-from optimum_structprune.commands.benchmark import names_of
 from optimum_structprune.commands.cli import main
+from optimum_structprune.commands.measuring import names_of
 
 
 SHORT = ["--prompt", "8", "--new-tokens", "2", "--repeats", "2", "--device", "cpu"]

@@ -43,6 +43,8 @@ def commands(folder):
         "plan": ["plan", model, "--width", "mlp=24"],
         "apply": ["apply", model, str(folder / "plan.json"), str(folder / "applied"), *cpu],
         "prune": ["prune", model, str(folder / "pruned"), "--width", "mlp=24", "--skip-layer", "0", *short, *cpu],
+        "sweep": ["sweep", model, str(folder / "sizes"), "--sparsity", "0.2", "--round-to", "1", *short, *cpu],
+        "compare": ["compare", model, str(folder / "pruned"), *cpu],
         "export": ["export", str(folder / "pruned"), str(folder / "padded"), "--pad-uniform", *cpu],
         "calibrate": ["calibrate", model, str(folder / "stats"), *short, *cpu],
         "benchmark": ["benchmark", model, str(folder / "pruned"), "--prompt", "8", "--repeats", "1", *cpu],

@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.commands.cli import main
+from optimum_structprune.evaluation.ideal import work_of
 from optimum_structprune.widths.allocation import legal_widths
 from optimum_structprune.widths.budget import cached_values, widths_of
 
@@ -141,6 +143,21 @@ def test_the_cache_shrinks_by_attention_alone(case):
     assert cached == {2}, "of 4 groups, 2 take half of the cache"
     with pytest.raises(StructPruneError, match="targets=.'mlp'.* leave that as it is; target 'attention'"):
         widths_of(asking("cache_bytes_per_token", 0.6 * dense, targets=("mlp",)), arch, model)
+
+
+@pytest.mark.parametrize("case", ["llama-untied", "gpt2-tied"])
+def test_operations_are_those_that_the_benchmark_counts(case):
+    model = build(case)
+    arch = describe(model)
+
+    def counted(one):
+        return replace(work_of(one), last_only=False).prompt_flops(24) / 24
+
+    wish = asking("flops_per_token", round(0.9 * counted(model)), targets=targets_of(arch), seq_length=24)
+    small = prune_model(model, wish, tokenizer())
+    assert 0.85 * counted(model) < counted(small) <= wish.budget["flops_per_token"]
+    with pytest.raises(StructPruneError, match="Which experts .* depends on the text"):
+        prune_model(build("mixtral"), asking("flops_per_token", 1e4), tokenizer())
 
 
 def test_what_cannot_be_met_names_what_can(tmp_path, capsys):

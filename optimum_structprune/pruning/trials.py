@@ -1,4 +1,4 @@
-"""What the model loses when one layer alone gives up a part of its units: measured, not estimated."""
+"""What the model loses when one layer alone gives up a part of its units, or goes: measured, not estimated."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..arch.spec import ArchSpec, Axis, Space
+from ..arch.spec import LAYER, ArchSpec, Axis, Space
 from ..calibration.passes import Passes, batches_of, passes_over
 from ..calibration.sequential import LayerPasses
 from ..calibration.tally import Batch
-from ..config.pruning import StructPruneConfig
 from ..criteria.mixture import Mixture
 from ..domains.load import Domain
 from ..forward.divergence import divergence
-from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
-from ..saving.report import Report
+from ..forward.metrics import TOKENS_AT_ONCE, run_model
 from ..surgery.consumers import Values
 from ..system.processes import add_up_, own_part
-from ..widths.ranking import spaces_by_layer
+from ..widths.shapes import Curves
 from .evidence import Evidence
+from .known import Key, Known, Trials
 from .sweep import Sweep
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..config.pruning import StructPruneConfig
 
 
 # The shares of a space that are removed in the trials. A third trial, at a half, changes the predicted loss by 2 %.
@@ -69,84 +70,78 @@ class Probe:
         self.passes.advance(self.layer)
         self.layer += 1
 
-    def losses(self) -> Tensor:
-        """KL(dense‖model) in nats per token, by domain, in the mean over its tokens; shape `(domains,)`."""
+    def losses(self, model: PreTrainedModel | None = None) -> Tensor:
+        """KL(dense‖model) in nats per token, by domain, in the mean over its tokens; shape `(domains,)`.
+
+        Args:
+            model: Another model with the same vocabulary, which runs as a whole; None for the model of the probe.
+        """
         total, count = (torch.zeros(1 + max(batch.domain for batch in self.batches)) for _ in range(2))
         for index, batch in enumerate(self.batches):
-            pairs = (values.split(TOKENS_AT_ONCE) for values in (self._logits(index), self.dense[index]))
+            pairs = (values.split(TOKENS_AT_ONCE) for values in (self._logits(index, model), self.dense[index]))
             for logits, dense in zip(*pairs, strict=True):
                 total[batch.domain] += float(divergence(logits, dense)) * len(dense)
                 count[batch.domain] += len(dense)
         add_up_([total, count])
         return total / count
 
+    def losses_without_layer(self) -> Tensor | None:
+        """What `losses` gives where the present layer hands on its input; None where it cannot be passed over."""
+        if not isinstance(self.passes, LayerPasses):
+            return None
+        self.passes.output(self.layer, 0)  # tells what the layer hands on beside hidden states
+        self.layer += 1
+        try:
+            return self.losses()
+        finally:
+            self.layer -= 1
+
     @torch.no_grad()
-    def _logits(self, index: int) -> Tensor:
+    def _logits(self, index: int, model: PreTrainedModel | None = None) -> Tensor:
         """The logits of every fourth token of a batch, shape `(tokens, vocab)`."""
-        passes = self.passes
-        with passes.skipping(self.layer, index) if isinstance(passes, LayerPasses) else nullcontext():
-            logits = run_model(self.model, self.batches[index].ids, **self.options).logits
+        passes, skips = self.passes, model is None and isinstance(self.passes, LayerPasses)
+        with passes.skipping(self.layer, index) if skips else nullcontext():  # type: ignore[attr-defined]
+            logits = run_model(model or self.model, self.batches[index].ids, **self.options).logits
         return (logits if self.options else logits[:, ::STRIDE]).flatten(0, 1)
 
 
-def sensitivities(
-    model: PreTrainedModel,
-    arch: ArchSpec,
+def curves_of(
     config: StructPruneConfig,
+    arch: ArchSpec,
+    spaces: Mapping[Key, Sequence[Space]],
+    trials: Trials,
     evidence: Evidence,
-    names: Collection[str],
-    report: Report,
-) -> dict[tuple[int, str], Tensor]:
-    """Scores of units that compare over layers and spaces: the loss of the model with each of them, per parameter.
+) -> Curves:
+    """The loss of the model by the number of units that a layer gives up, and without the layer.
 
-    Every layer in turn gives up a quarter and three quarters of a space, with the refit of the config, while all other
-    layers are dense; the loss is KL(dense‖model) on held-out text. With the objective `mean` the losses of the domains
-    are weighted, with `worst` only the domain counts that loses most in all trials.
+    With the objective `mean` the losses of the domains are weighted, with `worst` only the domain counts that loses
+    most in all trials.
 
     Args:
-        model: A causal language model; it comes back as it was.
-        arch: Its description.
         config: How to prune.
-        evidence: What is known of the text; a part of each domain is held out.
-        names: The kinds of space.
-        report: Takes the time and the losses.
-
-    Returns:
-        By layer and name of the space, shape `(units,)`, ascending: only the number of units in a layer matters.
+        arch: The description of the model.
+        spaces: The spaces of each kind in each layer.
+        trials: What was measured.
+        evidence: What is known of the text.
     """
-    # A trial has no errors of earlier layers that error feedback could see, and a bias would stay in the model.
-    refit = "none" if config.refit == "bias" else config.refit
-    alone = replace(config, error_feedback=0.0, refit=refit)
-    spaces = {
-        (layer, name): found
-        for name in names
-        for layer, found in spaces_by_layer(arch, name).items()
-        if layer not in config.skip_layers
-    }
-    with evaluating(model), report.timed("sensitivity"):
-        trials = all_trials(Sweep(model, arch, alone), spaces, replace(evidence, config=alone))
-    for (layer, name), by_units in trials.items():
-        found = {units: losses.tolist() for units, losses in by_units.items()}
-        report.details.sensitivity.setdefault(name, {})[layer] = found
     shares = torch.tensor(evidence.shares)
     if config.objective == "worst":
         totals = torch.stack([losses for by_units in trials.values() for losses in by_units.values()]).sum(0)
         shares = torch.zeros(len(shares)).scatter_(0, totals.argmax(), 1.0)
     remaining = remaining_error(arch.num_layers, config.error_feedback if config.fits else 0.0)
-    costs: dict[tuple[int, str], Tensor] = {}
-    for (layer, name), by_units in trials.items():
-        losses = {units: remaining[layer] * float(by_domain @ shares) for units, by_domain in by_units.items()}
-        price = sum(space.unit_params * space.scale for space in spaces[layer, name])
-        costs[layer, name] = unit_losses(spaces[layer, name][0].width, losses) / price
-    # Units beyond the last trial go after all units that a trial has measured.
-    ceiling = max((float(cost[torch.isfinite(cost)].max()) for cost in costs.values()), default=0.0)
-    return {
-        (layer, space.name): (
-            costs[layer, name] + ceiling * beyond(space.width, trials[layer, name])
-        ).repeat_interleave(space.scale)
-        for (layer, name), of_kind in spaces.items()
-        for space in of_kind
+    losses = {
+        key: {units: remaining[key[0]] * float(by_domain @ shares) for units, by_domain in by_units.items()}
+        for key, by_units in trials.items()
     }
+    price = {key: sum(space.unit_params * space.scale for space in of_kind) for key, of_kind in spaces.items()}
+    each = {key: unit_losses(of_kind[0].width, losses[key]) for key, of_kind in spaces.items()}
+    # Units beyond the last trial go after all units that a trial has measured.
+    dearest = max((float((each[key] / price[key]).max()) for key in spaces), default=0.0)
+    curves = {}
+    for key in spaces:
+        late = dearest * price[key] * beyond(len(each[key]), trials[key])
+        curves[key] = [0.0, *(each[key] + late).double().cumsum(0).tolist()]
+    return Curves(curves, {layer: loss[1] for (layer, name), loss in losses.items() if name == LAYER and loss})
 
 
 def beyond(width: int, trials: Mapping[int, Any]) -> Tensor:
@@ -160,22 +155,42 @@ def beyond(width: int, trials: Mapping[int, Any]) -> Tensor:
 
 
 def all_trials(
-    sweep: Sweep, spaces: Mapping[tuple[int, str], Sequence[Space]], evidence: Evidence
-) -> dict[tuple[int, str], dict[int, Tensor]]:
-    """What `trial_losses` gives for each of `spaces`, by layer and kind."""
-    trials = {}
-    model, arch, config = sweep.model, sweep.arch, sweep.config
+    sweep: Sweep,
+    spaces: Mapping[Key, Sequence[Space]],
+    evidence: Evidence,
+    probe: Probe,
+    layers: bool,
+    known: Known,
+) -> Trials:
+    """What `trial_losses` gives for each of some spaces, and what the model loses without each layer.
+
+    Args:
+        sweep: Prunes on trial.
+        spaces: The spaces of each kind in each layer.
+        evidence: What is known of the text.
+        probe: The held-out text.
+        layers: Whether whole layers are tried too.
+        known: What earlier runs have measured, which is not measured again; it takes what is measured now.
+    """
+    model, arch = sweep.model, sweep.arch
     passes = evidence.passes(model, arch)
-    samples = probe_batches(evidence.domains, config.samples_at_once)
-    probe = Probe(model, arch, samples, evidence.run_passes(model, arch, samples))
-    for layer in tqdm(range(arch.num_layers), desc="sensitivity", unit="layer"):
+    for layer in tqdm(range(arch.num_layers), desc="measuring losses", unit="layer"):
         with sweep.placement.at(layer):
             for key, of_kind in spaces.items():
-                if key[0] == layer:
-                    trials[key] = trial_losses(sweep, of_kind, passes, probe, evidence.mixture)
+                if key[0] == layer and key not in known.trials:
+                    known.trials[key] = trial_losses(sweep, of_kind, passes, probe, evidence.mixture)
+            if layers and (layer, LAYER) not in known.trials:
+                alone = probe.losses_without_layer()
+                known.trials[layer, LAYER] = {} if alone is None else {1: alone}
             passes.advance(layer)
             probe.advance()
-    return trials
+        known.save()
+    return {key: known.trials[key] for key in tried(arch, spaces, layers)}
+
+
+def tried(arch: ArchSpec, spaces: Collection[Key], layers: bool) -> list[Key]:
+    """The places that are tried: the spaces, and where whole layers are tried too, each as `(layer, LAYER)`."""
+    return [*spaces, *((layer, LAYER) for layer in range(arch.num_layers) if layers)]
 
 
 def remaining_error(num_layers: int, error_feedback: float) -> list[float]:

@@ -6,14 +6,15 @@ from helpers import NON_UNIFORM, count_hooks, evidence_of, free_spaces, whole_pa
 from models import build, config, token_ids, tokenizer
 from torch.nn.functional import kl_div
 
-from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner
+from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.calibration.tally import Batch
 from optimum_structprune.domains.load import Domain
-from optimum_structprune.pruning.choose import choose_widths
-from optimum_structprune.pruning.sensitivity import STRIDE, Probe, sensitivities, trial_losses, unit_losses
+from optimum_structprune.pruning.choose import choose_shape
+from optimum_structprune.pruning.search import measured_curves
 from optimum_structprune.pruning.sweep import Sweep
+from optimum_structprune.pruning.trials import STRIDE, Probe, trial_losses, unit_losses
 from optimum_structprune.saving.report import Report
 from optimum_structprune.surgery.consumers import read_consumer
 
@@ -103,19 +104,18 @@ def test_units_together_cost_what_was_measured():
 
 @pytest.mark.parametrize("case", ["llama-tied", "mixtral"])
 def test_units_that_no_trial_has_removed_go_last(case):
-    """And the units of experts of one layer, which share their width, cost alike."""
+    """And the experts of one layer, which share their width, have one curve."""
     model = build(case)
     arch, evidence = describe(model), evidence_of(config(allocation="sensitivity"), domains())
-    scores = sensitivities(model, arch, evidence.config, evidence, ["mlp"], Report("llama", "obs"))
-    by_layer = {}
-    removed = round(0.75 * arch.of("mlp")[0].size)  # by the last trial
-    dearest = max(float(score[:removed].max()) for score in scores.values())
-    for space in arch.of("mlp"):
-        score = scores.pop((space.layer, space.name))
-        assert score.shape == (space.size,) and (score.diff() >= 0).all() and float(score[removed]) > dearest
-        expected = by_layer.setdefault(space.layer, score)
-        assert torch.equal(score, expected)
-    assert not scores
+    curves = measured_curves(
+        model, arch, evidence.config, evidence, ["mlp"], layers=False, report=Report("llama", "obs")
+    )
+    assert set(curves.units) == {(space.layer, "mlp") for space in arch.of("mlp")} and curves.layers == {}
+    width = arch.of("mlp")[0].width
+    removed = round(0.75 * width)  # by the last trial
+    each = torch.tensor([*curves.units.values()]).diff()
+    assert each.shape == (arch.num_layers, width) and (each.diff() >= 0).all()
+    assert float(each[:, removed:].min()) > float(each[:, :removed].max())
 
 
 @pytest.mark.parametrize("case", ["llama-bias", "gpt2-tied", "mixtral"])
@@ -129,7 +129,7 @@ def test_end_to_end(case, rounds, tmp_path):
     pruner = StructPruner(config(rounds=rounds, **fields))
     small = pruner.prune_model(model, tokenizer())
     assert_untouched(model, before)
-    assert small.config.is_heterogeneous and pruner.report.seconds["sensitivity"] > 0
+    assert pruner.report.seconds["search"] > 0
     assert pruner.report.sparsity == pytest.approx(0.25, abs=0.02)
     pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
 
@@ -140,31 +140,38 @@ def widths(model, **fields):
     return pruner.report.widths
 
 
-def test_a_layer_that_does_little_gives_up_more():
+def weak_layer():
+    """A model whose second FFN does little."""
     model = build("llama-tied")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(0.1)
+    return model
+
+
+def test_a_layer_that_does_little_gives_up_more():
+    model = weak_layer()
     found = widths(model)
     assert found["mlp"][1] < found["mlp"][0] and sum(found["mlp"].values()) == 2 * 24
     # With and without passes over the whole model for everything that runs.
     settings, arch = config(allocation="sensitivity", round_to=1, error_feedback=0.0), describe(model)
     for run_passes in (whole_passes, None):
         evidence = evidence_of(settings, run_passes=run_passes)
-        assert choose_widths(settings, arch, model, evidence, Report("llama", "obs")) == found
+        assert choose_shape(settings, arch, model, evidence, Report("llama", "obs")).widths == found
 
 
 def test_the_worst_domain_alone_counts_where_the_objective_is_the_worst():
     model = build("llama-tied")
     arch = describe(model)
 
-    def scores(**fields):
+    def total(**fields):
         evidence = evidence_of(config(allocation="sensitivity", **fields), domains())
-        return sensitivities(model, arch, evidence.config, evidence, ["mlp"], Report("llama", "obs"))
+        curves = measured_curves(
+            model, arch, evidence.config, evidence, ["mlp"], layers=False, report=Report("llama", "obs")
+        )
+        return sum(curve[-1] for curve in curves.units.values())
 
     # The same mixture is pruned on, so both judge the same trials.
-    worst, mean = scores(objective="worst"), scores()
-    assert set(worst) == set(mean) == {(0, "mlp"), (1, "mlp")}
-    assert sum(float(score.sum()) for score in worst.values()) > sum(float(score.sum()) for score in mean.values())
+    assert total(objective="worst") > total()
 
 
 def test_the_worst_objective_needs_no_rounds_where_it_chooses_the_widths():
@@ -192,11 +199,3 @@ def test_nothing_stays_behind_when_a_trial_fails(monkeypatch):
         widths(model)
     assert calls[-1] == 1
     assert_untouched(model, before)
-
-
-def test_stored_statistics_hold_no_text_to_measure_on():
-    with pytest.raises(
-        StructPruneError,
-        match="allocation='sensitivity' runs the model on text, but stats=",
-    ):
-        StructPruneConfig(widths={"mlp": 9}, allocation="sensitivity", stats="folder")

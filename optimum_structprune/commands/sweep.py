@@ -1,0 +1,126 @@
+"""`structprune sweep`: one model at several sizes, and the curve of quality against size."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .arguments import add_config_arguments, add_loading_arguments, add_path_arguments, pruning_config
+from .output import Result, add_output_arguments, note
+
+
+if TYPE_CHECKING:
+    from ..config.pruning import StructPruneConfig
+    from ..evaluation.curve import Size
+
+NAME = "sweep"
+HELP = (
+    "Prune a model to several sizes, and give the curve of quality against size as CSV, JSON and a picture. A sweep "
+    "that was interrupted goes on where it was."
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags; each one that is given overrides the config file."""
+    from ..config.pruning import AMOUNTS, StructPruneConfig
+
+    add_path_arguments(parser, "Model id or folder.", "Folder for the curve, and for one pruned model per size.")
+    parser.add_argument(
+        "--sparsity",
+        dest="sizes",
+        nargs="+",
+        type=float,
+        required=True,
+        metavar="X",
+        help="The shares of the layers' parameters to remove, each between 0 and 1.",
+    )
+    parser.add_argument("--no-save", action="store_true", help="Keep the curve only, not the pruned models.")
+    add_loading_arguments(parser)
+    add_output_arguments(parser, reads_text=True)
+    add_config_arguments(parser, StructPruneConfig, without=(*AMOUNTS, "checkpoint_dir", "keep_rounds"))
+
+
+def run(args: Namespace) -> Result:
+    """Check all sizes, then prune to one after the other; each is on disk before the next begins."""
+    from ..evaluation.curve import Curve
+    from ..saving.claims import claimed
+    from ..system.processes import across_processes, process_index
+
+    configs = _configs(args)
+    settings = {**next(iter(configs.values())).to_dict(), "sparsity": None}
+    output = Path(args.output)
+    with across_processes(), claimed(args.output):
+        curve = Curve.resume(output, args.model, settings)
+        _check(args, configs)
+        done = {size.sparsity for size in curve.sizes if args.no_save or _folder(output, size.sparsity).is_dir()}
+        for sparsity, config in configs.items():
+            if sparsity in done:
+                note(args, f"sparsity {sparsity:g} is there already")
+                continue
+            curve.add(_pruned(args, sparsity, config))
+            if process_index() == 0:
+                curve.save(output)
+    return Result(f"{curve}\nsaved to {args.output}", {**curve.to_dict(), "output": args.output})
+
+
+def _configs(args: Namespace) -> dict[float, StructPruneConfig]:
+    """How to prune to each size, from the largest model to the smallest."""
+    from dataclasses import replace
+
+    from ..errors import StructPruneError
+
+    configs = {}
+    for sparsity in sorted(set(args.sizes)):
+        config = pruning_config(Namespace(**{**vars(args), "sparsity": sparsity}))
+        if config.checkpoint_dir is not None:
+            raise StructPruneError(
+                f"checkpoint_dir={config.checkpoint_dir!r} remembers one run, and a sweep is several; leave it out."
+            )
+        if config.searches and config.losses_dir is None and config.stats is None:
+            config = replace(config, losses_dir=str(Path(args.output) / "losses"))
+        configs[sparsity] = config
+    return configs
+
+
+def _check(args: Namespace, configs: dict[float, StructPruneConfig]) -> None:
+    """Refuse a size that cannot be reached, before anything is pruned."""
+    from ..calibration.stored import Statistics
+    from ..dryrun import dry_run
+    from ..saving.target import probe_target
+    from .loading import load_config, load_device, load_dtype
+
+    dtype = load_dtype(args.dtype)
+    load_device(args.device)
+    model_config = load_config(args.model, args.trust_remote_code)
+    sizes = [dry_run(model_config, config, dtype, args.trust_remote_code).memory.after for config in configs.values()]
+    probe_target(args.output, 0 if args.no_save else sum(sizes))
+    if (stats := next(iter(configs.values())).stats) is not None:
+        Statistics.load(stats)
+
+
+def _pruned(args: Namespace, sparsity: float, config: StructPruneConfig) -> Size:
+    """Prune to one size, and save the model if that is wanted."""
+    from time import perf_counter
+
+    from ..evaluation.curve import Size
+    from ..pruner import AutoStructPruner
+    from .loading import load_model_and_tokenizer
+
+    start = perf_counter()
+    note(args, f"sparsity {sparsity:g}")
+    model, tokenizer = load_model_and_tokenizer(
+        args.model, args.dtype, args.device, args.trust_remote_code, config.arch_file
+    )
+    pruner = AutoStructPruner.from_config(config)
+    pruned = pruner.prune_model(model, tokenizer, inplace=True)
+    if not args.no_save:
+        folder = _folder(Path(args.output), sparsity)
+        # A model without a place on the curve is left from a sweep that was killed.
+        pruner.save(pruned, folder, tokenizer, overwrite=True)
+    assert pruner.report is not None
+    return Size.of(sparsity, pruner.report, perf_counter() - start)
+
+
+def _folder(output: Path, sparsity: float) -> Path:
+    return output / f"sparsity-{sparsity:g}"

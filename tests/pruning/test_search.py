@@ -1,0 +1,169 @@
+"""Widths by search: what is tried, what is taken, and that losses are measured once."""
+
+import json
+
+import pytest
+import torch
+from helpers import count_hooks, same_weights
+from models import GROUPED, build, config, documents, tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, calibrate
+from optimum_structprune.arch.load import describe
+from optimum_structprune.pruning import search, trials
+
+
+BY_SHARE = {"sparsity": 0.2, "round_to": 4}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A Llama of three layers, the second of which does next to nothing."""
+    torch.manual_seed(0)
+    fields = {**GROUPED, "num_hidden_layers": 3, "initializer_range": 0.1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(0.01)
+        model.model.layers[1].self_attn.o_proj.weight.mul_(0.01)
+    return model
+
+
+def pruned(model, **fields):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruner = StructPruner(config(**fields))
+    small = pruner.prune_model(model, tokenizer())
+    assert count_hooks(model) == 0 and all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    return pruner, small
+
+
+def test_a_layer_that_does_next_to_nothing_goes(model, tmp_path):
+    pruner, small = pruned(model, sparsity=0.3, round_to=4, allocation="search")
+    shapes = pruner.report.shapes
+    assert [one for one in shapes if one["chosen"]] == [min(shapes, key=lambda one: one["loss"])]
+    assert small.config.num_hidden_layers == 2 and pruner.plan.keep[-1, "layer"] == (0, 2)
+    assert "tried: " in str(pruner.report) and "taken: " in str(pruner.report)
+    pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
+    # Sensitivity is the same without whole layers.
+    without = pruned(model, sparsity=0.3, round_to=4, allocation="sensitivity")
+    assert without[1].config.num_hidden_layers == 3 and all(one["layers"] is None for one in without[0].report.shapes)
+
+
+def test_one_shape_for_all_layers_is_a_plain_model(model):
+    pruner, small = pruned(model, **BY_SHARE, allocation="search_uniform")
+    assert not small.config.is_heterogeneous and len(pruner.report.shapes) > 1
+    assert pruner.report.sparsity > 0.17
+
+
+@pytest.mark.parametrize("better", [0, 2])
+def test_measured_widths_are_taken_only_where_they_are_better(model, better, monkeypatch):
+    """Whichever shape loses least when all are pruned on trial."""
+    losses = [torch.tensor([1.0, 1.0 - 0.5 * (number == better)]) for number in range(3)]
+    monkeypatch.setattr(trials.Probe, "losses", losses_of(trials.Probe.losses, iter(losses)))
+    pruner, small = pruned(model, widths={"mlp": 24}, allocation="sensitivity", round_to=1)
+    assert [one["proposed_by"] for one in pruner.report.shapes] == ["each layer", "halfway", "one width"]
+    assert small.config.is_heterogeneous == (not better) and pruner.report.shapes[better]["chosen"]
+
+
+def losses_of(measure, fake):
+    """Real losses of single layers, and given ones of whole shapes."""
+    return lambda self, model=None: measure(self) if model is None else next(fake)
+
+
+@pytest.mark.parametrize(
+    ("budget", "allocation"),
+    [({"cache_bytes_per_token": 260}, "search"), ({"parameters": 14_000}, "search_uniform")],
+)
+def test_a_budget_is_kept_whatever_it_limits(model, budget, allocation):
+    pruner, small = pruned(model, widths=None, budget=budget, round_to=1, allocation=allocation)
+    heads = [len(pruner.plan.keep.get((layer, "attention"), range(4))) for layer in range(3)]
+    kept = pruner.plan.keep.get((-1, "layer"), range(3))
+    # Keys and values of each head, 4 numbers of 4 bytes.
+    cached = sum(heads[layer] for layer in kept) * 2 * 4 * 4
+    if "parameters" in budget:
+        assert 0.95 * 14_000 < small.num_parameters() <= 14_000
+    else:
+        assert 260 - 2 * 4 * 4 < cached <= 260
+
+
+def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
+    fields = {"allocation": "search", "round_to": 4, "losses_dir": str(tmp_path)}
+    first = pruned(model, sparsity=0.2, **fields)[0]
+    (path,) = tmp_path.iterdir()
+    assert set(json.loads(path.read_text())["losses"]["0"]) == {"mlp", "attention", "layer"}
+
+    def refused(*args):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(trials, "trial_losses", refused)
+    assert pruned(model, sparsity=0.2, **fields)[0].plan == first.plan
+    assert pruned(model, sparsity=0.35, **fields)[0].plan != first.plan
+    # Other text, or another way to prune, is measured anew.
+    other = [DomainConfig(name="a", source=documents(seed=5)), DomainConfig(name="b", source=documents(seed=6))]
+    for changed in ({"domains": other}, {"damping": 0.5}):
+        with pytest.raises(AssertionError, match="measured again"):
+            pruned(model, sparsity=0.2, **fields, **changed)
+    path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
+    with pytest.raises(StructPruneError, match="version 9 .* where 1 is read.*remove it"):
+        pruned(model, sparsity=0.2, **fields)
+
+
+def test_a_run_that_was_killed_goes_on_at_the_next_layer(model, tmp_path, monkeypatch):
+    measure, calls = trials.trial_losses, []
+
+    def failing(*args):
+        calls.append(args[1][0].layer)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    fields = {"sparsity": 0.2, "round_to": 4, "allocation": "search"}
+    monkeypatch.setattr(trials, "trial_losses", failing)
+    with pytest.raises(KeyboardInterrupt):
+        pruned(model, **fields, losses_dir=str(tmp_path))
+    resumed = pruned(model, **fields, losses_dir=str(tmp_path))[0]
+    assert calls == [0, 0, 1, 1, 1, 1, 2, 2]
+    monkeypatch.undo()
+    assert resumed.plan == pruned(model, **fields)[0].plan
+
+
+def test_stored_statistics_keep_the_losses_too(model, tmp_path):
+    text = config().domains
+    calibrate(model, tokenizer(), config(), tmp_path / "stats")
+    fields = {"sparsity": 0.25, "stats": str(tmp_path / "stats"), "round_to": 4, "allocation": "search"}
+    small = StructPruner(StructPruneConfig(domains=text, **fields)).prune_model(model, tokenizer())
+    assert len([*(tmp_path / "stats").glob("losses-*.json")]) == 1
+    again = StructPruner(StructPruneConfig(domains=text, **fields)).prune_model(model, tokenizer())
+    assert same_weights(small, again)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"widths": {"mlp": 8}, "allocation": "search_uniform"}, "says what is kept, and allocation='search_uniform'"),
+        ({"sparsity": 0.1, "allocation": "search_uniform", "skip_layers": [0]}, "choose allocation='search'"),
+        ({"sparsity": 0.1, "losses_dir": "x"}, "allocation='uniform' measures none"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        StructPruneConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("bert", {"allocation": "search_uniform", "targets": ["mlp"], **BY_SHARE}, "makes none; use allocation='unif"),
+        ("llama-tied", {"sparsity": 0.1, "allocation": "search_uniform", "targets": ["layer"]}, "'layer' is none of"),
+        ("llama-tied", {"sparsity": 0.1, "allocation": "search_uniform", "targets": ["hidden"]}, "'hidden' is none"),
+    ],
+)
+def test_what_a_model_cannot_be_searched_for_is_refused(case, fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        StructPruner(config(**fields)).prune_model(build(case), tokenizer())
+
+
+def test_whole_layers_are_offered_only_where_nothing_speaks_of_single_ones(model):
+    arch, fields = describe(model), {"allocation": "search", "sparsity": 0.2}
+    assert search.offers_layers(config(**fields), arch, model)
+    for other in ({"rounds": 2}, {"skip_layers": [0]}, {"stats": "folder"}, {"allocation": "sensitivity"}):
+        assert not search.offers_layers(config(**{**fields, **other}), arch, model)

@@ -1,0 +1,95 @@
+"""Shapes from measured losses: they save enough, no more than they have to, and lose least."""
+
+from itertools import product
+
+import pytest
+
+from optimum_structprune.widths.shapes import Curves, Resource, Shape, searched_shape, thinned, uniform_shapes
+
+
+LAYERS, SIZE, GROUPS = 4, 60, 4
+UNIT = {**{(layer, "mlp"): 3.0 for layer in range(LAYERS)}, **{(layer, "attention"): 40.0 for layer in range(LAYERS)}}
+WHOLE = {layer: 3.0 * SIZE + 40.0 * GROUPS + 5.0 for layer in range(LAYERS)}
+
+
+def curves(layers=None):
+    """Losses that grow faster than the units removed, more in some layers than in others."""
+    units = {(layer, "mlp"): [(1 + layer) * (gone / SIZE) ** 2 for gone in range(SIZE + 1)] for layer in range(LAYERS)}
+    units |= {(layer, "attention"): [0.4 * gone**1.5 for gone in range(GROUPS + 1)] for layer in range(LAYERS)}
+    return Curves(units, layers or {})
+
+
+def wanted(share):
+    return Resource(share * sum(WHOLE.values()), UNIT, WHOLE)
+
+
+def saved(shape):
+    gone = [layer for layer in range(LAYERS) if shape.layers is not None and layer not in shape.layers]
+    inside = sum(
+        UNIT[layer, name] * ((SIZE if name == "mlp" else GROUPS) - (width if isinstance(width, int) else width[layer]))
+        for name, width in shape.widths.items()
+        for layer in range(LAYERS)
+        if layer not in gone
+    )
+    return inside + sum(WHOLE[layer] for layer in gone)
+
+
+RUNGS = {key: list(range(SIZE if key[1] == "mlp" else GROUPS, 0, -1)) for key in UNIT}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
+def test_every_layer_gives_up_what_costs_least(share):
+    shape = searched_shape(RUNGS, curves(), [wanted(share)])
+    assert wanted(share).need <= saved(shape) < wanted(share).need + 2 * 3.0 and shape.layers is None
+    widths = [*shape.widths["mlp"].values()]
+    assert widths == sorted(widths) and widths[0] < widths[-1]
+    # The next unit costs about the same everywhere: (1 + layer) × units gone.
+    prices = [(1 + layer) * (SIZE - width) for layer, width in enumerate(widths) if 1 < width < SIZE]
+    assert max(prices) - min(prices) <= 2 * LAYERS
+
+
+def test_a_layer_goes_where_that_costs_less_and_never_more_than_may():
+    layers = {0: 5.0, 1: 0.001, 2: 0.002, 3: 5.0}
+    shape = searched_shape(RUNGS, curves(layers), [wanted(0.5)], most_gone=2)
+    assert shape.layers == (0, 3) and saved(shape) >= wanted(0.5).need
+    assert shape.after_removal() == {
+        "layer": 2,
+        "mlp": {0: shape.widths["mlp"][0], 1: shape.widths["mlp"][3]},
+        "attention": {0: shape.widths["attention"][0], 1: shape.widths["attention"][3]},
+    }
+    one = searched_shape(RUNGS, curves(layers), [wanted(0.5)], most_gone=1)
+    assert one.layers == (0, 1, 3)  # the third layer costs more where it is narrowed instead
+
+
+def test_each_mean_is_met_by_itself():
+    means = [
+        Resource(3.0 * 20 * LAYERS, {key: 3.0 for key in UNIT if key[1] == "mlp"}, {}),
+        Resource(40.0 * LAYERS, {key: 40.0 for key in UNIT if key[1] == "attention"}, {}),
+    ]
+    shape = searched_shape(RUNGS, curves(), means)
+    assert sum(shape.widths["mlp"].values()) == 40 * LAYERS and sum(shape.widths["attention"].values()) == 3 * LAYERS
+
+
+def test_uniform_shapes_save_enough_and_one_unit_more_would_not():
+    choices, need = {"mlp": range(1, SIZE + 1), "attention": range(1, GROUPS + 1)}, wanted(0.4).need
+    layers = {0: 9.0, 1: 0.1, 2: 0.2, 3: 9.0}
+    ranked = uniform_shapes(choices, curves(layers), wanted(0.4), most_gone=2)
+    assert [loss for loss, _ in ranked] == sorted(loss for loss, _ in ranked)
+    # A shape for each number of layers and KV groups that leaves the FFN at least one channel.
+    found = {(len(shape.layers or range(LAYERS)), shape.widths["attention"]) for _, shape in ranked}
+    possible = {
+        (LAYERS - gone, groups)
+        for gone, groups in product(range(3), choices["attention"])
+        if gone * WHOLE[0] + (LAYERS - gone) * (3.0 * (SIZE - 1) + 40.0 * (GROUPS - groups)) >= need
+    }
+    assert found == possible
+    for _, shape in ranked:
+        wider = Shape({**shape.widths, "mlp": shape.widths["mlp"] + 1}, shape.layers)
+        assert saved(shape) >= need and (shape.widths["mlp"] == SIZE or saved(wider) < need)
+        assert shape.layers in (None, (0, 1, 3), (0, 2, 3), (0, 3))
+
+
+def test_few_widths_stand_for_many():
+    assert thinned(range(5)) == [0, 1, 2, 3, 4]
+    few = thinned(range(1000, 0, -1))
+    assert len(few) == 16 and (few[0], few[-1]) == (1000, 1) and few == sorted(set(few), reverse=True)
