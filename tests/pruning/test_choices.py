@@ -10,7 +10,7 @@ from models import build, config, tokenizer
 from optimum_structprune import DomainConfig, Manifest, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import given_domains, load_domains
-from optimum_structprune.pruning.choose import choose_widths
+from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.saving.report import Report
 
 
@@ -27,7 +27,7 @@ def run_on(settings, domains):
     """The finished run of a tiny model, with the widths chosen on the same evidence."""
     model, evidence = build("llama-tied"), evidence_of(settings, domains)
     arch = describe(model)
-    widths = choose_widths(settings, arch, model, evidence, Report(arch.model_type, settings.scored_by))
+    widths = choose_shape(settings, arch, model, evidence, Report(arch.model_type, settings.scored_by)).widths
     return pruned_on(evidence, model, widths)
 
 

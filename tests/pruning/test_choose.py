@@ -8,7 +8,7 @@ from models import build, config
 from optimum_structprune import StructPruneConfig, StructPruneError
 from optimum_structprune.arch.load import describe
 from optimum_structprune.criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
-from optimum_structprune.pruning.choose import SHARPNESS, choose_widths
+from optimum_structprune.pruning.choose import SHARPNESS, choose_shape
 from optimum_structprune.saving.report import Report
 
 
@@ -19,7 +19,7 @@ def test_layers_give_up_in_proportion_to_the_softmax_of_their_cosine():
             module.weight.mul_(0.1)
     settings = config(allocation="cosine", widths={"mlp": 30}, round_to=1, min_width=0.05)
     evidence, arch = evidence_of(settings), describe(model)
-    widths = choose_widths(settings, arch, model, evidence, Report("llama", "obs"))
+    widths = choose_shape(settings, arch, model, evidence, Report("llama", "obs")).widths
     removed = torch.tensor([40 - width for _, width in sorted(widths["mlp"].items())], dtype=torch.float64)
     judge = LAYER_CRITERIA.get(BLOCK_INFLUENCE)()
     by_domain = [[batch for batch in evidence.batches if batch.domain == domain] for domain in (0, 1)]
