@@ -16,9 +16,10 @@ smoke: .venv/.test ## in a minute: what is asked for, the cut of every family, a
 
 # Each worker of xdist gets one thread: the cores are shared already. Exit code 5 means that no test is marked slow.
 test: export HF_HUB_OFFLINE := 1
-test: .venv/.test ## all tests: the fast ones on two workers, then the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --junitxml=build/tests/fast.xml
-	$(BIN)/python -m pytest -m slow --junitxml=build/tests/slow.xml || test $$? -eq 5
+test: export OMP_NUM_THREADS := 1
+test: .venv/.test ## all tests: the fast ones, then the slow ones, on two workers
+	$(BIN)/python -m pytest -n 2 -m "not slow" --junitxml=build/tests/fast.xml
+	$(BIN)/python -m pytest -n 2 -m slow --junitxml=build/tests/slow.xml || test $$? -eq 5
 
 style: .venv/.dev ## format and sort
 	$(BIN)/ruff format .

@@ -124,12 +124,14 @@ def cells_without_a_run(words: list[str]) -> list[str]:
     return [pattern for pattern in named if not fnmatch.filter(listed, pattern)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), snippets("python"))
 def test_python(page, code, desk, monkeypatch):
     monkeypatch.chdir(desk)
     exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), snippets("bash"))
 def test_bash(page, code, desk, monkeypatch):
     for line in code.splitlines():
@@ -153,6 +155,7 @@ def test_bash(page, code, desk, monkeypatch):
             raise AssertionError(f"{page.name}: nothing checks {line!r}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", TOURS, ids=lambda page: page.name)
 def test_a_guide_leads_from_its_first_command_to_its_last(page, inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(copytree(inputs, tmp_path / "desk", symlinks=True))

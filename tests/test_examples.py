@@ -102,7 +102,7 @@ def test_prune_with_a_file(desk, kind):
 
 def test_prune_and_recover(desk, capsys):
     out, small = desk / "recovered", ["--every-round", "--num-samples", "6"]
-    main("prune_and_recover")([str(desk / "model"), str(out), "--tokens", "3100", "--rounds", "2", *small])
+    main("prune_and_recover")([str(desk / "model"), str(out), "--tokens", "4200", "--rounds", "2", *small])
     assert width(out) < 1536 and "recovered" in capsys.readouterr().out
 
 
@@ -214,6 +214,7 @@ def test_benchmark_recovery(desk, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
 def test_benchmark_scale(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
@@ -352,6 +353,7 @@ def test_benchmark_speed(desk, capsys):
     assert "mlp=16" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_benchmark_gpu(tmp_path, capsys):
     assert main("benchmark_gpu")(["--device", "cpu", "--tiny", "--folder", str(tmp_path)]) == 0
     shown = capsys.readouterr().out

@@ -54,6 +54,7 @@ def installed(tmp_path_factory):
     return folder / "target"
 
 
+@pytest.mark.slow
 def test_a_third_partys_classes_on_the_command_line(installed, tmp_path):
     save_with_tokenizer(build("llama-tied"), tmp_path / "model")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80)))

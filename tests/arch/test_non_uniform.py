@@ -165,6 +165,7 @@ def in_another_process(code, folder):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_it_loads_in_another_process_without_the_plugin_and_then_with_it(saved):
     in_another_process(IN_ANOTHER_PROCESS, saved[0])
 

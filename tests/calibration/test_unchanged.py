@@ -18,7 +18,8 @@ from optimum_structprune.pruning.sweep import Sweep
 SEQUENTIAL = [case for case in PRUNABLE if case not in NOT_SEQUENTIAL]
 
 
-@pytest.mark.parametrize("kinds", [("mlp",), ("attention",), ("mlp", "attention")])
+# With both kinds gone, both parts of a layer change; one kind alone leaves a part that does not run again.
+@pytest.mark.parametrize("kinds", [("mlp",), ("attention",)])
 @pytest.mark.parametrize("case", SEQUENTIAL)
 def test_the_next_layer_gets_what_the_smaller_model_gives(case, kinds):
     model, evidence = build(case), evidence_of(config())

@@ -60,6 +60,7 @@ def call(name, *arguments):
     return subprocess.run([*NAMES[name], *arguments], capture_output=True, text=True, env=environment, timeout=180)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_prune_in_a_subprocess(name, folder):
     done = call(name, *command(folder, "--width", "mlp=24", "--width", "attention=2", "--overwrite"))
@@ -167,7 +168,10 @@ def test_bad_input(folder, tmp_path, capsys):
         (["prune", model, out, "--sparsity", "0.2", "--device", "warp"], "warp"),
         (["prune", model, str(folder), "--sparsity", "0.2"], "exists and is not empty"),
         (["prune", model, out, "--sparsity", "0.2", "--width", "mlp=3"], "exactly one of sparsity, widths and budget"),
-        (["prune", model, out, "--sparsity", "0.2", "--refit", "best"], "('none', 'bias', 'least_squares'), got best"),
+        (['prune', model, out, '--sparsity', '0.2', '--refit', 'best'], "'slope', 'least_squares'), got best"),
+            ["prune", model, out, "--sparsity", "0.2", "--refit", "best"],
+            "('none', 'bias', 'slope', 'least_squares'), got best",
+        ),
         (["plan", model, "--width", "ffn=3"], "'ffn'"),
         (["plan", model, "--budget", "parameters=9", "--budget", "bytes=9"], "budget names exactly one of"),
         (["plan", model, "--sparsity", "0.2", "--self-text", "topp=1"], "Did you mean 'top_p'"),

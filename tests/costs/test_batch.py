@@ -58,6 +58,7 @@ def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
         if len(samples) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
+    monkeypatch.setattr(batch, "MOST", 8)
     monkeypatch.setattr(batch, "free_bytes", lambda device: None)
     monkeypatch.setattr(batch, "run_model", run)
     found = with_batch_size(evidence, arch, model).config.batch_size

@@ -1,5 +1,6 @@
 """Several processes train one model: their checkpoints say which training they belong to."""
 
+import pytest
 from helpers import on_two_ranks
 
 from optimum_structprune.recovery.identity import IDENTITY_NAME
@@ -50,6 +51,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_of_two_processes(tmp_path):
     done = on_two_ranks(SCRIPT, tmp_path, tmp_path / "run")
     assert done.returncode == 0, done.stderr

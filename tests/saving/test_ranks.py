@@ -42,6 +42,7 @@ def launch(tmp_path, mode):
     return on_two_ranks(SCRIPT, tmp_path, tmp_path / "out" / "small", mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["together", "apart", "first only"])
 def test_one_process_saves_and_all_go_on(tmp_path, mode):
     done = launch(tmp_path, mode)
@@ -52,6 +53,7 @@ def test_one_process_saves_and_all_go_on(tmp_path, mode):
     assert (tmp_path / "out" / "small" / "report.json").is_file()
 
 
+@pytest.mark.slow
 def test_an_error_of_the_first_process_is_one_of_all(tmp_path):
     done = launch(tmp_path, "error")
     assert done.returncode == 0, done.stderr
