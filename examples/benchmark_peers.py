@@ -161,7 +161,7 @@ def write_texts(args: Namespace, path: Path) -> list[str]:
     domains = {domain.name: domain.samples for domain in load_domains(config, tokenizer)}
     texts, unseen = evaluation_texts(args, args.domains, tokenizer)
     probe = next(iter(texts.values()))[:1, :256]
-    tensors = {"probe": probe.contiguous()}
+    tensors = {"probe": probe.clone()}
     for kind, samples in (("calibration", domains), ("texts", texts)):
         for number, (name, part) in enumerate(samples.items()):
             tensors[f"{kind}/{number:02d}/{name}"] = part.contiguous()

@@ -151,7 +151,7 @@ def test_prune_bert_classifier(desk, bert, kind, capsys):
 def launch(desk, output: str, processes: int, batch_size: int) -> subprocess.CompletedProcess:
     """Run distributed.sh on this machine's CPU."""
     command = ["bash", str(EXAMPLES / "distributed.sh"), str(desk / "model"), str(desk / output)]
-    flags = ["--tokens", "3100", "--num-samples", "6", "--batch-size", str(batch_size)]
+    flags = ["--tokens", "4100", "--num-samples", "6", "--batch-size", str(batch_size)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PROCESSES": str(processes), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
@@ -169,7 +169,7 @@ def test_the_script_for_several_processes_is_bash():
 def test_several_processes_train_what_one_does(desk):
     one, two = launch(desk, "one", 1, 2), launch(desk, "two", 2, 1)
     for done in (one, two):
-        assert "recovery: 3,072 tokens, 3 steps" in done.stdout and done.stdout.count("recovery:") == 1
+        assert "recovery: 4,096 tokens, 4 steps" in done.stdout and done.stdout.count("recovery:") == 1
     alone, shared = (load_file(desk / name / "model.safetensors") for name in ("one", "two"))
     torch.testing.assert_close(shared, alone, atol=1e-6, rtol=0)
 

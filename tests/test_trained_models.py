@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.pruning import trials
+from optimum_structprune.pruning import search, trials
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,7 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     if not text.exists():
         pytest.skip(f"the text {text} is not here")
     monkeypatch.setattr(trials, "PROBE_TOKENS", 1024)
+    monkeypatch.setattr(search, "TRIAL_TOKENS", 2048)
     model, tokenizer = (
         auto.from_pretrained(smollm2.parent, gguf_file=smollm2.name) for auto in (AutoModelForCausalLM, AutoTokenizer)
     )
@@ -95,8 +96,10 @@ def test_the_demo_prunes_a_real_model(smollm2, tmp_path):
     assert "before: 'The capital of France is Paris" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["sparsity"] == pytest.approx(0.2, abs=0.02)
-    # Measured with these 8 samples per domain: prose 1.13, code 1.19, math 1.01, geometric mean 1.11.
+    # Measured with 4 samples of each domain and 12 of the broad text: prose 1.25, code 1.29, math 1.04, broad 1.98,
+    # geometric mean 1.35. Without the broad half it was 1.13, 1.19 and 1.01 with 8 samples each.
     ratios = {name: values["after"] / values["before"] for name, values in report["perplexity"].items()}
-    assert geometric_mean(ratios.values()) < 1.2 and max(ratios.values()) < 1.35, ratios
+    broad = ratios.pop("broad")
+    assert geometric_mean(ratios.values()) < 1.3 and max(ratios.values()) < 1.4 and broad < 2.2, ratios
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert small.config.intermediate_size < 1536 and torch.isfinite(small(torch.arange(8)[None]).logits).all()
