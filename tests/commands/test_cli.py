@@ -71,6 +71,7 @@ def test_prune_in_a_subprocess(name, folder):
     assert torch.isfinite(small(token_ids()).logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_users_mistake_is_one_line_and_exit_code_2(name, folder):
     done = call(name, *command(folder, "--width", "attention=3", "--overwrite"))

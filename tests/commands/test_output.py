@@ -72,6 +72,7 @@ def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder,
             assert values["spaces"]["attention"] == {"units": [4], "parameters": 6144, "legal": [1, 2, 4]}
 
 
+@pytest.mark.slow
 def test_json_in_a_pipe(folder):
     line = [*commands(folder)["prune"], "--json", "--overwrite"]
     line[2] = str(folder / "piped")
