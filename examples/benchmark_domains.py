@@ -339,6 +339,22 @@ def spread(values: list[float]) -> str:
     return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
+def add_grid_arguments(parser: ArgumentParser, patterns: str, samples: int) -> None:
+    """Which cells of a grid are run, and on how much text.
+
+    Args:
+        parser: The parser of the run.
+        patterns: Patterns that the help gives as examples.
+        samples: The default number of calibration samples.
+    """
+    parser.add_argument("--cells", nargs="+", default=["*"], help=f"patterns such as {patterns}")
+    parser.add_argument("--list", action="store_true", help="name the cells and stop")
+    parser.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of files in DATA/calibration")
+    parser.add_argument("--removed", nargs="+", type=int, default=[20, 35, 50], help="FFN channels, in percent")
+    parser.add_argument("--samples", type=int, default=samples, help="calibration samples in all")
+    parser.add_argument("--limit", type=int, help="items per task; by default all of them")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Read the arguments and run or show."""
     parser = ArgumentParser(description=__doc__)
@@ -350,16 +366,11 @@ def main(argv: list[str] | None = None) -> None:
     running.add_argument("out", help="JSON file with the results")
     showing.add_argument("out", nargs="+", help="JSON files with the results")
     showing.add_argument("--against", default="mix, one-shot, obs + refit", help="the reference of --leave-one-out")
-    running.add_argument("--cells", nargs="+", default=["*"], help='patterns such as "mix, *, wanda*"')
-    running.add_argument("--list", action="store_true", help="name the cells and stop")
-    running.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of files in DATA/calibration")
-    running.add_argument("--removed", nargs="+", type=int, default=[20, 35, 50], help="FFN channels, in percent")
+    add_grid_arguments(running, '"mix, *, wanda*"', samples=60)
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    running.add_argument("--samples", type=int, default=60, help="calibration samples in all")
     running.add_argument("--seq-length", type=int, default=SEQ_LENGTH, help="tokens in a calibration sample")
     running.add_argument("--leave-one-out", action="store_true", help="look at the kind that is not calibrated on")
     running.add_argument("--tasks", action="store_true", help="score DATA/tasks/*.jsonl as well")
-    running.add_argument("--limit", type=int, help="items per task")
     args = parser.parse_args(argv)
     disable_progress_bar()
     args.mode(args)

@@ -20,7 +20,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmark_domains import DOMAINS, METHODS
+from benchmark_domains import METHODS, add_grid_arguments
 from benchmark_quality import SEQ_LENGTH, add_arguments, calibration, load, pruned_by, show, write_json
 from transformers.utils.logging import disable_progress_bar
 
@@ -165,15 +165,10 @@ def main(argv: list[str] | None = None) -> None:
     for one in (running, showing):
         one.add_argument("out", help="folder with the results")
     showing.add_argument("--metric", default="acc_norm", choices=("acc", "acc_norm"))
-    running.add_argument("--cells", nargs="+", default=["*"], help='patterns such as "mix*" or "* only"')
-    running.add_argument("--list", action="store_true", help="name the cells and stop")
-    running.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of files in DATA/calibration")
-    running.add_argument("--removed", nargs="+", type=int, default=[20, 35, 50], help="FFN channels, in percent")
+    add_grid_arguments(running, '"mix*" or "* only"', samples=128)
     running.add_argument("--seed", type=int, default=0)
-    running.add_argument("--samples", type=int, default=128, help="calibration samples of 512 tokens in all")
     running.add_argument("--recovery-tokens", type=int, default=200_000, help="for the cell with recovery")
     running.add_argument("--tasks", nargs="+", help="files or names of tasks, in place of DATA/tasks/*.jsonl")
-    running.add_argument("--limit", type=int, help="items per task; by default all of them")
     args = parser.parse_args(argv)
     disable_progress_bar()
     args.mode(args)

@@ -11,8 +11,9 @@ from typing import Any
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
 from ..plain_json import to_json
+from ..saving.page.drawing import can_draw
 from ..saving.report import Report, geometric_mean, table
-from .pictures import Point, can_draw, draw_quality
+from .pictures import Point, draw_quality
 from .side_by_side import Value, as_csv
 
 

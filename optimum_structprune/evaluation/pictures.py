@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import StructPruneError
+from ..saving.page.drawing import can_draw
 
 
 SUFFIXES = (".svg", ".png", ".pdf")
@@ -43,15 +44,6 @@ def check_picture(path: str | Path) -> None:
         raise StructPruneError(f"{path} cannot be written: there is no folder {path.parent}.")
     if not can_draw():
         raise StructPruneError("Pictures need matplotlib: pip install optimum-structprune[report]")
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def front(points: Sequence[Point], higher_is_better: bool = False) -> list[Point]:

@@ -26,7 +26,7 @@ from ..widths.shapes import Curves, Resource, Shape, searched_shape, uniform_sha
 from .evidence import Evidence
 from .known import Key, Known
 from .sweep import Sweep
-from .trials import PROBE_TOKENS, SHARES, STRIDE, Probe, all_trials, curves_of, probe_batches, tried
+from .trials import PROBE_TOKENS, SHARES, STRIDE, Probe, all_trials, curves_of, tried
 
 
 if TYPE_CHECKING:
@@ -74,9 +74,10 @@ def search(
     plain = widths_of(replace(config, allocation="uniform", objective="mean", losses_dir=None), arch, model)
     with evaluating(model), report.timed("search"):
         layers = offers_layers(config, arch, model)
-        curves = measured_curves(model, arch, config, evidence, list(plain), layers, report)
+        probe = Probe.of(model, arch, evidence)
+        curves = measured_curves(model, arch, config, evidence, list(plain), layers, probe, report)
         found = candidates(config, arch, model, plain, curves)
-        results = _trials(model, arch, config, evidence, found)
+        results = _trials(model, arch, config, evidence, found, probe)
     best = min(results, key=lambda pair: pair[0])[1]
     report.shapes = [
         {
@@ -146,6 +147,7 @@ def measured_curves(
     evidence: Evidence,
     names: Sequence[str],
     layers: bool,
+    probe: Probe,
     report: Report,
 ) -> Curves:
     """The losses of the model by what each layer gives up; those that earlier runs have kept are not measured again.
@@ -157,6 +159,7 @@ def measured_curves(
         evidence: What is known of the text.
         names: The kinds of space.
         layers: Whether whole layers are tried too.
+        probe: The text that the losses are measured on, at the first layer; it comes back at the last one.
         report: Takes the losses.
     """
     # A trial has no errors of earlier layers that error feedback could see, and a bias would stay in the model.
@@ -175,8 +178,6 @@ def measured_curves(
     if all(key in known.trials for key in keys):
         trials = {key: known.trials[key] for key in keys}
     else:
-        samples = probe_batches(evidence.domains, config.samples_at_once)
-        probe = Probe(model, arch, samples, evidence.run_passes(model, arch, samples))
         trials = all_trials(Sweep(model, arch, alone), spaces, evidence, probe, layers, known)
     for layer, name in spaces:
         found = {units: losses.tolist() for units, losses in trials[layer, name].items()}
@@ -273,13 +274,16 @@ def _loss(curves: Curves, shape: Shape) -> float:
 
 
 def _trials(
-    model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig, evidence: Evidence, found: list[Candidate]
+    model: PreTrainedModel,
+    arch: ArchSpec,
+    config: StructPruneConfig,
+    evidence: Evidence,
+    found: list[Candidate],
+    probe: Probe,
 ) -> list[tuple[float, Candidate]]:
     """The loss of the model in each shape, after a pruning on a part of the samples."""
     if len(found) == 1:
         return [(0.0, found[0])]
-    samples = probe_batches(evidence.domains, config.samples_at_once)
-    probe = Probe(model, arch, samples, evidence.run_passes(model, arch, samples))
     shares = torch.tensor(evidence.shares)
     most = max(1, TRIAL_TOKENS // len(evidence.domains) // evidence.domains[0].samples.shape[1])
     if evidence.statistics is None:

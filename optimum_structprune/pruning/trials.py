@@ -65,6 +65,18 @@ class Probe:
             self.options["logits_to_keep"] = torch.arange(0, batches[0].ids.shape[1], STRIDE)
         self.dense = [self._logits(index) for index in range(len(batches))]
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> Probe:
+        """The probe of the text that a run makes its choices on.
+
+        Args:
+            model: The dense model.
+            arch: Its description.
+            evidence: What is known of the text.
+        """
+        samples = probe_batches(evidence.domains, evidence.config.samples_at_once)
+        return cls(model, arch, samples, evidence.run_passes(model, arch, samples))
+
     def advance(self) -> None:
         """Go on to the next layer."""
         self.passes.advance(self.layer)

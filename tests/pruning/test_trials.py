@@ -37,6 +37,13 @@ def assert_untouched(model, before):
     assert not any("forward" in vars(layer) for layer in layer_list(model, describe(model)))
 
 
+def curves_on(model, evidence):
+    """The measured losses of the FFN alone."""
+    arch, report = describe(model), Report("llama", "obs")
+    probe = Probe.of(model, arch, evidence)
+    return measured_curves(model, arch, evidence.config, evidence, ["mlp"], False, probe, report)
+
+
 @torch.no_grad()
 def divergences(model, dense_logits, batches):
     """KL(dense‖model) by domain over every fourth token, by whole forward passes."""
@@ -107,9 +114,7 @@ def test_units_that_no_trial_has_removed_go_last(case):
     """And the experts of one layer, which share their width, have one curve."""
     model = build(case)
     arch, evidence = describe(model), evidence_of(config(allocation="sensitivity"), domains())
-    curves = measured_curves(
-        model, arch, evidence.config, evidence, ["mlp"], layers=False, report=Report("llama", "obs")
-    )
+    curves = curves_on(model, evidence)
     assert set(curves.units) == {(space.layer, "mlp") for space in arch.of("mlp")} and curves.layers == {}
     width = arch.of("mlp")[0].width
     removed = round(0.75 * width)  # by the last trial
@@ -161,13 +166,10 @@ def test_a_layer_that_does_little_gives_up_more():
 
 def test_the_worst_domain_alone_counts_where_the_objective_is_the_worst():
     model = build("llama-tied")
-    arch = describe(model)
 
     def total(**fields):
         evidence = evidence_of(config(allocation="sensitivity", **fields), domains())
-        curves = measured_curves(
-            model, arch, evidence.config, evidence, ["mlp"], layers=False, report=Report("llama", "obs")
-        )
+        curves = curves_on(model, evidence)
         return sum(curve[-1] for curve in curves.units.values())
 
     # The same mixture is pruned on, so both judge the same trials.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,10 @@ from ... import __version__
 from ...arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 from ...arch.meta import model_class
 from ...config.fields import read_mapping
-from ...errors import one_line
 from ...plain_json import unversioned
 from ..report import REPORT_NAME, geometric_mean
 from ..target import CARD, is_result, is_signed, resolved, signed
-from .records import Records
+from .records import Records, only_warning
 
 
 if TYPE_CHECKING:
@@ -86,10 +84,8 @@ def leave_card(
     path = folder / CARD
     if path.exists() and not is_signed(path):
         return
-    try:
+    with only_warning(output, CARD):
         path.write_text(model_card(folder, resolved(output).name, config, dense, arch_file), encoding="utf-8")
-    except Exception as error:  # hours of work are not given up for a page about them
-        warnings.warn(f"{output} gets no {CARD}: {one_line(error)}", stacklevel=2)
 
 
 def model_card(

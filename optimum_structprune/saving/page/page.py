@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from ... import __version__
-from ...errors import StructPruneError, one_line
+from ...errors import StructPruneError
 from . import pictures
-from .records import Records
+from .records import Records, only_warning
 from .sections import SECTIONS, tiles
 
 
@@ -89,7 +88,5 @@ def write_report(folder: str | Path, output: str | Path | None = None, dense: st
 
 def leave_page(folder: str | Path, output: str | Path) -> None:
     """Write the page of a result that is being saved; a page that cannot be made only gives a warning."""
-    try:
+    with only_warning(output, PAGE_NAME):
         write_report(folder, output)
-    except Exception as error:  # hours of work are not given up for a page about them
-        warnings.warn(f"{output} gets no {PAGE_NAME}: {one_line(error)}", stacklevel=2)

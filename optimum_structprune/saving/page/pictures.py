@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from io import StringIO
 from statistics import fmean
 from typing import Any
 from xml.etree import ElementTree
 
 from ..details import BINS, RANGES, Choice
+from .drawing import can_draw as can_draw
 
 
 SVG = "http://www.w3.org/2000/svg"
@@ -71,11 +71,6 @@ WIDE = 10
 LONGEST = 20
 # With more pairs of domains than this, each domain gets one row: its mean over the others.
 MOST_PAIRS = 15
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is there."""
-    return find_spec("matplotlib") is not None
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from ...config.fields import read_mapping
 from ...config.pruning import CONFIG_NAME
 from ...domains.manifest import MANIFEST_NAME
-from ...errors import StructPruneError
+from ...errors import StructPruneError, one_line
 from ...surgery.plan import PLAN_NAME, Plan
 from ..details import DETAILS_NAME, Details
 from ..report import RECOVERY_REPORT_NAME, REPORT_NAME
@@ -89,3 +91,17 @@ class Records:
             dense=dense or str(noted.get("name", "")),
             dense_bytes=dense_bytes or int(noted.get("bytes", {}).get("before", 0)),
         )
+
+
+@contextmanager
+def only_warning(output: str | Path, name: str) -> Iterator[None]:
+    """A file beside a result that cannot be made inside `with` only gives a warning.
+
+    Args:
+        output: The folder of the result.
+        name: The name of the file.
+    """
+    try:
+        yield
+    except Exception as error:  # hours of work are not given up for a page about them
+        warnings.warn(f"{output} gets no {name}: {one_line(error)}", stacklevel=4)
