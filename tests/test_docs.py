@@ -177,7 +177,7 @@ def targets() -> list[str]:
 
 
 def test_make_help_names_every_target():
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    shown = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True).stdout
     assert [line.split()[0] for line in shown.splitlines()] == targets()
     assert all(len(line.split()) > 3 for line in shown.splitlines())
 
