@@ -110,7 +110,15 @@ ITERATIVE = ("adaptive", "worst-case")
 def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
     """Every cell: its name and its part of the config."""
     alone = {f"{name} only": {"domains": (name,)} for name in domains}
-    texts = {**alone, **MIXES, "mix + self": {"domains": (*domains, *SELF)}}
+    # A domain beside n others of weight 1 has a fifth of the tokens with the weight n / 4, and two fifths with 2n / 3.
+    few, many = (f"self:any@{weight * len(domains)}" for weight in (1 / 4, 2 / 3))
+    written = {
+        "mix + self": {"domains": (*domains, *SELF)},
+        "mix + a fifth self:any": {"domains": (*domains, few)},
+        "mix + two fifths self:any": {"domains": (*domains, many)},
+        "mix + a fifth broad + a fifth self:any": {"domains": (*domains, f"self:any@{len(domains) / 3}"), "breadth": 0.2},
+    }
+    texts = {**alone, **MIXES, **written}
     return {
         f"{text}, {rounds}, {method}": {"domains": tuple(domains), **texts[text], **ROUNDS[rounds], **METHODS[method]}
         for text in texts

@@ -84,11 +84,16 @@ def evaluation_texts(args: Namespace, domains: Sequence[str], tokenizer) -> tupl
 
 
 def calibration(args: Namespace, names: Sequence[str]) -> list[DomainConfig]:
-    """Domains by their names in DATA/calibration; a name with a colon is a source of its own."""
+    """Domains by their names in DATA/calibration; a name with a colon is a source of its own, `self:math@2` one of
+    weight 2.
+    """
     folder = Path(args.data) / "calibration"
-    return [
-        DomainConfig(name=n.replace(":", "-"), source=n if ":" in n else str(folder / f"{n}.jsonl")) for n in names
-    ]
+    domains = []
+    for name in names:
+        source, _, weight = name.partition("@")
+        path = source if ":" in source else str(folder / f"{source}.jsonl")
+        domains.append(DomainConfig(name=source.replace(":", "-"), source=path, weight=float(weight or 1)))
+    return domains
 
 
 def pruned_by(model, tokenizer, config: StructPruneConfig):

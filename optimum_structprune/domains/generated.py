@@ -1,4 +1,9 @@
-"""Calibration text that the model writes itself, for when there is no data set (Williams et al., arXiv 2410.17170)."""
+"""Calibration text that the model writes itself, for when there is no data set (Williams et al., arXiv 2410.17170).
+
+Text of a certain kind answers a question or goes on from an opening. Text of any kind (`ANY`) begins with a word that
+is drawn from the vocabulary, so that it is spread over all that the model has learned (LLM-QAT, arXiv 2305.17888,
+section 3.1).
+"""
 
 from __future__ import annotations
 
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
+# The kind of text that follows from one word.
+ANY = "any"
 # After so many batches without a usable document, no more are written.
 PATIENCE = 8
 # Tokens in the runs that tell whether a document repeats itself.
@@ -49,7 +56,8 @@ def self_documents(
         tokenizer: The model's tokenizer. With a chat template the model answers questions, otherwise it continues
             openings.
         config: How the model writes, and where the documents are kept.
-        name: The kind of text: `code`, `math`, `prose`, `dialogue` or `reasoning`.
+        name: The kind of text: `code`, `math`, `prose`, `dialogue`, `reasoning`, or `any` for text of whatever kind
+            follows from a word.
         seed: The seed of the prompts and of the sampling.
 
     Raises:
@@ -57,11 +65,12 @@ def self_documents(
             the folder cannot be written to.
     """
     kinds = read_yaml(SEED_PROMPTS)
-    if name not in kinds:
-        raise StructPruneError(f"A model does not write {name!r} itself.{did_you_mean(name, kinds)}")
+    if name not in (*kinds, ANY):
+        raise StructPruneError(f"A model does not write {name!r} itself.{did_you_mean(name, [*kinds, ANY])}")
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise StructPruneError(f"{SELF}{name} takes a causal language model, and {type(model).__name__} is none.")
-    author = _Author(model, tokenizer, config, _Kind(**kinds[name]), seed)
+    kind = _Kind(words=vocabulary_words(tokenizer)) if name == ANY else _Kind(**kinds[name])
+    author = _Author(model, tokenizer, config, kind, seed)
     path = _cache(author, name)
     batches = dict(enumerate(of_first(_read(path))))
     idle = 0
@@ -78,21 +87,36 @@ def self_documents(
         yield from documents
 
 
+def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens of a vocabulary that a text may begin with: words of two letters or more with a capital, or of a
+    script that has none; where there are no such tokens, all that are not empty.
+
+    Args:
+        tokenizer: Any tokenizer.
+    """
+    special = set(tokenizer.all_special_ids)
+    tokens = [tokenizer.decode([i]).strip() for i in range(len(tokenizer)) if i not in special]
+    words = [token for token in tokens if len(token) > 1 and token.isalpha() and not token[0].islower()]
+    return sorted(set(words) or set(filter(None, tokens)))
+
+
 @dataclass(frozen=True)
 class _Kind:
-    """One kind of text: an entry of `seed_prompts.yaml`.
+    """One kind of text: an entry of `seed_prompts.yaml`, or text that begins with a word.
 
     Attributes:
         ask: Questions for a model with a chat template, with the field `{topic}`.
         begin: Openings for a model without one, with the field `{topic}`.
         topics: What can stand in place of `{topic}`.
         keep: Whether the question stays in the document.
+        words: What the text begins with, in place of questions and openings.
     """
 
-    ask: list[str]
-    begin: list[str]
-    topics: list[str]
+    ask: Sequence[str] = ()
+    begin: Sequence[str] = ()
+    topics: Sequence[str] = ()
     keep: bool = False
+    words: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -108,12 +132,15 @@ class _Author:
     @property
     def chats(self) -> bool:
         """Whether the model answers questions; otherwise it continues openings."""
-        return bool(self.tokenizer.chat_template)
+        return bool(self.tokenizer.chat_template) and not self.kind.words
 
     def prompts(self, number: int) -> list[str]:
-        """The prompts of batch `number`: all pairs of form and topic in an order that the seed chooses, repeated."""
+        """The prompts of batch `number`: all words, or all pairs of form and topic, in an order that the seed chooses,
+        repeated.
+        """
         forms = self.kind.ask if self.chats else self.kind.begin
-        prompts = [form.replace("{topic}", topic) for form in forms for topic in self.kind.topics]
+        pairs = [form.replace("{topic}", topic) for form in forms for topic in self.kind.topics]
+        prompts = [*self.kind.words, *pairs]
         Random(self.seed).shuffle(prompts)
         size = self.config.batch_size
         return [prompts[i % len(prompts)] for i in range(number * size, (number + 1) * size)]

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,31 @@ def test_every_kind_goes_on_from_an_opening(writer, settings, name):
         ((start, end),) = text.answers
         assert start > 8 and end == len(text) and text[:start].isascii()
         assert "{topic}" not in text
+
+
+def test_text_of_any_kind_begins_with_a_word_of_the_vocabulary(writer, settings):
+    model, tokenizer = writer
+    words = generated.vocabulary_words(tokenizer)
+    texts = first(writer, settings, len(words), "any")
+    beginnings = [text[: text.answers[0][0]] for text in texts]
+    assert set(beginnings) <= set(words) and len(set(beginnings)) > len(words) / 2
+    assert first(writer, settings, 8, "any", seed=1) != texts
+
+
+class LowerCase:
+    """A vocabulary of five tokens, none with a capital."""
+
+    all_special_ids = (0,)
+
+    def __len__(self) -> int:
+        return 5
+
+    def decode(self, ids) -> str:
+        return ["<s>", "a", " ", "ing", "1"][ids[0]]
+
+
+def test_a_vocabulary_without_capitals_gives_what_it_has():
+    assert generated.vocabulary_words(LowerCase()) == ["1", "a", "ing"]
 
 
 def test_the_seed_decides_and_the_callers_random_numbers_are_left_alone(writer, settings, tmp_path):
