@@ -61,9 +61,9 @@ class DomainConfig(Serialisable):
         name: The name of the domain in the report.
         source: A file (`.txt`, `.jsonl`, `.json`, `.parquet`, `.csv`), a glob, a folder, `builtin:prose`,
             `builtin:code`, `builtin:math`, a preset (`preset:code`, `preset:hybrid` …), text that the model writes
-            itself (`self:code`, `self:math`, `self:prose`, `self:dialogue`, `self:reasoning`, `self:any`), a dataset id on
-            the Hub, a folder that `save_to_disk` of `datasets` wrote, a `datasets` object, or any iterable of strings, or
-            with a template of rows. A `pathlib.Path` is kept as its text.
+            itself (`self:code`, `self:math`, `self:prose`, `self:dialogue`, `self:reasoning`, `self:any`), a dataset
+            id on the Hub, a folder that `save_to_disk` of `datasets` wrote, a `datasets` object, or any iterable of
+            strings, or with a template of rows. A `pathlib.Path` is kept as its text.
         weight: The domain's share of the calibration tokens, relative to the other domains.
         text_column: The column that holds the text, or with `template="chat"` the messages.
         dataset_config: The name of the configuration of a Hub dataset.
