@@ -95,7 +95,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # Sources that are left out together with a domain: `prose` is the docstrings of the files that `code` is made of.
 NEAR = {
     "wiki": ("encyclopedia", "countries", "self:prose"),
-    "code": ("code", "prose", "self:code"),
+    "code": ("code", "programs", "prose", "self:code"),
     "math": ("math", "self:math"),
     "dialogue": ("dialogue", "self:dialogue"),
     "web": ("web", "news", "self:prose"),
@@ -221,7 +221,8 @@ def run(args: Namespace) -> None:
         width = 8 * round(size * (100 - removed) / 100 / 8)
         pruned, seconds = pruned_by(model, tokenizer, config_of(args, names[name], width, seed, left))
         row = {"cell": name, "removed": removed, "width": width, "seed": seed, "seconds": seconds, **measured(pruned)}
-        results["runs"].append(row if left is None else {**row, "left_out": left})
+        row |= {} if left is None else {"left_out": left}
+        results["runs"].append(row)
         write_json(args.out, results)
         kind = "" if left is None else f" without {left}"
         print(f"{name}{kind}, {removed} %, seed {seed}: {summary(results, row)}", flush=True)
