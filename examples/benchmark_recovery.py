@@ -24,6 +24,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from benchmark_quality import calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -82,11 +83,11 @@ def run(args: Namespace) -> dict[str, dict]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=args.device)
     unseen = args.left_out or sorted(path.stem for path in (data / "unseen").glob("*.jsonl"))
     kinds = [name for name in args.domains if name not in args.left_out]
-    seen = [] if args.left_out else kinds
+    seen = [] if args.left_out else [name for name in kinds if ":" not in name]
     texts = evaluation_samples(data / "heldout", seen, tokenizer, args) if seen else {}
     if unseen:
         texts |= evaluation_samples(data / ("calibration" if args.left_out else "unseen"), unseen, tokenizer, args)
-    domains = [DomainConfig(name=name, source=str(data / "calibration" / f"{name}.jsonl")) for name in kinds]
+    domains = calibration(args, kinds)
     pruning = StructPruneConfig(
         widths={"mlp": args.mlp}, domains=domains, num_samples=args.samples * len(domains), seq_length=args.seq_length
     )
@@ -148,7 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--mlp", type=int, default=1152, help="FFN width to keep")
-    parser.add_argument("--domains", nargs="+", default=DOMAINS)
+    parser.add_argument(
+        "--domains", nargs="+", default=DOMAINS, help="files of DATA/calibration, or sources such as self:any"
+    )
     parser.add_argument("--left-out", nargs="+", default=[], help="files of DATA/calibration that are only measured")
     parser.add_argument("--tokens", nargs="+", type=int, default=[25_000, 50_000, 100_000, 200_000], help="rows")
     parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=["LoRA", "distilled"])

@@ -32,7 +32,7 @@ from optimum_structprune.evaluation.tasks import Answers, Tasks
 
 
 MIX = "mix"
-ON_THE_MIX = ("flap global + bias", "taylor", "obs by sensitivity + refit")
+ON_THE_MIX = ("flap global + bias", "taylor", "slimllm", "obs by sensitivity + refit")
 RECOVERED = "mix + recovery"
 
 
