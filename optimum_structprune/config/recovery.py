@@ -40,7 +40,7 @@ class RecoveryConfig(Serialisable):
     Fields that are None follow the pruning config where there is one, and its defaults otherwise.
 
     Args:
-        tokens: The number of training tokens in all; every domain gives the same number.
+        tokens: The number of training tokens in all; the domains give them by their weights.
         seq_length: The number of tokens in a training sample.
         domains: The training text; documents that the perplexity is measured on are left out.
         train: What is trained. `lora` trains a low-rank adapter, `full` all weights, `scales` the norms and one factor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int = 1) -> StructPruneConfig:
-    """What `load_domains` has to read for the training: the same number of samples from each domain, presets resolved.
+    """What `load_domains` has to read for the training: samples of each domain by its weight, presets resolved.
 
     The seed is the pruning's, whatever seed the training has. It decides the order of the documents, and with it which
     of them are held out.
@@ -38,12 +39,13 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
     """
     domains = resolve(config.domains or pruning.texts, pruning.presets_file)
     seq_length = config.seq_length or pruning.seq_length
-    samples = config.tokens // (seq_length * len(domains))
-    if samples < parts:
+    samples, weights = config.tokens // seq_length, [domain.weight for domain in domains]
+    if samples < len(domains) or min(split_samples(samples, weights)) < parts:
         rounds = f" in each of {parts} rounds" if parts > 1 else ""
+        enough = len(domains) if parts == 1 else ceil(parts * sum(weights) / min(weights))
         raise StructPruneError(
             f"tokens={config.tokens} does not give each of the {len(domains)} domains a sample of {seq_length} "
-            f"tokens{rounds}; {seq_length * len(domains) * parts} is the least."
+            f"tokens{rounds}; {seq_length * enough} is enough."
         )
     for domain in domains:
         if config.teacher_logits is not None and written_by_model(domain):
@@ -53,9 +55,9 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
             )
     return replace(
         pruning,
-        domains=[replace(domain, weight=1.0) for domain in domains],
+        domains=domains,
         breadth=0.0,
-        num_samples=samples * len(domains),
+        num_samples=samples,
         seq_length=seq_length,
         # Nothing is chosen, so no text is set aside for it.
         adaptive_rate=0.0,

@@ -28,7 +28,7 @@ def unread():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tokens": 40}, "tokens=40 does not give each of the 2 domains a sample of 24 tokens; 48 is the least"),
+        ({"tokens": 40}, "tokens=40 does not give each of the 2 domains a sample of 24 tokens; 48 is enough"),
         ({"lora": {"rank": 4}}, "LoraConfig has no field 'rank'"),
         ({"lora": {"bias": 3, "task_type": "CAUSAL"}}, "LoraConfig: .*CAUSAL"),
         ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
@@ -60,7 +60,7 @@ def test_what_is_right_passes_without_a_look_at_the_text():
 def test_every_round_needs_tokens_of_its_own():
     settings = recovery_config(tokens=96, every_round=True)
     check_recovery(settings, config(rounds=2))
-    with pytest.raises(StructPruneError, match="in each of 3 rounds; 144 is the least"):
+    with pytest.raises(StructPruneError, match="in each of 3 rounds; 144 is enough"):
         check_recovery(settings, config(rounds=3))
     check_recovery(settings, config(rounds=3), parts=1)
     check_recovery(recovery_config(tokens=96), config(rounds=3))

@@ -309,7 +309,7 @@ def test_an_interrupted_run_goes_on(pruned, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tokens": 40}, "tokens=40 does not give each of the 2 domains a sample of 24 tokens; 48 is the least"),
+        ({"tokens": 40}, "tokens=40 does not give each of the 2 domains a sample of 24 tokens; 48 is enough"),
         ({"tokens": 2_000, "seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
         ({"domains": [DomainConfig(name="none", source=[])]}, "'none' is empty"),
         ({"lora": {"rank": 4}}, "LoraConfig has no field 'rank'"),

@@ -1,4 +1,4 @@
-"""The training text: equal shares, nothing that was held out, and parts that share no sample."""
+"""The training text: shares by weight, nothing that was held out, and parts that share no sample."""
 
 import pytest
 import torch
@@ -34,10 +34,13 @@ def test_much_shorter_training_samples_leave_out_the_held_out_documents_too():
     assert heldout_samples(pruning, 512) == len(before[0].heldout)
 
 
-def test_every_domain_gives_the_same_number_of_tokens():
-    uneven = [DomainConfig(name="a", source=documents(200), weight=9.0), DomainConfig(name="b", source=documents(200))]
+def test_the_domains_give_tokens_by_their_weights():
+    uneven = [DomainConfig(name="a", source=documents(200), weight=3.0), DomainConfig(name="b", source=documents(200))]
     text = training_text(recovery_config(domains=uneven), config(), tokenizer(), build("llama-tied"))
-    assert [len(domain.samples) for domain in text] == [10, 10]
+    assert [len(domain.samples) for domain in text] == [15, 5]
+    with pytest.raises(StructPruneError, match="each of 6 rounds; 576 is enough"):
+        text_config(recovery_config(domains=uneven), config(), parts=6)
+    assert text_config(recovery_config(domains=uneven, tokens=576), config(), parts=6).num_samples == 24
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 10])
@@ -50,7 +53,7 @@ def test_parts_share_no_sample_and_are_the_whole_together(parts):
 
 
 def test_fewer_samples_than_parts_are_refused():
-    message = "a sample of 24 tokens in each of 11 rounds; 528 is the least"
+    message = "a sample of 24 tokens in each of 11 rounds; 528 is enough"
     with pytest.raises(StructPruneError, match=message):
         text_config(recovery_config(), config(), parts=11)
     assert text_config(recovery_config(tokens=528), config(), parts=11).num_samples == 22
