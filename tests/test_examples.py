@@ -266,12 +266,16 @@ def test_benchmark_domains(desk, capsys, monkeypatch):
     ]
     assert first["runs"][1]["perplexity"]["stories"] < first["runs"][0]["perplexity"]["stories"]
     capsys.readouterr()
-    run([*arguments, *small, "--cells", "mix, one-shot, wanda", "mix, one-shot, flap + bias"])
+    every_space = "mix, one-shot, obs by search_uniform + refit"
+    run([*arguments, *small, "--cells", "mix, one-shot, wanda", "mix, one-shot, flap + bias", every_space])
     again = json.loads(out.read_text())
-    assert again["runs"][:4] == first["runs"] and capsys.readouterr().out.count("\n") == 2
+    assert again["runs"][:4] == first["runs"] and capsys.readouterr().out.count("\n") == 4
+    one_width = first["runs"][0]["parameters"]
+    shapes = [row["parameters"] for row in again["runs"] if row["cell"] == every_space]
+    assert all(0.9 * one_width < parameters <= one_width for parameters in shapes)
     run(["table", str(out)])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| mix")]
-    assert len(rows) == 3 and rows[0][0] == "| mix, one-shot, wanda + refit"
+    assert len(rows) == 4 and rows[0][0] == "| mix, one-shot, wanda + refit"
     ratios = [row["perplexity"]["stories"] / first["dense"]["perplexity"]["stories"] for row in first["runs"][1::2]]
     mean, apart = sum(ratios) / 2, abs(ratios[0] - ratios[1]) / 2**0.5
     assert rows[0][1:3] == ["2", f"{mean:.3f} ± {apart:.3f}"]
