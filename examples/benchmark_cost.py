@@ -190,6 +190,7 @@ def run(args: Namespace) -> None:
         rounds=args.rounds,
         error_feedback=args.error_feedback,
         allocation=args.allocation,
+        breadth=0.0,
     )
     load_libraries()
     costs = []

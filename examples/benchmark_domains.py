@@ -62,8 +62,8 @@ MIXES: dict[str, dict[str, Any]] = {
     "worst-case": {"objective": "worst"},
     "self-generated": {"domains": SELF},
     "built-in": {"domains": ("builtin:prose", "builtin:code", "builtin:math")},
-    "mix + a fifth broad": {"breadth": 0.2},
-    "mix + two fifths broad": {"breadth": 0.4},
+    "mix + a fifth broad": {"breadth": 0.2, "broad_text": "builtin:broad"},
+    "mix + two fifths broad": {"breadth": 0.4, "broad_text": "builtin:broad"},
 }
 ROUNDS: dict[str, dict[str, Any]] = {
     "one-shot": {"rounds": 1},
@@ -124,6 +124,7 @@ def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
         "mix + a fifth broad + a fifth self:any": {
             "domains": (*domains, f"self:any@{len(domains) / 3}"),
             "breadth": 0.2,
+            "broad_text": "builtin:broad",
         },
     }
     texts = {**alone, **MIXES, **written}
@@ -152,7 +153,9 @@ def config_of(
     args: Namespace, cell: dict[str, Any], width: int, seed: int, left_out: str | None = None, most: int | None = None
 ) -> StructPruneConfig:
     """The whole config of one run; `most` are the parameters of the whole model with this width of the FFN."""
+    # A cell has the text that its name says, and no other beside it.
     fields = {"num_samples": args.samples, "seq_length": args.seq_length, "seed": seed}
+    cell = {"breadth": 0.0, **cell}
     if cell.get("allocation") in EVERY_SPACE:
         fields |= {"budget": {"parameters": most or 1}}
     else:
@@ -174,7 +177,7 @@ def without(args: Namespace, config: StructPruneConfig, left_out: str) -> Struct
             domains.append(replace(domain, source=aside(args, domain.name)[0]))
         elif domain.source not in near:
             domains.append(domain)
-    return replace(config, domains=domains, breadth=0.0)
+    return replace(config, domains=domains, breadth=0.0, broad_text=None)
 
 
 def aside(args: Namespace, name: str) -> tuple[list[str], list[str]]:

@@ -72,7 +72,8 @@ def evaluation_samples(folder: Path, names: list[str], tokenizer, args: Namespac
     """Samples of each file in a folder, the same for every row."""
     domains = [DomainConfig(name=name, source=str(folder / f"{name}.jsonl")) for name in names]
     samples = args.eval_samples * len(names)
-    config = StructPruneConfig(sparsity=0.5, domains=domains, num_samples=samples, seq_length=args.seq_length)
+    fields = {"domains": domains, "num_samples": samples, "seq_length": args.seq_length, "breadth": 0.0}
+    config = StructPruneConfig(sparsity=0.5, **fields)
     return {domain.name: domain.samples for domain in load_domains(config, tokenizer)}
 
 
@@ -89,7 +90,11 @@ def run(args: Namespace) -> dict[str, dict]:
         texts |= evaluation_samples(data / ("calibration" if args.left_out else "unseen"), unseen, tokenizer, args)
     domains = calibration(args, kinds)
     pruning = StructPruneConfig(
-        widths={"mlp": args.mlp}, domains=domains, num_samples=args.samples * len(domains), seq_length=args.seq_length
+        widths={"mlp": args.mlp},
+        domains=domains,
+        breadth=0.0,
+        num_samples=args.samples * len(domains),
+        seq_length=args.seq_length,
     )
     results: dict[str, dict] = {}
 

@@ -46,6 +46,7 @@ def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
 
 def config_of(args: Namespace, cell: dict[str, Any], width: int) -> StructPruneConfig:
     """The whole config of one cell."""
+    cell = {"breadth": 0.0, **cell}
     more = {"widths": {"mlp": width}, "num_samples": args.samples, "seq_length": SEQ_LENGTH, "seed": args.seed}
     return StructPruneConfig.from_dict({**cell, **more, "domains": calibration(args, cell["domains"])})
 

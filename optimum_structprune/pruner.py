@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -51,6 +52,7 @@ class StructPruner:
         config: What to remove and how.
 
     Attributes:
+        used_config: The config, which says after a run what broad text has been read.
         report: The numbers of the last run; None before there was one.
         plan: The units of the dense model that the last run kept.
         manifest: What the last run was calibrated on.
@@ -62,6 +64,7 @@ class StructPruner:
     def __init__(self, config: StructPruneConfig):
         check_config_kind(config)
         self.config = config
+        self.used_config = config
         self.report: Report | None = None
         self.plan: Plan | None = None
         self.manifest: Manifest | None = None
@@ -107,6 +110,8 @@ class StructPruner:
                     run.compare()
                     run.recover(step.part, step.parts)
             run.finish(arch)
+        used = evidence.config
+        self.used_config = replace(config, breadth=used.breadth, broad_text=used.broad_text)
         self.plan, self.report, self.manifest = run.plan, report, evidence.manifest(tokenizer)
         return model
 
@@ -168,7 +173,8 @@ class StructPruner:
         Raises:
             StructPruneError: If the folder exists, or the saved model does not come back the same.
         """
-        save_pruned(model, save_directory, self.config, self.plan, self.report, tokenizer, overwrite, self.manifest)
+        config = self.used_config
+        save_pruned(model, save_directory, config, self.plan, self.report, tokenizer, overwrite, self.manifest)
 
     def push_to_hub(
         self, save_directory: str | Path, repo_id: str, private: bool | None = None, token: str | None = None

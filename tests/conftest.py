@@ -15,3 +15,13 @@ def pages_without_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("optimum_structprune.saving.page.pictures.can_draw", lambda: False)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def written_text_of_the_session(tmp_path_factory):
+    """What models write is kept for the session, and not among the files of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = str(tmp_path_factory.mktemp("home"))
+        patch.setattr("huggingface_hub.constants.HF_HOME", home)
+        patch.setenv("HF_HOME", home)
+        yield

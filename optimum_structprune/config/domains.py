@@ -19,8 +19,8 @@ IN_MEMORY = "memory:"
 PRESET = "preset:"
 SELF = "self:"
 BUILTIN = "builtin:"
-# The built-in text of all kinds, and the domain that `breadth` makes of it.
-BROAD = "broad"
+# The built-in text of all kinds, the text of any kind that a model writes, and the domain that is made of either.
+BROAD, ANY = "broad", "any"
 CHAT = "chat"
 
 

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict, validated_field
 from ..errors import StructPruneError
 from ..plain_json import to_json, versioned
 from ..registry import did_you_mean
-from .domains import BROAD, BUILTIN, DomainConfig, SelfTextConfig, check_names, with_domains
+from .domains import ANY, BROAD, BUILTIN, PRESET, SELF, DomainConfig, SelfTextConfig, check_names, with_domains
 from .fields import (
     NO_GAIN,
     Number,
@@ -37,8 +37,8 @@ from .recovery import RecoveryConfig
 CONFIG_NAME = "structprune_config.json"
 # The fields of which exactly one says how much is removed.
 AMOUNTS = ("sparsity", "widths", "budget")
-# The share of the broad text where no domains are named.
-BROAD_ALONE = 0.5
+# The share of the broad text where no domains are named, and beside domains of the user.
+BROAD_ALONE, BROAD_BESIDE = 0.5, 0.2
 # The allocations that give all layers one width, and those that measure what the model loses.
 ONE_WIDTH = ("uniform", "search_uniform")
 MEASURED = ("sensitivity", "search", "search_uniform")
@@ -84,9 +84,12 @@ class StructPruneConfig(Serialisable):
             need not be.
         domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
             prose, code and math in equal shares, and with `stats` for all domains that are stored.
-        breadth: The share of the calibration tokens that goes to `builtin:broad` beside the domains: a little of
-            everything, against a loss on text that nobody named. None stands for a half where no domains are named,
-            and for nothing beside domains of your own.
+        breadth: The share of the calibration tokens that goes to text of every kind beside the domains, against a
+            loss on text that nobody named. None stands for a half where no domains are named, and for a fifth beside
+            domains where there is `broad_text`.
+        broad_text: The source of that text, such as `self:any`, `builtin:broad` or `preset:broad`. None stands for
+            `self:any` where the model is in memory and can write, and for `builtin:broad` otherwise, which needs
+            `breadth` to go beside domains of your own.
         stats: A folder that `structprune calibrate` wrote. Its moments of the dense model are used instead of text,
             and `domains` only chooses among the stored domains and weighs them.
         normalisation: The scale on which the domains are brought together. `energy` divides by the output energy of
@@ -151,6 +154,7 @@ class StructPruneConfig(Serialisable):
     round_to: int = validated_field(positive, default=64)
     domains: list[DomainConfig] | None = None
     breadth: Number | None = validated_field(below_one, default=None)
+    broad_text: str | None = None
     stats: str | None = None
     normalisation: Literal["none", "energy", "zscore"] = "energy"
     aggregation: Literal["mean", "max"] = "mean"
@@ -215,12 +219,29 @@ class StructPruneConfig(Serialisable):
         if share == 0:
             return own
         weight = share / (1 - share) * sum(domain.weight for domain in own)
-        return [*own, DomainConfig(name=BROAD, source=_broad_beside(own), weight=weight)]
+        return [*own, DomainConfig(name=BROAD, source=self.broad_text or _broad_beside(own), weight=weight)]
 
     @property
     def broad_share(self) -> float:
         """The share of the broad text, named or not."""
-        return (BROAD_ALONE if self.domains is None else 0.0) if self.breadth is None else self.breadth
+        if self.breadth is not None:
+            return self.breadth
+        if self.domains is None:
+            return BROAD_ALONE
+        return 0.0 if self.broad_text is None else BROAD_BESIDE
+
+    def with_broad_text(self, source: str) -> "StructPruneConfig":
+        """The same config, with text of every kind from a source where nothing else is said and it has a place: not
+        beside stored moments, beside such text, or where the domains take all samples.
+
+        Args:
+            source: The source of the text.
+        """
+        own = self.domains or ()
+        unasked = self.breadth is None and (self.num_samples <= len(own) or any(map(_is_broad, own)))
+        if self.broad_text is not None or self.breadth == 0 or self.stats is not None or unasked:
+            return self
+        return replace(self, broad_text=source)
 
     @property
     def scored_by(self) -> str:
@@ -328,7 +349,9 @@ def _broad_beside(own: list[DomainConfig]) -> str:
 
 
 def _is_broad(domain: DomainConfig) -> bool:
-    return isinstance(domain.source, str) and domain.source.startswith(f"{BUILTIN}{BROAD}")
+    """Whether a domain is what `breadth` adds: text of every kind, or of that name."""
+    every_kind = (f"{BUILTIN}{BROAD}", f"{SELF}{ANY}", f"{PRESET}{BROAD}")
+    return domain.name == BROAD or (isinstance(domain.source, str) and domain.source.startswith(every_kind))
 
 
 def _by_layer(name: str, width: Any) -> int | dict[int, int]:
@@ -360,9 +383,14 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number per space",
     )
     yield (
-        config.broad_share > 0 and any(BROAD == domain.name or _is_broad(domain) for domain in config.domains or ()),
-        f"breadth={config.breadth} adds a domain {BROAD!r} of the source {BUILTIN}{BROAD}, and domains has one; "
-        "rename it, or leave breadth out",
+        config.broad_share > 0 and any(map(_is_broad, config.domains or ())),
+        f"breadth={config.breadth} adds a domain {BROAD!r} of text of every kind, and domains has one; take it out, "
+        "or leave breadth out",
+    )
+    yield (
+        config.broad_text is not None and config.broad_share == 0,
+        f"broad_text={config.broad_text!r} is read where breadth gives it a share, and breadth={config.breadth} gives "
+        "none; set breadth=0.2, or leave broad_text out",
     )
     yield (
         config.widths is not None and config.allocation == "search_uniform",

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor
 
-from ..config.domains import SELF, SelfTextConfig
+from ..config.domains import ANY, SELF, SelfTextConfig
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, perplexity
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
-# The kind of text that follows from one word.
-ANY = "any"
 # After so many batches without a usable document, no more are written.
 PATIENCE = 8
 # Tokens in the runs that tell whether a document repeats itself.
@@ -95,7 +93,7 @@ def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         tokenizer: Any tokenizer.
     """
     special = set(tokenizer.all_special_ids)
-    tokens = [tokenizer.decode([i]).strip() for i in range(len(tokenizer)) if i not in special]
+    tokens = [str(tokenizer.decode([i])).strip() for i in range(len(tokenizer)) if i not in special]
     words = [token for token in tokens if len(token) > 1 and token.isalpha() and not token[0].islower()]
     return sorted(set(words) or set(filter(None, tokens)))
 

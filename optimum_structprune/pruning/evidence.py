@@ -16,6 +16,7 @@ from ..calibration.tally import Batch
 from ..criteria import CRITERIA, saliencies_for
 from ..criteria.layers import LAYER_CRITERIA
 from ..criteria.mixture import Mixture
+from ..domains.breadth import with_written_text
 from ..domains.load import Domain, calibration_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.reweight import reweighted
@@ -58,7 +59,7 @@ class Evidence:
         tokenizer: PreTrainedTokenizerBase | None = None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> Evidence:
-        """The evidence that a config names.
+        """The evidence that a config names; its own config says which broad text has been read.
 
         Args:
             config: How to prune; names the domains or the stored moments.
@@ -71,6 +72,7 @@ class Evidence:
                 model or another tokenizer.
         """
         if config.stats is None:
+            config = config if inputs is not None else with_written_text(config, model, tokenizer)
             return cls.of(config, calibration_domains(config, model, tokenizer, inputs), model.device)
         statistics = Statistics.load(config.stats)
         statistics.check(model, tokenizer)
