@@ -88,8 +88,8 @@ class StructPruneConfig(Serialisable):
             loss on text that nobody named. None stands for a half where no domains are named, and for a fifth beside
             domains where there is `broad_text`.
         broad_text: The source of that text, such as `self:any`, `builtin:broad` or `preset:broad`. None stands for
-            `self:any` where the model is in memory and can write, and for `builtin:broad` otherwise, which needs
-            `breadth` to go beside domains of your own.
+            `builtin:broad` where no domains are named. Beside domains it stands for `self:any` where the model is in
+            memory and can write, and otherwise for `builtin:broad` if `breadth` asks for it.
         stats: A folder that `structprune calibrate` wrote. Its moments of the dense model are used instead of text,
             and `domains` only chooses among the stored domains and weighs them.
         normalisation: The scale on which the domains are brought together. `energy` divides by the output energy of
@@ -232,14 +232,14 @@ class StructPruneConfig(Serialisable):
 
     def with_broad_text(self, source: str) -> "StructPruneConfig":
         """The same config, with text of every kind from a source where nothing else is said and it has a place: not
-        beside stored moments, beside such text, or where the domains take all samples.
+        beside the built-in domains, stored moments or such text, nor where the domains take all samples.
 
         Args:
             source: The source of the text.
         """
-        own = self.domains or ()
-        unasked = self.breadth is None and (self.num_samples <= len(own) or any(map(_is_broad, own)))
-        if self.broad_text is not None or self.breadth == 0 or self.stats is not None or unasked:
+        own = self.domains or []
+        placed = bool(own) and self.stats is None and self.num_samples > len(own) and not any(map(_is_broad, own))
+        if not placed or self.broad_text is not None or self.breadth == 0:
             return self
         return replace(self, broad_text=source)
 

@@ -47,10 +47,10 @@ def test_the_share_may_be_another_or_none(writer, own):
         assert tokens.get("broad", 0) == count * 24 and sum(tokens.values()) == 240
 
 
-def test_where_no_domain_is_named_half_is_written(writer, own):
-    alone = with_written_text(replace(own, domains=None), *writer)
-    assert [(domain.name, domain.weight) for domain in alone.texts][-1] == ("broad", 3.0)
-    assert alone.texts[-1].source == "self:any"
+def test_where_no_domain_is_named_the_broad_half_is_built_in(writer, own):
+    alone = replace(own, domains=None)
+    assert with_written_text(alone, *writer) is alone
+    assert (alone.texts[-1].source, alone.texts[-1].weight) == ("builtin:broad-prose-code-math", 3.0)
 
 
 @pytest.mark.parametrize("case", ["encoder", "encoder-decoder", "no tokenizer", "offloaded"])
