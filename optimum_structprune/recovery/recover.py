@@ -96,7 +96,8 @@ class Recovery:
         teacher, logits = self._teacher(teacher, model, tokenizer, trust_remote_code)
         # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
         # pruning has kept it.
-        domains = training_text(config, self.pruning, tokenizer, teacher or model, self.parts)
+        teaches = teacher is not None
+        domains = training_text(config, self.pruning, tokenizer, teacher or model, self.parts, teaches)
         text = samples_of(domains)
         ppl = {}
         if logits is not None:
