@@ -261,7 +261,8 @@ def _descend(model: PreTrainedModel, gates: Gates, evidence: Evidence, step: int
             mine = run_model(model, ids).logits[:, :-1]
         predicted = mask[:, 1:].to(mine.device)
         tokens += int(predicted.sum())
-        _backward(mine[predicted], theirs[predicted], step)
+        if predicted.any():
+            _backward(mine[predicted], theirs[predicted], step)
     count = gates.values.new_tensor(float(tokens))
     slope = torch.zeros_like(gates.values) if gates.values.grad is None else gates.values.grad
     add_up_([slope, count])
@@ -279,8 +280,7 @@ def _backward(mine: Tensor, theirs: Tensor, step: int) -> None:
                 "load the model in float32 or bfloat16, or lower learning_rate in gates."
             )
         slopes += torch.autograd.grad(loss, part)
-    if slopes:
-        mine.backward(torch.cat(slopes))
+    mine.backward(torch.cat(slopes))
 
 
 def _batches(evidence: Evidence, step: int) -> Iterator[tuple[Tensor, Tensor]]:
