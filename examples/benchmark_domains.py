@@ -70,6 +70,8 @@ ROUNDS: dict[str, dict[str, Any]] = {
     "iterative": {"rounds": 3},
     "10 rounds": {"rounds": 10, "schedule": "linear"},  # at most 5 % in each where half of all is removed
 }
+# Steps as fine as those of the one width that other methods get.
+BY_GATES = {"allocation": "learned", "round_to": 8}
 METHODS: dict[str, dict[str, Any]] = {
     "flap + bias": {"criterion": "flap", "refit": "bias"},
     "flap + refit": {"criterion": "flap", "refit": "least_squares"},
@@ -87,6 +89,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "pip + refit": {"criterion": "pip", "refit": "least_squares"},
     "iterative norm": {"criterion": "iterative_norm", "refit": "none"},
     "iterative norm + refit": {"criterion": "iterative_norm", "refit": "least_squares"},
+    "ddp": {"criterion": "ddp", "refit": "none", **BY_GATES},
+    "ddp uniform": {"criterion": "ddp", "refit": "none"},
+    "ddp + refit": {"criterion": "ddp", "refit": "least_squares", **BY_GATES},
+    "ddp uniform + refit": {"criterion": "ddp", "refit": "least_squares"},
+    "obs by ddp + refit": {"criterion": "obs", "refit": "least_squares", **BY_GATES},
     "flap global + bias": {"criterion": "flap", "refit": "bias", "allocation": "global"},
     "flap global + refit": {"criterion": "flap", "refit": "least_squares", "allocation": "global"},
     "wanda global + refit": {"criterion": "wanda", "refit": "least_squares", "allocation": "global"},

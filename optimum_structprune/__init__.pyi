@@ -4,6 +4,7 @@ from .arch.heterogeneous import enable_heterogeneous as enable_heterogeneous
 from .calibrator import calibrate as calibrate
 from .config.domains import DomainConfig as DomainConfig
 from .config.domains import SelfTextConfig as SelfTextConfig
+from .config.gates import GatesConfig as GatesConfig
 from .config.pruning import StructPruneConfig as StructPruneConfig
 from .config.recovery import RecoveryConfig as RecoveryConfig
 from .criteria import register_criterion as register_criterion

@@ -24,6 +24,7 @@ from .pruning.arguments import check_arguments, check_config_kind
 from .pruning.checks import check
 from .pruning.choose import choose_shape
 from .pruning.evidence import Evidence
+from .pruning.gates import with_gates
 from .pruning.removers import take_
 from .pruning.run import Run
 from .pruning.steps import Step, steps
@@ -99,7 +100,7 @@ class StructPruner:
         with report.timed("domains"):
             evidence = Evidence.read(config, _to_read(model, config), tokenizer, inputs)
         model, dense = _to_change(model, inplace)
-        evidence = with_batch_size(evidence, arch, model)
+        evidence = with_gates(with_batch_size(evidence, arch, model), arch, model, report)
         with Run(evidence.config, model, evidence, tokenizer, inplace, report) as run:
             shape = choose_shape(evidence.config, arch, model, evidence, report)
             run.start(dense)

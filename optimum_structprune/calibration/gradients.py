@@ -109,7 +109,7 @@ def _per_token(
     domains = 1 + max(batch.domain for batch in batches)
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(domains, dtype=torch.float64)
-    with _frozen(model):
+    with frozen(model):
         for batch in batches:
             labels = batch.ids if batch.mask is None else batch.ids.masked_fill(~batch.mask, IGNORED)
             predicted = int((labels[:, 1:] != IGNORED).sum())
@@ -151,7 +151,8 @@ def _backward(
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of a model takes a gradient inside `with`; afterwards those do that did before."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:

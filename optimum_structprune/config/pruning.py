@@ -31,6 +31,7 @@ from .fields import (
     share,
     up_to_one,
 )
+from .gates import GatesConfig
 from .recovery import RecoveryConfig
 
 
@@ -42,6 +43,7 @@ BROAD_ALONE, BROAD_BESIDE = 0.5, 0.2
 # The allocations that give all layers one width, and those that measure what the model loses.
 ONE_WIDTH = ("uniform", "search_uniform")
 MEASURED = ("sensitivity", "search", "search_uniform")
+LEARNED = "learned"
 BUDGETS = ("parameters", "bytes", "cache_bytes_per_token", "flops_per_token")
 AUTO = "auto"
 
@@ -74,14 +76,15 @@ class StructPruneConfig(Serialisable):
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
             ranks all units of the model by score, `cosine` takes more from layers that change the residual stream
-            less. The others go by the measured loss of the model: `sensitivity` gives each layer widths of its own,
-            `search` may also remove whole layers, and `search_uniform` looks for the best number of layers and the
-            best widths, the same everywhere.
+            less, `learned` ranks all units by gates that are learned. The others go by the measured loss of the model:
+            `sensitivity` gives each layer widths of its own, `search` may also remove whole layers, and
+            `search_uniform` looks for the best number of layers and the best widths, the same everywhere.
         min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with
             other allocations than `uniform`, and where the layers of the model differ in width already.
         max_width: The share of its units that a layer keeps at most, where `min_width` says at least.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
             need not be.
+        gates: How gates are learned, for `criterion="ddp"` and `allocation="learned"`.
         domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
             prose, code and math in equal shares, and with `stats` for all domains that are stored.
         breadth: The share of the calibration tokens that goes to text of every kind beside the domains, against a
@@ -148,10 +151,13 @@ class StructPruneConfig(Serialisable):
     refit: Literal["none", "bias", "slope", "least_squares"] = "least_squares"
     rounds: int = validated_field(positive, default=1)
     schedule: Literal["linear", "geometric", "cubic"] = "geometric"
-    allocation: Literal["uniform", "global", "cosine", "sensitivity", "search", "search_uniform"] = "uniform"
+    allocation: Literal["uniform", "global", "cosine", "learned", "sensitivity", "search", "search_uniform"] = (
+        "uniform"
+    )
     min_width: Number = validated_field(share, default=0.1)
     max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
+    gates: GatesConfig = field(default_factory=GatesConfig)
     domains: list[DomainConfig] | None = None
     breadth: Number | None = validated_field(below_one, default=None)
     broad_text: str | None = None
@@ -187,6 +193,7 @@ class StructPruneConfig(Serialisable):
         """Plain JSON-able values."""
         nested = {
             "domains": None if self.domains is None else [domain.to_dict() for domain in self.domains],
+            "gates": self.gates.to_dict(),
             "self_text": self.self_text.to_dict(),
             "recovery": None if self.recovery is None else self.recovery.to_dict(),
         }
@@ -194,16 +201,16 @@ class StructPruneConfig(Serialisable):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
-        """Inverse of `to_dict`; domains, self_text and recovery may be mappings.
+        """Inverse of `to_dict`; domains, gates, self_text and recovery may be mappings.
 
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
         data = with_domains(data, cls.__name__)
-        if isinstance(self_text := data.get("self_text"), Mapping):
-            data = {**data, "self_text": SelfTextConfig.from_dict(self_text)}
-        if isinstance(recovery := data.get("recovery"), Mapping):
-            data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
+        nested = {"gates": GatesConfig, "self_text": SelfTextConfig, "recovery": RecoveryConfig}
+        for name, kind in nested.items():
+            if isinstance(given := data.get(name), Mapping):
+                data = {**data, name: kind.from_dict(given)}
         return super().from_dict(data)
 
     @property
@@ -427,6 +434,7 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
     )
     for needs_text, text in (
         (config.allocation == "cosine", "allocation='cosine' runs the model on text"),
+        (config.allocation == LEARNED, "allocation='learned' trains gates on text"),
         (every_round, "recovery with every_round=True calibrates on a trained model after each round"),
     ):
         yield (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import LEARNED, StructPruneConfig
 from ..saving.report import table
 from .flops import Flops, Traffic, flops, traffic
 from .machines import FACTORS, MACHINES, MOVES, PRODUCTS, Estimate, estimate
@@ -166,7 +166,8 @@ def cost(config: StructPruneConfig, work: Workload, setting: Setting) -> Cost:
 
 def _notes(config: StructPruneConfig) -> tuple[str, ...]:
     left_out = {
-        f"allocation={config.allocation!r} ranks or measures all layers before": config.allocation != "uniform",
+        f"allocation={config.allocation!r} ranks or measures all layers before": config.allocation
+        not in ("uniform", LEARNED),
         f"max_perplexity_ratio={config.max_perplexity_ratio} takes as many rounds as it needs": (
             config.max_perplexity_ratio is not None
         ),

@@ -63,7 +63,7 @@ def flops(work: Workload) -> Flops:
     Args:
         work: What the pruning has to go through.
     """
-    forward = work.rounds * _round(work) + _perplexities(work) + _watched(work)
+    forward = work.rounds * _round(work) + _perplexities(work) + _watched(work) + _learned(work)
     consumers = work.consumers
     return Flops(
         forward,
@@ -155,6 +155,12 @@ def _watched(work: Workload) -> float:
     tokens = work.samples.tokens
     layers = sum(_pass(work, layer, tokens) for layer in range(len(work.layers)))
     return work.rounds * work.views * (1 + BACKWARD * work.gradient) * (layers + 2 * tokens * work.vocab * work.hidden)
+
+
+def _learned(work: Workload) -> float:
+    """The steps in which gates are learned: the dense model, the gated one, and back through it."""
+    layers = sum(_pass(work, layer, work.learning) for layer in range(len(work.layers)))
+    return (2 + BACKWARD) * (layers + 2 * work.learning * work.vocab * work.hidden)
 
 
 def _moments(work: Workload, consumer: Consumer) -> float:

@@ -11,6 +11,7 @@ from ..arch.spec import GROUP, ArchSpec, Axis, Space, Widths
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
 from ..domains.load import num_heldout
+from ..pruning.gates import learns
 
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ class Workload:
         fits: Whether kept weights are fitted.
         views: How many passes over the samples scores take through the whole model before each round.
         gradient: Whether these passes go backward too.
+        learning: The number of tokens that gates are learned on, counted each time that they are run.
     """
 
     layers: tuple[Layer, ...]
@@ -147,6 +149,7 @@ class Workload:
     fits: bool
     views: int
     gradient: bool
+    learning: int = 0
 
     @property
     def weights(self) -> int:
@@ -186,7 +189,7 @@ def workload(
         itemsize: The number of bytes of a weight.
         inputs: Calibration inputs by domain, in place of the text that the config names.
     """
-    text = model.config.get_text_config()
+    text, samples = model.config.get_text_config(), Samples.of(config, inputs)
     criterion = CRITERIA.get(config.scored_by) if config.scored_by in CRITERIA.names() else None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     chosen = _active(text)
@@ -200,7 +203,7 @@ def workload(
     return Workload(
         layers=layers,
         consumers=consumers,
-        samples=Samples.of(config, inputs),
+        samples=samples,
         outside=model.num_parameters() - sum(arch.layer_params),
         hidden=getattr(text, "hidden_size", 0) or max((consumer.out for consumer in consumers), default=0),
         vocab=text.vocab_size if arch.causal else 0,
@@ -213,7 +216,12 @@ def workload(
         fits=config.fits,
         views=criterion.views if criterion and saliencies_for(criterion) else 0,
         gradient=bool(criterion and criterion.needs_gradient),
+        learning=_learning(config, samples) if learns(config) else 0,
     )
+
+
+def _learning(config: StructPruneConfig, samples: Samples) -> int:
+    return config.gates.steps * config.gates.samples_per_step(max(samples.length, 1)) * samples.length
 
 
 def _active(text: PreTrainedConfig) -> int:

@@ -1,6 +1,7 @@
 """Criteria: they turn weights and moments into one score per unit (higher = keep)."""
 
 from .base import CRITERIA, Criterion, per_unit, register_criterion, saliencies_for
+from .ddp import LearnedGates
 from .flap import Flap
 from .iterative_norm import IterativeNorm
 from .magnitude import Magnitude
@@ -17,6 +18,7 @@ __all__ = [
     "Criterion",
     "Flap",
     "IterativeNorm",
+    "LearnedGates",
     "Magnitude",
     "OptimalBrainSurgeon",
     "PerturbedViews",

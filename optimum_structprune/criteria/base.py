@@ -30,12 +30,14 @@ class Criterion(ABC):
         needs_gradient: Whether `score` reads a `moments.saliency` that takes backward passes through the whole model.
         watches: What gives `moments.saliency` in place of E|x ∂L/∂x|; None where it is that, or not read at all.
         views: How many passes over the samples that takes.
+        learned: Whether `moments.saliency` holds the gates that `pruning.gates` learns.
     """
 
     needs_gram: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
     watches: ClassVar[Saliencies | None] = None
     views: ClassVar[int] = 1
+    learned: ClassVar[bool] = False
 
     def __init__(self, config: StructPruneConfig):
         self.config = config
@@ -69,6 +71,15 @@ class Criterion(ABC):
             As many units, ascending; here those with the highest scores.
         """
         return keep
+
+    def unfitted(self, weight: Tensor, moments: Moments) -> Tensor:
+        """The weight whose kept columns stay as they are with `refit="none"`; here the dense one.
+
+        Args:
+            weight: The dense weight of the consumer, shape `(out, n)`, fp32.
+            moments: The moments of its input, of the domain mixture.
+        """
+        return weight
 
 
 def saliencies_for(criterion: type[Criterion]) -> Saliencies | None:

@@ -17,8 +17,9 @@ from ..calibration.gradients import check_gradients
 from ..calibration.passes import check_sequential
 from ..calibration.stored import Statistics
 from ..calibration.whole import check_dense
-from ..config.domains import PRESET, SELF
-from ..config.pruning import StructPruneConfig
+from ..config.domains import PRESET, SELF, SelfTextConfig
+from ..config.gates import GatesConfig
+from ..config.pruning import LEARNED, StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
 from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError
@@ -27,6 +28,7 @@ from ..system.offloading import is_offloaded
 from ..widths.allocation import alike, is_bounded
 from ..widths.budget import biased_spaces, widths_of
 from .evidence import judges_layers
+from .gates import learns
 from .steps import WHOLE_MODEL
 
 
@@ -140,6 +142,11 @@ def offloading_rules(case: Case) -> Rules:
     yield (case.use == TRAINER, f"{name} is offloaded, and a Trainer trains weights in memory; {advice}.")
     yield (is_quantized(case.model), f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
     yield (
+        learns(config),
+        f"Gates are learned by passes through all layers of {name} at once, which is offloaded; choose "
+        f"criterion='obs' or 'wanda' and another allocation than {LEARNED!r}, or {advice}.",
+    )
+    yield (
         saliencies_for(CRITERIA.get(config.scored_by)) is not None,
         f"criterion={config.scored_by!r} takes passes through all layers of {name} at once, which is offloaded; "
         f"choose criterion='obs' or 'wanda', or {advice}.",
@@ -193,6 +200,47 @@ def criterion_rules(case: Case) -> Rules:
         check_gradients(case.arch)
     elif criterion.watches is not None:
         check_dense(case.arch)
+
+
+def gate_rules(case: Case) -> Rules:
+    """What gates are learned for."""
+    config, arch, names = case.config, case.arch, list(case.widths)
+    if not learns(config):
+        return
+    learned = CRITERIA.get(config.scored_by).learned if config.scored_by in CRITERIA.names() else False
+    cause = f"criterion={config.scored_by!r}" if learned else f"allocation={config.allocation!r}"
+    yield (
+        case.use == TRAINER,
+        f"{cause} learns gates for the final widths before anything is removed, and a Trainer prunes in steps of its "
+        "own; choose another criterion, or prune first (`structprune prune`).",
+    )
+    yield (
+        not arch.causal,
+        f"{cause} learns gates by the predictions of the next token, and a model of type {arch.model_type!r} makes "
+        "none; choose criterion='obs' or 'wanda'.",
+    )
+    others = [name for name in names if not arch.of(name)[0].inside or arch.of(name)[0].layer == MODEL]
+    yield (
+        bool(others),
+        f"{cause} learns gates on units inside the layers, and {(others or [''])[0]!r} is none of them; prune it in a "
+        "run of its own.",
+    )
+    routed = [name for name in names if any(space.experts is not None for space in arch.of(name))]
+    yield (
+        bool(routed),
+        f"{cause} learns gates on what a matrix reads, and the experts of {(routed or [''])[0]!r} have their matrices "
+        "in one parameter; leave it out of targets and widths, or choose criterion='obs' or 'wanda'.",
+    )
+    yield (
+        learned and config.allocation not in ("uniform", LEARNED),
+        f"{cause} learns gates for widths that are known, or for one budget over all layers, and allocation="
+        f"{config.allocation!r} chooses widths otherwise; use allocation={LEARNED!r} or 'uniform'.",
+    )
+    yield (
+        learned and config.recovery is not None and config.recovery.every_round,
+        f"{cause} learns gates of the dense model once, and recovery with every_round=True makes each round a pruning "
+        "of its own; leave out either.",
+    )
 
 
 def space_rules(case: Case) -> Rules:
@@ -259,7 +307,7 @@ def statistics_rules(case: Case) -> Rules:
 
 def _never_stored(config: StructPruneConfig) -> Rules:
     yield (
-        CRITERIA.get(config.scored_by).watches is not None,
+        CRITERIA.get(config.scored_by).watches is not None or CRITERIA.get(config.scored_by).learned,
         f"criterion={config.criterion!r} goes by passes through the whole model, of which nothing is stored; prune "
         "without stats, or choose criterion='obs', 'wanda', 'flap' or 'taylor'.",
     )
@@ -339,18 +387,19 @@ def calibrate_rules(case: Case) -> Rules:
 # Rules that need no model, so that a mistake shows as early as can be.
 CONFIG_RULES: Mapping[str, Iterable[Any]] = {TRAINER: (trainer_rules,)}
 RULES: Mapping[str, Iterable[Any]] = {
-    DRY_RUN: (criterion_rules, space_rules),
+    DRY_RUN: (criterion_rules, gate_rules, space_rules),
     PRUNE: (
         model_rules,
         offloading_rules,
         criterion_rules,
+        gate_rules,
         space_rules,
         text_rules,
         statistics_rules,
         checkpoint_rules,
         recovery_rules,
     ),
-    TRAINER: (model_rules, offloading_rules, criterion_rules, trainer_space_rules, space_rules),
+    TRAINER: (model_rules, offloading_rules, criterion_rules, gate_rules, trainer_space_rules, space_rules),
     CALIBRATE: (model_rules, offloading_rules, calibrate_rules, text_rules),
 }
 
@@ -380,6 +429,7 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
         "max_width": (not is_bounded(config, arch, names), same),
         "schedule": (config.rounds == 1, "rounds=1 removes everything at once"),
         "damping": (not gram and config.scored_by != "obs", f"refit={config.refit!r} solves nothing"),
+        "gates": (not learns(config), "neither criterion nor allocation goes by gates"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
         "presets_file": (not any(text.startswith(PRESET) for text in texts), "no domain is a preset"),
         "self_text": (not any(text.startswith(SELF) for text in texts), "the model writes no domain itself"),
@@ -389,5 +439,6 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
     }
     for name, (idle, reason) in reasons.items():
         value = getattr(config, name)
-        if idle and value != default[name] and not (name == "self_text" and value == type(value)()):
+        unset = type(value)() if isinstance(value, (GatesConfig, SelfTextConfig)) else default[name]
+        if idle and value != unset:
             yield f"{name}={value!r}, because {reason}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..arch.spec import ArchSpec
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import LEARNED, StructPruneConfig
 from ..criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from ..forward.metrics import evaluating
 from ..saving.report import Report
@@ -99,8 +99,23 @@ def cosine_scores(
     }
 
 
+def learned_scores(
+    model: PreTrainedModel,
+    arch: ArchSpec,
+    config: StructPruneConfig,
+    evidence: Evidence,
+    names: Collection[str],
+    report: Report,
+) -> Scores:
+    """The gates that were learned for one budget over all layers; see `pruning.gates`, and `dense_scores` for the
+    arguments.
+    """
+    return dict(evidence.learned())
+
+
 # What ranks the units, by allocation; `uniform` ranks none, and the others measure.
 SCORES: dict[str, Callable[..., Scores]] = {
     "global": dense_scores,
     "cosine": cosine_scores,
+    LEARNED: learned_scores,
 }

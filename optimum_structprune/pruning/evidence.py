@@ -20,6 +20,7 @@ from ..domains.breadth import with_written_text
 from ..domains.load import Domain, calibration_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.reweight import reweighted
+from ..errors import StructPruneError
 from ..forward.clock import Clock
 from ..system.processes import own_part
 
@@ -41,6 +42,7 @@ class Evidence:
         shares: The present weight of each domain; they sum to 1.
         clock: Takes the time that each domain costs.
         statistics: Stored moments of the dense model; None where the samples are run.
+        gates: The gates of the dense model, by layer and space, see `pruning.gates`; None where none were learned.
         run_passes: Makes passes over samples; see `calibration.passes.passes_over`.
     """
 
@@ -50,6 +52,7 @@ class Evidence:
     clock: Clock
     statistics: Statistics | None = None
     run_passes: Callable[..., Passes] = passes_over
+    gates: Mapping[tuple[int, str], Tensor] | None = None
 
     @classmethod
     def read(
@@ -132,6 +135,8 @@ class Evidence:
         batches = self.own_batches
         saliency = None if watch is None else watch(model, arch, batches, self.clock)
         passes = self.run_passes(model, arch, batches, self.clock, config.error_feedback if config.fits else 0.0)
+        if CRITERIA.get(config.scored_by).learned:
+            saliency = self._gates_by_module(arch)
         return passes if saliency is None else SaliencyPasses(passes, saliency)
 
     def reweighted(self, ratios: Mapping[str, float]) -> Evidence:
@@ -156,6 +161,29 @@ class Evidence:
         if self.statistics is not None:
             return self.statistics.manifest(self.domains)
         return Manifest.of(self.config, self.domains, tokenizer)
+
+    def learned(self) -> Mapping[tuple[int, str], Tensor]:
+        """The gates of the dense model.
+
+        Raises:
+            StructPruneError: If none were learned.
+        """
+        if self.gates is None:
+            raise StructPruneError(
+                f"criterion={self.config.scored_by!r} with allocation={self.config.allocation!r} goes by gates, which "
+                "`StructPruner.prune_model` learns before anything else; call it."
+            )
+        return self.gates
+
+    def _gates_by_module(self, arch: ArchSpec) -> dict[str, Tensor]:
+        """The gate of every column of the consumers, the same for all domains, shape `(domains, n)`."""
+        gates, domains = self.learned(), len(self.domains)
+        return {
+            axis.module: gates[space.layer, space.name].repeat_interleave(axis.per_unit).expand(domains, -1)
+            for space in arch.spaces
+            if (space.layer, space.name) in gates
+            for axis in space.into
+        }
 
     def _in_proportion(self) -> list[Domain]:
         counts = split_samples(sum(len(domain.samples) for domain in self.domains), self.shares)

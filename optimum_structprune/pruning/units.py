@@ -150,18 +150,20 @@ class Units:
 
     def _choose_(self, space: Space, gathered: Sequence[Pooled], width: int, note: bool = False) -> None:
         before, refit = self._before(space), REFITS[self.config.refit]
+        criterion = self._criterion(space.layer)
         scores = torch.stack([of_one.scores for of_one in gathered]).sum(0)
         keep = tuple(before[unit] for unit in best_units(scores, width))
         if len(space.into) == 1:
             (axis,), (of_one,) = space.into, gathered
             dense, others = self.consumers.dense(axis)[0], sorted({*before} - {*keep})
-            keep = self._criterion(space.layer).exchanged(keep, others, dense, of_one.moments, axis.per_unit)
+            keep = criterion.exchanged(keep, others, dense, of_one.moments, axis.per_unit)
         self.keep[space.layer, space.name] = keep
         errors = []
         for axis, of_one in zip(space.into, gathered, strict=True):
             weight, bias = self.consumers.dense(axis)
             columns = units_to_columns(keep, axis, weight.device)
-            refitted = refit(weight, bias, of_one.moments, columns, self.config.damping)
+            start = criterion.unfitted(weight, of_one.moments) if self.config.refit == "none" else weight
+            refitted = refit(start, bias, of_one.moments, columns, self.config.damping)
             if note and of_one.moments.gram is not None:
                 left = squared_errors(weight, bias, of_one.moments, columns, *refitted)
                 errors.append((*left, output_energy(weight, of_one.moments)))

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_structprune import StructPruneConfig, StructPruner
+from optimum_structprune import GatesConfig, StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.costs.flops import flops, traffic
 from optimum_structprune.costs.machines import MACHINES, estimate
@@ -60,6 +60,7 @@ def work_of(model, config, inputs, itemsize=4):
         {"criterion": "wanda", "refit": "none"},
         {"aggregation": "max"},
         {"criterion": "pip", "refit": "none"},
+        {"criterion": "ddp", "refit": "none", "gates": GatesConfig(steps=9, tokens_per_step=256)},
         {"criterion": "slimllm", "refit": "slope"},
     ],
 )

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from optimum_structprune import (
     DomainConfig,
+    GatesConfig,
     InPlaceError,
     RecoveryConfig,
     StructPruneCallback,
@@ -49,6 +50,7 @@ def adapted():
 
 
 PERPLEXITY = "go by perplexity, which a model of type 'bert' does not have"
+DDP = {"criterion": "ddp"}
 ONLY_LAYERS = "judges whole layers, and nothing inside them"
 # Every rule for a pruning: a model, the config, and the message.
 REFUSED = [
@@ -86,6 +88,20 @@ REFUSED = [
     ("bert", {"max_perplexity_ratio": 2}, PERPLEXITY),
     ("bert", {"allocation": "sensitivity"}, "layers of different widths are offered for decoders only"),
     ("t5", {"allocation": "global"}, "layers of different widths, which 'mlp' of a t5 model cannot have"),
+    # gates
+    ("bert", DDP, "gates by the predictions of the next token, and a model of type 'bert' makes none; choose"),
+    ("t5", DDP, "and a model of type 't5' makes none"),
+    ("mixtral", DDP, "the experts of 'mlp' have their matrices in one parameter; leave it out"),
+    ("mixtral", {"allocation": "learned", "round_to": 1}, "allocation='learned' learns gates on what a matrix reads"),
+    ("llama-tied", {**DDP, "widths": {"layer": 1, "mlp": 24}}, "inside the layers, and 'layer' is none of them"),
+    ("llama-tied", {**DDP, "widths": {"hidden": 24, "mlp": 24}}, "inside the layers, and 'hidden' is none of them"),
+    ("llama-tied", {**DDP, "allocation": "global"}, "allocation='global' chooses widths otherwise; use allocation="),
+    ("llama-tied", {**DDP, "allocation": "sensitivity"}, "allocation='sensitivity' chooses widths otherwise"),
+    (
+        "llama-tied",
+        {**DDP, "rounds": 2, "recovery": training(every_round=True, tokens=999)},
+        "learns gates of the dense model once, and recovery with every_round=True",
+    ),
     # the recovery
     ("bert", {"recovery": training()}, "recovery trains models that predict the next token"),
     ("t5", {"recovery": training()}, "recovery trains models that predict the next token"),
@@ -245,6 +261,7 @@ IDLE = [
     ("error_feedback", 0.25, {"refit": "none"}, [{}, {"criterion": "wanda"}]),
     ("presets_file", "mine.yaml", {}, [{"domains": PRESETS}, {"recovery": RecoveryConfig(domains=PRESETS)}]),
     ("self_text", {"max_new_tokens": 7}, {}, [{"domains": OWN}, {"recovery": RecoveryConfig(domains=OWN)}]),
+    ("gates", {"steps": 7}, {}, [DDP, {"allocation": "learned"}]),
     ("num_samples", 9, {"stats": "folder"}, [{}, {"stats": "folder", "recovery": RecoveryConfig()}]),
     ("seq_length", 25, {"stats": "folder"}, [{}, {"stats": "folder", "recovery": RecoveryConfig()}]),
 ]
@@ -261,7 +278,7 @@ def test_options_without_effect_are_named(name, value, idle, effective):
     default = getattr(StructPruneConfig(sparsity=0.5), name)
     (entry,) = named(idle, value)
     assert f"{name}=" in entry and ", because " in entry
-    assert named(idle, default.to_dict() if name == "self_text" else default) == [], "what nobody has set"
+    assert named(idle, default.to_dict() if name in ("gates", "self_text") else default) == [], "what nobody has set"
     for fields in effective:
         assert named(fields, value) == [], fields
 
@@ -307,6 +324,8 @@ TRIED = [
     ("error_feedback", 0.0, {}, True),
     ("presets_file", "mine.yaml", {}, False),
     ("self_text", {"max_new_tokens": 7}, {}, False),
+    ("gates", {"steps": 3}, {}, False),
+    ("gates", {"steps": 3}, {"criterion": "ddp", "refit": "none", "gates": GatesConfig(steps=9)}, True),
 ]
 
 

@@ -11,6 +11,7 @@ from models import build, config, tokenizer
 
 from optimum_structprune import (
     DomainConfig,
+    GatesConfig,
     Manifest,
     Plan,
     RecoveryConfig,
@@ -61,6 +62,7 @@ def test_what_is_saved_keeps_to_its_schema(name, saved):
         {"widths": {"mlp": [20, 24], "attention": {0: 2}}},
         {"sparsity": 0.2, "allocation": "sensitivity", "objective": "worst", "criterion": "wanda"},
         {"budget": {"bytes": 10}, "stats": "folder", "domains": None},
+        {"sparsity": 0.2, "allocation": "learned", "criterion": "ddp", "gates": GatesConfig(steps=9)},
         {"sparsity": 0.2, "recovery": RecoveryConfig(tokens=9, lora={"r": 2}, training={"learning_rate": 1e-3})},
     ],
 )
@@ -79,6 +81,7 @@ def test_schemas_name_what_the_classes_have():
     for cls, schema, besides in (
         (StructPruneConfig, config_schema, {"format_version"}),
         (DomainConfig, config_schema["$defs"]["DomainConfig"], set()),
+        (GatesConfig, config_schema["$defs"]["GatesConfig"], set()),
         (SelfTextConfig, config_schema["$defs"]["SelfTextConfig"], set()),
         (RecoveryConfig, config_schema["$defs"]["RecoveryConfig"], set()),
         (Manifest, manifest, {"format_version"}),

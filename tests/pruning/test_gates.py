@@ -1,0 +1,315 @@
+"""Gates on units: what is learned, what stays as it was, and what a killed training goes on from."""
+
+from dataclasses import replace
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Killed, count_hooks, dying, evidence_of, logits, modes, on_two_ranks, same_weights
+from models import CASES, RIGID, build, config, token_ids, tokenizer
+from safetensors.torch import load_file
+from trained import loss_ratio, needs_shared, stories_model
+
+from optimum_structprune import GatesConfig, StructPruneError, StructPruner
+from optimum_structprune.arch.load import describe
+from optimum_structprune.forward.hooks import multiplying
+from optimum_structprune.pruning import gates
+from optimum_structprune.pruning.gates import LEAST, MOST, Budget, Gates, budgets_of, with_gates
+from optimum_structprune.saving.report import Report
+from optimum_structprune.surgery.consumers import read_consumer, units_to_columns
+
+
+QUICK = GatesConfig(steps=12, tokens_per_step=48)
+LONG = GatesConfig(steps=120, tokens_per_step=48, learning_rate=0.05)
+
+
+def settings(**fields):
+    return config(**{"criterion": "ddp", "gates": QUICK, **fields})
+
+
+def learned(model, fields, evidence=None):
+    """The gates by layer and space."""
+    evidence = evidence_of(fields) if evidence is None else evidence
+    return dict(with_gates(evidence, describe(model), model, Report("llama", "ddp")).learned())
+
+
+def pruned(model, **fields):
+    pruner = StructPruner(settings(**fields))
+    return pruner.prune_model(model, tokenizer()), pruner
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_at_their_beginning_are_the_dense_model(dtype):
+    model = build("llama-tied").to(dtype)
+    fresh = Gates([Budget(tuple(describe(model).spaces), 0.5)], torch.device("cpu"))
+    dense = logits(model)
+    with multiplying(model, fresh.factors()):
+        gated = logits(model)
+    assert torch.equal(gated, dense) and count_hooks(model) == 0
+
+
+def test_gates_multiply_what_their_units_own():
+    """A gate at 0, and any below, is the model without the unit."""
+    model = build("llama-tied")
+    arch = describe(model)
+    shut = Gates([Budget(tuple(arch.spaces), 0.5)], torch.device("cpu"))
+    for number, space in enumerate(arch.spaces):
+        with torch.no_grad():
+            shut.values.split(shut.sizes)[number][3] = -0.1
+            for axis in space.into:
+                model.get_parameter(axis.param)[:, axis.indices([3])] = 0
+    without = logits(model)
+    dense = build("llama-tied")
+    with multiplying(dense, shut.factors()):
+        torch.testing.assert_close(logits(dense), without)
+    assert (logits(dense) - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "budgets"),
+    [
+        ({"widths": {"mlp": 24, "attention": 2}}, [0.6, 0.5, 0.6, 0.5]),
+        ({"widths": {"mlp": {0: 10}}}, [0.25]),
+        ({"skip_layers": (0,)}, [0.6]),
+        ({"allocation": "learned", "round_to": 1, "widths": {"mlp": 24, "attention": 2}}, [0.6, 0.5]),
+    ],
+)
+def test_budgets_are_what_the_config_asks_for(fields, budgets):
+    model = build("llama-tied")
+    found = budgets_of(settings(**fields), describe(model), model)
+    assert sorted(budget.kept for budget in found) == pytest.approx(sorted(budgets))
+
+
+def test_with_sparsity_all_spaces_share_one_budget_of_parameters():
+    model = build("llama-tied")
+    arch = describe(model)
+    (found,) = budgets_of(settings(sparsity=0.25, allocation="learned", round_to=1), arch, model)
+    every = sum(space.unit_params * space.size for space in arch.spaces)
+    assert set(found.spaces) == set(arch.spaces)
+    assert (1 - found.kept) * every == pytest.approx(0.25 * sum(arch.layer_params), rel=0.02)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "learned"])
+def test_the_share_of_open_gates_comes_to_the_budget(allocation):
+    model = build("llama-tied")
+    fields = settings(allocation=allocation, round_to=1, gates=LONG)
+    found = learned(model, fields)
+    values = torch.cat(list(found.values()))
+    assert LEAST - 1e-6 <= values.min() < 0 and 0.2 < values.max() <= MOST
+    for part in [values] if allocation == "learned" else found.values():
+        assert float((part > 2 * gates.SHARP).double().mean()) == pytest.approx(0.6, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"criterion": "ddp"}, {"criterion": "ddp", "allocation": "learned"}, {"allocation": "learned"}]
+)
+def test_widths_are_met_exactly(fields):
+    _, pruner = pruned(build("llama-tied"), **{"criterion": None, "round_to": 1, **fields})
+    kept = [len(units) for units in pruner.plan.keep.values()]
+    assert sum(kept) == 48 and (kept == [24, 24] or "allocation" in fields)
+    assert pruner.report.seconds["gates"] > 0
+
+
+def test_what_the_predictions_do_not_need_goes():
+    model = build("llama-tied")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[:, 5:20] = 0
+        model.model.layers[1].mlp.down_proj.weight[:, 7] = 0
+    _, uniform = pruned(model, gates=LONG)
+    assert not set(range(5, 20)) & set(uniform.plan.keep[0, "mlp"]) and 7 not in uniform.plan.keep[1, "mlp"]
+    _, ranked = pruned(model, gates=LONG, allocation="learned", round_to=1, criterion=None)
+    widths = ranked.report.widths["mlp"]
+    assert widths[0] < widths[1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_the_model_changes(fails, monkeypatch):
+    model = build("llama-tied")
+    model.train()
+    model.model.layers[1].eval()
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    before, grads = build("llama-tied"), {name: one.requires_grad for name, one in model.named_parameters()}
+    mode, state = modes(model), torch.get_rng_state()
+    evidence = evidence_of(settings())
+    if fails:
+        monkeypatch.setattr(gates, "divergence", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            learned(model, None, evidence)
+    else:
+        learned(model, None, evidence)
+    assert same_weights(model, before) and modes(model) == mode and count_hooks(model) == 0
+    assert {name: one.requires_grad for name, one in model.named_parameters()} == grads
+    assert all(one.grad is None for one in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_seed_decides():
+    model, fields = build("llama-tied"), settings()
+    evidence = evidence_of(fields)
+    first, again = (learned(model, fields, evidence) for _ in range(2))
+    other = learned(model, None, replace(evidence, config=replace(fields, seed=1)))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_tokens_that_are_not_calibrated_on_say_nothing():
+    model, fields = build("llama-tied"), settings()
+    evidence = evidence_of(fields)
+    blank = [replace(one, mask=torch.zeros_like(one.samples, dtype=torch.bool)) for one in evidence.domains]
+    for values in learned(model, fields, replace(evidence, domains=blank)).values():
+        assert len(values.unique()) == 1
+
+
+@pytest.mark.parametrize("refit", ["none", "bias", "least_squares"])
+def test_only_without_a_refit_a_gate_scales(refit):
+    model, fields = build("llama-bias"), settings(refit=refit, error_feedback=0.0)
+    pruner = StructPruner(fields)
+    small = pruner.prune_model(model, tokenizer())
+    found, arch = learned(model, fields), describe(model)
+    for space in (one for one in arch.spaces if one.name == "mlp"):
+        (axis,) = space.into
+        keep = pruner.plan.keep[space.layer, "mlp"]
+        dense = read_consumer(model, axis)[0][:, units_to_columns(keep, axis, torch.device("cpu"))]
+        kept, scale = small.get_parameter(axis.param), found[space.layer, "mlp"][list(keep)].clamp(min=0).float()
+        assert torch.allclose(kept, dense * scale) == (refit == "none")
+        assert torch.equal(kept, dense) == (refit == "bias")
+
+
+def test_rounds_go_by_the_same_gates():
+    model = build("llama-tied")
+    plans = [pruned(model, refit="none", rounds=rounds)[1].plan for rounds in (1, 2)]
+    assert plans[0] == plans[1]
+
+
+DENSE = [
+    case for case, (model_type, fields) in CASES.items() if model_type not in RIGID and "experts" not in str(fields)
+]
+
+
+@pytest.mark.parametrize("case", [*DENSE, "gemma4_text", "llava", "qwen3_vl"])
+def test_gates_are_learned_on_every_dense_family(case):
+    model = build(case)
+    arch = describe(model)
+    names = [name for name in arch.names if arch.of(name)[0].inside]
+    wanted = {name: {s.layer: s.width // 2 for s in arch.of(name)} for name in names if arch.of(name)[0].width > 1}
+    fields = settings(gates=GatesConfig(steps=3, tokens_per_step=24), seq_length=12, widths={"mlp": 24})
+    budgets = [Budget((space,), 0.5) for space in arch.spaces if space.kind in wanted]
+    evidence = evidence_of(fields)
+    domain = replace(evidence.domains[0], samples=token_ids(4, 12))
+    with gates.evaluating(model), gates.frozen(model):
+        found = gates.learned_gates(model, replace(evidence, domains=[domain]), budgets)
+    for key, values in found.items():
+        assert values.isfinite().all() and len(values.unique()) > 1, f"no gradient has come to {key}"
+
+
+def test_experts_are_left_out_where_attention_is_pruned():
+    model = build("mixtral")
+    _, pruner = pruned(model, widths={"attention": 2})
+    assert [len(units) for units in pruner.plan.keep.values()] == [2, 2]
+
+
+def test_gates_are_learned_in_bfloat16():
+    small, pruner = pruned(build("llama-tied").to(torch.bfloat16))
+    assert small.dtype == torch.bfloat16 and [len(units) for units in pruner.plan.keep.values()] == [24, 24]
+
+
+def test_predictions_that_are_no_numbers_are_named():
+    model = build("llama-tied")
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(StructPruneError, match="divergence from the dense model is nan in step 1 of the gates; load"):
+        learned(model, settings())
+
+
+def test_what_has_no_gates_says_so():
+    model, fields = build("llama-tied"), settings()
+    with pytest.raises(StructPruneError, match="criterion='ddp' .* which `StructPruner.prune_model` learns"):
+        evidence_of(fields).passes(model, describe(model))
+
+
+# --- going on
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_any_write_leaves_what_the_next_run_goes_on_from(after, tmp_path, monkeypatch):
+    model = build("llama-tied")
+    whole = learned(model, settings())
+    number, finished = 0, False
+    while not finished:
+        number += 5
+        fields = settings(checkpoint_dir=str(tmp_path / str(number)))
+        with dying(monkeypatch, gates, number, after):
+            try:
+                learned(model, fields)
+                finished = True
+            except Killed:
+                pass
+        resumed = learned(model, fields)
+        assert all(torch.equal(resumed[key], values) for key, values in whole.items())
+    assert number > 10
+
+
+def test_steps_that_are_done_are_not_done_again(tmp_path, monkeypatch):
+    model, fields = build("llama-tied"), settings(checkpoint_dir=str(tmp_path / "run"))
+    first, _ = pruned(model, checkpoint_dir=fields.checkpoint_dir)
+    monkeypatch.setattr(gates, "run_model", None)
+    again, _ = pruned(model, checkpoint_dir=fields.checkpoint_dir)
+    assert same_weights(first, again)
+    assert {path.name for path in Path(fields.checkpoint_dir).glob("gates*")} == {
+        "gates.json",
+        "gates-12.safetensors",
+    }
+
+
+def test_gates_of_another_run_are_refused(tmp_path):
+    model = build("llama-tied")
+    learned(model, settings(checkpoint_dir=str(tmp_path)))
+    with pytest.raises(StructPruneError, match="holds gates of a run with another model, config or calibration text"):
+        learned(model, settings(checkpoint_dir=str(tmp_path), widths={"mlp": 20}))
+
+
+@pytest.mark.parametrize("name", ["gates.json", "gates-12.safetensors"])
+def test_a_damaged_file_is_named(name, tmp_path):
+    model, fields = build("llama-tied"), settings(checkpoint_dir=str(tmp_path / "run"))
+    learned(model, fields)
+    path = tmp_path / "run" / name
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(StructPruneError, match="run is not a readable checkpoint .*; remove it to start anew"):
+        learned(model, fields)
+
+
+# --- several processes, and a trained model
+
+SCRIPT = """
+import sys
+from safetensors.torch import save_file
+from pruning.test_gates import build, learned, settings
+from optimum_structprune.system.processes import across_processes, process_index
+
+with across_processes():
+    found = learned(build("llama-tied"), settings())
+    save_file({f"{layer}": values for (layer, _), values in found.items()}, f"{sys.argv[1]}/{process_index()}")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path):
+    done = on_two_ranks(SCRIPT, tmp_path, tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(tmp_path / str(rank)) for rank in (0, 1))
+    whole = learned(build("llama-tied"), settings())
+    for (layer, _), values in whole.items():
+        assert torch.equal(first[str(layer)], second[str(layer)])
+        torch.testing.assert_close(first[str(layer)], values, rtol=0, atol=1e-3)
+
+
+@needs_shared
+@pytest.mark.slow
+def test_learned_units_are_better_than_random_ones():
+    """On a trained model, without a refit, with widths and units by gates; the loss is the logarithm of the ratio."""
+    stories = stories_model()
+    fields = {"gates": GatesConfig(steps=100, tokens_per_step=512), "refit": "none", "round_to": 4}
+    learned_ratio = loss_ratio(stories, criterion="ddp", allocation="learned", **fields)
+    random_ratio = loss_ratio(stories, criterion="random", refit="none")
+    assert log(learned_ratio) < 0.75 * log(random_ratio)
