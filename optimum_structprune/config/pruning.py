@@ -207,7 +207,11 @@ class StructPruneConfig(Serialisable):
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
         data = with_domains(data, cls.__name__)
-        nested = {"gates": GatesConfig, "self_text": SelfTextConfig, "recovery": RecoveryConfig}
+        nested: dict[str, type[Serialisable]] = {
+            "gates": GatesConfig,
+            "self_text": SelfTextConfig,
+            "recovery": RecoveryConfig,
+        }
         for name, kind in nested.items():
             if isinstance(given := data.get(name), Mapping):
                 data = {**data, name: kind.from_dict(given)}
