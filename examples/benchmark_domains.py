@@ -128,11 +128,6 @@ def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
         "mix + self": {"domains": (*domains, *SELF)},
         "mix + a fifth self:any": {"domains": (*domains, few)},
         "mix + two fifths self:any": {"domains": (*domains, many)},
-        "mix + a fifth broad + a fifth self:any": {
-            "domains": (*domains, f"self:any@{len(domains) / 3}"),
-            "breadth": 0.2,
-            "broad_text": "builtin:broad",
-        },
     }
     texts = {**alone, **MIXES, **written}
     return {

@@ -186,7 +186,7 @@ def test_code_of_the_teacher_is_run_where_it_is_allowed(folder, monkeypatch, cap
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tokens", "3"], "24 is the least"),
+        (["--tokens", "3"], "24 is enough"),
         (["--training", "learning_rat=1"], "Did you mean 'learning_rate'"),
         (["--teacher", "no/where"], "'no/where' cannot be loaded"),
         (["--kl-weight", "2"], "between 0 and 1"),
