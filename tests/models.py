@@ -352,6 +352,28 @@ OTHERS |= {
         "smolvlm",
         {"text_config": {"model_type": "llama", **GROUPED}, "vision_config": PATCHES},
     ),
+    "idefics3": (
+        AutoModelForImageTextToText,
+        "idefics3",
+        {"text_config": {"model_type": "llama", **GROUPED}, "vision_config": PATCHES},
+    ),
+    "llava_onevision": (
+        AutoModelForImageTextToText,
+        "llava_onevision",
+        {
+            "text_config": {"model_type": "qwen2", **GROUPED},
+            "vision_config": {"model_type": "siglip_vision_model", **PATCHES},
+        },
+    ),
+    "lfm2_vl": (
+        AutoModelForImageTextToText,
+        "lfm2_vl",
+        {
+            "text_config": {**CASES["lfm2"][1], "model_type": "lfm2"},
+            "vision_config": {"model_type": "siglip2_vision_model", **PATCHES},
+            "projector_hidden_size": 24,
+        },
+    ),
     "qwen3_vl": (
         AutoModelForImageTextToText,
         "qwen3_vl",

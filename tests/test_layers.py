@@ -111,6 +111,7 @@ def test_house_rules(path):
     if not name.startswith("surgery."):
         assert "nn.Parameter(" not in text, "parameters are created in surgery/ only"
     assert not re.search(r"torch\.load\(|pickle|torch\.save\(|yaml\.(full_|unsafe_)load\(", text)
+    assert not re.search(r"(?<![\w.])(eval|exec|compile)\(", text), "text is never run as code"
     assert not re.search(r"TODO|FIXME|XXX|except:", text)
     if not name.startswith("commands."):
         assert not re.search(r"^\s*print\(", text, re.MULTILINE)

@@ -94,7 +94,8 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
     """Keep the standard output free for the result while a command works, and leave out what is not wanted.
 
     What other libraries print goes to the standard error, or nowhere with `--quiet`. Progress bars appear only on a
-    terminal and without `--quiet`; the switches of the libraries are afterwards as they were.
+    terminal and without `--quiet`. What transformers warns of whenever a config whose layers differ in width is read
+    is left out. The switches of the libraries are afterwards as they were.
 
     Args:
         args: The arguments of the command.
@@ -107,9 +108,28 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         prints = stack.enter_context(open(os.devnull, "w")) if args.quiet else sys.stderr
         stack.enter_context(redirect_stdout(prints))
+        stack.enter_context(_widths_by_layer())
         if args.quiet or not sys.stderr.isatty():
             stack.enter_context(_no_bars(args.reads_text))
         yield
+
+
+@contextmanager
+def _widths_by_layer() -> Iterator[None]:
+    """Leave out the warnings about a width that a config has once for the model and once for each layer.
+
+    transformers' own code reads it in loading, so there is nothing that a user could do about them.
+    """
+    source = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Reading global config value for per-layer attribute")
+
+    source.addFilter(wanted)
+    try:
+        yield
+    finally:
+        source.removeFilter(wanted)
 
 
 @contextmanager

@@ -63,6 +63,17 @@ def filled(value: Any) -> None:
         raise ValueError(f"has to name at least one, got {value!r}")
 
 
+def finite_inside(value: Any) -> None:
+    """A mapping of another library's fields whose numbers are all finite, however deep they lie."""
+    items = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    )
+    for key, item in items:
+        if isinstance(item, (int, float)) and not finite(item):
+            raise ValueError(f"{key} has to be a finite number, got {item}")
+        finite_inside(item)
+
+
 class Serialisable:
     """`to_dict` and `from_dict` with strict keys.
 

@@ -2,13 +2,13 @@
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
 from .domains import DomainConfig, check_names, with_domains
-from .fields import NO_GAIN, Number, Serialisable, below_one, config_class, positive
+from .fields import NO_GAIN, Number, Serialisable, below_one, config_class, finite_inside, positive
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -79,8 +79,8 @@ class RecoveryConfig(Serialisable):
     domains: list[DomainConfig] | None = None
     breadth: Number | None = validated_field(below_one, default=None)
     train: Literal["lora", "full", "scales"] = "lora"
-    lora: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
+    training: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
     kl_weight: Number = validated_field(_proportion, default=0.25)
     temperature: Number = validated_field(positive, default=1.0)
     top_k: int | None = validated_field(positive, default=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -112,6 +114,7 @@ Each rabbit adds 2 legs, so there are {extra / 2 = rabbits} rabbits.
 """
 
 Values = dict[str, Fraction | str]
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def word_problems(rng: Random) -> Iterator[str]:
@@ -170,10 +173,19 @@ def _put(code: str, values: Values) -> str:
 
 
 def _result(expression: str, values: Values) -> Fraction:
-    result = eval(expression, {}, values)  # the expressions are those of PROBLEMS, and exact over fractions
+    result = _computed(ast.parse(expression, mode="eval").body, values)
     if result <= 1:  # the sentences speak of it in the plural
         raise ArithmeticError
     return result
+
+
+def _computed(node: ast.expr, values: Values) -> Fraction:
+    """The value of a sum of numbers and names, exact over fractions."""
+    if isinstance(node, ast.BinOp):
+        return OPERATORS[type(node.op)](_computed(node.left, values), _computed(node.right, values))
+    if isinstance(node, ast.Name):
+        return Fraction(values[node.id])
+    return Fraction(ast.literal_eval(node))
 
 
 def _shown(value: Fraction | str) -> str:

@@ -47,7 +47,13 @@ def lora_config(config: RecoveryConfig) -> LoraConfig:
     Raises:
         StructPruneError: If peft does not know a field or refuses its value.
     """
-    return build(LoraConfig, {**LORA, **config.lora})
+    adapter = build(LoraConfig, {**LORA, **config.lora})
+    # peft finds these only once it places the adapter.
+    if not (isinstance(adapter.r, int) and adapter.r >= 1):
+        raise StructPruneError(f"LoraConfig: r has to be 1 or more, got {adapter.r!r}.")
+    if not (isinstance(adapter.lora_dropout, (int, float)) and 0 <= adapter.lora_dropout < 1):
+        raise StructPruneError(f"LoraConfig: lora_dropout has to lie between 0 and 1, got {adapter.lora_dropout!r}.")
+    return adapter
 
 
 def scales_config(model: PreTrainedModel, arch_file: str | None = None) -> IA3Config:

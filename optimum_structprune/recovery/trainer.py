@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from ..config.fields import build
 from ..config.recovery import RATES, TRAINING, RecoveryConfig
@@ -66,7 +67,30 @@ def training_arguments(
     # The samples carry what the loss reads, which is more than the model's arguments.
     fixed = {"seed": seed, "use_cpu": on_cpu, "remove_unused_columns": False}
     with _readable("TrainingArguments: "):
-        return build(TrainingArguments, {**TRAINING, "learning_rate": RATES[config.train], **saving, **fixed, **given})
+        arguments = build(
+            TrainingArguments, {**TRAINING, "learning_rate": RATES[config.train], **saving, **fixed, **given}
+        )
+    _check_use(arguments)
+    return arguments
+
+
+def _check_use(arguments: TrainingArguments) -> None:
+    """Refuse values that transformers passes here, and that fail when the training begins."""
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(arguments, name) < 1:
+            raise StructPruneError(f"TrainingArguments: {name} has to be 1 or more, got {getattr(arguments, name)}.")
+    if arguments.learning_rate < 0:
+        raise StructPruneError(f"TrainingArguments: learning_rate has to be 0 or more, got {arguments.learning_rate}.")
+    if arguments.eval_on_start or arguments.eval_strategy != IntervalStrategy.NO:
+        raise StructPruneError(
+            "TrainingArguments: eval_strategy and eval_on_start measure on an eval_dataset, and a recovery has none; "
+            "leave them out, it measures perplexity on held-out text before and after."
+        )
+    if arguments.push_to_hub:
+        raise StructPruneError(
+            "TrainingArguments: push_to_hub would upload what the training writes on its way; leave it out, and push "
+            "the result with push_to_hub or --push-to-hub."
+        )
 
 
 def _typed(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -222,7 +222,11 @@ class Details:
                 }
                 for kind, by_layer in data["sensitivity"].items()
             }
-            return cls(**{**data, "choices": choices, "sensitivity": losses})
+            details = cls(**{**data, "choices": choices, "sensitivity": losses})
+            for name, value in vars(cls()).items():
+                if type(found := getattr(details, name)) is not type(value):
+                    raise TypeError(f"{name} takes {type(value).__name__}, found {type(found).__name__}")
+            return details
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise StructPruneError(f"{path} is not the record of a pruning: {error!r}.") from error
 

@@ -152,6 +152,24 @@ def test_bars_are_off_without_a_terminal_and_the_switches_come_back(fails, monke
         assert shown.getvalue() == ("" if fails else "text\ntext\n")
 
 
+def test_widths_of_single_layers_are_not_warned_of(folder, tmp_path, monkeypatch):
+    uneven = str(tmp_path / "uneven")
+    Plan("llama", {(1, "attention"): (0,)}).save(tmp_path / "plan.json")
+    assert main([*commands(folder)["apply"][:2], str(tmp_path / "plan.json"), uneven, "--device", "cpu"]) == 0
+    seen, source = [], output.logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+    monkeypatch.setattr(source, "handle", lambda record: seen.append(record) if source.filter(record) else None)
+    level = source.level
+
+    def load():
+        logging.warning_once.cache_clear()  # transformers says a thing once
+        return AutoModelForCausalLM.from_pretrained(uneven)
+
+    assert execute(parsed(lambda args: Result(type(load()).__name__, {}))) == 0
+    assert not seen and source.level == level
+    load()
+    assert seen
+
+
 def test_numbers_that_json_does_not_have_are_null(capsys):
     values = {"a": float("nan"), 1: [float("inf"), (1, "x", None, True)], "path": Path("p")}
     assert execute(parsed(lambda args: Result("", values, 1), json_=True)) == 1

@@ -367,6 +367,13 @@ def test_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
         ({"teacher_logits": "there"}, "needs top_k, such as 64"),
         ({"teacher_logits": "there", "top_k": 4, "kl_weight": 0}, "of no use with kl_weight=0"),
         ({"token": 5}, "Did you mean 'tokens'"),
+        (
+            {"training": {"learning_rate": float("nan")}},
+            "learning_rate has to be a finite number, got nan",
+        ),
+        ({"training": {"lr_scheduler_kwargs": {"min_lr": float("inf")}}}, "min_lr has to be a finite number, got inf"),
+        ({"lora": {"lora_alpha": float("inf")}}, "'lora'.*lora_alpha has to be a finite number, got inf"),
+        ({"lora": {"rank_pattern": {"x": [1, float("-inf")]}}}, "1 has to be a finite number, got -inf"),
     ],
 )
 def test_bad_fields(fields, message):

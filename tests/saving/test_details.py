@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from models import build, config, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner
+from optimum_structprune.plain_json import plain
 from optimum_structprune.saving.details import (
     BINS,
     Details,
@@ -92,6 +93,14 @@ def test_what_is_saved_is_read_back(details, tmp_path):
     for choices in details.choices.values():
         named = {(layer, "mlp"): one for layer, one in choices.items()}
         assert choices_of_list(json.loads(json.dumps(choices_to_list(named)))) == named
+
+
+@pytest.mark.parametrize("name", ["model", "domains", "choices", "sensitivity", "memory", "resumed"])
+def test_a_field_of_another_type_is_refused(details, tmp_path, name):
+    for value in (None, 3, "x"):
+        (tmp_path / "details.json").write_text(json.dumps({**plain(details.to_dict()), name: value}))
+        with pytest.raises(StructPruneError, match="details.json is not the record of a pruning"):
+            Details.load(tmp_path / "details.json")
 
 
 def test_a_later_version_and_a_damaged_file_are_refused(details, tmp_path):
