@@ -98,6 +98,18 @@ def test_moments_hold_the_error_of_the_residual_stream(dtype):
     assert plain.error is None
 
 
+@pytest.mark.parametrize("case", ["llama-tied", "granite", "mixtral"])
+def test_weights_do_not_depend_on_the_size_of_a_batch(case):
+    """So several processes, each with a part of the samples, give what one gives."""
+    first, *others = (
+        prune_model(build(case), config(widths={"mlp": 24, "attention": 2}, batch_size=size), tokenizer())
+        for size in (4, 1, 3)
+    )
+    for other in others:
+        for left, right in zip(first.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-6, atol=2e-6)
+
+
 def test_it_is_nothing_where_nothing_was_lost():
     """The first layer sees the dense residual stream, so its refit is the same with and without."""
     model = build("llama-tied")
