@@ -11,7 +11,7 @@ from .flops import Flops, Traffic, flops, traffic
 from .machines import FACTORS, MACHINES, MOVES, PRODUCTS, Estimate, estimate
 from .need import ERROR, USABLE, Need, need
 from .room import gigabytes
-from .workload import Workload
+from .workload import FINALS, Workload
 
 
 HEAD = ("machine", "layers in", "per GPU", "CPU memory", "compute", "moving", "in all")
@@ -166,10 +166,12 @@ def cost(config: StructPruneConfig, work: Workload, setting: Setting) -> Cost:
 
 def _notes(config: StructPruneConfig) -> tuple[str, ...]:
     left_out = {
-        f"allocation={config.allocation!r} ranks or measures all layers before": config.allocation != "uniform",
         f"max_perplexity_ratio={config.max_perplexity_ratio} takes as many rounds as it needs": (
             config.max_perplexity_ratio is not None
         ),
         "recovery trains afterwards": config.recovery is not None,
     }
-    return tuple(f"not counted: {text}" for text, there in left_out.items() if there)
+    notes = [f"not counted: {text}" for text, there in left_out.items() if there]
+    if config.searches:
+        notes.append(f"counted: {FINALS[config.allocation]} shapes pruned on trial, the most; those alike are one")
+    return tuple(notes)
