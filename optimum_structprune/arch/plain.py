@@ -34,7 +34,7 @@ def check_plain(model: PreTrainedModel) -> None:
     check_no_adapter(model)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise StructPruneError(
-            f"The weights of this {type(model).__name__} are spread over processes, as FSDP and tensor parallelism do; "
+            f"The weights of this {type(model).__name__} are spread over processes, as by FSDP or tensor parallelism; "
             "load it whole in every process, or with a device_map."
         )
     check_reachable(model)

@@ -30,7 +30,6 @@ from ..system.offloading import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from accelerate.hooks import AlignDevicesHook
     from transformers import PretrainedConfig, PreTrainedModel
 
 

@@ -75,7 +75,7 @@ def check_sharding(arguments: TrainingArguments, device: str) -> None:
 
 @contextmanager
 def to_train(model: M, arguments: TrainingArguments) -> Iterator[M]:
-    """The model that the Trainer gets: the model itself, or with FSDP a copy, because it would stay in shards for good.
+    """The model that the Trainer gets: the model itself, or with FSDP a copy, because what it shards stays in shards.
 
     All processes have to come to the end of `with`, where the model takes over what was trained.
 
@@ -94,7 +94,10 @@ def to_train(model: M, arguments: TrainingArguments) -> Iterator[M]:
         take_over_(model, copied)
     finally:
         for name in [name for name in os.environ if name.startswith(VARIABLES)]:
-            os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
 
 
 @torch.no_grad()

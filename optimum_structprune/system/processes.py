@@ -52,14 +52,14 @@ def check_launch() -> None:
     transformers then loads the weights in the first process alone, and leaves those of the others empty.
 
     Raises:
-        StructPruneError: If `accelerate launch` was told to use FSDP or DeepSpeed, by a flag or by its own config file.
+        StructPruneError: If `accelerate launch` was told to use FSDP or DeepSpeed, by a flag or by its config file.
     """
     for variable, flag in LAUNCHES.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise StructPruneError(
                 f"accelerate was told to use {flag}, which leaves a process with a part of the weights; launch with "
-                "torchrun, or with `accelerate launch --multi_gpu` (on the CPU `--cpu`), where every process holds the "
-                "model. For recovery on GPUs, training={'fsdp': True} in its config does what is possible."
+                "torchrun, or with `accelerate launch --multi_gpu` (`--cpu` on the CPU), where every process holds the "
+                "model. Recovery on GPUs is sharded by training={'fsdp': True} in its config."
             )
 
 

@@ -119,7 +119,7 @@ def test_fsdp_takes_several_processes_and_its_second_version(settings, message):
         check_sharding(arguments, "cuda")
 
 
-@pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSp")])
+@pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "Deep")])
 def test_a_launch_that_shards_is_refused(variable, name, monkeypatch):
     """Pruning in it would see empty weights in all processes but one."""
     monkeypatch.setenv(variable, "true")

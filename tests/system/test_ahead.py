@@ -1,4 +1,4 @@
-"""Things that are made in the background are the right ones, at most one beside the one in use, and errors come out."""
+"""What is made in the background is what was asked for, one thing at a time, and errors come out."""
 
 import gc
 import threading
