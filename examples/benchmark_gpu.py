@@ -4,7 +4,8 @@
 
 A model of the shape of Qwen2.5-7B with random weights is made on the disk first, 15 GB, and pruned as it is, and then
 with its layers in the CPU's memory and on the disk while the GPU may take no more than `--cap` GB. Beside 15 GB of the
-CPU's memory it takes 45 GB of the disk. `--device cpu --tiny` goes through the same motions anywhere.
+CPU's memory it takes 45 GB of the disk, and a card of 48 GB, where the dense model stays beside the pruned one at
+first. `--device cpu --tiny` goes through the same motions anywhere.
 """
 
 from __future__ import annotations

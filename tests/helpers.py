@@ -227,7 +227,7 @@ def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.Co
         capture_output=True,
         text=True,
         env={**environment, "PYTHONPATH": path},
-        timeout=120,
+        timeout=300,
     )
     for stream in ("stdout", "stderr"):
         ranks = "".join(file.read_text() for file in sorted(said.rglob(f"{stream}.log")))

@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import check_reachable
@@ -28,9 +29,14 @@ def check_plain(model: PreTrainedModel) -> None:
     It is to be called before the model is described, because an adapter changes the names of the parameters.
 
     Raises:
-        StructPruneError: If the model carries an adapter or has no weights.
+        StructPruneError: If the model carries an adapter, has no weights, or has them in shards.
     """
     check_no_adapter(model)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise StructPruneError(
+            f"The weights of this {type(model).__name__} are spread over processes, as by FSDP or tensor parallelism; "
+            "load it whole in every process, or with a device_map."
+        )
     check_reachable(model)
 
 

@@ -164,13 +164,13 @@ class LayerPasses(LayerRunner):
             The gain g, or None where the output does not go straight into the residual stream.
         """
         if name not in self.gains:
-            index = min(range(len(self.hidden)), key=lambda index: len(self.hidden[index]))
-            hidden = self.hidden[index]
-            noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
-            noise *= hidden.float().std()  # as large as the residual stream, so that rounding does not hide it
-            plain = self.output(layer, index).float()
-            with adding(self._layer(layer).get_submodule(name), noise):
-                change = (self.output(layer, index).float() - plain).to(noise.device)
+            # Of the first sample alone, so that neither the batch size nor the number of processes changes the gain.
+            hidden = self.hidden[0]
+            noise = torch.randn(hidden[:1].shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
+            noise *= hidden[:1].float().std()  # as large as the residual stream, so that rounding does not hide it
+            plain = self.output(layer, 0)[:1].float()
+            with adding(self._layer(layer).get_submodule(name), noise.expand(hidden.shape)):
+                change = (self.output(layer, 0)[:1].float() - plain).to(noise.device)
             gain = float(as_first_has_((change * noise).sum() / noise.square().sum()))
             deviation = float(as_first_has_((change - gain * noise).norm() / noise.norm()))
             self.gains[name] = gain if deviation < MAX_DEVIATION * abs(gain) else None

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..config.pruning import LEARNED, StructPruneConfig
+from ..config.domains import ANY, SELF, written_by_model
+from ..config.pruning import StructPruneConfig
 from ..saving.report import table
 from .flops import Flops, Traffic, flops, traffic
 from .machines import FACTORS, MACHINES, MOVES, PRODUCTS, Estimate, estimate
 from .need import ERROR, USABLE, Need, need
 from .room import gigabytes
-from .workload import Workload
+from .workload import FINALS, Workload
 
 
 HEAD = ("machine", "layers in", "per GPU", "CPU memory", "compute", "moving", "in all")
@@ -165,12 +166,15 @@ def cost(config: StructPruneConfig, work: Workload, setting: Setting) -> Cost:
 
 
 def _notes(config: StructPruneConfig) -> tuple[str, ...]:
+    texts = config.with_broad_text(SELF + ANY).texts
     left_out = {
-        f"allocation={config.allocation!r} ranks or measures all layers before": config.allocation
-        not in ("uniform", LEARNED),
+        "the model writes a part of the text before, once": any(map(written_by_model, texts)),
         f"max_perplexity_ratio={config.max_perplexity_ratio} takes as many rounds as it needs": (
             config.max_perplexity_ratio is not None
         ),
         "recovery trains afterwards": config.recovery is not None,
     }
-    return tuple(f"not counted: {text}" for text, there in left_out.items() if there)
+    notes = [f"not counted: {text}" for text, there in left_out.items() if there]
+    if config.searches:
+        notes.append(f"counted: {FINALS[config.allocation]} shapes pruned on trial, the most; those alike are one")
+    return tuple(notes)

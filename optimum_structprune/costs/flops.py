@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 from ..calibration.gram import panels
 from ..criteria.obs import COLUMNS
+from ..pruning.trials import SHARES, STRIDE
 from .workload import Consumer, Workload
 
 
@@ -28,6 +29,14 @@ class Flops:
     statistics: float
     scoring: float
     refit: float
+
+    def times(self, number: float) -> Flops:
+        """A multiple of these."""
+        return Flops(*(number * count for count in astuple(self)))
+
+    def plus(self, other: Flops) -> Flops:
+        """The sums of these and others."""
+        return Flops(*(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def shared(self) -> float:
@@ -63,14 +72,9 @@ def flops(work: Workload) -> Flops:
     Args:
         work: What the pruning has to go through.
     """
-    forward = work.rounds * _round(work) + _perplexities(work) + _watched(work) + _learned(work)
-    consumers = work.consumers
-    return Flops(
-        forward,
-        work.rounds * sum(_moments(work, consumer) for consumer in consumers),
-        work.rounds * sum(_scores(work, consumer) for consumer in consumers),
-        work.rounds * sum(_refit(consumer) for consumer in consumers) if work.fits else 0.0,
-    )
+    rounds = _sweep(work).times(work.rounds)
+    measured = Flops(_perplexities(work) + _watched(work) + _learned(work), 0.0, 0.0, 0.0)
+    return rounds.plus(measured).plus(_chosen(work))
 
 
 def traffic(work: Workload, offload: str | None = None, checkpoint: bool = False, processes: int = 1) -> Traffic:
@@ -85,8 +89,9 @@ def traffic(work: Workload, offload: str | None = None, checkpoint: bool = False
     outside = work.itemsize * work.outside
     dense, small = work.weights - outside, work.result - outside
     # Each round streams the layers twice, once to record how they are called; each perplexity does the same.
-    streamed = (2 * work.rounds + 2) * dense + 2 * small
-    returned = (work.rounds - 1) * dense + small
+    passes = 2 * work.rounds + 2 + _streams(work)
+    streamed = passes * dense + 2 * small
+    returned = (work.rounds - 1 + work.choosing.finals) * dense + small
     stored = work.samples.tokens * work.hidden * work.itemsize * work.streams
     # The result is read once more, to check that it loads.
     read = work.weights + work.result + (streamed + small if offload == "disk" else 0)
@@ -96,8 +101,76 @@ def traffic(work: Workload, offload: str | None = None, checkpoint: bool = False
     parts = sum(
         FP32 * c.size**2 + (FP32 * c.size * c.out if work.feedback and not c.expert else 0) for c in work.consumers
     )
-    summed = work.rounds * work.samples.domains * parts if processes > 1 and work.gram else 0
+    sweeps = work.rounds + work.choosing.ranked + bool(work.choosing.probe) + work.choosing.finals
+    summed = sweeps * work.samples.domains * parts if processes > 1 and work.gram else 0
     return Traffic(read, written, copied, summed)
+
+
+def _sweep(work: Workload) -> Flops:
+    """One round."""
+    consumers = work.consumers
+    return Flops(
+        _round(work),
+        sum(_moments(work, consumer) for consumer in consumers),
+        sum(_scores(work, consumer) for consumer in consumers),
+        sum(_refit(consumer) for consumer in consumers) if work.fits else 0.0,
+    )
+
+
+def _chosen(work: Workload) -> Flops:
+    """What chooses the widths before the first round: a ranking, a comparison of layers, or trials."""
+    plan, nothing = work.choosing, Flops(0.0, 0.0, 0.0, 0.0)
+    # On trial, nothing shrinks.
+    dense = replace(work, layers=tuple(replace(layer, left=layer.parameters) for layer in work.layers), rounds=1)
+    if plan.ranked:
+        return _sweep(replace(dense, feedback=False, fits=False))
+    if plan.judged:
+        return replace(nothing, forward=_whole(work, work.samples.tokens, work.samples.tokens))
+    if not plan.probe:
+        return nothing
+    part = replace(dense, samples=replace(work.samples, count=plan.samples))
+    final = _sweep(part).plus(replace(nothing, forward=_whole(work, plan.probe, plan.probe / STRIDE)))
+    return _trials(replace(dense, feedback=False)).plus(final.times(plan.finals))
+
+
+def _trials(work: Workload) -> Flops:
+    """Each space of each layer gives up a part, while all others are dense."""
+    probe, kept = work.choosing.probe, [1 - share for share in SHARES]
+    # A pass that tells how the layers are called, and one for the predictions of the dense model.
+    forward = _round(replace(work, consumers=())) + 2 * _whole(work, probe, probe / STRIDE)
+    for layer in range(len(work.layers)):
+        spaces = len(_gathered(work, layer))
+        behind = _whole(work, probe, probe / STRIDE, layer)
+        forward += spaces * (_pass(work, layer, work.samples.tokens) + len(kept) * behind)
+        forward += _pass(work, layer, probe)
+        if work.choosing.without_layers:
+            forward += _whole(work, probe, probe / STRIDE, layer + 1)
+    consumers = work.consumers
+    refits = [_refit(replace(one, kept=max(int(one.size * share), 1))) for one in consumers for share in kept]
+    return Flops(
+        forward,
+        sum(_moments(work, consumer) for consumer in consumers),
+        sum(_scores(work, consumer) for consumer in consumers),
+        sum(refits) if work.fits else 0.0,
+    )
+
+
+def _whole(work: Workload, tokens: float, predicted: float, first: int = 0) -> float:
+    """A pass through the layers from one on and through the head, which predicts for some of the tokens."""
+    layers = sum(_pass(work, layer, tokens) for layer in range(first, len(work.layers)))
+    return layers + 2 * predicted * work.vocab * work.hidden
+
+
+def _streams(work: Workload) -> int:
+    """How often all layers are read again to choose the widths, where they are offloaded."""
+    plan, depth = work.choosing, len(work.layers)
+    if plan.judged:
+        return -(-work.samples.count // max(work.samples.batch, 1))
+    if not plan.probe:
+        return 2 * plan.ranked
+    # A trial reads the layers behind it once for each batch, which is half of them in the mean.
+    trials = sum(len(SHARES) * len(_gathered(work, layer)) * (depth - layer) for layer in range(depth))
+    return 3 + plan.probe_batches * (1 + -(-trials // depth)) + plan.finals * (2 + plan.probe_batches)
 
 
 def _carried(work: Workload, stored: int) -> int:
@@ -106,7 +179,7 @@ def _carried(work: Workload, stored: int) -> int:
     return work.rounds * stored * (2 * len(work.layers) + gathering)
 
 
-def _pass(work: Workload, layer: int, tokens: int) -> float:
+def _pass(work: Workload, layer: int, tokens: float) -> float:
     """One layer on so many tokens. Its attention multiplies all pairs of tokens of a sample."""
     found = work.layers[layer]
     return 2 * tokens * (found.products + 2 * work.samples.length * found.attention)
@@ -126,7 +199,8 @@ def _round(work: Workload) -> float:
     for layer in range(len(work.layers)):
         gathered = _gathered(work, layer)
         passes = len(gathered) + (_onward(work, layer) if layer + 1 < len(work.layers) else 0) + work.feedback
-        probes = 2 * gathered.count(False) if work.feedback else 0
+        # How far an output reaches is found out in the first layer, for the others too.
+        probes = 2 * gathered.count(False) if work.feedback and layer == 0 else 0
         total += passes * _pass(work, layer, samples.tokens)
         total += (probes + 1) * _pass(work, layer, min(samples.batch_tokens, samples.tokens))
         for consumer in work.at(layer):

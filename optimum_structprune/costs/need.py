@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..calibration.gram import MAX_PANELS, PANEL
 from ..criteria.obs import COLUMNS
 from ..forward.metrics import TOKENS_AT_ONCE
+from ..pruning.trials import STRIDE
 from ..surgery.refit import ROWS
 from .workload import Consumer, Layer, Workload
 
@@ -29,8 +30,9 @@ class Need:
 
     Attributes:
         stage: What is done at the peak.
-        weights: The weights that are on the compute device.
-        hidden: The hidden states that are there.
+        weights: The weights that are on the compute device. Where layers are offloaded, these are two of them: the one
+            that runs, and the next.
+        hidden: The hidden states that are there, and the dense model's predictions that trials are compared with.
         working: Statistics, factors and activations at the peak.
         host: What the CPU's memory holds for another device or for the disk, where layers are offloaded.
     """
@@ -68,9 +70,10 @@ def need(work: Workload, offload: str | None = None, processes: int = 1) -> Need
     streams = work.hidden * work.itemsize * work.samples.tokens * (work.streams + 1) // processes
     inside = work.itemsize * sum(layer.parameters for layer in work.layers)
     largest = work.itemsize * max(layer.parameters for layer in work.layers)
-    weights = work.weights if offload is None else work.weights - inside + largest
+    weights = work.weights if offload is None else min(work.weights, work.weights - inside + 2 * largest)
     host = 0 if offload is None else streams + (inside if offload == "cpu" else largest)
-    hidden = streams if offload is None else 0
+    kept = work.itemsize * work.vocab * work.choosing.probe // STRIDE // processes
+    hidden = kept + (streams if offload is None else 0)
     if work.rounds > 1:
         # Consumers that a round has masked keep their dense values until the last round.
         weights += work.itemsize * sum(consumer.size * consumer.out for consumer in work.consumers)

@@ -7,16 +7,23 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
-from ..arch.spec import GROUP, ArchSpec, Axis, Space, Widths
+from ..arch.spec import GROUP, LAYER, ArchSpec, Axis, Space, Widths
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
 from ..domains.load import num_heldout
 from ..pruning.gates import learns
+from ..pruning.search import FINALISTS, TRIAL_TOKENS
+from ..pruning.trials import PROBE_TOKENS
 
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+# The shapes that each way to search proposes: for each layer with whole layers gone and without, one halfway to one
+# width, one shape for all layers with and without all of them, and the shape without measured losses.
+FINALS = {"sensitivity": 3, "search": 6, "search_uniform": FINALISTS + 2}
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,46 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Choosing:
+    """What is run before the first round to choose the widths of single layers, or the shape.
+
+    Attributes:
+        ranked: Whether all units are scored once on the dense model.
+        judged: Whether the dense model runs once over the samples, to compare what enters and leaves each layer.
+        probe: The number of held-out tokens that every trial runs; 0 without trials.
+        probe_batches: The number of batches that they make.
+        finals: How many shapes are pruned on trial, at most.
+        samples: The number of calibration samples of each of these.
+        without_layers: Whether each layer is left out in turn.
+    """
+
+    ranked: bool = False
+    judged: bool = False
+    probe: int = 0
+    probe_batches: int = 0
+    finals: int = 0
+    samples: int = 0
+    without_layers: bool = False
+
+    @classmethod
+    def of(cls, config: StructPruneConfig, arch: ArchSpec, samples: Samples) -> Choosing:
+        """What a config asks for."""
+        if not config.searches or not samples.domains:
+            return cls(config.allocation == "global", config.allocation == "cosine")
+        each = ceil(PROBE_TOKENS / max(samples.length, 1) / samples.domains)
+        # Half of what is set aside is for the report.
+        each = min(each, samples.heldout // 2 // samples.domains)
+        most = max(1, TRIAL_TOKENS // samples.domains // max(samples.length, 1))
+        return cls(
+            probe=each * samples.domains * samples.length,
+            probe_batches=samples.domains * ceil(each / max(samples.batch, 1)),
+            finals=FINALS[config.allocation],
+            samples=min(samples.count, most * samples.domains),
+            without_layers=config.allocation != "sensitivity" and LAYER in arch.offered and config.widths is None,
+        )
+
+
+@dataclass(frozen=True)
 class Workload:
     """What one pruning has to go through.
 
@@ -132,6 +179,7 @@ class Workload:
         views: How many passes over the samples scores take through the whole model before each round.
         gradient: Whether these passes go backward too.
         learning: The number of tokens that gates are learned on, counted each time that they are run.
+        choosing: What is run before to choose the widths.
     """
 
     layers: tuple[Layer, ...]
@@ -150,6 +198,7 @@ class Workload:
     views: int
     gradient: bool
     learning: int = 0
+    choosing: Choosing = Choosing()
 
     @property
     def weights(self) -> int:
@@ -200,6 +249,7 @@ def workload(
         for axis in space.into
     )
     layers = tuple(_layer(layer, arch, shapes, widths, chosen) for layer in range(arch.num_layers))
+    samples = Samples.of(config, inputs)
     return Workload(
         layers=layers,
         consumers=consumers,
@@ -217,6 +267,7 @@ def workload(
         views=criterion.views if criterion and saliencies_for(criterion) else 0,
         gradient=bool(criterion and criterion.needs_gradient),
         learning=_learning(config, samples) if learns(config) else 0,
+        choosing=Choosing.of(config, arch, samples),
     )
 
 

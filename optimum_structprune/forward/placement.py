@@ -1,12 +1,12 @@
 """The weights of one layer at a time, wherever accelerate keeps those of the others.
 
 Pruning calls a layer once for each batch, so an offloaded layer comes in once and stays until it is finished with;
-whatever shape it has by then goes back.
+whatever shape it has by then goes back. On CUDA the layer behind it is fetched meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,16 @@ from torch import nn
 from ..arch.load import describe, layer_list
 from ..arch.meta import meta_model
 from ..arch.spec import ArchSpec
-from ..system.offloading import bring_in, check_reachable, give_back_free_memory, is_offloaded, put_back
+from ..system.ahead import Ahead
+from ..system.offloading import (
+    bring_in,
+    check_reachable,
+    fetch,
+    fetches_ahead,
+    give_back_free_memory,
+    is_offloaded,
+    put_back,
+)
 
 
 if TYPE_CHECKING:
@@ -74,6 +83,7 @@ class Placement:
     def __init__(self, model: PreTrainedModel, arch: ArchSpec):
         self.model, self.arch = model, arch
         check_reachable(model)
+        self._ahead = Ahead(lambda layer: fetch(self._layer(layer)))
 
     @property
     def offloaded(self) -> bool:
@@ -89,7 +99,7 @@ class Placement:
             changes: Whether the layer goes back as it is in the end, another module and other shapes included;
                 otherwise what it holds then is dropped.
         """
-        with self._at(layer, changes):
+        with self._at(layer, changes, self._begin_next):
             yield
         give_back_free_memory()
 
@@ -106,14 +116,25 @@ class Placement:
             yield
 
     @contextmanager
-    def _at(self, layer: int, changes: bool) -> Iterator[None]:
-        hooks = bring_in(self._layer(layer))
-        finished = False
+    def _at(self, layer: int, changes: bool, brought_in: Callable[[int], None] | None = None) -> Iterator[None]:
+        finished, hooks = False, []
         try:
+            hooks = bring_in(self._layer(layer), self._ahead.take(layer))
+            if brought_in is not None:
+                brought_in(layer)
             yield
             finished = True
         finally:
+            if not finished:
+                self._ahead.drop()
             put_back(self.model, self._layer(layer), hooks, store=changes and finished)
+
+    def _begin_next(self, layer: int) -> None:
+        """Begin to fetch the layer behind one, where that brings something."""
+        if layer + 1 < self.arch.num_layers and fetches_ahead(self._layer(layer + 1)):
+            self._ahead.begin(layer + 1)
+        else:
+            self._ahead.drop()
 
     def _layer(self, layer: int) -> nn.Module:
         return layer_list(self.model, self.arch)[layer]

@@ -15,6 +15,7 @@ from ..errors import StructPruneError
 from ..saving.target import probe_folder
 from ..system.offloading import is_offloaded
 from .adapter import adapter_config, lora_config
+from .sharding import check_deepspeed, check_sharding
 from .text import text_config
 from .trainer import training_arguments
 
@@ -43,8 +44,9 @@ def check_recovery(
             domain does not exist, checkpoints or a teacher's predictions cannot be written, the tokens do not give
             every domain a sample, the samples are longer than the model's positions, the predictions of a teacher are
             to be kept for text that the model itself writes, or the model is not a causal language model.
-            Also if it is offloaded, or FSDP is asked for on the CPU.
+            Also if it is offloaded, or the training is to be sharded in a way that does not work; see `sharding`.
     """
+    check_deepspeed(config)
     if parts is None:
         parts = pruning.rounds if config.every_round else 1
     text = text_config(config, pruning, parts)
@@ -54,13 +56,9 @@ def check_recovery(
     lora_config(config)
     if model is not None:
         adapter_config(config, model, pruning.arch_file)
-    on_cpu = not torch.cuda.is_available() if model is None else model.device.type == "cpu"
-    arguments = training_arguments(config, text.seed, on_cpu, tempfile.gettempdir(), parts=parts)
-    if arguments.fsdp and on_cpu:
-        raise StructPruneError(
-            f"training's fsdp={config.training['fsdp']!r} shards a model over GPUs, and on the CPU the Trainer "
-            "ignores it without a word; leave it out, and every process holds the whole model."
-        )
+    device = model.device.type if model is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = training_arguments(config, text.seed, device == "cpu", tempfile.gettempdir(), parts=parts)
+    check_sharding(arguments, device)
     if "output_dir" in config.training:
         probe_folder(str(arguments.output_dir))
     if config.teacher_logits is not None:

@@ -31,6 +31,7 @@ from .checkpoints import last_checkpoint
 from .checks import check_recovery
 from .identity import Identity, settings_of, weights_hash
 from .outcome import RecoveryOutcome
+from .sharding import to_train
 from .teacher import TeacherLogits, TrainingSamples, check_teacher, load_teacher, write_teacher_logits
 from .text import part_rows, samples_of, training_text
 from .trainer import DistillTrainer, train_, training_arguments
@@ -140,8 +141,10 @@ class Recovery:
             adapter = adapter_config(config, model, self.pruning.arch_file)
             way = every_weight(model, seed) if adapter is None else fresh_adapter(model, adapter, seed, config.merge)
             with way as trained:
-                trainer = DistillTrainer(trained, arguments, samples, config, teacher, self._identity)
-                return trained, train_(trainer, self.callbacks, checkpoint)
+                with to_train(trained, arguments) as own:
+                    trainer = DistillTrainer(own, arguments, samples, config, teacher, self._identity)
+                    outcome = train_(trainer, self.callbacks, checkpoint)
+                return trained, outcome
 
     def _identify(
         self,

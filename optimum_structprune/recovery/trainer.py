@@ -25,6 +25,7 @@ from ..saving.staging import is_write_error
 from .adapter import check_adapter
 from .identity import Identity
 from .outcome import RecoveryOutcome
+from .sharding import own_shard
 from .teacher import LOG_PROBABILITIES, TOKENS
 
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 # What libraries raise where a value of `config.training` is of no use to them.
 LIBRARY_ERRORS = (TypeError, ValueError, AttributeError, KeyError, ImportError, RuntimeError, AssertionError)
+# Fields that are on or off, which transformers declares as strings for the sake of an older form.
+SWITCHES = ("fsdp",)
 PLAIN_TYPES = (bool, int, float, str, NoneType)
 ADVICE = "lower training['learning_rate'], or train in float32 or bfloat16."
 
@@ -98,6 +101,9 @@ def _typed(training: Mapping[str, Any]) -> dict[str, Any]:
     hints = get_type_hints(TrainingArguments)
     typed = {}
     for name, value in training.items():
+        if name in SWITCHES and isinstance(value, bool):
+            typed[name] = value or None
+            continue
         hint = hints.get(name, Any)
         types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if value is False and str in types and not {bool, NoneType} & set(types):
@@ -218,7 +224,9 @@ class DistillTrainer(Trainer):
         Raises:
             NotFiniteError: If a weight is NaN or infinite.
         """
-        if not all(tensor.isfinite().all() for tensor in self._trainable().values()):
+        finite = all(own_shard(tensor).isfinite().all() for tensor in self._trainable().values())
+        # Of sharded weights every process sees its own part.
+        if not self.accelerator.gather(torch.tensor([finite], device=self.accelerator.device)).all():
             raise NotFiniteError(f"The weights after step {self.state.global_step} are not finite; {ADVICE}")
 
     @torch.no_grad()

@@ -10,8 +10,9 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,15 @@ from accelerate.utils import (
     named_module_tensors,
     set_module_tensor_to_device,
 )
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import StructPruneError, some_of
+from ..errors import StructPruneError, one_line, some_of
+
+
+# Where the next layer is fetched while one runs. On the CPU the reading takes next to no time, see docs/scaling.md.
+AHEAD_ON = ["cuda"]
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -138,22 +144,97 @@ def _tensors_of(module: nn.Module, hook: AlignDevicesHook) -> dict[str, Tensor]:
     )
 
 
-def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
-    """Load what is offloaded of a layer, and keep its hooks from dropping it.
+@dataclass(frozen=True)
+class Fetched:
+    """One tensor of a layer that was offloaded, where the layer is computed.
+
+    Attributes:
+        module: The module that it belongs to.
+        name: Its name there.
+        device: The device.
+        value: The tensor; nothing else changes it.
+        stream: The CUDA stream that copies it there; None where nothing is left to wait for.
+    """
+
+    module: nn.Module
+    name: str
+    device: torch.device
+    value: Tensor
+    stream: Any = None
+
+
+def fetches_ahead(layer: nn.Module) -> bool:
+    """Whether a layer is offloaded, and it brings something to fetch it while another one runs."""
+    return any(
+        hook.offload and torch.device(hook.execution_device).type in AHEAD_ON
+        for module in layer.modules()
+        for hook in _hooks_of(module)
+    )
+
+
+def fetch(layer: nn.Module) -> list[Fetched]:
+    """What is offloaded of a layer, where the layer is computed; the layer itself is left as it is.
+
+    On CUDA the copies are begun and not waited for, on a stream of their own and out of pinned memory.
+
+    Raises:
+        StructPruneError: If a file of the offloaded weights cannot be read; the message names it.
+    """
+    found, streams = [], dict[torch.device, Any]()
+    for module in layer.modules():
+        for hook in (one for one in _hooks_of(module) if one.offload):
+            device = torch.device(hook.execution_device)
+            if device.type == "cuda" and device not in streams:
+                streams[device] = torch.cuda.Stream(device)
+            for name in _tensors_of(module, hook):
+                value = _copied(_held(hook.weights_map, name), device, streams.get(device))
+                found.append(Fetched(module, name, device, value, streams.get(device)))
+    return found
+
+
+def _copied(value: Tensor, device: torch.device, stream: Any) -> Tensor:
+    """A copy on a device, because a layer may be changed in place, and what is held must not be."""
+    if stream is None:
+        return value.clone() if value.device == device else value.to(device)
+    with torch.cuda.stream(stream):
+        return value.pin_memory().to(device, non_blocking=True)
+
+
+def _held(weights: Any, name: str) -> Tensor:
+    """What a hook holds of its module.
+
+    Raises:
+        StructPruneError: If it lies in a file that cannot be read.
+    """
+    try:
+        return weights[name]
+    except (OSError, SafetensorError, ValueError) as error:
+        while isinstance(weights, PrefixedDataset):
+            weights, name = weights.dataset, f"{weights.prefix}{name}"
+        entry = getattr(weights, "index", {}).get(name, {})
+        file = entry.get("safetensors_file") or Path(weights.save_folder or "", f"{name}.dat")
+        raise StructPruneError(f"{file}, which holds {name}, cannot be read ({one_line(error)}).") from error
+
+
+def bring_in(layer: nn.Module, fetched: Iterable[Fetched]) -> list[AlignDevicesHook]:
+    """Give a layer what was fetched of it, and keep its hooks from dropping it.
+
+    Args:
+        layer: The layer.
+        fetched: What `fetch` gave for it.
 
     Returns:
         The hooks that would have.
     """
-    found = []
-    for module in layer.modules():
-        for hook in _hooks_of(module):
-            if hook.offload:
-                for name in _tensors_of(module, hook):
-                    value = hook.weights_map[name]
-                    # A copy, because the layer may be changed in place, and what is held must not be.
-                    set_module_tensor_to_device(module, name, hook.execution_device, value=value.clone())
-                hook.offload = False
-                found.append(hook)
+    for one in fetched:
+        if one.stream is not None:
+            present = torch.cuda.current_stream(one.device)
+            present.wait_stream(one.stream)
+            one.value.record_stream(present)  # so that its memory is not used again before what reads it has ended
+        set_module_tensor_to_device(one.module, one.name, one.device, value=one.value)
+    found = [hook for module in layer.modules() for hook in _hooks_of(module) if hook.offload]
+    for hook in found:
+        hook.offload = False
     return found
 
 

@@ -16,9 +16,13 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from ..errors import StructPruneError
+
 
 T = TypeVar("T", Tensor, Sequence)
 V = TypeVar("V")
+# What `accelerate launch` sets where its flags or its config file name these.
+LAUNCHES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 _together = False
 
 
@@ -27,8 +31,12 @@ def across_processes() -> Iterator[None]:
     """Share the work inside `with` among the processes that `torchrun` or `accelerate launch` has started.
 
     All of them have to do the same inside, with the same arguments. A process that is alone does everything itself.
+
+    Raises:
+        StructPruneError: If they were started to shard the model; see `check_launch`.
     """
     global _together
+    check_launch()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # a process that is alone may yet choose its device
         PartialState(cpu=not torch.cuda.is_available())
     before, _together = _together, dist.is_initialized() and dist.get_world_size() > 1
@@ -36,6 +44,23 @@ def across_processes() -> Iterator[None]:
         yield
     finally:
         _together = before
+
+
+def check_launch() -> None:
+    """Refuse a launch by which accelerate shards every model over the processes.
+
+    transformers then loads the weights in the first process alone, and leaves those of the others empty.
+
+    Raises:
+        StructPruneError: If `accelerate launch` was told to use FSDP or DeepSpeed, by a flag or by its config file.
+    """
+    for variable, flag in LAUNCHES.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+            raise StructPruneError(
+                f"accelerate was told to use {flag}, which leaves a process with a part of the weights; launch with "
+                "torchrun, or with `accelerate launch --multi_gpu` (`--cpu` on the CPU), where every process holds "
+                "the model. Recovery on GPUs is sharded by training={'fsdp': True} in its config."
+            )
 
 
 @contextmanager

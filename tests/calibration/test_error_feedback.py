@@ -98,6 +98,21 @@ def test_moments_hold_the_error_of_the_residual_stream(dtype):
     assert plain.error is None
 
 
+def test_the_gain_does_not_depend_on_the_size_of_a_batch():
+    """So several processes, each with a part of the samples, give what one gives."""
+    model, ids = build("llama-tied"), token_ids()
+    with torch.no_grad():  # of what the attention gives, little comes through the FFN, but some does
+        model.model.layers[0].mlp.down_proj.weight.mul_(0.01)
+    arch = describe(model)
+    name = arch.of("attention")[0].into[0].module.removeprefix(arch.layer_prefix(0))
+    gains = []
+    for size in (1, 2, len(ids)):
+        passes = LayerPasses(model, arch, [Batch(0, part) for part in ids.split(size)], error_feedback=1.0)
+        gains.append(passes.gain(0, name))
+    assert gains[0] is not None and gains[0] != 1
+    assert gains == [pytest.approx(gains[0], rel=1e-6)] * 3
+
+
 def test_it_is_nothing_where_nothing_was_lost():
     """The first layer sees the dense residual stream, so its refit is the same with and without."""
     model = build("llama-tied")

@@ -124,8 +124,7 @@ def same_result(out, expected) -> None:
     assert (out / "pruning_plan.json").read_text() == (expected / "pruning_plan.json").read_text()
     found, wanted = (load_file(folder / "model.safetensors") for folder in (out, expected))
     for name, tensor in wanted.items():
-        # Sums in another order are rounded otherwise, and eight layers refitted one after the other take that apart.
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=5e-5)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

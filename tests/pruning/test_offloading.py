@@ -1,6 +1,7 @@
 """A model whose layers are on the disk, or in another memory, is pruned as one that is in memory."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -12,7 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner, layer_device_map
 from optimum_structprune.arch.load import describe, layer_list
+from optimum_structprune.forward import placement
+from optimum_structprune.forward.placement import Placement
 from optimum_structprune.pruning.sweep import Sweep
+from optimum_structprune.system import offloading
 from optimum_structprune.system.offloading import is_offloaded, weight_of
 
 
@@ -115,6 +119,70 @@ def test_however_accelerate_spreads_a_model_it_is_pruned_as_in_memory(case, way,
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(again), logits(expected), rtol=1e-4, atol=1e-5)
     assert sum(tensor.numel() for tensor in again.parameters()) == expected.num_parameters()
+
+
+@pytest.fixture
+def fetching(monkeypatch):
+    """Layers are fetched ahead on the CPU too; the layers that were fetched, and whether in the background."""
+    monkeypatch.setattr(offloading, "AHEAD_ON", ["cpu"])
+    fetched = []
+
+    def noting(layer):
+        fetched.append((layer, threading.current_thread() is not threading.main_thread()))
+        return offloading.fetch(layer)
+
+    monkeypatch.setattr(placement, "fetch", noting)
+    return fetched
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("case", ["llama-untied", "qwen2", "gpt2-tied", "mixtral"])
+def test_layers_that_are_fetched_ahead_are_the_same(case, place, tmp_path, fetching):
+    fields = {**RUNS[case], "widths": RUNS[case].get("widths")}
+    theirs, expected = pruned(build(case), **fields)
+    ours, small = pruned(offloaded(case, place, tmp_path), **fields)
+    assert ours.plan.to_dict() == theirs.plan.to_dict()
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(weight_of(small, name), tensor, rtol=1e-5, atol=1e-5)
+    assert any(behind for _, behind in fetching) and not threads()
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+def test_each_layer_is_fetched_while_the_one_before_it_runs(tmp_path, fetching):
+    model = offloaded("llama-untied", "disk", tmp_path)
+    arch = describe(model)
+    layers, at = layer_list(model, arch), Placement(model, arch)
+    for layer in range(arch.num_layers):
+        with at.at(layer):
+            assert not any(tensor.is_meta for tensor in layers[layer].parameters())
+            others = [each for each in layers if each is not layers[layer]]
+            assert all(tensor.is_meta for each in others for tensor in each.parameters())
+    assert fetching == [(each, number > 0) for number, each in enumerate(layers)]
+
+
+def test_an_interruption_waits_for_the_layer_that_is_being_fetched(tmp_path, fetching):
+    model = offloaded("llama-untied", "disk", tmp_path)
+    at = Placement(model, describe(model))
+    with pytest.raises(KeyboardInterrupt), at.at(0):
+        raise KeyboardInterrupt
+    assert not threads() and all(tensor.is_meta for tensor in model.model.layers.parameters())
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_file_that_cannot_be_read_is_named(ahead, tmp_path, request):
+    if ahead:
+        request.getfixturevalue("fetching")
+    model = offloaded("llama-untied", "disk", tmp_path)
+    for file in (tmp_path / "dense").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    at = Placement(model, describe(model))
+    with pytest.raises(StructPruneError, match=r"\.safetensors, which holds .*model\.layers\.0.*cannot be read"):
+        with at.at(0):
+            pass
+    assert not threads()
 
 
 def test_a_model_without_weights_is_refused():

@@ -107,12 +107,6 @@ def test_only_causal_language_models_are_trained(case):
         check_recovery(recovery_config(), config(), build(case))
 
 
-def test_a_model_on_the_cpu_is_not_sharded_over_gpus():
-    settings = recovery_config(training={"fsdp": "full_shard"})
-    with pytest.raises(StructPruneError, match="fsdp='full_shard' shards a model over GPUs"):
-        check_recovery(settings, config(), build("llama-tied"))
-
-
 def test_an_offloaded_model_is_not_trained():
     model = cpu_offload(build("llama-tied"), execution_device=torch.device("cpu"))
     with pytest.raises(StructPruneError, match="LlamaForCausalLM is offloaded; leave recovery out, save, and"):
