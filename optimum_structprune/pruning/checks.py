@@ -17,7 +17,7 @@ from ..calibration.gradients import check_gradients
 from ..calibration.passes import check_sequential
 from ..calibration.stored import Statistics
 from ..calibration.whole import check_dense
-from ..config.domains import PRESET, SELF, SelfTextConfig
+from ..config.domains import ANY, PRESET, SELF, SelfTextConfig
 from ..config.gates import GatesConfig
 from ..config.pruning import LEARNED, StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
@@ -414,7 +414,7 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
     """
     default = {field.name: field.default for field in fields(config)}
     recovery = config.recovery
-    domains = [*config.texts, *((recovery and recovery.domains) or ())]
+    domains = [*config.with_broad_text(SELF + ANY).texts, *((recovery and recovery.domains) or ())]
     texts = [domain.source for domain in domains if isinstance(domain.source, str)]
     explicit, gram, uniform = config.widths is not None, config.fits, config.allocation == "uniform"
     stored = config.stats is not None and recovery is None  # the text of a recovery follows these numbers too

@@ -159,7 +159,9 @@ def least_squares(
     gram, error = moments.full_gram(), moments.error
     mean, diagonal = moments.mean.to(gram), gram.diagonal()[keep]
     if bias is not None:
-        diagonal = diagonal - mean[keep].square()
+        variance = diagonal - mean[keep].square()
+        # What is left of a component that does not vary, as with a single token, is rounding.
+        diagonal = torch.where(variance > LEAST * diagonal, variance, 0.0)
 
     def kept(dtype: torch.dtype) -> Tensor:
         square = submatrix(gram, keep, keep)

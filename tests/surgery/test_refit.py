@@ -56,6 +56,15 @@ def test_least_squares_is_exact_where_the_removed_depend_on_the_kept(with_bias):
     assert error(weight, bias, x, keep, *refitted) < 1e-5
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_single_token_changes_nothing_but_the_bias(seed):
+    weight, bias, x = problem(seed, n=40, count=1)
+    keep = torch.arange(24)
+    refitted, shift = least_squares(weight, bias, moments_of(x), keep, 0.1)
+    assert torch.equal(refitted, weight[:, keep])
+    torch.testing.assert_close(x[:, keep] @ refitted.T + shift, x @ weight.T + bias)
+
+
 def test_it_is_the_minimum():
     weight, _, x = problem(3)
     keep = torch.arange(7)
