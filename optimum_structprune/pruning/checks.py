@@ -247,6 +247,12 @@ def space_rules(case: Case) -> Rules:
     """Spaces that do not go with an option."""
     config, arch, names = case.config, case.arch, list(case.widths)
     before = [name for name in names if name in WHOLE_MODEL]
+    most = max(space.size for space in arch.spaces)
+    yield (
+        config.rounds > most,
+        f"rounds={config.rounds} is more than the {most} units of the widest space, and each round has to remove "
+        f"some; choose {most} at most.",
+    )
     yield (
         config.max_perplexity_ratio is not None and bool(before),
         f"max_perplexity_ratio is held by rounds, and {before[0] if before else ''!r} goes before them; leave either "

@@ -57,6 +57,7 @@ REFUSED = [
     # the model
     (headless, {}, "no language-model head; load it with AutoModelForCausalLM"),
     (adapted, {}, "carries a PEFT adapter"),
+    ("llama-tied", {"rounds": 41}, "rounds=41 is more than the 40 units of the widest space"),
     ("llama-tied", {"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
     # how much
     ("llama-tied", {"widths": {"mpl": 3}}, "no space 'mpl' to prune. Did you mean 'mlp'"),
