@@ -152,6 +152,16 @@ def test_bars_are_off_without_a_terminal_and_the_switches_come_back(fails, monke
         assert shown.getvalue() == ("" if fails else "text\ntext\n")
 
 
+@pytest.fixture
+def warnings_of_transformers():
+    """An example that ran before may have silenced them."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.mark.usefixtures("warnings_of_transformers")
 def test_widths_of_single_layers_are_not_warned_of(folder, tmp_path, monkeypatch):
     uneven = str(tmp_path / "uneven")
     Plan("llama", {(1, "attention"): (0,)}).save(tmp_path / "plan.json")
