@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict, validated_field
 
 from .domains import DomainConfig, check_names, with_domains
-from .fields import NO_GAIN, Number, Serialisable, below_one, config_class, finite_inside, positive
+from .fields import NO_GAIN, Number, Serialisable, config_class, finite_inside, positive
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -42,10 +42,8 @@ class RecoveryConfig(Serialisable):
     Args:
         tokens: The number of training tokens in all; the domains give them by their weights.
         seq_length: The number of tokens in a training sample.
-        domains: The training text; documents that the perplexity is measured on are left out.
-        breadth: The share of the training tokens that goes to text of every kind beside the domains (`self:any`). The
-            teacher writes it, or without one the model itself. None stands for a half where a teacher is in memory
-            that can write, and for nothing otherwise.
+        domains: The training text; documents that the perplexity is measured on are left out. None stands for the
+            domains of the pruning, without what the model wrote beside them.
         train: What is trained. `lora` trains a low-rank adapter, `full` all weights, `scales` the norms and one factor
             for each component that a consumer inside the layers reads, which fold into its weights.
         lora: Fields of `peft.LoraConfig`, laid over `LORA`.
@@ -77,7 +75,6 @@ class RecoveryConfig(Serialisable):
     tokens: int = validated_field(positive, default=200_000)
     seq_length: int | None = validated_field(positive, default=None)
     domains: list[DomainConfig] | None = None
-    breadth: Number | None = validated_field(below_one, default=None)
     train: Literal["lora", "full", "scales"] = "lora"
     lora: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
     training: dict[str, Any] = validated_field(finite_inside, default_factory=dict)

@@ -97,8 +97,7 @@ class Recovery:
         teacher, logits = self._teacher(teacher, model, tokenizer, trust_remote_code)
         # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
         # pruning has kept it.
-        teaches = teacher is not None
-        domains = training_text(config, self.pruning, tokenizer, teacher or model, self.parts, teaches)
+        domains = training_text(config, self.pruning, tokenizer, teacher or model, self.parts)
         text = samples_of(domains)
         ppl = {}
         if logits is not None:

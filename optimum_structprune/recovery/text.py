@@ -13,7 +13,6 @@ from torch import Tensor
 from ..config.domains import ANY, SELF, DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.breadth import writes_any
 from ..domains.load import Domain, load_domains, num_heldout, split_samples
 from ..domains.presets import resolve
 from ..errors import StructPruneError
@@ -23,13 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# The share of the text of every kind that a teacher writes.
-WRITTEN = 0.5
-
-
-def text_config(
-    config: RecoveryConfig, pruning: StructPruneConfig, parts: int = 1, writes: bool = False
-) -> StructPruneConfig:
+def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int = 1) -> StructPruneConfig:
     """What `load_domains` has to read for the training: samples of each domain by its weight, presets resolved.
 
     The seed is the pruning's, whatever seed the training has. It decides the order of the documents, and with it which
@@ -39,20 +32,15 @@ def text_config(
         config: How the model is trained.
         pruning: How the model was pruned; it gives the domains and the sample length that `config` leaves open.
         parts: The number of parts that the text is divided into; see `part_rows`.
-        writes: Whether a teacher is at hand that writes text.
 
     Raises:
         StructPruneError: If a domain names a preset that does not exist, `tokens` does not give each part a sample
             from each domain, or the predictions of a teacher are to be kept for text that the model itself writes.
     """
-    domains = resolve(config.domains or pruning.texts, pruning.presets_file)
+    domains = resolve(config.domains or _domains_of(pruning), pruning.presets_file)
     seq_length = config.seq_length or pruning.seq_length
-    samples = config.tokens // seq_length
-    wider = _with_written(domains, config.breadth if config.breadth is not None else WRITTEN if writes else 0.0)
-    if config.breadth is not None or _is_enough(samples, wider, parts):
-        domains = wider
-    if not _is_enough(samples, domains, parts):
-        weights = [domain.weight for domain in domains]
+    samples, weights = config.tokens // seq_length, [domain.weight for domain in domains]
+    if samples < len(domains) or min(split_samples(samples, weights)) < parts:
         rounds = f" in each of {parts} rounds" if parts > 1 else ""
         enough = len(domains) if parts == 1 else ceil(parts * sum(weights) / min(weights))
         raise StructPruneError(
@@ -81,18 +69,14 @@ def text_config(
     )
 
 
-def _with_written(domains: list[DomainConfig], share: float) -> list[DomainConfig]:
-    """The domains with a share of text of every kind, in place of what they have of it; themselves with no share."""
-    own = [domain for domain in domains if domain.source != SELF + ANY]
-    if share == 0 or not own:
-        return domains
-    weight = share / (1 - share) * sum(domain.weight for domain in own)
-    return [*own, DomainConfig(ANY, SELF + ANY, weight=weight)]
+def _domains_of(pruning: StructPruneConfig) -> list[DomainConfig]:
+    """The domains of a pruning, without what the model wrote beside them.
 
-
-def _is_enough(samples: int, domains: Sequence[DomainConfig], parts: int) -> bool:
-    """Whether each part has a sample of each domain."""
-    return samples >= len(domains) and min(split_samples(samples, [domain.weight for domain in domains])) >= parts
+    To write as much as training reads takes long, and it won nothing (docs/recovery.md).
+    """
+    if pruning.broad_text == SELF + ANY:
+        pruning = replace(pruning, breadth=0.0, broad_text=None)
+    return pruning.texts
 
 
 def heldout_samples(pruning: StructPruneConfig, seq_length: int) -> int:
@@ -118,7 +102,6 @@ def training_text(
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,
     parts: int = 1,
-    teaches: bool = False,
 ) -> list[Domain]:
     """Read the text of the whole training, and the held-out text that it is judged by.
 
@@ -128,15 +111,12 @@ def training_text(
         tokenizer: The model's own tokenizer, which reads the domains.
         model: A model with the vocabulary of the trained one; it writes the domains `self:NAME`.
         parts: The number of parts that the text is divided into; see `part_rows`.
-        teaches: Whether that model is the teacher.
 
     Raises:
         StructPruneError: If the text cannot be read or there is too little of it; see `text_config` and
             `load_domains`.
     """
-    asked = teaches and config.breadth is None
-    writes = asked and writes_any(model, tokenizer, pruning.self_text, pruning.seed)
-    text = text_config(config, pruning, parts, writes)
+    text = text_config(config, pruning, parts)
     vocab_size = model.config.get_text_config().vocab_size
     return load_domains(text, tokenizer, vocab_size, heldout_samples(pruning, text.seq_length), model)
 

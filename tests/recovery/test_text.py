@@ -1,13 +1,11 @@
 """The training text: shares by weight, nothing that was held out, and parts that share no sample."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from helpers import RECOVERY_TEXT, recovery_config
-from models import build, config, documents, real_text_model, tokenizer
+from models import build, config, documents, tokenizer
 
-from optimum_structprune import DomainConfig, SelfTextConfig, StructPruneError
+from optimum_structprune import DomainConfig, StructPruneError
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.recovery.text import heldout_samples, part_rows, samples_of, text_config, training_text
 
@@ -61,38 +59,10 @@ def test_fewer_samples_than_parts_are_refused():
     assert text_config(recovery_config(tokens=528), config(), parts=11).num_samples == 22
 
 
-@pytest.fixture
-def writing(tmp_path):
-    """A config of the pruning by which a model writes short documents."""
-    return config(self_text=SelfTextConfig(batch_size=4, max_new_tokens=24, min_tokens=8, cache_dir=str(tmp_path)))
-
-
-def counts(domains) -> dict[str, int]:
-    return {domain.name: len(domain.samples) for domain in domains}
-
-
-def test_a_teacher_writes_half_of_the_text(writing):
-    model, reader = real_text_model()
-    settings = recovery_config(breadth=None)
-    own = {"a": 10, "b": 10}
-    assert counts(training_text(settings, writing, reader, model, teaches=False)) == own
-    text = training_text(settings, writing, reader, model, teaches=True)
-    assert counts(text) == {"a": 5, "b": 5, "any": 10} and text[-1].origin.source == "self:any"
-    assert counts(training_text(settings, writing, tokenizer(), build("bert"), teaches=True)) == own
-    assert counts(training_text(recovery_config(breadth=0.2), writing, reader, model)) == {"a": 8, "b": 8, "any": 4}
-    assert counts(training_text(recovery_config(), writing, reader, model, teaches=True)) == own
-
-
-def test_what_the_pruning_wrote_counts_into_the_half(writing):
-    model, reader = real_text_model()
-    broad = replace(writing, broad_text="self:any", breadth=None)
-    assert [domain.name for domain in broad.texts] == ["a", "b", "broad"]
-    follows = recovery_config(domains=None, breadth=None)
-    assert counts(training_text(follows, broad, reader, model, teaches=True)) == {"a": 5, "b": 5, "any": 10}
-
-
-def test_nothing_is_written_where_the_tokens_do_not_suffice(writing):
-    few = recovery_config(breadth=None, tokens=48)
-    assert text_config(few, writing, writes=True).num_samples == 2
-    with pytest.raises(StructPruneError, match="each of the 3 domains a sample of 24 tokens; 72 is enough"):
-        text_config(recovery_config(breadth=0.5, tokens=48), writing)
+def test_what_the_model_wrote_beside_the_domains_is_not_trained_on():
+    written = config(breadth=None, broad_text="self:any")
+    assert [domain.name for domain in written.texts] == ["a", "b", "broad"]
+    follows = recovery_config(domains=None)
+    assert [domain.name for domain in text_config(follows, written).texts] == ["a", "b"]
+    named = config(breadth=None, broad_text="builtin:broad")
+    assert [domain.name for domain in text_config(follows, named).texts] == ["a", "b", "broad"]
