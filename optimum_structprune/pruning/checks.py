@@ -243,16 +243,20 @@ def gate_rules(case: Case) -> Rules:
     )
 
 
+def round_rules(case: Case) -> Rules:
+    """The number of rounds."""
+    rounds, most = case.config.rounds, max(space.size for space in case.arch.spaces)
+    yield (
+        rounds > most,
+        f"rounds={rounds} is more than the {most} units of the widest space, and each round has to remove some; "
+        f"choose {most} at most.",
+    )
+
+
 def space_rules(case: Case) -> Rules:
     """Spaces that do not go with an option."""
     config, arch, names = case.config, case.arch, list(case.widths)
     before = [name for name in names if name in WHOLE_MODEL]
-    most = max(space.size for space in arch.spaces)
-    yield (
-        config.rounds > most,
-        f"rounds={config.rounds} is more than the {most} units of the widest space, and each round has to remove "
-        f"some; choose {most} at most.",
-    )
     yield (
         config.max_perplexity_ratio is not None and bool(before),
         f"max_perplexity_ratio is held by rounds, and {before[0] if before else ''!r} goes before them; leave either "
@@ -393,19 +397,28 @@ def calibrate_rules(case: Case) -> Rules:
 # Rules that need no model, so that a mistake shows as early as can be.
 CONFIG_RULES: Mapping[str, Iterable[Any]] = {TRAINER: (trainer_rules,)}
 RULES: Mapping[str, Iterable[Any]] = {
-    DRY_RUN: (criterion_rules, gate_rules, space_rules),
+    DRY_RUN: (criterion_rules, gate_rules, round_rules, space_rules),
     PRUNE: (
         model_rules,
         offloading_rules,
         criterion_rules,
         gate_rules,
+        round_rules,
         space_rules,
         text_rules,
         statistics_rules,
         checkpoint_rules,
         recovery_rules,
     ),
-    TRAINER: (model_rules, offloading_rules, criterion_rules, gate_rules, trainer_space_rules, space_rules),
+    TRAINER: (
+        model_rules,
+        offloading_rules,
+        criterion_rules,
+        gate_rules,
+        trainer_space_rules,
+        round_rules,
+        space_rules,
+    ),
     CALIBRATE: (model_rules, offloading_rules, calibrate_rules, text_rules),
 }
 
