@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from importlib import util
+from math import log
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -315,6 +316,25 @@ def test_benchmark_domains_leaves_one_kind_out(desk, capsys, monkeypatch):
     table = {row[0]: row for row in rows[2:]}
     assert {cell: table[cell][1] for cell in cells} == dict(zip(cells, "332", strict=True))
     assert table[cells[0]][3] == "1.000 ± 0.000"
+
+
+@needs_shared
+def test_train_tiny(desk, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    data, out = desk / "few", desk / "tiny"
+    (data / "calibration").mkdir(parents=True)
+    lines = (SHARED / "data" / "calibration" / "stories.jsonl").read_text().splitlines(keepends=True)
+    (data / "calibration" / "stories.jsonl").write_text("".join(lines[:60]))
+    small = ["--vocabulary", "400", "--seq-length", "64", "--batch-size", "4"]
+    main("train_tiny")([str(data), str(out), "--tokens", "5120", *small])
+    model, reader = (kind.from_pretrained(out) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.config.model_type == "qwen3" and model.config.vocab_size == len(reader) == 400
+    text = "Once upon a time there was a little girl."
+    assert reader.decode(reader(text)["input_ids"]) == text
+    ids = torch.tensor(reader("".join(json.loads(line)["text"] for line in lines[:3]))["input_ids"])[None, :256]
+    with torch.no_grad():
+        loss = float(model(ids, labels=ids).loss)
+    assert loss < 0.98 * log(400)  # twenty steps have taught it something
 
 
 @needs_shared
