@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from ..arch.plain import is_quantized
-from ..config.domains import ANY, SELF, SelfTextConfig
+from ..config.domains import ANY, SELF
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..system.offloading import is_offloaded
@@ -30,31 +30,18 @@ def with_written_text(
         tokenizer: Its tokenizer, or None.
     """
     written = config.with_broad_text(SELF + ANY)
-    if written is config or not writes_any(model, tokenizer, config.self_text, config.seed):
+    if written is config or tokenizer is None or not _can_write(model):
+        return config
+    try:
+        # Some models write nothing that is of use. What is written here is kept on the disk.
+        next(self_documents(model, tokenizer, config.self_text, ANY, config.seed))
+    except StructPruneError as error:
+        logger.warning("No text of every kind is written: %s", error)
         return config
     return written
 
 
-def writes_any(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: SelfTextConfig, seed: int
-) -> bool:
-    """Whether a model writes text of every kind.
-
-    It can write, its weights are where they can be used for each token anew, and what it writes is of use: the first
-    documents are written here, and kept on the disk.
-
-    Args:
-        model: Any model.
-        tokenizer: Its tokenizer, or None.
-        settings: How it writes.
-        seed: The seed of the text.
-    """
+def _can_write(model: PreTrainedModel) -> bool:
+    """Whether a model generates, and its weights are where they can be used for each token anew."""
     in_memory = not is_offloaded(model) and not is_quantized(model)
-    if tokenizer is None or not in_memory or not model.can_generate() or model.config.is_encoder_decoder:
-        return False
-    try:
-        next(self_documents(model, tokenizer, settings, ANY, seed))
-    except StructPruneError as error:
-        logger.warning("No text of every kind is written: %s", error)
-        return False
-    return True
+    return in_memory and model.can_generate() and not model.config.is_encoder_decoder
