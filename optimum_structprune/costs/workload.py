@@ -249,7 +249,6 @@ def workload(
         for axis in space.into
     )
     layers = tuple(_layer(layer, arch, shapes, widths, chosen) for layer in range(arch.num_layers))
-    samples = Samples.of(config, inputs)
     return Workload(
         layers=layers,
         consumers=consumers,

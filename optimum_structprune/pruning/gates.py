@@ -183,12 +183,16 @@ class Gates:
         self.linear = torch.zeros(2, len(budgets), device=device, requires_grad=True)
         self.squared = torch.zeros(len(budgets), device=device, requires_grad=True)
 
+    @property
+    def opened(self) -> Tensor:
+        """max(z, 0) for every gate z, with the gradient of z, shape `(units,)`."""
+        return self.values + (self.values.relu() - self.values).detach()
+
     def factors(self) -> dict[str, Tensor]:
         """What multiplies the input of every consumer, by module, shape `(n,)`; the gradient is that of the gates."""
-        opened = self.values + (self.values.relu() - self.values).detach()
         return {
             axis.module: gate.repeat_interleave(axis.per_unit)
-            for space, gate in zip(self.spaces, opened.split(self.sizes), strict=True)
+            for space, gate in zip(self.spaces, self.opened.split(self.sizes), strict=True)
             for axis in space.into
         }
 
@@ -202,8 +206,7 @@ class Gates:
             done: The share of the steps that are done.
         """
         half = SOFT - (SOFT - SHARP) * sqrt(done)
-        opened = self.values + (self.values.relu() - self.values).detach()
-        soft = 1.2 * torch.sigmoid((opened - half) * 2.4 / half) - 0.1
+        soft = 1.2 * torch.sigmoid((self.opened - half) * 2.4 / half) - 0.1
         return soft + (soft.clamp(0, 1) - soft).detach()
 
     def penalty(self, done: float) -> Tensor:
