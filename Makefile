@@ -14,12 +14,13 @@ SMOKE := tests/config tests/surgery/test_cut.py tests/saving/test_hub.py
 smoke: .venv/.test ## in a minute: what is asked for, the cut of every family, a saved folder that reloads
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x -n 2 -m "not slow" $(SMOKE)
 
-# Each worker of xdist gets one thread: the cores are shared already. Exit code 5 means that no test is marked slow.
+# Each worker of xdist gets one thread: the cores are shared already. Snippets of the docs go on with what those before
+# them have left, so that a file of slow tests stays on one worker. Exit code 5 means that no test is marked slow.
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: .venv/.test ## all tests: the fast ones, then the slow ones, on two workers
 	$(BIN)/python -m pytest -n 2 -m "not slow" --junitxml=build/tests/fast.xml
-	$(BIN)/python -m pytest -n 2 -m slow --junitxml=build/tests/slow.xml || test $$? -eq 5
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --junitxml=build/tests/slow.xml || test $$? -eq 5
 
 style: .venv/.dev ## format and sort
 	$(BIN)/ruff format .
