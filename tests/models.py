@@ -418,6 +418,17 @@ def build(case: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+def three_layers() -> PreTrainedModel:
+    """A Llama of three layers, the second of which does next to nothing."""
+    torch.manual_seed(0)
+    fields = {**GROUPED, "num_hidden_layers": 3, "initializer_range": 0.1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(0.01)
+        model.model.layers[1].self_attn.o_proj.weight.mul_(0.01)
+    return model
+
+
 def token_ids(batch: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
     """Random token ids."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -106,6 +106,29 @@ def traffic(work: Workload, offload: str | None = None, checkpoint: bool = False
     return Traffic(read, written, copied, summed)
 
 
+def divided(work: Workload) -> float:
+    """The operations of scores and refits that several processes divide: those of trials, each layer in one process.
+
+    The moments of experts are not kept until every process has its layer, so their trials wait for each other.
+
+    Args:
+        work: What the pruning has to go through.
+    """
+    if not work.choosing.probe:
+        return 0.0
+    found = _trials(replace(_unpruned(work), consumers=tuple(one for one in work.consumers if not one.expert)))
+    return found.scoring + found.refit
+
+
+def repeated(work: Workload) -> float:
+    """The operations of forward passes that every process makes: those that take the text of trials along.
+
+    Args:
+        work: What the pruning has to go through.
+    """
+    return _along(work) if work.choosing.probe else 0.0
+
+
 def _sweep(work: Workload) -> Flops:
     """One round."""
     consumers = work.consumers
@@ -120,8 +143,7 @@ def _sweep(work: Workload) -> Flops:
 def _chosen(work: Workload) -> Flops:
     """What chooses the widths before the first round: a ranking, a comparison of layers, or trials."""
     plan, nothing = work.choosing, Flops(0.0, 0.0, 0.0, 0.0)
-    # On trial, nothing shrinks.
-    dense = replace(work, layers=tuple(replace(layer, left=layer.parameters) for layer in work.layers), rounds=1)
+    dense = _unpruned(work)
     if plan.ranked:
         return _sweep(replace(dense, feedback=False, fits=False))
     if plan.judged:
@@ -130,19 +152,33 @@ def _chosen(work: Workload) -> Flops:
         return nothing
     part = replace(dense, samples=replace(work.samples, count=plan.samples))
     final = _sweep(part).plus(replace(nothing, forward=_whole(work, plan.probe, plan.probe / STRIDE)))
-    return _trials(replace(dense, feedback=False)).plus(final.times(plan.finals))
+    return _trials(dense).plus(final.times(plan.finals))
+
+
+def _unpruned(work: Workload) -> Workload:
+    """One round in which nothing shrinks, as on trial."""
+    return replace(work, layers=tuple(replace(layer, left=layer.parameters) for layer in work.layers), rounds=1)
+
+
+def _along(work: Workload) -> float:
+    """A pass over the text of trials that tells how the layers are called, one for the predictions of the dense model,
+    and one from layer to layer.
+    """
+    probe = work.choosing.probe
+    return 2 * _whole(work, probe, probe / STRIDE) + sum(
+        _pass(work, layer, probe) for layer in range(len(work.layers))
+    )
 
 
 def _trials(work: Workload) -> Flops:
     """Each space of each layer gives up a part, while all others are dense."""
+    work = replace(work, feedback=False)
     probe, kept = work.choosing.probe, [1 - share for share in SHARES]
-    # A pass that tells how the layers are called, and one for the predictions of the dense model.
-    forward = _round(replace(work, consumers=())) + 2 * _whole(work, probe, probe / STRIDE)
+    forward = _round(replace(work, consumers=())) + _along(work)
     for layer in range(len(work.layers)):
         spaces = len(_gathered(work, layer))
         behind = _whole(work, probe, probe / STRIDE, layer)
         forward += spaces * (_pass(work, layer, work.samples.tokens) + len(kept) * behind)
-        forward += _pass(work, layer, probe)
         if work.choosing.without_layers:
             forward += _whole(work, probe, probe / STRIDE, layer + 1)
     consumers = work.consumers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .flops import flops, traffic
+from .flops import divided, flops, repeated, traffic
 from .need import USABLE, need
 from .workload import Workload
 
@@ -109,11 +109,12 @@ def estimate(work: Workload, machine: Machine, offload: str | None = None, check
 
 
 def _compute(work: Workload, machine: Machine) -> float:
-    """Processes share passes and moments; each of them scores and refits by itself."""
-    found = flops(work)
+    """Processes share passes and moments, and divide trials; each of them makes the scores and refits of rounds."""
+    found, parts, along = flops(work), divided(work), repeated(work)
     rate = machine.half if work.itemsize <= HALF else machine.single
-    own = (found.scoring + found.refit) / (machine.single * FACTORS)
-    return found.shared / machine.processes / (rate * PRODUCTS) + own
+    own = found.scoring + found.refit - parts + parts / machine.processes
+    passes = along + (found.shared - along) / machine.processes
+    return passes / (rate * PRODUCTS) + own / (machine.single * FACTORS)
 
 
 def _moving(work: Workload, machine: Machine, offload: str | None, checkpoint: bool) -> float:

@@ -72,7 +72,7 @@ def need(work: Workload, offload: str | None = None, processes: int = 1) -> Need
     largest = work.itemsize * max(layer.parameters for layer in work.layers)
     weights = work.weights if offload is None else min(work.weights, work.weights - inside + 2 * largest)
     host = 0 if offload is None else streams + (inside if offload == "cpu" else largest)
-    kept = work.itemsize * work.vocab * work.choosing.probe // STRIDE // processes
+    kept = work.itemsize * work.vocab * work.choosing.probe // STRIDE
     hidden = kept + (streams if offload is None else 0)
     if work.rounds > 1:
         # Consumers that a round has masked keep their dense values until the last round.

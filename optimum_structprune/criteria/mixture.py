@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -116,20 +116,27 @@ class Scoring:
         return per_unit(square.to(self.weight) * self.weight.square().sum(0), self.columns_per_unit)
 
 
-@dataclass(frozen=True)
 class Pooled:
     """What all domains say of one consumer.
 
-    Attributes:
-        scores: One score per unit, shape `(units,)`, higher = keep; nothing where the units are not scored.
+    Args:
         moments: The moments of the domain mixture, each domain divided by its output energy.
+        score: Gives one score per unit. It is called when the scores are first asked for, because a score may take a
+            factor of the Gram matrix, which is the larger part of the work where many processes share the samples.
         carried: How much output each unit carries in each domain, see `Scoring.carried`, shape `(domains, units)`;
             None where the units are not scored, or a domain has no token here.
     """
 
-    scores: Tensor
-    moments: Moments
-    carried: Tensor | None = None
+    def __init__(self, moments: Moments, score: Callable[[Moments], Tensor], carried: Tensor | None = None):
+        self.moments, self.carried = moments, carried
+        self._score = score
+
+    @property
+    def scores(self) -> Tensor:
+        """One score per unit, shape `(units,)`, higher = keep; nothing where the units are not scored."""
+        found = self._score(self.moments)
+        self._score = lambda moments: found  # the first one held a copy of the weight
+        return found
 
 
 class Pool:
@@ -183,12 +190,13 @@ class Pool:
         """What the domains say together; it can be asked for once, after the last of them."""
         moments = self._blend.moments()
         if self.scoring is None:
-            return Pooled(self.weight.new_zeros(0), moments)
+            nothing = self.weight.new_zeros(0)
+            return Pooled(moments, lambda moments: nothing)
         if self.mixture.pools_scores:
-            return Pooled(self.scoring.of(moments), moments, self._all_carried())
+            return Pooled(moments, self.scoring.of, self._all_carried())
         total = sum(self._seen)
         scores = self.mixture.together(torch.stack(self._scores), [share / total for share in self._seen])
-        return Pooled(scores, moments, self._all_carried())
+        return Pooled(moments, lambda moments: scores, self._all_carried())
 
     def _all_carried(self) -> Tensor | None:
         return torch.stack(self._carried) if len(self._carried) == len(self.mixture.shares) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from inspect import signature
@@ -17,12 +17,12 @@ from ..arch.spec import LAYER, ArchSpec, Axis, Space
 from ..calibration.passes import Passes, batches_of, passes_over
 from ..calibration.sequential import LayerPasses
 from ..calibration.tally import Batch
-from ..criteria.mixture import Mixture
+from ..criteria.mixture import Mixture, Pooled
 from ..domains.load import Domain
 from ..forward.divergence import divergence
 from ..forward.metrics import TOKENS_AT_ONCE, run_model
 from ..surgery.consumers import Values
-from ..system.processes import add_up_, own_part
+from ..system.processes import add_up_, of_all, process_count, process_index
 from ..widths.shapes import Curves
 from .evidence import Evidence
 from .known import Key, Known, Trials
@@ -42,13 +42,16 @@ PROBE_TOKENS = 4096
 STRIDE = 4
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-9
+# Gives the values of the consumers of one kind of space in one layer, by the number of units removed.
+Refits = Callable[[], Mapping[int, Mapping[Axis, Values]]]
 
 
 class Probe:
     """Held-out text that runs through the model from one layer on, and the dense model's predictions for it.
 
     Where layers hand on hidden states alone, the layers before the present one do not run again. In memory are the
-    hidden states of the text and the dense logits of one token in four.
+    hidden states of the text and the dense logits of one token in four. Each of several processes holds all of the
+    text.
 
     Args:
         model: The dense model.
@@ -86,15 +89,18 @@ class Probe:
         """KL(dense‖model) in nats per token, by domain, in the mean over its tokens; shape `(domains,)`.
 
         Args:
-            model: Another model with the same vocabulary, which runs as a whole; None for the model of the probe.
+            model: Another model with the same vocabulary, which runs as a whole, and in every process on a part of the
+                text; None for the model of the probe, which each process may have changed in a way of its own.
         """
         total, count = (torch.zeros(1 + max(batch.domain for batch in self.batches)) for _ in range(2))
-        for index, batch in enumerate(self.batches):
+        first, step = (0, 1) if model is None else (process_index(), process_count())
+        for index, batch in [*enumerate(self.batches)][first::step]:
             pairs = (values.split(TOKENS_AT_ONCE) for values in (self._logits(index, model), self.dense[index]))
             for logits, dense in zip(*pairs, strict=True):
                 total[batch.domain] += float(divergence(logits, dense)) * len(dense)
                 count[batch.domain] += len(dense)
-        add_up_([total, count])
+        if model is not None:
+            add_up_([total, count])
         return total / count
 
     def losses_without_layer(self) -> Tensor | None:
@@ -176,6 +182,8 @@ def all_trials(
 ) -> Trials:
     """What `trial_losses` gives for each of some spaces, and what the model loses without each layer.
 
+    Of as many layers as there are processes, all processes gather the moments together; then each tries one of them.
+
     Args:
         sweep: Prunes on trial.
         spaces: The spaces of each kind in each layer.
@@ -186,18 +194,40 @@ def all_trials(
     """
     model, arch = sweep.model, sweep.arch
     passes = evidence.passes(model, arch)
-    for layer in tqdm(range(arch.num_layers), desc="measuring losses", unit="layer"):
-        with sweep.placement.at(layer):
-            for key, of_kind in spaces.items():
-                if key[0] == layer and key not in known.trials:
-                    known.trials[key] = trial_losses(sweep, of_kind, passes, probe, evidence.mixture)
-            if layers and (layer, LAYER) not in known.trials:
-                alone = probe.losses_without_layer()
-                known.trials[layer, LAYER] = {} if alone is None else {1: alone}
-            passes.advance(layer)
-            probe.advance()
+    for some in _side_by_side(arch.num_layers):
+        own: dict[Key, Refits] = {}
+        for layer in some:
+            with sweep.placement.at(layer):
+                for key, of_kind in spaces.items():
+                    if key[0] == layer and key not in known.trials:
+                        refits = refits_of(sweep, of_kind, passes, evidence.mixture, _is_own(layer))
+                        own |= {key: refits} if _is_own(layer) else {}
+                passes.advance(layer)
+        measured: Trials = {}
+        for layer in some:
+            with sweep.placement.at(layer):
+                if _is_own(layer):
+                    # Popped, because the moments of a space are let go with its trials.
+                    measured |= {key: trial_losses(sweep, own.pop(key), probe) for key in [*own]}
+                    if layers and (layer, LAYER) not in known.trials:
+                        alone = probe.losses_without_layer()
+                        measured[layer, LAYER] = {} if alone is None else {1: alone}
+                probe.advance()
+        for of_process in of_all(measured):
+            known.trials |= of_process
         known.save()
     return {key: known.trials[key] for key in tried(arch, spaces, layers)}
+
+
+def _side_by_side(num_layers: int) -> Iterator[range]:
+    """The layers that the processes try at the same time: one in each of them."""
+    for layers in tqdm(range(0, num_layers, process_count()), desc="measuring losses", unit="layer"):
+        yield range(layers, min(layers + process_count(), num_layers))
+
+
+def _is_own(layer: int) -> bool:
+    """Whether this process tries a layer."""
+    return layer % process_count() == process_index()
 
 
 def tried(arch: ArchSpec, spaces: Collection[Key], layers: bool) -> list[Key]:
@@ -216,38 +246,58 @@ def remaining_error(num_layers: int, error_feedback: float) -> list[float]:
 
 
 def probe_batches(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
-    """Samples to choose by that this process runs: as many of every domain, of about `PROBE_TOKENS` tokens in all."""
+    """Samples to choose by: as many of every domain, of about `PROBE_TOKENS` tokens in all."""
     count = max(1, ceil(PROBE_TOKENS / domains[0].trial.shape[1] / len(domains)))
-    return batches_of(
-        [replace(domain, samples=own_part(domain.trial[:count]), mask=None) for domain in domains], batch_size
-    )
+    return batches_of([replace(domain, samples=domain.trial[:count], mask=None) for domain in domains], batch_size)
 
 
-def trial_losses(
-    sweep: Sweep, spaces: Sequence[Space], passes: Passes, probe: Probe, mixture: Mixture
-) -> dict[int, Tensor]:
-    """The loss of the model with some units removed from one kind of space in one layer.
+def refits_of(sweep: Sweep, spaces: Sequence[Space], passes: Passes, mixture: Mixture, own: bool = True) -> Refits:
+    """What the trials of one kind of space in one layer need of the calibration samples.
 
     Args:
         sweep: Prunes on trial.
         spaces: One space, or one per expert; they share their width.
         passes: The passes over the calibration samples, at that layer.
-        probe: The held-out text, at that layer.
         mixture: How the domains are brought together.
+        own: Whether this process makes the trials; otherwise it only takes part in the sums over all processes.
+
+    Returns:
+        What gives the values of the consumers by the number of units removed. For one space it holds the moments, and
+        scores and refits when it is called; for experts, whose moments together may be too much for the memory, it
+        holds the values.
+    """
+    if len(spaces) == 1:
+        found = sweep.gather(passes, spaces[0], mixture)
+        return lambda: _refits(sweep, spaces[0], found)
+    values: dict[int, dict[Axis, Values]] = {}
+    for space in spaces:
+        found = sweep.gather(passes, space, mixture)
+        for units, of_one in (_refits(sweep, space, found) if own else {}).items():
+            values.setdefault(units, {}).update(of_one)
+    return lambda: values
+
+
+def _refits(sweep: Sweep, space: Space, found: Sequence[Pooled]) -> dict[int, dict[Axis, Values]]:
+    """The values of the consumers of one space by the number of units removed."""
+    width = space.width
+    removed = sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0})
+    return {units: sweep.trial(space, found, (width - units) * space.scale) for units in removed}
+
+
+def trial_losses(sweep: Sweep, refits: Refits, probe: Probe) -> dict[int, Tensor]:
+    """The loss of the model with some units removed from one kind of space in one layer.
+
+    Args:
+        sweep: Prunes on trial.
+        refits: What `refits_of` gave for it.
+        probe: The held-out text, at that layer.
 
     Returns:
         The losses by domain, shape `(domains,)`, by the number of units removed.
     """
-    width = spaces[0].width
-    removed = sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0})
-    values: dict[int, dict[Axis, Values]] = {units: {} for units in removed}
-    for space in spaces:
-        gathered = sweep.gather(passes, space, mixture)
-        for units, of_trial in values.items():
-            of_trial |= sweep.trial(space, gathered, (width - units) * space.scale)
     losses = {}
-    for units, of_trial in values.items():
-        with sweep.consumers.holding(of_trial):
+    for units, values in refits().items():
+        with sweep.consumers.holding(values):
             losses[units] = probe.losses()
     return losses
 

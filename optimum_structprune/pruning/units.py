@@ -88,9 +88,6 @@ class Units:
 
         Returns:
             The scores of the units that are left, and the moments of the domain mixture, by consumer.
-
-        Raises:
-            StructPruneError: If a criterion does not give one finite score for each unit.
         """
         before, criterion = self._before(space), self._criterion(space.layer)
         pools = []
@@ -102,10 +99,7 @@ class Units:
             pools.append(Pool(mixture, dense, Scoring(criterion, present, axis.per_unit, columns)))
         # A refit starts from the dense weights, so error feedback has to see the error that these leave.
         with self.consumers.as_dense(space.into):
-            found = pooled(passes.gather(space.layer, space, self.gram), pools)
-        for axis, of_one in zip(space.into, found, strict=True):
-            self._check_scores(axis, of_one.scores, len(before))
-        return found
+            return pooled(passes.gather(space.layer, space, self.gram), pools)
 
     def trial(self, space: Space, gathered: Sequence[Pooled], width: int) -> dict[Axis, Values]:
         """The values that the consumers of one space would get if it kept so many units; the model is left as it is.
@@ -114,6 +108,9 @@ class Units:
             space: The space, at its full width.
             gathered: What `gather` gave for it.
             width: How many units are kept.
+
+        Raises:
+            StructPruneError: If a criterion does not give one finite score for each unit.
         """
         keep = dict(self.keep)
         with self.consumers.holding(self.consumers.copies(space.into)):
@@ -151,6 +148,8 @@ class Units:
     def _choose_(self, space: Space, gathered: Sequence[Pooled], width: int, note: bool = False) -> None:
         before, refit = self._before(space), REFITS[self.config.refit]
         criterion = self._criterion(space.layer)
+        for axis, of_one in zip(space.into, gathered, strict=True):
+            self._check_scores(axis, of_one.scores, len(before))
         scores = torch.stack([of_one.scores for of_one in gathered]).sum(0)
         keep = tuple(before[unit] for unit in best_units(scores, width))
         if len(space.into) == 1:

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from helpers import assert_same_choices, on_two_ranks
-from models import build, config, documents, real_text_model, tokenizer
+from models import build, config, documents, real_text_model, three_layers, tokenizer
 from safetensors.torch import load_file
 
 from optimum_structprune import DomainConfig, SelfTextConfig, StructPruner
@@ -20,7 +20,9 @@ RUNS = {
     "qwen3": {"criterion": "taylor", "rounds": 2, "adaptive_rate": 1.0},
     "mixtral": {"widths": {"expert": 3, "mlp": 24}},
     "gemma2": {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
+    "three layers": {"widths": None, "sparsity": 0.25, "allocation": "search", "round_to": 4},
     "granite": {"widths": {"layer": 1, "hidden": 24, "mlp": 24}},
+    "olmoe": {"widths": None, "sparsity": 0.1, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
     "t5": {},
     "writes itself": {},
 }
@@ -29,12 +31,20 @@ import json, sys
 from pathlib import Path
 from safetensors.torch import save_file
 from forward.test_processes import RUNS, pruned
+from optimum_structprune.pruning import trials
 from optimum_structprune.system.processes import across_processes, process_count, process_index
 
-folder = Path(sys.argv[1])
+folder, measure, tried = Path(sys.argv[1]), trials.trial_losses, []
+
+def counted(sweep, refits, probe):
+    tried.append(probe.layer)
+    return measure(sweep, refits, probe)
+
+trials.trial_losses = counted
 with across_processes():
     assert process_count() == 2
     for case in RUNS:
+        tried.clear()
         pruner, model = pruned(case)
         part = folder / f"{case}-{process_index()}"
         part.mkdir()
@@ -42,6 +52,7 @@ with across_processes():
         (part / "plan").write_text(json.dumps(pruner.plan.to_dict()))
         (part / "report").write_text(json.dumps(pruner.report.to_dict()))
         pruner.report.details.save(part / "details")
+        (part / "tried").write_text(json.dumps(tried))
 """
 
 
@@ -51,7 +62,7 @@ def pruned(case):
     few = [" ".join(f"w{3 + (i * j) % 5}" for j in range(30)) for i in range(60)]
     domains = [DomainConfig(name="a", source=documents()), DomainConfig(name="few", source=few, weight=0.2)]
     pruner = StructPruner(config(**{"domains": domains, **RUNS[case]}))
-    return pruner, pruner.prune_model(build(case), tokenizer())
+    return pruner, pruner.prune_model(three_layers() if case == "three layers" else build(case), tokenizer())
 
 
 def on_text_of_its_own():
@@ -84,6 +95,13 @@ def test_two_processes_find_what_one_finds(case, together):
         report = json.loads((part / "report").read_text())
         for name, values in pruner.report.perplexity.items():
             assert report["perplexity"][name] == pytest.approx(values, rel=1e-5)
+
+
+def test_each_process_makes_the_trials_of_its_own_layers(together):
+    """Of three layers two; of experts, the FFN alone."""
+    expected = {"three layers": [[0, 0, 2, 2], [1, 1]], "gemma2": [[0], [1]], "olmoe": [[0], [1]], "t5": [[], []]}
+    for case, of_ranks in expected.items():
+        assert [json.loads((together / f"{case}-{rank}" / "tried").read_text()) for rank in (0, 1)] == of_ranks
 
 
 DYING = """

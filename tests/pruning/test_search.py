@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 from helpers import count_hooks, same_weights
-from models import GROUPED, build, config, documents, tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from models import build, config, documents, three_layers, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
@@ -18,14 +17,7 @@ BY_SHARE = {"sparsity": 0.2, "round_to": 4}
 
 @pytest.fixture(scope="module")
 def model():
-    """A Llama of three layers, the second of which does next to nothing."""
-    torch.manual_seed(0)
-    fields = {**GROUPED, "num_hidden_layers": 3, "initializer_range": 0.1}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval()
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.mul_(0.01)
-        model.model.layers[1].self_attn.o_proj.weight.mul_(0.01)
-    return model
+    return three_layers()
 
 
 def pruned(model, **fields):
@@ -110,11 +102,11 @@ def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
 def test_a_run_that_was_killed_goes_on_at_the_next_layer(model, tmp_path, monkeypatch):
     measure, calls = trials.trial_losses, []
 
-    def failing(*args):
-        calls.append(args[1][0].layer)
+    def failing(sweep, refits, probe):
+        calls.append(probe.layer)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return measure(*args)
+        return measure(sweep, refits, probe)
 
     fields = {"sparsity": 0.2, "round_to": 4, "allocation": "search"}
     monkeypatch.setattr(trials, "trial_losses", failing)

@@ -14,7 +14,7 @@ from optimum_structprune.domains.load import Domain
 from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.pruning.search import measured_curves
 from optimum_structprune.pruning.sweep import Sweep
-from optimum_structprune.pruning.trials import STRIDE, Probe, trial_losses, unit_losses
+from optimum_structprune.pruning.trials import STRIDE, Probe, refits_of, trial_losses, unit_losses
 from optimum_structprune.saving.report import Report
 from optimum_structprune.surgery.consumers import read_consumer
 
@@ -84,7 +84,7 @@ def test_trials_prune_as_the_sweep_does_and_lose_more_with_more_gone():
     sweep, mixture = Sweep(model, arch, evidence.config), evidence.mixture
     passes, space = evidence.passes(model, arch), arch.of("mlp")[0]
     probe = Probe(model, arch, batches_of(domains(), 3))
-    losses = trial_losses(sweep, [space], passes, probe, mixture)
+    losses = trial_losses(sweep, refits_of(sweep, [space], passes, mixture), probe)
     assert list(losses) == [10, 30]
     assert (torch.stack(list(losses.values())).diff(dim=0) > 0).all()
     consumers = sweep.trial(space, sweep.gather(passes, space, mixture), 20)
