@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,6 +68,8 @@ def dense_scores(
         names: The kinds of space.
         report: Takes the time.
     """
+    # The dense model has no error to make up for, so there is no stream of dense hidden states to carry beside it.
+    evidence = replace(evidence, config=replace(config, error_feedback=0.0))
     with evaluating(model), report.timed("ranking"):
         return Sweep(model, arch, config).scores(evidence.passes(model, arch), evidence.mixture, names)
 
