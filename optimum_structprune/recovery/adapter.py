@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import set_seed
 
+from ..arch.heterogeneous import heterogeneous
 from ..arch.load import describe
 from ..config.fields import build
 from ..config.recovery import LORA, RecoveryConfig
@@ -39,6 +42,9 @@ from .identity import DIGITS, read_identity, weights_hash
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
 
 
 def lora_config(config: RecoveryConfig) -> LoraConfig:
@@ -146,6 +152,34 @@ def fresh_adapter(model: PreTrainedModel, kind: PeftConfig, seed: int, merge: bo
     adapted.train(training)
     if merge:
         set_trainable_(model, trainable)
+
+
+def check_fits(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> None:
+    """Refuse an adapter that does not go with a model, such as one for modules that the model does not have.
+
+    It is put on a model of the same kind without weights. What depends on weights is found when it is put on the model
+    itself.
+
+    Args:
+        model: The model; it is not touched.
+        kind: The kind of adapter.
+        merge: Whether the adapter will be folded into the weights.
+
+    Raises:
+        StructPruneError: If peft finds no place for it, or what is trained would not be what is merged.
+    """
+    kind = deepcopy(kind)
+    if isinstance(kind, LoraConfig):
+        kind.init_lora_weights = True  # others look at the weights
+    try:
+        with torch.device("meta"), heterogeneous():
+            empty = type(model)(deepcopy(model.config))
+            _adapted(empty, kind, merge)
+    except StructPruneError as error:
+        if error.__cause__ is None or isinstance(error.__cause__, ValueError):
+            raise
+    except Exception as error:  # a model that is made in a way of its own says nothing about the adapter
+        logger.debug("the adapter is not tried before: %s", error)
 
 
 def _adapted(model: PreTrainedModel, config: PeftConfig, merge: bool) -> PeftModel:

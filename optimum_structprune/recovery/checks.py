@@ -14,7 +14,7 @@ from ..domains.sources import documents
 from ..errors import StructPruneError
 from ..saving.target import probe_folder
 from ..system.offloading import is_offloaded
-from .adapter import adapter_config, lora_config
+from .adapter import adapter_config, check_fits, lora_config
 from .sharding import check_deepspeed, check_sharding
 from .text import text_config
 from .trainer import training_arguments
@@ -40,10 +40,11 @@ def check_recovery(
             `every_round`, and for one part otherwise.
 
     Raises:
-        StructPruneError: If peft or transformers do not know a field or refuse its value, a preset or a file of a
-            domain does not exist, checkpoints or a teacher's predictions cannot be written, the tokens do not give
-            every domain a sample, the samples are longer than the model's positions, the predictions of a teacher are
-            to be kept for text that the model itself writes, or the model is not a causal language model.
+        StructPruneError: If peft or transformers do not know a field or refuse its value, the adapter does not go with
+            the model, a preset or a file of a domain does not exist, checkpoints or a teacher's predictions cannot be
+            written, the tokens do not give every domain a sample, the samples are longer than the model's positions,
+            the predictions of a teacher are to be kept for text that the model itself writes, or the model is not a
+            causal language model.
             Also if it is offloaded, or the training is to be sharded in a way that does not work; see `sharding`.
     """
     check_deepspeed(config)
@@ -54,8 +55,8 @@ def check_recovery(
         # Names that lead nowhere are found when the source is opened; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
     lora_config(config)
-    if model is not None:
-        adapter_config(config, model, pruning.arch_file)
+    if model is not None and (adapter := adapter_config(config, model, pruning.arch_file)) is not None:
+        check_fits(model, adapter, config.merge)
     device = model.device.type if model is not None else "cuda" if torch.cuda.is_available() else "cpu"
     arguments = training_arguments(config, text.seed, device == "cpu", tempfile.gettempdir(), parts=parts)
     check_sharding(arguments, device)

@@ -39,6 +39,8 @@ def unread():
         ({"training": {"max_steps": True}}, "max_steps takes int, got True"),
         ({"training": {"fp16": True, "bf16": True}}, "TrainingArguments: At most one of fp16 and bf16"),
         ({"lora": {"r": 0}}, "r has to be 1 or more, got 0"),
+        ({"lora": {"target_modules": ["nothing"]}}, "peft cannot put the adapter on LlamaForCausalLM: .*nothing"),
+        ({"lora": {"target_modules": ["embed_tokens"]}}, "would train .*embed_tokens.weight, which is one tensor"),
         ({"lora": {"lora_dropout": 1.0}}, "lora_dropout has to lie between 0 and 1, got 1.0"),
         ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size has to be 1 or more, got 0"),
         ({"training": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps has to be 1 or more, got 0"),
