@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from math import exp, log
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +15,9 @@ from ..arch.spec import ArchSpec
 from ..calibration.tally import Batch, unmasked
 from ..errors import StructPruneError
 from ..forward.hooks import bypass, first_of, hidden_states_of, intercept
-from ..forward.metrics import perplexity, run_model
+from ..forward.metrics import run_model, sample_losses
 from ..registry import Registry
+from ..system.processes import add_up_
 
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ class LayerCriterion(ABC):
         Args:
             model: The model, in eval mode.
             arch: The description of the model.
-            batches: The text of one domain.
+            batches: The text of one domain; of several processes that share the samples, what this one runs. A mean
+                over all text takes `system.processes.add_up_`; what differs between processes counts as the first has
+                it.
 
         Returns:
             The scores, shape `(layers,)`, fp64.
@@ -70,7 +72,10 @@ class BlockInfluence(LayerCriterion):
                 mask = batch.mask
                 run_model(model, batch.ids)
                 count += batch.ids.numel() if mask is None else int(mask.sum())
-        return torch.stack([torch.stack(of_layer).sum().cpu() for of_layer in lost]) / count
+        total = torch.stack([torch.stack(of_layer).sum().cpu() for of_layer in lost])
+        tokens = torch.tensor(float(count), dtype=torch.float64)
+        add_up_([total, tokens])
+        return total / tokens
 
 
 @LAYER_CRITERIA.register("loss_increase")
@@ -89,9 +94,10 @@ class LossIncrease(LayerCriterion):
                 f"not do; use {BLOCK_INFLUENCE!r}."
             )
         text = torch.cat([batch.ids for batch in batches])
-        dense = log(perplexity(model, text))
-        scores = []
+        losses = [sample_losses(model, text).sum()]
         for layer in layer_list(model, arch):
             with bypass(layer):
-                scores.append(exp(log(perplexity(model, text)) - dense))
-        return torch.tensor(scores, dtype=torch.float64)
+                losses.append(sample_losses(model, text).sum())
+        total, samples = torch.stack(losses), torch.tensor(float(len(text)), dtype=torch.float64)
+        add_up_([total, samples])
+        return ((total[1:] - total[0]) / samples).exp()

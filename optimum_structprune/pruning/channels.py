@@ -38,7 +38,7 @@ def remove_channels_(run: Run, step: Step) -> Plan:
     with run.report.timed("channels"):
         model, arch, config, evidence = run.model, run.arch, run.config, run.evidence
         assert arch.residual is not None
-        width, mixture, batches = arch.of(HIDDEN)[0].width_in(step.widths), evidence.mixture, evidence.batches
+        width, mixture, batches = arch.of(HIDDEN)[0].width_in(step.widths), evidence.mixture, evidence.own_batches
         energies = channel_energies(model, arch.residual, batches, len(evidence.domains))
         keep = best_units(mixture.combined(energies.mean(0)), width)
         left = torch.ones(len(arch.residual.reads))

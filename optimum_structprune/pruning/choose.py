@@ -91,7 +91,8 @@ def cosine_scores(
     by_domain = range(len(evidence.domains))
     with evaluating(model), report.timed("ranking"):
         judge = LAYER_CRITERIA.get(BLOCK_INFLUENCE)()
-        lost = [judge.score(model, arch, [b for b in evidence.batches if b.domain == k]) for k in by_domain]
+        batches = evidence.own_batches
+        lost = [judge.score(model, arch, [b for b in batches if b.domain == k]) for k in by_domain]
     shares = torch.tensor(evidence.shares, dtype=torch.float64)
     ratios = torch.softmax(-SHARPNESS * (shares @ torch.stack(lost)), 0)
     # Where a threshold cuts off a multiple of its ratio from every layer, the widths are in these proportions.

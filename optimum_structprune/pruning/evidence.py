@@ -104,11 +104,6 @@ class Evidence:
         return Mixture(self.shares, config.normalisation, config.aggregation)
 
     @property
-    def batches(self) -> list[Batch]:
-        """The samples of all domains as they were asked for, one domain after the other."""
-        return batches_of(self.domains, self.config.samples_at_once)
-
-    @property
     def own_batches(self) -> list[Batch]:
         """The samples of all domains that this process runs in the next round, one domain after the other."""
         domains = self._in_proportion() if self.config.reweights else self.domains

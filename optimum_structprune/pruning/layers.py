@@ -10,6 +10,7 @@ from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from ..surgery.cut import drop_layers_
 from ..surgery.plan import Plan, best_units
+from ..system.processes import as_first_has_
 from .evidence import judges_layers
 from .run import Run
 from .steps import Step
@@ -32,7 +33,7 @@ def _chosen(run: Run, arch: ArchSpec, step: Step) -> tuple[int, ...]:
     criterion = LAYER_CRITERIA.get(run.config.scored_by if judges_layers(run.config) else BLOCK_INFLUENCE)()
     scores_by_domain = [
         criterion.score(run.model, arch, list(batches))
-        for _, batches in groupby(run.evidence.batches, lambda batch: batch.domain)
+        for _, batches in groupby(run.evidence.own_batches, lambda batch: batch.domain)
     ]
-    scores = run.evidence.mixture.combined(torch.stack(scores_by_domain))
+    scores = as_first_has_(run.evidence.mixture.combined(torch.stack(scores_by_domain)))
     return best_units(scores, arch.of(LAYER)[0].width_in(step.widths))

@@ -22,7 +22,7 @@ def test_layers_give_up_in_proportion_to_the_softmax_of_their_cosine():
     widths = choose_shape(settings, arch, model, evidence, Report("llama", "obs")).widths
     removed = torch.tensor([40 - width for _, width in sorted(widths["mlp"].items())], dtype=torch.float64)
     judge = LAYER_CRITERIA.get(BLOCK_INFLUENCE)()
-    by_domain = [[batch for batch in evidence.batches if batch.domain == domain] for domain in (0, 1)]
+    by_domain = [[batch for batch in evidence.own_batches if batch.domain == domain] for domain in (0, 1)]
     lost = torch.stack([judge.score(model, arch, batches) for batches in by_domain]).mean(0)
     expected = torch.softmax(SHARPNESS * (1 - lost), 0)
     assert removed.sum() == 20 and removed[0] > removed[1]
