@@ -10,7 +10,7 @@ from ..config.domains import ANY, SELF
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..system.offloading import is_offloaded
-from .generated import self_documents
+from .load import Domain, load_domains
 
 
 if TYPE_CHECKING:
@@ -22,23 +22,43 @@ logger = logging.getLogger(__name__)
 def with_written_text(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> StructPruneConfig:
-    """A config whose text of every kind is what the model writes, where it can and nothing else is said.
+    """A config whose text of every kind is what the model writes, where it generates and nothing else is said.
 
     Args:
         config: What was asked for.
         model: The dense model.
         tokenizer: Its tokenizer, or None.
     """
-    written = config.with_broad_text(SELF + ANY)
-    if written is config or tokenizer is None or not _can_write(model):
-        return config
+    return config if tokenizer is None or not _can_write(model) else config.with_broad_text(SELF + ANY)
+
+
+def calibration_domains(
+    config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[StructPruneConfig, list[Domain]]:
+    """The domains of a config, with text of every kind beside them that the model writes, where it can.
+
+    Args:
+        config: What was asked for.
+        model: The dense model.
+        tokenizer: Its tokenizer, or None.
+
+    Returns:
+        The config that says which text has been read, and the domains.
+
+    Raises:
+        StructPruneError: If a domain cannot be read or is too small.
+    """
+    written, vocab_size = with_written_text(config, model, tokenizer), model.config.get_text_config().vocab_size
     try:
-        # Some models write nothing that is of use. What is written here is kept on the disk.
-        next(self_documents(model, tokenizer, config.self_text, ANY, config.seed))
+        return written, load_domains(written, tokenizer, vocab_size, model=model)
     except StructPruneError as error:
-        logger.warning("No text of every kind is written: %s", error)
-        return config
-    return written
+        if written is config:
+            raise
+        reason = error
+    # Some models write nothing that is of use. A mistake in the domains themselves is found again.
+    domains = load_domains(config, tokenizer, vocab_size, model=model)
+    logger.warning("No text of every kind is written: %s", reason)
+    return config, domains
 
 
 def _can_write(model: PreTrainedModel) -> bool:

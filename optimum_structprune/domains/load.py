@@ -116,28 +116,6 @@ def load_domains(
     return loaded
 
 
-def calibration_domains(
-    config: StructPruneConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    inputs: Mapping[str, Tensor] | None = None,
-) -> list[Domain]:
-    """The domains of the text that a config names, or of inputs in its place.
-
-    Args:
-        config: The config that names the domains; see `load_domains`.
-        model: The model to calibrate.
-        tokenizer: The model's own tokenizer; not needed where inputs are given.
-        inputs: Inputs by domain, in place of text; see `given_domains`.
-
-    Raises:
-        StructPruneError: If a domain cannot be read or is too small.
-    """
-    if inputs is not None:
-        return given_domains(inputs, float(config.holdout), config.chooses)
-    return load_domains(config, tokenizer, model.config.get_text_config().vocab_size, model=model)
-
-
 def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = False) -> list[Domain]:
     """Domains from inputs that are ready for the model, in equal shares.
 

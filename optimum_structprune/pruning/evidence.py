@@ -16,8 +16,8 @@ from ..calibration.tally import Batch
 from ..criteria import CRITERIA, saliencies_for
 from ..criteria.layers import LAYER_CRITERIA
 from ..criteria.mixture import Mixture
-from ..domains.breadth import with_written_text
-from ..domains.load import Domain, calibration_domains, split_samples
+from ..domains.breadth import calibration_domains
+from ..domains.load import Domain, given_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.reweight import reweighted
 from ..errors import StructPruneError
@@ -75,8 +75,11 @@ class Evidence:
                 model or another tokenizer.
         """
         if config.stats is None:
-            config = config if inputs is not None else with_written_text(config, model, tokenizer)
-            return cls.of(config, calibration_domains(config, model, tokenizer, inputs), model.device)
+            if inputs is not None:
+                domains = given_domains(inputs, float(config.holdout), config.chooses)
+            else:
+                config, domains = calibration_domains(config, model, tokenizer)
+            return cls.of(config, domains, model.device)
         statistics = Statistics.load(config.stats)
         statistics.check(model, tokenizer)
         return cls.of(config, statistics.chosen(config), model.device, statistics)
