@@ -80,6 +80,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda + refit without error feedback": {"criterion": "wanda", "refit": "least_squares", "error_feedback": 0.0},
     "obs": {"criterion": "obs", "refit": "none"},
     "obs + refit": {"criterion": "obs", "refit": "least_squares"},
+    "obs_drive": {"criterion": "obs_drive", "refit": "none"},
+    "obs_drive + refit": {"criterion": "obs_drive", "refit": "least_squares"},
     "taylor": {"criterion": "taylor", "refit": "none"},
     "taylor + refit": {"criterion": "taylor", "refit": "least_squares"},
     "slimllm": {"criterion": "slimllm", "refit": "slope", "allocation": "cosine"},
@@ -99,6 +101,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda global + refit": {"criterion": "wanda", "refit": "least_squares", "allocation": "global"},
     "obs global + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "global"},
     "obs by sensitivity + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "sensitivity"},
+    "obs_drive by sensitivity + refit": {
+        "criterion": "obs_drive",
+        "refit": "least_squares",
+        "allocation": "sensitivity",
+    },
     "obs by search + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "search"},
     "obs by search_uniform + refit": {"criterion": "obs", "refit": "least_squares", "allocation": "search_uniform"},
 }

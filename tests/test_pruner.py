@@ -47,7 +47,7 @@ def test_every_family_end_to_end(case, rounds, tmp_path):
 
 
 @pytest.mark.parametrize("refit", ["none", "bias", "least_squares"])
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "flap", "obs", "random"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "flap", "obs", "obs_drive", "random"])
 def test_every_criterion_with_every_refit(criterion, refit):
     model = build("llama-tied")
     widths = {"mlp": 24, "attention": 2}
@@ -67,10 +67,12 @@ def test_refit_brings_the_logits_nearer():
     assert distance["least_squares"] < 0.9 * distance["none"]
 
 
-@pytest.mark.parametrize(("refit", "criterion"), [("none", "wanda"), ("bias", "wanda"), ("least_squares", "obs")])
+@pytest.mark.parametrize(
+    ("refit", "criterion"), [("none", "wanda"), ("bias", "wanda"), ("least_squares", "obs_drive")]
+)
 def test_without_a_criterion_the_refit_names_it(refit, criterion):
     model = build("llama-tied")
-    names = (None, criterion, "wanda" if criterion == "obs" else "obs")
+    names = (None, criterion, "wanda" if criterion == "obs_drive" else "obs_drive")
     pruners = [StructPruner(config(criterion=name, refit=refit)) for name in names]
     silent, named, other = (one.prune_model(model, tokenizer()) for one in pruners)
     assert same_weights(silent, named) and not same_weights(silent, other)

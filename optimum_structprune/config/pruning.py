@@ -69,8 +69,8 @@ class StructPruneConfig(Serialisable):
             parameters in its dtype, `{"cache_bytes_per_token": 9000}` of keys and values, or `{"flops_per_token":
             200_000_000}` to read a prompt of `seq_length` tokens. The widths are the largest that keep to it.
         targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths.
-        criterion: The registered criterion that scores the units. None stands for `obs` with a least-squares refit,
-            and for `wanda` otherwise.
+        criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares
+            refit, and for `wanda` otherwise.
         refit: What makes up for the removed units: `none`, `bias`, `slope` or `least_squares`.
         rounds: How many times calibration, scoring and removal are repeated; each round removes a part.
         schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
@@ -257,7 +257,7 @@ class StructPruneConfig(Serialisable):
     @property
     def scored_by(self) -> str:
         """The criterion, named or not."""
-        return self.criterion or ("obs" if self.fits else "wanda")
+        return self.criterion or ("obs_drive" if self.fits else "wanda")
 
     @property
     def fits(self) -> bool:

@@ -260,7 +260,7 @@ def workload(
         rounds=config.rounds,
         feedback=config.fits and config.error_feedback > 0 and config.stats is None,
         gram=config.correlates or bool(criterion and criterion.needs_gram),
-        factors=config.scored_by == "obs",
+        factors=bool(criterion and criterion.damped),
         apart=config.aggregation != "mean" or config.normalisation not in ("none", "energy"),
         fits=config.fits,
         views=criterion.views if criterion and saliencies_for(criterion) else 0,

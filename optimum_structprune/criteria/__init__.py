@@ -5,7 +5,7 @@ from .ddp import LearnedGates
 from .flap import Flap
 from .iterative_norm import IterativeNorm
 from .magnitude import Magnitude
-from .obs import OptimalBrainSurgeon
+from .obs import DrivenBrainSurgeon, OptimalBrainSurgeon
 from .pip import PerturbedViews
 from .random import Random
 from .slimllm import SlimLLM
@@ -16,6 +16,7 @@ from .wanda import Wanda
 __all__ = [
     "CRITERIA",
     "Criterion",
+    "DrivenBrainSurgeon",
     "Flap",
     "IterativeNorm",
     "LearnedGates",

@@ -31,6 +31,9 @@ class Criterion(ABC):
         watches: What gives `moments.saliency` in place of E|x ∂L/∂x|; None where it is that, or not read at all.
         views: How many passes over the samples that takes.
         learned: Whether `moments.saliency` holds the gates that `pruning.gates` learns.
+        needs_drive: Whether `moments.saliency` holds how strongly the weights before a channel drive it, see
+            `Consumers.drive`; it stays None where the units are no single channels.
+        damped: Whether `score` damps a Gram matrix by `config.damping`.
     """
 
     needs_gram: ClassVar[bool] = False
@@ -38,6 +41,8 @@ class Criterion(ABC):
     watches: ClassVar[Saliencies | None] = None
     views: ClassVar[int] = 1
     learned: ClassVar[bool] = False
+    needs_drive: ClassVar[bool] = False
+    damped: ClassVar[bool] = False
 
     def __init__(self, config: StructPruneConfig):
         self.config = config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,15 +98,19 @@ class Scoring:
         weight: The present weight of the consumer, shape `(out, units * columns_per_unit)`, fp32.
         columns_per_unit: The number of columns that a unit owns.
         columns: The columns of the dense consumer that are left; None where all are.
+        drive: How strongly each column of the dense consumer is driven, see `Consumers.drive`, shape `(n,)`; it stands
+            for the saliency of the moments. None where the criterion does not ask for it.
     """
 
     criterion: Criterion
     weight: Tensor
     columns_per_unit: int
     columns: Tensor | None = None
+    drive: Tensor | None = None
 
     def of(self, moments: Moments) -> Tensor:
         """The scores by these moments of the dense consumer's input, shape `(units,)`, higher = keep."""
+        moments = moments if self.drive is None else replace(moments, saliency=self.drive)
         left = moments if self.columns is None else moments.select(self.columns)
         return self.criterion.score(self.weight, left, self.columns_per_unit)
 

@@ -21,6 +21,7 @@ class OptimalBrainSurgeon(Criterion):
     """
 
     needs_gram = True
+    damped = True
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""
@@ -35,6 +36,28 @@ class OptimalBrainSurgeon(Criterion):
             damping,
             lambda factor: _losses(weight, factor, columns_per_unit),
         )
+
+
+@register_criterion("obs_drive")
+class DrivenBrainSurgeon(OptimalBrainSurgeon):
+    """The score is that of `obs` and how strongly a channel is driven, each relative to its mean over the channels.
+
+    With o_j the score of `obs`, d_j = Σ ‖W_j: diag(γ)‖ over the producers W of the channel (γ being the weight of the
+    norm before them), and means over the channels, it is (√o_j + d_j · mean(√o) / mean(d))² / 4. That a channel has
+    done little on the calibration text says less of other text where its producers are large. SlimLLM (Guo et al.,
+    ICML 2025, arXiv 2505.22689) adds a similar term to its score. Units of several columns are scored as by `obs`.
+    """
+
+    needs_drive = True
+
+    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
+        """See `Criterion.score`."""
+        losses = super().score(weight, moments, columns_per_unit)
+        if moments.saliency is None or columns_per_unit > 1:
+            return losses
+        drive, roots = moments.saliency.to(losses), losses.clamp(min=0).sqrt()
+        scale = roots.mean() / drive.mean().clamp(min=torch.finfo(drive.dtype).tiny)
+        return (roots + drive * scale).square() / 4
 
 
 def _losses(weight: Tensor, factor: Tensor, columns_per_unit: int) -> Tensor:

@@ -436,6 +436,7 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
     domains = [*config.with_broad_text(SELF + ANY).texts, *((recovery and recovery.domains) or ())]
     texts = [domain.source for domain in domains if isinstance(domain.source, str)]
     explicit, gram, uniform = config.widths is not None, config.fits, config.allocation == "uniform"
+    damped = config.scored_by in CRITERIA.names() and CRITERIA.get(config.scored_by).damped
     stored = config.stats is not None and recovery is None  # the text of a recovery follows these numbers too
     same = "widths are taken as they are" if explicit else "allocation='uniform' gives all layers one width"
     reasons = {
@@ -447,7 +448,7 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
         "min_width": (not is_bounded(config, arch, names) and config.allocation != "search_uniform", same),
         "max_width": (not is_bounded(config, arch, names), same),
         "schedule": (config.rounds == 1, "rounds=1 removes everything at once"),
-        "damping": (not gram and config.scored_by != "obs", f"refit={config.refit!r} solves nothing"),
+        "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
         "gates": (not learns(config), "neither criterion nor allocation goes by gates"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
         "presets_file": (not any(text.startswith(PRESET) for text in texts), "no domain is a preset"),

@@ -18,6 +18,7 @@ from ..forward.placement import Placement
 from ..saving.details import Choice, Choices, choice_of
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.plan import Plan, best_units
+from ..surgery.producers import drive
 from ..surgery.refit import REFITS, squared_errors
 
 
@@ -90,13 +91,14 @@ class Units:
             The scores of the units that are left, and the moments of the domain mixture, by consumer.
         """
         before, criterion = self._before(space), self._criterion(space.layer)
+        drive = self._drive(criterion, space)
         pools = []
         for axis in space.into:
             dense, present, columns = self.consumers.dense(axis)[0], self.consumers.present(axis)[0], None
             if len(before) < space.size:
                 columns = units_to_columns(before, axis, present.device)
                 present = present[:, columns]
-            pools.append(Pool(mixture, dense, Scoring(criterion, present, axis.per_unit, columns)))
+            pools.append(Pool(mixture, dense, Scoring(criterion, present, axis.per_unit, columns, drive)))
         # A refit starts from the dense weights, so error feedback has to see the error that these leave.
         with self.consumers.as_dense(space.into):
             return pooled(passes.gather(space.layer, space, self.gram), pools)
@@ -141,6 +143,9 @@ class Units:
         # that goes on where another was killed does not score again.
         config = replace(self.config, seed=self.config.seed + layer)
         return CRITERIA.get(config.scored_by)(config)
+
+    def _drive(self, criterion: Criterion, space: Space) -> Tensor | None:
+        return drive(self.model, self.arch, space) if criterion.needs_drive else None
 
     def _before(self, space: Space) -> tuple[int, ...]:
         return self.keep.get((space.layer, space.name), tuple(range(space.size)))
