@@ -34,11 +34,13 @@ from optimum_structprune.evaluation.tasks import Answers, Tasks
 MIX = "mix"
 ON_THE_MIX = ("flap global + bias", "taylor", "slimllm", "obs by sensitivity + refit")
 RECOVERED = "mix + recovery"
+# What the defaults make of five domains.
+BROAD = "mix + a fifth self:any"
 
 
 def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
     """Every cell: its name and its part of the config."""
-    rows: dict[str, dict[str, Any]] = {MIX: {}, RECOVERED: {}}
+    rows: dict[str, dict[str, Any]] = {MIX: {}, RECOVERED: {}, BROAD: {"breadth": 0.2}}
     rows |= {f"{name} only": {"domains": (name,)} for name in domains}
     rows |= {f"mix, {method}": METHODS[method] for method in ON_THE_MIX}
     return {name: {"domains": tuple(domains), **fields} for name, fields in rows.items()}

@@ -99,7 +99,8 @@ class Scoring:
         columns_per_unit: The number of columns that a unit owns.
         columns: The columns of the dense consumer that are left; None where all are.
         drive: How strongly each column of the dense consumer is driven, see `Consumers.drive`, shape `(n,)`; it stands
-            for the saliency of the moments. None where the criterion does not ask for it.
+            for the saliency of the moments. None where the criterion does not ask for it, or nothing drives single
+            columns.
     """
 
     criterion: Criterion
@@ -110,7 +111,7 @@ class Scoring:
 
     def of(self, moments: Moments) -> Tensor:
         """The scores by these moments of the dense consumer's input, shape `(units,)`, higher = keep."""
-        moments = moments if self.drive is None else replace(moments, saliency=self.drive)
+        moments = replace(moments, saliency=self.drive) if self.criterion.needs_drive else moments
         left = moments if self.columns is None else moments.select(self.columns)
         return self.criterion.score(self.weight, left, self.columns_per_unit)
 

@@ -1,12 +1,14 @@
 """Criteria against their definitions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import config
 
 from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.criteria import CRITERIA
-from optimum_structprune.criteria.mixture import Mixture, output_energy
+from optimum_structprune.criteria.mixture import Mixture, Scoring, output_energy
 
 
 @pytest.fixture
@@ -45,6 +47,35 @@ def test_obs_is_half_the_error_after_the_best_refit_of_the_others(case, columns_
         target = x @ weight.T
         fitted = x[:, others] @ torch.linalg.lstsq(x[:, others], target).solution
         assert float(scores[unit]) == pytest.approx(0.5 * float((target - fitted).square().sum(1).mean()), rel=1e-2)
+
+
+def test_a_channel_that_is_driven_more_scores_higher(case):
+    """And the scores stay in the units of a loss, so that they compare over layers."""
+    weight, x, moments = case
+    losses = score("obs", case)
+    even = score("obs_drive", (weight, x, replace(moments, saliency=torch.ones(6))))
+    torch.testing.assert_close(even, (losses.sqrt() + losses.sqrt().mean()).square() / 4)
+    drive = torch.tensor([1.0, 1.0, 5.0, 1.0, 1.0, 1.0])
+    driven = score("obs_drive", (weight, x, replace(moments, saliency=drive)))
+    assert int((driven / even).argmax()) == 2
+    scaled = score("obs_drive", (weight, x, replace(moments, saliency=100 * drive)))
+    torch.testing.assert_close(scaled, driven)
+    # Groups of columns, and units that nothing drives, are scored as by `obs`.
+    pairs = score("obs_drive", (weight, x, replace(moments, saliency=drive)), 2)
+    torch.testing.assert_close(pairs, score("obs", case, 2))
+    torch.testing.assert_close(score("obs_drive", case), losses)
+
+
+def test_what_drives_is_not_what_stored_moments_hold(case):
+    """Moments that were gathered for another criterion may hold a saliency, and units may have gone before."""
+    weight, _, moments = case
+    moments = replace(moments, saliency=torch.rand(6, dtype=torch.float64))
+    criterion = CRITERIA.get("obs_drive")(config(criterion="obs_drive"))
+    torch.testing.assert_close(Scoring(criterion, weight, 1).of(moments), score("obs", case))
+    drive, left = torch.arange(1.0, 7.0), torch.tensor([0, 2, 5])
+    found = Scoring(criterion, weight[:, left], 1, left, drive).of(moments)
+    expected = criterion.score(weight[:, left], replace(moments.select(left), saliency=drive[left]), 1)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
