@@ -109,7 +109,8 @@ def help_of(*command: str) -> str:
 def unknown_flags(words: list[str]) -> list[str]:
     """The flags of a line `python SCRIPT …` that the script does not have."""
     script, arguments = words[1], words[2:]
-    command = arguments[:1] if arguments and f"{{{arguments[0]}," in help_of(script).replace("}", ",") else []
+    modes = re.findall(r"\{([\w,]+)\}", help_of(script))
+    command = arguments[:1] if arguments and any(arguments[0] in some.split(",") for some in modes) else []
     known = re.findall(r"--[\w-]+", help_of(script, *command))
     return [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in known]
 
