@@ -107,13 +107,15 @@ def load_domains(
     domains = resolve(config.texts, config.presets_file)
     packer = _Packer(config, domains, frame, heldout_samples)
     write = partial(self_documents, model, tokenizer, config.self_text) if model is not None else None
-    loaded = []
-    for index, domain in enumerate(domains):
+    loaded: dict[int, Domain] = {}
+    # A generator gives its text only once, so it is read last: what fails before has not used it up.
+    for index in sorted(range(len(domains)), key=lambda index: isinstance(domains[index].source, Iterator)):
+        domain = domains[index]
         texts = documents(domain, config.seed, tokenizer, write)
         # What a model writes itself takes too long to be read ahead of need.
         at_once = 1 if written_by_model(domain) else DOCUMENTS_PER_CALL
-        loaded.append(packer.load(index, tokenised(texts, tokenizer, domain.answers_only, at_once), vocab_size))
-    return loaded
+        loaded[index] = packer.load(index, tokenised(texts, tokenizer, domain.answers_only, at_once), vocab_size)
+    return [loaded[index] for index in range(len(domains))]
 
 
 def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = False) -> list[Domain]:

@@ -79,6 +79,13 @@ def test_a_model_that_writes_nothing_of_use_is_pruned_on_the_domains_alone(write
     assert "No text of every kind is written: self:any" in caplog.text
 
 
+def test_a_generator_is_not_used_up_by_what_the_model_cannot_write(writer, own):
+    vain = replace(own, self_text=replace(own.self_text, min_tokens=1_000))
+    pruner = StructPruner(replace(vain, domains=[DomainConfig("own", iter(TEXTS))]))
+    pruner.prune_model(*writer)
+    assert [entry.name for entry in pruner.manifest.domains] == ["own"]
+
+
 def test_inputs_are_all_that_is_read():
     settings = StructPruneConfig(widths={"mlp": 24}, domains=config().domains, num_samples=8, seq_length=24)
     pruner = StructPruner(settings)
