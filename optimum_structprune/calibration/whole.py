@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..arch.spec import CHANNEL, ArchSpec, Axis, Space
+from ..arch.spec import CHANNEL, ArchSpec, Axis
 from ..errors import StructPruneError
 from ..forward.clock import Clock
 from ..forward.hooks import observe
 from ..forward.metrics import run_model
 from ..system.processes import add_up_, process_count
+from .drive import driven_by, matrices
 from .tally import Batch, unmasked
 
 
@@ -49,7 +50,7 @@ def inflows(
         sums = unmasked(x, batch.mask).double().square().sum(0).cpu()
         squares.setdefault(name, torch.zeros(domains, len(sums), dtype=torch.float64))[batch.domain] += sums
 
-    producers = sorted({axis.module for space in channels for axis in _matrices(model, space.out)})
+    producers = sorted({axis.module for space in channels for axis in matrices(model, space.out)})
     for batch in batches:
         counts[batch.domain] += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
     _run(model, producers, batches, see, clock)
@@ -62,8 +63,8 @@ def inflows(
     }
     for space in channels:
         for axis in space.into:
-            for producer in _matrices(model, space.out):
-                found[axis.module] += _driven(model, space, producer, means[producer.module])
+            for producer in matrices(model, space.out):
+                found[axis.module] += driven_by(model, space, producer, means[producer.module])
     return found
 
 
@@ -191,18 +192,7 @@ def _run(
                 run_model(model, present.ids)
 
 
-def _matrices(model: PreTrainedModel, axes: Sequence[Axis]) -> list[Axis]:
-    return [axis for axis in axes if model.get_parameter(axis.param).ndim == 2]
-
-
 def _weight(model: PreTrainedModel, axis: Axis) -> Tensor:
     """The weight of a consumer, shape `(out, n)`."""
     weight = model.get_parameter(axis.param).detach()
     return weight if axis.dim == 1 else weight.T
-
-
-def _driven(model: PreTrainedModel, space: Space, producer: Axis, squares: Tensor) -> Tensor:
-    """√Σ_i W_ji² E[x_i²] of the channels j of a space, shape `(domains, n)`, fp64."""
-    weight = model.get_parameter(producer.param).detach()
-    rows = (weight if producer.dim == 0 else weight.T)[producer.indices(range(space.size))]
-    return (squares @ rows.cpu().double().square().T).sqrt()

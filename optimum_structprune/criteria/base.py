@@ -32,7 +32,7 @@ class Criterion(ABC):
         views: How many passes over the samples that takes.
         learned: Whether `moments.saliency` holds the gates that `pruning.gates` learns.
         needs_drive: Whether `moments.saliency` holds how strongly the weights before a channel drive it, see
-            `surgery.producers.drive`; it stays None where the units are no single channels.
+            `calibration.drive.drive`; it stays None where the units are no single channels.
         damped: Whether `score` damps a Gram matrix by `config.damping`.
     """
 

@@ -98,7 +98,7 @@ class Scoring:
         weight: The present weight of the consumer, shape `(out, units * columns_per_unit)`, fp32.
         columns_per_unit: The number of columns that a unit owns.
         columns: The columns of the dense consumer that are left; None where all are.
-        drive: How strongly each column of the dense consumer is driven, see `surgery.producers.drive`, shape `(n,)`;
+        drive: How strongly each column of the dense consumer is driven, see `calibration.drive.drive`, shape `(n,)`;
             it stands for the saliency of the moments. None where the criterion does not ask for it, or nothing drives
             single columns.
     """

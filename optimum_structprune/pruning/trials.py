@@ -198,10 +198,10 @@ def all_trials(
         own: dict[Key, Refits] = {}
         for layer in some:
             with sweep.placement.at(layer):
-                for key, of_kind in spaces.items():
-                    if key[0] == layer and key not in known.trials:
-                        refits = refits_of(sweep, of_kind, passes, evidence.mixture, _is_own(layer))
-                        own |= {key: refits} if _is_own(layer) else {}
+                for key in [key for key in spaces if key[0] == layer and key not in known.trials]:
+                    refits = refits_of(sweep, spaces[key], passes, evidence.mixture, _is_own(layer))
+                    if _is_own(layer):
+                        own[key] = refits
                 passes.advance(layer)
         measured: Trials = {}
         for layer in some:

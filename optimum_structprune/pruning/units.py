@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..arch.spec import ArchSpec, Axis, Space
+from ..calibration.drive import drive
 from ..calibration.passes import Passes
 from ..criteria import CRITERIA, Criterion
 from ..criteria.mixture import Mixture, Pool, Pooled, Scoring, output_energy, pooled
@@ -18,7 +19,6 @@ from ..forward.placement import Placement
 from ..saving.details import Choice, Choices, choice_of
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.plan import Plan, best_units
-from ..surgery.producers import drive
 from ..surgery.refit import REFITS, squared_errors
 
 

@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import set_seed
 
-from ..arch.heterogeneous import heterogeneous
 from ..arch.load import describe
+from ..arch.meta import skeleton
 from ..config.fields import build
 from ..config.recovery import LORA, RecoveryConfig
 from ..errors import InPlaceError, StructPruneError
@@ -172,8 +172,8 @@ def check_fits(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> 
     if isinstance(kind, LoraConfig):
         kind.init_lora_weights = True  # others look at the weights
     try:
-        with torch.device("meta"), heterogeneous():
-            empty = type(model)(deepcopy(model.config))
+        empty = skeleton(model, deepcopy(model.config))
+        with torch.device("meta"):
             _adapted(empty, kind, merge)
     except StructPruneError as error:
         if error.__cause__ is None or isinstance(error.__cause__, ValueError):

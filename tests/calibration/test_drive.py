@@ -5,8 +5,8 @@ import torch
 from models import build
 
 from optimum_structprune.arch.load import describe
+from optimum_structprune.calibration.drive import drive
 from optimum_structprune.forward.hooks import observe
-from optimum_structprune.surgery.producers import drive
 
 
 def ffn(model, layer=0):
