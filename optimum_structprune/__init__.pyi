@@ -15,6 +15,7 @@ from .errors import InPlaceError as InPlaceError
 from .errors import StructPruneError as StructPruneError
 from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.latency import measure_latency as measure_latency
 from .evaluation.speed import Speed as Speed
 from .evaluation.speed import measure_speed as measure_speed
 from .forward.metrics import perplexity as perplexity
@@ -37,3 +38,4 @@ from .trainer import StructPruneCallback as StructPruneCallback
 from .trainer import attach_pruner as attach_pruner
 
 __version__: str
+from .widths.latency import Latency as Latency

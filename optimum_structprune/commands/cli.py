@@ -28,6 +28,7 @@ COMMANDS = (
     "compare",
     "report",
     "benchmark",
+    "latency",
     "inspect",
     "export",
     "apply",

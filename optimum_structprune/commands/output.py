@@ -59,8 +59,22 @@ def check_output(args: Namespace) -> None:
         StructPruneError: If its folder does not exist.
     """
     file = getattr(args, "json", None)
-    if isinstance(file, str) and not Path(file).absolute().parent.is_dir():
-        raise StructPruneError(f"--json {file} cannot be written: there is no folder {Path(file).parent}.")
+    if isinstance(file, str):
+        check_folder_of(file, f"--json {file}")
+
+
+def check_folder_of(file: str, label: str) -> None:
+    """Refuse a file whose folder does not exist.
+
+    Args:
+        file: The file that is to be written.
+        label: What an error calls it.
+
+    Raises:
+        StructPruneError: If there is no such folder.
+    """
+    if not Path(file).absolute().parent.is_dir():
+        raise StructPruneError(f"{label} cannot be written: there is no folder {Path(file).parent}.")
 
 
 def show(result: Result, args: Namespace) -> None:

@@ -197,7 +197,10 @@ def used_paths(*configs: Any) -> list[str]:
         names += [domain.source for domain in getattr(config, "domains", None) or ()]
         names += [
             getattr(config, name, None)
-            for name in ("stats", "losses_dir", "checkpoint_dir", "teacher_logits", "arch_file", "presets_file")
+            for name in (
+                *("stats", "losses_dir", "checkpoint_dir", "teacher_logits"),
+                *("arch_file", "presets_file", "latency_file"),
+            )
         ]
         names += [(getattr(config, "training", None) or {}).get("output_dir")]
         names += used_paths(getattr(config, "recovery", None))

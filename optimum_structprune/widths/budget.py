@@ -13,10 +13,11 @@ from torch import nn
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import TIMES, StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.generation import cache_of, growing_layers
 from .allocation import check_may_differ, choices, legal_widths, target_widths, width_bounds
+from .latency import Latency
 from .ranking import spaces_by_layer
 from .shapes import Resource
 
@@ -53,7 +54,7 @@ def widths_of(
     ((name, limit),) = config.budget.items()
     legal = legal_widths(config, arch, model.config)
     gauge = _gauge(config, arch, model, legal, itemsize or model.dtype.itemsize)
-    if name == "cache_bytes_per_token":
+    if name == "cache_bytes_per_token" or name in TIMES:
         dense = gauge({})
         legal = {
             kind: sizes for kind, sizes in legal.items() if gauge(width_bounds(config, arch, {kind: sizes})[0]) < dense
@@ -107,6 +108,8 @@ def _filled_up(
 
 def _check_reach(config: StructPruneConfig, dense: float, most: float, least: float, names: list[str]) -> None:
     ((name, limit),) = (config.budget or {}).items()
+    if name in TIMES:
+        dense, most, least = (round(number, 3) for number in (dense, most, least))
     if limit >= dense:
         raise StructPruneError(
             f"budget {name}={limit:,} is met by the dense model, which has {dense:,}; ask for less."
@@ -114,7 +117,7 @@ def _check_reach(config: StructPruneConfig, dense: float, most: float, least: fl
     if not names:
         raise StructPruneError(
             f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
-            f"{list(config.targets)} leave that as it is; target 'attention'."
+            f"{list(config.targets)} leave that as it is; target {'others' if name in TIMES else repr('attention')}."
         )
     if limit >= most:
         raise StructPruneError(
@@ -130,8 +133,10 @@ def _check_reach(config: StructPruneConfig, dense: float, most: float, least: fl
 
 def _gauge(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], itemsize: int
-) -> Callable[[Widths], int]:
-    """A function of the widths: the number of parameters or bytes that the budget limits, of a model that has them."""
+) -> Callable[[Widths], float]:
+    """A function of the widths: what the budget limits, of a model that has them."""
+    if config.latency_file is not None and (timed := {*TIMES}.intersection(config.budget or ())):
+        return Latency.load(config.latency_file).gauge(timed.pop(), arch)
     if "cache_bytes_per_token" in (config.budget or {}):
 
         def cached(widths: Widths) -> int:
@@ -219,7 +224,7 @@ def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, costs: Map
     return Resource(sum(cost * max(sizes[layer] - width, 0) for (layer, _), cost in own.items()), own, {})
 
 
-def _per_unit(arch: ArchSpec, gauge: Callable[[Widths], int], kind: str, least: int) -> float:
+def _per_unit(arch: ArchSpec, gauge: Callable[[Widths], float], kind: str, least: int) -> float:
     """What one unit of width takes in one layer, in the mean over the layers."""
     sizes = arch.widths(kind)
     removed = sum(size - min(least, size) for size in sizes.values())
