@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import add_arch_argument, add_loading_arguments
-from .measuring import names_of
+from .measuring import add_timing_arguments, names_of
 from .output import Result, add_output_arguments
 
 
@@ -30,12 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", type=int, metavar="N", help="Tokens in each prompt (128). Repeatable."
     )
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="Tokens to write after it (32).")
-    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="Timed runs of each model, in turns (9).")
-    parser.add_argument("--threads", type=int, metavar="N", help="Threads; by default what torch is set to.")
-    parser.add_argument(
-        "--clock", default="wall", help="wall (default), or cpu: time of the processor, where other jobs run too."
-    )
+    add_timing_arguments(parser)
     add_arch_argument(parser)
     add_loading_arguments(parser)
     add_output_arguments(parser, file=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .arguments import add_arch_argument, add_loading_arguments
+from .measuring import add_timing_arguments
 from .output import Result, add_output_arguments, check_folder_of
 
 
@@ -23,12 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="Sequences that run together (1).")
     parser.add_argument("--prompt", type=int, default=128, metavar="N", help="Tokens in each prompt (128).")
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="Tokens to write after it (32).")
-    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="Timed runs of each shape, in turns (9).")
-    parser.add_argument("--threads", type=int, metavar="N", help="Threads; by default what torch is set to.")
-    parser.add_argument(
-        "--clock", default="wall", help="wall (default), or cpu: time of the processor, where other jobs run too."
-    )
+    add_timing_arguments(parser)
     add_arch_argument(parser)
     add_loading_arguments(parser)
     add_output_arguments(parser)

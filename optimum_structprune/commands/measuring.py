@@ -1,4 +1,4 @@
-"""Measures models on text and tasks; `evaluate`, `report` and `compare` share it."""
+"""Measures models; `evaluate`, `report` and `compare` share what reads text, `benchmark` and `latency` what takes time."""
 
 from __future__ import annotations
 
@@ -55,6 +55,16 @@ def add_measuring_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="Sequences per forward pass (1).")
     add_arch_argument(parser)
     add_loading_arguments(parser)
+
+
+def add_timing_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags that say how time is measured."""
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="Tokens to write after it (32).")
+    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="Timed runs of each model, in turns (9).")
+    parser.add_argument("--threads", type=int, metavar="N", help="Threads; by default what torch is set to.")
+    parser.add_argument(
+        "--clock", default="wall", help="wall (default), or cpu: time of the processor, where other jobs run too."
+    )
 
 
 def measured(args: Namespace, model_name: str, dense_name: str | None) -> Evaluation:

@@ -130,7 +130,8 @@ class Latency:
         return time
 
     def _check(self, arch: ArchSpec) -> None:
-        own = {kind: max(arch.widths(kind).values()) for kind in self.sizes if kind in arch.offered}
+        found = {kind: sorted({*arch.widths(kind).values()}) for kind in self.sizes if kind in arch.offered}
+        own = {kind: widths[0] if len(widths) == 1 else widths for kind, widths in found.items()}
         if (arch.model_type, arch.num_layers, own) != (self.model_type, self.layers, {**self.sizes}):
             raise StructPruneError(
                 f"The times were measured on a {self.model_type} model of {self.layers} layers with widths "
