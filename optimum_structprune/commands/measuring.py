@@ -1,4 +1,4 @@
-"""Measures models; `evaluate`, `report` and `compare` share what reads text, `benchmark` and `latency` what takes time."""
+"""Measures models: what `evaluate`, `report` and `compare` share, and the flags of `benchmark` and `latency`."""
 
 from __future__ import annotations
 
