@@ -38,6 +38,7 @@ DOMAINS = ["wiki", "code", "math", "dialogue", "web"]
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {"kl_weight": 0.0},
     "distilled": {},
+    "distilled, domains alone": {"breadth": 0.0},
     "distilled, all weights": {"train": "full"},
     "distilled, scales": {"train": "scales"},
 }

@@ -256,7 +256,7 @@ class StructPruneConfig(Serialisable):
             source: The source of the text.
         """
         own = self.domains or []
-        placed = bool(own) and self.stats is None and self.num_samples > len(own) and not any(map(_is_broad, own))
+        placed = bool(own) and self.stats is None and self.num_samples > len(own) and not any(map(is_broad, own))
         if not placed or self.broad_text is not None or self.breadth == 0:
             return self
         return replace(self, broad_text=source)
@@ -366,7 +366,7 @@ def _broad_beside(own: list[DomainConfig]) -> str:
     return BUILTIN + "-".join([BROAD, *(kind for name in named for kind in name.split("+"))])
 
 
-def _is_broad(domain: DomainConfig) -> bool:
+def is_broad(domain: DomainConfig) -> bool:
     """Whether a domain is what `breadth` adds: text of every kind, or of that name."""
     every_kind = (f"{BUILTIN}{BROAD}", f"{SELF}{ANY}", f"{PRESET}{BROAD}")
     return domain.name == BROAD or (isinstance(domain.source, str) and domain.source.startswith(every_kind))
@@ -401,7 +401,7 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number per space",
     )
     yield (
-        config.broad_share > 0 and any(map(_is_broad, config.domains or ())),
+        config.broad_share > 0 and any(map(is_broad, config.domains or ())),
         f"breadth={config.breadth} adds a domain {BROAD!r} of text of every kind, and domains has one; take it out, "
         "or leave breadth out",
     )

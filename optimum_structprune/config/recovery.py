@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict, validated_field
 
 from .domains import DomainConfig, check_names, with_domains
-from .fields import NO_GAIN, Number, Serialisable, config_class, finite_inside, positive
+from .fields import NO_GAIN, Number, Serialisable, below_one, config_class, finite_inside, positive
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -21,6 +21,9 @@ TRAINING = {
     "include_num_input_tokens_seen": "all",
     "report_to": "none",
 }
+
+# The share of the text of every kind beside the domains.
+BREADTH = 1 / 3
 
 # The learning rates of the ways to train.
 RATES = {"lora": 1e-3, "full": 1e-4, "scales": 1e-2}
@@ -44,6 +47,9 @@ class RecoveryConfig(Serialisable):
         seq_length: The number of tokens in a training sample.
         domains: The training text; documents that the perplexity is measured on are left out. None stands for the
             domains of the pruning, without what the model wrote beside them.
+        breadth: The share of the tokens that goes to built-in text of every kind beside the domains, for the sake of
+            text that nobody named. None stands for a third, where the tokens allow it and no domain is such text
+            already; the text of a pruning where no domains are named is.
         train: What is trained. `lora` trains a low-rank adapter, `full` all weights, `scales` the norms and one factor
             for each component that a consumer inside the layers reads, which fold into its weights.
         lora: Fields of `peft.LoraConfig`, laid over `LORA`.
@@ -75,6 +81,7 @@ class RecoveryConfig(Serialisable):
     tokens: int = validated_field(positive, default=200_000)
     seq_length: int | None = validated_field(positive, default=None)
     domains: list[DomainConfig] | None = None
+    breadth: Number | None = validated_field(below_one, default=None)
     train: Literal["lora", "full", "scales"] = "lora"
     lora: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
     training: dict[str, Any] = validated_field(finite_inside, default_factory=dict)

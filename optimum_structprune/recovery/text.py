@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..config.domains import ANY, SELF, DomainConfig, written_by_model
-from ..config.pruning import StructPruneConfig
-from ..config.recovery import RecoveryConfig
+from ..config.pruning import StructPruneConfig, is_broad
+from ..config.recovery import BREADTH, RecoveryConfig
 from ..domains.load import Domain, load_domains, num_heldout, split_samples
 from ..domains.presets import resolve
 from ..errors import StructPruneError
@@ -37,10 +37,15 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
         StructPruneError: If a domain names a preset that does not exist, `tokens` does not give each part a sample
             from each domain, or the predictions of a teacher are to be kept for text that the model itself writes.
     """
-    domains = resolve(config.domains or _domains_of(pruning), pruning.presets_file)
     seq_length = config.seq_length or pruning.seq_length
-    samples, weights = config.tokens // seq_length, [domain.weight for domain in domains]
-    if samples < len(domains) or min(split_samples(samples, weights)) < parts:
+    samples = config.tokens // seq_length
+    own = config.domains or _domains_of(pruning)
+    wide = _with_every_kind(own, config, pruning)
+    # Where nobody has asked for it, this text is left out rather than that a domain gets no sample.
+    narrow = config.breadth is None and not _is_enough(samples, wide, parts)
+    domains = resolve(own if narrow else wide, pruning.presets_file)
+    weights = [domain.weight for domain in domains]
+    if not _is_enough(samples, domains, parts):
         rounds = f" in each of {parts} rounds" if parts > 1 else ""
         enough = len(domains) if parts == 1 else ceil(parts * sum(weights) / min(weights))
         raise StructPruneError(
@@ -67,6 +72,22 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
         max_perplexity_ratio=None,
         keep_rounds=False,
     )
+
+
+def _is_enough(samples: int, domains: Sequence[DomainConfig], parts: int) -> bool:
+    """Whether every domain gets a sample for each part."""
+    weights = [domain.weight for domain in domains]
+    return samples >= len(domains) and min(split_samples(samples, weights)) >= parts
+
+
+def _with_every_kind(
+    own: list[DomainConfig], config: RecoveryConfig, pruning: StructPruneConfig
+) -> list[DomainConfig]:
+    """Domains with built-in text of every kind beside them, which is left out where one of them is such text."""
+    share = BREADTH if config.breadth is None else config.breadth
+    if any(map(is_broad, own)):
+        return own
+    return replace(pruning, domains=own, breadth=share, broad_text=None).texts
 
 
 def _domains_of(pruning: StructPruneConfig) -> list[DomainConfig]:
