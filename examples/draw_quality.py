@@ -29,11 +29,10 @@ COLOURS = {
 }
 INK, LINE, OURS, FLAP, TAYLOR, CARD = COLOURS
 # The tables under this heading are for these shares of the FFN channels, in percent.
-SIZES, SHARES = "### Which part brings what", (35, 20, 50)
+SIZES, SHARES = "### The present defaults", (35, 20, 50)
 CURVES = {
-    "mix, one-shot, wanda + refit": ("this package", OURS, "o-"),
+    "mix + a fifth self:any, one-shot, obs_drive + refit": ("this package", OURS, "o-"),
     "mix, one-shot, flap global + bias": ("FLAP", FLAP, "s--"),
-    "mix, one-shot, taylor": ("Taylor (LLM-Pruner)", TAYLOR, "^:"),
 }
 TOOLS = "## Beside other tools"
 BARS = {
@@ -63,7 +62,11 @@ def curves(page: str) -> dict[str, dict[int, float]]:
     return {
         label: {
             0: 1.0,
-            **{share: float(sizes[share][row]["held-out"]) for share in sorted(sizes) if row in sizes[share]},
+            **{
+                share: float(sizes[share][row]["held-out"].partition(" ")[0])
+                for share in sorted(sizes)
+                if row in sizes[share]
+            },
         }
         for row, (label, *_) in CURVES.items()
     }
