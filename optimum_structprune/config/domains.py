@@ -189,3 +189,9 @@ def check_names(domains: Iterable[DomainConfig]) -> None:
         raise ValueError("domains has to name at least one domain, got []")
     if len(set(names)) < len(names):
         raise ValueError(f"domains has two entries of the same name: {', '.join(names)}")
+
+
+def is_broad(domain: DomainConfig) -> bool:
+    """Whether a domain is what `breadth` adds: text of every kind, or of that name."""
+    every_kind = (f"{BUILTIN}{BROAD}", f"{SELF}{ANY}", f"{PRESET}{BROAD}")
+    return domain.name == BROAD or (isinstance(domain.source, str) and domain.source.startswith(every_kind))

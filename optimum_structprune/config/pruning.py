@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict, validated_field
 from ..errors import StructPruneError
 from ..plain_json import to_json, versioned
 from ..registry import did_you_mean
-from .domains import ANY, BROAD, BUILTIN, PRESET, SELF, DomainConfig, SelfTextConfig, check_names, with_domains
+from .domains import BROAD, BUILTIN, DomainConfig, SelfTextConfig, check_names, is_broad, with_domains
 from .fields import (
     NO_GAIN,
     Number,
@@ -364,12 +364,6 @@ def _broad_beside(own: list[DomainConfig]) -> str:
     sources = [domain.source for domain in own if isinstance(domain.source, str)]
     named = [source.removeprefix(BUILTIN) for source in sources if source.startswith(BUILTIN)]
     return BUILTIN + "-".join([BROAD, *(kind for name in named for kind in name.split("+"))])
-
-
-def is_broad(domain: DomainConfig) -> bool:
-    """Whether a domain is what `breadth` adds: text of every kind, or of that name."""
-    every_kind = (f"{BUILTIN}{BROAD}", f"{SELF}{ANY}", f"{PRESET}{BROAD}")
-    return domain.name == BROAD or (isinstance(domain.source, str) and domain.source.startswith(every_kind))
 
 
 def _by_layer(name: str, width: Any) -> int | dict[int, int]:

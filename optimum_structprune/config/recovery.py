@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
-from .domains import DomainConfig, check_names, with_domains
+from .domains import DomainConfig, check_names, is_broad, with_domains
 from .fields import NO_GAIN, Number, Serialisable, below_one, config_class, finite_inside, positive
 
 
@@ -113,9 +113,14 @@ class RecoveryConfig(Serialisable):
         return bool(self.kl_weight)
 
     def validate_domains(self) -> None:
-        """Refuse an empty list of domains, and two of the same name."""
+        """Refuse an empty list of domains, two of the same name, and text of every kind twice."""
         if self.domains is not None:
             check_names(self.domains)
+        if self.breadth and any(map(is_broad, self.domains or ())):
+            raise ValueError(
+                f"breadth={self.breadth} adds built-in text of every kind, and domains has such text; take it out, or "
+                "leave breadth out"
+            )
 
     def validate_train(self) -> None:
         """Refuse what belongs to another way of training."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..config.domains import ANY, SELF, DomainConfig, written_by_model
-from ..config.pruning import StructPruneConfig, is_broad
+from ..config.domains import ANY, SELF, DomainConfig, is_broad, written_by_model
+from ..config.pruning import StructPruneConfig
 from ..config.recovery import BREADTH, RecoveryConfig
 from ..domains.load import Domain, load_domains, num_heldout, split_samples
 from ..domains.presets import resolve

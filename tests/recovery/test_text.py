@@ -85,6 +85,8 @@ def test_a_third_is_text_of_every_kind_unless_something_else_is_said():
     # Such text is there already, whether the domains are named or follow the pruning.
     wide = [*domains, DomainConfig(name="all", source="builtin:broad")]
     assert [*shares(recovery_config(domains=wide, breadth=None))] == ["a", "b", "all"]
+    with pytest.raises(StructPruneError, match="breadth=0.3 adds built-in text of every kind, and domains has such"):
+        recovery_config(domains=wide, breadth=0.3)
     default = StructPruneConfig(sparsity=0.2)
     assert [*shares(recovery_config(domains=None, breadth=None), default)] == ["prose", "code", "math", "broad"]
 
