@@ -38,7 +38,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--no-save", action="store_true", help="Keep the curve only, not the pruned models.")
     add_loading_arguments(parser)
     add_output_arguments(parser, reads_text=True)
-    add_config_arguments(parser, StructPruneConfig, without=(*AMOUNTS, "latency_file", "checkpoint_dir", "keep_rounds"))
+    of_one_size = ("latency_file", "checkpoint_dir", "keep_rounds")
+    add_config_arguments(parser, StructPruneConfig, without=(*AMOUNTS, *of_one_size))
 
 
 def run(args: Namespace) -> Result:
