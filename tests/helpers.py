@@ -177,7 +177,7 @@ RECOVERY_TEXT = {"domains": [DomainConfig(name=n, source=documents(200, seed=s))
 def recovery_config(**fields) -> RecoveryConfig:
     """A short training on two domains of random words."""
     training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
-    defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, "breadth": 0.0, **RECOVERY_TEXT}
+    defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, **RECOVERY_TEXT}
     return RecoveryConfig(**{**defaults, **fields, "training": {**training, **fields.get("training", {})}})
 
 

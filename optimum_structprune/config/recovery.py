@@ -22,9 +22,6 @@ TRAINING = {
     "report_to": "none",
 }
 
-# The share of the text of every kind beside the domains.
-BREADTH = 1 / 3
-
 # The learning rates of the ways to train.
 RATES = {"lora": 1e-3, "full": 1e-4, "scales": 1e-2}
 
@@ -48,8 +45,7 @@ class RecoveryConfig(Serialisable):
         domains: The training text; documents that the perplexity is measured on are left out. None stands for the
             domains of the pruning, without what the model wrote beside them.
         breadth: The share of the tokens that goes to built-in text of every kind beside the domains, for the sake of
-            text that nobody named. None stands for a third, where the tokens allow it and no domain is such text
-            already; the text of a pruning where no domains are named is.
+            text that nobody named.
         train: What is trained. `lora` trains a low-rank adapter, `full` all weights, `scales` the norms and one factor
             for each component that a consumer inside the layers reads, which fold into its weights.
         lora: Fields of `peft.LoraConfig`, laid over `LORA`.
@@ -81,7 +77,7 @@ class RecoveryConfig(Serialisable):
     tokens: int = validated_field(positive, default=200_000)
     seq_length: int | None = validated_field(positive, default=None)
     domains: list[DomainConfig] | None = None
-    breadth: Number | None = validated_field(below_one, default=None)
+    breadth: Number = validated_field(below_one, default=0.0)
     train: Literal["lora", "full", "scales"] = "lora"
     lora: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
     training: dict[str, Any] = validated_field(finite_inside, default_factory=dict)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config.domains import ANY, SELF, DomainConfig, is_broad, written_by_model
 from ..config.pruning import StructPruneConfig
-from ..config.recovery import BREADTH, RecoveryConfig
+from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain, load_domains, num_heldout, split_samples
 from ..domains.presets import resolve
 from ..errors import StructPruneError
@@ -40,10 +40,7 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
     seq_length = config.seq_length or pruning.seq_length
     samples = config.tokens // seq_length
     own = config.domains or _domains_of(pruning)
-    wide = _with_every_kind(own, config, pruning)
-    # Where nobody has asked for it, this text is left out rather than that a domain gets no sample.
-    narrow = config.breadth is None and not _is_enough(samples, wide, parts)
-    domains = resolve(own if narrow else wide, pruning.presets_file)
+    domains = resolve(_with_every_kind(own, config, pruning), pruning.presets_file)
     weights = [domain.weight for domain in domains]
     if not _is_enough(samples, domains, parts):
         rounds = f" in each of {parts} rounds" if parts > 1 else ""
@@ -83,11 +80,12 @@ def _is_enough(samples: int, domains: Sequence[DomainConfig], parts: int) -> boo
 def _with_every_kind(
     own: list[DomainConfig], config: RecoveryConfig, pruning: StructPruneConfig
 ) -> list[DomainConfig]:
-    """Domains with built-in text of every kind beside them, which is left out where one of them is such text."""
-    share = BREADTH if config.breadth is None else config.breadth
+    """Domains with the built-in text of every kind that a config asks for, which is left out where one of them is such
+    text, as where the domains of a pruning were not named.
+    """
     if any(map(is_broad, own)):
         return own
-    return replace(pruning, domains=own, breadth=share, broad_text=None).texts
+    return replace(pruning, domains=own, breadth=config.breadth, broad_text=None).texts
 
 
 def _domains_of(pruning: StructPruneConfig) -> list[DomainConfig]:
