@@ -36,6 +36,6 @@ from .surgery.plan import Plan as Plan
 from .system.processes import across_processes as across_processes
 from .trainer import StructPruneCallback as StructPruneCallback
 from .trainer import attach_pruner as attach_pruner
+from .widths.latency import Latency as Latency
 
 __version__: str
-from .widths.latency import Latency as Latency

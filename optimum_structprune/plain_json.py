@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence, Set
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from .errors import StructPruneError
@@ -51,6 +52,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if isfinite(value) else None
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Write the JSON document of a value to a file, which replaces a former one in one step.
+
+    Raises:
+        OSError: If it cannot be written; a former file is as it was then.
+    """
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(to_json(value) + "\n")
+    new.replace(path)
 
 
 def to_json(value: Any) -> str:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .arguments import add_arch_argument, add_loading_arguments
 from .measuring import add_timing_arguments, names_of
 from .output import Result, add_output_arguments
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 NAME = "benchmark"
 HELP = "Measure how fast models read prompts and write tokens, against the dense one."
@@ -41,7 +37,7 @@ def run(args: Namespace) -> Result:
     from ..arch.heterogeneous import enable_heterogeneous
     from ..errors import StructPruneError
     from ..evaluation.speed import check_clock, check_speed, measure_speed
-    from .loading import SPREAD, load_device, load_dtype, load_model
+    from .loading import SPREAD, load_device, load_dtype, load_model, load_shapes
 
     load_dtype(args.dtype)
     device = load_device(args.device)
@@ -54,7 +50,7 @@ def run(args: Namespace) -> Result:
         enable_heterogeneous(args.arch_file)
     paths = dict(zip(names_of([args.dense, *args.models]), [args.dense, *args.models], strict=True))
     batch_sizes, prompts = args.batch_size or BATCH_SIZES, args.prompt or PROMPTS
-    shapes = {name: _shapes(path, args) for name, path in paths.items()}
+    shapes = {name: load_shapes(path, args.arch_file, args.trust_remote_code) for name, path in paths.items()}
     check_speed(shapes, batch_sizes, prompts, args.new_tokens, args.repeats, args.threads)
     speed = measure_speed(
         {
@@ -71,14 +67,6 @@ def run(args: Namespace) -> Result:
         arch_file=args.arch_file,
     )
     return Result(str(speed), speed.to_dict())
-
-
-def _shapes(path: str, args: Namespace) -> PreTrainedModel:
-    from ..arch.meta import meta_model
-    from .loading import load_config
-
-    config = load_config(path, args.trust_remote_code)
-    return meta_model(config, args.arch_file, trust_remote_code=args.trust_remote_code)
 
 
 def _folder(path: str) -> Path | None:

@@ -30,13 +30,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> Result:
     """Build the model on the meta device and describe it."""
     from ..arch.load import describe
-    from ..arch.meta import meta_model
     from ..arch.shrink import legal_sizes
     from ..arch.stub import stub
-    from .loading import load_config
+    from .loading import load_shapes
 
-    config = load_config(args.model, args.trust_remote_code)
-    model = meta_model(config, args.arch_file, trust_remote_code=args.trust_remote_code)
+    model = load_shapes(args.model, args.arch_file, args.trust_remote_code)
     if args.stub:
         description = stub(model)
         return Result(description, {"stub": description})
@@ -50,7 +48,7 @@ def run(args: Namespace) -> Result:
     for name in arch.offered:
         spaces = arch.of(name)
         parameters = sum(space.size * space.unit_params for space in spaces)
-        legal, units = list(legal_sizes(config, arch, name)), sorted({space.width for space in spaces})
+        legal, units = list(legal_sizes(model.config, arch, name)), sorted({space.width for space in spaces})
         lines.append(f"{name:<12}{_ranges(units):>8}{parameters:>16,}{parameters / total:>8.1%}  {_ranges(legal)}")
         offered[name] = {"units": units, "parameters": parameters, "legal": legal}
     lines += [f"{name:<12}cannot be pruned: {reason}" for name, reason in arch.missing]

@@ -33,20 +33,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> Result:
     """Check the model by its config, load it, and measure it beside smaller ones."""
     from ..arch.load import describe
-    from ..arch.meta import meta_model
     from ..evaluation.latency import legal_targets, measure_latency, table_of
     from ..evaluation.speed import check_clock, check_speed
     from ..saving.report import table
     from ..widths.latency import Latency
-    from .loading import load_config, load_device, load_dtype, load_model
+    from .loading import load_device, load_dtype, load_model, load_shapes
 
     load_dtype(args.dtype)
     check_clock(args.clock, load_device(args.device))
     check_folder_of(args.file, args.file)
     if Path(args.file).exists():
         Latency.load(args.file)  # a former measurement is replaced, and nothing else
-    config = load_config(args.model, args.trust_remote_code)
-    shapes = meta_model(config, args.arch_file, trust_remote_code=args.trust_remote_code)
+    shapes = load_shapes(args.model, args.arch_file, args.trust_remote_code)
     legal_targets(describe(shapes, args.arch_file), shapes, args.target)
     check_speed({args.model: shapes}, [args.batch_size], [args.prompt], args.new_tokens, args.repeats, args.threads)
     latency = measure_latency(

@@ -225,6 +225,20 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
         raise _cannot_load(name, error, trust_remote_code) from error
 
 
+def load_shapes(name: str, arch_file: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without weights, on the meta device, from its config alone.
+
+    Args:
+        name: The id or the folder of the model.
+        arch_file: Descriptions of your own.
+        trust_remote_code: Whether code that comes with the model is run.
+
+    Raises:
+        StructPruneError: If its config cannot be loaded, or transformers cannot build it.
+    """
+    return meta_model(load_config(name, trust_remote_code), arch_file, trust_remote_code=trust_remote_code)
+
+
 def weights_bytes(name: str, config: PretrainedConfig | None = None, arch_file: str | None = None) -> int:
     """The size of a model's weights: that of the safetensors files in its folder, or what its config says.
 

@@ -151,22 +151,19 @@ def _times(name: str, pairs: Sequence[tuple[Widths, list[Measurement]]], layers:
     """The times of one kind of work: the dense model's is the median over all pairs, a smaller one's follows from its
     speed-up, so that a slow minute of the machine does not count for one of them alone.
     """
-    dense = median(_milliseconds(name, measured[0], new_tokens) for _, measured in pairs)
+    stage, tokens = ("decode", new_tokens) if name == "ms_per_token" else ("prefill", 1)
+    timings = [(widths, *(getattr(one, stage) for one in measured)) for widths, measured in pairs]
+    dense = median(1e3 * median(whole.seconds) / tokens for _, whole, _ in timings)
     layer, spaces = 0.0, dict[str, dict[int, float]]()
-    for widths, (_, smaller) in pairs:
+    for widths, _, smaller in timings:
         ((kind, width),) = widths.items()
         assert isinstance(width, int)
-        timing = smaller.decode if name == "ms_per_token" else smaller.prefill
-        time = dense / timing.speedup.median
+        time = dense / smaller.speedup.median
         if kind == LAYER:
             layer = (dense - time) / (layers - width)
         else:
             spaces.setdefault(kind, {})[width] = time
     return Times(dense, layer, spaces)
-
-
-def _milliseconds(name: str, one: Measurement, new_tokens: int) -> float:
-    return 1e3 * (median(one.decode.seconds) / new_tokens if name == "ms_per_token" else one.first_token)
 
 
 def _device_name(model: PreTrainedModel) -> str:

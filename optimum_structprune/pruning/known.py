@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
-from ..plain_json import to_json
+from ..plain_json import replace_json
 from ..system.fingerprint import fingerprint
 from ..system.processes import process_index, wait_for_all
 from .evidence import Evidence
@@ -86,11 +86,9 @@ class Known:
         for (layer, name), by_units in self.trials.items():
             numbers = {str(units): by_domain.tolist() for units, by_domain in by_units.items()}
             losses.setdefault(str(layer), {})[name] = numbers
-        new = self.path.with_suffix(".new")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(to_json({"version": VERSION, "key": self.key, "losses": losses}) + "\n")
-            new.replace(self.path)
+            replace_json(self.path, {"version": VERSION, "key": self.key, "losses": losses})
         except OSError as error:
             raise StructPruneError(f"Measured losses cannot be written to {self.path}: {error.strerror}.") from error
 

@@ -38,11 +38,10 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
             from each domain, or the predictions of a teacher are to be kept for text that the model itself writes.
     """
     seq_length = config.seq_length or pruning.seq_length
-    samples = config.tokens // seq_length
     own = config.domains or _domains_of(pruning)
     domains = resolve(_with_every_kind(own, config, pruning), pruning.presets_file)
-    weights = [domain.weight for domain in domains]
-    if not _is_enough(samples, domains, parts):
+    samples, weights = config.tokens // seq_length, [domain.weight for domain in domains]
+    if samples < len(domains) or min(split_samples(samples, weights)) < parts:
         rounds = f" in each of {parts} rounds" if parts > 1 else ""
         enough = len(domains) if parts == 1 else ceil(parts * sum(weights) / min(weights))
         raise StructPruneError(
@@ -69,12 +68,6 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
         max_perplexity_ratio=None,
         keep_rounds=False,
     )
-
-
-def _is_enough(samples: int, domains: Sequence[DomainConfig], parts: int) -> bool:
-    """Whether every domain gets a sample for each part."""
-    weights = [domain.weight for domain in domains]
-    return samples >= len(domains) and min(split_samples(samples, weights)) >= parts
 
 
 def _with_every_kind(

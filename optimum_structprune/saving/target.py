@@ -41,6 +41,8 @@ GGUF_MARK, GGUF_HEAD = "structprune.version", 512
 CARD = "README.md"
 SIGNATURE = "\n<!-- Written by optimum-structprune; the SHA-256 of all above is {}. -->\n"
 SIGNED = re.compile(re.escape(SIGNATURE).replace(r"\{\}", r"(\w{64})") + r"\Z")
+# The fields of configs that name files and folders, beside the sources of text.
+READ_OR_KEPT = ("stats", "losses_dir", "checkpoint_dir", "teacher_logits", "arch_file", "presets_file", "latency_file")
 ADAPTER = "adapter_config.json"
 # What temporary folders beside a result are for: one that is being written, a former one that is being replaced, and
 # weights that do not fit into memory.
@@ -195,13 +197,7 @@ def used_paths(*configs: Any) -> list[str]:
     names: list[Any] = []
     for config in filter(None, configs):
         names += [domain.source for domain in getattr(config, "domains", None) or ()]
-        names += [
-            getattr(config, name, None)
-            for name in (
-                *("stats", "losses_dir", "checkpoint_dir", "teacher_logits"),
-                *("arch_file", "presets_file", "latency_file"),
-            )
-        ]
+        names += [getattr(config, name, None) for name in READ_OR_KEPT]
         names += [(getattr(config, "training", None) or {}).get("output_dir")]
         names += used_paths(getattr(config, "recovery", None))
     paths = [os.path.expanduser(name) for name in names if isinstance(name, (str, Path))]

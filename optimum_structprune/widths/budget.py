@@ -54,7 +54,7 @@ def widths_of(
     ((name, limit),) = config.budget.items()
     legal = legal_widths(config, arch, model.config)
     gauge = _gauge(config, arch, model, legal, itemsize or model.dtype.itemsize)
-    if name == "cache_bytes_per_token" or name in TIMES:
+    if name in ("cache_bytes_per_token", *TIMES):
         dense = gauge({})
         legal = {
             kind: sizes for kind, sizes in legal.items() if gauge(width_bounds(config, arch, {kind: sizes})[0]) < dense
@@ -108,26 +108,25 @@ def _filled_up(
 
 def _check_reach(config: StructPruneConfig, dense: float, most: float, least: float, names: list[str]) -> None:
     ((name, limit),) = (config.budget or {}).items()
-    if name in TIMES:
-        dense, most, least = (round(number, 3) for number in (dense, most, least))
+    form = ",.3f" if name in TIMES else ","
     if limit >= dense:
         raise StructPruneError(
-            f"budget {name}={limit:,} is met by the dense model, which has {dense:,}; ask for less."
+            f"budget {name}={limit:,} is met by the dense model, which has {dense:{form}}; ask for less."
         )
     if not names:
         raise StructPruneError(
-            f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
+            f"budget {name}={limit:,} is not met by the dense model, which has {dense:{form}}, and targets="
             f"{list(config.targets)} leave that as it is; target {'others' if name in TIMES else repr('attention')}."
         )
     if limit >= most:
         raise StructPruneError(
             f"budget {name}={limit:,} is met as soon as no layer has more than max_width={config.max_width} of its "
-            f"units, which leaves {most:,} of {dense:,}; ask for less, or raise max_width."
+            f"units, which leaves {most:{form}} of {dense:{form}}; ask for less, or raise max_width."
         )
     if limit < least:
         raise StructPruneError(
             f"budget {name}={limit:,} cannot be met: with all that may go from {', '.join(names)} the model still has "
-            f"{least:,} of {dense:,}; allow that, or add targets."
+            f"{least:{form}} of {dense:{form}}; allow that, or add targets."
         )
 
 

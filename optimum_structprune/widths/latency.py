@@ -14,7 +14,7 @@ from ..arch.spec import LAYER, ArchSpec, Widths
 from ..config.fields import read_mapping
 from ..config.pruning import TIMES
 from ..errors import StructPruneError, one_line
-from ..plain_json import to_json, unversioned, versioned
+from ..plain_json import replace_json, unversioned, versioned
 
 
 ADVICE = "measure them with `structprune latency MODEL FILE`"
@@ -94,11 +94,8 @@ class Latency:
         Raises:
             StructPruneError: If it cannot be written.
         """
-        path = Path(path)
-        new = path.with_name(f"{path.name}.new")
         try:
-            new.write_text(to_json(versioned(asdict(self))) + "\n")
-            new.replace(path)
+            replace_json(Path(path), versioned(asdict(self)))
         except OSError as error:
             raise StructPruneError(f"Measured times cannot be written to {path}: {error.strerror}.") from error
 
