@@ -146,9 +146,14 @@ def test_a_real_model_with_a_width_for_each_layer(smollm2, tmp_path):
     assert template is None or template.contents() == smollm2.tokenizer.chat_template
 
 
+# All heads stay: on CPUs with AMX, node-llama-cpp 3.22.1 computes NaN from Q8_0 matrices whose rows have 32 values,
+# which are those of half the heads of this small model.
 @needs_shared
-def test_the_benchmark_prints_size_and_perplexity(stories, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["", str(saved(stories, tmp_path)), "--text", str(STORIES), "--num-samples", "2"])
+def test_the_benchmark_prints_size_and_perplexity(tmp_path, capsys, monkeypatch):
+    model, tokenizer = stories_model()
+    pruner = StructPruner(stories_config(widths={"mlp": [172, 140, 96, 120, 88]}))
+    folder = saved((pruner.prune_model(model, tokenizer), tokenizer, pruner), tmp_path)
+    monkeypatch.setattr(sys, "argv", ["", str(folder), "--text", str(STORIES), "--num-samples", "2"])
     benchmark_quantised.main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[1] for row in rows] == ["F16", "Q8_0", "Q4_0"]
