@@ -2,8 +2,8 @@
 
 Each model is written as a GGUF file and quantised by llama.cpp itself, which then reads the held-out text: what it
 says is what it does when it serves the model. `make llama-cpp` installs it. Give widths that are multiples of 32
-(`--round-to 32`): llama.cpp keeps a matrix in more bits whose rows are not. Rows of only 32 values, as tiny models have,
-give NaN at 8 bits on CPUs with AMX (seen with node-llama-cpp 3.22.1).
+(`--round-to 32`): llama.cpp keeps a matrix in more bits whose rows are not. Rows of only 32 values, as tiny models
+have, give NaN at 8 bits on CPUs with AMX (seen with node-llama-cpp 3.22.1).
 """
 
 from __future__ import annotations

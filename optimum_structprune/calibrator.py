@@ -95,7 +95,7 @@ def calibrate(
 
 def _write_moments(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, folder: Path) -> None:
     """One file for each layer and domain."""
-    passes, placement = evidence.passes(model, arch), Placement(model, arch)
+    passes, placement = evidence.passes(model, arch, fixed=True), Placement(model, arch)
     for layer in tqdm(range(arch.num_layers), desc="calibration", unit="layer"):
         spaces = list(arch.at(layer))
         with placement.at(layer):

@@ -53,7 +53,7 @@ def same_weights(left, right) -> bool:
     )
 
 
-def whole_passes(model, arch, batches, clock=None, error_feedback=0.0) -> ModelPasses:
+def whole_passes(model, arch, batches, clock=None, error_feedback=0.0, fixed=False) -> ModelPasses:
     """In the place of `passes_over`: the fallback, whatever the model allows."""
     return ModelPasses(model, arch, batches, clock)
 

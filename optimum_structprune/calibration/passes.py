@@ -185,6 +185,7 @@ def passes_over(
     batches: Sequence[Batch],
     clock: Clock | None = None,
     error_feedback: float = 0.0,
+    fixed: bool = False,
 ) -> Passes:
     """Passes layer by layer where the model allows it, over the whole model otherwise; see `LayerPasses`.
 
@@ -192,7 +193,7 @@ def passes_over(
         StructPruneError: If the model has to run as a whole, and its layers are offloaded.
     """
     try:
-        return LayerPasses(model, arch, batches, clock, error_feedback)
+        return LayerPasses(model, arch, batches, clock, error_feedback, fixed)
     except NotSequentialError as error:
         if is_offloaded(model):
             raise _must_be_whole(arch, error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,8 @@ class PassesState:
 class LayerPasses(LayerRunner):
     """One layer at a time, on stored inputs that have come through the layers already pruned.
 
-    Memory: the hidden states of the calibration samples (twice with error feedback) and the moments of one layer.
+    Memory: the hidden states of the calibration samples (twice with error feedback, or where layers are fixed) and the
+    moments of one layer.
     Where a layer has experts, also what is routed to them, but the moments of only one expert.
 
     Args:
@@ -55,6 +57,8 @@ class LayerPasses(LayerRunner):
         clock: Takes the time of each domain.
         error_feedback: The share of the error so far, the dense model's residual stream less the present one, that
             consumers are told to make up for where their output goes straight into the residual stream.
+        fixed: Whether every layer keeps the weights that it is observed with. Then what it gives meanwhile goes on to
+            the next layer, and it does not run again for that.
 
     Raises:
         NotSequentialError: If a layer's input is more than the output of the layer before it.
@@ -67,9 +71,11 @@ class LayerPasses(LayerRunner):
         batches: Sequence[Batch],
         clock: Clock | None = None,
         error_feedback: float = 0.0,
+        fixed: bool = False,
     ):
         super().__init__(model, arch, batches, clock)
-        self.error_feedback = error_feedback
+        self.error_feedback, self.fixed = error_feedback, fixed
+        self.given: dict[int, Tensor] = {}
         self.gains: dict[str, float | None] = {}
         self.routed: tuple[Routed, ...] = ()
         self.num_domains = 1 + max(batch.domain for batch in batches)
@@ -97,13 +103,15 @@ class LayerPasses(LayerRunner):
         pruned = [self._local(layer, axis.param) for axis in space.axes]
         with (
             observe_products(module, local, lambda name, *seen: tally.add(local[name], *seen)),
-            self.unchanged.recording(module, pruned, lambda: index),
+            nullcontext() if self.fixed else self.unchanged.recording(module, pruned, lambda: index),
         ):
             for index, batch in enumerate(self.batches):
                 if batch.domain != domain:
                     continue
                 tally.batch = batch
                 output = self.output(layer, index)
+                if self.fixed:
+                    self.given[index] = output.to(self.hidden[index].device)
                 if gains:
                     dense = self.dense[index].to(output.device)
                     tally.add_error(self.error_feedback * (dense.float() - output.float()))
@@ -127,8 +135,11 @@ class LayerPasses(LayerRunner):
     def advance(self, layer: int) -> None:
         """See `Passes.advance`."""
         self.routed = ()
-        if layer + 1 < self.arch.num_layers:  # nothing that prunes reads what the last layer gives
+        if len(self.given) == len(self.hidden):
+            self.hidden = [self.given[index] for index in range(len(self.hidden))]
+        elif layer + 1 < self.arch.num_layers:  # nothing that prunes reads what the last layer gives
             self.pass_through(layer)
+        self.given = {}
         self.unchanged.forget()
 
     def pass_through(self, layer: int) -> None:

@@ -129,11 +129,11 @@ def repeated(work: Workload) -> float:
     return _along(work) if work.choosing.probe else 0.0
 
 
-def _sweep(work: Workload) -> Flops:
-    """One round."""
+def _sweep(work: Workload, fixed: bool = False) -> Flops:
+    """One round, or one pass over layers that are fixed."""
     consumers = work.consumers
     return Flops(
-        _round(work),
+        _round(work, fixed),
         sum(_moments(work, consumer) for consumer in consumers),
         sum(_scores(work, consumer) for consumer in consumers),
         sum(_refit(consumer) for consumer in consumers) if work.fits else 0.0,
@@ -145,7 +145,7 @@ def _chosen(work: Workload) -> Flops:
     plan, nothing = work.choosing, Flops(0.0, 0.0, 0.0, 0.0)
     dense = _unpruned(work)
     if plan.ranked:
-        return _sweep(replace(dense, feedback=False, fits=False))
+        return _sweep(replace(dense, feedback=False, fits=False), fixed=True)
     if plan.judged:
         return replace(nothing, forward=_whole(work, work.samples.tokens, work.samples.tokens))
     if not plan.probe:
@@ -174,11 +174,11 @@ def _trials(work: Workload) -> Flops:
     """Each space of each layer gives up a part, while all others are dense."""
     work = replace(work, feedback=False)
     probe, kept = work.choosing.probe, [1 - share for share in SHARES]
-    forward = _round(replace(work, consumers=())) + _along(work)
+    forward = _round(work, fixed=True) + _along(work)
     for layer in range(len(work.layers)):
         spaces = len(_gathered(work, layer))
         behind = _whole(work, probe, probe / STRIDE, layer)
-        forward += spaces * (_pass(work, layer, work.samples.tokens) + len(kept) * behind)
+        forward += spaces * len(kept) * behind
         if work.choosing.without_layers:
             forward += _whole(work, probe, probe / STRIDE, layer + 1)
     consumers = work.consumers
@@ -227,14 +227,16 @@ def _gathered(work: Workload, layer: int) -> list[bool]:
     return [expert for expert in spaces.values() if not expert] + [True] * any(spaces.values())
 
 
-def _round(work: Workload) -> float:
+def _round(work: Workload, fixed: bool = False) -> float:
     """The passes of one round: one that records the calls on a batch, one for each space that loses units, one on to
-    the next layer, one of the dense residual stream, and what finds out how far a consumer's output reaches.
+    the next layer, one of the dense residual stream, and what finds out how far a consumer's output reaches. Where
+    layers are fixed, what a layer gives while it is observed goes on to the next one.
     """
     samples, total = work.samples, 0.0
     for layer in range(len(work.layers)):
         gathered = _gathered(work, layer)
-        passes = len(gathered) + (_onward(work, layer) if layer + 1 < len(work.layers) else 0) + work.feedback
+        again = layer + 1 < len(work.layers) and not (fixed and False in gathered)
+        passes = len(gathered) + again * _onward(work, layer) + work.feedback
         # How far an output reaches is found out in the first layer, for the others too.
         probes = 2 * gathered.count(False) if work.feedback and layer == 0 else 0
         total += passes * _pass(work, layer, samples.tokens)

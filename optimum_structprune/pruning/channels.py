@@ -107,7 +107,7 @@ def refit_readers_(
         keep: The channels that are kept.
     """
     assert arch.residual is not None
-    passes = LayerPasses(model, arch, batches)
+    passes = LayerPasses(model, arch, batches, fixed=True)
     for layer in range(arch.num_layers):
         reads = [read for read in arch.residual.reads if read.layer == layer]
         # All consumers at one place get the same input, so the moments of the first one are those of all.

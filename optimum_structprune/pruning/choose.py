@@ -71,7 +71,7 @@ def dense_scores(
     # The dense model has no error to make up for, so there is no stream of dense hidden states to carry beside it.
     evidence = replace(evidence, config=replace(config, error_feedback=0.0))
     with evaluating(model), report.timed("ranking"):
-        return Sweep(model, arch, config).scores(evidence.passes(model, arch), evidence.mixture, names)
+        return Sweep(model, arch, config).scores(evidence.passes(model, arch, fixed=True), evidence.mixture, names)
 
 
 def cosine_scores(

@@ -120,11 +120,16 @@ class Evidence:
         ]
         return batches_of(parts, self.config.samples_at_once)
 
-    def passes(self, model: PreTrainedModel, arch: ArchSpec) -> Passes:
+    def passes(self, model: PreTrainedModel, arch: ArchSpec, fixed: bool = False) -> Passes:
         """Passes over the samples with the model as it is now, or the stored moments.
 
         Each domain has as many samples as its present weight is worth, so that what counts more is known better; their
         number in all stays the same.
+
+        Args:
+            model: The model.
+            arch: Its description.
+            fixed: Whether no layer changes while the passes go through the model; there is no error to feed back then.
         """
         config = self.config
         watch = saliencies_for(CRITERIA.get(config.scored_by))
@@ -132,7 +137,8 @@ class Evidence:
             return StoredPasses(self.statistics, self.domains, watch is not None, next(model.parameters()).device)
         batches = self.own_batches
         saliency = None if watch is None else watch(model, arch, batches, self.clock)
-        passes = self.run_passes(model, arch, batches, self.clock, config.error_feedback if config.fits else 0.0)
+        feedback = config.error_feedback if config.fits and not fixed else 0.0
+        passes = self.run_passes(model, arch, batches, self.clock, feedback, fixed)
         if CRITERIA.get(config.scored_by).learned:
             saliency = self._gates_by_module(arch)
         return passes if saliency is None else SaliencyPasses(passes, saliency)

@@ -193,7 +193,7 @@ def all_trials(
         known: What earlier runs have measured, which is not measured again; it takes what is measured now.
     """
     model, arch = sweep.model, sweep.arch
-    passes = evidence.passes(model, arch)
+    passes = evidence.passes(model, arch, fixed=True)
     for some in _side_by_side(arch.num_layers):
         own: dict[Key, Refits] = {}
         for layer in some:

@@ -7,22 +7,23 @@ from models import NOT_SEQUENTIAL, PRUNABLE, build, config, tokenizer
 from torch import nn
 
 from optimum_structprune import StructPruneError
-from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.calibration.passes import ModelPasses, batches_of, passes_over
 from optimum_structprune.calibration.sequential import LayerPasses
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.forward.calls import NotSequentialError, capture
-from optimum_structprune.forward.hooks import observe
+from optimum_structprune.forward.hooks import intercept, observe
 
 
 SEQUENTIAL = [case for case in [*PRUNABLE, "bert", "modernbert", "llava"] if case not in NOT_SEQUENTIAL]
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("case", SEQUENTIAL)
-def test_layer_by_layer_equals_whole_model(case):
+def test_layer_by_layer_equals_whole_model(case, fixed):
     model = build(case)
     arch = describe(model)
-    layers, whole = LayerPasses(model, arch, batches()), ModelPasses(model, arch, batches())
+    layers, whole = LayerPasses(model, arch, batches(), fixed=fixed), ModelPasses(model, arch, batches())
     for layer in range(arch.num_layers):
         for space in arch.at(layer):
             if not space.inside:
@@ -35,6 +36,18 @@ def test_layer_by_layer_equals_whole_model(case):
                     torch.testing.assert_close(mine.mean, theirs.mean, rtol=1e-4, atol=1e-5)
         layers.advance(layer)
     assert count_hooks(model) == 0
+
+
+@pytest.mark.parametrize(("fixed", "passes_of_a_layer"), [(False, 3), (True, 2)])
+def test_a_fixed_layer_runs_for_its_spaces_alone(fixed, passes_of_a_layer):
+    model, ran = build("llama-tied"), []
+    arch = describe(model)
+    passes = LayerPasses(model, arch, batches(), fixed=fixed)
+    with intercept([layer_list(model, arch)[0]], lambda *_: ran.append(1)):
+        for space in arch.at(0):
+            list(passes.gather(0, space, True))
+        passes.advance(0)
+    assert len(ran) == passes_of_a_layer * len(batches()) and len([*arch.at(0)]) == 2
 
 
 def test_a_batch_holds_one_domain_and_nothing_is_lost():
