@@ -221,8 +221,11 @@ def all_trials(
 
 def _side_by_side(num_layers: int) -> Iterator[range]:
     """The layers that the processes try at the same time: one in each of them."""
-    for layers in tqdm(range(0, num_layers, process_count()), desc="measuring losses", unit="layer"):
-        yield range(layers, min(layers + process_count(), num_layers))
+    with tqdm(total=num_layers, desc="measuring losses", unit="layer") as bar:
+        for first in range(0, num_layers, process_count()):
+            layers = range(first, min(first + process_count(), num_layers))
+            yield layers
+            bar.update(len(layers))
 
 
 def _is_own(layer: int) -> bool:
