@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # So many uniform shapes are pruned on trial, on so many calibration tokens at most.
 FINALISTS = 4
-TRIAL_TOKENS = 16384
+TRIAL_TOKENS = 8192
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # The shares of a space that are removed in the trials. A third trial, at a half, changes the predicted loss by 2 %.
 SHARES = (0.25, 0.75)
 # A trial runs about so many held-out tokens, over all domains, and compares the predictions of every fourth one.
-PROBE_TOKENS = 4096
+PROBE_TOKENS = 2048
 STRIDE = 4
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-9
