@@ -47,8 +47,7 @@ class LayerPasses(LayerRunner):
     """One layer at a time, on stored inputs that have come through the layers already pruned.
 
     Memory: the hidden states of the calibration samples (twice with error feedback, or where layers are fixed) and the
-    moments of one layer.
-    Where a layer has experts, also what is routed to them, but the moments of only one expert.
+    moments of one layer. Where a layer has experts, also what is routed to them, but the moments of only one expert.
 
     Args:
         model: The model.
