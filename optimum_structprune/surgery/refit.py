@@ -19,8 +19,24 @@ logger = logging.getLogger(__name__)
 LEAST = 1e-6
 # The number of rows of a matrix product or of a right side that are in memory a second time.
 ROWS = 1024
+# With so many tokens per column, the ridge is twice what it is with any number of tokens.
+TOKENS_PER_COLUMN = 20
 
 Refit = Callable[[Tensor, "Tensor | None", Moments, Tensor, float], "tuple[Tensor, Tensor | None]"]
+
+
+def ridge(damping: float, columns: int, tokens: int) -> float:
+    """The λ of a refit or a score, which grows where there is little text: `damping (1 + 20 n / N)`.
+
+    The noise of a Gram matrix of n columns from N tokens grows as n / N, and so does the λ that loses least on other
+    text. The 20 was chosen by leaving kinds of text out; docs/benchmarks.md has the figures.
+
+    Args:
+        damping: λ with any number of tokens.
+        columns: The number n of columns that are fitted.
+        tokens: The number N of tokens that their moments were taken from.
+    """
+    return damping * (1 + TOKENS_PER_COLUMN * columns / max(tokens, 1))
 
 
 def with_damped_factor(

@@ -10,6 +10,7 @@ from optimum_structprune.surgery.refit import (
     bias_refit,
     least_squares,
     no_refit,
+    ridge,
     slope_refit,
     solve_damped,
     squared_errors,
@@ -21,6 +22,14 @@ def problem(seed: int, n: int = 12, out: int = 5, count: int = 200):
     mix = torch.randn(n, n, generator=generator)
     x = torch.randn(count, n, generator=generator) @ mix + 0.5
     return torch.randn(out, n, generator=generator), torch.randn(out, generator=generator), x
+
+
+def correlated(seed: int, n: int, count: int):
+    """A weight, shape `(5, n)`, and inputs that share as much as they have of their own, as those of an FFN do."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(count, n // 4, generator=generator) @ torch.randn(n // 4, n, generator=generator)
+    own = torch.randn(count, n, generator=generator) * shared.std(0)
+    return torch.randn(5, n, generator=generator), shared + own
 
 
 def moments_of(x: torch.Tensor) -> Moments:
@@ -78,6 +87,24 @@ def test_strong_damping_returns_the_original_weights_not_zero():
     keep = torch.arange(6)
     new, _ = least_squares(weight, None, moments_of(x), keep, 1e6)
     torch.testing.assert_close(new, weight[:, keep], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [60, 90, 150])
+def test_with_few_tokens_a_stronger_ridge_loses_less_on_others(tokens):
+    damping, keep, lost = 0.1, torch.arange(40), {True: 0.0, False: 0.0}
+    for seed in range(20):
+        weight, x = correlated(seed, n=60, count=20_000)
+        for grown in (True, False):
+            strength = ridge(damping, len(keep), tokens) if grown else damping
+            refitted = least_squares(weight, None, moments_of(x[:tokens]), keep, strength)
+            lost[grown] += error(weight, None, x[10_000:], keep, *refitted)
+    assert lost[True] < 0.95 * lost[False]
+
+
+def test_the_ridge_is_twice_the_damping_with_twenty_tokens_a_column_and_falls_to_it():
+    assert ridge(0.1, 50, 1000) == pytest.approx(0.2)
+    assert ridge(0.1, 50, 10**9) == pytest.approx(0.1)
+    assert ridge(0.0, 50, 10) == 0.0
 
 
 def test_bias_refit_removes_the_mean_error():
