@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..calibration.moments import Moments
 from ..errors import StructPruneError
-from ..surgery.refit import ridge, with_damped_factor
+from ..surgery.refit import ridge_strength, with_damped_factor
 from .base import Criterion, register_criterion
 
 
@@ -29,7 +29,7 @@ class OptimalBrainSurgeon(Criterion):
         diagonal = gram.diagonal()
         if float(diagonal.sum()) <= 0:
             return weight.new_zeros(len(gram) // columns_per_unit)
-        damping = ridge(float(self.config.damping), len(gram), moments.count)
+        damping = ridge_strength(float(self.config.damping), len(gram), moments.count)
         return with_damped_factor(
             lambda dtype: gram.to(weight.device, dtype, copy=True),
             diagonal,

@@ -18,7 +18,7 @@ from ..forward.hooks import observe
 from ..forward.metrics import run_model
 from ..surgery.consumers import read_consumer, write_consumer_
 from ..surgery.plan import Plan, best_units
-from ..surgery.refit import REFITS, ridge
+from ..surgery.refit import REFITS, ridge_strength
 from ..surgery.residual import narrow_
 from .run import Run
 from .steps import Step
@@ -120,7 +120,7 @@ def refit_readers_(
                 columns = torch.tensor(keep, device=weight.device)
                 # What was seen are the outputs of the first reader alone.
                 moments = mixture.pool(weight, (replace(moments, energy=None) for moments in moments_by_domain))
-                damping = ridge(config.damping, len(columns), moments.count)
+                damping = ridge_strength(config.damping, len(columns), moments.count)
                 refitted = REFITS[config.refit](weight, bias, moments, columns, damping)
                 write_consumer_(model, axis, columns, *refitted)
 

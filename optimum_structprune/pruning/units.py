@@ -19,7 +19,7 @@ from ..forward.placement import Placement
 from ..saving.details import Choice, Choices, choice_of
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.plan import Plan, best_units
-from ..surgery.refit import REFITS, ridge, squared_errors
+from ..surgery.refit import REFITS, ridge_strength, squared_errors
 
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Units:
             weight, bias = self.consumers.dense(axis)
             columns = units_to_columns(keep, axis, weight.device)
             start = criterion.unfitted(weight, of_one.moments) if self.config.refit == "none" else weight
-            damping = ridge(self.config.damping, len(columns), of_one.moments.count)
+            damping = ridge_strength(self.config.damping, len(columns), of_one.moments.count)
             refitted = refit(start, bias, of_one.moments, columns, damping)
             if note and of_one.moments.gram is not None:
                 left = squared_errors(weight, bias, of_one.moments, columns, *refitted)

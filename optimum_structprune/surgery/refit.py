@@ -25,7 +25,7 @@ TOKENS_PER_COLUMN = 20
 Refit = Callable[[Tensor, "Tensor | None", Moments, Tensor, float], "tuple[Tensor, Tensor | None]"]
 
 
-def ridge(damping: float, columns: int, tokens: int) -> float:
+def ridge_strength(damping: float, columns: int, tokens: int) -> float:
     """The λ of a refit or a score, which grows where there is little text: `damping (1 + 20 n / N)`.
 
     The noise of a Gram matrix of n columns from N tokens grows as n / N, and so does the λ that loses least on other

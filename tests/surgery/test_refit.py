@@ -10,7 +10,7 @@ from optimum_structprune.surgery.refit import (
     bias_refit,
     least_squares,
     no_refit,
-    ridge,
+    ridge_strength,
     slope_refit,
     solve_damped,
     squared_errors,
@@ -95,16 +95,16 @@ def test_with_few_tokens_a_stronger_ridge_loses_less_on_others(tokens):
     for seed in range(20):
         weight, x = correlated(seed, n=60, count=20_000)
         for grown in (True, False):
-            strength = ridge(damping, len(keep), tokens) if grown else damping
+            strength = ridge_strength(damping, len(keep), tokens) if grown else damping
             refitted = least_squares(weight, None, moments_of(x[:tokens]), keep, strength)
             lost[grown] += error(weight, None, x[10_000:], keep, *refitted)
     assert lost[True] < 0.95 * lost[False]
 
 
 def test_the_ridge_is_twice_the_damping_with_twenty_tokens_a_column_and_falls_to_it():
-    assert ridge(0.1, 50, 1000) == pytest.approx(0.2)
-    assert ridge(0.1, 50, 10**9) == pytest.approx(0.1)
-    assert ridge(0.0, 50, 10) == 0.0
+    assert ridge_strength(0.1, 50, 1000) == pytest.approx(0.2)
+    assert ridge_strength(0.1, 50, 10**9) == pytest.approx(0.1)
+    assert ridge_strength(0.0, 50, 10) == 0.0
 
 
 def test_bias_refit_removes_the_mean_error():
