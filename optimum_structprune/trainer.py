@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import wraps
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import torch
-from torch import Tensor, nn, optim
+from torch import nn, optim
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
@@ -22,6 +20,7 @@ from .arch.plain import check_plain
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.load import Domain, load_domains
+from .domains.recent import RecentText
 from .errors import StructPruneError
 from .forward.hooks import before_load, before_next_call
 from .pruner import AutoStructPruner
@@ -30,7 +29,7 @@ from .surgery.followers import Average, check_state, slice_state_
 from .surgery.plan import Plan
 from .surgery.resize import resize_
 from .widths.budget import widths_of
-from .widths.schedule import legal_round_widths
+from .widths.schedule import legal_round_widths, removal_steps
 
 
 if TYPE_CHECKING:
@@ -264,106 +263,6 @@ class StructPruneCallback(TrainerCallback, ExportableState):
             average.follow_(model, arch, plan)
         self.plan = plan if self.plan is None else self.plan.then(plan)
         return True
-
-
-@dataclass
-class RecentText:
-    """The latest training tokens, from which calibration samples are cut.
-
-    Attributes:
-        num_samples: How many samples are cut at most; no more tokens are kept than they need.
-        seq_length: The number of tokens in a sample.
-    """
-
-    num_samples: int
-    seq_length: int
-    _rows: deque[Tensor] = field(default_factory=deque)
-
-    def add_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take in the token ids that a model is called with."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is not None:
-            self.add(ids, kwargs.get("attention_mask"))
-
-    def add(self, ids: Tensor, mask: Tensor | None = None) -> None:
-        """Take in token ids, shape `(batch, seq_length)`, without those that a mask of the same shape leaves out."""
-        real = ids[mask.bool()] if mask is not None and mask.shape == ids.shape else ids
-        self._rows.append(real.detach().flatten().cpu())
-        most = self.num_samples * self.seq_length
-        while len(self._rows) > 1 and len(self) - len(self._rows[0]) >= most:
-            self._rows.popleft()
-
-    def __len__(self) -> int:
-        """The number of tokens."""
-        return sum(map(len, self._rows))
-
-    def domain(self) -> Domain:
-        """The tokens as one domain, of which nothing is held out.
-
-        Raises:
-            StructPruneError: If they do not make one sample.
-        """
-        tokens = torch.cat([torch.zeros(0, dtype=torch.long), *self._rows])
-        samples = tokens[len(tokens) % self.seq_length :].view(-1, self.seq_length)[-self.num_samples :]
-        if not len(samples):
-            raise StructPruneError(self.shortage())
-        if len(samples) < self.num_samples:
-            warnings.warn(
-                f"Units are scored and refitted on {len(samples)} samples of {self.seq_length} tokens, all that "
-                f"training has shown, where num_samples={self.num_samples} were asked for; start later, or use "
-                "calibration='domains'.",
-                stacklevel=2,
-            )
-        return Domain("training", 1.0, samples, samples[:0])
-
-    def shortage(self) -> str:
-        """How much text there is and how much is needed, as a sentence."""
-        return (
-            f"calibration takes at least one sample of seq_length={self.seq_length} tokens, but training has shown "
-            f"{len(self)} so far; start later, lower seq_length, or use calibration='domains'."
-        )
-
-
-def removal_steps(
-    config: StructPruneConfig, start: int | float, end: int | float | None, every: int | None, max_steps: int
-) -> list[int]:
-    """The steps of a training after which units are removed.
-
-    Args:
-        config: Its `rounds` is their number where `every` is None.
-        start: The first of them: a step, or a share of all steps from 0.0 to 1.0.
-        end: The last of them, likewise; None stands for `start`. With `every`, no step lies beyond it.
-        every: The number of steps from one to the next.
-        max_steps: The number of all steps.
-
-    Raises:
-        StructPruneError: If a number is not legal, `end` lies before `start` or behind the end of the training, or
-            `end` is given and everything would go at `start`.
-    """
-    first = max(_step_number("start", start, max_steps), 1)
-    last = first if end is None else _step_number("end", end, max_steps)
-    if every is not None and (not isinstance(every, int) or every < 1):
-        raise StructPruneError(f"every is a number of steps, 1 or more, got {every!r}.")
-    if last < first:
-        raise StructPruneError(f"end={end!r} is step {last}, before start={start!r}, step {first}; name a later step.")
-    if last > max_steps:
-        raise StructPruneError(f"The last units go after step {last}, but training has {max_steps} steps.")
-    if every is not None:
-        return list(range(first, last + 1, every))
-    if last > first and config.rounds == 1:
-        raise StructPruneError(
-            f"end={end!r} divides the removal over the steps {first} to {last}, and rounds=1 removes everything at "
-            "once; set rounds=4 or more, or every, or leave end out."
-        )
-    count = min(config.rounds, last - first + 1)
-    return [first + round((last - first) * i / max(count - 1, 1)) for i in range(count)]
-
-
-def _step_number(name: str, at: int | float, max_steps: int) -> int:
-    number = isinstance(at, (int, float)) and not isinstance(at, bool)
-    if not number or at < 0 or (isinstance(at, float) and at > 1 and not at.is_integer()):
-        raise StructPruneError(f"{name} is a step, or a share of all steps from 0.0 to 1.0, got {at!r}.")
-    return round(max_steps * at) if isinstance(at, float) and at <= 1 else int(at)
 
 
 def attach_pruner(

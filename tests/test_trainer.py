@@ -16,7 +16,6 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.surgery.followers import slice_state_
 from optimum_structprune.surgery.plan import Plan
 from optimum_structprune.surgery.resize import resize_
-from optimum_structprune.trainer import RecentText, removal_steps
 
 
 # Newer versions of transformers call it the first; the old name warns.
@@ -144,14 +143,6 @@ def test_an_optimizer_without_state_needs_no_cut():
     slice_state_(torch.optim.SGD(model.parameters()), model, describe(model), Plan("llama", {}))
 
 
-def test_padding_is_no_calibration_text():
-    text = RecentText(num_samples=1, seq_length=4)
-    text.add_call(
-        (), {"input_ids": torch.arange(6).view(2, 3), "attention_mask": torch.tensor([[1, 1, 0], [0, 1, 1]])}
-    )
-    assert text.domain().samples.tolist() == [[0, 1, 4, 5]]
-
-
 def test_evaluation_is_no_calibration_text(tmp_path):
     texts = {}
 
@@ -162,13 +153,6 @@ def test_evaluation_is_no_calibration_text(tmp_path):
     callback = pruner(start=8)
     trainer(tmp_path, callbacks=[callback, Look()], eval_strategy="steps", eval_steps=1).train()
     assert [texts[step] for step in (1, 2, 3)] == [48, 96, 144]
-
-
-def test_memory_of_the_text_is_bounded():
-    text = RecentText(num_samples=8, seq_length=24)
-    for _ in range(100):
-        text.add(token_ids(4, 24))
-    assert len(text) == 8 * 24 and text.domain().samples.shape == (8, 24)
 
 
 @pytest.mark.parametrize("when", ["forward", "step end"])
@@ -249,38 +233,6 @@ def test_metrics_are_left_alone(tmp_path):
     for metrics in (run.evaluate(), outcome.metrics):
         assert not any("structprune" in name for name in metrics)
     assert any("structprune/params" in entry for entry in run.state.log_history if "eval_loss" in entry)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "steps"),
-    [
-        ({"start": 0.2, "end": 1.0}, [2, 5, 7, 10]),
-        ({"start": 1.0}, [10]),
-        ({"start": 2, "end": 9, "every": 3}, [2, 5, 8]),
-        ({"start": 0.0}, [1]),
-    ],
-)
-def test_steps_of_removal(schedule, steps):
-    settings = config(rounds=4 if "end" in schedule else 1)
-    given = {"end": None, "every": None, **schedule}
-    assert removal_steps(settings, given["start"], given["end"], given["every"], 10) == steps
-
-
-@pytest.mark.parametrize(
-    ("schedule", "message"),
-    [
-        ((0.2, 0.8, None), "end=0.8 divides the removal.*rounds=1 removes everything at once; set rounds=4"),
-        ((0.5, 0.2, None), "end=0.2 is step 2, before start=0.5, step 5"),
-        ((-3, None, None), "start is a step, or a share of all steps from 0.0 to 1.0, got -3"),
-        ((1.5, None, None), "got 1.5"),
-        (("0.5", None, None), "got '0.5'"),
-        ((2, 8, 0), "every is a number of steps, 1 or more, got 0"),
-        ((2, 11, 3), "go after step 11, but training has 10 steps"),
-    ],
-)
-def test_steps_that_mean_nothing(schedule, message):
-    with pytest.raises(StructPruneError, match=message):
-        removal_steps(config(), *schedule, 10)
 
 
 def test_a_removal_waits_for_text(tmp_path):

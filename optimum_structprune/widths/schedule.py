@@ -1,4 +1,4 @@
-"""From the final widths to those of several steps."""
+"""From the final widths to those of several steps, and when these steps are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..arch.shrink import legal_sizes
 from ..arch.spec import ArchSpec, Width, Widths
 from ..config.pruning import StructPruneConfig
+from ..errors import StructPruneError
 
 
 if TYPE_CHECKING:
@@ -78,3 +79,45 @@ def _on_the_way(schedule: str, t: float, size: int, width: int) -> int:
         "geometric": (1 - (width / size) ** t) / (1 - width / size) if width < size else 1.0,
     }[schedule]
     return round(size - fraction * (size - width))
+
+
+def removal_steps(
+    config: StructPruneConfig, start: int | float, end: int | float | None, every: int | None, max_steps: int
+) -> list[int]:
+    """The steps of a training after which units are removed.
+
+    Args:
+        config: Its `rounds` is their number where `every` is None.
+        start: The first of them: a step, or a share of all steps from 0.0 to 1.0.
+        end: The last of them, likewise; None stands for `start`. With `every`, no step lies beyond it.
+        every: The number of steps from one to the next.
+        max_steps: The number of all steps.
+
+    Raises:
+        StructPruneError: If a number is not legal, `end` lies before `start` or behind the end of the training, or
+            `end` is given and everything would go at `start`.
+    """
+    first = max(_step_number("start", start, max_steps), 1)
+    last = first if end is None else _step_number("end", end, max_steps)
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise StructPruneError(f"every is a number of steps, 1 or more, got {every!r}.")
+    if last < first:
+        raise StructPruneError(f"end={end!r} is step {last}, before start={start!r}, step {first}; name a later step.")
+    if last > max_steps:
+        raise StructPruneError(f"The last units go after step {last}, but training has {max_steps} steps.")
+    if every is not None:
+        return list(range(first, last + 1, every))
+    if last > first and config.rounds == 1:
+        raise StructPruneError(
+            f"end={end!r} divides the removal over the steps {first} to {last}, and rounds=1 removes everything at "
+            "once; set rounds=4 or more, or every, or leave end out."
+        )
+    count = min(config.rounds, last - first + 1)
+    return [first + round((last - first) * i / max(count - 1, 1)) for i in range(count)]
+
+
+def _step_number(name: str, at: int | float, max_steps: int) -> int:
+    number = isinstance(at, (int, float)) and not isinstance(at, bool)
+    if not number or at < 0 or (isinstance(at, float) and at > 1 and not at.is_integer()):
+        raise StructPruneError(f"{name} is a step, or a share of all steps from 0.0 to 1.0, got {at!r}.")
+    return round(max_steps * at) if isinstance(at, float) and at <= 1 else int(at)
