@@ -18,7 +18,7 @@ TOKENS = 2048
 DAMPING = 0.01
 
 
-@pytest.fixture(params=[1, 4], autouse=True)
+@pytest.fixture(params=[1, 2], autouse=True)
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -48,10 +48,9 @@ def fitted(x, weight, keep, bias, error):
     if bias is not None:
         centre, shift = left.mean(0), target.mean(0)
         left, target = left - centre, target - shift
-    ridge = torch.diag((DAMPING * left.square().mean(0)).sqrt())
-    tall = torch.cat([left / len(x) ** 0.5, ridge])
-    right = torch.cat([target / len(x) ** 0.5, torch.zeros(len(keep), len(weight), dtype=torch.float64)])
-    change = torch.linalg.lstsq(tall, right).solution.T
+    gram = left.T @ left / len(x)
+    gram.diagonal().mul_(1 + DAMPING)
+    change = torch.linalg.solve(gram, left.T @ target / len(x)).T
     refitted = weight[:, keep] + change
     return refitted, None if bias is None else bias.double() + shift - change @ centre
 

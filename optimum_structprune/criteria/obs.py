@@ -76,6 +76,10 @@ def _losses(weight: Tensor, factor: Tensor, columns_per_unit: int) -> Tensor:
         units = (stop - start) // columns_per_unit
         # H⁻¹ is XᵀX with X = L⁻¹, whose columns are zero above the diagonal.
         inverse = _inverse_columns(factor, start, stop)
+        if columns_per_unit == 1:
+            # The general way would factor one matrix of one number per column, which threads make very slow.
+            losses.append(0.5 * weight[:, start:stop].double().square().sum(0) / inverse.double().square().sum(0))
+            continue
         columns = inverse.reshape(-1, units, columns_per_unit).movedim(0, -1).double()
         # Shape (units, columns_per_unit, out).
         dense = weight[:, start:stop].reshape(out, units, columns_per_unit).movedim(0, -1).double()
