@@ -221,10 +221,13 @@ def parse_yaml(text: str) -> Any:
             values, or has a key twice in a mapping, which YAML forbids and PyYAML lets pass.
     """
     try:
-        node = yaml.compose(text, Loader=PlainLoader)
-        if node is not None and _size(node, {}) > MOST_NODES:
+        loader = PlainLoader(text)  # a safe loader
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MOST_NODES:
             raise yaml.YAMLError(f"it stands for more than {MOST_NODES:,} values once its aliases are written out")
-        return yaml.load(text, PlainLoader)  # a safe loader
+        return loader.construct_document(node)
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
