@@ -183,7 +183,7 @@ class StructPruneConfig(Serialisable):
     num_samples: int = validated_field(positive, default=128)
     seq_length: int = validated_field(positive, default=512)
     batch_size: int | Literal["auto"] = validated_field(positive, default=4)
-    damping: Number = validated_field(not_negative, default=0.1)
+    damping: Number = validated_field(not_negative, default=0.08)
     error_feedback: Number = validated_field(proportion, default=0.5)
     holdout: Number = validated_field(share, default=0.125)
     skip_layers: tuple[int, ...] | list[int] = ()

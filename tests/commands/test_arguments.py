@@ -94,7 +94,7 @@ def test_help_comes_from_the_field():
     parser = ArgumentParser(prog="structprune")
     prune.add_arguments(parser)
     shown = " ".join(parser.format_help().split())
-    assert first_sentences(StructPruneConfig)["damping"] in shown and "(default: 0.1)" in shown
+    assert first_sentences(StructPruneConfig)["damping"] in shown and "(default: 0.08)" in shown
     assert "--schedule {linear,geometric,cubic}" in shown
     assert "--keep-rounds, --no-keep-rounds" in shown
     for nested in (GatesConfig, SelfTextConfig, RecoveryConfig):
