@@ -22,7 +22,7 @@ from ..domains.manifest import Entry, Manifest
 from ..domains.reweight import reweighted
 from ..errors import StructPruneError
 from ..forward.clock import Clock
-from ..system.processes import own_part
+from ..system.processes import own_part, process_count, process_index
 
 
 if TYPE_CHECKING:
@@ -110,15 +110,7 @@ class Evidence:
     def own_batches(self) -> list[Batch]:
         """The samples of all domains that this process runs in the next round, one domain after the other."""
         domains = self._in_proportion() if self.config.reweights else self.domains
-        parts = [
-            replace(
-                domain,
-                samples=own_part(domain.samples),
-                mask=None if domain.mask is None else own_part(domain.mask),
-            )
-            for domain in domains
-        ]
-        return batches_of(parts, self.config.samples_at_once)
+        return batches_of([_own(domain) for domain in domains], self.config.samples_at_once)
 
     def passes(self, model: PreTrainedModel, arch: ArchSpec, fixed: bool = False) -> Passes:
         """Passes over the samples with the model as it is now, or the stored moments.
@@ -197,3 +189,12 @@ class Evidence:
 def judges_layers(config: StructPruneConfig) -> bool:
     """Whether the criterion of a config scores whole layers, and nothing inside them."""
     return config.scored_by in LAYER_CRITERIA.names()
+
+
+def _own(domain: Domain) -> Domain:
+    """A domain with the samples that this process runs."""
+    mask = None if domain.mask is None else own_part(domain.mask)
+    if len(domain.samples) < process_count() and process_index() > 0:
+        # Every process runs these samples, and their tokens count once.
+        mask = torch.zeros_like(domain.samples, dtype=torch.bool)
+    return replace(domain, samples=own_part(domain.samples), mask=mask)
