@@ -32,7 +32,7 @@ def test_the_mean_log_perplexity_decides(after, worse, recwarn):
 
 def test_a_destroyed_model_is_told_with_both_perplexities_and_the_rate(recwarn):
     pruned = prune_model(build("llama-tied"), config(), tokenizer())
-    settings = recovery_config(tokens=192, training={"learning_rate": 1.0})
+    settings = recovery_config(tokens=192, train="full", lora={}, training={"learning_rate": 1.0})
     recovered, report = recover(deepcopy(pruned), tokenizer(), settings, return_report=True)
     before, after = (report.mean_log_perplexity(when) for when in ("pruned", "recovered"))
     assert report.worse and after > before and recovered.config.intermediate_size == 24
