@@ -22,7 +22,7 @@ from ..domains.manifest import Entry, Manifest
 from ..domains.reweight import reweighted
 from ..errors import StructPruneError
 from ..forward.clock import Clock
-from ..system.processes import own_part, process_count, process_index
+from ..system.processes import every_process_runs, own_part, process_index
 
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def judges_layers(config: StructPruneConfig) -> bool:
 def _own(domain: Domain) -> Domain:
     """A domain with the samples that this process runs."""
     mask = None if domain.mask is None else own_part(domain.mask)
-    if len(domain.samples) < process_count() and process_index() > 0:
-        # Every process runs these samples, and their tokens count once.
+    if every_process_runs(domain.samples) and process_index() > 0:
+        # The tokens of these samples count once, in the first process.
         mask = torch.zeros_like(domain.samples, dtype=torch.bool)
     return replace(domain, samples=own_part(domain.samples), mask=mask)

@@ -7,7 +7,7 @@ processes alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -84,13 +84,17 @@ def process_index() -> int:
     return dist.get_rank() if _together else 0
 
 
+def every_process_runs(samples: Sized) -> bool:
+    """Whether all processes run the same samples, because these are fewer than the processes."""
+    return len(samples) < process_count()
+
+
 def own_part(samples: T) -> T:
-    """The samples that this process runs: every N-th; all of them where there are fewer than processes.
+    """The samples that this process runs: every N-th, or all of them; see `every_process_runs`.
 
     Where all processes run the same samples, means over all of them are the same as over one.
     """
-    count = process_count()
-    return samples if len(samples) < count else samples[process_index() :: count]
+    return samples if every_process_runs(samples) else samples[process_index() :: process_count()]
 
 
 @torch.no_grad()
