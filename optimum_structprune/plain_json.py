@@ -22,11 +22,7 @@ def versioned(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unversioned(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields without the version of their form.
-
-    Raises:
-        StructPruneError: If a later version of this package wrote them.
-    """
+    """Fields without the version of their form."""
     version = values.get(VERSION_KEY, FORMAT_VERSION)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise StructPruneError(
@@ -37,12 +33,7 @@ def unversioned(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON knows it.
-
-    Args:
-        value: Mappings, sequences and sets (sorted) of values; a number that is not finite becomes None, and what JSON
-            does not know becomes its text.
-    """
+    """A value as JSON knows it."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Set):
@@ -55,11 +46,7 @@ def plain(value: Any) -> Any:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Write the JSON document of a value to a file, which replaces a former one in one step.
-
-    Raises:
-        OSError: If it cannot be written; a former file is as it was then.
-    """
+    """Write the JSON document of a value to a file, which replaces a former one in one step."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(to_json(value) + "\n")
     new.replace(path)

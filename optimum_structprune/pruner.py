@@ -237,9 +237,6 @@ def checked(
     """The description of a model that can be pruned as a config says.
 
     A quantized model is not unpacked for it: its shapes are those of an unpacked model without weights.
-
-    Raises:
-        StructPruneError: If it cannot; see `pruning.checks.check`.
     """
     check_arguments(model, tokenizer, inputs)
     check_plain(model)

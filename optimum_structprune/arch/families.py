@@ -143,11 +143,7 @@ def _template(entry: Mapping[str, Any], where: str, transposed: bool) -> Templat
 
 
 def read_families(path: str | Path) -> list[Family]:
-    """The families of a YAML file of the form of `families.yaml`.
-
-    Raises:
-        StructPruneError: If the file cannot be read, a key or a unit is unknown, or a key is missing.
-    """
+    """The families of a YAML file of the form of `families.yaml`."""
     try:
         entries = parse_yaml(Path(path).read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -168,11 +164,7 @@ def read_families(path: str | Path) -> list[Family]:
 
 
 def _check_types(value: Any, annotation: Any) -> None:
-    """Check a value, and what is in it, against the type that it is declared with.
-
-    Raises:
-        TypeError: If it has another type.
-    """
+    """Check a value, and what is in it, against the type that it is declared with."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return
@@ -269,15 +261,7 @@ def builtin_families() -> dict[str, Family]:
 
 
 def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
-    """The family of a model type.
-
-    Args:
-        model_type: The Hugging Face model type.
-        arch_file: A file of the form of `families.yaml`, which takes precedence over the built-in one.
-
-    Raises:
-        StructPruneError: If the model type is not known; the message names the nearest one.
-    """
+    """The family of a model type."""
     own = own_families(arch_file) if arch_file else {}
     known = {**builtin_families(), **own}
     if model_type not in known:
@@ -289,11 +273,7 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
 
 
 def own_families(arch_file: str | Path) -> dict[str, Family]:
-    """The families of a user's file, by model type; `layer_class_name` knows them from then on.
-
-    Args:
-        arch_file: A file of the form of `families.yaml`.
-    """
+    """The families of a user's file, by model type; `layer_class_name` knows them from then on."""
     own = {name: family for family in read_families(arch_file) for name in family.model_types}
     _OWN.update(own)
     return own

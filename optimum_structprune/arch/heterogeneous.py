@@ -80,12 +80,7 @@ def enable_on_import() -> None:
 
 
 def layer_class(model_class: type, config: PretrainedConfig) -> type | None:
-    """The class of the layers that a model class builds; None where `families.yaml` names none.
-
-    Args:
-        model_class: The class of the model.
-        config: The config that the model is built from.
-    """
+    """The class of the layers that a model class builds; None where `families.yaml` names none."""
     from .families import layer_class_name
 
     name = layer_class_name(config.model_type)

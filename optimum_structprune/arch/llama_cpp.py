@@ -50,9 +50,6 @@ def gguf_architecture(config: PretrainedConfig) -> str | None:
     The files of llama.cpp's own converter run if this is the model type's own architecture. Where it is `deci`, only
     `structprune export` writes one that runs.
 
-    Args:
-        config: The config of the model.
-
     Returns:
         Its name, or None where there is none; `gguf_refusal` says why.
     """
@@ -67,9 +64,6 @@ def gguf_architecture(config: PretrainedConfig) -> str | None:
 
 def gguf_refusal(config: PretrainedConfig) -> str | None:
     """Why `structprune export` cannot write a model for llama.cpp, and what can be done instead.
-
-    Args:
-        config: The config of the model.
 
     Returns:
         One or two sentences; None where it can.
@@ -102,11 +96,7 @@ def rope_of(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def layer_configs(config: PretrainedConfig) -> list[Any]:
-    """The config of each layer, with its own sizes.
-
-    Args:
-        config: The config of the model.
-    """
+    """The config of each layer, with its own sizes."""
     if not config.is_heterogeneous:
         return [config] * config.num_hidden_layers
     return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
@@ -114,12 +104,6 @@ def layer_configs(config: PretrainedConfig) -> list[Any]:
 
 def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str) -> Tensor:
     """A parameter with its rows in the order in which llama.cpp's architecture expects them.
-
-    Args:
-        name: The name of the parameter.
-        rows: Its values; index 0 counts the channels of all heads, where the parameter belongs to queries or keys.
-        layer_config: The config of the parameter's layer.
-        architecture: The name of the architecture.
 
     Returns:
         For queries and keys of an interleaved architecture, channel i of each head at place 2i, and channel i + half

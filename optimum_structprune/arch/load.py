@@ -26,16 +26,7 @@ NOT_ONLY_TEXT = "what is not text writes to the residual stream too"
 
 
 def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> ArchSpec:
-    """What may shrink in `model`.
-
-    Args:
-        model: The model; its parameters may be on the meta device.
-        arch_file: A file with descriptions of your own, see `families.yaml`.
-
-    Raises:
-        StructPruneError: If the model type is unknown, or a parameter does not have the shape that the family's
-            description says; the message names the parameter and both numbers.
-    """
+    """What may shrink in `model`."""
     config = model.config
     base = model.base_model_prefix
     prefix = f"{base}." if base and hasattr(model, base) else ""
@@ -79,17 +70,7 @@ def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
 
 
 def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: str = "") -> ArchSpec:
-    """Fill in a family's templates for one model.
-
-    Args:
-        family: The description of the family.
-        config: The model's config; it gives the head counts.
-        shapes: The name and shape of every tensor in the state dict.
-        prefix: The path of the base model inside the model, with the dot.
-
-    Raises:
-        StructPruneError: If there are no layers where the family says, or a parameter is missing or has another shape.
-    """
+    """Fill in a family's templates for one model."""
     stacks: list[tuple[str, int]] = []
     layer_params: list[int] = []
     spaces: list[Space] = []
@@ -127,11 +108,6 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
 
 def _least_depth(template: Template, layers: Sequence[str], shapes: Shapes) -> int:
     """The smallest number of layers among which, whichever they are, one has each of the modules that some must have.
-
-    Args:
-        template: The description of the space of whole layers.
-        layers: The full names of the layers, each with the dot.
-        shapes: The name and shape of every tensor.
     """
     having = [sum(f"{layer}{module}.weight" in shapes for layer in layers) for module in template.kinds]
     return max((len(layers) - count + 1 for count in having if count), default=1)

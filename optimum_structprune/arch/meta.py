@@ -39,17 +39,7 @@ def meta_model(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model that a config describes, on the meta device: names and shapes, but no memory.
-
-    Args:
-        config: The config of the model.
-        arch_file: A file with descriptions of your own, see `families.yaml`.
-        dtype: The dtype of the parameters; None takes the one in the config.
-        trust_remote_code: Whether code that comes with the model may run.
-
-    Raises:
-        StructPruneError: If transformers cannot build the model.
-    """
+    """The model that a config describes, on the meta device: names and shapes, but no memory."""
     kind, config = model_class(config, arch_file), deepcopy(config)
     try:
         with torch.device("meta"), heterogeneous():
@@ -64,13 +54,7 @@ def meta_model(
 
 
 def skeleton(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = False) -> PreTrainedModel:
-    """A model of the same class with another config, on the meta device: shapes without memory.
-
-    Args:
-        model: The model whose class is taken.
-        config: The config of the skeleton.
-        buffers: Whether buffers, such as a scale that depends on the width, get their values, on the CPU.
-    """
+    """A model of the same class with another config, on the meta device: shapes without memory."""
     device = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
     with device, heterogeneous():
         return type(model)(config)

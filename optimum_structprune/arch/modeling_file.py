@@ -59,10 +59,6 @@ def add_modeling_file(config: PretrainedConfig, folder: str | Path) -> None:
 
     A config that this package did not make, because its layers are alike or its model type is not described, is left
     alone.
-
-    Args:
-        config: The config that is about to be saved.
-        folder: The folder to write to; it is made if need be.
     """
     # Only here, because importing the classes of all models takes long.
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING

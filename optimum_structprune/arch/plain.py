@@ -27,9 +27,6 @@ def check_plain(model: PreTrainedModel) -> None:
     """Refuse a model whose weights are not its own parameters. A quantized model passes, see `dequantized`.
 
     It is to be called before the model is described, because an adapter changes the names of the parameters.
-
-    Raises:
-        StructPruneError: If the model carries an adapter, has no weights, or has them in shards.
     """
     check_no_adapter(model)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
@@ -41,11 +38,7 @@ def check_plain(model: PreTrainedModel) -> None:
 
 
 def check_no_adapter(model: PreTrainedModel) -> None:
-    """Refuse a PEFT model and a model that an adapter was injected into.
-
-    Raises:
-        StructPruneError: If there is an adapter; the message holds the line that makes the model plain.
-    """
+    """Refuse a PEFT model and a model that an adapter was injected into."""
     # An adapter can only exist where PEFT has been imported, and most runs do without.
     peft = sys.modules.get("peft")
     if peft is None:
@@ -65,16 +58,7 @@ def is_quantized(model: PreTrainedModel) -> bool:
 
 
 def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
-    """A quantized model with its weights unpacked; any other model as it is.
-
-    Args:
-        model: The model.
-        inplace: Whether to unpack `model` itself instead of a copy.
-
-    Raises:
-        StructPruneError: If transformers cannot undo the quantization; the message gives the reason. Nothing has
-            changed then.
-    """
+    """A quantized model with its weights unpacked; any other model as it is."""
     if not is_quantized(model):
         return model
     check_no_adapter(model)

@@ -19,18 +19,7 @@ if TYPE_CHECKING:
 def residual_of(
     template: ResidualTemplate, shapes: Shapes, config: PretrainedConfig, prefix: str, layers: Sequence[str]
 ) -> ResidualStream:
-    """The residual stream of a model.
-
-    Args:
-        template: The description of the residual stream.
-        shapes: The name and shape of every tensor in the state dict.
-        config: The model's config.
-        prefix: The path of the base model inside the model, with the dot.
-        layers: The full names of the layers, each with the dot.
-
-    Raises:
-        StructPruneError: If a parameter is missing or does not have as many channels as the residual stream.
-    """
+    """The residual stream of a model."""
     size = number(config, template.size)
     embed, final = (f"{prefix}{module}.weight" for module in (template.embed, template.final))
     names = [f"{layer}{name}.weight" for layer in layers for name in template.norms]

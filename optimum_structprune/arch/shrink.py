@@ -50,16 +50,6 @@ def shrunk_config(
 
     Where layers get different sizes, the config has the largest, and `per_layer_config` those of the layers that have
     less.
-
-    Args:
-        config: The dense model's config.
-        arch: The description of the dense model.
-        sizes: The new widths by kind of space: one number, or one per layer.
-        biased: The spaces whose projections get a bias.
-        stay: The layers that stay, ascending, where `sizes` says how many; the first ones if it is not known yet.
-
-    Raises:
-        StructPruneError: If the config class refuses the sizes.
     """
     new = deepcopy(config)
     text = text_config(new)
@@ -127,12 +117,6 @@ def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> list[int
     class's own validation. Widths inside experts are multiples of 8, and the residual stream of a model with experts
     has a multiple of 4 channels in fp32 and of 8 in half precision, because the grouped matrix product that
     transformers runs experts with takes only rows of whole 16 bytes. The full width is always legal.
-
-    Args:
-        config: The model's config; its dtype decides how many numbers 16 bytes hold, and fp32 is assumed where it has
-            none.
-        arch: The description of the model.
-        name: The kind of space.
     """
     spaces = arch.of(name)
     space = max(spaces, key=lambda space: space.width)
@@ -167,11 +151,6 @@ def cut_depth_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None
     """Cut every list of a config that has one entry per layer, and renumber what names or counts layers.
 
     A list with one entry per layer is recognised by its length; transformers marks it in no other way.
-
-    Args:
-        config: The config of the model that has the layers; it is changed.
-        keep: The layers that stay, ascending.
-        size: The number of layers before.
     """
     for key, value in list(vars(config).items()):
         if key in COUNTS and value is not None:

@@ -61,19 +61,7 @@ class Projections:
 def spaces_of(
     name: str, template: Template, layer: int, prefix: str, shapes: Shapes, config: PretrainedConfig
 ) -> Iterator[Space]:
-    """The spaces that a template makes of one layer: none, one, or one per expert.
-
-    Args:
-        name: The name of the space.
-        template: The description of the space.
-        layer: The index of the layer.
-        prefix: The full name of the layer, with the dot.
-        shapes: The name and shape of every tensor in the state dict.
-        config: The model's config; it gives the head counts.
-
-    Raises:
-        StructPruneError: If a parameter is missing or does not have the shape that the template says.
-    """
+    """The spaces that a template makes of one layer: none, one, or one per expert."""
     if not meets(config, template):
         return
     units = rows_per_unit(config, template)
@@ -108,22 +96,14 @@ def meets(config: PretrainedConfig, template: Template) -> bool:
 
 
 def heads_of(config: PretrainedConfig) -> Heads:
-    """The attention heads of a config, with what transformers derives where the config does not say it.
-
-    Raises:
-        StructPruneError: If the config does not say enough; the message names the key.
-    """
+    """The attention heads of a config, with what transformers derives where the config does not say it."""
     heads = number(config, "num_attention_heads")
     groups = getattr(config, "num_key_value_heads", None) or heads
     return Heads(heads, groups, getattr(config, "head_dim", None) or number(config, "hidden_size") // heads)
 
 
 def number(config: PretrainedConfig, key: str) -> int:
-    """A whole number in a config.
-
-    Raises:
-        StructPruneError: If the config has no such number, or one below 1.
-    """
+    """A whole number in a config."""
     value = getattr(config, key, None)
     if not isinstance(value, int) or value < 1:
         raise StructPruneError(
@@ -134,11 +114,7 @@ def number(config: PretrainedConfig, key: str) -> int:
 
 
 def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
-    """The rows of a weight that one unit owns, by those words for it that a template uses.
-
-    Raises:
-        StructPruneError: If the config does not have the numbers that these words stand for.
-    """
+    """The rows of a weight that one unit owns, by those words for it that a template uses."""
     described = (*template.out.values(), *template.into.values(), *template.along.values())
     words = {part for parts in described for part in parts}
     words |= {"unit", *(["heads"] if template.also else []), *(["kv"] if template.pin else [])}
@@ -195,15 +171,7 @@ def _inside_experts(base: Space, template: Template, shapes: Shapes, units: Mapp
 def _projections(
     template: Template, names: tuple[str, str], dims: Dims, shapes: Shapes, units: Mapping[str, int]
 ) -> Projections | None:
-    """The producers and consumers of a template; None where the first producer is not there.
-
-    Args:
-        template: The description that names the projections.
-        names: The patterns of the names of a projection's weight and bias, with braces for its own name.
-        dims: The dimensions of the weights and biases.
-        shapes: The name and shape of every tensor.
-        units: The number of rows per unit.
-    """
+    """The producers and consumers of a template; None where the first producer is not there."""
     weight, bias = (name.format for name in names)
     first, parts = next(iter(template.out.items()))
     if weight(first) not in shapes:

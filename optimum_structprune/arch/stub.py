@@ -41,9 +41,6 @@ def stub(model: PreTrainedModel) -> str:
     What the plan names comes first; elsewhere, and without a plan, a projection that reads the residual stream is a
     producer, and one that writes it a consumer. The package never uses a stub by itself: neither the plan nor a name
     says how rows fall into units or what else is coupled. Matrices that no space takes are listed as comments.
-
-    Raises:
-        StructPruneError: If the model has no list of layers; the message names the nearest family, to start from.
     """
     config = text_config(model.config)
     shapes = {
@@ -74,12 +71,7 @@ def stub(model: PreTrainedModel) -> str:
 
 
 def nearest(config: PretrainedConfig, shapes: Shapes) -> str | None:
-    """The described model type most of whose tensors are there in the right shape; None where none fits.
-
-    Args:
-        config: The config of the unknown model.
-        shapes: The name and shape of its tensors, named from the base model.
-    """
+    """The described model type most of whose tensors are there in the right shape; None where none fits."""
     best: tuple[int, str | None] = (0, None)
     for model_type, family in builtin_families().items():
         try:

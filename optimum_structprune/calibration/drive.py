@@ -21,11 +21,6 @@ def drive(model: nn.Module, arch: ArchSpec, space: Space) -> Tensor | None:
     described or there is no norm. It is how much the channel's inputs vary if the components of what a norm gives vary
     alike, so it needs no text.
 
-    Args:
-        model: The model, with the layer of the space in memory.
-        arch: Its description.
-        space: The space.
-
     Returns:
         In fp32; None where the units are no single channels, or no producer is a matrix.
     """
@@ -36,16 +31,8 @@ def drive(model: nn.Module, arch: ArchSpec, space: Space) -> Tensor | None:
 
 @torch.no_grad()
 def driven_by(model: nn.Module, space: Space, axis: Axis, squares: Tensor) -> Tensor:
-    """√Σ_i W_ji² E[x_i²] of the channels j of a space, summed over the rows of a channel.
-
-    Args:
-        model: The model.
-        space: The space.
-        axis: One of its producers, a matrix W.
-        squares: The mean squares of the producer's inputs, shape `(…, n)`.
-
-    Returns:
-        Shape `(…, units)`, in the dtype and on the device of `squares`.
+    """√Σ_i W_ji² E[x_i²] of the channels j of a space, summed over the rows of a channel. `squares` has the shape `(…,
+    n)`, the result `(…, units)`, in the dtype and on the device of `squares`.
     """
     matrix = _matrix(model, axis)
     total = squares.new_zeros(*squares.shape[:-1], matrix.shape[1])

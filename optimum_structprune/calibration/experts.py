@@ -38,11 +38,7 @@ class Routed:
 @torch.no_grad()
 def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tensor:
     """What one expert's consumer reads for these tokens; it is computed again, since the stacked forward hides it.
-
-    Args:
-        experts: The module with the stacked parameters, in the form that all experts of transformers have.
-        space: The space inside one expert; it names the producer and the expert.
-        hidden: The tokens, shape `(tokens, hidden)`.
+    `hidden` has the shape `(tokens, hidden)`.
     """
     axis = space.out[0]
     leaf = axis.param.rpartition(".")[2]

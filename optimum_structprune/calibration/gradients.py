@@ -38,15 +38,6 @@ def saliencies(
     L is the sum of the next-token losses, so that the scale does not depend on the batch size; where a
     domain has a mask, of its tokens alone. A whole batch's activations are held at a time, as in training, but no
     gradient of any weight.
-
-    Args:
-        model: A causal language model.
-        arch: Its description.
-        batches: The calibration samples.
-        clock: Takes the time of each domain.
-
-    Raises:
-        StructPruneError: If the model does not predict the next token, or has experts.
     """
 
     def of_batch(batch: Batch, backward: Backward) -> dict[str, Tensor]:
@@ -64,17 +55,8 @@ def contrasts(
     Σ x ∂L/∂x over these tokens. One view is the sample as it is; in the other, noise of `NOISE` times the embedding's
     own root mean square is added to the embedding of each token. Both are predicted against the same tokens.
 
-    Args:
-        model: A causal language model.
-        arch: Its description.
-        batches: The calibration samples.
-        clock: Takes the time of each domain.
-
     Returns:
         Σ|g(sample) - g(perturbed)| over the samples, per predicted token, by module, shape `(domains, n)`, fp64.
-
-    Raises:
-        StructPruneError: If the model does not predict the next token, or has experts.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -164,11 +146,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def check_gradients(arch: ArchSpec) -> None:
-    """Refuse models whose gradients are not gathered.
-
-    Raises:
-        StructPruneError: If the model does not predict the next token, or has experts.
-    """
+    """Refuse models whose gradients are not gathered."""
     if not arch.causal or any(space.experts for space in arch.spaces):
         raise StructPruneError(
             f"Gradients are gathered for dense models that predict the next token, not for {arch.model_type!r}; "

@@ -21,13 +21,7 @@ def panels(size: int) -> Iterator[slice]:
 
 @torch.no_grad()
 def update_gram_(gram: Tensor, x: Tensor, share: float) -> None:
-    """Take tokens into a running Gram matrix E[x xᵀ].
-
-    Args:
-        gram: The matrix, shape `(n, n)`, fp32; it is changed.
-        x: The inputs of the tokens, shape `(tokens, n)`.
-        share: The share that these tokens have in all tokens so far.
-    """
+    """Take tokens into a running Gram matrix E[x xᵀ]. `gram` has the shape `(n, n)`, `x` `(tokens, n)`."""
     for rows in panels(len(gram)):
         right = slice(rows.start, len(gram))
         add_product_(gram[rows, right], x[:, rows], x[:, right], share)
@@ -41,14 +35,7 @@ def operand(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> None:
-    """Take `leftᵀ right`, a sum over tokens, into a running mean in fp32.
-
-    Args:
-        total: The running mean, shape `(m, n)`, fp32; it is changed.
-        left: Shape `(tokens, m)`.
-        right: Shape `(tokens, n)`.
-        share: The share that these tokens have in all tokens so far.
-    """
+    """Take `leftᵀ right`, a sum over tokens, into a running mean in fp32. `total` has the shape `(m, n)`."""
     if left.dtype == right.dtype == torch.bfloat16 and left.is_cuda:
         product = torch.mm(left.T, right, out_dtype=torch.float32)
     else:
@@ -59,12 +46,8 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, share: float) -> No
 
 @torch.no_grad()
 def submatrix(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Some rows and columns of a matrix as a new one, made without a copy of whole rows.
-
-    Args:
-        matrix: The matrix, shape `(m, n)`.
-        rows: The indices of the rows.
-        columns: The indices of the columns.
+    """Some rows and columns of a matrix as a new one, made without a copy of whole rows. `matrix` has the shape `(m,
+    n)`.
     """
     part = matrix.new_empty(len(rows), len(columns))
     for into, some in zip(part.split(PANEL), rows.split(PANEL), strict=True):

@@ -49,13 +49,7 @@ class ErrorMoments:
 
     @torch.no_grad()
     def update(self, error: Tensor, x: Tensor, share: float) -> None:
-        """Take in errors, shape `(tokens, out)`, with inputs, shape `(tokens, n)`.
-
-        Args:
-            error: The errors.
-            x: The inputs of the same tokens.
-            share: The share that these tokens have in all tokens so far.
-        """
+        """Take in errors, shape `(tokens, out)`, with inputs, shape `(tokens, n)`."""
         error, x = (tensor.to(self.cross.device) for tensor in (error, x))
         self.mean.lerp_(error.float().mean(0), share)
         self.energy.lerp_(error.float().square().sum(-1).double().mean(), share)
@@ -92,14 +86,7 @@ class Moments:
     def empty(
         cls, size: int, gram: bool = False, device: torch.device | str = "cpu", out: int | None = None
     ) -> Moments:
-        """Moments of no tokens.
-
-        Args:
-            size: The number of components n.
-            gram: Whether a Gram matrix is gathered.
-            device: The device that holds them.
-            out: The size of the error that the consumer makes up for; None where there is no error feedback.
-        """
+        """Moments of no tokens."""
         return cls(
             count=0,
             mean=torch.zeros(size, dtype=torch.float64, device=device),
@@ -110,12 +97,7 @@ class Moments:
 
     @torch.no_grad()
     def update(self, x: Tensor, error: Tensor | None = None, output: Tensor | None = None) -> Moments:
-        """Take in inputs.
-
-        Args:
-            x: The inputs, shape `(..., n)`.
-            error: The errors that error feedback asks to make up for, shape `(..., out)`.
-            output: What the consumer gives for the inputs, without its bias, shape `(..., out)`.
+        """Take in inputs. `x` has the shape `(..., n)`, `error` `(..., out)`, `output` `(..., out)`.
 
         Returns:
             These moments themselves.
@@ -200,12 +182,7 @@ def _precise_means(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mix(moments: Sequence[Moments], weights: Sequence[float]) -> Moments:
-    """The weighted average of several moments: those of the mixture distribution.
-
-    Args:
-        moments: Moments of the same consumer, all with or all without a Gram matrix.
-        weights: One non-negative weight for each; they are normalised to sum to one.
-    """
+    """The weighted average of several moments: those of the mixture distribution."""
     blend = Blend()
     for part, weight in zip(moments, weights, strict=True):
         blend.add(part, weight)
@@ -225,15 +202,7 @@ class Blend:
 
     @torch.no_grad()
     def add(self, part: Moments, weight: float, share: float | None = None, take: bool = False) -> None:
-        """Take in one part.
-
-        Args:
-            part: Moments of the consumer; all parts have the same fields.
-            weight: Its weight.
-            share: Its weight in the saliency, which is on one scale in all parts; None takes `weight`.
-            take: Whether the Gram matrix may be taken over instead of copied; the part has neither it nor an error
-                afterwards.
-        """
+        """Take in one part."""
         share = weight if share is None else share
         self._total, self._seen_total = self._total + weight, self._seen_total + share
         self._count += part.count
@@ -247,11 +216,7 @@ class Blend:
             part.gram = part.error = None
 
     def moments(self) -> Moments:
-        """The average.
-
-        Raises:
-            StructPruneError: If every weight is 0.
-        """
+        """The average."""
         if self._total <= 0:
             raise StructPruneError("There is nothing to mix: every weight is 0.")
         for name, tensor in self._sums.items():
@@ -287,16 +252,7 @@ def save_moments(moments_by_name: Mapping[str, Moments], path: str | Path) -> No
 def load_moments(
     path: str | Path, device: torch.device | str = "cpu", names: Collection[str] | None = None
 ) -> dict[str, Moments]:
-    """Read what `save_moments` wrote.
-
-    Args:
-        path: The file.
-        device: The device that takes the tensors.
-        names: The names whose moments are read; None stands for all.
-
-    Raises:
-        StructPruneError: If the file is missing, damaged or not a statistics file.
-    """
+    """Read what `save_moments` wrote."""
     try:
         with safe_open(path, "pt", str(device)) as file:
             fields = {key: key.rpartition("/") for key in file.keys()}  # noqa: SIM118  # it is no mapping

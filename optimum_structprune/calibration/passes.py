@@ -44,12 +44,7 @@ class Passes(Protocol):
         ...
 
     def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
-        """Take the dense residual stream through a layer that has its dense weights.
-
-        Args:
-            layer: The index of the layer.
-            kinds: The kinds of space that are pruned.
-        """
+        """Take the dense residual stream through a layer that has its dense weights."""
         ...
 
     def advance(self, layer: int) -> None:
@@ -86,12 +81,6 @@ class ModelPasses:
 
     Every consumer is observed in the same pass, on the model as it stands when the step begins. Experts take a pass of
     their own for each layer.
-
-    Args:
-        model: The model.
-        arch: Its description.
-        batches: The calibration samples.
-        clock: Takes the time of each domain.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):
@@ -155,11 +144,8 @@ class ModelPasses:
 
 
 class SaliencyPasses:
-    """Passes whose moments also hold what passes through the whole model have said of every component.
-
-    Args:
-        passes: The passes that gather everything else.
-        saliency: What they have said, by module, shape `(domains, n)`; see `criteria.base.Saliencies`.
+    """Passes whose moments also hold what passes through the whole model have said of every component. `saliency` has
+    the shape `(domains, n)`.
     """
 
     def __init__(self, passes: Passes, saliency: Mapping[str, Tensor]):
@@ -187,11 +173,7 @@ def passes_over(
     error_feedback: float = 0.0,
     fixed: bool = False,
 ) -> Passes:
-    """Passes layer by layer where the model allows it, over the whole model otherwise; see `LayerPasses`.
-
-    Raises:
-        StructPruneError: If the model has to run as a whole, and its layers are offloaded.
-    """
+    """Passes layer by layer where the model allows it, over the whole model otherwise; see `LayerPasses`."""
     try:
         return LayerPasses(model, arch, batches, clock, error_feedback, fixed)
     except NotSequentialError as error:
@@ -201,15 +183,7 @@ def passes_over(
 
 
 def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:
-    """Refuse a model whose layers cannot run one by one, which an offloaded one has to.
-
-    Args:
-        model: The model; it runs a few tokens. One that reads something else, such as pixels, passes.
-        arch: Its description.
-
-    Raises:
-        StructPruneError: If it has to run as a whole.
-    """
+    """Refuse a model whose layers cannot run one by one, which an offloaded one has to."""
     if model.main_input_name != "input_ids":
         return
     texts = [torch.tensor([row]) for row in ((0, 1, 2, 3), (3, 2, 1, 0))]

@@ -26,18 +26,9 @@ if TYPE_CHECKING:
 class LayerRunner:
     """Runs single layers on the hidden states of samples, as the model would.
 
-    Args:
-        model: The model.
-        arch: Its description.
-        batches: The samples.
-        clock: Takes the time of each domain.
-
     Attributes:
         device: The device that computes the first layer.
         hidden: The hidden states of every batch, shape `(batch, seq_length, channels)`.
-
-    Raises:
-        NotSequentialError: If a layer's input is more than the output of the layer before it.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):
@@ -66,12 +57,7 @@ class LayerRunner:
 
     @contextmanager
     def skipping(self, count: int, index: int) -> Iterator[None]:
-        """The first layers do not run inside `with`: they give the stored hidden states of one batch.
-
-        Args:
-            count: The number of layers that the hidden states have passed through.
-            index: The number of the batch.
-        """
+        """The first layers do not run inside `with`: they give the stored hidden states of one batch."""
         hidden = self.hidden[index]
         outputs = [hidden if (extras := self.extras[layer]) is None else (hidden, *extras) for layer in range(count)]
         with replaying(layer_list(self.model, self.arch)[:count], outputs):
@@ -79,12 +65,8 @@ class LayerRunner:
 
     @torch.no_grad()
     def output(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
-        """What a layer gives for one batch, in the layer's own precision.
-
-        Args:
-            layer: The index of the layer.
-            index: The number of the batch.
-            hidden: Hidden states in place of those that are stored, shape `(batch, seq_length, hidden)`.
+        """What a layer gives for one batch, in the layer's own precision. `hidden` has the shape `(batch, seq_length,
+        hidden)`.
         """
         hidden = self.hidden[index] if hidden is None else hidden
         call = self.calls[len(hidden)][layer]

@@ -48,19 +48,6 @@ class LayerPasses(LayerRunner):
 
     Memory: the hidden states of the calibration samples (twice with error feedback, or where layers are fixed) and the
     moments of one layer. Where a layer has experts, also what is routed to them, but the moments of only one expert.
-
-    Args:
-        model: The model.
-        arch: Its description.
-        batches: The calibration samples.
-        clock: Takes the time of each domain.
-        error_feedback: The share of the error so far, the dense model's residual stream less the present one, that
-            consumers are told to make up for where their output goes straight into the residual stream.
-        fixed: Whether every layer keeps the weights that it is observed with. Then what it gives meanwhile goes on to
-            the next layer, and it does not run again for that.
-
-    Raises:
-        NotSequentialError: If a layer's input is more than the output of the layer before it.
     """
 
     def __init__(
@@ -165,10 +152,6 @@ class LayerPasses(LayerRunner):
     def gain(self, layer: int, name: str) -> float | None:
         """How much a module's output is multiplied by on its way into the layer's output: with noise n added to the
         module's output, the layer's output changes by g · n + r, and g is the gain where ‖r‖ is small beside ‖g · n‖.
-
-        Args:
-            layer: The index of the layer.
-            name: The module's name inside the layer.
 
         Returns:
             The gain g, or None where the output does not go straight into the residual stream.

@@ -65,12 +65,7 @@ class StoredFile:
 
     @classmethod
     def of(cls, path: Path) -> StoredFile:
-        """The size and the hash of a file.
-
-        Raises:
-            OSError: If the file cannot be read.
-            ValueError: If it is empty.
-        """
+        """The size and the hash of a file."""
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return cls(len(content), sha256(content).hexdigest())
 
@@ -99,11 +94,7 @@ class Statistics:
 
     @classmethod
     def load(cls, folder: str | Path) -> Statistics:
-        """Read what `calibrate` wrote; the moments themselves are read layer by layer, when they are needed.
-
-        Raises:
-            StructPruneError: If there are no statistics, their description is damaged, or a file is missing or cut.
-        """
+        """Read what `calibrate` wrote; the moments themselves are read layer by layer, when they are needed."""
         path = Path(folder) / STATISTICS
         if not path.is_file():
             raise StructPruneError(
@@ -155,11 +146,7 @@ class Statistics:
         return f"{self.model_type}: {tokens}; {size / 1e6:,.1f} MB, {'with' if self.saliency else 'without'} gradients"
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Refuse another model than the one that was calibrated, and another tokenizer.
-
-        Raises:
-            StructPruneError: If a weight, the config, the dtype or the vocabulary differs.
-        """
+        """Refuse another model than the one that was calibrated, and another tokenizer."""
         if self.model_type != model.config.model_type or self.model != fingerprint(model):
             raise StructPruneError(
                 f"The statistics in {self.folder} are of another model: this {model.config.model_type} in "
@@ -176,9 +163,6 @@ class Statistics:
         """The domains that a config names, with its weights; all of them, with their own, where it names none.
 
         Their calibration samples are shapes without content (on the meta device): nothing is to be run on them.
-
-        Raises:
-            StructPruneError: If the config names a domain that is not there, or the held-out samples are damaged.
         """
         weights = {domain.name: domain.weight for domain in self.domains}
         if config.domains is not None:
@@ -213,13 +197,6 @@ class Statistics:
         """The file that holds one layer's moments in a domain, and what follows the names of modules in it.
 
         The whole file is read for its hash.
-
-        Args:
-            layer: The index of the layer.
-            domain: The number of the domain.
-
-        Raises:
-            StructPruneError: If the file is missing or damaged.
         """
         if (name := moments_name(layer, domain)) in self.files:
             return self._checked(name), ""
@@ -241,12 +218,6 @@ class StoredPasses:
     """Moments of the dense model that are read from a folder instead of being gathered in forward passes.
 
     Nothing runs, so a layer is fitted to the dense model's activations, not to those of the pruned layers before it.
-
-    Args:
-        statistics: The stored moments.
-        domains: The domains that are used.
-        gradient: Whether the criterion reads `Moments.saliency`.
-        device: The device that needs the moments.
     """
 
     def __init__(self, statistics: Statistics, domains: Sequence[Domain], gradient: bool, device: torch.device):

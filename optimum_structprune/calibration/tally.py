@@ -32,24 +32,13 @@ class Batch:
 
 
 def unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens of an activation that moments are taken of, shape `(tokens, n)`.
-
-    Args:
-        x: The activation, shape `(..., n)`.
-        mask: One value per token; None stands for all tokens.
-    """
+    """The tokens of an activation that moments are taken of, shape `(tokens, n)`. `x` has the shape `(..., n)`."""
     x = x.reshape(-1, x.shape[-1])
     return x if mask is None else x[mask.flatten().to(x.device)]
 
 
 def listen(experts: nn.Module, batches: Sequence[Batch], run: Callable[[int], object]) -> tuple[Routed, ...]:
-    """What an experts module is called with while `run(index)` runs each batch.
-
-    Args:
-        experts: The module.
-        batches: The samples that are run.
-        run: Runs the batch of an index through the module.
-    """
+    """What an experts module is called with while `run(index)` runs each batch."""
     calls: list[Routed] = []
     current = batches[0]
 
@@ -65,11 +54,7 @@ def listen(experts: nn.Module, batches: Sequence[Batch], run: Callable[[int], ob
 
 
 def finite(space: Space, moments: Moments, domain: int) -> Moments:
-    """The moments of a consumer in a domain as they are.
-
-    Raises:
-        StructPruneError: If they hold a NaN or an infinity.
-    """
+    """The moments of a consumer in a domain as they are."""
     if not moments.finite:
         raise StructPruneError(
             f"NaN or infinite activations at {space.into[0].module} in domain {domain}; "
@@ -79,17 +64,7 @@ def finite(space: Space, moments: Moments, domain: int) -> Moments:
 
 
 class Tally:
-    """Sums up the inputs of consumers in one domain by module, while `batch` says which samples are running.
-
-    Args:
-        spaces: The spaces whose consumers are observed.
-        gram: Whether Gram matrices are gathered.
-        domain: The number of the domain.
-        device: The device that holds the moments.
-        gains: For each consumer that makes up for the error of the layer's output: how much one unit of its own output
-            adds to that output, by module.
-        out: The size of that error.
-    """
+    """Sums up the inputs of consumers in one domain by module, while `batch` says which samples are running."""
 
     def __init__(
         self,
@@ -128,11 +103,7 @@ class Tally:
         self.pending = {}
 
     def of(self, space: Space) -> list[Moments]:
-        """The moments of a space's consumers.
-
-        Raises:
-            StructPruneError: If they hold a NaN or an infinity, or a consumer never ran.
-        """
+        """The moments of a space's consumers."""
         found = [finite(space, self.moments[axis.module].add_up_(), self.domain) for axis in space.into]
         for axis, moments in zip(space.into, found, strict=True):
             if moments.count == 0:

@@ -20,9 +20,6 @@ class Unchanged:
     """Outputs of the parts of one layer, such as its attention, that run before the parts that are pruned.
 
     Memory: one tensor of the size of the hidden states for each part that is kept.
-
-    Args:
-        device: The device that holds them; None leaves them where they are.
     """
 
     def __init__(self, device: torch.device | None):
@@ -36,13 +33,7 @@ class Unchanged:
 
     @contextmanager
     def recording(self, layer: nn.Module, changed: Iterable[str], index: Callable[[], int]) -> Iterator[None]:
-        """Keep what the parts of a layer give inside `with`, for one pass or several over different batches.
-
-        Args:
-            layer: The layer.
-            changed: The names inside the layer of the parameters that are about to be pruned.
-            index: A function that gives the number of the batch that is running.
-        """
+        """Keep what the parts of a layer give inside `with`, for one pass or several over different batches."""
         self.changed |= {name.partition(".")[0] for name in changed}
         parts = dict(layer.named_children())
         self.outputs = {name: outputs for name, outputs in self.outputs.items() if name not in self.changed}
@@ -70,13 +61,7 @@ class Unchanged:
 
     @contextmanager
     def replayed(self, layer: nn.Module, index: int, device: torch.device) -> Iterator[None]:
-        """The parts that are kept do not run inside `with`, but give what they gave for a batch.
-
-        Args:
-            layer: The smaller layer.
-            index: The number of the batch.
-            device: The device that computes the layer.
-        """
+        """The parts that are kept do not run inside `with`, but give what they gave for a batch."""
         known = {name: outputs[index] for name, outputs in self.outputs.items() if index in outputs}
         outputs = [_mapped(output, lambda tensor: tensor.to(device)) for output in known.values()]
         with replaying([layer.get_submodule(name) for name in known], outputs):

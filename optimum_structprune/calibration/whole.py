@@ -28,17 +28,8 @@ def inflows(
 ) -> dict[str, Tensor]:
     """How strongly each channel is driven by what produces it: √Σ_i W_ji² E[x_i²], summed over its producers W.
 
-    Args:
-        model: The model.
-        arch: Its description.
-        batches: The calibration samples.
-        clock: Takes the time of each domain.
-
     Returns:
         By module of the consumer, shape `(domains, n)`, fp64; zeros for what are not single channels.
-
-    Raises:
-        StructPruneError: If the model has experts.
     """
     check_dense(arch)
     channels = [space for space in arch.spaces if space.unit == CHANNEL]
@@ -77,18 +68,9 @@ def removal_orders(
     ‖r_t + W_u x_tu‖ over its tokens t, where r_t is what the units removed so far have given. Each sample removes the
     units with the least effect, as many as are left over the number of samples to come.
 
-    Args:
-        model: The model.
-        arch: Its description.
-        batches: The calibration samples; of several processes, each goes by its own, and the mean order counts.
-        clock: Takes the time of each domain.
-
     Returns:
         A unit's place in the order, from 0 to 1, at each of its columns, by module, shape `(domains, n)`, fp64. It is
         the same for all domains.
-
-    Raises:
-        StructPruneError: If the model has experts.
     """
     check_dense(arch)
     axes = {axis.module: axis for space in arch.spaces for axis in space.into}
@@ -111,13 +93,7 @@ def removal_orders(
 
 
 class _Order:
-    """The units of a consumer, removed one sample after the other.
-
-    Args:
-        weight: The weight of the consumer, shape `(out, n)`.
-        per_unit: The number of columns of a unit.
-        samples: The number of samples to come.
-    """
+    """The units of a consumer, removed one sample after the other. `weight` has the shape `(out, n)`."""
 
     def __init__(self, weight: Tensor, per_unit: int, samples: int):
         self.weight, self.per_unit, self.samples = weight.float(), per_unit, samples
@@ -144,13 +120,8 @@ class _Order:
 
 
 def removal_effects(weight: Tensor, x: Tensor, removed: Sequence[int], per_unit: int = 1) -> Tensor:
-    """The mean over tokens t of ‖r_t + W_u x_tu‖ for each unit u, shape `(units,)`.
-
-    Args:
-        weight: The weight W of the consumer, shape `(out, n)`, fp32.
-        x: Its inputs, shape `(tokens, n)`.
-        removed: The units that are gone already; r_t is the sum of W_v x_tv over them.
-        per_unit: The number of columns of a unit.
+    """The mean over tokens t of ‖r_t + W_u x_tu‖ for each unit u, shape `(units,)`. `weight` has the shape `(out, n)`,
+    `x` `(tokens, n)`.
     """
     units = weight.shape[1] // per_unit
     columns = torch.arange(weight.shape[1], device=weight.device).view(units, per_unit)
@@ -164,11 +135,7 @@ def removal_effects(weight: Tensor, x: Tensor, removed: Sequence[int], per_unit:
 
 
 def check_dense(arch: ArchSpec) -> None:
-    """Refuse models with experts, whose consumers do not see all tokens.
-
-    Raises:
-        StructPruneError: If the model has experts.
-    """
+    """Refuse models with experts, whose consumers do not see all tokens."""
     if any(space.experts for space in arch.spaces):
         raise StructPruneError(
             f"This criterion watches consumers that read every token, and {arch.model_type!r} has experts; choose "

@@ -72,14 +72,7 @@ def add_arch_argument(parser: ArgumentParser) -> None:
 
 
 def add_config_arguments(parser: ArgumentParser, config_class: type, without: Collection[str] = ()) -> None:
-    """Declare `--config`, and one flag for each field of a config.
-
-    Args:
-        parser: The parser of the command.
-        config_class: The dataclass of the config. The flags have no defaults, so that those that are given can be laid
-            over the file.
-        without: The fields that get no flag.
-    """
+    """Declare `--config`, and one flag for each field of a config."""
     name = config_class.__name__
     parser.add_argument("--config", metavar="FILE", help=f"A YAML file with fields of {name}; flags override it.")
     group = parser.add_argument_group(f"settings ({name})")
@@ -176,11 +169,7 @@ def _divided(text: str, form: str) -> tuple[str, str]:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE` as a pair, the value read as YAML: `bf16=true`, `lr_scheduler_type=linear`.
-
-    Raises:
-        ArgumentTypeError: If it has another form, or the value is not YAML.
-    """
+    """`NAME=VALUE` as a pair, the value read as YAML: `bf16=true`, `lr_scheduler_type=linear`."""
     name, value = _divided(text, "NAME=VALUE")
     return name, _yaml(value)
 
@@ -197,11 +186,7 @@ def _yaml(text: str) -> Any:
 
 
 def domain(text: str) -> dict[str, Any]:
-    """The fields of a domain from `NAME=SOURCE[@WEIGHT]`, or from a mapping in YAML: `{name: a, source: a.txt}`.
-
-    Raises:
-        ArgumentTypeError: If it has another form.
-    """
+    """The fields of a domain from `NAME=SOURCE[@WEIGHT]`, or from a mapping in YAML: `{name: a, source: a.txt}`."""
     if text.startswith("{"):
         mapping = _yaml(text)
         if isinstance(mapping, dict):
@@ -216,15 +201,7 @@ def domain(text: str) -> dict[str, Any]:
 
 
 def pruning_config(args: Namespace, sparsity: float | None = None) -> StructPruneConfig:
-    """The `StructPruneConfig` of the file, if any, with the flags laid over it.
-
-    Args:
-        args: The flags.
-        sparsity: The sparsity where neither the file nor a flag says how much is removed.
-
-    Raises:
-        StructPruneError: If the file cannot be read, a field is unknown or a value is not legal.
-    """
+    """The `StructPruneConfig` of the file, if any, with the flags laid over it."""
     from ..config.pruning import AMOUNTS, StructPruneConfig
 
     given = _given(args, StructPruneConfig)
@@ -240,11 +217,7 @@ def pruning_config(args: Namespace, sparsity: float | None = None) -> StructPrun
 
 
 def recovery_config(args: Namespace) -> RecoveryConfig:
-    """The `RecoveryConfig` of the file, if any, with the flags laid over it.
-
-    Raises:
-        StructPruneError: If the file cannot be read, a field is unknown or a value is not legal.
-    """
+    """The `RecoveryConfig` of the file, if any, with the flags laid over it."""
     from ..config.recovery import RecoveryConfig
 
     return RecoveryConfig.from_dict(_laid_over(_file(args), _given(args, RecoveryConfig)))

@@ -38,13 +38,7 @@ SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 def load_offloaded(
     args: Namespace, arch_file: str | None, scratch: Path
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and the tokenizer that the flags of `add_model_arguments` name; see `load_model_and_tokenizer`.
-
-    Args:
-        args: The flags.
-        arch_file: Descriptions of your own.
-        scratch: The folder for weights that are offloaded.
-    """
+    """The model and the tokenizer that the flags of `add_model_arguments` name; see `load_model_and_tokenizer`."""
     return load_model_and_tokenizer(
         args.model, args.dtype, args.device, args.trust_remote_code, arch_file, args.offload, scratch
     )
@@ -59,21 +53,7 @@ def load_model_and_tokenizer(
     offload: str | None = None,
     offload_folder: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer.
-
-    Args:
-        name: The id or the folder of the model.
-        dtype: The dtype of its weights, one of `DTYPES`.
-        device: The device to put it on; None takes cuda where there is one, and the CPU otherwise.
-        trust_remote_code: Whether code that comes with the model is run.
-        arch_file: Descriptions of your own, see `families.yaml`; non-uniform models of these load as well.
-        offload: Where layers are while they do not run, one of `OFFLOADS`; None keeps them on the device.
-        offload_folder: The folder for weights that accelerate cannot read from the model's own files.
-
-    Raises:
-        StructPruneError: If either cannot be loaded, with the reason; also if weights are missing, which transformers
-            would fill with random numbers, or have other shapes than the config says.
-    """
+    """A model and its tokenizer."""
     _prepared(name, dtype, device, arch_file, offload)
     tokenizer = load_tokenizer(name, trust_remote_code)
     return load_model(name, dtype, device, trust_remote_code, arch_file, offload, offload_folder), tokenizer
@@ -88,11 +68,7 @@ def load_model(
     offload: str | None = None,
     offload_folder: str | Path | None = None,
 ) -> PreTrainedModel:
-    """A model without its tokenizer; see `load_model_and_tokenizer`.
-
-    Raises:
-        StructPruneError: If it cannot be loaded, with the reason.
-    """
+    """A model without its tokenizer; see `load_model_and_tokenizer`."""
     device = _prepared(name, dtype, device, arch_file, offload)
     config = load_config(name, trust_remote_code)
     try:
@@ -124,17 +100,7 @@ def _prepared(name: str, dtype: str, device: str | None, arch_file: str | None, 
 
 
 def check_offload(offload: str | None, device: str, name: str) -> None:
-    """Refuse a way to offload that is not known, or that has no effect.
-
-    Args:
-        offload: What `--offload` names; None passes.
-        device: The device that computes.
-        name: The id or the folder of the model.
-
-    Raises:
-        StructPruneError: If it is none of `OFFLOADS`, the device is the one that layers would be offloaded to, or the
-            model's files cannot be read a layer at a time.
-    """
+    """Refuse a way to offload that is not known, or that has no effect."""
     if offload is None:
         return
     if offload not in OFFLOADS:
@@ -167,9 +133,6 @@ def _places(
 def load_device(name: str | None) -> str:
     """The device that `--device` names; without a name, cuda where there is one, and the CPU otherwise. Of several
     processes on a machine, each gets a GPU of its own.
-
-    Raises:
-        StructPruneError: If this machine, or this build of torch, does not have it.
     """
     if name is None:
         own = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
@@ -189,11 +152,7 @@ def load_device(name: str | None) -> str:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """A model's tokenizer.
-
-    Raises:
-        StructPruneError: If it cannot be loaded, with the reason.
-    """
+    """A model's tokenizer."""
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises a bare one
@@ -202,23 +161,14 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def load_dtype(name: str) -> torch.dtype | None:
-    """The dtype that `--dtype` names; None for `auto`.
-
-    Raises:
-        StructPruneError: If it is not one of `DTYPES`.
-    """
+    """The dtype that `--dtype` names; None for `auto`."""
     if name not in DTYPES:
         raise StructPruneError(f"--dtype {name} is not known; choose one of {', '.join(DTYPES)}.")
     return None if name == "auto" else getattr(torch, name)
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """A model's config.
-
-    Raises:
-        StructPruneError: If it cannot be loaded, with the reason; the message names the key that is at fault, where
-            one is.
-    """
+    """A model's config."""
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever an odd value makes of the code that reads it
@@ -226,27 +176,12 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
 
 
 def load_shapes(name: str, arch_file: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model without weights, on the meta device, from its config alone.
-
-    Args:
-        name: The id or the folder of the model.
-        arch_file: Descriptions of your own.
-        trust_remote_code: Whether code that comes with the model is run.
-
-    Raises:
-        StructPruneError: If its config cannot be loaded, or transformers cannot build it.
-    """
+    """A model without weights, on the meta device, from its config alone."""
     return meta_model(load_config(name, trust_remote_code), arch_file, trust_remote_code=trust_remote_code)
 
 
 def weights_bytes(name: str, config: PretrainedConfig | None = None, arch_file: str | None = None) -> int:
-    """The size of a model's weights: that of the safetensors files in its folder, or what its config says.
-
-    Args:
-        name: The id or the folder of the model.
-        config: The config of the model, for one that is no folder. Without it, such a model counts as nothing.
-        arch_file: Descriptions of your own.
-    """
+    """The size of a model's weights: that of the safetensors files in its folder, or what its config says."""
     if size := sum(path.stat().st_size for path in _weight_files(name)):
         return size
     if config is None:

@@ -68,13 +68,7 @@ def add_timing_arguments(parser: ArgumentParser) -> None:
 
 
 def measured(args: Namespace, model_name: str, dense_name: str | None) -> Evaluation:
-    """What the flags of `add_measuring_arguments` ask for.
-
-    Args:
-        args: The flags.
-        model_name: The id or the folder of the model.
-        dense_name: The same of the dense one, where there is one to compare with.
-    """
+    """What the flags of `add_measuring_arguments` ask for."""
     from .loading import load_model_and_tokenizer
 
     loading = (args.dtype, args.device, args.trust_remote_code, args.arch_file)

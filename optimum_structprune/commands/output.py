@@ -35,13 +35,7 @@ class Result:
 
 
 def add_output_arguments(parser: ArgumentParser, file: bool = False, reads_text: bool = False) -> None:
-    """Declare `--json` and `--quiet`.
-
-    Args:
-        parser: The parser of the command.
-        file: Whether `--json` takes the name of a file as well.
-        reads_text: Whether the command reads data sets, whose library has progress bars of its own.
-    """
+    """Declare `--json` and `--quiet`."""
     text = "Print the result as one JSON document instead of text."
     if file:
         text += " With a FILE, write the document to it and print the text."
@@ -53,36 +47,20 @@ def add_output_arguments(parser: ArgumentParser, file: bool = False, reads_text:
 
 
 def check_output(args: Namespace) -> None:
-    """Refuse a file of `--json` that cannot be there, before work is done.
-
-    Raises:
-        StructPruneError: If its folder does not exist.
-    """
+    """Refuse a file of `--json` that cannot be there, before work is done."""
     file = getattr(args, "json", None)
     if isinstance(file, str):
         check_folder_of(file, f"--json {file}")
 
 
 def check_folder_of(file: str, label: str) -> None:
-    """Refuse a file whose folder does not exist.
-
-    Args:
-        file: The file that is to be written.
-        label: What an error calls it.
-
-    Raises:
-        StructPruneError: If there is no such folder.
-    """
+    """Refuse a file whose folder does not exist."""
     if not Path(file).absolute().parent.is_dir():
         raise StructPruneError(f"{label} cannot be written: there is no folder {Path(file).parent}.")
 
 
 def show(result: Result, args: Namespace) -> None:
-    """Print a result, as text or as JSON, and write the file of `--json` if one is named.
-
-    Raises:
-        StructPruneError: If the file cannot be written.
-    """
+    """Print a result, as text or as JSON, and write the file of `--json` if one is named."""
     form = getattr(args, "json", None)
     document = to_json(result.values)
     if isinstance(form, str):
@@ -110,10 +88,6 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
     What other libraries print goes to the standard error, or nowhere with `--quiet`. Progress bars appear only on a
     terminal and without `--quiet`. What transformers warns of whenever a config whose layers differ in width is read
     is left out. The switches of the libraries are afterwards as they were.
-
-    Args:
-        args: The arguments of the command.
-        silent: Whether the command is quiet anyway.
     """
     if not hasattr(args, "quiet"):
         yield

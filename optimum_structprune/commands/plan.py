@@ -61,11 +61,7 @@ def run(args: Namespace) -> Result:
 
 
 def _setting(args: Namespace) -> Setting | None:
-    """Where the pruning is to run; None where its cost is not asked for.
-
-    Raises:
-        StructPruneError: If a flag is given that takes `--cost`, or its value is not legal.
-    """
+    """Where the pruning is to run; None where its cost is not asked for."""
     from ..costs.estimate import Setting
     from ..errors import StructPruneError
     from .loading import OFFLOADS

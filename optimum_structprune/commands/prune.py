@@ -106,9 +106,6 @@ def _result(
 def _configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | None]:
     """How to prune, and how to train afterwards; the pruned model is saved in between, so that an interruption of the
     training loses nothing.
-
-    Raises:
-        StructPruneError: If `--resume` is given beside a checkpoint_dir, or `--offload` beside recovery.
     """
     from dataclasses import replace
 

@@ -21,11 +21,7 @@ def add_push_arguments(parser: ArgumentParser) -> None:
 
 
 def check_push_arguments(args: Namespace) -> None:
-    """Refuse a push that could not succeed, before work is done.
-
-    Raises:
-        StructPruneError: If `--private` stands alone, or the Hub does not take the name or the token.
-    """
+    """Refuse a push that could not succeed, before work is done."""
     from ..saving.push import check_push
 
     if args.push_to_hub is not None:
@@ -35,12 +31,7 @@ def check_push_arguments(args: Namespace) -> None:
 
 
 def pushed(args: Namespace, result: Result) -> Result:
-    """A result with the address that it was pushed to; unchanged where nothing is to be pushed, or it went aside.
-
-    Args:
-        args: The arguments of the command.
-        result: What the command has saved to `args.output`.
-    """
+    """A result with the address that it was pushed to; unchanged where nothing is to be pushed, or it went aside."""
     from ..saving.push import push_to_hub
     from ..saving.ranks import is_first_rank
 

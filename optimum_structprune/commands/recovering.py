@@ -35,13 +35,7 @@ def add_worse_argument(parser: ArgumentParser) -> None:
 
 
 def recovery_for(config: RecoveryConfig, output: str, pruning: StructPruneConfig | None) -> Recovery:
-    """The training of a model that goes to `output`; its checkpoints lie beside that folder while it lasts.
-
-    Args:
-        config: How the model is trained.
-        output: The folder to write to.
-        pruning: How the model was pruned, where that is known.
-    """
+    """The training of a model that goes to `output`; its checkpoints lie beside that folder while it lasts."""
     from ..recovery.recover import Recovery
 
     return Recovery(replace(config, training={"output_dir": _checkpoints(output), **config.training}), pruning)
@@ -75,25 +69,8 @@ def recover_and_save(
 
     A model that is worse on held-out text than before is saved beside the output, which is left alone.
 
-    Args:
-        recovery: What `recovery_for` gave.
-        model: The pruned model; it is trained itself.
-        tokenizer: Its tokenizer.
-        output: The folder to write to.
-        pruned_folder: The id or the folder that the pruned model was loaded from, or saved to.
-        teacher: The id or the folder of the model to agree with.
-        resume: Whether training goes on from the last checkpoint.
-        overwrite: Whether an output folder that exists is replaced.
-        accept_worse: Whether a worse model is saved as the output.
-        trust_remote_code: Whether code that comes with the teacher is run.
-        arch_file: Descriptions of your own that the model was loaded with.
-
     Returns:
         What came of it, with the exit code 0, or `WORSE` where the model is worse and that was not accepted.
-
-    Raises:
-        StructPruneError: If the model cannot be trained or saved as the config says.
-        KeyboardInterrupt: If the user interrupts the training; how it can go on is written to the standard error.
     """
     from ..recovery.outcome import WorseModelWarning
     from ..saving.target import check_target, remove_checkpoints

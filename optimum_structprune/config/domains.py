@@ -37,11 +37,7 @@ def _template(value: Any) -> None:
 
 
 def template_fields(template: str) -> list[str]:
-    """The columns that a text template names, in order.
-
-    Raises:
-        ValueError: If a brace is left open, or a field is more than a name.
-    """
+    """The columns that a text template names, in order."""
     names = []
     for _, name, form, conversion in Formatter().parse(template):
         if name is not None:
@@ -146,15 +142,7 @@ class SelfTextConfig(Serialisable):
 
 
 def as_domain(item: Any, owner: str) -> DomainConfig:
-    """A domain from a mapping of its fields; a domain comes back as it is.
-
-    Args:
-        item: A domain, or the mapping of one.
-        owner: The config or function that names the domain, for the message.
-
-    Raises:
-        StructPruneError: If the item is neither, or a field is not legal.
-    """
+    """A domain from a mapping of its fields; a domain comes back as it is."""
     if isinstance(item, DomainConfig):
         return item
     if not isinstance(item, Mapping):
@@ -163,15 +151,7 @@ def as_domain(item: Any, owner: str) -> DomainConfig:
 
 
 def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
-    """The fields of a config, with every entry of `domains` as a `DomainConfig`, where it lists any.
-
-    Args:
-        data: The fields.
-        owner: The name of the config, for messages.
-
-    Raises:
-        StructPruneError: If an entry is not a domain.
-    """
+    """The fields of a config, with every entry of `domains` as a `DomainConfig`, where it lists any."""
     domains = mapping_of(data, owner).get("domains")
     if not isinstance(domains, list):
         return data
@@ -179,11 +159,7 @@ def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
 
 
 def check_names(domains: Iterable[DomainConfig]) -> None:
-    """Refuse a list of domains that is empty or has two of the same name.
-
-    Raises:
-        ValueError: If there are none, or two have the same name.
-    """
+    """Refuse a list of domains that is empty or has two of the same name."""
     names = [domain.name for domain in domains]
     if not names:
         raise ValueError("domains has to name at least one domain, got []")

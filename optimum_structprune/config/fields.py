@@ -93,35 +93,19 @@ class Serialisable:
 
     @classmethod
     def from_dict(cls: type[Self], data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`.
-
-        Raises:
-            StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
-        """
+        """Inverse of `to_dict`."""
         return cls(**{str(name): value for name, value in unversioned(mapping_of(data, cls.__name__)).items()})
 
 
 def mapping_of(data: Any, owner: str) -> Mapping[str, Any]:
-    """The mapping itself.
-
-    Args:
-        data: What should be a mapping of fields.
-        owner: The name of what they are the fields of, for the message.
-
-    Raises:
-        StructPruneError: If it is something else.
-    """
+    """The mapping itself."""
     if not isinstance(data, Mapping):
         raise StructPruneError(f"{owner} takes a mapping of fields, got {type(data).__name__}.")
     return data
 
 
 def present_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values under the names that the fields have now, without removed fields that were at their default.
-
-    Raises:
-        StructPruneError: If a removed field asks for something; the message says why it is gone.
-    """
+    """Values under the names that the fields have now, without removed fields that were at their default."""
     renamed, removed = getattr(cls, "RENAMED", {}), getattr(cls, "REMOVED", {})
     present = {}
     for name, value in values.items():
@@ -164,11 +148,7 @@ def _check_names(cls: Any, values: Mapping[str, Any]) -> None:
 
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass of another library from values by field.
-
-    Raises:
-        StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
-    """
+    """A dataclass of another library from values by field."""
     _check_names(cls, values)
     try:
         return cls(**values)
@@ -177,20 +157,12 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        StructPruneError: If the file cannot be read or holds something else.
-    """
+    """The mapping in a YAML file."""
     return read_mapping(Path(path), parse_yaml)
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
-    """The mapping in a file that `parse` reads.
-
-    Raises:
-        StructPruneError: If the file cannot be read or holds something else.
-    """
+    """The mapping in a file that `parse` reads."""
     try:
         data = parse(path.read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -214,12 +186,7 @@ PlainLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML document.
-
-    Raises:
-        yaml.YAMLError: If it is not YAML, asks for more than plain values, is nested too deeply, stands for too many
-            values, or has a key twice in a mapping, which YAML forbids and PyYAML lets pass.
-    """
+    """The value of a YAML document."""
     try:
         loader = PlainLoader(text)  # a safe loader
         node = loader.get_single_node()

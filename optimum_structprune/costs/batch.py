@@ -35,14 +35,6 @@ def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel) 
 
     The estimate of the memory chooses where to begin, and a forward pass on the device says whether it fits; where it
     does not, accelerate's `find_executable_batch_size` tries smaller ones.
-
-    Args:
-        evidence: How to prune, and the calibration samples.
-        arch: The description of the model.
-        model: The model.
-
-    Raises:
-        StructPruneError: If not even one sample fits.
     """
     config = evidence.config
     if config.batch_size != AUTO:
@@ -80,14 +72,7 @@ def _sized(evidence: Evidence, batch_size: int) -> Evidence:
 
 
 def largest_estimated(work: Workload, most: int, free: int | None, offloaded: bool) -> int:
-    """The largest halving of a batch size that is estimated to fit, at least 1.
-
-    Args:
-        work: What the pruning has to go through.
-        most: The largest batch size.
-        free: The bytes that the device has free on top of the model; None where it does not say.
-        offloaded: Whether layers are elsewhere while they do not run.
-    """
+    """The largest halving of a batch size that is estimated to fit, at least 1."""
     size = max(most, 1)
     while size > 1 and free is not None:
         found = need(

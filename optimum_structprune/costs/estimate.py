@@ -145,13 +145,7 @@ def duration(seconds: float) -> str:
 
 
 def cost(config: StructPruneConfig, work: Workload, setting: Setting) -> Cost:
-    """What a pruning costs.
-
-    Args:
-        config: How to prune.
-        work: What the pruning has to go through.
-        setting: Where it is to run.
-    """
+    """What a pruning costs."""
     checkpoint = config.checkpoint_dir is not None
     found = need(work, setting.offload, setting.processes)
     return Cost(

@@ -67,25 +67,14 @@ class Traffic:
 
 
 def flops(work: Workload) -> Flops:
-    """The operations of a pruning.
-
-    Args:
-        work: What the pruning has to go through.
-    """
+    """The operations of a pruning."""
     rounds = _sweep(work).times(work.rounds)
     measured = Flops(_perplexities(work) + _watched(work) + _learned(work), 0.0, 0.0, 0.0)
     return rounds.plus(measured).plus(_chosen(work))
 
 
 def traffic(work: Workload, offload: str | None = None, checkpoint: bool = False, processes: int = 1) -> Traffic:
-    """The bytes that move.
-
-    Args:
-        work: What the pruning has to go through.
-        offload: Where layers are while they do not run: `cpu`, `disk`, or None for the device itself.
-        checkpoint: Whether finished layers are remembered on disk.
-        processes: The number of processes that share the samples.
-    """
+    """The bytes that move."""
     outside = work.itemsize * work.outside
     dense, small = work.weights - outside, work.result - outside
     # Each round streams the layers twice, once to record how they are called; each perplexity does the same.
@@ -110,9 +99,6 @@ def divided(work: Workload) -> float:
     """The operations of scores and refits that several processes divide: those of trials, each layer in one process.
 
     The moments of experts are not kept until every process has its layer, so their trials wait for each other.
-
-    Args:
-        work: What the pruning has to go through.
     """
     if not work.choosing.probe:
         return 0.0
@@ -121,11 +107,7 @@ def divided(work: Workload) -> float:
 
 
 def repeated(work: Workload) -> float:
-    """The operations of forward passes that every process makes: those that take the text of trials along.
-
-    Args:
-        work: What the pruning has to go through.
-    """
+    """The operations of forward passes that every process makes: those that take the text of trials along."""
     return _along(work) if work.choosing.probe else 0.0
 
 

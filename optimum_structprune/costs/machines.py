@@ -90,14 +90,7 @@ class Estimate:
 
 
 def estimate(work: Workload, machine: Machine, offload: str | None = None, checkpoint: bool = False) -> Estimate:
-    """What a pruning takes on a machine.
-
-    Args:
-        work: What the pruning has to go through.
-        machine: The machine.
-        offload: The way to offload; None takes the fastest one that fits.
-        checkpoint: Whether finished layers are remembered on disk.
-    """
+    """What a pruning takes on a machine."""
     fits, chosen = False, offload
     for way in (offload,) if offload is not None else OFFLOADS:
         found, chosen = need(work, way, machine.processes), way

@@ -59,13 +59,7 @@ class Need:
 
 
 def need(work: Workload, offload: str | None = None, processes: int = 1) -> Need:
-    """The memory that each of several processes takes on its device.
-
-    Args:
-        work: What the pruning has to go through.
-        offload: Where layers are while they do not run: `cpu`, `disk`, or None for the device itself.
-        processes: The number of processes that share the samples.
-    """
+    """The memory that each of several processes takes on its device."""
     # One more than the residual streams, for what the attention gives, which does not run again.
     streams = work.hidden * work.itemsize * work.samples.tokens * (work.streams + 1) // processes
     inside = work.itemsize * sum(layer.parameters for layer in work.layers)

@@ -49,17 +49,6 @@ def check_room(
     """Refuse a pruning that takes more memory than the device that computes it has free.
 
     What is estimated is taken at the lower end of its error, so that nothing is refused that fits.
-
-    Args:
-        config: How to prune.
-        arch: The description of the model.
-        model: The dense model.
-        shapes: The same model unpacked, or without weights where it is quantized.
-        inplace: Whether the model is changed, or a copy of it.
-        inputs: Calibration inputs by domain, in place of the text that the config names.
-
-    Raises:
-        StructPruneError: If it does not fit; the message names both numbers, and what helps.
     """
     device = compute_device(model)
     free = free_bytes(device)

@@ -228,16 +228,7 @@ def workload(
     itemsize: int,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> Workload:
-    """What a pruning has to go through.
-
-    Args:
-        config: How to prune.
-        arch: The description of the model.
-        model: The dense model; shapes are enough, so it may be on the meta device.
-        widths: The final widths.
-        itemsize: The number of bytes of a weight.
-        inputs: Calibration inputs by domain, in place of the text that the config names.
-    """
+    """What a pruning has to go through."""
     text, samples = model.config.get_text_config(), Samples.of(config, inputs)
     criterion = CRITERIA.get(config.scored_by) if config.scored_by in CRITERIA.names() else None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}

@@ -9,12 +9,7 @@ from torch import Tensor
 
 
 def normalised(scores: Tensor, how: str) -> Tensor:
-    """The scores of several domains on one scale, shape `(domains, units)`.
-
-    Args:
-        scores: The scores of each domain, shape `(domains, units)`.
-        how: The way: `none` leaves the scores as they are, `energy` divides them by each domain's mean absolute score,
-            `zscore` gives each domain mean 0 and standard deviation 1.
+    """The scores of several domains on one scale, shape `(domains, units)`. `scores` has the shape `(domains, units)`.
     """
     size = scores.abs().mean(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
     if how == "energy":
@@ -27,13 +22,7 @@ def normalised(scores: Tensor, how: str) -> Tensor:
 
 
 def aggregate(scores: Tensor, shares: Sequence[float], how: str) -> Tensor:
-    """One score per unit, shape `(units,)`.
-
-    Args:
-        scores: The scores of each domain, on one scale, shape `(domains, units)`.
-        shares: The weight of each domain; the weights sum to 1.
-        how: `mean` weighs the domains, `max` takes the score of the domain that needs the unit most.
-    """
+    """One score per unit, shape `(units,)`. `scores` has the shape `(domains, units)`."""
     return scores.amax(0) if how == "max" else torch.tensor(shares).to(scores) @ scores
 
 
@@ -42,11 +31,7 @@ def standardised(columns: Tensor, columns_per_unit: int) -> Tensor:
 
     As in FLAP (An et al. 2023, section 3.3), every column's score is standardised over the columns of its layer, and a
     head gets the mean over its own columns. It is a mean and not a sum, so that it is a score per column, and thereby
-    per parameter.
-
-    Args:
-        columns: One score per column of a consumer, shape `(units * columns_per_unit,)`.
-        columns_per_unit: The number of columns that a unit owns.
+    per parameter. `columns` has the shape `(units * columns_per_unit,)`.
 
     Returns:
         The scores, shape `(units,)`.

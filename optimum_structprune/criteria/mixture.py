@@ -41,10 +41,7 @@ class Mixture:
         """The moments of the domain mixture.
 
         Each domain is divided by its output energy, so that one with large activations does not outweigh the others.
-
-        Args:
-            weight: The weight of the dense consumer, shape `(out, n)`.
-            moments_by_domain: The moments of its input, one per domain.
+        `weight` has the shape `(out, n)`.
         """
         return Pool(self, weight).through(moments_by_domain).moments
 
@@ -54,13 +51,7 @@ class Mixture:
         """One score per unit from all domains.
 
         The mean of energies is taken over moments, so that the criterion sees correlations over all domains. Every
-        other combination scores each domain by itself.
-
-        Args:
-            criterion: The criterion that scores the units.
-            weight: The weight of the consumer, shape `(out, units * columns_per_unit)`.
-            moments_by_domain: The moments of its input, one per domain.
-            columns_per_unit: The number of columns that a unit owns.
+        other combination scores each domain by itself. `weight` has the shape `(out, units * columns_per_unit)`.
 
         Returns:
             The scores, shape `(units,)`, higher = keep.
@@ -73,10 +64,7 @@ class Mixture:
         return self.aggregation == "mean" and self.normalisation in ("none", "energy")
 
     def combined(self, contributions: Tensor) -> Tensor:
-        """One score per unit from its contributions in every domain.
-
-        Args:
-            contributions: The contributions of units such as experts or layers, shape `(domains, units)`.
+        """One score per unit from its contributions in every domain. `contributions` has the shape `(domains, units)`.
 
         Returns:
             The scores, shape `(units,)`, higher = keep.
@@ -122,15 +110,7 @@ class Scoring:
 
 
 class Pooled:
-    """What all domains say of one consumer.
-
-    Args:
-        moments: The moments of the domain mixture, each domain divided by its output energy.
-        score: Gives one score per unit. It is called when the scores are first asked for, because a score may take a
-            factor of the Gram matrix, which is the larger part of the work where many processes share the samples.
-        carried: How much output each unit carries in each domain, see `Scoring.carried`, shape `(domains, units)`;
-            None where the units are not scored, or a domain has no token here.
-    """
+    """What all domains say of one consumer. `carried` has the shape `(domains, units)`."""
 
     def __init__(self, moments: Moments, score: Callable[[Moments], Tensor], carried: Tensor | None = None):
         self.moments, self.carried = moments, carried
@@ -147,12 +127,8 @@ class Pooled:
 class Pool:
     """Brings the moments of one consumer together, of one domain after the other.
 
-    In memory are the moments of the mixture, and those of the present domain, however many domains there are.
-
-    Args:
-        mixture: How the domains are brought together.
-        weight: The weight of the dense consumer, shape `(out, n)`.
-        scoring: How its units are scored; None where they are not.
+    In memory are the moments of the mixture, and those of the present domain, however many domains there are. `weight`
+    has the shape `(out, n)`.
     """
 
     def __init__(self, mixture: Mixture, weight: Tensor, scoring: Scoring | None = None):
@@ -165,12 +141,7 @@ class Pool:
         self._first, self._tokens, self._loud = 0.0, False, False
 
     def add(self, moments: Moments, take: bool = False) -> None:
-        """Take in the next domain.
-
-        Args:
-            moments: The moments of the dense consumer's input.
-            take: Whether their Gram matrix may be taken over; they have none afterwards.
-        """
+        """Take in the next domain."""
         share = next(self._shares)
         if self.scoring is not None and moments.count:
             self._carried.append(self.scoring.carried(moments))
@@ -214,12 +185,7 @@ class Pool:
 
 
 def pooled(by_domain: Iterable[list[Moments]], pools: Sequence[Pool]) -> list[Pooled]:
-    """What all domains say of several consumers.
-
-    Args:
-        by_domain: The moments, one per consumer, of one domain after the other; they are taken over.
-        pools: One pool per consumer.
-    """
+    """What all domains say of several consumers."""
     for by_consumer in by_domain:
         for pool, moments in zip(pools, by_consumer, strict=True):
             pool.add(moments, take=True)
@@ -228,11 +194,7 @@ def pooled(by_domain: Iterable[list[Moments]], pools: Sequence[Pool]) -> list[Po
 
 def output_energy(weight: Tensor, moments: Moments) -> float:
     """E‖W x‖² of a consumer: what was seen of its outputs; else from the Gram matrix, or without one from the second
-    moments alone (as if components were uncorrelated).
-
-    Args:
-        weight: The weight W of the consumer, shape `(out, n)`.
-        moments: The moments of its input x.
+    moments alone (as if components were uncorrelated). `weight` has the shape `(out, n)`.
     """
     if moments.energy is not None:
         return float(moments.energy)

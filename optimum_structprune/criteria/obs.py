@@ -61,12 +61,8 @@ class DrivenBrainSurgeon(OptimalBrainSurgeon):
 
 
 def _losses(weight: Tensor, factor: Tensor, columns_per_unit: int) -> Tensor:
-    """½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) of every unit u, shape `(units,)`.
-
-    Args:
-        weight: W, shape `(out, n)`.
-        factor: The lower triangular L with `L Lᵀ = H`, shape `(n, n)`.
-        columns_per_unit: The number of columns that a unit owns.
+    """½ tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ) of every unit u, shape `(units,)`. `weight` has the shape `(out, n)`, `factor` `(n,
+    n)`.
     """
     out, size = weight.shape
     step = max(COLUMNS // columns_per_unit, 1) * columns_per_unit
@@ -94,15 +90,7 @@ def _inverse_columns(factor: Tensor, start: int, stop: int) -> Tensor:
     """Columns of the inverse of a lower triangular matrix, from their first row that is not zero on.
 
     A block of rows follows from those above it, so that no part of the factor larger than a block is copied, which a
-    solver would do.
-
-    Args:
-        factor: The matrix, shape `(n, n)`.
-        start: The first column.
-        stop: The column after the last.
-
-    Returns:
-        Shape `(n - start, stop - start)`.
+    solver would do. `factor` has the shape `(n, n)`, the result `(n - start, stop - start)`.
     """
     size = len(factor)
     columns = factor.new_zeros(size - start, stop - start)

@@ -69,12 +69,7 @@ class SlimLLM(Criterion):
 
 
 def _of_units(weight: Tensor, moments: Moments, columns_per_unit: int) -> tuple[Tensor, Tensor]:
-    """Covariances of the outputs of units.
-
-    Args:
-        weight: W, shape `(out, units * columns_per_unit)`.
-        moments: The moments of its input.
-        columns_per_unit: The number of columns of a unit.
+    """Covariances of the outputs of units. `weight` has the shape `(out, units * columns_per_unit)`.
 
     Returns:
         With the output of all units, shape `(out, units)`, and with that of each unit, shape `(out, units, units)`.
@@ -90,12 +85,6 @@ def _of_units(weight: Tensor, moments: Moments, columns_per_unit: int) -> tuple[
 
 
 def _similarity(products: Tensor, squares: Tensor, total: Tensor) -> Tensor:
-    """Pearson's correlation of outputs with the output of all units.
-
-    Args:
-        products: Their covariances with it.
-        squares: Their variances.
-        total: Its variance.
-    """
+    """Pearson's correlation of outputs with the output of all units."""
     scale = (squares.clamp(min=0) * total.clamp(min=0)).sqrt()
     return products / scale.clamp(min=torch.finfo(scale.dtype).tiny)

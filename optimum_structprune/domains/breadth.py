@@ -22,13 +22,7 @@ logger = logging.getLogger(__name__)
 def with_written_text(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> StructPruneConfig:
-    """A config whose text of every kind is what the model writes, where it generates and nothing else is said.
-
-    Args:
-        config: What was asked for.
-        model: The dense model.
-        tokenizer: Its tokenizer, or None.
-    """
+    """A config whose text of every kind is what the model writes, where it generates and nothing else is said."""
     return config if tokenizer is None or not _can_write(model) else config.with_broad_text(SELF + ANY)
 
 
@@ -37,16 +31,8 @@ def calibration_domains(
 ) -> tuple[StructPruneConfig, list[Domain]]:
     """The domains of a config, with text of every kind beside them that the model writes, where it can.
 
-    Args:
-        config: What was asked for.
-        model: The dense model.
-        tokenizer: Its tokenizer, or None.
-
     Returns:
         The config that says which text has been read, and the domains.
-
-    Raises:
-        StructPruneError: If a domain cannot be read or is too small.
     """
     written, vocab_size = with_written_text(config, model, tokenizer), model.config.get_text_config().vocab_size
     try:

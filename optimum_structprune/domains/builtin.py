@@ -34,19 +34,9 @@ SKIP = frozenset("test tests idlelib lib2to3 site-packages dist-packages encodin
 def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
     """The documents of a built-in text, in an order that the seed chooses.
 
-    Args:
-        name: `prose` (the English of Python's documentation, docstrings and comments), `code` (sources of the standard
-            library, other files than those that `prose` reads), `math` (word problems with worked answers), `records`
-            (tables and logs, made by rule), the name of a file in `texts/`, several of these as `letters+news`,
-            `broad` for all of them, or all but some as `broad-code-math`.
-        seed: The seed of the order, and of what is made by rule.
-
     Returns:
         The documents of one kind of text. Of several kinds, parts of about `PART` characters, as much of each kind for
         as long as it lasts, so that a few samples hold something of all of them.
-
-    Raises:
-        StructPruneError: If there is no such text, or this Python comes without the sources of its library.
     """
     names = kinds(name)
     if len(names) == 1:
@@ -56,11 +46,7 @@ def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
 
 
 def kinds(name: str) -> list[str]:
-    """The kinds of text that a name of built-in text stands for.
-
-    Raises:
-        StructPruneError: If there is no such text.
-    """
+    """The kinds of text that a name of built-in text stands for."""
     known = [*MADE, *sorted(path.stem for path in TEXTS.glob("*.txt"))]
     first, *others = name.split("-")
     named = others if first == BROAD else name.split("+")

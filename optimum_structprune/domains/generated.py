@@ -48,19 +48,6 @@ def self_documents(
     """Documents that a model writes, without end; each batch is kept on the disk and read from there next time.
 
     The same model, settings and seed give the same documents, however many are taken at a time.
-
-    Args:
-        model: A causal language model; its training mode is left as it was.
-        tokenizer: The model's tokenizer. With a chat template the model answers questions, otherwise it continues
-            openings.
-        config: How the model writes, and where the documents are kept.
-        name: The kind of text: `code`, `math`, `prose`, `dialogue`, `reasoning`, or `any` for text of whatever kind
-            follows from a word.
-        seed: The seed of the prompts and of the sampling.
-
-    Raises:
-        StructPruneError: If there is no such kind of text, the model cannot generate, what it writes is unusable, or
-            the folder cannot be written to.
     """
     kinds = read_yaml(SEED_PROMPTS)
     if name not in (*kinds, ANY):
@@ -88,9 +75,6 @@ def self_documents(
 def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The tokens of a vocabulary that a text may begin with: words of two letters or more with a capital, or of a
     script that has none; where there are no such tokens, all that are not empty.
-
-    Args:
-        tokenizer: Any tokenizer.
     """
     special = set(tokenizer.all_special_ids)
     tokens = [str(tokenizer.decode([i])).strip() for i in range(len(tokenizer)) if i not in special]

@@ -84,19 +84,7 @@ def load_domains(
     heldout_samples: int | None = None,
     model: PreTrainedModel | None = None,
 ) -> list[Domain]:
-    """Read, tokenise and pack the domains of a config.
-
-    Args:
-        config: The config that names the domains, and says how many samples of what length to make.
-        tokenizer: The model's own tokenizer.
-        vocab_size: The size of the model's vocabulary, which every token has to lie in.
-        heldout_samples: The number of held-out samples per domain, in place of the share that the config says.
-        model: The model that writes the domains `self:NAME`.
-
-    Raises:
-        StructPruneError: If there is no tokenizer or one of another model, a domain gives too little text, or there
-            are fewer samples than domains.
-    """
+    """Read, tokenise and pack the domains of a config."""
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
     frame = Frame(config.seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
@@ -119,16 +107,7 @@ def load_domains(
 
 
 def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = False) -> list[Domain]:
-    """Domains from inputs that are ready for the model, in equal shares.
-
-    Args:
-        inputs: The inputs of each domain by its name, shape `(samples, ...)`.
-        holdout: The share of each domain's samples that is set aside, 2 samples at least.
-        probe: Whether as many more are set aside for choices.
-
-    Raises:
-        StructPruneError: If there are no inputs, or too few to set some aside.
-    """
+    """Domains from inputs that are ready for the model, in equal shares. `inputs` has the shape `(samples, ...)`."""
     if not inputs:
         raise StructPruneError("inputs has to name at least one domain, got {}.")
     domains = []
@@ -145,11 +124,7 @@ def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = Fa
 
 
 def split_samples(num_samples: int, weights: Sequence[float]) -> list[int]:
-    """Divide samples in proportion to weights: whole numbers by largest remainder, and at least 1 each.
-
-    Raises:
-        StructPruneError: If there are fewer samples than weights.
-    """
+    """Divide samples in proportion to weights: whole numbers by largest remainder, and at least 1 each."""
     if num_samples < len(weights):
         raise StructPruneError(
             f"num_samples={num_samples} does not give each of the {len(weights)} domains a sample; "
@@ -174,11 +149,7 @@ def num_heldout(num_samples: int, holdout: float) -> int:
 
 
 def check_vocabulary(largest: int, vocab_size: int | None) -> None:
-    """Refuse token ids that a model does not have.
-
-    Raises:
-        StructPruneError: If the largest id lies outside of the vocabulary, where its size is known.
-    """
+    """Refuse token ids that a model does not have."""
     if vocab_size is not None and largest >= vocab_size:
         raise StructPruneError(
             f"The tokenizer does not belong to this model: token id {largest}, vocabulary {vocab_size}."

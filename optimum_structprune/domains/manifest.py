@@ -91,11 +91,7 @@ class Entry:
         return cls(**{FORMER_KEYS.get(key, key): value for key, value in data.items()})
 
     def check_types(self) -> None:
-        """Refuse values that another program has written.
-
-        Raises:
-            TypeError: If a value is not of the type that it is declared with.
-        """
+        """Refuse values that another program has written."""
         if not isinstance(self.name, str) or not isinstance(self.origin, Mapping):
             raise TypeError(f"the domain {self.name!r} has no name or no origin")
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):

@@ -136,14 +136,7 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def tokenised(
     texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, answers: bool = False, at_once: int = DOCUMENTS_PER_CALL
 ) -> Iterator[Tokens]:
-    """The tokens of documents; one that has none is left out.
-
-    Args:
-        texts: The documents.
-        tokenizer: The model's own tokenizer; a fast one where answers are asked for.
-        answers: Whether to say which tokens belong to an answer.
-        at_once: The number of documents per call of the tokenizer; up to so many may be read without being used.
-    """
+    """The tokens of documents; one that has none is left out."""
     while batch := list(islice(texts, at_once)):
         encoded = tokenizer(batch, add_special_tokens=False, verbose=False, return_offsets_mapping=answers)
         for i, text in enumerate(batch):

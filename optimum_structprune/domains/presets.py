@@ -21,13 +21,6 @@ def resolve(domains: Iterable[DomainConfig], presets_file: str | None = None) ->
 
     A field that the domain sets to something else than its default goes before the preset's. A preset with `mix` gives
     one domain for each of its parts, named `NAME-PART`, which share the weight equally.
-
-    Args:
-        domains: The domains of a config.
-        presets_file: A YAML file whose entries go before the built-in ones.
-
-    Raises:
-        StructPruneError: If there is no such preset, its entry is not legal, or two names are the same.
     """
     table = presets(presets_file)
     resolved = [part for domain in domains for part in _resolved(domain, table)]
@@ -39,14 +32,7 @@ def resolve(domains: Iterable[DomainConfig], presets_file: str | None = None) ->
 
 
 def presets(presets_file: str | None = None) -> dict[str, Mapping[str, Any]]:
-    """All presets by name, each with the fields of `DomainConfig` and a `licence`, or with a `mix` of others.
-
-    Args:
-        presets_file: A YAML file whose entries go before the built-in ones.
-
-    Raises:
-        StructPruneError: If a file cannot be read, or holds something else.
-    """
+    """All presets by name, each with the fields of `DomainConfig` and a `licence`, or with a `mix` of others."""
     table = dict(read_yaml(BUILTIN_PRESETS))
     if presets_file is not None:
         table |= read_yaml(presets_file)

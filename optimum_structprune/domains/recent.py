@@ -46,11 +46,7 @@ class RecentText:
         return sum(map(len, self._rows))
 
     def domain(self) -> Domain:
-        """The tokens as one domain, of which nothing is held out.
-
-        Raises:
-            StructPruneError: If they do not make one sample.
-        """
+        """The tokens as one domain, of which nothing is held out."""
         tokens = torch.cat([torch.zeros(0, dtype=torch.long), *self._rows])
         samples = tokens[len(tokens) % self.seq_length :].view(-1, self.seq_length)[-self.num_samples :]
         if not len(samples):

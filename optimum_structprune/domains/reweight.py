@@ -24,13 +24,6 @@ def reweighted(
     The share of domain k becomes α_k ∝ α_k · exp(η (loss_k / mean loss - 1)), kept within a factor of its weight in
     the config: 2 for the objective `mean`, 8 for `worst`.
 
-    Args:
-        shares: The shares α of the round before; they sum to 1.
-        weights: The shares in the config; they sum to 1.
-        losses: The increase of the log perplexity on held-out text over the dense model, by domain, in nats per token.
-        rate: The rate η; 0 leaves the shares as they are.
-        objective: `mean` or `worst`.
-
     Returns:
         Shares that sum to 1.
     """
@@ -42,11 +35,6 @@ def reweighted(
 
 def within(values: Sequence[float], weights: Sequence[float], most: float) -> tuple[float, ...]:
     """Shares in the proportions of `values`, each within a factor `most` of its weight.
-
-    Args:
-        values: Positive numbers, one for each domain.
-        weights: Shares that sum to 1.
-        most: The factor, 1 or more.
 
     Returns:
         Shares that sum to 1.

@@ -46,18 +46,7 @@ def documents(
     tokenizer: PreTrainedTokenizerBase | None = None,
     write: Callable[[str, int], Iterator[str]] | None = None,
 ) -> Iterator[str]:
-    """The texts of a domain in an order that the seed chooses, without the blank ones.
-
-    Args:
-        domain: The domain whose source is read; a relative path is looked for on the disk before the Hub.
-        seed: The seed of the order. Local and in-memory text is shuffled as a whole up to 100 000 documents, beyond
-            that and for a Hub stream through a buffer. None leaves the source's own order.
-        tokenizer: The tokenizer whose chat template renders conversations.
-        write: A function that gives the documents of `self:NAME` from the name and the seed.
-
-    Raises:
-        StructPruneError: If the source is not there, cannot be read, or does not give strings.
-    """
+    """The texts of a domain in an order that the seed chooses, without the blank ones."""
     return (text for text in _texts(_Reader(domain, seed, tokenizer), write) if text.strip())
 
 

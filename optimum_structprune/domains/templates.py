@@ -62,17 +62,7 @@ def document_hash(text: str) -> str:
 
 
 def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None) -> Document:
-    """The document that a row makes.
-
-    Args:
-        row: The values by column.
-        domain: The domain that names the column or the template.
-        tokenizer: The tokenizer whose chat template renders conversations.
-
-    Raises:
-        StructPruneError: If a column is missing or holds something else than it should, or a conversation comes
-            without a tokenizer.
-    """
+    """The document that a row makes."""
     if domain.template is None:
         return Document(_text(row, domain.text_column, domain, "text_column"))
     if domain.template == CHAT:
@@ -90,17 +80,7 @@ def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase 
 def chat_document(
     messages: Sequence[dict[str, str]], domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> Document:
-    """A conversation in the form that the model was trained on; what the assistant says are the answers.
-
-    Args:
-        messages: The messages, each with `role` and `content`.
-        domain: The domain that the conversation belongs to.
-        tokenizer: The tokenizer whose chat template is used; one without a template gives a transcript.
-
-    Raises:
-        StructPruneError: If there is no tokenizer, or the template refuses the conversation or rewrites its messages
-            while `answers_only` asks where they are.
-    """
+    """A conversation in the form that the model was trained on; what the assistant says are the answers."""
     if tokenizer is None:
         raise StructPruneError(f"The domain {domain.name!r}: template='chat' takes a tokenizer.")
     if not messages:
@@ -164,16 +144,7 @@ def _text(row: Row, column: str, domain: DomainConfig, field: str) -> str:
 
 
 def string(value: Any, domain: DomainConfig, where: str) -> str:
-    """The value itself, which has to be a string.
-
-    Args:
-        value: The value.
-        domain: The domain that the value was read from.
-        where: The place of the value, such as "the column 'text'".
-
-    Raises:
-        StructPruneError: If the value is not a string; the message names the domain and the place.
-    """
+    """The value itself, which has to be a string."""
     if not isinstance(value, str):
         raise StructPruneError(
             f"The domain {domain.name!r} has to give strings; {where} holds the {type(value).__name__} "

@@ -28,10 +28,6 @@ class SharedPrompts(HFLM):
 
     Several items share a pass. Models whose cache holds more than keys and values run every choice with its prompt, as
     lm_eval does.
-
-    Args:
-        items: Keeps the answers to each item; None keeps nothing.
-        fields: The arguments of `HFLM`.
     """
 
     def __init__(self, items: ItemFile | None = None, **fields: Any):

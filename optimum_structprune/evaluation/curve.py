@@ -44,13 +44,7 @@ class Size:
 
     @classmethod
     def of(cls, sparsity: float, report: Report, seconds: float) -> Size:
-        """What a run has reached.
-
-        Args:
-            sparsity: What was asked for.
-            report: The numbers of the run.
-            seconds: The time that it took.
-        """
+        """What a run has reached."""
         loss: dict[str, dict[str, float]] = {name: dict(values) for name, values in report.perplexity.items()}
         for name, values in ({} if report.recovery is None else report.recovery.perplexity).items():
             before = values["dense"] if "dense" in values else loss[name]["before"]
@@ -92,16 +86,7 @@ class Curve:
 
     @classmethod
     def resume(cls, folder: Path, model: str, settings: Mapping[str, Any]) -> Curve:
-        """The curve that a folder holds; one without sizes where it holds nothing.
-
-        Args:
-            folder: The folder of the sweep.
-            model: The name or the folder of the dense model.
-            settings: How it is pruned, but for how much, as plain values.
-
-        Raises:
-            StructPruneError: If the folder holds something else, or a sweep of another model or with other settings.
-        """
+        """The curve that a folder holds; one without sizes where it holds nothing."""
         path, settings = folder / CURVE, json.loads(to_json(settings))
         if not path.is_file():
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -126,11 +111,7 @@ class Curve:
         self.sizes = sorted([*others, size], key=lambda size: size.sparsity)
 
     def save(self, folder: Path) -> None:
-        """Write `curve.json`, `curve.csv`, and where matplotlib is installed, `curve.svg`.
-
-        Raises:
-            StructPruneError: If something cannot be written.
-        """
+        """Write `curve.json`, `curve.csv`, and where matplotlib is installed, `curve.svg`."""
         rows = [size.row() for size in self.sizes]
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -219,12 +219,7 @@ def _score(
 
 
 def paired_tasks(model: Answers, dense: Answers) -> dict[str, dict[str, Paired]]:
-    """How two models differ by task and metric, and over the items of all tasks together where there are several.
-
-    Args:
-        model: The answers of the model.
-        dense: The answers of the dense model to the same tasks.
-    """
+    """How two models differ by task and metric, and over the items of all tasks together where there are several."""
     found: dict[str, dict[str, Paired]] = {}
     for name, metrics in model.items.items():
         found[name] = {metric: paired(scores, dense.items[name][metric]) for metric, scores in metrics.items()}

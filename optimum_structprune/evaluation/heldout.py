@@ -45,17 +45,6 @@ def read_heldout(
 
     Documents follow each other with an EOS token between them, and are cut into samples that each begin with the token
     of `prefix_token`. What does not fill the last sample is left out.
-
-    Args:
-        domain: The domain to read, presets resolved; its weight is not used.
-        tokenizer: The model's own tokenizer.
-        seq_length: The number of tokens in a sample, the prefix included.
-        num_samples: The number of samples to read at most; None reads everything.
-        vocab_size: The size of the model's vocabulary, which every token has to lie in.
-
-    Raises:
-        StructPruneError: If the text does not fill one sample, has no known end while `num_samples` is None, or was
-            read by a tokenizer of another vocabulary.
     """
     if num_samples is None and endless(domain):
         raise StructPruneError(

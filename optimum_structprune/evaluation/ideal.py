@@ -86,11 +86,7 @@ class Work:
 
 
 def work_of(model: PreTrainedModel) -> Work:
-    """Count the work of a causal language model from its parameters, and from the cache of one token.
-
-    Args:
-        model: The model, in eval mode.
-    """
+    """Count the work of a causal language model from its parameters, and from the cache of one token."""
     head = model.get_output_embeddings().weight
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     inside = [p for p in model.get_decoder().parameters() if p is not head and id(p) not in looked_up]
@@ -121,12 +117,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def why_not_ideal(model: PreTrainedModel, arch_file: str | Path | None = None) -> str | None:
-    """The reason why the parameters of a model do not say what a token costs; None where they do.
-
-    Args:
-        model: A causal language model.
-        arch_file: Descriptions of your own.
-    """
+    """The reason why the parameters of a model do not say what a token costs; None where they do."""
     if getattr(model.config, "quantization_config", None) is not None:
         return "it is quantized, and how its weights are unpacked is up to their kernels"
     try:

@@ -26,17 +26,8 @@ class ItemFile:
     Each line is written as soon as its item is finished. So a run that was killed goes on at the next item, and a
     later run with other tasks or another model to compare with computes only what is not there.
 
-    Args:
-        folder: The folder of the file; it is made if need be. The file is named by the weights of the model and the
-            vocabulary, so many models share a folder.
-        model: The model.
-        tokenizer: Its tokenizer.
-
     Attributes:
         path: The file.
-
-    Raises:
-        StructPruneError: If the file cannot be read or written, or a line of it was not written by this class.
     """
 
     def __init__(self, folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
@@ -58,14 +49,7 @@ class ItemFile:
         return self._answers.get(_key(context, choices))
 
     def add(self, label: tuple[str, int], context: str, choices: Sequence[str], answers: Sequence[Answer]) -> None:
-        """Keep the answers to an item.
-
-        Args:
-            label: The name of the task and the number of the item in it.
-            context: What the choices follow.
-            choices: The choices.
-            answers: One for each choice.
-        """
+        """Keep the answers to an item."""
         key = _key(context, choices)
         self._answers[key] = list(answers)
         likelihoods, greedy = zip(*answers, strict=True)

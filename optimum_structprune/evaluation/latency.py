@@ -100,16 +100,7 @@ def measure_latency(
 
 
 def legal_targets(arch: ArchSpec, model: PreTrainedModel, targets: Sequence[str] | None) -> dict[str, list[int]]:
-    """The legal widths of what is measured, ascending, by kind of space; shapes of the model are enough.
-
-    Args:
-        arch: The description of the model.
-        model: The model.
-        targets: The kinds of space; None takes those of a config's default that the model has.
-
-    Raises:
-        StructPruneError: If layers differ in width, or a target is not there or lies in experts.
-    """
+    """The legal widths of what is measured, ascending, by kind of space; shapes of the model are enough."""
     default = StructPruneConfig(sparsity=0.5).targets
     names = [name for name in default if name in arch.offered] if targets is None else [*targets]
     legal = legal_widths(StructPruneConfig(sparsity=0.5, targets=names), arch, model.config)
@@ -131,13 +122,7 @@ def measured_widths(legal: Sequence[int], size: int) -> list[int]:
 
 
 def smaller_model(model: PreTrainedModel, arch: ArchSpec, widths: Widths) -> PreTrainedModel:
-    """A model of random weights with smaller widths, in the dtype and on the device of the dense one.
-
-    Args:
-        model: The dense model.
-        arch: Its description.
-        widths: The widths by kind of space.
-    """
+    """A model of random weights with smaller widths, in the dtype and on the device of the dense one."""
     small: Any = skeleton(model, shrunk_config(model.config, arch, widths), buffers=True)
     device, generator = input_device(model), torch.Generator().manual_seed(0)
     for name, parameter in [*small.named_parameters()]:

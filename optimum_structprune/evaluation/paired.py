@@ -41,15 +41,7 @@ class Paired:
 
 
 def paired(model: Mapping[int, float], dense: Mapping[int, float]) -> Paired:
-    """Compare two models item by item.
-
-    Args:
-        model: The scores of the model by the number of the item.
-        dense: The scores of the dense model on the same items.
-
-    Raises:
-        ValueError: If the items differ.
-    """
+    """Compare two models item by item."""
     if model.keys() != dense.keys():
         raise ValueError(f"{len(model)} and {len(dense)} items are not the same ones")
     differences = torch.tensor([model[item] - dense[item] for item in model], dtype=torch.float64)

@@ -31,12 +31,7 @@ class Point:
 
 
 def check_picture(path: str | Path) -> None:
-    """Refuse a picture that cannot be drawn, before anything is measured for it.
-
-    Raises:
-        StructPruneError: If the file has another form than one of `SUFFIXES`, its folder is not there, or matplotlib
-            is not installed.
-    """
+    """Refuse a picture that cannot be drawn, before anything is measured for it."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise StructPruneError(f"{path} has to end in one of {', '.join(SUFFIXES)} to be a picture.")
@@ -63,18 +58,7 @@ def draw_quality(
     quality: str = "perplexity",
     higher_is_better: bool = False,
 ) -> None:
-    """Draw models by size and quality, and join those that no other one beats in both.
-
-    Args:
-        path: The file; its ending says in which form, see `SUFFIXES`.
-        points: The models.
-        size: The label of the horizontal axis.
-        quality: The label of the vertical axis.
-        higher_is_better: Whether more of the quality is better; for perplexity, less is.
-
-    Raises:
-        StructPruneError: If the file cannot be written.
-    """
+    """Draw models by size and quality, and join those that no other one beats in both."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter

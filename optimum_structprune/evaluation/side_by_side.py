@@ -53,13 +53,7 @@ class Facts:
 
     @classmethod
     def of(cls, model: PreTrainedModel, evaluation: Evaluation | None = None, arch_file: str | None = None) -> Facts:
-        """The sizes of a causal language model, and what `evaluate` has measured of it.
-
-        Args:
-            model: The model.
-            evaluation: Its perplexities and scores; None where nothing was measured.
-            arch_file: Descriptions of your own.
-        """
+        """The sizes of a causal language model, and what `evaluate` has measured of it."""
         cached = cache_name(model) is not None
         facts = cls(
             parameters=model.num_parameters(),

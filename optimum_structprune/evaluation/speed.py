@@ -272,19 +272,7 @@ def check_speed(
     repeats: int,
     threads: int | None,
 ) -> None:
-    """Refuse what `measure_speed` cannot measure.
-
-    Args:
-        models: The models by name; shapes are enough, so they may be on the meta device.
-        batch_sizes: The numbers of sequences that run together.
-        prompts: The lengths of the prompts, in tokens.
-        new_tokens: The number of tokens to write after each prompt.
-        repeats: The number of timed runs.
-        threads: The number of threads; None takes what torch is set to.
-
-    Raises:
-        StructPruneError: If any of it cannot be; the message names it and the nearest that can.
-    """
+    """Refuse what `measure_speed` cannot measure."""
     if not models:
         raise StructPruneError("There is nothing to measure: name a model.")
     for label, numbers in (("batch_size", batch_sizes), ("prompt", prompts)):
@@ -299,11 +287,7 @@ def check_speed(
 
 
 def check_clock(clock: str, device: torch.device | str) -> None:
-    """Refuse a clock that is not one of `CLOCKS`, or that does not see what a device does.
-
-    Raises:
-        StructPruneError: If it is either.
-    """
+    """Refuse a clock that is not one of `CLOCKS`, or that does not see what a device does."""
     if clock not in CLOCKS:
         raise StructPruneError(f"There is no clock {clock!r}; choose one of {', '.join(CLOCKS)}.")
     if clock == "cpu" and torch.device(device).type != "cpu":
@@ -332,15 +316,7 @@ def _check_model(name: str, model: PreTrainedModel, prompt: int, new_tokens: int
 
 
 class _Runs:
-    """The runs of one model over prompts of one shape.
-
-    Args:
-        model: The model, in eval mode.
-        ids: The prompts, shape `(batch, prompt)`.
-        new_tokens: The number of tokens to write.
-        how: The arguments of `Timer`: the number of threads and the clock.
-        work: The work of the model.
-    """
+    """The runs of one model over prompts of one shape. `ids` has the shape `(batch, prompt)`."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, how: Mapping[str, Any], work: Work):
         self.ids, self.new_tokens = ids.to(input_device(model)), new_tokens

@@ -41,16 +41,7 @@ class Answers:
 
 
 class Tasks:
-    """Tasks to score models on, with their data at hand.
-
-    Args:
-        names: The names of registered lm_eval tasks or groups, or paths of JSON-lines files with a multiple-choice
-            item per line, `{"query": …, "choices": [… , …], "gold": index}`; see `local_task`.
-
-    Raises:
-        StructPruneError: If lm_eval is not installed, a name is not registered, a file cannot be read, an item is not
-            one, two tasks have the same name, or the data of a registered task cannot be loaded.
-    """
+    """Tasks to score models on, with their data at hand."""
 
     def __init__(self, names: Sequence[str | Path]):
         _require_lm_eval()
@@ -83,18 +74,7 @@ class Tasks:
         limit: int | None = None,
         folder: str | Path | None = None,
     ) -> Answers:
-        """Ask a model the tasks. The choices of an item run in one batch, after a prompt that runs once.
-
-        Args:
-            model: A causal language model; its training mode is left as it was.
-            tokenizer: The model's own tokenizer; it is not changed.
-            batch_size: The number of sequences in a forward pass, where these are not the choices of an item.
-            limit: The number of items per task at most, counted from the beginning; None takes all of them.
-            folder: A folder that keeps the answers to each item, see `ItemFile`; None keeps nothing.
-
-        Raises:
-            StructPruneError: If the answers cannot be kept.
-        """
+        """Ask a model the tasks. The choices of an item run in one batch, after a prompt that runs once."""
         import lm_eval
 
         from .choices import SharedPrompts
@@ -127,13 +107,6 @@ def local_task(path: Path) -> dict[str, Any]:
     A choice is judged by its log-likelihood after the query and a space: `acc` takes the likeliest, `acc_norm` the
     likeliest per character. A query that begins with `Question:` and does not end with `Answer:` is given that line,
     as in the tasks that lm_eval brings.
-
-    Args:
-        path: A file with one item per line, `{"query": …, "choices": [… , …], "gold": index}`; blank lines are
-            skipped.
-
-    Raises:
-        StructPruneError: If the file cannot be read or a line holds no item; the message names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

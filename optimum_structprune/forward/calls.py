@@ -64,19 +64,11 @@ class NotSequentialError(StructPruneError):
 def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) -> tuple[Tensor, list[Call]]:
     """The hidden states that enter the first layer, and how the model calls its layers.
 
-    The calls carry masks and rotary embeddings, which may differ by layer type.
-
-    Args:
-        model: The model.
-        arch: The description of the model.
-        ids: Token ids, shape `(batch, seq_length)`.
-        whole: Whether to record every layer's call, or to stop at the first.
+    The calls carry masks and rotary embeddings, which may differ by layer type. `ids` has the shape `(batch,
+    seq_length)`.
 
     Returns:
         The hidden states, shape `(batch, seq_length, channels)`, and one call per layer that was recorded.
-
-    Raises:
-        NotSequentialError: If a layer's input is not just the output of the layer before it.
     """
     first: list[Tensor] = []
     calls: list[Call] = []

@@ -10,12 +10,7 @@ import torch
 
 
 class Clock:
-    """Measures the seconds that are spent on each domain.
-
-    Args:
-        device: The device that does the work. A GPU runs behind the program, so it notes itself when it comes to the
-            begin and the end of what is timed, and nothing waits for it until the seconds are asked for.
-    """
+    """Measures the seconds that are spent on each domain."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -34,11 +29,7 @@ class Clock:
 
     @contextmanager
     def running(self, domain: int) -> Iterator[None]:
-        """Add the time that is spent inside `with` to a domain.
-
-        Args:
-            domain: The number of the domain that was running.
-        """
+        """Add the time that is spent inside `with` to a domain."""
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             stream = torch.cuda.current_stream(self.device)

@@ -7,14 +7,8 @@ from torch import Tensor
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-    """Mean divergence KL(teacher‖model) per position, times temperature² (Hinton et al. 2015, section 2).
-
-    Args:
-        logits: The model's logits, shape `(..., vocab)`.
-        teacher: The teacher's logits, of the same shape; no gradient flows into them.
-        temperature: The number that both are divided by.
-        top_k: The number of the teacher's likeliest tokens that are told apart; all others count as one event. The
-            result is a lower bound of the full divergence. None tells all tokens apart.
+    """Mean divergence KL(teacher‖model) per position, times temperature² (Hinton et al. 2015, section 2). `logits` has
+    the shape `(..., vocab)`.
 
     Returns:
         A scalar in nats, fp32.
@@ -26,12 +20,8 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0, top_k:
 
 
 def likeliest(teacher: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The teacher's likeliest tokens, shape `(..., k)`, and their log-probabilities, the same shape in fp32.
-
-    Args:
-        teacher: The teacher's logits, shape `(..., vocab)`.
-        top_k: The number k of tokens.
-        temperature: The number that the logits are divided by.
+    """The teacher's likeliest tokens, shape `(..., k)`, and their log-probabilities, the same shape in fp32. `teacher`
+    has the shape `(..., vocab)`.
     """
     log_probabilities, tokens = _log_probabilities(teacher.detach(), temperature).topk(top_k, dim=-1)
     return tokens, log_probabilities
@@ -43,13 +33,8 @@ def divergence_from_likeliest(
     log_probabilities: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
-    """The same as `divergence` with `top_k`, from what `likeliest` gave at the same temperature.
-
-    Args:
-        logits: The model's logits, shape `(..., vocab)`.
-        tokens: The teacher's likeliest tokens, shape `(..., k)`.
-        log_probabilities: Their log-probabilities, of the same shape; no gradient flows into them.
-        temperature: The number that the logits are divided by.
+    """The same as `divergence` with `top_k`, from what `likeliest` gave at the same temperature. `logits` has the
+    shape `(..., vocab)`, `tokens` `(..., k)`.
     """
     mine = _log_probabilities(logits, temperature).gather(-1, tokens)
     return _mean_divergence(_with_rest(mine), _with_rest(log_probabilities)) * temperature**2

@@ -31,11 +31,8 @@ def last_logits_only(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def read_prompt(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Cache]:
-    """Run a prompt through a causal language model, as generation does before its first token.
-
-    Args:
-        model: The model, in eval mode.
-        ids: The token ids, shape `(batch, prompt)`, on the model's device.
+    """Run a prompt through a causal language model, as generation does before its first token. `ids` has the shape
+    `(batch, prompt)`.
 
     Returns:
         The likeliest next tokens, shape `(batch, 1)`, and the cache, which holds the prompt.
@@ -45,13 +42,8 @@ def read_prompt(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Cache]:
 
 @torch.no_grad()
 def write_tokens(model: PreTrainedModel, token: Tensor, cache: Cache, count: int) -> Tensor:
-    """Write so many tokens, the likeliest each time, whatever they are: an EOS token does not end it.
-
-    Args:
-        model: The model, in eval mode.
-        token: The tokens to begin with, shape `(batch, 1)`, on the model's device.
-        cache: The cache of what comes before them; it grows by `count` tokens.
-        count: The number of tokens to write, each with a forward pass of its own.
+    """Write so many tokens, the likeliest each time, whatever they are: an EOS token does not end it. `token` has the
+    shape `(batch, 1)`.
 
     Returns:
         The last tokens, shape `(batch, 1)`.

@@ -16,12 +16,7 @@ class StopForward(Exception):
 
 
 def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a layer is called with, shape `(batch, seq_length, channels)`.
-
-    Args:
-        args: The positional arguments of the call.
-        kwargs: The arguments of the call that are given by name.
-    """
+    """The hidden states that a layer is called with, shape `(batch, seq_length, channels)`."""
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
@@ -32,13 +27,7 @@ def first_of(output: Any) -> Tensor:
 
 @contextmanager
 def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `see(name, input)` whenever a module runs.
-
-    Args:
-        model: The model that holds the modules.
-        names: The full names of the modules.
-        see: The function to call with the module's name and its first positional input.
-    """
+    """Call `see(name, input)` whenever a module runs."""
     with ExitStack() as stack:
         for name in names:
 
@@ -53,14 +42,7 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
 def observe_products(
     model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Tensor | None], None]
 ) -> Iterator[None]:
-    """Call `see(name, input, product)` whenever a module has run.
-
-    Args:
-        model: The model that holds the modules.
-        names: The full names of the modules.
-        see: The function to call with the module's name, its first positional input, and for a linear module the
-            product of that input with its weight: its output without the bias.
-    """
+    """Call `see(name, input, product)` whenever a module has run."""
     with ExitStack() as stack:
         for name in names:
 
@@ -75,12 +57,7 @@ def observe_products(
 
 @contextmanager
 def adding(module: nn.Module, noise: Tensor) -> Iterator[None]:
-    """Make a module add `noise` to every output that has the same number of elements, whatever its shape.
-
-    Args:
-        module: The module.
-        noise: The values to add.
-    """
+    """Make a module add `noise` to every output that has the same number of elements, whatever its shape."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return output + noise.reshape(output.shape).to(output) if output.numel() == noise.numel() else None
@@ -94,13 +71,7 @@ def adding(module: nn.Module, noise: Tensor) -> Iterator[None]:
 
 @contextmanager
 def multiplying(model: nn.Module, factors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply the input of modules inside `with`.
-
-    Args:
-        model: The model that holds the modules.
-        factors: One factor for each component of a module's first positional input, by the full name of the module,
-            shape `(n,)`; they take the dtype and the device of the input.
-    """
+    """Multiply the input of modules inside `with`. `factors` has the shape `(n,)`."""
     with ExitStack() as stack:
         for name, factor in factors.items():
 
@@ -128,12 +99,7 @@ def bypass(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replaying(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Make layers return the given outputs, one each, without running.
-
-    Args:
-        layers: The layers.
-        outputs: What each of them returns.
-    """
+    """Make layers return the given outputs, one each, without running."""
     # A hook cannot keep a layer from running, so `forward` is replaced. Accelerate may have put its own there.
     before = [vars(layer).get("forward") for layer in layers]
     for layer, output in zip(layers, outputs, strict=True):
@@ -166,13 +132,7 @@ def intercept(
     before: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
     after: Callable[[int, Any], None] | None = None,
 ) -> Iterator[None]:
-    """Call `before(index, args, kwargs)` and `after(index, output)` around each of `modules`.
-
-    Args:
-        modules: The modules; their place in the order is their index.
-        before: The function to call with a module's arguments, before it runs.
-        after: The function to call with a module's output, if any.
-    """
+    """Call `before(index, args, kwargs)` and `after(index, output)` around each of `modules`."""
     with ExitStack() as stack:
         for index, module in enumerate(modules):
 

@@ -35,12 +35,8 @@ def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
 
 
 def run_model(model: PreTrainedModel, ids: Tensor, **more: Any) -> Any:
-    """Run one forward pass over a batch; an encoder-decoder model reads the same text on both sides.
-
-    Args:
-        model: Any model whose first argument is the batch.
-        ids: Token ids, shape `(batch, seq_length)`, or other inputs that the model takes, such as pixels.
-        more: Other arguments of the model.
+    """Run one forward pass over a batch; an encoder-decoder model reads the same text on both sides. `ids` has the
+    shape `(batch, seq_length)`.
 
     Returns:
         The model's output object.
@@ -60,15 +56,8 @@ def outputs_of(output: Any) -> Tensor:
 
 @torch.no_grad()
 def model_outputs(model: PreTrainedModel, samples: Tensor, batch_size: int = 4) -> Tensor:
-    """The base model's last hidden states, whatever head it has, which `output_error` compares.
-
-    Args:
-        model: Any model; its training mode is left as it was.
-        samples: Inputs, shape `(samples, ...)`.
-        batch_size: The number of samples per forward pass.
-
-    Returns:
-        Shape `(samples, seq_length, channels)`, fp32, on the CPU.
+    """The base model's last hidden states, whatever head it has, which `output_error` compares. `samples` has the
+    shape `(samples, ...)`, the result `(samples, seq_length, channels)`, fp32, on the CPU.
     """
     base: Any = model.base_model
     with evaluating(model):
@@ -78,11 +67,8 @@ def model_outputs(model: PreTrainedModel, samples: Tensor, batch_size: int = 4) 
 
 
 def output_error(outputs: Tensor, dense: Tensor) -> float:
-    """The mean squared distance to the dense model's outputs, relative to their variance over tokens.
-
-    Args:
-        outputs: The pruned model's outputs, shape `(samples, ..., channels)`.
-        dense: The dense model's outputs, of the same shape.
+    """The mean squared distance to the dense model's outputs, relative to their variance over tokens. `outputs` has
+    the shape `(samples, ..., channels)`.
     """
     spread = (dense - dense.flatten(0, -2).mean(0)).square().mean()
     return float((outputs - dense).square().mean() / spread)
@@ -152,13 +138,7 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, bat
     """Both perplexities, divergence and agreement in one pass of each model; see `perplexity`.
 
     The logits and probabilities of 128 tokens by both models are in memory at a time; where a model caps or scales its
-    logits, those of one batch.
-
-    Args:
-        model: A causal language model; its training mode is left as it was.
-        dense: The dense model, with the same vocabulary; it may be on another device.
-        samples: Token ids, shape `(samples, seq_length)`.
-        batch_size: The number of samples per forward pass.
+    logits, those of one batch. `samples` has the shape `(samples, seq_length)`.
     """
     found: list[list[Tensor]] = [[], [], [], []]
     with evaluating(model, dense):

@@ -70,15 +70,7 @@ def layer_device_map(
 
 
 class Placement:
-    """The weights of a model's layers, one layer at a time; where all of them are in memory, nothing moves.
-
-    Args:
-        model: The model, whose layers accelerate may have offloaded.
-        arch: Its description.
-
-    Raises:
-        StructPruneError: If weights are missing that accelerate does not hold.
-    """
+    """The weights of a model's layers, one layer at a time; where all of them are in memory, nothing moves."""
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec):
         self.model, self.arch = model, arch
@@ -92,25 +84,14 @@ class Placement:
 
     @contextmanager
     def at(self, layer: int, changes: bool = False) -> Iterator[None]:
-        """Have the weights of one layer on the device that computes it, inside `with`.
-
-        Args:
-            layer: The index of the layer.
-            changes: Whether the layer goes back as it is in the end, another module and other shapes included;
-                otherwise what it holds then is dropped.
-        """
+        """Have the weights of one layer on the device that computes it, inside `with`."""
         with self._at(layer, changes, self._begin_next):
             yield
         give_back_free_memory()
 
     @contextmanager
     def of(self, module: str, changes: bool = False) -> Iterator[None]:
-        """`at` for the layer that holds a module.
-
-        Args:
-            module: The full name of the module.
-            changes: See `at`.
-        """
+        """`at` for the layer that holds a module."""
         layers = (layer for layer in range(self.arch.num_layers) if module.startswith(self.arch.layer_prefix(layer)))
         with self._at(next(layers), changes):
             yield

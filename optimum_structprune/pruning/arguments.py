@@ -13,11 +13,7 @@ from ..errors import StructPruneError
 
 
 def check_config_kind(config: Any) -> None:
-    """Refuse what is no config, such as a mapping or a tokenizer.
-
-    Raises:
-        StructPruneError: If it is none.
-    """
+    """Refuse what is no config, such as a mapping or a tokenizer."""
     if not isinstance(config, StructPruneConfig):
         raise StructPruneError(
             f"config takes a StructPruneConfig, got {type(config).__name__}; a mapping becomes one with "
@@ -26,16 +22,7 @@ def check_config_kind(config: Any) -> None:
 
 
 def check_arguments(model: Any, tokenizer: Any, inputs: Any) -> None:
-    """Refuse a model, a tokenizer or inputs of another kind than a pruning takes.
-
-    Args:
-        model: What is given as the model.
-        tokenizer: What is given as the tokenizer; None stands for none.
-        inputs: What is given as calibration inputs by domain; None stands for none.
-
-    Raises:
-        StructPruneError: If one of them is of another kind, or the inputs are no samples of this model.
-    """
+    """Refuse a model, a tokenizer or inputs of another kind than a pruning takes."""
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise StructPruneError(
             f"model takes a model of transformers, got {type(model).__name__}; load it with from_pretrained first."

@@ -57,16 +57,8 @@ def channel_energies(
     model: PreTrainedModel, residual: ResidualStream, batches: Sequence[Batch], num_domains: int
 ) -> Tensor:
     """Mean of x_j² over tokens wherever the residual stream is read, relative to the mean over the token's channels,
-    so that tokens and layers count alike whatever the size of their activations.
-
-    Args:
-        model: The model.
-        residual: The description of its residual stream.
-        batches: The calibration samples.
-        num_domains: The number of domains.
-
-    Returns:
-        Shape `(reads, domains, channels)`; the mean over channels is 1.
+    so that tokens and layers count alike whatever the size of their activations. The result has the shape `(reads,
+    domains, channels)`; the mean over channels is 1.
     """
     read_at = replace(residual.space, into=tuple(Axis(f"{read.tap}.weight", 1) for read in residual.reads))
     device = next(model.parameters()).device
@@ -96,16 +88,7 @@ def refit_readers_(
     mixture: Mixture,
     keep: Sequence[int],
 ) -> None:
-    """Refit whatever reads the residual stream inside the layers to what it gives on the dense residual stream.
-
-    Args:
-        model: The model that is changed.
-        arch: Its description.
-        config: How to prune.
-        batches: The calibration samples.
-        mixture: How the domains are brought together.
-        keep: The channels that are kept.
-    """
+    """Refit whatever reads the residual stream inside the layers to what it gives on the dense residual stream."""
     assert arch.residual is not None
     passes = LayerPasses(model, arch, batches, fixed=True)
     for layer in range(arch.num_layers):

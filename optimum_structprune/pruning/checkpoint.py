@@ -77,15 +77,6 @@ class Checkpoint:
 
         The state names the file of the tensors and replaces the former state in one step, after they are written. So a
         kill at any moment leaves one whole round.
-
-        Args:
-            snapshot: The kept units and the consumers.
-            shares: The weights of the domains in the next round.
-            number: The number of the finished round, from 1.
-            measured: What the report says of the rounds.
-
-        Raises:
-            StructPruneError: If the files cannot be written; the last finished round is as it was then.
         """
         if process_index() == 0:
             self._write(snapshot, shares, number, measured)
@@ -117,14 +108,7 @@ class Checkpoint:
             ) from error
 
     def load(self, arch: ArchSpec) -> State | None:
-        """What was saved last; None where the folder remembers no round.
-
-        Args:
-            arch: The dense model.
-
-        Raises:
-            StructPruneError: If the folder belongs to another run, or is damaged.
-        """
+        """What was saved last; None where the folder remembers no round."""
         if not (self.folder / STATE).exists():
             return None
         with readable(self.folder):
@@ -146,11 +130,7 @@ class Checkpoint:
 
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Turn whatever a damaged checkpoint causes inside `with` into one error.
-
-    Raises:
-        StructPruneError: If the folder cannot be read, or holds something else than is expected there.
-    """
+    """Turn whatever a damaged checkpoint causes inside `with` into one error."""
     try:
         yield
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -64,11 +64,7 @@ class Case:
 
     @cached_property
     def widths(self) -> Widths:
-        """The final widths, or others of the same total where they follow from calibration.
-
-        Raises:
-            StructPruneError: If a space is not there, a width is not legal, or so much cannot be removed.
-        """
+        """The final widths, or others of the same total where they follow from calibration."""
         return widths_of(self.config, self.arch, self.model, itemsize=self.itemsize)
 
 
@@ -82,21 +78,7 @@ def check(
     has_inputs: bool = False,
     itemsize: int | None = None,
 ) -> None:
-    """Refuse whatever cannot be met, and warn of options that have no effect.
-
-    Args:
-        config: How to prune.
-        arch: The description of the model.
-        model: The dense model; for a dry run on the meta device.
-        use: What is to be done: `PRUNE`, `DRY_RUN`, `TRAINER` or `CALIBRATE`.
-        has_tokenizer: Whether there is a tokenizer to read text with.
-        has_inputs: Whether calibration inputs are given in place of text.
-        itemsize: The number of bytes per parameter; None stands for those of the model's dtype.
-
-    Raises:
-        StructPruneError: If something cannot be met; the message names it, what was found and the nearest legal
-            choice.
-    """
+    """Refuse whatever cannot be met, and warn of options that have no effect."""
     check_config(config, use)
     case = Case(config, arch, model, use, has_tokenizer, has_inputs, itemsize)
     for rules in RULES[use]:
@@ -424,13 +406,7 @@ RULES: Mapping[str, Iterable[Any]] = {
 
 
 def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> Iterator[str]:
-    """The options that are set and have no effect beside the others, each with the reason.
-
-    Args:
-        config: How to prune.
-        arch: The description of the model.
-        names: The kinds of space that are pruned.
-    """
+    """The options that are set and have no effect beside the others, each with the reason."""
     default = {field.name: field.default for field in fields(config)}
     recovery = config.recovery
     domains = [*config.with_broad_text(SELF + ANY).texts, *((recovery and recovery.domains) or ())]

@@ -32,15 +32,7 @@ SHARPNESS = 10.0
 def choose_shape(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, evidence: Evidence, report: Report
 ) -> Shape:
-    """The widths that a config asks for, from scores of all units or from measured losses where it says so.
-
-    Args:
-        config: How much to remove, and how it is spread over the layers.
-        arch: The dense model.
-        model: The dense model itself; it is left as it is.
-        evidence: What is known of the text.
-        report: Takes the time.
-    """
+    """The widths that a config asks for, from scores of all units or from measured losses where it says so."""
     if config.searches:
         return search(model, arch, config, evidence, report)
     widths = widths_of(config, arch, model)
@@ -58,16 +50,7 @@ def dense_scores(
     names: Collection[str],
     report: Report,
 ) -> Scores:
-    """Scores of all units that compare over layers and spaces, from one pass over the dense model.
-
-    Args:
-        model: The dense model; it is left as it is.
-        arch: Its description.
-        config: How to prune; names the criterion.
-        evidence: What is known of the text.
-        names: The kinds of space.
-        report: Takes the time.
-    """
+    """Scores of all units that compare over layers and spaces, from one pass over the dense model."""
     # The dense model has no error to make up for, so there is no stream of dense hidden states to carry beside it.
     evidence = replace(evidence, config=replace(config, error_feedback=0.0))
     with evaluating(model), report.timed("ranking"):

@@ -62,18 +62,7 @@ class Evidence:
         tokenizer: PreTrainedTokenizerBase | None = None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> Evidence:
-        """The evidence that a config names; its own config says which broad text has been read.
-
-        Args:
-            config: How to prune; names the domains or the stored moments.
-            model: The dense model.
-            tokenizer: Its tokenizer, which reads the domains.
-            inputs: Calibration inputs by domain, in place of the text that the config names.
-
-        Raises:
-            StructPruneError: If a domain cannot be read or gives too little text, or the stored moments are of another
-                model or another tokenizer.
-        """
+        """The evidence that a config names; its own config says which broad text has been read."""
         if config.stats is None:
             if inputs is not None:
                 domains = given_domains(inputs, float(config.holdout), config.chooses)
@@ -117,11 +106,6 @@ class Evidence:
 
         Each domain has as many samples as its present weight is worth, so that what counts more is known better; their
         number in all stays the same.
-
-        Args:
-            model: The model.
-            arch: Its description.
-            fixed: Whether no layer changes while the passes go through the model; there is no error to feed back then.
         """
         config = self.config
         watch = saliencies_for(CRITERIA.get(config.scored_by))
@@ -136,11 +120,7 @@ class Evidence:
         return passes if saliency is None else SaliencyPasses(passes, saliency)
 
     def reweighted(self, ratios: Mapping[str, float]) -> Evidence:
-        """The evidence of the next round, in which a domain counts more that has lost more.
-
-        Args:
-            ratios: The perplexity on held-out text as a multiple of the dense model's, by domain.
-        """
+        """The evidence of the next round, in which a domain counts more that has lost more."""
         asked = [domain.weight for domain in self.domains]
         losses = [log(ratio) for ratio in ratios.values()]
         rate = self.config.adaptive_rate or 1.0
@@ -159,11 +139,7 @@ class Evidence:
         return Manifest.of(self.config, self.domains, tokenizer)
 
     def learned(self) -> Mapping[tuple[int, str], Tensor]:
-        """The gates of the dense model.
-
-        Raises:
-            StructPruneError: If none were learned.
-        """
+        """The gates of the dense model."""
         if self.gates is None:
             raise StructPruneError(
                 f"criterion={self.config.scored_by!r} with allocation={self.config.allocation!r} goes by gates, which "

@@ -25,9 +25,6 @@ T = TypeVar("T")
 def prune_within_floor_(run: Run, step: Step) -> Plan:
     """Rounds as long as the perplexity of every domain stays below `max_perplexity_ratio` times the dense one; then
     halvings between the last widths that hold it and the first that do not.
-
-    Raises:
-        StructPruneError: If no legal widths hold it; the model is as it was then.
     """
     model_config, config = run.model.config, run.config
     run.rounds = rounds = Rounds(run, step)
@@ -69,12 +66,6 @@ def search(
 ) -> T | None:
     """The last of a course that holds, refined by halving toward the first that does not.
 
-    Args:
-        course: What is tried in order, as long as it holds.
-        start: What is known to hold; None if nothing is.
-        halfway: Gives what lies between what holds (None for nothing) and what does not; None where nothing does.
-        holds: Tries one.
-
     Returns:
         The furthest that holds; None where nothing does.
     """
@@ -104,15 +95,7 @@ def full_widths(arch: ArchSpec, like: Widths) -> Widths:
 def halfway(
     config: StructPruneConfig, model_config: PretrainedConfig, arch: ArchSpec, high: Widths, low: Widths
 ) -> Widths | None:
-    """The legal widths halfway between two; None where there are none in between.
-
-    Args:
-        config: How to prune; channels come in multiples of its `round_to`.
-        model_config: The config of the model.
-        arch: The model.
-        high: Legal widths.
-        low: Other legal widths, nowhere above them and in the same form.
-    """
+    """The legal widths halfway between two; None where there are none in between."""
     middle: dict[str, Width] = {}
     for name, least in low.items():
         multiple = config.round_to if arch.of(name)[0].rounds else 1

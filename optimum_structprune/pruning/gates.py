@@ -73,17 +73,7 @@ def learns(config: StructPruneConfig) -> bool:
 
 
 def with_gates(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, report: Report) -> Evidence:
-    """The evidence with the gates of the dense model, where its config chooses anything by gates.
-
-    Args:
-        evidence: How to prune, and the calibration samples.
-        arch: The description of the model.
-        model: The dense model; it comes back as it was.
-        report: Takes the time.
-
-    Raises:
-        StructPruneError: If the predictions are not finite, or the checkpoint belongs to another run or is damaged.
-    """
+    """The evidence with the gates of the dense model, where its config chooses anything by gates."""
     config = evidence.config
     if not learns(config):
         return evidence
@@ -98,12 +88,6 @@ def with_gates(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, repor
 
 def budgets_of(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> list[Budget]:
     """What keeps which share: each space by itself where its width is known, and all layers together where it is not.
-
-    Args:
-        config: How much to remove. With the allocation `learned`, `widths` gives each kind of space a budget of its
-            own, and all kinds share one otherwise.
-        arch: The description of the model.
-        model: The dense model; shapes are enough.
     """
     widths = widths_of(config, arch, model)
     spaces = [space for space in arch.spaces if space.kind in widths and space.layer not in config.skip_layers]
@@ -128,17 +112,8 @@ def learned_gates(
     samples, in an order that follows from the seed, and adds to KL(dense‖gated) per predicted token the terms of an
     augmented Lagrangian (see `Gates.penalty`), whose multipliers ascend.
 
-    Args:
-        model: A causal language model without experts in these spaces, in eval mode, whose weights are frozen.
-        evidence: The samples and the settings. Several processes share the samples of a step.
-        budgets: What keeps which share.
-        folder: Remembers the training, so that one that was killed goes on; None remembers nothing.
-
     Returns:
         By layer and name of the space, shape `(units,)`, fp64, on the CPU; from `LEAST` to `MOST`.
-
-    Raises:
-        StructPruneError: If the predictions are not finite, or the checkpoint belongs to another run or is damaged.
     """
     settings, gates = evidence.config.gates, Gates(budgets, compute_device(model))
     optimizer = _optimizer(gates)
@@ -159,10 +134,6 @@ def learned_gates(
 
 class Gates:
     """One gate for every unit of some spaces, and the multipliers that hold their budgets.
-
-    Args:
-        budgets: What keeps which share.
-        device: Where the numbers lie.
 
     Attributes:
         values: The gates, shape `(units,)`, fp32.
@@ -201,9 +172,6 @@ class Gates:
 
         With μ falling from `SOFT` to `SHARP` as the root of the share of the steps, it is 1.2 σ(2.4 (z - μ) / μ) - 0.1
         between 0 and 1, and its gradient goes on beyond.
-
-        Args:
-            done: The share of the steps that are done.
         """
         half = SOFT - (SOFT - SHARP) * sqrt(done)
         soft = 1.2 * torch.sigmoid((self.opened - half) * 2.4 / half) - 0.1
@@ -213,9 +181,6 @@ class Gates:
         """λ₁ v + λ₂ v² + λ₃ mean(s (1 - s)), in the mean over all budgets.
 
         s is the retention and v = mean(s) - kept the violation of a budget. Means count units by their parameters.
-
-        Args:
-            done: The share of the steps that are done; in the first `RAMP` of them the budget comes down from 1.
         """
         kept = 1 - (1 - self.kept) * min(done / RAMP, 1)
         found = self.retention(done)
@@ -325,11 +290,7 @@ class Folder:
     key: str
 
     def save(self, gates: Gates, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        """Keep what so many steps have reached. A kill at any moment leaves this or what was saved before.
-
-        Raises:
-            StructPruneError: If it cannot be written; what was saved before is intact.
-        """
+        """Keep what so many steps have reached. A kill at any moment leaves this or what was saved before."""
         if process_index() == 0:
             self._write(_tensors(gates, optimizer), steps)
         wait_for_all()
@@ -351,11 +312,7 @@ class Folder:
             ) from error
 
     def load_(self, gates: Gates, optimizer: torch.optim.Optimizer) -> int:
-        """Take over what was saved last, and return the number of its steps; 0 where nothing was.
-
-        Raises:
-            StructPruneError: If the folder belongs to another run, or is damaged.
-        """
+        """Take over what was saved last, and return the number of its steps; 0 where nothing was."""
         if not (self.path / STATE).exists():
             return 0
         with readable(self.path):

@@ -51,17 +51,7 @@ class Known:
     def load(
         cls, config: StructPruneConfig, model: PreTrainedModel, evidence: Evidence, measure: Mapping[str, Any]
     ) -> Known:
-        """What the folder of a config has of these losses; nothing where it names no folder.
-
-        Args:
-            config: How to prune; names the folder.
-            model: The dense model.
-            evidence: What is known of the text.
-            measure: How the losses are measured.
-
-        Raises:
-            StructPruneError: If the file is damaged or of another version.
-        """
+        """What the folder of a config has of these losses; nothing where it names no folder."""
         folder = config.losses_dir or config.stats or config.checkpoint_dir
         if folder is None:
             return cls(None, "")
@@ -75,11 +65,7 @@ class Known:
         return cls(path, key, trials)
 
     def save(self) -> None:
-        """Write the file; it replaces the former one in one step.
-
-        Raises:
-            StructPruneError: If it cannot be written.
-        """
+        """Write the file; it replaces the former one in one step."""
         if self.path is None or process_index() > 0:
             return
         losses: dict[str, dict[str, dict[str, list[float]]]] = {}

@@ -32,15 +32,6 @@ class Measure:
 
     Choices are made by `ratios` on the probe of each domain where it has one, and what is reported is measured on the
     held-out samples.
-
-    Args:
-        model: The dense model, which is measured at once.
-        domains: The domains with their held-out samples.
-        causal: Whether the model predicts the next token.
-        arch_file: A file with descriptions of your own, see `families.yaml`.
-
-    Raises:
-        StructPruneError: If the perplexity of the dense model is not a number.
     """
 
     def __init__(self, model: PreTrainedModel, domains: Sequence[Domain], causal: bool, arch_file: str | None = None):
@@ -57,11 +48,7 @@ class Measure:
         return {name: inf if isnan(ratio) else ratio for name, ratio in ratios.items()}
 
     def after(self, model: PreTrainedModel, report: Report) -> None:
-        """Put the figures of the smaller model into the report, beside those of the dense one.
-
-        Raises:
-            StructPruneError: If the perplexity of the smaller model is not a number.
-        """
+        """Put the figures of the smaller model into the report, beside those of the dense one."""
         found = self._of_all(model)
         for name, before in self.dense.items():
             if isinstance(before, float):
@@ -100,11 +87,7 @@ class Measure:
 @torch.no_grad()
 def layerwise_perplexities(model: PreTrainedModel, arch: ArchSpec, texts: Sequence[Tensor]) -> list[float]:
     """The perplexity over each of several texts; see `perplexity`. Every layer is brought in once for all of them.
-
-    Args:
-        model: A causal language model.
-        arch: Its description.
-        texts: Token ids, shape `(samples, seq_length)` each.
+    `texts` has the shape `(samples, seq_length)`.
     """
     batches = [Batch(number, ids) for number, text in enumerate(texts) for ids in text.split(1)]
     with evaluating(model):

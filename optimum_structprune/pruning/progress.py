@@ -42,16 +42,6 @@ class Progress:
 
         The state names its files and replaces the former state in one step, after they are written. So a kill at any
         moment leaves the layers before.
-
-        Args:
-            layer: The index of the layer.
-            plan: The units that are kept so far.
-            tensors: The tensors of the smaller layer, by their names inside it.
-            passes: What the passes over the samples have reached.
-            choices: How these units were chosen, in summary.
-
-        Raises:
-            StructPruneError: If something cannot be written; the layers before are as they were then.
         """
         mine = f"{process_index()}-of-{process_count()}"
         name = f"passes-{layer}-{mine}.safetensors"
@@ -76,11 +66,7 @@ class Progress:
             ) from error
 
     def load(self) -> Finished | None:
-        """What was saved last; None where the folder remembers no layer.
-
-        Raises:
-            StructPruneError: If the folder belongs to another run, or is damaged.
-        """
+        """What was saved last; None where the folder remembers no layer."""
         state = self.check()
         if state is None:
             return None
@@ -93,12 +79,7 @@ class Progress:
             return Finished(layers, Plan.from_dict(state["plan"]), passes, choices)
 
     def check(self) -> dict[str, Any] | None:
-        """The description of what was saved last; None where the folder remembers no layer.
-
-        Raises:
-            StructPruneError: If the folder belongs to another run or another number of processes, or its text is
-                damaged.
-        """
+        """The description of what was saved last; None where the folder remembers no layer."""
         if not (self.folder / STATE).exists():
             return None
         with readable(self.folder):
@@ -117,11 +98,7 @@ class Progress:
         return state
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of a finished layer, by their names inside it.
-
-        Raises:
-            StructPruneError: If the file is damaged.
-        """
+        """The tensors of a finished layer, by their names inside it."""
         with readable(self.folder):
             return load_file(self._layer(layer))
 

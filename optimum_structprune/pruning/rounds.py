@@ -49,16 +49,9 @@ def prune_units_(run: Run, step: Step) -> Plan:
 class Rounds:
     """The rounds of one pruning inside the layers, from the first to the one that shrinks the model.
 
-    Args:
-        run: The run.
-        step: The first of their steps; says what they lead to.
-
     Attributes:
         evidence: What is known of the text, with the weights that the domains have in the next round.
         done: The number of finished rounds.
-
-    Raises:
-        StructPruneError: If the checkpoint belongs to another run or is damaged; nothing has changed then.
     """
 
     def __init__(self, run: Run, step: Step):
@@ -122,12 +115,7 @@ class Rounds:
             self.evidence = self.evidence.reweighted(ratios)
 
     def leave(self, widths: Widths, resumable: bool = True) -> None:
-        """Count a round as finished, and put on disk what it has reached.
-
-        Args:
-            widths: The widths of the round.
-            resumable: Whether a later run may go on from here.
-        """
+        """Count a round as finished, and put on disk what it has reached."""
         self.done += 1
         if self.config.keep_rounds:
             self._save_model(widths)

@@ -71,11 +71,7 @@ class Run:
         return describe(self.model, self.config.arch_file)
 
     def start(self, dense: PreTrainedModel | None = None) -> None:
-        """Measure the model while it is dense, and keep or write down what recovery learns from.
-
-        Args:
-            dense: The dense model where it is another object than the one that shrinks, so that no copy is needed.
-        """
+        """Measure the model while it is dense, and keep or write down what recovery learns from."""
         with self.report.timed("perplexity"):
             self.measure = Measure(self.model, self.evidence.domains, self.arch.causal, self.config.arch_file)
         self.report.start(self.model, self.arch)
@@ -94,12 +90,7 @@ class Run:
                 self.measure.after(self.model, self.report)
 
     def recover(self, part: int, parts: int) -> None:
-        """Train the model, if the config says so.
-
-        Args:
-            part: The number of this training, from 1.
-            parts: The number of trainings that share the tokens.
-        """
+        """Train the model, if the config says so."""
         if self.config.recovery is None:
             return
         with self.report.timed("recovery"), alone():
@@ -108,11 +99,7 @@ class Run:
             self.report.recovery = recovery.report.after(self.report.recovery)
 
     def finish(self, dense: ArchSpec) -> None:
-        """Complete the report.
-
-        Args:
-            dense: The description of the dense model.
-        """
+        """Complete the report."""
         self.report.finish(self.model, self.arch, dense, self.plan)
         self.report.details.domains = self.evidence.names
         left = self.plan.keep.get((MODEL, LAYER), range(dense.num_layers))
@@ -154,12 +141,7 @@ class Run:
 
 
 def refuse_saving_(model: PreTrainedModel, reason: str) -> None:
-    """Make `model.save_pretrained`, and with it `Trainer.save_model` and checkpoints, raise an `InPlaceError`.
-
-    Args:
-        model: A model that is no model any more.
-        reason: The message of the error.
-    """
+    """Make `model.save_pretrained`, and with it `Trainer.save_model` and checkpoints, raise an `InPlaceError`."""
 
     def save_pretrained(*args: Any, **kwargs: Any) -> None:
         raise InPlaceError(reason)

@@ -63,13 +63,6 @@ def search(
     `search` and `search_uniform` itself as a whole, while all others are dense. The loss is KL(dense‖model) on
     held-out text. An integer program finds the shape of least total loss; it and the shape without measured losses are
     then pruned on trial, all layers together, and the better one is taken.
-
-    Args:
-        model: A causal language model; it comes back as it was.
-        arch: Its description.
-        config: How to prune.
-        evidence: What is known of the text; a part of each domain is held out.
-        report: Takes the time, and the shapes that were tried.
     """
     plain = widths_of(replace(config, allocation="uniform", objective="mean", losses_dir=None), arch, model)
     with evaluating(model), report.timed("search"):
@@ -96,15 +89,7 @@ def search(
 def candidates(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, plain: Widths, curves: Curves
 ) -> list[Candidate]:
-    """The shapes that are pruned on trial: those that measured losses speak for, and the one of `uniform`.
-
-    Args:
-        config: How much to remove, and which shapes may be taken.
-        arch: The description of the model.
-        model: The dense model; shapes are enough.
-        plain: The widths of `uniform`.
-        curves: The measured losses.
-    """
+    """The shapes that are pruned on trial: those that measured losses speak for, and the one of `uniform`."""
     names = list(plain)
     wanted = resources(config, arch, model, names, bool(curves.layers))
     found = []
@@ -151,16 +136,6 @@ def measured_curves(
     report: Report,
 ) -> Curves:
     """The losses of the model by what each layer gives up; those that earlier runs have kept are not measured again.
-
-    Args:
-        model: The dense model.
-        arch: Its description.
-        config: How to prune.
-        evidence: What is known of the text.
-        names: The kinds of space.
-        layers: Whether whole layers are tried too.
-        probe: The text that the losses are measured on, at the first layer; it comes back at the last one.
-        report: Takes the losses.
     """
     # A trial has no errors of earlier layers that error feedback could see, and a bias would stay in the model.
     refit: Any = "none" if config.refit == "bias" else config.refit

@@ -52,12 +52,6 @@ def steps(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedCon
 
     Layers go first, then experts, then channels of the residual stream, then units inside the layers, in
     `config.rounds` rounds. Where training follows every round, each round is such a sequence of its own.
-
-    Args:
-        config: How to prune.
-        arch: The dense model.
-        model_config: Its config.
-        widths: The final widths, by space, of every layer or by layer; they are legal.
     """
     if config.recovery is None or not config.recovery.every_round:
         return _with_training(list(_sequence(config, arch, model_config, widths)), 1, 1)

@@ -43,19 +43,7 @@ class Sweep(Units):
         number: int = 1,
         rounds: int = 1,
     ) -> None:
-        """One round.
-
-        Args:
-            passes: The passes over the calibration samples.
-            mixture: How the domains are brought together.
-            widths: How many units are kept, by space, in every layer or by layer.
-            smaller: In the last round, the `skeleton` of the smaller model, whose layers are filled and take their
-                places; None where units are only masked.
-            title: The label of the progress bar.
-            progress: Remembers the finished layers of the last round; None where nothing does.
-            number: The number of the round, from 1.
-            rounds: The number of all rounds. The progress bar counts the layers of all of them, for the time left.
-        """
+        """One round."""
         every = range(self.arch.num_layers)
         done = 0 if progress is None or smaller is None else self._go_on_(progress, passes, smaller)
         before = (number - 1) * len(every)
@@ -71,11 +59,6 @@ class Sweep(Units):
 
     def scores(self, passes: Passes, mixture: Mixture, names: Collection[str]) -> dict[tuple[int, str], Tensor]:
         """Scores of the units of the dense model that compare over layers and spaces; nothing is changed.
-
-        Args:
-            passes: The passes over the calibration samples.
-            mixture: How the domains are brought together.
-            names: The kinds of space.
 
         Returns:
             By layer and name of the space, shape `(units,)`.

@@ -52,12 +52,6 @@ class Probe:
     Where layers hand on hidden states alone, the layers before the present one do not run again. In memory are the
     hidden states of the text and the dense logits of one token in four. Each of several processes holds all of the
     text.
-
-    Args:
-        model: The dense model.
-        arch: Its description.
-        batches: The held-out samples.
-        passes: Passes over these samples; by default those that the model allows.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], passes: Passes | None = None):
@@ -70,13 +64,7 @@ class Probe:
 
     @classmethod
     def of(cls, model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> Probe:
-        """The probe of the text that a run makes its choices on.
-
-        Args:
-            model: The dense model.
-            arch: Its description.
-            evidence: What is known of the text.
-        """
+        """The probe of the text that a run makes its choices on."""
         samples = probe_batches(evidence.domains, evidence.config.samples_at_once)
         return cls(model, arch, samples, evidence.run_passes(model, arch, samples))
 
@@ -86,12 +74,7 @@ class Probe:
         self.layer += 1
 
     def losses(self, model: PreTrainedModel | None = None) -> Tensor:
-        """KL(dense‖model) in nats per token, by domain, in the mean over its tokens; shape `(domains,)`.
-
-        Args:
-            model: Another model with the same vocabulary, which runs as a whole, and in every process on a part of the
-                text; None for the model of the probe, which each process may have changed in a way of its own.
-        """
+        """KL(dense‖model) in nats per token, by domain, in the mean over its tokens; shape `(domains,)`."""
         total, count = (torch.zeros(1 + max(batch.domain for batch in self.batches)) for _ in range(2))
         first, step = (0, 1) if model is None else (process_index(), process_count())
         for index, batch in [*enumerate(self.batches)][first::step]:
@@ -134,13 +117,6 @@ def curves_of(
 
     With the objective `mean` the losses of the domains are weighted, with `worst` only the domain counts that loses
     most in all trials.
-
-    Args:
-        config: How to prune.
-        arch: The description of the model.
-        spaces: The spaces of each kind in each layer.
-        trials: What was measured.
-        evidence: What is known of the text.
     """
     shares = torch.tensor(evidence.shares)
     if config.objective == "worst":
@@ -163,12 +139,7 @@ def curves_of(
 
 
 def beyond(width: int, trials: Mapping[int, Any]) -> Tensor:
-    """1 for the units of a space that go later than in any trial, 0 for the others, shape `(width,)`.
-
-    Args:
-        width: The full width.
-        trials: By the number of units removed.
-    """
+    """1 for the units of a space that go later than in any trial, 0 for the others, shape `(width,)`."""
     return (torch.arange(width) >= max(trials, default=width)).float()
 
 
@@ -183,14 +154,6 @@ def all_trials(
     """What `trial_losses` gives for each of some spaces, and what the model loses without each layer.
 
     Of as many layers as there are processes, all processes gather the moments together; then each tries one of them.
-
-    Args:
-        sweep: Prunes on trial.
-        spaces: The spaces of each kind in each layer.
-        evidence: What is known of the text.
-        probe: The held-out text.
-        layers: Whether whole layers are tried too.
-        known: What earlier runs have measured, which is not measured again; it takes what is measured now.
     """
     model, arch = sweep.model, sweep.arch
     passes = evidence.passes(model, arch, fixed=True)
@@ -257,13 +220,6 @@ def probe_batches(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
 def refits_of(sweep: Sweep, spaces: Sequence[Space], passes: Passes, mixture: Mixture, own: bool = True) -> Refits:
     """What the trials of one kind of space in one layer need of the calibration samples.
 
-    Args:
-        sweep: Prunes on trial.
-        spaces: One space, or one per expert; they share their width.
-        passes: The passes over the calibration samples, at that layer.
-        mixture: How the domains are brought together.
-        own: Whether this process makes the trials; otherwise it only takes part in the sums over all processes.
-
     Returns:
         What gives the values of the consumers by the number of units removed. For one space it holds the moments, and
         scores and refits when it is called; for experts, whose moments together may be too much for the memory, it
@@ -290,11 +246,6 @@ def _refits(sweep: Sweep, space: Space, found: Sequence[Pooled]) -> dict[int, di
 def trial_losses(sweep: Sweep, refits: Refits, probe: Probe) -> dict[int, Tensor]:
     """The loss of the model with some units removed from one kind of space in one layer.
 
-    Args:
-        sweep: Prunes on trial.
-        refits: What `refits_of` gave for it.
-        probe: The held-out text, at that layer.
-
     Returns:
         The losses by domain, shape `(domains,)`, by the number of units removed.
     """
@@ -311,15 +262,7 @@ def unit_losses(width: int, losses: Mapping[int, float]) -> Tensor:
 
     The loss as a function of the units removed is a power law between two trials (linear interpolation of its
     logarithm over the logarithm of the units), and goes on with the last one's exponent beyond them. Up to the first
-    trial the exponent is at least 1, or else the first units would cost most.
-
-    Args:
-        width: The number of units.
-        losses: The measured losses by the number of units removed, ascending; a loss that is less than with fewer
-            units removed is noise.
-
-    Returns:
-        Shape `(width,)`.
+    trial the exponent is at least 1, or else the first units would cost most. The result has the shape `(width,)`.
     """
     if not losses:
         return torch.zeros(width)

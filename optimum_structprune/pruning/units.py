@@ -48,11 +48,6 @@ class Snapshot:
 class Units:
     """Chooses the units of one space at a time, and masks all others.
 
-    Args:
-        model: The model that is changed.
-        arch: Its description.
-        config: How to prune.
-
     Attributes:
         keep: The kept units so far, by layer and space.
         choices: How they were chosen, in summary, by layer and space.
@@ -82,11 +77,6 @@ class Units:
     def gather(self, passes: Passes, space: Space, mixture: Mixture) -> list[Pooled]:
         """What the samples say of a space, from its dense consumers and their present weights.
 
-        Args:
-            passes: The passes over the calibration samples, at the layer of the space.
-            space: The space.
-            mixture: How the domains are brought together.
-
         Returns:
             The scores of the units that are left, and the moments of the domain mixture, by consumer.
         """
@@ -105,14 +95,6 @@ class Units:
 
     def trial(self, space: Space, gathered: Sequence[Pooled], width: int) -> dict[Axis, Values]:
         """The values that the consumers of one space would get if it kept so many units; the model is left as it is.
-
-        Args:
-            space: The space, at its full width.
-            gathered: What `gather` gave for it.
-            width: How many units are kept.
-
-        Raises:
-            StructPruneError: If a criterion does not give one finite score for each unit.
         """
         keep = dict(self.keep)
         with self.consumers.holding(self.consumers.copies(space.into)):

@@ -48,11 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def lora_config(config: RecoveryConfig) -> LoraConfig:
-    """The adapter that a recovery trains: `config.lora` laid over the defaults.
-
-    Raises:
-        StructPruneError: If peft does not know a field or refuses its value.
-    """
+    """The adapter that a recovery trains: `config.lora` laid over the defaults."""
     adapter = build(LoraConfig, {**LORA, **config.lora})
     # peft finds these only once it places the adapter.
     if not (isinstance(adapter.r, int) and adapter.r >= 1):
@@ -67,13 +63,6 @@ def scales_config(model: PreTrainedModel, arch_file: str | None = None) -> IA3Co
 
     The scales are those of (IA)³ (Liu et al. 2022, section 3.3) at the inputs of consumers alone, and fold into the
     columns of their weights. What experts read has none.
-
-    Args:
-        model: The model.
-        arch_file: A file with descriptions of your own, see `families.yaml`.
-
-    Raises:
-        StructPruneError: If the model type is unknown.
     """
     spaces = [space for space in describe(model, arch_file).spaces if space.inside and space.experts is None]
     consumers = sorted({axis.module for space in spaces for axis in space.into})
@@ -101,9 +90,6 @@ def seeded(seed: int) -> Iterator[None]:
     """Random numbers that follow a seed inside `with`.
 
     Those of Python, NumPy and torch go on afterwards as if nothing had been drawn.
-
-    Args:
-        seed: The seed of all of them.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     # Asking a GPU that nobody uses for its state would start it.
@@ -129,16 +115,6 @@ def fresh_adapter(model: PreTrainedModel, kind: PeftConfig, seed: int, merge: bo
     """The model with a new adapter, which a failure inside `with` takes off again.
 
     Random numbers follow the seed inside `with`, and go on afterwards as they were.
-
-    Args:
-        model: The model that gets the adapter. Its training mode is as before afterwards. What of it is trainable is
-            so too, except that the weights under an adapter that is kept stay frozen, as peft has it.
-        kind: The kind of adapter.
-        seed: The seed of the adapter's values.
-        merge: Whether the adapter will be folded into the weights.
-
-    Raises:
-        StructPruneError: If peft cannot put the adapter on this model, or what is trained would not be what is merged.
     """
     training, trainable = model.training, trainable_of(model)
     with seeded(seed):
@@ -159,14 +135,6 @@ def check_fits(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> 
 
     It is put on a model of the same kind without weights. What depends on weights is found when it is put on the model
     itself.
-
-    Args:
-        model: The model; it is not touched.
-        kind: The kind of adapter.
-        merge: Whether the adapter will be folded into the weights.
-
-    Raises:
-        StructPruneError: If peft finds no place for it, or what is trained would not be what is merged.
     """
     kind = deepcopy(kind)
     if isinstance(kind, LoraConfig):
@@ -252,17 +220,10 @@ def _under(wrapper: Any) -> nn.Module:
 
 @torch.no_grad()
 def merge_adapter_(adapted: PeftModel, samples: Tensor) -> PreTrainedModel:
-    """Fold an adapter into the weights.
-
-    Args:
-        adapted: The model with the adapter.
-        samples: Token ids, shape `(samples, seq_length)`; the outputs are compared on the first ones.
+    """Fold an adapter into the weights. `samples` has the shape `(samples, seq_length)`.
 
     Returns:
         The model that was under the adapter, with other weights.
-
-    Raises:
-        InPlaceError: If the merged model gives other outputs than the one that was trained.
     """
     ids = samples[:1, :PROBE_TOKENS]
     trained = _logits(adapted, ids)
@@ -335,15 +296,8 @@ def _check_base(folder: str | Path, base: str) -> None:
 def check_adapter(adapted: PeftModel, folder: str | Path) -> dict[str, Tensor]:
     """Compare a saved adapter with the one on a model.
 
-    Args:
-        adapted: A model with an adapter.
-        folder: The folder of the saved adapter.
-
     Returns:
         The saved tensors by name.
-
-    Raises:
-        StructPruneError: If a tensor is missing or has another shape.
     """
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     try:

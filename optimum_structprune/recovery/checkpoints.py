@@ -23,15 +23,6 @@ def last_checkpoint(folder: str | None, identity: Identity, only_model: bool = F
     """The last whole checkpoint of a training in a folder.
 
     A checkpoint that a kill or a full disk has cut short is passed over: the one before it is still there then.
-
-    Args:
-        folder: The `output_dir` of a training.
-        identity: What the training is.
-        only_model: Whether the training keeps no optimizer in its checkpoints.
-
-    Raises:
-        StructPruneError: If there is no whole checkpoint, or those that there are belong to other trainings; the
-            message names what differs, with both values.
     """
     adapter = identity.settings.get("train") != "full"
     whole = [] if folder is None else _whole_checkpoints(Path(folder), adapter, only_model)

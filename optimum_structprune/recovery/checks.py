@@ -30,23 +30,7 @@ def check_recovery(
     model: PreTrainedModel | None = None,
     parts: int | None = None,
 ) -> None:
-    """Refuse a recovery that would fail later.
-
-    Args:
-        config: How the model is to be trained.
-        pruning: How the model is pruned; it gives what `config` leaves open.
-        model: The model, pruned or not yet; None where it is not at hand.
-        parts: The number of parts that the text is divided into. None stands for the rounds of the pruning with
-            `every_round`, and for one part otherwise.
-
-    Raises:
-        StructPruneError: If peft or transformers do not know a field or refuse its value, the adapter does not go with
-            the model, a preset or a file of a domain does not exist, checkpoints or a teacher's predictions cannot be
-            written, the tokens do not give every domain a sample, the samples are longer than the model's positions,
-            the predictions of a teacher are to be kept for text that the model itself writes, or the model is not a
-            causal language model.
-            Also if it is offloaded, or the training is to be sharded in a way that does not work; see `sharding`.
-    """
+    """Refuse a recovery that would fail later."""
     check_deepspeed(config)
     if parts is None:
         parts = pruning.rounds if config.every_round else 1

@@ -90,11 +90,7 @@ class Identity:
         Path(folder, IDENTITY_NAME).write_text(to_json(asdict(self)) + "\n")
 
     def differences(self, stored: Mapping[str, Any]) -> list[str]:
-        """How a stored identity differs from this one, with both values of each difference.
-
-        Args:
-            stored: What `read_identity` gave.
-        """
+        """How a stored identity differs from this one, with both values of each difference."""
         mine = plain(asdict(self))
         found = [
             f"{name} {_short(stored.get(name))} there and {_short(mine[name])} here"
@@ -112,11 +108,7 @@ class Identity:
 
 
 def read_identity(folder: str | Path) -> Mapping[str, Any] | None:
-    """What `Identity.save` wrote; None where there is no such file, as in a folder of an earlier version.
-
-    Raises:
-        StructPruneError: If the file cannot be read.
-    """
+    """What `Identity.save` wrote; None where there is no such file, as in a folder of an earlier version."""
     path = Path(folder, IDENTITY_NAME)
     return read_mapping(path, json.loads) if path.is_file() else None
 
@@ -124,14 +116,7 @@ def read_identity(folder: str | Path) -> Mapping[str, Any] | None:
 def settings_of(
     config: RecoveryConfig, adapter: PeftConfig | None, arguments: TrainingArguments, dtype: Any
 ) -> dict[str, Any]:
-    """The settings that change the weights which come out of a training, by name.
-
-    Args:
-        config: How the model is trained.
-        adapter: The adapter, before peft has placed it; None where the weights themselves are trained.
-        arguments: The arguments of the Trainer.
-        dtype: The dtype of the model.
-    """
+    """The settings that change the weights which come out of a training, by name."""
     own = {name: value for name, value in config.to_dict().items() if name not in ELSEWHERE}
     training = {name: getattr(arguments, name, None) for name in TRAINING_FIELDS}
     kind = {} if adapter is None else {f"{config.train}.{name}": value for name, value in adapter.to_dict().items()}
@@ -144,9 +129,6 @@ def weights_hash(model: PreTrainedModel) -> str:
 
     A model therefore keeps its hash when it is saved and loaded again, in float32 or in bfloat16, and when accelerate
     has put some of it on the disk.
-
-    Args:
-        model: The model; each tensor is copied to the CPU in turn.
     """
     digest = sha256(str(model.config.model_type).encode())
     for name, tensor in model.state_dict().items():

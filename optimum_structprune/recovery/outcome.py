@@ -48,11 +48,7 @@ class RecoveryOutcome(RecoveryReport):
             warnings.warn(self.stopped, WorseModelWarning, stacklevel=3)
 
     def mean_log_perplexity(self, when: str) -> float:
-        """The logarithm of the perplexity on held-out text, in the mean over the domains.
-
-        Args:
-            when: The model: "dense", "pruned" or "recovered".
-        """
+        """The logarithm of the perplexity on held-out text, in the mean over the domains."""
         return fmean(log(perplexity[when]) for perplexity in self.perplexity.values())
 
     def verdict(self) -> str:

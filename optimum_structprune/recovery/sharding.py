@@ -29,11 +29,7 @@ VARIABLES = ("ACCELERATE_USE_FSDP", "FSDP_")
 
 
 def check_deepspeed(config: RecoveryConfig) -> None:
-    """Refuse DeepSpeed, before transformers sets up anything for it.
-
-    Raises:
-        StructPruneError: If the config, or what has started the process, asks for it.
-    """
+    """Refuse DeepSpeed, before transformers sets up anything for it."""
     check_launch()
     if config.training.get("deepspeed"):
         raise StructPruneError(
@@ -44,16 +40,7 @@ def check_deepspeed(config: RecoveryConfig) -> None:
 
 
 def check_sharding(arguments: TrainingArguments, device: str) -> None:
-    """Refuse an FSDP that would do nothing, or not come to an end.
-
-    Args:
-        arguments: The arguments of the Trainer.
-        device: The type of the device that trains, such as `cuda`.
-
-    Raises:
-        StructPruneError: If FSDP is asked for on a device that accelerate does not shard over, in one process, or in
-            its first version.
-    """
+    """Refuse an FSDP that would do nothing, or not come to an end."""
     if not arguments.fsdp:
         return
     if device not in DEVICES:
@@ -78,10 +65,6 @@ def to_train(model: M, arguments: TrainingArguments) -> Iterator[M]:
     """The model that the Trainer gets: the model itself, or with FSDP a copy, because what it shards stays in shards.
 
     All processes have to come to the end of `with`, where the model takes over what was trained.
-
-    Args:
-        model: A model whose parameters are whole.
-        arguments: The arguments of the Trainer.
     """
     if not arguments.fsdp:
         yield model
@@ -102,12 +85,7 @@ def to_train(model: M, arguments: TrainingArguments) -> Iterator[M]:
 
 @torch.no_grad()
 def take_over_(model: nn.Module, trained: nn.Module) -> None:
-    """Give a model the values of what is trainable in it. All processes have to come here.
-
-    Args:
-        model: A model whose parameters are whole.
-        trained: One with the same parameters, which may be in shards.
-    """
+    """Give a model the values of what is trainable in it. All processes have to come here."""
     shards = dict(trained.named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

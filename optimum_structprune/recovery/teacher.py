@@ -43,17 +43,7 @@ def load_teacher(
     device: torch.device | str = "auto",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a teacher from its id or folder; one that is loaded already comes back as it is.
-
-    Args:
-        teacher: A causal language model, or its id or folder.
-        dtype: The dtype of its weights; `auto` is the one that they were saved in.
-        device: The device that it is put on; with `auto`, accelerate puts what does not fit on the CPU and on disk.
-        trust_remote_code: Whether the teacher may run code from its folder.
-
-    Raises:
-        StructPruneError: If it cannot be loaded.
-    """
+    """Load a teacher from its id or folder; one that is loaded already comes back as it is."""
     if not isinstance(teacher, (str, Path)):
         return teacher
     try:
@@ -65,15 +55,7 @@ def load_teacher(
 
 
 def check_teacher(teacher: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Refuse a teacher that the model cannot be compared with.
-
-    Args:
-        teacher: The teacher, a causal language model.
-        model: The model that learns from it.
-
-    Raises:
-        StructPruneError: If their vocabularies differ.
-    """
+    """Refuse a teacher that the model cannot be compared with."""
     theirs, mine = (each.config.get_text_config() for each in (teacher, model))
     if theirs.vocab_size != mine.vocab_size:
         raise StructPruneError(
@@ -94,18 +76,8 @@ def write_teacher_logits(
 ) -> None:
     """Run a teacher over samples and keep what it finds likeliest.
 
-    The folder appears only once all of it is written. The teacher's training mode is left as it was.
-
-    Args:
-        folder: The folder to write to; it must not exist.
-        teacher: A causal language model.
-        samples: Token ids, shape `(samples, seq_length)`.
-        top_k: The number of tokens that are kept per position.
-        temperature: The number that the logits are divided by.
-        perplexity: The teacher's perplexity on held-out text by domain, which is kept beside the predictions.
-
-    Raises:
-        StructPruneError: If the folder exists or cannot be written.
+    The folder appears only once all of it is written. The teacher's training mode is left as it was. `samples` has the
+    shape `(samples, seq_length)`.
     """
     if Path(folder).exists():
         raise StructPruneError(f"{folder} exists; name a new folder for the teacher's logits.")
@@ -137,16 +109,10 @@ def _predictions(teacher: PreTrainedModel, samples: Tensor, top_k: int, temperat
 class TeacherLogits:
     """The predictions that `write_teacher_logits` wrote, by the row of their sample.
 
-    Args:
-        folder: The folder to read.
-
     Attributes:
         folder: The folder.
         teacher: The `weights_hash` of the teacher; None where an earlier version wrote the predictions.
         perplexity: The teacher's perplexity on held-out text, by domain.
-
-    Raises:
-        StructPruneError: If the folder holds no such predictions.
     """
 
     def __init__(self, folder: str | Path):
@@ -169,16 +135,7 @@ class TeacherLogits:
             ) from error
 
     def check(self, samples: Tensor, recovery: RecoveryConfig, vocab_size: int) -> None:
-        """Refuse predictions that belong to another training run.
-
-        Args:
-            samples: The text of the whole run, shape `(samples, seq_length)`.
-            recovery: The config of the run.
-            vocab_size: The size of the model's vocabulary.
-
-        Raises:
-            StructPruneError: If the predictions were written for another run; the message names what differs.
-        """
+        """Refuse predictions that belong to another training run. `samples` has the shape `(samples, seq_length)`."""
         top_k = min(recovery.top_k or vocab_size, vocab_size)
         wanted = {"top_k": top_k, "temperature": float(recovery.temperature), "vocab_size": vocab_size}
         for name, value in wanted.items():
@@ -196,15 +153,7 @@ class TeacherLogits:
             )
 
     def check_teacher(self, teacher: PreTrainedModel | str | Path, trust_remote_code: bool = False) -> None:
-        """Refuse the predictions of another teacher.
-
-        Args:
-            teacher: The teacher of the run, or its id or folder.
-            trust_remote_code: Whether a teacher that is loaded may run code from its folder.
-
-        Raises:
-            StructPruneError: If the teacher cannot be loaded, or the predictions are those of another one.
-        """
+        """Refuse the predictions of another teacher."""
         if self.teacher is None:
             warnings.warn(
                 f"The teacher's logits in {self.folder} do not say whose they are, so the teacher is not checked.",
@@ -234,11 +183,8 @@ class TeacherLogits:
 
 
 class TrainingSamples(Dataset):
-    """Samples as the Trainer takes them, with the teacher's predictions where they are on disk.
-
-    Args:
-        samples: Token ids, shape `(samples, seq_length)`.
-        logits: The teacher's predictions of the same samples; None where there are none on disk.
+    """Samples as the Trainer takes them, with the teacher's predictions where they are on disk. `samples` has the
+    shape `(samples, seq_length)`.
     """
 
     def __init__(self, samples: Tensor, logits: TeacherLogits | None = None):

@@ -27,15 +27,6 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
 
     The seed is the pruning's, whatever seed the training has. It decides the order of the documents, and with it which
     of them are held out.
-
-    Args:
-        config: How the model is trained.
-        pruning: How the model was pruned; it gives the domains and the sample length that `config` leaves open.
-        parts: The number of parts that the text is divided into; see `part_rows`.
-
-    Raises:
-        StructPruneError: If a domain names a preset that does not exist, `tokens` does not give each part a sample
-            from each domain, or the predictions of a teacher are to be kept for text that the model itself writes.
     """
     seq_length = config.seq_length or pruning.seq_length
     own = config.domains or _domains_of(pruning)
@@ -96,10 +87,6 @@ def heldout_samples(pruning: StructPruneConfig, seq_length: int) -> int:
 
     The held-out documents of a domain are the first ones in the order that the seed chooses. As many held-out tokens
     as the pruning had, or more, therefore keep all of them out of the training text.
-
-    Args:
-        pruning: How the model was pruned.
-        seq_length: The number of tokens in a training sample.
     """
     counts = split_samples(pruning.num_samples, [domain.weight for domain in pruning.texts])
     most = max(num_heldout(count, float(pruning.holdout)) for count in counts)
@@ -115,19 +102,7 @@ def training_text(
     model: PreTrainedModel,
     parts: int = 1,
 ) -> list[Domain]:
-    """Read the text of the whole training, and the held-out text that it is judged by.
-
-    Args:
-        config: How the model is trained.
-        pruning: How the model was pruned.
-        tokenizer: The model's own tokenizer, which reads the domains.
-        model: A model with the vocabulary of the trained one; it writes the domains `self:NAME`.
-        parts: The number of parts that the text is divided into; see `part_rows`.
-
-    Raises:
-        StructPruneError: If the text cannot be read or there is too little of it; see `text_config` and
-            `load_domains`.
-    """
+    """Read the text of the whole training, and the held-out text that it is judged by."""
     text = text_config(config, pruning, parts)
     vocab_size = model.config.get_text_config().vocab_size
     return load_domains(text, tokenizer, vocab_size, heldout_samples(pruning, text.seq_length), model)
@@ -142,11 +117,6 @@ def part_rows(domains: Sequence[Domain], part: int = 1, parts: int = 1) -> list[
     """The rows of `samples_of` that one part of the training takes: one slice of each domain.
 
     No sample is in two parts, and all parts together are the whole text.
-
-    Args:
-        domains: The text of the whole training.
-        part: The number of the part, from 1.
-        parts: The number of parts.
     """
     rows: list[int] = []
     first = 0

@@ -48,19 +48,7 @@ class NotFiniteError(StructPruneError):
 def training_arguments(
     config: RecoveryConfig, seed: int, on_cpu: bool, scratch: str, part: int = 1, parts: int = 1
 ) -> TrainingArguments:
-    """The arguments of the Trainer: `config.training` laid over the defaults.
-
-    Args:
-        config: How the model is trained.
-        seed: The seed of the order of the samples.
-        on_cpu: Whether the model lies on the CPU.
-        scratch: The folder that is named where `config.training` has no `output_dir`; nothing is saved then.
-        part: The part of the training, from 1.
-        parts: The number of parts. With more than one, each has a folder `round-PART` in the `output_dir`.
-
-    Raises:
-        StructPruneError: If transformers does not know a field or refuses its value.
-    """
+    """The arguments of the Trainer: `config.training` laid over the defaults."""
     given = _typed(config.training)
     saving: dict[str, Any] = {"save_strategy": "no", "output_dir": scratch}
     if "output_dir" in given:
@@ -119,11 +107,7 @@ def _typed(training: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _readable(saying: str) -> Iterator[None]:
-    """Errors of other libraries inside `with` are told as ours, with the cause.
-
-    Args:
-        saying: How the message begins.
-    """
+    """Errors of other libraries inside `with` are told as ours, with the cause."""
     try:
         yield
     except StructPruneError:
@@ -134,17 +118,7 @@ def _readable(saying: str) -> Iterator[None]:
 
 
 class DistillTrainer(Trainer):
-    """Trains what is trainable of a model.
-
-    Args:
-        model: A model with an adapter, or one whose own weights are trained.
-        arguments: The arguments of the Trainer.
-        samples: The training text, as `TrainingSamples` gives it.
-        recovery: The config that weighs the terms of the loss.
-        teacher: The model to agree with. Where it is None and `samples` bring no predictions of it along, the loss is
-            cross-entropy alone.
-        identity: What the training is, which is kept in the checkpoints; None keeps nothing.
-    """
+    """Trains what is trainable of a model."""
 
     def __init__(
         self,
@@ -197,11 +171,7 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy, mixed with the divergence from the teacher.
-
-        Raises:
-            NotFiniteError: If the loss is NaN or infinite.
-        """
+        """Cross-entropy, mixed with the divergence from the teacher."""
         stored = {name: inputs[name] for name in (TOKENS, LOG_PROBABILITIES) if name in inputs}
         model_inputs = {name: value for name, value in inputs.items() if name not in stored}
         outputs = model(**model_inputs)
@@ -219,11 +189,7 @@ class DistillTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def check_weights(self) -> None:
-        """Refuse weights that the last step has spoilt; no loss is computed after it that would show it.
-
-        Raises:
-            NotFiniteError: If a weight is NaN or infinite.
-        """
+        """Refuse weights that the last step has spoilt; no loss is computed after it that would show it."""
         finite = all(own_shard(tensor).isfinite().all() for tensor in self._trainable().values())
         # Of sharded weights every process sees its own part.
         if not self.accelerator.gather(torch.tensor([finite], device=self.accelerator.device)).all():
@@ -276,18 +242,8 @@ def train_(
 ) -> RecoveryOutcome:
     """Train until the end, or until the last step whose loss was finite.
 
-    Args:
-        trainer: The trainer.
-        callbacks: Further callbacks.
-        checkpoint: The folder of the checkpoint to go on from; None starts anew.
-
     Returns:
         What the training cost, and why it stopped if it did.
-
-    Raises:
-        StructPruneError: If the checkpoint belongs to another model, a checkpoint cannot be written, or torch,
-            transformers or peft fail; the message gives their reason.
-        NotFiniteError: If no loss was finite.
     """
     for callback in callbacks:
         trainer.add_callback(callback)

@@ -21,10 +21,6 @@ def every_weight(model: PreTrainedModel, seed: int) -> Iterator[PreTrainedModel]
 
     Random numbers follow the seed inside `with`, and go on afterwards as they were. A copy of all weights lies in the
     memory of the CPU meanwhile.
-
-    Args:
-        model: The model that is trained. Its training mode, and what of it is trainable, are as before afterwards.
-        seed: The seed of the random numbers.
     """
     training, trainable = model.training, trainable_of(model)
     before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}

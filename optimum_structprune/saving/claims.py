@@ -35,12 +35,6 @@ def claimed(target: str | Path) -> Iterator[None]:
     """Keep other runs from the same output inside `with`, and clear away what those that were killed have left there.
 
     Of several processes that a launcher has started, the first one does so for all.
-
-    Args:
-        target: The output folder; folders above it are made if need be.
-
-    Raises:
-        StructPruneError: If another run writes to it now, or nothing can be written there.
     """
     if not is_first_rank():
         yield
@@ -71,15 +65,7 @@ def claimed(target: str | Path) -> Iterator[None]:
 
 @contextmanager
 def folder_beside(target: Path, purpose: str) -> Iterator[Path]:
-    """A temporary folder beside a target, which `clear_leftovers` leaves alone inside `with`.
-
-    Args:
-        target: The target, as `resolved` gives it; folders above it are made if need be.
-        purpose: One of `LEFTOVERS`.
-
-    Raises:
-        OSError: If it cannot be made.
-    """
+    """A temporary folder beside a target, which `clear_leftovers` leaves alone inside `with`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder, descriptor = None, None
     while folder is None or not folder.exists():  # it may be taken for a leftover before it is locked
@@ -106,9 +92,6 @@ def in_use(folder: Path) -> Iterator[None]:
 def clear_leftovers(target: Path) -> None:
     """Remove the temporary folders beside a target that no process uses, and put back a result that a kill has caught
     between its removal and its replacement.
-
-    Args:
-        target: The target, as `resolved` gives it.
     """
     purposes = "|".join(LEFTOVERS)
     # What a folder that is being written needs for itself has a name made of its name.

@@ -101,13 +101,7 @@ def choices_of_list(rows: Sequence[Sequence[Any]]) -> dict[tuple[int, str], Choi
 def choice_of(
     scores: Tensor, kept: Tensor, carried: Tensor | None = None, errors: Sequence[float] | None = None
 ) -> Choice:
-    """The summary of one choice.
-
-    Args:
-        scores: One finite score per unit, shape `(units,)`, higher = keep.
-        kept: Which units were kept, bool, shape `(units,)`; at least one was, and at least one was not.
-        carried: How much output each unit carries in each domain, shape `(domains, units)`.
-        errors: The squared error without a refit, that with one, and the output energy.
+    """The summary of one choice. `scores` has the shape `(units,)`, `kept` `(units,)`, `carried` `(domains, units)`.
     """
     axis, places = _places(scores.double().cpu(), kept.cpu())
     counts = [places[which].bincount(minlength=2 * BINS).tolist() for which in (kept.cpu(), ~kept.cpu())]
@@ -136,9 +130,6 @@ def _places(scores: Tensor, kept: Tensor) -> tuple[str, Tensor]:
 def rank_correlations(values: Tensor) -> tuple[float, ...]:
     """Spearman's rank correlation of each pair of rows, in the order (0, 1), (0, 2), …; empty where there is one row,
     or a row whose values are all alike.
-
-    Args:
-        values: Shape `(rows, n)`.
     """
     if len(values) < 2 or bool((values == values[:, :1]).all(1).any()):
         return ()
@@ -202,11 +193,7 @@ class Details:
 
     @classmethod
     def load(cls, path: str | Path) -> Details:
-        """Read what `save` wrote.
-
-        Raises:
-            StructPruneError: If the file cannot be read, or a later version of the package wrote it.
-        """
+        """Read what `save` wrote."""
         data = dict(read_mapping(Path(path), json.loads))
         if (version := data.pop("version", None)) != VERSION:
             raise StructPruneError(f"{path} has the version {version!r}, this package reads {VERSION}; update it.")

@@ -92,11 +92,7 @@ def export_gguf(
 
 
 def check_gguf(config: PretrainedConfig) -> None:
-    """Refuse a model that `export_gguf` cannot write, before its weights are loaded.
-
-    Raises:
-        StructPruneError: If llama.cpp has no architecture for it, or the package gguf is not installed.
-    """
+    """Refuse a model that `export_gguf` cannot write, before its weights are loaded."""
     if (reason := gguf_refusal(config)) is not None:
         raise StructPruneError(reason)
     try:

@@ -24,16 +24,7 @@ STEPS = {"Digits": ("digits", "individual_digits"), "ByteLevel": ("bytes", "use_
 
 
 def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Write a tokenizer into a GGUF file.
-
-    Args:
-        writer: The file.
-        tokenizer: The tokenizer; one of `tokenizers`' BPE models, on bytes or on SentencePiece's pieces.
-        size: The number of rows of the model's embedding; ids without a token get an unused one.
-
-    Raises:
-        StructPruneError: If llama.cpp has no such tokenizer; the message names what it does not have.
-    """
+    """Write a tokenizer into a GGUF file."""
     if not tokenizer.is_fast:
         raise StructPruneError(
             f"A GGUF file holds a BPE tokenizer of the tokenizers library, found a {type(tokenizer).__name__}."
@@ -58,16 +49,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size:
 
 
 def _check_vocabulary(parts: Mapping[str, Any], tokens: int, size: int) -> None:
-    """Refuse a tokenizer that llama.cpp does not have.
-
-    Args:
-        parts: What `tokenizer.json` holds.
-        tokens: How many tokens there are.
-        size: The number of rows of the model's embedding.
-
-    Raises:
-        StructPruneError: If there is none like it.
-    """
+    """Refuse a tokenizer that llama.cpp does not have."""
     if parts["model"]["type"] != "BPE":
         raise StructPruneError(
             "A GGUF file holds a BPE tokenizer, on bytes or on SentencePiece's pieces, found "
@@ -87,12 +69,6 @@ def pre_tokenizer(parts: Mapping[str, Any]) -> str:
 
     llama.cpp's own converter knows a tokenizer by a hash of what it makes of one text, which a new vocabulary changes.
     This compares the steps themselves.
-
-    Args:
-        parts: What `tokenizer.json` holds.
-
-    Raises:
-        StructPruneError: If llama.cpp has no name for it, as far as `PRE_TOKENIZERS` knows.
     """
     step: Mapping[str, Any] = parts.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])

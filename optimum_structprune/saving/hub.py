@@ -57,10 +57,6 @@ def save_pruned(
     """Save a pruned model with its config, plan, report, details, manifest, page and tokenizer; see `save_checked`.
 
     The folder that the dense model was loaded from is never replaced, and nor is what the config names.
-
-    Raises:
-        StructPruneError: If the folder exists and may not be replaced, nothing was pruned, the plan is of another
-            model, or the saved model does not come back the same.
     """
     used = [model.name_or_path, *used_paths(config)]
     if plan is None or report is None:
@@ -89,21 +85,7 @@ def save_applied(
     used: Iterable[str | Path | None] = (),
     arch_file: str | None = None,
 ) -> None:
-    """Save what `apply_plan` returned, with the plan and the tokenizer; see `save_checked`.
-
-    Args:
-        model: The smaller model.
-        save_directory: The folder to write to; it is made if need be.
-        plan: The plan that was applied.
-        tokenizer: The tokenizer to save beside the model.
-        overwrite: Whether a folder that exists is replaced, see `check_target`.
-        used: The files and folders that the run reads; the folder of the dense model is one of them anyway.
-        arch_file: A file with descriptions of your own that the model was described by.
-
-    Raises:
-        StructPruneError: If the folder exists and may not be replaced, something cannot be written, or the saved model
-            does not come back the same.
-    """
+    """Save what `apply_plan` returned, with the plan and the tokenizer; see `save_checked`."""
 
     def write(folder: Path) -> None:
         plan.save(folder / PLAN_NAME)
@@ -117,13 +99,6 @@ def check_pruned(plan: Plan, arch: ArchSpec) -> None:
 
     The plan numbers the units of the dense model. What it shares with the pruned model is the model type, and how many
     units each layer has.
-
-    Args:
-        plan: What was kept.
-        arch: The description of the pruned model.
-
-    Raises:
-        StructPruneError: If the model type or a width differs, or the model does not have a space of the plan.
     """
     advice = "pass the model that prune_model returned"
     if plan.model_type != arch.model_type:
@@ -162,19 +137,6 @@ def save_checked(
     Everything is written to a temporary folder beside the target, reloaded and compared, and then moved into place, so
     that a failure leaves whatever was there before. Of several processes, the first one saves, and the others wait for
     it and fail if it fails.
-
-    Args:
-        model: The model to save.
-        save_directory: The folder to write to; it is made if need be.
-        tokenizer: The tokenizer to save beside the model.
-        overwrite: Whether a folder that exists is replaced, see `check_target`.
-        write: A function that puts further files into the folder.
-        check: A function that holds the folder against the model and raises where they differ.
-        used: The files and folders that the run reads, which are never replaced.
-
-    Raises:
-        StructPruneError: If the folder exists and may not be replaced, there is too little room, something cannot be
-            written, or the saved model does not come back the same.
     """
 
     def save() -> None:
@@ -213,9 +175,6 @@ def forget_code(path: Path) -> None:
 
     Such an `auto_map` comes from the folder that the model was loaded from, whose code is not copied where the model
     was loaded with the classes of transformers. Code in a repository of the Hub, `owner/name--module.Class`, stays.
-
-    Args:
-        path: The file of the config; where there is none, nothing happens.
     """
     if not path.is_file():
         return
@@ -240,15 +199,7 @@ def forget_code(path: Path) -> None:
 
 @torch.no_grad()
 def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
-    """Load a saved model with plain `from_pretrained` and compare logits, or hidden states where it has no head.
-
-    Args:
-        model: The model that was saved; its training mode is left as it was.
-        folder: The folder that it was saved to.
-
-    Raises:
-        StructPruneError: If its outputs differ.
-    """
+    """Load a saved model with plain `from_pretrained` and compare logits, or hidden states where it has no head."""
     # A config on disk does not say which kernels ran, and those of another attention round differently.
     names = ("attn_implementation", "experts_implementation")
     kernels: dict[str, Any] = {name: _kernels(model.config, name) for name in names}

@@ -69,15 +69,7 @@ def push_to_hub(
 
 
 def check_push(repo_id: str, token: str | None = None) -> None:
-    """Refuse what could not be pushed, before work is done for it.
-
-    Args:
-        repo_id: The repository, `OWNER/NAME`.
-        token: A token of the Hub; None takes the one that the machine is logged in with.
-
-    Raises:
-        StructPruneError: If that is no name of a repository, there is no token, or the Hub does not know it.
-    """
+    """Refuse what could not be pushed, before work is done for it."""
     with plainly(repo_id, "Nothing has been done yet."):
         checked_api(repo_id, token)
 
@@ -96,11 +88,7 @@ def checked_api(repo_id: str, token: str | None) -> HfApi:
 
 
 def result_files(folder: str | Path) -> dict[str, Path]:
-    """The files that belong to a result, by their names in a repository.
-
-    Raises:
-        StructPruneError: If the folder holds no finished result.
-    """
+    """The files that belong to a result, by their names in a repository."""
     root = Path(folder)
     whole = root.is_dir() and is_result(root) and ((root / "config.json").is_file() or (root / ADAPTER).is_file())
     if not whole:
@@ -115,12 +103,7 @@ def result_files(folder: str | Path) -> dict[str, Path]:
 
 @contextmanager
 def plainly(repo_id: str, state: str) -> Iterator[None]:
-    """Say what the Hub refuses as a `StructPruneError`.
-
-    Args:
-        repo_id: The repository.
-        state: What there is now, and what to do.
-    """
+    """Say what the Hub refuses as a `StructPruneError`."""
     try:
         yield
     except HFValidationError as error:

@@ -43,13 +43,6 @@ def on_first_rank(target: str | Path, work: Callable[[], None]) -> None:
 
     The first process leaves its outcome in the store through which the processes found each other, so it never waits
     for the others: it may as well be the only one that calls this.
-
-    Args:
-        target: The folder that is written, which tells one outcome from another.
-        work: What is done.
-
-    Raises:
-        StructPruneError: In every process, if it fails in the first one.
     """
     if is_alone():
         work()
@@ -65,10 +58,6 @@ def on_first_rank(target: str | Path, work: Callable[[], None]) -> None:
 class Outcome:
     """What came of saving a folder in the first of several processes. As a context, in that process, it tells the
     others.
-
-    Args:
-        name: The folder.
-        number: How often it has been saved, this time included.
     """
 
     def __init__(self, name: str, number: int):
@@ -84,11 +73,7 @@ class Outcome:
         self.store.set(self.key, json.dumps({"error": reason}))
 
     def wait(self) -> None:
-        """Wait for the first process.
-
-        Raises:
-            StructPruneError: If it failed, or cannot be reached.
-        """
+        """Wait for the first process."""
         start, noticed = monotonic(), False
         while True:
             begun = monotonic()

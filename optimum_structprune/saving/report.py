@@ -119,14 +119,7 @@ class Report:
         }
 
     def finish(self, model: PreTrainedModel, arch: ArchSpec, dense: ArchSpec, plan: Plan) -> None:
-        """Enter the sizes and widths of the smaller model.
-
-        Args:
-            model: The smaller model.
-            arch: Its description.
-            dense: The description of the dense model.
-            plan: The kept units of the dense model.
-        """
+        """Enter the sizes and widths of the smaller model."""
         self.parameters["after"], self.layer_parameters["after"] = model.num_parameters(), sum(arch.layer_params)
         self.details.model["bytes"]["after"] = model_bytes(model)
         kept = {MODEL, *plan.keep.get((MODEL, LAYER), range(dense.num_layers))}

@@ -25,15 +25,6 @@ def staged(folder: str | Path, overwrite: bool, used: Iterable[str | Path | None
 
     Of several processes, all do what is inside `with`, and that of the first one is kept; the others wait for it and
     fail if it fails.
-
-    Args:
-        folder: The target; folders above it are made if need be.
-        overwrite: Whether a folder that exists is replaced, see `check_target`.
-        used: The files and folders that the run reads, which are never replaced.
-
-    Raises:
-        StructPruneError: If the folder exists and may not be replaced, or something cannot be written; what was there
-            before stays.
     """
     if is_alone():
         with staged_alone(folder, overwrite, used) as staging:
@@ -77,14 +68,6 @@ def staged_alone(folder: str | Path, overwrite: bool, used: Iterable[str | Path 
 def staged_file(path: str | Path, overwrite: bool) -> Iterator[Path]:
     """Give the name of a temporary file beside the target, and move it into place if everything inside `with` goes
     well.
-
-    Args:
-        path: The target; folders above it are made if need be.
-        overwrite: Whether a file that exists is replaced, see `check_file`.
-
-    Raises:
-        StructPruneError: If the file exists and may not be replaced, or it cannot be written; what was there before
-            stays.
     """
     target = resolved(path)
     clear_leftovers(target)

@@ -51,14 +51,7 @@ UNITS = ("bytes", "kB", "MB", "GB")
 
 
 def resolved(target: str | Path) -> Path:
-    """The absolute path that a name leads to, over all links.
-
-    Args:
-        target: The name; nothing need be there.
-
-    Raises:
-        StructPruneError: If it leads nowhere, as a loop of links or a name with a NUL does.
-    """
+    """The absolute path that a name leads to, over all links."""
     try:
         return Path(target).resolve()
     except (OSError, RuntimeError, ValueError) as error:
@@ -71,16 +64,6 @@ def check_target(target: str | Path, overwrite: bool, used: Iterable[str | Path 
     A folder that holds something is replaced only if this package wrote it: one of its own records is in it, and
     nothing that the package does not write. It is never replaced if it is, holds or lies in what the run reads. Of
     several processes, the first one decides.
-
-    Args:
-        target: The folder.
-        overwrite: Whether a folder that exists may be replaced.
-        used: The files and folders that the run reads, such as the model, its text and statistics. Names that are not
-            on the disk, such as ids of the Hub, and what is empty are passed over.
-
-    Raises:
-        StructPruneError: If the target is a file, or the folder is not empty and may not be replaced; the message says
-            what would be lost.
     """
     if not is_first_rank():
         return
@@ -119,16 +102,7 @@ def _check_replaceable(folder: Path, used: Iterable[str | Path | None]) -> None:
 
 
 def check_file(target: str | Path, overwrite: bool) -> None:
-    """Refuse a GGUF file that must not be written.
-
-    Args:
-        target: The file.
-        overwrite: Whether a file that exists may be replaced; only one that this package wrote ever is.
-
-    Raises:
-        StructPruneError: If the target is a folder, or exists and may not be replaced; the message says what would be
-            lost.
-    """
+    """Refuse a GGUF file that must not be written."""
     file = resolved(target)
     try:
         if file.is_dir():
@@ -154,11 +128,7 @@ def is_result(folder: Path) -> bool:
 
 
 def foreign_entries(folder: Path) -> Iterator[str]:
-    """The names of what lies in a result and was not written with it.
-
-    Args:
-        folder: A result of this package.
-    """
+    """The names of what lies in a result and was not written with it."""
     adapter = (folder / ADAPTER).is_file()
     for path in folder.iterdir():
         if path.is_dir() and (path.is_symlink() or path.name not in WRITTEN_FOLDERS):
@@ -170,11 +140,7 @@ def foreign_entries(folder: Path) -> Iterator[str]:
 
 
 def signed(text: str) -> str:
-    """A text with a last line by which it is known as this package's, as long as nobody changes it.
-
-    Args:
-        text: The text; a former signature is replaced.
-    """
+    """A text with a last line by which it is known as this package's, as long as nobody changes it."""
     body = SIGNED.sub("", text)
     return body + SIGNATURE.format(sha256(body.encode()).hexdigest())
 
@@ -189,11 +155,7 @@ def is_signed(path: Path) -> bool:
 
 
 def used_paths(*configs: Any) -> list[str]:
-    """The files and folders that configs name, for `check_target`: text, statistics, checkpoints and the like.
-
-    Args:
-        configs: Configs of pruning or recovery; None is passed over.
-    """
+    """The files and folders that configs name, for `check_target`: text, statistics, checkpoints and the like."""
     names: list[Any] = []
     for config in filter(None, configs):
         names += [domain.source for domain in getattr(config, "domains", None) or ()]
@@ -205,15 +167,7 @@ def used_paths(*configs: Any) -> list[str]:
 
 
 def check_apart(target: str | Path, *configs: Any) -> None:
-    """Refuse an output folder in which the run would write something else: the result replaces all of it.
-
-    Args:
-        target: The output folder.
-        configs: Configs of pruning or recovery; None is passed over.
-
-    Raises:
-        StructPruneError: If measured losses, checkpoints or the teacher's logits would lie in the folder.
-    """
+    """Refuse an output folder in which the run would write something else: the result replaces all of it."""
     folder = resolved(target)
     for config in filter(None, configs):
         training = getattr(config, "training", None) or {}
@@ -225,11 +179,7 @@ def check_apart(target: str | Path, *configs: Any) -> None:
 
 
 def remove_checkpoints(folder: str | Path) -> None:
-    """Remove the checkpoints that a training left in a folder, and the folder if nothing else is in it.
-
-    Args:
-        folder: The `output_dir` of the training.
-    """
+    """Remove the checkpoints that a training left in a folder, and the folder if nothing else is in it."""
     for path in [*Path(folder).glob("checkpoint-*"), *Path(folder).glob("round-*/checkpoint-*")]:
         if (path / "trainer_state.json").is_file() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -239,16 +189,7 @@ def remove_checkpoints(folder: str | Path) -> None:
 
 
 def probe_target(target: str | Path, need_bytes: int = 0) -> None:
-    """Refuse a folder that could not be written to the end, before work is done for it.
-
-    Args:
-        target: The folder; it need not exist, nor those above it.
-        need_bytes: The size of what will be written. A folder that is replaced is kept until then.
-
-    Raises:
-        StructPruneError: If a file is in the way, nothing can be written there, the folder is a file system of its own
-            and so cannot be moved into place, or there is too little room; the message gives both numbers.
-    """
+    """Refuse a folder that could not be written to the end, before work is done for it."""
     if not is_first_rank():
         return
     folder = resolved(target)
@@ -273,14 +214,7 @@ def probe_target(target: str | Path, need_bytes: int = 0) -> None:
 
 
 def probe_folder(folder: str | Path) -> None:
-    """Refuse a folder in which no file could be written, before work is done for it.
-
-    Args:
-        folder: The folder; it need not exist, nor those above it.
-
-    Raises:
-        StructPruneError: If a file is in the way, or nothing can be written there.
-    """
+    """Refuse a folder in which no file could be written, before work is done for it."""
     if not is_first_rank():
         return
     try:

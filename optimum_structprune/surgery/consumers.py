@@ -24,13 +24,7 @@ def read_consumer(model: nn.Module, axis: Axis) -> Values:
 @torch.no_grad()
 def write_consumer_(model: nn.Module, axis: Axis, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Give a consumer new columns and zeros everywhere else: the layer then computes what the smaller layer will.
-
-    Args:
-        model: The model that is changed.
-        axis: The consumer.
-        columns: The columns that are kept.
-        weight: Their new values, shape `(out, kept)`.
-        bias: The new bias, shape `(out,)`; None leaves the bias as it is.
+    `weight` has the shape `(out, kept)`, `bias` `(out,)`.
     """
     present, old = _views(model, axis)
     present.zero_()
@@ -55,10 +49,6 @@ class Consumers:
 
     A removed unit is masked: its columns are zero. The dense values are remembered in the model's own dtype, so every
     change can be undone exactly until `forget` is called.
-
-    Args:
-        model: The model.
-        placement: Brings in the layers that are offloaded.
     """
 
     def __init__(self, model: nn.Module, placement: Placement):

@@ -40,13 +40,7 @@ class Cut(NamedTuple):
 
 
 def slice_tensors(tensors: Mapping[str, Tensor], spaces: Collection[Space], plan: Plan) -> dict[str, Tensor]:
-    """Cut tensors down to the units that the plan keeps.
-
-    Args:
-        tensors: Tensors of the model, some or all, by full name; those that no space touches come back as they are.
-        spaces: The spaces to cut along.
-        plan: The plan, which says which units are kept.
-    """
+    """Cut tensors down to the units that the plan keeps."""
     cuts: dict[str, dict[Cut, list[int]]] = {}
     for space in spaces:
         if (keep := plan.keep.get((space.layer, space.name))) is not None:
@@ -74,16 +68,8 @@ def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]]) -> Tensor:
 def rebuilding_(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = False) -> Iterator[PreTrainedModel]:
     """Give a model another config, whose parts are put into the model inside `with`.
 
-    Args:
-        model: The model that is changed.
-        config: The new config.
-        buffers: Whether buffers of the skeleton have values; see `skeleton`.
-
     Yields:
         The `skeleton` of the new config; it gives up its modules to the model.
-
-    Raises:
-        StructPruneError: If the model does not have the shapes that the config says afterwards.
     """
     new = skeleton(model, config, buffers)
     yield new
@@ -94,16 +80,6 @@ def rebuilding_(model: PreTrainedModel, config: PretrainedConfig, buffers: bool 
 def shrink_layer_(model: PreTrainedModel, arch: ArchSpec, layer: int, plan: Plan, smaller: PreTrainedModel) -> None:
     """Replace one layer by a smaller one, whose parameters are the same objects with less data in them, so that an
     optimizer still holds them.
-
-    Args:
-        model: The model that is changed.
-        arch: The description of the model.
-        layer: The index of the layer.
-        plan: The plan, which says which units are kept.
-        smaller: The `skeleton` of the shrunk config; it gives up its layer.
-
-    Raises:
-        StructPruneError: If a tensor of the smaller layer does not come out in the shape that its config says.
     """
     prefix = arch.layer_prefix(layer)
     old, new = layer_list(model, arch)[layer], layer_list(smaller, arch)[layer]
@@ -121,18 +97,7 @@ def shrink_layer_(model: PreTrainedModel, arch: ArchSpec, layer: int, plan: Plan
 def fill_layer_(
     model: PreTrainedModel, arch: ArchSpec, layer: int, state: Mapping[str, Tensor], smaller: PreTrainedModel
 ) -> None:
-    """Replace one layer by a smaller one that an earlier run has made; see `shrink_layer_`.
-
-    Args:
-        model: The model that is changed.
-        arch: The description of the model.
-        layer: The index of the layer.
-        state: The tensors of the smaller layer, by their names inside it.
-        smaller: The `skeleton` of the shrunk config; it gives up its layer.
-
-    Raises:
-        StructPruneError: If the tensors do not fit.
-    """
+    """Replace one layer by a smaller one that an earlier run has made; see `shrink_layer_`."""
     old, new = layer_list(model, arch)[layer], layer_list(smaller, arch)[layer]
     device = next(old.parameters()).device
     replace_(old, new, {name: tensor.to(device) for name, tensor in state.items()}, arch)
@@ -142,17 +107,7 @@ def fill_layer_(
 def replace_layers_(
     model: PreTrainedModel, arch: ArchSpec, other: PreTrainedModel, state: Mapping[str, Tensor]
 ) -> None:
-    """Replace all layers of a model by those of a skeleton.
-
-    Args:
-        model: The model that is changed.
-        arch: The description of the model.
-        other: The `skeleton`; it gives up its layers.
-        state: The new values of the tensors of the layers, by full name; other tensors are passed over.
-
-    Raises:
-        StructPruneError: If the tensors do not fit.
-    """
+    """Replace all layers of a model by those of a skeleton."""
     for layer, (old, new) in enumerate(zip(layer_list(model, arch), layer_list(other, arch), strict=True)):
         replace_(old, new, tensors_under(state, arch.layer_prefix(layer)), arch)
         put_layer_(model, arch, layer, new)
@@ -164,17 +119,7 @@ def tensors_under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
 
 
 def replace_(old: nn.Module, new: nn.Module, state: Mapping[str, Tensor], arch: ArchSpec) -> None:
-    """Fill a module of a skeleton, and make it take over everything else from the module that it replaces.
-
-    Args:
-        old: The module that is replaced; its parameters move to the new one, and take the new values.
-        new: The module of the `skeleton`.
-        state: Every tensor of the new module's state dict.
-        arch: The description of the model.
-
-    Raises:
-        StructPruneError: If the tensors do not fit.
-    """
+    """Fill a module of a skeleton, and make it take over everything else from the module that it replaces."""
     # The strict load proves that no coupled tensor was forgotten.
     try:
         new.load_state_dict(state, strict=True, assign=True)
@@ -222,16 +167,7 @@ def _move_settings(old: nn.Module, new: nn.Module) -> None:
 
 
 def adopt_config_(model: PreTrainedModel, config: PretrainedConfig, smaller: PreTrainedModel) -> None:
-    """Make `config` the model's own, and compare every tensor with the model that it describes.
-
-    Args:
-        model: The model that is changed.
-        config: The new config.
-        smaller: The `skeleton` of the new config.
-
-    Raises:
-        StructPruneError: If a tensor does not have the shape that the config says.
-    """
+    """Make `config` the model's own, and compare every tensor with the model that it describes."""
     expected = {name: tuple(tensor.shape) for name, tensor in smaller.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted({*expected, *shapes}):
@@ -249,16 +185,7 @@ def adopt_config_(model: PreTrainedModel, config: PretrainedConfig, smaller: Pre
 
 @torch.no_grad()
 def drop_layers_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) -> None:
-    """Remove whole layers, and build those that stay anew, with the indices that the shorter config gives them.
-
-    Args:
-        model: The model that is changed.
-        arch: The description of the model.
-        keep: The layers that stay, ascending.
-
-    Raises:
-        StructPruneError: If the config class refuses the depth, or builds other layers than those that stay.
-    """
+    """Remove whole layers, and build those that stay anew, with the indices that the shorter config gives them."""
     config = shrunk_config(model.config, arch, {LAYER: len(keep)}, stay=keep)
     with rebuilding_(model, config) as shorter:
         old, new = layer_list(model, arch), layer_list(shorter, arch)
@@ -268,15 +195,7 @@ def drop_layers_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) ->
 
 
 def shrink_(model: PreTrainedModel, arch: ArchSpec, plan: Plan, widths: Widths, biased: tuple[str, ...] = ()) -> None:
-    """Shrink a model whose removed units have been masked.
-
-    Args:
-        model: The model that is changed.
-        arch: The description of the model.
-        plan: The plan, which says which units are kept.
-        widths: The number of kept units, by kind of space.
-        biased: The spaces whose consumers get a bias.
-    """
+    """Shrink a model whose removed units have been masked."""
     with rebuilding_(model, shrunk_config(model.config, arch, widths, biased)) as smaller:
         for layer in range(arch.num_layers):
             shrink_layer_(model, arch, layer, plan, smaller)

@@ -17,16 +17,7 @@ from .resize import resize_
 
 
 class Average:
-    """An average of a model's weights that is shrunk together with the model.
-
-    Args:
-        average: The average: a copy of the model, or the `AveragedModel` around one.
-        model: The model before it shrinks.
-        arch_file: A YAML file that describes architectures of your own.
-
-    Raises:
-        StructPruneError: If the average is not one of this model.
-    """
+    """An average of a model's weights that is shrunk together with the model."""
 
     def __init__(self, average: nn.Module, model: PreTrainedModel, arch_file: str | None):
         inner = average.module if isinstance(average, AveragedModel) else average
@@ -48,11 +39,6 @@ class Average:
         """Give the average the model's new widths.
 
         Every kept weight keeps its distance from the model's weight, so that the refit changes both alike.
-
-        Args:
-            model: The model after it has shrunk.
-            arch: The description of the model before.
-            plan: The plan, which says which units were kept.
         """
         state = model.state_dict()
         resize_(self.inner, describe(self.inner, self.arch_file), state)
@@ -64,14 +50,7 @@ class Average:
 
 @torch.no_grad()
 def slice_state_(optimizer: Optimizer, model: nn.Module, arch: ArchSpec, plan: Plan) -> None:
-    """Cut an optimizer's state down with its parameters, so that every kept weight keeps its state.
-
-    Args:
-        optimizer: The optimizer; its state holds numbers and tensors of the parameter's own shape, see `check_state`.
-        model: The model after it has shrunk.
-        arch: The description of the model before.
-        plan: The plan, which says which units were kept.
-    """
+    """Cut an optimizer's state down with its parameters, so that every kept weight keeps its state."""
     states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
     for key in {key for state in states.values() for key in state}:
         tensors = {name: state[key] for name, state in states.items() if isinstance(state.get(key), Tensor)}
@@ -80,14 +59,7 @@ def slice_state_(optimizer: Optimizer, model: nn.Module, arch: ArchSpec, plan: P
 
 
 def check_state(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose state does not belong to single weights.
-
-    Args:
-        optimizer: The optimizer.
-
-    Raises:
-        StructPruneError: If a tensor of its state has another shape than its parameter.
-    """
+    """Refuse an optimizer whose state does not belong to single weights."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:

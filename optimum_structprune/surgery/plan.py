@@ -20,12 +20,7 @@ PLAN_NAME = "pruning_plan.json"
 
 
 def best_units(scores: Tensor, width: int) -> tuple[int, ...]:
-    """The units with the highest scores, ascending.
-
-    Args:
-        scores: One score per unit, shape `(units,)`, higher = keep.
-        width: The number of units to keep.
-    """
+    """The units with the highest scores, ascending. `scores` has the shape `(units,)`."""
     return tuple(scores.topk(width).indices.sort().values.tolist())
 
 

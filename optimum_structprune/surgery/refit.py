@@ -30,11 +30,6 @@ def ridge_strength(damping: float, columns: int, tokens: int) -> float:
 
     The noise of a Gram matrix of n columns from N tokens grows as n / N, and so does the λ that loses least on other
     text. The 20 was chosen by leaving kinds of text out; docs/benchmarks.md has the figures.
-
-    Args:
-        damping: λ with any number of tokens.
-        columns: The number n of columns that are fitted.
-        tokens: The number N of tokens that their moments were taken from.
     """
     return damping * (1 + TOKENS_PER_COLUMN * columns / max(tokens, 1))
 
@@ -47,17 +42,7 @@ def with_damped_factor(
     The ridge is relative to every component's own second moment, so that it does not depend on the scale of a
     component: every correlation is lowered by the factor 1 / (1 + λ). The factorisation is tried in fp32, then in
     fp64, then with ten times the damping, and so on, until the result is finite. It happens in place, so that M is in
-    memory only once more.
-
-    Args:
-        matrix: A function that gives a new copy of M, positive semi-definite and not all zeros, shape `(n, n)`, in a
-            dtype.
-        diagonal: The diagonal of M, shape `(n,)`.
-        damping: λ.
-        use: A function of the lower triangular L with `L Lᵀ = M + λ D`, shape `(n, n)`.
-
-    Raises:
-        StructPruneError: If the result is not finite even with 100,000 times the damping.
+    memory only once more. `matrix` has the shape `(n, n)`, `diagonal` `(n,)`, `use` `(n, n)`.
     """
     # A component that is always zero would get no ridge, and the matrix would stay singular.
     scale = diagonal.clamp(min=LEAST * float(diagonal.mean()))
@@ -86,13 +71,8 @@ def _factored(damped: Tensor, scale: Tensor, ridge: float, use: Callable[[Tensor
 
 
 def solve_damped(matrix: Callable[[torch.dtype], Tensor], diagonal: Tensor, right: Tensor, damping: float) -> Tensor:
-    """Solve `X (M + λ D) = right`, with the ridge of `with_damped_factor`.
-
-    Args:
-        matrix: A function that gives a new copy of M, positive semi-definite, shape `(n, n)`, in a dtype.
-        diagonal: The diagonal of M, shape `(n,)`.
-        right: The right side, shape `(m, n)`.
-        damping: λ.
+    """Solve `X (M + λ D) = right`, with the ridge of `with_damped_factor`. `matrix` has the shape `(n, n)`, `diagonal`
+    `(n,)`, `right` `(m, n)`.
 
     Returns:
         X, shape `(m, n)`, in the dtype of `right`; zeros for a matrix of zeros.
@@ -154,20 +134,13 @@ def least_squares(
 ) -> tuple[Tensor, Tensor | None]:
     """Refit the kept weights so that they give the dense output with the least squared error.
 
-    The new weights W' minimise `E‖W x + e − W' x_S‖² + λ tr(Δ D Δᵀ)` with Δ = W' − W_S and D = diag(H_SS), where
-    H = E[x xᵀ] and R are the removed columns. With error feedback, e is the error of the residual stream so far that
-    the refit makes up for as well: `moments.error` holds its mean E[e] and its cross moment E[e xᵀ]. Without, e is 0.
-    The ridge pulls toward the original kept weights, so the solution is these plus the best linear prediction of the
-    output of the removed columns and of e from the kept components:
-    `W' = W_S + (W_R H_RS + E[e x_Sᵀ]) (H_SS + λ D)⁻¹`. With a bias the fit is affine: H and the cross moments are
-    centred, and the bias makes up for the difference of the means.
-
-    Args:
-        weight: The dense consumer W, shape `(out, n)`.
-        bias: The bias of the consumer, shape `(out,)`, or None.
-        moments: The moments of the input x, with Gram matrix, for all n components.
-        keep: The kept columns S, ascending, shape `(kept,)`.
-        damping: λ.
+    The new weights W' minimise `E‖W x + e − W' x_S‖² + λ tr(Δ D Δᵀ)` with Δ = W' − W_S and D = diag(H_SS), where H =
+    E[x xᵀ] and R are the removed columns. With error feedback, e is the error of the residual stream so far that the
+    refit makes up for as well: `moments.error` holds its mean E[e] and its cross moment E[e xᵀ]. Without, e is 0. The
+    ridge pulls toward the original kept weights, so the solution is these plus the best linear prediction of the
+    output of the removed columns and of e from the kept components: `W' = W_S + (W_R H_RS + E[e x_Sᵀ]) (H_SS + λ
+    D)⁻¹`. With a bias the fit is affine: H and the cross moments are centred, and the bias makes up for the difference
+    of the means. `weight` has the shape `(out, n)`, `bias` `(out,)`, `keep` `(kept,)`.
 
     Returns:
         W', shape `(out, kept)`, and the bias.
@@ -216,15 +189,8 @@ def squared_errors(
     """The squared error that a consumer leaves without a refit and with one, from the Gram matrix of its input.
 
     It is `E‖W x + b + e − W' x_S − b'‖²`, which `least_squares` minimises but for its ridge; without a refit W' is W_S
-    and b' is b. See `least_squares` for the symbols.
-
-    Args:
-        weight: The dense consumer W, shape `(out, n)`.
-        bias: Its bias b, shape `(out,)`, or None.
-        moments: The moments of the input x, with Gram matrix, for all n components.
-        keep: The kept columns S, ascending, shape `(kept,)`.
-        refitted: The new weights W', shape `(out, kept)`.
-        new_bias: The new bias b', shape `(out,)`, or None.
+    and b' is b. See `least_squares` for the symbols. `weight` has the shape `(out, n)`, `bias` `(out,)`, `keep`
+    `(kept,)`, `refitted` `(out, kept)`, `new_bias` `(out,)`.
     """
     removed = _others(keep, weight.shape[1])
     before = _energy(weight[:, removed], moments, removed)

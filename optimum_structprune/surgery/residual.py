@@ -26,15 +26,6 @@ def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int], factors
     others is N / N' times the mean over all N. So the residual stream is scaled by sqrt(N' / N), which restores the
     mean and leaves the norms' epsilon right, and whatever reads it is scaled by the inverse: norms in their weights,
     other readers in their own. A norm over what a layer writes needs nothing but the writers' scale.
-
-    Args:
-        model: The model that is changed.
-        arch: The description of the model.
-        keep: The channels that stay.
-        factors: Further factors of the norms that read the residual stream, by the norm's full name.
-
-    Raises:
-        StructPruneError: If the config class refuses the width, or a tensor does not come out as the config says.
     """
     assert arch.residual is not None
     residual = arch.residual

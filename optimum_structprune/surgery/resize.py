@@ -22,16 +22,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def resize_(model: PreTrainedModel, arch: ArchSpec, tensors: Mapping[str, Tensor]) -> None:
-    """Give the layers the widths of a state dict that is about to be loaded; the values are zero until then.
-
-    Args:
-        model: The model that is changed.
-        arch: The description of the model.
-        tensors: The state dict, or a part of it.
-
-    Raises:
-        StructPruneError: If the layers' widths differ where this architecture takes one width for all.
-    """
+    """Give the layers the widths of a state dict that is about to be loaded; the values are zero until then."""
     widths_by_kind: dict[str, dict[int, int]] = {}
     for space in arch.spaces:
         axis = space.out[0]
@@ -60,10 +51,6 @@ def pad_(model: PreTrainedModel, arch: ArchSpec) -> None:
     """Give every layer the largest width of its kind; what is added is zero, and the outputs stay the same.
 
     The added columns of the consumers are zero, so whatever the added units compute has no effect.
-
-    Args:
-        model: The model that is changed.
-        arch: The description of the model.
     """
     largest = {kind: max(space.width for space in arch.of(kind)) for kind in {space.kind for space in arch.spaces}}
     state = model.state_dict()
@@ -90,14 +77,7 @@ def pad_(model: PreTrainedModel, arch: ArchSpec) -> None:
 def _rebuild_(
     model: PreTrainedModel, arch: ArchSpec, config: PretrainedConfig, values: Callable[[str, Tensor], Tensor]
 ) -> None:
-    """Replace the layers of a model by layers of other sizes.
-
-    Args:
-        model: The model that is changed.
-        arch: The description of the model.
-        config: The config with the new sizes.
-        values: A function that gives every tensor of the new layers, from its full name and a tensor of its shape.
-    """
+    """Replace the layers of a model by layers of other sizes."""
     with rebuilding_(model, config) as resized:
         prefixes = tuple(arch.layer_prefix(layer) for layer in range(arch.num_layers))
         new = {name: tensor for name, tensor in resized.state_dict().items() if name.startswith(prefixes)}

@@ -14,9 +14,6 @@ class Ahead(Generic[T]):
     """Makes the next of several numbered things in a thread, while the one before it is used.
 
     No more than one is made or waiting at any time, and a thread is there only while one is made.
-
-    Args:
-        make: Makes the thing of a number.
     """
 
     def __init__(self, make: Callable[[int], T]):
@@ -33,11 +30,7 @@ class Ahead(Generic[T]):
         self._thread.start()
 
     def take(self, number: int) -> T:
-        """A thing, which is made now unless it was begun. What was begun of another number stays where it is.
-
-        Raises:
-            Exception: What making it has raised, in the thread or now.
-        """
+        """A thing, which is made now unless it was begun. What was begun of another number stays where it is."""
         if number != self._number:
             return self._make(number)
         self._wait()

@@ -20,11 +20,7 @@ ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """The SHA-256 of a model's config and of every weight, in hexadecimal digits.
-
-    Args:
-        model: The model; each tensor is copied to the CPU in turn. Those that accelerate has offloaded are read.
-    """
+    """The SHA-256 of a model's config and of every weight, in hexadecimal digits."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in ORIGIN}
     digest = sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():

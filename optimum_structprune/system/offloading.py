@@ -90,11 +90,7 @@ def give_back_free_memory() -> None:
 
 
 def check_reachable(model: nn.Module) -> None:
-    """Refuse a model without weights, such as one on the meta device.
-
-    Raises:
-        StructPruneError: If a parameter is on the meta device, and accelerate does not hold it.
-    """
+    """Refuse a model without weights, such as one on the meta device."""
     held = {
         f"{name}.{leaf}" if name else leaf
         for name, module in model.named_modules()
@@ -110,12 +106,7 @@ def check_reachable(model: nn.Module) -> None:
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer of a model; where accelerate has offloaded it, a copy of what it holds.
-
-    Args:
-        model: The model.
-        name: The full name of the tensor.
-    """
+    """A parameter or buffer of a model; where accelerate has offloaded it, a copy of what it holds."""
     path, _, leaf = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), leaf)
     if not tensor.is_meta:
@@ -176,9 +167,6 @@ def fetch(layer: nn.Module) -> list[Fetched]:
     """What is offloaded of a layer, where the layer is computed; the layer itself is left as it is.
 
     On CUDA the copies are begun and not waited for, on a stream of their own and out of pinned memory.
-
-    Raises:
-        StructPruneError: If a file of the offloaded weights cannot be read; the message names it.
     """
     found, streams = [], dict[torch.device, Any]()
     for module in layer.modules():
@@ -201,11 +189,7 @@ def _copied(value: Tensor, device: torch.device, stream: Any) -> Tensor:
 
 
 def _held(weights: Any, name: str) -> Tensor:
-    """What a hook holds of its module.
-
-    Raises:
-        StructPruneError: If it lies in a file that cannot be read.
-    """
+    """What a hook holds of its module."""
     try:
         return weights[name]
     except (OSError, SafetensorError, ValueError) as error:
@@ -218,10 +202,6 @@ def _held(weights: Any, name: str) -> Tensor:
 
 def bring_in(layer: nn.Module, fetched: Iterable[Fetched]) -> list[AlignDevicesHook]:
     """Give a layer what was fetched of it, and keep its hooks from dropping it.
-
-    Args:
-        layer: The layer.
-        fetched: What `fetch` gave for it.
 
     Returns:
         The hooks that would have.
@@ -239,14 +219,7 @@ def bring_in(layer: nn.Module, fetched: Iterable[Fetched]) -> list[AlignDevicesH
 
 
 def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], store: bool) -> None:
-    """Offload a layer again.
-
-    Args:
-        model: The model.
-        layer: The layer, which may have taken the place of the one that was brought in, and its hooks with it.
-        hooks: The hooks that offload it.
-        store: Whether its weights are kept.
-    """
+    """Offload a layer again."""
     on_disk: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
     for module in layer.modules():

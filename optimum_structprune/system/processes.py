@@ -50,9 +50,6 @@ def check_launch() -> None:
     """Refuse a launch by which accelerate shards every model over the processes.
 
     transformers then loads the weights in the first process alone, and leaves those of the others empty.
-
-    Raises:
-        StructPruneError: If `accelerate launch` was told to use FSDP or DeepSpeed, by a flag or by its config file.
     """
     for variable, flag in LAUNCHES.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):

@@ -27,21 +27,7 @@ def target_widths(
     scores: Mapping[tuple[int, str], Tensor] | None = None,
     legal: Mapping[str, Sequence[int]] | None = None,
 ) -> Widths:
-    """The final width of each space: one number, or one per layer where layers may differ.
-
-    Args:
-        config: The config, which says how much to remove and how it is spread.
-        arch: The description of the model.
-        model_config: The config of the model.
-        scores: The scores of all units, on one scale, by layer and name of the space, which other allocations than
-            `uniform` rank. Without them every layer gives up the same share, and the same number of parameters goes in
-            all.
-        legal: The result of `legal_widths`, where it is known already.
-
-    Raises:
-        StructPruneError: If a space is not there, a width is not legal (the nearest legal ones are named), layers may
-            not differ, or the sparsity cannot be reached.
-    """
+    """The final width of each space: one number, or one per layer where layers may differ."""
     legal = legal_widths(config, arch, model_config) if legal is None else legal
     same = alike(arch, legal)
     if not same and LAYER in legal and len(legal) > 1:
@@ -64,16 +50,7 @@ def target_widths(
 
 
 def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
-    """The legal widths of the spaces that a config names, ascending, by kind of space.
-
-    Args:
-        config: The config, for its widths or its targets.
-        arch: The description of the model.
-        model_config: The config of the model.
-
-    Raises:
-        StructPruneError: If a space is not there, spaces do not go together, or a given width is not legal.
-    """
+    """The legal widths of the spaces that a config names, ascending, by kind of space."""
     legal = {}
     for name in config.targets if config.widths is None else config.widths:
         if name not in arch.offered:
@@ -105,14 +82,7 @@ def asked_widths(config: StructPruneConfig, arch: ArchSpec) -> Widths | None:
 
 
 def choices(config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequence[int]) -> list[int]:
-    """The widths of a space that `sparsity` may choose, ascending: legal ones, of channels multiples of `round_to`.
-
-    Args:
-        config: The config, for its `round_to`.
-        arch: The description of the model.
-        name: The kind of space.
-        legal: The legal widths of the space, ascending.
-    """
+    """The widths of a space that `sparsity` may choose, ascending: legal ones, of channels multiples of `round_to`."""
     space = arch.of(name)[0]
     return _rounded(legal, space.width, config.round_to if space.rounds else 1)
 
@@ -122,11 +92,6 @@ def width_bounds(
 ) -> tuple[Widths, Widths]:
     """The smallest and the largest widths that `sparsity` may choose: one number, or one per layer where layers may
     differ.
-
-    Args:
-        config: The config, for its allocation, rounding and the layers to skip.
-        arch: The description of the model.
-        legal: The legal widths, ascending, by kind of space.
     """
     smallest: dict[str, Width] = {}
     largest: dict[str, Width] = {}
@@ -149,11 +114,6 @@ def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]
 
     They do so with allocations of one width too where the model's layers differ in width already, unless `widths` says
     what each gets.
-
-    Args:
-        config: The config, for its allocation and its widths.
-        arch: The description of the model.
-        names: The kinds of space that are pruned.
     """
     return config.allocation not in ONE_WIDTH or (config.widths is None and not alike(arch, names))
 
@@ -164,16 +124,7 @@ def alike(arch: ArchSpec, names: Collection[str]) -> bool:
 
 
 def check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[str]) -> None:
-    """Refuse a config that makes layers of different widths where they have to be alike.
-
-    Args:
-        config: The config, for its allocation and the layers to skip.
-        arch: The description of the model.
-        names: The kinds of space that are pruned.
-
-    Raises:
-        StructPruneError: If the layers of one of the spaces may not differ; the message gives the reason.
-    """
+    """Refuse a config that makes layers of different widths where they have to be alike."""
     cause = f"skip_layers={list(config.skip_layers)}" if config.skip_layers else f"allocation={config.allocation!r}"
     if config.allocation in ONE_WIDTH and not config.skip_layers:
         names = [name for name, width in (asked_widths(config, arch) or {}).items() if not isinstance(width, int)]
@@ -212,18 +163,8 @@ def ranked_widths(
     With `sparsity`, spaces compete for the budget. With `widths`, each width is the mean over the layers, and a budget
     of its own. The budget is met to within half of the cheapest step.
 
-    Args:
-        config: The config, which says how much to remove, and the smallest and largest share of its units that a layer
-            may keep.
-        arch: The description of the model.
-        legal: The legal widths, ascending, by kind of space.
-        scores: The scores of all units, by layer and name of the space; without any, the same share goes everywhere.
-
     Returns:
         The widths by kind of space and layer.
-
-    Raises:
-        StructPruneError: If the bounds of a layer do not leave room for the budget.
     """
     ladders = {
         name: [ladder(spaces, rungs_of(config, spaces[0], legal[name]), scores) for spaces in by_layer.values()]
@@ -242,13 +183,7 @@ def ranked_widths(
 
 
 def rungs_of(config: StructPruneConfig, space: Space, legal: Sequence[int]) -> list[int]:
-    """The widths that a layer may take between `min_width` and `max_width`, descending.
-
-    Args:
-        config: The config, for its bounds and its `round_to`.
-        space: The space in that layer.
-        legal: The legal widths, ascending.
-    """
+    """The widths that a layer may take between `min_width` and `max_width`, descending."""
     widths = sorted({*(width for width in legal if width < space.width), space.width})
     choices = _rounded(widths, space.width, config.round_to if space.rounds else 1)
     least, most = ceil(config.min_width * space.width), floor(config.max_width * space.width)
@@ -314,15 +249,6 @@ def widths_for_sparsity(
     Spaces are taken in the order of the cost of their units, the largest first. Each gets the smallest legal width
     that is not below its proportional share, unless the later ones could not make up for it. The last one absorbs what
     is then still to be removed, to the nearest multiple of `round_to`.
-
-    Args:
-        arch: The description of the model.
-        sparsity: The share of the layers' parameters to remove.
-        legal: The legal widths, ascending, by kind of space.
-        round_to: The number that widths of spaces of single channels are a multiple of.
-
-    Raises:
-        StructPruneError: If the spaces cannot give up so many parameters.
     """
     goal = sparsity * sum(arch.layer_params)
     size = {name: arch.of(name)[0].size for name in legal}

@@ -38,16 +38,6 @@ def widths_of(
 
     With `budget` they are the largest that keep to it: one unit more would exceed it, where `round_to` is 1 (with
     other allocations than `uniform`, to within the cheapest step of one layer).
-
-    Args:
-        config: The config, which says how much to remove and how it is spread.
-        arch: The description of the model.
-        model: The dense model; shapes are enough, so it may be on the meta device.
-        scores: The scores of all units, where layers get widths of their own.
-        itemsize: The bytes per parameter; those of the model's dtype by default.
-
-    Raises:
-        StructPruneError: If widths are not legal, or the budget cannot be met, or is met already.
     """
     if config.budget is None:
         return target_widths(config, arch, model.config, scores)
@@ -170,13 +160,6 @@ def resources(
 ) -> list[Resource]:
     """What a config wants saved, and what saves it: for widths given as means one resource for each space, and one
     otherwise.
-
-    Args:
-        config: The config, which says how much is removed.
-        arch: The description of the model.
-        model: The dense model; shapes are enough.
-        names: The kinds of space that are pruned.
-        layers: Whether whole layers may go.
     """
     costs = {
         (layer, name): float(sum(space.unit_params * space.scale for space in spaces))
@@ -201,14 +184,7 @@ def resources(
 
 
 def keeps_to(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> bool:
-    """Whether a model of given widths keeps to the budget of a config, if it has one.
-
-    Args:
-        config: The config.
-        arch: The description of the model.
-        model: The dense model; shapes are enough.
-        widths: The widths by kind of space.
-    """
+    """Whether a model of given widths keeps to the budget of a config, if it has one."""
     if config.budget is None:
         return True
     return _gauge(config, arch, model, list(widths), model.dtype.itemsize)(widths) <= max(config.budget.values())
@@ -265,11 +241,6 @@ def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
 
     They are two per parameter of a matrix, the head's among them, and in the mean over the prompt, two per cached
     value, query head of its group and token that a token looks at. Sliding windows are not taken into account.
-
-    Args:
-        model: The model on the meta device; its attention implementation is changed.
-        arch: The description of the model.
-        tokens: The length of the prompt.
     """
     head: Any = model.get_output_embeddings()
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -285,10 +256,6 @@ def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
     """The number of values that generation keeps per token, read off the cache of a run on the meta device.
 
     It is 0 for a model that does not generate, and None for one that cannot be run on the meta device.
-
-    Args:
-        model: The model on the meta device; its attention implementation is changed.
-        arch: The description of the model.
     """
     if not (arch.causal or model.config.is_encoder_decoder):
         return 0
@@ -304,16 +271,7 @@ def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
 
 
 def biased_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:
-    """The spaces whose consumers get a bias: all that are pruned with `refit="bias"`, and none otherwise.
-
-    Args:
-        config: The config, for its `refit`.
-        arch: The description of the model.
-        widths: The kinds of space that are pruned.
-
-    Raises:
-        StructPruneError: If `refit` asks for a bias that a config of this model cannot express.
-    """
+    """The spaces whose consumers get a bias: all that are pruned with `refit="bias"`, and none otherwise."""
     if config.refit != "bias":
         return ()
     for name in widths:

@@ -41,17 +41,8 @@ def cheapest(
     """The choice of least loss that saves enough: a knapsack with one choice from each group (Kellerer, Pferschy &
     Pisinger 2004, chapter 11), which `scipy.optimize.milp` solves.
 
-    Args:
-        groups: The options of each group, of which exactly one is taken.
-        exits: Options that take the places of whole groups: each with the groups that it ends.
-        need: What has to be saved of each resource at least.
-        most_exits: The number of exits that may be taken.
-
     Returns:
         The index of the option of each group that no exit ends, and the exits that are taken.
-
-    Raises:
-        StructPruneError: If no choice saves so much.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp

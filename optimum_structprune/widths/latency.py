@@ -40,11 +40,6 @@ class Times:
 
         Between measured widths it is a straight line, and beyond the smallest the line goes on. A narrower model that
         was measured to be slower counts as equally fast, so that a larger width never takes less.
-
-        Args:
-            kind: The kind of space.
-            size: Its full width.
-            width: The width, the same in every layer.
         """
         known = sorted(self.spaces[kind].items(), reverse=True)
         widths = [size, *(one for one, _ in known)]

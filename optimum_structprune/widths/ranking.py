@@ -56,14 +56,7 @@ class Ladder:
 
 
 def ladder(spaces: Sequence[Space], widths: Sequence[int], scores: Mapping[tuple[int, str], Tensor]) -> Ladder:
-    """The ladder of the spaces of one kind in one layer, which share their width.
-
-    Args:
-        spaces: The spaces: one, or one per expert.
-        widths: The legal widths, descending.
-        scores: The scores of the units of each space, by layer and name; without any, every layer gives up its units
-            evenly.
-    """
+    """The ladder of the spaces of one kind in one layer, which share their width."""
     first = spaces[0]
     scores_by_space = [
         scores[first.layer, space.name].sort().values.reshape(space.width, space.scale).mean(1)
@@ -80,10 +73,6 @@ def descend_(ladders: Sequence[Ladder], goal: float) -> None:
 
     A step that would remove too much ends its ladder, and cheaper ones go on. What is then still to be removed is less
     than any step costs, and the cheapest step is still taken if that comes nearer to the goal.
-
-    Args:
-        ladders: The ladders to step down on; they are changed.
-        goal: The number of parameters to remove from here.
     """
     heap = [(ladder.score, number) for number, ladder in enumerate(ladders) if not ladder.low]
     heapq.heapify(heap)

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
 def next_legal(config: PretrainedConfig, arch: ArchSpec, widths: Widths) -> Widths:
     """The smallest legal widths that are not below `widths`, since a step on the way may lie between two legal ones.
-
-    Args:
-        config: The config of the model.
-        arch: The description of the model.
-        widths: The widths, legal or not.
     """
     legal_widths: dict[str, Width] = {}
     for name, width in widths.items():
@@ -42,11 +37,6 @@ def round_widths(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> l
 
     After the share t of the steps, `linear` has removed t of what is to go, `geometric` keeps the same ratio per step,
     and `cubic` removes `1 - (1 - t)³` (Zhu & Gupta 2017, eq. 1).
-
-    Args:
-        config: The config, for the number of steps and the schedule.
-        arch: The description of the dense model.
-        widths: The final widths.
     """
     steps: list[Widths] = []
     for number in range(1, config.rounds):
@@ -84,19 +74,7 @@ def _on_the_way(schedule: str, t: float, size: int, width: int) -> int:
 def removal_steps(
     config: StructPruneConfig, start: int | float, end: int | float | None, every: int | None, max_steps: int
 ) -> list[int]:
-    """The steps of a training after which units are removed.
-
-    Args:
-        config: Its `rounds` is their number where `every` is None.
-        start: The first of them: a step, or a share of all steps from 0.0 to 1.0.
-        end: The last of them, likewise; None stands for `start`. With `every`, no step lies beyond it.
-        every: The number of steps from one to the next.
-        max_steps: The number of all steps.
-
-    Raises:
-        StructPruneError: If a number is not legal, `end` lies before `start` or behind the end of the training, or
-            `end` is given and everything would go at `start`.
-    """
+    """The steps of a training after which units are removed."""
     first = max(_step_number("start", start, max_steps), 1)
     last = first if end is None else _step_number("end", end, max_steps)
     if every is not None and (not isinstance(every, int) or every < 1):

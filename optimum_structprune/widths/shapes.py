@@ -78,15 +78,6 @@ def searched_shape(
 
     Losses of different places are taken to add up. Few widths of each space are told apart at first, then closer ones
     around the best, until the best stays where it is among its next neighbours.
-
-    Args:
-        rungs: The widths that may be chosen, descending from the full one, by layer and kind of space.
-        curves: The measured losses.
-        resources: What has to be saved.
-        most_gone: The number of layers that may go.
-
-    Raises:
-        StructPruneError: If no choice saves enough.
     """
     size = {key: len(curves.units[key]) - 1 for key in rungs}
 
@@ -148,12 +139,6 @@ def uniform_shapes(
 
     Every number of layers and of units of the coarser spaces is tried; the space with the most widths takes the widest
     that saves enough. The layers that go are those whose loss exceeds that of narrowing them by least.
-
-    Args:
-        choices: The widths that may be chosen, ascending, by kind of space.
-        curves: The measured losses.
-        resource: What has to be saved.
-        most_gone: The number of layers that may go.
     """
     finest = max(choices, key=lambda name: len(choices[name]))
     others = [name for name in choices if name != finest]

@@ -50,11 +50,7 @@ class Dense:
 
     @classmethod
     def of(cls, source: str) -> Dense:
-        """What the card of a model says.
-
-        Args:
-            source: The id or the folder that the model was loaded from.
-        """
+        """What the card of a model says."""
         folder = Path(source)
         card = _card(source) if source else None
         fields: dict[str, Any] = {} if card is None else card.to_dict()
@@ -72,15 +68,7 @@ class Dense:
 def leave_card(
     folder: Path, output: str | Path, config: PretrainedConfig, dense: str | None, arch_file: str | None
 ) -> None:
-    """Write the card of a result that is being saved; one that cannot be made only gives a warning.
-
-    Args:
-        folder: The folder with the model and its records.
-        output: The folder that they will be moved to.
-        config: The config of the model.
-        dense: The id or the folder of the dense model, where the records do not name it.
-        arch_file: A file with descriptions of your own, see `families.yaml`.
-    """
+    """Write the card of a result that is being saved; one that cannot be made only gives a warning."""
     path = folder / CARD
     if path.exists() and not is_signed(path):
         return
@@ -91,15 +79,7 @@ def leave_card(
 def model_card(
     folder: Path, name: str, config: PretrainedConfig, dense: str | None = None, arch_file: str | None = None
 ) -> str:
-    """The model card of a result, signed so that it is known again.
-
-    Args:
-        folder: The folder with the model and its records.
-        name: The name by which the snippet loads it.
-        config: The config of the model.
-        dense: The id or the folder of the dense model, where the records do not name it.
-        arch_file: A file with descriptions of your own, see `families.yaml`.
-    """
+    """The model card of a result, signed so that it is known again."""
     records = Records.read(folder) if (folder / REPORT_NAME).is_file() else Records(name, {})
     known = Dense.of(records.dense or dense or "")
     kind, report = model_class(config, arch_file).__name__, records.report

@@ -20,14 +20,7 @@ HOW_TO_DRAW = "pip install 'optimum-structprune[report]'"
 
 
 def page(records: Records) -> str:
-    """The page of one result: HTML that needs nothing else.
-
-    Args:
-        records: What is known of the result.
-
-    Raises:
-        StructPruneError: If a record does not hold what this package writes.
-    """
+    """The page of one result: HTML that needs nothing else."""
     try:
         return _template().render(
             records=records,

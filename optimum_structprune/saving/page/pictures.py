@@ -118,13 +118,7 @@ def _attribute(key: str, value: str, name: str) -> str:
 
 
 def widths(name: str, kept: Mapping[int, int], full: int) -> str:
-    """How many units of one kind each layer keeps, as bars.
-
-    Args:
-        name: The picture's name, which its ids begin with.
-        kept: The number of kept units, by layer.
-        full: The full width.
-    """
+    """How many units of one kind each layer keeps, as bars."""
     with _drawing(name) as (axes, svg):
         layers = list(kept)
         bar = {"width": 0.82, "linewidth": 0}
@@ -147,12 +141,7 @@ def widths(name: str, kept: Mapping[int, int], full: int) -> str:
 
 
 def scores(name: str, choices: Mapping[int, Choice]) -> str:
-    """The distribution of the scores in each layer about its cut: one row per layer.
-
-    Args:
-        name: The picture's name.
-        choices: How units were chosen, by layer; all on the axis of the first one.
-    """
+    """The distribution of the scores in each layer about its cut: one row per layer."""
     axis = next(iter(choices.values())).axis
     rows = _spread([(layer, choice) for layer, choice in choices.items() if choice.axis == axis])
     step = RANGES[axis] / BINS
@@ -203,13 +192,7 @@ def _score_ticks(axes: Any, axis: str) -> None:
 
 
 def ratios(name: str, perplexities: Mapping[str, Mapping[str, float]], marks: Sequence[str]) -> str:
-    """Perplexities as multiples of the dense model's, by domain.
-
-    Args:
-        name: The picture's name.
-        perplexities: `{domain: {"dense": …, …}}`, with the marks in the place of the dots.
-        marks: The models beside the dense one: "pruned", and "recovered" where there was a recovery.
-    """
+    """Perplexities as multiples of the dense model's, by domain."""
     forms = {"pruned": ("o", REMOVED), "recovered": ("D", RECOVERED)}
     with _drawing(name, 1.0 + 0.26 * max(len(perplexities), 2)) as (axes, svg):
         for row, values in enumerate(perplexities.values()):
@@ -233,13 +216,7 @@ def ratios(name: str, perplexities: Mapping[str, Mapping[str, float]], marks: Se
 
 
 def agreement(name: str, domains: Sequence[str], choices: Mapping[int, Choice]) -> str:
-    """The rank correlation of what units carry, of pairs of domains by layer, as a heat map.
-
-    Args:
-        name: The picture's name.
-        domains: The names of the domains.
-        choices: How units were chosen, by layer; each knows the agreement.
-    """
+    """The rank correlation of what units carry, of pairs of domains by layer, as a heat map."""
     labels, rows = _pairs(domains, [choice.agreement for choice in choices.values()])
     values = [value for row in rows for value in row]
     with _drawing(name, 1.0 + 0.24 * max(len(rows), 3)) as (axes, svg):
@@ -272,12 +249,7 @@ def _pairs(domains: Sequence[str], by_layer: Sequence[Sequence[float]]) -> tuple
 
 
 def errors(name: str, choices: Mapping[int, Choice]) -> str:
-    """The error of the consumers' output without and with the refit, by layer.
-
-    Args:
-        name: The picture's name.
-        choices: How units were chosen, by layer; each knows its error.
-    """
+    """The error of the consumers' output without and with the refit, by layer."""
     layers = list(choices)
     before, after = ([choice.error[which] for choice in choices.values()] for which in (0, 1))
     with _drawing(name) as (axes, svg):
@@ -295,11 +267,6 @@ def errors(name: str, choices: Mapping[int, Choice]) -> str:
 def losses(name: str, trials: Mapping[int, Mapping[int, Sequence[float]]], full: int) -> str:
     """The measured loss of the model with a part of one layer's units removed, by layer: the mean over the domains,
     and the range from the least to the most.
-
-    Args:
-        name: The picture's name.
-        trials: The losses by domain, by layer and number of units removed.
-        full: The full width, for the names of the lines.
     """
     layers = list(trials)
     removed = sorted({units for by_units in trials.values() for units in by_units})
@@ -321,12 +288,7 @@ def losses(name: str, trials: Mapping[int, Mapping[int, Sequence[float]]], full:
 
 
 def seconds(name: str, stages: Mapping[str, float]) -> str:
-    """The time of each stage, as bars.
-
-    Args:
-        name: The picture's name.
-        stages: The seconds by stage.
-    """
+    """The time of each stage, as bars."""
     with _drawing(name, 0.6 + 0.24 * max(len(stages), 3)) as (axes, svg):
         axes.barh(range(len(stages)), list(stages.values()), color=KEPT, height=0.7)
         axes.set_yticks(range(len(stages)), list(map(_short, stages)))

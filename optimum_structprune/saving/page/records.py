@@ -54,17 +54,7 @@ class Records:
     def read(
         cls, folder: str | Path, output: str | Path | None = None, dense: str = "", dense_bytes: int = 0
     ) -> Records:
-        """The records in a folder.
-
-        Args:
-            folder: The folder of a pruned model.
-            output: The name that is shown for it; by default its own.
-            dense: The name of the dense model; by default what the run has noted.
-            dense_bytes: The size of its weights; by default what the run has noted.
-
-        Raises:
-            StructPruneError: If the folder has no report, or a record cannot be read.
-        """
+        """The records in a folder."""
         folder = Path(folder)
         if not (folder / REPORT_NAME).is_file():
             raise StructPruneError(
@@ -95,12 +85,7 @@ class Records:
 
 @contextmanager
 def only_warning(output: str | Path, name: str) -> Iterator[None]:
-    """A file beside a result that cannot be made inside `with` only gives a warning.
-
-    Args:
-        output: The folder of the result.
-        name: The name of the file.
-    """
+    """A file beside a result that cannot be made inside `with` only gives a warning."""
     try:
         yield
     except Exception as error:  # hours of work are not given up for a page about them
