@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from .arch.load import describe
@@ -31,10 +31,6 @@ from .saving.ranks import is_alone
 from .saving.staging import staged
 from .saving.target import check_target, used_paths
 from .system.fingerprint import fingerprint, vocabulary_hash
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def calibrate(

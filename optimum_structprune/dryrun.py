@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .arch.load import describe
 from .arch.meta import meta_model, model_class
@@ -24,10 +25,6 @@ from .pruner import AutoStructPruner
 from .pruning.checks import DRY_RUN, check
 from .saving.report import table
 from .widths.budget import biased_spaces, cached_values, widths_of
-
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 
 RANKED = "the widths of single layers follow from calibration; these remove as much in all"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import describe
 from .arch.meta import skeleton
@@ -35,11 +37,6 @@ from .saving.report import Report
 from .surgery.plan import Plan
 from .system.offloading import is_offloaded
 
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
 register_pruner = PRUNERS.register

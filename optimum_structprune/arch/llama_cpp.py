@@ -9,14 +9,13 @@ pre-tokenizers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from .spaces import heads_of
 
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PretrainedConfig
 
 # llama.cpp's own architecture for a model type: it takes one width for all layers.
 OWN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError
 from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, family_of
@@ -16,10 +16,6 @@ from .residual import residual_of
 from .shrink import text_config
 from .spaces import Shapes, meets, spaces_of
 from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, ArchSpec, Space
-
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 
 NOT_ONLY_TEXT = "what is not text writes to the residual stream too"
@@ -107,8 +103,7 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
 
 
 def _least_depth(template: Template, layers: Sequence[str], shapes: Shapes) -> int:
-    """The smallest number of layers among which, whichever they are, one has each of the modules that some must have.
-    """
+    """The smallest number of layers among which, one always has each of the modules that some must have."""
     having = [sum(f"{layer}{module}.weight" in shapes for layer in layers) for module in template.kinds]
     return max((len(layers) - count + 1 for count in having if count), default=1)
 

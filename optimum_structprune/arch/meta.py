@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError
 from .families import family_of
 from .heterogeneous import heterogeneous
-
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -> Any:

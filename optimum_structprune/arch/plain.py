@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import check_reachable
 from .meta import skeleton
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MERGE_INJECTED = (
     "for name, m in [*model.named_modules()]: "

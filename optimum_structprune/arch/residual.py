@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
 
 from ..errors import StructPruneError
 from .families import ResidualTemplate
 from .spaces import Shapes, heads_of, number
 from .spec import HIDDEN, MODEL, ONE_PER_MODEL, Axis, Read, ResidualStream, Space
-
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 
 def residual_of(

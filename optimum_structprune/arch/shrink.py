@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from copy import deepcopy
 from math import lcm
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from transformers import PretrainedConfig
 
 from ..errors import StructPruneError
 from .modeling_file import forget_modeling_file
 from .spec import GROUP, HIDDEN, LAYER, ArchSpec, Widths
 
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 # The grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes: 4 numbers in fp32,
 # 8 in half precision. Widths inside experts are multiples of 8 in any dtype, so that a cast never breaks a model.

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
 
 from ..errors import StructPruneError
 from .families import Template
 from .spec import CHANNEL, EXPERT, GROUP, Axis, Space
 
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -6,9 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError
 from .families import builtin_families
@@ -16,9 +17,6 @@ from .load import resolve
 from .shrink import text_config
 from .spaces import Shapes, heads_of
 
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 Roles = dict[str, dict[str, list[str]]]
 

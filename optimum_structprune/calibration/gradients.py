@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec
 from ..errors import StructPruneError
@@ -16,10 +16,6 @@ from ..forward.clock import Clock
 from ..forward.hooks import observe
 from ..system.processes import add_up_
 from .tally import Batch
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 # Gives what a function makes of x ∂L/∂x, by module, for the embeddings of a batch.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec, Space
+from ..domains.load import Domain
 from ..errors import StructPruneError
 from ..forward.calls import NotSequentialError
 from ..forward.clock import Clock
@@ -20,12 +22,6 @@ from .moments import Moments
 from .running import LayerRunner
 from .sequential import LayerPasses, PassesState
 from .tally import Batch, Tally, finite, listen
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..domains.load import Domain
 
 
 class Passes(Protocol):

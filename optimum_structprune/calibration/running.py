@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import convert_to_fp32, send_to_device
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
@@ -17,10 +18,6 @@ from ..forward.clock import Clock
 from ..forward.hooks import replaying
 from ..system.offloading import compute_device, is_offloaded
 from .tally import Batch
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class LayerRunner:

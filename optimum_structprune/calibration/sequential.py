@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec, Space
 from ..forward.clock import Clock
@@ -20,10 +21,6 @@ from .moments import Moments
 from .running import LayerRunner
 from .tally import Batch, Tally, finite, listen
 from .unchanged import Unchanged
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 # The largest share of a module's output that may reach the layer's output in another direction than its own.

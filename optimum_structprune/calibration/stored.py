@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import Space
 from ..config.fields import read_mapping
@@ -28,9 +29,6 @@ from ..system.fingerprint import fingerprint, vocabulary_hash
 from .moments import Moments, load_moments
 from .sequential import PassesState
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STATISTICS = "statistics.json"
 HELDOUT = "heldout.safetensors"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..arch.spec import CHANNEL, ArchSpec, Axis
 from ..errors import StructPruneError
@@ -17,10 +17,6 @@ from ..forward.metrics import run_model
 from ..system.processes import add_up_, process_count
 from .drive import driven_by, matrices
 from .tally import Batch, unmasked
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def inflows(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import find_executable_batch_size
+from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec
 from ..config.pruning import AUTO
@@ -19,10 +20,6 @@ from ..widths.budget import widths_of
 from .need import ERROR, need
 from .room import free_bytes, gigabytes
 from .workload import Workload, workload
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 MOST = 32  # samples; larger batches brought no more speed wherever it was tried

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec
 from ..config.pruning import StructPruneConfig
@@ -16,11 +17,6 @@ from ..system.processes import process_count
 from ..widths.budget import widths_of
 from .need import ERROR, Need, need
 from .workload import workload
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 
 MEMORY = Path("/proc/meminfo")  # where Linux says what is free

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..arch.spec import GROUP, LAYER, ArchSpec, Axis, Space, Widths
 from ..config.pruning import StructPruneConfig
@@ -14,11 +16,6 @@ from ..domains.load import num_heldout
 from ..pruning.gates import learns
 from ..pruning.search import FINALISTS, TRIAL_TOKENS
 from ..pruning.trials import PROBE_TOKENS
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 # The shapes that each way to search proposes: for each layer with whole layers gone and without, one halfway to one

@@ -9,8 +9,7 @@ from torch import Tensor
 
 
 def normalised(scores: Tensor, how: str) -> Tensor:
-    """The scores of several domains on one scale, shape `(domains, units)`. `scores` has the shape `(domains, units)`.
-    """
+    """The scores of several domains on one scale, shape `(domains, units)`."""
     size = scores.abs().mean(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
     if how == "energy":
         return scores / size

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
 
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
@@ -19,9 +20,6 @@ from ..forward.metrics import run_model, sample_losses
 from ..registry import Registry
 from ..system.processes import add_up_
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 BLOCK_INFLUENCE = "block_influence"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.plain import is_quantized
 from ..config.domains import ANY, SELF
@@ -12,9 +13,6 @@ from ..errors import StructPruneError
 from ..system.offloading import is_offloaded
 from .load import Domain, load_domains
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

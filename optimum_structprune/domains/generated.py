@@ -15,11 +15,12 @@ from itertools import count
 from pathlib import Path
 from random import Random
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import constants
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import ANY, SELF, SelfTextConfig
 from ..config.fields import read_yaml
@@ -31,9 +32,6 @@ from ..system.processes import alone, of_all, of_first, process_index
 from .packing import prefix_token
 from .templates import Document
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
 # After so many batches without a usable document, no more are written.

@@ -7,10 +7,10 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
@@ -20,10 +20,6 @@ from .packing import DOCUMENTS_PER_CALL, Frame, Packed, Tokens, prefix_token, to
 from .presets import resolve
 from .reweight import MOST
 from .sources import documents
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedTokenizerBase
+
 from .. import __version__
 from ..config.domains import DomainConfig
 from ..config.fields import read_mapping
+from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..plain_json import to_json, unversioned, versioned
 from ..system.fingerprint import tensor_hash
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ..config.pruning import StructPruneConfig
     from .load import Domain
 
 MANIFEST_NAME = "calibration_manifest.json"

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .templates import Document, document_hash
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 DOCUMENTS_PER_CALL = 32
 

@@ -10,18 +10,16 @@ from difflib import get_close_matches
 from glob import escape, glob
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..config.domains import BUILTIN, IN_MEMORY, SELF, DomainConfig
 from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
 from .builtin import builtin_documents, sections
 from .templates import Row, rendered, string
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

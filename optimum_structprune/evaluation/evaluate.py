@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..config.domains import as_domain
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..domains.packing import prefix_token
 from ..domains.presets import resolve
@@ -21,11 +23,6 @@ from .heldout import Heldout, read_heldout
 from .paired import Paired, paired
 from .tasks import Answers, Scores, Tasks
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ..config.domains import DomainConfig
 
 ALL = "all items"
 

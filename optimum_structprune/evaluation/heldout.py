@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig
 from ..domains.load import check_vocabulary
 from ..domains.packing import Frame, prefix_token, tokenised
 from ..domains.sources import documents, endless
 from ..errors import StructPruneError
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..errors import StructPruneError
 from ..forward.generation import growing_layers, last_logits_only, read_prompt
 from ..forward.metrics import input_device
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,13 @@ import json
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import StructPruneError
 from ..plain_json import FORMAT_VERSION
 from ..system.fingerprint import fingerprint, vocabulary_hash
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The log-likelihood of a choice, and whether it is what the model would have written itself.
 Answer = tuple[float, bool]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
+from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..arch.load import describe
@@ -22,9 +23,6 @@ from ..widths.allocation import alike, legal_widths
 from ..widths.latency import Latency, Times
 from .speed import Measurement, measure_speed
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # The shares of a width that are measured, each to the nearest legal width.
 SHARES = (0.75, 0.5, 0.25)

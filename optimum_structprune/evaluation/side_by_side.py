@@ -7,7 +7,9 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..errors import StructPruneError
@@ -18,9 +20,6 @@ from .ideal import bytes_of, work_of
 from .pictures import Point
 from .speed import Speed
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Value = int | float | str | None
 

@@ -11,11 +11,13 @@ from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from time import process_time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as wall_time
+from transformers import Cache, PreTrainedModel
 
 from ..errors import StructPruneError
 from ..forward.generation import cache_name, read_prompt, write_tokens
@@ -23,10 +25,6 @@ from ..forward.metrics import evaluating, input_device
 from ..saving.report import table
 from .ideal import Work, bytes_of, why_not_ideal, work_of
 
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import Cache, PreTrainedModel
 
 # `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}

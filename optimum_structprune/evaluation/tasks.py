@@ -10,16 +10,15 @@ from copy import deepcopy
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import StructPruneError, one_line
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from .items import ItemFile
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METRICS = ("acc", "acc_norm")
 # The seed that lm_eval's own command uses.

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
 from ..errors import StructPruneError
 from .hooks import StopForward, first_of, hidden_states_of, intercept
 from .metrics import run_model
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

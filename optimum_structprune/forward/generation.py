@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 
 # What `forward` calls the cache, in newer and in older releases of transformers.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..arch.load import describe, layer_list
 from ..arch.meta import meta_model
@@ -25,12 +26,6 @@ from ..system.offloading import (
     is_offloaded,
     put_back,
 )
-
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def layer_device_map(

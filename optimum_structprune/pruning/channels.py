@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..arch.spec import HIDDEN, MODEL, ArchSpec, Axis, ResidualStream
 from ..calibration.sequential import LayerPasses
@@ -22,10 +22,6 @@ from ..surgery.refit import REFITS, ridge_strength
 from ..surgery.residual import narrow_
 from .run import Run
 from .steps import Step
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def remove_channels_(run: Run, step: Step) -> Plan:

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec, Widths
+from ..config.pruning import StructPruneConfig
 from ..domains.manifest import Entry
 from ..errors import StructPruneError
 from ..saving.details import choices_of_list, choices_to_list
@@ -23,11 +25,6 @@ from ..system.fingerprint import fingerprint
 from ..system.processes import process_index, wait_for_all
 from .units import Snapshot
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..config.pruning import StructPruneConfig
 
 STATE = "rounds.json"
 # What may change without making a half-finished run another one; the text itself is held against the checkpoint.

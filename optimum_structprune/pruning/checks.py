@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from ..arch.plain import is_quantized
 from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Widths
@@ -31,9 +33,6 @@ from .evidence import judges_layers
 from .gates import learns
 from .steps import WHOLE_MODEL
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # What the model is to be used for: pruned, only looked at, pruned by a Trainer, or run to store its moments.
 PRUNE, DRY_RUN, TRAINER, CALIBRATE = "prune", "dry run", "trainer", "calibrate"

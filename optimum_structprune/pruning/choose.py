@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec
 from ..config.pruning import LEARNED, StructPruneConfig
@@ -19,10 +20,6 @@ from .evidence import Evidence
 from .search import search
 from .sweep import Sweep
 
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 Scores = dict[tuple[int, str], "Tensor"]
 # How much the ratios of layers differ with `cosine`; SlimLLM takes 10 where it removes 20 % of a model, 7 for 50 %.

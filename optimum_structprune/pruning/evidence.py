@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import ArchSpec
 from ..calibration.passes import Passes, SaliencyPasses, batches_of, passes_over
 from ..calibration.stored import Statistics, StoredPasses
 from ..calibration.tally import Batch
+from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
 from ..criteria.layers import LAYER_CRITERIA
 from ..criteria.mixture import Mixture
@@ -23,13 +25,6 @@ from ..domains.reweight import reweighted
 from ..errors import StructPruneError
 from ..forward.clock import Clock
 from ..system.processes import every_process_runs, own_part, process_index
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ..config.pruning import StructPruneConfig
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+from transformers import PretrainedConfig
 
 from ..arch.spec import ArchSpec, Width, Widths
 from ..config.pruning import StructPruneConfig
@@ -15,9 +17,6 @@ from .rounds import Rounds
 from .run import Run
 from .steps import Step
 
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 T = TypeVar("T")
 

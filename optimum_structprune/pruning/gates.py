@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import cos, isfinite, pi, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..arch.spec import ArchSpec, Space
@@ -36,9 +36,6 @@ from ..widths.budget import widths_of
 from .checkpoint import readable, run_key
 from .evidence import Evidence
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 STATE = "gates.json"
 # The range of a gate; below 0 a unit is closed, and a gradient may open it again.
@@ -87,8 +84,7 @@ def with_gates(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, repor
 
 
 def budgets_of(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> list[Budget]:
-    """What keeps which share: each space by itself where its width is known, and all layers together where it is not.
-    """
+    """What keeps which share: each space by itself where its width is known, all layers together elsewhere."""
     widths = widths_of(config, arch, model)
     spaces = [space for space in arch.spaces if space.kind in widths and space.layer not in config.skip_layers]
     if config.allocation != LEARNED:

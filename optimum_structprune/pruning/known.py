@@ -7,23 +7,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..config.fields import read_mapping
+from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..plain_json import replace_json
 from ..system.fingerprint import fingerprint
 from ..system.processes import process_index, wait_for_all
 from .evidence import Evidence
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..config.pruning import StructPruneConfig
 
 VERSION = 1
 # What of a config a trial depends on, beside the model and the text.

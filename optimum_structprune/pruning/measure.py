@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import exp, inf, isnan
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..arch.spec import ArchSpec
 from ..calibration.running import LayerRunner
 from ..calibration.tally import Batch
+from ..domains.load import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, model_outputs, output_error, perplexity, total_loss
 from ..forward.placement import Placement
 from ..saving.report import Report
 from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import add_up_, own_part, process_count
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from ..domains.load import Domain
 
 
 class Measure:

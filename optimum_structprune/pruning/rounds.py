@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
@@ -22,10 +24,6 @@ from .run import Run
 from .steps import Step
 from .sweep import Sweep
 from .units import Snapshot
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def prune_units_(run: Run, step: Step) -> Plan:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from copy import deepcopy
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..arch.spec import LAYER, MODEL, ArchSpec
@@ -16,10 +18,6 @@ from ..surgery.plan import Plan
 from ..system.processes import alone
 from .evidence import Evidence
 from .measure import Measure
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Run:

@@ -8,15 +8,17 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isnan
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..arch.spec import LAYER, ArchSpec, Space, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating
+from ..saving.report import Report
 from ..surgery.cut import drop_layers_
 from ..system.offloading import is_offloaded
 from ..widths.allocation import alike, choices, legal_widths, rungs_of
@@ -28,11 +30,6 @@ from .known import Key, Known
 from .sweep import Sweep
 from .trials import PROBE_TOKENS, SHARES, STRIDE, Probe, all_trials, curves_of, tried
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..saving.report import Report
 
 # So many uniform shapes are pruned on trial, on so many calibration tokens at most.
 FINALISTS = 4
@@ -135,8 +132,7 @@ def measured_curves(
     probe: Probe,
     report: Report,
 ) -> Curves:
-    """The losses of the model by what each layer gives up; those that earlier runs have kept are not measured again.
-    """
+    """The losses of the model by what each layer gives up; what earlier runs have kept is not measured again."""
     # A trial has no errors of earlier layers that error feedback could see, and a bias would stay in the model.
     refit: Any = "none" if config.refit == "bias" else config.refit
     alone = replace(config, error_feedback=0.0, refit=refit)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
 
 from ..arch.spec import EXPERT, HIDDEN, LAYER, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..widths.schedule import legal_round_widths, round_widths
 
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 # The kinds of step: three remove something from the whole model or before all else, the others prune inside layers.
 UNITS, FLOOR = "units", "floor"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..arch.load import layer_list
@@ -19,8 +20,6 @@ from .units import Units
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from .progress import Progress
 
 

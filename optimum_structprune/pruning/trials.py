@@ -7,16 +7,18 @@ from contextlib import nullcontext
 from dataclasses import replace
 from inspect import signature
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..arch.spec import LAYER, ArchSpec, Axis, Space
 from ..calibration.passes import Passes, batches_of, passes_over
 from ..calibration.sequential import LayerPasses
 from ..calibration.tally import Batch
+from ..config.pruning import StructPruneConfig
 from ..criteria.mixture import Mixture, Pooled
 from ..domains.load import Domain
 from ..forward.divergence import divergence
@@ -27,12 +29,6 @@ from ..widths.shapes import Curves
 from .evidence import Evidence
 from .known import Key, Known, Trials
 from .sweep import Sweep
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..config.pruning import StructPruneConfig
 
 
 # The shares of a space that are removed in the trials. A third trial, at a half, changes the predicted loss by 2 %.

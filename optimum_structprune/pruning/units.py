@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec, Axis, Space
 from ..calibration.drive import drive
 from ..calibration.passes import Passes
+from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, Criterion
 from ..criteria.mixture import Mixture, Pool, Pooled, Scoring, output_energy, pooled
 from ..errors import StructPruneError
@@ -21,11 +22,6 @@ from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.plan import Plan, best_units
 from ..surgery.refit import REFITS, ridge_strength, squared_errors
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..config.pruning import StructPruneConfig
 
 Keep = Mapping[tuple[int, str], tuple[int, ...]]
 
@@ -94,8 +90,7 @@ class Units:
             return pooled(passes.gather(space.layer, space, self.gram), pools)
 
     def trial(self, space: Space, gathered: Sequence[Pooled], width: int) -> dict[Axis, Values]:
-        """The values that the consumers of one space would get if it kept so many units; the model is left as it is.
-        """
+        """The values of the consumers of one space if it kept so many units; the model is left as it is."""
         keep = dict(self.keep)
         with self.consumers.holding(self.consumers.copies(space.into)):
             self._choose_(space, gathered, width)

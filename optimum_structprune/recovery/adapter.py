@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedModel, set_seed
 
 from ..arch.load import describe
 from ..arch.meta import skeleton
@@ -37,11 +38,6 @@ from ..config.recovery import LORA, RecoveryConfig
 from ..errors import InPlaceError, StructPruneError
 from ..forward.metrics import evaluating, input_device
 from .identity import DIGITS, read_identity, weights_hash
-
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
 
 logger = logging.getLogger(__name__)

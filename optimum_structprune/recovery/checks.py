@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
@@ -18,10 +18,6 @@ from .adapter import adapter_config, check_fits, lora_config
 from .sharding import check_deepspeed, check_sharding
 from .text import text_config
 from .trainer import training_arguments
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def check_recovery(

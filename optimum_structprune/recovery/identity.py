@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftConfig
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..config.fields import read_mapping
 from ..config.recovery import RecoveryConfig
@@ -19,10 +21,6 @@ from ..plain_json import plain, to_json
 from ..system.fingerprint import raw_bytes
 from ..system.offloading import weight_of
 
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PreTrainedModel, TrainingArguments
 
 IDENTITY_NAME = "recovery_identity.json"
 # Fields of `RecoveryConfig` that are named by what they lead to (text, adapter, Trainer), or that change no step of

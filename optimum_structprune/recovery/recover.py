@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Literal, overload
 
 from accelerate import PartialState
 from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import Subset
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain
@@ -36,13 +38,6 @@ from .teacher import TeacherLogits, TrainingSamples, check_teacher, load_teacher
 from .text import part_rows, samples_of, training_text
 from .trainer import DistillTrainer, train_, training_arguments
 from .weights import every_weight
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-
-    from ..config.domains import DomainConfig
 
 
 class Recovery:

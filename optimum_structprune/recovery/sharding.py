@@ -6,19 +6,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
 from ..system.processes import check_launch
 
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -7,14 +7,13 @@ import warnings
 from collections.abc import Mapping
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from ..config.fields import read_mapping
@@ -26,9 +25,6 @@ from ..plain_json import to_json
 from ..saving.staging import staged
 from .identity import DIGITS, weights_hash
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 INDEX_NAME = "teacher_logits.json"
 # 64 likeliest tokens take 512 bytes per position, so a shard takes 32 MiB.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import ANY, SELF, DomainConfig, is_broad, written_by_model
 from ..config.pruning import StructPruneConfig
@@ -16,10 +16,6 @@ from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain, load_domains, num_heldout, split_samples
 from ..domains.presets import resolve
 from ..errors import StructPruneError
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int = 1) -> StructPruneConfig:

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from math import ceil
 from time import perf_counter
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from ..config.fields import build
@@ -27,10 +27,6 @@ from .identity import Identity
 from .outcome import RecoveryOutcome
 from .sharding import own_shard
 from .teacher import LOG_PROBABILITIES, TOKENS
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 # What libraries raise where a value of `config.training` is of no use to them.

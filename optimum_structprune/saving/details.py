@@ -101,8 +101,7 @@ def choices_of_list(rows: Sequence[Sequence[Any]]) -> dict[tuple[int, str], Choi
 def choice_of(
     scores: Tensor, kept: Tensor, carried: Tensor | None = None, errors: Sequence[float] | None = None
 ) -> Choice:
-    """The summary of one choice. `scores` has the shape `(units,)`, `kept` `(units,)`, `carried` `(domains, units)`.
-    """
+    """The summary of one choice. `scores` and `kept` have the shape `(units,)`, `carried` `(domains, units)`."""
     axis, places = _places(scores.double().cpu(), kept.cpu())
     counts = [places[which].bincount(minlength=2 * BINS).tolist() for which in (kept.cpu(), ~kept.cpu())]
     error: tuple[float, ...] = ()

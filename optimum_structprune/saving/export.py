@@ -7,7 +7,8 @@ import shutil
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..errors import StructPruneError
@@ -18,10 +19,6 @@ from .page.card import leave_card
 from .ranks import is_alone
 from .report import REPORT_NAME
 from .target import EXPORT_NAME, check_target, model_bytes
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGUFWriter
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal, in_file_order, layer_configs, rope_of
 from ..arch.plain import check_plain, is_quantized
@@ -18,10 +20,6 @@ from .gguf_vocabulary import add_vocabulary
 from .staging import staged_file
 from .target import GGUF_MARK, check_file
 
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # gguf's name for the type of a tensor, and for a file of such tensors, by torch's.
 TYPES = {

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from gguf import GGUFWriter
+from transformers import PreTrainedTokenizerBase
 
 from ..arch.llama_cpp import PRE_TOKENIZERS
 from ..errors import StructPruneError
 
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-    from transformers import PreTrainedTokenizerBase
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 LEAST = -1e6  # the score of what no merge makes

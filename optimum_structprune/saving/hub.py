@@ -6,10 +6,12 @@ import json
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.heterogeneous import heterogeneous
 from ..arch.load import describe
@@ -29,10 +31,6 @@ from .report import REPORT_NAME, Report
 from .staging import staged_alone
 from .target import OFFLOAD, check_target, model_bytes, probe_target, resolved, used_paths
 
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # What a pruning leaves beside its model.
 RECORDS = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, DETAILS_NAME, MANIFEST_NAME)

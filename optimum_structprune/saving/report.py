@@ -11,7 +11,9 @@ from math import ceil, exp, inf, isnan, log
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..plain_json import to_json, versioned
@@ -19,10 +21,6 @@ from ..surgery.plan import Plan
 from ..system.memory import peak_memory
 from .details import Details
 from .target import model_bytes
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 REPORT_NAME = "report.json"

@@ -12,14 +12,13 @@ from contextlib import suppress
 from glob import glob
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from ..errors import StructPruneError, some_of
 from .ranks import is_first_rank
 
-
-if TYPE_CHECKING:
-    from torch import nn
 
 EXPORT_NAME = "structprune_export.json"
 # Files that only this package writes, and fields that each of them has.

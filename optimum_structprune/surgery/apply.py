@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..arch.plain import check_no_adapter, dequantized
@@ -14,10 +15,6 @@ from ..errors import StructPruneError
 from .cut import drop_layers_, shrink_
 from .plan import Plan
 from .residual import narrow_
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan, arch_file: str | None = None) -> PreTrainedModel:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..arch.load import layer_list, put_layer_, put_layers_
 from ..arch.meta import skeleton
@@ -17,9 +18,6 @@ from ..arch.spec import LAYER, ArchSpec, Space, Widths
 from ..errors import StructPruneError, one_line
 from .plan import Plan
 
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 # What transformers sets on modules when activation checkpointing is switched on.
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..arch.shrink import shrunk_config
 from ..arch.spec import HIDDEN, MODEL, ArchSpec, ResidualStream
 from .cut import rebuilding_, replace_, replace_layers_, slice_tensors, tensors_under
 from .plan import Plan
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @torch.no_grad()

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..arch.shrink import shrunk_config
 from ..arch.spec import ArchSpec, Width
 from ..errors import StructPruneError
 from .cut import rebuilding_, replace_layers_
-
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @torch.no_grad()

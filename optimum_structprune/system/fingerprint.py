@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from hashlib import sha256
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .offloading import weight_of
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What a config says about where a model comes from, not about what it computes.
 ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")

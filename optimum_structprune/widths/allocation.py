@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, floor
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..arch.shrink import legal_sizes, shrunk_config
 from ..arch.spec import LAYER, ArchSpec, Space, Width, Widths
@@ -13,11 +16,6 @@ from ..config.pruning import ONE_WIDTH, StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
 from .ranking import Ladder, descend_, ladder, spaces_by_layer
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PretrainedConfig
 
 
 def target_widths(

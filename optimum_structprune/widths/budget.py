@@ -5,10 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
@@ -20,11 +21,6 @@ from .allocation import check_may_differ, choices, legal_widths, target_widths, 
 from .latency import Latency
 from .ranking import spaces_by_layer
 from .shapes import Resource
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 
 def widths_of(

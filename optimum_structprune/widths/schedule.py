@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
 
 from ..arch.shrink import legal_sizes
 from ..arch.spec import ArchSpec, Width, Widths
@@ -11,13 +12,8 @@ from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-
 def next_legal(config: PretrainedConfig, arch: ArchSpec, widths: Widths) -> Widths:
-    """The smallest legal widths that are not below `widths`, since a step on the way may lie between two legal ones.
-    """
+    """The smallest legal widths that are not below `widths`, since a step may lie between two legal ones."""
     legal_widths: dict[str, Width] = {}
     for name, width in widths.items():
         legal = legal_sizes(config, arch, name)

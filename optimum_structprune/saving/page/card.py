@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
+from transformers import PretrainedConfig
 
 from ... import __version__
 from ...arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
@@ -22,9 +23,6 @@ from ..report import REPORT_NAME, geometric_mean
 from ..target import CARD, is_result, is_signed, resolved, signed
 from .records import Records, only_warning
 
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TAGS = ("structured-pruning", "pruned", "optimum-structprune")
