@@ -96,7 +96,7 @@ def ran(run, words: list[str]) -> str:
 def said_by(script: str, *arguments: str) -> str:
     """What a Python script of the repository prints."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
+        patch.syspath_prepend((ROOT / script).parent)
         return ran(lambda: run_path(str(ROOT / script), run_name="__main__") and None, [script, *arguments])
 
 

@@ -23,16 +23,18 @@ from optimum_structprune.domains.builtin import builtin_documents
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+BENCHMARKS = EXAMPLES / "benchmarks"
 SVG = "{http://www.w3.org/2000/svg}"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def main(name: str):
     """The `main` of an example."""
-    arch = util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    module = util.module_from_spec(arch)
-    sys.modules[arch.name] = module
-    arch.loader.exec_module(module)
+    (path,) = EXAMPLES.rglob(f"{name}.py")
+    spec = util.spec_from_file_location(f"example_{name}", path)
+    module = util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
     return module.main
 
 
@@ -76,7 +78,7 @@ def test_the_picture_of_the_readme_is_that_of_the_figures_in_the_docs(tmp_path):
     main("draw_quality")(["--output", str(pictures[1])])
     (texts, marks), (texts_now, marks_now) = (drawn(path.read_text()) for path in pictures)
     assert texts == texts_now and len(marks) > 20
-    assert marks == pytest.approx(marks_now, abs=0.5), "python examples/draw_quality.py draws it anew"
+    assert marks == pytest.approx(marks_now, abs=0.5), "python examples/benchmarks/draw_quality.py draws it anew"
     page = (EXAMPLES.parent / "docs" / "benchmarks.md").read_text()
     (tmp_path / "page.md").write_text(re.sub(r"\| (\d) \| 1\.", r"| \1 | 2.", page))
     main("draw_quality")(["--page", str(tmp_path / "page.md"), "--output", str(pictures[1])])
@@ -218,7 +220,7 @@ def test_benchmark_recovery(desk, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
 def test_benchmark_scale(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     small = ["--shape", "tiny", "--layers", "2", "--domains", "2", "--tokens", "512", "--seq-length", "64"]
     main("benchmark_scale")([str(tmp_path / "tiny"), *small])
     head, _, _, _, *rows = capsys.readouterr().out.splitlines()
@@ -242,7 +244,7 @@ def test_benchmark_cost(capsys):
 @needs_shared
 def test_benchmark_domains(desk, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     out = desk / "grid.json"
     arguments = ["run", str(SHARED / "models" / "stories260K"), str(SHARED / "data"), str(out), "--domains", "stories"]
     small = [
@@ -292,7 +294,7 @@ def test_benchmark_domains(desk, capsys, monkeypatch):
 
 @needs_shared
 def test_benchmark_domains_leaves_one_kind_out(desk, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     data, out = desk / "kinds", desk / "left.json"
     (data / "calibration").mkdir(parents=True)
     kinds = ("stories", "math", "web")
@@ -320,7 +322,7 @@ def test_benchmark_domains_leaves_one_kind_out(desk, capsys, monkeypatch):
 
 @needs_shared
 def test_train_tiny(desk, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     data, out = desk / "few", desk / "tiny"
     (data / "calibration").mkdir(parents=True)
     lines = (SHARED / "data" / "calibration" / "stories.jsonl").read_text().splitlines(keepends=True)
@@ -340,7 +342,7 @@ def test_train_tiny(desk, monkeypatch):
 @needs_shared
 def test_benchmark_tasks(desk, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     out, quizzes = desk / "answers", []
     for name in ("one", "two"):
         quizzes.append(desk / f"{name}.jsonl")
@@ -387,7 +389,7 @@ def test_benchmark_gpu(tmp_path, capsys):
 
 
 def test_benchmark_peers_names_its_rows_and_says_what_is_not_there(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     arguments = [str(tmp_path), str(tmp_path / "data"), str(tmp_path / "out.json")]
     main("benchmark_peers")([*arguments, "--list"])
     rows = capsys.readouterr().out.splitlines()
@@ -399,7 +401,7 @@ def test_benchmark_peers_names_its_rows_and_says_what_is_not_there(tmp_path, cap
 @needs_shared
 @pytest.mark.slow
 def test_benchmark_peers(desk, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
@@ -422,6 +424,6 @@ def test_benchmark_peers(desk, capsys, monkeypatch):
 
 
 def test_every_example_says_how_to_call_it():
-    for path in EXAMPLES.glob("*.py"):
+    for path in EXAMPLES.rglob("*.py"):
         text = path.read_text()
-        assert f"    python examples/{path.name}" in text or "make " in text, path.name
+        assert f"    python {path.relative_to(EXAMPLES.parent)}" in text or "make " in text, path.name

@@ -1,6 +1,6 @@
 """Pruning at the shapes of large models, with random weights: peak memory and time per layer, in memory and streamed.
 
-    python examples/benchmark_scale.py FOLDER --shape 7B --layers 2 --offload none disk --domains 1 5 --tokens 4096
+    python examples/benchmarks/benchmark_scale.py FOLDER --shape 7B --layers 2 --offload none disk --domains 1 5
 
 A checkpoint of the shape is written to FOLDER, with as many layers as are asked for and no more than one of them in
 memory, and pruned in a process of its own for each row of the table. Weights are random, so the figures are of memory

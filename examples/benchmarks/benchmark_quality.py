@@ -1,6 +1,6 @@
 """Quality after pruning, by criterion, refit, domains and rounds, all in one run.
 
-    python examples/benchmark_quality.py MODEL DATA [--cells NAME ...] [--dtype bfloat16] [--json out.json]
+    python examples/benchmarks/benchmark_quality.py MODEL DATA [--cells NAME ...] [--dtype bfloat16] [--json out.json]
 
 DATA holds `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain. Perplexity is given as a
 multiple of the dense model's. `heldout/` has other documents of the calibration domains, `unseen/` has domains that no

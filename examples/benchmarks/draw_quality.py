@@ -1,6 +1,6 @@
 """Draw the picture of the README from the tables of docs/benchmarks.md: quality against size, and beside other tools.
 
-    python examples/draw_quality.py [--page docs/benchmarks.md] [--output docs/pictures/quality.svg]
+    python examples/benchmarks/draw_quality.py [--page docs/benchmarks.md] [--output docs/pictures/quality.svg]
 
 The SVG takes the light or dark colours of whoever looks at it.
 """
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What stands for a colour while drawing, the name of its variable, and its value on a light and on a dark card.
 COLOURS = {
     "#010101": ("ink", "#24292f", "#e6edf3"),

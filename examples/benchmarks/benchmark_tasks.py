@@ -1,7 +1,7 @@
 """Is a model that was calibrated on a mix of domains better at tasks than one calibrated on a single domain?
 
-    python examples/benchmark_tasks.py run MODEL DATA OUT [--cells "mix*" ...] [--removed 20 35 50]
-    python examples/benchmark_tasks.py table OUT [--metric acc_norm]
+    python examples/benchmarks/benchmark_tasks.py run MODEL DATA OUT [--cells "mix*" ...] [--removed 20 35 50]
+    python examples/benchmarks/benchmark_tasks.py table OUT [--metric acc_norm]
 
 DATA is as for `benchmark_quality.py`, with multiple-choice items in `tasks/`. A cell is a calibration text and a
 method: our defaults on the mix and on each single domain, published methods on the mix, and the mix with recovery.

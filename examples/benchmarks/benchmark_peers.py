@@ -1,6 +1,6 @@
 """This package beside other tools for structured pruning: one model, one text, one number of parameters.
 
-    python examples/benchmark_peers.py MODEL DATA out.json [--rows "optipfair*" ...] [--folder DIR] [--list]
+    python examples/benchmarks/benchmark_peers.py MODEL DATA out.json [--rows "optipfair*" ...] [--folder DIR] [--list]
 
 DATA is as for `benchmark_quality.py`. Every tool but this package gets a virtual environment of its own under
 `--folder` (a temporary one otherwise), into which pip installs it; the environment that runs this script stays as it

@@ -1,7 +1,7 @@
 """What training after pruning brings back, over tokens, with and without a teacher, as a Markdown table.
 
-    python examples/benchmark_recovery.py MODEL DATA [--tokens 25000 50000 100000 200000] [--bf16] [--json out.json]
-    python examples/benchmark_recovery.py MODEL DATA --ways distilled "distilled, all weights" "distilled, scales"
+    python examples/benchmarks/benchmark_recovery.py MODEL DATA [--tokens 25000 50000 100000 200000] [--bf16]
+    python examples/benchmarks/benchmark_recovery.py MODEL DATA --ways distilled "distilled, all weights" ...
 
 Each way of training is one run over as many tokens as the last number says, measured on the way at the others.
 

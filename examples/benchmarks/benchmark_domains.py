@@ -1,8 +1,8 @@
 """Does it help to mix domains, to weigh them, and to prune in rounds? A grid of cells over seeds and widths.
 
-    python examples/benchmark_domains.py run MODEL DATA out.json [--cells "mix, *" ...] [--seeds 0 1 2] [--tasks]
-    python examples/benchmark_domains.py run MODEL DATA left.json --leave-one-out [--cells "mix*, *" ...]
-    python examples/benchmark_domains.py table out.json [more.json ...]
+    python examples/benchmarks/benchmark_domains.py run MODEL DATA out.json [--cells "mix, *" ...] [--seeds 0 1 2]
+    python examples/benchmarks/benchmark_domains.py run MODEL DATA left.json --leave-one-out [--cells "mix*, *" ...]
+    python examples/benchmarks/benchmark_domains.py table out.json [more.json ...]
 
 DATA is as for `benchmark_quality.py`, with multiple-choice items in `tasks/`. A cell is a calibration text, a number
 of rounds and a method, such as `mix, one-shot, wanda + refit`; `run … --list` names them all. Every cell gets the same

@@ -1,6 +1,6 @@
 """What pruning does on a GPU: right results, how much memory it takes, how fast it and its results are. One table.
 
-    python examples/benchmark_gpu.py [--device cuda] [--cap 24] [--folder FOLDER]
+    python examples/benchmarks/benchmark_gpu.py [--device cuda] [--cap 24] [--folder FOLDER]
 
 A model of the shape of Qwen2.5-7B with random weights is made on the disk first, 15 GB, and pruned as it is, and then
 with its layers in the CPU's memory and on the disk while the GPU may take no more than `--cap` GB. Beside 15 GB of the

@@ -1,6 +1,6 @@
 """Peak memory of pruning against the estimate of `structprune plan --cost`: two layers of a Llama of random weights.
 
-    python examples/benchmark_memory.py --ffn 8192 --domains 5
+    python examples/benchmarks/benchmark_memory.py --ffn 8192 --domains 5
 
 Measured is the highest resident set while pruning in place, less what was resident with the model loaded. Linux only,
 because the high-water mark is reset through /proc.

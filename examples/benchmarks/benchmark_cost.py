@@ -1,7 +1,7 @@
 """What pruning costs, as ratios measured in one process.
 
-    python examples/benchmark_cost.py MODEL [--width mlp=1152] [--num-samples 36] [--allocation sensitivity]
-    python examples/benchmark_cost.py MODEL --num-samples 12 24 48 --layers 10 20 30 --domains 1 5
+    python examples/benchmarks/benchmark_cost.py MODEL [--width mlp=1152] [--num-samples 36] [--allocation sensitivity]
+    python examples/benchmarks/benchmark_cost.py MODEL --num-samples 12 24 48 --layers 10 20 30 --domains 1 5
 
 Time: calibration, scoring, refit and removal, and what chooses the widths of single layers, against plain forward
 passes of the dense model over the same tokens. Of several numbers of samples and of layers each pair is measured, and

@@ -1,12 +1,12 @@
 """Train a tiny language model from scratch, to check on another architecture what was chosen on a larger model.
 
-    python examples/train_tiny.py DATA OUT [--family qwen3] [--tokens 3000000]
+    python examples/benchmarks/train_tiny.py DATA OUT [--family qwen3] [--tokens 3000000]
 
 Reads DATA/calibration/*.jsonl, trains a tokenizer and a model of less than a million parameters on most of each file
 (`set_aside.py` says which part is left out), and writes an ordinary model folder. The model knows all kinds of text
 that the other benchmarks calibrate on and leave out, so they take it in place of MODEL, and a run takes a minute:
 
-    python examples/benchmark_domains.py run OUT DATA tiny.json --leave-one-out --samples 60 --seq-length 256
+    python examples/benchmarks/benchmark_domains.py run OUT DATA tiny.json --leave-one-out --samples 60
 """
 
 from __future__ import annotations

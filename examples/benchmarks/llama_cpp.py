@@ -28,7 +28,7 @@ class QuantizeParams(ctypes.Structure):
 
 def modules() -> Path:
     """The folder that the npm packages are in; it need not exist."""
-    return Path(os.environ.get("NODE_MODULES", SCRIPT.parents[1] / "node_modules"))
+    return Path(os.environ.get("NODE_MODULES", SCRIPT.parents[2] / "node_modules"))
 
 
 def missing() -> str | None:

@@ -1,6 +1,6 @@
 """Set documents of the calibration files aside, so that a choice can be made without looking at the evaluation text.
 
-    python examples/set_aside.py DATA OUT [--domains wiki code math] [--share 0.2]
+    python examples/benchmarks/set_aside.py DATA OUT [--domains wiki code math] [--share 0.2]
 
 Reads DATA/calibration/*.jsonl and writes a folder of the same form as DATA: `calibration/` holds most of each file,
 `heldout/` what was set aside of the named domains, and `unseen/` what was set aside of the others.

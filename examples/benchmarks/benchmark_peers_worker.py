@@ -1,7 +1,7 @@
 """One step of `benchmark_peers.py`, in whichever environment has to do it.
 
-    python examples/benchmark_peers_worker.py prune JOB.json
-    python examples/benchmark_peers_worker.py evaluate JOB.json
+    python examples/benchmarks/benchmark_peers_worker.py prune JOB.json
+    python examples/benchmarks/benchmark_peers_worker.py evaluate JOB.json
 
 `prune` loads the model, has one tool prune it, and saves it. `evaluate` loads what was saved by transformers alone,
 and measures perplexity; where transformers cannot load it, `prune` with `"measure": true` in the job does both. Each

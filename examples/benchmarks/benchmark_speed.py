@@ -1,6 +1,6 @@
 """Which FFN widths a device likes: speed of the same model at several widths, in turns, against the first of them.
 
-    python examples/benchmark_speed.py MODEL [--widths 998 992 1000 1008 1024] [--dtype bfloat16] [--json FILE]
+    python examples/benchmarks/benchmark_speed.py MODEL [--widths 998 992 1000 1008 1024] [--dtype bfloat16]
 
 The channels that stay are the first ones, since speed does not depend on which they are.
 """
