@@ -1,0 +1,154 @@
+"""What a run has reached, on disk, so that the same call goes on from there after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import StructPruneError
+from .processes import process_count, process_index, wait_for_all
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a store holds.
+
+    Attributes:
+        number: How many rounds, layers or steps are finished.
+        values: Whatever goes into JSON; mappings come back with text as keys, tuples as lists.
+        tensors: The tensors of the last of them.
+        own: The tensors of this process alone.
+    """
+
+    number: int
+    values: dict[str, Any]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A folder that remembers how far one run has come with one kind of work.
+
+    The state names its files and replaces the former state in one step, after they are written. So a kill at any
+    moment leaves what was saved before.
+
+    Attributes:
+        folder: The folder; it is made when something is saved.
+        key: What identifies the run; what another run has saved is refused.
+        kind: What is counted, such as `round` or `layer`; the files begin with it.
+        every: Whether the tensors of every number are needed again, and not only those of the last one.
+    """
+
+    folder: Path
+    key: str
+    kind: str
+    every: bool = False
+
+    def save(
+        self,
+        number: int,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+        own: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Keep what `number` rounds, layers or steps have reached; `own` differs from process to process."""
+        state = {"key": self.key, "number": number, "values": values}
+        state["processes"] = None if own is None else process_count()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if own is not None:
+                _write(self._own(number), own)
+            wait_for_all()
+            if process_index() == 0:
+                if tensors is not None:
+                    _write(self._shared(number), tensors)
+                # Not `replace_json`, which has no word for infinity: a loss may be infinite.
+                new = self.state.with_name(f"{self.state.name}.new")
+                new.write_text(json.dumps(state))
+                new.replace(self.state)
+            wait_for_all()
+            self._remove_older(number)
+        except (OSError, SafetensorError) as error:
+            raise StructPruneError(
+                f"{self.kind.capitalize()} {number} could not be saved to {self.folder}: {error}. What was saved "
+                "before is intact, and the same call goes on from it."
+            ) from error
+
+    def load(self) -> Saved | None:
+        """What was saved last; None where nothing was."""
+        state = self.check()
+        saved = None
+        if state is not None:
+            number = int(state["number"])
+            with self.readable():
+                tensors = load_file(self._shared(number)) if self._shared(number).exists() else {}
+                own = {} if state["processes"] is None else load_file(self._own(number))
+                saved = Saved(number, dict(state["values"]), tensors, own)
+        wait_for_all()  # before the first process writes again
+        return saved
+
+    def check(self) -> dict[str, Any] | None:
+        """The description of what was saved last, None where nothing was; another run's is refused."""
+        if not self.state.exists():
+            return None
+        with self.readable():
+            state = json.loads(self.state.read_text())
+            key, number, processes = state["key"], int(state["number"]), state["processes"]
+        holds = f"{self.folder} holds {self.kind} {number} of a run with"
+        if key != self.key:
+            raise StructPruneError(
+                f"{holds} another model, config or calibration text; name another checkpoint_dir, or remove the "
+                "folder."
+            )
+        if processes not in (None, process_count()):
+            raise StructPruneError(
+                f"{holds} {processes} processes, each with its part of the samples, and this run has "
+                f"{process_count()}; start {processes}, or remove the folder to start anew."
+            )
+        return state
+
+    def tensors(self, number: int) -> dict[str, Tensor]:
+        """The tensors that were saved with a number, where those of every number are kept."""
+        with self.readable():
+            return load_file(self._shared(number))
+
+    @property
+    def state(self) -> Path:
+        """The file that says what was saved last."""
+        return self.folder / f"{self.kind}.json"
+
+    @contextmanager
+    def readable(self) -> Iterator[None]:
+        """Turn whatever a damaged file causes inside `with` into one error that names it."""
+        try:
+            yield
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise StructPruneError(
+                f"{self.state} is not a readable checkpoint ({error}); remove it to start anew."
+            ) from error
+
+    def _shared(self, number: int) -> Path:
+        return self.folder / f"{self.kind}-{number}.safetensors"
+
+    def _own(self, number: int) -> Path:
+        return self.folder / f"{self.kind}-{number}-{process_index()}-of-{process_count()}.safetensors"
+
+    def _remove_older(self, number: int) -> None:
+        older = set(self.folder.glob(f"{self.kind}-*-{process_index()}-of-{process_count()}.safetensors"))
+        if process_index() == 0 and not self.every:
+            older |= {path for path in self.folder.glob(f"{self.kind}-*.safetensors") if "-of-" not in path.name}
+        for path in older - {self._own(number), self._shared(number)}:
+            path.unlink()
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
