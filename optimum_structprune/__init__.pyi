@@ -15,7 +15,6 @@ from .errors import InPlaceError as InPlaceError
 from .errors import StructPruneError as StructPruneError
 from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
-from .evaluation.latency import measure_latency as measure_latency
 from .evaluation.speed import Speed as Speed
 from .evaluation.speed import measure_speed as measure_speed
 from .forward.metrics import perplexity as perplexity
@@ -36,6 +35,5 @@ from .surgery.plan import Plan as Plan
 from .system.processes import across_processes as across_processes
 from .trainer import StructPruneCallback as StructPruneCallback
 from .trainer import attach_pruner as attach_pruner
-from .widths.latency import Latency as Latency
 
 __version__: str

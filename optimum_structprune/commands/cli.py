@@ -28,7 +28,6 @@ COMMANDS = (
     "compare",
     "report",
     "benchmark",
-    "latency",
     "inspect",
     "export",
     "apply",

@@ -1,4 +1,4 @@
-"""Measures models: what `evaluate`, `report` and `compare` share, and the flags of `benchmark` and `latency`."""
+"""Measures models: what `evaluate`, `report` and `compare` share, and the flags of `benchmark`."""
 
 from __future__ import annotations
 

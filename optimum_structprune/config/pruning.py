@@ -44,9 +44,7 @@ BROAD_ALONE, BROAD_BESIDE = 0.5, 0.2
 ONE_WIDTH = ("uniform", "search_uniform")
 MEASURED = ("sensitivity", "search", "search_uniform")
 LEARNED = "learned"
-# The budgets that are times, which `structprune latency` measures.
-TIMES = ("ms_per_token", "ms_to_first_token")
-BUDGETS = ("parameters", "bytes", "cache_bytes_per_token", "flops_per_token", *TIMES)
+BUDGETS = ("parameters", "bytes", "cache_bytes_per_token", "flops_per_token")
 AUTO = "auto"
 
 
@@ -68,12 +66,8 @@ class StructPruneConfig(Serialisable):
             for each layer and a mapping one for each layer that it names, such as `{"mlp": {0: 1536, 1: 1024}}`. With
             another `allocation` than `uniform`, each number is the mean over the layers.
         budget: What the whole model may have at most: `{"parameters": 110_000_000}`, `{"bytes": 300_000_000}` of
-            parameters in its dtype, `{"cache_bytes_per_token": 9000}` of keys and values, `{"flops_per_token":
-            200_000_000}` to read a prompt of `seq_length` tokens, or with a `latency_file`, `{"ms_per_token": 20}` to
-            write a token and `{"ms_to_first_token": 200}` to read a prompt. The widths are the largest that keep to
-            it.
-        latency_file: A file that `structprune latency` wrote: the times of this model at several widths, on the
-            machine that serves it. A budget of milliseconds reads it.
+            parameters in its dtype, `{"cache_bytes_per_token": 9000}` of keys and values, or `{"flops_per_token":
+            200_000_000}` to read a prompt of `seq_length` tokens. The widths are the largest that keep to it.
         targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths.
         criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares
             refit, and for `wanda` otherwise.
@@ -153,7 +147,6 @@ class StructPruneConfig(Serialisable):
     sparsity: Number | None = validated_field(share, default=None)
     widths: dict[str, int | list[int] | dict[Any, int]] | None = None
     budget: dict[str, Number] | None = None
-    latency_file: str | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
     criterion: str | None = None
     refit: Literal["none", "bias", "slope", "least_squares"] = "least_squares"
@@ -414,12 +407,6 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         bool(config.skip_layers) and config.allocation == "search_uniform",
         f"skip_layers={list(config.skip_layers)} leaves layers as they are, and allocation='search_uniform' looks for "
         "one shape of all layers; choose allocation='search'",
-    )
-    timed = [name for name in config.budget or () if name in TIMES]
-    yield (
-        bool(timed) and config.latency_file is None,
-        f"budget={config.budget} is a time, which depends on the machine; measure it with `structprune latency MODEL "
-        "FILE`, and name the file in latency_file",
     )
     yield (
         config.losses_dir is not None and not config.searches,

@@ -21,7 +21,7 @@ from ..calibration.stored import Statistics
 from ..calibration.whole import check_dense
 from ..config.domains import ANY, PRESET, SELF, SelfTextConfig
 from ..config.gates import GatesConfig
-from ..config.pruning import LEARNED, TIMES, StructPruneConfig
+from ..config.pruning import LEARNED, StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
 from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError
@@ -420,7 +420,6 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
             explicit and uniform and config.max_perplexity_ratio is None,
             "widths are taken as they are",
         ),
-        "latency_file": (not {*TIMES}.intersection(config.budget or ()), "no budget is a time"),
         "min_width": (not is_bounded(config, arch, names) and config.allocation != "search_uniform", same),
         "max_width": (not is_bounded(config, arch, names), same),
         "schedule": (config.rounds == 1, "rounds=1 removes everything at once"),

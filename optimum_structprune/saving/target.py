@@ -41,7 +41,7 @@ CARD = "README.md"
 SIGNATURE = "\n<!-- Written by optimum-structprune; the SHA-256 of all above is {}. -->\n"
 SIGNED = re.compile(re.escape(SIGNATURE).replace(r"\{\}", r"(\w{64})") + r"\Z")
 # The fields of configs that name files and folders, beside the sources of text.
-READ_OR_KEPT = ("stats", "losses_dir", "checkpoint_dir", "teacher_logits", "arch_file", "presets_file", "latency_file")
+READ_OR_KEPT = ("stats", "losses_dir", "checkpoint_dir", "teacher_logits", "arch_file", "presets_file")
 ADAPTER = "adapter_config.json"
 # What temporary folders beside a result are for: one that is being written, a former one that is being replaced, and
 # weights that do not fit into memory.

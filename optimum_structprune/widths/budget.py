@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
-from ..config.pruning import TIMES, StructPruneConfig
+from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.generation import cache_of, growing_layers
 from .allocation import check_may_differ, choices, legal_widths, target_widths, width_bounds
-from .latency import Latency
 from .ranking import spaces_by_layer
 from .shapes import Resource
 
@@ -40,7 +39,7 @@ def widths_of(
     ((name, limit),) = config.budget.items()
     legal = legal_widths(config, arch, model.config)
     gauge = _gauge(config, arch, model, legal, itemsize or model.dtype.itemsize)
-    if name in ("cache_bytes_per_token", *TIMES):
+    if name == "cache_bytes_per_token":
         dense = gauge({})
         legal = {
             kind: sizes for kind, sizes in legal.items() if gauge(width_bounds(config, arch, {kind: sizes})[0]) < dense
@@ -94,25 +93,24 @@ def _filled_up(
 
 def _check_reach(config: StructPruneConfig, dense: float, most: float, least: float, names: list[str]) -> None:
     ((name, limit),) = (config.budget or {}).items()
-    form = ",.3f" if name in TIMES else ","
     if limit >= dense:
         raise StructPruneError(
-            f"budget {name}={limit:,} is met by the dense model, which has {dense:{form}}; ask for less."
+            f"budget {name}={limit:,} is met by the dense model, which has {dense:,}; ask for less."
         )
     if not names:
         raise StructPruneError(
-            f"budget {name}={limit:,} is not met by the dense model, which has {dense:{form}}, and targets="
-            f"{list(config.targets)} leave that as it is; target {'others' if name in TIMES else repr('attention')}."
+            f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
+            f"{list(config.targets)} leave that as it is; target 'attention'."
         )
     if limit >= most:
         raise StructPruneError(
             f"budget {name}={limit:,} is met as soon as no layer has more than max_width={config.max_width} of its "
-            f"units, which leaves {most:{form}} of {dense:{form}}; ask for less, or raise max_width."
+            f"units, which leaves {most:,} of {dense:,}; ask for less, or raise max_width."
         )
     if limit < least:
         raise StructPruneError(
             f"budget {name}={limit:,} cannot be met: with all that may go from {', '.join(names)} the model still has "
-            f"{least:{form}} of {dense:{form}}; allow that, or add targets."
+            f"{least:,} of {dense:,}; allow that, or add targets."
         )
 
 
@@ -120,8 +118,6 @@ def _gauge(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], itemsize: int
 ) -> Callable[[Widths], float]:
     """A function of the widths: what the budget limits, of a model that has them."""
-    if config.latency_file is not None and (timed := {*TIMES}.intersection(config.budget or ())):
-        return Latency.load(config.latency_file).gauge(timed.pop(), arch)
     if "cache_bytes_per_token" in (config.budget or {}):
 
         def cached(widths: Widths) -> int:

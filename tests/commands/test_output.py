@@ -48,7 +48,6 @@ def commands(folder):
         "export": ["export", str(folder / "pruned"), str(folder / "padded"), "--pad-uniform", *cpu],
         "calibrate": ["calibrate", model, str(folder / "stats"), *short, *cpu],
         "benchmark": ["benchmark", model, str(folder / "pruned"), "--prompt", "8", "--repeats", "1", *cpu],
-        "latency": ["latency", model, str(folder / "times.json"), "--prompt", "8", "--repeats", "1", *cpu],
         "evaluate": ["evaluate", str(folder / "pruned"), "--against", model, *short, *cpu],
         "report": ["report", str(folder / "pruned"), model, *short, *cpu],
         "recover": ["recover", str(folder / "pruned"), str(folder / "trained"), *text, *training, *cpu],
