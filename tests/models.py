@@ -401,6 +401,26 @@ OTHERS |= {
 }
 OTHERS["llava"][2]["vision_config"] = {"model_type": "clip_vision_model", **PATCHES}
 
+# One model for each structure, for tests in which the family is not what is tested.
+STRUCTURES = [
+    "llama-tied",  # grouped KV heads, a gated MLP, a tied head
+    "llama-bias",  # biases in every projection
+    "gpt2-tied",  # transposed weights, packed QKV, a tied head
+    "phi3",  # packed QKV and gate
+    "codegen",  # QKV packed in parts of its own, attention and MLP in parallel
+    "gpt_neox",  # QKV interleaved by head
+    "falcon",  # QKV interleaved by group
+    "cohere-qk-norm",  # norms with weights of their own for each head
+    "gemma2",  # sliding windows, norms behind the blocks
+    "gpt_oss",  # stacked experts, transposed and interleaved, with biases
+    "ernie4_5_moe",  # several shared experts in one module
+    "deepseek_v2",  # latent attention, a dense layer before the experts
+    "qwen3_next",  # a gated query, linear attention, a dense layer, a shared expert
+    "nemotron_h",  # layers that are attention, experts, a mixer or an MLP
+]
+# The same for what is no causal language model alone, or is called with more than hidden states.
+OTHER_STRUCTURES = ["modernbert", "bart", "t5-gated", "vit", "qwen2_5_vl", "gemma4_text-experts"]
+
 
 def build(case: str, seed: int = 0) -> PreTrainedModel:
     """A random model in fp32, with biases and norms away from their trivial initial values."""
