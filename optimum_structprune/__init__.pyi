@@ -30,7 +30,6 @@ from .saving.export import export_uniform as export_uniform
 from .saving.gguf_file import export_gguf as export_gguf
 from .saving.page.page import write_report as write_report
 from .saving.push import push_to_hub as push_to_hub
-from .surgery.apply import apply_plan as apply_plan
 from .surgery.plan import Plan as Plan
 from .system.processes import across_processes as across_processes
 from .trainer import StructPruneCallback as StructPruneCallback

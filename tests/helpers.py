@@ -28,7 +28,7 @@ from optimum_structprune.pruning.run import Run
 from optimum_structprune.pruning.steps import steps
 from optimum_structprune.saving.details import Details
 from optimum_structprune.surgery.consumers import read_consumer, units_to_columns, write_consumer_
-from optimum_structprune.surgery.cut import adopt_config_, shrink_layer_
+from optimum_structprune.surgery.cut import adopt_config_, shrink_, shrink_layer_
 from optimum_structprune.surgery.plan import Plan
 
 
@@ -124,6 +124,13 @@ def shrunk(model, arch, plan):
     for layer in range(arch.num_layers):
         shrink_layer_(small, arch, layer, plan, smaller)
     adopt_config_(small, new_config, smaller)
+    return small
+
+
+def without_refit(model, plan):
+    """A copy of a model with the units of its layers that a plan keeps, as they are."""
+    small = deepcopy(model)
+    shrink_(small, describe(small), plan, plan.widths())
     return small
 
 

@@ -12,11 +12,12 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
+from helpers import without_refit
 from models import GROUPED, real_text_model
 from trained import STORIES, needs_shared, smollm2_file, stories_config, stories_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_structprune import Plan, StructPruner, apply_plan, export_gguf
+from optimum_structprune import Plan, StructPruner, export_gguf
 
 
 pytestmark = [
@@ -137,7 +138,7 @@ def smollm2():
         size = layer.mlp.down_proj.weight.abs().sum(0)
         keep[number, "mlp"] = tuple(size.topk(1536 - 128 * (number % 4)).indices.sort().values.tolist())
         keep[number, "attention"] = (0, 1, 2) if number % 2 == 0 else (0, 2)
-    return SimpleNamespace(model=apply_plan(model, Plan("llama", keep)).eval(), tokenizer=tokenizer)
+    return SimpleNamespace(model=without_refit(model, Plan("llama", keep)).eval(), tokenizer=tokenizer)
 
 
 def test_a_real_model_with_a_width_for_each_layer(smollm2, tmp_path):

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from copy import deepcopy
 
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from optimum_structprune import Plan, apply_plan, measure_speed
+from optimum_structprune import Plan, measure_speed
 from optimum_structprune.arch.load import describe
+from optimum_structprune.surgery.cut import shrink_
 
 
 def narrowed(model, width: int):
     """The model with the first channels of every FFN."""
-    arch = describe(model)
-    return apply_plan(
-        model, Plan(arch.model_type, {(space.layer, "mlp"): tuple(range(width)) for space in arch.of("mlp")})
-    )
+    small, arch = deepcopy(model), describe(model)
+    keep = {(space.layer, "mlp"): tuple(range(width)) for space in arch.of("mlp")}
+    shrink_(small, arch, Plan(arch.model_type, keep), {"mlp": width})
+    return small
 
 
 def run(args: Namespace) -> None:

@@ -30,7 +30,6 @@ COMMANDS = (
     "benchmark",
     "inspect",
     "export",
-    "apply",
 )
 # With this variable set to 1 in the environment, every error shows its traceback.
 DEBUG = "STRUCTPRUNE_DEBUG"

@@ -74,24 +74,6 @@ def save_pruned(
     save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, used)
 
 
-def save_applied(
-    model: PreTrainedModel,
-    save_directory: str | Path,
-    plan: Plan,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    overwrite: bool = False,
-    used: Iterable[str | Path | None] = (),
-    arch_file: str | None = None,
-) -> None:
-    """Save what `apply_plan` returned, with the plan and the tokenizer; see `save_checked`."""
-
-    def write(folder: Path) -> None:
-        plan.save(folder / PLAN_NAME)
-        leave_card(folder, save_directory, model.config, model.name_or_path, arch_file)
-
-    save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, [model.name_or_path, *used])
-
-
 def check_pruned(plan: Plan, arch: ArchSpec) -> None:
     """Refuse a model that a plan cannot have left.
 

@@ -6,13 +6,12 @@ import shutil
 import pytest
 import torch
 from helpers import save_with_tokenizer
-from models import build, config, tokenizer
+from models import build
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import Plan, StructPruneError, StructPruner
-from optimum_structprune.commands import apply, loading
-from optimum_structprune.commands.cli import CommandParser, execute
+from optimum_structprune import StructPruneError
+from optimum_structprune.commands import loading
 from optimum_structprune.commands.loading import load_config, load_device, load_model_and_tokenizer, weights_bytes
 
 
@@ -139,53 +138,3 @@ def test_the_size_of_weights_is_that_of_the_files_or_of_the_config(dense, copy):
     (copy / "model.safetensors").unlink()
     counted = weights_bytes(str(copy), loading.load_config(str(copy)))
     assert 0.9 * size < counted <= size and weights_bytes("no/where") == 0
-
-
-def call(*arguments):
-    parser = CommandParser()
-    apply.add_arguments(parser)
-    parser.set_defaults(run=apply.run)
-    return execute(parser.parse_args(list(map(str, arguments))))
-
-
-def test_a_plan_is_applied_on_the_command_line(dense, tmp_path, capsys):
-    pruner = StructPruner(config(refit="none"))
-    pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(dense), tokenizer())
-    pruner.save(pruned, tmp_path / "pruned")
-    for plan in (tmp_path / "pruned", tmp_path / "pruned" / "pruning_plan.json"):
-        assert call(dense, plan, tmp_path / "out", "--overwrite", "--device", "cpu") == 0
-    assert "nothing was refitted" in capsys.readouterr().out
-    out = tmp_path / "out"
-    assert Plan.load(out / "pruning_plan.json") == pruner.plan and (out / "tokenizer.json").is_file()
-    mine, theirs = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "pruned"))
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
-def test_a_plan_that_cannot_be_applied_is_refused_before_a_model_is_loaded(dense, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loading, "load_model_and_tokenizer", lambda *args: 1 / 0)
-    plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps({"model_type": "llama", "keep": {"mlp": {"0": [0, 1]}}}))
-    (tmp_path / "file").write_text("")
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "thesis.txt").write_text("mine")
-    for arguments, message in [
-        ((dense, tmp_path / "none.json", tmp_path / "out"), "cannot be read"),
-        ((dense, dense / "config.json", tmp_path / "out"), "is not a pruning plan"),
-        ((dense, plan, tmp_path / "file" / "out"), "is a file"),
-        ((dense, plan, dense, "--overwrite"), "which this run reads"),
-        ((dense, plan, tmp_path, "--overwrite"), "which this run reads"),
-        ((dense, plan, tmp_path / "notes", "--overwrite"), "no result of structprune"),
-    ]:
-        assert call(*arguments) == 2
-        assert message in capsys.readouterr().err
-    for keep in (
-        {"mlp": {"0": "abc"}},
-        {"mlp": {"0": [0.5]}},
-        {"mlp": {"0": [True]}},
-        {"mlp": [1]},
-        [],
-        {"mlp": {"x": []}},
-    ):
-        plan.write_text(json.dumps({"model_type": "llama", "keep": keep}))
-        assert call(dense, plan, tmp_path / "out") == 2
-        assert "is not a pruning plan" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from optimum_structprune import Plan, StructPruneError
+from optimum_structprune import StructPruneError
 from optimum_structprune.commands import output
 from optimum_structprune.commands.cli import COMMANDS, execute, main
 from optimum_structprune.commands.output import Result
@@ -29,8 +29,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("output")
     save_with_tokenizer(build("llama-tied"), folder / "model")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(200)))
-    units = {(0, "mlp"): tuple(range(24))}
-    Plan("llama", units).save(folder / "plan.json")
     return folder
 
 
@@ -41,7 +39,6 @@ def commands(folder):
     return {
         "inspect": ["inspect", model],
         "plan": ["plan", model, "--width", "mlp=24"],
-        "apply": ["apply", model, str(folder / "plan.json"), str(folder / "applied"), *cpu],
         "prune": ["prune", model, str(folder / "pruned"), "--width", "mlp=24", "--skip-layer", "0", *short, *cpu],
         "sweep": ["sweep", model, str(folder / "sizes"), "--sparsity", "0.2", "--round-to", "1", *short, *cpu],
         "compare": ["compare", model, str(folder / "pruned"), *cpu],
@@ -56,7 +53,7 @@ def commands(folder):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder, capsys):
-    lines, again = commands(folder), {"prune", "apply", "export", "calibrate", "recover"}
+    lines, again = commands(folder), {"prune", "export", "calibrate", "recover"}
     assert lines.keys() == set(COMMANDS)
     for name, line in lines.items():
         assert main(line) == 0, name
@@ -67,7 +64,7 @@ def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder,
         values = json.loads(shown.out)
         assert isinstance(values, dict) and len(values) > 1 and "%|" not in shown.err, name
         if name in again:
-            assert values["output"] == line[3 if name == "apply" else 2]
+            assert values["output"] == line[2]
         if name == "inspect":
             assert values["spaces"]["attention"] == {"units": [4], "parameters": 6144, "legal": [1, 2, 4]}
 
@@ -164,8 +161,7 @@ def warnings_of_transformers():
 @pytest.mark.usefixtures("warnings_of_transformers")
 def test_widths_of_single_layers_are_not_warned_of(folder, tmp_path, monkeypatch):
     uneven = str(tmp_path / "uneven")
-    Plan("llama", {(1, "attention"): (0,)}).save(tmp_path / "plan.json")
-    assert main([*commands(folder)["apply"][:2], str(tmp_path / "plan.json"), uneven, "--device", "cpu"]) == 0
+    assert main([*commands(folder)["prune"][:2], uneven, *commands(folder)["prune"][3:]]) == 0
     seen, source = [], output.logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     monkeypatch.setattr(source, "handle", lambda record: seen.append(record) if source.filter(record) else None)
     level = source.level
@@ -275,7 +271,7 @@ def test_the_debug_switch_shows_the_traceback(capsys, monkeypatch):
 
 def test_the_result_reloads(folder):
     # Another process may run the other tests, so what they have written is not here.
-    line = [*commands(folder)["apply"], "--quiet"]
-    line[3] = str(folder / "reloaded")
+    line = [*commands(folder)["prune"], "--quiet"]
+    line[2] = str(folder / "reloaded")
     assert main(line) == 0
     assert AutoModelForCausalLM.from_pretrained(folder / "reloaded").config.model_type == "llama"

@@ -6,11 +6,11 @@ from statistics import median
 
 import pytest
 import torch
-from helpers import modes, save_with_tokenizer
+from helpers import modes, save_with_tokenizer, without_refit
 from models import GROUPED, build, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_structprune import Plan, Speed, StructPruneError, apply_plan, measure_speed
+from optimum_structprune import Plan, Speed, StructPruneError, measure_speed
 from optimum_structprune.evaluation.ideal import CachedLayer, why_not_ideal, work_of
 from optimum_structprune.evaluation.speed import Spread
 from optimum_structprune.forward.generation import read_prompt, write_tokens
@@ -21,7 +21,9 @@ SHORT = {"prompts": (8,), "new_tokens": 3, "repeats": 2}
 
 def half(model):
     """The model with half of its FFN."""
-    return apply_plan(model, Plan(model.config.model_type, {(layer, "mlp"): tuple(range(20)) for layer in range(2)}))
+    return without_refit(
+        model, Plan(model.config.model_type, {(layer, "mlp"): tuple(range(20)) for layer in range(2)})
+    )
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ from huggingface_hub import ModelCard
 from models import build, config, documents, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_structprune import DomainConfig, StructPruneError, StructPruner, apply_plan, export_uniform
-from optimum_structprune.saving.hub import save_applied
+from optimum_structprune import DomainConfig, StructPruneError, StructPruner, export_uniform
 from optimum_structprune.saving.page.card import model_card
 from optimum_structprune.saving.target import is_signed
 
@@ -38,11 +37,11 @@ def desk(tmp_path_factory):
         pruner = StructPruner(config(domains=domains, **fields))
         pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(folder / "dense"), tokenizer())
         pruner.save(pruned, folder / name, tokenizer())
-    return folder, pruner
+    return folder
 
 
 def test_it_says_what_the_records_say(desk):
-    folder, _ = desk
+    folder = desk
     card, report = ModelCard.load(folder / "slim" / "README.md"), json.loads((folder / "slim/report.json").read_text())
     assert card.data.library_name == "transformers" and "structured-pruning" in card.data.tags
     assert (card.data.license, card.data.license_name, card.data.base_model) == ("other", "artistic", None)
@@ -64,7 +63,7 @@ def test_it_says_what_the_records_say(desk):
 
 
 def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, tmp_path, monkeypatch):
-    folder, _ = desk
+    folder = desk
     out = tmp_path / "out"
     out.mkdir()
     settings = AutoConfig.from_pretrained(folder / "slim")
@@ -102,36 +101,30 @@ def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, t
 
 
 def test_the_snippets_run_without_this_package(desk):
-    folder, _ = desk
     code = "import sys\nsys.modules['optimum_structprune'] = None\n"
     for name in ("slim", "uneven"):
-        code += re.search(r"```python\n(.*?)```", (folder / name / "README.md").read_text(), re.S)[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+        code += re.search(r"```python\n(.*?)```", (desk / name / "README.md").read_text(), re.S)[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=desk, capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
 
 
 def test_a_non_uniform_result_says_what_it_needs(desk):
-    folder, _ = desk
+    folder = desk
     slim, uneven = ((folder / name / "README.md").read_text() for name in ("slim", "uneven"))
     assert "trust_remote_code=True" in uneven and "structprune export" in uneven and "does not load" in uneven
     assert "trust_remote_code" not in slim.partition("## Size")[0] and "optimum-structprune is not needed" in slim
     assert "`convert_hf_to_gguf.py` works" in slim
 
 
-def test_every_result_has_one(desk, tmp_path):
-    folder, pruner = desk
-    dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
-    save_applied(apply_plan(dense, pruner.plan), tmp_path / "applied", pruner.plan)
-    export_uniform(AutoModelForCausalLM.from_pretrained(folder / "uneven"), tmp_path / "padded")
-    for name in ("applied", "padded"):
-        assert is_signed(tmp_path / name / "README.md")
-        assert ModelCard.load(tmp_path / name / "README.md").data.license_name == "artistic"
+def test_a_padded_model_has_one(desk, tmp_path):
+    export_uniform(AutoModelForCausalLM.from_pretrained(desk / "uneven"), tmp_path / "padded")
+    assert is_signed(tmp_path / "padded" / "README.md")
+    assert ModelCard.load(tmp_path / "padded" / "README.md").data.license_name == "artistic"
     assert "trust_remote_code=True" not in (tmp_path / "padded" / "README.md").read_text().partition("## Size")[0]
 
 
 @pytest.mark.parametrize("change", [lambda text: "my own", lambda text: text.replace("## Limits", "## My limits")])
-def test_words_of_the_user_are_never_overwritten(desk, tmp_path, change):
-    folder, _ = desk
+def test_words_of_the_user_are_never_overwritten(tmp_path, change):
     pruner = StructPruner(config())
     pruned = pruner.prune_model(build("llama-tied"), tokenizer())
     pruner.save(pruned, tmp_path / "out")

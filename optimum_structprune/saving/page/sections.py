@@ -15,7 +15,6 @@ import yaml
 from ...arch.spec import LAYER, MODEL
 from ...config.domains import IN_MEMORY
 from ...config.pruning import CONFIG_NAME
-from ...surgery.plan import PLAN_NAME
 from ..details import Choice
 from ..report import geometric_mean
 from ..target import readable_size
@@ -497,7 +496,6 @@ def repeat(records: Records) -> Section:
     given = [entry["name"] for entry in (records.manifest or {}).get("domains", []) if not entry.get("origin")]
     lines = [
         join(["structprune", "prune", dense, f"{out}-again", "--config", f"{out}/{CONFIG_NAME}", *_dtype(records)]),
-        join(["structprune", "apply", dense, f"{out}/{PLAN_NAME}", f"{out}-unfitted"]),
         join(["structprune", "evaluate", out, "--against", dense, "--domain", "NAME=SOURCE"]),
         join(["structprune", "report", out, dense]),
     ]
