@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -108,12 +107,6 @@ class DryRun:
     reload: tuple[str, ...]
     notes: tuple[str, ...] = ()
     cost: Cost | None = None
-
-    @property
-    def block_parameters(self) -> Change:
-        """The former name of `layer_parameters`."""
-        warnings.warn("DryRun.block_parameters is called layer_parameters now.", FutureWarning, stacklevel=2)
-        return self.layer_parameters
 
     @property
     def widths(self) -> dict[str, int | Mapping[int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from functools import lru_cache
@@ -19,8 +18,6 @@ from ..registry import did_you_mean
 
 
 BUILTIN = Path(__file__).with_name("families.yaml")
-# Keys that had another name in version 0.1.
-RENAMED = {"blocks": "layer_path", "block_class": "layer_class"}
 UNITS = ("unit", "pair", "heads", "kv", "q", "q_gate")
 # Reasons why layers may not differ that no entry has to repeat.
 TEXT_ONLY = "only a text model by itself is built layer by layer"
@@ -200,7 +197,6 @@ def _names(value: Any) -> tuple[Any, ...]:
 
 def _family(entry: Mapping[str, Any], file: str) -> Family:
     where = f"{file}: {', '.join(map(str, _names(entry.get('model_types', ['?']))))}"
-    entry = _present_names(entry, where)
     if "text" in entry:
         _only(entry, ("model_types", "text"), (), where)
         return Family(model_types=_names(entry["model_types"]), text=entry["text"])
@@ -221,14 +217,6 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
         layer_class=entry.get("layer_class", {}),
         uniform=entry.get("uniform", ""),
     )
-
-
-def _present_names(entry: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """An entry with the keys that had another name in version 0.1 renamed."""
-    for old, new in RENAMED.items():
-        if old in entry and new not in entry:
-            warnings.warn(f"{where}: the key {old!r} is called {new!r} now.", FutureWarning, stacklevel=2)
-    return {RENAMED.get(key, key): value for key, value in entry.items()}
 
 
 def _depth(entry: Mapping[str, Any], where: str) -> Template:

@@ -77,13 +77,12 @@ def add_config_arguments(parser: ArgumentParser, config_class: type, without: Co
     parser.add_argument("--config", metavar="FILE", help=f"A YAML file with fields of {name}; flags override it.")
     group = parser.add_argument_group(f"settings ({name})")
     types, sentences = get_type_hints(config_class), first_sentences(config_class)
-    former = {new: old for old, new in getattr(config_class, "RENAMED", {}).items()}
     for field in fields(config_class):
         if field.name in without:
             continue
         how = _how(field.name, types[field.name])
         text = " ".join(filter(None, (sentences.get(field.name), how.pop("help", ""), _default(field))))
-        names = [_flag(field.name), ALIASES.get(field.name), former.get(field.name) and _flag(former[field.name])]
+        names = [_flag(field.name), ALIASES.get(field.name)]
         # argparse fills in %(…)s, so a per cent sign of the text is doubled.
         group.add_argument(*filter(None, names), dest=field.name, help=text.replace("%", "%%"), default=None, **how)
 

@@ -46,7 +46,6 @@ def add_measuring_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seq-length", type=int, default=512, metavar="N", help="Tokens per sample (512).")
     parser.add_argument(
         "--num-samples",
-        "--num-blocks",
         type=int,
         metavar="N",
         help="Samples per domain at most; by default each domain is read to its end.",

@@ -2,14 +2,13 @@
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import wraps
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
@@ -19,8 +18,6 @@ from ..plain_json import unversioned
 from ..registry import did_you_mean
 
 
-# Why a field is gone; see `Serialisable.REMOVED`.
-NO_GAIN = "it brought nothing in our benchmark (docs/benchmarks.md)"
 T = TypeVar("T", bound=type)
 Self = TypeVar("Self", bound="Serialisable")
 # `strict` would refuse 1 where 1.0 is meant; to a type checker an int is a float already.
@@ -75,16 +72,7 @@ def finite_inside(value: Any) -> None:
 
 
 class Serialisable:
-    """`to_dict` and `from_dict` with strict keys.
-
-    Attributes:
-        RENAMED: Fields of earlier versions that have another name now; the old name still works, with a warning.
-        REMOVED: Fields of earlier versions that are gone: the value that they had where nobody set them, which is
-            passed over, and why they are gone.
-    """
-
-    RENAMED: ClassVar[Mapping[str, str]] = {}
-    REMOVED: ClassVar[Mapping[str, tuple[Any, str]]] = {}
+    """`to_dict` and `from_dict` with strict keys."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
@@ -104,32 +92,12 @@ def mapping_of(data: Any, owner: str) -> Mapping[str, Any]:
     return data
 
 
-def present_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values under the names that the fields have now, without removed fields that were at their default."""
-    renamed, removed = getattr(cls, "RENAMED", {}), getattr(cls, "REMOVED", {})
-    present = {}
-    for name, value in values.items():
-        if name in removed:
-            default, reason = removed[name]
-            if value != default:
-                raise StructPruneError(f"{cls.__name__}: {name}={value!r} is gone: {reason}.")
-        elif name in renamed:
-            warnings.warn(f"{cls.__name__}: {name} is called {renamed[name]} now.", FutureWarning, stacklevel=3)
-            present[renamed[name]] = value
-        else:
-            present[name] = value
-    return present
-
-
 def config_class(cls: T) -> T:
-    """A class decorator for configs: the constructor takes old names as `from_dict` does, and every mistake is a
-    `StructPruneError`.
-    """
+    """A class decorator for configs, by which every mistake in the constructor is a `StructPruneError`."""
     init: Any = cls.__init__  # type: ignore[misc]
 
     @wraps(init)
     def checked(self: Any, *args: Any, **values: Any) -> None:
-        values = present_names(cls, values)
         _check_names(cls, values)
         try:
             init(self, *args, **values)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub.dataclasses import strict, validated_field
@@ -15,7 +15,6 @@ from ..plain_json import to_json, versioned
 from ..registry import did_you_mean
 from .domains import BROAD, BUILTIN, DomainConfig, SelfTextConfig, check_names, is_broad, with_domains
 from .fields import (
-    NO_GAIN,
     Number,
     Serialisable,
     above_one,
@@ -132,16 +131,6 @@ class StructPruneConfig(Serialisable):
         StructPruneError: If a field is unknown, or a value has another type, lies outside of its range, or contradicts
             another one. The message names the field and the value.
     """
-
-    RENAMED: ClassVar[Mapping[str, str]] = {"correction": "error_feedback"}
-    REMOVED: ClassVar[Mapping[str, tuple[Any, str]]] = {
-        "guard": (False, NO_GAIN),
-        "pool_factor": (4, NO_GAIN),
-        "quantile": (0.75, NO_GAIN),
-        "reconstruct_epochs": (4, "the refit 'reconstruct' brought nothing; use recovery instead"),
-        "reconstruct_rate": (1e-4, "the refit 'reconstruct' brought nothing; use recovery instead"),
-        "select": ("random", NO_GAIN),
-    }
 
     method: str = "iterative"
     sparsity: Number | None = validated_field(share, default=None)

@@ -3,12 +3,12 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
 from .domains import DomainConfig, check_names, is_broad, with_domains
-from .fields import NO_GAIN, Number, Serialisable, below_one, config_class, finite_inside, positive
+from .fields import Number, Serialisable, below_one, config_class, finite_inside, positive
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -68,11 +68,6 @@ class RecoveryConfig(Serialisable):
         StructPruneError: If a field is unknown, or a value has another type, lies outside of its range, or contradicts
             another one. The message names the field and the value.
     """
-
-    REMOVED: ClassVar[Mapping[str, tuple[Any, str]]] = {
-        "direction": ("forward", NO_GAIN),
-        "hidden_weight": (0.0, NO_GAIN),
-    }
 
     tokens: int = validated_field(positive, default=200_000)
     seq_length: int | None = validated_field(positive, default=None)

@@ -28,10 +28,6 @@ MANIFEST_NAME = "calibration_manifest.json"
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers")
 # What tells one data set from another; a different split of the same data holds other documents.
 WHERE = ("source", "dataset_config", "split", "revision")
-# Names that the fields of an entry had in earlier versions.
-FORMER_KEYS = {"blocks_sha256": "samples_sha256"}
-# Keys of earlier versions that say nothing any more.
-REMOVED_KEYS = {"select"}
 
 
 @dataclass(frozen=True)
@@ -84,11 +80,6 @@ class Entry:
             probe_sha256="" if domain.probe is None else tensor_hash(domain.probe),
             probe_documents=list(domain.probe_documents),
         )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Entry:
-        """An entry from its fields; those of earlier versions may have their old names."""
-        return cls(**{FORMER_KEYS.get(key, key): value for key, value in data.items()})
 
     def check_types(self) -> None:
         """Refuse values that another program has written."""
@@ -160,8 +151,7 @@ class Manifest:
         path = path / MANIFEST_NAME if path.is_dir() else path
         data = unversioned(read_mapping(path, json.loads))
         try:
-            fields = {name: value for name, value in data.items() if name not in REMOVED_KEYS}
-            manifest = cls(**{**fields, "domains": [Entry.from_dict(entry) for entry in data["domains"]]})
+            manifest = cls(**{**data, "domains": [Entry(**entry) for entry in data["domains"]]})
             for entry in manifest.domains:
                 entry.check_types()
             return manifest

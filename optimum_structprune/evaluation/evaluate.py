@@ -144,7 +144,6 @@ def evaluate(
     limit: int | None = None,
     items: str | Path | None = None,
     manifest: Manifest | None = None,
-    num_blocks: int | None = None,
 ) -> Evaluation:
     """Measure a causal language model, by itself and against the dense one.
 
@@ -164,15 +163,11 @@ def evaluate(
         manifest: The manifest of what the model was calibrated on, to tell domains of these kinds from others, and to
             warn of those that share text with it; by default the one in the folder that the model was loaded from, if
             there is one.
-        num_blocks: The former name of `num_samples`; it gives a FutureWarning.
 
     Raises:
         StructPruneError: If there is nothing to measure, a domain or a task cannot be read, or the models do not fit
             each other, the tokenizer or the samples.
     """
-    if num_blocks is not None:
-        warnings.warn("evaluate: num_blocks is called num_samples now.", FutureWarning, stacklevel=2)
-        num_samples = num_blocks
     named = resolve(as_domain(domain, "evaluate") for domain in domains)
     models = {"model": model} if dense is None else {"model": model, "dense": dense}
     _check(models, named, tasks, seq_length)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -133,12 +132,6 @@ class Report:
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
         self.details.memory[stage] = peak_memory()
-
-    @property
-    def block_parameters(self) -> dict[str, int]:
-        """The former name of `layer_parameters`."""
-        warnings.warn("Report.block_parameters is called layer_parameters now.", FutureWarning, stacklevel=2)
-        return self.layer_parameters
 
     @property
     def sparsity(self) -> float:

@@ -119,16 +119,6 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, twice):
         read_families(path)
 
 
-def test_the_keys_of_version_0_1_are_still_read(tmp_path):
-    old = {"blocks" if key == "layer_path" else key: value for key, value in LLAMA.items()}
-    with pytest.warns(FutureWarning, match="mine.yaml: mine: the key 'blocks' is called 'layer_path' now"):
-        before = read_families(write(tmp_path, old))
-    assert before == read_families(write(tmp_path, LLAMA))
-    with pytest.warns(FutureWarning, match="the key 'block_class' is called 'layer_class' now"):
-        family = read_families(write(tmp_path, {**LLAMA, "block_class": {"mine": "MyLayer"}}))[0]
-    assert family.layer_class == {"mine": "MyLayer"}
-
-
 def test_a_description_that_does_not_fit_names_the_tensor_and_both_numbers(tmp_path):
     model = build("llama-tied")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

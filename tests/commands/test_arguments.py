@@ -110,7 +110,6 @@ def test_help_comes_from_the_field():
         (["--skip-layer", "0"], {"skip_layers": [0]}),
         (["--budget", "parameters=110e6"], {"budget": {"parameters": 110e6}}),
         (["--arch", "mine.yaml"], {"arch_file": "mine.yaml"}),
-        (["--correction", "0.2"], {"error_feedback": 0.2}),
         (["--recover"], {"recovery": {}}),
         (["--recovery-tokens", "9"], {"recovery": {"tokens": 9}}),
         (
@@ -120,17 +119,9 @@ def test_help_comes_from_the_field():
         (["--domain", "a=x@y.txt@0.5"], {"domains": [{"name": "a", "source": "x@y.txt", "weight": 0.5}]}),
     ],
 )
-def test_short_and_former_spellings(spelling, field, monkeypatch):
+def test_short_spellings(spelling, field, monkeypatch):
     monkeypatch.setattr(StructPruneConfig, "from_dict", dict)
     assert pruning_config(parsed(prune, "m", "o", *spelling)) == field
-
-
-def test_former_names_are_not_named_here():
-    """What the config calls its former names is enough for a flag to have them."""
-    shown = {old for old in StructPruneConfig.RENAMED}
-    parser = ArgumentParser()
-    prune.add_arguments(parser)
-    assert all(f"--{old}" in parser.format_help() for old in shown)
 
 
 def test_a_number_or_a_word():

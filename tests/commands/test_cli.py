@@ -267,7 +267,7 @@ def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkey
     pruning = ["--width", "mlp=24", "--skip-layer", "0", "--num-samples", "6"]
     assert main(["prune", str(tmp_path / "model"), small, *arch, *text, *pruning]) == 0
     for arguments in (
-        ["evaluate", small, "--against", str(tmp_path / "model"), *text, "--num-blocks", "2"],
+        ["evaluate", small, "--against", str(tmp_path / "model"), *text, "--num-samples", "2"],
         ["recover", small, str(tmp_path / "recovered"), *text, "--tokens", "48"],
     ):
         # As in a process that has not read the file.

@@ -333,15 +333,6 @@ def test_a_manifest_is_saved_with_the_model_and_read_back(saved):
     assert manifest.domains[1].origin["source"] == "memory:list"
 
 
-def test_a_manifest_of_an_earlier_version_is_read(saved, tmp_path):
-    _, pruner, _ = saved
-    pruner.manifest.save(tmp_path / "new.json")
-    text = (tmp_path / "new.json").read_text()
-    assert text.count('"samples_sha256"') == 2
-    (tmp_path / "old.json").write_text(text.replace('"samples_sha256"', '"blocks_sha256"'))
-    assert Manifest.load(tmp_path / "old.json") == pruner.manifest
-
-
 def test_the_same_run_has_the_same_manifest_and_another_seed_another(saved):
     _, pruner, _ = saved
 

@@ -129,9 +129,6 @@ def test_evaluate(pair, folder):
     assert alone.perplexity == {"a": {"model": pytest.approx(expected.perplexity, rel=1e-9)}}
     assert alone.divergence == {} and "KL" not in str(alone) and "KL" in str(found)
     assert str(alone).endswith("samples of 24 tokens, each begun with '<s>'")
-    with pytest.warns(FutureWarning, match="num_blocks is called num_samples now"):
-        former = evaluate(pair[0], tokenizer(), [domain], seq_length=24, num_blocks=4)
-    assert former.perplexity == alone.perplexity
 
 
 def test_text_that_was_calibrated_on_is_called_out(tmp_path, folder):

@@ -362,8 +362,6 @@ def test_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
         ({"tokens": 0}, "greater than 0"),
         ({"domains": []}, "at least one domain"),
         ({"every_round": True, "merge": False}, "needs merge=True"),
-        ({"direction": "reverse"}, "direction"),
-        ({"hidden_weight": 0.5}, "hidden_weight"),
         ({"teacher_logits": "there"}, "needs top_k, such as 64"),
         ({"teacher_logits": "there", "top_k": 4, "kl_weight": 0}, "of no use with kl_weight=0"),
         ({"token": 5}, "Did you mean 'tokens'"),

@@ -1,7 +1,6 @@
-"""The files of a result keep to their schemas, and those of earlier versions still load."""
+"""The files of a result keep to their schemas, and those of later versions are refused."""
 
 import json
-import warnings
 from dataclasses import fields
 from importlib.resources import files
 
@@ -94,58 +93,7 @@ def test_schemas_name_what_the_classes_have():
         assert all(one.get("description") for one in schema["properties"].values()), cls.__name__
 
 
-# As version 0.1 wrote them, before there was a format_version: names that have changed, and fields that are gone.
-OLD = {
-    "structprune_config": {
-        "method": "iterative",
-        "widths": {"mlp": 24},
-        "criterion": "wanda",
-        "correction": 0.25,
-        "guard": False,
-        "pool_factor": 4,
-        "domains": [{"name": "a", "source": "builtin:code", "weight": 1.0}],
-    },
-    "calibration_manifest": {
-        "seed": 0,
-        "seq_length": 24,
-        "tokenizer": "",
-        "select": "random",
-        "versions": {"python": "3.11"},
-        "domains": [
-            {
-                "name": "a",
-                "origin": {"source": "builtin:code"},
-                "weight": 1.0,
-                "calibration_tokens": 96,
-                "evidence_tokens": 96,
-                "heldout_tokens": 48,
-                "blocks_sha256": "00",
-                "heldout_sha256": "11",
-                "documents": ["22"],
-                "heldout_documents": ["33"],
-            }
-        ],
-    },
-    "pruning_plan": {"model_type": "llama", "keep": {"mlp": {"0": [0, 2, 5], "1": [1, 2, 3]}}},
-}
-
-
-@pytest.mark.parametrize("name", OLD)
-def test_files_of_an_earlier_version_load(name, tmp_path):
-    path = tmp_path / f"{name}.json"
-    path.write_text(json.dumps(OLD[name]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of the names that have changed
-        found = LOADERS[name](tmp_path)
-    if name == "structprune_config":
-        assert (found.widths, found.error_feedback, found.domains[0].name) == ({"mlp": 24}, 0.25, "a")
-    elif name == "calibration_manifest":
-        assert found.domains[0].samples_sha256 == "00" and not found.domains[0].probe_documents
-    else:
-        assert found.widths() == {"mlp": {0: 3, 1: 3}}
-
-
-@pytest.mark.parametrize("name", OLD)
+@pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.parametrize("version", [2, "1", 0, None])
 def test_files_of_a_later_version_are_refused(name, version, saved, tmp_path):
     document = json.loads((saved[1] / f"{name}.json").read_text())
