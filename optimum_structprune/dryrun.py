@@ -22,7 +22,7 @@ from .costs.workload import workload
 from .plain_json import to_json
 from .pruner import AutoStructPruner
 from .pruning.checks import DRY_RUN, check
-from .saving.report import table
+from .record.text import table
 from .widths.budget import biased_spaces, cached_values, widths_of
 
 

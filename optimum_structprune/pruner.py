@@ -30,10 +30,9 @@ from .pruning.gates import with_gates
 from .pruning.removers import take_
 from .pruning.run import Run
 from .pruning.steps import Step, steps
+from .record.report import Report
 from .registry import Registry
 from .saving.hub import save_pruned
-from .saving.push import push_to_hub
-from .saving.report import Report
 from .surgery.plan import Plan
 from .system.offloading import is_offloaded
 
@@ -188,6 +187,8 @@ class StructPruner:
         Raises:
             StructPruneError: If nothing was saved there, or the Hub refuses it.
         """
+        from .saving.push import push_to_hub
+
         return push_to_hub(save_directory, repo_id, private, token)
 
     def to_dict(self) -> dict[str, Any]:

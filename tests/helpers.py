@@ -26,7 +26,7 @@ from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.pruning.removers import take_
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.pruning.steps import steps
-from optimum_structprune.saving.details import Details
+from optimum_structprune.record.details import Details
 from optimum_structprune.surgery.consumers import read_consumer, units_to_columns, write_consumer_
 from optimum_structprune.surgery.cut import adopt_config_, shrink_, shrink_layer_
 from optimum_structprune.surgery.plan import Plan

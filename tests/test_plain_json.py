@@ -11,9 +11,9 @@ from models import build, config
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.evaluation.evaluate import Evaluation
 from optimum_structprune.plain_json import plain, to_json
+from optimum_structprune.record.report import Report
 from optimum_structprune.recovery.identity import Identity
 from optimum_structprune.recovery.outcome import RecoveryOutcome
-from optimum_structprune.saving.report import Report
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.frozensets(st.text())

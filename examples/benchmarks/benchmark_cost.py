@@ -29,7 +29,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import Domain, load_domains
 from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.pruning.evidence import Evidence
-from optimum_structprune.saving.report import Report
+from optimum_structprune.record.report import Report
 
 
 # The time that passes, or that the processor spends in all threads.

@@ -24,7 +24,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import exp, log
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, geometric_mean, stdev
 from typing import Any
 
 from benchmark_quality import (
@@ -48,7 +48,6 @@ from optimum_structprune.domains.builtin import kinds
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.evaluation.tasks import Tasks
-from optimum_structprune.saving.report import geometric_mean
 
 
 SELF = ("self:prose", "self:code", "self:math", "self:dialogue", "self:reasoning")

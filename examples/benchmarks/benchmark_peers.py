@@ -20,6 +20,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import geometric_mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -29,7 +30,6 @@ from transformers import AutoConfig, AutoTokenizer
 
 from optimum_structprune import StructPruneConfig, StructPruneError
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.saving.report import geometric_mean
 
 
 WORKER = Path(__file__).with_name("benchmark_peers_worker.py")

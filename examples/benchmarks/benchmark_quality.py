@@ -13,6 +13,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from time import perf_counter
 
 import torch
@@ -22,7 +23,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, perplexity
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.saving.report import geometric_mean
 
 
 THREE = ("wiki", "code", "math")

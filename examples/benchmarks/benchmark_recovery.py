@@ -20,6 +20,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from math import log
 from pathlib import Path
+from statistics import geometric_mean
 from time import perf_counter
 from typing import Any
 
@@ -30,7 +31,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.saving.report import geometric_mean
 
 
 DOMAINS = ["wiki", "code", "math", "dialogue", "web"]

@@ -29,8 +29,8 @@ def run(args: Namespace) -> Result:
     """Measure what is asked for, write the page, and say where it is."""
     from pathlib import Path
 
+    from ..record.records import EVALUATION_NAME, Records
     from ..saving.page.page import write_report
-    from ..saving.page.records import EVALUATION_NAME, Records
     from ..saving.target import probe_folder
     from .loading import weights_bytes
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config.domains import ANY, SELF, written_by_model
 from ..config.pruning import StructPruneConfig
-from ..saving.report import table
+from ..record.text import table
 from .flops import Flops, Traffic, flops, traffic
 from .machines import FACTORS, MACHINES, MOVES, PRODUCTS, Estimate, estimate
 from .need import ERROR, USABLE, Need, need

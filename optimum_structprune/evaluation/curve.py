@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
 from ..plain_json import to_json
+from ..record.report import Report
+from ..record.text import table
 from ..saving.page.drawing import can_draw
-from ..saving.report import Report, geometric_mean, table
 from .pictures import Point, draw_quality
 from .side_by_side import Value, as_csv
 

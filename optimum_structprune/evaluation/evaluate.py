@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from ..domains.presets import resolve
 from ..errors import StructPruneError
 from ..forward.metrics import compare, sample_losses, standard_error
 from ..plain_json import to_json, versioned
-from ..saving.report import geometric_mean, table
+from ..record.text import table
 from .heldout import Heldout, read_heldout
 from .paired import Paired, paired
 from .tasks import Answers, Scores, Tasks

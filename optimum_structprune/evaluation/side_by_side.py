@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..arch.load import describe
 from ..errors import StructPruneError
 from ..forward.generation import cache_name
-from ..saving.report import geometric_mean, table
+from ..record.text import table
 from .evaluate import Evaluation
 from .ideal import bytes_of, work_of
 from .pictures import Point

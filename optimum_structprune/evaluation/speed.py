@@ -22,7 +22,7 @@ from transformers import Cache, PreTrainedModel
 from ..errors import StructPruneError
 from ..forward.generation import cache_name, read_prompt, write_tokens
 from ..forward.metrics import evaluating, input_device
-from ..saving.report import table
+from ..record.text import table
 from .ideal import Work, bytes_of, why_not_ideal, work_of
 
 

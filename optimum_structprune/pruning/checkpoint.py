@@ -19,7 +19,7 @@ from ..arch.spec import ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import Entry
 from ..errors import StructPruneError
-from ..saving.details import choices_of_list, choices_to_list
+from ..record.details import choices_of_list, choices_to_list
 from ..surgery.plan import Plan
 from ..system.fingerprint import fingerprint
 from ..system.processes import process_index, wait_for_all

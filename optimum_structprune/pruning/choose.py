@@ -13,7 +13,7 @@ from ..arch.spec import ArchSpec
 from ..config.pruning import LEARNED, StructPruneConfig
 from ..criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from ..forward.metrics import evaluating
-from ..saving.report import Report
+from ..record.report import Report
 from ..widths.budget import widths_of
 from ..widths.shapes import Shape
 from .evidence import Evidence

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from ..arch.spec import ArchSpec, Width, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
-from ..saving.report import worst_ratio
+from ..record.text import worst_ratio
 from ..surgery.plan import Plan
 from ..widths.schedule import legal_round_widths, next_legal
 from .rounds import Rounds

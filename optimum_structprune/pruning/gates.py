@@ -29,7 +29,7 @@ from ..errors import StructPruneError
 from ..forward.divergence import divergence
 from ..forward.hooks import multiplying
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
-from ..saving.report import Report
+from ..record.report import Report
 from ..system.offloading import compute_device
 from ..system.processes import add_up_, own_part, process_index, wait_for_all
 from ..widths.budget import widths_of

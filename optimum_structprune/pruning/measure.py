@@ -18,7 +18,7 @@ from ..domains.load import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, model_outputs, output_error, perplexity, total_loss
 from ..forward.placement import Placement
-from ..saving.report import Report
+from ..record.report import Report
 from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import add_up_, own_part, process_count
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..calibration.passes import PassesState
 from ..errors import StructPruneError
-from ..saving.details import Choices, choices_of_list, choices_to_list
+from ..record.details import Choices, choices_of_list, choices_to_list
 from ..surgery.plan import Plan
 from ..system.processes import process_count, process_index, wait_for_all
 from .checkpoint import readable

@@ -12,8 +12,8 @@ from ..arch.load import describe
 from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..errors import InPlaceError
-from ..saving.details import Choice
-from ..saving.report import Report
+from ..record.details import Choice
+from ..record.report import Report
 from ..surgery.plan import Plan
 from ..system.processes import alone
 from .evidence import Evidence

@@ -18,7 +18,7 @@ from ..arch.spec import LAYER, ArchSpec, Space, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating
-from ..saving.report import Report
+from ..record.report import Report
 from ..surgery.cut import drop_layers_
 from ..system.offloading import is_offloaded
 from ..widths.allocation import alike, choices, legal_widths, rungs_of

@@ -17,7 +17,7 @@ from ..criteria import CRITERIA, Criterion
 from ..criteria.mixture import Mixture, Pool, Pooled, Scoring, output_energy, pooled
 from ..errors import StructPruneError
 from ..forward.placement import Placement
-from ..saving.details import Choice, Choices, choice_of
+from ..record.details import Choice, Choices, choice_of
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.plan import Plan, best_units
 from ..surgery.refit import REFITS, ridge_strength, squared_errors

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from accelerate.utils import broadcast_object_list
 
-from ..saving.report import RecoveryReport
+from ..record.report import RecoveryReport
 
 
 # Folding an adapter into the weights rounds them, so that a model which has learnt nothing may lose this much.

@@ -22,10 +22,8 @@ from ..domains.load import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import perplexity
 from ..plain_json import to_json
+from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 from ..saving.hub import RECORDS, check_reload, save_checked
-from ..saving.page.card import RECOVERY_CONFIG_NAME, leave_card
-from ..saving.page.page import leave_page
-from ..saving.report import RECOVERY_REPORT_NAME, REPORT_NAME
 from ..saving.target import used_paths
 from ..system.fingerprint import tensor_hash
 from .adapter import adapter_config, check_adapter, fresh_adapter, merge_adapter_
@@ -224,6 +222,9 @@ class Recovery:
         carried = {
             name: Path(pruned, name).read_bytes() for name in RECORDS if pruned and Path(pruned, name).is_file()
         }
+
+        from ..saving.page.card import leave_card  # with the page, only what saves pays for them
+        from ..saving.page.page import leave_page
 
         def write(folder: Path) -> None:
             for name, record in carried.items():

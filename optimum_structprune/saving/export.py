@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.load import describe
 from ..errors import StructPruneError
 from ..plain_json import to_json
+from ..record.report import REPORT_NAME
 from ..surgery.resize import pad_
+from ..system.memory import model_bytes
 from .hub import RECORDS, check_reload, save_checked
 from .page.card import leave_card
 from .ranks import is_alone
-from .report import REPORT_NAME
-from .target import EXPORT_NAME, check_target, model_bytes
+from .target import EXPORT_NAME, check_target
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,15 @@ from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, outputs_of, run_model
+from ..record.details import DETAILS_NAME
+from ..record.report import REPORT_NAME, Report
 from ..surgery.plan import PLAN_NAME, Plan
+from ..system.memory import model_bytes
 from ..system.offloading import declared, is_offloaded, places
 from .claims import folder_beside
-from .details import DETAILS_NAME
-from .page.card import leave_card
-from .page.page import leave_page
 from .ranks import on_first_rank
-from .report import REPORT_NAME, Report
 from .staging import staged_alone
-from .target import OFFLOAD, check_target, model_bytes, probe_target, resolved, used_paths
+from .target import OFFLOAD, check_target, probe_target, resolved, used_paths
 
 
 # What a pruning leaves beside its model.
@@ -56,6 +55,9 @@ def save_pruned(
 
     The folder that the dense model was loaded from is never replaced, and nor is what the config names.
     """
+    from .page.card import leave_card  # with the page, only what saves pays for them
+    from .page.page import leave_page
+
     used = [model.name_or_path, *used_paths(config)]
     if plan is None or report is None:
         raise StructPruneError("There is nothing to save: call prune_model first.")

@@ -14,9 +14,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..errors import StructPruneError, some_of
+from ..record.text import readable_size
 from .ranks import is_first_rank
 
 
@@ -46,7 +45,6 @@ ADAPTER = "adapter_config.json"
 # What temporary folders beside a result are for: one that is being written, a former one that is being replaced, and
 # weights that do not fit into memory.
 SAVING, OLD, OFFLOAD = LEFTOVERS = ("saving", "old", "offload")
-UNITS = ("bytes", "kB", "MB", "GB")
 
 
 def resolved(target: str | Path) -> Path:
@@ -227,12 +225,6 @@ def probe_folder(folder: str | Path) -> None:
         raise StructPruneError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
 
-def model_bytes(model: nn.Module) -> int:
-    """The size of a model's weights on the disk; what several names share counts once."""
-    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.state_dict().values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
 def _fields(path: Path) -> set[str]:
     try:
         data = json.loads(path.read_text())
@@ -265,9 +257,3 @@ def _lost(folder: Path) -> str:
     files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
     size = sum(path.lstat().st_size for path in files)
     return f"{len(files):,} file{'' if len(files) == 1 else 's'} ({readable_size(size)}) would be lost"
-
-
-def readable_size(size: int) -> str:
-    """A number of bytes in the largest unit that leaves a digit before the point."""
-    power = min((len(str(size)) - 1) // 3, len(UNITS) - 1)
-    return f"{size:,} {UNITS[0]}" if power == 0 else f"{size / 1000**power:,.1f} {UNITS[power]}"

@@ -1,10 +1,11 @@
-"""How much memory this process has taken."""
+"""How much memory this process and a model have taken."""
 
 from __future__ import annotations
 
 import sys
 
 import torch
+from torch import nn
 
 
 try:
@@ -25,3 +26,9 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         peaks["cuda"] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     return peaks
+
+
+def model_bytes(model: nn.Module) -> int:
+    """The size of a model's weights on the disk; what several names share counts once."""
+    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

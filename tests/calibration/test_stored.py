@@ -28,7 +28,7 @@ from optimum_structprune.config.pruning import builtin_domains
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.pruning.choose import choose_shape
-from optimum_structprune.saving.report import Report
+from optimum_structprune.record.report import Report
 
 
 WIDTHS = ({"mlp": 24, "attention": 2}, {"mlp": 9})

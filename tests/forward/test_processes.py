@@ -10,7 +10,7 @@ from models import build, config, documents, real_text_model, three_layers, toke
 from safetensors.torch import load_file
 
 from optimum_structprune import DomainConfig, SelfTextConfig, StructPruner
-from optimum_structprune.saving.details import Details
+from optimum_structprune.record.details import Details
 
 
 # One launch for all of them, because a launch takes longer than they do.

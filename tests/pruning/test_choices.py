@@ -11,7 +11,7 @@ from optimum_structprune import DomainConfig, Manifest, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import given_domains, load_domains
 from optimum_structprune.pruning.choose import choose_shape
-from optimum_structprune.saving.report import Report
+from optimum_structprune.record.report import Report
 
 
 # Everything that lets a measurement decide.

@@ -9,7 +9,7 @@ from optimum_structprune import StructPruneConfig, StructPruneError
 from optimum_structprune.arch.load import describe
 from optimum_structprune.criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from optimum_structprune.pruning.choose import SHARPNESS, choose_shape
-from optimum_structprune.saving.report import Report
+from optimum_structprune.record.report import Report
 
 
 def test_layers_give_up_in_proportion_to_the_softmax_of_their_cosine():

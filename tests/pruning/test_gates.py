@@ -16,7 +16,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.forward.hooks import multiplying
 from optimum_structprune.pruning import gates
 from optimum_structprune.pruning.gates import LEAST, MOST, Budget, Gates, budgets_of, with_gates
-from optimum_structprune.saving.report import Report
+from optimum_structprune.record.report import Report
 from optimum_structprune.surgery.consumers import read_consumer, units_to_columns
 
 

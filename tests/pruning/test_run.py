@@ -21,7 +21,7 @@ from optimum_structprune.pruning.measure import Measure
 from optimum_structprune.pruning.removers import take_
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.pruning.steps import steps
-from optimum_structprune.saving.report import Report
+from optimum_structprune.record.report import Report
 from optimum_structprune.surgery import cut
 from optimum_structprune.surgery.consumers import Consumers, read_consumer
 

@@ -15,7 +15,7 @@ from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.pruning.search import measured_curves
 from optimum_structprune.pruning.sweep import Sweep
 from optimum_structprune.pruning.trials import STRIDE, Probe, refits_of, trial_losses, unit_losses
-from optimum_structprune.saving.report import Report
+from optimum_structprune.record.report import Report
 from optimum_structprune.surgery.consumers import read_consumer
 
 

@@ -11,7 +11,7 @@ from models import build, config, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.plain_json import plain
-from optimum_structprune.saving.details import (
+from optimum_structprune.record.details import (
     BINS,
     Details,
     choice_of,

@@ -20,7 +20,7 @@ from optimum_structprune import (
     StructPruner,
 )
 from optimum_structprune.domains.manifest import Entry
-from optimum_structprune.saving.report import RecoveryReport, Report
+from optimum_structprune.record.report import RecoveryReport, Report
 
 
 SCHEMAS = {

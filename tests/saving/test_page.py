@@ -10,11 +10,11 @@ from models import build, config, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.evaluation.evaluate import Evaluation
-from optimum_structprune.saving.details import BINS, Choice, Details
+from optimum_structprune.record.details import BINS, Choice, Details
+from optimum_structprune.record.records import Records
 from optimum_structprune.saving.page import page as page_module
 from optimum_structprune.saving.page import pictures
 from optimum_structprune.saving.page.page import PAGE_NAME, page, write_report
-from optimum_structprune.saving.page.records import Records
 
 
 PARTS = ("what", "quality", "widths", "scores", "domains", "refit", "sensitivity", "cost", "repeat")

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_structprune.saving.report import BARS, LONGEST_SPARK, Report, spark_line
+from optimum_structprune.record.report import Report
+from optimum_structprune.record.text import BARS, LONGEST_SPARK, spark_line
 
 
 @given(shares=st.lists(st.floats(0, 1), min_size=1, max_size=100))

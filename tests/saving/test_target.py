@@ -18,12 +18,12 @@ from optimum_structprune.saving.target import (
     check_apart,
     check_target,
     is_result,
-    model_bytes,
     probe_folder,
     probe_target,
     remove_checkpoints,
     used_paths,
 )
+from optimum_structprune.system.memory import model_bytes
 
 
 def result(folder, marker="pruning_plan.json"):

@@ -15,7 +15,7 @@ from optimum_structprune.criteria.aggregate import standardised
 from optimum_structprune.domains.load import Domain
 from optimum_structprune.pruning.choose import dense_scores
 from optimum_structprune.pruning.evidence import Evidence
-from optimum_structprune.saving.report import Report
+from optimum_structprune.record.report import Report
 from optimum_structprune.widths.allocation import ranked_widths, target_widths, widths_for_sparsity
 from optimum_structprune.widths.schedule import round_widths
 

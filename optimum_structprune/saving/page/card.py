@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import yaml
@@ -19,14 +20,14 @@ from ...arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 from ...arch.meta import model_class
 from ...config.fields import read_mapping
 from ...plain_json import unversioned
-from ..report import REPORT_NAME, geometric_mean
+from ...record.records import Records, only_warning
+from ...record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
+from ...record.text import markdown
 from ..target import CARD, is_result, is_signed, resolved, signed
-from .records import Records, only_warning
 
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TAGS = ("structured-pruning", "pruned", "optimum-structprune")
-RECOVERY_CONFIG_NAME = "recovery_config.json"
 HUB_CACHE = re.compile(r"models--(.+?)--([^/]+)/snapshots")
 # The line of the snippet that names the model.
 NAME_LINE = re.compile(r'^name = ".*"$', re.MULTILINE)
@@ -275,9 +276,3 @@ def _licence(known: Dense) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equally many cells as a Markdown table; the first row is its head."""
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, f"|{'---|' * len(rows[0])}", *body])

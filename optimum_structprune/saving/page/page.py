@@ -10,8 +10,8 @@ from markupsafe import Markup, escape
 
 from ... import __version__
 from ...errors import StructPruneError
+from ...record.records import Records, only_warning
 from . import pictures
-from .records import Records, only_warning
 from .sections import SECTIONS, tiles
 
 

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 from xml.etree import ElementTree
 
-from ..details import BINS, RANGES, Choice
+from ...record.details import BINS, RANGES, Choice
 from .drawing import can_draw as can_draw
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
 from shlex import join
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import yaml
@@ -15,11 +15,10 @@ import yaml
 from ...arch.spec import LAYER, MODEL
 from ...config.domains import IN_MEMORY
 from ...config.pruning import CONFIG_NAME
-from ..details import Choice
-from ..report import geometric_mean
-from ..target import readable_size
+from ...record.details import Choice
+from ...record.records import EVALUATION_NAME, Records
+from ...record.text import readable_size, readable_time
 from . import pictures
-from .records import EVALUATION_NAME, Records
 
 
 UNKNOWN = "–"
@@ -136,7 +135,7 @@ def tiles(records: Records) -> Iterator[Tile]:
         yield Tile("Output error", _number(errors[worst], 4), f"of the hidden states' variance, worst {worst}")
     if spent := report.get("seconds"):
         note = "since it went on" if records.details is not None and records.details.resumed else "in all stages"
-        yield Tile("Time", _time(sum(spent.values())), note)
+        yield Tile("Time", readable_time(sum(spent.values())), note)
 
 
 def _held_out(records: Records) -> Iterator[tuple[str, dict[str, dict[str, float]], str]]:
@@ -225,7 +224,7 @@ def quality(records: Records) -> Section:
     else:
         _add_perplexities(part, "recovered", "Held-out text of the recovery", found, ("pruned", "recovered"))
         tokens, spent = records.recovery.get("tokens", 0), records.recovery.get("seconds", 0.0)
-        part.text.append(f"Recovery trained on {tokens:,} tokens, in {_time(spent)}.")
+        part.text.append(f"Recovery trained on {tokens:,} tokens, in {readable_time(spent)}.")
     if errors := report.get("output_error"):
         rows = [[name, _number(error, 4)] for name, error in errors.items()]
         part.tables.append(Table(["domain", "output error"], rows, "Error of the last hidden states, held-out text"))
@@ -462,7 +461,7 @@ def cost(records: Records) -> Section:
     rows = [
         [
             stage,
-            _time(seconds),
+            readable_time(seconds),
             *(readable_size(peaks[stage][kind]) if kind in peaks.get(stage, {}) else UNKNOWN for kind in kinds),
         ]
         for stage, seconds in spent.items()
@@ -479,7 +478,7 @@ def cost(records: Records) -> Section:
     else:
         part.missing.append(f"Memory: {NOT_THEN if records.details is None else 'it cannot be read on this system'}.")
     if by_domain := records.report.get("domain_seconds"):
-        said = ", ".join(f"{name} {_time(seconds)}" for name, seconds in by_domain.items())
+        said = ", ".join(f"{name} {readable_time(seconds)}" for name, seconds in by_domain.items())
         part.text.append(f"Of the time, calibration took: {said}.")
     if records.details is not None and records.details.resumed:
         part.text.append("The run went on where another was stopped: these are the times of the rest.")
@@ -566,11 +565,3 @@ def _count(number: int, noun: str) -> str:
 
 def _number(value: Any, digits: int = 2) -> str:
     return UNKNOWN if value is None else f"{value:.{digits}f}"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config.fields import read_mapping
-from ...config.pruning import CONFIG_NAME
-from ...domains.manifest import MANIFEST_NAME
-from ...errors import StructPruneError, one_line
-from ...surgery.plan import PLAN_NAME, Plan
-from ..details import DETAILS_NAME, Details
-from ..report import RECOVERY_REPORT_NAME, REPORT_NAME
+from ..config.fields import read_mapping
+from ..config.pruning import CONFIG_NAME
+from ..domains.manifest import MANIFEST_NAME
+from ..errors import StructPruneError, one_line
+from ..surgery.plan import PLAN_NAME, Plan
+from .details import DETAILS_NAME, Details
+from .report import RECOVERY_REPORT_NAME, REPORT_NAME
 
 
 EVALUATION_NAME = "evaluation.json"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
-from math import ceil, exp, inf, isnan, log
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from time import perf_counter
 from typing import Any
 
@@ -17,15 +15,14 @@ from transformers import PreTrainedModel
 from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..plain_json import to_json, versioned
 from ..surgery.plan import Plan
-from ..system.memory import peak_memory
+from ..system.memory import model_bytes, peak_memory
 from .details import Details
-from .target import model_bytes
+from .text import spark_line, table, worst_ratio
 
 
 REPORT_NAME = "report.json"
+RECOVERY_CONFIG_NAME = "recovery_config.json"
 RECOVERY_REPORT_NAME = "recovery_report.json"
-BARS = "▁▂▃▄▅▆▇█"
-LONGEST_SPARK = 32
 
 
 @dataclass
@@ -205,31 +202,3 @@ def _described(shape: Mapping[str, Any]) -> str:
 
 def _change(before: float, after: float) -> tuple[str, str, str]:
     return f"{before:.2f}", f"{after:.2f}", f"x {after / before:.3f}"
-
-
-def worst_ratio(ratios: Mapping[str, float]) -> tuple[str, float]:
-    """The largest ratio and its domain; one that is no number is worse than any."""
-    return max(ratios.items(), key=lambda pair: inf if isnan(pair[1]) else pair[1])
-
-
-def spark_line(shares: Sequence[float]) -> str:
-    """Shares from 0 to 1 as a line of bars; of more than `LONGEST_SPARK`, neighbours share a bar of their mean."""
-    count = min(len(shares), LONGEST_SPARK)
-    ends = [len(shares) * number // count for number in range(count + 1)]
-    means = [fmean(shares[start:end]) for start, end in pairwise(ends)]
-    return "".join(BARS[min(max(ceil(mean * len(BARS)), 1), len(BARS)) - 1] for mean in means)
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """The geometric mean of positive numbers."""
-    return exp(fmean(log(value) for value in values))
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equally many cells as lines of text; the first column is aligned left, the others right."""
-    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)

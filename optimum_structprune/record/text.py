@@ -1,0 +1,57 @@
+"""Numbers as text: tables, bytes, times and the widths of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import ceil, inf, isnan
+from statistics import fmean
+
+
+BARS = "▁▂▃▄▅▆▇█"
+LONGEST_SPARK = 32
+UNITS = ("bytes", "kB", "MB", "GB")
+
+
+def worst_ratio(ratios: Mapping[str, float]) -> tuple[str, float]:
+    """The largest ratio and its domain; one that is no number is worse than any."""
+    return max(ratios.items(), key=lambda pair: inf if isnan(pair[1]) else pair[1])
+
+
+def spark_line(shares: Sequence[float]) -> str:
+    """Shares from 0 to 1 as a line of bars; of more than `LONGEST_SPARK`, neighbours share a bar of their mean."""
+    count = min(len(shares), LONGEST_SPARK)
+    ends = [len(shares) * number // count for number in range(count + 1)]
+    means = [fmean(shares[start:end]) for start, end in pairwise(ends)]
+    return "".join(BARS[min(max(ceil(mean * len(BARS)), 1), len(BARS)) - 1] for mean in means)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells as lines of text; the first column is aligned left, the others right."""
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells as a Markdown table; the first row is its head."""
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, f"|{'---|' * len(rows[0])}", *body])
+
+
+def readable_size(size: int) -> str:
+    """A number of bytes in the largest unit that leaves a digit before the point."""
+    power = min((len(str(size)) - 1) // 3, len(UNITS) - 1)
+    return f"{size:,} {UNITS[0]}" if power == 0 else f"{size / 1000**power:,.1f} {UNITS[power]}"
+
+
+def readable_time(seconds: float) -> str:
+    """A time in seconds, or in minutes or hours where it is long."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
