@@ -8,8 +8,7 @@ from models import config
 
 from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.criteria import CRITERIA
-from optimum_structprune.criteria.aggregate import standardised
-from optimum_structprune.criteria.mixture import output_energy
+from optimum_structprune.criteria.mixture import output_energy, standardised
 from optimum_structprune.surgery.refit import least_squares, solve_damped, with_damped_factor
 
 

@@ -55,8 +55,6 @@ DOMAINS = ("wiki", "code", "math", "dialogue", "web")
 # What each part of a cell's name adds to the config. `domains` are names in DATA/calibration, or sources of their own.
 MIXES: dict[str, dict[str, Any]] = {
     "mix": {},
-    "max": {"aggregation": "max"},
-    "zscore": {"normalisation": "zscore"},
     "adaptive": {"adaptive_rate": 1.0},
     "worst-case": {"objective": "worst"},
     "self-generated": {"domains": SELF},

@@ -94,10 +94,6 @@ class StructPruneConfig(Serialisable):
             memory and can write, and otherwise for `builtin:broad` if `breadth` asks for it.
         stats: A folder that `structprune calibrate` wrote. Its moments of the dense model are used instead of text,
             and `domains` only chooses among the stored domains and weighs them.
-        normalisation: The scale on which the domains are brought together. `energy` divides by the output energy of
-            each domain, `zscore` standardises the scores of each domain, `none` changes nothing.
-        aggregation: How the scores of several domains become one: `mean` weighs the domains, and with `energy` or
-            `none` pools their moments; `max` keeps what any domain needs, whatever its weight.
         adaptive_rate: How fast the weights of the domains follow their loss on held-out text from round to round. 0
             leaves the weights as they are.
         objective: `mean` lets weights move by a factor of 2. `worst` lets them move by a factor of 8 (at the rate 1
@@ -152,8 +148,6 @@ class StructPruneConfig(Serialisable):
     breadth: Number | None = validated_field(below_one, default=None)
     broad_text: str | None = None
     stats: str | None = None
-    normalisation: Literal["none", "energy", "zscore"] = "energy"
-    aggregation: Literal["mean", "max"] = "mean"
     adaptive_rate: Number = validated_field(not_negative, default=0.0)
     objective: Literal["mean", "worst"] = "mean"
     max_perplexity_ratio: Number | None = validated_field(above_one, default=None)

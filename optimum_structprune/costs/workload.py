@@ -249,7 +249,7 @@ def workload(
         feedback=config.fits and config.error_feedback > 0 and config.stats is None,
         gram=config.correlates or bool(criterion and criterion.needs_gram),
         factors=bool(criterion and criterion.damped),
-        apart=config.aggregation != "mean" or config.normalisation not in ("none", "energy"),
+        apart=False,
         fits=config.fits,
         views=criterion.views if criterion and saliencies_for(criterion) else 0,
         gradient=bool(criterion and criterion.needs_gradient),

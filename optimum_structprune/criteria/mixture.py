@@ -1,80 +1,40 @@
-"""From the evidence of several domains to one set of moments and one score per unit."""
+"""From the moments of several domains to one set of moments and one score per unit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..calibration.moments import Blend, Moments
-from .aggregate import aggregate, normalised
-from .base import per_unit
-
-
-if TYPE_CHECKING:
-    from .base import Criterion
+from .base import Criterion, per_unit
 
 
 # The number of rows of a matrix product that are in memory at a time.
 ROWS = 256
 
 
-@dataclass
+@dataclass(frozen=True)
 class Mixture:
-    """How the moments and scores of several domains are combined.
-
-    Attributes:
-        shares: The weight of each domain; the weights sum to 1.
-        normalisation: How domains are put on one scale; see `criteria.aggregate.normalised`. Moments are left as they
-            are by `none` and divided by the output energy of their domain by all others.
-        aggregation: How the scores of several domains become one; see `criteria.aggregate`.
-    """
+    """The weights of the domains, which sum to 1."""
 
     shares: tuple[float, ...]
-    normalisation: str = "energy"
-    aggregation: str = "mean"
 
     def pool(self, weight: Tensor, moments_by_domain: Iterable[Moments]) -> Moments:
-        """The moments of the domain mixture.
-
-        Each domain is divided by its output energy, so that one with large activations does not outweigh the others.
-        `weight` has the shape `(out, n)`.
-        """
-        return Pool(self, weight).through(moments_by_domain).moments
-
-    def scores(
-        self, criterion: Criterion, weight: Tensor, moments_by_domain: Iterable[Moments], columns_per_unit: int
-    ) -> Tensor:
-        """One score per unit from all domains.
-
-        The mean of energies is taken over moments, so that the criterion sees correlations over all domains. Every
-        other combination scores each domain by itself. `weight` has the shape `(out, units * columns_per_unit)`.
-
-        Returns:
-            The scores, shape `(units,)`, higher = keep.
-        """
-        return Pool(self, weight, Scoring(criterion, weight, columns_per_unit)).through(moments_by_domain).scores
-
-    @property
-    def pools_scores(self) -> bool:
-        """Whether units are scored once, by the moments of the mixture, and not by each domain alone."""
-        return self.aggregation == "mean" and self.normalisation in ("none", "energy")
+        """The moments of the mixture at a consumer whose weight has the shape `(out, n)`; see `Pool`."""
+        pool = Pool(self, weight)
+        for moments in moments_by_domain:
+            pool.add(moments)
+        return pool.result().moments
 
     def combined(self, contributions: Tensor) -> Tensor:
-        """One score per unit from its contributions in every domain. `contributions` has the shape `(domains, units)`.
-
-        Returns:
-            The scores, shape `(units,)`, higher = keep.
+        """One score per unit, shape `(units,)`, from what it contributes in each domain, shape `(domains, units)`:
+        each domain is divided by its mean, so that one with large activations does not outweigh the others.
         """
-        return self.together(contributions, self.shares)
-
-    def together(self, scores: Tensor, shares: Sequence[float]) -> Tensor:
-        """One score per unit from those of each domain, shape `(domains, units)`, and the weights of the domains."""
-        on_one_scale = normalised(scores, self.normalisation)
-        return aggregate(on_one_scale, shares, self.aggregation)
+        size = contributions.abs().mean(1, keepdim=True).clamp(min=torch.finfo(contributions.dtype).tiny)
+        return torch.tensor(self.shares).to(contributions) @ (contributions / size)
 
 
 @dataclass(frozen=True)
@@ -109,79 +69,57 @@ class Scoring:
         return per_unit(square.to(self.weight) * self.weight.square().sum(0), self.columns_per_unit)
 
 
+@dataclass(frozen=True)
 class Pooled:
-    """What all domains say of one consumer. `carried` has the shape `(domains, units)`."""
+    """What all domains say of one consumer.
 
-    def __init__(self, moments: Moments, score: Callable[[Moments], Tensor], carried: Tensor | None = None):
-        self.moments, self.carried = moments, carried
-        self._score = score
+    Attributes:
+        moments: The moments of the mixture.
+        scores: One score per unit, shape `(units,)`, higher = keep; nothing where the units are not scored.
+        carried: What each unit carries in each domain, shape `(domains, units)`; None where a domain has no tokens.
+    """
 
-    @property
-    def scores(self) -> Tensor:
-        """One score per unit, shape `(units,)`, higher = keep; nothing where the units are not scored."""
-        found = self._score(self.moments)
-        self._score = lambda moments: found  # the first one held a copy of the weight
-        return found
+    moments: Moments
+    scores: Tensor
+    carried: Tensor | None
 
 
 class Pool:
     """Brings the moments of one consumer together, of one domain after the other.
 
-    In memory are the moments of the mixture, and those of the present domain, however many domains there are. `weight`
+    Each domain is divided by its output energy, so that one with large activations does not outweigh the others. In
+    memory are the moments of the mixture, and those of the present domain, however many domains there are. `weight`
     has the shape `(out, n)`.
     """
 
     def __init__(self, mixture: Mixture, weight: Tensor, scoring: Scoring | None = None):
         self.mixture, self.weight, self.scoring = mixture, weight, scoring
-        self._blend, self._shares = Blend(), iter(mixture.shares)
-        self._scores: list[Tensor] = []
-        self._seen: list[float] = []
         self._carried: list[Tensor] = []
-        # The output energy of the first domain, and whether tokens and outputs other than zero have come in.
-        self._first, self._tokens, self._loud = 0.0, False, False
+        self._shares = iter(mixture.shares)
+        self._blend, self._energy = Blend(), 0.0
+        # Whether tokens have come in, and outputs other than zero.
+        self._heard = (False, False)
 
     def add(self, moments: Moments, take: bool = False) -> None:
         """Take in the next domain."""
-        share = next(self._shares)
+        share, energy = next(self._shares), output_energy(self.weight, moments)
         if self.scoring is not None and moments.count:
             self._carried.append(self.scoring.carried(moments))
-        energy = 0.0 if self.mixture.normalisation == "none" else output_energy(self.weight, moments)
-        self._start_anew(bool(moments.count), energy > 0)
-        # Not every expert gets tokens of every domain, and a domain without output asks for nothing to be kept.
-        if bool(moments.count) < self._tokens or (energy > 0) < self._loud:
-            return
-        self._first = self._first or energy
-        if self.scoring is not None and not self.mixture.pools_scores:
-            self._scores.append(self.scoring.of(moments))
-            self._seen.append(share)
-        self._blend.add(moments, share * self._first / energy if self._loud else share, share, take)
-
-    def through(self, moments_by_domain: Iterable[Moments]) -> Pooled:
-        """What all domains say together, from moments that stay as they are."""
-        for moments in moments_by_domain:
-            self.add(moments)
-        return self.result()
+        # Not every expert gets tokens of every domain, and a domain without output asks for nothing to be kept: such a
+        # domain says something only where all others are like it.
+        heard = (moments.count > 0, energy > 0)
+        if heard > self._heard:
+            self._blend, self._energy, self._heard = Blend(), energy, heard
+        if heard == self._heard:
+            self._blend.add(moments, share * self._energy / energy if energy > 0 else share, share, take)
 
     def result(self) -> Pooled:
         """What the domains say together; it can be asked for once, after the last of them."""
         moments = self._blend.moments()
         if self.scoring is None:
-            nothing = self.weight.new_zeros(0)
-            return Pooled(moments, lambda moments: nothing)
-        if self.mixture.pools_scores:
-            return Pooled(moments, self.scoring.of, self._all_carried())
-        total = sum(self._seen)
-        scores = self.mixture.together(torch.stack(self._scores), [share / total for share in self._seen])
-        return Pooled(moments, lambda moments: scores, self._all_carried())
-
-    def _all_carried(self) -> Tensor | None:
-        return torch.stack(self._carried) if len(self._carried) == len(self.mixture.shares) else None
-
-    def _start_anew(self, tokens: bool, loud: bool) -> None:
-        """Forget the domains so far where the next one has what none of them had: tokens, or an output."""
-        if tokens > self._tokens or (tokens == self._tokens and loud > self._loud):
-            self._blend, self._scores, self._seen, self._first = Blend(), [], [], 0.0
-            self._tokens, self._loud = tokens, loud
+            return Pooled(moments, self.weight.new_zeros(0), None)
+        complete = len(self._carried) == len(self.mixture.shares)
+        return Pooled(moments, self.scoring.of(moments), torch.stack(self._carried) if complete else None)
 
 
 def pooled(by_domain: Iterable[list[Moments]], pools: Sequence[Pool]) -> list[Pooled]:
@@ -203,3 +141,14 @@ def output_energy(weight: Tensor, moments: Moments) -> float:
     # tr(W H Wᵀ) = ⟨W H, W⟩, a few rows of W at a time.
     parts = [((rows @ moments.gram.to(rows)) * rows).sum(dtype=torch.float64) for rows in weight.split(ROWS)]
     return float(torch.stack(parts).sum())
+
+
+def standardised(columns: Tensor, columns_per_unit: int) -> Tensor:
+    """Scores that can be compared over layers and spaces, shape `(units,)`: the mean z-score of a unit's columns.
+
+    As in FLAP (An et al. 2023, section 3.3), the score of every column, shape `(units * columns_per_unit,)`, is
+    standardised over the columns of its layer. It is a mean and not a sum, so that it is a score per column, and
+    thereby per parameter.
+    """
+    spread = columns.std(correction=0).clamp(min=torch.finfo(columns.dtype).tiny)
+    return ((columns - columns.mean()) / spread).reshape(-1, columns_per_unit).mean(1)

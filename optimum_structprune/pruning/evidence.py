@@ -87,8 +87,7 @@ class Evidence:
     @property
     def mixture(self) -> Mixture:
         """How the moments and scores of the domains are brought together."""
-        config = self.config
-        return Mixture(self.shares, config.normalisation, config.aggregation)
+        return Mixture(self.shares)
 
     @property
     def own_batches(self) -> list[Batch]:

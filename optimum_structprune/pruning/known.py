@@ -24,7 +24,7 @@ from .evidence import Evidence
 
 VERSION = 1
 # What of a config a trial depends on, beside the model and the text.
-OF_TRIALS = ("refit", "damping", "normalisation", "aggregation", "seed")
+OF_TRIALS = ("refit", "damping", "seed")
 Key = tuple[int, str]
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
 Trials = dict[Key, dict[int, Tensor]]

@@ -13,8 +13,7 @@ from transformers.utils.logging import tqdm
 from ..arch.load import layer_list
 from ..arch.spec import Space, Widths
 from ..calibration.passes import Passes
-from ..criteria.aggregate import standardised
-from ..criteria.mixture import Mixture, Pool, Scoring, pooled
+from ..criteria.mixture import Mixture, Pool, Scoring, pooled, standardised
 from ..surgery.cut import fill_layer_, shrink_layer_
 from .units import Units
 

@@ -61,7 +61,6 @@ def work_of(model, config, inputs, itemsize=4):
         {"rounds": 2},
         {"error_feedback": 0},
         {"criterion": "wanda", "refit": "none"},
-        {"aggregation": "max"},
         {"criterion": "pip", "refit": "none"},
         {"criterion": "ddp", "refit": "none", "gates": GatesConfig(steps=9, tokens_per_step=256)},
         {"criterion": "slimllm", "refit": "slope"},

@@ -118,15 +118,3 @@ def test_a_domain_with_large_activations_does_not_outweigh_the_others(case):
     # Both are the same text but for the scale, so each has to contribute one half of the pooled energy.
     expected = moments.gram / output_energy(weight, moments)
     torch.testing.assert_close(pooled.gram / output_energy(weight, pooled), expected, rtol=1e-3, atol=1e-5)
-
-
-def test_max_keeps_what_only_one_domain_needs():
-    weight = torch.ones(1, 3)
-    first = Moments.empty(3).update(torch.tensor([[3.0, 0.0, 1.2]]))
-    second = Moments.empty(3).update(torch.tensor([[0.0, 1.5, 1.2]]))
-    third = Moments.empty(3).update(torch.tensor([[3.0, 0.0, 1.2]]))
-    wanda = CRITERIA.get("wanda")(config())
-    by_mean = Mixture((1 / 3,) * 3).scores(wanda, weight, [first, second, third], 1)
-    by_max = Mixture((1 / 3,) * 3, aggregation="max").scores(wanda, weight, [first, second, third], 1)
-    assert by_max[1] > by_max[2]
-    assert by_mean[1] > 0 and by_max.argmin() == 2

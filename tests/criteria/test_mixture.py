@@ -1,4 +1,6 @@
-"""What several domains say, brought together: scales, aggregations, weights from round to round."""
+"""What several domains say, brought together: scales, silent domains, weights from round to round."""
+
+from copy import deepcopy
 
 import pytest
 import torch
@@ -8,60 +10,31 @@ from models import config
 
 from optimum_structprune.calibration.moments import Moments, mix
 from optimum_structprune.criteria import CRITERIA
-from optimum_structprune.criteria.aggregate import aggregate, normalised
-from optimum_structprune.criteria.mixture import Mixture, output_energy
+from optimum_structprune.criteria.mixture import Mixture, Pool, Scoring, output_energy, pooled
 from optimum_structprune.domains.reweight import MOST, reweighted
 
 
-HOWS = ["none", "energy", "zscore"]
 matrices = st.tuples(st.integers(1, 4), st.integers(2, 8), st.integers(0, 2**31)).map(
     lambda case: torch.rand(case[:2], generator=torch.Generator().manual_seed(case[2])) ** 3 + 1e-3
 )
 
 
-def equal_shares(scores):
-    return [1 / len(scores)] * len(scores)
-
-
-@settings(deadline=None, max_examples=50)
-@given(scores=matrices, scale=st.floats(1e-3, 1e3), how=st.sampled_from(HOWS))
-def test_normalised_keeps_the_order_and_removes_the_scale(scores, scale, how):
-    scaled = normalised(scores, how)
-    assert torch.equal(scaled.argsort(dim=1, stable=True), scores.argsort(dim=1, stable=True))
-    if how == "none":
-        assert torch.equal(scaled, scores)
-    else:
-        torch.testing.assert_close(normalised(scale * scores, how), scaled, rtol=1e-3, atol=1e-3)
-
-
-def test_normalised_by_hand():
-    scores = torch.tensor([[1.0, 3.0, 2.0], [40.0, 0.0, 20.0]])
-    assert normalised(scores, "energy").tolist() == [[0.5, 1.5, 1.0], [2.0, 0.0, 1.0]]
-    torch.testing.assert_close(normalised(scores, "zscore")[1] * (2 / 3) ** 0.5, torch.tensor([1.0, -1.0, 0.0]))
-
-
-@pytest.mark.parametrize("how", HOWS)
-def test_degenerate_scores_stay_finite_and_small(how):
-    flat = torch.full((2, 7), 0.1)
-    for scores in (flat, torch.zeros(2, 7), -flat, torch.ones(2, 1)):
-        assert normalised(scores, how).abs().max() <= 1.5
-
-
 @settings(deadline=None, max_examples=40)
-@given(scores=matrices, how=st.sampled_from(["mean", "max"]))
-def test_domains_that_agree_are_one_domain(scores, how):
-    same = scores[:1].expand(3, -1)
-    torch.testing.assert_close(aggregate(same, [0.2, 0.3, 0.5], how), scores[0], rtol=1e-4, atol=1e-6)
+@given(contributions=matrices, scale=st.floats(1e-3, 1e3))
+def test_domains_that_agree_are_one_domain_whatever_their_scale(contributions, scale):
+    alone = Mixture((1.0,)).combined(contributions[:1])
+    same = contributions[:1].expand(3, -1) * torch.tensor([[1.0], [scale], [1.0]])
+    torch.testing.assert_close(Mixture((0.2, 0.3, 0.5)).combined(same), alone, rtol=1e-3, atol=1e-5)
 
 
-def test_aggregations_by_hand():
-    scores = torch.tensor([[1.0, 4.0, 2.0], [3.0, 0.0, 2.0], [5.0, 8.0, 2.0]])
+@pytest.mark.parametrize("flat", [0.1, 0.0, -0.1])
+def test_contributions_that_are_all_alike_stay_finite_and_small(flat):
+    assert Mixture((0.5, 0.5)).combined(torch.full((2, 7), flat)).abs().max() <= 1.5
 
-    def of(how):
-        return aggregate(scores, [0.5, 0.25, 0.25], how).tolist()
 
-    assert of("mean") == [2.5, 4.0, 2.0]
-    assert of("max") == [5.0, 8.0, 2.0]
+def scores_of(mixture, criterion, weight, moments, columns_per_unit=1):
+    pool = Pool(mixture, weight, Scoring(criterion, weight, columns_per_unit))
+    return pooled(([deepcopy(part)] for part in moments), [pool])[0].scores
 
 
 @pytest.fixture
@@ -73,36 +46,26 @@ def parts():
 
 
 @pytest.mark.parametrize("name", ["wanda", "flap", "obs", "magnitude"])
-@pytest.mark.parametrize("how", ["none", "energy"])
-def test_the_mean_of_energies_is_taken_over_moments(parts, name, how):
+def test_the_mean_of_energies_is_taken_over_moments(parts, name):
     weight, moments = parts
     criterion = CRITERIA.get(name)(config(criterion=name))
-    weights = [0.3 / (1 if how == "none" else output_energy(weight, moments[0]))]
-    weights.append(0.7 / (1 if how == "none" else output_energy(weight, moments[1])))
-    pooled = mix(moments, weights)
-    mixture = Mixture((0.3, 0.7), normalisation=how)
-    torch.testing.assert_close(mixture.pool(weight, moments).gram, pooled.gram)
-    torch.testing.assert_close(mixture.scores(criterion, weight, moments, 2), criterion.score(weight, pooled, 2))
+    shares = zip((0.3, 0.7), moments, strict=True)
+    expected = mix(moments, [share / output_energy(weight, part) for share, part in shares])
+    mixture = Mixture((0.3, 0.7))
+    torch.testing.assert_close(mixture.pool(weight, moments).gram, expected.gram)
+    torch.testing.assert_close(scores_of(mixture, criterion, weight, moments, 2), criterion.score(weight, expected, 2))
 
 
-@pytest.mark.parametrize("aggregation", ["mean", "max"])
-@pytest.mark.parametrize("how", ["zscore"])
-def test_all_else_scores_each_domain_by_itself(parts, how, aggregation):
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_domain_that_never_came_here_has_no_say(parts, place):
     weight, moments = parts
-    wanda = CRITERIA.get("wanda")(config())
-    each = normalised(torch.stack([wanda.score(weight, one, 1) for one in moments]), how)
-    found = Mixture((0.3, 0.7), how, aggregation).scores(wanda, weight, moments, 1)
-    torch.testing.assert_close(found, aggregate(each, [0.3, 0.7], aggregation))
-
-
-def test_a_domain_that_never_came_here_has_no_say(parts):
-    weight, (first, second) = parts
-    wanda = CRITERIA.get("wanda")(config())
-    for aggregation in ("mean", "max"):
-        three = Mixture((0.2, 0.3, 0.5), aggregation=aggregation).scores(
-            wanda, weight, [first, Moments.empty(6, gram=True), second], 1
-        )
-        two = Mixture((2 / 7, 5 / 7), aggregation=aggregation).scores(wanda, weight, [first, second], 1)
+    wanda, shares = CRITERIA.get("wanda")(config()), [2 / 7, 5 / 7]
+    two = scores_of(Mixture(tuple(shares)), wanda, weight, moments)
+    for silent in (Moments.empty(6, gram=True), Moments.empty(6, gram=True).update(torch.zeros(9, 6))):
+        parts_of_three, shares_of_three = [*moments], [0.7 * share for share in shares]
+        parts_of_three.insert(place, silent)
+        shares_of_three.insert(place, 0.3)
+        three = scores_of(Mixture(tuple(shares_of_three)), wanda, weight, parts_of_three)
         torch.testing.assert_close(three, two)
 
 

@@ -11,7 +11,7 @@ from models import build, config, token_ids, tokenizer
 from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP, ArchSpec, Space
-from optimum_structprune.criteria.aggregate import standardised
+from optimum_structprune.criteria.mixture import standardised
 from optimum_structprune.domains.load import Domain
 from optimum_structprune.pruning.choose import dense_scores
 from optimum_structprune.pruning.evidence import Evidence
