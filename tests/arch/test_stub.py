@@ -1,27 +1,23 @@
 """Stubs of architectures that are not described: with a tensor-parallel plan, and without."""
 
 import pytest
-import yaml
-from models import GROUPED, MOE
+from models import MOE
 from transformers import AutoConfig
 
 from optimum_structprune.arch.families import builtin_families, read_families
-from optimum_structprune.arch.load import resolve
+from optimum_structprune.arch.load import describe, resolve
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.arch.stub import stub
 
 
-# Hybrids, mixtures of experts, and dense models; the spaces that a stub finds in them.
+# What a stub finds in mixtures of experts, and in models without a tensor-parallel plan.
 UNKNOWN = {
-    "afmoe": {"attention", "mlp", "shared_experts", "mlp_experts_mlp", "expert"},
-    "hy_v3": {"attention", "mlp", "shared_experts", "mlp_experts_mlp", "expert"},
-    "solar_open": {"attention", "shared_experts", "mlp_experts_mlp", "expert"},
-    "mellum": {"attention", "mlp_experts_mlp", "expert"},
-    "recurrent_gemma": {"mlp_block"},
+    "afmoe": {"attention", "mlp_experts_mlp"},
+    "hy_v3": {"attention", "mlp_experts_mlp"},
+    "solar_open": {"mlp_experts_mlp"},
+    "mellum": {"attention", "mlp_experts_mlp"},
     "mamba2": set(),
-    "flint": {"attention", "mlp"},
-    "biogpt": {"attention", "mlp"},
-    "ernie": {"attention", "mlp"},
+    "biogpt": set(),
 }
 
 
@@ -35,21 +31,16 @@ def test_a_stub_says_what_it_finds(model_type, tmp_path):
     family = read_families(tmp_path / "stub.yaml")[0]
     assert family.model_types == (model_type,) and family.layer_paths[0].rpartition(".")[2] in ("layers", "layer")
     assert UNKNOWN[model_type] <= set(family.spaces) and "nearest family" in text
-    planned = bool(model.config.base_model_tp_plan)
-    assert planned or "no tensor-parallel plan" in text
+    assert bool(family.spaces) != ("no tensor-parallel plan" in text)
     if not family.spaces:
         assert text.count("# No space has") > 2
 
 
-def test_a_stub_without_a_plan_fits_the_model(tmp_path):
-    model = meta_model(AutoConfig.for_model("biogpt", **{**GROUPED, "num_key_value_heads": 8}))
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "mixtral"])
+def test_a_stub_of_a_described_model_says_what_its_description_says(model_type, tmp_path):
+    model = meta_model(AutoConfig.for_model(model_type, **{**MOE, "num_local_experts": 4}))
     (tmp_path / "stub.yaml").write_text(stub(model))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    arch = resolve(read_families(tmp_path / "stub.yaml")[0], model.config, shapes, "biogpt.")
-    assert arch.widths("mlp") == {0: 40, 1: 40} and arch.widths("attention") == {0: 8, 1: 8}
-
-
-def test_a_stub_is_yaml_behind_its_comments():
-    model = meta_model(AutoConfig.for_model("flint", **GROUPED))
-    lines = [line for line in stub(model).splitlines() if not line.startswith("#")]
-    assert yaml.safe_load("\n".join(lines))[0]["layer_path"] == "layers"
+    arch = resolve(read_families(tmp_path / "stub.yaml")[0], model.config, shapes, "model.")
+    spaces = {space.axes for space in arch.spaces}
+    assert spaces == {space.axes for space in describe(model).spaces if space.inside}
