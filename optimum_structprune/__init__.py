@@ -36,5 +36,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Non-uniform models load with plain from_pretrained once this package is imported; see arch/heterogeneous.py.
-import_module(".arch.heterogeneous", __name__).enable_on_import()
+# Non-uniform models load with plain from_pretrained once this package is imported; see arch/per_layer.py.
+import_module(".arch.per_layer", __name__).enable_on_import()

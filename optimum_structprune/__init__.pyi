@@ -1,6 +1,6 @@
 # The public names and their modules. `__init__.py` reads this list, so that no name stands twice.
-from .arch.heterogeneous import disable_heterogeneous as disable_heterogeneous
-from .arch.heterogeneous import enable_heterogeneous as enable_heterogeneous
+from .arch.per_layer import disable_heterogeneous as disable_heterogeneous
+from .arch.per_layer import enable_heterogeneous as enable_heterogeneous
 from .calibrator import calibrate as calibrate
 from .config.domains import DomainConfig as DomainConfig
 from .config.domains import SelfTextConfig as SelfTextConfig

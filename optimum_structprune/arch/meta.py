@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 
 from ..errors import StructPruneError
 from .families import family_of
-from .heterogeneous import heterogeneous
+from .per_layer import heterogeneous
 
 
 def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -> Any:

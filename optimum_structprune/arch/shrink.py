@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
 from ..errors import StructPruneError
-from .modeling_file import forget_modeling_file
+from .per_layer import forget_modeling_file
 from .spec import GROUP, HIDDEN, LAYER, ArchSpec, Widths
 
 

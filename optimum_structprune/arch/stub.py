@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..config.fields import parse_yaml
 from ..errors import StructPruneError
-from .families import builtin_families
+from .families import BUILTIN, builtin_families
 from .load import resolve
 from .shrink import text_config
 from .spaces import Shapes, heads_of
@@ -26,7 +27,8 @@ UNKNOWN_KEY = "WHICH_CONFIG_KEY"
 
 
 def stub(model: PreTrainedModel) -> str:
-    """YAML in the form of `families.yaml`, made from the model's tensor-parallel plan and its weights' shapes.
+    """YAML in the form of `families.yaml`, made from the model's tensor-parallel plan and its weights' shapes,
+    or where it has no plan, from the nearest family.
 
     The package never uses a stub by itself: the plan does not say how rows fall into units or what else is coupled.
     Matrices that no space takes are listed as comments.
@@ -44,15 +46,13 @@ def stub(model: PreTrainedModel) -> str:
             "from its entry in families.yaml."
         )
     roles = _roles(getattr(config, "base_model_tp_plan", None) or {}, tensors)
-    spaces = dict(_spaces(roles, tensors, config))
+    spaces = dict(_spaces(roles, tensors, config)) or _spaces_of(near)
     head = [
         f"# A stub for {config.model_type}: check every line, then pass the file as --arch.",
         f"# The nearest family by names and shapes is {near}.",
     ]
     if not spaces:
-        head.append(
-            "# transformers has no tensor-parallel plan for it: start from the nearest family's entry."
-        )
+        head.append("# transformers has no tensor-parallel plan for it: start from the nearest family's entry.")
     taken = {name for role in roles.values() for names in role.values() for name in names}
     head += [
         f"# No space has {name.removesuffix('.weight')}, {' x '.join(map(str, shape))}."
@@ -61,6 +61,18 @@ def stub(model: PreTrainedModel) -> str:
     ]
     entry = [{"model_types": [config.model_type], "layer_path": path, "spaces": spaces}]
     return "\n".join([*head, yaml.safe_dump(entry, sort_keys=False).rstrip()])
+
+
+def _spaces_of(model_type: str) -> dict[str, Any]:
+    """The spaces of a described model type, as YAML has them."""
+    entries = [entry for entry in parse_yaml(BUILTIN.read_text()) if model_type in entry["model_types"]]
+    return entries[0].get("spaces", {}) if entries else {}
+
+
+def _names(space: Mapping[str, Any]) -> list[str]:
+    """The modules and parameters that a space names, from the layer."""
+    prefix = f"{space['experts']}." if "experts" in space and "router" not in space else ""
+    return [f"{prefix}{name}" for name in (*space.get("out", ()), *space.get("in", ()))]
 
 
 def nearest(config: PretrainedConfig, shapes: Shapes) -> str | None:

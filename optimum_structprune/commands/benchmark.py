@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> Result:
     """Check all models by their configs, load them, and let them take turns."""
-    from ..arch.heterogeneous import enable_heterogeneous
+    from ..arch.per_layer import enable_heterogeneous
     from ..errors import StructPruneError
     from ..evaluation.speed import check_clock, check_speed, measure_speed
     from .loading import SPREAD, load_device, load_dtype, load_model, load_shapes

@@ -53,7 +53,7 @@ def run(args: Namespace) -> Result:
 
 def _check(args: Namespace, paths: dict[str, str]) -> None:
     """Refuse what cannot be compared, before a model is loaded."""
-    from ..arch.heterogeneous import enable_heterogeneous
+    from ..arch.per_layer import enable_heterogeneous
     from ..errors import StructPruneError
     from ..evaluation.pictures import check_picture
     from ..system.fingerprint import vocabulary_hash

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
-from ..arch.heterogeneous import enable_heterogeneous
 from ..arch.meta import meta_model, model_class
+from ..arch.per_layer import enable_heterogeneous
 from ..errors import StructPruneError, one_line, some_of
 from ..forward.placement import layer_device_map
 

@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.heterogeneous import heterogeneous
 from ..arch.load import describe
+from ..arch.per_layer import heterogeneous
 from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest

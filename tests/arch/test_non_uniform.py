@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from optimum_structprune import (
     export_uniform,
     prune_model,
 )
-from optimum_structprune.arch import heterogeneous, layer_init
+from optimum_structprune.arch import per_layer
 from optimum_structprune.arch.families import BUILTIN, read_families
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
@@ -101,7 +100,7 @@ def test_every_family_says_whether_layers_may_differ(family):
 @pytest.mark.parametrize("case", NON_UNIFORM)
 def test_the_layer_class_is_that_of_the_layers(case):
     model = build(case)
-    described = heterogeneous.layer_class(type(model), model.config)
+    described = per_layer.layer_class(type(model), model.config)
     assert {type(layer) for layer in layer_list(model, describe(model))} == {described}
 
 
@@ -140,12 +139,10 @@ else:
 model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
 check(model)
 model.save_pretrained("again")
-files = {"modeling_structprune.py", "layer_init.py"}
 cache = Path(sys.modules[type(model).__module__].__file__).parent
 for folder in (Path("out"), Path("again"), cache):
-    assert files <= {path.name for path in folder.iterdir()}, folder
-    for name in files:
-        assert (folder / name).read_bytes() == (Path("out") / name).read_bytes(), (folder, name)
+    name = "modeling_structprune.py"
+    assert (folder / name).read_bytes() == (Path("out") / name).read_bytes(), folder
 check(AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True))
 base = AutoModel.from_pretrained("out", trust_remote_code=True)
 assert base(expected["ids"]).last_hidden_state.shape == (2, 12, 32)
@@ -175,7 +172,7 @@ def test_the_import_is_cheap_and_the_environment_has_a_say():
         "import sys, optimum_structprune\n"
         "assert not {'torch', 'transformers', 'yaml'} & set(sys.modules), sorted(sys.modules)\n"
         "waiting = [type(finder).__module__ for finder in sys.meta_path]\n"
-        "assert ('optimum_structprune.arch.heterogeneous' in waiting) == (len(sys.argv) == 1)\n"
+        "assert ('optimum_structprune.arch.per_layer' in waiting) == (len(sys.argv) == 1)\n"
     )
     for value, args in (("1", []), ("0", ["off"])):
         env = {"OPTIMUM_STRUCTPRUNE_PATCH": value, "PYTHONPATH": ":".join(sys.path)}
@@ -187,8 +184,6 @@ def test_the_folder_says_what_it_is(saved):
     fields = json.loads((folder / "out" / "config.json").read_text())
     assert fields["per_layer_config"] and fields["auto_map"]["AutoModel"] == "modeling_structprune.LlamaModel"
     assert "optimum_structprune" not in (folder / "out" / "modeling_structprune.py").read_text()
-    assert (folder / "out" / "layer_init.py").read_bytes() == Path(layer_init.__file__).read_bytes()
-    assert "optimum_structprune" not in (folder / "out" / "layer_init.py").read_text()
     assert set(pruner.report.widths) == {"mlp", "attention"} and pruner.report.widths == widths_of(model)
     assert 0.29 < pruner.report.sparsity < 0.31
 
@@ -210,8 +205,7 @@ def test_the_patch_comes_off(saved, monkeypatch):
         # Pruning and saving do without it.
         pruner = StructPruner(config(widths={"mlp": 24}, skip_layers=(0,)))
         pruner.save(pruner.prune_model(build("qwen2"), tokenizer()), saved[0] / "off")
-        for name in ("modeling_structprune.py", "layer_init.py"):
-            assert (saved[0] / "off" / name).is_file()
+        assert (saved[0] / "off" / "modeling_structprune.py").is_file()
         assert not hasattr(transformers.PreTrainedModel.__init__, "__wrapped__")
         monkeypatch.setattr(transformers.integrations.heterogeneity, "apply_heterogeneous_modeling", 1, raising=False)
         enable_heterogeneous()
@@ -324,7 +318,6 @@ def test_shards_device_map_pipeline_and_saving_again(saved, tmp_path):
     assert {path.name for path in (tmp_path / "again").iterdir()} >= {
         "config.json",
         "modeling_structprune.py",
-        "layer_init.py",
     }
     remote = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     torch.testing.assert_close(logits(remote), logits(model), atol=1e-6, rtol=0)
@@ -407,7 +400,7 @@ def test_export_says_what_padding_costs(saved, tmp_path, capsys):
     said = capsys.readouterr().out
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
     assert not again.config.is_heterogeneous
-    assert not {"modeling_structprune.py", "layer_init.py"} & {path.name for path in (tmp_path / "padded").iterdir()}
+    assert not (tmp_path / "padded" / "modeling_structprune.py").exists()
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
     added = again.num_parameters() - model.num_parameters()
     share = added / (pruner.report.parameters["before"] - pruner.report.parameters["after"])

@@ -110,13 +110,6 @@ def test_an_unknown_architecture_from_stub_to_pruned(folder, tmp_path, capsys):
     assert small.config.intermediate_size == 24
 
 
-def test_a_stub_needs_no_tensor_parallel_plan(tmp_path, capsys):
-    XGLMConfig(d_model=8, ffn_dim=16, num_layers=1, attention_heads=2, vocab_size=16).save_pretrained(tmp_path)
-    assert main(["inspect", str(tmp_path), "--stub"]) == 0
-    text = capsys.readouterr().out
-    assert "no tensor-parallel plan" in text and "size: ffn_dim" in text and "self_attn.q_proj" in text
-
-
 def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path, capsys):
     save_with_tokenizer(build("distilbert"), tmp_path / "model")
     arguments = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--domain", f"a={folder / 'a.jsonl'}"]
