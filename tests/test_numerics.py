@@ -6,10 +6,11 @@ import pytest
 import torch
 from models import config
 
+from optimum_structprune.calibration.linalg import solve_damped, with_damped_factor
 from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.criteria.mixture import output_energy, standardised
-from optimum_structprune.surgery.refit import least_squares, solve_damped, with_damped_factor
+from optimum_structprune.surgery.refit import least_squares
 
 
 FFN = 1536

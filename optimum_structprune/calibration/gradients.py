@@ -15,7 +15,7 @@ from ..errors import StructPruneError
 from ..forward.clock import Clock
 from ..forward.hooks import observe
 from ..system.processes import add_up_
-from .tally import Batch
+from .accumulator import Batch
 
 
 # Gives what a function makes of x ∂L/∂x, by module, for the embeddings of a batch.

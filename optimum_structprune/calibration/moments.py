@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import StructPruneError
 from ..system.processes import add_up_, process_count
-from .gram import add_product_, operand, submatrix, update_gram_
+from .linalg import add_product_, operand, submatrix, update_gram_
 
 
 # The fields of Moments that not every run gathers and that files may hold.

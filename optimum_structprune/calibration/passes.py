@@ -17,11 +17,11 @@ from ..forward.clock import Clock
 from ..forward.hooks import observe_products
 from ..forward.metrics import evaluating, run_model
 from ..system.offloading import compute_device, is_offloaded
+from .accumulator import Accumulator, Batch, finite, listen
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
 from .running import LayerRunner
 from .sequential import LayerPasses, PassesState
-from .tally import Batch, Tally, finite, listen
 
 
 class Passes(Protocol):
@@ -83,7 +83,7 @@ class ModelPasses:
         self.model, self.arch, self.batches = model, arch, batches
         self.clock = clock or Clock(compute_device(model))
         self.num_domains = 1 + max(batch.domain for batch in batches)
-        self.tallies: list[Tally] = []
+        self.accumulators: list[Accumulator] = []
         self.routed: tuple[str, tuple[Routed, ...]] = ("", ())
 
     def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
@@ -95,22 +95,22 @@ class ModelPasses:
             for domain, moments in enumerate(inner_moments(experts, space, self.routed[1], gram, self.num_domains)):
                 yield [finite(space, moments, domain)]
             return
-        if not self.tallies:
-            self.tallies = self._tallied(gram)
-        for tally in self.tallies:
-            yield tally.of(space)
+        if not self.accumulators:
+            self.accumulators = self._accumulated(gram)
+        for accumulator in self.accumulators:
+            yield accumulator.of(space)
 
-    def _tallied(self, gram: bool) -> list[Tally]:
+    def _accumulated(self, gram: bool) -> list[Accumulator]:
         spaces = [space for space in self.arch.spaces if space.experts is None]
         device = compute_device(self.model)
-        tallies = [Tally(spaces, gram, domain, device) for domain in range(self.num_domains)]
-        present = tallies[0]
+        accumulators = [Accumulator(spaces, gram, domain, device) for domain in range(self.num_domains)]
+        present = accumulators[0]
         with observe_products(self.model, present.moments, lambda name, *seen: present.add(name, *seen)):
             for index, batch in enumerate(self.batches):
-                present = tallies[batch.domain]
+                present = accumulators[batch.domain]
                 present.batch = batch
                 self._run(index)
-        return tallies
+        return accumulators
 
     def contributions(self, layer: int, space: Space) -> Tensor:
         """See `Passes.contributions`."""

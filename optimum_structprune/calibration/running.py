@@ -17,7 +17,7 @@ from ..forward.calls import Call, NotSequentialError, capture, first_of, same_ca
 from ..forward.clock import Clock
 from ..forward.hooks import replaying
 from ..system.offloading import compute_device, is_offloaded
-from .tally import Batch
+from .accumulator import Batch
 
 
 class LayerRunner:

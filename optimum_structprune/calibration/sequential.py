@@ -16,10 +16,10 @@ from ..forward.clock import Clock
 from ..forward.hooks import adding, observe_products
 from ..system.offloading import is_offloaded
 from ..system.processes import as_first_has_
+from .accumulator import Accumulator, Batch, finite, listen
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
 from .running import LayerRunner
-from .tally import Batch, Tally, finite, listen
 from .unchanged import Unchanged
 
 
@@ -76,29 +76,29 @@ class LayerPasses(LayerRunner):
             return
         self.routed = ()
         for domain in range(self.num_domains):
-            yield self._tallied(layer, space, gram, domain)
+            yield self._accumulated(layer, space, gram, domain)
 
-    def _tallied(self, layer: int, space: Space, gram: bool, domain: int) -> list[Moments]:
+    def _accumulated(self, layer: int, space: Space, gram: bool, domain: int) -> list[Moments]:
         local = {self._local(layer, axis.module): axis.module for axis in space.into}
         gains = {local[name]: gain for name in local if self.error_feedback and (gain := self.gain(layer, name))}
-        tally = Tally([space], gram, domain, self.device, gains, self.hidden[0].shape[-1])
+        accumulator = Accumulator([space], gram, domain, self.device, gains, self.hidden[0].shape[-1])
         module, index = self._layer(layer), 0
         pruned = [self._local(layer, axis.param) for axis in space.axes]
         with (
-            observe_products(module, local, lambda name, *seen: tally.add(local[name], *seen)),
+            observe_products(module, local, lambda name, *seen: accumulator.add(local[name], *seen)),
             nullcontext() if self.fixed else self.unchanged.recording(module, pruned, lambda: index),
         ):
             for index, batch in enumerate(self.batches):
                 if batch.domain != domain:
                     continue
-                tally.batch = batch
+                accumulator.batch = batch
                 output = self.output(layer, index)
                 if self.fixed:
                     self.given[index] = output.to(self.hidden[index].device)
                 if gains:
                     dense = self.dense[index].to(output.device)
-                    tally.add_error(self.error_feedback * (dense.float() - output.float()))
-        return tally.of(space)
+                    accumulator.add_error(self.error_feedback * (dense.float() - output.float()))
+        return accumulator.of(space)
 
     def contributions(self, layer: int, space: Space) -> Tensor:
         """See `Passes.contributions`."""

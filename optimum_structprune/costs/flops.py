@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
 
-from ..calibration.gram import panels
+from ..calibration.linalg import panels
 from ..criteria.obs import COLUMNS
 from ..pruning.trials import SHARES, STRIDE
 from .workload import Consumer, Workload

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..calibration.gram import MAX_PANELS, PANEL
+from ..calibration.linalg import MAX_PANELS, PANEL
 from ..criteria.obs import COLUMNS
 from ..forward.metrics import TOKENS_AT_ONCE
 from ..pruning.trials import STRIDE

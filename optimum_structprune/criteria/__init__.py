@@ -5,7 +5,7 @@ from .ddp import LearnedGates
 from .flap import Flap
 from .iterative_norm import IterativeNorm
 from .magnitude import Magnitude
-from .obs import DrivenBrainSurgeon, OptimalBrainSurgeon
+from .obs import OptimalBrainSurgeon, ProducerBrainSurgeon
 from .pip import PerturbedViews
 from .random import Random
 from .slimllm import SlimLLM
@@ -16,7 +16,7 @@ from .wanda import Wanda
 __all__ = [
     "CRITERIA",
     "Criterion",
-    "DrivenBrainSurgeon",
+    "ProducerBrainSurgeon",
     "Flap",
     "IterativeNorm",
     "LearnedGates",

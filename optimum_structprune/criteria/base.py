@@ -31,8 +31,8 @@ class Criterion(ABC):
         watches: What gives `moments.saliency` in place of E|x ∂L/∂x|; None where it is that, or not read at all.
         views: How many passes over the samples that takes.
         learned: Whether `moments.saliency` holds the gates that `pruning.gates` learns.
-        needs_drive: Whether `moments.saliency` holds how strongly the weights before a channel drive it, see
-            `calibration.drive.drive`; it stays None where the units are no single channels.
+        needs_producer_norms: Whether `moments.saliency` holds the norms of the weights that give each channel, see
+            `criteria.obs.producer_norms`; it stays None where the units are no single channels.
         damped: Whether `score` damps a Gram matrix by `config.damping`.
     """
 
@@ -41,7 +41,7 @@ class Criterion(ABC):
     watches: ClassVar[Saliencies | None] = None
     views: ClassVar[int] = 1
     learned: ClassVar[bool] = False
-    needs_drive: ClassVar[bool] = False
+    needs_producer_norms: ClassVar[bool] = False
     damped: ClassVar[bool] = False
 
     def __init__(self, config: StructPruneConfig):

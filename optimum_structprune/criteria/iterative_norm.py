@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from ..calibration.moments import Moments
-from ..calibration.whole import removal_orders
 from .base import Criterion, per_unit, register_criterion
+from .whole import removal_orders
 
 
 @register_criterion("iterative_norm")

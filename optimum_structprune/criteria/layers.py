@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
-from ..calibration.tally import Batch, unmasked
+from ..calibration.accumulator import Batch, unmasked
 from ..errors import StructPruneError
 from ..forward.hooks import bypass, first_of, hidden_states_of, intercept
 from ..forward.metrics import run_model, sample_losses

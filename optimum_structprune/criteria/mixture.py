@@ -46,20 +46,20 @@ class Scoring:
         weight: The present weight of the consumer, shape `(out, units * columns_per_unit)`, fp32.
         columns_per_unit: The number of columns that a unit owns.
         columns: The columns of the dense consumer that are left; None where all are.
-        drive: How strongly each column of the dense consumer is driven, see `calibration.drive.drive`, shape `(n,)`;
-            it stands for the saliency of the moments. None where the criterion does not ask for it, or nothing drives
-            single columns.
+        producer_norms: The norms of what gives each column of the dense consumer, see `criteria.obs.producer_norms`,
+            shape `(n,)`; they stand for the saliency of the moments. None where the criterion does not ask for them,
+            or nothing gives single columns.
     """
 
     criterion: Criterion
     weight: Tensor
     columns_per_unit: int
     columns: Tensor | None = None
-    drive: Tensor | None = None
+    producer_norms: Tensor | None = None
 
     def of(self, moments: Moments) -> Tensor:
         """The scores by these moments of the dense consumer's input, shape `(units,)`, higher = keep."""
-        moments = replace(moments, saliency=self.drive) if self.criterion.needs_drive else moments
+        moments = replace(moments, saliency=self.producer_norms) if self.criterion.needs_producer_norms else moments
         left = moments if self.columns is None else moments.select(self.columns)
         return self.criterion.score(self.weight, left, self.columns_per_unit)
 

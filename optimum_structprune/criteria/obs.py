@@ -1,16 +1,23 @@
 """Optimal Brain Surgeon: the error that remains after the best refit of the other columns."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..arch.spec import CHANNEL, ArchSpec, Axis, Space
+from ..calibration.linalg import ridge_strength, with_damped_factor
 from ..calibration.moments import Moments
 from ..errors import StructPruneError
-from ..surgery.refit import ridge_strength, with_damped_factor
 from .base import Criterion, register_criterion
 
 
 # So many columns of an inverse are in memory at a time.
 COLUMNS = 512
+# The number of inputs of a matrix that are in memory a second time.
+INPUTS = 1024
 
 
 @register_criterion("obs")
@@ -39,25 +46,25 @@ class OptimalBrainSurgeon(Criterion):
 
 
 @register_criterion("obs_drive")
-class DrivenBrainSurgeon(OptimalBrainSurgeon):
-    """The score is that of `obs` and how strongly a channel is driven, each relative to its mean over the channels.
+class ProducerBrainSurgeon(OptimalBrainSurgeon):
+    """The score is that of `obs` and the producer norm of a channel, each relative to its mean over the channels.
 
-    With o_j the score of `obs`, d_j = Σ ‖W_j: diag(γ)‖ over the producers W of the channel (γ being the weight of the
-    norm before them), and means over the channels, it is (√o_j + d_j · mean(√o) / mean(d))² / 4. That a channel has
-    done little on the calibration text says less of other text where its producers are large. SlimLLM (Guo et al.,
-    ICML 2025, arXiv 2505.22689) adds a similar term to its score. Units of several columns are scored as by `obs`.
+    With o_j the score of `obs`, d_j the norm of `producer_norms`, and means over the channels, it is
+    (√o_j + d_j · mean(√o) / mean(d))² / 4. That a channel has done little on the calibration text says less of other
+    text where its producers are large. SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689) adds a similar term to its
+    score. Units of several columns are scored as by `obs`.
     """
 
-    needs_drive = True
+    needs_producer_norms = True
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""
         losses = super().score(weight, moments, columns_per_unit)
         if moments.saliency is None or columns_per_unit > 1:
             return losses
-        drive, roots = moments.saliency.to(losses), losses.clamp(min=0).sqrt()
-        scale = roots.mean() / drive.mean().clamp(min=torch.finfo(drive.dtype).tiny)
-        return (roots + drive * scale).square() / 4
+        norms, roots = moments.saliency.to(losses), losses.clamp(min=0).sqrt()
+        scale = roots.mean() / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
+        return (roots + norms * scale).square() / 4
 
 
 def _losses(weight: Tensor, factor: Tensor, columns_per_unit: int) -> Tensor:
@@ -114,3 +121,54 @@ def _factors(tiles: Tensor) -> Tensor:
         if not info.any():
             return factors
     raise StructPruneError("The inverse of a Gram matrix has no positive diagonal; the activations are broken.")
+
+
+def producer_norms(model: nn.Module, arch: ArchSpec, space: Space) -> Tensor | None:
+    """Σ_W √Σ_i W_ji² γ_i² of each channel j of a space, over the producers W that give it, shape `(units,)`.
+
+    γ is the weight of the norm that a producer reads from, and 1 where the residual stream of the model is not
+    described or there is no norm. It is how much the channel's inputs vary if the components of what a norm gives vary
+    alike, so it needs no text.
+
+    Returns:
+        In fp32; None where the units are no single channels, or no producer is a matrix.
+    """
+    axes = matrices(model, space.out) if space.unit == CHANNEL else []
+    norms = [norms_by_unit(model, space, axis, _norm_before(model, arch, space, axis).square()) for axis in axes]
+    return torch.stack(norms).sum(0) if norms else None
+
+
+@torch.no_grad()
+def norms_by_unit(model: nn.Module, space: Space, axis: Axis, squares: Tensor) -> Tensor:
+    """√Σ_i W_ji² E[x_i²] of the channels j of a space, summed over the rows of a channel. `squares` has the shape `(…,
+    n)`, the result `(…, units)`, in the dtype and on the device of `squares`.
+    """
+    matrix = _matrix(model, axis)
+    total = squares.new_zeros(*squares.shape[:-1], matrix.shape[1])
+    for inputs, of_inputs in zip(matrix.split(INPUTS), squares.split(INPUTS, -1), strict=True):
+        total += of_inputs @ inputs.to(squares).square()
+    return total[..., axis.indices(range(space.size))].sqrt().unflatten(-1, (space.size, -1)).sum(-1)
+
+
+def matrices(model: nn.Module, axes: Sequence[Axis]) -> list[Axis]:
+    """Those of some axes that lie in matrices, and not in vectors such as biases."""
+    return [axis for axis in axes if _matrix(model, axis).ndim == 2]
+
+
+def _matrix(model: nn.Module, axis: Axis) -> Tensor:
+    """The parameter of a producer, of one expert where the axis names one, with the units along its last dimension."""
+    parameter, dim = model.get_parameter(axis.param).detach(), axis.dim
+    if axis.part is not None:
+        parameter, dim = parameter[axis.part], dim - 1
+    return parameter.movedim(dim, -1)
+
+
+def _norm_before(model: nn.Module, arch: ArchSpec, space: Space, axis: Axis) -> Tensor:
+    """The weight of the norm that a producer reads from, or ones, shape `(n,)`, fp32."""
+    for read in arch.residual.reads if arch.residual is not None else ():
+        if read.norm and read.layer == space.layer and any(reader.param == axis.param for reader in read.readers):
+            weight = getattr(model.get_submodule(read.tap), "weight", None)
+            if weight is not None and arch.residual is not None:
+                return weight.detach().float() + arch.residual.plus
+    matrix = _matrix(model, axis)
+    return torch.ones(len(matrix), device=matrix.device)

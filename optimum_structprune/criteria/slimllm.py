@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..calibration.moments import Moments
-from ..calibration.whole import inflows
 from .base import Criterion, register_criterion
+from .whole import inflows
 
 
 @register_criterion("slimllm")

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..arch.spec import HIDDEN, MODEL, ArchSpec, Axis, ResidualStream
+from ..calibration.accumulator import Accumulator, Batch
+from ..calibration.linalg import ridge_strength
 from ..calibration.sequential import LayerPasses
-from ..calibration.tally import Batch, Tally
 from ..config.pruning import StructPruneConfig
 from ..criteria.mixture import Mixture
 from ..forward.hooks import observe
 from ..forward.metrics import run_model
 from ..surgery.consumers import read_consumer, write_consumer_
 from ..surgery.plan import Plan, best_units
-from ..surgery.refit import REFITS, ridge_strength
+from ..surgery.refit import REFITS
 from ..surgery.residual import narrow_
 from .run import Run
 from .steps import Step
@@ -58,7 +59,7 @@ def channel_energies(
     """
     read_at = replace(residual.space, into=tuple(Axis(f"{read.tap}.weight", 1) for read in residual.reads))
     device = next(model.parameters()).device
-    tallies = [Tally([read_at], False, domain, device) for domain in range(num_domains)]
+    accumulators = [Accumulator([read_at], False, domain, device) for domain in range(num_domains)]
     names = [read.tap for read in residual.reads]
 
     def see(name: str, hidden: Tensor) -> None:
@@ -66,13 +67,13 @@ def channel_energies(
         size = hidden.square().mean(-1, keepdim=True).sqrt()
         present.add(name, hidden / size.clamp(min=torch.finfo(size.dtype).tiny))
 
-    present = tallies[0]
+    present = accumulators[0]
     with observe(model, names, see):
         for batch in batches:
-            present = tallies[batch.domain]
+            present = accumulators[batch.domain]
             present.batch = batch
             run_model(model, batch.ids)
-    squares = [torch.stack([moments.square for moments in tally.of(read_at)]) for tally in tallies]
+    squares = [torch.stack([moments.square for moments in accumulator.of(read_at)]) for accumulator in accumulators]
     return torch.stack(squares, 1).cpu()
 
 

@@ -18,12 +18,12 @@ from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Widths
 from ..calibration.gradients import check_gradients
 from ..calibration.passes import check_sequential
 from ..calibration.stored import Statistics
-from ..calibration.whole import check_dense
 from ..config.domains import ANY, PRESET, SELF, SelfTextConfig
 from ..config.gates import GatesConfig
 from ..config.pruning import LEARNED, StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
 from ..criteria.layers import BLOCK_INFLUENCE
+from ..criteria.whole import check_dense
 from ..errors import StructPruneError
 from ..saving.target import probe_folder
 from ..system.offloading import is_offloaded

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import ArchSpec
+from ..calibration.accumulator import Batch
 from ..calibration.passes import Passes, SaliencyPasses, batches_of, passes_over
 from ..calibration.stored import Statistics, StoredPasses
-from ..calibration.tally import Batch
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
 from ..criteria.layers import LAYER_CRITERIA

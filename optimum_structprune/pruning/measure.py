@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..arch.spec import ArchSpec
+from ..calibration.accumulator import Batch
 from ..calibration.running import LayerRunner
-from ..calibration.tally import Batch
 from ..domains.load import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, model_outputs, output_error, perplexity, total_loss

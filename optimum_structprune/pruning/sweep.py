@@ -105,8 +105,8 @@ class Sweep(Units):
         """Scores of the units of a space that compare over layers, shape `(units,)`."""
         criterion = self._criterion(space.layer)
         weights = [self.consumers.present(axis)[0] for axis in space.into]
-        drive = self._drive(criterion, space)
-        pools = [Pool(mixture, weight, Scoring(criterion, weight, 1, drive=drive)) for weight in weights]
+        norms = self._producer_norms(criterion, space)
+        pools = [Pool(mixture, weight, Scoring(criterion, weight, 1, producer_norms=norms)) for weight in weights]
         found = pooled(passes.gather(space.layer, space, criterion.needs_gram), pools)
         by_consumer = [
             standardised(of_one.scores, axis.per_unit).cpu() for axis, of_one in zip(space.into, found, strict=True)

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..arch.spec import LAYER, ArchSpec, Axis, Space
+from ..calibration.accumulator import Batch
 from ..calibration.passes import Passes, batches_of, passes_over
 from ..calibration.sequential import LayerPasses
-from ..calibration.tally import Batch
 from ..config.pruning import StructPruneConfig
 from ..criteria.mixture import Mixture, Pooled
 from ..domains.load import Domain

@@ -10,17 +10,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec, Axis, Space
-from ..calibration.drive import drive
+from ..calibration.linalg import ridge_strength
 from ..calibration.passes import Passes
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, Criterion
 from ..criteria.mixture import Mixture, Pool, Pooled, Scoring, output_energy, pooled
+from ..criteria.obs import producer_norms
 from ..errors import StructPruneError
 from ..forward.placement import Placement
 from ..record.details import Choice, Choices, choice_of
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.plan import Plan, best_units
-from ..surgery.refit import REFITS, ridge_strength, squared_errors
+from ..surgery.refit import REFITS, squared_errors
 
 
 Keep = Mapping[tuple[int, str], tuple[int, ...]]
@@ -77,14 +78,14 @@ class Units:
             The scores of the units that are left, and the moments of the domain mixture, by consumer.
         """
         before, criterion = self._before(space), self._criterion(space.layer)
-        drive = self._drive(criterion, space)
+        norms = self._producer_norms(criterion, space)
         pools = []
         for axis in space.into:
             dense, present, columns = self.consumers.dense(axis)[0], self.consumers.present(axis)[0], None
             if len(before) < space.size:
                 columns = units_to_columns(before, axis, present.device)
                 present = present[:, columns]
-            pools.append(Pool(mixture, dense, Scoring(criterion, present, axis.per_unit, columns, drive)))
+            pools.append(Pool(mixture, dense, Scoring(criterion, present, axis.per_unit, columns, norms)))
         # A refit starts from the dense weights, so error feedback has to see the error that these leave.
         with self.consumers.as_dense(space.into):
             return pooled(passes.gather(space.layer, space, self.gram), pools)
@@ -121,8 +122,8 @@ class Units:
         config = replace(self.config, seed=self.config.seed + layer)
         return CRITERIA.get(config.scored_by)(config)
 
-    def _drive(self, criterion: Criterion, space: Space) -> Tensor | None:
-        return drive(self.model, self.arch, space) if criterion.needs_drive else None
+    def _producer_norms(self, criterion: Criterion, space: Space) -> Tensor | None:
+        return producer_norms(self.model, self.arch, space) if criterion.needs_producer_norms else None
 
     def _before(self, space: Space) -> tuple[int, ...]:
         return self.keep.get((space.layer, space.name), tuple(range(space.size)))

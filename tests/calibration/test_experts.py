@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
+from optimum_structprune.calibration.accumulator import listen
 from optimum_structprune.calibration.experts import contributions, inner_activations, inner_moments
-from optimum_structprune.calibration.tally import listen
 from optimum_structprune.criteria.mixture import Mixture
 from optimum_structprune.forward.metrics import run_model
 from optimum_structprune.surgery.consumers import read_consumer

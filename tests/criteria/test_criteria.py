@@ -49,32 +49,32 @@ def test_obs_is_half_the_error_after_the_best_refit_of_the_others(case, columns_
         assert float(scores[unit]) == pytest.approx(0.5 * float((target - fitted).square().sum(1).mean()), rel=1e-2)
 
 
-def test_a_channel_that_is_driven_more_scores_higher(case):
+def test_a_channel_with_larger_producers_scores_higher(case):
     """And the scores stay in the units of a loss, so that they compare over layers."""
     weight, x, moments = case
     losses = score("obs", case)
     even = score("obs_drive", (weight, x, replace(moments, saliency=torch.ones(6))))
     torch.testing.assert_close(even, (losses.sqrt() + losses.sqrt().mean()).square() / 4)
-    drive = torch.tensor([1.0, 1.0, 5.0, 1.0, 1.0, 1.0])
-    driven = score("obs_drive", (weight, x, replace(moments, saliency=drive)))
-    assert int((driven / even).argmax()) == 2
-    scaled = score("obs_drive", (weight, x, replace(moments, saliency=100 * drive)))
-    torch.testing.assert_close(scaled, driven)
-    # Groups of columns, and units that nothing drives, are scored as by `obs`.
-    pairs = score("obs_drive", (weight, x, replace(moments, saliency=drive)), 2)
+    norms = torch.tensor([1.0, 1.0, 5.0, 1.0, 1.0, 1.0])
+    larger = score("obs_drive", (weight, x, replace(moments, saliency=norms)))
+    assert int((larger / even).argmax()) == 2
+    scaled = score("obs_drive", (weight, x, replace(moments, saliency=100 * norms)))
+    torch.testing.assert_close(scaled, larger)
+    # Groups of columns, and units without producer norms, are scored as by `obs`.
+    pairs = score("obs_drive", (weight, x, replace(moments, saliency=norms)), 2)
     torch.testing.assert_close(pairs, score("obs", case, 2))
     torch.testing.assert_close(score("obs_drive", case), losses)
 
 
-def test_what_drives_is_not_what_stored_moments_hold(case):
+def test_producer_norms_are_not_what_stored_moments_hold(case):
     """Moments that were gathered for another criterion may hold a saliency, and units may have gone before."""
     weight, _, moments = case
     moments = replace(moments, saliency=torch.rand(6, dtype=torch.float64))
     criterion = CRITERIA.get("obs_drive")(config(criterion="obs_drive"))
     torch.testing.assert_close(Scoring(criterion, weight, 1).of(moments), score("obs", case))
-    drive, left = torch.arange(1.0, 7.0), torch.tensor([0, 2, 5])
-    found = Scoring(criterion, weight[:, left], 1, left, drive).of(moments)
-    expected = criterion.score(weight[:, left], replace(moments.select(left), saliency=drive[left]), 1)
+    norms, left = torch.arange(1.0, 7.0), torch.tensor([0, 2, 5])
+    found = Scoring(criterion, weight[:, left], 1, left, norms).of(moments)
+    expected = criterion.score(weight[:, left], replace(moments.select(left), saliency=norms[left]), 1)
     torch.testing.assert_close(found, expected)
 
 

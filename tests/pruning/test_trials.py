@@ -8,8 +8,8 @@ from torch.nn.functional import kl_div
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe, layer_list
+from optimum_structprune.calibration.accumulator import Batch
 from optimum_structprune.calibration.passes import batches_of
-from optimum_structprune.calibration.tally import Batch
 from optimum_structprune.domains.load import Domain
 from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.pruning.search import measured_curves

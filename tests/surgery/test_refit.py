@@ -5,14 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimum_structprune.calibration.linalg import ridge_strength, solve_damped
 from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.surgery.refit import (
     bias_refit,
     least_squares,
     no_refit,
-    ridge_strength,
     slope_refit,
-    solve_damped,
     squared_errors,
 )
 

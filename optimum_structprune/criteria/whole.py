@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import CHANNEL, ArchSpec, Axis
+from ..calibration.accumulator import Batch, unmasked
 from ..errors import StructPruneError
 from ..forward.clock import Clock
 from ..forward.hooks import observe
 from ..forward.metrics import run_model
 from ..system.processes import add_up_, process_count
-from .drive import driven_by, matrices
-from .tally import Batch, unmasked
+from .obs import matrices, norms_by_unit
 
 
 def inflows(
@@ -51,7 +51,7 @@ def inflows(
     for space in channels:
         for axis in space.into:
             for producer in matrices(model, space.out):
-                found[axis.module] += driven_by(model, space, producer, means[producer.module])
+                found[axis.module] += norms_by_unit(model, space, producer, means[producer.module])
     return found
 
 

@@ -63,7 +63,7 @@ def finite(space: Space, moments: Moments, domain: int) -> Moments:
     return moments
 
 
-class Tally:
+class Accumulator:
     """Sums up the inputs of consumers in one domain by module, while `batch` says which samples are running."""
 
     def __init__(

@@ -1,11 +1,11 @@
-"""How strongly what comes before a space drives its channels."""
+"""The norms of the weights that give the channels of a space."""
 
 import pytest
 import torch
 from models import build
 
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.drive import drive
+from optimum_structprune.criteria.obs import producer_norms
 from optimum_structprune.forward.hooks import observe
 
 
@@ -14,9 +14,9 @@ def ffn(model, layer=0):
     return arch, next(space for space in arch.at(layer) if space.kind == "mlp")
 
 
-def driven(model):
+def norms_of(model):
     arch, space = ffn(model)
-    return drive(model, arch, space)
+    return producer_norms(model, arch, space)
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "gemma2", "phi3", "gpt2-tied", "mixtral", "gpt_oss"])
@@ -40,7 +40,7 @@ def test_it_is_the_spread_of_what_producers_give_for_white_inputs(case):
             for unit in range(space.size):
                 for row in axis.indices([unit]):
                     expected[unit] += (matrix[row] * gamma).norm()
-    torch.testing.assert_close(driven(model), expected)
+    torch.testing.assert_close(norms_of(model), expected)
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "gemma2"])
@@ -48,14 +48,14 @@ def test_it_is_the_spread_of_what_producers_give_for_white_inputs(case):
 def test_what_counts_is_what_the_channel_does_and_not_how_it_is_stored(case):
     """A norm that is folded into what reads it changes nothing."""
     model = build(case)
-    before = driven(model)
+    before = norms_of(model)
     arch, space = ffn(model)
     (read,) = (read for read in arch.residual.reads if any(r.param == space.out[0].param for r in read.readers))
     gamma = model.get_submodule(read.tap).weight
     for reader in read.readers:
         model.get_parameter(reader.param).mul_(gamma + arch.residual.plus)
     gamma.fill_(1 - arch.residual.plus)
-    torch.testing.assert_close(driven(model), before)
+    torch.testing.assert_close(norms_of(model), before)
 
 
 @torch.no_grad()
@@ -69,10 +69,13 @@ def test_text_gives_about_the_same():
     squares = torch.cat(seen).square().mean(0)
     weights = [model.get_submodule(module).weight for module in modules]
     measured = sum((weight.square() @ squares).sqrt() for weight in weights)
-    assert float(torch.corrcoef(torch.stack([driven(model), measured]))[0, 1]) > 0.9
+    assert float(torch.corrcoef(torch.stack([norms_of(model), measured]))[0, 1]) > 0.9
 
 
-def test_only_single_channels_are_driven():
+def test_only_single_channels_have_producer_norms():
     model = build("mixtral")
     arch = describe(model)
-    assert {space.kind for space in arch.spaces if drive(model, arch, space) is None} == {"attention", "expert"}
+    assert {space.kind for space in arch.spaces if producer_norms(model, arch, space) is None} == {
+        "attention",
+        "expert",
+    }
