@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +20,12 @@ from .config.pruning import StructPruneConfig
 from .costs.batch import with_batch_size
 from .criteria import CRITERIA
 from .domains.manifest import MANIFEST_NAME
-from .errors import StructPruneError
 from .forward.metrics import evaluating
 from .forward.placement import Placement
 from .pruning.arguments import check_arguments, check_config_kind
 from .pruning.checks import CALIBRATE, check
 from .pruning.evidence import Evidence
-from .saving.ranks import is_alone
-from .saving.staging import staged
-from .saving.target import check_target, used_paths
+from .system.disk import Output, used_paths
 from .system.fingerprint import fingerprint, vocabulary_hash
 
 
@@ -60,9 +56,8 @@ def calibrate(
     """
     check_config_kind(config)
     check_arguments(model, tokenizer, inputs)
-    used = [model.name_or_path, *used_paths(config)]
-    if is_alone():
-        check_target(folder, overwrite, used)
+    output = Output(folder, overwrite, [model.name_or_path, *used_paths(config)])
+    output.check()
     # One pass over the dense model: there are no rounds in which weights could move, and no error to feed back.
     config = replace(config, stats=None, adaptive_rate=0.0, objective="mean", error_feedback=0.0)
     check_plain(model)
@@ -70,8 +65,8 @@ def calibrate(
     arch = describe(model, config.arch_file)
     check(config, arch, model, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
     evidence = with_batch_size(Evidence.read(config, model, tokenizer, inputs), arch, model)
-    _check_room(arch, len(evidence.domains), Path(folder))
-    with evaluating(model), staged(folder, overwrite, used) as staging:
+    need_bytes = len(evidence.domains) * _moments_bytes(arch)
+    with evaluating(model), output.staged(need_bytes) as staging:
         _write_moments(model, arch, evidence, staging)
         heldout = {str(index): domain.heldout.contiguous() for index, domain in enumerate(evidence.domains)}
         save_file(heldout, staging / HELDOUT)
@@ -106,14 +101,7 @@ def _write_moments(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, f
             passes.advance(layer)
 
 
-def _check_room(arch: ArchSpec, num_domains: int, folder: Path) -> None:
+def _moments_bytes(arch: ArchSpec) -> int:
+    """What the moments of a domain take: a Gram matrix in fp32, and three vectors in fp64, of each consumer."""
     sizes = {axis.module: space.size * axis.per_unit for space in arch.spaces for axis in space.into}
-    # A Gram matrix in fp32, and three vectors in fp64.
-    need = num_domains * sum(4 * size * size + 24 * size for size in sizes.values())
-    parent = next(path for path in folder.resolve().parents if path.exists())
-    free = shutil.disk_usage(parent).free
-    if need > free:
-        raise StructPruneError(
-            f"The statistics of {num_domains} domains take {need / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB "
-            "left; choose another place, or fewer domains."
-        )
+    return sum(4 * size * size + 24 * size for size in sizes.values())

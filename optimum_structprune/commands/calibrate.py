@@ -28,15 +28,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> Result:
     """Run the text through the model and store what pruning needs of it."""
     from ..calibrator import calibrate
-    from ..saving.claims import claimed, folder_beside
-    from ..saving.target import OFFLOAD, check_target, resolved, used_paths
+    from ..system.disk import OFFLOAD, Output, used_paths
     from ..system.processes import across_processes
     from .loading import load_offloaded
 
     # How much is removed plays no part here, but a config has to say it.
     config = pruning_config(args, sparsity=0.5)
-    with across_processes(), claimed(args.output), folder_beside(resolved(args.output), OFFLOAD) as scratch:
-        check_target(args.output, args.overwrite, [args.model, *used_paths(config)])
+    output = Output(args.output, args.overwrite, [args.model, *used_paths(config)])
+    with across_processes(), output.locked(), output.beside(OFFLOAD) as scratch:
+        output.check()
         model, tokenizer = load_offloaded(args, config.arch_file, scratch)
         statistics = calibrate(model, tokenizer, config, args.output, args.overwrite)
     return Result(

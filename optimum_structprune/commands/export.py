@@ -49,11 +49,10 @@ def _pad(args: Namespace) -> Result:
     from dataclasses import asdict
 
     from ..saving.export import export_uniform
-    from ..saving.target import check_target, probe_target
+    from ..system.disk import Output
     from .loading import load_model_and_tokenizer, weights_bytes
 
-    check_target(args.output, args.overwrite, [args.model, args.arch_file])
-    probe_target(args.output, weights_bytes(args.model))
+    Output(args.output, args.overwrite, [args.model, args.arch_file]).check(weights_bytes(args.model))
     model, tokenizer = load_model_and_tokenizer(
         args.model, args.dtype, args.device, args.trust_remote_code, args.arch_file
     )
@@ -66,12 +65,11 @@ def _write_gguf(args: Namespace) -> Result:
     from dataclasses import asdict
 
     from ..saving.gguf_file import check_gguf, export_gguf
-    from ..saving.target import check_file, probe_target
+    from ..system.disk import GGUFOutput
     from .loading import load_config, load_model_and_tokenizer, weights_bytes
 
     check_gguf(load_config(args.model, args.trust_remote_code))
-    check_file(args.output, args.overwrite)
-    probe_target(args.output, weights_bytes(args.model))
+    GGUFOutput(args.output, args.overwrite).check(weights_bytes(args.model))
     dtype = GGUF_DTYPES.get(args.dtype, args.dtype)
     model, tokenizer = load_model_and_tokenizer(args.model, dtype, args.device, args.trust_remote_code)
     written = export_gguf(model, args.output, tokenizer, args.overwrite)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..config.pruning import StructPruneConfig
     from ..config.recovery import RecoveryConfig
     from ..pruner import StructPruner
+    from ..system.disk import Output
 
 NAME = "prune"
 HELP = "Prune a model and save one that plain from_pretrained loads."
@@ -55,7 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> Result:
     """Prune, save, and show what came of it."""
     from ..pruner import AutoStructPruner
-    from ..saving.claims import claimed
+    from ..system.disk import Output, used_paths
     from ..system.processes import across_processes
     from .pushing import check_push_arguments, pushed
 
@@ -63,9 +64,10 @@ def run(args: Namespace) -> Result:
     check_push_arguments(args)
     pruner = AutoStructPruner.from_config(config)
     # Processes that were started together share the work.
-    with across_processes(), claimed(args.output):
-        _check_folders(args, config, recovery)
-        smaller, tokenizer = _prune_and_save(args, pruner, recovery)
+    output = Output(args.output, args.overwrite, [args.model, *used_paths(config, recovery)])
+    with across_processes(), output.locked():
+        _check_folders(args, output, config, recovery)
+        smaller, tokenizer = _prune_and_save(args, output, pruner, recovery)
         return pushed(args, _result(args, pruner, recovery, smaller, tokenizer))
 
 
@@ -136,19 +138,18 @@ def _progress_folder(output: str) -> Path:
 
 
 def _prune_and_save(
-    args: Namespace, pruner: StructPruner, recovery: RecoveryConfig | None
+    args: Namespace, output: Output, pruner: StructPruner, recovery: RecoveryConfig | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The smaller model, saved, and its tokenizer."""
     from contextlib import suppress
 
     from ..recovery.checks import check_recovery
-    from ..saving.claims import folder_beside
-    from ..saving.target import OFFLOAD, resolved
+    from ..system.disk import OFFLOAD
     from ..system.processes import process_index
     from .loading import load_offloaded
 
     config = pruner.config
-    with folder_beside(resolved(args.output), OFFLOAD) as scratch:
+    with output.beside(OFFLOAD) as scratch:
         model, tokenizer = load_offloaded(args, config.arch_file, scratch)
         if recovery is not None:
             check_recovery(recovery, config, model)  # before it is pruned in vain
@@ -160,14 +161,15 @@ def _prune_and_save(
     return pruned, tokenizer
 
 
-def _check_folders(args: Namespace, config: StructPruneConfig, recovery: RecoveryConfig | None) -> None:
+def _check_folders(
+    args: Namespace, output: Output, config: StructPruneConfig, recovery: RecoveryConfig | None
+) -> None:
     # Before a model is loaded in vain.
     from ..calibration.stored import Statistics
-    from ..saving.target import check_apart, check_target, probe_target, used_paths
+    from ..system.disk import check_apart
 
-    check_target(args.output, args.overwrite, [args.model, *used_paths(config, recovery)])
+    output.check(_result_bytes(args, config))
     check_apart(args.output, config, recovery)
-    probe_target(args.output, _result_bytes(args, config))
     if config.stats is not None:
         Statistics.load(config.stats)
 

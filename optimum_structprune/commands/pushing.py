@@ -33,7 +33,7 @@ def check_push_arguments(args: Namespace) -> None:
 def pushed(args: Namespace, result: Result) -> Result:
     """A result with the address that it was pushed to; unchanged where nothing is to be pushed, or it went aside."""
     from ..saving.push import push_to_hub
-    from ..saving.ranks import is_first_rank
+    from ..system.processes import is_first_rank
 
     if args.push_to_hub is None or result.code or not is_first_rank():
         return result

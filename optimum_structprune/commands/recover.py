@@ -48,7 +48,7 @@ def run(args: Namespace) -> Result:
     """Train, save, and show what came of it."""
     from ..config.pruning import CONFIG_NAME, StructPruneConfig
     from ..recovery.checks import check_recovery
-    from ..saving.target import check_apart, check_target, probe_target, used_paths
+    from ..system.disk import Output, check_apart, used_paths
     from .loading import load_model_and_tokenizer, load_tokenizer, weights_bytes
     from .pushing import check_push_arguments, pushed
     from .recovering import recover_and_save, recovery_for
@@ -60,9 +60,9 @@ def run(args: Namespace) -> Result:
     pruning = StructPruneConfig.from_pretrained(args.model) if known else None
     # The recovered model may take the place of the pruned one; an adapter may not, since it needs that model.
     own = None if config.merge else args.model
-    check_target(args.output, args.overwrite, [own, args.teacher, args.arch_file, *used_paths(config, pruning)])
+    used = [own, args.teacher, args.arch_file, *used_paths(config, pruning)]
+    Output(args.output, args.overwrite, used).check(weights_bytes(args.model) if config.merge else 0)
     check_apart(args.output, config)
-    probe_target(args.output, weights_bytes(args.model) if config.merge else 0)
     recovery = recovery_for(config, args.output, pruning)
     check_recovery(config, recovery.pruning, parts=1)
     if config.teacher_logits is not None and args.teacher is not None:

@@ -42,7 +42,7 @@ def recovery_for(config: RecoveryConfig, output: str, pruning: StructPruneConfig
 
 
 def _say_worse(aside: str, output: str) -> None:
-    from ..saving.ranks import is_first_rank
+    from ..system.processes import is_first_rank
 
     if is_first_rank():
         sys.stderr.write(
@@ -73,11 +73,11 @@ def recover_and_save(
         What came of it, with the exit code 0, or `WORSE` where the model is worse and that was not accepted.
     """
     from ..recovery.outcome import WorseModelWarning
-    from ..saving.target import check_target, remove_checkpoints
+    from ..system.disk import Output, remove_checkpoints
 
     aside = f"{output.rstrip('/')}.worse"
     if not accept_worse:
-        check_target(aside, overwrite=True)  # before it is trained in vain
+        Output(aside, overwrite=True).check()  # before it is trained in vain
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WorseModelWarning)  # the report says it

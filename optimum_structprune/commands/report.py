@@ -31,11 +31,11 @@ def run(args: Namespace) -> Result:
 
     from ..record.records import EVALUATION_NAME, Records
     from ..saving.page.page import write_report
-    from ..saving.target import probe_folder
+    from ..system.disk import check_folder
     from .loading import weights_bytes
 
     Records.read(args.output)  # before a model is loaded in vain
-    probe_folder(args.output)
+    check_folder(args.output)
     lines, values = [], {}
     if args.domain or args.task:
         evaluation = measured(args, args.output, args.dense)

@@ -45,13 +45,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> Result:
     """Check all sizes, then prune to one after the other; each is on disk before the next begins."""
     from ..evaluation.curve import Curve
-    from ..saving.claims import claimed
+    from ..system.disk import Output
     from ..system.processes import across_processes, process_index
 
     configs = _configs(args)
     settings = {**next(iter(configs.values())).to_dict(), "sparsity": None}
     output = Path(args.output)
-    with across_processes(), claimed(args.output):
+    with across_processes(), Output(args.output).locked():
         curve = Curve.resume(output, args.model, settings)
         _check(args, configs)
         done = {size.sparsity for size in curve.sizes if args.no_save or _folder(output, size.sparsity).is_dir()}
@@ -88,14 +88,14 @@ def _check(args: Namespace, configs: dict[float, StructPruneConfig]) -> None:
     """Refuse a size that cannot be reached, before anything is pruned."""
     from ..calibration.stored import Statistics
     from ..dryrun import dry_run
-    from ..saving.target import probe_target
+    from ..system.disk import Output
     from .loading import load_config, load_device, load_dtype
 
     dtype = load_dtype(args.dtype)
     load_device(args.device)
     model_config = load_config(args.model, args.trust_remote_code)
     sizes = [dry_run(model_config, config, dtype, args.trust_remote_code).memory.after for config in configs.values()]
-    probe_target(args.output, 0 if args.no_save else sum(sizes))
+    Output(args.output).check_place(0 if args.no_save else sum(sizes))
     if (stats := next(iter(configs.values())).stats) is not None:
         Statistics.load(stats)
 

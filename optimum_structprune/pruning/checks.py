@@ -25,7 +25,7 @@ from ..criteria import CRITERIA, saliencies_for
 from ..criteria.layers import BLOCK_INFLUENCE
 from ..criteria.whole import check_dense
 from ..errors import StructPruneError
-from ..saving.target import probe_folder
+from ..system.disk import check_folder
 from ..system.offloading import is_offloaded
 from ..widths.allocation import alike, is_bounded
 from ..widths.budget import biased_spaces, widths_of
@@ -307,7 +307,7 @@ def _never_stored(config: StructPruneConfig) -> Rules:
 def checkpoint_rules(case: Case) -> Rules:
     """The folders that remember the rounds and the measured losses."""
     for folder in filter(None, (case.config.checkpoint_dir, case.config.losses_dir)):
-        probe_folder(folder)
+        check_folder(folder)
     yield from ()
 
 

@@ -1,4 +1,4 @@
-"""Numbers as text: tables, bytes, times and the widths of layers."""
+"""Numbers as text: tables, times and the widths of layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from statistics import fmean
 
 BARS = "▁▂▃▄▅▆▇█"
 LONGEST_SPARK = 32
-UNITS = ("bytes", "kB", "MB", "GB")
 
 
 def worst_ratio(ratios: Mapping[str, float]) -> tuple[str, float]:
@@ -40,12 +39,6 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Rows of equally many cells as a Markdown table; the first row is its head."""
     head, *body = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([head, f"|{'---|' * len(rows[0])}", *body])
-
-
-def readable_size(size: int) -> str:
-    """A number of bytes in the largest unit that leaves a digit before the point."""
-    power = min((len(str(size)) - 1) // 3, len(UNITS) - 1)
-    return f"{size:,} {UNITS[0]}" if power == 0 else f"{size / 1000**power:,.1f} {UNITS[power]}"
 
 
 def readable_time(seconds: float) -> str:

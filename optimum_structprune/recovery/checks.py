@@ -12,7 +12,7 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.sources import documents
 from ..errors import StructPruneError
-from ..saving.target import probe_folder
+from ..system.disk import check_folder
 from ..system.offloading import is_offloaded
 from .adapter import adapter_config, check_fits, lora_config
 from .sharding import check_deepspeed, check_sharding
@@ -41,9 +41,9 @@ def check_recovery(
     arguments = training_arguments(config, text.seed, device == "cpu", tempfile.gettempdir(), parts=parts)
     check_sharding(arguments, device)
     if "output_dir" in config.training:
-        probe_folder(str(arguments.output_dir))
+        check_folder(str(arguments.output_dir))
     if config.teacher_logits is not None:
-        probe_folder(Path(config.teacher_logits).parent)
+        check_folder(Path(config.teacher_logits).parent)
     if model is not None:
         _check_model(model, text.seq_length)
         if config.train == "full" and model.dtype == torch.float16:

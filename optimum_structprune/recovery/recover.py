@@ -24,7 +24,7 @@ from ..forward.metrics import perplexity
 from ..plain_json import to_json
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 from ..saving.hub import RECORDS, check_reload, save_checked
-from ..saving.target import used_paths
+from ..system.disk import used_paths
 from ..system.fingerprint import tensor_hash
 from .adapter import adapter_config, check_adapter, fresh_adapter, merge_adapter_
 from .checkpoints import last_checkpoint

@@ -22,7 +22,7 @@ from ..errors import StructPruneError
 from ..forward.divergence import likeliest
 from ..forward.metrics import evaluating, input_device
 from ..plain_json import to_json
-from ..saving.staging import staged
+from ..system.disk import Output
 from .identity import DIGITS, weights_hash
 
 
@@ -87,7 +87,7 @@ def write_teacher_logits(
         "shards": [len(shard) for shard in shards],
         "perplexity": perplexity,
     }
-    with staged(folder, overwrite=False) as staging, evaluating(teacher):
+    with Output(folder).staged() as staging, evaluating(teacher):
         for number, shard in enumerate(logging.tqdm(shards, desc="teacher", unit="shard")):
             save_file(_predictions(teacher, shard, index["top_k"], temperature), staging / _shard_name(number))
         (staging / INDEX_NAME).write_text(to_json(index) + "\n")

@@ -21,7 +21,7 @@ from ..config.recovery import RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
 from ..forward.divergence import divergence, divergence_from_likeliest
 from ..forward.metrics import evaluating, input_device
-from ..saving.staging import is_write_error
+from ..system.disk import is_write_error
 from .adapter import check_adapter
 from .identity import Identity
 from .outcome import RecoveryOutcome

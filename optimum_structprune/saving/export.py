@@ -12,14 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..errors import StructPruneError
-from ..plain_json import to_json
+from ..plain_json import replace_json
 from ..record.report import REPORT_NAME
 from ..surgery.resize import pad_
+from ..system.disk import EXPORT_NAME, Output
 from ..system.memory import model_bytes
 from .hub import RECORDS, check_reload, save_checked
 from .page.card import leave_card
-from .ranks import is_alone
-from .target import EXPORT_NAME, check_target
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,7 @@ def export_uniform(
             model gives other outputs.
     """
     used = [model.name_or_path, arch_file]
-    if is_alone():  # others would wait for a process that stops here; saving checks it again
-        check_target(save_directory, overwrite, used)
+    Output(save_directory, overwrite, used).check()
     if not model.config.is_heterogeneous:
         raise StructPruneError(f"All layers of this {model.config.model_type} model have the same width already.")
     dense = _dense_parameters(model.name_or_path)
@@ -89,7 +87,7 @@ def export_uniform(
                 shutil.copyfile(record, folder / name)
         # By this record the folder is known as a result, and may be replaced.
         parameters = {"before": padding.before, "after": padding.after}
-        (folder / EXPORT_NAME).write_text(to_json({"form": "uniform", "parameters": parameters}) + "\n")
+        replace_json(folder / EXPORT_NAME, {"form": "uniform", "parameters": parameters})
         leave_card(folder, save_directory, padded.config, model.name_or_path, arch_file)
 
     padding = Padding(model.num_parameters(), padded.num_parameters(), dense, model_bytes(padded) - model_bytes(model))

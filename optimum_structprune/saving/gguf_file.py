@@ -16,9 +16,8 @@ from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal, in_file_
 from ..arch.plain import check_plain, is_quantized
 from ..arch.spaces import heads_of
 from ..errors import StructPruneError
+from ..system.disk import GGUF_MARK, GGUFOutput
 from .gguf_vocabulary import add_vocabulary
-from .staging import staged_file
-from .target import GGUF_MARK, check_file
 
 
 # gguf's name for the type of a tensor, and for a file of such tensors, by torch's.
@@ -76,14 +75,15 @@ def export_gguf(
             may not be replaced, or it cannot be written.
     """
     check_gguf(model.config)
-    check_file(path, overwrite)
+    output = GGUFOutput(path, overwrite)
+    output.check()
     check_plain(model)
     if is_quantized(model):
         raise StructPruneError("A GGUF file is written from plain weights; load the model without quantization.")
     if model.dtype not in TYPES:
         raise StructPruneError(f"A GGUF file holds float32, float16 or bfloat16, and the model is in {model.dtype}.")
     kind, file_type = TYPES[model.dtype]
-    with staged_file(path, overwrite) as staging:
+    with output.staged() as staging:
         parameters = _write(model, staging, tokenizer, kind, file_type)
         size = staging.stat().st_size
     return GGUFFile(str(gguf_architecture(model.config)), kind, parameters, size)

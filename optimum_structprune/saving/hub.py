@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,15 +21,14 @@ from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, outputs_of, run_model
+from ..plain_json import replace_json
 from ..record.details import DETAILS_NAME
 from ..record.report import REPORT_NAME, Report
 from ..surgery.plan import PLAN_NAME, Plan
+from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.memory import model_bytes
 from ..system.offloading import declared, is_offloaded, places
-from .claims import folder_beside
-from .ranks import on_first_rank
-from .staging import staged_alone
-from .target import OFFLOAD, check_target, probe_target, resolved, used_paths
+from ..system.processes import is_first_rank
 
 
 # What a pruning leaves beside its model.
@@ -114,28 +114,23 @@ def save_checked(
     check: Callable[[Any, Path], Any],
     used: Iterable[str | Path | None] = (),
 ) -> None:
-    """Save a model, and make the folder appear only once it has been read back.
+    """Save a model, and make the folder appear only once it has been read back; see `Output`.
 
-    Everything is written to a temporary folder beside the target, reloaded and compared, and then moved into place, so
-    that a failure leaves whatever was there before. Of several processes, the first one saves, and the others wait for
-    it and fail if it fails.
+    Of several processes, the first one saves, and the others wait for it and fail if it fails.
     """
-
-    def save() -> None:
-        check_target(save_directory, overwrite, used)
-        probe_target(save_directory, _saved_bytes(model))
-        with staged_alone(save_directory, overwrite, used) as staging:
-            with heterogeneous(), declared(model), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # see _shards
-                model.save_pretrained(str(staging), **_shards(model))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staging)
-            for name in CONFIGS:
-                forget_code(staging / name)
-            write(staging)
-            check(model, staging)
-
-    on_first_rank(save_directory, save)
+    need_bytes = 0 if hasattr(model, "peft_config") else model_bytes(model)  # an adapter is small
+    with Output(save_directory, overwrite, used).staged(need_bytes) as staging:
+        if not is_first_rank():
+            return
+        with heterogeneous(), declared(model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # see _shards
+            model.save_pretrained(str(staging), **_shards(model))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        for name in CONFIGS:
+            forget_code(staging / name)
+        write(staging)
+        check(model, staging)
 
 
 def _shards(model: Any) -> dict[str, Any]:
@@ -145,11 +140,6 @@ def _shards(model: Any) -> dict[str, Any]:
     tied = getattr(model, "all_tied_weights_keys", {})
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     return {"max_shard_size": SHARD_SIZE, "state_dict": state}
-
-
-def _saved_bytes(model: PreTrainedModel | PeftModel) -> int:
-    """The size of what `save_pretrained` writes; nothing is said of an adapter, which is small."""
-    return 0 if hasattr(model, "peft_config") else model_bytes(model)
 
 
 def forget_code(path: Path) -> None:
@@ -175,8 +165,8 @@ def forget_code(path: Path) -> None:
     kept = {name: reference for name, reference in named.items() if there(reference)}
     if kept == named:
         return
-    config = {**config, "auto_map": kept} if kept else {key: config[key] for key in config if key != "auto_map"}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    config["auto_map"] = kept
+    replace_json(path, config if kept else {name: value for name, value in config.items() if name != "auto_map"})
 
 
 @torch.no_grad()
@@ -186,7 +176,8 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
     names = ("attn_implementation", "experts_implementation")
     kernels: dict[str, Any] = {name: _kernels(model.config, name) for name in names}
     where: Any = places(model) if is_offloaded(model) else model.device
-    with folder_beside(resolved(folder), OFFLOAD) as scratch:
+    # Beside the folder, where there is room for weights.
+    with tempfile.TemporaryDirectory(prefix=f".{OFFLOAD}.", dir=Path(folder).resolve().parent) as scratch:
         with heterogeneous():
             again = type(model).from_pretrained(
                 folder, dtype=model.dtype, device_map=where, offload_folder=scratch, **kernels

@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import StructPruneError, one_line
+from ..system.disk import ADAPTER, CARD, WRITTEN, is_result, is_signed
 from .page.card import renamed
-from .target import ADAPTER, CARD, WRITTEN, is_result, is_signed
 
 
 TEMPLATES = "additional_chat_templates"

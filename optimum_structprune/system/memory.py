@@ -1,4 +1,4 @@
-"""How much memory this process and a model have taken."""
+"""How much memory this process has taken and a model takes, and sizes in words."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ try:
     import resource
 except ImportError:  # Windows has no such module
     resource = None  # type: ignore[assignment]
+
+UNITS = ("bytes", "kB", "MB", "GB")
 
 
 def peak_memory() -> dict[str, int]:
@@ -32,3 +34,9 @@ def model_bytes(model: nn.Module) -> int:
     """The size of a model's weights on the disk; what several names share counts once."""
     tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.state_dict().values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def readable_size(size: int) -> str:
+    """A number of bytes in the largest unit that leaves a digit before the point."""
+    power = min((len(str(size)) - 1) // 3, len(UNITS) - 1)
+    return f"{size:,} {UNITS[0]}" if power == 0 else f"{size / 1000**power:,.1f} {UNITS[power]}"

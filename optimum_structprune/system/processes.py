@@ -7,8 +7,10 @@ processes alone.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -23,7 +25,12 @@ T = TypeVar("T", Tensor, Sequence)
 V = TypeVar("V")
 # What `accelerate launch` sets where its flags or its config file name these.
 LAUNCHES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+# Whether `torchrun` (or accelerate, with it) keeps a store for the processes that it has started.
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+PATIENCE, DONE = timedelta(hours=2), "done"
 _together = False
+# How often the first process has decided on something, by its name: all processes count alike.
+_decisions: Counter[str] = Counter()
 
 
 @contextmanager
@@ -130,3 +137,57 @@ def wait_for_all() -> None:
     """Wait until every process has come here."""
     if _together:
         dist.barrier()
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that saves: it is alone, or the first of several, whatever these share."""
+    return _rank_and_count()[0] == 0
+
+
+@contextmanager
+def first_decides(name: str) -> Iterator[bool]:
+    """Raise an error that the first process meets inside `with` in all others too, which wait for it.
+
+    The first one, which gets True, leaves its outcome in the store through which the processes found each other. It
+    never waits, so it may as well be the only one that comes here; a barrier would not let it go on, nor say why it
+    failed.
+    """
+    rank, count = _rank_and_count()
+    if count == 1:
+        yield True
+        return
+    _decisions[name] += 1
+    store, key = _store(), f"structprune/{name}/{_decisions[name]}"
+    if rank == 0:
+        try:
+            yield True
+        except BaseException as error:
+            store.set(key, str(error) if isinstance(error, StructPruneError) else f"{type(error).__name__}: {error}")
+            raise
+        store.set(key, DONE)
+        return
+    yield False
+    try:
+        store.wait([key], PATIENCE)
+        outcome = store.get(key).decode()
+    except RuntimeError as error:  # the store is gone, or has nothing after all the time
+        raise StructPruneError(f"The first process did not say what came of {name}.") from error
+    if outcome != DONE:
+        raise StructPruneError(outcome)
+
+
+def _rank_and_count() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if os.environ.get(AGENT_STORE) == "True" and "RANK" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
+    return 0, 1
+
+
+def _store() -> dist.Store:
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    # Nothing in this run has needed the other processes so far, but `torchrun` has made a store for them.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "") + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return dist.PrefixStore(f"structprune/{run}", dist.TCPStore(address, port, is_master=False))

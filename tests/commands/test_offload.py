@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers import logits, save_with_tokenizer
 from models import build, documents, full_disk, tokenizer
 from safetensors.torch import load_file
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruner
 from optimum_structprune.commands.cli import main
-from optimum_structprune.saving.claims import claimed
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_layers_that_cannot_run_one_by_one_are_refused(desk, tmp_path, capsys, m
 
 
 def test_a_second_run_into_the_same_output_is_refused_at_once(desk, tmp_path, capsys, monkeypatch):
-    with claimed(tmp_path / "out"):
+    with FileLock(tmp_path / ".out.lock"):
         refused(capsys, monkeypatch, tmp_path, command(desk, desk / "model", tmp_path / "out"), "Another run writes")
         calibrate = ["calibrate", *command(desk, desk / "model", tmp_path / "out", widths=())[1:]]
         refused(capsys, monkeypatch, tmp_path, calibrate, "Another run writes to", "name another output")

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner, export_uniform
 from optimum_structprune.saving.page.card import model_card
-from optimum_structprune.saving.target import is_signed
+from optimum_structprune.system.disk import is_signed
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:

@@ -1,7 +1,6 @@
 """A folder appears only once it is complete, and what was there before survives a failure."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from optimum_structprune import Plan, StructPruneConfig, StructPruneError, Struc
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import LAYER, MODEL
 from optimum_structprune.saving.hub import check_pruned, check_reload, forget_code
-from optimum_structprune.saving.staging import staged
 
 
 @pytest.fixture(scope="module")
@@ -98,33 +96,6 @@ def test_a_failure_leaves_what_was_there(run, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "precious.json").read_text() == "mine"
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
-    former_result(tmp_path / "out")
-    rename = Path.rename
-
-    def refuse_new(self, target):
-        if (self / "new.txt").exists():
-            raise OSError("device or resource busy")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", refuse_new)
-    with (
-        pytest.raises(StructPruneError, match="out could not be written.*busy"),
-        staged(tmp_path / "out", True) as new,
-    ):
-        (new / "new.txt").write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "precious.json").read_text() == "mine"
-
-
-def test_a_file_that_appears_in_the_way_stays(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(StructPruneError, match="out could not be written"), staged(out, True) as new:
-        (new / "new.txt").write_text("new")
-        out.write_text("mine")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and out.read_text() == "mine"
-
-
 def test_a_full_disk_leaves_what_was_there(run, tmp_path):
     pruner, model = run
     pruner.save(model, tmp_path / "out")
@@ -133,30 +104,6 @@ def test_a_full_disk_leaves_what_was_there(run, tmp_path):
         pruner.save(model, tmp_path / "out", overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_disk_that_is_full_for_torch_or_a_tokenizer_is_an_error_of_ours(tmp_path):
-    former_result(tmp_path / "out")
-    writers = {
-        "inline_container|PytorchStreamWriter": lambda folder: torch.save(torch.zeros(9999), folder / "optimizer.pt"),
-        "too large": lambda folder: (folder / "notes.txt").write_text("x" * 9999),
-        "os error": lambda folder: tokenizer().save_pretrained(folder),
-    }
-    for reason, write in writers.items():
-        with (
-            full_disk(1_000),
-            pytest.raises(StructPruneError, match=f"out could not be written, and what was there.*({reason})"),
-            staged(tmp_path / "out", True) as new,
-        ):
-            write(new)
-        assert (tmp_path / "out" / "precious.json").read_text() == "mine"
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_an_error_of_the_work_itself_passes_through(tmp_path):
-    with pytest.raises(RuntimeError, match="shapes"), staged(tmp_path / "out", False):
-        raise RuntimeError("shapes do not fit")
-    assert not list(tmp_path.iterdir())
 
 
 def test_code_that_is_not_there_is_not_named(run, tmp_path):

@@ -23,7 +23,7 @@ from ...plain_json import unversioned
 from ...record.records import Records, only_warning
 from ...record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
 from ...record.text import markdown
-from ..target import CARD, is_result, is_signed, resolved, signed
+from ...system.disk import CARD, is_result, is_signed, resolved, signed
 
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")

@@ -17,7 +17,8 @@ from ...config.domains import IN_MEMORY
 from ...config.pruning import CONFIG_NAME
 from ...record.details import Choice
 from ...record.records import EVALUATION_NAME, Records
-from ...record.text import readable_size, readable_time
+from ...record.text import readable_time
+from ...system.memory import readable_size
 from . import pictures
 
 

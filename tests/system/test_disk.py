@@ -1,25 +1,29 @@
-"""Which folders may be replaced, and where a result can be written."""
+"""An output belongs to one run at a time, replaces nothing of the user's, and what a kill leaves beside it goes."""
 
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import recovery_config
-from models import build, config, tokenizer
+from models import build, config, full_disk, tokenizer
 
 from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneError, StructPruner, prune_model
 from optimum_structprune.saving.hub import save_checked
-from optimum_structprune.saving.staging import staged
-from optimum_structprune.saving.target import (
+from optimum_structprune.system.disk import (
     MARKERS,
+    OFFLOAD,
+    SAVING,
+    Output,
     check_apart,
-    check_target,
+    check_folder,
     is_result,
-    probe_folder,
-    probe_target,
     remove_checkpoints,
     used_paths,
 )
@@ -35,12 +39,12 @@ def result(folder, marker="pruning_plan.json"):
 
 @pytest.mark.parametrize("marker", MARKERS)
 def test_a_result_may_be_replaced(tmp_path, marker):
-    check_target(result(tmp_path / "out", marker), True)
+    Output(result(tmp_path / "out", marker), True).check()
 
 
 def test_a_new_or_an_empty_folder_may_be_written_to(tmp_path):
-    check_target(tmp_path / "new", False)
-    check_target(tmp_path, True, [tmp_path])
+    Output(tmp_path / "new").check()
+    Output(tmp_path, True, [tmp_path]).check()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "llama"}', "5", "[" * 5000])
@@ -50,13 +54,13 @@ def test_a_folder_that_only_looks_like_a_result_stays(tmp_path, text):
     (tmp_path / "deep" / "thesis.txt").write_text("x" * 2000)
     assert not is_result(tmp_path)
     with pytest.raises(StructPruneError, match=r"no result of structprune.*2 files \([27].0 kB\) would be lost"):
-        check_target(tmp_path, True)
+        Output(tmp_path, True).check()
 
 
 def test_a_dense_model_is_no_result(tmp_path):
     build("llama-tied").save_pretrained(tmp_path)
     with pytest.raises(StructPruneError, match="no result"):
-        check_target(tmp_path, True)
+        Output(tmp_path, True).check()
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "notes/", "README.md", "data.csv", ".git/"])
@@ -64,17 +68,17 @@ def test_what_was_put_into_a_result_stays(tmp_path, name):
     out = result(tmp_path / "out")
     (out / "tokenizer.model").write_text("")
     (out / "modeling_llama.py").write_text("")
-    check_target(out, True)
+    Output(out, True).check()
     (out / name).mkdir() if name.endswith("/") else (out / name).write_text("mine")
     with pytest.raises(StructPruneError, match=f"did not write .{name.rstrip('/')}"):
-        check_target(out, True)
+        Output(out, True).check()
 
 
 def test_the_card_that_peft_writes_may_be_replaced(tmp_path):
     out = result(tmp_path / "out", "recovery_config.json")
     (out / "README.md").write_text("")
     (out / "adapter_config.json").write_text("{}")
-    check_target(out, True)
+    Output(out, True).check()
 
 
 def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
@@ -94,7 +98,7 @@ def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
         for name in used:
             for target in (out, link, "home/../home/out"):
                 with pytest.raises(StructPruneError, match=f"out {relation} .*which this run reads.*would be lost"):
-                    check_target(target, True, [None, "", "owner/name", name])
+                    Output(target, True, [None, "", "owner/name", name]).check()
 
 
 def test_a_link_in_the_folder_counts_where_it_lies(tmp_path):
@@ -102,11 +106,12 @@ def test_a_link_in_the_folder_counts_where_it_lies(tmp_path):
     (tmp_path / "model").mkdir()
     (out / "in").symlink_to(tmp_path / "model")
     with pytest.raises(StructPruneError, match="holds"):
-        check_target(out, True, [out / "in"])
+        Output(out, True, [out / "in"]).check()
 
 
 def test_what_lies_elsewhere_does_not_matter(tmp_path):
-    check_target(result(tmp_path / "out"), True, ["", None, tmp_path / "gone", "x\0y", "out", tmp_path / "out2"])
+    used = ["", None, tmp_path / "gone", "x\0y", "out", tmp_path / "out2"]
+    Output(result(tmp_path / "out"), True, used).check()
 
 
 def test_the_paths_that_configs_name(tmp_path):
@@ -138,7 +143,7 @@ def test_saving_never_replaces_the_dense_model(tmp_path):
 
 
 def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
-    probe_target(tmp_path / "a" / "b" / "out", 1)
+    Output(tmp_path / "a" / "b" / "out").check(1)
     assert not list(tmp_path.iterdir())
 
 
@@ -154,14 +159,14 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
         ("a\0b", r"'a\\x00b' cannot be written: embedded null byte"),
     ]:
         with pytest.raises(StructPruneError, match=message):
-            probe_target(target)
+            Output(target).check()
         if "x" * 300 not in str(target) and message != "mounted":
-            with pytest.raises(StructPruneError), staged(target, overwrite=False):
+            with pytest.raises(StructPruneError), Output(target).staged():
                 pytest.fail("there is no such folder")
     usage = SimpleNamespace(free=3_000_000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(StructPruneError, match="takes about 5.0 GB, and .* has 3.0 MB left"):
-        probe_target(tmp_path / "out", 5_000_000_000)
+        Output(tmp_path / "out").check(5_000_000_000)
 
 
 @pytest.mark.parametrize("name", ["checkpoint_dir", "output_dir", "teacher_logits"])
@@ -179,7 +184,7 @@ def test_folders_of_checkpoints_are_probed_before_text_is_read(tmp_path, name):
         checked = {"checkpoint_dir": str(folder)} if name == "checkpoint_dir" else {"recovery": recovery}
         with pytest.raises(StructPruneError, match=message):
             prune_model(build("llama-tied"), config(domains=domain, rounds=2, **checked), tokenizer())
-    probe_folder(tmp_path / "a" / "b")
+    check_folder(tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -210,3 +215,161 @@ def test_only_checkpoints_are_removed(tmp_path):
         remove_checkpoints(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["notes"]
+
+
+HOLD = """
+import sys, time
+from optimum_structprune.system.disk import OFFLOAD, Output
+
+output = Output(sys.argv[1])
+with output.locked(), output.beside(OFFLOAD) as folder:
+    (folder / "weights").write_text("")
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that writes to `out`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path, other):
+    before = names(tmp_path)
+    assert len(before) == 2 and ".out.lock" in before
+    (tmp_path / "link").symlink_to(tmp_path / "out")  # a link and its folder are one output
+    message = rf"Another run writes to .* now: process {other.pid}, which holds"
+    for refused in (
+        Output(tmp_path / "out").locked(),
+        Output(tmp_path / "link").locked(),
+        Output(tmp_path / "out").staged(),
+    ):
+        with pytest.raises(StructPruneError, match=message), refused:
+            raise AssertionError
+    (tmp_path / "link").unlink()
+    assert names(tmp_path) == before
+    with Output(tmp_path / "other").locked():
+        pass
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    assert names(tmp_path) == before
+    with Output(tmp_path / "out").locked():
+        assert names(tmp_path) == [".out.lock"]
+    assert not names(tmp_path)
+
+
+def test_one_run_saves_inside_its_own_lock_and_leaves_its_working_folders(tmp_path):
+    output = Output(tmp_path / "out")
+    with output.locked(), output.beside(OFFLOAD) as scratch:
+        with Output(tmp_path / "out").staged() as folder:
+            (folder / "model").write_text("mine")
+        assert names(tmp_path) == sorted([".out.lock", scratch.name, "out"])
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["model"]
+
+
+def test_an_error_leaves_no_lock_and_no_folder(tmp_path):
+    output = Output(tmp_path / "new" / "deep" / "out")
+    with pytest.raises(RuntimeError, match="mine"):
+        with output.locked(), output.beside(OFFLOAD):
+            assert len(names(output.path.parent)) == 2
+            raise RuntimeError("mine")
+    with pytest.raises(RuntimeError, match="mine"), output.staged():
+        raise RuntimeError("mine")
+    assert not names(tmp_path)
+
+
+def test_what_killed_runs_left_goes_and_nothing_else(tmp_path):
+    killed = [f".out.{purpose}.abcd_123" for purpose in (SAVING, OFFLOAD)]
+    mine = ["out", ".out.progress", ".out.settings", ".out.saving", ".out.saving.notes", ".out.saving.abcd_1234"]
+    mine += ["x.out.saving.abcd_123", ".other.saving.abcd_123", ".out.checkpoints", ".out2.saving.abcd_123"]
+    for name in killed + mine:
+        (tmp_path / name / "deep").mkdir(parents=True)
+    (tmp_path / ".out.saving.12345678").write_text("a file")
+    (tmp_path / ".out.saving.87654321").symlink_to(tmp_path / "out")
+    with Output(tmp_path / "out").locked():
+        pass
+    assert names(tmp_path) == sorted([*mine, ".out.saving.12345678", ".out.saving.87654321"])
+
+
+def test_a_result_that_a_kill_caught_while_it_was_replaced_is_put_back(tmp_path):
+    former = tmp_path / ".out.saving.abcd_123" / "former"
+    former.mkdir(parents=True)
+    (former / "model").write_text("former")
+    # What is back is not overwritten unasked.
+    with pytest.raises(StructPruneError, match="exists and is not empty"), Output(tmp_path / "out").staged():
+        raise AssertionError
+    assert (tmp_path / "out" / "model").read_text() == "former"
+    former.mkdir(parents=True)
+    (former / "model").write_text("replaced, and not yet removed")
+    with Output(tmp_path / "out").locked():
+        assert (tmp_path / "out" / "model").read_text() == "former"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("device or resource busy")], ids=["key", "busy"])
+def test_what_stops_the_second_of_two_moves_leaves_the_former_result(tmp_path, monkeypatch, error):
+    out = result(tmp_path / "out")
+    rename, calls = Path.rename, []
+
+    def once(self, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", once)
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else StructPruneError
+    with pytest.raises(expected, match="out could not be written.*busy|^$"), Output(out, True).staged() as folder:
+        (folder / "new").write_text("")
+    assert names(tmp_path) == ["out"] and names(out) == ["model.safetensors", "pruning_plan.json"]
+
+
+def test_a_file_that_appears_in_the_way_stays(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(StructPruneError, match="out could not be written"), Output(out, True).staged() as folder:
+        (folder / "new.txt").write_text("new")
+        out.write_text("mine")
+    assert names(tmp_path) == ["out"] and out.read_text() == "mine"
+
+
+def test_a_disk_that_is_full_for_torch_or_a_tokenizer_is_an_error_of_ours(tmp_path):
+    before = {path.name: path.read_bytes() for path in result(tmp_path / "out").iterdir()}
+    writers = {
+        "inline_container|PytorchStreamWriter": lambda folder: torch.save(torch.zeros(9999), folder / "optimizer.pt"),
+        "too large": lambda folder: (folder / "notes.txt").write_text("x" * 9999),
+        "os error": lambda folder: tokenizer().save_pretrained(folder),
+    }
+    for reason, write in writers.items():
+        with (
+            full_disk(1_000),
+            pytest.raises(StructPruneError, match=f"out could not be written, and what was there.*({reason})"),
+            Output(tmp_path / "out", True).staged() as folder,
+        ):
+            write(folder)
+        assert names(tmp_path) == ["out"]
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_file_system_without_locks_still_takes_a_run(tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    left = tmp_path / ".out.saving.abcd_123"  # another run may be at work in it
+    left.mkdir()
+    output = Output(tmp_path / "out")
+    with output.locked(), output.beside(SAVING) as folder:
+        assert "cannot be locked" in caplog.text
+        assert {left.name, folder.name} <= {*names(tmp_path)}
+    assert names(tmp_path) == [left.name]

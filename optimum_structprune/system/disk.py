@@ -1,0 +1,418 @@
+"""Where a result goes: to one run at a time, in place of nothing that is the user's, and whole or not at all.
+
+While a run lasts, a lock and working folders lie beside its output. The kernel releases a lock when its process ends,
+however it ends, and the next run clears away what it has left.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from errno import ENOLCK, ENOSYS, ENOTSUP
+from glob import escape, glob
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from ..errors import StructPruneError, one_line, some_of
+from .memory import readable_size
+from .processes import first_decides, is_first_rank, wait_for_all
+
+
+logger = logging.getLogger(__name__)
+
+EXPORT_NAME = "structprune_export.json"
+# Files that only this package writes, and fields that each of them has.
+MARKERS: Mapping[str, frozenset[str]] = {
+    "structprune_config.json": frozenset({"criterion", "refit"}),
+    "pruning_plan.json": frozenset({"model_type", "keep"}),
+    "recovery_config.json": frozenset({"tokens", "lora"}),
+    "statistics.json": frozenset({"model_type", "domains", "files"}),
+    "teacher_logits.json": frozenset({"top_k", "shards"}),
+    EXPORT_NAME: frozenset({"form"}),
+}
+# Files that this package, transformers and peft write into a result; whatever else lies there is the user's.
+WRITTEN = re.compile(
+    r".+\.(json|safetensors|jinja|model|py|gguf)|report\.html|(vocab|merges)\.txt|\.gitattributes|training_args\.bin"
+)
+WRITTEN_FOLDERS = ("additional_chat_templates", "__pycache__", ".cache")
+# The first entry of a GGUF file that this package wrote, among the first bytes of the file.
+GGUF_MARK, GGUF_HEAD = "structprune.version", 512
+ADAPTER, CARD = "adapter_config.json", "README.md"
+SIGNATURE = "\n<!-- Written by optimum-structprune; the SHA-256 of all above is {}. -->\n"
+SIGNED = re.compile(re.escape(SIGNATURE).replace(r"\{\}", r"(\w{64})") + r"\Z")
+# The fields of configs that name files and folders, beside the sources of text: those that a run writes, and others.
+KEPT, READ = ("losses_dir", "checkpoint_dir", "teacher_logits"), ("stats", "arch_file", "presets_file")
+# Working folders beside an output: for what is being written, and for weights that do not fit into memory.
+SAVING, OFFLOAD = "saving", "offload"
+NEW, FORMER = "new", "former"  # in one for saving: the result, and for a moment the one that it replaces
+# What the errors of libraries that could not write a file say: torch's, and that of tokenizers.
+WRITING = ("inline_container.cc", "PytorchStreamWriter", "(os error ")
+NO_LOCKS = (ENOLCK, ENOSYS, ENOTSUP)  # the errors of file systems that have none
+PATIENCE = 0.2  # seconds, in which a run that is just ending may give its lock back
+
+
+class Output:
+    """A folder that a run makes; over all links, so that a link keeps pointing to it.
+
+    A folder that holds something is replaced only with `overwrite`, and only if this package wrote it: one of its own
+    records is in it, and nothing that the package does not write. It is never replaced if it is, holds or lies in one
+    of `used`, the files and folders that the run reads. Of several processes, the first one decides for all.
+    """
+
+    def __init__(self, target: str | Path, overwrite: bool = False, used: Iterable[str | Path | None] = ()):
+        self.target, self.overwrite, self.used = target, overwrite, [*used]
+        self.path = resolved(target)
+
+    def check(self, need_bytes: int = 0) -> None:
+        """Refuse what must not be replaced, and what could not be written to the end, before work is done for it."""
+        with first_decides(str(self.path)) as first:
+            if first:
+                self._check(need_bytes)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs from the same output inside `with`, and clear away what those that were killed left there.
+
+        All processes that share the work have to come here.
+        """
+        if is_first_rank():
+            with self._locked():
+                wait_for_all()
+                yield
+        else:
+            wait_for_all()  # so that no working folder is taken for one that was left
+            yield
+
+    @contextmanager
+    def staged(self, need_bytes: int = 0) -> Iterator[Path]:
+        """Give a new folder, and move it into place if everything inside `with` goes well; else all stays as it was.
+
+        What the first process writes is kept. The others get a folder for nothing, and an error where that one fails.
+        """
+        with first_decides(str(self.path)) as first:
+            if not first:
+                with tempfile.TemporaryDirectory() as scratch:
+                    yield Path(scratch)
+                return
+            with self._locked():
+                self._check(need_bytes)
+                try:
+                    with self.beside(SAVING) as folder:
+                        (folder / NEW).mkdir()
+                        yield self._staging(folder)
+                        self._swap(folder)
+                except Exception as error:
+                    if not is_write_error(error):
+                        raise
+                    raise StructPruneError(
+                        f"{self.path} could not be written, and what was there is as it was: {one_line(error)}"
+                    ) from error
+
+    @contextmanager
+    def beside(self, purpose: str) -> Iterator[Path]:
+        """A working folder beside the output, inside `locked`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.{purpose}.", dir=self.path.parent))
+        try:
+            yield folder
+        finally:
+            self._clear(folder)
+
+    def _staging(self, folder: Path) -> Path:
+        return folder / NEW
+
+    def _swap(self, folder: Path) -> None:
+        # Whatever stops the second move, `_clear` takes the first one back.
+        if self.path.is_dir():
+            self.path.rename(folder / FORMER)
+        self._staging(folder).rename(self.path)
+
+    def _clear(self, folder: Path) -> None:
+        """Remove a working folder; what had been there before goes back if nothing has taken its place."""
+        if (folder / FORMER).exists() and not self.path.exists():
+            (folder / FORMER).rename(self.path)
+            logger.warning("%s is back, which a run had been replacing that did not come to its end.", self.path)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.check_place()
+        with _lock(self.path, self.target) as is_new:
+            if is_new:
+                self._clear_leftovers()
+            yield
+
+    def _clear_leftovers(self) -> None:
+        working = re.compile(rf"\.{re.escape(self.path.name)}\.({SAVING}|{OFFLOAD})\.\w{{8}}")
+        for path in [*self.path.parent.glob(f".{escape(self.path.name)}.*")]:
+            if working.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                self._clear(path)
+
+    def check_place(self, need_bytes: int = 0) -> None:
+        """Refuse a place that could not be written to the end, whatever is there."""
+        if os.path.ismount(self.path):
+            raise StructPruneError(
+                f"{self.target} is where a file system is mounted, so it cannot be replaced in one step; name a "
+                "folder inside it."
+            )
+        place, free = _nearest(self.target, self.path.parents)
+        if need_bytes > free:
+            raise StructPruneError(
+                f"{self.target} takes about {readable_size(need_bytes)}, and {place} has {readable_size(free)} left; "
+                "name another output folder, or make room."
+            )
+
+    def _check(self, need_bytes: int) -> None:
+        self.check_place(need_bytes)
+        try:
+            self._check_replaceable()
+        except OSError as error:
+            raise StructPruneError(f"{self.target} cannot be written to: {error}") from error
+
+    def _check_replaceable(self) -> None:
+        folder = self.path
+        if folder.exists() and not folder.is_dir():
+            raise StructPruneError(f"{self.target} is a file; name a folder.")
+        if not folder.exists() or not any(folder.iterdir()):
+            return
+        if not self.overwrite:
+            raise StructPruneError(
+                f"The folder {self.target} exists and is not empty; choose another or allow overwriting."
+            )
+        for name in self.used:
+            if name and (relation := _relation(folder, name)):
+                raise StructPruneError(
+                    f"{folder} {relation} {name}, which this run reads, so it is not overwritten; {_lost(folder)}. "
+                    "Name another output folder."
+                )
+        if not is_result(folder):
+            raise StructPruneError(
+                f"{folder} is no result of structprune, so it is not overwritten; {_lost(folder)}. Name another "
+                "output folder, or remove this one yourself."
+            )
+        if foreign := sorted(foreign_entries(folder)):
+            raise StructPruneError(
+                f"{folder} holds what structprune did not write ({some_of(foreign)}), so it is not overwritten; "
+                f"{_lost(folder)}. Move it elsewhere, or name another output folder."
+            )
+
+
+class GGUFOutput(Output):
+    """A GGUF file that a run makes; it replaces only one that this package wrote."""
+
+    def _staging(self, folder: Path) -> Path:
+        return folder / NEW / self.path.name
+
+    def _swap(self, folder: Path) -> None:
+        self._staging(folder).replace(self.path)
+
+    def _check_replaceable(self) -> None:
+        file, example = self.path, Path(self.target, "model.gguf")
+        if file.is_dir():
+            raise StructPruneError(f"{self.target} is a folder; name a file in it, such as {example}.")
+        if not file.exists():
+            return
+        if not self.overwrite:
+            raise StructPruneError(f"The file {self.target} exists; choose another or allow overwriting.")
+        with open(file, "rb") as opened:
+            ours = GGUF_MARK.encode() in opened.read(GGUF_HEAD)
+        if not ours:
+            raise StructPruneError(
+                f"{file} is no GGUF file of structprune, so it is not overwritten "
+                f"({readable_size(file.stat().st_size)} would be lost). Name another file, or remove this one."
+            )
+
+
+@contextmanager
+def _lock(path: Path, shown: str | Path) -> Iterator[bool]:
+    """Lock an output inside `with`, and say whether nobody had it before: not even this thread, further out."""
+    name = path.with_name(f".{path.name}.lock")
+    lock = FileLock(name, timeout=PATIENCE, is_singleton=True)
+    if lock.is_locked:
+        yield False
+        return
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise StructPruneError(
+            f"Another run writes to {shown} now: process {_owner(name)}, which holds {name}. Wait for it, or name "
+            "another output folder."
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise StructPruneError(f"{shown} cannot be written: {error.strerror or error}.") from error
+        logger.warning("%s cannot be locked (%s), so another run into the same output is not seen.", name, error)
+    try:
+        with suppress(OSError):  # the number serves a message only
+            name.write_text(str(os.getpid()))
+        yield lock.is_locked
+    finally:
+        with suppress(OSError):
+            name.unlink()  # while it is locked, so that it is nobody else's
+        lock.release()
+        for empty in missing:
+            with suppress(OSError):  # the result is in it
+                empty.rmdir()
+
+
+def resolved(target: str | Path) -> Path:
+    """The absolute path that a name leads to, over all links."""
+    try:
+        return Path(target).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StructPruneError(f"{str(target)!r} cannot be written: {error}.") from error
+
+
+def check_folder(folder: str | Path) -> None:
+    """Refuse a folder in which no file could be written, before work is done for it; the first process decides."""
+    if is_first_rank():
+        path = resolved(folder)
+        _nearest(folder, (path, *path.parents))
+
+
+def _nearest(shown: str | Path, places: Iterable[Path]) -> tuple[Path, int]:
+    """The first of some folders that exists, and its free bytes; refused if nothing can be made in it."""
+    try:
+        place = next(path for path in places if path.exists())
+        if not place.is_dir():
+            raise StructPruneError(f"{shown} cannot be made: {place} is a file; name another folder.")
+        Path(tempfile.mkdtemp(prefix=f".{resolved(shown).name}.{SAVING}.", dir=place)).rmdir()
+        return place, shutil.disk_usage(place).free
+    except OSError as error:
+        raise StructPruneError(f"{shown} cannot be written: {error.strerror or error}.") from error
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether an error says that a file could not be written, whichever library raised it.
+
+    Torch raises a bare `RuntimeError` and tokenizers a bare `Exception`, which their words tell from others.
+    """
+    if isinstance(error, (OSError, SafetensorError)):
+        return True
+    return type(error) in (RuntimeError, Exception) and any(words in str(error) for words in WRITING)
+
+
+def is_result(folder: Path) -> bool:
+    """Whether this package wrote a folder: it holds one of `MARKERS` with the fields that belong there."""
+    return any(fields <= _fields(folder / name) for name, fields in MARKERS.items())
+
+
+def foreign_entries(folder: Path) -> Iterator[str]:
+    """The names of what lies in a result and was not written with it."""
+    adapter = (folder / ADAPTER).is_file()
+    for path in folder.iterdir():
+        if path.is_dir():
+            ours = path.name in WRITTEN_FOLDERS and not path.is_symlink()
+        elif path.name == CARD:
+            ours = adapter or is_signed(path)  # peft writes one beside an adapter
+        else:
+            ours = WRITTEN.fullmatch(path.name) is not None
+        if not ours:
+            yield path.name
+
+
+def signed(text: str) -> str:
+    """A text with a last line by which it is known as this package's, as long as nobody changes it."""
+    body = SIGNED.sub("", text)
+    return body + SIGNATURE.format(sha256(body.encode()).hexdigest())
+
+
+def is_signed(path: Path) -> bool:
+    """Whether a file holds what `signed` gave, unchanged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return SIGNED.search(text) is not None and signed(text) == text
+
+
+def used_paths(*configs: Any) -> list[str]:
+    """The files and folders that configs name, for `Output.used`: text, statistics, checkpoints and the like."""
+    names: list[Any] = []
+    for config in _with_recovery(configs):
+        names += [domain.source for domain in getattr(config, "domains", None) or ()]
+        names += [*_folders(config).values(), *(getattr(config, name, None) for name in READ)]
+    paths = [os.path.expanduser(name) for name in names if isinstance(name, (str, Path))]
+    return [match for path in paths for match in (glob(path, recursive=True) if "*" in path else [path])]
+
+
+def check_apart(target: str | Path, *configs: Any) -> None:
+    """Refuse an output folder in which the run would write something else: the result replaces all of it."""
+    folder = resolved(target)
+    for config in _with_recovery(configs):
+        for name, path in _folders(config).items():
+            if path and folder in (resolved(path), *resolved(path).parents):
+                raise StructPruneError(f"{name} {path} lies in the output folder {target}; name a folder beside it.")
+
+
+def _with_recovery(configs: Iterable[Any]) -> list[Any]:
+    """Configs, and those of the recoveries in them."""
+    return [*filter(None, (part for config in configs for part in (config, getattr(config, "recovery", None))))]
+
+
+def _folders(config: Any) -> dict[str, Any]:
+    """The folders that a run with a config writes to, by field."""
+    training = getattr(config, "training", None) or {}
+    return {**{name: getattr(config, name, None) for name in KEPT}, "output_dir": training.get("output_dir")}
+
+
+def remove_checkpoints(folder: str | Path) -> None:
+    """Remove the checkpoints that a training left in a folder, and the folder if nothing else is in it."""
+    for path in [*Path(folder).glob("checkpoint-*"), *Path(folder).glob("round-*/checkpoint-*")]:
+        if (path / "trainer_state.json").is_file() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+    for path in [*Path(folder).glob("round-*"), Path(folder)]:
+        with suppress(OSError):  # it is not there, or not empty
+            path.rmdir()
+
+
+def _owner(lock: Path) -> str:
+    with suppress(OSError):
+        return lock.read_text() or "?"
+    return "?"
+
+
+def _fields(path: Path) -> set[str]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    return set(data) if isinstance(data, dict) else set()
+
+
+def _relation(folder: Path, name: str | Path) -> str:
+    """How a folder lies to something that is read: it `is`, `holds` or `lies in` it; empty if it does neither."""
+    try:
+        written = Path(os.path.abspath(os.path.expanduser(name)))
+        if not written.exists():
+            return ""
+        # A link counts at its own place too: with the folder it would go.
+        for path in (written.resolve(), written):
+            if path == folder:
+                return "is"
+            if folder in path.parents:
+                return "holds"
+            if path in folder.parents and path != Path(path.anchor):
+                return "lies in"
+    except (OSError, ValueError, RuntimeError):  # a text that is no path
+        pass
+    return ""
+
+
+def _lost(folder: Path) -> str:
+    """What a folder holds, in words."""
+    files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    size = sum(path.lstat().st_size for path in files)
+    return f"{len(files):,} file{'' if len(files) == 1 else 's'} ({readable_size(size)}) would be lost"
