@@ -19,6 +19,7 @@ from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .costs.batch import with_batch_size
 from .costs.room import check_room
+from .domains.broad import texts_of
 from .domains.load import Domain
 from .domains.manifest import Manifest
 from .errors import StructPruneError
@@ -254,7 +255,7 @@ def _to_read(model: PreTrainedModel, config: StructPruneConfig) -> PreTrainedMod
 
     A quantized model is unpacked for that, in a copy: it stays packed where its text is not enough.
     """
-    asked = config.stats is not None or any(map(written_by_model, config.texts))
+    asked = config.stats is not None or any(map(written_by_model, texts_of(config)))
     return dequantized(model, inplace=False) if asked else model
 
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from optimum_structprune import DomainConfig, Plan, RecoveryConfig, StructPruneConfig, StructPruneError
 from optimum_structprune.arch.families import read_families
 from optimum_structprune.calibration.stored import STATISTICS, Statistics
-from optimum_structprune.config.domains import SelfTextConfig
 from optimum_structprune.config.fields import parse_yaml, read_yaml
 from optimum_structprune.config.gates import GatesConfig
 from optimum_structprune.domains.manifest import Manifest
@@ -26,7 +25,7 @@ from optimum_structprune.domains.presets import presets, resolve
 from optimum_structprune.domains.sources import documents
 
 
-CONFIGS = (StructPruneConfig, RecoveryConfig, DomainConfig, SelfTextConfig, GatesConfig)
+CONFIGS = (StructPruneConfig, RecoveryConfig, DomainConfig, GatesConfig)
 NAMES = sorted({field.name for config in CONFIGS for field in fields(config)})
 WORDS = [*NAMES, "mlp", "attention", "parameters", "bytes", "obs", "least_squares", "global", "worst", "none", "chat"]
 

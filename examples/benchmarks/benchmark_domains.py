@@ -44,6 +44,7 @@ from transformers.utils.logging import disable_progress_bar
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, perplexity
 from optimum_structprune.arch.load import describe
 from optimum_structprune.config.domains import BUILTIN
+from optimum_structprune.domains.broad import texts_of
 from optimum_structprune.domains.builtin import kinds
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.evaluation.heldout import read_heldout
@@ -175,7 +176,7 @@ def without(args: Namespace, config: StructPruneConfig, left_out: str) -> Struct
     near = NEAR.get(left_out, ())
     own = [domain for domain in config.domains or () if domain.name != left_out]
     domains = []
-    for domain in replace(config, domains=own).texts:
+    for domain in texts_of(replace(config, domains=own)):
         if domain.source.startswith(BUILTIN):
             names = [name for name in kinds(domain.source.removeprefix(BUILTIN)) if name not in near]
             domains += [replace(domain, source=BUILTIN + "+".join(names))] if names else []

@@ -1,4 +1,4 @@
-"""The configs of a calibration domain, and of text that a model writes itself."""
+"""The config of a calibration domain."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict, validated_field
 
 from ..errors import StructPruneError
-from .fields import Number, Serialisable, config_class, filled, mapping_of, not_negative, positive
+from .fields import Number, Serialisable, config_class, filled, mapping_of, positive
 
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
@@ -56,16 +56,15 @@ class DomainConfig(Serialisable):
     Args:
         name: The name of the domain in the report.
         source: A file (`.txt`, `.jsonl`, `.json`, `.parquet`, `.csv`), a glob, a folder, `builtin:prose`,
-            `builtin:code`, `builtin:math`, a preset (`preset:code`, `preset:hybrid` …), text that the model writes
-            itself (`self:code`, `self:math`, `self:prose`, `self:dialogue`, `self:reasoning`, `self:any`), a dataset
-            id on the Hub, a folder that `save_to_disk` of `datasets` wrote, a `datasets` object, or any iterable of
-            strings, or with a template of rows. A `pathlib.Path` is kept as its text.
+            `builtin:code`, `builtin:math`, a preset (`preset:code`, or of your own `preset:FILE.yaml#NAME`), text that
+            the model writes itself (`self:code`, `self:math`, `self:prose`, `self:dialogue`, `self:reasoning`,
+            `self:any`), a dataset id on the Hub, a folder that `save_to_disk` of `datasets` wrote, a `datasets`
+            object, or any iterable of strings, or with a template of rows. A `pathlib.Path` is kept as its text.
         weight: The domain's share of the calibration tokens, relative to the other domains.
         text_column: The column that holds the text, or with `template="chat"` the messages.
         dataset_config: The name of the configuration of a Hub dataset.
         split: The split of a Hub dataset, or of a folder that holds several.
         revision: The commit, tag or branch of a Hub dataset.
-        streaming: Whether a Hub dataset is read row by row; otherwise the split is downloaded as a whole.
         template: How a row becomes text: `chat` puts its messages through the tokenizer's chat template; any other
             template is a text with column names, such as `"Question: {question}\nAnswer: {answer}"`.
         answers_only: Whether evidence is taken from answers only: from what the assistant says in a chat, from the
@@ -83,7 +82,6 @@ class DomainConfig(Serialisable):
     dataset_config: str | None = None
     split: str = "train"
     revision: str | None = None
-    streaming: bool = True
     template: str | None = validated_field(_template, default=None)
     answers_only: bool = False
 
@@ -106,39 +104,6 @@ class DomainConfig(Serialisable):
 def written_by_model(domain: DomainConfig) -> bool:
     """Whether a domain is text that the model writes itself."""
     return isinstance(domain.source, str) and domain.source.startswith(SELF)
-
-
-@config_class
-@strict
-@dataclass(kw_only=True)
-class SelfTextConfig(Serialisable):
-    """How a model writes its own calibration text, for the sources `self:NAME`.
-
-    Args:
-        max_new_tokens: The number of tokens in a document, at most.
-        batch_size: The number of documents that are written at once.
-        temperature: The temperature of the sampling.
-        top_p: The probability that the tokens to sample from have together; they are the likeliest ones.
-        min_tokens: The number of tokens in a document, at least; shorter ones are dropped.
-        min_distinct: The share of different runs of 4 tokens among all runs of a document, at least; a document that
-            repeats itself more is dropped.
-        max_perplexity_ratio: The factor by which the perplexity of a document may lie above or below the median of its
-            batch; others are dropped.
-        cache_dir: The folder that keeps the documents; by default `structprune` in the Hugging Face home folder.
-
-    Raises:
-        StructPruneError: If a field is unknown, or a value has another type or lies outside of its range; the message
-            names the field and the value.
-    """
-
-    max_new_tokens: int = validated_field(positive, default=384)
-    batch_size: int = validated_field(positive, default=16)
-    temperature: Number = validated_field(positive, default=1.0)
-    top_p: Number = validated_field(positive, default=0.95)
-    min_tokens: int = validated_field(positive, default=32)
-    min_distinct: Number = validated_field(not_negative, default=0.5)
-    max_perplexity_ratio: Number = validated_field(positive, default=4.0)
-    cache_dir: str | None = None
 
 
 def as_domain(item: Any, owner: str) -> DomainConfig:

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict, validated_field
 from ..errors import StructPruneError
 from ..plain_json import to_json, versioned
 from ..registry import did_you_mean
-from .domains import BROAD, BUILTIN, DomainConfig, SelfTextConfig, check_names, is_broad, with_domains
+from .domains import BROAD, DomainConfig, check_names, is_broad, with_domains
 from .fields import (
     Number,
     Serialisable,
@@ -37,19 +37,12 @@ from .recovery import RecoveryConfig
 CONFIG_NAME = "structprune_config.json"
 # The fields of which exactly one says how much is removed.
 AMOUNTS = ("sparsity", "widths", "budget")
-# The share of the broad text where no domains are named, and beside domains of the user.
-BROAD_ALONE, BROAD_BESIDE = 0.5, 0.2
 # The allocations that give all layers one width, and those that measure what the model loses.
 ONE_WIDTH = ("uniform", "search_uniform")
 MEASURED = ("sensitivity", "search", "search_uniform")
 LEARNED = "learned"
 BUDGETS = ("parameters", "bytes", "cache_bytes_per_token", "flops_per_token")
 AUTO = "auto"
-
-
-def builtin_domains() -> list[DomainConfig]:
-    """The domains where none are named, in equal shares; they need no download. The broad text comes beside them."""
-    return [DomainConfig(name=name, source=f"builtin:{name}") for name in ("prose", "code", "math")]
 
 
 @config_class
@@ -106,8 +99,6 @@ class StructPruneConfig(Serialisable):
         checkpoint_dir: A folder that remembers each round, and each layer of the last one; a run that was killed goes
             on from there.
         keep_rounds: Whether the smaller and smaller models are left in that folder as `round-1`, `round-2`, …
-        presets_file: A YAML file with presets of your own, in the form of the built-in `presets.yaml`.
-        self_text: How the model writes the domains `self:NAME`.
         num_samples: The number of calibration samples in all, divided over the domains by weight.
         seq_length: The number of tokens in a sample.
         batch_size: The number of samples in a forward pass. `auto` takes the most that the device has room for.
@@ -154,8 +145,6 @@ class StructPruneConfig(Serialisable):
     losses_dir: str | None = None
     checkpoint_dir: str | None = None
     keep_rounds: bool = False
-    presets_file: str | None = None
-    self_text: SelfTextConfig = field(default_factory=SelfTextConfig)
     num_samples: int = validated_field(positive, default=128)
     seq_length: int = validated_field(positive, default=512)
     batch_size: int | Literal["auto"] = validated_field(positive, default=4)
@@ -178,14 +167,13 @@ class StructPruneConfig(Serialisable):
         nested = {
             "domains": None if self.domains is None else [domain.to_dict() for domain in self.domains],
             "gates": self.gates.to_dict(),
-            "self_text": self.self_text.to_dict(),
             "recovery": None if self.recovery is None else self.recovery.to_dict(),
         }
         return {**super().to_dict(), **nested}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
-        """Inverse of `to_dict`; domains, gates, self_text and recovery may be mappings.
+        """Inverse of `to_dict`; domains, gates and recovery may be mappings.
 
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
@@ -193,7 +181,6 @@ class StructPruneConfig(Serialisable):
         data = with_domains(data, cls.__name__)
         nested: dict[str, type[Serialisable]] = {
             "gates": GatesConfig,
-            "self_text": SelfTextConfig,
             "recovery": RecoveryConfig,
         }
         for name, kind in nested.items():
@@ -205,38 +192,6 @@ class StructPruneConfig(Serialisable):
     def samples_at_once(self) -> int:
         """The number of samples in a forward pass; the least where the device has not been asked yet."""
         return 1 if self.batch_size == AUTO else int(self.batch_size)
-
-    @property
-    def texts(self) -> list[DomainConfig]:
-        """The domains, or the built-in ones where none are named, and the broad text beside them."""
-        own = builtin_domains() if self.domains is None else self.domains
-        share = self.broad_share
-        if share == 0:
-            return own
-        weight = share / (1 - share) * sum(domain.weight for domain in own)
-        return [*own, DomainConfig(name=BROAD, source=self.broad_text or _broad_beside(own), weight=weight)]
-
-    @property
-    def broad_share(self) -> float:
-        """The share of the broad text, named or not."""
-        if self.breadth is not None:
-            return self.breadth
-        if self.domains is None:
-            return BROAD_ALONE
-        return 0.0 if self.broad_text is None else BROAD_BESIDE
-
-    def with_broad_text(self, source: str) -> "StructPruneConfig":
-        """The same config, with text of every kind from a source where nothing else is said and it has a place: not
-        beside the built-in domains, stored moments or such text, nor where the domains take all samples.
-
-        Args:
-            source: The source of the text.
-        """
-        own = self.domains or []
-        placed = bool(own) and self.stats is None and self.num_samples > len(own) and not any(map(is_broad, own))
-        if not placed or self.broad_text is not None or self.breadth == 0:
-            return self
-        return replace(self, broad_text=source)
 
     @property
     def scored_by(self) -> str:
@@ -336,13 +291,6 @@ class StructPruneConfig(Serialisable):
         return cls.from_dict(read_yaml(path))
 
 
-def _broad_beside(own: list[DomainConfig]) -> str:
-    """The built-in text of all kinds but those that domains name: one document must not be in two domains."""
-    sources = [domain.source for domain in own if isinstance(domain.source, str)]
-    named = [source.removeprefix(BUILTIN) for source in sources if source.startswith(BUILTIN)]
-    return BUILTIN + "-".join([BROAD, *(kind for name in named for kind in name.split("+"))])
-
-
 def _by_layer(name: str, width: Any) -> int | dict[int, int]:
     """One number for all layers as it is, numbers for single layers by layer."""
     if isinstance(width, Mapping):
@@ -372,14 +320,14 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number per space",
     )
     yield (
-        config.broad_share > 0 and any(map(is_broad, config.domains or ())),
-        f"breadth={config.breadth} adds a domain {BROAD!r} of text of every kind, and domains has one; take it out, "
-        "or leave breadth out",
-    )
-    yield (
-        config.broad_text is not None and config.broad_share == 0,
+        config.broad_text is not None and config.breadth == 0,
         f"broad_text={config.broad_text!r} is read where breadth gives it a share, and breadth={config.breadth} gives "
         "none; set breadth=0.2, or leave broad_text out",
+    )
+    yield (
+        bool(config.breadth or config.broad_text) and any(map(is_broad, config.domains or ())),
+        f"breadth={config.breadth} adds a domain {BROAD!r} of text of every kind, and domains has one; take it out, "
+        "or leave breadth out",
     )
     yield (
         config.widths is not None and config.allocation == "search_uniform",

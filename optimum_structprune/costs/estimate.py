@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..config.domains import ANY, SELF, written_by_model
+from ..config.domains import written_by_model
 from ..config.pruning import StructPruneConfig
+from ..domains.broad import texts_of, with_written_text
 from ..record.text import table
 from .flops import Flops, Traffic, flops, traffic
 from .machines import FACTORS, MACHINES, MOVES, PRODUCTS, Estimate, estimate
@@ -160,7 +161,7 @@ def cost(config: StructPruneConfig, work: Workload, setting: Setting) -> Cost:
 
 
 def _notes(config: StructPruneConfig) -> tuple[str, ...]:
-    texts = config.with_broad_text(SELF + ANY).texts
+    texts = texts_of(with_written_text(config))
     left_out = {
         "the model writes a part of the text before, once": any(map(written_by_model, texts)),
         f"max_perplexity_ratio={config.max_perplexity_ratio} takes as many rounds as it needs": (

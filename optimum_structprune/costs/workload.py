@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..arch.spec import GROUP, LAYER, ArchSpec, Axis, Space, Widths
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
+from ..domains.broad import texts_of
 from ..domains.load import num_heldout
 from ..pruning.gates import learns
 from ..pruning.search import FINALISTS, TRIAL_TOKENS
@@ -91,7 +92,7 @@ class Samples:
         moments stand in for it.
         """
         if inputs is None:
-            domains = 0 if config.stats is not None else len(config.texts)
+            domains = 0 if config.stats is not None else len(texts_of(config))
             count = 0 if config.stats is not None else config.num_samples
             aside, length = domains * num_heldout(ceil(count / max(domains, 1)), config.holdout), config.seq_length
             aside *= 2 if config.chooses else 1

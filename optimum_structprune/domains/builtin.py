@@ -10,7 +10,9 @@ import os
 import re
 import sysconfig
 import tokenize
+from collections import deque
 from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -42,7 +44,8 @@ def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
     if len(names) == 1:
         return _documents(names[0], Random(seed))
     Random(seed).shuffle(names)
-    return _evenly([_in_parts(_documents(kind, Random(seed))) for kind in names])
+    whole = [_documents(kind, Random(seed)) for kind in names]
+    return _evenly([(part for document in documents for part in sections(document, PART)) for documents in whole])
 
 
 def kinds(name: str) -> list[str]:
@@ -57,10 +60,8 @@ def kinds(name: str) -> list[str]:
 
 
 def _documents(kind: str, rng: Random) -> Iterator[str]:
-    return MADE[kind](rng) if kind in MADE else _from_file(kind, rng)
-
-
-def _from_file(kind: str, rng: Random) -> Iterator[str]:
+    if kind in MADE:
+        return MADE[kind](rng)
     documents = (TEXTS / f"{kind}.txt").read_text(encoding="utf-8").strip("\n").split(BETWEEN)
     rng.shuffle(documents)
     return iter(documents)
@@ -83,29 +84,22 @@ def sections(text: str, size: int = SECTION) -> Iterator[str]:
 
 def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
     # Breadth first: a small sample holds something of many sources, and seldom two parts of the same one.
-    while streams:
-        alive = []
-        for stream in streams:
-            if (part := next(stream, None)) is not None:
-                alive.append(stream)
-                yield part
-        streams = alive
+    queue = deque(streams)
+    while queue:
+        stream = queue.popleft()
+        if (part := next(stream, None)) is not None:
+            queue.append(stream)
+            yield part
 
 
 def _evenly(streams: list[Iterator[str]]) -> Iterator[str]:
     # The next part is of the kind that has given the fewest characters.
-    given = dict.fromkeys(range(len(streams)), 0)
-    while given:
-        least = min(given, key=lambda i: given[i])
-        if (part := next(streams[least], None)) is None:
-            del given[least]
-        else:
-            given[least] += len(part)
+    heap = [(0, number, stream) for number, stream in enumerate(streams)]
+    while heap:
+        characters, number, stream = heappop(heap)
+        if (part := next(stream, None)) is not None:
+            heappush(heap, (characters + len(part), number, stream))
             yield part
-
-
-def _in_parts(documents: Iterator[str]) -> Iterator[str]:
-    yield from (part for document in documents for part in sections(document, PART))
 
 
 def _library() -> list[Path]:

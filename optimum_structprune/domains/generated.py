@@ -8,7 +8,7 @@ section 3.1).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.domains import ANY, SELF, SelfTextConfig
+from ..config.domains import ANY, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, perplexity
@@ -34,27 +33,44 @@ from .templates import Document
 
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
+# The number of documents that are written at once, and of tokens in one: at most, and at least if it is to be kept.
+BATCH, MAX_TOKENS, MIN_TOKENS = 16, 384, 32
+SAMPLING = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_p": 0.95,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+    "use_cache": True,
+}
+# A document that repeats itself is dropped: of its runs of so many tokens, this share has to differ.
+RUN, MIN_DISTINCT = 4, 0.5
+# So is one whose perplexity lies above or below the median of its batch by more than this factor.
+MAX_RATIO = 4.0
 # After so many batches without a usable document, no more are written.
 PATIENCE = 8
-# Tokens in the runs that tell whether a document repeats itself.
-RUN = 4
 
 
-def self_documents(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SelfTextConfig, name: str, seed: int
-) -> Iterator[str]:
+def self_documents(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, seed: int) -> Iterator[str]:
     """Documents that a model writes, without end; each batch is kept on the disk and read from there next time.
 
-    The same model, settings and seed give the same documents, however many are taken at a time.
+    The same model and seed give the same documents, however many are taken at a time.
     """
     kinds = read_yaml(SEED_PROMPTS)
     if name not in (*kinds, ANY):
         raise StructPruneError(f"A model does not write {name!r} itself.{did_you_mean(name, [*kinds, ANY])}")
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise StructPruneError(f"{SELF}{name} takes a causal language model, and {type(model).__name__} is none.")
-    kind = _Kind(words=vocabulary_words(tokenizer)) if name == ANY else _Kind(**kinds[name])
-    author = _Author(model, tokenizer, config, kind, seed)
-    path = _cache(author, name)
+    chats = bool(tokenizer.chat_template) and name != ANY
+    if name == ANY:
+        prompts = vocabulary_words(tokenizer)
+    else:
+        forms = kinds[name]["ask" if chats else "begin"]
+        prompts = [form.replace("{topic}", topic) for form in forms for topic in kinds[name]["topics"]]
+    Random(seed).shuffle(prompts)
+    keeps = not chats or kinds[name].get("keep", False)
+    author = _Author(model, tokenizer, prompts, chats, keeps, seed)
+    path = author.cache(name)
     batches = dict(enumerate(of_first(_read(path))))
     idle = 0
     for number in count():
@@ -64,8 +80,8 @@ def self_documents(
         idle = 0 if documents else idle + 1
         if idle == PATIENCE:
             raise StructPruneError(
-                f"{SELF}{name}: of {PATIENCE * config.batch_size} documents that the model wrote, none passes the "
-                "filters of self_text; use other text for this model."
+                f"{SELF}{name}: of {PATIENCE * BATCH} documents that the model wrote, all are too short, repeat "
+                "themselves or are unlikely; use other text for this model."
             )
         yield from documents
 
@@ -81,63 +97,44 @@ def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """One kind of text: an entry of `seed_prompts.yaml`, or text that begins with a word.
+class _Author:
+    """A model that writes one kind of text.
 
     Attributes:
-        ask: Questions for a model with a chat template, with the field `{topic}`.
-        begin: Openings for a model without one, with the field `{topic}`.
-        topics: What can stand in place of `{topic}`.
-        keep: Whether the question stays in the document.
-        words: What the text begins with, in place of questions and openings.
+        prompts: Questions, openings or words, in the order of use; they are used again from the first.
+        chats: Whether the prompts are questions to a model with a chat template.
+        keeps: Whether the prompt stays in the document.
     """
-
-    ask: Sequence[str] = ()
-    begin: Sequence[str] = ()
-    topics: Sequence[str] = ()
-    keep: bool = False
-    words: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class _Author:
-    """A model that writes one kind of text."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    config: SelfTextConfig
-    kind: _Kind
+    prompts: Sequence[str]
+    chats: bool
+    keeps: bool
     seed: int
 
-    @property
-    def chats(self) -> bool:
-        """Whether the model answers questions; otherwise it continues openings."""
-        return bool(self.tokenizer.chat_template) and not self.kind.words
-
-    def prompts(self, number: int) -> list[str]:
-        """The prompts of batch `number`: all words, or all pairs of form and topic, in an order that the seed chooses,
-        repeated.
-        """
-        forms = self.kind.ask if self.chats else self.kind.begin
-        pairs = [form.replace("{topic}", topic) for form in forms for topic in self.kind.topics]
-        prompts = [*self.kind.words, *pairs]
-        Random(self.seed).shuffle(prompts)
-        size = self.config.batch_size
-        return [prompts[i % len(prompts)] for i in range(number * size, (number + 1) * size)]
+    def cache(self, name: str) -> Path:
+        """The file of what this model writes of a kind; it need not exist."""
+        settings = [BATCH, MAX_TOKENS, MIN_TOKENS, SAMPLING, RUN, MIN_DISTINCT, MAX_RATIO]
+        reader = [len(self.tokenizer), self.tokenizer.chat_template]
+        key = [fingerprint(self.model), *reader, *settings, self.prompts[:BATCH], self.seed]
+        digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return Path(constants.HF_HOME, "structprune", f"{name}-{digest[:24]}.jsonl").expanduser()
 
     def write(self, number: int) -> list[Document]:
         """The documents of batch `number` that pass the filters."""
-        prompts = [self._framed(prompt) for prompt in self.prompts(number)]
+        numbers = range(number * BATCH, (number + 1) * BATCH)
+        prompts = [self._framed(self.prompts[i % len(self.prompts)]) for i in numbers]
         with evaluating(self.model):
-            written = self._continued(prompts, number)
-            pairs = [(prompt, ids) for prompt, ids in zip(prompts, written, strict=True) if self._varied(ids)]
-            perplexities = [self._perplexity(ids) for _, ids in pairs]
-        ratio = float(self.config.max_perplexity_ratio)
-        middle = median(perplexities) if perplexities else 0.0
+            written = zip(prompts, self._continued(prompts, number), strict=True)
+            pairs = [(prompt, ids) for prompt, ids in written if _varied(ids)]
+            # The prompts are left out: the text has to be likely by itself.
+            perplexities = [perplexity(self.model, torch.tensor([self._begun(ids)])) for _, ids in pairs]
+        middle = median(perplexities or [0.0])
         return [
-            self._document(*pair)
-            for pair, ppl in zip(pairs, perplexities, strict=True)
-            if middle / ratio <= ppl <= middle * ratio
+            Document.joined([(prompt if self.keeps else "", False), (self._decoded(ids), True)])
+            for (prompt, ids), ppl in zip(pairs, perplexities, strict=True)
+            if middle / MAX_RATIO <= ppl <= middle * MAX_RATIO
         ]
 
     def _framed(self, prompt: str) -> str:
@@ -146,95 +143,57 @@ class _Author:
         messages = [{"role": "user", "content": prompt}]
         return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    def _encoded(self, prompt: str) -> list[int]:
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    def _begun(self, ids: list[int]) -> list[int]:
         prefix = prefix_token(self.tokenizer)
-        # A chat template puts the prefix itself.
-        return ids if self.chats or prefix is None else [prefix, *ids]
+        return ids if prefix is None else [prefix, *ids]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     @torch.no_grad()
     def _continued(self, prompts: Sequence[str], number: int) -> list[list[int]]:
-        from transformers import GenerationConfig
-
-        rows = [self._encoded(prompt) for prompt in prompts]
+        """What the model writes behind prompts, as token ids up to the end of each text."""
+        rows = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        if not self.chats:  # a chat template puts the prefix itself
+            rows = [self._begun(row) for row in rows]
         longest = max(map(len, rows))
         padding = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
         ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        settings = GenerationConfig(
-            do_sample=True,
-            temperature=float(self.config.temperature),
-            top_p=float(self.config.top_p),
-            top_k=0,
-            repetition_penalty=1.0,
-            max_new_tokens=self._room(longest),
-            pad_token_id=padding,
-            eos_token_id=self._ends or None,
-            use_cache=True,
-        )
+        given = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = [*(given if isinstance(given, list) else [given]), self.tokenizer.eos_token_id]
+        ends = [end for end in dict.fromkeys(ends) if end is not None]
+        room = self._room(longest)
+        settings = GenerationConfig(**SAMPLING, max_new_tokens=room, pad_token_id=padding, eos_token_id=ends or None)
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed * 1_000_003 + number)
             generate: Any = self.model.generate
             output = generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)
-        return [self._until_end(row) for row in output[:, longest:].tolist()]
-
-    @property
-    def _ends(self) -> list[int]:
-        given = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = given if isinstance(given, list) else [given]
-        return [end for end in dict.fromkeys([*ends, self.tokenizer.eos_token_id]) if end is not None]
+        texts = output[:, longest:].tolist()
+        return [text[: min((text.index(end) for end in ends if end in text), default=len(text))] for text in texts]
 
     def _room(self, prompt: int) -> int:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        room = self.config.max_new_tokens if positions is None else min(self.config.max_new_tokens, positions - prompt)
+        room = MAX_TOKENS if positions is None else min(MAX_TOKENS, positions - prompt)
         if room < 1:
             raise StructPruneError(f"A prompt of {prompt} tokens leaves no room in the model's {positions} positions.")
         return room
 
-    def _until_end(self, ids: list[int]) -> list[int]:
-        ends = [ids.index(end) for end in self._ends if end in ids]
-        return ids[: min(ends, default=len(ids))]
 
-    def _varied(self, ids: Sequence[int]) -> bool:
-        if len(ids) < max(RUN, self.config.min_tokens):
-            return False
-        runs = [tuple(ids[i : i + RUN]) for i in range(len(ids) - RUN + 1)]
-        return len(set(runs)) >= float(self.config.min_distinct) * len(runs)
-
-    def _perplexity(self, ids: list[int]) -> float:
-        # The prompt is left out: the text has to be likely by itself.
-        prefix = prefix_token(self.tokenizer)
-        sample: Tensor = torch.tensor([ids if prefix is None else [prefix, *ids]])
-        return perplexity(self.model, sample)
-
-    def _document(self, prompt: str, ids: list[int]) -> Document:
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        shown = self.kind.keep if self.chats else True
-        return Document.joined([(prompt if shown else "", False), (text, True)])
+def _varied(ids: Sequence[int]) -> bool:
+    runs = [tuple(ids[i : i + RUN]) for i in range(len(ids) - RUN + 1)]
+    return len(ids) >= MIN_TOKENS and len(set(runs)) >= MIN_DISTINCT * len(runs)
 
 
 def _written(author: _Author, number: int, path: Path) -> dict[int, list[Document]]:
     """A batch, and those after it: each process writes one of them, and the first process keeps all on the disk."""
-    own = number + process_index()
     with alone():
-        documents = author.write(own)
+        documents = author.write(number + process_index())
     batches = dict(enumerate(of_all(documents), number))
     if process_index() == 0:
-        for batch in batches.items():
-            _append(path, *batch)
+        _append(path, batches)
     return batches
-
-
-def _cache(author: _Author, name: str) -> Path:
-    """The file of what this model writes with these settings; it need not exist."""
-    settings = {key: value for key, value in author.config.to_dict().items() if key != "cache_dir"}
-    prompts = author.prompts(0)
-    template = author.tokenizer.chat_template
-    key = [fingerprint(author.model), len(author.tokenizer), template, settings, prompts, author.seed]
-    digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = Path(author.config.cache_dir or Path(constants.HF_HOME) / "structprune").expanduser()
-    return folder / f"{name}-{digest[:24]}.jsonl"
 
 
 def _read(path: Path) -> list[list[Document]]:
@@ -242,7 +201,7 @@ def _read(path: Path) -> list[list[Document]]:
     batches: list[list[Document]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            batch: Mapping[str, Any] = json.loads(line)
+            batch = json.loads(line)
             if batch["batch"] == len(batches):
                 batches.append([Document.joined(map(tuple, parts)) for parts in batch["documents"]])
         except (ValueError, KeyError, TypeError):
@@ -250,14 +209,15 @@ def _read(path: Path) -> list[list[Document]]:
     return batches
 
 
-def _append(path: Path, number: int, documents: Sequence[Document]) -> None:
-    line = json.dumps({"batch": number, "documents": [list(document.parts()) for document in documents]})
+def _append(path: Path, batches: dict[int, list[Document]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A run that was killed may have left half a line, so that each batch begins a new one.
         with path.open("a", encoding="utf-8") as file:
-            file.write(f"\n{line}\n")
+            for number, documents in batches.items():
+                line = json.dumps({"batch": number, "documents": [list(document.parts()) for document in documents]})
+                # A run that was killed may have left half a line, so that each batch begins a new one.
+                file.write(f"\n{line}\n")
     except OSError as error:
         raise StructPruneError(
-            f"Self-written text cannot be kept in {path.parent} ({error}); set cache_dir."
+            f"Self-written text cannot be kept in {path.parent} ({error}); set HF_HOME to another folder."
         ) from error

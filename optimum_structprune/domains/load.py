@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
+from .broad import can_write, texts_of, with_written_text
 from .generated import self_documents
 from .packing import DOCUMENTS_PER_CALL, Frame, Packed, Tokens, prefix_token, tokenised
 from .presets import resolve
 from .reweight import MOST
 from .sources import documents
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,26 @@ class Domain:
         return replace(self, samples=self.pool[:count], mask=None if mask is None else mask[:count])
 
 
+def calibration_domains(
+    config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[StructPruneConfig, list[Domain]]:
+    """The domains of a config, with broad text beside them that the model writes, where it can; and the config that
+    says so.
+    """
+    written = with_written_text(config) if can_write(model, tokenizer) else config
+    vocab_size = model.config.get_text_config().vocab_size
+    try:
+        return written, load_domains(written, tokenizer, vocab_size, model=model)
+    except StructPruneError as error:
+        if written is config:
+            raise
+        reason = error
+    # Some models write nothing that is of use. A mistake in the domains themselves is found again.
+    domains = load_domains(config, tokenizer, vocab_size, model=model)
+    logger.warning("No text of every kind is written: %s", reason)
+    return config, domains
+
+
 def load_domains(
     config: StructPruneConfig,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -88,9 +113,9 @@ def load_domains(
         raise StructPruneError(
             f"seq_length={config.seq_length} has no room for text after the prefix; 2 is the least."
         )
-    domains = resolve(config.texts, config.presets_file)
+    domains = resolve(texts_of(config))
     packer = _Packer(config, domains, frame, heldout_samples)
-    write = partial(self_documents, model, tokenizer, config.self_text) if model is not None else None
+    write = partial(self_documents, model, tokenizer) if model is not None else None
     loaded: dict[int, Domain] = {}
     # A generator gives its text only once, so it is read last: what fails before has not used it up.
     for index in sorted(range(len(domains)), key=lambda index: isinstance(domains[index].source, Iterator)):

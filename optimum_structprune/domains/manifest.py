@@ -1,22 +1,23 @@
 """What exactly a model was calibrated on: to repeat a run, and to warn an evaluation that uses the same text."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
 import platform
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..config.domains import DomainConfig
-from ..config.fields import read_mapping
+from ..config.fields import Number, read_mapping
 from ..config.pruning import StructPruneConfig
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from ..plain_json import to_json, unversioned, versioned
 from ..system.fingerprint import tensor_hash
 
@@ -30,7 +31,8 @@ LIBRARIES = ("torch", "transformers", "datasets", "tokenizers")
 WHERE = ("source", "dataset_config", "split", "revision")
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class Entry:
     """One domain of a manifest.
 
@@ -50,20 +52,20 @@ class Entry:
     """
 
     name: str
-    origin: Mapping[str, Any]
-    weight: float
+    origin: dict[str, Any]
+    weight: Number
     calibration_tokens: int
     evidence_tokens: int
     heldout_tokens: int
     samples_sha256: str
     heldout_sha256: str
-    documents: Sequence[str]
-    heldout_documents: Sequence[str]
+    documents: list[str]
+    heldout_documents: list[str]
     probe_sha256: str = ""
-    probe_documents: Sequence[str] = ()
+    probe_documents: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, domain: Domain) -> Entry:
+    def of(cls, domain: "Domain") -> "Entry":
         """The entry of a domain that was loaded."""
         pool = domain.portion(len(domain.pool))
         return cls(
@@ -81,16 +83,6 @@ class Entry:
             probe_documents=list(domain.probe_documents),
         )
 
-    def check_types(self) -> None:
-        """Refuse values that another program has written."""
-        if not isinstance(self.name, str) or not isinstance(self.origin, Mapping):
-            raise TypeError(f"the domain {self.name!r} has no name or no origin")
-        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):
-            raise TypeError(f"the domain {self.name!r} has the weight {self.weight!r}")
-        for hashes in (self.documents, self.heldout_documents, self.probe_documents):
-            if not isinstance(hashes, (list, tuple)) or not all(isinstance(one, str) for one in hashes):
-                raise TypeError(f"the domain {self.name!r} has no list of the hashes of its documents")
-
     def uses(self, source: str | DomainConfig) -> bool:
         """Whether the domain has this name or this source, or was read from where this other domain says."""
         if isinstance(source, str):
@@ -101,7 +93,8 @@ class Entry:
         return bool(self.origin) and all(origin[key] == self.origin.get(key) for key in WHERE)
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class Manifest:
     """What a model was calibrated on.
 
@@ -116,13 +109,13 @@ class Manifest:
     seed: int
     seq_length: int
     tokenizer: str
-    versions: Mapping[str, str]
-    domains: Sequence[Entry]
+    versions: dict[str, str]
+    domains: list[Entry]
 
     @classmethod
     def of(
-        cls, config: StructPruneConfig, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None
-    ) -> Manifest:
+        cls, config: StructPruneConfig, domains: Sequence["Domain"], tokenizer: PreTrainedTokenizerBase | None
+    ) -> "Manifest":
         """The manifest of domains that were loaded."""
         return cls(
             seed=config.seed,
@@ -141,7 +134,7 @@ class Manifest:
         Path(path).write_text(to_json(versioned(asdict(self))) + "\n")
 
     @classmethod
-    def load(cls, folder_or_file: str | Path) -> Manifest:
+    def load(cls, folder_or_file: str | Path) -> "Manifest":
         """Read what `save` wrote, or the manifest in the folder of a pruned model.
 
         Raises:
@@ -151,12 +144,9 @@ class Manifest:
         path = path / MANIFEST_NAME if path.is_dir() else path
         data = unversioned(read_mapping(path, json.loads))
         try:
-            manifest = cls(**{**data, "domains": [Entry(**entry) for entry in data["domains"]]})
-            for entry in manifest.domains:
-                entry.check_types()
-            return manifest
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StructPruneError(f"{path} is no calibration manifest: {error}") from error
+            return cls(**{**data, "domains": [Entry(**entry) for entry in data["domains"]]})
+        except (KeyError, TypeError, StrictDataclassError) as error:
+            raise StructPruneError(f"{path} is no calibration manifest: {one_line(error)}") from error
 
     def overlaps(self, domain_name_or_source: str | DomainConfig, document_hashes: Collection[str] = ()) -> list[str]:
         """What a text has in common with the calibration: one sentence for each domain that it shares something with.
@@ -165,23 +155,18 @@ class Manifest:
             domain_name_or_source: The name of a domain, its source, or a whole domain, which also tells splits apart.
             document_hashes: The `document_hash` of each document in that text.
         """
-        sentences = []
-        hashes = set(document_hashes)
+        sentences, hashes = [], set(document_hashes)
         for entry in self.domains:
-            used = entry.uses(domain_name_or_source)
-            calibrated = len(hashes.intersection(entry.documents))
-            heldout = len(hashes.intersection(entry.heldout_documents))
             where = f"the calibration domain {entry.name!r} ({entry.origin.get('source', 'given inputs')})"
-            probed = len(hashes.intersection(entry.probe_documents))
-            if calibrated:
-                sentences.append(f"{calibrated} of {len(hashes)} documents were calibrated on, in {where}")
-            elif probed:
-                sentences.append(f"{probed} of {len(hashes)} documents decided widths or weights, in {where}")
-            elif heldout:
-                sentences.append(
-                    f"{heldout} of {len(hashes)} documents were held out to measure perplexity, in {where}"
-                )
-            elif used:
+            uses = {
+                "were calibrated on": entry.documents,
+                "decided widths or weights": entry.probe_documents,
+                "were held out to measure perplexity": entry.heldout_documents,
+            }
+            counts = {use: len(hashes.intersection(documents)) for use, documents in uses.items()}
+            if use := next((use for use, shared in counts.items() if shared), None):
+                sentences.append(f"{counts[use]} of {len(hashes)} documents {use}, in {where}")
+            elif entry.uses(domain_name_or_source):
                 sentences.append(f"the text has the name or the source of {where}")
         return sentences
 

@@ -1,4 +1,4 @@
-"""Domains by name: `preset:code`, and your own from a YAML file."""
+"""Domains by name: `preset:code`, and `preset:FILE.yaml#NAME` of your own."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from ..registry import did_you_mean
 BUILTIN_PRESETS = Path(__file__).with_name("presets.yaml")
 
 
-def resolve(domains: Iterable[DomainConfig], presets_file: str | None = None) -> list[DomainConfig]:
+def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
     """Replace presets by what they stand for, which gives domains whose sources can be read.
 
     A field that the domain sets to something else than its default goes before the preset's. A preset with `mix` gives
     one domain for each of its parts, named `NAME-PART`, which share the weight equally.
     """
-    table = presets(presets_file)
-    resolved = [part for domain in domains for part in _resolved(domain, table)]
+    resolved = [part for domain in domains for part in _resolved(domain)]
     names = [domain.name for domain in resolved]
     for name in names:
         if names.count(name) > 1:
@@ -31,21 +30,23 @@ def resolve(domains: Iterable[DomainConfig], presets_file: str | None = None) ->
     return resolved
 
 
-def presets(presets_file: str | None = None) -> dict[str, Mapping[str, Any]]:
-    """All presets by name, each with the fields of `DomainConfig` and a `licence`, or with a `mix` of others."""
-    table = dict(read_yaml(BUILTIN_PRESETS))
-    if presets_file is not None:
-        table |= read_yaml(presets_file)
+def presets(file: str = "") -> dict[str, Mapping[str, Any]]:
+    """All presets by name, those of a file over the built-in ones: each has the fields of `DomainConfig` and a
+    `licence`, or a `mix` of others.
+    """
+    table = {**read_yaml(BUILTIN_PRESETS), **(read_yaml(file) if file else {})}
     for name, entry in table.items():
         if not isinstance(entry, Mapping) or ("mix" in entry) == ("source" in entry):
             raise StructPruneError(f"The preset {name!r} needs a source, or a mix of other presets; got {entry!r}.")
     return table
 
 
-def _resolved(domain: DomainConfig, table: Mapping[str, Mapping[str, Any]]) -> list[DomainConfig]:
+def _resolved(domain: DomainConfig) -> list[DomainConfig]:
     if not (isinstance(domain.source, str) and domain.source.startswith(PRESET)):
         return [domain]
-    entry = _entry(domain.source.removeprefix(PRESET), table)
+    file, _, name = domain.source.removeprefix(PRESET).rpartition("#")
+    table = presets(file)
+    entry = _entry(name, table)
     if "mix" not in entry:
         return [_filled(domain, entry)]
     parts = {part: _entry(part, table) for part in entry["mix"]}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import escape, glob
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -74,7 +75,8 @@ def _texts(reader: _Reader, write: Callable[[str, int], Iterator[str]] | None) -
         return _from_dataset(_load_saved(domain), reader)
     if files := _files(domain):
         return _shuffled(_from_files(files, reader), seed)
-    return _from_hub(reader)
+    what = f"{source!r} is no local file or folder, and as a dataset of the Hub it"
+    return _rows(_guarded(domain, what, _hub_rows, reader), reader)
 
 
 def _from_memory(reader: _Reader) -> Iterator[str]:
@@ -88,8 +90,7 @@ def _from_memory(reader: _Reader) -> Iterator[str]:
 
 
 def _from_dataset(dataset: Dataset, reader: _Reader) -> Iterator[str]:
-    order = _reordered(range(len(dataset)), reader.seed)
-    return _rows((dataset[i] for i in order), reader)
+    return _rows((dataset[i] for i in _reordered(range(len(dataset)), reader.seed)), reader)
 
 
 def _saved(domain: DomainConfig) -> bool:
@@ -128,19 +129,15 @@ def _files(domain: DomainConfig) -> list[Path]:
     elif "*" in domain.source:
         candidates, what = [*map(Path, glob(str(path), recursive=True))], f"the pattern {domain.source!r}"
     elif domain.source.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
-        raise StructPruneError(f"The domain {domain.name!r}: there is no file or folder {path}.{_nearest(path)}")
+        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = [f" Did you mean {str(path.with_name(name))!r}?" for name in get_close_matches(path.name, names, n=1)]
+        raise StructPruneError(f"The domain {domain.name!r}: there is no file or folder {path}.{''.join(close)}")
     else:
         return []
     files = sorted(file for file in candidates if file.is_file() and file.suffix.lower() in READERS)
     if not files:
         raise StructPruneError(f"The domain {domain.name!r}: {what} gives no file of the kinds {', '.join(READERS)}.")
     return files
-
-
-def _nearest(path: Path) -> str:
-    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = get_close_matches(path.name, names, n=1)
-    return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
 
 
 def _from_files(files: list[Path], reader: _Reader) -> Iterator[str]:
@@ -165,23 +162,13 @@ def _stream(kind: str, paths: list[Path]) -> Iterable[Row]:
     return load_dataset(kind, data_files=[escape(str(path)) for path in paths], split="train", streaming=True)
 
 
-def _from_hub(reader: _Reader) -> Iterator[str]:
-    what = f"{reader.domain.source!r} is no local file or folder, and as a dataset of the Hub it"
-    return _rows(_guarded(reader.domain, what, _hub_rows, reader), reader)
-
-
 def _hub_rows(reader: _Reader) -> Iterable[Row]:
     from datasets import load_dataset
 
     domain = reader.domain
     revision = {} if domain.revision is None else {"revision": domain.revision}
-    where = {"split": domain.split, "streaming": domain.streaming, **revision}
-    rows = load_dataset(domain.source, domain.dataset_config, **where)
-    if reader.seed is None:
-        return rows
-    if not domain.streaming:
-        return rows.shuffle(seed=reader.seed)
-    return rows.shuffle(seed=reader.seed, buffer_size=HUB_BUFFER)
+    rows = load_dataset(domain.source, domain.dataset_config, split=domain.split, streaming=True, **revision)
+    return rows if reader.seed is None else rows.shuffle(seed=reader.seed, buffer_size=HUB_BUFFER)
 
 
 def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
@@ -215,17 +202,13 @@ def _reordered(items: Iterable[T], seed: int | None) -> list[T]:
 
 def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
     # What fits into the buffer is shuffled as a whole. Beyond that a text moves less far, and memory stays bounded.
-    if seed is None:
-        yield from texts
-        return
-    rng = Random(seed)
-    buffer: list[str] = []
-    for text in texts:
-        if len(buffer) < LOCAL_BUFFER:
-            buffer.append(text)
-            continue
-        place = rng.randrange(LOCAL_BUFFER)
-        yield buffer[place]
-        buffer[place] = text
-    rng.shuffle(buffer)
-    yield from buffer
+    stream = iter(texts)
+    if seed is not None:
+        rng, buffer = Random(seed), list(islice(stream, LOCAL_BUFFER))
+        for text in stream:
+            place = rng.randrange(LOCAL_BUFFER)
+            yield buffer[place]
+            buffer[place] = text
+        rng.shuffle(buffer)
+        stream = iter(buffer)
+    yield from stream

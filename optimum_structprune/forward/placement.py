@@ -6,7 +6,7 @@ whatever shape it has by then goes back. On CUDA the layer behind it is fetched 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..arch.load import describe, layer_list
 from ..arch.meta import meta_model
 from ..arch.spec import ArchSpec
-from ..system.ahead import Ahead
 from ..system.offloading import (
+    Prefetch,
     bring_in,
     check_reachable,
     fetch,
@@ -56,8 +56,8 @@ def layer_device_map(
         elif not any(path.startswith(f"{name}." if name else "") for path in lists):
             yield name, device
         else:
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for leaf, child in [*own, *module.named_children()]:
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for leaf, child in [*tensors, *module.named_children()]:
                 path = f"{name}.{leaf}" if name else leaf
                 yield from walk(path, child) if isinstance(child, nn.Module) else [(path, device)]
 
@@ -70,7 +70,7 @@ class Placement:
     def __init__(self, model: PreTrainedModel, arch: ArchSpec):
         self.model, self.arch = model, arch
         check_reachable(model)
-        self._ahead = Ahead(lambda layer: fetch(self._layer(layer)))
+        self._prefetch = Prefetch(lambda layer: fetch(self._layer(layer)))
 
     @property
     def offloaded(self) -> bool:
@@ -80,7 +80,7 @@ class Placement:
     @contextmanager
     def at(self, layer: int, changes: bool = False) -> Iterator[None]:
         """Have the weights of one layer on the device that computes it, inside `with`."""
-        with self._at(layer, changes, self._begin_next):
+        with self._at(layer, changes, then_next=True):
             yield
         give_back_free_memory()
 
@@ -92,25 +92,25 @@ class Placement:
             yield
 
     @contextmanager
-    def _at(self, layer: int, changes: bool, brought_in: Callable[[int], None] | None = None) -> Iterator[None]:
+    def _at(self, layer: int, changes: bool, then_next: bool = False) -> Iterator[None]:
         finished, hooks = False, []
         try:
-            hooks = bring_in(self._layer(layer), self._ahead.take(layer))
-            if brought_in is not None:
-                brought_in(layer)
+            hooks = bring_in(self._layer(layer), self._prefetch.take(layer))
+            if then_next:
+                self._begin_next(layer)
             yield
             finished = True
         finally:
             if not finished:
-                self._ahead.drop()
+                self._prefetch.drop()
             put_back(self.model, self._layer(layer), hooks, store=changes and finished)
 
     def _begin_next(self, layer: int) -> None:
         """Begin to fetch the layer behind one, where that brings something."""
         if layer + 1 < self.arch.num_layers and fetches_ahead(self._layer(layer + 1)):
-            self._ahead.begin(layer + 1)
+            self._prefetch.begin(layer + 1)
         else:
-            self._ahead.drop()
+            self._prefetch.drop()
 
     def _layer(self, layer: int) -> nn.Module:
         return layer_list(self.model, self.arch)[layer]

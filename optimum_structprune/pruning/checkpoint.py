@@ -28,7 +28,7 @@ from .units import Snapshot
 
 STATE = "rounds.json"
 # What may change without making a half-finished run another one; the text itself is held against the checkpoint.
-FREE = ("checkpoint_dir", "losses_dir", "batch_size", "domains", "presets_file")
+FREE = ("checkpoint_dir", "losses_dir", "batch_size", "domains")
 
 
 def run_key(config: StructPruneConfig, model: PreTrainedModel, text: Sequence[Entry], target: Widths) -> str:

@@ -18,7 +18,6 @@ from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Widths
 from ..calibration.gradients import check_gradients
 from ..calibration.passes import check_sequential
 from ..calibration.stored import Statistics
-from ..config.domains import ANY, PRESET, SELF, SelfTextConfig
 from ..config.gates import GatesConfig
 from ..config.pruning import LEARNED, StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
@@ -408,8 +407,6 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
     """The options that are set and have no effect beside the others, each with the reason."""
     default = {field.name: field.default for field in fields(config)}
     recovery = config.recovery
-    domains = [*config.with_broad_text(SELF + ANY).texts, *((recovery and recovery.domains) or ())]
-    texts = [domain.source for domain in domains if isinstance(domain.source, str)]
     explicit, gram, uniform = config.widths is not None, config.fits, config.allocation == "uniform"
     damped = config.scored_by in CRITERIA.names() and CRITERIA.get(config.scored_by).damped
     stored = config.stats is not None and recovery is None  # the text of a recovery follows these numbers too
@@ -426,14 +423,12 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
         "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
         "gates": (not learns(config), "neither criterion nor allocation goes by gates"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
-        "presets_file": (not any(text.startswith(PRESET) for text in texts), "no domain is a preset"),
-        "self_text": (not any(text.startswith(SELF) for text in texts), "the model writes no domain itself"),
         "breadth": (stored, "stats were gathered already; name the domain 'broad' if they hold it"),
         "num_samples": (stored, "stats were gathered already"),
         "seq_length": (stored, "stats were gathered already"),
     }
     for name, (idle, reason) in reasons.items():
         value = getattr(config, name)
-        unset = type(value)() if isinstance(value, (GatesConfig, SelfTextConfig)) else default[name]
+        unset = type(value)() if isinstance(value, GatesConfig) else default[name]
         if idle and value != unset:
             yield f"{name}={value!r}, because {reason}"

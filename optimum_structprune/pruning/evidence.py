@@ -18,8 +18,7 @@ from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
 from ..criteria.layers import LAYER_CRITERIA
 from ..criteria.mixture import Mixture
-from ..domains.breadth import calibration_domains
-from ..domains.load import Domain, given_domains, split_samples
+from ..domains.load import Domain, calibration_domains, given_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.reweight import reweighted
 from ..errors import StructPruneError

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
+from ..domains.broad import texts_of
 from ..domains.sources import documents
 from ..errors import StructPruneError
 from ..system.disk import check_folder
@@ -31,7 +32,7 @@ def check_recovery(
     if parts is None:
         parts = pruning.rounds if config.every_round else 1
     text = text_config(config, pruning, parts)
-    for domain in text.texts:
+    for domain in texts_of(text):
         # Names that lead nowhere are found when the source is opened; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
     lora_config(config)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.domains import ANY, SELF, DomainConfig, is_broad, written_by_model
+from ..config.domains import DomainConfig, is_broad, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
+from ..domains.broad import WRITTEN, texts_of
 from ..domains.load import Domain, load_domains, num_heldout, split_samples
 from ..domains.presets import resolve
 from ..errors import StructPruneError
@@ -26,7 +27,7 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
     """
     seq_length = config.seq_length or pruning.seq_length
     own = config.domains or _domains_of(pruning)
-    domains = resolve(_with_every_kind(own, config, pruning), pruning.presets_file)
+    domains = resolve(_with_every_kind(own, config, pruning))
     samples, weights = config.tokens // seq_length, [domain.weight for domain in domains]
     if samples < len(domains) or min(split_samples(samples, weights)) < parts:
         rounds = f" in each of {parts} rounds" if parts > 1 else ""
@@ -65,7 +66,7 @@ def _with_every_kind(
     """
     if any(map(is_broad, own)):
         return own
-    return replace(pruning, domains=own, breadth=config.breadth, broad_text=None).texts
+    return texts_of(replace(pruning, domains=own, breadth=config.breadth, broad_text=None))
 
 
 def _domains_of(pruning: StructPruneConfig) -> list[DomainConfig]:
@@ -73,9 +74,9 @@ def _domains_of(pruning: StructPruneConfig) -> list[DomainConfig]:
 
     To write as much as training reads takes long, and it won nothing (docs/recovery.md).
     """
-    if pruning.broad_text == SELF + ANY:
+    if pruning.broad_text == WRITTEN:
         pruning = replace(pruning, breadth=0.0, broad_text=None)
-    return pruning.texts
+    return texts_of(pruning)
 
 
 def heldout_samples(pruning: StructPruneConfig, seq_length: int) -> int:
@@ -84,7 +85,7 @@ def heldout_samples(pruning: StructPruneConfig, seq_length: int) -> int:
     The held-out documents of a domain are the first ones in the order that the seed chooses. As many held-out tokens
     as the pruning had, or more, therefore keep all of them out of the training text.
     """
-    counts = split_samples(pruning.num_samples, [domain.weight for domain in pruning.texts])
+    counts = split_samples(pruning.num_samples, [domain.weight for domain in texts_of(pruning)])
     most = max(num_heldout(count, float(pruning.holdout)) for count in counts)
     # A sample is text alone, or a prefix and one token of text fewer: whichever takes more samples is right for both.
     text_tokens = [(pruning.seq_length - prefix, max(1, seq_length - prefix)) for prefix in (0, 1)]

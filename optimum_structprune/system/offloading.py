@@ -10,11 +10,12 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from ..errors import StructPruneError, one_line, some_of
 
 
+T = TypeVar("T")
 # Where the next layer is fetched while one runs. On the CPU the reading takes next to no time, see docs/scaling.md.
 AHEAD_ON = ["cuda"]
 
@@ -152,6 +154,33 @@ class Fetched:
     device: torch.device
     value: Tensor
     stream: Any = None
+
+
+class Prefetch(Generic[T]):
+    """Makes the next of several numbered things in a thread while the one before it is used, one at a time."""
+
+    def __init__(self, make: Callable[[int], T]):
+        self._make, self._executor = make, ThreadPoolExecutor(1, "prefetch")
+        self._number: int | None = None
+        self._future: Future[T] | None = None
+
+    def begin(self, number: int) -> None:
+        """Begin to make a thing; what was made and not taken is let go."""
+        self.drop()
+        self._number, self._future = number, self._executor.submit(self._make, number)
+
+    def take(self, number: int) -> T:
+        """A thing, which is made now unless it was begun. What was begun of another number stays where it is."""
+        if self._future is None or number != self._number:
+            return self._make(number)
+        future, self._future = self._future, None
+        return future.result()
+
+    def drop(self) -> None:
+        """Let go of what was begun, once it is made."""
+        if self._future is not None:
+            self._future.exception()
+            self._future = None
 
 
 def fetches_ahead(layer: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from optimum_structprune import DomainConfig, GatesConfig, RecoveryConfig, SelfTextConfig, StructPruneConfig
+from optimum_structprune import DomainConfig, GatesConfig, RecoveryConfig, StructPruneConfig
 from optimum_structprune.commands import calibrate, plan, prune, recover
 from optimum_structprune.commands.arguments import (
     domain,
@@ -83,7 +83,7 @@ def test_what_is_not_given_is_left_to_the_file(command, paths, config_class, rea
     assert read(parsed(command, *paths)) == {}
 
 
-@pytest.mark.parametrize("config_class", [StructPruneConfig, RecoveryConfig, SelfTextConfig, GatesConfig])
+@pytest.mark.parametrize("config_class", [StructPruneConfig, RecoveryConfig, GatesConfig])
 def test_every_field_is_described_in_the_docstring(config_class):
     sentences = first_sentences(config_class)
     assert [*sentences] == [field.name for field in fields(config_class)]
@@ -97,7 +97,7 @@ def test_help_comes_from_the_field():
     assert first_sentences(StructPruneConfig)["damping"] in shown and "(default: 0.08)" in shown
     assert "--schedule {linear,geometric,cubic}" in shown
     assert "--keep-rounds, --no-keep-rounds" in shown
-    for nested in (GatesConfig, SelfTextConfig, RecoveryConfig):
+    for nested in (GatesConfig, RecoveryConfig):
         names = [field.name for field in fields(nested)]
         assert f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." in shown
 
@@ -131,13 +131,12 @@ def test_a_number_or_a_word():
 
 def test_flags_override_the_file(tmp_path):
     text = {"sparsity": 0.4, "criterion": "flap", "rounds": 3, "recovery": {"tokens": 900, "kl_weight": 0.5}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**text, "self_text": {"top_p": 0.8, "min_tokens": 8}}))
-    flags = ["--width", "mlp=8", "--rounds", "2", "--recovery", "tokens=500", "--self-text", "top_p=0.9"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(text))
+    flags = ["--width", "mlp=8", "--rounds", "2", "--recovery", "tokens=500"]
     domains = ["--domain", "a=x@y.txt@0.5", "--domain", "b=c@d.txt", "--domain", "m=self:math@2"]
     config = pruning_config(parsed(prune, "m", "o", "--config", str(tmp_path / "run.yaml"), *flags, *domains))
     assert (config.sparsity, config.widths, config.rounds, config.criterion) == (None, {"mlp": 8}, 2, "flap")
     assert (config.recovery.tokens, config.recovery.kl_weight) == (500, 0.5)
-    assert (config.self_text.top_p, config.self_text.min_tokens) == (0.9, 8)
     assert [(d.name, d.source, d.weight) for d in config.domains] == [
         ("a", "x@y.txt", 0.5),
         ("b", "c@d.txt", 1.0),

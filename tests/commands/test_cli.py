@@ -119,7 +119,7 @@ def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path, capsys):
 
 
 def test_settings_reach_the_run(folder, tmp_path):
-    flags = "--criterion taylor --damping 0.2 --error-feedback 0.3 --max-perplexity-ratio 9 --self-text top_p=0.9"
+    flags = "--criterion taylor --damping 0.2 --error-feedback 0.3 --max-perplexity-ratio 9"
     rounds = "--rounds 2 --schedule linear --adaptive-rate 0.5 --objective worst --keep-rounds"
     arguments = command(
         folder, *flags.split(), *rounds.split(), "--checkpoint-dir", str(tmp_path), "--width", "mlp=24", "--overwrite"
@@ -127,7 +127,7 @@ def test_settings_reach_the_run(folder, tmp_path):
     assert main(arguments) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "round-1").config.intermediate_size == 32
     used = StructPruneConfig.from_pretrained(folder / "out")
-    assert (used.criterion, used.damping, used.error_feedback, used.self_text.top_p) == ("taylor", 0.2, 0.3, 0.9)
+    assert (used.criterion, used.damping, used.error_feedback) == ("taylor", 0.2, 0.3)
     assert (used.schedule, used.adaptive_rate, used.objective, used.max_perplexity_ratio) == (
         "linear",
         0.5,
@@ -165,7 +165,6 @@ def test_bad_input(folder, tmp_path, capsys):
         (["prune", model, out, "--sparsity", "0.2", "--refit", "best"], "'slope', 'least_squares'), got best"),
         (["plan", model, "--width", "ffn=3"], "'ffn'"),
         (["plan", model, "--budget", "parameters=9", "--budget", "bytes=9"], "budget names exactly one of"),
-        (["plan", model, "--sparsity", "0.2", "--self-text", "topp=1"], "Did you mean 'top_p'"),
         (["prune", model, out, "--sparsity", "0.2", "--recovery", "token=9"], "Did you mean 'tokens'"),
         (["inspect", str(tmp_path / "missing")], "missing"),
         (["inspect", str(tmp_path / "xglm")], "'xglm' is not described"),
@@ -185,7 +184,7 @@ def test_bad_input(folder, tmp_path, capsys):
         (["--width", "mlp"], "argument --widths/--width: expected NAME=N, got 'mlp'"),
         (["--width", "mlp=wide"], "argument --widths/--width: expected NAME=N, got 'mlp=wide'"),
         (["--domain", "wiki"], "argument --domains/--domain: expected NAME=SOURCE[@WEIGHT], got 'wiki'"),
-        (["--self-text", "top_p=[1"], "argument --self-text: '[1' is not YAML"),
+        (["--recovery", "tokens=[1"], "argument --recovery: '[1' is not YAML"),
         (["--rounds", "two"], "argument --rounds: invalid int value: 'two'"),
     ],
 )

@@ -95,40 +95,6 @@ def test_bad_values_name_the_field_and_the_value(fields, message):
     assert "\n" not in str(caught.value)
 
 
-def test_breadth_adds_a_domain_and_leaves_the_others_as_they_are():
-    own = [DomainConfig("a", "a.txt", weight=2), DomainConfig("b", "b.txt")]
-    *kept, broad = StructPruneConfig(sparsity=0.2, domains=own, breadth=0.25).texts
-    assert kept == own == StructPruneConfig(sparsity=0.2, domains=own, breadth=0).texts
-    assert (broad.source, broad.weight) == ("builtin:broad", 1.0)
-    assert StructPruneConfig(sparsity=0.2, domains=own).texts == own
-    assert StructPruneConfig(sparsity=0.2).texts[-1].weight == 3.0
-    written = StructPruneConfig(sparsity=0.2, domains=own, broad_text="self:any")
-    assert written.texts == [*own, DomainConfig("broad", "self:any", 0.75)]
-    assert StructPruneConfig(sparsity=0.2, domains=own).with_broad_text("self:any") == written
-    asked = StructPruneConfig(sparsity=0.2, domains=own, breadth=0.25).with_broad_text("self:any")
-    assert asked.texts == [*own, DomainConfig("broad", "self:any", 1.0)]
-
-
-@pytest.mark.parametrize(
-    "domain", [("broad", "a.txt"), ("a", "self:any"), ("a", "builtin:broad-code"), ("a", "preset:broad")]
-)
-def test_no_text_of_every_kind_stands_beside_such_text(domain):
-    own = [DomainConfig(*domain)]
-    alone = StructPruneConfig(sparsity=0.2, domains=own)
-    assert alone.with_broad_text("self:any") == alone
-    with pytest.raises(StructPruneError, match="breadth=0.1 adds a domain 'broad'"):
-        StructPruneConfig(sparsity=0.2, domains=own, breadth=0.1)
-
-
-def test_broad_text_is_not_asked_of_few_samples_nor_of_stored_moments():
-    own = [DomainConfig("a", "a.txt"), DomainConfig("b", "b.txt")]
-    for fields in ({"num_samples": 2}, {"stats": "folder"}, {"breadth": 0}):
-        config = StructPruneConfig(sparsity=0.2, domains=own, **fields)
-        assert config.with_broad_text("self:any").texts == own
-    with pytest.raises(StructPruneError, match="breadth=0 gives none; set breadth=0.2"):
-        StructPruneConfig(sparsity=0.2, domains=own, breadth=0, broad_text="self:any")
-
-
 def test_assignment_is_checked_too():
     config = StructPruneConfig(sparsity=0.2)
     with pytest.raises(StrictDataclassError, match="'sparsity'"):

@@ -114,32 +114,18 @@ def test_presets_of_ones_own(tmp_path):
         "both": {"mix": ["code", "math"]},
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
-    both = resolve([DomainConfig("x", "preset:both")], str(tmp_path / "own.yaml"))
+    both = resolve([DomainConfig("x", f"preset:{tmp_path / 'own.yaml'}#both")])
     assert [part.source for part in both] == [str(tmp_path / "a.jsonl"), "openai/gsm8k"]
-    asked = config(domains=[DomainConfig("x", "preset:code")], num_samples=2, presets_file=str(tmp_path / "own.yaml"))
+    asked = config(domains=[DomainConfig("x", f"preset:{tmp_path / 'own.yaml'}#code")], num_samples=2)
     (domain,) = load_domains(StructPruneConfig.from_dict(asked.to_dict()), tokenizer())
     assert domain.samples.shape == (2, 24)
 
 
 def test_a_domains_own_fields_go_before_the_presets():
-    fields = {"split": "test", "template": "{answer}", "revision": "abc", "streaming": False, "answers_only": True}
+    fields = {"split": "test", "template": "{answer}", "revision": "abc", "answers_only": True}
     (domain,) = resolve([DomainConfig("m", "preset:math", **fields)])
     assert domain.dataset_config == "main"
     assert {name: getattr(domain, name) for name in fields} == fields
-
-
-def test_a_whole_split_of_a_fixed_revision(monkeypatch):
-    calls = []
-
-    def load_dataset(*args, **kwargs):
-        calls.append(kwargs)
-        return datasets.Dataset.from_dict({"text": [f"t{i}" for i in range(50)]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    domain = DomainConfig("d", "user/name", streaming=False, revision="abc")
-    first, second = list(documents(domain, 1)), list(documents(domain, 2))
-    assert sorted(first) == sorted(second) and first != second
-    assert calls[0] == {"split": "train", "streaming": False, "revision": "abc"}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +141,7 @@ def test_a_whole_split_of_a_fixed_revision(monkeypatch):
 def test_presets_that_will_not_do(tmp_path, entries, source, message):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(entries))
     with pytest.raises(StructPruneError, match=message):
-        resolve([DomainConfig("d", source)], str(tmp_path / "own.yaml"))
+        resolve([DomainConfig("d", source.replace(":", f":{tmp_path / 'own.yaml'}#"))])
 
 
 # --- templates
@@ -418,12 +404,9 @@ def test_conversations_stream_from_parquet_into_samples(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", from_disk)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    asked = [
-        DomainConfig("chat", "preset:dialogue", answers_only=True, streaming=streaming) for streaming in (True, False)
-    ]
     spaced = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
-    for domain in asked:
-        (loaded,) = load_domains(config(domains=[domain], num_samples=2), chatty(spaced))
-        assert set(loaded.samples[loaded.mask].tolist()) - {9} <= set(range(50, 90))
-        # A question and the names of two roles stand before each answer.
-        assert 0.3 < loaded.mask.float().mean() < 0.5
+    domain = DomainConfig("chat", "preset:dialogue", answers_only=True)
+    (loaded,) = load_domains(config(domains=[domain], num_samples=2), chatty(spaced))
+    assert set(loaded.samples[loaded.mask].tolist()) - {9} <= set(range(50, 90))
+    # A question and the names of two roles stand before each answer.
+    assert 0.3 < loaded.mask.float().mean() < 0.5

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from models import build, real_text_model
 from trained import needs_shared, stories_model
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
-from optimum_structprune.config.domains import SelfTextConfig
 from optimum_structprune.domains import generated
 from optimum_structprune.domains.generated import self_documents
 from optimum_structprune.domains.load import load_domains
@@ -29,18 +28,22 @@ def writer():
     return real_text_model()
 
 
-@pytest.fixture
-def settings(tmp_path):
-    return SelfTextConfig(batch_size=4, max_new_tokens=40, min_tokens=8, cache_dir=str(tmp_path / "cache"))
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The folder of what models write, which is short here."""
+    monkeypatch.setattr(generated.constants, "HF_HOME", str(tmp_path))
+    for name, number in {"BATCH": 4, "MAX_TOKENS": 40, "MIN_TOKENS": 8}.items():
+        monkeypatch.setattr(generated, name, number)
+    return tmp_path / "structprune"
 
 
-def first(writer, settings, count: int, name: str = "math", seed: int = 0):
-    return list(itertools.islice(self_documents(*writer, settings, name, seed), count))
+def first(writer, count: int, name: str = "math", seed: int = 0):
+    return list(itertools.islice(self_documents(*writer, name, seed), count))
 
 
 @pytest.mark.parametrize("name", ["code", "math", "prose", "dialogue", "reasoning"])
-def test_every_kind_goes_on_from_an_opening(writer, settings, name):
-    texts = first(writer, settings, 6, name)
+def test_every_kind_goes_on_from_an_opening(writer, name):
+    texts = first(writer, 6, name)
     assert len(set(texts)) == 6
     for text in texts:
         ((start, end),) = text.answers
@@ -48,13 +51,13 @@ def test_every_kind_goes_on_from_an_opening(writer, settings, name):
         assert "{topic}" not in text
 
 
-def test_text_of_any_kind_begins_with_a_word_of_the_vocabulary(writer, settings):
+def test_text_of_any_kind_begins_with_a_word_of_the_vocabulary(writer):
     model, tokenizer = writer
     words = generated.vocabulary_words(tokenizer)
-    texts = first(writer, settings, len(words), "any")
+    texts = first(writer, len(words), "any")
     beginnings = [text[: text.answers[0][0]] for text in texts]
     assert set(beginnings) <= set(words) and len(set(beginnings)) > len(words) / 2
-    assert first(writer, settings, 8, "any", seed=1) != texts
+    assert first(writer, 8, "any", seed=1) != texts
 
 
 class LowerCase:
@@ -73,56 +76,57 @@ def test_a_vocabulary_without_capitals_gives_what_it_has():
     assert generated.vocabulary_words(LowerCase()) == ["1", "a", "ing"]
 
 
-def test_the_seed_decides_and_the_callers_random_numbers_are_left_alone(writer, settings, tmp_path):
+def test_the_seed_decides_and_the_callers_random_numbers_are_left_alone(writer, cache):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    texts = first(writer, settings, 6)
+    texts = first(writer, 6)
     assert torch.equal(torch.rand(3), expected)
-    again = SelfTextConfig(**{**vars(settings), "cache_dir": str(tmp_path / "another")})
-    assert first(writer, again, 6) == texts
-    assert first(writer, settings, 6, seed=1) != texts
+    shutil.rmtree(cache)
+    assert first(writer, 6) == texts
+    assert first(writer, 6, seed=1) != texts
 
 
-def test_what_was_written_is_read_from_the_disk_and_continued(writer, settings, monkeypatch):
-    whole = first(writer, SelfTextConfig(**{**vars(settings), "cache_dir": settings.cache_dir + "-whole"}), 10)
-    short = first(writer, settings, 5)
+def test_what_was_written_is_read_from_the_disk_and_continued(writer, cache, monkeypatch):
+    whole = first(writer, 10)
+    shutil.rmtree(cache)
+    short = first(writer, 5)
     calls = []
     generate = type(writer[0]).generate
     monkeypatch.setattr(type(writer[0]), "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
-    assert first(writer, settings, 5) == short == whole[:5]
+    assert first(writer, 5) == short == whole[:5]
     assert calls == []
-    longer = first(writer, settings, 10)
+    longer = first(writer, 10)
     assert longer == whole and calls
     assert [text.answers for text in longer] == [text.answers for text in whole]
 
 
-def test_a_prompt_that_comes_again_is_answered_otherwise(writer, settings, monkeypatch, tmp_path):
+def test_a_prompt_that_comes_again_is_answered_otherwise(writer, monkeypatch, tmp_path):
     (tmp_path / "one.yaml").write_text(yaml.safe_dump({"math": {"ask": [], "begin": ["Problem: "], "topics": [""]}}))
     monkeypatch.setattr(generated, "SEED_PROMPTS", tmp_path / "one.yaml")
-    texts = first(writer, settings, 12)
+    texts = first(writer, 12)
     assert len(set(texts)) == 12 and all(text.startswith("Problem: ") for text in texts)
 
 
-def test_a_line_that_was_cut_off_is_written_again(writer, settings, tmp_path):
-    texts = first(writer, settings, 6)
-    (path,) = (tmp_path / "cache").iterdir()
+def test_a_line_that_was_cut_off_is_written_again(writer, cache):
+    texts = first(writer, 6)
+    (path,) = cache.iterdir()
     kept = path.read_text()
     path.write_text(kept[: len(kept) // 2])
-    assert first(writer, settings, 6) == texts
-    assert first(writer, settings, 6) == texts
+    assert first(writer, 6) == texts
+    assert first(writer, 6) == texts
 
 
-def test_another_model_or_setting_has_a_file_of_its_own(writer, settings, tmp_path):
+def test_another_model_or_setting_has_a_file_of_its_own(writer, cache, monkeypatch):
     model, reader = writer
-    first(writer, settings, 1)
+    first(writer, 1)
     other, _ = real_text_model()
     with torch.no_grad():
         other.get_input_embeddings().weight[3, 3] += 0.01
-    first((other, reader), settings, 1)
-    settings.temperature = 0.9
-    first(writer, settings, 1)
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    first((other, reader), 1)
+    monkeypatch.setattr(generated, "SAMPLING", {**generated.SAMPLING, "temperature": 0.9})
+    first(writer, 1)
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_a_fingerprint_is_of_the_weights_and_the_config():
@@ -135,10 +139,10 @@ def test_a_fingerprint_is_of_the_weights_and_the_config():
 
 
 @pytest.mark.parametrize(("name", "keeps"), [("math", False), ("dialogue", True)])
-def test_a_chat_model_is_asked(settings, name, keeps):
+def test_a_chat_model_is_asked(name, keeps):
     model, reader = real_text_model()
     reader.chat_template = CHATML
-    for text in first((model, reader), settings, 4, name):
+    for text in first((model, reader), 4, name):
         ((start, end),) = text.answers
         assert end == len(text)
         assert text[:start].startswith("<s>user\n") if keeps else start == 0
@@ -152,41 +156,41 @@ def writing(model, rows: list[list[int]], monkeypatch) -> None:
     monkeypatch.setattr(model, "generate", lambda ids, **settings: torch.cat([ids, ended], dim=1))
 
 
-def test_repetitions_are_dropped(writer, settings, monkeypatch):
-    writing(writer[0], [[5, 6] * 20] * settings.batch_size, monkeypatch)
-    with pytest.raises(StructPruneError, match="self:math: of 32 documents that the model wrote, none passes"):
-        first(writer, settings, 1)
+def test_repetitions_are_dropped(writer, monkeypatch):
+    writing(writer[0], [[5, 6] * 20] * generated.BATCH, monkeypatch)
+    with pytest.raises(StructPruneError, match="self:math: of 32 documents that the model wrote, all are too short"):
+        first(writer, 1)
 
 
-def test_short_documents_are_dropped(writer, settings):
-    settings.min_tokens = 1000
-    with pytest.raises(StructPruneError, match="none passes the filters"):
-        first(writer, settings, 1)
+def test_short_documents_are_dropped(writer, monkeypatch):
+    monkeypatch.setattr(generated, "MIN_TOKENS", 1000)
+    with pytest.raises(StructPruneError, match="all are too short, repeat themselves or are unlikely"):
+        first(writer, 1)
 
 
 @needs_shared
-def test_text_that_the_model_finds_unlikely_is_dropped(settings, monkeypatch):
+def test_text_that_the_model_finds_unlikely_is_dropped(cache, monkeypatch):
     model, reader = stories_model()
     story = "Once upon a time there was a little girl named Lily. She loved to play outside in the big park"
     likely = [reader(f"{story} with her {pet}.")["input_ids"] for pet in ("dog", "cat", "friends")]
     noise = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:30].add(50).tolist()
     writing(model, [*likely, noise], monkeypatch)
-    texts = first((model, reader), settings, 3)
+    texts = first((model, reader), 3)
     assert all("Lily" in text for text in texts)
-    (path,) = Path(settings.cache_dir).iterdir()
+    (path,) = cache.iterdir()
     assert len(json.loads(path.read_text().strip().splitlines()[0])["documents"]) == 3
 
 
-def test_the_model_is_left_as_it_was(writer, settings):
+def test_the_model_is_left_as_it_was(writer):
     model, reader = writer
     before = fingerprint(model)
     model.train()
-    first(writer, settings, 2)
+    first(writer, 2)
     assert model.training and fingerprint(model) == before
     model.eval()
 
 
-def test_the_mode_is_put_back_when_writing_fails(writer, settings, monkeypatch):
+def test_the_mode_is_put_back_when_writing_fails(writer, monkeypatch):
     model, _ = writer
 
     def fail(*args, **settings):
@@ -195,7 +199,7 @@ def test_the_mode_is_put_back_when_writing_fails(writer, settings, monkeypatch):
     monkeypatch.setattr(model, "generate", fail)
     model.train()
     with pytest.raises(RuntimeError, match="out of memory"):
-        first(writer, settings, 1)
+        first(writer, 1)
     assert model.training
     model.eval()
 
@@ -208,31 +212,28 @@ def test_the_mode_is_put_back_when_writing_fails(writer, settings, monkeypatch):
         ("t5", "math", "takes a causal language model"),
     ],
 )
-def test_models_and_kinds_that_will_not_do(writer, settings, case, name, message):
+def test_models_and_kinds_that_will_not_do(writer, case, name, message):
     with pytest.raises(StructPruneError, match=message):
-        first((build(case), writer[1]), settings, 1, name)
+        first((build(case), writer[1]), 1, name)
 
 
-def test_a_folder_that_cannot_be_written_to(writer, settings, tmp_path):
-    (tmp_path / "file").write_text("")
-    settings.cache_dir = str(tmp_path / "file")
-    with pytest.raises(StructPruneError, match="cannot be kept in .*set cache_dir"):
-        first(writer, settings, 1)
+def test_a_folder_that_cannot_be_written_to(writer, cache):
+    cache.write_text("")
+    with pytest.raises(StructPruneError, match="cannot be kept in .*set HF_HOME"):
+        first(writer, 1)
 
 
 # --- as a domain
 
 
-def own(settings, **fields) -> StructPruneConfig:
+def own(**fields) -> StructPruneConfig:
     domains = [DomainConfig("own", "self:math", **fields), DomainConfig("other", "builtin:math")]
-    return StructPruneConfig(
-        widths={"mlp": 1024}, domains=domains, num_samples=4, seq_length=32, batch_size=2, self_text=settings
-    )
+    return StructPruneConfig(widths={"mlp": 1024}, domains=domains, num_samples=4, seq_length=32, batch_size=2)
 
 
-def test_pruned_on_what_it_wrote_itself(writer, settings):
+def test_pruned_on_what_it_wrote_itself(writer):
     model, reader = writer
-    asked = own(settings, answers_only=True)
+    asked = own(answers_only=True)
     pruner = StructPruner(StructPruneConfig.from_dict(asked.to_dict()))
     assert pruner.prune_model(model, reader).config.intermediate_size == 1024
     entry = pruner.manifest.domains[0]
@@ -240,15 +241,15 @@ def test_pruned_on_what_it_wrote_itself(writer, settings):
     assert 0 < entry.evidence_tokens < entry.calibration_tokens == 2 * 32
 
 
-def test_self_written_text_takes_a_model(writer, settings):
+def test_self_written_text_takes_a_model(writer):
     with pytest.raises(StructPruneError, match="'own' is written by the model itself, and there is none"):
-        load_domains(own(settings), writer[1])
+        load_domains(own(), writer[1])
 
 
-def test_no_more_is_written_than_is_needed(writer, settings, tmp_path):
+def test_no_more_is_written_than_is_needed(writer, cache):
     model, reader = writer
-    (domain, _) = load_domains(own(settings), reader, model=model)
-    (path,) = (tmp_path / "cache").iterdir()
+    (domain, _) = load_domains(own(), reader, model=model)
+    (path,) = cache.iterdir()
     needed = {*domain.documents, *domain.heldout_documents}
     batches = [json.loads(line)["documents"] for line in path.read_text().splitlines() if line]
     assert sum(map(len, batches[:-1])) < len(needed) <= sum(map(len, batches))

@@ -2,6 +2,7 @@
 
 import json
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from helpers import assert_same_choices, on_two_ranks
 from models import build, config, documents, real_text_model, three_layers, tokenizer
 from safetensors.torch import load_file
 
-from optimum_structprune import DomainConfig, SelfTextConfig, StructPruner
+from optimum_structprune import DomainConfig, StructPruner
+from optimum_structprune.domains import generated
 from optimum_structprune.record.details import Details
 
 
@@ -69,10 +71,9 @@ def pruned(case):
 
 def on_text_of_its_own():
     model, reader = real_text_model()
-    with TemporaryDirectory() as cache:
-        writes = SelfTextConfig(batch_size=2, max_new_tokens=40, min_tokens=8, cache_dir=cache)
-        domains = [DomainConfig(name="own", source="self:code")]
-        pruner = StructPruner(config(domains=domains, num_samples=4, self_text=writes))
+    short = patch.multiple(generated, BATCH=2, MAX_TOKENS=40, MIN_TOKENS=8)
+    with TemporaryDirectory() as home, patch.object(generated.constants, "HF_HOME", home), short:
+        pruner = StructPruner(config(domains=[DomainConfig(name="own", source="self:code")], num_samples=4))
         return pruner, pruner.prune_model(model, reader)
 
 

@@ -257,8 +257,6 @@ def test_what_can_be_met_passes():
 
 AMOUNT = {"widths": {"mlp": 24}}
 BY_SPARSITY = {"widths": None, "sparsity": 0.1}
-PRESETS = [DomainConfig(name="a", source="preset:code")]
-OWN = [DomainConfig(name="a", source="self:code")]
 # An option, a config in which it does nothing, and configs in which it does something.
 IDLE = [
     ("targets", ["attention"], {}, [BY_SPARSITY, {"widths": None, "budget": {"parameters": 15_000}}]),
@@ -268,13 +266,6 @@ IDLE = [
     ("schedule", "linear", {}, [{"rounds": 2}]),
     ("damping", 0.5, {"refit": "none"}, [{}, {"refit": "none", "criterion": "obs"}]),
     ("error_feedback", 0.25, {"refit": "none"}, [{}, {"criterion": "wanda"}]),
-    ("presets_file", "mine.yaml", {}, [{"domains": PRESETS}, {"recovery": RecoveryConfig(domains=PRESETS)}]),
-    (
-        "self_text",
-        {"max_new_tokens": 7},
-        {"breadth": 0},
-        [{}, {"domains": OWN}, {"recovery": RecoveryConfig(domains=OWN)}],
-    ),
     ("gates", {"steps": 7}, {}, [DDP, {"allocation": "learned"}]),
     ("num_samples", 9, {"stats": "folder"}, [{}, {"stats": "folder", "recovery": RecoveryConfig()}]),
     ("seq_length", 25, {"stats": "folder"}, [{}, {"stats": "folder", "recovery": RecoveryConfig()}]),
@@ -292,7 +283,7 @@ def test_options_without_effect_are_named(name, value, idle, effective):
     default = getattr(StructPruneConfig(sparsity=0.5), name)
     (entry,) = named(idle, value)
     assert f"{name}=" in entry and ", because " in entry
-    assert named(idle, default.to_dict() if name in ("gates", "self_text") else default) == [], "what nobody has set"
+    assert named(idle, default.to_dict() if name == "gates" else default) == [], "what nobody has set"
     for fields in effective:
         assert named(fields, value) == [], fields
 
@@ -336,8 +327,6 @@ TRIED = [
     ("damping", 5.0, {"criterion": "wanda"}, True),
     ("error_feedback", 0.0, {"refit": "bias"}, False),
     ("error_feedback", 0.0, {}, True),
-    ("presets_file", "mine.yaml", {}, False),
-    ("self_text", {"max_new_tokens": 7}, {}, False),
     ("gates", {"steps": 3}, {}, False),
     ("gates", {"steps": 3}, {"criterion": "ddp", "refit": "none", "gates": GatesConfig(steps=9)}, True),
 ]

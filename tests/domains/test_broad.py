@@ -1,0 +1,126 @@
+"""Text of every kind that the model writes beside the domains of a user."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from models import build, config, real_text_model, tokenizer
+
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
+from optimum_structprune.domains import broad, generated
+from optimum_structprune.domains.broad import can_write, texts_of, with_written_text
+
+
+TEXTS = [f"Tom gave {i} red apples to Ann, and {i + 1} green ones to her sister." for i in range(200)]
+
+
+def pruning_of(*domains, **fields) -> StructPruneConfig:
+    return StructPruneConfig(sparsity=0.2, domains=[DomainConfig(*domain) for domain in domains], **fields)
+
+
+def test_breadth_adds_a_domain_and_leaves_the_others_as_they_are():
+    pair = [("a", "a.txt", 2), ("b", "b.txt")]
+    alone = pruning_of(*pair)
+    *kept, broad = texts_of(replace(alone, breadth=0.25))
+    assert kept == alone.domains == texts_of(replace(alone, breadth=0)) == texts_of(alone)
+    assert (broad.source, broad.weight) == ("builtin:broad", 1.0)
+    assert texts_of(StructPruneConfig(sparsity=0.2))[-1].weight == 3.0
+    written = replace(alone, broad_text="self:any")
+    assert texts_of(written) == [*kept, DomainConfig("broad", "self:any", 0.75)]
+    assert with_written_text(alone) == written
+    assert texts_of(with_written_text(replace(alone, breadth=0.25)))[-1] == DomainConfig("broad", "self:any", 1.0)
+
+
+@pytest.mark.parametrize(
+    "domain", [("broad", "a.txt"), ("a", "self:any"), ("a", "builtin:broad-code"), ("a", "preset:broad")]
+)
+def test_no_text_of_every_kind_stands_beside_such_text(domain):
+    alone = pruning_of(domain)
+    assert with_written_text(alone) is alone
+    with pytest.raises(StructPruneError, match="breadth=0.1 adds a domain 'broad'"):
+        pruning_of(domain, breadth=0.1)
+
+
+def test_broad_text_has_no_place_beside_few_samples_stored_moments_nor_where_something_is_said():
+    pair = [("a", "a.txt"), ("b", "b.txt")]
+    for fields in ({"num_samples": 2}, {"stats": "folder"}, {"breadth": 0}, {"broad_text": "builtin:broad"}):
+        said = pruning_of(*pair, **fields)
+        assert with_written_text(said) is said
+    with pytest.raises(StructPruneError, match="breadth=0 gives none; set breadth=0.2"):
+        pruning_of(*pair, breadth=0, broad_text="self:any")
+
+
+@pytest.fixture(scope="module")
+def writer():
+    return real_text_model()
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A config with a domain of its own, and nothing said of breadth; what models write is short."""
+    monkeypatch.setattr(generated.constants, "HF_HOME", str(tmp_path))
+    for name, number in {"BATCH": 4, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
+        monkeypatch.setattr(generated, name, number)
+    return StructPruneConfig(widths={"mlp": 24}, num_samples=10, seq_length=24, domains=[DomainConfig("own", TEXTS)])
+
+
+def test_a_model_writes_a_fifth_beside_the_domains(writer, own, tmp_path):
+    pruner = StructPruner(own)
+    pruned = pruner.prune_model(*writer)
+    sizes = {entry.name: (entry.origin["source"], entry.calibration_tokens) for entry in pruner.manifest.domains}
+    assert sizes["broad"] == ("self:any", 2 * 24) and sizes["own"][1] == 8 * 24
+    assert pruner.config is own and pruner.used_config == replace(own, broad_text="self:any")
+    pruner.save(pruned, tmp_path / "out", writer[1])
+    saved = StructPruneConfig.from_pretrained(tmp_path / "out")
+    assert (saved.broad_text, texts_of(saved)[-1].source) == ("self:any", "self:any")
+
+
+def test_the_share_may_be_another_or_none(writer, own):
+    for share, count in ((0.5, 5), (0.0, 0)):
+        pruner = StructPruner(replace(own, breadth=share))
+        pruner.prune_model(*writer)
+        tokens = {entry.name: entry.calibration_tokens for entry in pruner.manifest.domains}
+        assert tokens.get("broad", 0) == count * 24 and sum(tokens.values()) == 240
+
+
+def test_where_no_domain_is_named_the_broad_half_is_built_in(own):
+    alone = replace(own, domains=None)
+    broad = texts_of(alone)[-1]
+    assert with_written_text(alone) is alone
+    assert (broad.source, broad.weight) == ("builtin:broad-prose-code-math", 3.0)
+
+
+@pytest.mark.parametrize("case", ["encoder", "encoder-decoder", "no tokenizer", "offloaded"])
+def test_who_cannot_write_reads_no_more(writer, case, monkeypatch):
+    model, reader = writer
+    assert can_write(model, reader)
+    if case == "no tokenizer":
+        reader = None
+    elif case == "offloaded":
+        monkeypatch.setattr(broad, "is_offloaded", lambda model: True)
+    else:
+        model = build("bert" if case == "encoder" else "t5")
+    assert not can_write(model, reader)
+
+
+@pytest.mark.parametrize("source", [TEXTS, iter(TEXTS)], ids=["list", "generator"])
+def test_a_model_that_writes_nothing_of_use_is_pruned_on_the_domains_alone(writer, own, caplog, monkeypatch, source):
+    monkeypatch.setattr(generated, "MIN_TOKENS", 1_000)
+    with caplog.at_level(logging.WARNING):
+        pruner = StructPruner(replace(own, domains=[DomainConfig("own", source)]))
+        pruner.prune_model(*writer)
+    assert [entry.name for entry in pruner.manifest.domains] == ["own"], "a generator is not used up by then"
+    assert "No text of every kind is written: self:any" in caplog.text
+
+
+def test_inputs_are_all_that_is_read():
+    settings = StructPruneConfig(widths={"mlp": 24}, domains=config().domains, num_samples=8, seq_length=24)
+    pruner = StructPruner(settings)
+    pruner.prune_model(build("llama-tied"), tokenizer(), inputs={"ids": torch.arange(240).view(10, 24) % 60})
+    assert [entry.name for entry in pruner.manifest.domains] == ["ids"]
+
+
+def test_a_source_that_is_none_is_an_error(writer, own):
+    with pytest.raises(StructPruneError, match="A model does not write 'anything' itself"):
+        StructPruner(replace(own, broad_text="self:anything")).prune_model(*writer)
