@@ -76,13 +76,18 @@ class Serialisable:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # a dataclass
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]  # a dataclass
 
     @classmethod
     def from_dict(cls: type[Self], data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`."""
         return cls(**{str(name): value for name, value in unversioned(mapping_of(data, cls.__name__)).items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.to_dict() if isinstance(value, Serialisable) else value
 
 
 def mapping_of(data: Any, owner: str) -> Mapping[str, Any]:

@@ -162,15 +162,6 @@ class StructPruneConfig(Serialisable):
         if self.widths is not None:
             self.widths = {name: _by_layer(name, width) for name, width in self.widths.items()}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values."""
-        nested = {
-            "domains": None if self.domains is None else [domain.to_dict() for domain in self.domains],
-            "gates": self.gates.to_dict(),
-            "recovery": None if self.recovery is None else self.recovery.to_dict(),
-        }
-        return {**super().to_dict(), **nested}
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
         """Inverse of `to_dict`; domains, gates and recovery may be mappings.

@@ -84,11 +84,6 @@ class RecoveryConfig(Serialisable):
     every_round: bool = False
     seed: int | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON-able values."""
-        domains = None if self.domains is None else [domain.to_dict() for domain in self.domains]
-        return {**super().to_dict(), "domains": domains}
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RecoveryConfig":
         """Build a config from what `to_dict` gave; domains may be mappings.

@@ -11,9 +11,8 @@ from glob import escape, glob
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..config.domains import BUILTIN, IN_MEMORY, SELF, DomainConfig
@@ -22,6 +21,9 @@ from ..registry import did_you_mean
 from .builtin import builtin_documents, sections
 from .templates import Row, rendered, string
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # takes a second to import, which only data sets are worth
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
