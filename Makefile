@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo smoke test style quality docs llama-cpp torchao dist venv clean
+.PHONY: help demo smoke test docs-test test-all style quality docs llama-cpp torchao dist venv clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 11
@@ -9,18 +9,23 @@ help: ## say what each target does
 demo: .venv/.demo ## prune a real SmolLM2-135M end to end and show the result
 	$(BIN)/python examples/demo.py
 
+# Each worker of xdist gets one thread: the cores are shared already. `tests/conftest.py` says what stays together, and
+# puts what takes long first.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
 SMOKE := tests/config tests/surgery/test_cut.py tests/saving/test_hub.py
 
 smoke: .venv/.test ## in a minute: what is asked for, the cut of every family, a saved folder that reloads
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x -n 2 -m "not slow" $(SMOKE)
+	$(PYTEST) -q -x -m "not slow" $(SMOKE)
 
-# Each worker of xdist gets one thread: the cores are shared already. Snippets of the docs go on with what those before
-# them have left, so that a file of slow tests stays on one worker. Exit code 5 means that no test is marked slow.
-test: export HF_HUB_OFFLINE := 1
-test: export OMP_NUM_THREADS := 1
-test: .venv/.test ## all tests: the fast ones, then the slow ones, on two workers
-	$(BIN)/python -m pytest -n 2 -m "not slow" --junitxml=build/tests/fast.xml
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --junitxml=build/tests/slow.xml || test $$? -eq 5
+test: .venv/.test ## all tests but those of the two targets below, on two workers
+	$(PYTEST) -m "not (docs or nightly)" --junitxml=build/tests/test.xml
+
+docs-test: .venv/.test ## the pages of the docs that `make test` leaves out, from their first snippet to their last
+	$(PYTEST) -m docs --junitxml=build/tests/docs.xml
+
+test-all: .venv/.test ## all there is: also a real llama.cpp, torchao, trained models and ten times the odd inputs
+	$(PYTEST) --hypothesis-profile nightly --junitxml=build/tests/all.xml
 
 style: .venv/.dev ## format and sort
 	$(BIN)/ruff format .

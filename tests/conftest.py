@@ -25,3 +25,13 @@ def written_text_of_the_session(tmp_path_factory):
         patch.setattr("huggingface_hub.constants.HF_HOME", home)
         patch.setenv("HF_HOME", home)
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The tests of a file stay on one worker, where they share what they have made; files with slow ones come first."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))

@@ -36,18 +36,20 @@ SMALL = {
     "benchmark": "--repeats 2 --prompt 8 --new-tokens 2",
 }
 UNKNOWN = "flint"  # a model type that no family describes
-BIN = Path(sys.executable).parent
 # The console scripts that have our commands, as functions that read `sys.argv`.
 OWN = {"structprune": lambda: main(sys.argv[1:]), "optimum-cli": optimum_main}
 
 
-def snippets(language: str) -> list:
-    return [
-        pytest.param(page, match[1], id=f"{page.name}-{number}")
-        for page in PAGES
-        if page not in TOURS
-        for number, match in enumerate(re.finditer(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S))
-    ]
+def snippets(page: Path, languages: str) -> list[tuple[str, str]]:
+    """The snippets of a page in certain languages, `python|bash` for two, each with its language."""
+    return re.findall(rf"^```({languages})\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def as_test(page: Path):
+    """A page as a parameter of a test, on whichever worker is free; `make test` runs what a stranger reads first."""
+    first = page in (ROOT / "README.md", *TOURS)
+    marks = pytest.mark.xdist_group(page.name), pytest.mark.slow if first else pytest.mark.docs
+    return pytest.param(page, id=page.name, marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +75,6 @@ def inputs(tmp_path_factory):
     readme = (ROOT / "README.md").read_text()
     (folder / "run.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", readme, re.M | re.S)[1])
     return folder
-
-
-@pytest.fixture(scope="module")
-def desk(inputs, tmp_path_factory):
-    """The folder that the snippets share: some read what an earlier one has written."""
-    return copytree(inputs, tmp_path_factory.mktemp("desk") / "shared", symlinks=True)
 
 
 def ran(run, words: list[str]) -> str:
@@ -125,51 +121,37 @@ def cells_without_a_run(words: list[str]) -> list[str]:
     return [pattern for pattern in named if not fnmatch.filter(listed, pattern)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("page", "code"), snippets("python"))
-def test_python(page, code, desk, monkeypatch):
-    monkeypatch.chdir(desk)
-    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+def run_line(line: str, flags: dict[str, str]) -> None:
+    """Run one line of a bash snippet, with `flags` of each command after its own, or check what is too large to run."""
+    line, _, file = line.partition(" > ")
+    words = shlex.split(line, comments=True)
+    if words[:1] == ["make"]:
+        assert words[1] in targets(), f"{words[1]} is no target of the Makefile"
+    elif words and words[0] in OWN:
+        shown = ran(OWN[words[0]], [*words, *shlex.split(flags.get(words[1], ""))])
+        if file:
+            Path(file).write_text(shown)
+    elif words[:2] == ["python", "-m"]:
+        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout, f"{line}\n{done.stderr}"
+    elif words[:1] == ["python"]:
+        assert not unknown_flags(words), line
+        if words[1].endswith("benchmark_domains.py"):
+            assert not cells_without_a_run(words), line
+    elif words:
+        raise AssertionError(f"nothing checks {line!r}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("page", "code"), snippets("bash"))
-def test_bash(page, code, desk, monkeypatch):
-    for line in code.splitlines():
-        words = shlex.split(line, comments=True)
-        if words and words[0] == "make":
-            assert words[1] in targets(), f"{words[1]} is no target of the Makefile"
-        elif words and words[0] in OWN:
-            monkeypatch.chdir(desk)
-            ran(OWN[words[0]], words)
-        elif words and (BIN / words[0]).exists() and words[0] not in ("python", "pip"):
-            done = subprocess.run([BIN / words[0], *words[1:]], cwd=desk, capture_output=True, text=True)
-            assert done.returncode == 0, f"{line}\n{done.stderr}"
-        elif words and words[:2] == ["python", "-m"]:
-            done = subprocess.run([BIN / "python", *words[1:]], cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0 and done.stdout, f"{line}\n{done.stderr}"
-        elif words and words[0] == "python":
-            assert not unknown_flags(words), line
-            if words[1].endswith("benchmark_domains.py"):
-                assert not cells_without_a_run(words), line
-        elif words:
-            raise AssertionError(f"{page.name}: nothing checks {line!r}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", TOURS, ids=lambda page: page.name)
-def test_a_guide_leads_from_its_first_command_to_its_last(page, inputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [as_test(page) for page in PAGES if snippets(page, "python|bash")])
+def test_a_page_leads_from_its_first_snippet_to_its_last(page, inputs, tmp_path, monkeypatch):
+    """In one folder: some snippets read what an earlier one of the page has written."""
     monkeypatch.chdir(copytree(inputs, tmp_path / "desk", symlinks=True))
-    for language, code in re.findall(r"^```(python|bash)\n(.*?)^```", page.read_text(), re.M | re.S):
+    for language, code in snippets(page, "python|bash"):
         if language == "python":
             exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
-            continue
-        for line in code.splitlines():
-            words, _, file = line.partition(" > ")
-            words = shlex.split(words)
-            shown = ran(OWN[words[0]], [*words, *shlex.split(SMALL.get(words[1], ""))])
-            if file:
-                Path(file).write_text(shown)
+        else:
+            for line in code.splitlines():
+                run_line(line, SMALL if page in TOURS else {})
 
 
 def targets() -> list[str]:
@@ -199,9 +181,10 @@ def test_python_lines_inside_sentences_take_their_flags():
             assert (ROOT / words[1]).exists() and not unknown_flags([*script, *words[2:]]), f"{page.name}: {line}"
 
 
-@pytest.mark.parametrize(("page", "text"), snippets("yaml"))
-def test_yaml(page, text):
-    StructPruneConfig.from_dict(yaml.safe_load(text))
+def test_yaml():
+    for page in PAGES:
+        for _, text in snippets(page, "yaml"):
+            StructPruneConfig.from_dict(yaml.safe_load(text))
 
 
 def test_links_lead_somewhere():
