@@ -29,7 +29,7 @@ def written_text_of_the_session(tmp_path_factory):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The tests of a file stay on one worker, where they share what they have made; files with slow ones come first."""
+    """The tests of a file stay on one worker, where they share what they have made; slow files come first."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     for item in items:

@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cache
 from itertools import islice
 
 import torch
@@ -424,6 +425,14 @@ OTHER_STRUCTURES = ["modernbert", "bart", "t5-gated", "vit", "qwen2_5_vl", "gemm
 
 def build(case: str, seed: int = 0) -> PreTrainedModel:
     """A random model in fp32, with biases and norms away from their trivial initial values."""
+    model = deepcopy(_built(case, seed))
+    torch.manual_seed(seed)
+    return model
+
+
+@cache
+def _built(case: str, seed: int) -> PreTrainedModel:
+    """What `build` gives copies of."""
     if case in OTHERS:
         auto, model_type, fields = OTHERS[case]
         fields = fields if "text_config" in fields else {**TOKENS, **fields}

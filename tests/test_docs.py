@@ -122,7 +122,7 @@ def cells_without_a_run(words: list[str]) -> list[str]:
 
 
 def run_line(line: str, flags: dict[str, str]) -> None:
-    """Run one line of a bash snippet, with `flags` of each command after its own, or check what is too large to run."""
+    """Run a line of a bash snippet, with `flags` of each command after its own; what is too large is only checked."""
     line, _, file = line.partition(" > ")
     words = shlex.split(line, comments=True)
     if words[:1] == ["make"]:

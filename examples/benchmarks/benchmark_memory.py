@@ -39,7 +39,7 @@ def run(args: Namespace) -> None:
     print(f"measured {peak / 1e6:,.0f} MB, so the estimate is {found.above / peak - 1:+.1%} off")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Read the arguments and run."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, default=512)
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--domains", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     disable_progress_bar()
-    run(parser.parse_args())
+    run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Prune, then quantise: size and perplexity of models at 16, 8 and 4 bits, in a real llama.cpp.
 
+    python examples/benchmarks/benchmark_quantised.py MODEL ... --text FILE ... [--kinds F16 Q8_0 Q4_0]
+
 Each model is written as a GGUF file and quantised by llama.cpp itself, which then reads the held-out text: what it
 says is what it does when it serves the model. `make llama-cpp` installs it. Give widths that are multiples of 32
 (`--round-to 32`): llama.cpp keeps a matrix in more bits whose rows are not. Rows of only 32 values, as tiny models
@@ -27,7 +29,7 @@ def perplexity(file: Path, samples: list[list[int]]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print one line for each model and kind."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", help="folders of the dense and of pruned models")
@@ -37,7 +39,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["F16", "Q8_0", "Q4_0"], choices=["F16", *llama_cpp.FILE_TYPES])
     parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--seq-length", type=int, default=256)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (reason := llama_cpp.missing()) is not None:
         raise SystemExit(f"llama.cpp cannot run: {reason}")
 
