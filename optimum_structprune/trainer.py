@@ -47,7 +47,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
     TensorBoard and the like see the widths only where `attach_pruner` has put this callback before them.
 
     Args:
-        config: What to remove and how. Its `schedule` divides the removal over the steps; its `rounds` is the number
+        config: What to remove and how. Its `rounds` is the number
             of removals unless `every` is given.
         start: The step after which the first units are removed; a float from 0.0 to 1.0 is a share of all steps.
         end: The step after which the last units are removed, or a share; None removes everything at `start`.

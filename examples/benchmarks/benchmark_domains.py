@@ -66,7 +66,7 @@ MIXES: dict[str, dict[str, Any]] = {
 ROUNDS: dict[str, dict[str, Any]] = {
     "one-shot": {"rounds": 1},
     "iterative": {"rounds": 3},
-    "10 rounds": {"rounds": 10, "schedule": "linear"},  # at most 5 % in each where half of all is removed
+    "10 rounds": {"rounds": 10},
 }
 # Steps as fine as those of the one width that other methods get.
 BY_GATES = {"allocation": "learned", "round_to": 8}

@@ -50,7 +50,6 @@ not_negative = _range(lambda value: value >= 0, "has to be 0 or more, got {}")
 share = _range(lambda value: 0 < value < 1, "has to lie between 0 and 1 (both excluded), got {}; 0.2 removes a fifth")
 proportion = _range(lambda value: 0 <= value <= 1, "has to lie between 0 and 1, got {}")
 below_one = _range(lambda value: 0 <= value < 1, "has to lie between 0 and 1 (excluded), got {}")
-up_to_one = _range(lambda value: 0 < value <= 1, "has to lie between 0 (excluded) and 1, got {}")
 above_one = _range(lambda value: value > 1, "has to be greater than 1, got {}; 1.3 allows 30 % more")
 
 

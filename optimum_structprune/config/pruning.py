@@ -28,7 +28,6 @@ from .fields import (
     read_mapping,
     read_yaml,
     share,
-    up_to_one,
 )
 from .gates import GatesConfig
 from .recovery import RecoveryConfig
@@ -64,16 +63,14 @@ class StructPruneConfig(Serialisable):
         criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares
             refit, and for `wanda` otherwise.
         refit: What makes up for the removed units: `none`, `bias`, `slope` or `least_squares`.
-        rounds: How many times calibration, scoring and removal are repeated; each round removes a part.
-        schedule: How the rounds divide the removal: `linear`, `geometric` or `cubic`.
+        rounds: How many times calibration, scoring and removal are repeated; each round removes the same share.
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
             ranks all units of the model by score, `cosine` takes more from layers that change the residual stream
             less, `learned` ranks all units by gates that are learned. The others go by the measured loss of the model:
-            `sensitivity` gives each layer widths of its own, `search` may also remove whole layers, and
+            `sensitivity` gives each layer widths of its own, `search` also tries one shape for all layers, and
             `search_uniform` looks for the best number of layers and the best widths, the same everywhere.
         min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with
             other allocations than `uniform`, and where the layers of the model differ in width already.
-        max_width: The share of its units that a layer keeps at most, where `min_width` says at least.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
             need not be.
         gates: How gates are learned, for `criterion="ddp"` and `allocation="learned"`.
@@ -127,12 +124,10 @@ class StructPruneConfig(Serialisable):
     criterion: str | None = None
     refit: Literal["none", "bias", "slope", "least_squares"] = "least_squares"
     rounds: int = validated_field(positive, default=1)
-    schedule: Literal["linear", "geometric", "cubic"] = "geometric"
     allocation: Literal["uniform", "global", "cosine", "learned", "sensitivity", "search", "search_uniform"] = (
         "uniform"
     )
     min_width: Number = validated_field(share, default=0.1)
-    max_width: Number = validated_field(up_to_one, default=1.0)
     round_to: int = validated_field(positive, default=64)
     gates: GatesConfig = field(default_factory=GatesConfig)
     domains: list[DomainConfig] | None = None

@@ -418,8 +418,6 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
             "widths are taken as they are",
         ),
         "min_width": (not is_bounded(config, arch, names) and config.allocation != "search_uniform", same),
-        "max_width": (not is_bounded(config, arch, names), same),
-        "schedule": (config.rounds == 1, "rounds=1 removes everything at once"),
         "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
         "gates": (not learns(config), "neither criterion nor allocation goes by gates"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from inspect import signature
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +21,16 @@ from ..arch.spec import LAYER, ArchSpec, Axis, Space
 from ..calibration.accumulator import Batch
 from ..calibration.passes import Passes, batches_of, passes_over
 from ..calibration.sequential import LayerPasses
-from ..config.pruning import StructPruneConfig
-from ..criteria.mixture import Mixture, Pooled
+from ..criteria.mixture import Mixture
 from ..domains.load import Domain
 from ..forward.divergence import divergence
 from ..forward.metrics import TOKENS_AT_ONCE, run_model
 from ..surgery.consumers import Values
+from ..system.fingerprint import fingerprint
 from ..system.processes import add_up_, of_all, process_count, process_index
-from ..widths.shapes import Curves
+from ..system.resume import Resume
+from ..widths.shapes import Curves, Key
 from .evidence import Evidence
-from .known import Key, Known, Trials
 from .sweep import Sweep
 
 
@@ -38,6 +41,10 @@ PROBE_TOKENS = 2048
 STRIDE = 4
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-9
+# What of a config a trial depends on, beside the model and the text.
+OF_TRIALS = ("refit", "damping", "seed")
+# The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
+Losses = dict[Key, dict[int, Tensor]]
 # Gives the values of the consumers of one kind of space in one layer, by the number of units removed.
 Refits = Callable[[], Mapping[int, Mapping[Axis, Values]]]
 
@@ -102,99 +109,122 @@ class Probe:
         return (logits if self.options else logits[:, ::STRIDE]).flatten(0, 1)
 
 
-def curves_of(
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    spaces: Mapping[Key, Sequence[Space]],
-    trials: Trials,
-    evidence: Evidence,
-) -> Curves:
-    """The loss of the model by the number of units that a layer gives up, and without the layer.
+@dataclass(frozen=True)
+class Trials:
+    """What the model loses when one layer alone gives up a part of its units, or is passed over.
 
-    With the objective `mean` the losses of the domains are weighted, with `worst` only the domain counts that loses
-    most in all trials.
+    Attributes:
+        sweep: Prunes, without error feedback.
+        evidence: What is known of the text, with the config of `sweep`.
+        probe: The text that losses are measured on.
+        spaces: The spaces that are tried, by layer and kind; experts of one layer share their width.
+        layers: Whether each layer is passed over, too.
+        feedback: The error feedback of the run, which the trials leave out.
     """
-    shares = torch.tensor(evidence.shares)
-    if config.objective == "worst":
-        totals = torch.stack([losses for by_units in trials.values() for losses in by_units.values()]).sum(0)
-        shares = torch.zeros(len(shares)).scatter_(0, totals.argmax(), 1.0)
-    remaining = remaining_error(arch.num_layers, config.error_feedback if config.fits else 0.0)
-    losses = {
-        key: {units: remaining[key[0]] * float(by_domain @ shares) for units, by_domain in by_units.items()}
-        for key, by_units in trials.items()
-    }
-    price = {key: sum(space.unit_params * space.scale for space in of_kind) for key, of_kind in spaces.items()}
-    each = {key: unit_losses(of_kind[0].width, losses[key]) for key, of_kind in spaces.items()}
-    # Units beyond the last trial go after all units that a trial has measured.
-    dearest = max((float((each[key] / price[key]).max()) for key in spaces), default=0.0)
-    curves = {}
-    for key in spaces:
-        late = dearest * price[key] * beyond(len(each[key]), trials[key])
-        curves[key] = [0.0, *(each[key] + late).double().cumsum(0).tolist()]
-    return Curves(curves, {layer: loss[1] for (layer, name), loss in losses.items() if name == LAYER and loss})
 
+    sweep: Sweep
+    evidence: Evidence
+    probe: Probe
+    spaces: Mapping[Key, Sequence[Space]]
+    layers: bool = False
+    feedback: float = 0.0
 
-def beyond(width: int, trials: Mapping[int, Any]) -> Tensor:
-    """1 for the units of a space that go later than in any trial, 0 for the others, shape `(width,)`."""
-    return (torch.arange(width) >= max(trials, default=width)).float()
+    def losses(self) -> Losses:
+        """The losses of all trials, those of whole layers as `(layer, LAYER)`; none that an earlier run has kept in
+        the folder of the config is measured again.
+        """
+        store = self._store()
+        saved = None if store is None else store.load()
+        losses: Losses = {}
+        for layer, name, by_units in [] if saved is None else saved.values["losses"]:
+            losses[layer, name] = {int(units): torch.tensor(by_domain) for units, by_domain in by_units.items()}
+        every = range(self.sweep.arch.num_layers)
+        keys = [*self.spaces, *((layer, LAYER) for layer in every if self.layers)]
+        if not all(key in losses for key in keys):
+            self._measure_(losses, store)
+        return {key: losses[key] for key in keys}
 
+    def _store(self) -> Resume | None:
+        """What keeps losses for other targets of the same model and text."""
+        config = self.sweep.config
+        folder = config.losses_dir or config.stats or config.checkpoint_dir
+        if folder is None:
+            return None
+        way = {name: getattr(config, name) for name in OF_TRIALS}
+        measure = {"shares": SHARES, "tokens": PROBE_TOKENS, "stride": STRIDE}
+        text = [{**asdict(entry), "origin": None} for entry in self.evidence.entries()]
+        parts = [config.scored_by, way, measure, text, list(self.evidence.shares), fingerprint(self.sweep.model)]
+        key = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return Resume(Path(folder), key, f"losses-{key[:12]}")
 
-def all_trials(
-    sweep: Sweep,
-    spaces: Mapping[Key, Sequence[Space]],
-    evidence: Evidence,
-    probe: Probe,
-    layers: bool,
-    known: Known,
-) -> Trials:
-    """What `trial_losses` gives for each of some spaces, and what the model loses without each layer.
+    def _measure_(self, losses: Losses, store: Resume | None) -> None:
+        """Add the losses that are missing.
 
-    Of as many layers as there are processes, all processes gather the moments together; then each tries one of them.
-    """
-    model, arch = sweep.model, sweep.arch
-    passes = evidence.passes(model, arch, fixed=True)
-    for some in _side_by_side(arch.num_layers):
-        own: dict[Key, Refits] = {}
-        for layer in some:
-            with sweep.placement.at(layer):
-                for key in [key for key in spaces if key[0] == layer and key not in known.trials]:
-                    refits = refits_of(sweep, spaces[key], passes, evidence.mixture, _is_own(layer))
-                    if _is_own(layer):
-                        own[key] = refits
-                passes.advance(layer)
-        measured: Trials = {}
-        for layer in some:
-            with sweep.placement.at(layer):
-                if _is_own(layer):
-                    # Popped, because the moments of a space are let go with its trials.
-                    measured |= {key: trial_losses(sweep, own.pop(key), probe) for key in [*own]}
-                    if layers and (layer, LAYER) not in known.trials:
-                        alone = probe.losses_without_layer()
-                        measured[layer, LAYER] = {} if alone is None else {1: alone}
-                probe.advance()
-        for of_process in of_all(measured):
-            known.trials |= of_process
-        known.save()
-    return {key: known.trials[key] for key in tried(arch, spaces, layers)}
-
-
-def _side_by_side(num_layers: int) -> Iterator[range]:
-    """The layers that the processes try at the same time: one in each of them."""
-    with tqdm(total=num_layers, desc="measuring losses", unit="layer") as bar:
-        for first in range(0, num_layers, process_count()):
+        Of as many layers as there are processes, all processes gather the moments together; then each tries one.
+        """
+        sweep = self.sweep
+        passes, num_layers = self.evidence.passes(sweep.model, sweep.arch, fixed=True), sweep.arch.num_layers
+        for first in tqdm(range(0, num_layers, process_count()), desc="measuring losses"):
             layers = range(first, min(first + process_count(), num_layers))
-            yield layers
-            bar.update(len(layers))
+            refits: dict[Key, Refits] = {}
+            for layer in layers:
+                with sweep.placement.at(layer):
+                    for key in [key for key in self.spaces if key[0] == layer and key not in losses]:
+                        made = refits_of(sweep, self.spaces[key], passes, self.evidence.mixture, _is_own(layer))
+                        if _is_own(layer):
+                            refits[key] = made
+                    passes.advance(layer)
+            measured: Losses = {}
+            for layer in layers:
+                with sweep.placement.at(layer):
+                    if _is_own(layer):
+                        # Popped, because the moments of a space are let go with its trials.
+                        measured |= {key: trial_losses(sweep, refits.pop(key), self.probe) for key in [*refits]}
+                        if self.layers and (layer, LAYER) not in losses:
+                            without = self.probe.losses_without_layer()
+                            measured[layer, LAYER] = {} if without is None else {1: without}
+                    self.probe.advance()
+            for of_process in of_all(measured):
+                losses |= of_process
+            if store is not None:
+                rows = [
+                    (layer, name, {units: by_domain.tolist() for units, by_domain in by_units.items()})
+                    for (layer, name), by_units in losses.items()
+                ]
+                store.save(layers[-1] + 1, {"losses": rows})
+
+    def curves(self, losses: Losses) -> Curves:
+        """The loss of the model by the number of units that a layer gives up, and without the layer.
+
+        With the objective `mean` the losses of the domains are weighted, with `worst` only the domain counts that
+        loses most in all trials.
+        """
+        config, shares = self.sweep.config, torch.tensor(self.evidence.shares)
+        if config.objective == "worst":
+            totals = torch.stack([of_one for by_units in losses.values() for of_one in by_units.values()]).sum(0)
+            shares = torch.zeros(len(shares)).scatter_(0, totals.argmax(), 1.0)
+        remaining = remaining_error(self.sweep.arch.num_layers, self.feedback)
+        totals_by_key = {
+            key: {units: remaining[key[0]] * float(by_domain @ shares) for units, by_domain in by_units.items()}
+            for key, by_units in losses.items()
+        }
+        price = {key: sum(space.unit_params * space.scale for space in spaces) for key, spaces in self.spaces.items()}
+        each = {key: unit_losses(spaces[0].width, totals_by_key[key]) for key, spaces in self.spaces.items()}
+        # Units beyond the last trial go after all units that a trial has measured.
+        highest = max((float((each[key] / price[key]).max()) for key in each), default=0.0)
+        curves = {}
+        for key, of_units in each.items():
+            beyond = torch.arange(len(of_units)) >= max(losses[key], default=len(of_units))
+            late = highest * price[key] * beyond.float()
+            curves[key] = [0.0, *(of_units + late).double().cumsum(0).tolist()]
+        return Curves(
+            curves, {layer: loss[1] for (layer, name), loss in totals_by_key.items() if name == LAYER and loss}
+        )
 
 
 def _is_own(layer: int) -> bool:
     """Whether this process tries a layer."""
     return layer % process_count() == process_index()
-
-
-def tried(arch: ArchSpec, spaces: Collection[Key], layers: bool) -> list[Key]:
-    """The places that are tried: the spaces, and where whole layers are tried too, each as `(layer, LAYER)`."""
-    return [*spaces, *((layer, LAYER) for layer in range(arch.num_layers) if layers)]
 
 
 def remaining_error(num_layers: int, error_feedback: float) -> list[float]:
@@ -214,36 +244,31 @@ def probe_batches(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
 
 
 def refits_of(sweep: Sweep, spaces: Sequence[Space], passes: Passes, mixture: Mixture, own: bool = True) -> Refits:
-    """What the trials of one kind of space in one layer need of the calibration samples.
+    """What gives the values of the consumers of one kind of space in one layer, by the number of units removed.
 
-    Returns:
-        What gives the values of the consumers by the number of units removed. For one space it holds the moments, and
-        scores and refits when it is called; for experts, whose moments together may be too much for the memory, it
-        holds the values.
+    For one space it holds the moments, and scores and refits when it is called; for experts, whose moments together
+    may be too much for the memory, it holds the values, which are made where this process tries the layer.
     """
+
+    def refits(space: Space, gathered: Any) -> dict[int, dict[Axis, Values]]:
+        width = space.width
+        removed = sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0})
+        return {units: sweep.trial(space, gathered, (width - units) * space.scale) for units in removed}
+
     if len(spaces) == 1:
-        found = sweep.gather(passes, spaces[0], mixture)
-        return lambda: _refits(sweep, spaces[0], found)
+        gathered = sweep.gather(passes, spaces[0], mixture)
+        return lambda: refits(spaces[0], gathered)
     values: dict[int, dict[Axis, Values]] = {}
     for space in spaces:
-        found = sweep.gather(passes, space, mixture)
-        for units, of_one in (_refits(sweep, space, found) if own else {}).items():
-            values.setdefault(units, {}).update(of_one)
+        gathered = sweep.gather(passes, space, mixture)
+        for units, of_expert in (refits(space, gathered) if own else {}).items():
+            values.setdefault(units, {}).update(of_expert)
     return lambda: values
 
 
-def _refits(sweep: Sweep, space: Space, found: Sequence[Pooled]) -> dict[int, dict[Axis, Values]]:
-    """The values of the consumers of one space by the number of units removed."""
-    width = space.width
-    removed = sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0})
-    return {units: sweep.trial(space, found, (width - units) * space.scale) for units in removed}
-
-
 def trial_losses(sweep: Sweep, refits: Refits, probe: Probe) -> dict[int, Tensor]:
-    """The loss of the model with some units removed from one kind of space in one layer.
-
-    Returns:
-        The losses by domain, shape `(domains,)`, by the number of units removed.
+    """The losses by domain, shape `(domains,)`, with some units removed from one kind of space in one layer, by their
+    number.
     """
     losses = {}
     for units, values in refits().items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from math import ceil, floor
 from typing import cast
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from ..arch.spec import LAYER, ArchSpec, Space, Width, Widths
 from ..config.pruning import ONE_WIDTH, StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
-from .ranking import Ladder, descend_, ladder, spaces_by_layer
+from .ranking import candidate_widths, multiples, ranked_widths
 
 
 def target_widths(
@@ -82,33 +81,24 @@ def asked_widths(config: StructPruneConfig, arch: ArchSpec) -> Widths | None:
 def choices(config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequence[int]) -> list[int]:
     """The widths of a space that `sparsity` may choose, ascending: legal ones, of channels multiples of `round_to`."""
     space = arch.of(name)[0]
-    return _rounded(legal, space.width, config.round_to if space.rounds else 1)
+    return multiples(legal, space.width, config.round_to if space.rounds else 1)
 
 
-def width_bounds(
-    config: StructPruneConfig, arch: ArchSpec, legal: Mapping[str, Sequence[int]]
-) -> tuple[Widths, Widths]:
-    """The smallest and the largest widths that `sparsity` may choose: one number, or one per layer where layers may
-    differ.
-    """
+def smallest_widths(config: StructPruneConfig, arch: ArchSpec, legal: Mapping[str, Sequence[int]]) -> Widths:
+    """The smallest widths that `sparsity` may choose: one number, or one per layer where layers may differ."""
     smallest: dict[str, Width] = {}
-    largest: dict[str, Width] = {}
     pruned = _without(arch, config.skip_layers)
     for name, sizes in legal.items():
-        spaces = pruned.of(name)
-        least, *_, most = [*choices(config, arch, name, sizes), max(sizes)]
+        spaces, least = pruned.of(name), choices(config, arch, name, sizes)[0]
         if is_bounded(config, arch, list(legal)):
-            rungs = {space.layer: rungs_of(config, space, sizes) for space in spaces}
-            largest[name] = {layer: widths[0] for layer, widths in rungs.items()}
-            smallest[name] = {layer: widths[-1] for layer, widths in rungs.items()}
+            smallest[name] = {space.layer: candidate_widths(config, space, sizes)[-1] for space in spaces}
         else:
-            largest[name] = _at_most(most, spaces) if config.skip_layers else most
             smallest[name] = _at_most(least, spaces) if config.skip_layers else least
-    return smallest, largest
+    return smallest
 
 
 def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> bool:
-    """Whether layers get widths of their own between `min_width` and `max_width`, see `ranked_widths`.
+    """Whether layers get widths of their own of at least `min_width`, see `ranked_widths`.
 
     They do so with allocations of one width too where the model's layers differ in width already, unless `widths` says
     what each gets.
@@ -148,58 +138,6 @@ def _without(arch: ArchSpec, layers: Sequence[int]) -> ArchSpec:
 
 def _at_most(width: Width, spaces: Sequence[Space]) -> dict[int, int]:
     return {space.layer: min(space.width_in({space.kind: width}), space.width) for space in spaces}
-
-
-def ranked_widths(
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    legal: Mapping[str, Sequence[int]],
-    scores: Mapping[tuple[int, str], Tensor],
-) -> dict[str, dict[int, int]]:
-    """Widths per layer from one ranking of all units.
-
-    With `sparsity`, spaces compete for the budget. With `widths`, each width is the mean over the layers, and a budget
-    of its own. The budget is met to within half of the cheapest step.
-
-    Returns:
-        The widths by kind of space and layer.
-    """
-    ladders = {
-        name: [ladder(spaces, rungs_of(config, spaces[0], legal[name]), scores) for spaces in by_layer.values()]
-        for name in legal
-        for by_layer in [spaces_by_layer(arch, name)]
-    }
-    if config.widths is None:
-        goal = (config.sparsity or 0.0) * sum(arch.layer_params)
-        _descend_(config, [layer for of_kind in ladders.values() for layer in of_kind], goal)
-    else:
-        for name, width in config.widths.items():
-            assert isinstance(width, int)  # `contradictions` has refused numbers for single layers here
-            goal = sum(layer.unit_params * max(len(layer.scores) - width, 0) for layer in ladders[name])
-            _descend_(config, ladders[name], goal)
-    return {name: {layer.layer: layer.width for layer in of_kind} for name, of_kind in ladders.items()}
-
-
-def rungs_of(config: StructPruneConfig, space: Space, legal: Sequence[int]) -> list[int]:
-    """The widths that a layer may take between `min_width` and `max_width`, descending."""
-    widths = sorted({*(width for width in legal if width < space.width), space.width})
-    choices = _rounded(widths, space.width, config.round_to if space.rounds else 1)
-    least, most = ceil(config.min_width * space.width), floor(config.max_width * space.width)
-    inside = [width for width in choices if least <= width <= most]
-    return (inside or [min(width for width in choices if width >= least)])[::-1]
-
-
-def _descend_(config: StructPruneConfig, ladders: Sequence[Ladder], goal: float) -> None:
-    least, most = (
-        sum(layer.unit_params * (len(layer.scores) - layer.widths[end]) for layer in ladders) for end in (0, -1)
-    )
-    amount = f"sparsity={config.sparsity}" if config.widths is None else f"widths={config.widths}"
-    if not least <= goal <= most:
-        raise StructPruneError(
-            f"{amount} asks for {goal:,.0f} parameters to go, but between min_width={config.min_width} and "
-            f"max_width={config.max_width} of their units the layers give {least:,} to {most:,}; change either."
-        )
-    descend_(ladders, goal - least)
 
 
 def _check_disjoint(arch: ArchSpec, names: Sequence[str]) -> None:
@@ -252,7 +190,7 @@ def widths_for_sparsity(
     size = {name: arch.of(name)[0].size for name in legal}
     cost = {name: sum(space.unit_params * space.scale for space in arch.of(name)) for name in legal}
     rounds = {name: arch.of(name)[0].rounds for name in legal}
-    choices = {name: _rounded(legal[name], size[name], round_to if rounds[name] else 1) for name in legal}
+    choices = {name: multiples(legal[name], size[name], round_to if rounds[name] else 1) for name in legal}
     most = {name: cost[name] * (size[name] - choices[name][0]) for name in legal}
     if goal > sum(most.values()):
         raise StructPruneError(
@@ -272,8 +210,3 @@ def widths_for_sparsity(
             widths[name] = min(choices[name], key=lambda width: abs(width - ideal))
         goal -= cost[name] * (size[name] - widths[name])
     return widths
-
-
-def _rounded(legal: Sequence[int], size: int, multiple: int) -> list[int]:
-    multiples = [width for width in legal if width % multiple == 0 and width < size]
-    return [*multiples, size] if multiples else list(legal)

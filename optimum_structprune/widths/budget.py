@@ -17,9 +17,9 @@ from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.generation import cache_of, growing_layers
-from .allocation import check_may_differ, choices, legal_widths, target_widths, width_bounds
+from .allocation import check_may_differ, choices, legal_widths, smallest_widths, target_widths
 from .ranking import spaces_by_layer
-from .shapes import Resource
+from .shapes import Key, Resource
 
 
 def widths_of(
@@ -38,15 +38,15 @@ def widths_of(
         return target_widths(config, arch, model.config, scores)
     ((name, limit),) = config.budget.items()
     legal = legal_widths(config, arch, model.config)
-    gauge = _gauge(config, arch, model, legal, itemsize or model.dtype.itemsize)
+    cost = _cost_of(config, arch, model, legal, itemsize or model.dtype.itemsize)
+    dense = cost({})
     if name == "cache_bytes_per_token":
-        dense = gauge({})
         legal = {
-            kind: sizes for kind, sizes in legal.items() if gauge(width_bounds(config, arch, {kind: sizes})[0]) < dense
+            kind: sizes for kind, sizes in legal.items() if cost(smallest_widths(config, arch, {kind: sizes})) < dense
         }
     check_may_differ(config, arch, list(legal))
-    smallest, largest = width_bounds(config, arch, legal)
-    _check_reach(config, gauge({}), gauge(largest), gauge(smallest), list(legal))
+    smallest = smallest_widths(config, arch, legal)
+    _check_reach(config, dense, cost(smallest), list(legal))
 
     def widths_at(removed: float) -> Widths:
         sparsity = removed / sum(arch.layer_params)
@@ -54,19 +54,19 @@ def widths_of(
         return target_widths(by_sparsity, arch, model.config, scores, legal)
 
     def fits(widths: Widths) -> bool:
-        return gauge(widths) <= limit
+        return cost(widths) <= limit
 
     # A bisection over the number of parameters to remove, from a linear estimate on, until the bounds are closer than
     # what goes with any unit. The widths for a number lie on either side of it, so the largest that fit are not always
     # those for the smallest number that is enough.
-    too_little, enough = float(_removed(arch, largest)), float(_removed(arch, smallest))
+    too_little, enough = 0.0, float(_removed(arch, smallest))
     cheapest = min(space.unit_params * space.scale for name in legal for space in arch.of(name))
-    trial = enough * (gauge({}) - limit) / (gauge({}) - gauge(smallest))
+    trial = enough * (dense - limit) / (dense - cost(smallest))
     best = _filled_up(smallest, config, arch, legal, fits)
     while enough - too_little > cheapest / 2:
         widths = widths_at(trial)
         if fits(widths):
-            enough, best = trial, max(_filled_up(widths, config, arch, legal, fits), best, key=gauge)
+            enough, best = trial, max(_filled_up(widths, config, arch, legal, fits), best, key=cost)
         else:
             too_little = trial
         trial = (too_little + enough) / 2
@@ -91,7 +91,7 @@ def _filled_up(
     return filled
 
 
-def _check_reach(config: StructPruneConfig, dense: float, most: float, least: float, names: list[str]) -> None:
+def _check_reach(config: StructPruneConfig, dense: float, least: float, names: list[str]) -> None:
     ((name, limit),) = (config.budget or {}).items()
     if limit >= dense:
         raise StructPruneError(
@@ -102,11 +102,6 @@ def _check_reach(config: StructPruneConfig, dense: float, most: float, least: fl
             f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
             f"{list(config.targets)} leave that as it is; target 'attention'."
         )
-    if limit >= most:
-        raise StructPruneError(
-            f"budget {name}={limit:,} is met as soon as no layer has more than max_width={config.max_width} of its "
-            f"units, which leaves {most:,} of {dense:,}; ask for less, or raise max_width."
-        )
     if limit < least:
         raise StructPruneError(
             f"budget {name}={limit:,} cannot be met: with all that may go from {', '.join(names)} the model still has "
@@ -114,7 +109,7 @@ def _check_reach(config: StructPruneConfig, dense: float, most: float, least: fl
         )
 
 
-def _gauge(
+def _cost_of(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], itemsize: int
 ) -> Callable[[Widths], float]:
     """A function of the widths: what the budget limits, of a model that has them."""
@@ -144,62 +139,59 @@ def _gauge(
 
 
 def resources(
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    model: PreTrainedModel,
-    names: Collection[str],
-    layers: bool = False,
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], layers: bool = False
 ) -> list[Resource]:
     """What a config wants saved, and what saves it: for widths given as means one resource for each space, and one
     otherwise.
     """
-    costs = {
+    params = {
         (layer, name): float(sum(space.unit_params * space.scale for space in spaces))
         for name in names
         for layer, spaces in spaces_by_layer(arch, name).items()
     }
-    params = {layer: float(count) for layer, count in enumerate(arch.layer_params)} if layers else {}
+    whole = {layer: float(count) for layer, count in enumerate(arch.layer_params)} if layers else {}
     if config.widths is not None:
-        return [_mean_width(config, arch, name, costs) for name in names]
+        return [_mean_width(config, arch, name, params) for name in names]
     if config.budget is None:
-        return [Resource((config.sparsity or 0.0) * sum(arch.layer_params), costs, params)]
+        return [Resource((config.sparsity or 0.0) * sum(arch.layer_params), params, whole)]
     ((name, limit),) = config.budget.items()
     legal = legal_widths(config, arch, model.config)
-    gauge = _gauge(config, arch, model, list(names), model.dtype.itemsize)
-    need = gauge({kind: arch.widths(kind) for kind in names}) - limit
+    cost = _cost_of(config, arch, model, list(names), model.dtype.itemsize)
+    need = cost({kind: arch.widths(kind) for kind in names}) - limit
     if name in ("parameters", "bytes"):
         size = model.dtype.itemsize if name == "bytes" else 1
-        return [Resource(need, {key: size * cost for key, cost in costs.items()}, _times(params, size))]
-    units = {kind: _per_unit(arch, gauge, kind, min(legal[kind])) for kind in names}
-    layer = gauge({}) - gauge({LAYER: arch.num_layers - 1}) if layers else 0
-    return [Resource(need, {key: units[key[1]] for key in costs}, {index: float(layer) for index in params})]
+        return [
+            Resource(
+                need,
+                {key: size * count for key, count in params.items()},
+                {layer: size * count for layer, count in whole.items()},
+            )
+        ]
+    dense, units = cost({}), {}
+    for kind in names:
+        least = min(legal[kind])
+        removed = sum(size - min(least, size) for size in arch.widths(kind).values())
+        units[kind] = (dense - cost({kind: least})) / max(removed, 1)
+    layer_cost = float(dense - cost({LAYER: arch.num_layers - 1})) if layers else 0.0
+    return [Resource(need, {key: units[key[1]] for key in params}, dict.fromkeys(whole, layer_cost))]
 
 
 def keeps_to(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> bool:
     """Whether a model of given widths keeps to the budget of a config, if it has one."""
     if config.budget is None:
         return True
-    return _gauge(config, arch, model, list(widths), model.dtype.itemsize)(widths) <= max(config.budget.values())
+    cost = _cost_of(config, arch, model, list(widths), model.dtype.itemsize)
+    return cost(widths) <= max(config.budget.values())
 
 
-def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, costs: Mapping[Any, float]) -> Resource:
+def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, params: Mapping[Key, float]) -> Resource:
     """The parameters that go where a space has so many units in the mean over the layers."""
     width = (config.widths or {})[name]
     assert isinstance(width, int)  # `contradictions` has refused numbers for single layers here
-    own = {key: cost for key, cost in costs.items() if key[1] == name and key[0] not in config.skip_layers}
+    of_space = {key: count for key, count in params.items() if key[1] == name and key[0] not in config.skip_layers}
     sizes = arch.widths(name)
-    return Resource(sum(cost * max(sizes[layer] - width, 0) for (layer, _), cost in own.items()), own, {})
-
-
-def _per_unit(arch: ArchSpec, gauge: Callable[[Widths], float], kind: str, least: int) -> float:
-    """What one unit of width takes in one layer, in the mean over the layers."""
-    sizes = arch.widths(kind)
-    removed = sum(size - min(least, size) for size in sizes.values())
-    return (gauge({}) - gauge({kind: least})) / max(removed, 1)
-
-
-def _times(values: Mapping[int, float], factor: float) -> dict[int, float]:
-    return {key: factor * value for key, value in values.items()}
+    need = sum(count * max(sizes[layer] - width, 0) for (layer, _), count in of_space.items())
+    return Resource(need, of_space, {})
 
 
 def _small(model: PreTrainedModel, arch: ArchSpec, widths: Widths, biased: Collection[str] = ()) -> PreTrainedModel:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 import torch
 from torch import Tensor
 
 from ..arch.spec import ArchSpec, Space
+from ..config.pruning import StructPruneConfig
+from ..errors import StructPruneError
 
 
 @dataclass
-class Ladder:
-    """The widths that one kind of space may take in one layer, from the widest down.
+class LayerWidth:
+    """The width of one kind of space in one layer, which shrinks step by step.
 
     Attributes:
         name: The kind of space.
         layer: The index of the layer.
-        widths: The widths, descending; the ladder starts at the first.
+        widths: The widths that it may take, descending; it starts with the first.
         scores: The scores of the units, ascending, one for each unit of width.
         unit_params: The number of parameters that go with one unit of width.
         at: The index of the present width.
@@ -38,8 +41,8 @@ class Ladder:
         return self.widths[self.at]
 
     @property
-    def low(self) -> bool:
-        """Whether the ladder is at its last width."""
+    def least(self) -> bool:
+        """Whether no step is left."""
         return self.at + 1 == len(self.widths)
 
     @property
@@ -55,8 +58,39 @@ class Ladder:
         return sum(going) / len(going)
 
 
-def ladder(spaces: Sequence[Space], widths: Sequence[int], scores: Mapping[tuple[int, str], Tensor]) -> Ladder:
-    """The ladder of the spaces of one kind in one layer, which share their width."""
+def ranked_widths(
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    legal: Mapping[str, Sequence[int]],
+    scores: Mapping[tuple[int, str], Tensor],
+) -> dict[str, dict[int, int]]:
+    """Widths by kind of space and layer from one ranking of all units.
+
+    With `sparsity`, spaces compete for the budget. With `widths`, each width is the mean over the layers, and a budget
+    of its own. The budget is met to within half of the cheapest step.
+    """
+    by_kind = {
+        name: [_layer_width(config, spaces, legal[name], scores) for spaces in spaces_by_layer(arch, name).values()]
+        for name in legal
+    }
+    if config.widths is None:
+        every = [layer for layers in by_kind.values() for layer in layers]
+        _remove_(config, every, (config.sparsity or 0.0) * sum(arch.layer_params))
+    else:
+        for name, width in config.widths.items():
+            assert isinstance(width, int)  # `contradictions` has refused numbers for single layers here
+            goal = sum(layer.unit_params * max(len(layer.scores) - width, 0) for layer in by_kind[name])
+            _remove_(config, by_kind[name], goal)
+    return {name: {layer.layer: layer.width for layer in layers} for name, layers in by_kind.items()}
+
+
+def _layer_width(
+    config: StructPruneConfig,
+    spaces: Sequence[Space],
+    legal: Sequence[int],
+    scores: Mapping[tuple[int, str], Tensor],
+) -> LayerWidth:
+    """The width of the spaces of one kind in one layer, which share it."""
     first = spaces[0]
     scores_by_space = [
         scores[first.layer, space.name].sort().values.reshape(space.width, space.scale).mean(1)
@@ -65,27 +99,48 @@ def ladder(spaces: Sequence[Space], widths: Sequence[int], scores: Mapping[tuple
         for space in spaces
     ]
     params = sum(space.unit_params * space.scale for space in spaces)
-    return Ladder(first.kind, first.layer, widths, torch.stack(scores_by_space).mean(0).tolist(), params)
+    unit_scores = torch.stack(scores_by_space).mean(0).tolist()
+    return LayerWidth(first.kind, first.layer, candidate_widths(config, first, legal), unit_scores, params)
 
 
-def descend_(ladders: Sequence[Ladder], goal: float) -> None:
+def candidate_widths(config: StructPruneConfig, space: Space, legal: Sequence[int]) -> list[int]:
+    """The widths that a layer may take from `min_width` on where layers get widths of their own, descending."""
+    widths = sorted({*(width for width in legal if width < space.width), space.width})
+    rounded = multiples(widths, space.width, config.round_to if space.rounds else 1)
+    return [width for width in rounded if width >= ceil(config.min_width * space.width)][::-1]
+
+
+def multiples(legal: Sequence[int], size: int, multiple: int) -> list[int]:
+    """The multiples among legal widths, and the full width; all legal ones where no multiple is narrower."""
+    narrower = [width for width in legal if width % multiple == 0 and width < size]
+    return [*narrower, size] if narrower else list(legal)
+
+
+def _remove_(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: float) -> None:
     """Take the steps with the lowest scores until `goal` parameters are gone.
 
-    A step that would remove too much ends its ladder, and cheaper ones go on. What is then still to be removed is less
-    than any step costs, and the cheapest step is still taken if that comes nearer to the goal.
+    A layer whose next step would remove too much stays as it is, and cheaper ones go on. What is then still to be
+    removed is less than any step costs, and the cheapest step is still taken if that comes nearer to the goal.
     """
-    heap = [(ladder.score, number) for number, ladder in enumerate(ladders) if not ladder.low]
+    most = sum(layer.unit_params * (layer.widths[0] - layer.widths[-1]) for layer in layers)
+    if goal > most:
+        amount = f"sparsity={config.sparsity}" if config.widths is None else f"widths={config.widths}"
+        raise StructPruneError(
+            f"{amount} asks for {goal:,.0f} parameters to go, but with min_width={config.min_width} of their units "
+            f"kept the layers give at most {most:,}; change either."
+        )
+    heap = [(layer.score, number) for number, layer in enumerate(layers) if not layer.least]
     heapq.heapify(heap)
     while heap:
         _, number = heapq.heappop(heap)
-        ladder = ladders[number]
-        if ladder.cost <= goal:
-            goal -= ladder.cost
-            ladder.at += 1
-            if not ladder.low:
-                heapq.heappush(heap, (ladder.score, number))
-    unfinished = [ladder for ladder in ladders if not ladder.low]
-    cheapest = min(unfinished, key=lambda ladder: ladder.cost, default=None)
+        layer = layers[number]
+        if layer.cost <= goal:
+            goal -= layer.cost
+            layer.at += 1
+            if not layer.least:
+                heapq.heappush(heap, (layer.score, number))
+    unfinished = [layer for layer in layers if not layer.least]
+    cheapest = min(unfinished, key=lambda layer: layer.cost, default=None)
     if cheapest is not None and cheapest.cost < 2 * goal:
         cheapest.at += 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
 
 from transformers import PretrainedConfig
 
@@ -12,42 +12,24 @@ from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 
 
-def next_legal(config: PretrainedConfig, arch: ArchSpec, widths: Widths) -> Widths:
-    """The smallest legal widths that are not below `widths`, since a step may lie between two legal ones."""
-    legal_widths: dict[str, Width] = {}
-    for name, width in widths.items():
-        legal = legal_sizes(config, arch, name)
-        if isinstance(width, int):
-            legal_widths[name] = _not_below(width, legal)
-        else:
-            legal_widths[name] = {layer: _not_below(least, legal) for layer, least in width.items()}
-    return legal_widths
-
-
-def _not_below(width: int, legal: Sequence[int]) -> int:
-    return min(size for size in legal if size >= width)
-
-
 def round_widths(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> list[Widths]:
-    """The widths after each step; the last are `widths`.
-
-    After the share t of the steps, `linear` has removed t of what is to go, `geometric` keeps the same ratio per step,
-    and `cubic` removes `1 - (1 - t)³` (Zhu & Gupta 2017, eq. 1).
-    """
+    """The widths after each step, which keeps the same share of units as the step before; the last are `widths`."""
     steps: list[Widths] = []
     for number in range(1, config.rounds):
-        t = number / config.rounds
+        share = number / config.rounds
         step: dict[str, Width] = {}
         for name, width in widths.items():
             sizes = arch.widths(name)
             if isinstance(width, int):
-                step[name] = _on_the_way(config.schedule, t, max(sizes.values()), width)
+                step[name] = _on_the_way(share, max(sizes.values()), width)
             else:
-                step[name] = {
-                    layer: _on_the_way(config.schedule, t, sizes[layer], least) for layer, least in width.items()
-                }
+                step[name] = {layer: _on_the_way(share, sizes[layer], least) for layer, least in width.items()}
         steps.append(step)
     return [*steps, widths]
+
+
+def _on_the_way(share: float, size: int, width: int) -> int:
+    return round(size * (width / size) ** share)
 
 
 def legal_round_widths(
@@ -57,14 +39,16 @@ def legal_round_widths(
     return [next_legal(model_config, arch, goal) for goal in round_widths(config, arch, widths)]
 
 
-def _on_the_way(schedule: str, t: float, size: int, width: int) -> int:
-    """The width after the share t of the steps."""
-    fraction = {
-        "linear": t,
-        "cubic": 1 - (1 - t) ** 3,
-        "geometric": (1 - (width / size) ** t) / (1 - width / size) if width < size else 1.0,
-    }[schedule]
-    return round(size - fraction * (size - width))
+def next_legal(config: PretrainedConfig, arch: ArchSpec, widths: Widths) -> Widths:
+    """The smallest legal widths that are not below `widths`, since a step may lie between two legal ones."""
+    legal_widths: dict[str, Width] = {}
+    for name, width in widths.items():
+        legal = legal_sizes(config, arch, name)
+        if isinstance(width, int):
+            legal_widths[name] = legal[bisect_left(legal, width)]
+        else:
+            legal_widths[name] = {layer: legal[bisect_left(legal, least)] for layer, least in width.items()}
+    return legal_widths
 
 
 def removal_steps(

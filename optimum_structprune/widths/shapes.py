@@ -1,20 +1,30 @@
-"""Shapes of a smaller model that meet a wish, and those of them that measured losses speak for."""
+"""Shapes of a smaller model that save enough, and those of them that measured losses speak for."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
+from typing import TypeVar
 
 from ..arch.spec import LAYER, Width, Widths
-from .knapsack import Option, cheapest
+from ..errors import StructPruneError
 
+
+Key = tuple[int, str]  # a layer and a kind of space
+K = TypeVar("K", bound=Hashable)
+Predicted = tuple[float, float, tuple[int, ...]]
 
 # So many widths of a space are told apart at a time, and so many times at most.
 AT_A_TIME = 16
 ROUNDS = 12
-Key = tuple[int, str]
+# The solver's best choice may lose so much more, as a share, than it has proved that any choice has to lose.
+GAP = 1e-4
+SECONDS = 60.0
+# By so much does a choice that saves nothing beat another one of the same loss, as a share of all losses.
+TIE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Resource:
-    """Something that a wish limits: parameters, bytes, or operations.
+    """Something of which a config wants less: parameters, bytes, or operations.
 
     Attributes:
         need: How much of it has to go.
@@ -71,50 +81,85 @@ class Resource:
     layer: Mapping[int, float]
 
 
-def searched_shape(
-    rungs: Mapping[Key, Sequence[int]], curves: Curves, resources: Sequence[Resource], most_gone: int = 0
-) -> Shape:
-    """The shape of least predicted loss in which each layer has widths of its own, or goes.
+@dataclass(frozen=True)
+class Option:
+    """One thing that a group may do: what it loses, and what it saves of each resource."""
+
+    loss: float
+    saved: tuple[float, ...]
+
+
+def searched_widths(
+    candidates: Mapping[Key, Sequence[int]], curves: Curves, resources: Sequence[Resource]
+) -> dict[str, dict[int, int]]:
+    """The widths of each layer with the least predicted loss, by kind of space.
 
     Losses of different places are taken to add up. Few widths of each space are told apart at first, then closer ones
     around the best, until the best stays where it is among its next neighbours.
     """
-    size = {key: len(curves.units[key]) - 1 for key in rungs}
 
     def option(key: Key, width: int) -> Option:
-        gone = size[key] - width
-        return Option(curves.units[key][gone], tuple(one.unit.get(key, 0.0) * gone for one in resources))
-
-    exits = {
-        layer: (
-            Option(loss, tuple(one.layer.get(layer, 0.0) for one in resources)),
-            [key for key in rungs if key[0] == layer],
+        removed = len(curves.units[key]) - 1 - width
+        return Option(
+            curves.units[key][removed], tuple(resource.unit.get(key, 0.0) * removed for resource in resources)
         )
-        for layer, loss in curves.layers.items()
-        if most_gone
-    }
-    stride = max(map(len, rungs.values())) // AT_A_TIME + 1
-    few = {key: thinned(range(len(widths))) for key, widths in rungs.items()}
+
+    stride = max(map(len, candidates.values())) // AT_A_TIME + 1
+    near = {key: thinned(range(len(widths))) for key, widths in candidates.items()}
     best: dict[Key, int] = {}
     for _ in range(ROUNDS):
-        found, gone = cheapest(
-            {key: [option(key, rungs[key][place]) for place in places] for key, places in few.items()},
-            exits,
-            [one.need for one in resources],
-            most_gone,
-        )
-        before, best = best, {key: few[key][index] for key, index in found.items()}
+        options = {key: [option(key, candidates[key][place]) for place in places] for key, places in near.items()}
+        chosen = cheapest(options, [resource.need for resource in resources])
+        before, best = best, {key: near[key][index] for key, index in chosen.items()}
         if stride == 1 and best == before:
             break
         stride = max(stride // 4, 1)
-        few |= {key: _around(place, stride, len(rungs[key])) for key, place in best.items()}
+        steps = [step * stride for step in range(-AT_A_TIME // 2, AT_A_TIME // 2)]
+        near = {
+            key: [place + step for step in steps if 0 <= place + step < len(candidates[key])]
+            for key, place in best.items()
+        }
     widths: dict[str, dict[int, int]] = {}
     for (layer, name), place in best.items():
-        widths.setdefault(name, {})[layer] = rungs[layer, name][place]
-    stay = None
-    if gone:
-        stay = tuple(layer for layer in curves.layers if layer not in gone)
-    return Shape(widths, stay)
+        widths.setdefault(name, {})[layer] = candidates[layer, name][place]
+    return widths
+
+
+def cheapest(groups: Mapping[K, Sequence[Option]], need: Sequence[float]) -> dict[K, int]:
+    """The index of one option for each group, such that enough is saved with the least loss: a knapsack with one
+    choice from each group (Kellerer, Pferschy & Pisinger 2004, chapter 11), which `scipy.optimize.milp` solves.
+    """
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    columns = [(key, index) for key, options in groups.items() for index in range(len(options))]
+    options = [option for of_group in groups.values() for option in of_group]
+    row = {key: number for number, key in enumerate(groups)}
+    places = ([row[key] for key, _ in columns], range(len(columns)))
+    one_each = csr_array((np.ones(len(columns)), places), shape=(len(groups), len(columns)))
+    saved = np.array([option.saved for option in options]).T
+    unit = np.maximum(np.abs(saved).max(1, keepdims=True), 1e-30)
+    loss = np.array([option.loss for option in options])
+    objective = loss / max(np.abs(loss).max(), 1e-30) + TIE * (saved / unit).sum(0)
+    least = np.array(need)
+    for slack in (0.0, 1e-6):  # the solver takes a constraint for met if it is missed by less
+        solution = milp(
+            objective,
+            integrality=np.ones(len(columns)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(saved / unit, lb=(least * (1 + slack)) / unit[:, 0]),
+            ],
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        )
+        if solution.x is None:
+            raise StructPruneError("No choice of widths saves so much; ask for less, or add targets.")
+        chosen = solution.x > 0.5
+        if (saved[:, chosen].sum(1) >= least - 1e-9 * np.abs(least)).all():
+            break
+    return {key: index for (key, index), is_chosen in zip(columns, chosen, strict=True) if is_chosen}
 
 
 def thinned(widths: Sequence[int]) -> list[int]:
@@ -125,14 +170,8 @@ def thinned(widths: Sequence[int]) -> list[int]:
     return [widths[round(number * last / (AT_A_TIME - 1))] for number in range(AT_A_TIME)]
 
 
-def _around(place: int, stride: int, count: int) -> list[int]:
-    """The places at multiples of a stride from one, `AT_A_TIME` at most, of `count` places."""
-    half = AT_A_TIME // 2
-    return [other for n in range(-half, half) if 0 <= (other := place + n * stride) < count]
-
-
 def uniform_shapes(
-    choices: Mapping[str, Sequence[int]], curves: Curves, resource: Resource, most_gone: int = 0
+    choices: Mapping[str, Sequence[int]], curves: Curves, resource: Resource, most_skipped: int = 0
 ) -> list[tuple[float, Shape]]:
     """The shapes with one width for all layers that save enough and no more than they have to, each with its predicted
     loss, the best first.
@@ -142,43 +181,34 @@ def uniform_shapes(
     """
     finest = max(choices, key=lambda name: len(choices[name]))
     others = [name for name in choices if name != finest]
-    found = []
-    for coarse in product(*(thinned(choices[name]) for name in others)):
-        for gone in range(most_gone + 1):
-            widths: dict[str, int] = dict(zip(others, coarse, strict=True))
-            shape = _widest(widths, finest, choices[finest], curves, resource, gone)
-            if shape is not None:
-                found.append(shape)
-    return sorted(found, key=lambda pair: pair[0])
+    widest_first = sorted(choices[finest], reverse=True)
+    shapes = []
+    for coarse, skipped in product(product(*(thinned(choices[name]) for name in others)), range(most_skipped + 1)):
+        rest = dict(zip(others, coarse, strict=True))
+        predict = partial(_predicted, rest, finest, curves, resource, skipped)
 
+        def saved(width: int, predict: Callable[[int], Predicted] = predict) -> float:
+            return predict(width)[1]
 
-def _widest(
-    coarse: dict[str, int], finest: str, widths: Sequence[int], curves: Curves, resource: Resource, gone: int
-) -> tuple[float, Shape] | None:
-    """The shape with the widest units of one space that saves enough, and its predicted loss; None if none does."""
-    order = sorted(widths, reverse=True)
-    # What is saved grows from one width to the next narrower one.
-    index = bisect_right(
-        order, False, key=lambda width: _predicted({**coarse, finest: width}, curves, resource, gone)[1] >= 0
-    )
-    if index == len(order):
-        return None
-    chosen = {**coarse, finest: order[index]}
-    loss, _, stay = _predicted(chosen, curves, resource, gone)
-    return loss, Shape(chosen, stay if gone else None)
+        index = bisect_left(widest_first, resource.need, key=saved)  # a narrower width saves more
+        if index < len(widest_first):
+            loss, _, stay = predict(widest_first[index])
+            shapes.append((loss, Shape({**rest, finest: widest_first[index]}, stay if skipped else None)))
+    return sorted(shapes, key=lambda pair: pair[0])
 
 
 def _predicted(
-    widths: Mapping[str, int], curves: Curves, resource: Resource, gone: int
-) -> tuple[float, float, tuple[int, ...]]:
-    """The predicted loss of a uniform shape, by how much it saves too much, and the layers that stay."""
+    rest: Mapping[str, int], finest: str, curves: Curves, resource: Resource, skipped: int, width: int
+) -> Predicted:
+    """The predicted loss of a uniform shape without some layers, what it saves, and the layers that stay."""
+    widths = {**rest, finest: width}
     loss, saved = dict.fromkeys(curves.layers, 0.0), dict.fromkeys(curves.layers, 0.0)
     for (layer, name), curve in curves.units.items():
         removed = max(len(curve) - 1 - widths[name], 0)
         loss[layer] = loss.get(layer, 0.0) + curve[removed]
         saved[layer] = saved.get(layer, 0.0) + resource.unit.get((layer, name), 0.0) * removed
-    first = sorted(curves.layers, key=lambda layer: curves.layers[layer] - loss[layer])[:gone]
-    for layer in first:
+    gone = sorted(curves.layers, key=lambda layer: curves.layers[layer] - loss[layer])[:skipped]
+    for layer in gone:
         loss[layer], saved[layer] = curves.layers[layer], resource.layer.get(layer, 0.0)
-    stay = tuple(layer for layer in sorted(loss) if layer not in first)
-    return sum(loss.values()), sum(saved.values()) - resource.need, stay
+    stay = tuple(layer for layer in sorted(loss) if layer not in gone)
+    return sum(loss.values()), sum(saved.values()), stay

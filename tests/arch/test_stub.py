@@ -12,7 +12,7 @@ from optimum_structprune.arch.stub import stub
 
 # What a stub finds in mixtures of experts, and in models without a tensor-parallel plan.
 UNKNOWN = {
-    "afmoe": {"attention", "mlp_experts_mlp"},
+    "afmoe": {"mlp_experts_mlp"},
     "hy_v3": {"attention", "mlp_experts_mlp"},
     "solar_open": {"mlp_experts_mlp"},
     "mellum": {"attention", "mlp_experts_mlp"},

@@ -95,7 +95,7 @@ def test_help_comes_from_the_field():
     prune.add_arguments(parser)
     shown = " ".join(parser.format_help().split())
     assert first_sentences(StructPruneConfig)["damping"] in shown and "(default: 0.08)" in shown
-    assert "--schedule {linear,geometric,cubic}" in shown
+    assert "--objective {mean,worst}" in shown
     assert "--keep-rounds, --no-keep-rounds" in shown
     for nested in (GatesConfig, RecoveryConfig):
         names = [field.name for field in fields(nested)]

@@ -262,8 +262,6 @@ IDLE = [
     ("targets", ["attention"], {}, [BY_SPARSITY, {"widths": None, "budget": {"parameters": 15_000}}]),
     ("round_to", 8, {}, [BY_SPARSITY, {"max_perplexity_ratio": 1.5}, {"allocation": "global"}]),
     ("min_width", 0.5, {}, [{"allocation": "global"}, {**BY_SPARSITY, "allocation": "sensitivity"}]),
-    ("max_width", 0.9, {}, [{"allocation": "global"}, {**BY_SPARSITY, "allocation": "sensitivity"}]),
-    ("schedule", "linear", {}, [{"rounds": 2}]),
     ("damping", 0.5, {"refit": "none"}, [{}, {"refit": "none", "criterion": "obs"}]),
     ("error_feedback", 0.25, {"refit": "none"}, [{}, {"criterion": "wanda"}]),
     ("gates", {"steps": 7}, {}, [DDP, {"allocation": "learned"}]),
@@ -291,20 +289,18 @@ def test_options_without_effect_are_named(name, value, idle, effective):
 @pytest.mark.parametrize("use", ["prune", DRY_RUN])
 def test_check_warns_once_of_all_of_them(use):
     model = build("llama-tied")
-    settings = blind(round_to=8, schedule="linear", damping=0.5)
+    settings = blind(round_to=8, min_width=0.2, damping=0.5)
     with pytest.warns(UserWarning) as caught:
         check(settings, describe(model), model, use)
     (warning,) = caught
     assert str(warning.message) == (
-        "These options have no effect here: round_to=8, because widths are taken as they are; schedule='linear', "
-        "because rounds=1 removes everything at once."
+        "These options have no effect here: round_to=8, because widths are taken as they are; min_width=0.2, "
+        "because widths are taken as they are."
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(blind(damping=0.5), describe(model), model, use)
-        check(blind(sparsity=0.2, round_to=8, rounds=2, schedule="linear"), describe(model), model, use)
-        # A Trainer has steps of its own, for which a schedule matters.
-        check(settings, describe(model), model, TRAINER)
+        check(blind(sparsity=0.2, round_to=8, rounds=2), describe(model), model, use)
 
 
 def names_of(settings):
@@ -320,8 +316,6 @@ TRIED = [
     ("round_to", 8, {"sparsity": 0.3}, True),
     ("min_width", 0.6, {}, False),
     ("min_width", 0.6, {"allocation": "sensitivity", "round_to": 1}, True),
-    ("schedule", "linear", {}, False),
-    ("schedule", "linear", {"rounds": 2, "widths": {"mlp": 9}}, True),
     ("damping", 5.0, {"refit": "none"}, False),
     ("damping", 5.0, {"refit": "none", "criterion": "obs"}, True),
     ("damping", 5.0, {"criterion": "wanda"}, True),
@@ -351,10 +345,6 @@ def test_what_is_said_to_have_no_effect_has_none(name, value, fields, matters, t
     ("name", "value", "fields"),
     [
         ("min_width", 0.8, {"sparsity": 0.1, "targets": ["mlp", "attention"]}),
-        ("max_width", 0.5, {"sparsity": 0.2, "targets": ["mlp"]}),
-        ("max_width", 0.8, {"widths": {"mlp": 16}}),
-        ("max_width", 0.8, {"budget": {"parameters": 0.9}, "targets": ["mlp", "attention"]}),
-        ("max_width", 0.8, {"budget": {"cache_bytes_per_token": 0.5}, "targets": ["mlp", "attention"]}),
     ],
 )
 def test_bounds_matter_where_the_layers_of_a_model_differ_already(name, value, fields):

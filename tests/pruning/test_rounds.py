@@ -145,7 +145,7 @@ def test_spare_text_carries_its_mask_and_goes_as_far_as_there_is_some():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"rounds": 3, "schedule": "linear"},
+        {"rounds": 3},
         {"rounds": 2, "allocation": "global"},
         {"rounds": 2, "widths": {"attention": 1, "mlp": 96}, "refit": "bias"},
     ],

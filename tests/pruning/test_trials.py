@@ -1,5 +1,7 @@
 """Widths by measured loss: what is measured, that the model comes back, and that it helps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import NON_UNIFORM, count_hooks, evidence_of, free_spaces, whole_passes
@@ -12,7 +14,7 @@ from optimum_structprune.calibration.accumulator import Batch
 from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.domains.load import Domain
 from optimum_structprune.pruning.choose import choose_shape
-from optimum_structprune.pruning.search import measured_curves
+from optimum_structprune.pruning.search import Search
 from optimum_structprune.pruning.sweep import Sweep
 from optimum_structprune.pruning.trials import STRIDE, Probe, refits_of, trial_losses, unit_losses
 from optimum_structprune.record.report import Report
@@ -39,9 +41,10 @@ def assert_untouched(model, before):
 
 def curves_on(model, evidence):
     """The measured losses of the FFN alone."""
-    arch, report = describe(model), Report("llama", "obs")
-    probe = Probe.of(model, arch, evidence)
-    return measured_curves(model, arch, evidence.config, evidence, ["mlp"], False, probe, report)
+    arch = describe(model)
+    trials = Search(model, arch, evidence.config, evidence).trials(Probe.of(model, arch, evidence))
+    trials = replace(trials, spaces={key: spaces for key, spaces in trials.spaces.items() if key[1] == "mlp"})
+    return trials.curves(trials.losses())
 
 
 @torch.no_grad()

@@ -3,8 +3,19 @@
 from itertools import product
 
 import pytest
+import torch
 
-from optimum_structprune.widths.shapes import Curves, Resource, Shape, searched_shape, thinned, uniform_shapes
+from optimum_structprune import StructPruneError
+from optimum_structprune.widths.shapes import (
+    Curves,
+    Option,
+    Resource,
+    Shape,
+    cheapest,
+    searched_widths,
+    thinned,
+    uniform_shapes,
+)
 
 
 LAYERS, SIZE, GROUPS = 4, 60, 4
@@ -34,31 +45,18 @@ def saved(shape):
     return inside + sum(WHOLE[layer] for layer in gone)
 
 
-RUNGS = {key: list(range(SIZE if key[1] == "mlp" else GROUPS, 0, -1)) for key in UNIT}
+WIDTHS = {key: list(range(SIZE if key[1] == "mlp" else GROUPS, 0, -1)) for key in UNIT}
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
 def test_every_layer_gives_up_what_costs_least(share):
-    shape = searched_shape(RUNGS, curves(), [wanted(share)])
-    assert wanted(share).need <= saved(shape) < wanted(share).need + 2 * 3.0 and shape.layers is None
-    widths = [*shape.widths["mlp"].values()]
+    found = searched_widths(WIDTHS, curves(), [wanted(share)])
+    assert wanted(share).need <= saved(Shape(found)) < wanted(share).need + 2 * 3.0
+    widths = [*found["mlp"].values()]
     assert widths == sorted(widths) and widths[0] < widths[-1]
     # The next unit costs about the same everywhere: (1 + layer) × units gone.
     prices = [(1 + layer) * (SIZE - width) for layer, width in enumerate(widths) if 1 < width < SIZE]
     assert max(prices) - min(prices) <= 2 * LAYERS
-
-
-def test_a_layer_goes_where_that_costs_less_and_never_more_than_may():
-    layers = {0: 5.0, 1: 0.001, 2: 0.002, 3: 5.0}
-    shape = searched_shape(RUNGS, curves(layers), [wanted(0.5)], most_gone=2)
-    assert shape.layers == (0, 3) and saved(shape) >= wanted(0.5).need
-    assert shape.after_removal() == {
-        "layer": 2,
-        "mlp": {0: shape.widths["mlp"][0], 1: shape.widths["mlp"][3]},
-        "attention": {0: shape.widths["attention"][0], 1: shape.widths["attention"][3]},
-    }
-    one = searched_shape(RUNGS, curves(layers), [wanted(0.5)], most_gone=1)
-    assert one.layers == (0, 1, 3)  # the third layer costs more where it is narrowed instead
 
 
 def test_each_mean_is_met_by_itself():
@@ -66,14 +64,40 @@ def test_each_mean_is_met_by_itself():
         Resource(3.0 * 20 * LAYERS, {key: 3.0 for key in UNIT if key[1] == "mlp"}, {}),
         Resource(40.0 * LAYERS, {key: 40.0 for key in UNIT if key[1] == "attention"}, {}),
     ]
-    shape = searched_shape(RUNGS, curves(), means)
-    assert sum(shape.widths["mlp"].values()) == 40 * LAYERS and sum(shape.widths["attention"].values()) == 3 * LAYERS
+    widths = searched_widths(WIDTHS, curves(), means)
+    assert sum(widths["mlp"].values()) == 40 * LAYERS and sum(widths["attention"].values()) == 3 * LAYERS
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nothing_that_saves_enough_loses_less(seed):
+    """Against all choices of three groups with random options of two resources."""
+    numbers = iter(torch.rand(30, generator=torch.Generator().manual_seed(seed)).tolist())
+    groups = {key: [Option(next(numbers), (next(numbers), next(numbers))) for _ in range(3)] for key in "abc"}
+    need = [1.2, 0.9]
+
+    def total(indices):
+        options = [groups[key][index] for key, index in zip(groups, indices, strict=True)]
+        return sum(one.loss for one in options), [sum(one.saved[n] for one in options) for n in range(2)]
+
+    every = [total(indices) for indices in product(range(3), repeat=3)]
+    best = min((loss for loss, saved in every if saved[0] >= need[0] and saved[1] >= need[1]), default=None)
+    if best is None:
+        with pytest.raises(StructPruneError, match="No choice of widths saves so much"):
+            cheapest(groups, need)
+        return
+    loss, saved = total(cheapest(groups, need).values())
+    assert loss == pytest.approx(best, rel=1e-3) and saved[0] >= need[0] and saved[1] >= need[1]
+
+
+def test_the_widths_after_layers_have_gone_have_the_numbers_that_are_left():
+    shape = Shape({"mlp": {0: 5, 1: 6, 2: 7}, "attention": 2}, (0, 2))
+    assert shape.after_removal() == {"layer": 2, "mlp": {0: 5, 1: 7}, "attention": 2}
 
 
 def test_uniform_shapes_save_enough_and_one_unit_more_would_not():
     choices, need = {"mlp": range(1, SIZE + 1), "attention": range(1, GROUPS + 1)}, wanted(0.4).need
     layers = {0: 9.0, 1: 0.1, 2: 0.2, 3: 9.0}
-    ranked = uniform_shapes(choices, curves(layers), wanted(0.4), most_gone=2)
+    ranked = uniform_shapes(choices, curves(layers), wanted(0.4), most_skipped=2)
     assert [loss for loss, _ in ranked] == sorted(loss for loss, _ in ranked)
     # A shape for each number of layers and KV groups that leaves the FFN at least one channel.
     found = {(len(shape.layers or range(LAYERS)), shape.widths["attention"]) for _, shape in ranked}
