@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
@@ -112,27 +113,16 @@ def _depth(family: Family, config: PretrainedConfig, layer_params: list[int], le
     if family.layer is not None and meets(config, family.layer):
         key, count = family.layer.size, len(layer_params)
         mean = round(sum(layer_params) / count)
-        yield Space(
-            LAYER,
-            MODEL,
-            count,
-            (),
-            (),
-            config=((key, 1),),
-            pins=(),
-            unit_params=mean,
-            least=least,
-            unit=LAYER,
-            uniform=ONE_PER_MODEL,
-        )
+        config_keys = ((key, 1),)
+        yield Space(LAYER, MODEL, count, (), (), config_keys, (), mean, least=least, unit=LAYER, uniform=ONE_PER_MODEL)
 
 
 def _layer_params(layer_path: str, shapes: Shapes) -> list[int]:
-    sizes: dict[int, int] = {}
+    sizes: Counter[int] = Counter()
     for name, shape in shapes.items():
         index = name.removeprefix(f"{layer_path}.").partition(".")[0]
         if name.startswith(f"{layer_path}.") and index.isdecimal():
-            sizes[int(index)] = sizes.get(int(index), 0) + prod(shape)
+            sizes[int(index)] += prod(shape)
     return [sizes[index] for index in sorted(sizes)]
 
 

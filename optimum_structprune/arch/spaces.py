@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -40,15 +40,9 @@ STACKED, STACKED_TRANSPOSED = Dims(1, 2, 1), Dims(2, 1, 1)
 HEAD_WORDS = {"heads", "kv", "q", "q_gate"}
 
 
-@dataclass(frozen=True)
-class Projections:
-    """The producers and consumers of one template in one layer.
-
-    Attributes:
-        size: The number of units.
-        out: The axes of the producers.
-        into: The axes of the consumers.
-        biased: Whether all consumers have a bias.
+class Projections(NamedTuple):
+    """The number of units of one template in one layer, the axes of the producers and of the consumers, and whether
+    all consumers have a bias.
     """
 
     size: int
@@ -187,14 +181,11 @@ def _projections(
 
 
 def _with_axes(space: Space, out: list[Axis], into: list[Axis], shapes: Shapes) -> Space:
-    return replace(
-        space, out=tuple(out), into=tuple(into), unit_params=sum(_unit_params(axis, shapes) for axis in out + into)
-    )
-
-
-def _unit_params(axis: Axis, shapes: Shapes) -> int:
-    shape = shapes[axis.param]
-    return prod(shape if axis.part is None else shape[1:]) // shape[axis.dim] * axis.per_unit
+    unit_params = 0
+    for axis in out + into:
+        shape = shapes[axis.param]
+        unit_params += prod(shape if axis.part is None else shape[1:]) // shape[axis.dim] * axis.per_unit
+    return replace(space, out=tuple(out), into=tuple(into), unit_params=unit_params)
 
 
 def _axes(param: str, dim: int, parts: list[str], size: int, shapes: Shapes, units: Mapping[str, int]) -> list[Axis]:

@@ -18,6 +18,11 @@ Width = int | Mapping[int, int]
 Widths = Mapping[str, Width]  # by kind of space
 
 
+def kind_of(name: str) -> str:
+    """The kind of a space by its name, which may have a label behind a slash."""
+    return name.partition("/")[0]
+
+
 @dataclass(frozen=True)
 class Axis:
     """Where a space appears in one parameter.
@@ -92,7 +97,12 @@ class Space:
     @property
     def kind(self) -> str:
         """The name without a label."""
-        return self.name.partition("/")[0]
+        return kind_of(self.name)
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """The layer and the name, by which plans and scores know the space."""
+        return self.layer, self.name
 
     @property
     def rounds(self) -> bool:

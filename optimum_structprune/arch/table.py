@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from .families import BUILTIN, TEXT_ONLY, UNDESCRIBED, Family, Template, read_families
-from .spec import HIDDEN, LAYER
+from .spec import HIDDEN, LAYER, kind_of
 
 
 ONE_FOR_ALL = "a model has one"
@@ -59,7 +59,7 @@ def _rows(family: Family) -> Iterator[str]:
         return
     kinds: dict[str, Template] = {} if family.layer is None else {LAYER: family.layer}
     for name, template in family.spaces.items():
-        kinds.setdefault(name.partition("/")[0], template)
+        kinds.setdefault(kind_of(name), template)
     for name, template in kinds.items():
         keys = ", ".join(f"`{key}`" for key in (template.size, *template.also))
         when = "".join(

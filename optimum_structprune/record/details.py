@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arch.spec import kind_of
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
 from ..plain_json import plain
@@ -168,7 +169,7 @@ class Details:
         """Enter what was chosen, by layer and name of the space, the experts of a layer as one."""
         self.choices = {}
         for (layer, name), choice in sorted(choices.items()):
-            of_kind = self.choices.setdefault(name.partition("/")[0], {})
+            of_kind = self.choices.setdefault(kind_of(name), {})
             of_kind[layer] = of_kind[layer].with_(choice) if layer in of_kind else choice
 
     def to_dict(self) -> dict[str, Any]:

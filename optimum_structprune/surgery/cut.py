@@ -41,7 +41,7 @@ def slice_tensors(tensors: Mapping[str, Tensor], spaces: Collection[Space], plan
     """Cut tensors down to the units that the plan keeps."""
     cuts: dict[str, dict[Cut, list[int]]] = {}
     for space in spaces:
-        if (keep := plan.keep.get((space.layer, space.name))) is not None:
+        if (keep := plan.keep.get(space.key)) is not None:
             for axis in space.axes:
                 cuts_of_param = cuts.setdefault(axis.param, {})
                 cuts_of_param.setdefault(Cut(axis.dim, axis.part), []).extend(axis.indices(keep))
@@ -80,35 +80,37 @@ def shrink_layer_(model: PreTrainedModel, arch: ArchSpec, layer: int, plan: Plan
     optimizer still holds them.
     """
     prefix = arch.layer_prefix(layer)
-    old, new = layer_list(model, arch)[layer], layer_list(smaller, arch)[layer]
-    full = {prefix + name: tensor for name, tensor in old.state_dict().items()}
-    sliced = slice_tensors(full, list(arch.at(layer)), plan)
-    state = {name.removeprefix(prefix): tensor for name, tensor in sliced.items()}
-    for name, tensor in new.state_dict().items():
+    full = {prefix + name: tensor for name, tensor in layer_list(model, arch)[layer].state_dict().items()}
+    state = tensors_under(slice_tensors(full, list(arch.at(layer)), plan), prefix)
+    for name, tensor in layer_list(smaller, arch)[layer].state_dict().items():
         if name not in state and name.endswith(".bias"):
             weight = state[name.removesuffix("bias") + "weight"]
             state[name] = torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
-    replace_(old, new, state, arch)
-    put_layer_(model, arch, layer, new)
+    _exchange_(model, arch, layer, state, smaller)
 
 
 def fill_layer_(
     model: PreTrainedModel, arch: ArchSpec, layer: int, state: Mapping[str, Tensor], smaller: PreTrainedModel
 ) -> None:
     """Replace one layer by a smaller one that an earlier run has made; see `shrink_layer_`."""
-    old, new = layer_list(model, arch)[layer], layer_list(smaller, arch)[layer]
-    device = next(old.parameters()).device
-    replace_(old, new, {name: tensor.to(device) for name, tensor in state.items()}, arch)
-    put_layer_(model, arch, layer, new)
+    device = next(layer_list(model, arch)[layer].parameters()).device
+    _exchange_(model, arch, layer, {name: tensor.to(device) for name, tensor in state.items()}, smaller)
 
 
 def replace_layers_(
     model: PreTrainedModel, arch: ArchSpec, other: PreTrainedModel, state: Mapping[str, Tensor]
 ) -> None:
     """Replace all layers of a model by those of a skeleton."""
-    for layer, (old, new) in enumerate(zip(layer_list(model, arch), layer_list(other, arch), strict=True)):
-        replace_(old, new, tensors_under(state, arch.layer_prefix(layer)), arch)
-        put_layer_(model, arch, layer, new)
+    for layer in range(arch.num_layers):
+        _exchange_(model, arch, layer, tensors_under(state, arch.layer_prefix(layer)), other)
+
+
+def _exchange_(
+    model: PreTrainedModel, arch: ArchSpec, layer: int, state: Mapping[str, Tensor], other: PreTrainedModel
+) -> None:
+    new = layer_list(other, arch)[layer]
+    replace_(layer_list(model, arch)[layer], new, state, arch)
+    put_layer_(model, arch, layer, new)
 
 
 def tensors_under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

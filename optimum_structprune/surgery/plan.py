@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arch.spec import EXPERT, LAYER, MODEL, ArchSpec
+from ..arch.spec import EXPERT, LAYER, MODEL, ArchSpec, kind_of
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
 from ..plain_json import unversioned, versioned
@@ -51,7 +51,7 @@ class Plan:
             raise StructPruneError(
                 f"The plan is for a {self.model_type!r} model, this is a {arch.model_type!r} model."
             )
-        sizes = {(space.layer, space.name): space.size for space in (*arch.model_spaces, *arch.spaces)}
+        sizes = {space.key: space.size for space in (*arch.model_spaces, *arch.spaces)}
         for (layer, name), keep in self.keep.items():
             if (layer, name) not in sizes:
                 raise StructPruneError(f"The plan names {name!r} in layer {layer}, which this model does not have.")
@@ -65,7 +65,7 @@ class Plan:
         """The number of kept units, by kind of space and layer: the width in the config."""
         widths: dict[str, dict[int, int]] = {}
         for (layer, name), keep in sorted(self.keep.items()):
-            by_layer = widths.setdefault(name.partition("/")[0], {})
+            by_layer = widths.setdefault(kind_of(name), {})
             by_layer[layer] = min(by_layer.get(layer, len(keep)), len(keep))
         return widths
 

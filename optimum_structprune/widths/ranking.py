@@ -17,15 +17,8 @@ from ..errors import StructPruneError
 
 @dataclass
 class LayerWidth:
-    """The width of one kind of space in one layer, which shrinks step by step.
-
-    Attributes:
-        name: The kind of space.
-        layer: The index of the layer.
-        widths: The widths that it may take, descending; it starts with the first.
-        scores: The scores of the units, ascending, one for each unit of width.
-        unit_params: The number of parameters that go with one unit of width.
-        at: The index of the present width.
+    """The width of one kind of space in one layer, which shrinks step by step: the widths that it may take from the
+    widest on, the index `at` of the present one, the scores of the units, ascending, and the parameters of one unit.
     """
 
     name: str

@@ -41,14 +41,14 @@ def legal_round_widths(
 
 def next_legal(config: PretrainedConfig, arch: ArchSpec, widths: Widths) -> Widths:
     """The smallest legal widths that are not below `widths`, since a step may lie between two legal ones."""
-    legal_widths: dict[str, Width] = {}
+    new: dict[str, Width] = {}
     for name, width in widths.items():
         legal = legal_sizes(config, arch, name)
         if isinstance(width, int):
-            legal_widths[name] = legal[bisect_left(legal, width)]
+            new[name] = legal[bisect_left(legal, width)]
         else:
-            legal_widths[name] = {layer: legal[bisect_left(legal, least)] for layer, least in width.items()}
-    return legal_widths
+            new[name] = {layer: legal[bisect_left(legal, least)] for layer, least in width.items()}
+    return new
 
 
 def removal_steps(

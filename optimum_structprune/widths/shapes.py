@@ -55,11 +55,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Curves:
-    """What a model loses with a part of it gone, in nats per token.
-
-    Attributes:
-        units: The loss by the number of units removed, from 0 on, by layer and kind of space.
-        layers: The loss without a layer, by layer; empty where whole layers are not offered.
+    """What a model loses in nats per token by the number of units removed, from 0 on, in one layer and kind of space;
+    and without a whole layer, where these are offered.
     """
 
     units: Mapping[Key, Sequence[float]]
@@ -68,12 +65,8 @@ class Curves:
 
 @dataclass(frozen=True)
 class Resource:
-    """Something of which a config wants less: parameters, bytes, or operations.
-
-    Attributes:
-        need: How much of it has to go.
-        unit: How much goes with one unit of width, by layer and kind of space.
-        layer: How much goes with a whole layer, by layer.
+    """Something of which a config wants less, such as parameters: how much has to go, how much goes with one unit of
+    width in one layer and kind of space, and how much with a whole layer.
     """
 
     need: float

@@ -78,23 +78,17 @@ def test_axes_do_not_overlap_and_lie_inside(case):
             assert not mine & taken and max(mine) < shapes[axis.param][axis.dim]
             taken |= mine
         assert all(len(indices) == shapes[param][dim] for (param, dim), indices in seen.items())
+        if space.inside:
+            assert_the_tensor_parallel_plan_agrees(model, space)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_tensor_parallel_plan_agrees(case):
-    model = build(case)
-    plan = model.config.base_model_tp_plan
-    if not plan:
-        pytest.skip("transformers has no tensor-parallel plan for this model")
-    prefix = f"{model.base_model_prefix}."
-    for space in describe(model).spaces:
-        if not space.inside:
-            continue
-        for axes, expected in ((space.out, "colwise"), (space.into, "rowwise")):
-            for axis in axes:
-                name = (axis.module if axis.part is None else axis.param).removeprefix(prefix)
-                styles = [style for pattern, style in plan.items() if fnmatch.fnmatch(name, pattern)]
-                assert not styles or expected in styles[0] or "gather" in styles[0], (name, styles)
+def assert_the_tensor_parallel_plan_agrees(model, space):
+    for axes, expected in ((space.out, "colwise"), (space.into, "rowwise")):
+        for axis in axes:
+            name = (axis.module if axis.part is None else axis.param).removeprefix(f"{model.base_model_prefix}.")
+            plan = model.config.base_model_tp_plan or {}
+            styles = [style for pattern, style in plan.items() if fnmatch.fnmatch(name, pattern)]
+            assert not styles or expected in styles[0] or "gather" in styles[0], (name, styles)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers import masked, random_plan, shrunk
-from models import PRUNABLE, build, config, token_ids, tokenizer
+from models import PRUNABLE, STRUCTURES, build, config, token_ids, tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import Plan, StructPruneError, prune_model
@@ -17,7 +17,7 @@ from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
 from optimum_structprune.surgery.cut import adopt_config_, rebuilding_, shrink_layer_, slice_tensors
 
 
-SPACES = [(case, name) for case in PRUNABLE for name in describe(build(case)).names]
+SPACES = [(case, name) for case in STRUCTURES for name in describe(build(case)).names]
 
 
 @torch.no_grad()
@@ -25,18 +25,28 @@ def logits(model):
     return model(token_ids()).logits
 
 
-@pytest.mark.parametrize(("case", "name"), [*SPACES, *((case, "all") for case in PRUNABLE)])
-def test_pruned_equals_masked_and_reloads(case, name, tmp_path):
+def pruned(case, names=None):
+    """A model without random units, which computes what the masked one does."""
     model = build(case)
     arch = describe(model)
-    plan = random_plan(arch, arch.names if name == "all" else (name,))
+    plan = random_plan(arch, names or arch.names)
     dense = logits(model)
     small = shrunk(model, arch, plan)
     torch.testing.assert_close(logits(small), logits(masked(model, arch, plan)), atol=1e-5, rtol=0)
     assert not torch.allclose(logits(small), dense, atol=1e-3), "pruning changed nothing, so the test shows nothing"
     assert torch.equal(logits(model), dense)
     assert small.num_parameters() < model.num_parameters()
+    return model, small
 
+
+@pytest.mark.parametrize(("case", "name"), SPACES)
+def test_each_space_by_itself_is_pruned_as_it_is_masked(case, name):
+    pruned(case, (name,))
+
+
+@pytest.mark.parametrize("case", PRUNABLE)
+def test_pruned_equals_masked_and_reloads(case, tmp_path):
+    model, small = pruned(case)
     small.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is type(model)
@@ -44,7 +54,7 @@ def test_pruned_equals_masked_and_reloads(case, name, tmp_path):
     assert again.generate(token_ids(1, 4), min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 
-@pytest.mark.parametrize("case", PRUNABLE)
+@pytest.mark.parametrize("case", STRUCTURES)
 def test_keeping_everything_changes_nothing(case):
     model = build(case)
     arch = describe(model)

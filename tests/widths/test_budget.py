@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import PRUNABLE, build, config, tokenizer
+from models import STRUCTURES, build, config, tokenizer
 from transformers import LlamaConfig
 
 from optimum_structprune import StructPruneConfig, StructPruneError, dry_run, prune_model
@@ -41,8 +41,8 @@ def a_unit_more(model, arch, wish, widths):
             yield {**widths, name: larger[0]}
 
 
-@pytest.mark.parametrize("case", PRUNABLE)
-def test_every_family_keeps_to_it_and_one_unit_more_would_not(case):
+@pytest.mark.parametrize("case", STRUCTURES)
+def test_every_structure_keeps_to_it_and_one_unit_more_would_not(case):
     model = build(case)
     arch = describe(model)
     dense = model.num_parameters()
