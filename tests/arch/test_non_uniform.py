@@ -70,6 +70,7 @@ def widths_of(model):
 def test_pruned_equals_masked_reloads_and_pads(case, tmp_path):
     model = build(case)
     arch, plan = differing(model)
+    assert {type(layer) for layer in layer_list(model, arch)} == {per_layer.layer_class(type(model), model.config)}
     small = shrunk(model, arch, plan)
     assert small.config.is_heterogeneous and widths_of(small) == plan.widths()
     torch.testing.assert_close(logits(small), logits(masked(model, arch, plan)), atol=1e-5, rtol=0)
@@ -95,13 +96,6 @@ def test_every_family_says_whether_layers_may_differ(family):
     assert not (family.layer_class and family.uniform)
     if family.text is None and family.spaces:
         assert set(family.layer_class) == set(family.model_types) or family.uniform
-
-
-@pytest.mark.parametrize("case", NON_UNIFORM)
-def test_the_layer_class_is_that_of_the_layers(case):
-    model = build(case)
-    described = per_layer.layer_class(type(model), model.config)
-    assert {type(layer) for layer in layer_list(model, describe(model))} == {described}
 
 
 # What the tests below load in other processes.
