@@ -44,13 +44,10 @@ PRE_TOKENIZERS = {
 
 
 def gguf_architecture(config: PretrainedConfig) -> str | None:
-    """The architecture of llama.cpp as which a model can be written.
+    """The architecture of llama.cpp as which a model can be written; None where there is none, see `gguf_refusal`.
 
     The files of llama.cpp's own converter run if this is the model type's own architecture. Where it is `deci`, only
     `structprune export` writes one that runs.
-
-    Returns:
-        Its name, or None where there is none; `gguf_refusal` says why.
     """
     if gguf_refusal(config) is not None:
         return None
@@ -62,11 +59,7 @@ def gguf_architecture(config: PretrainedConfig) -> str | None:
 
 
 def gguf_refusal(config: PretrainedConfig) -> str | None:
-    """Why `structprune export` cannot write a model for llama.cpp, and what can be done instead.
-
-    Returns:
-        One or two sentences; None where it can.
-    """
+    """Why `structprune export` cannot write a model for llama.cpp, and what can be done instead; None where it can."""
     kind, uniform = config.model_type, not getattr(config, "is_heterogeneous", False)
     if kind not in OWN:
         return f"structprune writes GGUF files of {', '.join(OWN)} models, and this is a {kind} model. " + (
@@ -102,11 +95,8 @@ def layer_configs(config: PretrainedConfig) -> list[Any]:
 
 
 def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str) -> Tensor:
-    """A parameter with its rows in the order in which llama.cpp's architecture expects them.
-
-    Returns:
-        For queries and keys of an interleaved architecture, channel i of each head at place 2i, and channel i + half
-        at place 2i + 1; anything else as it is.
+    """A parameter with its rows in the order in which llama.cpp's architecture expects them: for queries and keys of
+    an interleaved one, channel i of each head at place 2i, and channel i + half at place 2i + 1.
     """
     module = name.split(".")[-2]
     if architecture not in INTERLEAVED or module not in ROTATED:

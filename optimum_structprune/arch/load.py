@@ -87,8 +87,8 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
         stacks.append((full_path, len(params_here)))
         layer_params += params_here
     places = [f"{path}.{index}." for path, count in stacks for index in range(count)]
-    least = _least_depth(family.layer, places, shapes) if family.layer is not None else 1
     residual = residual_of(family.hidden, shapes, config, prefix, places) if family.hidden is not None else None
+    whole_layers = _depth(family.layer, config, layer_params, places, shapes)
     return ArchSpec(
         model_type=config.model_type,
         layer_path=stacks[0][0],
@@ -97,24 +97,22 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
         missing=(*family.missing.items(), *_refused(family, config)),
         stacks=tuple(stacks),
         causal=family.causal,
-        model_spaces=(*_depth(family, config, layer_params, least), *([] if residual is None else [residual.space])),
+        model_spaces=(*whole_layers, *([residual.space] if residual else [])),
         residual=residual,
         uniform="" if config.model_type in family.layer_class else family.uniform or UNDESCRIBED,
     )
 
 
-def _least_depth(template: Template, layers: Sequence[str], shapes: Shapes) -> int:
-    """The smallest number of layers among which, one always has each of the modules that some must have."""
+def _depth(
+    template: Template | None, config: PretrainedConfig, layer_params: list[int], layers: Sequence[str], shapes: Shapes
+) -> Iterator[Space]:
+    if template is None or not meets(config, template):
+        return
+    # Among so many layers, one always has each of the modules that some must have.
     having = [sum(f"{layer}{module}.weight" in shapes for layer in layers) for module in template.kinds]
-    return max((len(layers) - count + 1 for count in having if count), default=1)
-
-
-def _depth(family: Family, config: PretrainedConfig, layer_params: list[int], least: int) -> Iterator[Space]:
-    if family.layer is not None and meets(config, family.layer):
-        key, count = family.layer.size, len(layer_params)
-        mean = round(sum(layer_params) / count)
-        config_keys = ((key, 1),)
-        yield Space(LAYER, MODEL, count, (), (), config_keys, (), mean, least=least, unit=LAYER, uniform=ONE_PER_MODEL)
+    least = max((len(layers) - count + 1 for count in having if count), default=1)
+    mean, keys = round(sum(layer_params) / len(layers)), ((template.size, 1),)
+    yield Space(LAYER, MODEL, len(layers), (), (), keys, (), mean, least=least, unit=LAYER, uniform=ONE_PER_MODEL)
 
 
 def _layer_params(layer_path: str, shapes: Shapes) -> list[int]:
