@@ -90,7 +90,7 @@ def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trials, "trial_losses", refused)
     assert pruned(model, sparsity=0.2, **fields)[0].plan == first.plan
-    assert pruned(model, sparsity=0.35, **fields)[0].plan != first.plan
+    assert pruned(model, sparsity=0.5, **fields)[0].plan != first.plan
     # Other text, or another way to prune, is measured anew.
     other = [DomainConfig(name="a", source=documents(seed=5)), DomainConfig(name="b", source=documents(seed=6))]
     for changed in ({"domains": other}, {"damping": 0.5}):
