@@ -59,7 +59,7 @@ def calibrate(
     output = Output(folder, overwrite, [model.name_or_path, *used_paths(config)])
     output.check()
     # One pass over the dense model: there are no rounds in which weights could move, and no error to feed back.
-    config = replace(config, stats=None, adaptive_rate=0.0, objective="mean", error_feedback=0.0)
+    config = replace(config, stats=None, objective="mean", error_feedback=0.0)
     check_plain(model)
     model = dequantized(model, inplace=False)
     arch = describe(model, config.arch_file)

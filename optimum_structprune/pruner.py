@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,14 +22,14 @@ from .domains.broad import texts_of
 from .domains.load import Domain
 from .domains.manifest import Manifest
 from .errors import StructPruneError
+from .forward.metrics import evaluating
 from .pruning.arguments import check_arguments, check_config_kind
 from .pruning.checks import check
 from .pruning.choose import choose_shape
 from .pruning.evidence import Evidence
 from .pruning.gates import with_gates
-from .pruning.removers import take_
-from .pruning.run import Run
-from .pruning.steps import Step, steps
+from .pruning.run import Run, Step
+from .pruning.steps import REMOVERS, steps
 from .record.report import Report
 from .registry import Registry
 from .saving.hub import save_pruned
@@ -98,7 +97,7 @@ class StructPruner:
             evidence = Evidence.read(config, _to_read(model, config), tokenizer, inputs)
         model, dense = _to_change(model, inplace)
         evidence = with_gates(with_batch_size(evidence, arch, model), arch, model, report)
-        with Run(evidence.config, model, evidence, tokenizer, inplace, report) as run:
+        with Run(model, evidence, tokenizer, inplace, report) as run:
             shape = choose_shape(evidence.config, arch, model, evidence, report)
             run.start(dense)
             run.layers = shape.layers
@@ -107,7 +106,7 @@ class StructPruner:
                 if step.part:
                     run.compare()
                     run.recover(step.part, step.parts)
-            run.finish(arch)
+            run.finish()
         used = evidence.config
         self.used_config = replace(config, breadth=used.breadth, broad_text=used.broad_text)
         self.plan, self.report, self.manifest = run.plan, report, evidence.manifest(tokenizer)
@@ -124,8 +123,11 @@ class StructPruner:
         return steps(self.config, arch, model.config, widths)
 
     def take_(self, run: Run, step: Step) -> None:
-        """Prune the model of a run by one step."""
-        take_(run, step)
+        """Prune the model of a run by one step, and add to its plan what is kept."""
+        with evaluating(run.model):
+            run.plan = run.plan.then(REMOVERS[step.kind](run, step))
+        if run.rounds is None:
+            run.arch = run.described()
 
     def prune_to_(
         self, model: PreTrainedModel, domains: Sequence[Domain], widths: Widths, report: Report | None = None
@@ -146,7 +148,7 @@ class StructPruner:
         """
         evidence = Evidence.of(self.config, domains, model.device)
         evidence = with_batch_size(evidence, describe(model, self.config.arch_file), model)
-        with Run(evidence.config, model, evidence, report=report) as run:
+        with Run(model, evidence, report=report) as run:
             for step in self.steps(run.arch, model, widths):
                 self.take_(run, step)
         return run.plan
@@ -191,15 +193,6 @@ class StructPruner:
         from .saving.push import push_to_hub
 
         return push_to_hub(save_directory, repo_id, private, token)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config as plain values."""
-        return self.config.to_dict()
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> StructPruner:
-        """A pruner from what `to_dict` gave."""
-        return cls(StructPruneConfig.from_dict(data))
 
 
 class AutoStructPruner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,39 +21,8 @@ from .accumulator import Accumulator, Batch, finite, listen
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
 from .running import LayerRunner
-from .sequential import LayerPasses, PassesState
-
-
-class Passes(Protocol):
-    """Forward passes over the calibration samples, asked for by one layer of the model after the other."""
-
-    def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
-        """Moments of the inputs of the space's consumers: one per consumer, of one domain after the other.
-
-        A Gram matrix of a large model takes gigabytes, so those of a domain are to be let go before the next is asked
-        for.
-        """
-        ...
-
-    def contributions(self, layer: int, space: Space) -> Tensor:
-        """How much each expert of a space of whole experts contributes, shape `(domains, experts)`."""
-        ...
-
-    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
-        """Take the dense residual stream through a layer that has its dense weights."""
-        ...
-
-    def advance(self, layer: int) -> None:
-        """Go on to the next layer; `layer` has its final weights for this step."""
-        ...
-
-    def state(self) -> PassesState | None:
-        """What the passes have reached; None where they cannot go on at a layer."""
-        ...
-
-    def resume_(self, state: PassesState) -> None:
-        """Go on from what other passes over the same samples have reached."""
-        ...
+from .base import Passes, PassesState
+from .sequential import LayerPasses
 
 
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
@@ -72,7 +41,7 @@ def _masks(domain: Domain, batch_size: int) -> Sequence[Tensor | None]:
     return domain.mask.split(batch_size)
 
 
-class ModelPasses:
+class ModelPasses(Passes):
     """The whole model at once: for architectures whose layers hand on more than hidden states.
 
     Every consumer is observed in the same pass, on the model as it stands when the step begins. Experts take a pass of
@@ -117,18 +86,6 @@ class ModelPasses:
         experts = self.model.get_submodule(str(space.experts))
         return contributions(experts, space.size, self._route(experts), self.num_domains)
 
-    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
-        """See `Passes.advance_dense`; there is no error feedback here."""
-
-    def advance(self, layer: int) -> None:
-        """See `Passes.advance`."""
-
-    def state(self) -> None:
-        """See `Passes.state`."""
-
-    def resume_(self, state: PassesState) -> None:
-        """See `Passes.resume_`; there is no state to resume."""
-
     def _route(self, experts: nn.Module) -> tuple[Routed, ...]:
         return listen(experts, self.batches, self._run)
 
@@ -139,19 +96,13 @@ class ModelPasses:
             run_model(base, self.batches[index].ids)
 
 
-class SaliencyPasses:
+class SaliencyPasses(Passes):
     """Passes whose moments also hold what passes through the whole model have said of every component. `saliency` has
     the shape `(domains, n)`.
     """
 
     def __init__(self, passes: Passes, saliency: Mapping[str, Tensor]):
         self.passes, self.saliency = passes, saliency
-        self.contributions, self.advance_dense, self.advance = (
-            passes.contributions,
-            passes.advance_dense,
-            passes.advance,
-        )
-        self.state, self.resume_ = passes.state, passes.resume_
 
     def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         """See `Passes.gather`."""
@@ -159,6 +110,26 @@ class SaliencyPasses:
             for axis, moments in zip(space.into, by_consumer, strict=True):
                 moments.saliency = self.saliency[axis.module][domain]
             yield by_consumer
+
+    def contributions(self, layer: int, space: Space) -> Tensor:
+        """See `Passes.contributions`."""
+        return self.passes.contributions(layer, space)
+
+    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
+        """See `Passes.advance_dense`."""
+        self.passes.advance_dense(layer, kinds)
+
+    def advance(self, layer: int) -> None:
+        """See `Passes.advance`."""
+        self.passes.advance(layer)
+
+    def state(self) -> PassesState | None:
+        """See `Passes.state`."""
+        return self.passes.state()
+
+    def resume_(self, state: PassesState) -> None:
+        """See `Passes.resume_`."""
+        self.passes.resume_(state)
 
 
 def passes_over(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from ..forward.hooks import adding, observe_products
 from ..system.offloading import is_offloaded
 from ..system.processes import as_first_has_
 from .accumulator import Accumulator, Batch, finite, listen
+from .base import Passes, PassesState
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
 from .running import LayerRunner
@@ -27,20 +26,7 @@ from .unchanged import Unchanged
 MAX_DEVIATION = 0.1
 
 
-@dataclass(frozen=True)
-class PassesState:
-    """What passes over the samples have reached.
-
-    Attributes:
-        tensors: Hidden states, by name.
-        values: Numbers that were found in earlier layers, as JSON takes them.
-    """
-
-    tensors: dict[str, Tensor]
-    values: dict[str, Any]
-
-
-class LayerPasses(LayerRunner):
+class LayerPasses(LayerRunner, Passes):
     """One layer at a time, on stored inputs that have come through the layers already pruned.
 
     Memory: the hidden states of the calibration samples (twice with error feedback, or where layers are fixed) and the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from math import isfinite
@@ -26,8 +26,8 @@ from ..errors import StructPruneError
 from ..plain_json import to_json
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint, vocabulary_hash
+from .base import Passes, PassesState
 from .moments import Moments, load_moments
-from .sequential import PassesState
 
 
 STATISTICS = "statistics.json"
@@ -212,7 +212,7 @@ class Statistics:
         return path
 
 
-class StoredPasses:
+class StoredPasses(Passes):
     """Moments of the dense model that are read from a folder instead of being gathered in forward passes.
 
     Nothing runs, so a layer is fitted to the dense model's activations, not to those of the pruned layers before it.
@@ -245,18 +245,9 @@ class StoredPasses:
             "without stats."
         )
 
-    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
-        """See `Passes.advance_dense`; there is nothing to run."""
-
-    def advance(self, layer: int) -> None:
-        """See `Passes.advance`; there is nothing to run."""
-
     def state(self) -> PassesState:
         """See `Passes.state`; nothing is reached that is not in the folder."""
         return PassesState({}, {})
-
-    def resume_(self, state: PassesState) -> None:
-        """See `Passes.resume_`; there is nothing to resume."""
 
 
 def moments_name(layer: int, domain: int) -> str:

@@ -38,7 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--no-save", action="store_true", help="Keep the curve only, not the pruned models.")
     add_loading_arguments(parser)
     add_output_arguments(parser, reads_text=True)
-    of_one_size = ("checkpoint_dir", "keep_rounds")
+    of_one_size = ("checkpoint_dir",)
     add_config_arguments(parser, StructPruneConfig, without=(*AMOUNTS, *of_one_size))
 
 

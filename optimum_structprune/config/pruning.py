@@ -84,18 +84,15 @@ class StructPruneConfig(Serialisable):
             memory and can write, and otherwise for `builtin:broad` if `breadth` asks for it.
         stats: A folder that `structprune calibrate` wrote. Its moments of the dense model are used instead of text,
             and `domains` only chooses among the stored domains and weighs them.
-        adaptive_rate: How fast the weights of the domains follow their loss on held-out text from round to round. 0
-            leaves the weights as they are.
-        objective: `mean` lets weights move by a factor of 2. `worst` lets them move by a factor of 8 (at the rate 1
-            unless `adaptive_rate` says otherwise), and with an allocation that measures losses the widths follow
-            the domain that loses most.
+        objective: `worst` lets the weights of the domains follow their loss on held-out text from round to round, and
+            with an allocation that measures losses the widths follow the domain that loses most. `mean` leaves the
+            weights as they are.
         max_perplexity_ratio: A limit to the held-out perplexity of every domain, as a multiple of the dense model's.
             The rounds go toward the target and stop before a domain exceeds it, on text that the report does not use.
         losses_dir: A folder that keeps the losses that `sensitivity`, `search` and `search_uniform` measure, for other
             targets of the same model and text. None stands for the folder of `stats`, or for `checkpoint_dir`.
         checkpoint_dir: A folder that remembers each round, and each layer of the last one; a run that was killed goes
             on from there.
-        keep_rounds: Whether the smaller and smaller models are left in that folder as `round-1`, `round-2`, …
         num_samples: The number of calibration samples in all, divided over the domains by weight.
         seq_length: The number of tokens in a sample.
         batch_size: The number of samples in a forward pass. `auto` takes the most that the device has room for.
@@ -134,12 +131,10 @@ class StructPruneConfig(Serialisable):
     breadth: Number | None = validated_field(below_one, default=None)
     broad_text: str | None = None
     stats: str | None = None
-    adaptive_rate: Number = validated_field(not_negative, default=0.0)
     objective: Literal["mean", "worst"] = "mean"
     max_perplexity_ratio: Number | None = validated_field(above_one, default=None)
     losses_dir: str | None = None
     checkpoint_dir: str | None = None
-    keep_rounds: bool = False
     num_samples: int = validated_field(positive, default=128)
     seq_length: int = validated_field(positive, default=512)
     batch_size: int | Literal["auto"] = validated_field(positive, default=4)
@@ -202,12 +197,12 @@ class StructPruneConfig(Serialisable):
     @property
     def reweights(self) -> bool:
         """Whether the weights of the domains change from round to round."""
-        return self.rounds > 1 and (self.adaptive_rate > 0 or self.objective == "worst")
+        return self.rounds > 1 and self.objective == "worst"
 
     @property
     def measures(self) -> bool:
         """Whether a round that is not the last is measured on held-out text."""
-        return self.reweights or self.keep_rounds or self.max_perplexity_ratio is not None
+        return self.reweights or self.max_perplexity_ratio is not None
 
     @property
     def chooses(self) -> bool:
@@ -293,11 +288,10 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
     What depends on a model as well is in `pruning/checks.py`.
     """
     recovery, every_round = config.recovery, config.recovery is not None and config.recovery.every_round
-    moves_weights = config.adaptive_rate > 0 or (config.objective == "worst" and not config.searches)
     yield (
-        moves_weights and config.rounds < 2,
-        f"adaptive_rate={config.adaptive_rate} and objective={config.objective!r} re-weight domains between rounds, "
-        f"and rounds={config.rounds} leaves none; set rounds=3",
+        config.objective == "worst" and not config.searches and config.rounds < 2,
+        f"objective='worst' weighs the domains anew between rounds, and rounds={config.rounds} leaves none; set "
+        "rounds=3",
     )
     yield (
         any(not isinstance(width, int) for width in (config.widths or {}).values())
@@ -331,22 +325,14 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         f"leave it out, or choose one of {', '.join(MEASURED)}",
     )
     yield (
-        config.keep_rounds and config.checkpoint_dir is None,
-        "keep_rounds=True leaves models in checkpoint_dir, which is None; name a folder",
-    )
-    yield (
-        config.keep_rounds and config.rounds < 2 and config.max_perplexity_ratio is None,
-        "keep_rounds=True leaves the models before the last, and rounds=1 has none; set rounds=3",
-    )
-    yield (
         recovery is not None and not recovery.merge,
         "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, then call "
         "recover",
     )
     yield (
         every_round and config.spans_rounds,
-        "recovery with every_round=True makes each round a pruning of its own, and adaptive_rate, objective, "
-        "max_perplexity_ratio, keep_rounds and checkpoint_dir span rounds; leave out either",
+        "recovery with every_round=True makes each round a pruning of its own, and objective, max_perplexity_ratio "
+        "and checkpoint_dir span rounds; leave out either",
     )
     for needs_text, text in (
         (config.allocation == "cosine", "allocation='cosine' runs the model on text"),

@@ -233,7 +233,7 @@ class _Packer:
         if not config.reweights:
             return None
         count = self._counts(config.num_samples)[index]
-        extra = min(round(MOST[config.objective] * count), config.num_samples) - count
+        extra = min(round(MOST * count), config.num_samples) - count
         packed = self.frame.pack(self.frame.take(stream, self.frame.body * extra), extra)
         return packed if len(packed.samples) else None
 

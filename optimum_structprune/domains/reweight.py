@@ -7,8 +7,8 @@ from math import exp
 from statistics import fmean
 
 
-# The factor by which a domain's weight may differ from the config's, by objective.
-MOST = {"mean": 2.0, "worst": 8.0}
+# The factor by which a domain's weight may differ from the config's.
+MOST = 8.0
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-6
 # Larger ones, also infinite ones, say no more than that the domain is lost.
@@ -16,21 +16,19 @@ MOST_LOSS = 100.0
 HALVINGS = 100
 
 
-def reweighted(
-    shares: Sequence[float], weights: Sequence[float], losses: Sequence[float], rate: float, objective: str
-) -> tuple[float, ...]:
+def reweighted(shares: Sequence[float], weights: Sequence[float], losses: Sequence[float]) -> tuple[float, ...]:
     """The shares of the next round, in which domains that have lost more than the mean count more.
 
-    The share of domain k becomes α_k ∝ α_k · exp(η (loss_k / mean loss - 1)), kept within a factor of its weight in
-    the config: 2 for the objective `mean`, 8 for `worst`.
+    The share of domain k becomes α_k ∝ α_k · exp(loss_k / mean loss - 1), kept within a factor of 8 of its weight in
+    the config.
 
     Returns:
         Shares that sum to 1.
     """
     sizes = [min(max(loss, LEAST_LOSS), MOST_LOSS) for loss in losses]
     typical = fmean(sizes)
-    moved = [share * exp(rate * (size / typical - 1)) for share, size in zip(shares, sizes, strict=True)]
-    return within(moved, weights, MOST[objective])
+    moved = [share * exp(size / typical - 1) for share, size in zip(shares, sizes, strict=True)]
+    return within(moved, weights, MOST)
 
 
 def within(values: Sequence[float], weights: Sequence[float], most: float) -> tuple[float, ...]:

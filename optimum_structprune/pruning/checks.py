@@ -270,7 +270,7 @@ def space_rules(case: Case) -> Rules:
     )
     yield (
         not arch.causal and (config.reweights or config.max_perplexity_ratio is not None),
-        "adaptive_rate, objective='worst' and max_perplexity_ratio go by perplexity, which a model of type "
+        "objective='worst' and max_perplexity_ratio go by perplexity, which a model of type "
         f"{arch.model_type!r} does not have; leave them out.",
     )
 
@@ -332,9 +332,9 @@ def trainer_rules(config: StructPruneConfig) -> Rules:
         "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'.",
     )
     yield (
-        config.spans_rounds or config.adaptive_rate > 0 or config.objective == "worst",
-        "adaptive_rate, objective, max_perplexity_ratio, keep_rounds and checkpoint_dir span the rounds of one "
-        "pruning, and a Trainer prunes in steps of its own; leave these out.",
+        config.spans_rounds or config.objective == "worst",
+        "objective, max_perplexity_ratio and checkpoint_dir span the rounds of one pruning, and a Trainer prunes in "
+        "steps of its own; leave these out.",
     )
     yield (
         config.allocation != "uniform",

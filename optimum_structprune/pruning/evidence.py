@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import ArchSpec
 from ..calibration.accumulator import Batch
-from ..calibration.passes import Passes, SaliencyPasses, batches_of, passes_over
+from ..calibration.passes import SaliencyPasses, batches_of, passes_over
+from ..calibration.base import Passes
 from ..calibration.stored import Statistics, StoredPasses
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
@@ -116,8 +117,7 @@ class Evidence:
         """The evidence of the next round, in which a domain counts more that has lost more."""
         asked = [domain.weight for domain in self.domains]
         losses = [log(ratio) for ratio in ratios.values()]
-        rate = self.config.adaptive_rate or 1.0
-        return replace(self, shares=reweighted(self.shares, asked, losses, rate, self.config.objective))
+        return replace(self, shares=reweighted(self.shares, asked, losses))
 
     def entries(self) -> Sequence[Entry]:
         """What identifies the text."""

@@ -8,15 +8,12 @@ gates that are learned on few tokens from learning the kind of text.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import cos, isfinite, pi, sqrt
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
@@ -31,13 +28,13 @@ from ..forward.hooks import multiplying
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
 from ..record.report import Report
 from ..system.offloading import compute_device
-from ..system.processes import add_up_, own_part, process_index, wait_for_all
+from ..system.processes import add_up_, own_part
+from ..system.resume import Resume
 from ..widths.budget import widths_of
-from .checkpoint import readable, run_key
 from .evidence import Evidence
+from .rounds import run_key
 
 
-STATE = "gates.json"
 # The range of a gate; below 0 a unit is closed, and a gradient may open it again.
 LEAST, MOST = -0.1, 2.0
 # The gate at which a unit counts as half kept falls from the first number to the second.
@@ -77,7 +74,7 @@ def with_gates(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, repor
     folder = None
     if config.checkpoint_dir is not None:
         key = run_key(config, model, evidence.entries(), widths_of(config, arch, model))
-        folder = Folder(Path(config.checkpoint_dir), key)
+        folder = Resume(Path(config.checkpoint_dir), key, "step-of-gates")
     with report.timed("gates"), evaluating(model), frozen(model):
         gates = learned_gates(model, evidence, budgets_of(config, arch, model), folder)
     return replace(evidence, gates=gates)
@@ -100,7 +97,7 @@ def _together(spaces: Sequence[Space], widths: Mapping) -> Budget:
 
 
 def learned_gates(
-    model: PreTrainedModel, evidence: Evidence, budgets: Sequence[Budget], folder: Folder | None = None
+    model: PreTrainedModel, evidence: Evidence, budgets: Sequence[Budget], folder: Resume | None = None
 ) -> dict[tuple[int, str], Tensor]:
     """The gate of every unit after training: the lower, the sooner a unit goes.
 
@@ -113,7 +110,7 @@ def learned_gates(
     """
     settings, gates = evidence.config.gates, Gates(budgets, compute_device(model))
     optimizer = _optimizer(gates)
-    begin = 0 if folder is None else folder.load_(gates, optimizer)
+    begin = 0 if folder is None else _resume(folder, gates, optimizer)
     every = -(-settings.steps // SAVES)
     for step in tqdm(range(begin, settings.steps), desc="learning gates", unit="step", initial=begin):
         optimizer.zero_grad()
@@ -124,7 +121,7 @@ def learned_gates(
         optimizer.step()
         gates.clamp_()
         if folder is not None and ((step + 1) % every == 0 or step + 1 == settings.steps):
-            folder.save(gates, optimizer, step + 1)
+            folder.save(step + 1, {}, _tensors(gates, optimizer))
     return gates.by_space()
 
 
@@ -273,57 +270,6 @@ def _order(count: int, step: int, per_step: int, seed: int) -> list[int]:
     return [orders[epoch][place] for epoch, place in places]
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A folder that remembers how far the gates of one run have been trained.
-
-    Attributes:
-        path: The folder; it is made when something is saved.
-        key: What identifies the run; see `checkpoint.run_key`.
-    """
-
-    path: Path
-    key: str
-
-    def save(self, gates: Gates, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        """Keep what so many steps have reached. A kill at any moment leaves this or what was saved before."""
-        if process_index() == 0:
-            self._write(_tensors(gates, optimizer), steps)
-        wait_for_all()
-
-    def _write(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        name = f"gates-{steps}.safetensors"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            save_file(dict(tensors), self.path / name)
-            state = {"key": self.key, "steps": steps, "tensors": name}
-            (self.path / f"{STATE}.new").write_text(json.dumps(state))
-            (self.path / f"{STATE}.new").replace(self.path / STATE)
-            for older in set(self.path.glob("gates-*.safetensors")) - {self.path / name}:
-                older.unlink()
-        except (OSError, SafetensorError) as error:
-            raise StructPruneError(
-                f"Gates could not be saved to {self.path} after {steps} steps: {error}. What was saved before is "
-                "intact, and the same call goes on from it."
-            ) from error
-
-    def load_(self, gates: Gates, optimizer: torch.optim.Optimizer) -> int:
-        """Take over what was saved last, and return the number of its steps; 0 where nothing was."""
-        if not (self.path / STATE).exists():
-            return 0
-        with readable(self.path):
-            state = json.loads((self.path / STATE).read_text())
-            key, steps, name = state["key"], int(state["steps"]), str(state["tensors"])
-        if key != self.key:
-            raise StructPruneError(
-                f"{self.path} holds gates of a run with another model, config or calibration text; name another "
-                "checkpoint_dir, or remove the folder."
-            )
-        with readable(self.path):
-            _take(load_file(self.path / name), gates, optimizer)
-        return steps
-
-
 def _tensors(gates: Gates, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Gates, multipliers and what the optimizer knows of each, by name."""
     named = {"values": gates.values, "linear": gates.linear, "squared": gates.squared}
@@ -331,6 +277,16 @@ def _tensors(gates: Gates, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     for name, parameter in named.items():
         found |= {f"{name}.{field}": tensor for field, tensor in optimizer.state[parameter].items()}
     return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+
+def _resume(folder: Resume, gates: Gates, optimizer: torch.optim.Optimizer) -> int:
+    """Take over what was saved last, and return the number of its steps; 0 where nothing was."""
+    saved = folder.load()
+    if saved is None:
+        return 0
+    with folder.readable():
+        _take(saved.tensors, gates, optimizer)
+    return saved.number
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.load import describe
 from ..arch.spec import ArchSpec
 from ..calibration.accumulator import Batch
 from ..calibration.running import LayerRunner
@@ -30,44 +29,46 @@ class Measure:
     held-out samples.
     """
 
-    def __init__(self, model: PreTrainedModel, domains: Sequence[Domain], causal: bool, arch_file: str | None = None):
+    def __init__(self, model: PreTrainedModel, domains: Sequence[Domain], arch: ArchSpec):
         self.heldout = {domain.name: domain.heldout for domain in domains}
         self.probes = {domain.name: domain.probe for domain in domains if domain.probe is not None}
-        self.causal, self.arch_file = causal, arch_file
-        self.dense = self._of_all(model)
-        self.dense_probes = self._perplexities(model, self.probes) if causal and self.probes else self.dense
+        self.dense = self._of_all(model, arch)
+        chosen_by = self.probes if arch.causal else {}
+        self.dense_probes = self._perplexities(model, arch, chosen_by) if chosen_by else self.dense
 
-    def ratios(self, model: PreTrainedModel) -> dict[str, float]:
+    def ratios(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, float]:
         """Perplexity as a multiple of the dense model's, by domain; infinity where it is not a number."""
-        found = self._perplexities(model, self.probes or self.heldout)
-        ratios = {name: value / self.dense_probes[name] for name, value in found.items()}
+        perplexities = self._perplexities(model, arch, self.probes or self.heldout)
+        ratios = {name: value / self.dense_probes[name] for name, value in perplexities.items()}
         return {name: inf if isnan(ratio) else ratio for name, ratio in ratios.items()}
 
-    def after(self, model: PreTrainedModel, report: Report) -> None:
+    def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
         """Put the figures of the smaller model into the report, beside those of the dense one."""
-        found = self._of_all(model)
+        figures = self._of_all(model, arch)
         for name, before in self.dense.items():
             if isinstance(before, float):
-                report.perplexity[name] = {"before": before, "after": found[name]}
+                report.perplexity[name] = {"before": before, "after": figures[name]}
             else:
-                report.output_error[name] = output_error(found[name], before)
+                report.output_error[name] = output_error(figures[name], before)
 
-    def _of_all(self, model: PreTrainedModel) -> dict[str, Any]:
-        if not self.causal:
+    def _of_all(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, Any]:
+        if not arch.causal:
             return {name: model_outputs(model, samples) for name, samples in self.heldout.items()}
-        found = self._perplexities(model, self.heldout)
-        for name, value in found.items():
+        perplexities = self._perplexities(model, arch, self.heldout)
+        for name, value in perplexities.items():
             if isnan(value):
                 raise StructPruneError(
                     f"The perplexity on held-out text of the domain {name!r} is not a number; load the model in "
                     "float32 or bfloat16, or check its weights."
                 )
-        return found
+        return perplexities
 
-    def _perplexities(self, model: PreTrainedModel, by_domain: Mapping[str, Tensor]) -> dict[str, float]:
+    def _perplexities(
+        self, model: PreTrainedModel, arch: ArchSpec, by_domain: Mapping[str, Tensor]
+    ) -> dict[str, float]:
         texts = [own_part(samples) for samples in by_domain.values()]
         if is_offloaded(model):
-            values = layerwise_perplexities(model, describe(model, self.arch_file), texts)
+            values = layerwise_perplexities(model, arch, texts)
         else:
             values = [perplexity(model, text) for text in texts]
         if process_count() == 1:

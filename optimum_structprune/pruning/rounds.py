@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from copy import deepcopy
-from dataclasses import replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
-from ..arch.spec import LAYER, MODEL, Widths
-from ..saving.hub import check_reload, save_checked
+from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
+from ..config.pruning import StructPruneConfig
+from ..domains.manifest import Entry
+from ..record.details import choices_of_list, choices_to_list
 from ..surgery.cut import adopt_config_, shrink_
-from ..surgery.plan import PLAN_NAME, Plan
+from ..surgery.plan import Plan
+from ..system.fingerprint import fingerprint
+from ..system.resume import Resume, Saved
 from ..widths.budget import biased_spaces
-from .checkpoint import Checkpoint, run_key
-from .evidence import Evidence
-from .progress import Progress
-from .run import Run
-from .steps import Step
-from .sweep import Sweep
-from .units import Snapshot
+from .run import Run, Step
+from .sweep import Snapshot, Sweep
+
+
+# What may change without making a half-finished run another one; the text itself is held against the checkpoint.
+FREE = ("checkpoint_dir", "losses_dir", "batch_size", "domains", "presets_file")
 
 
 def prune_units_(run: Run, step: Step) -> Plan:
@@ -33,44 +38,48 @@ def prune_units_(run: Run, step: Step) -> Plan:
     rounds: Rounds = run.rounds or Rounds(run, step)
     run.rounds = rounds
     if step.number <= rounds.done:
-        return Plan(rounds.arch.model_type, {})
+        return Plan(run.arch.model_type, {})
     if step.last:
         rounds.shrink_(step.widths)
         run.rounds = None
         return rounds.sweep.plan
     rounds.mask_(step.widths)
     rounds.record(step.widths, rounds.ratios())
-    rounds.leave(step.widths)
-    return Plan(rounds.arch.model_type, {})
+    rounds.finish()
+    return Plan(run.arch.model_type, {})
+
+
+def run_key(config: StructPruneConfig, model: PreTrainedModel, text: Sequence[Entry], target: Widths) -> str:
+    """SHA-256 of the config, of the dense model, of the calibration tokens and of the widths that are aimed at."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in FREE}
+    parts = [settings, [{**asdict(entry), "origin": None} for entry in text], fingerprint(model), target]
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class Rounds:
     """The rounds of one pruning inside the layers, from the first to the one that shrinks the model.
 
     Attributes:
-        evidence: What is known of the text, with the weights that the domains have in the next round.
+        sweep: Goes through the layers in each of them.
         done: The number of finished rounds.
     """
 
     def __init__(self, run: Run, step: Step):
-        self.run, self.config, self.arch = run, run.config, run.arch
-        self.total = max(step.count, self.config.rounds)
-        self.biased = biased_spaces(self.config, self.arch, step.target)
-        self.sweep = Sweep(run.model, self.arch, self.config)
-        self.evidence: Evidence = run.evidence
-        self.checkpoint: Checkpoint | None = None
-        self.progress: Progress | None = None
+        self.run, self.arch, config = run, run.arch, run.config
+        self.total = max(step.count, config.rounds)
+        self.biased = biased_spaces(config, run.arch, step.target)
+        self.sweep = Sweep(run.model, run.arch, config)
         self.done = 0
-        if self.config.checkpoint_dir is not None:
-            key = run_key(self.config, run.model, run.evidence.entries(), step.target)
-            self.checkpoint = Checkpoint(Path(self.config.checkpoint_dir), key)
-            self.progress = Progress(Path(self.config.checkpoint_dir), f"{key}/{step.count}")
-            run.report.details.resumed = self.progress.check() is not None
-            if (state := self.checkpoint.load(self.arch)) is not None:
-                self.done, run.report.rounds = state.number, state.measured
-                run.report.details.resumed = True
-                self.evidence = replace(self.evidence, shares=state.shares)
-                self.sweep.resume_(state.snapshot)
+        self.finished_rounds: Resume | None = None
+        self.finished_layers: Resume | None = None
+        if config.checkpoint_dir is not None:
+            key = run_key(config, run.model, run.evidence.entries(), step.target)
+            folder = Path(config.checkpoint_dir)
+            self.finished_rounds = Resume(folder, key, "round")
+            self.finished_layers = Resume(folder, f"{key}/{step.count}", "layer", every=True)
+            run.report.details.resumed = self.finished_layers.check() is not None
+            if (saved := self.finished_rounds.load()) is not None:
+                self._go_on_(self.finished_rounds, saved)
 
     def mask_(self, widths: Widths) -> None:
         """A round that only masks."""
@@ -98,48 +107,54 @@ class Rounds:
     def ratios(self) -> dict[str, float]:
         """Perplexity over the dense model's, by domain; nothing where no setting asks for it."""
         measure = self.run.measure
-        if measure is None or not (self.config.measures and self.arch.causal):
+        if measure is None or not (self.run.config.measures and self.arch.causal):
             return {}
         with self.run.report.timed("perplexity"):
-            return measure.ratios(self.run.model)
+            return measure.ratios(self.run.model, self.arch)
 
     def record(self, widths: Widths, ratios: Mapping[str, float], **more: bool) -> None:
         """Enter a round into the report, and weigh the domains anew for the next."""
-        if self.config.measures:
-            shares = dict(zip(self.evidence.names, self.evidence.shares, strict=True))
+        config, evidence = self.run.config, self.run.evidence
+        if config.measures:
+            shares = dict(zip(evidence.names, evidence.shares, strict=True))
             entry = {"widths": dict(widths), "shares": shares, "perplexity_ratio": dict(ratios), **more}
             self.run.report.rounds.append(entry)
-        if self.config.reweights and ratios:
-            self.evidence = self.evidence.reweighted(ratios)
+        if config.reweights and ratios:
+            self.run.evidence = evidence.reweighted(ratios)
 
-    def leave(self, widths: Widths, resumable: bool = True) -> None:
+    def finish(self) -> None:
         """Count a round as finished, and put on disk what it has reached."""
         self.done += 1
-        if self.config.keep_rounds:
-            self._save_model(widths)
-        if self.checkpoint is not None and resumable:
-            self.checkpoint.save(self.snapshot(), self.evidence.shares, self.done, self.run.report.rounds)
+        if self.finished_rounds is not None:
+            snapshot = self.sweep.snapshot()
+            values = {
+                "shares": self.run.evidence.shares,
+                "plan": self.sweep.plan.to_dict(),
+                "choices": choices_to_list(snapshot.choices),
+                "measured": self.run.report.rounds,
+            }
+            self.finished_rounds.save(self.done, values, _tensors(snapshot))
 
-    def snapshot(self) -> Snapshot:
-        """Copies of what the rounds have reached."""
-        return self.sweep.snapshot()
-
-    def restore_(self, snapshot: Snapshot, shares: tuple[float, ...]) -> None:
-        """Go back to a snapshot and to the weights that the domains had then."""
-        self.sweep.restore_(snapshot)
-        self.evidence = replace(self.evidence, shares=shares)
-
-    def undo_(self) -> None:
-        """Make the model dense again, unless units have been removed for good."""
-        if not self.sweep.shrunk:
-            self.sweep.consumers.undo_()
+    def _go_on_(self, store: Resume, saved: Saved) -> None:
+        """Take over the rounds that an earlier run has finished."""
+        with store.readable():
+            keep = Plan.from_dict(saved.values["plan"]).keep
+            snapshot = _snapshot(self.arch, keep, saved.tensors)
+            choices = choices_of_list(saved.values["choices"])
+            measured = [_measured(entry) for entry in saved.values["measured"]]
+            shares = tuple(map(float, saved.values["shares"]))
+        self.run.report.details.resumed, self.run.report.rounds = True, measured
+        self.run.evidence = replace(self.run.evidence, shares=shares)
+        self.sweep.resume_(replace(snapshot, choices=choices))
+        self.done = saved.number
 
     def _sweep_(self, widths: Widths, smaller: PreTrainedModel | None) -> None:
-        number = self.done + 1
-        with self.run.report.timed(f"round {number}"):
-            passes = self.evidence.passes(self.run.model, self.arch)
+        run, number = self.run, self.done + 1
+        with run.report.timed(f"round {number}"):
+            passes = run.evidence.passes(run.model, self.arch)
             title = f"round {number}/{max(number, self.total)}"
-            self.sweep.run_(passes, self.evidence.mixture, widths, smaller, title, self.progress, number, self.total)
+            mixture, store = run.evidence.mixture, self.finished_layers
+            self.sweep.run_(passes, mixture, widths, smaller, title, store, number, self.total)
 
     def _note_choices(self) -> None:
         """Hand the run what was noted of the choices, under the numbers that the layers have in the dense model."""
@@ -147,16 +162,29 @@ class Rounds:
         for (layer, name), choice in self.sweep.choices.items():
             self.run.choices[layer if layers is None else layers[layer], name] = choice
 
-    def _save_model(self, widths: Widths) -> None:
-        copy, plan = deepcopy(self.run.model), self.sweep.plan
-        shrink_(copy, self.arch, plan, widths, self.biased)
-        # What the round was asked for, whatever has chosen it.
-        chosen: Any = {"widths": dict(widths), "allocation": "uniform", "losses_dir": None, "skip_layers": ()}
-        config = replace(self.config, sparsity=None, budget=None, **chosen)
 
-        def write(staging: Path) -> None:
-            config.save_pretrained(staging)
-            plan.save(staging / PLAN_NAME)
+def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:
+    """The values of the consumers, by their number in the snapshot."""
+    tensors = {}
+    for index, (weight, bias) in enumerate(snapshot.consumers.values()):
+        tensors[f"{index}.weight"] = weight
+        if bias is not None:
+            tensors[f"{index}.bias"] = bias
+    return tensors
 
-        folder = Path(str(self.config.checkpoint_dir)) / f"round-{self.done}"
-        save_checked(copy, folder, self.run.tokenizer, True, write, check_reload)
+
+def _snapshot(
+    arch: ArchSpec, keep: Mapping[tuple[int, str], tuple[int, ...]], tensors: Mapping[str, Tensor]
+) -> Snapshot:
+    """Inverse of `_tensors`, without the choices."""
+    axes = [axis for space in arch.spaces if (space.layer, space.name) in keep for axis in space.into]
+    return Snapshot(keep, {axis: (tensors[f"{i}.weight"], tensors.get(f"{i}.bias")) for i, axis in enumerate(axes)})
+
+
+def _measured(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of the report; JSON has made text of the numbers of layers."""
+    widths = {
+        name: {int(layer): units for layer, units in width.items()} if isinstance(width, dict) else width
+        for name, width in entry["widths"].items()
+    }
+    return {**entry, "widths": widths}

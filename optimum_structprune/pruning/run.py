@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
-from ..arch.spec import LAYER, MODEL, ArchSpec
-from ..config.pruning import StructPruneConfig
+from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
 from ..errors import InPlaceError
 from ..record.details import Choice
 from ..record.report import Report
@@ -20,6 +20,34 @@ from .evidence import Evidence
 from .measure import Measure
 
 
+@dataclass(frozen=True)
+class Step:
+    """One pass of calibrate → score → remove.
+
+    Attributes:
+        kind: What is removed; see `pruning.steps`.
+        widths: The widths that the step reaches.
+        target: The widths that the last step of this kind reaches.
+        number: The number of this step among those of its kind that belong together, from 1.
+        count: How many of them there are; where units go, all but the last only mask them.
+        part: The number of the training that follows this step, from 1; 0 where none follows.
+        parts: The number of trainings.
+    """
+
+    kind: str
+    widths: Widths
+    target: Widths
+    number: int = 1
+    count: int = 1
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the last of those that belong together."""
+        return self.number == self.count
+
+
 class Run:
     """What the steps of one pruning share.
 
@@ -27,15 +55,17 @@ class Run:
     undone; a model that has begun to shrink in place refuses to be saved, and the error is an `InPlaceError`.
 
     Attributes:
-        config: How to prune.
         model: The model that shrinks.
-        evidence: What is known of the text.
+        arch: Its description as it is now.
+        dense: Its description before anything was removed.
+        evidence: What is known of the text; the weights of the domains may change from round to round.
+        config: How to prune.
         tokenizer: The tokenizer of the model.
         inplace: Whether the caller holds the model that shrinks.
         report: The numbers of the run.
         plan: The kept units of the dense model so far.
         measure: The figures of the dense model on held-out text; None until `start`.
-        teacher: The model that recovery learns from; None where there is none in memory.
+        teacher: The model that recovery learns from; None where there is none.
         layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
         rounds: The `Rounds` that have begun and have not ended; None between them.
         choices: How the units inside the layers were chosen, in summary, by layer of the dense model and space.
@@ -44,18 +74,17 @@ class Run:
 
     def __init__(
         self,
-        config: StructPruneConfig,
         model: PreTrainedModel,
         evidence: Evidence,
         tokenizer: PreTrainedTokenizerBase | None = None,
         inplace: bool = True,
         report: Report | None = None,
     ):
-        self.config, self.model, self.evidence = config, model, evidence
+        self.model, self.evidence, self.config = model, evidence, evidence.config
         self.tokenizer, self.inplace = tokenizer, inplace
-        arch = self.arch
-        self.report = report or Report(arch.model_type, config.scored_by)
-        self.plan = Plan(arch.model_type, {})
+        self.arch = self.dense = self.described()
+        self.report = report or Report(self.arch.model_type, self.config.scored_by)
+        self.plan = Plan(self.arch.model_type, {})
         self.measure: Measure | None = None
         self.teacher: PreTrainedModel | None = None
         self.layers: tuple[int, ...] | None = None
@@ -63,45 +92,45 @@ class Run:
         self.choices: dict[tuple[int, str], Choice] = {}
         self.changed = False
 
-    @property
-    def arch(self) -> ArchSpec:
+    def described(self) -> ArchSpec:
         """The description of the model as it is now."""
         return describe(self.model, self.config.arch_file)
 
     def start(self, dense: PreTrainedModel | None = None) -> None:
-        """Measure the model while it is dense, and keep or write down what recovery learns from."""
+        """Measure the model while it is dense, and keep what recovery learns from: `dense` where that is another
+        object than the model that shrinks, and a copy otherwise.
+        """
         with self.report.timed("perplexity"):
-            self.measure = Measure(self.model, self.evidence.domains, self.arch.causal, self.config.arch_file)
+            self.measure = Measure(self.model, self.evidence.domains, self.arch)
         self.report.start(self.model, self.arch)
-        recovery = self.config.recovery
-        if recovery is None or not recovery.distils:
-            return
-        if recovery.teacher_logits is not None:
-            self._recovery(1, self._trainings()).write_teacher_logits(self.model, self.tokenizer)
-        else:
+        if self.config.recovery is not None and self.config.recovery.distils:
             self.teacher = deepcopy(self.model) if dense is None else dense
 
     def compare(self) -> None:
         """Measure the model as it is now."""
         if self.measure is not None:
             with self.report.timed("perplexity"):
-                self.measure.after(self.model, self.report)
+                self.measure.after(self.model, self.arch, self.report)
 
     def recover(self, part: int, parts: int) -> None:
-        """Train the model, if the config says so."""
+        """Train the model, if the config says so; this is training `part` of `parts`, which share the tokens."""
         if self.config.recovery is None:
             return
+        # Training libraries take seconds to import, and most runs do without.
+        from ..recovery.recover import Recovery
+
         with self.report.timed("recovery"), alone():
-            recovery = self._recovery(part, parts)
+            recovery = Recovery(self.config.recovery, self.config, part=part, parts=parts)
             recovery.recover_model(self.model, self.tokenizer, self.teacher)
+            assert recovery.report is not None
             self.report.recovery = recovery.report.after(self.report.recovery)
 
-    def finish(self, dense: ArchSpec) -> None:
+    def finish(self) -> None:
         """Complete the report."""
-        self.report.finish(self.model, self.arch, dense, self.plan)
+        self.report.finish(self.model, self.arch, self.dense, self.plan)
+        layers = self.plan.keep.get((MODEL, LAYER), range(self.dense.num_layers))
         self.report.details.domains = self.evidence.names
-        left = self.plan.keep.get((MODEL, LAYER), range(dense.num_layers))
-        self.report.details.take({key: choice for key, choice in self.choices.items() if key[0] in left})
+        self.report.details.take({key: choice for key, choice in self.choices.items() if key[0] in layers})
         self.report.calibration_tokens = {domain.name: domain.samples.numel() for domain in self.evidence.domains}
         self.report.domain_seconds = {
             self.evidence.names[number]: spent for number, spent in sorted(self.evidence.clock.seconds.items())
@@ -116,7 +145,7 @@ class Run:
         if error is None:
             return
         if self.rounds is not None:
-            self.rounds.undo_()
+            self.rounds.sweep.undo_()
         if not (self.inplace and self.changed):
             return
         reason = str(error) or type(error).__name__
@@ -124,18 +153,6 @@ class Run:
         refuse_saving_(self.model, text)
         if isinstance(error, Exception):
             raise InPlaceError(text) from error
-
-    def _trainings(self) -> int:
-        recovery = self.config.recovery
-        return self.config.rounds if recovery is not None and recovery.every_round else 1
-
-    def _recovery(self, part: int, parts: int) -> Any:
-        # Training libraries take seconds to import, and most runs do without.
-        from ..recovery.recover import Recovery
-
-        config = self.config.recovery
-        assert config is not None
-        return Recovery(config, self.config, part=part, parts=parts)
 
 
 def refuse_saving_(model: PreTrainedModel, reason: str) -> None:

@@ -1,48 +1,32 @@
-"""The steps of a run, in order."""
+"""The steps of a run, in order, and what takes each kind of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from transformers import PretrainedConfig
 
 from ..arch.spec import EXPERT, HIDDEN, LAYER, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
+from ..surgery.plan import Plan
 from ..widths.schedule import legal_round_widths, round_widths
+from .limit import prune_within_limit_
+from .rounds import prune_units_
+from .run import Run, Step
+from .whole import remove_channels_, remove_experts_, remove_layers_
 
 
-# The kinds of step: three remove something from the whole model or before all else, the others prune inside layers.
-UNITS, FLOOR = "units", "floor"
+# Three kinds of step remove something from the whole model or before all else, the others prune inside the layers.
+UNITS, LIMIT = "units", "limit"
+REMOVERS: dict[str, Callable[[Run, Step], Plan]] = {
+    LAYER: remove_layers_,
+    EXPERT: remove_experts_,
+    HIDDEN: remove_channels_,
+    UNITS: prune_units_,
+    LIMIT: prune_within_limit_,
+}
 WHOLE_MODEL = (LAYER, EXPERT, HIDDEN)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass of calibrate → score → remove.
-
-    Attributes:
-        kind: What is removed: `LAYER`, `EXPERT`, `HIDDEN`, `UNITS`, or `FLOOR` for units within a perplexity limit.
-        widths: The widths that the step reaches.
-        target: The widths that the last step of this kind reaches.
-        number: The number of this step among those of its kind that belong together, from 1.
-        count: How many of them there are; where units go, all but the last only mask them.
-        part: The number of the training that follows this step, from 1; 0 where none follows.
-        parts: The number of trainings.
-    """
-
-    kind: str
-    widths: Widths
-    target: Widths
-    number: int = 1
-    count: int = 1
-    part: int = 0
-    parts: int = 1
-
-    @property
-    def last(self) -> bool:
-        """Whether it is the last of those that belong together."""
-        return self.number == self.count
 
 
 def steps(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig, widths: Widths) -> list[Step]:
@@ -52,42 +36,31 @@ def steps(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedCon
     `config.rounds` rounds. Where training follows every round, each round is such a sequence of its own.
     """
     if config.recovery is None or not config.recovery.every_round:
-        return _with_training(list(_sequence(config, arch, model_config, widths)), 1, 1)
-    alone = replace(config, rounds=1)
+        return _with_training(list(_sequence(config, arch, widths)), 1, 1)
+    single = replace(config, rounds=1)
     goals = legal_round_widths(config, arch, model_config, widths)
     return [
         step
         for part, goal in enumerate(goals, start=1)
-        for step in _with_training(list(_sequence(alone, arch, model_config, goal)), part, len(goals))
+        for step in _with_training(list(_sequence(single, arch, goal)), part, len(goals))
     ]
 
 
-def _sequence(
-    config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig, widths: Widths
-) -> Iterator[Step]:
+def _sequence(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> Iterator[Step]:
     for kind in WHOLE_MODEL:
         if kind in widths:
             target = {kind: widths[kind]}
-            course = round_widths(config, arch, target) if kind == LAYER else [target]
-            yield from _numbered(kind, course, target)
+            yield from _numbered(kind, round_widths(config, arch, target) if kind == LAYER else [target])
     inside = {name: width for name, width in widths.items() if name not in WHOLE_MODEL}
-    if not inside:
-        return
-    if config.max_perplexity_ratio is not None:
-        yield Step(FLOOR, inside, inside)
-        return
-    # Where the rounds on the way are saved, each of them has to be a model that can be.
-    course = (
-        legal_round_widths(config, arch, model_config, inside)
-        if config.keep_rounds
-        else round_widths(config, arch, inside)
-    )
-    yield from _numbered(UNITS, course, inside)
+    if inside and config.max_perplexity_ratio is not None:
+        yield Step(LIMIT, inside, inside)
+    elif inside:
+        yield from _numbered(UNITS, round_widths(config, arch, inside))
 
 
-def _numbered(kind: str, course: Sequence[Widths], target: Widths) -> Iterator[Step]:
+def _numbered(kind: str, course: list[Widths]) -> Iterator[Step]:
     for number, widths in enumerate(course, start=1):
-        yield Step(kind, widths, target, number, len(course))
+        yield Step(kind, widths, course[-1], number, len(course))
 
 
 def _with_training(sequence: list[Step], part: int, parts: int) -> list[Step]:

@@ -50,11 +50,9 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
         num_samples=samples,
         seq_length=seq_length,
         # Nothing is chosen, so no text is set aside for it.
-        adaptive_rate=0.0,
         objective="mean",
         allocation="uniform",
         max_perplexity_ratio=None,
-        keep_rounds=False,
     )
 
 

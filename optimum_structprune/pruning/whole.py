@@ -1,28 +1,83 @@
-"""The step that removes channels of the residual stream."""
+"""Steps that remove something from the whole model: layers, experts, channels of the residual stream."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
-from ..arch.spec import HIDDEN, MODEL, ArchSpec, Axis, ResidualStream
+from ..arch.meta import skeleton
+from ..arch.shrink import shrunk_config
+from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Axis, ResidualStream
 from ..calibration.accumulator import Accumulator, Batch
 from ..calibration.linalg import ridge_strength
 from ..calibration.sequential import LayerPasses
 from ..config.pruning import StructPruneConfig
+from ..criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from ..criteria.mixture import Mixture
 from ..forward.hooks import observe
 from ..forward.metrics import run_model
+from ..forward.placement import Placement
 from ..surgery.consumers import read_consumer, write_consumer_
+from ..surgery.cut import adopt_config_, drop_layers_, shrink_layer_
 from ..surgery.plan import Plan, best_units
 from ..surgery.refit import REFITS
 from ..surgery.residual import narrow_
-from .run import Run
-from .steps import Step
+from ..system.processes import as_first_has_
+from .evidence import judges_layers
+from .run import Run, Step
+
+
+def remove_layers_(run: Run, step: Step) -> Plan:
+    """Take out the layers that measured losses have chosen, or else those that matter least to the model as it is now.
+
+    The config's criterion counts where it scores whole layers; otherwise block influence does.
+    """
+    with run.report.timed("layers"):
+        keep = _layers_to_keep(run, step) if run.layers is None else run.layers
+        run.changed = True
+        drop_layers_(run.model, run.arch, keep)
+    return Plan(run.arch.model_type, {(MODEL, LAYER): keep})
+
+
+def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
+    criterion = LAYER_CRITERIA.get(run.config.scored_by if judges_layers(run.config) else BLOCK_INFLUENCE)()
+    scores_by_domain = [
+        criterion.score(run.model, run.arch, list(batches))
+        for _, batches in groupby(run.evidence.own_batches, lambda batch: batch.domain)
+    ]
+    scores = as_first_has_(run.evidence.mixture.combined(torch.stack(scores_by_domain)))
+    return best_units(scores, run.arch.of(LAYER)[0].width_in(step.widths))
+
+
+def remove_experts_(run: Run, step: Step) -> Plan:
+    """Take whole experts out of every layer, those first that contribute least (REAP, Lasby et al. 2025, eq. 8).
+
+    An expert cannot be masked: a router is a softmax over logits, and no weight makes one of them minus infinity. So
+    this is one step before the rounds, and the layers shrink at once.
+    """
+    with run.report.timed("experts"):
+        model, arch, evidence = run.model, run.arch, run.evidence
+        new_config = shrunk_config(model.config, arch, step.widths)
+        smaller = skeleton(model, new_config)
+        passes = evidence.run_passes(model, arch, evidence.own_batches, evidence.clock)
+        placement, keep = Placement(model, arch), dict[tuple[int, str], tuple[int, ...]]()
+        for layer in tqdm(range(arch.num_layers), desc="experts", unit="layer"):
+            with placement.at(layer, changes=True):
+                for space in arch.at(layer):
+                    if space.kind in step.widths:
+                        scores = evidence.mixture.combined(passes.contributions(layer, space))
+                        keep[layer, space.name] = best_units(scores, space.width_in(step.widths))
+                run.changed = True
+                shrink_layer_(model, arch, layer, Plan(arch.model_type, keep), smaller)
+                passes.advance(layer)
+        adopt_config_(model, new_config, smaller)
+    return Plan(arch.model_type, keep)
 
 
 def remove_channels_(run: Run, step: Step) -> Plan:
@@ -38,13 +93,15 @@ def remove_channels_(run: Run, step: Step) -> Plan:
         width, mixture, batches = arch.of(HIDDEN)[0].width_in(step.widths), evidence.mixture, evidence.own_batches
         energies = channel_energies(model, arch.residual, batches, len(evidence.domains))
         keep = best_units(mixture.combined(energies.mean(0)), width)
-        left = torch.ones(len(arch.residual.reads))
+        kept_energy = torch.ones(len(arch.residual.reads))
         run.changed = True
         if config.fits:
             mixed = torch.tensor(mixture.shares, dtype=energies.dtype) @ energies.movedim(1, 0).flatten(1)
-            left = mixed.view(len(left), -1)[:, list(keep)].mean(1) * width / arch.residual.space.size
+            kept_energy = mixed.view(len(kept_energy), -1)[:, list(keep)].mean(1) * width / arch.residual.space.size
             refit_readers_(model, arch, config, batches, mixture, keep)
-        factors = {read.tap: float(share) ** 0.5 for read, share in zip(arch.residual.reads, left, strict=True)}
+        factors = {
+            read.tap: float(energy) ** 0.5 for read, energy in zip(arch.residual.reads, kept_energy, strict=True)
+        }
         narrow_(model, arch, keep, factors)
     return Plan(arch.model_type, {(MODEL, HIDDEN): keep})
 
