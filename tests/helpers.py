@@ -22,8 +22,8 @@ from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.calibration.passes import ModelPasses, batches_of
 from optimum_structprune.domains.load import load_domains
+from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.evidence import Evidence
-from optimum_structprune.pruning.removers import take_
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.pruning.steps import steps
 from optimum_structprune.record.details import Details
@@ -67,13 +67,12 @@ def evidence_of(settings, domains=None, run_passes=None) -> Evidence:
 
 def pruned_on(evidence, model, widths) -> Run:
     """The finished run that brings a copy of a model to `widths` on given evidence."""
-    with Run(evidence.config, deepcopy(model), evidence) as run:
-        arch = run.arch
+    with Run(deepcopy(model), evidence) as run:
         run.start()
-        for step in steps(evidence.config, arch, run.model.config, widths):
-            take_(run, step)
+        for step in steps(evidence.config, run.arch, run.model.config, widths):
+            StructPruner(evidence.config).take_(run, step)
         run.compare()
-        run.finish(arch)
+        run.finish()
     return run
 
 

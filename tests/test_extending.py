@@ -83,7 +83,7 @@ def test_the_pruner_of_the_page_stops_early_and_leaves_an_ordinary_model(tmp_pat
     exec(re.sub(r"^@register.*\n", "", CODE[1], flags=re.MULTILINE), names)
     config = StructPruneConfig(widths={"mlp": 24}, num_samples=6, seq_length=24)
     ratios = iter([1.0, 1.5, 3.0, 3.0])
-    monkeypatch.setattr(Measure, "ratios", lambda self, model: {"a": next(ratios)})
+    monkeypatch.setattr(Measure, "ratios", lambda self, model, arch: {"a": next(ratios)})
     pruner = names["Careful"](config)
     pruned = pruner.prune_model(build("llama-tied"), inputs={"a": torch.randint(64, (8, 24))})
     # After two of four geometric steps from 40 to 24.

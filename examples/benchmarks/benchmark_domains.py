@@ -56,7 +56,6 @@ DOMAINS = ("wiki", "code", "math", "dialogue", "web")
 # What each part of a cell's name adds to the config. `domains` are names in DATA/calibration, or sources of their own.
 MIXES: dict[str, dict[str, Any]] = {
     "mix": {},
-    "adaptive": {"adaptive_rate": 1.0},
     "worst-case": {"objective": "worst"},
     "self-generated": {"domains": SELF},
     "built-in": {"domains": ("builtin:prose", "builtin:code", "builtin:math")},
@@ -121,7 +120,7 @@ NEAR = {
 # Settings that files of earlier versions of this script leave out.
 SETTINGS = {"seq_length": SEQ_LENGTH, "leave_one_out": False}
 # What re-weights domains between rounds needs some; the widths by measured loss follow the worst domain without any.
-ITERATIVE = ("adaptive", "worst-case")
+ITERATIVE = ("worst-case",)
 
 
 def cells(domains: list[str]) -> dict[str, dict[str, Any]]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
 from ..arch.spec import Width, Widths
 from ..errors import StructPruneError
 from ..record.text import worst_ratio
 from ..surgery.plan import Plan
-from ..widths.schedule import next_legal
+from ..widths.schedule import legal_round_widths, next_legal
 from .rounds import Rounds
 from .run import Run, Step
 
@@ -31,52 +35,65 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
             state = rounds.sweep.snapshot(), run.evidence
         return held
 
-    # Shares of the way from the dense widths to the target: the largest that holds, the smallest that does not.
-    enough, too_much = rounds.done / rounds.total, None
-    while too_much is None and rounds.done < rounds.total:
-        share = (rounds.done + 1) / rounds.total
-        if holds(_widths_at(share, run, step.target)):
-            enough = share
-            rounds.finish()
-        else:
-            too_much = share
+    course = legal_round_widths(run.config, run.arch, run.model.config, step.target)
+    dense = _dense_widths(run, step.target)
+    held, missed = course[rounds.done - 1] if rounds.done else dense, None
+    for widths in course[rounds.done :]:
+        if not holds(widths):
+            missed = widths
+            break
+        held = widths
+        rounds.finish()
     # The halvings begin again after a kill; only the rounds before them are remembered.
-    while too_much is not None and too_much - enough > _finest(run, step.target):
-        middle = (enough + too_much) / 2
-        widths, best, beyond = (_widths_at(share, run, step.target) for share in (middle, enough, too_much))
-        if widths == best or (widths != beyond and holds(widths)):
-            enough = middle
+    wide, narrow, near, far = held, missed, 0.0, 1.0
+    while narrow is not None and far - near > _finest(wide, narrow):
+        middle = (near + far) / 2
+        widths = _between(run, wide, narrow, middle)
+        if widths == held or (widths != missed and holds(widths)):
+            held, near = widths, middle
         else:
-            too_much = middle
+            missed, far = widths, middle
     rounds.sweep.restore_(state[0])
-    widths = _widths_at(enough, run, step.target)
-    if widths == _widths_at(0, run, step.target):
+    if held == dense:
         raise StructPruneError(_out_of_reach(run))
-    plan = rounds.remove_masked_(widths)
+    plan = rounds.remove_masked_(held)
     run.rounds = None
     return plan
 
 
-def _widths_at(share: float, run: Run, target: Widths) -> Widths:
-    """The legal widths after a share of the way from the dense ones to the target, in the form of the target."""
+def _dense_widths(run: Run, target: Widths) -> Widths:
+    """The present widths of the spaces of a target, in its form: one number, or one per layer."""
+    sizes = {name: run.arch.widths(name) for name in target}
+    return {
+        name: max(sizes[name].values()) if isinstance(width, int) else {layer: sizes[name][layer] for layer in width}
+        for name, width in target.items()
+    }
+
+
+def _between(run: Run, wide: Widths, narrow: Widths, share: float) -> Widths:
+    """The legal widths after a share of the way from wide ones to narrow ones of the same form."""
     widths: dict[str, Width] = {}
-    for name, width in target.items():
-        multiple, sizes = run.config.round_to if run.arch.of(name)[0].rounds else 1, run.arch.widths(name)
-
-        def narrowed(size: int, least: int, multiple: int = multiple) -> int:
-            between = size - share * (size - least)
-            return least if share == 1 else min(size, -int(-between // multiple) * multiple)
-
-        if isinstance(width, int):
-            widths[name] = narrowed(max(sizes.values()), width)
-        else:
-            widths[name] = {layer: narrowed(sizes[layer], least) for layer, least in width.items()}
+    for name, least in narrow.items():
+        multiple, most = run.config.round_to if run.arch.of(name)[0].rounds else 1, wide[name]
+        if isinstance(least, int) and isinstance(most, int):
+            widths[name] = _rounded(most, least, share, multiple)
+        elif isinstance(least, Mapping) and isinstance(most, Mapping):
+            widths[name] = {layer: _rounded(most[layer], least[layer], share, multiple) for layer in least}
     return next_legal(run.model.config, run.arch, widths)
 
 
-def _finest(run: Run, target: Widths) -> float:
-    """Half of the share of the way that one unit of the widest space makes."""
-    gaps = [space.width - space.width_in(target) for name in target for space in run.arch.of(name)]
+def _rounded(most: int, least: int, share: float, multiple: int) -> int:
+    return min(most, ceil((most - share * (most - least)) / multiple) * multiple)
+
+
+def _finest(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> float:
+    """Half of the share of the way that one unit of the space with the longest way makes."""
+    pairs = ((wide[name], narrow[name]) for name in narrow)
+    gaps = [
+        gap
+        for most, least in pairs
+        for gap in ([most - least] if isinstance(most, int) else [most[layer] - least[layer] for layer in most])
+    ]
     return 0.5 / max(1, *gaps)
 
 

@@ -96,7 +96,7 @@ def test_rounds_refit_from_the_dense_weights(stats):
     assert small.config.intermediate_size == plain.config.intermediate_size == 9
     # The same moments, but scores of later rounds judge refitted weights.
     assert rounds.plan != once.plan and torch.isfinite(small(token_ids()).logits).all()
-    for how in ({"adaptive_rate": 1.0}, {"max_perplexity_ratio": 50.0}):
+    for how in ({"objective": "worst"}, {"max_perplexity_ratio": 50.0}):
         assert pruned(stats, rounds=2, widths={"mlp": 9}, **how)[1].config.intermediate_size == 9
 
 

@@ -19,7 +19,7 @@ from optimum_structprune.record.details import Details
 RUNS = {
     "llama-tied": {"widths": {"mlp": 24, "attention": 2}},
     "llama-bias": {"criterion": "flap", "refit": "bias"},
-    "qwen3": {"criterion": "taylor", "rounds": 2, "adaptive_rate": 1.0},
+    "qwen3": {"criterion": "taylor", "rounds": 2, "objective": "worst"},
     "mixtral": {"widths": {"expert": 3, "mlp": 24}},
     "gemma2": {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
     "three layers": {"widths": None, "sparsity": 0.25, "allocation": "search", "round_to": 4},

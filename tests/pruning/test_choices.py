@@ -17,7 +17,7 @@ from optimum_structprune.record.report import Report
 # Everything that lets a measurement decide.
 CHOOSING = [
     {"allocation": "sensitivity", "sparsity": 0.3, "round_to": 4},
-    {"rounds": 3, "adaptive_rate": 1.0},
+    {"rounds": 3, "objective": "worst"},
     {"rounds": 3, "objective": "worst"},
     {"rounds": 3, "max_perplexity_ratio": 1.01, "round_to": 4},
 ]

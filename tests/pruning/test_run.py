@@ -16,14 +16,14 @@ from optimum_structprune.criteria import Wanda
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.reweight import reweighted
 from optimum_structprune.forward.placement import Placement
-from optimum_structprune.pruning import channels, checkpoint, experts, layers, sweep
+from optimum_structprune.pruning import sweep, whole
 from optimum_structprune.pruning.measure import Measure
-from optimum_structprune.pruning.removers import take_
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.pruning.steps import steps
 from optimum_structprune.record.report import Report
 from optimum_structprune.surgery import cut
 from optimum_structprune.surgery.consumers import Consumers, read_consumer
+from optimum_structprune.system import resume
 
 
 def assert_refused(prune, model, message, folder):
@@ -57,9 +57,11 @@ def in_place(**fields):
         ("gpt_oss", "bias"),
     ],
 )
-def test_a_floor_out_of_reach_undoes_all_masks(case, refit, monkeypatch, tmp_path):
+def test_a_limit_out_of_reach_undoes_all_masks(case, refit, monkeypatch, tmp_path):
     tried = []
-    monkeypatch.setattr(Measure, "ratios", lambda self, model: tried.append(deepcopy(model)) or {"a": 9.0, "b": 1.1})
+    monkeypatch.setattr(
+        Measure, "ratios", lambda self, model, _: tried.append(deepcopy(model)) or {"a": 9.0, "b": 1.1}
+    )
     model = build(case)
     prune = in_place(max_perplexity_ratio=1.2, rounds=2, round_to=8, refit=refit)
     assert_refused(prune, model, "is not held by domain 'a' even with widths", tmp_path)
@@ -76,10 +78,10 @@ def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit
 
     def prune(model):
         evidence = evidence_of(config(refit=refit, rounds=2))
-        with Run(evidence.config, model, evidence) as run:
+        with Run(model, evidence) as run:
             for step in steps(evidence.config, run.arch, model.config, {"mlp": 24}):
                 try:
-                    take_(run, step)
+                    StructPruner(evidence.config).take_(run, step)
                 finally:
                     masked.append(deepcopy(model))
 
@@ -111,7 +113,7 @@ def test_a_checkpoint_that_cannot_be_written_undoes_the_round(monkeypatch, tmp_p
     def full(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(resume, "save_file", full)
     prune = in_place(rounds=2, refit="bias", checkpoint_dir=str(tmp_path / "rounds"))
     assert_refused(prune, build("llama-tied"), "Round 1 could not be saved.*no space left", tmp_path / "model")
 
@@ -154,10 +156,10 @@ def failing(function, number, kind):
 SHRUNK = {
     "rounds": (sweep, "shrink_layer_", 1, {"rounds": 2}),
     "last layer": (sweep, "shrink_layer_", 2, {"refit": "none"}),
-    "floor": (cut, "shrink_layer_", 1, {"max_perplexity_ratio": 50.0}),
-    "experts": (experts, "shrink_layer_", 1, {"widths": {"expert": 3}}),
-    "layers": (layers, "drop_layers_", 1, {"widths": {"layer": 1}}),
-    "channels": (channels, "narrow_", 1, {"widths": {"hidden": 24}}),
+    "limit": (cut, "shrink_layer_", 1, {"max_perplexity_ratio": 50.0}),
+    "experts": (whole, "shrink_layer_", 1, {"widths": {"expert": 3}}),
+    "layers": (whole, "drop_layers_", 1, {"widths": {"layer": 1}}),
+    "channels": (whole, "narrow_", 1, {"widths": {"hidden": 24}}),
 }
 
 
@@ -201,10 +203,10 @@ def test_an_error_in_a_later_step_counts_too(monkeypatch, tmp_path):
 def test_a_run_knows_when_something_is_gone():
     evidence, model = evidence_of(config(rounds=3)), build("llama-tied")
     seen = []
-    with Run(evidence.config, model, evidence) as run:
+    with Run(model, evidence) as run:
         for step in steps(evidence.config, run.arch, model.config, {"mlp": 24}):
             seen.append((run.changed, run.rounds is not None))
-            take_(run, step)
+            StructPruner(evidence.config).take_(run, step)
     assert seen == [(False, False), (False, True), (False, True)]
     assert run.changed and run.rounds is None and model.config.intermediate_size == 24
 
@@ -242,13 +244,14 @@ def test_a_quantized_model_stays_packed_where_its_text_is_not_enough():
 def test_a_perplexity_that_is_no_number_holds_no_limit():
     model = build("llama-tied")
     domains = load_domains(config(), tokenizer())
-    measure = Measure(model, domains, causal=True)
+    arch = describe(model)
+    measure = Measure(model, domains, arch)
     model.lm_head.weight.data[0, 0] = float("nan")
-    assert set(measure.ratios(model).values()) == {float("inf")}
-    shares = reweighted([0.5, 0.5], [0.5, 0.5], [float("inf"), 0.1], 1.0, "mean")
+    assert set(measure.ratios(model, arch).values()) == {float("inf")}
+    shares = reweighted([0.5, 0.5], [0.5, 0.5], [float("inf"), 0.1])
     assert shares[0] > shares[1] > 0 and sum(shares) == pytest.approx(1)
     with pytest.raises(StructPruneError, match="not a number"):
-        measure.after(model, Report("llama", "obs"))
+        measure.after(model, arch, Report("llama", "obs"))
 
 
 @pytest.mark.parametrize("inplace", [False, True])

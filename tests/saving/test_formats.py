@@ -36,7 +36,7 @@ LOADERS = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("formats") / "slim"
-    pruner = StructPruner(config(rounds=2, adaptive_rate=1.0, skip_layers=[]))
+    pruner = StructPruner(config(rounds=2, objective="worst", skip_layers=[]))
     pruner.save(pruner.prune_model(build("llama-tied"), tokenizer()), folder, tokenizer())
     return pruner, folder
 

@@ -2,21 +2,22 @@
 
 import pytest
 import torch
-from helpers import Killed, dying, same_weights
+from helpers import Killed, dying, evidence_of, same_weights
 from models import build, config, full_disk, tokenizer
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner
-from optimum_structprune.pruning import progress
+from optimum_structprune.pruning.rounds import run_key
+from optimum_structprune.system import resume
 
 
 RUNS = {
     "llama-tied": {"widths": {"mlp": 24, "attention": 2}},
     "llama-bias": {"criterion": "flap", "refit": "bias"},
     "qwen3": {"criterion": "random", "refit": "none"},
-    "gemma2": {"rounds": 2, "adaptive_rate": 1.0},
+    "gemma2": {"rounds": 2, "objective": "worst"},
     "granite": {"error_feedback": 0.25},
     "mixtral": {},
-    "qwen2": {"criterion": "taylor"},
+    "qwen2": {"criterion": "wanda"},
 }
 
 
@@ -33,7 +34,7 @@ def test_a_kill_at_any_write_leaves_what_the_next_run_goes_on_from(case, after, 
     while not finished:
         number += 1 if case == "llama-tied" else 3
         folder = tmp_path / str(number)
-        with dying(monkeypatch, progress, number, after):
+        with dying(monkeypatch, resume, number, after):
             try:
                 pruned(case, folder, **RUNS[case])
                 finished = True
@@ -47,14 +48,14 @@ def test_a_kill_at_any_write_leaves_what_the_next_run_goes_on_from(case, after, 
 
 def test_finished_layers_are_not_made_again(tmp_path, monkeypatch):
     whole, _ = pruned("llama-tied", tmp_path / "run")
-    monkeypatch.setattr(progress.Progress, "save", None)
+    monkeypatch.setattr(resume.Resume, "save", None)
     resumed, pruner = pruned("llama-tied", tmp_path / "run")
     assert same_weights(resumed, whole)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "layers.json",
-        "layer-000.safetensors",
-        "layer-001.safetensors",
-        "passes-1-0-of-1.safetensors",
+        "layer.json",
+        "layer-1.safetensors",
+        "layer-2.safetensors",
+        "layer-2-0-of-1.safetensors",
     }
 
 
@@ -63,7 +64,7 @@ def test_a_full_disk_names_the_layer_and_leaves_those_before(tmp_path):
     pruner = StructPruner(config(checkpoint_dir=str(tmp_path / "run")))
     with (
         full_disk(3000),
-        pytest.raises(InPlaceError, match="Layer 0 could not be saved.*layers before are intact"),
+        pytest.raises(InPlaceError, match="Layer 1 could not be saved.*before is intact"),
     ):
         pruner.prune_model(model, tokenizer(), inplace=True)
     assert same_weights(*(pruned("llama-tied", folder)[0] for folder in (tmp_path / "run", None)))
@@ -73,25 +74,30 @@ def test_another_run_is_refused_before_anything_changes(tmp_path):
     pruned("llama-tied", tmp_path / "run")
     model = build("llama-tied")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(StructPruneError, match="holds 2 layers of a run with another model, config or calibration"):
+    with pytest.raises(StructPruneError, match="holds layer 2 of a run with another model, config or calibration"):
         StructPruner(config(widths={"mlp": 20}, checkpoint_dir=str(tmp_path / "run"))).prune_model(
             model, tokenizer(), inplace=True
         )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["layers.json", "layer-000.safetensors", "passes-1-0-of-1.safetensors"])
+@pytest.mark.parametrize("name", ["layer.json", "layer-1.safetensors", "layer-2-0-of-1.safetensors"])
 def test_a_damaged_file_is_named(name, tmp_path):
     pruned("llama-tied", tmp_path / "run")
     path = tmp_path / "run" / name
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(StructPruneError, match="run is not a readable checkpoint .*; remove it to start anew"):
+    with pytest.raises(StructPruneError, match="layer.json is not a readable checkpoint .*; remove it to start anew"):
         pruned("llama-tied", tmp_path / "run")
 
 
-def test_a_run_of_another_number_of_processes_is_refused_with_both(tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "process_count", lambda: 2)
-    pruned("llama-tied", tmp_path / "run")
-    monkeypatch.undo()
-    with pytest.raises(StructPruneError, match="2 layers of a run with 2 processes.*run has 1; start 2, or remove"):
-        pruned("llama-tied", tmp_path / "run")
+def test_the_key_names_all_that_makes_a_run():
+    model, evidence = build("llama-tied"), evidence_of(config(rounds=2))
+    entries = evidence.entries()
+
+    def key(settings=evidence.config, of=model, text=entries, target=24):
+        return run_key(settings, of, text, {"mlp": target})
+
+    same = key()
+    assert key(config(rounds=2, batch_size=1, checkpoint_dir="elsewhere")) == same
+    others = [key(config(rounds=3)), key(of=build("llama-tied", seed=1)), key(text=entries[:1]), key(target=20)]
+    assert len({same, *others}) == 5
