@@ -18,10 +18,10 @@ from ..forward.hooks import observe_products
 from ..forward.metrics import evaluating, run_model
 from ..system.offloading import compute_device, is_offloaded
 from .accumulator import Accumulator, Batch, finite, listen
+from .base import Passes, PassesState
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
 from .running import LayerRunner
-from .base import Passes, PassesState
 from .sequential import LayerPasses
 
 

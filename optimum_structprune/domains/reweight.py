@@ -7,8 +7,9 @@ from math import exp
 from statistics import fmean
 
 
-# The factor by which a domain's weight may differ from the config's.
-MOST = 8.0
+# The factor by which a domain's weight may differ from the config's. A factor of 8 brings the worst domain no further,
+# and costs the others four times as much (docs/benchmarks.md).
+MOST = 2.0
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-6
 # Larger ones, also infinite ones, say no more than that the domain is lost.
@@ -19,7 +20,7 @@ HALVINGS = 100
 def reweighted(shares: Sequence[float], weights: Sequence[float], losses: Sequence[float]) -> tuple[float, ...]:
     """The shares of the next round, in which domains that have lost more than the mean count more.
 
-    The share of domain k becomes α_k ∝ α_k · exp(loss_k / mean loss - 1), kept within a factor of 8 of its weight in
+    The share of domain k becomes α_k ∝ α_k · exp(loss_k / mean loss - 1), kept within a factor of 2 of its weight in
     the config.
 
     Returns:

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import ArchSpec
 from ..calibration.accumulator import Batch
-from ..calibration.passes import SaliencyPasses, batches_of, passes_over
 from ..calibration.base import Passes
+from ..calibration.passes import SaliencyPasses, batches_of, passes_over
 from ..calibration.stored import Statistics, StoredPasses
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for

@@ -19,8 +19,8 @@ from transformers.utils.logging import tqdm
 
 from ..arch.spec import LAYER, ArchSpec, Axis, Space
 from ..calibration.accumulator import Batch
-from ..calibration.passes import batches_of, passes_over
 from ..calibration.base import Passes
+from ..calibration.passes import batches_of, passes_over
 from ..calibration.sequential import LayerPasses
 from ..criteria.mixture import Mixture
 from ..domains.load import Domain
