@@ -28,7 +28,7 @@ from .sweep import Snapshot, Sweep
 
 
 # What may change without making a half-finished run another one; the text itself is held against the checkpoint.
-FREE = ("checkpoint_dir", "losses_dir", "batch_size", "domains", "presets_file")
+FREE = ("checkpoint_dir", "losses_dir", "batch_size", "domains")
 
 
 def prune_units_(run: Run, step: Step) -> Plan:
