@@ -19,7 +19,7 @@ from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .costs.estimate import Cost, Setting, cost
 from .costs.workload import workload
-from .plain_json import to_json
+from .plain_json import replace_json
 from .pruner import AutoStructPruner
 from .pruning.checks import DRY_RUN, check
 from .record.text import table
@@ -125,7 +125,7 @@ class DryRun:
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        Path(path).write_text(to_json(self.to_dict()) + "\n")
+        replace_json(path, self.to_dict())
 
     def __str__(self) -> str:
         """Widths, parameters, memory and cache, as a table."""

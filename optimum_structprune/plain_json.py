@@ -45,10 +45,15 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
 
 
-def replace_json(path: Path, value: Any) -> None:
+def replace_json(path: str | Path, value: Any) -> None:
     """Write the JSON document of a value to a file, which replaces a former one in one step."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(to_json(value) + "\n")
+    replace_text(Path(path), to_json(value) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text to a file, which replaces a former one in one step."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 

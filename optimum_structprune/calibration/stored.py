@@ -23,7 +23,7 @@ from ..config.pruning import StructPruneConfig
 from ..domains.load import Domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
-from ..plain_json import to_json
+from ..plain_json import replace_json
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint, vocabulary_hash
 from .base import Passes, PassesState
@@ -130,7 +130,7 @@ class Statistics:
     def save(self) -> None:
         """Write the description."""
         data = {name: value for name, value in asdict(self).items() if name != "folder"}
-        (self.folder / STATISTICS).write_text(to_json(data) + "\n")
+        replace_json(self.folder / STATISTICS, data)
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -191,15 +191,9 @@ class Statistics:
         used = [replace(entry, weight=weights[entry.name]) for entry in whole.domains if entry.name in weights]
         return replace(whole, domains=used)
 
-    def moments_file(self, layer: int, domain: int) -> tuple[Path, str]:
-        """The file that holds one layer's moments in a domain, and what follows the names of modules in it.
-
-        The whole file is read for its hash.
-        """
-        if (name := moments_name(layer, domain)) in self.files:
-            return self._checked(name), ""
-        # Version 0.1 wrote the moments of all domains to one file.
-        return self._checked(f"layer-{layer:03d}.safetensors"), f"/{domain}"
+    def moments_file(self, layer: int, domain: int) -> Path:
+        """The file that holds one layer's moments in a domain; the whole of it is read for its hash."""
+        return self._checked(moments_name(layer, domain))
 
     def _checked(self, name: str) -> Path:
         path = self.folder / name
@@ -223,7 +217,7 @@ class StoredPasses(Passes):
         self.statistics, self.gradient, self.device = statistics, gradient, device
         self.indices = [names.index(domain.name) for domain in domains]
         # Files whose hash is right, by layer and domain: each is asked for once for every space.
-        self.files: dict[tuple[int, int], tuple[Path, str]] = {}
+        self.files: dict[tuple[int, int], Path] = {}
 
     def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         """See `Passes.gather`."""
@@ -234,9 +228,8 @@ class StoredPasses(Passes):
         for index in self.indices:
             if (layer, index) not in self.files:
                 self.files[layer, index] = self.statistics.moments_file(layer, index)
-            path, end = self.files[layer, index]
-            moments = load_moments(path, self.device, [f"{axis.module}{end}" for axis in space.into])
-            yield [replace(moments[f"{axis.module}{end}"], **unused) for axis in space.into]
+            moments = load_moments(self.files[layer, index], self.device, [axis.module for axis in space.into])
+            yield [replace(moments[axis.module], **unused) for axis in space.into]
 
     def contributions(self, layer: int, space: Space) -> Tensor:
         """Raises a StructPruneError: what an expert contributes is not stored."""

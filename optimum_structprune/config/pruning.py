@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub.dataclasses import strict, validated_field
 
 from ..errors import StructPruneError
-from ..plain_json import to_json, versioned
+from ..plain_json import replace_json, versioned
 from ..registry import did_you_mean
 from .domains import BROAD, DomainConfig, check_names, is_broad, with_domains
 from .fields import (
@@ -255,7 +255,7 @@ class StructPruneConfig(Serialisable):
         """Write `structprune_config.json` into a folder, which is made if need be."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(to_json(versioned(self.to_dict())) + "\n")
+        replace_json(folder / CONFIG_NAME, versioned(self.to_dict()))
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> "StructPruneConfig":

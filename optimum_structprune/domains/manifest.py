@@ -18,7 +18,7 @@ from ..config.domains import DomainConfig
 from ..config.fields import Number, read_mapping
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, one_line
-from ..plain_json import to_json, unversioned, versioned
+from ..plain_json import replace_json, unversioned, versioned
 from ..system.fingerprint import tensor_hash
 
 
@@ -131,7 +131,7 @@ class Manifest:
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        Path(path).write_text(to_json(versioned(asdict(self))) + "\n")
+        replace_json(path, versioned(asdict(self)))
 
     @classmethod
     def load(cls, folder_or_file: str | Path) -> "Manifest":

@@ -18,7 +18,7 @@ from ..domains.packing import prefix_token
 from ..domains.presets import resolve
 from ..errors import StructPruneError
 from ..forward.metrics import compare, sample_losses, standard_error
-from ..plain_json import to_json, versioned
+from ..plain_json import replace_json, versioned
 from ..record.text import table
 from .heldout import Heldout, read_heldout
 from .paired import Paired, paired
@@ -72,7 +72,7 @@ class Evaluation:
 
     def save(self, path: str | Path) -> None:
         """Write the numbers to a JSON file; one that is not finite is null."""
-        Path(path).write_text(to_json(versioned(self.to_dict())) + "\n")
+        replace_json(path, versioned(self.to_dict()))
 
     def __str__(self) -> str:
         """A table of domains, one of tasks, and the warnings."""

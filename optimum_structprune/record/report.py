@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..arch.spec import LAYER, MODEL, ArchSpec
-from ..plain_json import to_json, versioned
+from ..plain_json import replace_json, versioned
 from ..surgery.plan import Plan
 from ..system.memory import model_bytes, peak_memory
 from .details import Details
@@ -143,7 +143,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write JSON; a number that is not finite, which JSON does not have, is null."""
-        Path(path).write_text(to_json(versioned(self.to_dict())) + "\n")
+        replace_json(path, versioned(self.to_dict()))
 
     def __str__(self) -> str:
         """Widths, parameters and perplexity per domain, as a table."""

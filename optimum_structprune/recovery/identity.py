@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..config.fields import read_mapping
 from ..config.recovery import RecoveryConfig
-from ..plain_json import plain, to_json
+from ..plain_json import plain, replace_json
 from ..system.fingerprint import raw_bytes
 from ..system.offloading import weight_of
 
@@ -85,7 +85,7 @@ class Identity:
 
     def save(self, folder: str | Path) -> None:
         """Write `recovery_identity.json` into a folder."""
-        Path(folder, IDENTITY_NAME).write_text(to_json(asdict(self)) + "\n")
+        replace_json(Path(folder, IDENTITY_NAME), asdict(self))
 
     def differences(self, stored: Mapping[str, Any]) -> list[str]:
         """How a stored identity differs from this one, with both values of each difference."""

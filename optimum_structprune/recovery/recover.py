@@ -21,7 +21,7 @@ from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import perplexity
-from ..plain_json import to_json
+from ..plain_json import replace_json
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 from ..saving.hub import RECORDS, check_reload, save_checked
 from ..system.disk import used_paths
@@ -229,8 +229,8 @@ class Recovery:
         def write(folder: Path) -> None:
             for name, record in carried.items():
                 (folder / name).write_bytes(record)
-            (folder / RECOVERY_CONFIG_NAME).write_text(to_json(self.config.to_dict()) + "\n")
-            (folder / RECOVERY_REPORT_NAME).write_text(to_json(asdict(report)) + "\n")
+            replace_json(folder / RECOVERY_CONFIG_NAME, self.config.to_dict())
+            replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
             if REPORT_NAME in carried:
                 leave_page(folder, save_directory)
             if identity is not None:

@@ -1,24 +1,39 @@
-"""Writes a model as a GGUF file for llama.cpp, with a width for each layer where they differ."""
+"""Writes a model as a GGUF file for llama.cpp, with a width for each layer where they differ, and its tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFWriter
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal, in_file_order, layer_configs, rope_of
+from .. import __version__
+from ..arch.llama_cpp import (
+    BY_LAYER,
+    PRE_TOKENIZERS,
+    gguf_architecture,
+    gguf_refusal,
+    in_file_order,
+    layer_configs,
+    rope_of,
+)
 from ..arch.plain import check_plain, is_quantized
 from ..arch.spaces import heads_of
 from ..errors import StructPruneError
 from ..system.disk import GGUF_MARK, GGUFOutput
-from .gguf_vocabulary import add_vocabulary
 
+
+try:
+    import gguf
+except ImportError:  # an extra, of which `check_gguf` speaks
+    gguf = None  # type: ignore[assignment]
 
 # gguf's name for the type of a tensor, and for a file of such tensors, by torch's.
 TYPES = {
@@ -26,6 +41,12 @@ TYPES = {
     torch.float16: ("F16", "MOSTLY_F16"),
     torch.bfloat16: ("BF16", "MOSTLY_BF16"),
 }
+SPACE = "\u2581"  # how SentencePiece writes a space
+LEAST = -1e6  # the score of what no merge makes
+# The special tokens of a language model, under gguf's names for them.
+SPECIAL = ("bos", "eos", "unk", "sep", "pad")
+# What tokenizers calls the steps before the merges, in the words of `PRE_TOKENIZERS`, and the field that tells more.
+STEPS = {"Digits": ("digits", "individual_digits"), "ByteLevel": ("bytes", "use_regex"), "Split": ("split", "pattern")}
 
 
 @dataclass(frozen=True)
@@ -93,20 +114,18 @@ def check_gguf(config: PretrainedConfig) -> None:
     """Refuse a model that `export_gguf` cannot write, before its weights are loaded."""
     if (reason := gguf_refusal(config)) is not None:
         raise StructPruneError(reason)
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise StructPruneError("A GGUF file takes the package gguf: pip install optimum-structprune[gguf]") from error
+    if gguf is None:
+        raise StructPruneError("A GGUF file takes the package gguf: pip install optimum-structprune[gguf]")
 
 
 def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase, kind: str, file_type: str) -> int:
     """Write the file, one tensor at a time, and return the number of values in it."""
-    import gguf
-
     architecture = str(gguf_architecture(model.config))
     writer = gguf.GGUFWriter(path, architecture)
-    types = {name: _type(name, shape, kind) for name, shape, _ in _tensors(model, architecture)}
+    types = {}
     for name, shape, _ in _tensors(model, architecture):
+        # llama.cpp adds and multiplies by vectors in F32 only.
+        types[name] = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else kind]
         size = gguf.quant_shape_to_byte_shape(shape, types[name])
         writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(size)), raw_dtype=types[name])
     total = writer.get_total_parameter_count()[0]
@@ -114,7 +133,7 @@ def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBas
     _add_sizes(writer, model.config)
     writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_vocabulary(writer, tokenizer, model.config.vocab_size)
+    _add_vocabulary(writer, tokenizer, model.config.vocab_size)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -128,8 +147,6 @@ def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBas
 
 def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, tuple[int, ...], Any]]:
     """The name in the file, the shape, and a function that gives the values, of each tensor of the file."""
-    import gguf
-
     layers = layer_configs(model.config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], len(layers))
     for name, parameter in model.named_parameters():
@@ -147,16 +164,7 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, t
         yield f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight", tuple(factors.shape), lambda: factors
 
 
-def _type(name: str, shape: tuple[int, ...], kind: str) -> Any:
-    """The type of a tensor; llama.cpp adds and multiplies by vectors in F32 only."""
-    import gguf
-
-    return gguf.GGMLQuantizationType["F32" if len(shape) == 1 else kind]
-
-
 def _packed(name: str, values: torch.Tensor, kind: Any) -> np.ndarray:
-    import gguf
-
     with np.errstate(over="ignore"):  # what is too large is refused below
         packed = gguf.quants.quantize(values.numpy(), kind)
     if packed.dtype == np.float16 and not np.isfinite(packed).all():
@@ -166,19 +174,13 @@ def _packed(name: str, values: torch.Tensor, kind: Any) -> np.ndarray:
 
 def _frequency_factors(config: PretrainedConfig) -> torch.Tensor:
     """By how much the frequencies of the rotary embedding are divided, `(head_dim / 2,)`."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     scaled, _ = ROPE_INIT_FUNCTIONS[rope_of(config)["rope_type"]](config, torch.device("cpu"))
     places = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
     return rope_of(config)["rope_theta"] ** -places / scaled
 
 
-def _add_metadata(writer: GGUFWriter, model: PreTrainedModel, name: str, total: int) -> None:
+def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, name: str, total: int) -> None:
     """Write what the model is called, and what the card beside it says of where it comes from."""
-    import gguf
-
-    from .. import __version__
-
     writer.add_string(GGUF_MARK, __version__)
     folder = Path(model.name_or_path) if model.name_or_path and Path(model.name_or_path).is_dir() else None
     metadata = gguf.Metadata.load(model_path=folder, total_params=total)
@@ -188,10 +190,8 @@ def _add_metadata(writer: GGUFWriter, model: PreTrainedModel, name: str, total: 
     metadata.set_gguf_meta_model(writer)
 
 
-def _add_sizes(writer: GGUFWriter, config: PretrainedConfig) -> None:
+def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     """Write the numbers of the config; for each layer its own, where the architecture reads that."""
-    import gguf
-
     writer.add_block_count(config.num_hidden_layers)
     # llama.cpp attends to everything, which is the same as a sliding window as long as the text fits into that.
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
@@ -214,3 +214,129 @@ def _add_sizes(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    """Write a tokenizer into a GGUF file."""
+    if not tokenizer.is_fast:
+        raise StructPruneError(
+            f"A GGUF file holds a BPE tokenizer of the tokenizers library, found a {type(tokenizer).__name__}."
+        )
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    _check_vocabulary(parts, len(tokenizer), size)
+    pieces = parts["model"].get("byte_fallback", False)
+    writer.add_tokenizer_model((gguf.LlamaHfVocab if pieces else gguf.BpeVocab).tokenizer_model)
+    writer.add_tokenizer_pre("default" if pieces else pre_tokenizer(parts))
+    names, types = _tokens(tokenizer, size)
+    writer.add_token_list(names)
+    if pieces:
+        writer.add_token_scores(_scores(parts["model"], names))
+    writer.add_token_types(types)
+    if pieces:
+        writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(SPACE))
+    else:
+        writer.add_token_merges([" ".join(pair) for pair in _merges(parts["model"])])
+    _add_special(writer, tokenizer)
+
+
+def _check_vocabulary(parts: Mapping[str, Any], tokens: int, size: int) -> None:
+    """Refuse a tokenizer that llama.cpp does not have."""
+    if parts["model"]["type"] != "BPE":
+        raise StructPruneError(
+            "A GGUF file holds a BPE tokenizer, on bytes or on SentencePiece's pieces, found "
+            f"{parts['model']['type']}."
+        )
+    if tokens > size:
+        raise StructPruneError(
+            f"The tokenizer has {tokens:,} tokens and the model's embedding {size:,} rows, and a GGUF file has one "
+            "for each; the two have to be of the same model."
+        )
+    if not parts["model"].get("byte_fallback", False):
+        pre_tokenizer(parts)
+
+
+def pre_tokenizer(parts: Mapping[str, Any]) -> str:
+    """llama.cpp's name for what a byte-level tokenizer does before its merges.
+
+    llama.cpp's own converter knows a tokenizer by a hash of what it makes of one text, which a new vocabulary changes.
+    This compares the steps themselves.
+    """
+    step: Mapping[str, Any] = parts.get("pre_tokenizer") or {}
+    steps = step.get("pretokenizers", [step])
+    kinds = tuple(_kind(step) for step in steps)
+    key: Any = (*kinds, bool(parts["model"].get("ignore_merges")))
+    normalizer = (parts.get("normalizer") or {}).get("type")
+    # llama.cpp does not normalise what it reads. In NFC, as Qwen's tokenizers want it, nearly all text is already.
+    if key not in PRE_TOKENIZERS or normalizer not in (None, "NFC"):
+        raise StructPruneError(
+            "llama.cpp would cut text in another way than this tokenizer, whose steps before its merges are "
+            f"{[*filter(None, (normalizer, *(step.get('type') for step in steps)))]}; structprune knows those of "
+            f"{', '.join(PRE_TOKENIZERS.values())}."
+        )
+    return PRE_TOKENIZERS[key]
+
+
+def _kind(step: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A step before the merges as `PRE_TOKENIZERS` writes it; what it writes in no way becomes a pair of None."""
+    kind, field = STEPS.get(step.get("type", ""), (None, ""))
+    value = step.get(field)
+    if kind is None or step.get("add_prefix_space") or step.get("invert"):
+        return (None, None)
+    return kind, value.get("Regex") if isinstance(value, dict) else value
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[int]]:
+    """The text and the type of each token."""
+    kinds = gguf.TokenType
+    names = {number: name for name, number in tokenizer.get_vocab().items()}
+    added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
+    texts: list[str] = []
+    types: list[int] = []
+    for number in range(size):
+        text, kind = names.get(number, f"[PAD{number}]"), kinds.NORMAL
+        if number not in names:
+            kind = kinds.UNUSED
+        elif number in special or (number in added and (added[number].special or _looks_special(text))):
+            kind = kinds.CONTROL
+        elif number in added:
+            text, kind = text.replace(SPACE, " "), kinds.USER_DEFINED
+        elif re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text):
+            kind = kinds.BYTE
+        texts.append(text)
+        types.append(kind)
+    return texts, types
+
+
+def _looks_special(text: str) -> bool:
+    """Whether a token that is not marked as special is one nevertheless, as in the vocabularies of several models."""
+    return text in ("<pad>", "<mask>") or (text.startswith(("<|", "<｜")) and text.endswith(("|>", "｜>")))
+
+
+def _merges(model: Mapping[str, Any]) -> list[list[str]]:
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+
+
+def _scores(model: Mapping[str, Any], names: list[str]) -> list[float]:
+    """What llama.cpp goes by where it puts pieces together: it takes the pair whose whole scores highest.
+
+    That is the order of the merges, so a piece scores minus the number of the first merge that makes it.
+    """
+    rank: dict[str, int] = {}
+    for number, pair in enumerate(_merges(model)):
+        rank.setdefault("".join(pair), number)
+    return [-float(rank[name]) if name in rank else LEAST for name in names]
+
+
+def _add_special(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write which tokens have a meaning of their own, which are put around a text, and the chat template."""
+    for name in SPECIAL:
+        if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    ids = tokenizer("a").input_ids
+    writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)

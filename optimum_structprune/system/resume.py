@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import StructPruneError
+from ..plain_json import replace_text
 from .processes import process_count, process_index, wait_for_all
 
 
@@ -72,9 +73,7 @@ class Resume:
                 if tensors is not None:
                     _write(self._shared(number), tensors)
                 # Not `replace_json`, which has no word for infinity: a loss may be infinite.
-                new = self.state.with_name(f"{self.state.name}.new")
-                new.write_text(json.dumps(state))
-                new.replace(self.state)
+                replace_text(self.state, json.dumps(state))
             wait_for_all()
             self._remove_older(number)
         except (OSError, SafetensorError) as error:

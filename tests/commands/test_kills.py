@@ -23,18 +23,45 @@ from pathlib import Path
 from optimum_structprune import pruner
 from optimum_structprune.commands import loading, prune
 from optimum_structprune.commands.cli import main
+from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-model, folder, text = map(Path, sys.argv[1:])
+model, folder, text = map(Path, sys.argv[1:4])
 
-def run(out, killed_after=None):
+def killed_after(owner, name, ready):
+    before = getattr(owner, name)
+    def call(*args, **settings):
+        value = before(*args, **settings)
+        if ready(*args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return value
+    setattr(owner, name, call)
+
+def kill_at(moment, progress):
+    remembered = []
+    def third(path, target):
+        remembered.extend([target] if progress in Path(target).parents else [])
+        return len(remembered) == 3
+    if moment == "gathering":
+        killed_after(Path, "replace", lambda *paths: third(*paths) and False)
+        killed_after(modeling_llama.LlamaMLP, "forward", lambda *inputs: len(remembered) == 3)
+    elif moment == "between layers":
+        killed_after(Path, "replace", third)
+    elif moment == "saving":
+        killed_after(PreTrainedModel, "save_pretrained", lambda *args: True)
+    elif moment == "replacing":
+        killed_after(Path, "rename", lambda path, target: Path(target).name == "former")
+
+def run(out, moment=None):
     begun, child = time.monotonic(), os.fork()
     if child == 0:
+        if isinstance(moment, str):
+            kill_at(moment, folder / f".{out}.progress")
         flags = "--width mlp=24 --width attention=2 --num-samples 6 --seq-length 24 --device cpu --quiet"
         more = ["--domain", f"a={text}", "--offload", "disk", "--resume", "--overwrite"]
         os._exit(main(["prune", str(model), str(folder / out), *flags.split(), *more]))
-    if killed_after is not None:
-        time.sleep(killed_after)
+    if isinstance(moment, float):
+        time.sleep(moment)
         os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return code, time.monotonic() - begun
@@ -43,16 +70,20 @@ run("whole")
 code, length = run("whole")
 assert code == 0
 draw = random.Random(0)
-for number in range(10):
+moments = sys.argv[4:] or [draw.uniform(0.0, length) for _ in range(10)]
+for number, moment in enumerate(moments):
     out = f"out-{number}"
-    left = 0
-    code, _ = run(out, draw.uniform(0.0, length))
+    if moment == "replacing":
+        assert run(out)[0] == 0
+    code, _ = run(out, moment)
     print(number, code, (folder / out).exists(), sorted(path.name for path in folder.glob(f".{out}.*")), flush=True)
+    assert isinstance(moment, float) or code == -signal.SIGKILL, code
+    # The half of a run, the next time all of it.
+    again = draw.uniform(0.0, length) if isinstance(moment, float) else None
     while code:
         assert code == -signal.SIGKILL, code
-        # The half of a run, the next time all of it.
-        left += 1
-        code, _ = run(out, draw.uniform(0.0, length) if left == 1 else None)
+        code, _ = run(out, again)
+        again = None
 """
 
 
@@ -76,20 +107,24 @@ def environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+MOMENTS = ("gathering", "between layers", "saving", "replacing")
+
+
 @pytest.mark.slow
-def test_a_run_that_was_killed_at_any_moment_comes_to_the_same_result(dense, tmp_path):
-    command = [sys.executable, "-c", SCRIPT, dense / "model", tmp_path, dense / "a.jsonl"]
+@pytest.mark.parametrize("moments", [MOMENTS, pytest.param((), marks=pytest.mark.nightly)], ids=["chosen", "random"])
+def test_a_run_that_was_killed_at_any_moment_comes_to_the_same_result(dense, tmp_path, moments):
+    command = [sys.executable, "-c", SCRIPT, dense / "model", tmp_path, dense / "a.jsonl", *moments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f" -{signal.SIGKILL:d} " in done.stdout
     expected = load_file(tmp_path / "whole" / "model.safetensors")
     # What was killed has left nothing behind.
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["whole", *(f"out-{n}" for n in range(10))])
-    for number in range(10):
-        out = tmp_path / f"out-{number}"
-        found = load_file(out / "model.safetensors")
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    names = [f"out-{number}" for number in range(len(moments) or 10)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "whole"]
+    for out in (tmp_path / name for name in names):
+        weights = load_file(out / "model.safetensors")
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
         for name in ("pruning_plan.json", "report.json"):
             assert entries(out / name) == entries(tmp_path / "whole" / name)
 

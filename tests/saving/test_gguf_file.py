@@ -22,7 +22,7 @@ from optimum_structprune import StructPruneError, StructPruner, export_gguf
 from optimum_structprune.arch.llama_cpp import PRE_TOKENIZERS
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.builtin import builtin_documents
-from optimum_structprune.saving.gguf_vocabulary import pre_tokenizer
+from optimum_structprune.saving.gguf_file import pre_tokenizer
 
 
 TEXTS = [text[:2000] for _, text in zip(range(20), builtin_documents("math"), strict=False)]

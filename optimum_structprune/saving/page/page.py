@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 
 from ... import __version__
 from ...errors import StructPruneError
+from ...plain_json import replace_text
 from ...record.records import Records, only_warning
 from . import pictures
 from .sections import SECTIONS, tiles
@@ -72,10 +73,7 @@ def write_report(folder: str | Path, output: str | Path | None = None, dense: st
         StructPruneError: If the folder has no report, or a record cannot be read.
     """
     path = Path(folder, PAGE_NAME)
-    text = page(Records.read(folder, output, dense, dense_bytes))
-    new = path.with_name(f".{PAGE_NAME}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    replace_text(path, page(Records.read(folder, output, dense, dense_bytes)))
     return path
 
 
