@@ -148,25 +148,20 @@ def forget_code(path: Path) -> None:
     Such an `auto_map` comes from the folder that the model was loaded from, whose code is not copied where the model
     was loaded with the classes of transformers. Code in a repository of the Hub, `owner/name--module.Class`, stays.
     """
-    if not path.is_file():
-        return
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text()) if path.is_file() else {}
     named = config.get("auto_map")
     if not isinstance(named, dict):
         return
 
-    def there(reference: Any) -> bool:
-        references = reference if isinstance(reference, list) else [reference]
-        return all(
-            one is None or "--" in one or (path.parent / f"{one.rpartition('.')[0]}.py").is_file()
-            for one in references
-        )
+    def is_there(reference: str | None) -> bool:
+        return reference is None or "--" in reference or (path.parent / f"{reference.rpartition('.')[0]}.py").is_file()
 
-    kept = {name: reference for name, reference in named.items() if there(reference)}
-    if kept == named:
-        return
-    config["auto_map"] = kept
-    replace_json(path, config if kept else {name: value for name, value in config.items() if name != "auto_map"})
+    kept = {
+        name: code for name, code in named.items() if all(map(is_there, code if isinstance(code, list) else [code]))
+    }
+    if kept != named:
+        config["auto_map"] = kept
+        replace_json(path, config if kept else {name: value for name, value in config.items() if name != "auto_map"})
 
 
 @torch.no_grad()
@@ -184,10 +179,13 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
             )
         probe = _probe(model)
         with evaluating(model, again):
-            ours, theirs = (outputs_of(run_model(one, probe)) for one in (model, again))
+            ours, theirs = (outputs_of(run_model(either, probe)) for either in (model, again))
         del again  # before what it reads is gone
     difference = float((ours.float() - theirs.float()).abs().max())
-    if not difference <= _tolerance(ours, model.dtype):
+    # Every result is rounded by half a step of the dtype, eps times its size. Kernels that sum in another order take
+    # the logits of SmolLM2 (30 layers) apart by 2 to 3 steps of the largest one, in bf16 and in fp16; one matrix that
+    # is zero takes them apart by 25.
+    if not difference <= max(TOLERANCE, STEPS * torch.finfo(model.dtype).eps * float(ours.abs().max())):
         raise StructPruneError(f"The model saved to {folder} gives other outputs: they differ by {difference:.2g}.")
 
 
@@ -198,14 +196,6 @@ def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
         if (part := getattr(config, key, None)) is not None:
             kernels[key] = _kernels(part, name)
     return kernels
-
-
-def _tolerance(outputs: Tensor, dtype: torch.dtype) -> float:
-    # Every result is rounded by half a step of the dtype, eps times its size. Kernels that sum in another order take
-    # the logits of SmolLM2 (30 layers) apart by 2 to 3 steps of the largest one, in bf16 and in fp16; one matrix that
-    # is zero takes them apart by 25.
-    step = torch.finfo(dtype).eps * float(outputs.abs().max())
-    return max(TOLERANCE, STEPS * step)
 
 
 def _probe(model: PreTrainedModel) -> Tensor:

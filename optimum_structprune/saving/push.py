@@ -47,34 +47,32 @@ def push_to_hub(
         StructPruneError: If the folder holds no finished result, the Hub does not take the token or cannot be reached,
             or the repository is public and should be private.
     """
-    files = result_files(folder)
-    with plainly(repo_id, f"The result is complete in {folder}; `hf upload {repo_id} {folder}` pushes it later."):
-        api = checked_api(repo_id, token)
+    files = _result_files(folder)
+    with _refusals(repo_id, f"The result is complete in {folder}; `hf upload {repo_id} {folder}` pushes it later."):
+        api = _api(repo_id, token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         if private and api.model_info(repo_id).private is False:
             raise StructPruneError(
                 f"{repo_id} is public, and the result was to be private; make it private in its settings, or name "
                 "another repository."
             )
-        kept = CARD in files and _has_card_of_its_own(api, repo_id)
-        operations = [
-            CommitOperationAdd(name, renamed(path.read_text(encoding="utf-8"), repo_id).encode())
-            if name == CARD and is_signed(path)
-            else CommitOperationAdd(name, path)
-            for name, path in files.items()
-            if not (kept and name == CARD)
-        ]
+        if CARD in files and _has_card_of_its_own(api, repo_id):
+            del files[CARD]
+        contents: dict[str, bytes | Path] = {**files}
+        if CARD in files and is_signed(files[CARD]):
+            contents[CARD] = renamed(files[CARD].read_text(encoding="utf-8"), repo_id).encode()
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(repo_id, operations, commit_message=message or "Upload a pruned model")
     return str(url)
 
 
 def check_push(repo_id: str, token: str | None = None) -> None:
     """Refuse what could not be pushed, before work is done for it."""
-    with plainly(repo_id, "Nothing has been done yet."):
-        checked_api(repo_id, token)
+    with _refusals(repo_id, "Nothing has been done yet."):
+        _api(repo_id, token)
 
 
-def checked_api(repo_id: str, token: str | None) -> HfApi:
+def _api(repo_id: str, token: str | None) -> HfApi:
     """The Hub as the owner of a token sees it."""
     validate_repo_id(repo_id)
     if "/" not in repo_id:
@@ -87,11 +85,10 @@ def checked_api(repo_id: str, token: str | None) -> HfApi:
     return api
 
 
-def result_files(folder: str | Path) -> dict[str, Path]:
+def _result_files(folder: str | Path) -> dict[str, Path]:
     """The files that belong to a result, by their names in a repository."""
     root = Path(folder)
-    whole = root.is_dir() and is_result(root) and ((root / "config.json").is_file() or (root / ADAPTER).is_file())
-    if not whole:
+    if not is_result(root) or not any((root / name).is_file() for name in ("config.json", ADAPTER)):
         raise StructPruneError(
             f"{folder} holds no model that structprune has saved; name the folder that `structprune prune`, `recover` "
             "or `pruner.save` wrote."
@@ -102,7 +99,7 @@ def result_files(folder: str | Path) -> dict[str, Path]:
 
 
 @contextmanager
-def plainly(repo_id: str, state: str) -> Iterator[None]:
+def _refusals(repo_id: str, state: str) -> Iterator[None]:
     """Say what the Hub refuses as a `StructPruneError`."""
     try:
         yield
