@@ -74,28 +74,6 @@ def test_a_link_to_a_folder_stays_a_link(run, tmp_path):
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["out"]
 
 
-def former_result(folder):
-    """A folder that may be replaced, with a file by which it is known again."""
-    folder.mkdir()
-    (folder / "pruning_plan.json").write_text(json.dumps({"model_type": "llama", "keep": {}}))
-    (folder / "precious.json").write_text("mine")
-
-
-def test_a_failure_leaves_what_was_there(run, tmp_path, monkeypatch):
-    pruner, model = run
-    former_result(tmp_path / "out")
-    reader = tokenizer()
-
-    def fail(folder):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(reader, "save_pretrained", fail)
-    with pytest.raises(StructPruneError, match="out could not be written, and what was there is as it was: no space"):
-        pruner.save(model, tmp_path / "out", reader, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "precious.json").read_text() == "mine"
-
-
 def test_a_full_disk_leaves_what_was_there(run, tmp_path):
     pruner, model = run
     pruner.save(model, tmp_path / "out")
