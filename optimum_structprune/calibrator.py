@@ -20,7 +20,7 @@ from .config.pruning import StructPruneConfig
 from .costs.batch import with_batch_size
 from .criteria import CRITERIA
 from .domains.manifest import MANIFEST_NAME
-from .forward.metrics import evaluating
+from .forward.metrics import evaluating, own_settings
 from .forward.placement import Placement
 from .pruning.arguments import check_arguments, check_config_kind
 from .pruning.checks import CALIBRATE, check
@@ -29,6 +29,7 @@ from .system.disk import Output, used_paths
 from .system.fingerprint import fingerprint, vocabulary_hash
 
 
+@own_settings()
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,

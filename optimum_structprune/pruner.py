@@ -22,7 +22,7 @@ from .domains.broad import texts_of
 from .domains.load import Domain
 from .domains.manifest import Manifest
 from .errors import StructPruneError
-from .forward.metrics import evaluating
+from .forward.metrics import evaluating, own_settings
 from .pruning.arguments import check_arguments, check_config_kind
 from .pruning.checks import check
 from .pruning.choose import choose_shape
@@ -66,6 +66,7 @@ class StructPruner:
         self.plan: Plan | None = None
         self.manifest: Manifest | None = None
 
+    @own_settings()
     def prune_model(
         self,
         model: PreTrainedModel,
@@ -129,6 +130,7 @@ class StructPruner:
         if run.rounds is None:
             run.arch = run.described()
 
+    @own_settings()
     def prune_to_(
         self, model: PreTrainedModel, domains: Sequence[Domain], widths: Widths, report: Report | None = None
     ) -> Plan:

@@ -17,7 +17,7 @@ from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..domains.packing import prefix_token
 from ..domains.presets import resolve
 from ..errors import StructPruneError
-from ..forward.metrics import compare, sample_losses, standard_error
+from ..forward.metrics import compare, own_settings, sample_losses, standard_error
 from ..plain_json import replace_json, versioned
 from ..record.text import table
 from .heldout import Heldout, read_heldout
@@ -132,6 +132,7 @@ class Evaluation:
         return table(rows)
 
 
+@own_settings()
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import exp, nan
 from typing import Any
@@ -149,6 +149,22 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, bat
     losses, dense_losses = (_by_sample(parts, samples) for parts in found[:2])
     distance, agreement = (_total(parts) / samples[:, 1:].numel() for parts in found[2:])
     return Comparison(losses, dense_losses, distance, agreement)
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Torch as it is when nobody has set anything, inside `with` or a decorated function, whatever the caller has set:
+    fp32 as the default dtype, no autocast, and gradients where they are asked for.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps", "xpu")):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain
 from ..errors import StructPruneError
-from ..forward.metrics import perplexity
+from ..forward.metrics import own_settings, perplexity
 from ..plain_json import replace_json
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 from ..saving.hub import RECORDS, check_reload, save_checked
@@ -76,6 +76,7 @@ class Recovery:
         # The teacher whose predictions have been written or compared.
         self._known_teacher: str | Path | None = None
 
+    @own_settings()
     def recover_model(
         self,
         model: PreTrainedModel,
