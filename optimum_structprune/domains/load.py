@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -177,17 +178,6 @@ def check_vocabulary(largest: int, vocab_size: int | None) -> None:
         )
 
 
-def _check_tokens(
-    domain: DomainConfig, packed: Packed, others: Sequence[Packed | None], vocab_size: int | None
-) -> None:
-    largest = max(int(part.samples.max()) for part in (packed, *others) if part is not None)
-    check_vocabulary(largest, vocab_size)
-    if packed.mask is not None and not packed.mask.any():
-        raise StructPruneError(
-            f"The domain {domain.name!r} has answers_only, but its {len(packed.hashes)} documents hold no answer."
-        )
-
-
 @dataclass(frozen=True)
 class _Packer:
     """Divides the text of each domain into held-out and calibration samples."""
@@ -198,10 +188,23 @@ class _Packer:
     num_heldout: int | None
 
     def load(self, index: int, stream: Iterator[Tokens], vocab_size: int | None) -> Domain:
-        domain = self.domains[index]
-        heldout, packed, probe = self.pack(index, stream)
-        spare = None if written_by_model(domain) else self.spare(index, stream)
-        _check_tokens(domain, packed, [heldout, probe, spare], vocab_size)
+        domain, frame = self.domains[index], self.frame
+        # Held-out samples come first, so that they are the same text whatever num_samples is. The probe comes last, so
+        # that all others are the same text whether something is chosen or not.
+        needs = self._needs(self._counts(self.config.num_samples)[index])
+        texts = [frame.take(stream, need) for need in needs]
+        if any(frame.length(text) < need for text, need in zip(texts, needs, strict=True)):
+            raise StructPruneError(self._too_little(index, list(chain(*texts))))
+        heldout, packed, *probes = (
+            frame.pack(text, need // frame.body) for text, need in zip(texts, needs, strict=True)
+        )
+        spares = [] if written_by_model(domain) else self._spares(index, stream)
+        largest = max(int(part.samples.max()) for part in (heldout, packed, *probes, *spares))
+        check_vocabulary(largest, vocab_size)
+        if packed.mask is not None and not packed.mask.any():
+            raise StructPruneError(
+                f"The domain {domain.name!r} has answers_only, but its {len(packed.hashes)} documents hold no answer."
+            )
         return Domain(
             name=domain.name,
             weight=domain.weight / sum(domain.weight for domain in self.domains),
@@ -209,33 +212,22 @@ class _Packer:
             heldout=heldout.samples,
             mask=packed.mask,
             origin=domain,
-            documents=packed.hashes + (() if spare is None else spare.hashes),
+            documents=(*packed.hashes, *(name for part in spares for name in part.hashes)),
             heldout_documents=heldout.hashes,
-            spare=spare,
-            probe=None if probe is None else probe.samples,
-            probe_documents=() if probe is None else probe.hashes,
+            spare=spares[0] if spares else None,
+            probe=probes[0].samples if probes else None,
+            probe_documents=probes[0].hashes if probes else (),
         )
 
-    def pack(self, index: int, stream: Iterator[Tokens]) -> tuple[Packed, Packed, Packed | None]:
-        # Held-out samples come first, so that they are the same text whatever num_samples is. The probe comes last, so
-        # that all others are the same text whether something is chosen or not.
-        count = self._counts(self.config.num_samples)[index]
-        needs = self._needs(count)
-        texts = [self.frame.take(stream, need) for need in needs]
-        if any(self.frame.length(text) < need for text, need in zip(texts, needs, strict=True)):
-            raise StructPruneError(self._too_little(index, [one for text in texts for one in text]))
-        packed = [self.frame.pack(text, need // self.frame.body) for text, need in zip(texts, needs, strict=True)]
-        return packed[0], packed[1], packed[2] if self.config.chooses else None
-
-    def spare(self, index: int, stream: Iterator[Tokens]) -> Packed | None:
+    def _spares(self, index: int, stream: Iterator[Tokens]) -> list[Packed]:
         """Further samples, as far as there is text: as many as a larger weight may come to ask for."""
         config = self.config
         if not config.reweights:
-            return None
+            return []
         count = self._counts(config.num_samples)[index]
         extra = min(round(MOST * count), config.num_samples) - count
         packed = self.frame.pack(self.frame.take(stream, self.frame.body * extra), extra)
-        return packed if len(packed.samples) else None
+        return [packed] if len(packed.samples) else []
 
     def _counts(self, num_samples: int) -> list[int]:
         return split_samples(num_samples, [domain.weight for domain in self.domains])

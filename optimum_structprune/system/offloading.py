@@ -13,9 +13,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -39,25 +38,25 @@ AHEAD_ON = ["cuda"]
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate keeps weights of a model elsewhere between the calls of its modules."""
-    return any(hook.offload for module in model.modules() for hook in _hooks_of(module))
+    return bool(_offloading(model))
 
 
 def places(model: nn.Module) -> dict[str, str]:
     """Where the tensors of each module are, as a `device_map` for `from_pretrained`: its device, or the disk for
     everything that is offloaded.
     """
-    found: dict[str, str] = {}
+    devices: dict[str, str] = {}
     for name, module in model.named_modules():
         if (tensor := next((tensor for _, tensor in named_module_tensors(module)), None)) is not None:
-            found[name] = "disk" if any(hook.offload for hook in _hooks_of(module)) else str(tensor.device)
-    return found
+            devices[name] = "disk" if any(hook.offload for hook in _hooks_of(module)) else str(tensor.device)
+    return devices
 
 
 @contextmanager
 def declared(model: nn.Module) -> Iterator[None]:
     """Have transformers know of what is offloaded inside `with`, as it does where it has loaded the model itself."""
-    known: Any = getattr(model, "hf_device_map", None)
-    if not is_offloaded(model) or {"cpu", "disk"} & set((known or {}).values()):
+    former: Any = getattr(model, "hf_device_map", None)
+    if not is_offloaded(model) or {"cpu", "disk"} & set((former or {}).values()):
         yield
         return
     model.hf_device_map = places(model)  # type: ignore[assignment]  # typed as Tensor | Module
@@ -65,8 +64,8 @@ def declared(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model.hf_device_map
-        if known is not None:
-            model.hf_device_map = known
+        if former is not None:
+            model.hf_device_map = former
 
 
 def compute_device(model: nn.Module) -> torch.device:
@@ -125,7 +124,11 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
 def _hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
     hook = getattr(module, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
-    return [one for one in hooks if isinstance(one, AlignDevicesHook)]
+    return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
+
+
+def _offloading(layer: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
+    return [(module, hook) for module in layer.modules() for hook in _hooks_of(module) if hook.offload]
 
 
 def _tensors_of(module: nn.Module, hook: AlignDevicesHook) -> dict[str, Tensor]:
@@ -137,16 +140,9 @@ def _tensors_of(module: nn.Module, hook: AlignDevicesHook) -> dict[str, Tensor]:
     )
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """One tensor of a layer that was offloaded, where the layer is computed.
-
-    Attributes:
-        module: The module that it belongs to.
-        name: Its name there.
-        device: The device.
-        value: The tensor; nothing else changes it.
-        stream: The CUDA stream that copies it there; None where nothing is left to wait for.
+class Fetched(NamedTuple):
+    """One tensor of a layer that was offloaded, on the device that computes the layer; nothing else changes it. The
+    stream is that of CUDA which copies it there; None where nothing is left to wait for.
     """
 
     module: nn.Module
@@ -185,11 +181,7 @@ class Prefetch(Generic[T]):
 
 def fetches_ahead(layer: nn.Module) -> bool:
     """Whether a layer is offloaded, and it brings something to fetch it while another one runs."""
-    return any(
-        hook.offload and torch.device(hook.execution_device).type in AHEAD_ON
-        for module in layer.modules()
-        for hook in _hooks_of(module)
-    )
+    return any(torch.device(hook.execution_device).type in AHEAD_ON for _, hook in _offloading(layer))
 
 
 def fetch(layer: nn.Module) -> list[Fetched]:
@@ -197,16 +189,15 @@ def fetch(layer: nn.Module) -> list[Fetched]:
 
     On CUDA the copies are begun and not waited for, on a stream of their own and out of pinned memory.
     """
-    found, streams = [], dict[torch.device, Any]()
-    for module in layer.modules():
-        for hook in (one for one in _hooks_of(module) if one.offload):
-            device = torch.device(hook.execution_device)
-            if device.type == "cuda" and device not in streams:
-                streams[device] = torch.cuda.Stream(device)
-            for name in _tensors_of(module, hook):
-                value = _copied(_held(hook.weights_map, name), device, streams.get(device))
-                found.append(Fetched(module, name, device, value, streams.get(device)))
-    return found
+    fetched, streams = [], dict[torch.device, Any]()
+    for module, hook in _offloading(layer):
+        device = torch.device(hook.execution_device)
+        if device.type == "cuda" and device not in streams:
+            streams[device] = torch.cuda.Stream(device)
+        for name in _tensors_of(module, hook):
+            value = _copied(_held(hook.weights_map, name), device, streams.get(device))
+            fetched.append(Fetched(module, name, device, value, streams.get(device)))
+    return fetched
 
 
 def _copied(value: Tensor, device: torch.device, stream: Any) -> Tensor:
@@ -230,21 +221,17 @@ def _held(weights: Any, name: str) -> Tensor:
 
 
 def bring_in(layer: nn.Module, fetched: Iterable[Fetched]) -> list[AlignDevicesHook]:
-    """Give a layer what was fetched of it, and keep its hooks from dropping it.
-
-    Returns:
-        The hooks that would have.
-    """
-    for one in fetched:
-        if one.stream is not None:
-            present = torch.cuda.current_stream(one.device)
-            present.wait_stream(one.stream)
-            one.value.record_stream(present)  # so that its memory is not used again before what reads it has ended
-        set_module_tensor_to_device(one.module, one.name, one.device, value=one.value)
-    found = [hook for module in layer.modules() for hook in _hooks_of(module) if hook.offload]
-    for hook in found:
+    """Give a layer what was fetched of it, and keep its hooks from dropping it; these hooks are returned."""
+    for module, name, device, value, stream in fetched:
+        if stream is not None:
+            present = torch.cuda.current_stream(device)
+            present.wait_stream(stream)
+            value.record_stream(present)  # so that its memory is not used again before what reads it has ended
+        set_module_tensor_to_device(module, name, device, value=value)
+    hooks = [hook for _, hook in _offloading(layer)]
+    for hook in hooks:
         hook.offload = False
-    return found
+    return hooks
 
 
 def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], store: bool) -> None:
@@ -252,7 +239,7 @@ def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], 
     on_disk: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
     for module in layer.modules():
-        for hook in (one for one in _hooks_of(module) if one in hooks):
+        for hook in filter(hooks.__contains__, _hooks_of(module)):
             for name, tensor in _tensors_of(module, hook).items():
                 if store:
                     index |= _store(hook.weights_map, name, tensor.detach().cpu(), on_disk)
@@ -267,10 +254,8 @@ def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], 
 
 
 def _store(weights: Any, name: str, tensor: Tensor, on_disk: dict[str, Tensor]) -> dict[str, OffloadedWeightsLoader]:
-    """Put a tensor where the former one of that name is held: into memory, or among those that go to the disk.
-
-    Returns:
-        By full name, what reads a tensor that goes to the disk.
+    """Put a tensor where the former one of that name is held: into memory, or among those that go to the disk, whose
+    readers are returned by full name.
     """
     if isinstance(weights, PrefixedDataset):
         return _store(weights.dataset, f"{weights.prefix}{name}", tensor, on_disk)

@@ -175,15 +175,12 @@ def test_a_template_that_rewrites_messages():
 
 def test_conversations_in_either_form_from_a_file(tmp_path):
     rows = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}] * 2
+    rows.append({"conversations": []})  # which is skipped
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     domain = DomainConfig("d", str(tmp_path), template="chat")
     found = list(documents(domain, 0, chatty(CHATML)))
     assert found == ["<|user|>hi</s>\n<|assistant|>ho</s>\n"] * 2
     assert answers(found[0]) == ["ho"]
-
-
-def test_an_empty_conversation_is_skipped():
-    assert list(documents(DomainConfig("d", [{"messages": []}], template="chat"), 0, chatty(CHATML))) == []
 
 
 def test_names_that_meet_once_presets_are_resolved():
