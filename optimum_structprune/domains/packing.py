@@ -38,17 +38,12 @@ class Packed:
     Attributes:
         samples: The token ids, shape `(num_samples, seq_length)`, int64.
         mask: Which tokens give evidence, of the same shape, bool; None where all of them do.
-        documents: The hashes of the documents in each sample.
+        hashes: The hashes of the documents in them, each once, in the order of first use.
     """
 
     samples: Tensor
     mask: Tensor | None
-    documents: tuple[tuple[str, ...], ...]
-
-    @property
-    def hashes(self) -> tuple[str, ...]:
-        """The hashes of all documents, each once, in the order of first use."""
-        return tuple(dict.fromkeys(name for sample in self.documents for name in sample))
+    hashes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -90,23 +85,20 @@ class Frame:
         """Cut documents into as many full samples as they make, up to `most`; the rest is dropped."""
         ids: list[int] = []
         answers: list[bool] = []
-        spans: list[tuple[int, int, str]] = []
+        starts: list[tuple[int, str]] = []
         masked = False
         for document in documents:
             if ids and self.eos is not None:
                 ids.append(self.eos)
                 answers.append(False)
-            spans.append((len(ids), len(ids) + len(document.ids), document.hash))
+            starts.append((len(ids), document.hash))
             ids += document.ids
             answers += document.answers or [False] * len(document.ids)
             masked = masked or document.answers is not None
         count = min(most, len(ids) // self.body)
-        names: list[list[str]] = [[] for _ in range(count)]
-        for start, end, name in spans:
-            for i in range(start // self.body, min(count, (end - 1) // self.body + 1)):
-                names[i].append(name)
+        used = dict.fromkeys(name for start, name in starts if start < count * self.body)
         mask = self._samples(answers, count, False) if masked else None
-        return Packed(self._samples(ids, count, self.prefix), mask, tuple(map(tuple, names)))
+        return Packed(self._samples(ids, count, self.prefix), mask, tuple(used))
 
     def _gap(self, before: Sequence[Tokens]) -> int:
         return int(bool(before) and self.eos is not None)
