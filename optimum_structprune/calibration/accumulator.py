@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,23 +11,9 @@ from torch import Tensor, nn
 from ..arch.spec import Space
 from ..errors import StructPruneError
 from ..forward.hooks import intercept
+from ..forward.layers import Batch
 from .experts import Routed
 from .moments import Moments
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one domain that go through the model together.
-
-    Attributes:
-        domain: The number of the domain.
-        ids: The token ids, shape `(batch, seq_length)`.
-        mask: Which tokens are calibrated on, of the same shape; None stands for all.
-    """
-
-    domain: int
-    ids: Tensor
-    mask: Tensor | None = None
 
 
 def unmasked(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,8 +14,8 @@ from ..arch.spec import ArchSpec
 from ..errors import StructPruneError
 from ..forward.clock import Clock
 from ..forward.hooks import observe
+from ..forward.layers import Batch
 from ..system.processes import add_up_
-from .accumulator import Batch
 
 
 # Gives what a function makes of x ∂L/∂x, by module, for the embeddings of a batch.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +17,197 @@ from ..domains.load import Domain
 from ..errors import StructPruneError
 from ..forward.calls import NotSequentialError
 from ..forward.clock import Clock
-from ..forward.hooks import observe_products
+from ..forward.hooks import adding, observe_products
+from ..forward.layers import Batch, LayerRunner
 from ..forward.metrics import evaluating, run_model
 from ..system.offloading import compute_device, is_offloaded
-from .accumulator import Accumulator, Batch, finite, listen
-from .base import Passes, PassesState
+from ..system.processes import as_first_has_
+from .accumulator import Accumulator, finite, listen
+from .cached import CachedOutputs
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
-from .running import LayerRunner
-from .sequential import LayerPasses
+
+
+@dataclass(frozen=True)
+class PassesState:
+    """What passes over the samples have reached.
+
+    Attributes:
+        tensors: Hidden states, by name.
+        values: Numbers that were measured in earlier layers, as JSON takes them.
+    """
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class Passes(ABC):
+    """Forward passes over the calibration samples, asked for by one layer of the model after the other.
+
+    A subclass that runs nothing between layers leaves `advance`, `advance_dense`, `state` and `resume_` as they are.
+    """
+
+    @abstractmethod
+    def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
+        """Moments of the inputs of the space's consumers: one per consumer, of one domain after the other.
+
+        A Gram matrix of a large model takes gigabytes, so those of a domain are to be let go before the next is asked
+        for.
+        """
+
+    @abstractmethod
+    def contributions(self, layer: int, space: Space) -> Tensor:
+        """How much each expert of a space of whole experts contributes, shape `(domains, experts)`."""
+
+    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
+        """Take the dense residual stream through a layer that has its dense weights."""
+        return
+
+    def advance(self, layer: int) -> None:
+        """Go on to the next layer; `layer` has its final weights for this step."""
+        return
+
+    def state(self) -> PassesState | None:
+        """What the passes have reached; None where they cannot go on at a layer."""
+        return None
+
+    def resume_(self, state: PassesState) -> None:
+        """Go on from what other passes over the same samples have reached."""
+        return
+
+
+# The largest share of a module's output that may reach the layer's output in another direction than its own.
+MAX_DEVIATION = 0.1
+
+
+class LayerPasses(LayerRunner, Passes):
+    """One layer at a time, on stored inputs that have come through the layers already pruned.
+
+    Memory: the hidden states of the calibration samples (twice with error feedback, or where layers are fixed) and the
+    moments of one layer. Where a layer has experts, also what is routed to them, but the moments of only one expert.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arch: ArchSpec,
+        batches: Sequence[Batch],
+        clock: Clock | None = None,
+        error_feedback: float = 0.0,
+        fixed: bool = False,
+    ):
+        super().__init__(model, arch, batches, clock)
+        self.error_feedback, self.fixed = error_feedback, fixed
+        self.given: dict[int, Tensor] = {}
+        self.gains: dict[str, float | None] = {}
+        self.routed: tuple[Routed, ...] = ()
+        self.num_domains = 1 + max(batch.domain for batch in batches)
+        self.unchanged = CachedOutputs(torch.device("cpu") if is_offloaded(model) else None)
+        self.dense = list(self.hidden)
+
+    def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
+        """See `Passes.gather`."""
+        if space.experts is not None:
+            experts = self._module(layer, space.experts)
+            # The experts of a layer read the same tokens, whichever of them is pruned first.
+            self.routed = self.routed or self._route(layer, experts)
+            for domain, moments in enumerate(inner_moments(experts, space, self.routed, gram, self.num_domains)):
+                yield [finite(space, moments, domain)]
+            return
+        self.routed = ()
+        for domain in range(self.num_domains):
+            yield self._accumulated(layer, space, gram, domain)
+
+    def _accumulated(self, layer: int, space: Space, gram: bool, domain: int) -> list[Moments]:
+        local = {self._local(layer, axis.module): axis.module for axis in space.into}
+        gains = {local[name]: gain for name in local if self.error_feedback and (gain := self.gain(layer, name))}
+        accumulator = Accumulator([space], gram, domain, self.device, gains, self.hidden[0].shape[-1])
+        module, index = self._layer(layer), 0
+        pruned = [self._local(layer, axis.param) for axis in space.axes]
+        with (
+            observe_products(module, local, lambda name, *seen: accumulator.add(local[name], *seen)),
+            nullcontext() if self.fixed else self.unchanged.recording(module, pruned, lambda: index),
+        ):
+            for index, batch in enumerate(self.batches):
+                if batch.domain != domain:
+                    continue
+                accumulator.batch = batch
+                output = self.output(layer, index)
+                if self.fixed:
+                    self.given[index] = output.to(self.hidden[index].device)
+                if gains:
+                    dense = self.dense[index].to(output.device)
+                    accumulator.add_error(self.error_feedback * (dense.float() - output.float()))
+        return accumulator.of(space)
+
+    def contributions(self, layer: int, space: Space) -> Tensor:
+        """See `Passes.contributions`."""
+        experts = self._module(layer, str(space.experts))
+        return contributions(experts, space.size, self._route(layer, experts), self.num_domains)
+
+    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
+        """See `Passes.advance_dense`; where no consumer of the first layer has a gain, error feedback is off."""
+        if self.error_feedback and layer == 0:
+            spaces = [space for space in self.arch.at(0) if space.kind in kinds and space.experts is None]
+            if not any(self.gain(0, self._local(0, axis.module)) for space in spaces for axis in space.into):
+                self.error_feedback = 0.0
+        if self.error_feedback:
+            for index, hidden in enumerate(self.dense):
+                self.dense[index] = self.output(layer, index, hidden).to(hidden.device)
+
+    def advance(self, layer: int) -> None:
+        """See `Passes.advance`."""
+        self.routed = ()
+        if len(self.given) == len(self.hidden):
+            self.hidden = [self.given[index] for index in range(len(self.hidden))]
+        elif layer + 1 < self.arch.num_layers:  # nothing that prunes reads what the last layer gives
+            self.pass_through(layer)
+        self.given = {}
+        self.unchanged.forget()
+
+    def pass_through(self, layer: int) -> None:
+        """See `LayerRunner.pass_through`; what runs before the pruned parts of the layer does not run again."""
+        for index, hidden in enumerate(self.hidden):
+            with self.unchanged.replayed(self._layer(layer), index, self._device(layer)):
+                self.hidden[index] = self.output(layer, index).to(hidden.device)
+
+    def state(self) -> PassesState:
+        """See `Passes.state`."""
+        tensors = {f"hidden.{index}": hidden for index, hidden in enumerate(self.hidden)}
+        if self.error_feedback:
+            tensors |= {f"dense.{index}": hidden for index, hidden in enumerate(self.dense)}
+        return PassesState(tensors, {"gains": self.gains, "error_feedback": self.error_feedback})
+
+    def resume_(self, state: PassesState) -> None:
+        """See `Passes.resume_`."""
+        for name, stored in (("hidden", self.hidden), ("dense", self.dense)):
+            for index, before in enumerate(stored):
+                stored[index] = state.tensors.get(f"{name}.{index}", before).to(before.device)
+        self.gains, self.error_feedback = dict(state.values["gains"]), state.values["error_feedback"]
+
+    @torch.no_grad()
+    def gain(self, layer: int, name: str) -> float | None:
+        """How much a module's output is multiplied by on its way into the layer's output: with noise n added to the
+        module's output, the layer's output changes by g · n + r, and g is the gain where ‖r‖ is small beside ‖g · n‖.
+
+        Returns:
+            The gain g, or None where the output does not go straight into the residual stream.
+        """
+        if name not in self.gains:
+            # Of the first sample alone, so that neither the batch size nor the number of processes changes the gain.
+            hidden = self.hidden[0]
+            noise = torch.randn(hidden[:1].shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
+            noise *= hidden[:1].float().std()  # as large as the residual stream, so that rounding does not hide it
+            plain = self.output(layer, 0)[:1].float()
+            with adding(self._layer(layer).get_submodule(name), noise.expand(hidden.shape)):
+                change = (self.output(layer, 0)[:1].float() - plain).to(noise.device)
+            gain = float(as_first_has_((change * noise).sum() / noise.square().sum()))
+            deviation = float(as_first_has_((change - gain * noise).norm() / noise.norm()))
+            self.gains[name] = gain if deviation < MAX_DEVIATION * abs(gain) else None
+        return self.gains[name]
+
+    def _route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
+        return listen(experts, self.batches, lambda index: self.output(layer, index))
 
 
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:

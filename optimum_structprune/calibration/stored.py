@@ -26,8 +26,8 @@ from ..errors import StructPruneError
 from ..plain_json import replace_json
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint, vocabulary_hash
-from .base import Passes, PassesState
 from .moments import Moments, load_moments
+from .passes import Passes, PassesState
 
 
 STATISTICS = "statistics.json"

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
-from ..calibration.accumulator import Batch, unmasked
+from ..calibration.accumulator import unmasked
 from ..errors import StructPruneError
 from ..forward.hooks import bypass, first_of, hidden_states_of, intercept
+from ..forward.layers import Batch
 from ..forward.metrics import run_model, sample_losses
 from ..registry import Registry
 from ..system.processes import add_up_

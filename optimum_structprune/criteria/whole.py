@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import CHANNEL, ArchSpec, Axis
-from ..calibration.accumulator import Batch, unmasked
+from ..calibration.accumulator import unmasked
 from ..errors import StructPruneError
 from ..forward.clock import Clock
 from ..forward.hooks import observe
+from ..forward.layers import Batch
 from ..forward.metrics import run_model
 from ..system.processes import add_up_, process_count
 from .obs import matrices, norms_by_unit

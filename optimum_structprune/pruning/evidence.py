@@ -11,9 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import ArchSpec
-from ..calibration.accumulator import Batch
-from ..calibration.base import Passes
-from ..calibration.passes import SaliencyPasses, batches_of, passes_over
+from ..calibration.passes import Passes, SaliencyPasses, batches_of, passes_over
 from ..calibration.stored import Statistics, StoredPasses
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, saliencies_for
@@ -24,6 +22,7 @@ from ..domains.manifest import Entry, Manifest
 from ..domains.reweight import reweighted
 from ..errors import StructPruneError
 from ..forward.clock import Clock
+from ..forward.layers import Batch
 from ..system.processes import every_process_runs, own_part, process_index
 
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec
-from ..calibration.accumulator import Batch
-from ..calibration.running import LayerRunner
 from ..domains.load import Domain
 from ..errors import StructPruneError
+from ..forward.layers import Batch, LayerRunner
 from ..forward.metrics import evaluating, model_outputs, output_error, perplexity, total_loss
 from ..forward.placement import Placement
 from ..record.report import Report

@@ -12,8 +12,8 @@ from transformers.utils.logging import tqdm
 
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec, Axis, Space, Widths
-from ..calibration.base import Passes, PassesState
 from ..calibration.linalg import ridge_strength
+from ..calibration.passes import Passes, PassesState
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, Criterion
 from ..criteria.mixture import Mixture, Pool, Pooled, Scoring, output_energy, pooled, standardised

@@ -18,13 +18,11 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..arch.spec import LAYER, ArchSpec, Axis, Space
-from ..calibration.accumulator import Batch
-from ..calibration.base import Passes
-from ..calibration.passes import batches_of, passes_over
-from ..calibration.sequential import LayerPasses
+from ..calibration.passes import LayerPasses, Passes, batches_of, passes_over
 from ..criteria.mixture import Mixture
 from ..domains.load import Domain
 from ..forward.divergence import divergence
+from ..forward.layers import Batch
 from ..forward.metrics import TOKENS_AT_ONCE, run_model
 from ..surgery.consumers import Values
 from ..system.fingerprint import fingerprint

@@ -14,13 +14,14 @@ from transformers.utils.logging import tqdm
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
 from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Axis, ResidualStream
-from ..calibration.accumulator import Accumulator, Batch
+from ..calibration.accumulator import Accumulator
 from ..calibration.linalg import ridge_strength
-from ..calibration.sequential import LayerPasses
+from ..calibration.passes import LayerPasses
 from ..config.pruning import StructPruneConfig
 from ..criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from ..criteria.mixture import Mixture
 from ..forward.hooks import observe
+from ..forward.layers import Batch
 from ..forward.metrics import run_model
 from ..forward.placement import Placement
 from ..surgery.consumers import read_consumer, write_consumer_

@@ -8,10 +8,10 @@ from trained import loss_ratio, needs_shared, stories_model
 
 from optimum_structprune import StructPruneConfig, StructPruneError, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.accumulator import Batch
 from optimum_structprune.calibration.moments import Moments, mix
-from optimum_structprune.calibration.sequential import LayerPasses
+from optimum_structprune.calibration.passes import LayerPasses
 from optimum_structprune.forward.hooks import observe
+from optimum_structprune.forward.layers import Batch
 from optimum_structprune.surgery.refit import least_squares
 
 

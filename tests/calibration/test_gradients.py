@@ -7,8 +7,8 @@ from models import CASES, RIGID, build, config, token_ids, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.accumulator import Batch
 from optimum_structprune.calibration.gradients import saliencies
+from optimum_structprune.forward.layers import Batch
 
 
 DOWN = "model.layers.1.mlp.down_proj"

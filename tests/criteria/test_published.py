@@ -7,11 +7,11 @@ from models import build, config, token_ids, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.accumulator import Batch
 from optimum_structprune.calibration.gradients import NOISE, contrasts
 from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.criteria.whole import inflows, removal_effects, removal_orders
+from optimum_structprune.forward.layers import Batch
 
 
 DOWN, UP, GATE = (f"model.layers.1.mlp.{name}_proj" for name in ("down", "up", "gate"))

@@ -10,8 +10,7 @@ from models import build, config, real_text_model, token_ids, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.passes import ModelPasses, batches_of
-from optimum_structprune.calibration.sequential import LayerPasses
+from optimum_structprune.calibration.passes import LayerPasses, ModelPasses, batches_of
 from optimum_structprune.config.domains import PRESET
 from optimum_structprune.domains.load import Domain, load_domains
 from optimum_structprune.domains.manifest import Manifest

@@ -15,11 +15,11 @@ from optimum_structprune.arch.families import builtin_families
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.shrink import cut_depth_
 from optimum_structprune.arch.spec import LAYER, MODEL
-from optimum_structprune.calibration.accumulator import Batch
 from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.criteria.layers import BlockInfluence, LossIncrease
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.forward.hooks import bypass
+from optimum_structprune.forward.layers import Batch
 from optimum_structprune.forward.metrics import outputs_of, perplexity, run_model
 from optimum_structprune.surgery.cut import drop_layers_
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from optimum_structprune import DomainConfig, InPlaceError, StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.sequential import LayerPasses
+from optimum_structprune.calibration.passes import LayerPasses
 from optimum_structprune.criteria import Wanda
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.reweight import reweighted

@@ -10,9 +10,9 @@ from torch.nn.functional import kl_div
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe, layer_list
-from optimum_structprune.calibration.accumulator import Batch
 from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.domains.load import Domain
+from optimum_structprune.forward.layers import Batch
 from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.pruning.search import Search
 from optimum_structprune.pruning.sweep import Sweep

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,25 @@ from transformers import PreTrainedModel
 
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
-from ..forward.calls import Call, NotSequentialError, capture, first_of, same_call
-from ..forward.clock import Clock
-from ..forward.hooks import replaying
 from ..system.offloading import compute_device, is_offloaded
-from .accumulator import Batch
+from .calls import Call, NotSequentialError, capture, first_of, same_call
+from .clock import Clock
+from .hooks import replaying
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one domain that go through the model together.
+
+    Attributes:
+        domain: The number of the domain.
+        ids: The token ids, shape `(batch, seq_length)`.
+        mask: Which tokens are calibrated on, of the same shape; None stands for all.
+    """
+
+    domain: int
+    ids: Tensor
+    mask: Tensor | None = None
 
 
 class LayerRunner:

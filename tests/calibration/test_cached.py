@@ -9,7 +9,7 @@ from torch import nn
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
-from optimum_structprune.calibration.unchanged import Unchanged
+from optimum_structprune.calibration.cached import CachedOutputs
 from optimum_structprune.forward.hooks import hidden_states_of, intercept
 from optimum_structprune.forward.metrics import run_model
 from optimum_structprune.pruning.sweep import Sweep
@@ -63,7 +63,7 @@ class Layer(nn.Module):
 @pytest.mark.parametrize(("pruned", "again"), [("second", 0), ("first", 1)])
 @torch.no_grad()
 def test_parts_before_the_first_pruned_one_do_not_run(pruned, again):
-    layer, x, unchanged = Layer(), torch.randn(2, 3, 8), Unchanged(None)
+    layer, x, unchanged = Layer(), torch.randn(2, 3, 8), CachedOutputs(None)
     with unchanged.recording(layer, [f"{pruned}.weight"], lambda: 0):
         layer(x)
     layer.get_submodule(pruned).weight.mul_(2)

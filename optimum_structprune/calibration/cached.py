@@ -16,7 +16,7 @@ from ..forward.hooks import intercept, replaying
 LEAST_SHARE = 0.02
 
 
-class Unchanged:
+class CachedOutputs:
     """Outputs of the parts of one layer, such as its attention, that run before the parts that are pruned.
 
     Memory: one tensor of the size of the hidden states for each part that is kept.
