@@ -181,7 +181,7 @@ ENTRY = {
     "heldout_documents": ["03"],
 }  # fmt: skip
 MANIFEST = {
-    "seed": 0, "seq_length": 8, "select": "random", "tokenizer": "", "versions": {"torch": "2"}, "domains": [ENTRY],
+    "seed": 0, "seq_length": 8, "tokenizer": "", "versions": {"torch": "2"}, "domains": [ENTRY],
 }  # fmt: skip
 
 

@@ -515,7 +515,7 @@ def repeat(records: Records) -> Section:
             f"{entry['calibration_tokens']:,}",
             f"{entry['heldout_tokens']:,}",
             f"{len(entry['documents']):,}",
-            entry.get("samples_sha256", entry.get("blocks_sha256", ""))[:12],
+            entry.get("samples_sha256", "")[:12],
         ]
         for entry in records.manifest["domains"]
     ]
