@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import wraps
 from statistics import fmean
 from typing import Any, Literal, cast
 
-from torch import nn, optim
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import optim
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
@@ -25,7 +25,7 @@ from .errors import StructPruneError
 from .forward.hooks import before_load, before_next_call
 from .pruner import AutoStructPruner
 from .pruning.checks import TRAINER, check, check_config
-from .surgery.followers import Average, check_state, slice_state_
+from .surgery.followers import check_state, slice_state_
 from .surgery.plan import Plan
 from .surgery.resize import resize_
 from .widths.budget import widths_of
@@ -53,8 +53,6 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         end: The step after which the last units are removed, or a share; None removes everything at `start`.
         every: The number of steps from one removal to the next, none of which lies beyond `end`.
         calibration: `batches` scores units on the training text seen so far, `domains` on the domains of `config`.
-        averages: Averages of the model's weights, such as an EMA in `torch.optim.swa_utils.AveragedModel`, which
-            shrink with it. Others may be appended to the attribute while training.
 
     Raises:
         StructPruneError: If the config asks for what a Trainer cannot do.
@@ -67,7 +65,6 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         end: int | float | None = None,
         every: int | None = None,
         calibration: Literal["batches", "domains"] = "batches",
-        averages: Sequence[nn.Module] = (),
     ):
         if calibration not in ("batches", "domains"):
             raise StructPruneError(f"calibration is 'batches' or 'domains', got {calibration!r}.")
@@ -75,7 +72,6 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         self.config = config
         self.start, self.end, self.every = start, end, every
         self.calibration = calibration
-        self.averages = list(averages)
         self.plan: Plan | None = None
         self.steps: dict[int, Widths] = {}
         self.text = RecentText(config.num_samples, config.seq_length)
@@ -84,59 +80,35 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         self._domains: list[Domain] = []
         self._hooks = ExitStack()
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Remember the dense widths, and let the model take the widths of a checkpoint that is loaded into it.
-
-        Raises:
-            StructPruneError: If the model cannot be pruned as the config says.
-        """
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Remember the dense widths, and let the model take the widths of a checkpoint that is loaded into it."""
         if model is not None:
-            self._begin(model)
+            self.begin(model)
             self._hooks.close()
             self._hooks.enter_context(self.resizing(model))
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        processing_class: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Check what the run is made of, and lay out its steps. A checkpoint has been loaded by now.
-
-        Raises:
-            StructPruneError: If training is sharded, distributed or compiled, the optimizer's state cannot be cut, or
-                the steps do not fit into the run.
-        """
+        """Check what the run is made of, and lay out its steps. A checkpoint has been loaded by now."""
         self._hooks.close()
         _check_run(args, model, _inner(optimizer))
         if self._dense is None or state.global_step == 0:
-            self._begin(model)
-        earlier = cast("dict[str, Any]", state.stateful_callbacks).get(type(self).__name__)
+            self.begin(model)
+        earlier = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and isinstance(earlier, dict):
             self.plan = Plan.from_dict(earlier["attributes"]["kept"])
-        arch, widths = cast("tuple[ArchSpec, Widths]", self._dense)
+        assert self._dense is not None
+        arch, widths = self._dense
         numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
         in_rounds = replace(self.config, rounds=len(numbers))
         self.steps = dict(zip(numbers, legal_round_widths(in_rounds, arch, model.config, widths), strict=True))
         self._due = dict(self.steps)
         if self.calibration == "domains":
             vocab_size = model.config.get_text_config().vocab_size
-            self._domains = load_domains(self.config, processing_class, vocab_size, model=model)
+            self._domains = load_domains(self.config, kwargs["processing_class"], vocab_size, model=model)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Watch the next batch, if it may be calibrated on."""
         if self.calibration == "batches" and self._due:
             self._hooks.callback(before_next_call(model, self.text.add_call).remove)
@@ -144,13 +116,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
     on_substep_end = on_step_begin
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Prune, if a removal is due. It is put off while training has not shown enough text for one sample."""
         self._hooks.close()
@@ -164,13 +130,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
                 control.should_log = True
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        model: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
     ) -> None:
         """Put the number of parameters and the widths into what the Trainer logs.
 
@@ -179,18 +139,14 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         """
         arch = describe(model, self.config.arch_file)
         names = () if self._dense is None else self._dense[1]
-        values: dict[str, float] = {
-            f"structprune/width/{name}": fmean(space.width for space in arch.of(name)) for name in names
-        }
+        values = {f"structprune/width/{name}": fmean(space.width for space in arch.of(name)) for name in names}
         values["structprune/params"] = model.num_parameters()
         if state.log_history:
             state.log_history[-1].update(values)
         if logs is not None and "loss" in logs:
             logs.update(values)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks off, drop the text, and say what has not been removed."""
         self._hooks.close()
         self.text = RecentText(self.config.num_samples, self.config.seq_length)
@@ -225,7 +181,8 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         """Take all hooks of the callback off."""
         self._hooks.close()
 
-    def _begin(self, model: PreTrainedModel) -> None:
+    def begin(self, model: PreTrainedModel) -> None:
+        """Remember a dense model's widths, once it can be pruned as the config says."""
         check_plain(model)
         arch = describe(model, self.config.arch_file)
         check(self.config, arch, model, TRAINER)
@@ -233,15 +190,8 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         self.plan = Plan(arch.model_type, {})
 
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:
-        """Bring a model down to widths, and the optimizer's state and the averages with it.
-
-        Args:
-            model: The model that is changed; its parameters stay the same objects.
-            optimizer: The optimizer that holds them.
-            widths: How many units are kept, by space, in every layer or by layer.
-
-        Returns:
-            Whether anything was removed.
+        """Bring a model down to widths, with its optimizer's state, and say whether anything was removed; the
+        parameters stay the same objects.
         """
         arch = describe(model, self.config.arch_file)
         smaller = {
@@ -252,12 +202,9 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         if not smaller:
             return False
         check_state(optimizer)
-        averages = [Average(average, model, self.config.arch_file) for average in self.averages]
         pruner = AutoStructPruner.from_config(replace(self.config, rounds=1))
         plan = pruner.prune_to_(model, self._domains or [self.text.domain()], smaller)
         slice_state_(optimizer, model, arch, plan)
-        for average in averages:
-            average.follow_(model, arch, plan)
         self.plan = plan if self.plan is None else self.plan.then(plan)
         return True
 
@@ -271,15 +218,14 @@ def attach_pruner(
         trainer: Any Trainer, before `train`.
         config: What to remove and how.
         start: The step after which the first units are removed; see `StructPruneCallback`.
-        schedule: `end`, `every`, `calibration` and `averages`; see `StructPruneCallback`.
+        schedule: `end`, `every` and `calibration`; see `StructPruneCallback`.
 
     Returns:
         The callback.
     """
     callback = StructPruneCallback(config, start, **schedule)
     if trainer.model is not None:
-        callback.on_init_end(trainer.args, trainer.state, trainer.control, cast("PreTrainedModel", trainer.model))
-        callback.remove_hooks()  # `train` below has them inside `with`
+        callback.begin(cast("PreTrainedModel", trainer.model))
     trainer.callback_handler.callbacks.insert(0, callback)
     train, model_init = trainer.train, trainer.model_init
 

@@ -12,8 +12,8 @@ from optimum_structprune.dryrun import dry_run
 from optimum_structprune.evaluation.evaluate import Evaluation
 from optimum_structprune.plain_json import plain, to_json
 from optimum_structprune.record.report import Report
-from optimum_structprune.recovery.identity import Identity
 from optimum_structprune.recovery.outcome import RecoveryOutcome
+from optimum_structprune.recovery.resume import TrainingInputs
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.frozensets(st.text())
@@ -48,11 +48,8 @@ def test_reports_write_null_for_what_is_no_number(bad, tmp_path):
     assert read["recovery"]["perplexity"]["a"] == {"pruned": 2.0, "recovered": None}
     Evaluation("small", divergence={"a": bad}).save(tmp_path / "evaluation.json")
     assert strict((tmp_path / "evaluation.json").read_text())["divergence"] == {"a": None}
-    Identity("m", "t", settings={"learning_rate": bad, "names": {"b", "a"}}).save(tmp_path)
-    assert strict((tmp_path / "recovery_identity.json").read_text())["settings"] == {
-        "learning_rate": None,
-        "names": ["a", "b"],
-    }
+    TrainingInputs({"learning_rate": bad, "names": {"b", "a"}}).save(tmp_path)
+    assert strict((tmp_path / "recovery_inputs.json").read_text()) == {"learning_rate": None, "names": ["a", "b"]}
     plan = dry_run(build("llama-tied").config, config())
     replace(plan, notes=(bad,)).save(tmp_path / "plan.json")
     assert strict((tmp_path / "plan.json").read_text())["notes"] == [None]

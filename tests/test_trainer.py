@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import count_hooks, logits, same_weights
 from models import build, config, token_ids, tokenizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
@@ -333,79 +332,6 @@ def test_tensorboard(tmp_path, monkeypatch):
     widths = {event.step: event.value for event in events.Scalars("train/structprune/width/mlp")}
     assert widths == {2: 40, 3: 24, 4: 24, 6: 24, 8: 24}
     assert "train/structprune/params" in events.Tags()["scalars"]
-
-
-class Averaging(TrainerCallback):
-    """What a user writes to keep an average of the weights."""
-
-    def __init__(self, average):
-        self.average = average
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.average.update_parameters(model)
-
-
-def ema(model, decay) -> AveragedModel:
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_an_average_shrinks_with_the_model(tmp_path, first):
-    model = build("llama-tied")
-    average = ema(model, 0.5)
-    callback = pruner(end=6, every=2, averages=[average])
-    callbacks = [Averaging(average), callback]
-    run = trainer(tmp_path, model, callbacks[:: 1 if first else -1])
-    run.train()
-    inner = average.module
-    assert inner.config.intermediate_size == 24 and int(average.n_averaged) == 8
-    assert inner.get_input_embeddings().weight is inner.get_output_embeddings().weight
-    # Without the refit's part, the average would be far from the model that it averages.
-    assert torch.dist(logits(inner.eval()), logits(model.eval())) < 0.1 * logits(model).norm()
-    assert not same_weights(inner, model)
-    inner.save_pretrained(tmp_path / "average")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "average")
-    torch.testing.assert_close(logits(again), logits(inner))
-
-
-@pytest.mark.parametrize("wrap", [lambda model: ema(model, 0.9), deepcopy], ids=["AveragedModel", "copy"])
-def test_kept_weights_of_an_average_stay_as_far_from_the_models(wrap):
-    model = build("llama-bias")
-    average = wrap(model)
-    inner = getattr(average, "module", average)
-    name = "model.layers.0.mlp.down_proj.weight"
-    with torch.no_grad():
-        inner.get_parameter(name).add_(0.01 * torch.arange(40))
-    callback = pruner(averages=[average])
-    callback.text.add(token_ids(8, 24))
-    callback.prune_(model, torch.optim.AdamW(model.parameters()), {"mlp": 24, "attention": 2})
-    ahead = inner.get_parameter(name) - model.get_parameter(name)
-    keep = torch.tensor(callback.plan.keep[0, "mlp"])
-    torch.testing.assert_close(ahead, (0.01 * keep).expand_as(ahead), atol=1e-6, rtol=1e-4)
-    others = {key: value for key, value in inner.state_dict().items() if key != name}
-    torch.testing.assert_close(others, {key: model.state_dict()[key] for key in others})
-    assert (inner.config.intermediate_size, inner.config.num_key_value_heads) == (24, 2)
-
-
-def test_an_average_takes_the_widths_of_its_checkpoint(tmp_path):
-    model = build("llama-tied")
-    average = ema(model, 0.5)
-    run = trainer(tmp_path, model, [pruner(averages=[average]), Averaging(average)])
-    run.train()
-    later = trainer(tmp_path, build("llama-tied"), [pruner()])
-    again = ema(later.model, 0.5)
-    again.load_state_dict(average.state_dict())
-    assert again.module.config.intermediate_size == 24 and later.model.config.intermediate_size == 40
-    assert same_weights(again.module, average.module)
-
-
-def test_an_average_of_something_else_is_refused():
-    model = build("llama-tied")
-    callback = pruner(averages=[torch.nn.Linear(2, 2)])
-    callback.text.add(token_ids(8, 24))
-    with pytest.raises(StructPruneError, match="copies of the LlamaForCausalLM.*got Linear"):
-        callback.prune_(model, torch.optim.AdamW(model.parameters()), {"mlp": 24})
-    assert model.config.intermediate_size == 40
 
 
 def test_sharded_and_compiled_training_is_refused(tmp_path):

@@ -38,9 +38,7 @@ DOMAINS = ["wiki", "code", "math", "dialogue", "web"]
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {"kl_weight": 0.0},
     "distilled": {},
-    "distilled, a third of every kind": {"breadth": 1 / 3},
     "distilled, all weights": {"train": "full"},
-    "distilled, scales": {"train": "scales"},
 }
 
 

@@ -49,7 +49,7 @@ def run(args: Namespace) -> Result:
     from ..config.pruning import CONFIG_NAME, StructPruneConfig
     from ..recovery.checks import check_recovery
     from ..system.disk import Output, check_apart, used_paths
-    from .loading import load_model_and_tokenizer, load_tokenizer, weights_bytes
+    from .loading import load_model_and_tokenizer, weights_bytes
     from .pushing import check_push_arguments, pushed
     from .recovering import recover_and_save, recovery_for
 
@@ -65,10 +65,6 @@ def run(args: Namespace) -> Result:
     check_apart(args.output, config)
     recovery = recovery_for(config, args.output, pruning)
     check_recovery(config, recovery.pruning, parts=1)
-    if config.teacher_logits is not None and args.teacher is not None:
-        # Before the model is loaded, so that the two are never in memory together.
-        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-        recovery.write_teacher_logits(args.teacher, tokenizer, trust_remote_code=args.trust_remote_code)
     model, tokenizer = load_model_and_tokenizer(
         args.model, args.dtype, args.device, args.trust_remote_code, args.arch_file
     )

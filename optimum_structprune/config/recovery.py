@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
-from .domains import DomainConfig, check_names, is_broad, with_domains
-from .fields import Number, Serialisable, below_one, config_class, finite_inside, positive
+from .domains import DomainConfig, check_names, with_domains
+from .fields import Number, Serialisable, config_class, finite_inside, positive
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -23,7 +23,7 @@ TRAINING = {
 }
 
 # The learning rates of the ways to train.
-RATES = {"lora": 1e-3, "full": 1e-4, "scales": 1e-2}
+RATES = {"lora": 1e-3, "full": 1e-4}
 
 
 def _proportion(value: Any) -> None:
@@ -44,19 +44,13 @@ class RecoveryConfig(Serialisable):
         seq_length: The number of tokens in a training sample.
         domains: The training text; documents that the perplexity is measured on are left out. None stands for the
             domains of the pruning, without what the model wrote beside them.
-        breadth: The share of the tokens that goes to built-in text of every kind beside the domains, for the sake of
-            text that nobody named.
-        train: What is trained. `lora` trains a low-rank adapter, `full` all weights, `scales` the norms and one factor
-            for each component that a consumer inside the layers reads, which fold into its weights.
+        train: What is trained: `lora` trains a low-rank adapter, `full` all weights.
         lora: Fields of `peft.LoraConfig`, laid over `LORA`.
         training: Fields of `transformers.TrainingArguments`, laid over `TRAINING` and the learning rate in `RATES`.
             With an `output_dir`, checkpoints go there and training can be resumed.
         kl_weight: The share of the divergence from the teacher in the loss; the rest is cross-entropy. Without a
             teacher the loss is cross-entropy whatever stands here.
         temperature: The number that the logits of both models are divided by before they are compared.
-        top_k: Compare the teacher's k likeliest tokens and all others as one, which saves memory; None compares all.
-        teacher_logits: A folder for the teacher's `top_k` likeliest predictions of the training text. They are written
-            before training starts and read back during it, so that the teacher is not in memory then.
         merge: Whether the adapter is folded into the weights at the end; otherwise the result is the pruned model and
             an adapter.
         every_round: Whether the model is trained after every round of pruning, each time on another part of the text,
@@ -72,14 +66,11 @@ class RecoveryConfig(Serialisable):
     tokens: int = validated_field(positive, default=200_000)
     seq_length: int | None = validated_field(positive, default=None)
     domains: list[DomainConfig] | None = None
-    breadth: Number = validated_field(below_one, default=0.0)
-    train: Literal["lora", "full", "scales"] = "lora"
+    train: Literal["lora", "full"] = "lora"
     lora: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
     training: dict[str, Any] = validated_field(finite_inside, default_factory=dict)
     kl_weight: Number = validated_field(_proportion, default=0.25)
     temperature: Number = validated_field(positive, default=1.0)
-    top_k: int | None = validated_field(positive, default=None)
-    teacher_logits: str | None = None
     merge: bool = True
     every_round: bool = False
     seed: int | None = None
@@ -99,14 +90,9 @@ class RecoveryConfig(Serialisable):
         return bool(self.kl_weight)
 
     def validate_domains(self) -> None:
-        """Refuse an empty list of domains, two of the same name, and text of every kind twice."""
+        """Refuse an empty list of domains, and two of the same name."""
         if self.domains is not None:
             check_names(self.domains)
-        if self.breadth and any(map(is_broad, self.domains or ())):
-            raise ValueError(
-                f"breadth={self.breadth} adds built-in text of every kind, and domains has such text; take it out, or "
-                "leave breadth out"
-            )
 
     def validate_train(self) -> None:
         """Refuse what belongs to another way of training."""
@@ -115,19 +101,10 @@ class RecoveryConfig(Serialisable):
         if self.train == "full" and not self.merge:
             raise ValueError(
                 "merge=False keeps an adapter apart, and train='full' trains the weights themselves; leave merge out, "
-                "or use train='lora' or 'scales'"
+                "or use train='lora'"
             )
 
     def validate_rounds(self) -> None:
         """Refuse to leave an adapter beside a model that is pruned further."""
         if self.every_round and not self.merge:
             raise ValueError("every_round=True trains models that are pruned again, so it needs merge=True, got False")
-
-    def validate_teacher_logits(self) -> None:
-        """Refuse what a folder of likeliest predictions cannot give."""
-        if self.teacher_logits is None:
-            return
-        if self.top_k is None:
-            raise ValueError("teacher_logits keeps the teacher's likeliest tokens, so it needs top_k, such as 64")
-        if not self.kl_weight:
-            raise ValueError("teacher_logits is of no use with kl_weight=0; leave one of them out")

@@ -1,4 +1,4 @@
-"""Adapters and the models that they fit."""
+"""What of a model is trained: an adapter that fits it, or all of its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import (
-    IA3Config,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -31,13 +30,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
-from ..arch.load import describe
 from ..arch.meta import skeleton
 from ..config.fields import build
 from ..config.recovery import LORA, RecoveryConfig
 from ..errors import InPlaceError, StructPruneError
 from ..forward.metrics import evaluating, input_device
-from .identity import DIGITS, read_identity, weights_hash
+from .resume import DIGITS, model_of, weights_hash
 
 
 logger = logging.getLogger(__name__)
@@ -54,39 +52,9 @@ def lora_config(config: RecoveryConfig) -> LoraConfig:
     return adapter
 
 
-def scales_config(model: PreTrainedModel, arch_file: str | None = None) -> IA3Config:
-    """The adapter that trains norms, and one scale for each component that a consumer inside the layers reads.
-
-    The scales are those of (IA)³ (Liu et al. 2022, section 3.3) at the inputs of consumers alone, and fold into the
-    columns of their weights. What experts read has none.
-    """
-    spaces = [space for space in describe(model, arch_file).spaces if space.inside and space.experts is None]
-    consumers = sorted({axis.module for space in spaces for axis in space.into})
-    norms = [name for name, module in model.named_modules() if _is_vector(module)]
-    return IA3Config(
-        task_type="CAUSAL_LM", target_modules=consumers, feedforward_modules=consumers, modules_to_save=norms
-    )
-
-
-def adapter_config(config: RecoveryConfig, model: PreTrainedModel, arch_file: str | None = None) -> PeftConfig | None:
-    """The adapter of a training; None where the weights themselves are trained. See `lora_config`, `scales_config`."""
-    if config.train == "full":
-        return None
-    return lora_config(config) if config.train == "lora" else scales_config(model, arch_file)
-
-
-def _is_vector(module: nn.Module) -> bool:
-    """Whether a module holds vectors and nothing else, as norms do."""
-    own = list(module.parameters())
-    return not list(module.children()) and bool(own) and all(parameter.ndim == 1 for parameter in own)
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers that follow a seed inside `with`.
-
-    Those of Python, NumPy and torch go on afterwards as if nothing had been drawn.
-    """
+    """Random numbers of Python, NumPy and torch follow a seed inside `with`, and go on afterwards as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     # Asking a GPU that nobody uses for its state would start it.
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -108,10 +76,7 @@ PROBE_TOKENS = 64
 
 @contextmanager
 def fresh_adapter(model: PreTrainedModel, kind: PeftConfig, seed: int, merge: bool = True) -> Iterator[PeftModel]:
-    """The model with a new adapter, which a failure inside `with` takes off again.
-
-    Random numbers follow the seed inside `with`, and go on afterwards as they were.
-    """
+    """The model with a new adapter, which a failure inside `with` takes off again; random numbers follow the seed."""
     training, trainable = model.training, trainable_of(model)
     with seeded(seed):
         try:
@@ -126,15 +91,35 @@ def fresh_adapter(model: PreTrainedModel, kind: PeftConfig, seed: int, merge: bo
         set_trainable_(model, trainable)
 
 
-def check_fits(model: PreTrainedModel, kind: PeftConfig, merge: bool = True) -> None:
-    """Refuse an adapter that does not go with a model, such as one for modules that the model does not have.
+@contextmanager
+def every_weight(model: PreTrainedModel, seed: int) -> Iterator[PreTrainedModel]:
+    """The model with all weights trainable, which a failure inside `with` gives their old values from a copy on the
+    CPU; random numbers follow the seed.
+    """
+    training, trainable = model.training, trainable_of(model)
+    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        with seeded(seed):
+            yield model
+    except BaseException:  # Ctrl-C too
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(before[name])
+        raise
+    finally:
+        model.zero_grad()
+        set_trainable_(model, trainable)
+        model.train(training)
 
-    It is put on a model of the same kind without weights. What depends on weights is found when it is put on the model
-    itself.
+
+def check_fits(model: PreTrainedModel, kind: LoraConfig, merge: bool = True) -> None:
+    """Refuse an adapter that cannot be put on a model of the same kind without weights, such as one for modules that
+    the model does not have.
     """
     kind = deepcopy(kind)
-    if isinstance(kind, LoraConfig):
-        kind.init_lora_weights = True  # others look at the weights
+    kind.init_lora_weights = True  # others look at the weights
     try:
         empty = skeleton(model, deepcopy(model.config))
         with torch.device("meta"):
@@ -195,7 +180,9 @@ def set_trainable_(model: PreTrainedModel, trainable: Mapping[str, bool]) -> Non
 
 
 def _take_off_(model: PreTrainedModel, trainable: Mapping[str, bool]) -> None:
-    """Take off what peft has put on a model, also where it stopped half-way."""
+    """Take off what peft has put on a model. Its own `unload` needs an adapter that stands, and it may have stopped
+    half-way.
+    """
     _unwrap_(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
@@ -216,10 +203,8 @@ def _under(wrapper: Any) -> nn.Module:
 
 @torch.no_grad()
 def merge_adapter_(adapted: PeftModel, samples: Tensor) -> PreTrainedModel:
-    """Fold an adapter into the weights. `samples` has the shape `(samples, seq_length)`.
-
-    Returns:
-        The model that was under the adapter, with other weights.
+    """The model under an adapter, with the adapter folded into its weights. `samples` has the shape `(samples,
+    seq_length)`.
     """
     ids = samples[:1, :PROBE_TOKENS]
     trained = _logits(adapted, ids)
@@ -274,27 +259,22 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
 
 
 def _check_base(folder: str | Path, base: str) -> None:
-    identity = read_identity(folder)
-    if identity is None:
+    trained_on = model_of(folder)
+    if trained_on is None:
         warnings.warn(
             f"{folder} does not say which model its adapter was trained on; only the shapes of its tensors could be "
             "compared.",
             stacklevel=3,
         )
-    elif identity.get("model") != base:
+    elif trained_on != base:
         raise StructPruneError(
-            f"The adapter in {folder} was trained on the model {str(identity.get('model'))[:DIGITS]}…, and this is "
-            f"{base[:DIGITS]}…: the widths are the same, and the weights are not. Load the pruned model that the "
-            "adapter was trained on."
+            f"The adapter in {folder} was trained on the model {trained_on[:DIGITS]}…, and this is {base[:DIGITS]}…: "
+            "the widths are the same, and the weights are not. Load the pruned model that the adapter was trained on."
         )
 
 
 def check_adapter(adapted: PeftModel, folder: str | Path) -> dict[str, Tensor]:
-    """Compare a saved adapter with the one on a model.
-
-    Returns:
-        The saved tensors by name.
-    """
+    """The tensors of a saved adapter by name, which have to have the shapes of the one on a model."""
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     try:
         saved = load_file(path)

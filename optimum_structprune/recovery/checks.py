@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
@@ -15,10 +14,14 @@ from ..domains.sources import documents
 from ..errors import StructPruneError
 from ..system.disk import check_folder
 from ..system.offloading import is_offloaded
-from .adapter import adapter_config, check_fits, lora_config
-from .sharding import check_deepspeed, check_sharding
+from ..system.processes import check_launch
+from .adapter import check_fits, lora_config
 from .text import text_config
 from .trainer import training_arguments
+
+
+# The devices that accelerate shards over; on others it ignores the setting without a word.
+SHARDING_DEVICES = ["cuda", "xpu", "npu", "hpu", "mlu", "musa"]
 
 
 def check_recovery(
@@ -28,44 +31,73 @@ def check_recovery(
     parts: int | None = None,
 ) -> None:
     """Refuse a recovery that would fail later."""
-    check_deepspeed(config)
+    _check_deepspeed(config)
     if parts is None:
         parts = pruning.rounds if config.every_round else 1
     text = text_config(config, pruning, parts)
     for domain in texts_of(text):
         # Names that lead nowhere are found when the source is opened; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
-    lora_config(config)
-    if model is not None and (adapter := adapter_config(config, model, pruning.arch_file)) is not None:
+    adapter = lora_config(config)
+    if model is not None and config.train == "lora":
         check_fits(model, adapter, config.merge)
     device = model.device.type if model is not None else "cuda" if torch.cuda.is_available() else "cpu"
     arguments = training_arguments(config, text.seed, device == "cpu", tempfile.gettempdir(), parts=parts)
     check_sharding(arguments, device)
     if "output_dir" in config.training:
         check_folder(str(arguments.output_dir))
-    if config.teacher_logits is not None:
-        check_folder(Path(config.teacher_logits).parent)
     if model is not None:
-        _check_model(model, text.seq_length)
-        if config.train == "full" and model.dtype == torch.float16:
-            raise StructPruneError(
-                f"train='full' moves the weights of {type(model).__name__} in their own float16, which is too coarse "
-                "for an optimizer; load the model in float32, or train='lora'."
-            )
+        _check_model(model, config, text.seq_length)
 
 
-def _check_model(model: PreTrainedModel, seq_length: int) -> None:
-    if model.config.is_encoder_decoder or not model.can_generate():
+def _check_deepspeed(config: RecoveryConfig) -> None:
+    """Refuse DeepSpeed before transformers sets up anything for it."""
+    check_launch()
+    if config.training.get("deepspeed"):
         raise StructPruneError(
-            f"Recovery trains causal language models, and {type(model).__name__} is none; leave recovery out."
+            "training's deepspeed is not supported, because DeepSpeed keeps the trained weights in a form of its own; "
+            "leave it out, and every process holds the whole model, or on GPUs set fsdp=True, which shards weights, "
+            "gradients and the optimizer over them."
         )
+
+
+def check_sharding(arguments: TrainingArguments, device: str) -> None:
+    """Refuse an FSDP that would do nothing, or not come to an end."""
+    if not arguments.fsdp:
+        return
+    if device not in SHARDING_DEVICES:
+        raise StructPruneError(
+            f"training's fsdp shards a model over GPUs, and on {device!r} accelerate ignores it without a word; leave "
+            "it out, and every process holds the whole model."
+        )
+    if arguments.world_size < 2:
+        raise StructPruneError(
+            "training's fsdp shards a model over several processes, and this one is alone; start them with torchrun, "
+            "or leave it out."
+        )
+    settings = arguments.fsdp_config
+    if isinstance(settings, dict) and int(settings.get("version", 2)) != 2:
+        raise StructPruneError(
+            f"training's fsdp_config has version {settings['version']}, whose weights do not keep their names; set 2."
+        )
+
+
+def _check_model(model: PreTrainedModel, config: RecoveryConfig, seq_length: int) -> None:
+    name = type(model).__name__
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise StructPruneError(f"Recovery trains causal language models, and {name} is none; leave recovery out.")
     if is_offloaded(model):
         raise StructPruneError(
-            f"Recovery trains weights in memory, and {type(model).__name__} is offloaded; leave recovery out, save, "
-            "and recover the smaller model."
+            f"Recovery trains weights in memory, and {name} is offloaded; leave recovery out, save, and recover the "
+            "smaller model."
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and seq_length > longest:
         raise StructPruneError(
             f"The recovery's seq_length={seq_length} is longer than the model's {longest} positions."
+        )
+    if config.train == "full" and model.dtype == torch.float16:
+        raise StructPruneError(
+            f"train='full' moves the weights of {name} in their own float16, which is too coarse for an optimizer; "
+            "load the model in float32, or train='lora'."
         )

@@ -9,11 +9,9 @@ from math import inf
 from pathlib import Path
 from typing import Literal, overload
 
-from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import Subset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
@@ -25,17 +23,13 @@ from ..plain_json import replace_json
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 from ..saving.hub import RECORDS, check_reload, save_checked
 from ..system.disk import used_paths
-from ..system.fingerprint import tensor_hash
-from .adapter import adapter_config, check_adapter, fresh_adapter, merge_adapter_
-from .checkpoints import last_checkpoint
+from .adapter import check_adapter, every_weight, fresh_adapter, lora_config, merge_adapter_
 from .checks import check_recovery
-from .identity import Identity, settings_of, weights_hash
 from .outcome import RecoveryOutcome
-from .sharding import to_train
-from .teacher import TeacherLogits, TrainingSamples, check_teacher, load_teacher, write_teacher_logits
+from .resume import TrainingInputs
+from .teacher import TrainingSamples, load_teacher
 from .text import part_rows, samples_of, training_text
-from .trainer import DistillTrainer, train_, training_arguments
-from .weights import every_weight
+from .trainer import DistillTrainer, to_train, train_, training_arguments
 
 
 class Recovery:
@@ -72,9 +66,7 @@ class Recovery:
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # its amount is not used
         self.part, self.parts = part, parts
         self.report: RecoveryOutcome | None = None
-        self._identity: Identity | None = None
-        # The teacher whose predictions have been written or compared.
-        self._known_teacher: str | Path | None = None
+        self._inputs: TrainingInputs | None = None
 
     @own_settings()
     def recover_model(
@@ -88,20 +80,15 @@ class Recovery:
         """Train a model; see `recover`."""
         config = self.config
         check_recovery(config, self.pruning, model, self.parts)
-        teacher, logits = self._teacher(teacher, model, tokenizer, trust_remote_code)
+        taught_by = None
+        if teacher is not None and config.distils:
+            taught_by = load_teacher(teacher, model, trust_remote_code)
         # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
         # pruning has kept it.
-        domains = training_text(config, self.pruning, tokenizer, teacher or model, self.parts)
-        text = samples_of(domains)
-        ppl = {}
-        if logits is not None:
-            logits.check(text, config, model.config.get_text_config().vocab_size)
-            ppl["dense"] = logits.perplexity
-        elif teacher is not None:
-            ppl["dense"] = _perplexities(teacher, domains)
+        domains = training_text(config, self.pruning, tokenizer, taught_by or model, self.parts)
+        ppl = {} if taught_by is None else {"dense": _perplexities(taught_by, domains)}
         ppl["pruned"] = _perplexities(model, domains)
-        samples = Subset(TrainingSamples(text, logits), part_rows(domains, self.part, self.parts))
-        recovered, outcome = self._train(model, samples, text[samples.indices], teacher, logits, resume)
+        recovered, outcome = self._train(model, domains, taught_by, resume)
         if config.merge and isinstance(recovered, PeftModel):
             recovered = merge_adapter_(recovered, domains[0].heldout)
         ppl["recovered"] = _perplexities(recovered, domains)
@@ -111,90 +98,26 @@ class Recovery:
         return recovered
 
     def _train(
-        self,
-        model: PreTrainedModel,
-        samples: Subset,
-        ids: Tensor,
-        teacher: PreTrainedModel | None,
-        logits: TeacherLogits | None,
-        resume: bool,
+        self, model: PreTrainedModel, domains: Sequence[Domain], teacher: PreTrainedModel | None, resume: bool
     ) -> tuple[PreTrainedModel | PeftModel, RecoveryOutcome]:
-        """The trained model, with its adapter if it has one, and what was done; `ids` are the tokens of `samples`."""
+        """The trained model, with its adapter if it has one, and what was done."""
         config = self.config
         seed = self.pruning.seed if config.seed is None else config.seed
+        ids = samples_of(domains)[part_rows(domains, self.part, self.parts)]
         with tempfile.TemporaryDirectory() as scratch:
             on_cpu = model.device.type == "cpu"
             arguments = training_arguments(config, seed, on_cpu, scratch, self.part, self.parts)
+            checkpoint, callbacks = None, [*self.callbacks]
             if resume or "output_dir" in config.training or not config.merge:
-                self._identity = self._identify(model, ids, teacher, logits, arguments)
-            checkpoint = None
-            if resume:
-                assert self._identity is not None
-                checkpoint = last_checkpoint(arguments.output_dir, self._identity, arguments.save_only_model)
-            adapter = adapter_config(config, model, self.pruning.arch_file)
+                self._inputs = TrainingInputs.of(config, arguments, model, ids, teacher)
+                callbacks.append(self._inputs)
+                checkpoint = self._inputs.last_checkpoint(str(arguments.output_dir)) if resume else None
+            adapter = None if config.train == "full" else lora_config(config)
             way = every_weight(model, seed) if adapter is None else fresh_adapter(model, adapter, seed, config.merge)
-            with way as trained:
-                with to_train(trained, arguments) as own:
-                    trainer = DistillTrainer(own, arguments, samples, config, teacher, self._identity)
-                    outcome = train_(trainer, self.callbacks, checkpoint)
-                return trained, outcome
-
-    def _identify(
-        self,
-        model: PreTrainedModel,
-        ids: Tensor,
-        teacher: PreTrainedModel | None,
-        logits: TeacherLogits | None,
-        arguments: TrainingArguments,
-    ) -> Identity:
-        return Identity(
-            weights_hash(model),
-            tensor_hash(ids),
-            logits.teacher if logits is not None else None if teacher is None else weights_hash(teacher),
-            settings_of(
-                self.config, adapter_config(self.config, model, self.pruning.arch_file), arguments, model.dtype
-            ),
-        )
-
-    def write_teacher_logits(
-        self,
-        teacher: PreTrainedModel | str,
-        tokenizer: PreTrainedTokenizerBase | None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        """Write the teacher's predictions of the whole training text into `teacher_logits` of the config. Where that
-        folder exists, its predictions have to be those of this teacher.
-
-        Where this comes before the pruned model is loaded, the two are never in memory together.
-
-        Args:
-            teacher: The model that the trained one should agree with, or its id or folder.
-            tokenizer: The tokenizer of both models, which reads the domains.
-            trust_remote_code: Whether a teacher that is loaded may run code from its folder.
-
-        Raises:
-            StructPruneError: If the config names no folder, the teacher cannot be loaded, there is no text, the models
-                would write it themselves, the folder cannot be written, or it holds the predictions of another
-                teacher.
-        """
-        config = self.config
-        if config.teacher_logits is None or config.top_k is None:
-            raise StructPruneError("RecoveryConfig(teacher_logits=…, top_k=…) says where the teacher's logits go.")
-        name = teacher if isinstance(teacher, (str, Path)) else None
-        if name is not None and name == self._known_teacher:
-            return
-        # Of several processes, one writes.
-        with PartialState().main_process_first():
-            self._known_teacher = name
-            if Path(config.teacher_logits).exists():
-                TeacherLogits(config.teacher_logits).check_teacher(teacher, trust_remote_code)
-                return
-            teacher = load_teacher(teacher, trust_remote_code=trust_remote_code)
-            domains = training_text(config, self.pruning, tokenizer, teacher, self.parts)
-            ppl = _perplexities(teacher, domains)
-            write_teacher_logits(
-                config.teacher_logits, teacher, samples_of(domains), config.top_k, float(config.temperature), ppl
-            )
+            with way as trained, to_train(trained, arguments) as whole:
+                trainer = DistillTrainer(whole, arguments, TrainingSamples(ids), config, teacher)
+                outcome = train_(trainer, callbacks, checkpoint)
+            return trained, outcome
 
     def save(
         self,
@@ -234,36 +157,16 @@ class Recovery:
             replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
             if REPORT_NAME in carried:
                 leave_page(folder, save_directory)
-            if identity is not None:
-                identity.save(folder)
             if not isinstance(model, PeftModel):  # peft writes the card of an adapter
                 leave_card(folder, save_directory, model.config, model.name_or_path, self.pruning.arch_file)
+            elif self._inputs is not None:
+                self._inputs.save(folder)
 
-        identity = self._identity if isinstance(model, PeftModel) else None
         check = check_adapter if isinstance(model, PeftModel) else check_reload
         # An adapter is of no use without the model under it.
         base = str(model.get_base_model().name_or_path) if isinstance(model, PeftModel) else None
         used = [base, *used_paths(self.config, self.pruning)]
         save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
-
-    def _teacher(
-        self,
-        teacher: PreTrainedModel | str | None,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        trust_remote_code: bool,
-    ) -> tuple[PreTrainedModel | None, TeacherLogits | None]:
-        """The teacher in memory, or its predictions on disk, or neither."""
-        config = self.config
-        if config.teacher_logits is not None:
-            if teacher is not None:
-                self.write_teacher_logits(teacher, tokenizer, trust_remote_code)
-            return None, TeacherLogits(config.teacher_logits)
-        if teacher is None or not config.distils:
-            return None, None
-        teacher = load_teacher(teacher, model.dtype, model.device, trust_remote_code)
-        check_teacher(teacher, model)
-        return teacher, None
 
 
 @overload

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.domains import DomainConfig, is_broad, written_by_model
+from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.broad import WRITTEN, texts_of
@@ -26,8 +26,7 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
     of them are held out.
     """
     seq_length = config.seq_length or pruning.seq_length
-    own = config.domains or _domains_of(pruning)
-    domains = resolve(_with_every_kind(own, config, pruning))
+    domains = resolve(config.domains or _domains_of(pruning))
     samples, weights = config.tokens // seq_length, [domain.weight for domain in domains]
     if samples < len(domains) or min(split_samples(samples, weights)) < parts:
         rounds = f" in each of {parts} rounds" if parts > 1 else ""
@@ -36,12 +35,6 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
             f"tokens={config.tokens} does not give each of the {len(domains)} domains a sample of {seq_length} "
             f"tokens{rounds}; {seq_length * enough} is enough."
         )
-    for domain in domains:
-        if config.teacher_logits is not None and written_by_model(domain):
-            raise StructPruneError(
-                f"The domain {domain.name!r} is written by the model itself, so it is other text for the teacher than "
-                "for the pruned model; use another domain, or leave teacher_logits out."
-            )
     return replace(
         pruning,
         domains=domains,
@@ -54,17 +47,6 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
         allocation="uniform",
         max_perplexity_ratio=None,
     )
-
-
-def _with_every_kind(
-    own: list[DomainConfig], config: RecoveryConfig, pruning: StructPruneConfig
-) -> list[DomainConfig]:
-    """Domains with the built-in text of every kind that a config asks for, which is left out where one of them is such
-    text, as where the domains of a pruning were not named.
-    """
-    if any(map(is_broad, own)):
-        return own
-    return texts_of(replace(pruning, domains=own, breadth=config.breadth, broad_text=None))
 
 
 def _domains_of(pruning: StructPruneConfig) -> list[DomainConfig]:

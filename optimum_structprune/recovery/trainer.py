@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from math import ceil
 from time import perf_counter
-from types import NoneType, UnionType
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import torch
+from huggingface_hub.dataclasses import type_validator
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -19,21 +22,17 @@ from transformers.trainer_utils import IntervalStrategy
 from ..config.fields import build
 from ..config.recovery import RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
-from ..forward.divergence import divergence, divergence_from_likeliest
+from ..forward.divergence import divergence
 from ..forward.metrics import evaluating, input_device
 from ..system.disk import is_write_error
 from .adapter import check_adapter
-from .identity import Identity
 from .outcome import RecoveryOutcome
-from .sharding import own_shard
-from .teacher import LOG_PROBABILITIES, TOKENS
 
+
+M = TypeVar("M", bound=nn.Module)
 
 # What libraries raise where a value of `config.training` is of no use to them.
 LIBRARY_ERRORS = (TypeError, ValueError, AttributeError, KeyError, ImportError, RuntimeError, AssertionError)
-# Fields that are on or off, which transformers declares as strings for the sake of an older form.
-SWITCHES = ("fsdp",)
-PLAIN_TYPES = (bool, int, float, str, NoneType)
 ADVICE = "lower training['learning_rate'], or train in float32 or bfloat16."
 
 
@@ -45,7 +44,8 @@ def training_arguments(
     config: RecoveryConfig, seed: int, on_cpu: bool, scratch: str, part: int = 1, parts: int = 1
 ) -> TrainingArguments:
     """The arguments of the Trainer: `config.training` laid over the defaults."""
-    given = _typed(config.training)
+    with _readable("TrainingArguments: "):
+        given = _typed(config.training)
     saving: dict[str, Any] = {"save_strategy": "no", "output_dir": scratch}
     if "output_dir" in given:
         saving = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}
@@ -83,21 +83,14 @@ def _check_use(arguments: TrainingArguments) -> None:
 def _typed(training: Mapping[str, Any]) -> dict[str, Any]:
     """Values of the types that `TrainingArguments` declares, which it does not check itself."""
     hints = get_type_hints(TrainingArguments)
-    typed = {}
+    typed = dict(training)
     for name, value in training.items():
-        if name in SWITCHES and isinstance(value, bool):
-            typed[name] = value or None
-            continue
-        hint = hints.get(name, Any)
-        types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        if value is False and str in types and not {bool, NoneType} & set(types):
-            value = "no"  # what YAML reads `save_strategy: no` as
-        plain = all(each in PLAIN_TYPES for each in types)
-        allowed = {*types, int} if float in types else set(types)
-        if plain and value is not None and type(value) not in allowed:
-            names = " or ".join(each.__name__ for each in types if each is not NoneType)
-            raise StructPruneError(f"TrainingArguments: {name} takes {names}, got {value!r}.")
-        typed[name] = value
+        if name.endswith("_strategy") and value is False:
+            typed[name] = "no"  # what YAML reads `save_strategy: no` as
+        elif hints.get(name) is float and type(value) is int:
+            typed[name] = float(value)
+        elif name != "fsdp":  # declared as text for the sake of an older form, and on or off today
+            type_validator(name, value, hints.get(name, Any))
     return typed
 
 
@@ -123,7 +116,6 @@ class DistillTrainer(Trainer):
         samples: Dataset,
         recovery: RecoveryConfig,
         teacher: PreTrainedModel | None = None,
-        identity: Identity | None = None,
     ):
         with _readable("The Trainer cannot be made: "):
             super().__init__(model=model, args=arguments, train_dataset=samples)
@@ -131,7 +123,6 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.recovery = recovery
         self.teacher = teacher
-        self.identity = identity
         # The step and what is trained at its beginning, of the last step with a finite loss.
         self._finite: tuple[int, dict[str, Tensor]] | None = None
 
@@ -144,16 +135,9 @@ class DistillTrainer(Trainer):
             # accelerate leaves a `forward` that computes in mixed precision on the model itself.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.identity is not None and output_dir is not None and self.is_world_process_zero():
-            self.identity.save(output_dir)
-
     def tokens_seen(self) -> int:
-        """The number of tokens of text that were trained on.
-
-        The Trainer counts what several processes get, and the last batch of an epoch is filled up with samples that
-        one of them has had.
+        """The number of tokens of text that were trained on, without the samples that the Trainer counts twice where
+        they fill up the last batch of several processes.
         """
         epochs = ceil(self.state.epoch or 0)
         samples = cast("Any", self.train_dataset)
@@ -168,16 +152,12 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Cross-entropy, mixed with the divergence from the teacher."""
-        stored = {name: inputs[name] for name in (TOKENS, LOG_PROBABILITIES) if name in inputs}
-        model_inputs = {name: value for name, value in inputs.items() if name not in stored}
-        outputs = model(**model_inputs)
+        outputs = model(**inputs)
         loss = outputs.loss
-        if stored:
-            loss = self._mixed(loss, self._stored_divergence(outputs.logits, stored))
-        elif self.teacher is not None:
-            theirs = self._teacher_logits(inputs["input_ids"]).to(outputs.logits.device)
-            temperature = float(self.recovery.temperature)
-            loss = self._mixed(loss, divergence(outputs.logits, theirs, temperature, self.recovery.top_k))
+        if self.teacher is not None:
+            taught = self._teacher_logits(inputs["input_ids"]).to(outputs.logits.device)
+            weight, temperature = self.recovery.kl_weight, float(self.recovery.temperature)
+            loss = (1 - weight) * loss + weight * divergence(outputs.logits, taught, temperature)
         self._check(loss)
         if self._finite is None or self._finite[0] != self.state.global_step:
             weights = {name: tensor.clone() for name, tensor in self._trainable().items()}
@@ -186,18 +166,16 @@ class DistillTrainer(Trainer):
 
     def check_weights(self) -> None:
         """Refuse weights that the last step has spoilt; no loss is computed after it that would show it."""
-        finite = all(own_shard(tensor).isfinite().all() for tensor in self._trainable().values())
+        tensors = self._trainable().values()
+        shards = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+        finite = all(shard.isfinite().all() for shard in shards)
         # Of sharded weights every process sees its own part.
         if not self.accelerator.gather(torch.tensor([finite], device=self.accelerator.device)).all():
             raise NotFiniteError(f"The weights after step {self.state.global_step} are not finite; {ADVICE}")
 
     @torch.no_grad()
     def restore_finite_(self) -> bool:
-        """Give what is trained the last values whose loss was finite.
-
-        Returns:
-            Whether there were any.
-        """
+        """Give what is trained the last values whose loss was finite, and say whether there were any."""
         if self._finite is None:
             return False
         for name, tensor in self._trainable().items():
@@ -216,14 +194,6 @@ class DistillTrainer(Trainer):
         with self.accelerator.autocast():
             return teacher(ids.to(input_device(teacher)), use_cache=False).logits
 
-    def _stored_divergence(self, logits: Tensor, stored: dict[str, Tensor]) -> Tensor:
-        temperature = float(self.recovery.temperature)
-        return divergence_from_likeliest(logits, stored[TOKENS], stored[LOG_PROBABILITIES], temperature)
-
-    def _mixed(self, loss: Tensor, divergence: Tensor) -> Tensor:
-        weight = self.recovery.kl_weight
-        return (1 - weight) * loss + weight * divergence
-
     def _check(self, loss: Tensor) -> None:
         # Every process has to stop at the same step, or the others wait for it in vain.
         finite = torch.isfinite(loss.detach()).float()
@@ -233,14 +203,41 @@ class DistillTrainer(Trainer):
             )
 
 
+@contextmanager
+def to_train(model: M, arguments: TrainingArguments) -> Iterator[M]:
+    """The model that the Trainer gets: the model itself, or with FSDP a copy, because what it shards stays in shards.
+
+    All processes have to come to the end of `with`, where the model takes over what was trained.
+    """
+    if not arguments.fsdp:
+        yield model
+        return
+    before = set(os.environ)
+    try:
+        copied = deepcopy(model)
+        yield copied
+        take_over_(model, copied)
+    finally:
+        # accelerate tells the rest of the process through the environment, as if it had been launched that way.
+        for name in set(os.environ) - before:
+            if name.startswith(("ACCELERATE_USE_FSDP", "FSDP_")):
+                del os.environ[name]
+
+
+@torch.no_grad()
+def take_over_(model: nn.Module, trained: nn.Module) -> None:
+    """Give a model the values of what is trainable in it, which may be in shards; all processes have to come here."""
+    shards = dict(trained.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            shard = shards[name].to(parameter.device)
+            parameter.copy_(shard.full_tensor() if isinstance(shard, DTensor) else shard)
+
+
 def train_(
     trainer: DistillTrainer, callbacks: Iterable[TrainerCallback] = (), checkpoint: str | None = None
 ) -> RecoveryOutcome:
-    """Train until the end, or until the last step whose loss was finite.
-
-    Returns:
-        What the training cost, and why it stopped if it did.
-    """
+    """Train until the end, or until the last step whose loss was finite, and say what it cost and why it stopped."""
     for callback in callbacks:
         trainer.add_callback(callback)
     if checkpoint is not None and isinstance(trainer.model, PeftModel):

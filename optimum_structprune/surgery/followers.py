@@ -1,51 +1,15 @@
-"""What follows a model when it shrinks: averages of its weights, such as an EMA, and the state of its optimizer."""
+"""The state of an optimizer, which follows its model when that shrinks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
-from transformers import PreTrainedModel
 
-from ..arch.load import describe
 from ..arch.spec import ArchSpec
 from ..errors import StructPruneError
 from .cut import slice_tensors
 from .plan import Plan
-from .resize import resize_
-
-
-class Average:
-    """An average of a model's weights that is shrunk together with the model."""
-
-    def __init__(self, average: nn.Module, model: PreTrainedModel, arch_file: str | None):
-        inner = average.module if isinstance(average, AveragedModel) else average
-        if not isinstance(inner, type(model)):
-            raise StructPruneError(
-                f"averages takes copies of the {type(model).__name__}, or AveragedModel around one; "
-                f"got {type(inner).__name__}."
-            )
-        self.inner: PreTrainedModel = inner
-        self.arch_file = arch_file
-        trained = dict(model.named_parameters())
-        self.distance: dict[str, Tensor] = {
-            name: parameter.detach() - trained[name].detach().to(parameter)
-            for name, parameter in inner.named_parameters()
-        }
-
-    @torch.no_grad()
-    def follow_(self, model: PreTrainedModel, arch: ArchSpec, plan: Plan) -> None:
-        """Give the average the model's new widths.
-
-        Every kept weight keeps its distance from the model's weight, so that the refit changes both alike.
-        """
-        state = model.state_dict()
-        resize_(self.inner, describe(self.inner, self.arch_file), state)
-        self.inner.load_state_dict(state)
-        distance = slice_tensors(self.distance, arch.spaces, plan)
-        for name, parameter in self.inner.named_parameters():
-            parameter.add_(distance[name])
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear
 
 from optimum_structprune import InPlaceError, Recovery, StructPruneError, load_adapter, prune_model, recover
 from optimum_structprune.recovery.adapter import fresh_adapter, lora_config
-from optimum_structprune.recovery.identity import IDENTITY_NAME, weights_hash
+from optimum_structprune.recovery.resume import INPUTS_NAME, weights_hash
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_an_adapter_fits_its_model_in_bfloat16_and_warns_where_it_does_not_say_w
     assert weights_hash(deepcopy(pruned).bfloat16()) == weights_hash(pruned)
     for path in saved[1].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / IDENTITY_NAME).unlink()
+    (tmp_path / INPUTS_NAME).unlink()
     with pytest.warns(UserWarning, match="does not say which model its adapter was trained on"):
         load_adapter(deepcopy(pruned), tmp_path)
 
@@ -108,6 +108,6 @@ def test_an_adapter_that_peft_places_half_way_is_taken_off(pruned):
 
 
 def test_the_folder_says_what_the_training_was(pruned, saved):
-    identity = json.loads((saved[1] / IDENTITY_NAME).read_text())
-    assert identity["model"] == weights_hash(pruned) and identity["teacher"] is None
-    assert identity["settings"]["learning_rate"] == 1e-2 and identity["settings"]["lora.r"] == 2
+    inputs = json.loads((saved[1] / INPUTS_NAME).read_text())
+    assert inputs["model"] == weights_hash(pruned) and inputs["teacher"] == "none"
+    assert inputs["learning_rate"] == 1e-2 and inputs["lora.r"] == 2

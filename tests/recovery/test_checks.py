@@ -1,23 +1,25 @@
 """Mistakes in a recovery are found before any text is read."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from helpers import recovery_config, same_weights
 from models import build, config, tokenizer
+from torch import nn
+from torch.distributed import HashStore, destroy_process_group, init_device_mesh, init_process_group
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from optimum_structprune import DomainConfig, StructPruneError, prune_model, recover
-from optimum_structprune.recovery.checks import check_recovery
-from optimum_structprune.recovery.trainer import training_arguments
+from optimum_structprune.recovery.checks import check_recovery, check_sharding
+from optimum_structprune.recovery.trainer import take_over_, training_arguments
+from optimum_structprune.system.processes import across_processes
 
 
 def domain(**fields) -> dict:
     return {"domains": [DomainConfig(**{"name": "x", **fields})]}
-
-
-KEPT = {"top_k": 4, "teacher_logits": "nowhere"}
 
 
 def unread():
@@ -33,10 +35,10 @@ def unread():
         ({"lora": {"bias": 3, "task_type": "CAUSAL"}}, "LoraConfig: .*CAUSAL"),
         ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
         ({"training": {"lr_scheduler_type": "sinus"}}, "TrainingArguments: .*sinus"),
-        ({"training": {"max_steps": "x"}}, "TrainingArguments: max_steps takes int, got 'x'"),
-        ({"training": {"learning_rate": "fast"}}, "learning_rate takes float, got 'fast'"),
-        ({"training": {"bf16": "no"}}, "bf16 takes bool, got 'no'"),
-        ({"training": {"max_steps": True}}, "max_steps takes int, got True"),
+        ({"training": {"max_steps": "x"}}, "TrainingArguments: .*max_steps' expected int, got str"),
+        ({"training": {"learning_rate": "fast"}}, "learning_rate' expected float, got str"),
+        ({"training": {"bf16": "no"}}, "bf16' expected bool, got str"),
+        ({"training": {"max_steps": True}}, "max_steps' expected int, got bool"),
         ({"training": {"fp16": True, "bf16": True}}, "TrainingArguments: At most one of fp16 and bf16"),
         ({"lora": {"r": 0}}, "r has to be 1 or more, got 0"),
         ({"lora": {"target_modules": ["nothing"]}}, "peft cannot put the adapter on LlamaForCausalLM: .*nothing"),
@@ -51,7 +53,6 @@ def unread():
         (domain(source="preset:nothing"), "There is no preset 'nothing'"),
         (domain(source="./gone.txt"), "there is no file or folder gone.txt"),
         (domain(source="memory:list"), "set its source again"),
-        ({**domain(source="self:prose"), **KEPT}, "'x' is written by the model itself.*leave teacher_logits out"),
         ({"tokens": 2_000, "seq_length": 65}, "recovery's seq_length=65 is longer than the model's 64 positions"),
     ],
 )
@@ -98,18 +99,79 @@ def test_a_config_of_another_kind_is_refused():
 
 
 @pytest.mark.parametrize("case", ["bert", "t5"])
-def test_only_causal_models_are_trained_from_python_too(case):
-    with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For"):
-        recover(build(case), tokenizer(), recovery_config(**domain(source=unread())))
-
-
-@pytest.mark.parametrize("case", ["bert", "t5"])
 def test_only_causal_language_models_are_trained(case):
-    with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For"):
-        check_recovery(recovery_config(), config(), build(case))
+    for refused in (
+        lambda: recover(build(case), tokenizer(), recovery_config(**domain(source=unread()))),
+        lambda: check_recovery(recovery_config(), config(), build(case)),
+    ):
+        with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For"):
+            refused()
 
 
 def test_an_offloaded_model_is_not_trained():
     model = cpu_offload(build("llama-tied"), execution_device=torch.device("cpu"))
     with pytest.raises(StructPruneError, match="LlamaForCausalLM is offloaded; leave recovery out, save, and"):
         check_recovery(recovery_config(), config(), model)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"fsdp": True}, "fsdp shards a model over GPUs, and on 'cpu' accelerate ignores it"),
+        ({"deepspeed": "zero3.json"}, "deepspeed is not supported"),
+    ],
+)
+def test_what_does_not_shard_is_refused(training, message):
+    with pytest.raises(StructPruneError, match=message):
+        check_recovery(recovery_config(training=training), config(), build("llama-tied"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"version": 1}, "fsdp_config has version 1"), ({}, "over several processes, and this one is alone")],
+)
+def test_fsdp_takes_several_processes_and_its_second_version(settings, message):
+    arguments = SimpleNamespace(fsdp=True, fsdp_config=settings, world_size=2 if settings else 1)
+    with pytest.raises(StructPruneError, match=message):
+        check_sharding(arguments, "cuda")
+
+
+@pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "Deep")])
+def test_a_launch_that_shards_is_refused(variable, name, monkeypatch):
+    """Pruning in it would see empty weights in all processes but one."""
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(StructPruneError, match=f"accelerate was told to use {name}.*torchrun"):
+        check_recovery(recovery_config(), config(), build("llama-tied"))
+    with pytest.raises(StructPruneError, match=f"accelerate was told to use {name}"), across_processes():
+        pass
+
+
+@pytest.fixture
+def sharded():
+    """A model whose weights are DTensors, in a group of one process."""
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        model, mesh = build("llama-tied"), init_device_mesh("cpu", (1,))
+        for name, parameter in list(model.named_parameters()):
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
+        yield model
+    finally:
+        destroy_process_group()
+
+
+def test_a_model_in_shards_is_not_pruned(sharded):
+    with pytest.raises(StructPruneError, match="weights of this LlamaForCausalLM are spread over processes"):
+        prune_model(sharded, config())
+
+
+def test_what_was_trained_in_shards_comes_back_whole(sharded):
+    model = build("llama-tied")
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    model.lm_head.requires_grad_(False)
+    take_over_(model, sharded)
+    expected = build("llama-tied").state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
+        assert not isinstance(tensor, DTensor)

@@ -5,7 +5,7 @@ import torch
 from helpers import RECOVERY_TEXT, recovery_config
 from models import build, config, documents, tokenizer
 
-from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError
+from optimum_structprune import DomainConfig, StructPruneError
 from optimum_structprune.domains.broad import texts_of
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.recovery.text import heldout_samples, part_rows, samples_of, text_config, training_text
@@ -67,28 +67,3 @@ def test_what_the_model_wrote_beside_the_domains_is_not_trained_on():
     assert [domain.name for domain in text_config(follows, written).domains] == ["a", "b"]
     named = config(breadth=None, broad_text="builtin:broad")
     assert [domain.name for domain in text_config(follows, named).domains] == ["a", "b", "broad"]
-
-
-def test_text_of_every_kind_beside_the_domains():
-    def shares(recovery, pruning=None):
-        text = text_config(recovery, pruning or config())
-        total = sum(domain.weight for domain in text.domains)
-        return {domain.name: round(domain.weight / total, 3) for domain in text.domains}
-
-    domains = [DomainConfig(name=name, source=documents(200)) for name in "ab"]
-    assert shares(recovery_config(domains=domains)) == {"a": 0.5, "b": 0.5}
-    assert shares(recovery_config(domains=domains, breadth=0.5)) == {"a": 0.25, "b": 0.25, "broad": 0.5}
-    # What is named is no part of the text of every kind.
-    coded = [DomainConfig(name="code", source="builtin:code")]
-    text = text_config(recovery_config(domains=coded, breadth=0.3), config())
-    assert text.domains[1].source == "builtin:broad-code"
-    read = training_text(recovery_config(domains=domains, breadth=0.5), config(), tokenizer(), build("llama-tied"))
-    assert [len(domain.samples) for domain in read] == [5, 5, 10]
-    # Such text is there already, whether the domains are named or follow the pruning.
-    wide = [*domains, DomainConfig(name="all", source="builtin:broad")]
-    with pytest.raises(StructPruneError, match="breadth=0.3 adds built-in text of every kind, and domains has such"):
-        recovery_config(domains=wide, breadth=0.3)
-    follows = recovery_config(domains=None, breadth=0.3)
-    assert [*shares(follows, StructPruneConfig(sparsity=0.2))] == ["prose", "code", "math", "broad"]
-    with pytest.raises(StructPruneError, match="each of the 3 domains a sample"):
-        text_config(recovery_config(tokens=2 * 24, breadth=0.3), config())

@@ -120,12 +120,10 @@ def test_the_paths_that_configs_name(tmp_path):
     domains = [DomainConfig(name="a", source=f"{tmp_path}/*.txt"), DomainConfig(name="b", source=["in memory"])]
     recovery = RecoveryConfig(
         domains=[DomainConfig(name="c", source="c.jsonl")],
-        teacher_logits="logits",
-        top_k=4,
         training={"output_dir": "steps"},
     )
     names = used_paths(config(domains=domains, checkpoint_dir="rounds", recovery=recovery), None)
-    assert {*names} == {f"{tmp_path}/1.txt", f"{tmp_path}/2.txt", "rounds", "c.jsonl", "logits", "steps"}
+    assert {*names} == {f"{tmp_path}/1.txt", f"{tmp_path}/2.txt", "rounds", "c.jsonl", "steps"}
 
 
 def test_saving_never_replaces_the_dense_model(tmp_path):
@@ -169,7 +167,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
         Output(tmp_path / "out").check(5_000_000_000)
 
 
-@pytest.mark.parametrize("name", ["checkpoint_dir", "output_dir", "teacher_logits"])
+@pytest.mark.parametrize("name", ["checkpoint_dir", "output_dir"])
 def test_folders_of_checkpoints_are_probed_before_text_is_read(tmp_path, name):
     def unread():
         pytest.fail("text was read")
@@ -178,9 +176,8 @@ def test_folders_of_checkpoints_are_probed_before_text_is_read(tmp_path, name):
     domain = [DomainConfig("a", unread())]
     (tmp_path / "file").write_text("")
     for folder, message in [(tmp_path / "file" / "run", "file is a file"), (Path("/proc/none/run"), "cannot be")]:
-        fields = {"teacher_logits": str(folder), "top_k": 7} if name == "teacher_logits" else {}
         training = {"output_dir": str(folder)} if name == "output_dir" else {}
-        recovery = recovery_config(domains=domain, training=training, **fields)
+        recovery = recovery_config(domains=domain, training=training)
         checked = {"checkpoint_dir": str(folder)} if name == "checkpoint_dir" else {"recovery": recovery}
         with pytest.raises(StructPruneError, match=message):
             prune_model(build("llama-tied"), config(domains=domain, rounds=2, **checked), tokenizer())

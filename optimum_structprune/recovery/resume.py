@@ -1,0 +1,122 @@
+"""Which training an adapter or a checkpoint belongs to, so that nothing of another one is taken for its own."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import sort_checkpoints
+
+from ..config.fields import read_mapping
+from ..config.recovery import LORA, TRAINING, RecoveryConfig
+from ..errors import StructPruneError
+from ..plain_json import plain, replace_json
+from ..system.fingerprint import raw_bytes, tensor_hash
+from ..system.offloading import weight_of
+
+
+INPUTS_NAME = "recovery_inputs.json"
+# What the fields of `TrainingArguments` begin with that change no step of a training.
+WITHOUT_EFFECT = ("output_dir", "logging_", "save_st", "save_total", "report_to", "disable_tqdm")
+DIGITS = 12  # so many of a hash are shown
+
+
+class TrainingInputs(TrainerCallback, ExportableState):
+    """All that decides which weights come out of a training, by name; a Trainer keeps it in each checkpoint."""
+
+    def __init__(self, inputs: Mapping[str, Any]):
+        self.inputs = inputs
+
+    @classmethod
+    def of(
+        cls,
+        config: RecoveryConfig,
+        arguments: TrainingArguments,
+        model: PreTrainedModel,
+        ids: Tensor,
+        teacher: PreTrainedModel | None,
+    ) -> TrainingInputs:
+        """The inputs of a training on token ids, shape `(samples, seq_length)`, before the model has an adapter."""
+        hashes = {"model": weights_hash(model), "text": tensor_hash(ids)}
+        hashes["teacher"] = "none" if teacher is None else weights_hash(teacher)
+        settings = {name: getattr(config, name) for name in ("train", "kl_weight", "temperature")}
+        lora = {f"lora.{name}": value for name, value in {**LORA, **config.lora}.items()}
+        given = {**TRAINING, "learning_rate": arguments.learning_rate, **config.training, "seed": arguments.seed}
+        training = {name: value for name, value in given.items() if not name.startswith(WITHOUT_EFFECT)}
+        return cls(plain({**hashes, "dtype": model.dtype, **settings, **lora, **training}))
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into a checkpoint; see `ExportableState`."""
+        return {"args": {"inputs": self.inputs}, "attributes": {}}
+
+    def save(self, folder: Path) -> None:
+        """Write the inputs into the folder of an adapter."""
+        replace_json(folder / INPUTS_NAME, self.inputs)
+
+    def differences(self, stored: Mapping[str, Any]) -> str:
+        """How stored inputs differ from these, with both values of each difference; empty where they are the same."""
+        values = {name: (stored.get(name), self.inputs.get(name)) for name in {**self.inputs, **stored}}
+        return "; ".join(
+            f"{name} {_short(there)} there and {_short(here)} here"
+            for name, (there, here) in values.items()
+            if there != here
+        )
+
+    def last_checkpoint(self, folder: str) -> str:
+        """The last checkpoint of this training in a folder.
+
+        The Trainer writes its state last, so that a checkpoint without a readable one was cut short by a kill or a
+        full disk. The one before it is still there then.
+        """
+        reason = f"There is no checkpoint in {folder} to resume from; start without resuming."
+        others = []
+        for checkpoint in reversed(sort_checkpoints(folder)):
+            try:
+                state = read_mapping(Path(checkpoint, TRAINER_STATE_NAME), json.loads)
+                stored = state["stateful_callbacks"][type(self).__name__]["args"]["inputs"]
+            except (StructPruneError, LookupError, TypeError) as error:
+                warnings.warn(f"{checkpoint} is passed over: {error}.", stacklevel=2)
+                continue
+            if not (differences := self.differences(stored)):
+                return checkpoint
+            others.append(
+                f"{checkpoint} belongs to another training: {differences}. Resume with what it began with, or start "
+                "without resuming."
+            )
+        raise StructPruneError([*others, reason][0])
+
+
+def model_of(folder: str | Path) -> str | None:
+    """The `weights_hash` of the model that the adapter in a folder was trained on; None where nothing says it."""
+    path = Path(folder, INPUTS_NAME)
+    return str(read_mapping(path, json.loads).get("model")) if path.is_file() else None
+
+
+@torch.no_grad()
+def weights_hash(model: PreTrainedModel) -> str:
+    """The SHA-256 of a model's type and of its weights as bfloat16, in hexadecimal digits.
+
+    A model therefore keeps its hash when it is saved and loaded again, in float32 or in bfloat16, and when accelerate
+    has put some of it on the disk.
+    """
+    digest = sha256(str(model.config.model_type).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        weight = weight_of(model, name) if tensor.is_meta else tensor
+        weight = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
+        digest.update(raw_bytes(weight))
+    return digest.hexdigest()
+
+
+def _short(value: Any) -> str:
+    """A value in a message; of a hash, its first digits."""
+    return f"{value[:DIGITS]}…" if isinstance(value, str) and len(value) == sha256().digest_size * 2 else str(value)

@@ -1,0 +1,160 @@
+"""A training goes on from its own last checkpoint that is whole, and from no other."""
+
+import json
+import shutil
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from helpers import RECOVERY_TEXT, logits, recovery_config, same_weights
+from models import build, config, full_disk, tokenizer
+
+from optimum_structprune import StructPruneError, prune_model, recover
+from optimum_structprune.recovery.resume import weights_hash
+from optimum_structprune.recovery.trainer import DistillTrainer
+
+
+CUTS = {"half": lambda data: data[: len(data) // 2], "empty": lambda data: b"", "zeros": lambda data: bytes(len(data))}
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    return prune_model(build("llama-tied"), config(), tokenizer())
+
+
+@pytest.fixture(scope="module")
+def run(pruned, tmp_path_factory):
+    """The folder of a training with the checkpoints 2, 4, 6 and 8, and what came of it."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, recover(deepcopy(pruned), tokenizer(), settings(folder))
+
+
+def settings(folder, **fields):
+    training = {"output_dir": str(folder), "save_steps": 2, "save_total_limit": 5, **fields.pop("training", {})}
+    return recovery_config(**{"tokens": 384, **fields}, training=training)
+
+
+def other_weights(model):
+    model = deepcopy(model)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    return model
+
+
+@pytest.mark.parametrize("how", [*CUTS, "gone", "empty object"])
+def test_training_goes_on_from_the_one_before_a_damaged_checkpoint(pruned, run, tmp_path, how):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    (folder / "checkpoint-best").mkdir()
+    state = folder / "checkpoint-8" / "trainer_state.json"
+    if how == "gone":
+        state.unlink()
+        (folder / "checkpoint-8" / "adapter_model.safetensors").write_bytes(b"half")
+    else:
+        state.write_bytes(b"{}" if how == "empty object" else CUTS[how](state.read_bytes()))
+    with pytest.warns(UserWarning, match="checkpoint-8 is passed over: "), full_steps() as steps:
+        resumed = recover(deepcopy(pruned), tokenizer(), settings(folder), resume=True)
+    assert steps == [6, 7]
+    torch.testing.assert_close(logits(resumed), logits(run[1]))
+    assert json.loads(state.read_text())["global_step"] == 8
+
+
+class full_steps:  # noqa: N801  # a context
+    """The steps that are trained inside `with`."""
+
+    def __enter__(self):
+        self.steps, self.original = [], DistillTrainer.training_step
+
+        def noted(trainer, *arguments, **more):
+            self.steps.append(trainer.state.global_step)
+            return self.original(trainer, *arguments, **more)
+
+        DistillTrainer.training_step = noted
+        return self.steps
+
+    def __exit__(self, *error):
+        DistillTrainer.training_step = self.original
+
+
+def test_nothing_is_left_to_go_on_from(pruned, run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        path.write_text(path.read_text()[:20])
+    for place in (folder, tmp_path / "nowhere"):
+        with warnings.catch_warnings(), pytest.raises(StructPruneError, match=f"no checkpoint in {place} to resume"):
+            warnings.simplefilter("ignore")
+            recover(deepcopy(pruned), tokenizer(), settings(place), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora": {"r": 2, "lora_alpha": 64}}, "lora.lora_alpha 32 there and 64 here"),
+        ({"training": {"learning_rate": 0.5}}, "learning_rate 0.01 there and 0.5 here"),
+        ({"training": {"per_device_train_batch_size": 4}}, "per_device_train_batch_size 2 there and 4 here"),
+        ({"temperature": 2.0}, "temperature 1.0 there and 2.0 here"),
+        ({"train": "full", "lora": {}}, "train lora there and full here"),
+        ({"tokens": 96}, r"text \w{12}… there and \w{12}… here"),
+        ({"domains": RECOVERY_TEXT["domains"][:1]}, "text"),
+        ({"seed": 5}, "seed 0 there and 5 here"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(pruned, run, fields, message):
+    model = deepcopy(pruned)
+    with pytest.raises(StructPruneError, match=f"checkpoint-8 belongs to another training: .*{message}"):
+        recover(model, tokenizer(), settings(run[0], **fields), resume=True)
+    assert same_weights(model, pruned)
+
+
+def test_a_checkpoint_of_another_model_or_teacher_is_refused(pruned, run):
+    message = r"belongs to another training: model \w{12}… there and \w{12}… here\."
+    with pytest.raises(StructPruneError, match=message):
+        recover(other_weights(pruned), tokenizer(), settings(run[0]), resume=True)
+    with pytest.raises(StructPruneError, match=r"teacher none there and \w{12}… here"):
+        recover(deepcopy(pruned), tokenizer(), settings(run[0]), build("llama-tied"), resume=True)
+
+
+def test_what_changes_no_step_may_differ(pruned, run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint-8")
+    same = settings(folder, training={"logging_steps": 1, "save_steps": 3})
+    resumed = recover(deepcopy(pruned), tokenizer(), same, resume=True)
+    torch.testing.assert_close(logits(resumed), logits(run[1]))
+
+
+def test_an_interrupted_run_goes_on(pruned, run, tmp_path, monkeypatch):
+    model, original = deepcopy(pruned), DistillTrainer.compute_loss
+
+    def interrupted(self, *arguments, **more):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "compute_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recover(model, tokenizer(), settings(tmp_path))
+    assert same_weights(model, pruned) and [*model.state_dict()] == [*pruned.state_dict()]
+    resumed = recover(model, tokenizer(), settings(tmp_path), resume=True)
+    torch.testing.assert_close(logits(resumed), logits(run[1]))
+
+
+def test_a_model_keeps_its_hash_where_accelerate_has_put_its_weights_away():
+    model = build("llama-tied")
+    expected = weights_hash(model)
+    assert weights_hash(other_weights(model)) != expected
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.device.type == "meta" and weights_hash(model) == expected
+
+
+@pytest.mark.parametrize("what", ["adapter", "optimizer"])
+def test_a_checkpoint_that_does_not_fit_on_the_disk(pruned, run, tmp_path, what):
+    model, sizes = deepcopy(pruned), {path.name: path.stat().st_size for path in run[0].glob("checkpoint-8/*")}
+    room = 2_000 if what == "adapter" else (sizes["adapter_model.safetensors"] + sizes["optimizer.pt"]) // 2
+    with (
+        full_disk(room),
+        pytest.raises(StructPruneError, match="stopped at step 2 because a checkpoint could not be written"),
+    ):
+        recover(model, tokenizer(), settings(tmp_path))
+    assert same_weights(model, pruned)
