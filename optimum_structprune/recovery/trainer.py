@@ -46,17 +46,15 @@ def training_arguments(
     """The arguments of the Trainer: `config.training` laid over the defaults."""
     with _readable("TrainingArguments: "):
         given = _typed(config.training)
-    saving: dict[str, Any] = {"save_strategy": "no", "output_dir": scratch}
-    if "output_dir" in given:
-        saving = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}
-        if parts > 1:
-            given["output_dir"] = f"{given['output_dir']}/round-{part}"
-    # The samples carry what the loss reads, which is more than the model's arguments.
-    fixed = {"seed": seed, "use_cpu": on_cpu, "remove_unused_columns": False}
-    with _readable("TrainingArguments: "):
-        arguments = build(
-            TrainingArguments, {**TRAINING, "learning_rate": RATES[config.train], **saving, **fixed, **given}
-        )
+        saving: dict[str, Any] = {"save_strategy": "no", "output_dir": scratch}
+        if "output_dir" in given:
+            saving = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}
+            if parts > 1:
+                given["output_dir"] = f"{given['output_dir']}/round-{part}"
+        # All columns are the model's arguments, whatever the signature of an adapter around it says.
+        fixed = {"seed": seed, "use_cpu": on_cpu, "remove_unused_columns": False}
+        rate = {"learning_rate": RATES[config.train]}
+        arguments = build(TrainingArguments, {**TRAINING, **rate, **saving, **fixed, **given})
     _check_use(arguments)
     return arguments
 

@@ -54,6 +54,16 @@ def test_an_adapter_of_another_model_of_the_same_widths_is_refused(pruned, saved
     assert same_weights(other, before) and trainable(other) == {"base"} and not hasattr(other, "peft_config")
 
 
+def test_an_adapter_of_other_widths_and_none_at_all_are_refused(saved, tmp_path):
+    dense = build("llama-tied")
+    before = deepcopy(dense)
+    with pytest.raises(StructPruneError, match=r"mlp.*has shape \(2, 24\) there, and this model takes \(2, 40\)"):
+        load_adapter(dense, saved[1])
+    with pytest.raises(StructPruneError, match="holds no adapter"):
+        load_adapter(dense, tmp_path)
+    assert same_weights(dense, before) and trainable(dense) == {"base"}
+
+
 def test_an_adapter_fits_its_model_in_bfloat16_and_warns_where_it_does_not_say_which(pruned, saved, tmp_path):
     assert weights_hash(deepcopy(pruned).bfloat16()) == weights_hash(pruned)
     for path in saved[1].iterdir():

@@ -146,32 +146,22 @@ def test_a_launch_that_shards_is_refused(variable, name, monkeypatch):
         pass
 
 
-@pytest.fixture
-def sharded():
-    """A model whose weights are DTensors, in a group of one process."""
+def test_a_model_in_shards_is_not_pruned_and_what_was_trained_in_them_comes_back_whole():
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        model, mesh = build("llama-tied"), init_device_mesh("cpu", (1,))
-        for name, parameter in list(model.named_parameters()):
+        sharded, mesh = build("llama-tied"), init_device_mesh("cpu", (1,))
+        for name, parameter in list(sharded.named_parameters()):
             path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
-        yield model
+            setattr(sharded.get_submodule(path), leaf, nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
+        with pytest.raises(StructPruneError, match="weights of this LlamaForCausalLM are spread over processes"):
+            prune_model(sharded, config())
+        model = build("llama-tied")
+        with torch.no_grad():
+            model.model.norm.weight.zero_()
+        model.lm_head.requires_grad_(False)
+        take_over_(model, sharded)
     finally:
         destroy_process_group()
-
-
-def test_a_model_in_shards_is_not_pruned(sharded):
-    with pytest.raises(StructPruneError, match="weights of this LlamaForCausalLM are spread over processes"):
-        prune_model(sharded, config())
-
-
-def test_what_was_trained_in_shards_comes_back_whole(sharded):
-    model = build("llama-tied")
-    with torch.no_grad():
-        model.model.norm.weight.zero_()
-    model.lm_head.requires_grad_(False)
-    take_over_(model, sharded)
-    expected = build("llama-tied").state_dict()
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name])
-        assert not isinstance(tensor, DTensor)
+    for name, tensor in build("llama-tied").state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+        assert not isinstance(model.state_dict()[name], DTensor)

@@ -9,7 +9,6 @@ from models import build, config, tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from optimum_structprune import Recovery, RecoveryConfig, StructPruneError, prune_model, recover
-from optimum_structprune.recovery.outcome import WorseModelWarning
 
 
 def settings(**fields):
@@ -54,11 +53,6 @@ def test_it_can_be_interrupted_and_go_on(trained, pruned, tmp_path):
     assert frozen == ["model.norm.weight"]
     resumed = recover(model, tokenizer(), settings(training=training), resume=True)
     torch.testing.assert_close(logits(resumed), logits(trained), rtol=1e-4, atol=1e-5)
-
-
-def test_a_learning_rate_that_spoils_the_model_is_told(pruned):
-    with pytest.warns(WorseModelWarning, match="a learning rate below 30 may help"):
-        recover(deepcopy(pruned), tokenizer(), settings(training={"learning_rate": 30.0}))
 
 
 def test_what_belongs_to_another_way_is_refused(pruned):

@@ -8,11 +8,11 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from helpers import logits, recovery_config, same_weights
-from models import build, config, full_disk, tokenizer
-from peft import PeftModel
+from models import build, config, full_disk, token_ids, tokenizer
 from trained import needs_shared, stories_config, stories_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from optimum_structprune import (
     DomainConfig,
@@ -22,10 +22,10 @@ from optimum_structprune import (
     StructPruneConfig,
     StructPruneError,
     StructPruner,
-    load_adapter,
     prune_model,
     recover,
 )
+from optimum_structprune.recovery.teacher import TrainingSamples
 from optimum_structprune.recovery.trainer import DistillTrainer
 
 
@@ -152,23 +152,6 @@ def test_a_plan_after_a_plan():
     first = Plan("llama", {(0, "mlp"): (1, 3, 5), (1, "mlp"): (0, 1)})
     second = Plan("llama", {(0, "mlp"): (0, 2), (0, "attention"): (1,)})
     assert first.then(second).keep == {(0, "mlp"): (1, 5), (1, "mlp"): (0, 1), (0, "attention"): (1,)}
-
-
-def test_an_adapter_on_the_pruned_model(pruned, tmp_path):
-    base = deepcopy(pruned)
-    recovery = Recovery(recovery_config(merge=False))
-    adapted = recovery.recover_model(pruned, tokenizer())
-    assert isinstance(adapted, PeftModel)
-    recovery.save(adapted, tmp_path / "adapter")
-    again = load_adapter(deepcopy(base), tmp_path / "adapter")
-    torch.testing.assert_close(logits(again), logits(adapted))
-    dense = build("llama-tied")
-    before = deepcopy(dense)
-    with pytest.raises(StructPruneError, match=r"mlp.*has shape \(2, 24\) there, and this model takes \(2, 40\)"):
-        load_adapter(dense, tmp_path / "adapter")
-    assert same_weights(dense, before)
-    with pytest.raises(StructPruneError, match="holds no adapter"):
-        load_adapter(dense, tmp_path)
 
 
 class Spoiler(TrainerCallback):
@@ -304,3 +287,39 @@ def test_bad_fields(fields, message):
 def test_an_adapter_has_no_place_in_a_pruning_config():
     with pytest.raises(StructPruneError, match="merge=False leaves an adapter"):
         StructPruneConfig.from_dict({"sparsity": 0.2, "recovery": {"merge": False}})
+
+
+def test_a_teacher_runs_without_dropout_and_is_as_it_was_after_a_failure(pruned):
+    teacher = build("llama-tied").train()
+    modes = []
+
+    class Fail(TrainerCallback):
+        def on_step_begin(self, *arguments, **kwargs):
+            modes.append(teacher.training)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Recovery(recovery_config(), callbacks=[Fail()]).recover_model(pruned, tokenizer(), teacher)
+    assert modes == [False] and teacher.training
+
+
+def test_an_offloaded_teacher_teaches_the_same(pruned):
+    teacher = build("llama-tied")
+    expected = recover(deepcopy(pruned), tokenizer(), recovery_config(), teacher=teacher)
+    cpu_offload(teacher, execution_device=torch.device("cpu"))
+    assert teacher.device.type == "meta"
+    torch.testing.assert_close(
+        logits(recover(pruned, tokenizer(), recovery_config(), teacher=teacher)), logits(expected)
+    )
+
+
+def test_mixed_precision_includes_the_teacher(pruned, tmp_path):
+    samples = TrainingSamples(token_ids(6, 24))
+    teacher = build("llama-tied")
+    dtypes = []
+    teacher.register_forward_hook(lambda module, arguments, output: dtypes.append(output.logits.dtype))
+    for bf16 in (False, True):
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", bf16=bf16)
+        trainer = DistillTrainer(pruned, arguments, samples, recovery_config(), teacher)
+        trainer.compute_loss(pruned, trainer.data_collator([samples[0]]))
+    assert dtypes == [torch.float32, torch.bfloat16]

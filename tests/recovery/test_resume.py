@@ -44,7 +44,7 @@ def other_weights(model):
 
 
 @pytest.mark.parametrize("how", [*CUTS, "gone", "empty object"])
-def test_training_goes_on_from_the_one_before_a_damaged_checkpoint(pruned, run, tmp_path, how):
+def test_training_goes_on_from_the_one_before_a_damaged_checkpoint(pruned, run, tmp_path, how, monkeypatch):
     folder = shutil.copytree(run[0], tmp_path / "run")
     (folder / "checkpoint-best").mkdir()
     state = folder / "checkpoint-8" / "trainer_state.json"
@@ -53,28 +53,18 @@ def test_training_goes_on_from_the_one_before_a_damaged_checkpoint(pruned, run, 
         (folder / "checkpoint-8" / "adapter_model.safetensors").write_bytes(b"half")
     else:
         state.write_bytes(b"{}" if how == "empty object" else CUTS[how](state.read_bytes()))
-    with pytest.warns(UserWarning, match="checkpoint-8 is passed over: "), full_steps() as steps:
+    steps, original = [], DistillTrainer.compute_loss
+
+    def noted(self, *arguments, **more):
+        steps.append(self.state.global_step)
+        return original(self, *arguments, **more)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", noted)
+    with pytest.warns(UserWarning, match="checkpoint-8 is passed over: "):
         resumed = recover(deepcopy(pruned), tokenizer(), settings(folder), resume=True)
     assert steps == [6, 7]
     torch.testing.assert_close(logits(resumed), logits(run[1]))
     assert json.loads(state.read_text())["global_step"] == 8
-
-
-class full_steps:  # noqa: N801  # a context
-    """The steps that are trained inside `with`."""
-
-    def __enter__(self):
-        self.steps, self.original = [], DistillTrainer.training_step
-
-        def noted(trainer, *arguments, **more):
-            self.steps.append(trainer.state.global_step)
-            return self.original(trainer, *arguments, **more)
-
-        DistillTrainer.training_step = noted
-        return self.steps
-
-    def __exit__(self, *error):
-        DistillTrainer.training_step = self.original
 
 
 def test_nothing_is_left_to_go_on_from(pruned, run, tmp_path):

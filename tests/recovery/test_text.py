@@ -53,13 +53,6 @@ def test_parts_share_no_sample_and_are_the_whole_together(parts):
     assert all(sum(row < 10 for row in part) * 2 == len(part) > 0 for part in rows)
 
 
-def test_fewer_samples_than_parts_are_refused():
-    message = "a sample of 24 tokens in each of 11 rounds; 528 is enough"
-    with pytest.raises(StructPruneError, match=message):
-        text_config(recovery_config(), config(), parts=11)
-    assert text_config(recovery_config(tokens=528), config(), parts=11).num_samples == 22
-
-
 def test_what_the_model_wrote_beside_the_domains_is_not_trained_on():
     written = config(breadth=None, broad_text="self:any")
     assert [domain.name for domain in texts_of(written)] == ["a", "b", "broad"]
