@@ -134,8 +134,6 @@ LONG = {
     "config.pruning.StructPruneConfig": "one line per field, and validators that `strict` looks for inside the class",
     "config.pruning.contradictions": "a table: one entry for each pair of options that exclude each other",
     "pruning.sweep.Sweep": "all that is done to a layer stands together, and was hard to follow over three files",
-    "recovery.recover.Recovery": "signatures and docstrings; the work is in the other modules of the folder",
-    "trainer.StructPruneCallback": "one parameter for each option of the callback, with its docstring",
 }
 
 

@@ -139,7 +139,7 @@ def test_recovery_between_rounds(inplace):
 
 
 def test_every_round_of_a_pruning_trains_on_other_text(tmp_path, trained_on, pruned):
-    recover(pruned, tokenizer(), recovery_config())
+    Recovery(recovery_config(), config()).recover_model(pruned, tokenizer())
     settings = recovery_config(every_round=True, training={"output_dir": str(tmp_path)})
     StructPruner(config(rounds=2, recovery=settings)).prune_model(build("llama-tied"), tokenizer())
     whole, *rounds = trained_on
