@@ -17,7 +17,7 @@ from .arch.spec import ArchSpec
 from .calibration.moments import save_moments
 from .calibration.stored import HELDOUT, Statistics, StoredDomain, StoredFile, moments_name
 from .config.pruning import StructPruneConfig
-from .costs.batch import with_batch_size
+from .costs.room import with_batch_size
 from .criteria import CRITERIA
 from .domains.manifest import MANIFEST_NAME
 from .forward.metrics import evaluating, own_settings
@@ -65,7 +65,8 @@ def calibrate(
     model = dequantized(model, inplace=False)
     arch = describe(model, config.arch_file)
     check(config, arch, model, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
-    evidence = with_batch_size(Evidence.read(config, model, tokenizer, inputs), arch, model)
+    evidence = Evidence.read(config, model, tokenizer, inputs)
+    evidence = with_batch_size(evidence, arch, model, dict.fromkeys(arch.names, 1))  # the moments of every space
     need_bytes = len(evidence.domains) * _moments_bytes(arch)
     with evaluating(model), output.staged(need_bytes) as staging:
         _write_moments(model, arch, evidence, staging)

@@ -17,13 +17,14 @@ from .arch.meta import meta_model, model_class
 from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
-from .costs.estimate import Cost, Setting, cost
-from .costs.workload import workload
+from .costs.need import Need, Text, Workload
+from .forward.counting import cached_values, flops_per_token, why_not_counted
 from .plain_json import replace_json
 from .pruner import AutoStructPruner
 from .pruning.checks import DRY_RUN, check
 from .record.text import table
-from .widths.budget import biased_spaces, cached_values, widths_of
+from .system.memory import readable_size
+from .widths.budget import biased_spaces, widths_of
 
 
 RANKED = "the widths of single layers follow from calibration; these remove as much in all"
@@ -94,7 +95,9 @@ class DryRun:
             where it does not generate.
         reload: The ways to load the result.
         notes: What the numbers do not say.
-        cost: What the pruning itself takes; None where it was not asked for.
+        need: The memory that the pruning itself takes at its peak; None where it was not asked for.
+        flops_per_token: The operations per token to read a prompt of `seq_length` tokens; None where they were not
+            asked for, or parameters do not say them.
     """
 
     model_type: str
@@ -106,7 +109,8 @@ class DryRun:
     cache_per_token: Change | None
     reload: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    cost: Cost | None = None
+    need: Need | None = None
+    flops_per_token: Change | None = None
 
     @property
     def widths(self) -> dict[str, int | Mapping[int, int]]:
@@ -120,8 +124,7 @@ class DryRun:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        cost = self.cost and self.cost.to_dict()
-        return {**asdict(self), "widths": self.widths, "sparsity": self.sparsity, "cost": cost}
+        return {**asdict(self), "widths": self.widths, "sparsity": self.sparsity}
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
@@ -136,9 +139,11 @@ class DryRun:
         if self.cache_per_token is None or self.cache_per_token.before:
             unknown = ("cache bytes per token", "?", "?", "")
             rows.append(unknown if self.cache_per_token is None else self.cache_per_token.row(unknown[0]))
+        if self.flops_per_token is not None:
+            rows.append(self.flops_per_token.row("operations per token"))
         loads = map("loads with {}".format, self.reload)
-        costs = [str(self.cost)] if self.cost is not None else []
-        return "\n".join([table(rows), *map(str, self.spaces), *self.notes, *loads, *costs])
+        needs = [] if self.need is None else [f"the pruning takes at its peak\n{table(_needed(self.need))}"]
+        return "\n".join([table(rows), *map(str, self.spaces), *self.notes, *loads, *needs])
 
 
 def dry_run(
@@ -146,7 +151,8 @@ def dry_run(
     config: StructPruneConfig,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
-    setting: Setting | None = None,
+    cost: bool = False,
+    offload: str | None = None,
 ) -> DryRun:
     """The widths and parameter counts that pruning with `config` gives, without any weights.
 
@@ -155,7 +161,8 @@ def dry_run(
         config: How it is to be pruned.
         dtype: The dtype in which memory is counted; None takes what the model's config says.
         trust_remote_code: Whether code that comes with the model is run.
-        setting: Where the pruning is to run, for what it costs there; None leaves the cost out.
+        cost: Whether the memory that the pruning takes, and the operations of both models, are counted as well.
+        offload: Where the layers are while they do not run: `cpu`, `disk`, or None for the device itself.
 
     With any other allocation than `uniform` the widths of single layers follow from calibration; those given here
     remove as much in all, to within one step of one layer.
@@ -189,8 +196,22 @@ def dry_run(
         cache_per_token=cached and cached.times(dtype.itemsize),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
         notes=_notes(model_config, config),
-        cost=None if setting is None else cost(config, workload(config, arch, dense, widths, dtype.itemsize), setting),
+        need=Workload(config, arch, dense, widths, dtype.itemsize, Text.of(config)).need(offload) if cost else None,
+        flops_per_token=_flops(dense, small, arch, config.seq_length) if cost else None,
     )
+
+
+def _flops(dense: PreTrainedModel, small: PreTrainedModel, arch: ArchSpec, tokens: int) -> Change | None:
+    if why_not_counted(dense, arch):
+        return None
+    return Change(flops_per_token(dense, arch, tokens), flops_per_token(small, arch, tokens))
+
+
+def _needed(need: Need) -> list[tuple[str, str]]:
+    """The memory of a pruning as the rows of a table."""
+    sizes = {"on the device": need.weights + need.above, "  weights": need.weights, "  hidden states": need.hidden}
+    sizes |= {f"  {need.stage}": need.working, "in CPU memory": need.host}
+    return [(label, readable_size(size)) for label, size in sizes.items()]
 
 
 def _saved_dtype(model_config: PretrainedConfig) -> torch.dtype:

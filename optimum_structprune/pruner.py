@@ -16,8 +16,7 @@ from .arch.plain import check_plain, dequantized, is_quantized
 from .arch.spec import ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
-from .costs.batch import with_batch_size
-from .costs.room import check_room
+from .costs.room import check_room, with_batch_size
 from .domains.broad import texts_of
 from .domains.load import Domain
 from .domains.manifest import Manifest
@@ -35,6 +34,7 @@ from .registry import Registry
 from .saving.hub import save_pruned
 from .surgery.plan import Plan
 from .system.offloading import is_offloaded
+from .widths.budget import widths_of
 
 
 PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
@@ -92,12 +92,14 @@ class StructPruner:
         """
         config = self.config
         arch = checked(config, model, tokenizer, inputs)
-        check_room(config, arch, model, _shapes(model), inplace, inputs)
+        shapes = _shapes(model)
+        widths = widths_of(config, arch, shapes)
+        check_room(config, arch, model, shapes, widths, inplace, inputs)
         report = Report(arch.model_type, config.scored_by)
         with report.timed("domains"):
             evidence = Evidence.read(config, _to_read(model, config), tokenizer, inputs)
         model, dense = _to_change(model, inplace)
-        evidence = with_gates(with_batch_size(evidence, arch, model), arch, model, report)
+        evidence = with_gates(with_batch_size(evidence, arch, model, widths), arch, model, report)
         with Run(model, evidence, tokenizer, inplace, report) as run:
             shape = choose_shape(evidence.config, arch, model, evidence, report)
             run.start(dense)
@@ -149,7 +151,7 @@ class StructPruner:
             InPlaceError: If pruning failed after the model had begun to change.
         """
         evidence = Evidence.of(self.config, domains, model.device)
-        evidence = with_batch_size(evidence, describe(model, self.config.arch_file), model)
+        evidence = with_batch_size(evidence, describe(model, self.config.arch_file), model, widths)
         with Run(model, evidence, report=report) as run:
             for step in self.steps(run.arch, model, widths):
                 self.take_(run, step)

@@ -1,1 +1,1 @@
-"""What a pruning needs before it begins: memory, arithmetic, bytes, time, and on which machine."""
+"""The memory that a pruning needs, the memory that there is, and the batch that fits."""

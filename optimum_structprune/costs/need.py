@@ -1,16 +1,26 @@
-"""How much memory a pruning takes at its peak. Numbers in, numbers out."""
+"""How much memory a pruning takes at its peak, from shapes alone: no weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from typing import NamedTuple
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..arch.spec import ArchSpec, Widths
 from ..calibration.linalg import MAX_PANELS, PANEL
+from ..config.pruning import StructPruneConfig
+from ..criteria import CRITERIA
 from ..criteria.obs import COLUMNS
+from ..domains.broad import texts_of
+from ..domains.load import num_heldout
 from ..forward.metrics import TOKENS_AT_ONCE
-from ..pruning.trials import STRIDE
+from ..pruning.trials import PROBE_TOKENS, STRIDE
 from ..surgery.refit import ROWS
-from .workload import Consumer, Layer, Workload
 
 
 FP32, FP64 = 4, 8  # bytes
@@ -20,21 +30,15 @@ WIDE = 3
 BESIDE = 60 * 10**6
 # By how much the estimate of what comes on top of the model may lie off, either way; see docs/scaling.md.
 ERROR = 0.15
-# The share of a memory that tensors can fill, beside libraries and gaps between tensors.
-USABLE = 0.95
 
 
 @dataclass(frozen=True)
 class Need:
-    """The memory of one pruning at its peak, in bytes.
+    """The memory of one process at its peak, in bytes.
 
-    Attributes:
-        stage: What is done at the peak.
-        weights: The weights that are on the compute device. Where layers are offloaded, these are two of them: the one
-            that runs, and the next.
-        hidden: The hidden states that are there, and the dense model's predictions that trials are compared with.
-        working: Statistics, factors and activations at the peak.
-        host: What the CPU's memory holds for another device or for the disk, where layers are offloaded.
+    `weights` are those on the compute device: where layers are offloaded, two of them, the one that runs and the next.
+    `hidden` holds hidden states and the dense model's predictions that trials are compared with; `working` the
+    statistics, factors and activations of the `stage`; `host` what the CPU's memory holds of what is offloaded.
     """
 
     stage: str
@@ -44,114 +48,179 @@ class Need:
     host: int
 
     @property
-    def device(self) -> int:
-        """The bytes on the compute device."""
-        return self.weights + self.hidden + self.working
-
-    @property
     def above(self) -> int:
         """The bytes on the compute device on top of the model's weights."""
         return self.hidden + self.working
 
-    def fits(self, memory: float) -> bool:
-        """Whether it fits into a device of so many bytes even if the estimate is too low by its error."""
-        return self.weights + self.above * (1 + ERROR) <= memory * USABLE
 
-
-def need(work: Workload, offload: str | None = None, processes: int = 1) -> Need:
-    """The memory that each of several processes takes on its device."""
-    # One more than the residual streams, for what the attention gives, which does not run again.
-    streams = work.hidden * work.itemsize * work.samples.tokens * (work.streams + 1) // processes
-    inside = work.itemsize * sum(layer.parameters for layer in work.layers)
-    largest = work.itemsize * max(layer.parameters for layer in work.layers)
-    weights = work.weights if offload is None else min(work.weights, work.weights - inside + 2 * largest)
-    host = 0 if offload is None else streams + (inside if offload == "cpu" else largest)
-    kept = work.itemsize * work.vocab * work.choosing.probe // STRIDE
-    hidden = kept + (streams if offload is None else 0)
-    if work.rounds > 1:
-        # Consumers that a round has masked keep their dense values until the last round.
-        weights += work.itemsize * sum(consumer.size * consumer.out for consumer in work.consumers)
-    stages = _stages(work, offload is not None)
-    stage = max(stages, key=lambda name: stages[name])
-    return Need(stage, weights, hidden, stages[stage] + BESIDE, host)
-
-
-def _stages(work: Workload, offloaded: bool) -> Mapping[str, int]:
-    """The largest working memory of every stage, in bytes."""
-    stages = {
-        "perplexity": _logits(work, offloaded),
-        "forward pass": max(_activations(work, layer) for layer in work.layers),
-        "removal": work.itemsize * max(layer.left for layer in work.layers if layer.parameters),
-    }
-    for consumer in work.consumers:
-        layer = work.layers[consumer.layer]
-        found = {
-            "gathering": _gathering(work, consumer, layer),
-            "scoring": _scoring(work, consumer),
-            "refit": _refitting(work, consumer),
-        }
-        stages |= {name: max(size, stages.get(name, 0)) for name, size in found.items()}
-    return stages
-
-
-def _activations(work: Workload, layer: Layer) -> int:
-    wide, tokens = max(layer.wide, work.hidden), work.samples.batch_tokens
-    return work.itemsize * tokens * (WIDE * wide + 2 * work.hidden)
-
-
-def _logits(work: Workload, offloaded: bool) -> int:
-    """A loss takes logits in the model's dtype and twice in fp32, for few tokens at a time; where layers are
-    offloaded, the head runs on a whole sample.
+class Text(NamedTuple):
+    """How much text runs: the calibration tokens, those of a sample, the samples of a batch, the domains, and the
+    held-out tokens that every trial runs (0 without trials).
     """
-    part = min(TOKENS_AT_ONCE, work.samples.length)
-    whole = work.samples.length if offloaded else part
-    return work.vocab * (whole * work.itemsize + part * 2 * FP32)
+
+    tokens: int
+    length: int
+    batch: int
+    domains: int
+    probe: int
+
+    @classmethod
+    def of(cls, config: StructPruneConfig, inputs: Mapping[str, Tensor] | None = None) -> Text:
+        """The samples that a config asks for, or those that are given; none where stored moments stand in for them."""
+        if inputs is None:
+            domains, count, length = len(texts_of(config)), config.num_samples, config.seq_length
+            heldout = num_heldout(ceil(count / domains), config.holdout)
+        else:
+            domains, parts = len(inputs), [num_heldout(len(samples), config.holdout) for samples in inputs.values()]
+            # What is no text has as many tokens as the model makes of it, which shapes do not say.
+            length = max(samples.shape[1] if samples.ndim == 2 else 1 for samples in inputs.values())
+            count = max(sum(map(len, inputs.values())) - sum(parts) * (2 if config.chooses else 1), 0)
+            heldout = min(parts)
+        if config.stats is not None:
+            return cls(0, length, 0, 0, 0)
+        trial = min(ceil(PROBE_TOKENS / length / domains), heldout) if config.searches else 0
+        batch = min(config.samples_at_once, ceil(count / domains))
+        return cls(count * length, length, batch, domains, trial * domains * length)
 
 
-def _matrices(work: Workload, consumer: Consumer) -> int:
-    """The fp32 copies of a consumer's dense and present weight."""
-    return 2 * FP32 * consumer.out * consumer.size
+class Matrix(NamedTuple):
+    """A matrix of `out` rows and `size` columns of which `kept` stay; it may be one of several experts."""
+
+    layer: int
+    size: int
+    kept: int
+    out: int
+    expert: bool
 
 
-def _cross(work: Workload, consumer: Consumer) -> int:
-    """A cross-moment with the error."""
-    return FP32 * consumer.out * consumer.size if work.feedback and not consumer.expert else 0
+@dataclass(frozen=True)
+class Workload:
+    """A pruning of a model, of which shapes are enough, to given widths; a weight has `itemsize` bytes."""
 
+    config: StructPruneConfig
+    arch: ArchSpec
+    model: PreTrainedModel
+    widths: Widths
+    itemsize: int
+    text: Text
 
-def _gathering(work: Workload, consumer: Consumer, layer: Layer) -> int:
-    """Moments of the mixture and of one domain, beside the activations of one batch."""
-    size, several = consumer.size, 2 if work.samples.domains > 1 else 1
-    gram = FP32 * size * size if work.gram else 0
-    # Products are computed in panels. What is 16 bits wide is copied to fp32, except for bf16 on CUDA.
-    panel = FP32 * min(max(PANEL, -(-size // MAX_PANELS)), size) * size if work.gram else 0
-    tokens = work.samples.batch_tokens
-    inputs = tokens * size * (work.itemsize + (FP32 if work.itemsize < FP32 else 0))
-    batch = max(_activations(work, layer), inputs + panel + 2 * FP32 * tokens * consumer.out)
-    return several * (gram + _cross(work, consumer)) + batch + _matrices(work, consumer) + _routed(work, consumer)
+    @property
+    def weights(self) -> int:
+        """The bytes of the dense model."""
+        return self.itemsize * self.model.num_parameters()
 
+    def need(self, offload: str | None = None, processes: int = 1) -> Need:
+        """The memory of each of several processes on its device, with layers on the `cpu`, on the `disk` or there."""
+        layers = [self.itemsize * parameters for parameters in self.arch.layer_params]
+        weights = self.weights if offload is None else min(self.weights, self.weights - sum(layers) + 2 * max(layers))
+        if self.config.rounds > 1:
+            # Consumers that a round has masked keep their dense values until the last round.
+            weights += self.itemsize * sum(matrix.size * matrix.out for matrix in self._matrices)
+        # The residual streams, and what the attention gives, which does not run again.
+        streams = self._hidden * self.itemsize * self.text.tokens * (3 if self._feedback else 2) // processes
+        vocabulary = self.model.config.get_text_config().vocab_size if self.arch.causal else 0
+        predictions = self.itemsize * vocabulary * self.text.probe // STRIDE
+        # A loss takes logits in the model's dtype and twice in fp32, for few tokens at a time; where layers are
+        # offloaded, the head runs on a whole sample.
+        part = min(TOKENS_AT_ONCE, self.text.length)
+        logits = vocabulary * ((part if offload is None else self.text.length) * self.itemsize + part * 2 * FP32)
+        working, stage = max([(logits, "perplexity"), *self._stages()])
+        if offload is None:
+            return Need(stage, weights, predictions + streams, working + BESIDE, 0)
+        host = streams + (sum(layers) if offload == "cpu" else max(layers))
+        return Need(stage, weights, predictions, working + BESIDE, host)
 
-def _routed(work: Workload, consumer: Consumer) -> int:
-    """The tokens that enter the experts of a layer, which are kept until all its experts have been gone through."""
-    return work.itemsize * work.samples.tokens * work.hidden if consumer.expert else 0
+    def _stages(self) -> Iterator[tuple[int, str]]:
+        """The working memory of each stage of each layer, in bytes, with its name."""
+        for layer, parameters in enumerate(self.arch.layer_params):
+            yield self._activations(layer), "forward pass"
+            spaces = [(space, space.width - space.width_in(self.widths)) for space in self.arch.at(layer)]
+            removed = sum(units * space.scale * space.unit_params for space, units in spaces)
+            yield self.itemsize * max(parameters - removed, 0), "removal"
+        for matrix in self._matrices:
+            yield self._gathering(matrix), "gathering"
+            yield self._scoring(matrix), "scoring"
+            if self.config.fits:
+                yield self._refitting(matrix), "refit"
 
+    @cached_property
+    def _matrices(self) -> list[Matrix]:
+        """The matrices that lose columns."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.named_parameters()}
+        return [
+            Matrix(
+                space.layer,
+                space.size * axis.per_unit,
+                space.width_in(self.widths) * space.scale * axis.per_unit,
+                shapes[axis.param][1 - axis.dim if axis.part is None else 3 - axis.dim],
+                axis.part is not None,
+            )
+            for space in self.arch.spaces
+            if space.inside and space.width_in(self.widths) < space.width
+            for axis in space.into
+        ]
 
-def _scoring(work: Workload, consumer: Consumer) -> int:
-    """The moments, and where scores take a factor: the factor, and some columns of its inverse."""
-    size = consumer.size
-    gram = FP32 * size * size if work.gram else 0
-    kept = gram + _cross(work, consumer) + _matrices(work, consumer) + _routed(work, consumer)
-    if not work.factors:
-        return kept
-    # Those columns and those of the block before, and two copies in fp64.
-    blocks = min(COLUMNS, size) * size * (2 * FP32 + 2 * FP64)
-    domain = gram if work.apart and work.samples.domains > 1 else 0
-    return kept + domain + gram + blocks
+    @cached_property
+    def _feedback(self) -> bool:
+        """Whether error feedback runs the dense residual stream beside the present one."""
+        return self.config.fits and self.config.error_feedback > 0 and self.config.stats is None
 
+    @cached_property
+    def _hidden(self) -> int:
+        """The number of channels of the residual stream."""
+        named = getattr(self.model.config.get_text_config(), "hidden_size", 0)
+        return named or max((matrix.out for matrix in self._matrices), default=0)
 
-def _refitting(work: Workload, consumer: Consumer) -> int:
-    """The moments, and the kept submatrix, which becomes its own factor."""
-    if not work.fits:
-        return 0
-    size, kept, out = consumer.size, consumer.kept, consumer.out
-    moments = FP32 * size * size + _cross(work, consumer) + FP32 * out * size + _routed(work, consumer)
-    return moments + FP32 * (kept * kept + 4 * out * kept + min(ROWS, size) * kept)
+    @cached_property
+    def _scores(self) -> tuple[bool, bool]:
+        """Whether scores read the Gram matrix, and whether they take a factor of it."""
+        known = self.config.scored_by in CRITERIA.names()
+        criterion = CRITERIA.get(self.config.scored_by) if known else None
+        return criterion is not None and criterion.needs_gram, criterion is not None and criterion.damped
+
+    def _activations(self, layer: int) -> int:
+        """A token has activations in each expert that it goes to."""
+        text = self.model.config.get_text_config()
+        counts = (getattr(text, key, None) for key in ("num_experts_per_tok", "top_k"))
+        active = next((count for count in counts if isinstance(count, int)), 1)
+        wide = (
+            space.size * axis.per_unit * (1 if axis.part is None else active)
+            for space in self.arch.at(layer)
+            for axis in space.into
+        )
+        channels = WIDE * max(self._hidden, *wide) + 2 * self._hidden
+        return self.itemsize * self.text.batch * self.text.length * channels
+
+    def _gram(self, matrix: Matrix) -> int:
+        return FP32 * matrix.size**2 if self.config.correlates or self._scores[0] else 0
+
+    def _beside(self, matrix: Matrix) -> int:
+        """The cross-moment with the error; of experts, the tokens that enter them, kept until all are done."""
+        if matrix.expert:
+            return self.itemsize * self.text.tokens * self._hidden
+        return FP32 * matrix.out * matrix.size if self._feedback else 0
+
+    def _gathering(self, matrix: Matrix) -> int:
+        """Moments of the mixture and of one domain, beside the activations of a batch and two copies of the weight."""
+        gram, size, tokens = self._gram(matrix), matrix.size, self.text.batch * self.text.length
+        moments = gram + self._beside(matrix)
+        if self.text.domains > 1:
+            moments += gram if matrix.expert else moments
+        # Products are computed in panels. What is 16 bits wide is copied to fp32, except for bf16 on CUDA.
+        panel = FP32 * min(max(PANEL, -(-size // MAX_PANELS)), size) * size if gram else 0
+        inputs = tokens * size * (self.itemsize + (FP32 if self.itemsize < FP32 else 0))
+        batch = max(self._activations(matrix.layer), inputs + panel + 2 * FP32 * tokens * matrix.out)
+        return moments + batch + 2 * FP32 * matrix.out * size
+
+    def _scoring(self, matrix: Matrix) -> int:
+        """Moments and two copies of the weight; where scores take a factor, that and some columns of its inverse."""
+        moments = self._gram(matrix) + self._beside(matrix) + 2 * FP32 * matrix.out * matrix.size
+        # Those columns and those of the block before, and two copies in fp64.
+        columns = min(COLUMNS, matrix.size) * matrix.size * (2 * FP32 + 2 * FP64)
+        return moments + (self._gram(matrix) + columns if self._scores[1] else 0)
+
+    def _refitting(self, matrix: Matrix) -> int:
+        """The moments, and the kept submatrix, which becomes its own factor."""
+        size, kept, out = matrix.size, matrix.kept, matrix.out
+        moments = self._gram(matrix) + self._beside(matrix) + FP32 * out * size
+        return moments + FP32 * (kept * kept + 4 * out * kept + min(ROWS, size) * kept)

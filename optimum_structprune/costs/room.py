@@ -1,25 +1,33 @@
-"""A pruning that does not fit is refused before any text is read."""
+"""What the machine has free: a pruning that does not fit is refused before any text is read, and a batch is found that
+fits.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
+import psutil
 import torch
+from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.spec import ArchSpec
-from ..config.pruning import StructPruneConfig
+from ..arch.spec import ArchSpec, Widths
+from ..config.pruning import AUTO, StructPruneConfig
 from ..errors import StructPruneError
+from ..forward.metrics import evaluating, run_model
+from ..pruning.evidence import Evidence
+from ..system.memory import readable_size
 from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import process_count
-from ..widths.budget import widths_of
-from .need import ERROR, Need, need
-from .workload import workload
+from .need import ERROR, Need, Text, Workload
 
 
-MEMORY = Path("/proc/meminfo")  # where Linux says what is free
+MOST = 32  # samples; larger batches brought no more speed wherever it was tried
+# A CPU computes no faster with more samples of a few hundred tokens, and what asks for too much there is killed.
+MOST_ON_CPU = 4
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -28,10 +36,7 @@ def free_bytes(device: torch.device) -> int | None:
         # What torch has reserved and does not use is free for its own tensors.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type != "cpu" or not MEMORY.exists():
-        return None
-    lines = dict(line.split(":") for line in MEMORY.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+    return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
 def check_room(
@@ -39,6 +44,7 @@ def check_room(
     arch: ArchSpec,
     model: PreTrainedModel,
     shapes: PreTrainedModel,
+    widths: Widths,
     inplace: bool,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -48,34 +54,73 @@ def check_room(
     """
     device = compute_device(model)
     free = free_bytes(device)
-    if free is None:
-        return
-    work = workload(config, arch, shapes, widths_of(config, arch, shapes), shapes.dtype.itemsize, inputs)
+    work = Workload(config, arch, shapes, widths, shapes.dtype.itemsize, Text.of(config, inputs))
     offloaded = is_offloaded(model)
-    found = need(work, "disk" if offloaded else None, process_count())
+    need = work.need("disk" if offloaded else None, process_count())
     copy = 0 if inplace or offloaded else work.weights
-    least = int(found.above * (1 - ERROR)) + copy
-    if least > free:
-        raise StructPruneError(_message(config, found, device, least, free, copy, offloaded))
+    least = int(need.above * (1 - ERROR)) + copy
+    beside = f", beside a copy of the model, {readable_size(copy)}" if copy else ""
+    if free is not None and least > free:
+        advice = " or ".join(_advice(config, need, device, copy, offloaded))
+        raise StructPruneError(
+            f"Pruning takes at least {readable_size(least)} on {device} above the model ({readable_size(need.hidden)} "
+            f"of hidden states and {readable_size(need.working)} for {need.stage}{beside}), and {readable_size(free)} "
+            f"are free; what helps is {advice}."
+        )
 
 
-def _message(
-    config: StructPruneConfig, found: Need, device: torch.device, least: int, free: int, copy: int, offloaded: bool
-) -> str:
-    parts = f"{gigabytes(found.hidden)} of hidden states and {gigabytes(found.working)} for {found.stage}"
-    parts += f", beside a copy of the model, {gigabytes(copy)}" if copy else ""
-    helps = ["inplace=True"] if copy else []
-    helps += [] if offloaded or device.type == "cpu" else ["--offload cpu or disk"]
-    helps += ["--offload disk"] if not offloaded and device.type == "cpu" else []
-    helps += [f"num_samples below {config.num_samples}"] if found.hidden else []
-    helps += [f"batch_size below {config.batch_size}"] if config.samples_at_once > 1 else []
-    helps += ["criterion='wanda' with refit='none', which take no Gram matrix"] if config.fits else []
-    return (
-        f"Pruning takes at least {gigabytes(least)} on {device} above the model ({parts}), and {gigabytes(free)} are "
-        f"free; what helps is {', '.join(helps[:-1])}{' or ' if helps[:-1] else ''}{helps[-1]}."
-    )
+def _advice(config: StructPruneConfig, need: Need, device: torch.device, copy: int, offloaded: bool) -> list[str]:
+    advice = {
+        "inplace=True": copy > 0,
+        f"--offload {'disk' if device.type == 'cpu' else 'cpu or disk'}": not offloaded,
+        f"num_samples below {config.num_samples}": need.hidden > 0,
+        f"batch_size below {config.batch_size}": config.samples_at_once > 1,
+        "criterion='wanda' with refit='none', which take no Gram matrix": config.fits,
+    }
+    return [text for text, helps in advice.items() if helps] or ["a device with more memory"]
 
 
-def gigabytes(count: float) -> str:
-    """A number of bytes in GB, which are 10⁹ bytes, or in MB below one of them."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Evidence:
+    """The evidence with a number in place of `batch_size="auto"` in its config.
+
+    The estimate of the memory chooses where to begin, and a forward pass on the device says whether it fits; where it
+    does not, accelerate's `find_executable_batch_size` tries smaller ones.
+    """
+    config = evidence.config
+    if config.batch_size != AUTO:
+        return evidence
+    device = compute_device(model)
+    base: Any = model.base_model
+    samples = max((domain.samples for domain in evidence.domains), key=len)
+    work = Workload(config, arch, model, widths, model.dtype.itemsize, Text.of(config))
+    most = min(len(samples), MOST_ON_CPU if device.type == "cpu" else MOST)
+    start = largest_estimated(work, most, free_bytes(device), is_offloaded(model))
+
+    @torch.no_grad()
+    def attempt(batch_size: int) -> int:
+        with evaluating(model):
+            run_model(base, samples[:batch_size])
+        return batch_size
+
+    try:
+        silent = device.type == "cpu" or evidence.statistics is not None  # no error says that a batch is too large
+        size = start if silent else find_executable_batch_size(attempt, starting_batch_size=start)()
+    except RuntimeError as error:
+        free = free_bytes(device)
+        raise StructPruneError(
+            f"batch_size='auto' found no batch that {device} has room for"
+            f"{'' if free is None else f' in {readable_size(free)}'}: one sample of {samples.shape[1]} tokens is too "
+            "much already. Choose a smaller seq_length, or --offload cpu or disk."
+        ) from error
+    return replace(evidence, config=replace(config, batch_size=size))
+
+
+def largest_estimated(work: Workload, most: int, free: int | None, offloaded: bool) -> int:
+    """The largest halving of a batch size that is estimated to fit, at least 1."""
+    size = max(most, 1)
+    while size > 1 and free is not None:
+        need = replace(work, text=work.text._replace(batch=size)).need("disk" if offloaded else None, process_count())
+        if need.above * (1 + ERROR) <= free:
+            break
+        size //= 2
+    return size

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.meta import skeleton
@@ -16,7 +16,7 @@ from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
-from ..forward.generation import cache_of, growing_layers
+from ..forward.counting import cached_values, flops_per_token, why_not_counted
 from .allocation import check_may_differ, choices, legal_widths, smallest_widths, target_widths
 from .ranking import spaces_by_layer
 from .shapes import Key, Resource
@@ -126,7 +126,11 @@ def _cost_of(
 
         return cached
     if "flops_per_token" in (config.budget or {}):
-        _check_flops(model, arch)
+        if reason := why_not_counted(_small(model, arch, {}), arch):
+            raise StructPruneError(
+                f"The operations of this {arch.model_type} model are not known: {reason}; give the budget in "
+                "parameters or bytes."
+            )
         return lambda widths: flops_per_token(_small(model, arch, widths), arch, config.seq_length)
     biased = biased_spaces(config, arch, [name for name in names if arch.of(name)[0].inside])
     full = {name: arch.widths(name) for name in biased}
@@ -204,54 +208,6 @@ def _removed(arch: ArchSpec, widths: Widths) -> int:
     """The number of parameters that the layers lose."""
     spaces = (*arch.model_spaces, *arch.spaces)
     return sum((space.width - space.width_in(widths)) * space.scale * space.unit_params for space in spaces)
-
-
-def _check_flops(model: PreTrainedModel, arch: ArchSpec) -> None:
-    """Refuse a model whose parameters do not say what a token costs."""
-    if any("expert" in name for name in (*arch.names, *(name for name, _ in arch.missing))):
-        raise StructPruneError(
-            f"Which experts of a {arch.model_type} model a token goes through depends on the text; give the budget in "
-            "parameters or bytes."
-        )
-    if not arch.causal or cached_values(_small(model, arch, {}), arch) is None:
-        raise StructPruneError(
-            f"How much a {arch.model_type} model computes per token cannot be told without running it; give the "
-            "budget in parameters or bytes."
-        )
-
-
-def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
-    """The floating-point operations per token to read a prompt, with the logits of each token.
-
-    They are two per parameter of a matrix, the head's among them, and in the mean over the prompt, two per cached
-    value, query head of its group and token that a token looks at. Sliding windows are not taken into account.
-    """
-    head: Any = model.get_output_embeddings()
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    inside = [one for one in model.get_decoder().parameters() if one is not head.weight and id(one) not in looked_up]
-    matrices = sum(one.numel() for one in inside if one.ndim > 1) + head.weight.numel()
-    groups = (getattr(module, "num_key_value_groups", None) for module in model.modules())
-    group = next((group for group in groups if isinstance(group, int)), 1)
-    return 2 * matrices + group * (cached_values(model, arch) or 0) * (tokens + 1)
-
-
-@torch.no_grad()
-def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
-    """The number of values that generation keeps per token, read off the cache of a run on the meta device.
-
-    It is 0 for a model that does not generate, and None for one that cannot be run on the meta device.
-    """
-    if not (arch.causal or model.config.is_encoder_decoder):
-        return 0
-    width = model.get_input_embeddings().get_parameter("weight").shape[1]
-    token = torch.zeros(1, 1, width, dtype=model.dtype, device=model.device)
-    # The attention masks of other implementations depend on values, which tensors without memory do not have.
-    model.set_attn_implementation("eager")
-    try:
-        output = model.get_decoder()(inputs_embeds=token, use_cache=True)
-    except (RuntimeError, TypeError):
-        return None
-    return sum(layer.keys.numel() + layer.values.numel() for layer in growing_layers(cache_of(output)))
 
 
 def biased_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:

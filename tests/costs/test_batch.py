@@ -9,10 +9,9 @@ from models import build, config, documents, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
-from optimum_structprune.costs import batch
-from optimum_structprune.costs.batch import largest_estimated, with_batch_size
-from optimum_structprune.costs.need import ERROR, need
-from optimum_structprune.costs.workload import workload
+from optimum_structprune.costs import room
+from optimum_structprune.costs.need import ERROR, Text, Workload
+from optimum_structprune.costs.room import largest_estimated, with_batch_size
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.widths.budget import widths_of
@@ -27,7 +26,7 @@ def text():
 def evidence_on(device, text, monkeypatch):
     """Evidence that says `auto`, of a model whose compute device is said to be another one."""
     model, settings = build("llama-tied"), config(domains=text, num_samples=40, batch_size="auto")
-    monkeypatch.setattr(batch, "compute_device", lambda model: torch.device(device))
+    monkeypatch.setattr(room, "compute_device", lambda model: torch.device(device))
     return Evidence.of(settings, load_domains(settings, tokenizer()), model.device), describe(model), model
 
 
@@ -58,26 +57,26 @@ def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
         if len(samples) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(batch, "MOST", 8)
-    monkeypatch.setattr(batch, "free_bytes", lambda device: None)
-    monkeypatch.setattr(batch, "run_model", run)
-    found = with_batch_size(evidence, arch, model).config.batch_size
-    assert sizes[0] == batch.MOST and found == sizes[-1] <= 5
+    monkeypatch.setattr(room, "MOST", 8)
+    monkeypatch.setattr(room, "free_bytes", lambda device: None)
+    monkeypatch.setattr(room, "run_model", run)
+    found = with_batch_size(evidence, arch, model, {"mlp": 24}).config.batch_size
+    assert sizes[0] == room.MOST and found == sizes[-1] <= 5
     monkeypatch.setattr(
-        batch, "run_model", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
+        room, "run_model", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
     )
     with pytest.raises(StructPruneError, match="one sample of 24 tokens is too much"):
-        with_batch_size(evidence, arch, model)
+        with_batch_size(evidence, arch, model, {"mlp": 24})
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_the_estimate_fits_and_twice_as_much_would_not(share, text):
     model, settings = build("llama-tied"), config(domains=text, num_samples=64, seq_length=512, batch_size="auto")
     arch = describe(model)
-    work = workload(settings, arch, model, widths_of(settings, arch, model), 4)
+    work = Workload(settings, arch, model, widths_of(settings, arch, model), 4, Text.of(settings))
 
     def above(size):
-        return need(replace(work, samples=replace(work.samples, batch=size))).above * (1 + ERROR)
+        return replace(work, text=work.text._replace(batch=size)).need().above * (1 + ERROR)
 
     free = int(above(1) + share * (above(16) - above(1)))
     size = largest_estimated(work, 64, free, False)

@@ -1,6 +1,5 @@
 """What a pruning needs at its peak is what it then takes, and grows with what it is made of."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_structprune import StructPruneConfig, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.costs.need import ERROR, need
-from optimum_structprune.costs.workload import workload
+from optimum_structprune.costs.need import ERROR, Text, Workload
 
 
 STATUS = Path("/proc/self/status")
@@ -24,7 +22,7 @@ def llama(wide=3072):
 
 def work_of(config, model_config, inputs=None, itemsize=4):
     model = meta_model(model_config)
-    return workload(config, describe(model), model, config.widths, itemsize, inputs)
+    return Workload(config, describe(model), model, config.widths, itemsize, Text.of(config, inputs))
 
 
 def half(wide=3072, **fields):
@@ -42,7 +40,7 @@ def test_the_peak_is_what_a_run_takes():
     model = LlamaForCausalLM(llama(wide)).eval()
     inputs = {name: torch.randint(64, (6, 64)) for name in "ab"}
     prune_model(LlamaForCausalLM(llama(64)), half(64), inputs=inputs)  # brings in what every run imports
-    expected = need(work_of(half(wide), model.config, inputs))
+    expected = work_of(half(wide), model.config, inputs).need()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     prune_model(model, half(wide), inputs=inputs, inplace=True)
@@ -52,22 +50,18 @@ def test_the_peak_is_what_a_run_takes():
 
 
 def test_layers_that_are_offloaded_do_not_count():
-    dense = replace_layers(llama(), 8)
+    dense = llama()
+    dense.num_hidden_layers = 8
     work = work_of(half(), dense)
-    inside, host = need(work), [need(work, place).host for place in ("disk", "cpu")]
-    away = need(work, "disk")
+    inside, host = work.need(), [work.need(place).host for place in ("disk", "cpu")]
+    away = work.need("disk")
     assert away.weights < inside.weights / 3 and away.hidden == 0 < inside.hidden
     assert 0 < host[0] < host[1] and inside.host == 0
 
 
-def replace_layers(config, count):
-    config.num_hidden_layers = count
-    return config
-
-
 def test_without_gram_matrices_the_need_is_linear_in_the_width():
     def working(wide, **fields):
-        return need(work_of(half(wide, **fields), llama(wide))).working
+        return work_of(half(wide, **fields), llama(wide)).need().working
 
     small, large, larger = (working(wide, criterion="wanda", refit="none") for wide in (4096, 8192, 16384))
     assert larger - large == pytest.approx(2 * (large - small), rel=0.01)
@@ -76,13 +70,10 @@ def test_without_gram_matrices_the_need_is_linear_in_the_width():
 
 def test_more_domains_batches_rounds_and_feedback_take_more():
     def found(itemsize=4, **fields):
-        return need(work_of(half(**fields), llama(), itemsize=itemsize))
+        return work_of(half(**fields), llama(), itemsize=itemsize).need()
 
     base = found()
     # Error feedback has two residual streams, and without it there is one; what the attention gives comes to both.
     assert found(error_feedback=0).hidden * 3 == base.hidden * 2
     assert found(rounds=2).weights > base.weights and found(itemsize=2).weights * 2 == base.weights
-    assert replace(base, stage="").device == base.weights + base.above
-    work = work_of(half(), llama())
-    assert need(work, processes=2).hidden * 2 == base.hidden
-    assert base.fits(2 * base.device) and not base.fits(base.device)
+    assert work_of(half(), llama()).need(processes=2).hidden * 2 == base.hidden

@@ -21,8 +21,9 @@ from optimum_structprune import (
     prune_model,
 )
 from optimum_structprune.arch.load import describe
+from optimum_structprune.forward.counting import cached_values
 from optimum_structprune.pruning.checks import DRY_RUN, TRAINER, check, without_effect
-from optimum_structprune.widths.budget import cached_values, widths_of
+from optimum_structprune.widths.budget import widths_of
 
 
 def unread():
