@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..errors import StructPruneError
+from ..forward.counting import bytes_of, read_parameters, why_not_counted
 from ..forward.generation import growing_layers, last_logits_only, read_prompt
 from ..forward.metrics import input_device
 
@@ -82,9 +81,7 @@ class Work:
 
 def work_of(model: PreTrainedModel) -> Work:
     """Count the work of a causal language model from its parameters, and from the cache of one token."""
-    head = model.get_output_embeddings().weight
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    inside = [p for p in model.get_decoder().parameters() if p is not head and id(p) not in looked_up]
+    head, parameters = model.get_output_embeddings().weight.numel(), read_parameters(model)
     _, cache = read_prompt(model, torch.zeros(1, 1, dtype=torch.long, device=input_device(model)))
     layers = (
         CachedLayer(
@@ -97,28 +94,19 @@ def work_of(model: PreTrainedModel) -> Work:
     # transformers' own name for the number of query heads to a KV head, which pruning of KV groups keeps.
     groups = (getattr(module, "num_key_value_groups", None) for module in model.modules())
     return Work(
-        matrices=sum(p.numel() for p in inside if p.ndim > 1),
-        head=head.numel(),
-        read=bytes_of([*inside, head]),
+        matrices=sum(parameter.numel() for parameter in parameters if parameter.ndim > 1) - head,
+        head=head,
+        read=bytes_of(parameters),
         layers=tuple(layers),
         groups=next((group for group in groups if isinstance(group, int)), 1),
         last_only=last_logits_only(model),
     )
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """The bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def why_not_ideal(model: PreTrainedModel, arch_file: str | Path | None = None) -> str | None:
     """The reason why the parameters of a model do not say what a token costs; None where they do."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        return "it is quantized, and how its weights are unpacked is up to their kernels"
     try:
         arch = describe(model, arch_file)
     except StructPruneError:
         return f"a {model.config.model_type} model is not described, so it may have parts that few tokens use"
-    if any("expert" in name for name in (*arch.names, *(name for name, _ in arch.missing))):
-        return "which of its experts are computed and read depends on the text"
-    return None
+    return why_not_counted(model, arch) or None

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..errors import StructPruneError
+from ..forward.counting import bytes_of
 from ..forward.generation import cache_name
 from ..record.text import table
 from .evaluate import Evaluation
-from .ideal import bytes_of, work_of
+from .ideal import work_of
 from .pictures import Point
 from .speed import Speed
 

@@ -20,10 +20,11 @@ from torch.utils.benchmark import timer as wall_time
 from transformers import Cache, PreTrainedModel
 
 from ..errors import StructPruneError
+from ..forward.counting import bytes_of
 from ..forward.generation import cache_name, read_prompt, write_tokens
 from ..forward.metrics import evaluating, input_device
 from ..record.text import table
-from .ideal import Work, bytes_of, why_not_ideal, work_of
+from .ideal import Work, why_not_ideal, work_of
 
 
 # `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.

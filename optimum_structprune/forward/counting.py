@@ -20,18 +20,12 @@ def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int, last_lo
     token looks at. Sliding windows are not taken into account.
     """
     head = model.get_output_embeddings().get_parameter("weight")
-    matrices = sum(parameter.numel() for parameter in _read(model) if parameter.ndim > 1) - head.numel()
+    matrices = sum(parameter.numel() for parameter in read_parameters(model) if parameter.ndim > 1) - head.numel()
     logits = head.numel() // tokens if last_logits else head.numel()
     # transformers' own name for the number of query heads to a KV head, which pruning of KV groups keeps.
     groups = (getattr(module, "num_key_value_groups", None) for module in model.modules())
     group = next((group for group in groups if isinstance(group, int)), 1)
     return 2 * (matrices + logits) + group * (cached_values(model, arch) or 0) * (tokens + 1)
-
-
-def bytes_written_for(model: PreTrainedModel, arch: ArchSpec, batch_size: int, prompt: int, count: int) -> int:
-    """The bytes read to write `count` tokens after each of several prompts: weights once a step, and the cache."""
-    cache = (cached_values(model, arch) or 0) * model.dtype.itemsize
-    return count * bytes_of(_read(model)) + batch_size * cache * sum(range(prompt + 1, prompt + count + 1))
 
 
 def why_not_counted(model: PreTrainedModel, arch: ArchSpec) -> str:
@@ -70,7 +64,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _read(model: PreTrainedModel) -> list[nn.Parameter]:
+def read_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     """The parameters of decoder and head that every token reads: all but embeddings that are looked up."""
     head = model.get_output_embeddings().get_parameter("weight")
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
