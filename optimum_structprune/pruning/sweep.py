@@ -129,11 +129,11 @@ class Sweep:
         scores = self._scores(space, gathered, len(before))
         keep = self._chosen(space, gathered, scores, width)
         errors = self._refit_(space, gathered, keep, measure=note)
-        self.keep[space.layer, space.name] = keep
+        self.keep[space.key] = keep
         # A pass that removes nothing here says no more of the units.
         if note and width < len(before):
             chosen = torch.isin(torch.tensor(before), torch.tensor(keep))
-            self.choices[space.layer, space.name] = _summary(scores, chosen, gathered, errors)
+            self.choices[space.key] = _summary(scores, chosen, gathered, errors)
 
     def gather(self, passes: Passes, space: Space, mixture: Mixture) -> list[Pooled]:
         """What the samples say of a space, by consumer: the scores of the units that are left by the present weights,
@@ -172,13 +172,13 @@ class Sweep:
             with self.placement.at(layer):
                 for space in self.arch.at(layer):
                     if space.kind in names:
-                        scores[layer, space.name] = self._comparable(space, passes, mixture)
+                        scores[space.key] = self._comparable(space, passes, mixture)
                 passes.advance(layer)
         return scores
 
     def snapshot(self) -> Snapshot:
         """Copies of what has changed so far."""
-        spaces = [space for space in self.arch.spaces if (space.layer, space.name) in self.keep]
+        spaces = [space for space in self.arch.spaces if space.key in self.keep]
         values = self.consumers.copies(axis for space in spaces for axis in space.into)
         return Snapshot(dict(self.keep), values, dict(self.choices))
 
@@ -225,7 +225,7 @@ class Sweep:
         return producer_norms(self.model, self.arch, space) if criterion.needs_producer_norms else None
 
     def _before(self, space: Space) -> tuple[int, ...]:
-        return self.keep.get((space.layer, space.name), tuple(range(space.size)))
+        return self.keep.get(space.key, tuple(range(space.size)))
 
     def _scores(self, space: Space, gathered: Sequence[Pooled], units: int) -> Tensor:
         """The scores of the units that are left, the sum over the consumers of the space, shape `(units,)`."""

@@ -73,7 +73,7 @@ def remove_experts_(run: Run, step: Step) -> Plan:
                 for space in arch.at(layer):
                     if space.kind in step.widths:
                         scores = evidence.mixture.combined(passes.contributions(layer, space))
-                        keep[layer, space.name] = best_units(scores, space.width_in(step.widths))
+                        keep[space.key] = best_units(scores, space.width_in(step.widths))
                 run.changed = True
                 shrink_layer_(model, arch, layer, Plan(arch.model_type, keep), smaller)
                 passes.advance(layer)

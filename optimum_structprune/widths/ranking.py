@@ -86,7 +86,7 @@ def _layer_width(
     """The width of the spaces of one kind in one layer, which share it."""
     first = spaces[0]
     scores_by_space = [
-        scores[first.layer, space.name].sort().values.reshape(space.width, space.scale).mean(1)
+        scores[space.key].sort().values.reshape(space.width, space.scale).mean(1)
         if scores
         else torch.arange(space.width) / space.width
         for space in spaces
