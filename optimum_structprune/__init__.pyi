@@ -3,7 +3,6 @@ from .arch.per_layer import disable_heterogeneous as disable_heterogeneous
 from .arch.per_layer import enable_heterogeneous as enable_heterogeneous
 from .calibrator import calibrate as calibrate
 from .config.domains import DomainConfig as DomainConfig
-from .config.gates import GatesConfig as GatesConfig
 from .config.pruning import StructPruneConfig as StructPruneConfig
 from .config.recovery import RecoveryConfig as RecoveryConfig
 from .criteria import register_criterion as register_criterion

@@ -18,7 +18,6 @@ from .calibration.moments import save_moments
 from .calibration.stored import HELDOUT, Statistics, StoredDomain, StoredFile, moments_name
 from .config.pruning import StructPruneConfig
 from .costs.room import with_batch_size
-from .criteria import CRITERIA
 from .domains.manifest import MANIFEST_NAME
 from .forward.metrics import evaluating, own_settings
 from .forward.placement import Placement
@@ -78,7 +77,6 @@ def calibrate(
             model.config.model_type,
             fingerprint(model),
             None if tokenizer is None else vocabulary_hash(tokenizer),
-            CRITERIA.get(config.scored_by).needs_gradient,
             [StoredDomain(domain.name, domain.weight, list(domain.samples.shape)) for domain in evidence.domains],
             {path.name: StoredFile.of(path) for path in sorted(staging.iterdir())},
         )

@@ -26,7 +26,6 @@ from .pruning.arguments import check_arguments, check_config_kind
 from .pruning.checks import check
 from .pruning.choose import choose_shape
 from .pruning.evidence import Evidence
-from .pruning.gates import with_gates
 from .pruning.run import Run, Step
 from .pruning.steps import REMOVERS, steps
 from .record.report import Report
@@ -99,7 +98,7 @@ class StructPruner:
         with report.timed("domains"):
             evidence = Evidence.read(config, _to_read(model, config), tokenizer, inputs)
         model, dense = _to_change(model, inplace)
-        evidence = with_gates(with_batch_size(evidence, arch, model, widths), arch, model, report)
+        evidence = with_batch_size(evidence, arch, model, widths)
         with Run(model, evidence, tokenizer, inplace, report) as run:
             shape = choose_shape(evidence.config, arch, model, evidence, report)
             run.start(dense)

@@ -1,16 +1,17 @@
-"""Tables of classes by name, open to third parties by decorator and by entry point."""
+"""Tables of classes and functions by name, open to third parties by decorator and by entry point."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .errors import StructPruneError
 
 
 T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -27,54 +28,69 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """A table of classes of one kind.
+    """A table of classes or functions of one kind.
 
-    Built-in classes register with the decorator. Third parties do the same, or declare an entry point in the group
+    Built-in entries register with the decorator. Third parties do the same, or declare an entry point in the group
     `optimum_structprune.<kind>s`, which is imported only when its name is asked for.
 
     Args:
-        kind: What the classes are, in the singular ("criterion"), for messages.
+        kind: What the entries are, in the singular ("criterion"), for messages.
         group: The name of the entry-point group.
+        built_in: Names that are legal before the modules that register them are imported.
     """
 
-    def __init__(self, kind: str, group: str):
+    def __init__(self, kind: str, group: str, built_in: Iterable[str] = ()):
         self.kind = kind
         self.group = group
-        self._classes: dict[str, type[T]] = {}
+        self.built_in = tuple(built_in)
+        self._entries: dict[str, Any] = {}
 
-    def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Give a class decorator that enters a class under `name`.
+    def register(self, name: str) -> Callable[[Entry], Entry]:
+        """Give a decorator that enters a class or a function under `name`.
 
         Raises:
-            StructPruneError: If `name` already stands for another class.
+            StructPruneError: If `name` already stands for another one.
         """
 
-        def enter(cls: type[T]) -> type[T]:
-            registered = self._classes.get(name)
-            if registered is not None and registered is not cls:
+        def enter(entry: Entry) -> Entry:
+            registered = self._entries.get(name)
+            if registered is not None and registered is not entry:
                 raise StructPruneError(
-                    f"The {self.kind} {name!r} is already registered by "
-                    f"{registered.__module__}.{registered.__qualname__}; choose another name for "
-                    f"{cls.__module__}.{cls.__qualname__}."
+                    f"The {self.kind} {name!r} is already registered by {_path(registered)}; choose another name for "
+                    f"{_path(entry)}."
                 )
-            self._classes[name] = cls
-            return cls
+            self._entries[name] = entry
+            return entry
 
         return enter
 
-    def get(self, name: str) -> type[T]:
-        """The class registered under `name`.
+    def get(self, name: str) -> T:
+        """What is registered under `name`.
 
         Raises:
-            StructPruneError: If there is none; the message proposes the nearest name.
+            StructPruneError: If nothing is; the message proposes the nearest name.
         """
-        if name not in self._classes:
+        if name not in self._entries:
             points = {point.name: point for point in entry_points(group=self.group)}
             if name not in points:
                 raise StructPruneError(f"There is no {self.kind} {name!r}.{did_you_mean(name, self.names())}")
             self.register(name)(points[name].load())
-        return self._classes[name]
+        return self._entries[name]
 
     def names(self) -> list[str]:
-        """All names in order, those of built-in classes and those that installed packages declare."""
-        return sorted({*self._classes, *(point.name for point in entry_points(group=self.group))})
+        """All names in order, the built-in ones and those that installed packages declare."""
+        declared = (point.name for point in entry_points(group=self.group))
+        return sorted({*self.built_in, *self._entries, *declared})
+
+    def check(self, name: str) -> None:
+        """Refuse a name that nothing is registered under, without importing anything.
+
+        Raises:
+            ValueError: If there is no such name; the message proposes the nearest one.
+        """
+        if name not in self.names():
+            raise ValueError(f"there is no {self.kind} {name!r}.{did_you_mean(name, self.names())}")
+
+
+def _path(entry: Any) -> str:
+    return f"{entry.__module__}.{entry.__qualname__}"

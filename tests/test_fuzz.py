@@ -19,13 +19,12 @@ from optimum_structprune import DomainConfig, Plan, RecoveryConfig, StructPruneC
 from optimum_structprune.arch.families import read_families
 from optimum_structprune.calibration.stored import STATISTICS, Statistics
 from optimum_structprune.config.fields import parse_yaml, read_yaml
-from optimum_structprune.config.gates import GatesConfig
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.domains.presets import presets, resolve
 from optimum_structprune.domains.sources import documents
 
 
-CONFIGS = (StructPruneConfig, RecoveryConfig, DomainConfig, GatesConfig)
+CONFIGS = (StructPruneConfig, RecoveryConfig, DomainConfig)
 NAMES = sorted({field.name for config in CONFIGS for field in fields(config)})
 WORDS = [*NAMES, "mlp", "attention", "parameters", "bytes", "obs", "least_squares", "global", "worst", "none", "chat"]
 
@@ -198,7 +197,7 @@ def test_manifests(file, data):
 
 
 STORED = {
-    "model_type": "llama", "model": "00", "tokenizer": "01", "saliency": False,
+    "model_type": "llama", "model": "00", "tokenizer": "01",
     "domains": [{"name": "a", "weight": 1.0, "shape": [2, 3]}], "files": {"x": {"size": 1, "sha256": "00"}},
 }  # fmt: skip
 

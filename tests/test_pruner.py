@@ -138,7 +138,7 @@ def test_an_exception_in_the_middle(monkeypatch, inplace):
     [
         ("llama-tied", {"rounds": 2}),
         ("llama-tied", {"allocation": "sensitivity"}),
-        ("llama-tied", {"allocation": "global", "criterion": "taylor"}),
+        ("llama-tied", {"allocation": "global", "criterion": "flap"}),
         ("mixtral", {"widths": {"layer": 1, "expert": 3, "hidden": 24, "mlp": 24}}),
         ("bert", {"rounds": 2}),
         ("vit", {}),

@@ -18,6 +18,7 @@ without the evaluation text. Built-in and self-written text of about the same ki
 from __future__ import annotations
 
 import json
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import replace
@@ -49,6 +50,10 @@ from optimum_structprune.domains.builtin import kinds
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.evaluation.tasks import Tasks
+
+
+sys.path.append(str(Path(__file__).parents[1] / "sisters"))  # where that package is not installed
+import structprune_sisters  # noqa: E402, F401, I001  # registers the methods of other papers
 
 
 SELF = ("self:prose", "self:code", "self:math", "self:dialogue", "self:reasoning")

@@ -67,8 +67,8 @@ class Moments:
         mean: The mean E[x], shape `(n,)`, fp64.
         square: The second moment E[x²] of each component, shape `(n,)`, fp64.
         gram: The Gram matrix E[x xᵀ], shape `(n, n)`, fp32; None where only the diagonal is kept.
-        saliency: What passes through the whole model have said of each component, shape `(n,)`, fp64, such as the
-            first-order Taylor term E|x ∂L/∂x|; None where no criterion asks for it.
+        saliency: What a criterion that watches the whole model says of each component, shape `(n,)`, fp64; None where
+            none does.
         energy: The output energy E‖W x‖² with the dense weight W of the consumer, shape `()`, fp64; None where no
             output was seen.
         error: The error that error feedback asks the consumer to make up for; None where there is none.

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -77,7 +76,6 @@ class Statistics:
         model_type: The model type.
         model: The `fingerprint` of the model.
         tokenizer: The `vocabulary_hash` of its tokenizer; None where there was no tokenizer.
-        saliency: Whether the moments have a saliency, for criteria that need gradients.
         domains: The domains, in the order of the moments.
         files: Size and hash of every other file, by name.
     """
@@ -86,7 +84,6 @@ class Statistics:
     model_type: str
     model: str
     tokenizer: str | None
-    saliency: bool
     domains: Sequence[StoredDomain]
     files: Mapping[str, StoredFile]
 
@@ -122,7 +119,7 @@ class Statistics:
         numbers = [*sizes, *(domain.weight for domain in self.domains)]
         if not all(isinstance(text, str) for text in texts) or any("\0" in name for name in self.files):
             raise TypeError("a name or a hash is no text")
-        if not isinstance(self.saliency, bool) or not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+        if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
             raise TypeError("a size is no whole number")
         if not all(isinstance(number, (int, float)) and isfinite(number) for number in numbers):
             raise TypeError("a weight is no number")
@@ -141,7 +138,7 @@ class Statistics:
         """Tokens by domain, and what the folder holds."""
         size = sum(file.size for file in self.files.values())
         tokens = ", ".join(f"{name} {count:,} tokens" for name, count in self.tokens.items())
-        return f"{self.model_type}: {tokens}; {size / 1e6:,.1f} MB, {'with' if self.saliency else 'without'} gradients"
+        return f"{self.model_type}: {tokens}; {size / 1e6:,.1f} MB"
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Refuse another model than the one that was calibrated, and another tokenizer."""
@@ -212,24 +209,22 @@ class StoredPasses(Passes):
     Nothing runs, so a layer is fitted to the dense model's activations, not to those of the pruned layers before it.
     """
 
-    def __init__(self, statistics: Statistics, domains: Sequence[Domain], gradient: bool, device: torch.device):
+    def __init__(self, statistics: Statistics, domains: Sequence[Domain], device: torch.device):
         names = [domain.name for domain in statistics.domains]
-        self.statistics, self.gradient, self.device = statistics, gradient, device
+        self.statistics, self.device = statistics, device
         self.indices = [names.index(domain.name) for domain in domains]
         # Files whose hash is right, by layer and domain: each is asked for once for every space.
         self.files: dict[tuple[int, int], Path] = {}
 
     def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         """See `Passes.gather`."""
-        # A run over text would not have gathered what is not asked for, and what is there is used.
-        unused: dict[str, Any] = {
-            name: None for name, used in (("gram", gram), ("saliency", self.gradient)) if not used
-        }
         for index in self.indices:
             if (layer, index) not in self.files:
                 self.files[layer, index] = self.statistics.moments_file(layer, index)
             moments = load_moments(self.files[layer, index], self.device, [axis.module for axis in space.into])
-            yield [replace(moments[axis.module], **unused) for axis in space.into]
+            found = [moments[axis.module] for axis in space.into]
+            # A run over text would not have gathered what is not asked for.
+            yield found if gram else [replace(part, gram=None) for part in found]
 
     def contributions(self, layer: int, space: Space) -> Tensor:
         """Raises a StructPruneError: what an expert contributes is not stored."""

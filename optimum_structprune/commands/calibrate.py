@@ -44,7 +44,6 @@ def run(args: Namespace) -> Result:
         {
             "model_type": statistics.model_type,
             "calibration_tokens": statistics.tokens,
-            "saliency": statistics.saliency,
             "bytes": sum(file.size for file in statistics.files.values()),
             "output": args.output,
         },

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import strict, validated_field
 
 from ..errors import StructPruneError
 from ..plain_json import replace_json, versioned
-from ..registry import did_you_mean
+from ..registry import Registry, did_you_mean
 from .domains import BROAD, DomainConfig, check_names, is_broad, with_domains
 from .fields import (
     Number,
@@ -29,7 +29,6 @@ from .fields import (
     read_yaml,
     share,
 )
-from .gates import GatesConfig
 from .recovery import RecoveryConfig
 
 
@@ -39,7 +38,12 @@ AMOUNTS = ("sparsity", "widths", "budget")
 # The allocations that give all layers one width, and those that measure what the model loses.
 ONE_WIDTH = ("uniform", "search_uniform")
 MEASURED = ("sensitivity", "search", "search_uniform")
-LEARNED = "learned"
+# What makes up for removed units, see `surgery.refit.least_squares`, and what ranks all units of the dense model, see
+# `pruning.choose.dense_scores`; `uniform` and those that measure rank none.
+REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none", "bias", "least_squares"))
+ALLOCATIONS: Registry[Any] = Registry(
+    "allocation", "optimum_structprune.allocations", (ONE_WIDTH[0], "global", *MEASURED)
+)
 BUDGETS = ("parameters", "bytes", "cache_bytes_per_token", "flops_per_token")
 AUTO = "auto"
 
@@ -62,18 +66,17 @@ class StructPruneConfig(Serialisable):
         targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths.
         criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares
             refit, and for `wanda` otherwise.
-        refit: What makes up for the removed units: `none`, `bias`, `slope` or `least_squares`.
+        refit: What makes up for the removed units: `none`, `bias`, `least_squares`, or a registered refit.
         rounds: How many times calibration, scoring and removal are repeated; each round removes the same share.
         allocation: How the removal is spread over the layers. `uniform` keeps the same width everywhere, `global`
-            ranks all units of the model by score, `cosine` takes more from layers that change the residual stream
-            less, `learned` ranks all units by gates that are learned. The others go by the measured loss of the model:
-            `sensitivity` gives each layer widths of its own, `search` also tries one shape for all layers, and
-            `search_uniform` looks for the best number of layers and the best widths, the same everywhere.
+            ranks all units of the model by score, and a registered allocation by scores of its own. The others go by
+            the measured loss of the model: `sensitivity` gives each layer widths of its own, `search` also tries one
+            shape for all layers, and `search_uniform` looks for the best number of layers and the best widths, the
+            same everywhere.
         min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with
             other allocations than `uniform`, and where the layers of the model differ in width already.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
             need not be.
-        gates: How gates are learned, for `criterion="ddp"` and `allocation="learned"`.
         domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
             prose, code and math in equal shares, and with `stats` for all domains that are stored.
         breadth: The share of the calibration tokens that goes to text of every kind beside the domains, against a
@@ -119,14 +122,11 @@ class StructPruneConfig(Serialisable):
     budget: dict[str, Number] | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
     criterion: str | None = None
-    refit: Literal["none", "bias", "slope", "least_squares"] = "least_squares"
+    refit: str = validated_field(REFITS.check, default="least_squares")
     rounds: int = validated_field(positive, default=1)
-    allocation: Literal["uniform", "global", "cosine", "learned", "sensitivity", "search", "search_uniform"] = (
-        "uniform"
-    )
+    allocation: str = validated_field(ALLOCATIONS.check, default="uniform")
     min_width: Number = validated_field(share, default=0.1)
     round_to: int = validated_field(positive, default=64)
-    gates: GatesConfig = field(default_factory=GatesConfig)
     domains: list[DomainConfig] | None = None
     breadth: Number | None = validated_field(below_one, default=None)
     broad_text: str | None = None
@@ -154,14 +154,13 @@ class StructPruneConfig(Serialisable):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
-        """Inverse of `to_dict`; domains, gates and recovery may be mappings.
+        """Inverse of `to_dict`; domains and recovery may be mappings.
 
         Raises:
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
         data = with_domains(data, cls.__name__)
         nested: dict[str, type[Serialisable]] = {
-            "gates": GatesConfig,
             "recovery": RecoveryConfig,
         }
         for name, kind in nested.items():
@@ -191,8 +190,8 @@ class StructPruneConfig(Serialisable):
 
     @property
     def correlates(self) -> bool:
-        """Whether the refit reads Gram matrices."""
-        return self.refit in ("slope", "least_squares")
+        """Whether the refit may read Gram matrices, as registered ones may."""
+        return self.refit not in ("none", "bias")
 
     @property
     def reweights(self) -> bool:
@@ -334,15 +333,11 @@ def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
         "recovery with every_round=True makes each round a pruning of its own, and objective, max_perplexity_ratio "
         "and checkpoint_dir span rounds; leave out either",
     )
-    for needs_text, text in (
-        (config.allocation == "cosine", "allocation='cosine' runs the model on text"),
-        (config.allocation == LEARNED, "allocation='learned' trains gates on text"),
-        (every_round, "recovery with every_round=True calibrates on a trained model after each round"),
-    ):
-        yield (
-            needs_text and config.stats is not None,
-            f"{text}, but stats={config.stats!r} holds moments of the dense model; leave out one of the two",
-        )
+    yield (
+        every_round and config.stats is not None,
+        "recovery with every_round=True calibrates on a trained model after each round, but "
+        f"stats={config.stats!r} holds moments of the dense model; leave out one of the two",
+    )
     yield (
         config.stats is not None and recovery is not None and recovery.domains is None and config.domains is None,
         f"recovery trains on text, stats={config.stats!r} holds none, and no domain is named; name them in domains, "

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..calibration.gradients import saliencies
+from ..arch.spec import ArchSpec
 from ..calibration.moments import Moments
 from ..config.pruning import StructPruneConfig
 from ..registry import Registry
 
 
-# What gives `Moments.saliency`: a function of a model, its description, the samples and a clock. It returns one tensor
-# per consumer, by module, shape `(domains, n)`, fp64.
+# What gives `Moments.saliency`: a function of a model, its description and the evidence of the run (see
+# `pruning.evidence.Evidence`). It returns one tensor per consumer, by module, shape `(domains, n)`, fp64.
 Saliencies = Callable[..., "dict[str, Tensor]"]
 
 
@@ -27,25 +27,32 @@ class Criterion(ABC):
 
     Attributes:
         needs_gram: Whether `score` reads `moments.gram`; without it only mean and second moment are gathered.
-        needs_gradient: Whether `score` reads a `moments.saliency` that takes backward passes through the whole model.
-        watches: What gives `moments.saliency` in place of E|x ∂L/∂x|; None where it is that, or not read at all.
-        views: How many passes over the samples that takes.
-        learned: Whether `moments.saliency` holds the gates that `pruning.gates` learns.
         needs_producer_norms: Whether `moments.saliency` holds the norms of the weights that give each channel, see
             `criteria.obs.producer_norms`; it stays None where the units are no single channels.
+        watches: What runs the whole model before each round and gives `moments.saliency`; None where nothing does.
         damped: Whether `score` damps a Gram matrix by `config.damping`.
     """
 
     needs_gram: ClassVar[bool] = False
-    needs_gradient: ClassVar[bool] = False
-    watches: ClassVar[Saliencies | None] = None
-    views: ClassVar[int] = 1
-    learned: ClassVar[bool] = False
     needs_producer_norms: ClassVar[bool] = False
+    watches: ClassVar[Saliencies | None] = None
     damped: ClassVar[bool] = False
 
     def __init__(self, config: StructPruneConfig):
         self.config = config
+
+    @classmethod  # noqa: B027  # most refuse nothing
+    def check(cls, config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
+        """Refuse what the criterion cannot score, before any text is read; here nothing.
+
+        Args:
+            config: The config of the run.
+            arch: The description of the model.
+            use: What the model is for: "prune", "dry run", "trainer" or "calibrate".
+
+        Raises:
+            StructPruneError: If the criterion cannot score this; the message proposes another one.
+        """
 
     @abstractmethod
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
@@ -87,11 +94,6 @@ class Criterion(ABC):
         return weight
 
 
-def saliencies_for(criterion: type[Criterion]) -> Saliencies | None:
-    """What gives the `moments.saliency` that a criterion reads; None where it reads none."""
-    return criterion.watches or (saliencies if criterion.needs_gradient else None)
-
-
 def per_unit(columns: Tensor, columns_per_unit: int) -> Tensor:
     """The sum over the columns of each unit, shape `(units,)`.
 
@@ -102,5 +104,5 @@ def per_unit(columns: Tensor, columns_per_unit: int) -> Tensor:
     return columns.reshape(-1, columns_per_unit).sum(1)
 
 
-CRITERIA: Registry[Criterion] = Registry("criterion", "optimum_structprune.criteria")
+CRITERIA: Registry[type[Criterion]] = Registry("criterion", "optimum_structprune.criteria")
 register_criterion = CRITERIA.register

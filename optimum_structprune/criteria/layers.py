@@ -44,7 +44,7 @@ class LayerCriterion(ABC):
         """
 
 
-LAYER_CRITERIA: Registry[LayerCriterion] = Registry("layer criterion", "optimum_structprune.layer_criteria")
+LAYER_CRITERIA: Registry[type[LayerCriterion]] = Registry("layer criterion", "optimum_structprune.layer_criteria")
 
 
 @LAYER_CRITERIA.register(BLOCK_INFLUENCE)

@@ -70,19 +70,6 @@ def adding(module: nn.Module, noise: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def multiplying(model: nn.Module, factors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply the input of modules inside `with`. `factors` has the shape `(n,)`."""
-    with ExitStack() as stack:
-        for name, factor in factors.items():
-
-            def hook(module: nn.Module, args: tuple[Any, ...], factor: Tensor = factor) -> tuple[Any, ...]:
-                return (args[0] * factor.to(args[0]), *args[1:])
-
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
-        yield
-
-
-@contextmanager
 def bypass(layer: nn.Module) -> Iterator[None]:
     """Make a layer return the hidden states that it is called with; its other outputs stay as they are."""
 

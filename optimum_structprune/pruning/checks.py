@@ -15,21 +15,17 @@ from transformers import PreTrainedModel
 
 from ..arch.plain import is_quantized
 from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Widths
-from ..calibration.gradients import check_gradients
 from ..calibration.passes import check_sequential
 from ..calibration.stored import Statistics
-from ..config.gates import GatesConfig
-from ..config.pruning import LEARNED, StructPruneConfig
-from ..criteria import CRITERIA, saliencies_for
+from ..config.pruning import StructPruneConfig
+from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
-from ..criteria.whole import check_dense
 from ..errors import StructPruneError
 from ..system.disk import check_folder
 from ..system.offloading import is_offloaded
 from ..widths.allocation import alike, is_bounded
 from ..widths.budget import biased_spaces, widths_of
 from .evidence import judges_layers
-from .gates import learns
 from .steps import WHOLE_MODEL
 
 
@@ -122,12 +118,7 @@ def offloading_rules(case: Case) -> Rules:
     yield (case.use == TRAINER, f"{name} is offloaded, and a Trainer trains weights in memory; {advice}.")
     yield (is_quantized(case.model), f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
     yield (
-        learns(config),
-        f"Gates are learned by passes through all layers of {name} at once, which is offloaded; choose "
-        f"criterion='obs' or 'wanda' and another allocation than {LEARNED!r}, or {advice}.",
-    )
-    yield (
-        saliencies_for(CRITERIA.get(config.scored_by)) is not None,
+        CRITERIA.get(config.scored_by).watches is not None,
         f"criterion={config.scored_by!r} takes passes through all layers of {name} at once, which is offloaded; "
         f"choose criterion='obs' or 'wanda', or {advice}.",
     )
@@ -175,52 +166,7 @@ def criterion_rules(case: Case) -> Rules:
     )
     if judges_layers(config):
         return
-    criterion = CRITERIA.get(config.scored_by)  # an unknown name is refused here
-    if criterion.needs_gradient:
-        check_gradients(case.arch)
-    elif criterion.watches is not None:
-        check_dense(case.arch)
-
-
-def gate_rules(case: Case) -> Rules:
-    """What gates are learned for."""
-    config, arch, names = case.config, case.arch, list(case.widths)
-    if not learns(config):
-        return
-    learned = CRITERIA.get(config.scored_by).learned if config.scored_by in CRITERIA.names() else False
-    cause = f"criterion={config.scored_by!r}" if learned else f"allocation={config.allocation!r}"
-    yield (
-        case.use == TRAINER,
-        f"{cause} learns gates for the final widths before anything is removed, and a Trainer prunes in steps of its "
-        "own; choose another criterion, or prune first (`structprune prune`).",
-    )
-    yield (
-        not arch.causal,
-        f"{cause} learns gates by the predictions of the next token, and a model of type {arch.model_type!r} makes "
-        "none; choose criterion='obs' or 'wanda'.",
-    )
-    others = [name for name in names if not arch.of(name)[0].inside or arch.of(name)[0].layer == MODEL]
-    yield (
-        bool(others),
-        f"{cause} learns gates on units inside the layers, and {(others or [''])[0]!r} is none of them; prune it in a "
-        "run of its own.",
-    )
-    routed = [name for name in names if any(space.experts is not None for space in arch.of(name))]
-    yield (
-        bool(routed),
-        f"{cause} learns gates on what a matrix reads, and the experts of {(routed or [''])[0]!r} have their matrices "
-        "in one parameter; leave it out of targets and widths, or choose criterion='obs' or 'wanda'.",
-    )
-    yield (
-        learned and config.allocation not in ("uniform", LEARNED),
-        f"{cause} learns gates for widths that are known, or for one budget over all layers, and allocation="
-        f"{config.allocation!r} chooses widths otherwise; use allocation={LEARNED!r} or 'uniform'.",
-    )
-    yield (
-        learned and config.recovery is not None and config.recovery.every_round,
-        f"{cause} learns gates of the dense model once, and recovery with every_round=True makes each round a pruning "
-        "of its own; leave out either.",
-    )
+    CRITERIA.get(config.scored_by).check(config, case.arch, case.use)  # an unknown name is refused here
 
 
 def round_rules(case: Case) -> Rules:
@@ -247,8 +193,8 @@ def space_rules(case: Case) -> Rules:
         f"refit='bias' needs a bias in all that reads {HIDDEN!r}; use refit='least_squares' or 'none'.",
     )
     yield (
-        HIDDEN in names and config.refit == "slope",
-        f"refit='slope' is for consumers inside the layers, and {HIDDEN!r} is read all over the model; use "
+        HIDDEN in names and config.refit not in ("none", "bias", "least_squares"),
+        f"refit={config.refit!r} is for consumers inside the layers, and {HIDDEN!r} is read all over the model; use "
         "refit='least_squares' or 'none'.",
     )
     biased_spaces(config, arch, [name for name in names if arch.of(name)[0].inside])
@@ -280,26 +226,21 @@ def statistics_rules(case: Case) -> Rules:
     config, arch = case.config, case.arch
     if config.stats is None:
         return
-    statistics = Statistics.load(config.stats)
+    Statistics.load(config.stats)  # what is no folder of statistics is refused here
     for name in case.widths:
         yield (
             any(space.experts is not None or space.layer == MODEL for space in arch.of(name)),
             f"Stored statistics are moments of what consumers read, and {name!r} is judged by something else; prune "
             "without stats.",
         )
-    yield (
-        CRITERIA.get(config.scored_by).needs_gradient and not statistics.saliency,
-        f"criterion={config.criterion!r} needs gradients, which {config.stats} does not hold; write them with "
-        f"`structprune calibrate MODEL {config.stats} --criterion {config.criterion} --overwrite`.",
-    )
     yield from _never_stored(config)
 
 
 def _never_stored(config: StructPruneConfig) -> Rules:
     yield (
-        CRITERIA.get(config.scored_by).watches is not None or CRITERIA.get(config.scored_by).learned,
+        CRITERIA.get(config.scored_by).watches is not None,
         f"criterion={config.criterion!r} goes by passes through the whole model, of which nothing is stored; prune "
-        "without stats, or choose criterion='obs', 'wanda', 'flap' or 'taylor'.",
+        "without stats, or choose criterion='obs', 'wanda' or 'flap'.",
     )
 
 
@@ -377,12 +318,11 @@ def calibrate_rules(case: Case) -> Rules:
 # Rules that need no model, so that a mistake shows as early as can be.
 CONFIG_RULES: Mapping[str, Iterable[Any]] = {TRAINER: (trainer_rules,)}
 RULES: Mapping[str, Iterable[Any]] = {
-    DRY_RUN: (criterion_rules, gate_rules, round_rules, space_rules),
+    DRY_RUN: (criterion_rules, round_rules, space_rules),
     PRUNE: (
         model_rules,
         offloading_rules,
         criterion_rules,
-        gate_rules,
         round_rules,
         space_rules,
         text_rules,
@@ -394,7 +334,6 @@ RULES: Mapping[str, Iterable[Any]] = {
         model_rules,
         offloading_rules,
         criterion_rules,
-        gate_rules,
         trainer_space_rules,
         round_rules,
         space_rules,
@@ -419,7 +358,6 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
         ),
         "min_width": (not is_bounded(config, arch, names) and config.allocation != "search_uniform", same),
         "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
-        "gates": (not learns(config), "neither criterion nor allocation goes by gates"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
         "breadth": (stored, "stats were gathered already; name the domain 'broad' if they hold it"),
         "num_samples": (stored, "stats were gathered already"),
@@ -427,6 +365,5 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
     }
     for name, (idle, reason) in reasons.items():
         value = getattr(config, name)
-        unset = type(value)() if isinstance(value, GatesConfig) else default[name]
-        if idle and value != unset:
+        if idle and value != default[name]:
             yield f"{name}={value!r}, because {reason}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import log
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,12 @@ from ..arch.spec import ArchSpec
 from ..calibration.passes import Passes, SaliencyPasses, batches_of, passes_over
 from ..calibration.stored import Statistics, StoredPasses
 from ..config.pruning import StructPruneConfig
-from ..criteria import CRITERIA, saliencies_for
+from ..criteria import CRITERIA
 from ..criteria.layers import LAYER_CRITERIA
 from ..criteria.mixture import Mixture
 from ..domains.load import Domain, calibration_domains, given_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.reweight import reweighted
-from ..errors import StructPruneError
 from ..forward.clock import Clock
 from ..forward.layers import Batch
 from ..system.processes import every_process_runs, own_part, process_index
@@ -36,7 +36,7 @@ class Evidence:
         shares: The present weight of each domain; they sum to 1.
         clock: Takes the time that each domain costs.
         statistics: Stored moments of the dense model; None where the samples are run.
-        gates: The gates of the dense model, by layer and space, see `pruning.gates`; None where none were learned.
+        memory: What registered criteria and allocations remember during the run, by a name of their own.
         run_passes: Makes passes over samples; see `calibration.passes.passes_over`.
     """
 
@@ -46,7 +46,7 @@ class Evidence:
     clock: Clock
     statistics: Statistics | None = None
     run_passes: Callable[..., Passes] = passes_over
-    gates: Mapping[tuple[int, str], Tensor] | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -101,15 +101,12 @@ class Evidence:
         number in all stays the same.
         """
         config = self.config
-        watch = saliencies_for(CRITERIA.get(config.scored_by))
+        watch = CRITERIA.get(config.scored_by).watches
         if self.statistics is not None:
-            return StoredPasses(self.statistics, self.domains, watch is not None, next(model.parameters()).device)
-        batches = self.own_batches
-        saliency = None if watch is None else watch(model, arch, batches, self.clock)
+            return StoredPasses(self.statistics, self.domains, next(model.parameters()).device)
+        saliency = None if watch is None else watch(model, arch, self)
         feedback = config.error_feedback if config.fits and not fixed else 0.0
-        passes = self.run_passes(model, arch, batches, self.clock, feedback, fixed)
-        if CRITERIA.get(config.scored_by).learned:
-            saliency = self._gates_by_module(arch)
+        passes = self.run_passes(model, arch, self.own_batches, self.clock, feedback, fixed)
         return passes if saliency is None else SaliencyPasses(passes, saliency)
 
     def reweighted(self, ratios: Mapping[str, float]) -> Evidence:
@@ -129,25 +126,6 @@ class Evidence:
         if self.statistics is not None:
             return self.statistics.manifest(self.domains)
         return Manifest.of(self.config, self.domains, tokenizer)
-
-    def learned(self) -> Mapping[tuple[int, str], Tensor]:
-        """The gates of the dense model."""
-        if self.gates is None:
-            raise StructPruneError(
-                f"criterion={self.config.scored_by!r} with allocation={self.config.allocation!r} goes by gates, which "
-                "`StructPruner.prune_model` learns before anything else; call it."
-            )
-        return self.gates
-
-    def _gates_by_module(self, arch: ArchSpec) -> dict[str, Tensor]:
-        """The gate of every column of the consumers, the same for all domains, shape `(domains, n)`."""
-        gates, domains = self.learned(), len(self.domains)
-        return {
-            axis.module: gates[space.layer, space.name].repeat_interleave(axis.per_unit).expand(domains, -1)
-            for space in arch.spaces
-            if (space.layer, space.name) in gates
-            for axis in space.into
-        }
 
     def _in_proportion(self) -> list[Domain]:
         counts = split_samples(sum(len(domain.samples) for domain in self.domains), self.shares)

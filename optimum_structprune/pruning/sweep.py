@@ -265,7 +265,7 @@ class Sweep:
             columns = units_to_columns(keep, axis, weight.device)
             start = criterion.unfitted(weight, moments) if self.config.refit == "none" else weight
             ridge = ridge_strength(self.config.damping, len(columns), moments.count)
-            refitted = REFITS[self.config.refit](start, bias, moments, columns, ridge)
+            refitted = REFITS.get(self.config.refit)(start, bias, moments, columns, ridge)
             if measure and moments.gram is not None:
                 squared = squared_errors(weight, bias, moments, columns, *refitted)
                 errors.append((*squared, output_energy(weight, moments)))

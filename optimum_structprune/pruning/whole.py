@@ -159,7 +159,7 @@ def refit_readers_(
                 # What was seen are the outputs of the first reader alone.
                 moments = mixture.pool(weight, (replace(moments, energy=None) for moments in moments_by_domain))
                 damping = ridge_strength(config.damping, len(columns), moments.count)
-                refitted = REFITS[config.refit](weight, bias, moments, columns, damping)
+                refitted = REFITS.get(config.refit)(weight, bias, moments, columns, damping)
                 write_consumer_(model, axis, columns, *refitted)
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..calibration.linalg import LEAST, ROWS, solve_damped, submatrix
 from ..calibration.moments import Moments
+from ..config.pruning import REFITS
 
 
-Refit = Callable[[Tensor, "Tensor | None", Moments, Tensor, float], "tuple[Tensor, Tensor | None]"]
-
-
+@REFITS.register("none")
 def no_refit(
     weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -21,6 +18,7 @@ def no_refit(
     return weight[:, keep], bias
 
 
+@REFITS.register("bias")
 def bias_refit(
     weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -33,25 +31,7 @@ def bias_refit(
     return weight[:, keep], shift if bias is None else bias + shift
 
 
-def slope_refit(
-    weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
-) -> tuple[Tensor, Tensor | None]:
-    """Scale every output by the slope of the regression of its dense values on its pruned ones.
-
-    This is the regression of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689). Where the consumer has a bias, it
-    takes the intercept; without one the line goes through zero, as the model has no place for an intercept. See
-    `least_squares` for the arguments.
-    """
-    gram, mean, kept = moments.full_gram().to(weight), moments.mean.to(weight), weight[:, keep]
-    products = ((weight @ gram)[:, keep] * kept).sum(1)
-    squares = ((kept @ submatrix(gram, keep, keep)) * kept).sum(1)
-    dense, pruned = weight @ mean, kept @ mean[keep]
-    if bias is not None:
-        products, squares = products - dense * pruned, squares - pruned.square()
-    slope = torch.where(squares > 0, products / squares, torch.ones_like(squares))
-    return slope[:, None] * kept, None if bias is None else bias + dense - slope * pruned
-
-
+@REFITS.register("least_squares")
 def least_squares(
     weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -145,11 +125,3 @@ def _others(keep: Tensor, size: int) -> Tensor:
     others = torch.ones(size, dtype=torch.bool, device=keep.device)
     others[keep] = False
     return others.nonzero().squeeze(1)
-
-
-REFITS: dict[str, Refit] = {
-    "none": no_refit,
-    "bias": bias_refit,
-    "slope": slope_refit,
-    "least_squares": least_squares,
-}

@@ -8,7 +8,7 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from optimum_structprune import DomainConfig, GatesConfig, RecoveryConfig, StructPruneConfig
+from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig
 from optimum_structprune.commands import calibrate, plan, prune, recover
 from optimum_structprune.commands.arguments import (
     domain,
@@ -83,7 +83,7 @@ def test_what_is_not_given_is_left_to_the_file(command, paths, config_class, rea
     assert read(parsed(command, *paths)) == {}
 
 
-@pytest.mark.parametrize("config_class", [StructPruneConfig, RecoveryConfig, GatesConfig])
+@pytest.mark.parametrize("config_class", [StructPruneConfig, RecoveryConfig])
 def test_every_field_is_described_in_the_docstring(config_class):
     sentences = first_sentences(config_class)
     assert [*sentences] == [field.name for field in fields(config_class)]
@@ -97,7 +97,7 @@ def test_help_comes_from_the_field():
     assert first_sentences(StructPruneConfig)["damping"] in shown and "(default: 0.08)" in shown
     assert "--objective {mean,worst}" in shown
     assert "--keep-rounds, --no-keep-rounds" in shown
-    for nested in (GatesConfig, RecoveryConfig):
+    for nested in (RecoveryConfig,):
         names = [field.name for field in fields(nested)]
         assert f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." in shown
 

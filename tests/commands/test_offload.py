@@ -81,7 +81,6 @@ def test_files_that_cannot_be_read_by_layer_are_named(desk, copy, tmp_path, caps
     [
         ("tape", (), ("--offload tape is not known", "cpu, disk")),
         ("cpu", (), ("--offload cpu", "--offload disk")),
-        ("disk", ("--criterion", "taylor"), ("criterion='taylor' takes passes through all layers", "criterion='obs'")),
         ("disk", ("--recover",), ("recovery trains it in memory", "structprune recover")),
         ("disk", ("--recovery", "every_round=true"), ("Recovery trains weights in memory",)),
         ("disk", ("--resume", "--checkpoint-dir", "there"), ("--resume", "leave out either")),

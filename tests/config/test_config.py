@@ -70,7 +70,7 @@ def test_round_trips(config, tmp_path_factory):
         ({"widths": {"mlp": 2.5}}, "'widths'.*2.5"),
         ({"sparsity": 0.2, "rounds": 0}, "'rounds'.*greater than 0, got 0"),
         ({"sparsity": 0.2, "rounds": "3"}, "'rounds'.*expected int, got str.*3"),
-        ({"sparsity": 0.2, "refit": "ls"}, "'refit'.*'none', 'bias', 'slope', 'least_squares'.*got ls"),
+        ({"sparsity": 0.2, "refit": "ls"}, "'refit'.*there is no refit 'ls'.*bias, least_squares, none"),
         ({"sparsity": 0.2, "objective": "slow"}, "'objective'.*mean.*slow"),
         ({"sparsity": 0.2, "damping": -1}, "'damping'.*0 or more, got -1"),
         ({"sparsity": 0.2, "targets": []}, "'targets'.*at least one"),

@@ -82,7 +82,7 @@ class State:
 
 KINDS = {
     "plain": {},
-    "taylor": {"criterion": "taylor"},
+    "flap": {"criterion": "flap"},
     "global": {"allocation": "global"},
     "sensitivity": {"allocation": "sensitivity"},
     "floor": {"rounds": 2, "max_perplexity_ratio": 1.5},

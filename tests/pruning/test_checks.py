@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 
 from optimum_structprune import (
     DomainConfig,
-    GatesConfig,
     InPlaceError,
     RecoveryConfig,
     StructPruneCallback,
@@ -51,7 +50,6 @@ def adapted():
 
 
 PERPLEXITY = "go by perplexity, which a model of type 'bert' does not have"
-DDP = {"criterion": "ddp"}
 ONLY_LAYERS = "judges whole layers, and nothing inside them"
 # Every rule for a pruning: a model, the config, and the message.
 REFUSED = [
@@ -75,34 +73,17 @@ REFUSED = [
     ("llama-tied", {"criterion": "loss_increase"}, ONLY_LAYERS),
     ("llama-tied", {"widths": {"layer": 1, "mlp": 24}, "criterion": "block_influence"}, ONLY_LAYERS),
     ("mixtral", {"widths": {"expert": 3, "layer": 1}, "criterion": "loss_increase"}, ONLY_LAYERS),
-    ("bert", {"criterion": "taylor"}, "not for 'bert'; choose criterion='obs' or 'wanda'"),
-    ("mixtral", {"criterion": "taylor"}, "not for 'mixtral'; choose criterion='obs' or 'wanda'"),
     # the spaces
     ("mixtral", {"max_perplexity_ratio": 2, "widths": {"expert": 3}}, "held by rounds, and 'expert' goes before them"),
     ("llama-tied", {"max_perplexity_ratio": 2, "widths": {"layer": 1}}, "and 'layer' goes before them"),
     ("llama-tied", {"max_perplexity_ratio": 2, "widths": {"hidden": 24, "mlp": 8}}, "and 'hidden' goes before them"),
     ("llama-tied", {"refit": "bias", "widths": {"hidden": 24}}, "needs a bias in all that reads 'hidden'"),
-    ("llama-tied", {"refit": "slope", "widths": {"hidden": 24}}, "refit='slope' is for consumers inside the layers"),
     ("qwen2", {"refit": "bias"}, "refit='bias' needs a bias in the projections of 'mlp'"),
     ("mixtral", {"refit": "bias", "sparsity": 0.2, "round_to": 8, "targets": ("mlp",)}, "in the projections of 'mlp'"),
     ("bert", {"rounds": 2, "objective": "worst"}, PERPLEXITY),
     ("bert", {"max_perplexity_ratio": 2}, PERPLEXITY),
     ("bert", {"allocation": "sensitivity"}, "layers of different widths are offered for decoders only"),
     ("t5", {"allocation": "global"}, "layers of different widths, which 'mlp' of a t5 model cannot have"),
-    # gates
-    ("bert", DDP, "gates by the predictions of the next token, and a model of type 'bert' makes none; choose"),
-    ("t5", DDP, "and a model of type 't5' makes none"),
-    ("mixtral", DDP, "the experts of 'mlp' have their matrices in one parameter; leave it out"),
-    ("mixtral", {"allocation": "learned", "round_to": 1}, "allocation='learned' learns gates on what a matrix reads"),
-    ("llama-tied", {**DDP, "widths": {"layer": 1, "mlp": 24}}, "inside the layers, and 'layer' is none of them"),
-    ("llama-tied", {**DDP, "widths": {"hidden": 24, "mlp": 24}}, "inside the layers, and 'hidden' is none of them"),
-    ("llama-tied", {**DDP, "allocation": "global"}, "allocation='global' chooses widths otherwise; use allocation="),
-    ("llama-tied", {**DDP, "allocation": "sensitivity"}, "allocation='sensitivity' chooses widths otherwise"),
-    (
-        "llama-tied",
-        {**DDP, "rounds": 2, "recovery": training(every_round=True, tokens=999)},
-        "learns gates of the dense model once, and recovery with every_round=True",
-    ),
     # the recovery
     ("bert", {"recovery": training()}, "recovery trains models that predict the next token"),
     ("t5", {"recovery": training()}, "recovery trains models that predict the next token"),
@@ -173,7 +154,6 @@ def stats(tmp_path_factory):
     [
         ({"widths": {"layer": 1}}, "'layer' is judged by something else; prune without stats"),
         ({"widths": {"hidden": 24}}, "'hidden' is judged by something else; prune without stats"),
-        ({"criterion": "taylor"}, "criterion='taylor' needs gradients.*--criterion taylor --overwrite"),
         ({"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
         ({"recovery": training(lora={"rr": 1})}, "LoraConfig has no field 'rr'"),
     ],
@@ -262,7 +242,6 @@ IDLE = [
     ("min_width", 0.5, {}, [{"allocation": "global"}, {**BY_SPARSITY, "allocation": "sensitivity"}]),
     ("damping", 0.5, {"refit": "none"}, [{}, {"refit": "none", "criterion": "obs"}]),
     ("error_feedback", 0.25, {"refit": "none"}, [{}, {"criterion": "wanda"}]),
-    ("gates", {"steps": 7}, {}, [DDP, {"allocation": "learned"}]),
     ("num_samples", 9, {"stats": "folder"}, [{}, {"stats": "folder", "recovery": RecoveryConfig()}]),
     ("seq_length", 25, {"stats": "folder"}, [{}, {"stats": "folder", "recovery": RecoveryConfig()}]),
 ]
@@ -279,7 +258,7 @@ def test_options_without_effect_are_named(name, value, idle, effective):
     default = getattr(StructPruneConfig(sparsity=0.5), name)
     (entry,) = named(idle, value)
     assert f"{name}=" in entry and ", because " in entry
-    assert named(idle, default.to_dict() if name == "gates" else default) == [], "what nobody has set"
+    assert named(idle, default) == [], "what nobody has set"
     for fields in effective:
         assert named(fields, value) == [], fields
 
@@ -319,8 +298,6 @@ TRIED = [
     ("damping", 5.0, {"criterion": "wanda"}, True),
     ("error_feedback", 0.0, {"refit": "bias"}, False),
     ("error_feedback", 0.0, {}, True),
-    ("gates", {"steps": 3}, {}, False),
-    ("gates", {"steps": 3}, {"criterion": "ddp", "refit": "none", "gates": GatesConfig(steps=9)}, True),
 ]
 
 

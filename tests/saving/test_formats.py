@@ -10,7 +10,6 @@ from models import build, config, tokenizer
 
 from optimum_structprune import (
     DomainConfig,
-    GatesConfig,
     Manifest,
     Plan,
     RecoveryConfig,
@@ -60,7 +59,7 @@ def test_what_is_saved_keeps_to_its_schema(name, saved):
         {"widths": {"mlp": [20, 24], "attention": {0: 2}}},
         {"sparsity": 0.2, "allocation": "sensitivity", "objective": "worst", "criterion": "wanda"},
         {"budget": {"bytes": 10}, "stats": "folder", "domains": None},
-        {"sparsity": 0.2, "allocation": "learned", "criterion": "ddp", "gates": GatesConfig(steps=9)},
+        {"sparsity": 0.2, "allocation": "global", "criterion": "flap", "refit": "bias"},
         {"sparsity": 0.2, "recovery": RecoveryConfig(tokens=9, lora={"r": 2}, training={"learning_rate": 1e-3})},
     ],
 )
@@ -79,7 +78,6 @@ def test_schemas_name_what_the_classes_have():
     for cls, schema, besides in (
         (StructPruneConfig, config_schema, {"format_version"}),
         (DomainConfig, config_schema["$defs"]["DomainConfig"], set()),
-        (GatesConfig, config_schema["$defs"]["GatesConfig"], set()),
         (RecoveryConfig, config_schema["$defs"]["RecoveryConfig"], set()),
         (Manifest, manifest, {"format_version"}),
         (Entry, manifest["$defs"]["Entry"], set()),

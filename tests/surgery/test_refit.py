@@ -11,7 +11,6 @@ from optimum_structprune.surgery.refit import (
     bias_refit,
     least_squares,
     no_refit,
-    slope_refit,
     squared_errors,
 )
 
@@ -112,28 +111,6 @@ def test_bias_refit_removes_the_mean_error():
     new, bias = bias_refit(weight, None, moments_of(x), keep, 0.0)
     residual = x @ weight.T - (x[:, keep] @ new.T + bias)
     torch.testing.assert_close(residual.mean(0), torch.zeros(5), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_the_slope_is_the_regression_of_every_output(with_bias):
-    weight, bias, x = problem(5)
-    bias, keep = bias if with_bias else None, torch.arange(7)
-    new, new_bias = slope_refit(weight, bias, moments_of(x), keep, 0.1)
-    assert (new_bias is None) == (bias is None)
-    for i in range(5):
-        pruned, dense = (x[:, keep] @ weight[i, keep])[:, None], x @ weight[i]
-        pruned = torch.cat([pruned, torch.ones_like(pruned)], 1) if with_bias else pruned
-        slope, *shift = torch.linalg.lstsq(pruned, dense[:, None]).solution.flatten().tolist()
-        torch.testing.assert_close(new[i], slope * weight[i, keep], rtol=1e-3, atol=1e-4)
-        if shift:
-            assert float(new_bias[i] - bias[i]) == pytest.approx(shift[0], rel=1e-2, abs=1e-2)
-
-
-def test_an_output_that_is_gone_has_no_slope():
-    weight, _, x = problem(5)
-    weight[2, :7] = 0
-    new, _ = slope_refit(weight, None, moments_of(x), torch.arange(7), 0.1)
-    assert new.isfinite().all() and not new[2].any()
 
 
 def test_a_singular_gram_matrix_is_damped_until_it_factors():

@@ -15,7 +15,6 @@ from optimum_structprune.criteria.mixture import standardised
 from optimum_structprune.domains.load import Domain
 from optimum_structprune.pruning.choose import dense_scores
 from optimum_structprune.pruning.evidence import Evidence
-from optimum_structprune.record.report import Report
 from optimum_structprune.widths.allocation import target_widths, widths_for_sparsity
 from optimum_structprune.widths.ranking import ranked_widths
 from optimum_structprune.widths.schedule import round_widths
@@ -220,7 +219,7 @@ def test_global_allocation_is_that_of_flap():
 
     fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1, min_width=0.01)
     evidence = Evidence.of(fields, [Domain("a", 1.0, samples, samples[:0])], model.device)
-    scores = dense_scores(model, arch, fields, evidence, arch.names, Report("llama", "flap"))
+    scores = dense_scores(model, arch, evidence, arch.names)
     every = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
     found = ranked_widths(fields, arch, every, scores)
     assert found["mlp"][0] != found["mlp"][1] and found["attention"] == expected["attention"]

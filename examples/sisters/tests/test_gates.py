@@ -6,32 +6,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Killed, count_hooks, dying, evidence_of, logits, modes, on_two_ranks, same_weights
+from helpers import count_hooks, evidence_of, logits, modes, on_two_ranks, same_weights
 from models import CASES, RIGID, build, config, token_ids, tokenizer
 from safetensors.torch import load_file
+from structprune_sisters import gates
+from structprune_sisters.gates import LEAST, MOST, Budget, Gates, Settings, budgets_of, gates_of, multiplying
 from trained import loss_ratio, needs_shared, stories_model
 
-from optimum_structprune import GatesConfig, StructPruneError, StructPruner
+from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, calibrate, dry_run
 from optimum_structprune.arch.load import describe
-from optimum_structprune.forward.hooks import multiplying
-from optimum_structprune.pruning import gates
-from optimum_structprune.pruning.gates import LEAST, MOST, Budget, Gates, budgets_of, with_gates
-from optimum_structprune.record.report import Report
 from optimum_structprune.surgery.consumers import read_consumer, units_to_columns
 
 
-QUICK = GatesConfig(steps=12, tokens_per_step=48)
-LONG = GatesConfig(steps=120, tokens_per_step=48, learning_rate=0.05)
+QUICK = Settings(steps=12, tokens_per_step=48)
+LONG = Settings(steps=120, tokens_per_step=48, learning_rate=0.05)
+
+
+pytestmark = pytest.mark.nightly
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(gates, "SETTINGS", QUICK)
 
 
 def settings(**fields):
-    return config(**{"criterion": "ddp", "gates": QUICK, **fields})
+    return config(**{"criterion": "ddp", **fields})
 
 
 def learned(model, fields, evidence=None):
     """The gates by layer and space."""
-    evidence = evidence_of(fields) if evidence is None else evidence
-    return dict(with_gates(evidence, describe(model), model, Report("llama", "ddp")).learned())
+    evidence = evidence_of(fields) if evidence is None else replace(evidence, memory={})
+    return dict(gates_of(model, describe(model), evidence))
 
 
 def pruned(model, **fields):
@@ -91,9 +97,10 @@ def test_with_sparsity_all_spaces_share_one_budget_of_parameters():
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "learned"])
-def test_the_share_of_open_gates_comes_to_the_budget(allocation):
+def test_the_share_of_open_gates_comes_to_the_budget(allocation, monkeypatch):
+    monkeypatch.setattr(gates, "SETTINGS", LONG)
     model = build("llama-tied")
-    fields = settings(allocation=allocation, round_to=1, gates=LONG)
+    fields = settings(allocation=allocation, round_to=1)
     found = learned(model, fields)
     values = torch.cat(list(found.values()))
     assert LEAST - 1e-6 <= values.min() < 0 and 0.2 < values.max() <= MOST
@@ -108,17 +115,17 @@ def test_widths_are_met_exactly(fields):
     _, pruner = pruned(build("llama-tied"), **{"criterion": None, "round_to": 1, **fields})
     kept = [len(units) for units in pruner.plan.keep.values()]
     assert sum(kept) == 48 and (kept == [24, 24] or "allocation" in fields)
-    assert pruner.report.seconds["gates"] > 0
 
 
-def test_what_the_predictions_do_not_need_goes():
+def test_what_the_predictions_do_not_need_goes(monkeypatch):
+    monkeypatch.setattr(gates, "SETTINGS", LONG)
     model = build("llama-tied")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[:, 5:20] = 0
         model.model.layers[1].mlp.down_proj.weight[:, 7] = 0
-    _, uniform = pruned(model, gates=LONG)
+    _, uniform = pruned(model)
     assert not set(range(5, 20)) & set(uniform.plan.keep[0, "mlp"]) and 7 not in uniform.plan.keep[1, "mlp"]
-    _, ranked = pruned(model, gates=LONG, allocation="learned", round_to=1, criterion=None)
+    _, ranked = pruned(model, allocation="learned", round_to=1, criterion=None)
     widths = ranked.report.widths["mlp"]
     assert widths[0] < widths[1]
 
@@ -188,12 +195,13 @@ DENSE = [
 
 
 @pytest.mark.parametrize("case", [*DENSE, "gemma4_text", "llava", "qwen3_vl"])
-def test_gates_are_learned_on_every_dense_family(case):
+def test_gates_are_learned_on_every_dense_family(case, monkeypatch):
+    monkeypatch.setattr(gates, "SETTINGS", Settings(steps=3, tokens_per_step=24))
     model = build(case)
     arch = describe(model)
     names = [name for name in arch.names if arch.of(name)[0].inside]
     wanted = {name: {s.layer: s.width // 2 for s in arch.of(name)} for name in names if arch.of(name)[0].width > 1}
-    fields = settings(gates=GatesConfig(steps=3, tokens_per_step=24), seq_length=12, widths={"mlp": 24})
+    fields = settings(seq_length=12, widths={"mlp": 24})
     budgets = [Budget((space,), 0.5) for space in arch.spaces if space.kind in wanted]
     evidence = evidence_of(fields)
     domain = replace(evidence.domains[0], samples=token_ids(4, 12))
@@ -222,61 +230,61 @@ def test_predictions_that_are_no_numbers_are_named():
         learned(model, settings())
 
 
-def test_what_has_no_gates_says_so():
-    model, fields = build("llama-tied"), settings()
-    with pytest.raises(StructPruneError, match="criterion='ddp' .* which `StructPruner.prune_model` learns"):
-        evidence_of(fields).passes(model, describe(model))
+# --- refusals
+
+DDP, LEARNED = {"criterion": "ddp"}, {"allocation": "learned", "round_to": 1}
 
 
-# --- going on
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("bert", DDP, "gates by the predictions of the next token, and a model of type 'bert' makes none; choose"),
+        ("llama-tied", {**DDP, "widths": {"hidden": 24}}, "gates on units inside the layers, and 'hidden' is none"),
+        ("llama-tied", {**DDP, "widths": {"layer": 1}}, "gates on units inside the layers, and 'layer' is none"),
+        ("mixtral", DDP, "criterion='ddp' learns gates on what a matrix reads, and the experts of 'mlp'"),
+        ("llama-tied", {**DDP, "allocation": "global", "round_to": 1}, "use allocation='learned' or 'uniform'"),
+        ("llama-tied", {**DDP, "rounds": 2, "checkpoint_dir": "run"}, "rounds=2 with checkpoint_dir"),
+    ],
+)
+def test_what_has_no_gates_is_refused_before_anything_runs(case, fields, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StructPruneError, match=message):
+        StructPruner(config(**fields)).prune_model(build(case), tokenizer())
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(StructPruneError, match=message):
+        dry_run(build(case).config, config(**fields))
 
 
-@pytest.mark.parametrize("after", [False, True])
-def test_a_kill_at_any_write_leaves_what_the_next_run_goes_on_from(after, tmp_path, monkeypatch):
+def test_an_allocation_by_gates_refuses_experts():
+    model = build("mixtral")
+    before = build("mixtral")
+    with pytest.raises(StructPruneError, match="allocation='learned' learns gates on what a matrix reads"):
+        StructPruner(config(**LEARNED)).prune_model(model, tokenizer(), inplace=True)
+    assert same_weights(model, before)
+
+
+def test_stored_moments_have_no_gates(tmp_path):
     model = build("llama-tied")
-    whole = learned(model, settings())
-    number, finished = 0, False
-    while not finished:
-        number += 5
-        fields = settings(checkpoint_dir=str(tmp_path / str(number)))
-        with dying(monkeypatch, gates, number, after):
-            try:
-                learned(model, fields)
-                finished = True
-            except Killed:
-                pass
-        resumed = learned(model, fields)
-        assert all(torch.equal(resumed[key], values) for key, values in whole.items())
-    assert number > 10
+    calibrate(model, tokenizer(), config(), tmp_path / "stats")
+    stored = {"domains": None, "breadth": None, "stats": str(tmp_path / "stats")}
+    for fields, message in ((DDP, "of which nothing is stored"), (LEARNED, "Gates are trained on text, but stats=")):
+        with pytest.raises(StructPruneError, match=message):
+            StructPruner(config(**{**stored, **fields})).prune_model(model, tokenizer())
 
 
-def test_steps_that_are_done_are_not_done_again(tmp_path, monkeypatch):
-    model, fields = build("llama-tied"), settings(checkpoint_dir=str(tmp_path / "run"))
-    first, _ = pruned(model, checkpoint_dir=fields.checkpoint_dir)
-    monkeypatch.setattr(gates, "run_model", None)
-    again, _ = pruned(model, checkpoint_dir=fields.checkpoint_dir)
-    assert same_weights(first, again)
-    assert {path.name for path in Path(fields.checkpoint_dir).glob("gates*")} == {
-        "gates.json",
-        "gates-12.safetensors",
-    }
+def test_settings_are_read_from_a_text():
+    assert Settings.of_text("") == Settings()
+    assert Settings.of_text("steps=7,learning_rate=0.5") == Settings(steps=7, learning_rate=0.5)
+    for text in ("step=7", "steps=x", "steps", "steps=0", "learning_rate=nan"):
+        with pytest.raises(StructPruneError, match=f"STRUCTPRUNE_GATES takes .*, got '{text}'"):
+            Settings.of_text(text)
 
 
-def test_gates_of_another_run_are_refused(tmp_path):
-    model = build("llama-tied")
-    learned(model, settings(checkpoint_dir=str(tmp_path)))
-    with pytest.raises(StructPruneError, match="holds gates of a run with another model, config or calibration text"):
-        learned(model, settings(checkpoint_dir=str(tmp_path), widths={"mlp": 20}))
-
-
-@pytest.mark.parametrize("name", ["gates.json", "gates-12.safetensors"])
-def test_a_damaged_file_is_named(name, tmp_path):
-    model, fields = build("llama-tied"), settings(checkpoint_dir=str(tmp_path / "run"))
-    learned(model, fields)
-    path = tmp_path / "run" / name
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(StructPruneError, match="run is not a readable checkpoint .*; remove it to start anew"):
-        learned(model, fields)
+def test_names_of_the_plug_in_are_known_and_others_refused():
+    assert StructPruneConfig(sparsity=0.2, allocation="learned", refit="slope").allocation == "learned"
+    for field, name, nearest in (("allocation", "lerned", "learned"), ("refit", "slop", "slope")):
+        with pytest.raises(StructPruneError, match=f"there is no {field} '{name}'. Did you mean '{nearest}'"):
+            StructPruneConfig(sparsity=0.2, **{field: name})
 
 
 # --- several processes, and a trained model
@@ -284,7 +292,9 @@ def test_a_damaged_file_is_named(name, tmp_path):
 SCRIPT = """
 import sys
 from safetensors.torch import save_file
-from pruning.test_gates import build, learned, settings
+sys.path.insert(0, sys.argv[2])
+from test_gates import QUICK, build, gates, learned, settings
+gates.SETTINGS = QUICK
 from optimum_structprune.system.processes import across_processes, process_index
 
 with across_processes():
@@ -293,9 +303,8 @@ with across_processes():
 """
 
 
-@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path):
-    done = on_two_ranks(SCRIPT, tmp_path, tmp_path)
+    done = on_two_ranks(SCRIPT, tmp_path, tmp_path, Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     first, second = (load_file(tmp_path / str(rank)) for rank in (0, 1))
     whole = learned(build("llama-tied"), settings())
@@ -305,11 +314,11 @@ def test_two_processes_learn_what_one_learns(tmp_path):
 
 
 @needs_shared
-@pytest.mark.slow
-def test_learned_units_are_better_than_random_ones():
+def test_learned_units_are_better_than_random_ones(monkeypatch):
     """On a trained model, without a refit, with widths and units by gates; the loss is the logarithm of the ratio."""
     stories = stories_model()
-    fields = {"gates": GatesConfig(steps=100, tokens_per_step=512), "refit": "none", "round_to": 4}
+    monkeypatch.setattr(gates, "SETTINGS", Settings(steps=100, tokens_per_step=512))
+    fields = {"refit": "none", "round_to": 4}
     learned_ratio = loss_ratio(stories, criterion="ddp", allocation="learned", **fields)
     random_ratio = loss_ratio(stories, criterion="random", refit="none")
     assert log(learned_ratio) < 0.75 * log(random_ratio)

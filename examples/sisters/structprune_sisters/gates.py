@@ -8,33 +8,34 @@ gates that are learned on few tokens from learning the kind of text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from math import cos, isfinite, pi, sqrt
-from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..arch.spec import ArchSpec, Space
-from ..calibration.gradients import frozen
-from ..config.pruning import LEARNED, StructPruneConfig
-from ..criteria import CRITERIA
-from ..errors import StructPruneError
-from ..forward.divergence import divergence
-from ..forward.hooks import multiplying
-from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
-from ..record.report import Report
-from ..system.offloading import compute_device
-from ..system.processes import add_up_, own_part
-from ..system.resume import Resume
-from ..widths.budget import widths_of
-from .evidence import Evidence
-from .rounds import run_key
+from optimum_structprune import StructPruneError, register_criterion
+from optimum_structprune.arch.spec import MODEL, ArchSpec, Space
+from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.config.pruning import ALLOCATIONS, StructPruneConfig
+from optimum_structprune.criteria import Criterion, per_unit
+from optimum_structprune.forward.divergence import divergence
+from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
+from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.system.offloading import compute_device, is_offloaded
+from optimum_structprune.system.processes import add_up_, own_part
+from optimum_structprune.widths.budget import widths_of
+
+from .gradients import frozen
 
 
+LEARNED, DDP = "learned", "ddp"
 # The range of a gate; below 0 a unit is closed, and a gradient may open it again.
 LEAST, MOST = -0.1, 2.0
 # The gate at which a unit counts as half kept falls from the first number to the second.
@@ -43,8 +44,42 @@ SOFT, SHARP = 0.5, 0.1
 WARM_UP, RAMP = 0.1, 0.25
 # The learning rate of the multiplier of a squared violation, as a multiple of that of the gates.
 SQUARED_RATE = 20.0
-# How many times a training is put on disk.
-SAVES = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How gates are learned.
+
+    Attributes:
+        steps: The number of training steps.
+        learning_rate: The largest learning rate of the gates.
+        tokens_per_step: The number of calibration tokens in a step, rounded down to whole samples, of which there is
+            at least one.
+    """
+
+    steps: int = 300
+    learning_rate: float = 0.02
+    tokens_per_step: int = 1024
+
+    @classmethod
+    def of_text(cls, text: str) -> Settings:
+        """The settings from a text such as `steps=1000,learning_rate=0.05`; what it leaves out is as usual."""
+        kinds = {"steps": int, "learning_rate": float, "tokens_per_step": int}
+        values = dict(part.split("=", 1) if "=" in part else (part, "") for part in filter(None, text.split(",")))
+        try:
+            settings = cls(**{name: kinds[name](value) for name, value in values.items()})
+        except (KeyError, ValueError) as error:
+            raise StructPruneError(f"STRUCTPRUNE_GATES takes {', '.join(kinds)}, got {text!r} ({error}).") from error
+        if not all(isfinite(value) and value > 0 for value in vars(settings).values()):
+            raise StructPruneError(f"STRUCTPRUNE_GATES takes numbers greater than 0, got {text!r}.")
+        return settings
+
+    def samples_per_step(self, seq_length: int) -> int:
+        """The number of samples of so many tokens in a step."""
+        return max(1, self.tokens_per_step // seq_length)
+
+
+SETTINGS = Settings.of_text(os.environ.get("STRUCTPRUNE_GATES", ""))
 
 
 @dataclass(frozen=True)
@@ -60,24 +95,46 @@ class Budget:
     kept: float
 
 
-def learns(config: StructPruneConfig) -> bool:
-    """Whether a config chooses widths or units by gates that are learned."""
-    name = config.scored_by
-    return config.allocation == LEARNED or (name in CRITERIA.names() and CRITERIA.get(name).learned)
+def gates_of(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> dict[tuple[int, str], Tensor]:
+    """The gates of the dense model, by layer and space; all rounds of a run go by those that were learned first."""
+    if DDP not in evidence.memory:
+        check_learnable(evidence.config, arch)
+        if is_offloaded(model):
+            raise StructPruneError(
+                f"Gates are learned by passes through all layers of {type(model).__name__} at once, which is "
+                "offloaded; choose criterion='obs' or 'wanda', and another allocation than 'learned'."
+            )
+        if evidence.statistics is not None:
+            raise StructPruneError(
+                f"Gates are trained on text, but stats={evidence.config.stats!r} holds moments of the dense model; "
+                "leave out one of the two."
+            )
+        with evaluating(model), frozen(model):
+            budgets = budgets_of(evidence.config, arch, model)
+            evidence.memory[DDP] = learned_gates(model, evidence, budgets)
+    return evidence.memory[DDP]
 
 
-def with_gates(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, report: Report) -> Evidence:
-    """The evidence with the gates of the dense model, where its config chooses anything by gates."""
-    config = evidence.config
-    if not learns(config):
-        return evidence
-    folder = None
-    if config.checkpoint_dir is not None:
-        key = run_key(config, model, evidence.entries(), widths_of(config, arch, model))
-        folder = Resume(Path(config.checkpoint_dir), key, "step-of-gates")
-    with report.timed("gates"), evaluating(model), frozen(model):
-        gates = learned_gates(model, evidence, budgets_of(config, arch, model), folder)
-    return replace(evidence, gates=gates)
+def check_learnable(config: StructPruneConfig, arch: ArchSpec) -> None:
+    """Refuse what has no gates: predictions of no next token, whole layers or channels of the model, and experts."""
+    cause = f"criterion={DDP!r}" if config.scored_by == DDP else f"allocation={LEARNED!r}"
+    if not arch.causal:
+        raise StructPruneError(
+            f"{cause} learns gates by the predictions of the next token, and a model of type {arch.model_type!r} "
+            "makes none; choose criterion='obs' or 'wanda'."
+        )
+    for name in config.targets if config.widths is None else config.widths:
+        spaces = arch.of(name)
+        if spaces and (not spaces[0].inside or spaces[0].layer == MODEL):
+            raise StructPruneError(
+                f"{cause} learns gates on units inside the layers, and {name!r} is none of them; prune it in a run of "
+                "its own."
+            )
+        if any(space.experts is not None for space in spaces):
+            raise StructPruneError(
+                f"{cause} learns gates on what a matrix reads, and the experts of {name!r} have their matrices in one "
+                "parameter; leave it out of targets and widths, or choose criterion='obs' or 'wanda'."
+            )
 
 
 def budgets_of(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> list[Budget]:
@@ -97,7 +154,7 @@ def _together(spaces: Sequence[Space], widths: Mapping) -> Budget:
 
 
 def learned_gates(
-    model: PreTrainedModel, evidence: Evidence, budgets: Sequence[Budget], folder: Resume | None = None
+    model: PreTrainedModel, evidence: Evidence, budgets: Sequence[Budget]
 ) -> dict[tuple[int, str], Tensor]:
     """The gate of every unit after training: the lower, the sooner a unit goes.
 
@@ -108,20 +165,16 @@ def learned_gates(
     Returns:
         By layer and name of the space, shape `(units,)`, fp64, on the CPU; from `LEAST` to `MOST`.
     """
-    settings, gates = evidence.config.gates, Gates(budgets, compute_device(model))
+    gates = Gates(budgets, compute_device(model))
     optimizer = _optimizer(gates)
-    begin = 0 if folder is None else _resume(folder, gates, optimizer)
-    every = -(-settings.steps // SAVES)
-    for step in tqdm(range(begin, settings.steps), desc="learning gates", unit="step", initial=begin):
+    for step in tqdm(range(SETTINGS.steps), desc="learning gates", unit="step"):
         optimizer.zero_grad()
         _descend(model, gates, evidence, step)
-        gates.penalty((step + 1) / settings.steps).backward()
+        gates.penalty((step + 1) / SETTINGS.steps).backward()
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * settings.learning_rate * _rate(step, settings.steps)
+            group["lr"] = group["scale"] * SETTINGS.learning_rate * _rate(step, SETTINGS.steps)
         optimizer.step()
         gates.clamp_()
-        if folder is not None and ((step + 1) % every == 0 or step + 1 == settings.steps):
-            folder.save(step + 1, {}, _tensors(gates, optimizer))
     return gates.by_space()
 
 
@@ -238,7 +291,7 @@ def _backward(mine: Tensor, theirs: Tensor, step: int) -> None:
         if not isfinite(float(loss.detach())):
             raise StructPruneError(
                 f"The divergence from the dense model is {float(loss.detach()):g} in step {step + 1} of the gates; "
-                "load the model in float32 or bfloat16, or lower learning_rate in gates."
+                "load the model in float32 or bfloat16, or lower learning_rate in STRUCTPRUNE_GATES."
             )
         slopes += torch.autograd.grad(loss, part)
     mine.backward(torch.cat(slopes))
@@ -248,7 +301,7 @@ def _batches(evidence: Evidence, step: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The samples of a step that this process runs, each with one value per token, true where it is calibrated on."""
     config, domains = evidence.config, evidence.domains
     rows = [(domain, row) for domain, one in enumerate(domains) for row in range(len(one.samples))]
-    chosen = own_part(_order(len(rows), step, config.gates.samples_per_step(domains[0].samples.shape[1]), config.seed))
+    chosen = own_part(_order(len(rows), step, SETTINGS.samples_per_step(domains[0].samples.shape[1]), config.seed))
     by_length: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for domain, row in (rows[index] for index in chosen):
         ids, mask = domains[domain].samples[row], domains[domain].mask
@@ -270,36 +323,78 @@ def _order(count: int, step: int, per_step: int, seed: int) -> list[int]:
     return [orders[epoch][place] for epoch, place in places]
 
 
-def _tensors(gates: Gates, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Gates, multipliers and what the optimizer knows of each, by name."""
-    named = {"values": gates.values, "linear": gates.linear, "squared": gates.squared}
-    found = {name: parameter.detach() for name, parameter in named.items()}
-    for name, parameter in named.items():
-        found |= {f"{name}.{field}": tensor for field, tensor in optimizer.state[parameter].items()}
-    return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+@contextmanager
+def multiplying(model: nn.Module, factors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Multiply the input of modules inside `with`. `factors` has the shape `(n,)`."""
+    with ExitStack() as stack:
+        for name, factor in factors.items():
+
+            def hook(module: nn.Module, args: tuple[Any, ...], factor: Tensor = factor) -> tuple[Any, ...]:
+                return (args[0] * factor.to(args[0]), *args[1:])
+
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+        yield
 
 
-def _resume(folder: Resume, gates: Gates, optimizer: torch.optim.Optimizer) -> int:
-    """Take over what was saved last, and return the number of its steps; 0 where nothing was."""
-    saved = folder.load()
-    if saved is None:
-        return 0
-    with folder.readable():
-        _take(saved.tensors, gates, optimizer)
-    return saved.number
+@register_criterion(DDP)
+class LearnedGates(Criterion):
+    """The score of a unit is its gate z, learned as in Deterministic Differentiable Pruning (Huang et al., ICML 2026,
+    arXiv 2603.08065).
 
+    A gate also scales: with `refit="none"` the columns of a kept unit are multiplied by max(z, 0), as that paper's
+    code does when it folds gates into weights. Every other refit starts from the dense weights.
+    """
 
-@torch.no_grad()
-def _take(tensors: Mapping[str, Tensor], gates: Gates, optimizer: torch.optim.Optimizer) -> None:
-    """Inverse of `_tensors`."""
-    for name in ("values", "linear", "squared"):
-        parameter = getattr(gates, name)
-        if tensors[name].shape != parameter.shape:
-            raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
-        parameter.copy_(tensors[name])
-        fields = {full.removeprefix(f"{name}."): one for full, one in tensors.items() if full.startswith(f"{name}.")}
-        # The number of steps is kept on the CPU, as torch does.
-        optimizer.state[parameter] = {
-            field: one.clone() if field == "step" else one.to(parameter.device, copy=True)
-            for field, one in fields.items()
+    @staticmethod
+    def watches(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> dict[str, Tensor]:
+        """The gate of every column of the consumers, by module, the same for all domains, shape `(domains, n)`."""
+        gates, domains = gates_of(model, arch, evidence), len(evidence.domains)
+        return {
+            axis.module: gates[space.layer, space.name].repeat_interleave(axis.per_unit).expand(domains, -1)
+            for space in arch.spaces
+            if (space.layer, space.name) in gates
+            for axis in space.into
         }
+
+    @classmethod
+    def check(cls, config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
+        """See `Criterion.check`."""
+        if use == "trainer":
+            raise StructPruneError(
+                "criterion='ddp' learns gates for the final widths before anything is removed, and a Trainer prunes "
+                "in steps of its own; choose another criterion, or prune first (`structprune prune`)."
+            )
+        if config.allocation not in ("uniform", LEARNED):
+            raise StructPruneError(
+                "criterion='ddp' learns gates for widths that are known, or for one budget over all layers, and "
+                f"allocation={config.allocation!r} chooses widths otherwise; use allocation={LEARNED!r} or 'uniform'."
+            )
+        if config.rounds > 1 and config.checkpoint_dir is not None:
+            raise StructPruneError(
+                f"criterion='ddp' learns gates of the dense model once, and rounds={config.rounds} with "
+                "checkpoint_dir goes on with a model that is dense no more; leave out either."
+            )
+        if config.recovery is not None and config.recovery.every_round:
+            raise StructPruneError(
+                "criterion='ddp' learns gates of the dense model once, and recovery with every_round=True makes each "
+                "round a pruning of its own; leave out either."
+            )
+        check_learnable(config, arch)
+
+    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
+        """See `Criterion.score`."""
+        assert moments.saliency is not None
+        return per_unit(moments.saliency.to(weight), columns_per_unit) / columns_per_unit
+
+    def unfitted(self, weight: Tensor, moments: Moments) -> Tensor:
+        """See `Criterion.unfitted`."""
+        assert moments.saliency is not None
+        return weight * moments.saliency.to(weight).clamp(min=0)
+
+
+@ALLOCATIONS.register(LEARNED)
+def learned_scores(
+    model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, names: Collection[str]
+) -> dict[tuple[int, str], Tensor]:
+    """The gates of one budget over all layers."""
+    return dict(gates_of(model, arch, evidence))

@@ -4,16 +4,18 @@ import pytest
 import torch
 from helpers import batches, count_hooks
 from models import build, config, token_ids, tokenizer
+from structprune_sisters.gradients import NOISE, contrasts
+from structprune_sisters.iterative_norm import removal_effects, removal_orders
+from structprune_sisters.slimllm import inflows
 
 from optimum_structprune import StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.gradients import NOISE, contrasts
 from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.criteria import CRITERIA
-from optimum_structprune.criteria.whole import inflows, removal_effects, removal_orders
 from optimum_structprune.forward.layers import Batch
 
 
+pytestmark = pytest.mark.nightly
 DOWN, UP, GATE = (f"model.layers.1.mlp.{name}_proj" for name in ("down", "up", "gate"))
 NAMES = ["slimllm", "pip", "iterative_norm"]
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 from helpers import count_hooks
 from models import CASES, RIGID, build, config, token_ids, tokenizer
+from structprune_sisters.gradients import saliencies
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.gradients import saliencies
 from optimum_structprune.forward.layers import Batch
 
 
+pytestmark = pytest.mark.nightly
 DOWN = "model.layers.1.mlp.down_proj"
 
 

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..arch.spec import ArchSpec
-from ..errors import StructPruneError
-from ..forward.clock import Clock
-from ..forward.hooks import observe
-from ..forward.layers import Batch
-from ..system.processes import add_up_
+from optimum_structprune import StructPruneError, register_criterion
+from optimum_structprune.arch.spec import ArchSpec
+from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.config.pruning import StructPruneConfig
+from optimum_structprune.criteria import Criterion, per_unit
+from optimum_structprune.forward.clock import Clock
+from optimum_structprune.forward.hooks import observe
+from optimum_structprune.forward.layers import Batch
+from optimum_structprune.system.processes import add_up_
+
+from .watching import of_samples
 
 
 # Gives what a function makes of x ∂L/∂x, by module, for the embeddings of a batch.
@@ -148,3 +153,39 @@ def check_gradients(arch: ArchSpec) -> None:
             f"Gradients are gathered for dense models that predict the next token, not for {arch.model_type!r}; "
             "choose criterion='obs' or 'wanda'."
         )
+
+
+class OfGradients(Criterion):
+    """The score is `moments.saliency`, summed over the columns of a unit."""
+
+    @classmethod
+    def check(cls, config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
+        """See `Criterion.check`."""
+        check_gradients(arch)
+
+    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
+        """See `Criterion.score`."""
+        assert moments.saliency is not None
+        return per_unit(moments.saliency.to(weight), columns_per_unit)
+
+
+@register_criterion("taylor")
+class Taylor(OfGradients):
+    """First-order Taylor: the score is E|x_j · ∂L/∂x_j|, summed over the columns j of a unit.
+
+    It is eq. 8 of Molchanov et al. (2019), and eq. 5 of LLM-Pruner (Ma et al. 2023) on activations.
+    """
+
+    watches = staticmethod(of_samples(saliencies))
+
+
+@register_criterion("pip")
+class PerturbedViews(OfGradients):
+    """The score is E|g_j(sample) - g_j(perturbed sample)|, summed over the columns j of a unit.
+
+    g_j is the gradient of the loss by a gate on x_j. PIP (Cao et al., Findings of EMNLP 2025, arXiv 2501.15278) prunes
+    what struggles to distinguish two such views, in rounds of at most 5 %. Its formula, its perturbation and its unit
+    were in no source at hand, so this is our interpretation; see `contrasts`.
+    """
+
+    watches = staticmethod(of_samples(contrasts))

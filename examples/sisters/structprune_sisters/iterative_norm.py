@@ -1,59 +1,25 @@
-"""What forward passes through the whole model say of the input of every consumer."""
+"""Iterative channel contribution: units go one sample after the other, those with the least effect first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.spec import CHANNEL, ArchSpec, Axis
-from ..calibration.accumulator import unmasked
-from ..errors import StructPruneError
-from ..forward.clock import Clock
-from ..forward.hooks import observe
-from ..forward.layers import Batch
-from ..forward.metrics import run_model
-from ..system.processes import add_up_, process_count
-from .obs import matrices, norms_by_unit
+from optimum_structprune import register_criterion
+from optimum_structprune.arch.spec import ArchSpec, Axis
+from optimum_structprune.calibration.accumulator import unmasked
+from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.config.pruning import StructPruneConfig
+from optimum_structprune.criteria import Criterion, per_unit
+from optimum_structprune.forward.clock import Clock
+from optimum_structprune.forward.layers import Batch
+from optimum_structprune.system.processes import add_up_, process_count
 
-
-def inflows(
-    model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
-) -> dict[str, Tensor]:
-    """How strongly each channel is driven by what produces it: √Σ_i W_ji² E[x_i²], summed over its producers W.
-
-    Returns:
-        By module of the consumer, shape `(domains, n)`, fp64; zeros for what are not single channels.
-    """
-    check_dense(arch)
-    channels = [space for space in arch.spaces if space.unit == CHANNEL]
-    domains = 1 + max(batch.domain for batch in batches)
-    squares: dict[str, Tensor] = {}
-    counts = torch.zeros(domains, dtype=torch.float64)
-
-    def see(batch: Batch, name: str, x: Tensor) -> None:
-        sums = unmasked(x, batch.mask).double().square().sum(0).cpu()
-        squares.setdefault(name, torch.zeros(domains, len(sums), dtype=torch.float64))[batch.domain] += sums
-
-    producers = sorted({axis.module for space in channels for axis in matrices(model, space.out)})
-    for batch in batches:
-        counts[batch.domain] += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
-    _run(model, producers, batches, see, clock)
-    add_up_([counts, *(squares[name] for name in producers)])
-    means = {name: sums / counts.clamp(min=1)[:, None] for name, sums in squares.items()}
-    found = {
-        axis.module: torch.zeros(domains, space.size * axis.per_unit, dtype=torch.float64)
-        for space in arch.spaces
-        for axis in space.into
-    }
-    for space in channels:
-        for axis in space.into:
-            for producer in matrices(model, space.out):
-                found[axis.module] += norms_by_unit(model, space, producer, means[producer.module])
-    return found
+from .watching import check_dense, of_samples, run_watched
 
 
 def removal_orders(
@@ -82,7 +48,7 @@ def removal_orders(
         for row, sample in enumerate(x.reshape(len(batch.ids), -1, x.shape[-1])):
             orders[name].remove_(unmasked(sample, None if batch.mask is None else batch.mask[row]))
 
-    _run(model, axes, mixed, see, clock)
+    run_watched(model, axes, mixed, see, clock)
     places = {name: order.places() for name, order in orders.items()}
     add_up_(places[name] for name in sorted(places))
     domains = 1 + max(by_domain)
@@ -131,32 +97,31 @@ def removal_effects(weight: Tensor, x: Tensor, removed: Sequence[int], per_unit:
     return squares.clamp(min=0).sqrt().mean(0)
 
 
-def check_dense(arch: ArchSpec) -> None:
-    """Refuse models with experts, whose consumers do not see all tokens."""
-    if any(space.experts for space in arch.spaces):
-        raise StructPruneError(
-            f"This criterion watches consumers that read every token, and {arch.model_type!r} has experts; choose "
-            "criterion='obs' or 'wanda'."
-        )
-
-
-@torch.no_grad()
-def _run(
-    model: PreTrainedModel,
-    names: Iterable[str],
-    batches: Sequence[Batch],
-    see: Callable[[Batch, str, Tensor], None],
-    clock: Clock | None,
-) -> None:
-    clock = clock or Clock(model.device)
-    present = batches[0]
-    with observe(model, names, lambda name, x: see(present, name, x.detach())):
-        for present in batches:
-            with clock.running(present.domain):
-                run_model(model, present.ids)
-
-
 def _weight(model: PreTrainedModel, axis: Axis) -> Tensor:
     """The weight of a consumer, shape `(out, n)`."""
     weight = model.get_parameter(axis.param).detach()
     return weight if axis.dim == 1 else weight.T
+
+
+@register_criterion("iterative_norm")
+class IterativeNorm(Criterion):
+    """The score is the place of a unit in the order in which units are removed.
+
+    Those go first whose removal changes the output least, by the mean of ‖r_t + W_u x_tu‖ over tokens t, where r_t is
+    what the units removed before have given. This is `IterativeChannelContributionHook` of NVIDIA's Model Optimizer
+    0.47 (`modelopt/torch/nas/plugins/megatron_hooks/base_hooks.py`) without its optional scaling of the dense output,
+    one sample after the other; see `removal_orders`. There the units are channels; for KV groups the
+    formula is ours.
+    """
+
+    watches = staticmethod(of_samples(removal_orders))
+
+    @classmethod
+    def check(cls, config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
+        """See `Criterion.check`."""
+        check_dense(arch)
+
+    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
+        """See `Criterion.score`."""
+        assert moments.saliency is not None
+        return per_unit(moments.saliency.to(weight), columns_per_unit) / columns_per_unit

@@ -1,0 +1,198 @@
+"""SlimLLM: channels by the principal directions of the output, heads by how much the output still looks the same."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_structprune import register_criterion
+from optimum_structprune.arch.spec import CHANNEL, ArchSpec
+from optimum_structprune.calibration.accumulator import unmasked
+from optimum_structprune.calibration.linalg import submatrix
+from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.config.pruning import ALLOCATIONS, REFITS, StructPruneConfig
+from optimum_structprune.criteria import Criterion
+from optimum_structprune.criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
+from optimum_structprune.criteria.obs import matrices, norms_by_unit
+from optimum_structprune.errors import StructPruneError
+from optimum_structprune.forward.clock import Clock
+from optimum_structprune.forward.layers import Batch
+from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.system.processes import add_up_
+
+from .watching import check_dense, of_samples, run_watched
+
+
+# How much the ratios of layers differ with `cosine`; SlimLLM takes 10 where it removes 20 % of a model, 7 for 50 %.
+SHARPNESS = 10.0
+
+
+def inflows(
+    model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
+) -> dict[str, Tensor]:
+    """How strongly each channel is driven by what produces it: √Σ_i W_ji² E[x_i²], summed over its producers W.
+
+    Returns:
+        By module of the consumer, shape `(domains, n)`, fp64; zeros for what are not single channels.
+    """
+    check_dense(arch)
+    channels = [space for space in arch.spaces if space.unit == CHANNEL]
+    domains = 1 + max(batch.domain for batch in batches)
+    squares: dict[str, Tensor] = {}
+    counts = torch.zeros(domains, dtype=torch.float64)
+
+    def see(batch: Batch, name: str, x: Tensor) -> None:
+        sums = unmasked(x, batch.mask).double().square().sum(0).cpu()
+        squares.setdefault(name, torch.zeros(domains, len(sums), dtype=torch.float64))[batch.domain] += sums
+
+    producers = sorted({axis.module for space in channels for axis in matrices(model, space.out)})
+    for batch in batches:
+        counts[batch.domain] += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
+    run_watched(model, producers, batches, see, clock)
+    add_up_([counts, *(squares[name] for name in producers)])
+    means = {name: sums / counts.clamp(min=1)[:, None] for name, sums in squares.items()}
+    found = {
+        axis.module: torch.zeros(domains, space.size * axis.per_unit, dtype=torch.float64)
+        for space in arch.spaces
+        for axis in space.into
+    }
+    for space in channels:
+        for axis in space.into:
+            for producer in matrices(model, space.out):
+                found[axis.module] += norms_by_unit(model, space, producer, means[producer.module])
+    return found
+
+
+@register_criterion("slimllm")
+class SlimLLM(Criterion):
+    """The scores of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689), as in its published code.
+
+    A channel j scores I_d + I_g + I_u. I_d is ‖|W_:jᵀ V| · w‖ √E[x_j²], where V and λ are the eigenvectors and
+    eigenvalues of the covariance of the consumer's output and w = sigmoid(λ / mean(λ)); I_g and I_u are
+    √Σ_i W_ji² E[x_i²] of its two producers. The input of the producers is that of the model before the round.
+
+    A KV group u of several columns, with the output o_u and the output T of all, scores -Σ_i |ρ(T_i - o_ui, T_i)|,
+    with Pearson's ρ over tokens and i over the outputs. Then groups are exchanged as long as the output of the kept
+    ones comes nearer to T. The published code has single heads; groups of query heads that share a KV head are ours.
+    The 1 % of channels with the lowest scores, which it keeps, go like others.
+    """
+
+    needs_gram = True
+    watches = staticmethod(of_samples(inflows))
+
+    @classmethod
+    def check(cls, config: StructPruneConfig, arch: ArchSpec, use: str) -> None:
+        """See `Criterion.check`."""
+        check_dense(arch)
+
+    def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
+        """See `Criterion.score`."""
+        if columns_per_unit > 1:
+            shares, between = _of_units(weight, moments, columns_per_unit)
+            own, total = between.diagonal(dim1=1, dim2=2), shares.sum(1, keepdim=True)
+            return -_similarity(total - shares, total - 2 * shares + own, total).abs().sum(0)
+        assert moments.saliency is not None
+        mean = weight @ moments.mean.to(weight)
+        covariance = (weight @ moments.full_gram().to(weight) @ weight.T).addr_(mean, mean, alpha=-1)
+        values, directions = torch.linalg.eigh(covariance.double())
+        importance = torch.sigmoid(values.abs() / values.abs().mean().clamp(min=torch.finfo(values.dtype).tiny))
+        columns = ((directions.T @ weight.double()).abs() * importance[:, None]).norm(dim=0)
+        return (columns * moments.square.to(columns).sqrt() + moments.saliency.to(columns)).to(weight)
+
+    def exchanged(
+        self, keep: tuple[int, ...], others: Sequence[int], weight: Tensor, moments: Moments, columns_per_unit: int
+    ) -> tuple[int, ...]:
+        """See `Criterion.exchanged`."""
+        if columns_per_unit == 1 or not others:
+            return keep
+        shares, between = _of_units(weight, moments, columns_per_unit)
+        total, own, kept, gone = shares.sum(1), between.diagonal(dim1=1, dim2=2), list(keep), list(others)
+        best = _similarity(shares[:, kept].sum(1), between[:, kept][:, :, kept].sum((1, 2)), total).sum()
+        # Every exchange brings the output nearer, so none comes back.
+        while True:
+            sums = between[:, kept].sum(1)
+            products = shares[:, kept].sum(1)[:, None, None] - shares[:, kept, None] + shares[:, None, gone]
+            squares = (
+                sums[:, kept].sum(1)[:, None, None]
+                + (own - 2 * sums)[:, kept, None]
+                + (own + 2 * sums)[:, None, gone]
+                - 2 * between[:, kept][:, :, gone]
+            )
+            found = _similarity(products, squares, total[:, None, None]).sum(0)
+            nearest = int(found.argmax())
+            if not float(found.flatten()[nearest]) > float(best) + 1e-6 * abs(float(best)):
+                return tuple(sorted(kept))
+            best, (i, j) = found.flatten()[nearest], divmod(nearest, len(gone))
+            kept[i], gone[j] = gone[j], kept[i]
+
+
+def _of_units(weight: Tensor, moments: Moments, columns_per_unit: int) -> tuple[Tensor, Tensor]:
+    """Covariances of the outputs of units. `weight` has the shape `(out, units * columns_per_unit)`.
+
+    Returns:
+        With the output of all units, shape `(out, units)`, and with that of each unit, shape `(out, units, units)`.
+    """
+    gram, mean = moments.full_gram().to(weight), moments.mean.to(weight)
+    shape = len(weight), -1, columns_per_unit
+    by_unit = []
+    for own in torch.arange(weight.shape[1], device=weight.device).split(columns_per_unit):
+        covariances = gram[own].addr(mean[own], mean, alpha=-1)
+        by_unit.append(((weight[:, own] @ covariances) * weight).view(shape).sum(2))
+    between = torch.stack(by_unit, 1)
+    return between.sum(2), between
+
+
+def _similarity(products: Tensor, squares: Tensor, total: Tensor) -> Tensor:
+    """Pearson's correlation of outputs with the output of all units."""
+    scale = (squares.clamp(min=0) * total.clamp(min=0)).sqrt()
+    return products / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+
+
+@ALLOCATIONS.register("cosine")
+def cosine_scores(
+    model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, names: Collection[str]
+) -> dict[tuple[int, str], Tensor]:
+    """Scores by which every layer gives up units in proportion to softmax(`SHARPNESS` · cos(input, output)).
+
+    These are the layer ratios of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689), which has the same ones for heads
+    and channels, and leaves out the layers that change the residual stream most; here all layers take part.
+    """
+    if evidence.statistics is not None:
+        raise StructPruneError(
+            f"allocation='cosine' runs the model on text, but stats={evidence.config.stats!r} holds moments of the "
+            "dense model; leave out one of the two."
+        )
+    judge, batches = LAYER_CRITERIA.get(BLOCK_INFLUENCE)(), evidence.own_batches
+    by_domain = [[batch for batch in batches if batch.domain == index] for index in range(len(evidence.domains))]
+    lost = [judge.score(model, arch, of_domain) for of_domain in by_domain]
+    shares = torch.tensor(evidence.shares, dtype=torch.float64)
+    ratios = torch.softmax(-SHARPNESS * (shares @ torch.stack(lost)), 0)
+    # Where a threshold cuts off a multiple of its ratio from every layer, the widths are in these proportions.
+    return {
+        (space.layer, space.name): torch.arange(space.size) / space.size / float(ratios[space.layer])
+        for space in arch.spaces
+        if space.kind in names
+    }
+
+
+@REFITS.register("slope")
+def slope_refit(
+    weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
+) -> tuple[Tensor, Tensor | None]:
+    """Scale every output by the slope of the regression of its dense values on its pruned ones.
+
+    This is the regression of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689). Where the consumer has a bias, it
+    takes the intercept; without one the line goes through zero, as the model has no place for an intercept. See
+    `optimum_structprune.surgery.refit.least_squares` for the arguments.
+    """
+    gram, mean, kept = moments.full_gram().to(weight), moments.mean.to(weight), weight[:, keep]
+    products = ((weight @ gram)[:, keep] * kept).sum(1)
+    squares = ((kept @ submatrix(gram, keep, keep)) * kept).sum(1)
+    dense, pruned = weight @ mean, kept @ mean[keep]
+    if bias is not None:
+        products, squares = products - dense * pruned, squares - pruned.square()
+    slope = torch.where(squares > 0, products / squares, torch.ones_like(squares))
+    return slope[:, None] * kept, None if bias is None else bias + dense - slope * pruned

@@ -1,0 +1,53 @@
+"""Runs a whole model on the samples, and watches what its consumers read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_structprune import StructPruneError
+from optimum_structprune.arch.spec import ArchSpec
+from optimum_structprune.forward.clock import Clock
+from optimum_structprune.forward.hooks import observe
+from optimum_structprune.forward.layers import Batch
+from optimum_structprune.forward.metrics import run_model
+from optimum_structprune.pruning.evidence import Evidence
+
+
+def of_samples(watch: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """A function of a model, its description, batches and a clock as `Criterion.watches` takes it."""
+
+    @wraps(watch)
+    def watches(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> dict[str, Tensor]:
+        return watch(model, arch, evidence.own_batches, evidence.clock)
+
+    return watches
+
+
+def check_dense(arch: ArchSpec) -> None:
+    """Refuse models with experts, whose consumers do not see all tokens."""
+    if any(space.experts for space in arch.spaces):
+        raise StructPruneError(
+            f"This criterion watches consumers that read every token, and {arch.model_type!r} has experts; choose "
+            "criterion='obs' or 'wanda'."
+        )
+
+
+@torch.no_grad()
+def run_watched(
+    model: PreTrainedModel,
+    names: Iterable[str],
+    batches: Sequence[Batch],
+    see: Callable[[Batch, str, Tensor], None],
+    clock: Clock | None,
+) -> None:
+    clock = clock or Clock(model.device)
+    present = batches[0]
+    with observe(model, names, lambda name, x: see(present, name, x.detach())):
+        for present in batches:
+            with clock.running(present.domain):
+                run_model(model, present.ids)

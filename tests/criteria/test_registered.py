@@ -1,0 +1,98 @@
+"""What a third party registers: a criterion with statistics of its own, an allocation and a refit."""
+
+import pytest
+import torch
+from accelerate import disk_offload
+from models import build, config, tokenizer
+
+from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, calibrate
+from optimum_structprune.config.pruning import ALLOCATIONS, REFITS
+from optimum_structprune.criteria import CRITERIA, Criterion, per_unit
+from optimum_structprune.registry import Registry
+
+
+WATCHED = {"criterion": "watched", "allocation": "by_layer", "refit": "halved", "round_to": 1}
+SEEN = []
+
+
+class Watched(Criterion):
+    """The first units are worth most; the run remembers that it was watched."""
+
+    @staticmethod
+    def watches(model, arch, evidence):
+        SEEN.append(evidence.memory.setdefault("watched", len(SEEN)))
+        sizes = {axis.module: space.size * axis.per_unit for space in arch.spaces for axis in space.into}
+        return {name: -torch.arange(n).double().expand(len(evidence.domains), -1) for name, n in sizes.items()}
+
+    @classmethod
+    def check(cls, config, arch, use):
+        if not arch.causal:
+            raise StructPruneError("watched is for decoders")
+
+    def score(self, weight, moments, columns_per_unit):
+        return per_unit(moments.saliency.to(weight), columns_per_unit)
+
+
+def by_layer(model, arch, evidence, names):
+    """The first layer is worth more than any other."""
+    return {
+        (space.layer, space.name): torch.arange(space.size) / space.size + (space.layer == 0)
+        for space in arch.spaces
+        if space.kind in names
+    }
+
+
+def halved(weight, bias, moments, keep, damping):
+    assert moments.gram is not None
+    return weight[:, keep] / 2, bias
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    SEEN.clear()
+    for registry, name, entry in (
+        (CRITERIA, "watched", Watched),
+        (ALLOCATIONS, "by_layer", by_layer),
+        (REFITS, "halved", halved),
+    ):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+        registry.register(name)(entry)
+
+
+def test_all_three_are_used():
+    model = build("llama-tied")
+    pruner = StructPruner(config(**WATCHED, widths={"mlp": 24}, min_width=0.2, rounds=2))
+    small = pruner.prune_model(model, tokenizer())
+    widths = pruner.report.widths["mlp"]
+    assert widths == {0: 40, 1: 8} and pruner.plan.keep[1, "mlp"] == tuple(range(8))
+    weight = model.model.layers[1].mlp.down_proj.weight[:, :8]
+    torch.testing.assert_close(small.model.layers[1].mlp.down_proj.weight, weight / 2)
+    assert SEEN == [0, 0], "once before each round, with the memory of the run"
+
+
+def test_what_it_cannot_judge_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(StructPruneError, match="watched is for decoders"):
+        StructPruner(config(criterion="watched")).prune_model(build("bert"), tokenizer())
+    with pytest.raises(StructPruneError, match="criterion='watched' goes by passes .* of which nothing is stored"):
+        calibrate(build("llama-tied"), tokenizer(), config(criterion="watched"), tmp_path / "stats")
+    with pytest.raises(StructPruneError, match="refit='halved' is for consumers inside the layers"):
+        StructPruner(config(refit="halved", widths={"hidden": 24})).prune_model(build("llama-tied"), tokenizer())
+    offloaded = disk_offload(build("llama-tied"), tmp_path / "disk", execution_device=torch.device("cpu"))
+    with pytest.raises(StructPruneError, match="criterion='watched' takes passes through all layers .* choose"):
+        StructPruner(config(criterion="watched")).prune_model(offloaded, tokenizer(), inplace=True)
+    assert SEEN == []
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "nearest"), [("refit", "halfed", "halved"), ("allocation", "globl", "global")]
+)
+def test_a_name_that_nobody_registered_is_refused_with_the_nearest(field, name, nearest):
+    with pytest.raises(StructPruneError, match=f"there is no {field} '{name}'. Did you mean '{nearest}'"):
+        StructPruneConfig(sparsity=0.2, **{field: name})
+
+
+def test_a_built_in_name_is_legal_before_its_module_is_imported():
+    registry = Registry("thing", "optimum_structprune.things", ("plain",))
+    registry.check("plain")
+    with pytest.raises(StructPruneError, match="There is no thing 'other'"):
+        registry.get("other")
