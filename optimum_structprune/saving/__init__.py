@@ -1,1 +1,1 @@
-"""Writing a result so that it appears only when it is whole and plain `from_pretrained` has read it back."""
+"""Writing a result that plain `from_pretrained` has read back, in other forms, and to the Hub."""

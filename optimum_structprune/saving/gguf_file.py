@@ -217,42 +217,35 @@ def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Write a tokenizer into a GGUF file."""
+    """Write a tokenizer into a GGUF file; one that llama.cpp does not have is refused."""
     if not tokenizer.is_fast:
         raise StructPruneError(
             f"A GGUF file holds a BPE tokenizer of the tokenizers library, found a {type(tokenizer).__name__}."
         )
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    _check_vocabulary(parts, len(tokenizer), size)
-    pieces = parts["model"].get("byte_fallback", False)
+    parts, tokens = json.loads(tokenizer.backend_tokenizer.to_str()), len(tokenizer)
+    model = parts["model"]
+    if model["type"] != "BPE":
+        raise StructPruneError(
+            f"A GGUF file holds a BPE tokenizer, on bytes or on SentencePiece's pieces, found {model['type']}."
+        )
+    if tokens > size:
+        raise StructPruneError(
+            f"The tokenizer has {tokens:,} tokens and the model's embedding {size:,} rows, and a GGUF file has "
+            "one for each; the two have to be of the same model."
+        )
+    pieces = model.get("byte_fallback", False)
     writer.add_tokenizer_model((gguf.LlamaHfVocab if pieces else gguf.BpeVocab).tokenizer_model)
     writer.add_tokenizer_pre("default" if pieces else pre_tokenizer(parts))
     names, types = _tokens(tokenizer, size)
     writer.add_token_list(names)
     if pieces:
-        writer.add_token_scores(_scores(parts["model"], names))
+        writer.add_token_scores(_scores(model, names))
     writer.add_token_types(types)
     if pieces:
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(SPACE))
     else:
-        writer.add_token_merges([" ".join(pair) for pair in _merges(parts["model"])])
+        writer.add_token_merges([" ".join(pair) for pair in _merges(model)])
     _add_special(writer, tokenizer)
-
-
-def _check_vocabulary(parts: Mapping[str, Any], tokens: int, size: int) -> None:
-    """Refuse a tokenizer that llama.cpp does not have."""
-    if parts["model"]["type"] != "BPE":
-        raise StructPruneError(
-            "A GGUF file holds a BPE tokenizer, on bytes or on SentencePiece's pieces, found "
-            f"{parts['model']['type']}."
-        )
-    if tokens > size:
-        raise StructPruneError(
-            f"The tokenizer has {tokens:,} tokens and the model's embedding {size:,} rows, and a GGUF file has one "
-            "for each; the two have to be of the same model."
-        )
-    if not parts["model"].get("byte_fallback", False):
-        pre_tokenizer(parts)
 
 
 def pre_tokenizer(parts: Mapping[str, Any]) -> str:
