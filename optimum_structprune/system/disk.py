@@ -101,13 +101,12 @@ class Output:
         with first_decides(str(self.path)) as first:
             if not first:
                 with tempfile.TemporaryDirectory() as scratch:
-                    yield Path(scratch)
+                    yield self._staging(Path(scratch))
                 return
             with self._locked():
                 self._check(need_bytes)
                 try:
                     with self.beside(SAVING) as folder:
-                        (folder / NEW).mkdir()
                         yield self._staging(folder)
                         self._swap(folder)
                 except Exception as error:
@@ -128,6 +127,7 @@ class Output:
             self._clear(folder)
 
     def _staging(self, folder: Path) -> Path:
+        (folder / NEW).mkdir(exist_ok=True)
         return folder / NEW
 
     def _swap(self, folder: Path) -> None:
@@ -210,7 +210,7 @@ class GGUFOutput(Output):
     """A GGUF file that a run makes; it replaces only one that this package wrote."""
 
     def _staging(self, folder: Path) -> Path:
-        return folder / NEW / self.path.name
+        return super()._staging(folder) / self.path.name
 
     def _swap(self, folder: Path) -> None:
         self._staging(folder).replace(self.path)
