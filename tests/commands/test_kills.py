@@ -176,7 +176,7 @@ def test_two_processes_give_what_one_gives_and_say_it_once(dense, alone, tmp_pat
 def test_two_processes_go_on_where_two_were_killed(dense, alone, tmp_path):
     command = launched(pruning(dense, tmp_path / "out", "--resume"))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
-    progress = tmp_path / ".out.progress" / "layers.json"
+    progress = tmp_path / ".out.progress" / "layer.json"
     while process.poll() is None and not progress.exists():
         time.sleep(0.002)
     for each in [process.pid, *map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())]:
