@@ -51,9 +51,9 @@ def stub(model: PreTrainedModel) -> str:
         f"# A stub for {config.model_type}: check every line, then pass the file as --arch.",
         f"# The nearest family by names and shapes is {near}.",
     ]
-    if not spaces:
-        head.append("# transformers has no tensor-parallel plan for it: start from the nearest family's entry.")
-    taken = {name for role in roles.values() for names in role.values() for name in names}
+    if not roles:
+        head.append("# transformers has no tensor-parallel plan of its layers: the spaces are the nearest family's.")
+    taken = {name for space in spaces.values() for name in _names(space)}
     head += [
         f"# No space has {name.removesuffix('.weight')}, {' x '.join(map(str, shape))}."
         for name, shape in tensors.items()

@@ -18,6 +18,7 @@ UNKNOWN = {
     "mellum": {"attention", "mlp_experts_mlp"},
     "mamba2": set(),
     "biogpt": set(),
+    "diffllama": {"attention", "mlp"},
 }
 
 
@@ -31,7 +32,9 @@ def test_a_stub_says_what_it_finds(model_type, tmp_path):
     family = read_families(tmp_path / "stub.yaml")[0]
     assert family.model_types == (model_type,) and family.layer_paths[0].rpartition(".")[2] in ("layers", "layer")
     assert UNKNOWN[model_type] <= set(family.spaces) and "nearest family" in text
-    assert bool(model.config.base_model_tp_plan) != ("no tensor-parallel plan" in text)
+    planned = any("layers" in pattern for pattern in model.config.base_model_tp_plan or {})
+    assert planned != ("no tensor-parallel plan" in text)
+    assert ("mlp" in family.spaces) <= ("No space has mlp.up_proj" not in text)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "mixtral"])
