@@ -10,14 +10,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def pages_without_pictures():
-    """Every saved result gets a page; drawing its pictures takes longer than most tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("optimum_structprune.saving.page.pictures.can_draw", lambda: False)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
 def written_text_of_the_session(tmp_path_factory):
     """What models write is kept for the session, and not among the files of the user."""
     with pytest.MonkeyPatch.context() as patch:

@@ -30,9 +30,8 @@ def run(args: Namespace) -> Result:
     from pathlib import Path
 
     from ..record.records import EVALUATION_NAME, Records
-    from ..saving.page.page import write_report
+    from ..saving.page import write_report
     from ..system.disk import check_folder
-    from .loading import weights_bytes
 
     Records.read(args.output)  # before a model is loaded in vain
     check_folder(args.output)
@@ -41,7 +40,5 @@ def run(args: Namespace) -> Result:
         evaluation = measured(args, args.output, args.dense)
         evaluation.save(Path(args.output, EVALUATION_NAME))
         lines, values = [str(evaluation)], {"evaluation": evaluation.to_dict()}
-    page = write_report(
-        args.output, dense=args.dense or "", dense_bytes=weights_bytes(args.dense) if args.dense else 0
-    )
+    page = write_report(args.output, dense=args.dense or "")
     return Result("\n".join([*lines, f"the report is {page}"]), {**values, "output": args.output, "report": str(page)})

@@ -14,8 +14,7 @@ from ..errors import StructPruneError
 from ..plain_json import to_json
 from ..record.report import Report
 from ..record.text import table
-from ..saving.page.drawing import can_draw
-from .pictures import Point, draw_quality
+from .pictures import Point, can_draw, draw_quality
 from .side_by_side import Value, as_csv
 
 

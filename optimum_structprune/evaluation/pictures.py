@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import StructPruneError
-from ..saving.page.drawing import can_draw
 
 
 SUFFIXES = (".svg", ".png", ".pdf")
 # Colours that the colour-blind tell apart (Okabe & Ito 2008).
 BLUE, ORANGE = "#0072B2", "#D55E00"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def check_picture(path: str | Path) -> None:
     if not path.absolute().parent.is_dir():
         raise StructPruneError(f"{path} cannot be written: there is no folder {path.parent}.")
     if not can_draw():
-        raise StructPruneError("Pictures need matplotlib: pip install optimum-structprune[report]")
+        raise StructPruneError("Pictures need matplotlib: pip install matplotlib")
 
 
 def front(points: Sequence[Point], higher_is_better: bool = False) -> list[Point]:

@@ -133,7 +133,7 @@ class Sweep:
         # A pass that removes nothing here says no more of the units.
         if note and width < len(before):
             chosen = torch.isin(torch.tensor(before), torch.tensor(keep))
-            self.choices[space.key] = _summary(scores, chosen, gathered, errors)
+            self.choices[space.key] = _summary(chosen, gathered, errors)
 
     def gather(self, passes: Passes, space: Space, mixture: Mixture) -> list[Pooled]:
         """What the samples say of a space, by consumer: the scores of the units that are left by the present weights,
@@ -286,14 +286,11 @@ class Sweep:
         return torch.stack(by_consumer).mean(0)
 
 
-def _summary(
-    scores: Tensor, kept: Tensor, gathered: Sequence[Pooled], errors: Sequence[tuple[float, float, float]]
-) -> Choice:
+def _summary(kept: Tensor, gathered: Sequence[Pooled], errors: Sequence[tuple[float, float, float]]) -> Choice:
     """What is noted of a choice: sums over the consumers of the space, where all of them know."""
     carried = [of_consumer.carried for of_consumer in gathered if of_consumer.carried is not None]
     every = len(gathered)
     return choice_of(
-        scores,
         kept,
         torch.stack(carried).sum(0) if len(carried) == every else None,
         tuple(map(sum, zip(*errors, strict=True))) if len(errors) == every else None,

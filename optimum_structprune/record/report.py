@@ -1,12 +1,11 @@
-"""The numbers of a run, and the short table that shows them."""
+"""The numbers of a run and of a training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, geometric_mean
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..plain_json import replace_json, versioned
 from ..surgery.plan import Plan
 from ..system.memory import model_bytes, peak_memory
 from .details import Details
-from .text import spark_line, table, worst_ratio
+from .facts import as_text, facts_of, perplexity_facts, remarks
 
 
 REPORT_NAME = "report.json"
@@ -53,13 +52,10 @@ class RecoveryReport:
 
     def __str__(self) -> str:
         """Perplexity per domain and in the mean, as a table, and the cost."""
-        rows = [[f"perplexity {name}", *ppl.values()] for name, ppl in self.perplexity.items()]
-        if len(rows) > 1:
-            rows.append(["  geometric mean", *map(geometric_mean, zip(*(row[1:] for row in rows), strict=True))])
-        head = ["", *next(iter(self.perplexity.values()), ())]
-        lines = [head, *([row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows)]
         cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s"
-        return "\n".join([table(lines), cost, *filter(None, [self.stopped])])
+        return "\n".join(
+            [as_text(perplexity_facts(self.perplexity), compared=False), cost, *filter(None, [self.stopped])]
+        )
 
 
 @dataclass
@@ -146,59 +142,7 @@ class Report:
         replace_json(path, versioned(self.to_dict()))
 
     def __str__(self) -> str:
-        """Widths, parameters and perplexity per domain, as a table."""
-        rows: list[tuple[str, ...]] = [("", "before", "after", "")]
-        rows += [(f"width {name}", *self._width(name)) for name in sorted(self.widths)]
-        for label, counts in (("parameters", self.parameters), ("  in the layers", self.layer_parameters)):
-            before, after = counts["before"], counts["after"]
-            rows.append((label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"))
-        rows += [
-            (f"perplexity {name}", *_change(ppl["before"], ppl["after"])) for name, ppl in self.perplexity.items()
-        ]
-        rows += [(f"output error {name}", "0", f"{error:.4f}", "") for name, error in self.output_error.items()]
-        if len(self.perplexity) > 1:
-            means = [geometric_mean(ppl[when] for ppl in self.perplexity.values()) for when in ("before", "after")]
-            rows.append(("  geometric mean", *_change(*means)))
-        lines = [table(self._with_sparks(rows)), *self._remarks()]
+        """Widths, parameters and perplexity per domain, as a table, and what else there is to say."""
+        values = self.to_dict()
+        lines = [as_text(facts_of(values)), *remarks(values)]
         return "\n".join([*lines, *([] if self.recovery is None else ["", str(self.recovery)])])
-
-    def _remarks(self) -> Iterator[str]:
-        if self.domain_seconds:
-            yield "calibration: " + ", ".join(f"{name} {spent:.1f} s" for name, spent in self.domain_seconds.items())
-        for one in self.shapes if len(self.shapes) > 1 else ():
-            taken = "taken" if one["chosen"] else "tried"
-            yield f"{taken}: {_described(one)}, KL {one['loss']:.4f}"
-        held = [one for one in self.rounds if one.get("holds", True)]
-        if held and held[-1]["shares"] != self.rounds[0]["shares"]:
-            shares = ", ".join(f"{name} {share:.2f}" for name, share in held[-1]["shares"].items())
-            yield f"shares in the last round: {shares}"
-        if missed := [one["perplexity_ratio"] for one in self.rounds if not one.get("holds", True)]:
-            name, ratio = worst_ratio(missed[-1])
-            yield f"the floor stopped it: the next narrower widths give perplexity {name} x {ratio:.3f}"
-
-    def _with_sparks(self, rows: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
-        """Rows with a column more that shows the width of each layer, where layers differ."""
-        sparks = {
-            f"width {name}": spark_line([width / self.dense_widths[name] for width in widths.values()])
-            for name, widths in self.widths.items()
-            if len({*widths.values()}) > 1
-        }
-        return [(*row, sparks.get(row[0], "")) for row in rows] if sparks else rows
-
-    def _width(self, name: str) -> tuple[str, str, str]:
-        widths, dense = list(self.widths[name].values()), self.dense_widths[name]
-        low, high = min(widths), max(widths)
-        return str(dense), str(low) if low == high else f"{low}-{high}", f"{fmean(widths) / dense - 1:+.1%}"
-
-
-def _described(shape: Mapping[str, Any]) -> str:
-    """A shape in words: `each layer (mlp 640-1536, attention 3)`."""
-    numbers = {
-        name: [width] if isinstance(width, int) else [*width.values()] for name, width in shape["widths"].items()
-    }
-    ranges = {name: f"{min(of)}" if min(of) == max(of) else f"{min(of)}-{max(of)}" for name, of in numbers.items()}
-    return f"{shape['proposed_by']} ({', '.join(f'{name} {of}' for name, of in ranges.items())})"
-
-
-def _change(before: float, after: float) -> tuple[str, str, str]:
-    return f"{before:.2f}", f"{after:.2f}", f"x {after / before:.3f}"

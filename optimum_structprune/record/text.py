@@ -1,4 +1,4 @@
-"""Numbers as text: tables, times and the widths of layers."""
+"""Numbers as text: tables, times, and widths as bars."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import ceil, inf, isnan
 from statistics import fmean
+from typing import Any
 
 
 BARS = "▁▂▃▄▅▆▇█"
 LONGEST_SPARK = 32
 
 
-def worst_ratio(ratios: Mapping[str, float]) -> tuple[str, float]:
-    """The largest ratio and its domain; one that is no number is worse than any."""
-    return max(ratios.items(), key=lambda pair: inf if isnan(pair[1]) else pair[1])
+def worst_ratio(ratios: Mapping[str, Any]) -> tuple[str, Any]:
+    """The largest ratio and its domain; one that is no finite number is worse than any."""
+    return max(ratios.items(), key=lambda pair: inf if pair[1] is None or isnan(pair[1]) else pair[1])
 
 
 def spark_line(shares: Sequence[float]) -> str:
@@ -37,7 +38,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Rows of equally many cells as a Markdown table; the first row is its head."""
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    head, *body = [f"| {' | '.join(map(str.strip, row))} |" for row in rows]
     return "\n".join([head, f"|{'---|' * len(rows[0])}", *body])
 
 

@@ -147,8 +147,8 @@ class Recovery:
             name: Path(pruned, name).read_bytes() for name in RECORDS if pruned and Path(pruned, name).is_file()
         }
 
-        from ..saving.page.card import leave_card  # with the page, only what saves pays for them
-        from ..saving.page.page import leave_page
+        from ..saving.card import leave_card  # with the page, only what saves pays for them
+        from ..saving.page import leave_page
 
         def write(folder: Path) -> None:
             for name, record in carried.items():

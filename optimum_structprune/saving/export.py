@@ -17,8 +17,8 @@ from ..record.report import REPORT_NAME
 from ..surgery.resize import pad_
 from ..system.disk import EXPORT_NAME, Output
 from ..system.memory import model_bytes
+from .card import leave_card
 from .hub import RECORDS, check_reload, save_checked
-from .page.card import leave_card
 
 
 @dataclass(frozen=True)

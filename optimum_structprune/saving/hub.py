@@ -55,8 +55,8 @@ def save_pruned(
 
     The folder that the dense model was loaded from is never replaced, and nor is what the config names.
     """
-    from .page.card import leave_card  # with the page, only what saves pays for them
-    from .page.page import leave_page
+    from .card import leave_card  # with the page, only what saves pays for them
+    from .page import leave_page
 
     used = [model.name_or_path, *used_paths(config)]
     if plan is None or report is None:

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import StructPruneError, one_line
 from ..system.disk import ADAPTER, CARD, WRITTEN, is_result, is_signed
-from .page.card import renamed
+from .card import renamed
 
 
 TEMPLATES = "additional_chat_templates"

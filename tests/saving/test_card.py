@@ -12,7 +12,7 @@ from models import build, config, documents, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner, export_uniform
-from optimum_structprune.saving.page.card import model_card
+from optimum_structprune.saving.card import model_card
 from optimum_structprune.system.disk import is_signed
 
 
@@ -47,12 +47,13 @@ def test_it_says_what_the_records_say(desk):
     assert (card.data.license, card.data.license_name, card.data.base_model) == ("other", "artistic", None)
     found = tables(card.text)
     counts = report["parameters"]
-    assert found["Size"][2] == ["parameters", f"{counts['before']:,}", f"{counts['after']:,}"]
-    assert found["Size"][-1] == ["width of `mlp`", "40", "24"]
-    for (name, dense, pruned), (domain, ppl) in zip(
+    change = f"{counts['after'] / counts['before'] - 1:+.1%}"
+    assert found["Size"][3] == ["parameters", f"{counts['before']:,}", f"{counts['after']:,}", change]
+    assert found["Size"][2] == ["width mlp", "40", "24", "-40.0%"]
+    for (name, dense, pruned, _), (domain, ppl) in zip(
         found["Perplexity"][2:4], report["perplexity"].items(), strict=True
     ):
-        assert (name, dense, pruned) == (domain, f"{ppl['before']:.2f}", f"{ppl['after']:.2f}")
+        assert (name, dense, pruned) == (f"perplexity {domain}", f"{ppl['before']:.2f}", f"{ppl['after']:.2f}")
     assert [row[2] for row in found["Calibrated on"][2:]] == ["0.25", "0.75"]
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.S)[1])
     assert settings == {
@@ -72,8 +73,7 @@ def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, t
     manifest = json.loads((folder / "slim/calibration_manifest.json").read_text())
     entries = [{**manifest["domains"][0], "origin": {"source": source}} for source in origins]
     (out / "calibration_manifest.json").write_text(json.dumps({**manifest, "domains": entries}))
-    # As version 0.1 wrote a report, without a format_version.
-    old = {
+    report = {
         "model_type": "llama",
         "criterion": "wanda",
         "parameters": {"before": 20, "after": 10},
@@ -82,7 +82,7 @@ def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, t
         "dense_widths": {"mlp": 8},
         "perplexity": {"a": {"before": 2.0, "after": None}},
     }
-    (out / "report.json").write_text(json.dumps(old))
+    (out / "report.json").write_text(json.dumps(report))
     monkeypatch.setattr(
         ModelCard, "load", lambda name: ModelCard("---\nlicense: mit\n---\n") if "/" in name else 1 / 0
     )
@@ -93,7 +93,7 @@ def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, t
         ["imdb", "owner/data"],
     )
     assert "[owner/model](https://huggingface.co/owner/model)" in card.text and "(-50.0%)" in card.text
-    assert tables(card.text)["Size"][-1] == ["width of `mlp`", "8", "3 to 4"]
+    assert tables(card.text)["Size"][2][:3] == ["width mlp", "8", "3-4"]
     unknown = ModelCard(model_card(out, "out", settings, "gone"))
     assert unknown.data.license is None and "Unknown: the card of gone names no licence" in unknown.text
     cached = "/home/me/hub/models--owner--model/snapshots/0123"

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
 import yaml
@@ -15,15 +14,17 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig
 
-from ... import __version__
-from ...arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
-from ...arch.meta import model_class
-from ...config.fields import read_mapping
-from ...plain_json import unversioned
-from ...record.records import Records, only_warning
-from ...record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
-from ...record.text import markdown
-from ...system.disk import CARD, is_result, is_signed, resolved, signed
+from .. import __version__
+from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
+from ..arch.meta import model_class
+from ..config.fields import read_mapping
+from ..plain_json import unversioned
+from ..record.facts import cells, facts_of, perplexity_facts, quality_rows, size_rows
+from ..record.records import Records
+from ..record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
+from ..record.text import markdown
+from ..system.disk import CARD, is_result, is_signed, resolved, signed
+from .page import only_warning
 
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -82,7 +83,7 @@ def model_card(
     records = Records.read(folder) if (folder / REPORT_NAME).is_file() else Records(name, {})
     known = Dense.of(records.dense or dense or "")
     kind, report = model_class(config, arch_file).__name__, records.report
-    settings = unversioned(records.config or {})
+    settings = unversioned(records.config)
     causal = kind == "AutoModelForCausalLM"
     licence: dict[str, Any] = dict(known.licence)
     card_data = ModelCardData(
@@ -130,7 +131,7 @@ def _card(source: str) -> ModelCardData | None:
 
 def _datasets(folder: Path, records: Records) -> list[str]:
     """The ids of the data sets on the Hub that the model was calibrated or trained on."""
-    domains = [entry["origin"] for entry in (records.manifest or {}).get("domains", ())]
+    domains = [entry["origin"] for entry in records.manifest.get("domains", ())]
     if (path := folder / RECOVERY_CONFIG_NAME).is_file():
         domains += read_mapping(path, json.loads).get("domains") or []
     return sorted({source for origin in domains if _on_hub(source := str(origin.get("source", "")))})
@@ -203,40 +204,20 @@ def _llama_cpp(config: PretrainedConfig) -> str:
 def _sizes(report: Mapping[str, Any]) -> str:
     if not report.get("parameters"):
         return ""
-    rows = [["", "dense", "this model"]]
-    for title, key in (("parameters", "parameters"), ("parameters in the layers", "layer_parameters")):
-        rows.append([title, *(f"{report[key][when]:,}" for when in ("before", "after"))])
-    for space, widths in report["widths"].items():
-        low, high = min(widths.values()), max(widths.values())
-        kept = str(low) if low == high else f"{low} to {high}"
-        rows.append([f"width of `{space}`", str(report["dense_widths"][space]), kept])
-    return markdown(rows)
+    return markdown(cells(["dense", "this model"], size_rows([*facts_of(report).values()])))
 
 
 def _perplexity(records: Records) -> str:
-    pruned: Mapping[str, Any] = records.report.get("perplexity") or {}
-    trained: Mapping[str, Any] = (records.recovery or {}).get("perplexity") or {}
-    columns = {"dense": {}, "pruned": {}, "trained": {}}  # type: dict[str, dict[str, float]]
-    for name, ppl in pruned.items():
-        columns["dense"][name], columns["pruned"][name] = ppl["before"], ppl["after"]
-    # A training measures both anew, on text of its own length.
-    for name, ppl in trained.items():
-        columns["pruned"][name], columns["trained"][name] = ppl["pruned"], ppl["recovered"]
-        columns["dense"][name] = ppl.get("dense", columns["dense"].get(name))
-    named = {title: values for title, values in columns.items() if values}
-    if not named:
-        return ""
-    domains = list(trained or pruned)
-    rows = [["domain", *named]]
-    rows += [[name, *(_number(values.get(name)) for values in named.values())] for name in domains]
-    if len(domains) > 1 and all(values.get(name) for values in named.values() for name in domains):
-        means = [geometric_mean(values[name] for name in domains) for values in named.values()]
-        rows.append(["geometric mean", *map(_number, means)])
-    return markdown(rows)
+    """The perplexities of the training, which measures all models anew, or else those of the pruning."""
+    models = perplexity_facts(records.recovery.get("perplexity") or {})
+    if not models and records.report:
+        models = dict(zip(("dense", "pruned"), facts_of(records.report).values(), strict=True))
+    rows = [row for row in quality_rows([*models.values()]) if row.change]
+    return markdown(cells([*models], rows)) if rows else ""
 
 
 def _calibration(records: Records) -> str:
-    if records.manifest is None:
+    if not records.manifest:
         return ""
     rows = [["domain", "source", "share", "tokens"]]
     for entry in records.manifest["domains"]:
@@ -256,7 +237,7 @@ def _training(records: Records) -> str:
 
 
 def _limits(records: Records, causal: bool) -> Iterable[str]:
-    if records.manifest is not None:
+    if records.manifest:
         yield "On kinds of text that it was not calibrated on it has lost more than the numbers here show."
     if causal:
         yield (
@@ -272,7 +253,3 @@ def _licence(known: Dense) -> str:
         return f"Unknown: the card of {name} names no licence, or could not be read. The dense model's licence holds."
     licence = known.licence.get("license_name") or known.licence.get("license") or known.licence["license_link"]
     return f"That of {name}, as its card names it: {licence}."
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

@@ -1,0 +1,221 @@
+"""One table of facts of any result: what is known of one model or of several, as rows that text, Markdown and HTML
+show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf, isfinite
+from statistics import fmean, geometric_mean
+from typing import Any
+
+from .text import spark_line, table, worst_ratio
+
+
+UNKNOWN = "–"
+PERCENT, RATIO = "percent", "ratio"
+COUNTS = {
+    "layers": "layers",
+    "parameters": "parameters",
+    "layer_parameters": "  in the layers",
+    "weights": "bytes",
+    "cache_per_token": "cache bytes per token",
+}
+
+
+@dataclass
+class Facts:
+    """What is known of one model.
+
+    Attributes:
+        widths: The widths of the layers, in order, by kind of space.
+        layers: The number of layers.
+        parameters: The number of parameters.
+        layer_parameters: The number of parameters in the layers alone.
+        weights: The bytes of the weights.
+        cache_per_token: The bytes of keys and values per token.
+        perplexity: The perplexity by domain.
+        output_error: The error of the last hidden states by domain, relative to their variance.
+        tasks: The scores by task, `{"piqa": {"acc": …, …}}`.
+        read: The tokens of a prompt read per second.
+        write: The tokens written per second.
+    """
+
+    widths: dict[str, list[int]] = field(default_factory=dict)
+    layers: int | None = None
+    parameters: int | None = None
+    layer_parameters: int | None = None
+    weights: int | None = None
+    cache_per_token: int | None = None
+    perplexity: dict[str, float | None] = field(default_factory=dict)
+    output_error: dict[str, float | None] = field(default_factory=dict)
+    tasks: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    read: float | None = None
+    write: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fact of several models: a value for each, None where it is not known, a list where it is one by layer.
+
+    `change` says how the last model is compared with the first: in `PERCENT`, as a `RATIO`, or not at all.
+    """
+
+    label: str
+    values: tuple[float | Sequence[int] | None, ...]
+    digits: int = 0
+    change: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """The last value, in the mean over the layers, as a multiple of the first; None where that is not known."""
+        first, last = (fmean(value) if isinstance(value, Sequence) else value for value in self._ends())
+        if not self.change or first is None or last is None or not (first > 0 and isfinite(first) and isfinite(last)):
+            return None
+        return last / first
+
+    def cells(self) -> list[str]:
+        """The values as text."""
+        return [_shown(value, self.digits) for value in self.values]
+
+    def compared(self) -> str:
+        """The change as text, with a bar for each layer where they differ."""
+        if self.ratio is None:
+            return ""
+        if self.change == RATIO:
+            return f"x {self.ratio:.3f}"
+        full, last = self._ends()
+        uneven = isinstance(full, Sequence) and isinstance(last, Sequence) and len(set(last)) > 1
+        spark = f"  {spark_line([width / max(full) for width in last])}" if uneven else ""
+        return f"{self.ratio - 1:+.1%}{spark}"
+
+    def _ends(self) -> tuple[Any, Any]:
+        return self.values[0], self.values[-1]
+
+
+def _shown(value: float | Sequence[int] | None, digits: int) -> str:
+    if value is None:
+        return UNKNOWN
+    if isinstance(value, Sequence):
+        low, high = min(value), max(value)
+        return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+    return f"{value:,.{digits}f}"
+
+
+def size_rows(models: Sequence[Facts]) -> list[Row]:
+    """Widths, numbers of parameters and bytes."""
+    widths = [Row(f"width {kind}", of, change=PERCENT) for kind, of in _by_name([facts.widths for facts in models])]
+    counts = [
+        Row(label, tuple(getattr(facts, name) for facts in models), 0, PERCENT) for name, label in COUNTS.items()
+    ]
+    return [*widths, *_known(counts)]
+
+
+def quality_rows(models: Sequence[Facts]) -> list[Row]:
+    """Perplexity by domain with the geometric mean, output errors, and scores of tasks."""
+    rows = [Row(f"perplexity {name}", of, 2, RATIO) for name, of in _by_name([facts.perplexity for facts in models])]
+    if len(rows) > 1:
+        means = tuple(_mean([row.values[number] for row in rows]) for number in range(len(models)))
+        rows.append(Row("  geometric mean", means, 2, RATIO))
+    rows += [Row(f"output error {name}", of, 4) for name, of in _by_name([facts.output_error for facts in models])]
+    scores = [
+        {
+            f"{task} {metric}": value
+            for task, of in facts.tasks.items()
+            for metric, value in of.items()
+            if metric != "items" and "_stderr" not in metric
+        }
+        for facts in models
+    ]
+    return [*rows, *(Row(label, of, 3) for label, of in _by_name(scores))]
+
+
+def speed_rows(models: Sequence[Facts]) -> list[Row]:
+    """Tokens per second, where they were measured."""
+    rows = [
+        Row(f"tokens {what} per second", tuple(getattr(facts, name) for facts in models), 1)
+        for name, what in (("read", "read"), ("write", "written"))
+    ]
+    return _known(rows)
+
+
+def rows(models: Mapping[str, Facts]) -> list[Row]:
+    """All that is known of some of the models, which have the same order in each row."""
+    every = list(models.values())
+    return [*size_rows(every), *quality_rows(every), *speed_rows(every)]
+
+
+def cells(names: Sequence[str], of: Sequence[Row], compared: bool = True) -> list[list[str]]:
+    """Rows as text, under a head with the names of the models, and with the change as the last column."""
+    changes = [[row.compared()] if compared else [] for row in of]
+    head = ["", *names, *([""] if compared else [])]
+    return [head, *([row.label, *row.cells(), *change] for row, change in zip(of, changes, strict=True))]
+
+
+def as_text(models: Mapping[str, Facts], compared: bool = True) -> str:
+    """All facts of the models as a table of text."""
+    return table(cells(list(models), rows(models), compared))
+
+
+def facts_of(report: Mapping[str, Any]) -> dict[str, Facts]:
+    """The facts of a run from the fields of its report: those of the model before it and after."""
+    models = {}
+    for when in ("before", "after"):
+        widths = {kind: [*by_layer.values()] for kind, by_layer in sorted(report["widths"].items())}
+        if when == "before":
+            widths = {kind: [report["dense_widths"][kind]] * len(of) for kind, of in widths.items()}
+        models[when] = Facts(
+            widths=widths,
+            parameters=report["parameters"].get(when),
+            layer_parameters=report["layer_parameters"].get(when),
+            perplexity={name: ppl[when] for name, ppl in (report.get("perplexity") or {}).items()},
+            output_error={
+                name: 0.0 if when == "before" else error for name, error in (report.get("output_error") or {}).items()
+            },
+        )
+    return models
+
+
+def perplexity_facts(perplexity: Mapping[str, Mapping[str, float | None]]) -> dict[str, Facts]:
+    """The facts that `{domain: {model: perplexity}}` holds, by model."""
+    names = dict.fromkeys(name for by_model in perplexity.values() for name in by_model)
+    return {
+        name: Facts(perplexity={domain: by_model.get(name) for domain, by_model in perplexity.items()})
+        for name in names
+    }
+
+
+def remarks(report: Mapping[str, Any]) -> Iterator[str]:
+    """What a report says beside its table: time by domain, shapes on trial, shares, and what a limit has stopped."""
+    if spent := report.get("domain_seconds"):
+        yield "calibration: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent.items())
+    shapes = report.get("shapes") or []
+    for shape in shapes if len(shapes) > 1 else ():
+        numbers = {name: [of] if isinstance(of, int) else [*of.values()] for name, of in shape["widths"].items()}
+        widths = ", ".join(f"{name} {_shown(of, 0)}" for name, of in numbers.items())
+        yield f"{'taken' if shape['chosen'] else 'tried'}: {shape['proposed_by']} ({widths}), KL {shape['loss']:.4f}"
+    rounds = report.get("rounds") or []
+    held = [of_round for of_round in rounds if of_round.get("holds", True)]
+    if held and held[-1]["shares"] != rounds[0]["shares"]:
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in held[-1]["shares"].items())
+        yield f"shares in the last round: {shares}"
+    if missed := [of_round["perplexity_ratio"] for of_round in rounds if not of_round.get("holds", True)]:
+        name, ratio = worst_ratio(missed[-1])
+        ratio = inf if ratio is None else ratio
+        yield f"the limit stopped it: the next narrower widths give perplexity {name} x {ratio:.3f}"
+
+
+def _by_name(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The values of all models for each name that one of them has."""
+    for name in dict.fromkeys(name for values in models for name in values):
+        yield name, tuple(values.get(name) for values in models)
+
+
+def _known(table_rows: Sequence[Row]) -> list[Row]:
+    return [row for row in table_rows if any(value is not None for value in row.values)]
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    usable = all(value is not None and value > 0 and isfinite(value) for value in values)
+    return geometric_mean(values) if usable else None
