@@ -306,7 +306,11 @@ def _chosen(records: Records) -> Section:
         )
     for kind, by_layer in sorted(details.sensitivity.items()):
         losses = {
-            layer: {units: of for units, of in by_units.items() if of and None not in of}
+            layer: {
+                units: [loss for loss in of if loss is not None]
+                for units, of in by_units.items()
+                if of and None not in of
+            }
             for layer, by_units in by_layer.items()
         }
         if any(losses.values()):
