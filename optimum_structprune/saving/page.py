@@ -31,6 +31,8 @@ from ..system.memory import readable_size
 
 
 PAGE_NAME = "report.html"
+# So many series of a chart have a colour of their own; of more, evenly spread ones are drawn.
+MOST_SERIES = 3
 
 
 @dataclass(frozen=True)
@@ -352,6 +354,7 @@ def _loss_chart(kind: str, losses: Mapping[int, Mapping[int, Sequence[float]]]) 
     """The loss of the model with some units of one layer gone, one series for each number of them."""
     counts = sorted({units for by_units in losses.values() for units in by_units}, reverse=True)
     means = {layer: {units: fmean(of) for units, of in by_units.items()} for layer, by_units in losses.items()}
+    counts = counts[:: -(-len(counts) // MOST_SERIES)]
     top = max(mean for by_units in means.values() for mean in by_units.values()) or 1.0
     rows = [
         [str(layer), f"{units:,}", f"{means[layer][units]:.4f}", f"{max(of):.4f}"]

@@ -49,7 +49,10 @@ def test_further_text_is_measured_and_told_from_what_was_calibrated_on(folder, c
     text = page(folder)
     unseen, shared = text.index("Unseen text"), text.index("Text that the calibration shares")
     assert (
-        unseen < text.index('<th scope="row">b</th>', unseen) < shared < text.index('<th scope="row">a</th>', shared)
+        unseen
+        < text.index('<th scope="row">perplexity b</th>', unseen)
+        < shared
+        < text.index('<th scope="row">perplexity a</th>', shared)
     )
 
 
