@@ -80,15 +80,16 @@ class Row:
         return [_shown(value, self.digits) for value in self.values]
 
     def compared(self) -> str:
-        """The change as text, with a bar for each layer where they differ."""
+        """The change as text."""
         if self.ratio is None:
             return ""
-        if self.change == RATIO:
-            return f"x {self.ratio:.3f}"
+        return f"x {self.ratio:.3f}" if self.change == RATIO else f"{self.ratio - 1:+.1%}"
+
+    def spark(self) -> str:
+        """A bar for each layer of the last model, where they differ."""
         full, last = self._ends()
         uneven = isinstance(full, Sequence) and isinstance(last, Sequence) and len(set(last)) > 1
-        spark = f"  {spark_line([width / max(full) for width in last])}" if uneven else ""
-        return f"{self.ratio - 1:+.1%}{spark}"
+        return spark_line([width / max(full) for width in last]) if uneven else ""
 
     def _ends(self) -> tuple[Any, Any]:
         return self.values[0], self.values[-1]
@@ -147,10 +148,12 @@ def rows(models: Mapping[str, Facts]) -> list[Row]:
 
 
 def cells(names: Sequence[str], of: Sequence[Row], compared: bool = True) -> list[list[str]]:
-    """Rows as text, under a head with the names of the models, and with the change as the last column."""
-    changes = [[row.compared()] if compared else [] for row in of]
-    head = ["", *names, *([""] if compared else [])]
-    return [head, *([row.label, *row.cells(), *change] for row, change in zip(of, changes, strict=True))]
+    """Rows as text, under a head with the names of the models, with the change and bars of the layers as the last
+    columns.
+    """
+    more = [Row.compared, *([Row.spark] if any(row.spark() for row in of) else [])] if compared else []
+    head = ["", *names, *("" for _ in more)]
+    return [head, *([row.label, *row.cells(), *(shown(row) for shown in more)] for row in of)]
 
 
 def as_text(models: Mapping[str, Facts], compared: bool = True) -> str:
