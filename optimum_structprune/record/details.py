@@ -1,7 +1,6 @@
 """What a run saw while it pruned, in summary: counts, means and correlations, never whole tensors."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +22,7 @@ from ..plain_json import plain, unversioned, versioned
 DETAILS_NAME = "pruning_details.json"
 
 
-@strict  # has no effect on frozen classes
+@strict  # it checks no fields of a frozen class
 @dataclass
 class Choice:
     """How the units of one space in one layer were chosen, in summary.
@@ -44,7 +43,7 @@ class Choice:
     error: tuple[float, ...] = ()
     spaces: int = 1
 
-    def with_(self, other: Choice) -> Choice:
+    def with_(self, other: "Choice") -> "Choice":
         """Both together: sums of units, means of all else."""
         share = other.spaces / (self.spaces + other.spaces)
         return replace(
@@ -57,7 +56,7 @@ class Choice:
         )
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Choice:
+    def from_dict(cls, data: Mapping[str, Any]) -> "Choice":
         """A choice from its fields as JSON gives them."""
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
@@ -134,7 +133,7 @@ class Details:
         Path(path).write_text(json.dumps(plain(versioned(asdict(self))), allow_nan=False) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Details:
+    def load(cls, path: str | Path) -> "Details":
         """Read what `save` wrote."""
         data = unversioned(read_mapping(Path(path), json.loads))
         try:
