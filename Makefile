@@ -16,7 +16,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist
 SMOKE := tests/config tests/surgery/test_cut.py tests/saving/test_hub.py
 
 smoke: .venv/.test ## in a minute: what is asked for, the cut of every family, a saved folder that reloads
-	$(PYTEST) -q -x -m "not slow" $(SMOKE)
+	$(PYTEST) -q -x -m "not (slow or nightly)" $(SMOKE)
 
 test: .venv/.test ## all tests but those of the two targets below, on two workers
 	$(PYTEST) -m "not (docs or nightly)" --junitxml=build/tests/test.xml

@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 
+settings.register_profile("nightly")
 sys.path.insert(0, str(Path(__file__).parent))
 
 

@@ -16,6 +16,7 @@ import torch
 from models import PRUNABLE, build, config, documents, token_ids, tokenizer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Cache
 
 from optimum_structprune import DomainConfig, RecoveryConfig
 from optimum_structprune.arch.load import describe
@@ -87,6 +88,43 @@ def assert_same_choices(ours: Details, theirs: Details) -> None:
             assert (other.scored, other.kept) == (one.scored, one.kept)
             assert other.error == pytest.approx(one.error, rel=1e-3, abs=1e-5)
             assert other.agreement == pytest.approx(one.agreement, abs=0.1)
+
+
+def config_of(model):
+    """A model's config as it is after saving."""
+    saved = deepcopy(model.config)
+    saved.architectures = [type(model).__name__]
+    return saved
+
+
+@torch.no_grad()
+def cached_bytes(model, tokens: int) -> int:
+    """What the cache holds after so many tokens; the states of a linear attention do not grow with the text."""
+    if not (describe(model).causal or model.config.is_encoder_decoder):
+        return 0
+    ids = token_ids(1, tokens)
+    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    cache = next(value for value in model(ids, use_cache=True, **both).values() if isinstance(value, Cache))
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if getattr(layer, "keys", None) is not None)
+
+
+def assert_as_said(outcome, model, small, cache_known=True) -> None:
+    """Before and after pruning, a dry run says the widths, the parameters, the bytes and the cache for a token."""
+    for that, when in ((model, "before"), (small, "after")):
+        arch = describe(that)
+        for space in outcome.spaces:
+            width, by_layer = getattr(space, when), {part.layer: part.width for part in arch.of(space.name)}
+            assert (width if isinstance(width, dict) else dict.fromkeys(by_layer, width)) == by_layer
+        assert getattr(outcome.parameters, when) == that.num_parameters()
+        assert getattr(outcome.layer_parameters, when) == sum(arch.layer_params)
+        assert getattr(outcome.memory, when) == sum(parameter.nbytes for parameter in that.parameters())
+        if not cache_known:
+            assert outcome.cache_per_token is None
+        else:
+            each, of_three = cached_bytes(that, 1), cached_bytes(that, 3)
+            assert of_three == 3 * each and getattr(outcome.cache_per_token, when) == each
+    assert outcome.parameters.after < outcome.parameters.before
 
 
 def modes(model: nn.Module) -> dict[str, bool]:

@@ -249,158 +249,62 @@ NOT_SEQUENTIAL = ["gemma4_text", "gemma4_text-experts"]
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 PATCHES = {**VISION, "image_size": 8, "patch_size": 4}
 QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4}
-QWEN_3_VISION = {
-    "depth": 1,
-    "num_heads": 2,
-    "patch_size": 4,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "out_hidden_size": 32,
-    "num_position_embeddings": 16,
-}
+SMALL_VISION = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32}
+QWEN_3_VISION = {**QWEN_VISION, **SMALL_VISION, "num_position_embeddings": 16}
 MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}}
 QWEN_VL = {**PLAIN, **MROPE, "num_key_value_heads": 2}
 GEMMA = {**GROUPED, "query_pre_attn_scalar": 4}
 
+
+def multimodal(model_type: str, text: str | None, fields: dict, vision: str | None = None, **patches) -> tuple:
+    """An entry of OTHERS for a model of text and pictures, whose halves name their own model types or none."""
+    halves = {"text_config": (text, fields), "vision_config": (vision, patches or PATCHES)}
+    named = {name: {**({"model_type": own} if own else {}), **values} for name, (own, values) in halves.items()}
+    return AutoModelForImageTextToText, model_type, named
+
+
+MASKED = AutoModelForMaskedLM
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+BART = {
+    **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 40, "decoder_ffn_dim": 36},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64},
+}
+DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4}
+GEMMA_4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 40}
 # name -> (class, model type, config fields): what is no causal language model alone
 OTHERS: dict[str, tuple[type, str, dict]] = {
-    "bert": (AutoModelForMaskedLM, "bert", PLAIN),
+    "bert": (MASKED, "bert", PLAIN),
     "bert-no-head": (AutoModel, "bert", PLAIN),
-    "roberta": (AutoModelForMaskedLM, "roberta", PLAIN),
-    "distilbert": (AutoModelForMaskedLM, "distilbert", {"dim": 32, "hidden_dim": 40, "n_layers": 2, "n_heads": 4}),
-    "electra": (AutoModelForMaskedLM, "electra", {**PLAIN, "embedding_size": 16}),
-    "modernbert": (
-        AutoModelForMaskedLM,
-        "modernbert",
-        {**PLAIN, "local_attention": 8, "global_attn_every_n_layers": 2},
-    ),
-    "deberta-v2": (
-        AutoModelForMaskedLM,
-        "deberta-v2",
-        {**PLAIN, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
-    ),
-    "t5": (AutoModelForSeq2SeqLM, "t5", {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}),
-    "t5-gated": (
-        AutoModelForSeq2SeqLM,
-        "t5",
-        {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
-    ),
-    "bart": (
-        AutoModelForSeq2SeqLM,
-        "bart",
-        {
-            "d_model": 32,
-            "encoder_layers": 2,
-            "decoder_layers": 1,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 40,
-            "decoder_ffn_dim": 36,
-            "max_position_embeddings": 64,
-        },
-    ),
+    "roberta": (MASKED, "roberta", PLAIN),
+    "xlm-roberta": (MASKED, "xlm-roberta", PLAIN),
+    "camembert": (MASKED, "camembert", PLAIN),
+    "distilbert": (MASKED, "distilbert", {"dim": 32, "hidden_dim": 40, "n_layers": 2, "n_heads": 4}),
+    "electra": (MASKED, "electra", {**PLAIN, "embedding_size": 16}),
+    "modernbert": (MASKED, "modernbert", {**PLAIN, "local_attention": 8, "global_attn_every_n_layers": 2}),
+    "deberta-v2": (MASKED, "deberta-v2", {**PLAIN, **DEBERTA}),
+    "t5": (AutoModelForSeq2SeqLM, "t5", T5),
+    "t5-gated": (AutoModelForSeq2SeqLM, "t5", {**T5, "feed_forward_proj": "gated-gelu"}),
+    "bart": (AutoModelForSeq2SeqLM, "bart", BART),
     "vit": (AutoModelForImageClassification, "vit", {**PATCHES, "num_hidden_layers": 2, "num_attention_heads": 4}),
-    "llava": (AutoModelForImageTextToText, "llava", {"text_config": {"model_type": "llama", **GROUPED}}),
-    "gemma3": (AutoModelForImageTextToText, "gemma3", {"text_config": {**GEMMA, **SLIDING}, "vision_config": PATCHES}),
-    "paligemma": (
-        AutoModelForImageTextToText,
-        "paligemma",
-        {"text_config": {"model_type": "gemma", **GROUPED}, "vision_config": {**PATCHES, "projection_dim": 32}},
-    ),
-    "qwen2_vl": (
-        AutoModelForImageTextToText,
-        "qwen2_vl",
-        {"text_config": QWEN_VL, "vision_config": {**QWEN_VISION, "embed_dim": 16, "hidden_size": 32}},
-    ),
-    "qwen2_5_vl": (
-        AutoModelForImageTextToText,
-        "qwen2_5_vl",
-        {
-            "text_config": QWEN_VL,
-            "vision_config": {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32},
-        },
-    ),
-}
-OTHERS |= {
-    "xlm-roberta": (AutoModelForMaskedLM, "xlm-roberta", PLAIN),
-    "camembert": (AutoModelForMaskedLM, "camembert", PLAIN),
-    "llava_next": (
-        AutoModelForImageTextToText,
-        "llava_next",
-        {
-            "text_config": {"model_type": "llama", **GROUPED},
-            "vision_config": {"model_type": "clip_vision_model", **PATCHES},
-        },
-    ),
-    "mistral3": (
-        AutoModelForImageTextToText,
-        "mistral3",
-        {
-            "text_config": {"model_type": "mistral", **GROUPED},
-            "vision_config": {"model_type": "pixtral", **PATCHES, "head_dim": 8},
-        },
-    ),
-    "internvl": (
-        AutoModelForImageTextToText,
-        "internvl",
-        {
-            "text_config": {"model_type": "qwen2", **GROUPED},
-            "vision_config": {**VISION, "image_size": [8, 8], "patch_size": [4, 4]},
-        },
-    ),
-    "smolvlm": (
-        AutoModelForImageTextToText,
-        "smolvlm",
-        {"text_config": {"model_type": "llama", **GROUPED}, "vision_config": PATCHES},
-    ),
-    "idefics3": (
-        AutoModelForImageTextToText,
-        "idefics3",
-        {"text_config": {"model_type": "llama", **GROUPED}, "vision_config": PATCHES},
-    ),
-    "llava_onevision": (
-        AutoModelForImageTextToText,
-        "llava_onevision",
-        {
-            "text_config": {"model_type": "qwen2", **GROUPED},
-            "vision_config": {"model_type": "siglip_vision_model", **PATCHES},
-        },
-    ),
-    "lfm2_vl": (
-        AutoModelForImageTextToText,
-        "lfm2_vl",
-        {
-            "text_config": {**CASES["lfm2"][1], "model_type": "lfm2"},
-            "vision_config": {"model_type": "siglip2_vision_model", **PATCHES},
-            "projector_hidden_size": 24,
-        },
-    ),
-    "qwen3_vl": (
-        AutoModelForImageTextToText,
-        "qwen3_vl",
-        {
-            "text_config": {**GROUPED, **MROPE},
-            "vision_config": {**QWEN_3_VISION, "deepstack_visual_indexes": [0]},
-        },
-    ),
-    "qwen3_5": (
-        AutoModelForImageTextToText,
-        "qwen3_5",
-        {"text_config": {**GROUPED, **LINEAR}, "vision_config": QWEN_3_VISION},
-    ),
+    "llava": multimodal("llava", "llama", GROUPED, "clip_vision_model"),
+    "llava_next": multimodal("llava_next", "llama", GROUPED, "clip_vision_model"),
+    "llava_onevision": multimodal("llava_onevision", "qwen2", GROUPED, "siglip_vision_model"),
+    "gemma3": multimodal("gemma3", None, {**GEMMA, **SLIDING}),
+    "paligemma": multimodal("paligemma", "gemma", GROUPED, **PATCHES, projection_dim=32),
+    "qwen2_vl": multimodal("qwen2_vl", None, QWEN_VL, **QWEN_VISION, embed_dim=16, hidden_size=32),
+    "qwen2_5_vl": multimodal("qwen2_5_vl", None, QWEN_VL, **QWEN_VISION, **SMALL_VISION),
+    "qwen3_vl": multimodal("qwen3_vl", None, {**GROUPED, **MROPE}, **QWEN_3_VISION, deepstack_visual_indexes=[0]),
+    "qwen3_5": multimodal("qwen3_5", None, {**GROUPED, **LINEAR}, **QWEN_3_VISION),
+    "mistral3": multimodal("mistral3", "mistral", GROUPED, "pixtral", **PATCHES, head_dim=8),
+    "internvl": multimodal("internvl", "qwen2", GROUPED, **VISION, image_size=[8, 8], patch_size=[4, 4]),
+    "smolvlm": multimodal("smolvlm", "llama", GROUPED),
+    "idefics3": multimodal("idefics3", "llama", GROUPED),
+    "lfm2_vl": multimodal("lfm2_vl", "lfm2", CASES["lfm2"][1], "siglip2_vision_model"),
     "gemma4_text": (AutoModelForCausalLM, "gemma4_text", GEMMA_4),
-    "gemma4_text-experts": (
-        AutoModelForCausalLM,
-        "gemma4_text",
-        {**GEMMA_4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 40},
-    ),
-    "gemma4": (
-        AutoModelForImageTextToText,
-        "gemma4",
-        {"text_config": GEMMA_4, "vision_config": {**PATCHES, "head_dim": 8, "num_key_value_heads": 2}},
-    ),
+    "gemma4_text-experts": (AutoModelForCausalLM, "gemma4_text", {**GEMMA_4, **GEMMA_4_EXPERTS}),
+    "gemma4": multimodal("gemma4", None, GEMMA_4, **PATCHES, head_dim=8, num_key_value_heads=2),
 }
-OTHERS["llava"][2]["vision_config"] = {"model_type": "clip_vision_model", **PATCHES}
+OTHERS["lfm2_vl"][2]["projector_hidden_size"] = 24
 
 # One model for each structure, for tests in which the family is not what is tested.
 STRUCTURES = [
@@ -433,11 +337,19 @@ def build(case: str, seed: int = 0) -> PreTrainedModel:
 @cache
 def _built(case: str, seed: int) -> PreTrainedModel:
     """What `build` gives copies of."""
-    if case in OTHERS:
-        auto, model_type, fields = OTHERS[case]
-        fields = fields if "text_config" in fields else {**TOKENS, **fields}
-    else:
-        auto, (model_type, fields) = AutoModelForCausalLM, CASES[case]
+    return random_model(*described(case), seed)
+
+
+def described(case: str) -> tuple[type, str, dict]:
+    """The auto class, the model type and the config fields of a case."""
+    if case in CASES:
+        return AutoModelForCausalLM, *CASES[case]
+    auto, model_type, fields = OTHERS[case]
+    return auto, model_type, fields if "text_config" in fields else {**TOKENS, **fields}
+
+
+def random_model(auto: type, model_type: str, fields: dict, seed: int = 0) -> PreTrainedModel:
+    """What `build` builds, of any fields."""
     torch.manual_seed(seed)
     model = auto.from_config(AutoConfig.for_model(model_type, **deepcopy(fields))).eval()
     with torch.no_grad():

@@ -173,7 +173,7 @@ def test_torch_compile(deployed):
     torch.testing.assert_close(logits(compiled), logits(deployed.model))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @graphs
 def test_torch_compile_with_inductor(deployed):
     compiled = torch.compile(load(deployed))

@@ -21,7 +21,7 @@ from optimum_structprune import Plan, StructPruner, export_gguf
 
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(llama_cpp.missing() is not None, reason=str(llama_cpp.missing())),
 ]
 # Spaces, digits, contractions, line ends, other scripts and bytes that no token holds whole.

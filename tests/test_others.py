@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import KEEP, batches, count_hooks, masked, random_plan, shrunk
-from models import OTHERS, build, config, token_ids, tokenizer
+from helpers import KEEP, batches, masked, random_plan, shrunk
+from models import OTHER_STRUCTURES, OTHERS, build, config, token_ids, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
@@ -15,8 +15,7 @@ from optimum_structprune.widths.allocation import choices, legal_widths, target_
 
 
 KEEP |= {"encoder_mlp": 24, "decoder_mlp": 20}
-TEXT = [case for case in OTHERS if case != "vit"]
-SPACES = [(case, name) for case in OTHERS for name in describe(build(case)).names]
+SPACES = [(case, name) for case in OTHER_STRUCTURES for name in describe(build(case)).names]
 MULTIMODAL = [case for case in OTHERS if describe(build(case)).layer_path.startswith("model.language_model.")]
 
 
@@ -46,26 +45,11 @@ def test_pruned_equals_masked_and_reloads(case, name, tmp_path, monkeypatch):
     torch.testing.assert_close(outputs(small, case), outputs(masked(model, arch, plan), case), atol=1e-5, rtol=0)
     assert not torch.allclose(outputs(small, case), outputs(model, case), atol=1e-3)
     assert small.num_parameters() < model.num_parameters()
-    small.save_pretrained(tmp_path)
-    again = OTHERS[case][0].from_pretrained(tmp_path)
-    assert type(again) is type(model)
-    torch.testing.assert_close(outputs(again, case), outputs(small, case), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("case", TEXT)
-def test_every_family_end_to_end(case, tmp_path):
-    model = build(case)
-    arch = describe(model)
-    widths = {name: KEEP[name] for name in arch.names if "mlp" in name}
-    pruner = StructPruner(config(widths=widths))
-    small = pruner.prune_model(model, tokenizer())
-    assert count_hooks(small) == 0
-    pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
-    again = OTHERS[case][0].from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(outputs(again, case), outputs(small, case), atol=1e-6, rtol=0)
-    measured = pruner.report.perplexity if arch.causal else pruner.report.output_error
-    assert set(measured) == {"a", "b"}
-    assert ("perplexity a" if arch.causal else "output error a") in str(pruner.report)
+    if name == "all":
+        small.save_pretrained(tmp_path)
+        again = OTHERS[case][0].from_pretrained(tmp_path)
+        assert type(again) is type(model)
+        torch.testing.assert_close(outputs(again, case), outputs(small, case), atol=1e-6, rtol=0)
 
 
 def test_pixels_are_given_as_inputs(tmp_path):

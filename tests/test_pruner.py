@@ -6,9 +6,8 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers import count_hooks, evidence_of, logits, modes, pruned_on, same_weights, whole_passes
-from models import PRUNABLE, build, config, documents, token_ids, tokenizer
+from models import build, config, documents, token_ids, tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from optimum_structprune import (
     AutoStructPruner,
@@ -21,29 +20,9 @@ from optimum_structprune import (
     register_criterion,
     register_pruner,
 )
-from optimum_structprune.arch.load import describe
 from optimum_structprune.criteria import CRITERIA, Criterion
 from optimum_structprune.pruner import PRUNERS
 from optimum_structprune.pruning import sweep
-
-
-# Two rounds are one that masks and one that shrinks; one round shrinks a model that nothing has masked before.
-ROUNDS = [(case, 2) for case in PRUNABLE] + [(case, 1) for case in ("llama-tied", "gpt2-tied", "phi3", "mixtral")]
-
-
-@pytest.mark.parametrize(("case", "rounds"), [*ROUNDS, ("llama-tied", 3), ("mixtral", 3)])
-def test_every_family_end_to_end(case, rounds, tmp_path):
-    model = build(case)
-    before = deepcopy(model)
-    pruner = StructPruner(config(rounds=rounds))
-    small = pruner.prune_model(model, tokenizer())
-    assert type(small) is type(model) and same_weights(model, before)
-    assert count_hooks(small) == count_hooks(model) == 0
-    assert pruner.report.widths["mlp"] == {space.layer: 24 for space in describe(model).of("mlp")}
-    assert small.num_parameters() == pruner.report.parameters["after"] < pruner.report.parameters["before"]
-    pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("refit", ["none", "bias", "least_squares"])
@@ -131,21 +110,19 @@ def test_an_exception_in_the_middle(monkeypatch, inplace):
     assert inplace or same_weights(model, before)
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
     ("case", "fields"),
     [
         ("llama-tied", {"rounds": 2}),
         ("llama-tied", {"allocation": "sensitivity"}),
-        ("llama-tied", {"allocation": "global", "criterion": "flap"}),
         ("mixtral", {"widths": {"layer": 1, "expert": 3, "hidden": 24, "mlp": 24}}),
         ("bert", {"rounds": 2}),
         ("vit", {}),
     ],
 )
-def test_the_training_mode_comes_back_and_makes_no_difference(case, fields, inplace, training):
-    model = build(case).train(training)
+def test_the_training_mode_comes_back_and_makes_no_difference(case, fields, inplace):
+    model = build(case).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5  # so that a pass in training mode would give something else
@@ -153,36 +130,10 @@ def test_the_training_mode_comes_back_and_makes_no_difference(case, fields, inpl
     expected = prune_model(deepcopy(model).eval(), config(**fields), **text)
     small = prune_model(model, config(**fields), inplace=inplace, **text)
     assert (small is model) == inplace and same_weights(small, expected)
-    assert set(modes(small).values()) == set(modes(model).values()) == {training}
+    assert {*modes(expected).values()} == {False} and {*modes(small).values()} == {*modes(model).values()} == {True}
 
 
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("case", ["llama-tied", "bert", "mixtral"])
-def test_modules_that_differ_in_their_mode_keep_it(case, inplace, fails, monkeypatch):
-    """Such as a frozen layer in eval mode in a model that is trained."""
-    model = build(case).train()
-    for module in list(model.modules())[5::3]:
-        module.training = False
-    before, shrink = modes(model), sweep.shrink_layer_
-
-    def failing_shrink(model, arch, layer, plan, smaller):
-        shrink(model, arch, layer, plan, smaller)
-        if layer == 1:
-            raise RuntimeError("stop")
-
-    if fails:
-        monkeypatch.setattr(sweep, "shrink_layer_", failing_shrink)
-        with pytest.raises(InPlaceError if inplace else RuntimeError):
-            prune_model(model, config(rounds=2), tokenizer(), inplace=inplace)
-        small = model
-    else:
-        small = prune_model(model, config(rounds=2), tokenizer(), inplace=inplace)
-    assert modes(small) == modes(model) == before and {True, False} == set(before.values())
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize(("kind", "training"), [(RuntimeError, True), (KeyboardInterrupt, False)])
+@pytest.mark.parametrize(("inplace", "kind"), [(False, KeyboardInterrupt), (True, RuntimeError)])
 @pytest.mark.parametrize(
     ("case", "fields"),
     [
@@ -191,22 +142,24 @@ def test_modules_that_differ_in_their_mode_keep_it(case, inplace, fails, monkeyp
         ("bert", {"rounds": 2}),
     ],
 )
-def test_the_training_mode_comes_back_after_an_error(case, fields, kind, training, inplace):
-    """Wherever it comes up: at the first call in the last layer, the second, the third, the fifth, and so on."""
+def test_the_modes_of_all_modules_come_back_after_an_error(case, fields, inplace, kind):
+    """Wherever it comes up: at the first call in the last layer, the second, the fourth, the seventh, and so on."""
     number, ended = 0, False
     while not ended:
         number += 1 + number // 2
-        model = build(case).train(training)
-        before = deepcopy(model)
+        model = build(case).train()
+        for module in list(model.modules())[5::3]:
+            module.training = False  # such as a frozen layer in a model that is trained
+        before, as_it_was = deepcopy(model), modes(model)
         handle = model.get_submodule(LAST[case]).register_forward_pre_hook(failing(number, kind))
         try:
-            prune_model(model, config(num_samples=4, **fields), tokenizer(), inplace=inplace)
+            small = prune_model(model, config(num_samples=4, **fields), tokenizer(), inplace=inplace)
             ended = True
         except (kind, InPlaceError):
-            pass
+            small = model
         handle.remove()
-        assert set(modes(model).values()) == {training}
-        assert inplace or (same_weights(model, before) and count_hooks(model) == 0)
+        assert modes(model).items() <= as_it_was.items() and {*modes(small).values()} == {True, False}
+        assert inplace or (same_weights(model, before) and modes(model) == as_it_was and count_hooks(model) == 0)
     assert number > 5
 
 
@@ -302,30 +255,17 @@ def test_pruner_round_trips_through_dict():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"criterion": "wnada"}, r"no criterion 'wnada'. Did you mean 'wanda'\?"),
-        ({"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
-        ({"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
-        ({"skip_layers": (5,)}, "skip_layers names layer 5; the layers are 0 to 1"),
         ({"domains": [DomainConfig(name="none", source=[])]}, "none"),
         ({"domains": [DomainConfig(name="short", source=documents(2))]}, "short"),
         ({"domains": [DomainConfig(name="gone", source="./gone.jsonl")]}, "gone.jsonl"),
     ],
 )
-def test_bad_input_changes_nothing(fields, message):
+def test_bad_text_changes_nothing(fields, message):
     model = build("llama-tied")
     before = deepcopy(model)
     with pytest.raises(StructPruneError, match=message):
         StructPruner(config(**fields)).prune_model(model, tokenizer(), inplace=True)
     assert same_weights(model, before) and count_hooks(model) == 0
-
-
-def test_models_that_cannot_be_pruned_say_why():
-    with pytest.raises(StructPruneError, match="no language-model head; load it with AutoModelForCausalLM"):
-        prune_model(build("llama-tied").model, config(), tokenizer())
-    with pytest.raises(StructPruneError, match="refit='bias' needs a bias in the projections of 'mlp'"):
-        prune_model(build("qwen2"), config(refit="bias"), tokenizer())
-    with pytest.raises(StructPruneError, match="tokenizer"):
-        prune_model(build("llama-tied"), config())
 
 
 @pytest.mark.parametrize(

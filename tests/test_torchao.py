@@ -25,7 +25,7 @@ assert 0 < error < 0.05, error
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not (FOLDER / "torchao").is_dir(), reason=f"no torchao in {FOLDER}; `make torchao` installs it")
 def test_the_recipe_prunes_quantises_saves_and_loads(tmp_path):
     for saved in real_text_model():

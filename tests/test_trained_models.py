@@ -16,6 +16,9 @@ from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.pruning import search, trials
 
 
+pytestmark = pytest.mark.nightly
+
+
 @pytest.fixture(scope="module")
 def stories():
     return stories_model()
@@ -59,7 +62,6 @@ def smollm2():
     return smollm2_file()
 
 
-@pytest.mark.slow
 def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     text = SHARED / "data" / "heldout"
     if not text.exists():
@@ -83,7 +85,6 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     assert loss["sensitivity"] < 0.95 * loss["uniform"], loss
 
 
-@pytest.mark.slow
 def test_the_demo_prunes_a_real_model(smollm2, tmp_path):
     assert smollm2.exists()
     done = subprocess.run(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import evidence_of
-from models import NOT_SEQUENTIAL, PRUNABLE, build, config
+from models import STRUCTURES, build, config
 from torch import nn
 
 from optimum_structprune.arch.load import describe, layer_list
@@ -15,12 +15,9 @@ from optimum_structprune.forward.metrics import run_model
 from optimum_structprune.pruning.sweep import Sweep
 
 
-SEQUENTIAL = [case for case in PRUNABLE if case not in NOT_SEQUENTIAL]
-
-
 # With both kinds gone, both parts of a layer change; one kind alone leaves a part that does not run again.
 @pytest.mark.parametrize("kinds", [("mlp",), ("attention",)])
-@pytest.mark.parametrize("case", SEQUENTIAL)
+@pytest.mark.parametrize("case", STRUCTURES)
 def test_the_next_layer_gets_what_the_smaller_model_gives(case, kinds):
     model, evidence = build(case), evidence_of(config())
     arch = describe(model)

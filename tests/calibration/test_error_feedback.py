@@ -8,54 +8,9 @@ from trained import loss_ratio, needs_shared, stories_model
 
 from optimum_structprune import StructPruneConfig, StructPruneError, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.moments import Moments, mix
 from optimum_structprune.calibration.passes import LayerPasses
 from optimum_structprune.forward.hooks import observe
 from optimum_structprune.forward.layers import Batch
-from optimum_structprune.surgery.refit import least_squares
-
-
-KEEP = torch.tensor([0, 2, 3, 6, 7])
-
-
-def problem(tokens: int = 400, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, 8, generator=generator) @ torch.randn(8, 8, generator=generator) + 0.5
-    errors = x @ torch.randn(8, 4, generator=generator) + torch.randn(tokens, 4, generator=generator) - 0.3
-    return torch.randn(4, 8, generator=generator), torch.randn(4, generator=generator), x, errors
-
-
-def moments_of(x: torch.Tensor, errors: torch.Tensor | None, cut: int | None = None) -> Moments:
-    moments = Moments.empty(x.shape[1], gram=True, out=None if errors is None else errors.shape[1])
-    for rows in (slice(cut), slice(cut, None)) if cut else (slice(None),):
-        moments.update(x[rows], None if errors is None else errors[rows])
-    return moments
-
-
-@pytest.mark.parametrize("cut", [1, 100, 399])
-def test_errors_in_parts_give_the_moments_of_all(cut):
-    _, _, x, errors = problem()
-    whole = moments_of(x, errors).error
-    merged = moments_of(x[:cut], errors[:cut]).merge(moments_of(x[cut:], errors[cut:])).error
-    for error in (moments_of(x, errors, cut).error, merged):
-        torch.testing.assert_close(error.cross, whole.cross, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(error.mean, whole.mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(whole.cross, errors.T @ x / len(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(moments_of(x, errors).select(KEEP).error.cross, whole.cross[:, KEEP])
-    both = mix([moments_of(x, errors), moments_of(x, -errors)], [1.0, 1.0]).error
-    assert both.cross.abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_the_refit_with_an_error_is_the_minimum(biased):
-    weight, bias, x, errors = problem()
-    new, new_bias = least_squares(weight, bias if biased else None, moments_of(x, errors), KEEP, 1e-7)
-    kept = torch.cat([x[:, KEEP], torch.ones(len(x), int(biased))], 1)
-    target = x @ weight.T + errors + (bias if biased else 0)
-    exact = torch.linalg.lstsq(kept, target).solution.T
-    torch.testing.assert_close(new, exact[:, :5], rtol=1e-2, atol=1e-3)
-    if biased:
-        torch.testing.assert_close(new_bias, exact[:, 5], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from helpers import batches, logits, shrunk
-from models import CASES, build, config, token_ids, tokenizer
-from transformers import AutoModelForCausalLM
+from models import STRUCTURES, build, config, token_ids, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
@@ -15,7 +14,7 @@ from optimum_structprune.forward.metrics import run_model
 from optimum_structprune.surgery.consumers import read_consumer
 
 
-MIXTURES = [case for case in CASES if describe(build(case)).of("expert")]
+MIXTURES = [case for case in ("mixtral", *STRUCTURES) if describe(build(case)).of("expert")]
 
 
 def inside_experts(arch):
@@ -76,7 +75,7 @@ def test_contributions_of_several_domains_are_combined():
 
 
 @pytest.mark.parametrize("case", MIXTURES)
-def test_experts_and_their_widths_go_as_the_plan_says(case, tmp_path):
+def test_experts_and_their_widths_go_as_the_plan_says(case):
     model = build(case)
     widths = {"expert": 3, "mlp": 24}
     pruner = StructPruner(config(widths=widths, refit="none", rounds=2))
@@ -86,8 +85,6 @@ def test_experts_and_their_widths_go_as_the_plan_says(case, tmp_path):
     again = shrunk(model, arch, pruner.plan)
     torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
     assert {name: set(at.values()) for name, at in pruner.report.widths.items()} == {"expert": {3}, "mlp": {24}}
-    pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(small))
 
 
 def test_the_experts_that_contribute_most_stay():
@@ -136,8 +133,6 @@ def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
 def test_bias_refit_reaches_the_experts_biases():
     small = prune_model(build("gpt_oss"), config(refit="bias"), tokenizer())
     assert small.config.intermediate_size == 24 and torch.isfinite(logits(small)).all()
-    with pytest.raises(StructPruneError, match="refit='bias' needs a bias in the projections of 'mlp'"):
-        prune_model(build("mixtral"), config(refit="bias"), tokenizer())
 
 
 @pytest.mark.parametrize(

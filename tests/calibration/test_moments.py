@@ -77,6 +77,13 @@ def test_mixing_weighs_domains_and_refuses_no_weight():
         mix([streamed(x, [9])], [0.0])
 
 
+def test_the_error_is_selected_and_mixed_with_the_rest():
+    x, errors = torch.randn(20, 6), torch.randn(20, 4)
+    plus, minus = (Moments.empty(6, gram=True, out=4).update(x, sign * errors) for sign in (1, -1))
+    torch.testing.assert_close(plus.select([4, 1]).error.cross, plus.error.cross[:, [4, 1]])
+    assert mix([plus, minus], [1.0, 1.0]).error.cross.abs().max() < 1e-6
+
+
 def test_nan_is_noticed():
     assert streamed(torch.randn(4, 2), [4]).finite
     assert not streamed(torch.tensor([[1.0, float("nan")]]), [1]).finite

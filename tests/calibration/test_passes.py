@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import batches, count_hooks, evidence_of, logits, pruned_on
-from models import NOT_SEQUENTIAL, PRUNABLE, build, config, tokenizer
+from models import NOT_SEQUENTIAL, STRUCTURES, build, config, tokenizer
 from torch import nn
 
 from optimum_structprune import StructPruneError
@@ -14,7 +14,7 @@ from optimum_structprune.forward.calls import NotSequentialError, capture
 from optimum_structprune.forward.hooks import intercept, observe
 
 
-SEQUENTIAL = [case for case in [*PRUNABLE, "bert", "modernbert", "llava"] if case not in NOT_SEQUENTIAL]
+SEQUENTIAL = [*STRUCTURES, "bert", "modernbert", "llava"]
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -179,29 +179,13 @@ def test_only_what_is_asked_for_is_given(stats):
 # --- what is refused
 
 
-def changed_weight(model, reader):
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
-
-
-def changed_dtype(model, reader):
-    model.to(torch.bfloat16)
-
-
-def changed_config(model, reader):
-    model.config.rms_norm_eps = 1e-3
-
-
-def changed_vocabulary(model, reader):
-    reader.add_tokens(["new"])
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed_weight, "of another model"),
-        (changed_dtype, "of another model.*bfloat16"),
-        (changed_config, "of another model"),
-        (changed_vocabulary, "another tokenizer"),
+        (lambda model, _: model.model.layers[1].mlp.up_proj.weight.data[0, 0].add_(1e-3), "of another model"),
+        (lambda model, _: model.to(torch.bfloat16), "of another model.*bfloat16"),
+        (lambda model, _: setattr(model.config, "rms_norm_eps", 1e-3), "of another model"),
+        (lambda _, reader: reader.add_tokens(["new"]), "another tokenizer"),
     ],
 )
 def test_another_model_or_tokenizer_is_refused(stats, change, message):
@@ -246,22 +230,13 @@ def test_damage_is_named(stats, tmp_path, name, damage, message):
         pruned(folder)
 
 
-def test_what_statistics_cannot_give_is_refused(stats, tmp_path):
-    model = build("llama-tied")
+def test_what_statistics_cannot_give_is_refused(stats):
     for fields, message in (
         ({"recovery": {"every_round": True}}, "every_round=True calibrates on a trained model"),
         ({"recovery": {"tokens": 9}}, "recovery trains on text, stats=.* holds none, and no domain is named"),
     ):
         with pytest.raises(StructPruneError, match=message):
             StructPruneConfig.from_dict({"sparsity": 0.2, "stats": str(stats), **fields})
-    with pytest.raises(StructPruneError, match="inputs are calibration data, and stats="):
-        prune_model(model, uneven(stats=str(stats)), tokenizer(), inputs={"a": token_ids()})
-    for widths in ({"layer": 1}, {"hidden": 16, "mlp": 24}):
-        with pytest.raises(StructPruneError, match=f"{next(iter(widths))!r} is judged by something else"):
-            prune_model(model, uneven(stats=str(stats), widths=widths), tokenizer(), inplace=True)
-    with pytest.raises(StructPruneError, match="experts.*only the moments of dense models are stored"):
-        calibrate(build("mixtral"), tokenizer(), uneven(), tmp_path / "experts")
-    assert not list(tmp_path.iterdir())
 
 
 # --- the folder

@@ -61,9 +61,8 @@ def call(name, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_prune_in_a_subprocess(name, folder):
-    done = call(name, *command(folder, "--width", "mlp=24", "--width", "attention=2", "--overwrite"))
+def test_prune_in_a_subprocess(folder):
+    done = call("structprune", *command(folder, "--width", "mlp=24", "--width", "attention=2", "--overwrite"))
     assert done.returncode == 0, done.stderr
     assert "width mlp" in done.stdout and "perplexity a" in done.stdout and "from_pretrained" in done.stdout
     small = AutoModelForCausalLM.from_pretrained(folder / "out")
@@ -72,16 +71,10 @@ def test_prune_in_a_subprocess(name, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_users_mistake_is_one_line_and_exit_code_2(name, folder):
-    done = call(name, *command(folder, "--width", "attention=3", "--overwrite"))
+def test_a_users_mistake_is_one_line_and_exit_code_2(folder):
+    done = call("optimum-cli", *command(folder, "--width", "attention=3", "--overwrite"))
     assert done.returncode == 2
     assert "nearest legal choice is 2 or 4" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_help(name):
-    assert call(name, "--help").returncode == 0
 
 
 def test_inspect(folder, capsys):

@@ -121,7 +121,7 @@ def test_interrupted_and_resumed(folder, capsys, monkeypatch):
     assert "no checkpoint in" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_and_resumed(folder, capsys):
     again = ["--overwrite", "--training", "save_steps=2"]
     line = command(folder, "--tokens", "4800", *again, output="killed")

@@ -131,10 +131,8 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(desk, tmp_path, capsys
 
 SAME = {
     "llama-untied": (("mlp=24", "attention=2"), ()),
-    "llama-tied": (("mlp=24",), ()),
     "llama-bias": (("mlp=24",), ("--dtype", "bfloat16")),
     "mixtral": (("expert=3", "mlp=24"), ()),
-    "qwen3_moe": (("expert=3", "mlp=24"), ()),
     "gpt_oss": (("mlp=24",), ()),
     "gemma3_text": (("layer=1", "mlp=24"), ()),
     "phi3": (("mlp=24",), ("--skip-layer", "0")),

@@ -12,6 +12,7 @@ import huggingface_hub.utils as hub
 import pytest
 import torch
 from helpers import save_with_tokenizer
+from huggingface_hub.errors import HfHubHTTPError
 from models import build, documents
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
@@ -200,49 +201,27 @@ def test_a_reader_that_stops_early_is_no_error():
     assert done.stdout == "0\n" and done.stderr == ""
 
 
-def tokenizers_error():
-    Tokenizer.from_str("{")
+def raising(error: BaseException, cause: BaseException | None = None):
+    def fail():
+        raise error from cause
+
+    return fail
 
 
-def datasets_error():
-    datasets.load_dataset("json", data_files="/no/where.json")
-
-
-def safetensors_error():
-    raise SafetensorError("header too large")
-
-
-def caused():
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        raise ConnectionError("no route")
-    except ConnectionError as error:
-        raise type("Gone", (Exception,), {"__module__": HfHubHTTPError.__module__})("offline") from error
-
-
-def disk_error():
-    raise OSError(28, "No space left on device", "/out/model.safetensors")
-
-
-def memory_error():
-    raise MemoryError
-
-
-def device_memory_error():
-    raise torch.OutOfMemoryError("CUDA out of memory.")
+GONE = type("Gone", (Exception,), {"__module__": HfHubHTTPError.__module__})("offline")
+disk_full = raising(OSError(28, "No space left on device", "/out/model.safetensors"))
 
 
 @pytest.mark.parametrize(
     ("fail", "message"),
     [
-        (tokenizers_error, "Exception: EOF while parsing"),
-        (datasets_error, "/no/where.json"),
-        (safetensors_error, "SafetensorError: header too large"),
-        (caused, "Gone: offline (because of ConnectionError: no route)"),
-        (disk_error, "/out/model.safetensors: No space left on device."),
-        (memory_error, "There is not enough memory: MemoryError"),
-        (device_memory_error, "There is not enough memory: CUDA out of memory."),
+        (lambda: Tokenizer.from_str("{"), "Exception: EOF while parsing"),
+        (lambda: datasets.load_dataset("json", data_files="/no/where.json"), "/no/where.json"),
+        (raising(SafetensorError("header too large")), "SafetensorError: header too large"),
+        (raising(GONE, ConnectionError("no route")), "Gone: offline (because of ConnectionError: no route)"),
+        (disk_full, "/out/model.safetensors: No space left on device."),
+        (raising(MemoryError()), "There is not enough memory: MemoryError"),
+        (raising(torch.OutOfMemoryError("CUDA out of memory.")), "There is not enough memory: CUDA out of memory."),
     ],
 )
 def test_errors_of_the_input_and_the_machine_are_one_line_and_exit_code_2(fail, message, capsys):
@@ -261,17 +240,9 @@ def test_bugs_are_one_line_with_a_hint_and_exit_code_1(fail, capsys, monkeypatch
 
 def test_the_debug_switch_shows_the_traceback(capsys, monkeypatch):
     monkeypatch.setenv("STRUCTPRUNE_DEBUG", "1")
-    for fail, code in ((lambda args: 1 / 0, 1), (lambda args: disk_error(), 2)):
+    for fail, code in ((lambda args: 1 / 0, 1), (lambda args: disk_full(), 2)):
         assert execute(parsed(fail)) == code
         assert "Traceback" in capsys.readouterr().err
     monkeypatch.setenv("STRUCTPRUNE_DEBUG", "0")
-    assert execute(parsed(lambda args: disk_error())) == 2
+    assert execute(parsed(lambda args: disk_full())) == 2
     assert "Traceback" not in capsys.readouterr().err
-
-
-def test_the_result_reloads(folder):
-    # Another process may run the other tests, so what they have written is not here.
-    line = [*commands(folder)["prune"], "--quiet"]
-    line[2] = str(folder / "reloaded")
-    assert main(line) == 0
-    assert AutoModelForCausalLM.from_pretrained(folder / "reloaded").config.model_type == "llama"

@@ -107,9 +107,8 @@ def test_a_pruning_leaves_the_callers_state_as_it_was(kind, inplace):
     assert (pruned is model) is inplace and before.differences(State(pruned)) == []
 
 
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("inplace", "error"), [(True, RuntimeError("no")), (False, KeyboardInterrupt())])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])
 def test_a_pruning_that_fails_leaves_the_callers_state_as_it_was(kind, inplace, error, monkeypatch):
     take_ = StructPruner.take_
 

@@ -120,6 +120,6 @@ with across_processes():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_process_that_dies_ends_the_others(tmp_path):
     assert on_two_ranks(DYING, tmp_path).returncode != 0

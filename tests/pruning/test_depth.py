@@ -6,11 +6,11 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers import count_hooks, logits
-from models import CASES, OTHERS, build, config, token_ids, tokenizer
+from models import OTHER_STRUCTURES, STRUCTURES, config, described, random_model, token_ids, tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import Plan, StructPruneCallback, StructPruneError, StructPruner, prune_model
+from optimum_structprune import Plan, StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.families import builtin_families
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.shrink import cut_depth_
@@ -24,14 +24,15 @@ from optimum_structprune.forward.metrics import outputs_of, perplexity, run_mode
 from optimum_structprune.surgery.cut import drop_layers_
 
 
-DEEPER = [*CASES, *(case for case in OTHERS if case != "vit")]
+# The structures, and those whose configs say something else of single layers.
+DEEPER = [*STRUCTURES, "bloom", "smollm3", "qwen3_moe", "jamba", "lfm2_moe", "llama4_text", "exaone_moe"]
+DEEPER += [case for case in OTHER_STRUCTURES if case != "vit"]
 KEEP = (1, 3, 4)
 
 
 def deep(case):
     """The case with five layers, whose types do not alternate evenly."""
-    auto, (model_type, fields) = (None, CASES[case]) if case in CASES else (OTHERS[case][0], OTHERS[case][1:])
-    fields = deepcopy(fields)
+    auto, model_type, fields = deepcopy(described(case))
     text = fields.get("text_config", fields)
     key = next((key for key in ("n_layer", "n_layers", "num_layers") if key in text), "num_hidden_layers")
     text[key] = 5
@@ -43,12 +44,7 @@ def deep(case):
         text["mlp_only_layers"] = [0, 3]
     if "first_k_dense_replace" in text:
         text["first_k_dense_replace"] = 2
-    table = CASES if auto is None else OTHERS
-    table["deep"] = (model_type, fields) if auto is None else (auto, model_type, fields)
-    try:
-        return build("deep")
-    finally:
-        del table["deep"]
+    return random_model(auto, model_type, fields)
 
 
 SHALLOW = [case for case in DEEPER if LAYER in describe(deep(case)).offered]
@@ -110,19 +106,16 @@ def test_layers_of_different_widths_keep_theirs(tmp_path):
 
 
 def test_what_the_config_says_of_single_layers_is_cut():
-    small = deep("qwen3")
-    drop_layers_(small, describe(small), KEEP)
-    assert small.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
-    assert small.config.max_window_layers == 3 and small.config.num_hidden_layers == 3
-    small = deep("smollm3")
-    drop_layers_(small, describe(small), KEEP)
-    assert small.config.no_rope_layers == [0, 1, 0]
-    small = deep("qwen3_moe")
-    drop_layers_(small, describe(small), KEEP)
-    assert small.config.mlp_only_layers == [1]
-    small = deep("deepseek_v3")
-    drop_layers_(small, describe(small), KEEP)
-    assert small.config.first_k_dense_replace == 1
+    expected = {
+        "qwen3": {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "max_window_layers": 3},
+        "smollm3": {"no_rope_layers": [0, 1, 0], "num_hidden_layers": 3},
+        "qwen3_moe": {"mlp_only_layers": [1]},
+        "deepseek_v3": {"first_k_dense_replace": 1},
+    }
+    for case, fields in expected.items():
+        small = deep(case)
+        drop_layers_(small, describe(small), KEEP)
+        assert {name: getattr(small.config, name) for name in fields} == fields
 
 
 def test_a_list_that_is_only_as_long_stays():
@@ -183,19 +176,6 @@ def test_the_layer_whose_loss_counts_least_goes():
     assert {*range(5)} - {*pruner.plan.keep[MODEL, LAYER]} == {int(scores.argmin())}
 
 
-def test_depth_comes_before_everything_else_in_one_run(tmp_path):
-    model = deep("qwen3_moe")
-    pruner = StructPruner(config(widths={"mlp": 24, "attention": 2, "expert": 3, LAYER: 3}, rounds=2))
-    small = pruner.prune_model(model, tokenizer())
-    stay = pruner.plan.keep[MODEL, LAYER]
-    assert len(stay) == 3 and {layer for layer, _ in pruner.plan.keep} == {MODEL, *stay}
-    pruner.plan.check(describe(model))
-    assert "width layer" in str(pruner.report)
-    pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
-
-
 def test_plans_in_sequence_name_layers_of_the_dense_model():
     first = Plan("x", {(MODEL, LAYER): (0, 2, 3), (1, "mlp"): (0, 1), (2, "mlp"): (0, 5, 6)})
     second = Plan("x", {(MODEL, LAYER): (1, 2), (1, "mlp"): (1, 2), (2, "attention"): (0,)})
@@ -213,18 +193,9 @@ def test_sparsity_chooses_the_depth():
     ("case", "fields", "message"),
     [
         ("llama-tied", {"widths": {LAYER: 6}}, "= 6 is not legal.*has 5; the nearest legal choice is 5"),
-        ("llama-tied", {"sparsity": 0.4, "targets": (LAYER, "mlp")}, "target 'layer' alone, or give widths"),
-        ("llama-tied", {"widths": {LAYER: 4, "mlp": 24}, "criterion": "loss_increase"}, "nothing inside them"),
-        ("t5", {"widths": {LAYER: 4}}, "no space 'layer' to prune: encoder and decoder count"),
         ("bert", {"widths": {LAYER: 4}, "criterion": "loss_increase"}, "use 'block_influence'"),
     ],
 )
 def test_what_is_refused(case, fields, message):
     with pytest.raises(StructPruneError, match=message):
         prune_model(deep(case), config(**fields), tokenizer())
-
-
-def test_a_trainer_prunes_inside_layers_only():
-    callback = StructPruneCallback(config(widths={LAYER: 3}))
-    with pytest.raises(StructPruneError, match="'layer' belongs to the whole model"):
-        callback.on_init_end(None, None, None, model=deep("llama-tied"))

@@ -338,27 +338,6 @@ def test_restoring_a_snapshot_is_exact(refit):
         assert torch.equal(read_consumer(model, axis)[0], read_consumer(dense, axis)[0])
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize(
-    ("case", "fields", "message"),
-    [
-        ("bert", {"objective": "worst", "rounds": 2}, "go by perplexity, which a model of type 'bert' does not have"),
-        ("bert", {"max_perplexity_ratio": 1.2}, "go by perplexity, which a model of type 'bert'"),
-        (
-            "olmoe",
-            {"max_perplexity_ratio": 1.2, "widths": {"expert": 2}},
-            "is held by rounds, and 'expert' goes before them; leave either out",
-        ),
-    ],
-)
-def test_what_a_model_cannot_do_is_said_before_it_changes(case, fields, message, inplace):
-    model = build(case)
-    before = deepcopy(model)
-    with pytest.raises(StructPruneError, match=message):
-        StructPruner(config(**fields)).prune_model(model, tokenizer(), inplace=inplace)
-    assert same_weights(model, before)
-
-
 def test_the_progress_bar_counts_the_layers_of_all_rounds(monkeypatch):
     bars = []
 

@@ -254,16 +254,6 @@ def test_a_perplexity_that_is_no_number_holds_no_limit():
         measure.after(model, arch, Report("llama", "obs"))
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_text_that_is_not_enough_changes_nothing(inplace):
-    model = build("llama-tied")
-    before = deepcopy(model)
-    short = config(domains=[DomainConfig(name="short", source=documents(2))])
-    with pytest.raises(StructPruneError, match="short"):
-        StructPruner(short).prune_model(model, tokenizer(), inplace=inplace)
-    assert same_weights(model, before)
-
-
 # --- consumers
 
 
