@@ -107,7 +107,7 @@ def as_json(value):
     return json.dumps(value, default=str)
 
 
-@examples(4500)
+@examples(3000)
 @given(st.one_of(*(st.tuples(st.just(config), mappings(config)) for config in CONFIGS)), values)
 def test_configs_from_mappings_arguments_and_anything(case, data):
     config, fields = case

@@ -13,7 +13,6 @@ from optimum_structprune import (
     AutoStructPruner,
     DomainConfig,
     InPlaceError,
-    StructPruneConfig,
     StructPruneError,
     StructPruner,
     prune_model,
@@ -143,10 +142,10 @@ def test_the_training_mode_comes_back_and_makes_no_difference(case, fields, inpl
     ],
 )
 def test_the_modes_of_all_modules_come_back_after_an_error(case, fields, inplace, kind):
-    """Wherever it comes up: at the first call in the last layer, the second, the fourth, the seventh, and so on."""
+    """Wherever it comes up: at the first call in the last layer, the fourth, the thirteenth, and so on."""
     number, ended = 0, False
     while not ended:
-        number += 1 + number // 2
+        number = 3 * number + 1
         model = build(case).train()
         for module in list(model.modules())[5::3]:
             module.training = False  # such as a frozen layer in a model that is trained
@@ -245,11 +244,6 @@ def test_a_registered_criterion_is_used(unregister):
     pruner = StructPruner(config(criterion="test-first"))
     pruner.prune_model(build("llama-tied"), tokenizer())
     assert pruner.plan.keep[0, "mlp"] == tuple(range(24))
-
-
-def test_pruner_round_trips_through_dict():
-    fields = StructPruneConfig(sparsity=0.3).to_dict()
-    assert StructPruner.from_dict(fields).to_dict() == fields
 
 
 @pytest.mark.parametrize(

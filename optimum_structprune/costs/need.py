@@ -188,7 +188,7 @@ class Workload:
             for space in self.arch.at(layer)
             for axis in space.into
         )
-        channels = WIDE * max(self._hidden, *wide) + 2 * self._hidden
+        channels = WIDE * max([self._hidden, *wide]) + 2 * self._hidden
         return self.itemsize * self.text.batch * self.text.length * channels
 
     def _gram(self, matrix: Matrix) -> int:
