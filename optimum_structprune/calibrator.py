@@ -21,8 +21,7 @@ from .costs.room import with_batch_size
 from .domains.manifest import MANIFEST_NAME
 from .forward.metrics import evaluating, own_settings
 from .forward.placement import Placement
-from .pruning.arguments import check_arguments, check_config_kind
-from .pruning.checks import CALIBRATE, check
+from .pruning.checks import CALIBRATE, check, check_arguments, check_config_kind
 from .pruning.evidence import Evidence
 from .system.disk import Output, used_paths
 from .system.fingerprint import fingerprint, vocabulary_hash

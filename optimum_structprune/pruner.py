@@ -22,8 +22,7 @@ from .domains.load import Domain
 from .domains.manifest import Manifest
 from .errors import StructPruneError
 from .forward.metrics import evaluating, own_settings
-from .pruning.arguments import check_arguments, check_config_kind
-from .pruning.checks import check
+from .pruning.checks import check, check_arguments, check_config_kind
 from .pruning.choose import choose_shape
 from .pruning.evidence import Evidence
 from .pruning.run import Run, Step

@@ -24,7 +24,7 @@ from .domains.recent import RecentText
 from .errors import StructPruneError
 from .forward.hooks import before_load, before_next_call
 from .pruner import AutoStructPruner
-from .pruning.checks import TRAINER, check, check_config
+from .pruning.checks import TRAINER, check, check_trainer
 from .surgery.followers import check_state, slice_state_
 from .surgery.plan import Plan
 from .surgery.resize import resize_
@@ -68,7 +68,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
     ):
         if calibration not in ("batches", "domains"):
             raise StructPruneError(f"calibration is 'batches' or 'domains', got {calibration!r}.")
-        check_config(config, TRAINER)
+        check_trainer(config)
         self.config = config
         self.start, self.end, self.every = start, end, every
         self.calibration = calibration

@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -245,10 +245,8 @@ class StructPruneConfig(Serialisable):
             check_names(self.domains)
 
     def validate_together(self) -> None:
-        """No two fields that contradict each other; see `contradictions`."""
-        for contradicts, text in contradictions(self):
-            if contradicts:
-                raise ValueError(text)
+        """No two fields that contradict each other."""
+        _check_together(self)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `structprune_config.json` into a folder, which is made if need be."""
@@ -281,65 +279,63 @@ def _by_layer(name: str, width: Any) -> int | dict[int, int]:
     return dict(enumerate(width)) if isinstance(width, list) else width
 
 
-def contradictions(config: StructPruneConfig) -> Iterator[tuple[bool, str]]:
-    """Every pair of fields that cannot both be met, whatever the model: whether it is there, and what to do then.
-
-    What depends on a model as well is in `pruning/checks.py`.
-    """
+def _check_together(config: StructPruneConfig) -> None:
+    """Refuse two fields that cannot both be met, whatever the model; what depends on one is in `pruning/checks.py`."""
     recovery, every_round = config.recovery, config.recovery is not None and config.recovery.every_round
-    yield (
-        config.objective == "worst" and not config.searches and config.rounds < 2,
-        f"objective='worst' weighs the domains anew between rounds, and rounds={config.rounds} leaves none; set "
-        "rounds=3",
-    )
-    yield (
-        any(not isinstance(width, int) for width in (config.widths or {}).values())
-        and (config.allocation != "uniform" or bool(config.skip_layers)),
-        f"widths={config.widths} says what every layer keeps, so allocation={config.allocation!r} and "
-        f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number per space",
-    )
-    yield (
-        config.broad_text is not None and config.breadth == 0,
-        f"broad_text={config.broad_text!r} is read where breadth gives it a share, and breadth={config.breadth} gives "
-        "none; set breadth=0.2, or leave broad_text out",
-    )
-    yield (
-        bool(config.breadth or config.broad_text) and any(map(is_broad, config.domains or ())),
-        f"breadth={config.breadth} adds a domain {BROAD!r} of text of every kind, and domains has one; take it out, "
-        "or leave breadth out",
-    )
-    yield (
-        config.widths is not None and config.allocation == "search_uniform",
-        f"widths={config.widths} says what is kept, and allocation='search_uniform' chooses it; say how much with "
-        "sparsity or budget",
-    )
-    yield (
-        bool(config.skip_layers) and config.allocation == "search_uniform",
-        f"skip_layers={list(config.skip_layers)} leaves layers as they are, and allocation='search_uniform' looks for "
-        "one shape of all layers; choose allocation='search'",
-    )
-    yield (
-        config.losses_dir is not None and not config.searches,
-        f"losses_dir={config.losses_dir!r} keeps measured losses, and allocation={config.allocation!r} measures none; "
-        f"leave it out, or choose one of {', '.join(MEASURED)}",
-    )
-    yield (
-        recovery is not None and not recovery.merge,
-        "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, then call "
-        "recover",
-    )
-    yield (
-        every_round and config.spans_rounds,
-        "recovery with every_round=True makes each round a pruning of its own, and objective, max_perplexity_ratio "
-        "and checkpoint_dir span rounds; leave out either",
-    )
-    yield (
-        every_round and config.stats is not None,
-        "recovery with every_round=True calibrates on a trained model after each round, but "
-        f"stats={config.stats!r} holds moments of the dense model; leave out one of the two",
-    )
-    yield (
-        config.stats is not None and recovery is not None and recovery.domains is None and config.domains is None,
-        f"recovery trains on text, stats={config.stats!r} holds none, and no domain is named; name them in domains, "
-        "or in the domains of recovery",
-    )
+    if config.objective == "worst" and not config.searches and config.rounds < 2:
+        raise ValueError(
+            f"objective='worst' weighs the domains anew between rounds, and rounds={config.rounds} leaves none; "
+            "set rounds=3"
+        )
+    by_layer = any(not isinstance(width, int) for width in (config.widths or {}).values())
+    if by_layer and (config.allocation != "uniform" or config.skip_layers):
+        raise ValueError(
+            f"widths={config.widths} says what every layer keeps, so allocation={config.allocation!r} and "
+            f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number "
+            "per space"
+        )
+    if config.broad_text is not None and config.breadth == 0:
+        raise ValueError(
+            f"broad_text={config.broad_text!r} is read where breadth gives it a share, and "
+            f"breadth={config.breadth} gives none; set breadth=0.2, or leave broad_text out"
+        )
+    if bool(config.breadth or config.broad_text) and any(map(is_broad, config.domains or ())):
+        raise ValueError(
+            f"breadth={config.breadth} adds a domain {BROAD!r} of text of every kind, and domains has one; take "
+            "it out, or leave breadth out"
+        )
+    if config.widths is not None and config.allocation == "search_uniform":
+        raise ValueError(
+            f"widths={config.widths} says what is kept, and allocation='search_uniform' chooses it; say how much "
+            "with sparsity or budget"
+        )
+    if bool(config.skip_layers) and config.allocation == "search_uniform":
+        raise ValueError(
+            f"skip_layers={list(config.skip_layers)} leaves layers as they are, and allocation='search_uniform' "
+            "looks for one shape of all layers; choose allocation='search'"
+        )
+    if config.losses_dir is not None and not config.searches:
+        raise ValueError(
+            f"losses_dir={config.losses_dir!r} keeps measured losses, and allocation={config.allocation!r} "
+            f"measures none; leave it out, or choose one of {', '.join(MEASURED)}"
+        )
+    if recovery is not None and not recovery.merge:
+        raise ValueError(
+            "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, then "
+            "call recover"
+        )
+    if every_round and config.spans_rounds:
+        raise ValueError(
+            "recovery with every_round=True makes each round a pruning of its own, and objective, "
+            "max_perplexity_ratio and checkpoint_dir span rounds; leave out either"
+        )
+    if every_round and config.stats is not None:
+        raise ValueError(
+            "recovery with every_round=True calibrates on a trained model after each round, but "
+            f"stats={config.stats!r} holds moments of the dense model; leave out one of the two"
+        )
+    if config.stats is not None and recovery is not None and recovery.domains is None and config.domains is None:
+        raise ValueError(
+            f"recovery trains on text, stats={config.stats!r} holds none, and no domain is named; name them in "
+            "domains, or in the domains of recovery"
+        )

@@ -1,15 +1,15 @@
-"""From the moments of several domains to one set of moments and one score per unit."""
+"""From the moments of several domains to one set of moments."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..calibration.moments import Blend, Moments
-from .base import Criterion, per_unit
+from .base import per_unit
 
 
 # The number of rows of a matrix product that are in memory at a time.
@@ -38,50 +38,26 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """How the units of a consumer are scored.
-
-    Attributes:
-        criterion: The criterion.
-        weight: The present weight of the consumer, shape `(out, units * columns_per_unit)`, fp32.
-        columns_per_unit: The number of columns that a unit owns.
-        columns: The columns of the dense consumer that are left; None where all are.
-        producer_norms: The norms of what gives each column of the dense consumer, see `criteria.obs.producer_norms`,
-            shape `(n,)`; they stand for the saliency of the moments. None where the criterion does not ask for them,
-            or nothing gives single columns.
-    """
-
-    criterion: Criterion
-    weight: Tensor
-    columns_per_unit: int
-    columns: Tensor | None = None
-    producer_norms: Tensor | None = None
-
-    def of(self, moments: Moments) -> Tensor:
-        """The scores by these moments of the dense consumer's input, shape `(units,)`, higher = keep."""
-        moments = replace(moments, saliency=self.producer_norms) if self.criterion.needs_producer_norms else moments
-        left = moments if self.columns is None else moments.select(self.columns)
-        return self.criterion.score(self.weight, left, self.columns_per_unit)
-
-    def carried(self, moments: Moments) -> Tensor:
-        """How much output each unit carries by these moments, Σ_j ‖W_:j‖² E[x_j²] over its columns j; `(units,)`."""
-        square = moments.square if self.columns is None else moments.square[self.columns.to(moments.square.device)]
-        return per_unit(square.to(self.weight) * self.weight.square().sum(0), self.columns_per_unit)
-
-
-@dataclass(frozen=True)
 class Pooled:
     """What all domains say of one consumer.
 
     Attributes:
         moments: The moments of the mixture.
-        scores: One score per unit, shape `(units,)`, higher = keep; nothing where the units are not scored.
-        carried: What each unit carries in each domain, shape `(domains, units)`; None where a domain has no tokens.
+        squares: The second moments in each domain, shape `(domains, n)`, fp64; None where a domain has no tokens.
     """
 
     moments: Moments
-    scores: Tensor
-    carried: Tensor | None
+    squares: Tensor | None
+
+    def carried(self, weight: Tensor, columns: Tensor, columns_per_unit: int) -> Tensor | None:
+        """How much output each unit carries in each domain, Σ_j ‖W_:j‖² E[x_j²] over its columns j, shape `(domains,
+        units)`, by the columns that are left of a weight, shape `(out, n)`.
+        """
+        if self.squares is None:
+            return None
+        energy = weight.square().sum(0)
+        by_domain = (squares[columns.to(squares.device)].to(weight) * energy for squares in self.squares)
+        return torch.stack([per_unit(of_domain, columns_per_unit) for of_domain in by_domain])
 
 
 class Pool:
@@ -92,9 +68,9 @@ class Pool:
     has the shape `(out, n)`.
     """
 
-    def __init__(self, mixture: Mixture, weight: Tensor, scoring: Scoring | None = None):
-        self.mixture, self.weight, self.scoring = mixture, weight, scoring
-        self._carried: list[Tensor] = []
+    def __init__(self, mixture: Mixture, weight: Tensor):
+        self.mixture, self.weight = mixture, weight
+        self._squares: list[Tensor] = []
         self._shares = iter(mixture.shares)
         self._blend, self._energy = Blend(), 0.0
         # Whether tokens have come in, and outputs other than zero.
@@ -103,8 +79,8 @@ class Pool:
     def add(self, moments: Moments, take: bool = False) -> None:
         """Take in the next domain."""
         share, energy = next(self._shares), output_energy(self.weight, moments)
-        if self.scoring is not None and moments.count:
-            self._carried.append(self.scoring.carried(moments))
+        if moments.count:
+            self._squares.append(moments.square.clone())
         # Not every expert gets tokens of every domain, and a domain without output asks for nothing to be kept: such a
         # domain says something only where all others are like it.
         heard = (moments.count > 0, energy > 0)
@@ -115,11 +91,8 @@ class Pool:
 
     def result(self) -> Pooled:
         """What the domains say together; it can be asked for once, after the last of them."""
-        moments = self._blend.moments()
-        if self.scoring is None:
-            return Pooled(moments, self.weight.new_zeros(0), None)
-        complete = len(self._carried) == len(self.mixture.shares)
-        return Pooled(moments, self.scoring.of(moments), torch.stack(self._carried) if complete else None)
+        complete = len(self._squares) == len(self.mixture.shares)
+        return Pooled(self._blend.moments(), torch.stack(self._squares) if complete else None)
 
 
 def pooled(by_domain: Iterable[list[Moments]], pools: Sequence[Pool]) -> list[Pooled]:

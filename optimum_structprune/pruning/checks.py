@@ -1,16 +1,17 @@
 """Every wish that cannot be met, refused before any text is read or a weight is touched.
 
-A config that contradicts itself, whatever the model, is refused when it is made: see `config.pruning.contradictions`.
+A config that contradicts itself, whatever the model, is refused when it is made: see `config.pruning`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..arch.plain import is_quantized
@@ -31,35 +32,6 @@ from .steps import WHOLE_MODEL
 
 # What the model is to be used for: pruned, only looked at, pruned by a Trainer, or run to store its moments.
 PRUNE, DRY_RUN, TRAINER, CALIBRATE = "prune", "dry run", "trainer", "calibrate"
-Rules = Iterator[tuple[bool, str]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A config beside the model that it is meant for.
-
-    Attributes:
-        config: How to prune.
-        arch: The description of the model.
-        model: The dense model; for a dry run on the meta device.
-        use: What is to be done: `PRUNE`, `DRY_RUN`, `TRAINER` or `CALIBRATE`.
-        has_tokenizer: Whether there is a tokenizer to read text with.
-        has_inputs: Whether calibration inputs are given in place of text.
-        itemsize: The number of bytes per parameter; None stands for those of the model's dtype.
-    """
-
-    config: StructPruneConfig
-    arch: ArchSpec
-    model: PreTrainedModel
-    use: str
-    has_tokenizer: bool
-    has_inputs: bool
-    itemsize: int | None
-
-    @cached_property
-    def widths(self) -> Widths:
-        """The final widths, or others of the same total where they follow from calibration."""
-        return widths_of(self.config, self.arch, self.model, itemsize=self.itemsize)
 
 
 def check(
@@ -71,275 +43,276 @@ def check(
     has_tokenizer: bool = True,
     has_inputs: bool = False,
     itemsize: int | None = None,
-) -> None:
-    """Refuse whatever cannot be met, and warn of options that have no effect."""
-    check_config(config, use)
-    case = Case(config, arch, model, use, has_tokenizer, has_inputs, itemsize)
-    for rules in RULES[use]:
-        for broken, text in rules(case):
-            if broken:
-                raise StructPruneError(text)
-    if unused := list(without_effect(config, arch, list(case.widths))) if use in (PRUNE, DRY_RUN) else []:
+) -> Widths:
+    """Refuse whatever cannot be met, and warn of options that have no effect.
+
+    The result are the final widths, or others of the same total where they follow from calibration; nothing where
+    moments are only stored. `itemsize` is the number of bytes per parameter, by default that of the model's dtype.
+    """
+    if use == TRAINER:
+        check_trainer(config)
+    if use != DRY_RUN:
+        _check_model(config, arch, model, use)
+    if use == CALIBRATE:
+        _check_offloaded(config, arch, model, use, {})
+        _check_stored(config, arch)
+        _check_text(config, has_tokenizer, has_inputs)
+        return {}
+    widths = widths_of(config, arch, model, itemsize=itemsize)
+    if use != DRY_RUN:
+        _check_offloaded(config, arch, model, use, widths)
+    _check_criterion(config, arch, widths, use)
+    if use == TRAINER:
+        _check_trainer_spaces(arch, widths)
+    _check_spaces(config, arch, widths)
+    if use == PRUNE:
+        _check_text(config, has_tokenizer, has_inputs)
+        _check_statistics(config, arch, widths)
+        for folder in filter(None, (config.checkpoint_dir, config.losses_dir)):
+            check_folder(folder)
+        _check_recovery(config, arch, model)
+    if unused := [] if use == TRAINER else list(without_effect(config, arch, list(widths))):
         warnings.warn(f"These options have no effect here: {'; '.join(unused)}.", stacklevel=3)
+    return widths
 
 
-def check_config(config: StructPruneConfig, use: str) -> None:
-    """Refuse whatever a use cannot meet with any model; see `check`."""
-    for rules in CONFIG_RULES.get(use, ()):
-        for broken, text in rules(config):
-            if broken:
-                raise StructPruneError(text)
+def check_config_kind(config: Any) -> None:
+    """Refuse what is no config, such as a mapping or a tokenizer."""
+    if not isinstance(config, StructPruneConfig):
+        raise StructPruneError(
+            f"config takes a StructPruneConfig, got {type(config).__name__}; a mapping becomes one with "
+            "StructPruneConfig.from_dict."
+        )
 
 
-def model_rules(case: Case) -> Rules:
+def check_arguments(model: Any, tokenizer: Any, inputs: Any) -> None:
+    """Refuse a model, a tokenizer or inputs of another kind than a pruning takes."""
+    if not (isinstance(model, nn.Module) and hasattr(model, "config")):
+        raise StructPruneError(
+            f"model takes a model of transformers, got {type(model).__name__}; load it with from_pretrained first."
+        )
+    if not (tokenizer is None or callable(tokenizer)):
+        raise StructPruneError(
+            f"tokenizer takes a tokenizer, got {type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained."
+        )
+    if inputs is None:
+        return
+    if not isinstance(inputs, Mapping):
+        raise StructPruneError(
+            f"inputs takes a mapping of names to tensors, such as {{'text': ids}}, got {type(inputs).__name__}."
+        )
+    for name, samples in inputs.items():
+        _check_samples(name, samples, model.config)
+
+
+def _check_samples(name: str, samples: Any, model_config: Any) -> None:
+    if not isinstance(samples, torch.Tensor):
+        raise StructPruneError(f"inputs[{name!r}] takes a tensor, got {type(samples).__name__}.")
+    if samples.dim() < 2:
+        raise StructPruneError(
+            f"inputs[{name!r}] has the shape {tuple(samples.shape)}; (samples, …) is expected, with two dimensions "
+            "or more."
+        )
+    vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
+    if samples.is_floating_point() or vocab_size is None or not samples.numel():
+        return
+    least, most = int(samples.min()), int(samples.max())
+    if not 0 <= least <= most < vocab_size:
+        raise StructPruneError(
+            f"inputs[{name!r}] holds token ids from {least} to {most}, and those of this model lie between 0 and "
+            f"{vocab_size - 1}."
+        )
+
+
+def check_trainer(config: StructPruneConfig) -> None:
+    """Refuse what a Trainer cannot do between its steps, with any model."""
+    if config.refit == "bias":
+        raise StructPruneError(
+            "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'."
+        )
+    if config.spans_rounds or config.objective == "worst":
+        raise StructPruneError(
+            "objective, max_perplexity_ratio and checkpoint_dir span the rounds of one pruning, and a Trainer prunes "
+            "in steps of its own; leave these out."
+        )
+    if config.allocation != "uniform":
+        raise StructPruneError(
+            f"allocation={config.allocation!r} ranks the units of the dense model before anything is removed, which a "
+            "Trainer's steps do not; use allocation='uniform', or prune first (`structprune prune`)."
+        )
+    if config.stats is not None:
+        raise StructPruneError(
+            f"stats={config.stats!r} holds moments of the dense model, which training has changed by then; leave it "
+            "out, or prune first (`structprune prune --stats`)."
+        )
+    if config.recovery is not None:
+        raise StructPruneError("recovery is training after a pruning, and a Trainer trains already; leave it out.")
+
+
+def _check_model(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, use: str) -> None:
     """The model as it is."""
-    config, arch, model = case.config, case.arch, case.model
-    yield (
-        case.use == TRAINER and is_quantized(model),
-        f"{type(model).__name__} is quantized; prune `model.dequantize()`, or load it without quantization.",
-    )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    yield (
-        config.stats is None and longest is not None and config.seq_length > longest,
-        f"seq_length={config.seq_length} is longer than the model's {longest} positions.",
-    )
-    yield (
-        arch.causal and model.get_output_embeddings() is None,
-        f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM.",
-    )
+    name, longest = type(model).__name__, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if use == TRAINER and is_quantized(model):
+        raise StructPruneError(f"{name} is quantized; prune `model.dequantize()`, or load it without quantization.")
+    if config.stats is None and longest is not None and config.seq_length > longest:
+        raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
+    if arch.causal and model.get_output_embeddings() is None:
+        raise StructPruneError(f"{name} has no language-model head; load it with AutoModelForCausalLM.")
 
 
-def offloading_rules(case: Case) -> Rules:
+def _check_offloaded(
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, use: str, widths: Widths
+) -> None:
     """What takes all weights of a model at once, where accelerate has offloaded some."""
-    config, name = case.config, type(case.model).__name__
-    if not is_offloaded(case.model):
+    if not is_offloaded(model):
         return
-    advice = "load the model in memory, or over several devices"
-    yield (case.use == TRAINER, f"{name} is offloaded, and a Trainer trains weights in memory; {advice}.")
-    yield (is_quantized(case.model), f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
-    yield (
-        CRITERIA.get(config.scored_by).watches is not None,
-        f"criterion={config.scored_by!r} takes passes through all layers of {name} at once, which is offloaded; "
-        f"choose criterion='obs' or 'wanda', or {advice}.",
-    )
-    if case.use != CALIBRATE:
-        yield from _offloaded_whole(case, advice)
-    check_sequential(case.model, case.arch)
+    name, advice = type(model).__name__, "load the model in memory, or over several devices"
+    if use == TRAINER:
+        raise StructPruneError(f"{name} is offloaded, and a Trainer trains weights in memory; {advice}.")
+    if is_quantized(model):
+        raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
+    if CRITERIA.get(config.scored_by).watches is not None:
+        raise StructPruneError(
+            f"criterion={config.scored_by!r} takes passes through all layers of {name} at once, which is offloaded; "
+            f"choose criterion='obs' or 'wanda', or {advice}."
+        )
+    if HIDDEN in widths:
+        raise StructPruneError(
+            f"'hidden' changes all layers of {name} at once, which is offloaded; prune inside the layers, or {advice}."
+        )
+    if use == PRUNE and config.recovery is not None:
+        raise StructPruneError(
+            f"Recovery trains weights in memory, and {name} is offloaded; leave recovery out, save, and recover the "
+            "smaller model."
+        )
+    check_sequential(model, arch)
 
 
-def _offloaded_whole(case: Case, advice: str) -> Rules:
-    """What a pruning changes in all layers at once."""
-    config, name = case.config, type(case.model).__name__
-    yield (
-        HIDDEN in case.widths,
-        f"'hidden' changes all layers of {name} at once, which is offloaded; prune inside the layers, or {advice}.",
-    )
-    yield (
-        config.recovery is not None,
-        f"Recovery trains weights in memory, and {name} is offloaded; leave recovery out, save, and recover the "
-        "smaller model.",
-    )
-
-
-def text_rules(case: Case) -> Rules:
+def _check_text(config: StructPruneConfig, has_tokenizer: bool, has_inputs: bool) -> None:
     """What the text is read with."""
-    config = case.config
-    yield (
-        case.has_inputs and config.stats is not None,
-        f"inputs are calibration data, and stats={config.stats!r} stands in for them.",
-    )
-    yield (
-        not (case.has_tokenizer or case.has_inputs or config.stats is not None),
-        "The domains are text, and reading them takes a tokenizer; pass the model's own.",
-    )
+    if has_inputs and config.stats is not None:
+        raise StructPruneError(f"inputs are calibration data, and stats={config.stats!r} stands in for them.")
+    if not (has_tokenizer or has_inputs or config.stats is not None):
+        raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
 
 
-def criterion_rules(case: Case) -> Rules:
-    """The criterion, for the spaces that shrink."""
-    config, names = case.config, list(case.widths)
-    others = [name for name in names if name != LAYER]
-    yield (
-        judges_layers(config) and bool(others),
-        f"criterion={config.criterion!r} judges whole layers, and nothing inside them; prune {LAYER!r} in a run of "
-        f"its own, or choose a criterion for {(others or names)[0]!r}: {LAYER!r} is judged by {BLOCK_INFLUENCE!r} "
-        "then.",
-    )
-    if judges_layers(config):
-        return
-    CRITERIA.get(config.scored_by).check(config, case.arch, case.use)  # an unknown name is refused here
+def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:
+    """The criterion, for the spaces that shrink; an unknown name is refused too."""
+    if not judges_layers(config):
+        CRITERIA.get(config.scored_by).check(config, arch, use)
+    elif others := [name for name in widths if name != LAYER]:
+        raise StructPruneError(
+            f"criterion={config.criterion!r} judges whole layers, and nothing inside them; prune {LAYER!r} in a run "
+            f"of its own, or choose a criterion for {others[0]!r}: {LAYER!r} is judged by {BLOCK_INFLUENCE!r} then."
+        )
 
 
-def round_rules(case: Case) -> Rules:
-    """The number of rounds."""
-    rounds, most = case.config.rounds, max(space.size for space in case.arch.spaces)
-    yield (
-        rounds > most,
-        f"rounds={rounds} is more than the {most} units of the widest space, and each round has to remove some; "
-        f"choose {most} at most.",
-    )
+def _check_trainer_spaces(arch: ArchSpec, widths: Widths) -> None:
+    """The spaces that a Trainer cannot prune."""
+    if of_model := [space.name for space in arch.model_spaces if space.name in widths]:
+        raise StructPruneError(
+            f"{of_model[0]!r} belongs to the whole model, and a Trainer prunes inside the layers only; prune it first "
+            "(`structprune prune`), then train."
+        )
 
 
-def space_rules(case: Case) -> Rules:
+def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
     """Spaces that do not go with an option."""
-    config, arch, names = case.config, case.arch, list(case.widths)
-    before = [name for name in names if name in WHOLE_MODEL]
-    yield (
-        config.max_perplexity_ratio is not None and bool(before),
-        f"max_perplexity_ratio is held by rounds, and {before[0] if before else ''!r} goes before them; leave either "
-        "out.",
-    )
-    yield (
-        HIDDEN in names and config.refit == "bias",
-        f"refit='bias' needs a bias in all that reads {HIDDEN!r}; use refit='least_squares' or 'none'.",
-    )
-    yield (
-        HIDDEN in names and config.refit not in ("none", "bias", "least_squares"),
-        f"refit={config.refit!r} is for consumers inside the layers, and {HIDDEN!r} is read all over the model; use "
-        "refit='least_squares' or 'none'.",
-    )
-    biased_spaces(config, arch, [name for name in names if arch.of(name)[0].inside])
-    yield (
-        config.searches and not arch.causal,
-        f"allocation={config.allocation!r} measures how far the predictions of the next token move, and a model of "
-        f"type {arch.model_type!r} makes none; use allocation='uniform' or 'global'.",
-    )
-    outside = [name for name in names if not arch.of(name)[0].inside or arch.of(name)[0].layer == MODEL]
-    yield (
-        config.searches and bool(outside),
-        f"allocation={config.allocation!r} chooses widths inside the layers, and {(outside or [''])[0]!r} is none of "
-        "them; leave it out of targets and widths.",
-    )
-    yield (
-        config.allocation == "search_uniform" and not alike(arch, names),
-        f"The layers of this {arch.model_type} model differ in width, and allocation='search_uniform' looks for one "
-        "shape of all layers; choose allocation='search'.",
-    )
-    yield (
-        not arch.causal and (config.reweights or config.max_perplexity_ratio is not None),
-        "objective='worst' and max_perplexity_ratio go by perplexity, which a model of type "
-        f"{arch.model_type!r} does not have; leave them out.",
-    )
+    widest, before = max(space.size for space in arch.spaces), [name for name in WHOLE_MODEL if name in widths]
+    if config.rounds > widest:
+        raise StructPruneError(
+            f"rounds={config.rounds} is more than the {widest} units of the widest space, and each round has to "
+            f"remove some; choose {widest} at most."
+        )
+    if config.max_perplexity_ratio is not None and before:
+        raise StructPruneError(
+            f"max_perplexity_ratio is held by rounds, and {before[0]!r} goes before them; leave either out."
+        )
+    if HIDDEN in widths and config.refit == "bias":
+        raise StructPruneError(
+            f"refit='bias' needs a bias in all that reads {HIDDEN!r}; use refit='least_squares' or 'none'."
+        )
+    if HIDDEN in widths and config.refit not in ("none", "least_squares"):
+        raise StructPruneError(
+            f"refit={config.refit!r} is for consumers inside the layers, and {HIDDEN!r} is read all over the model; "
+            "use refit='least_squares' or 'none'."
+        )
+    biased_spaces(config, arch, [name for name in widths if arch.of(name)[0].inside])
+    if config.searches:
+        _check_search(config, arch, widths)
+    if not arch.causal and (config.reweights or config.max_perplexity_ratio is not None):
+        raise StructPruneError(
+            "objective='worst' and max_perplexity_ratio go by perplexity, which a model of type "
+            f"{arch.model_type!r} does not have; leave them out."
+        )
 
 
-def statistics_rules(case: Case) -> Rules:
-    """What stored moments know nothing of."""
-    config, arch = case.config, case.arch
+def _check_search(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
+    """Spaces and models whose losses are not measured."""
+    outside = [name for name in widths if not arch.of(name)[0].inside or arch.of(name)[0].layer == MODEL]
+    if not arch.causal:
+        raise StructPruneError(
+            f"allocation={config.allocation!r} measures how far the predictions of the next token move, and a model "
+            f"of type {arch.model_type!r} makes none; use allocation='uniform' or 'global'."
+        )
+    if outside:
+        raise StructPruneError(
+            f"allocation={config.allocation!r} chooses widths inside the layers, and {outside[0]!r} is none of them; "
+            "leave it out of targets and widths."
+        )
+    if config.allocation == "search_uniform" and not alike(arch, list(widths)):
+        raise StructPruneError(
+            f"The layers of this {arch.model_type} model differ in width, and allocation='search_uniform' looks for "
+            "one shape of all layers; choose allocation='search'."
+        )
+
+
+def _check_statistics(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
+    """What stored moments know nothing of; what is no folder of them is refused too."""
     if config.stats is None:
         return
-    Statistics.load(config.stats)  # what is no folder of statistics is refused here
-    for name in case.widths:
-        yield (
-            any(space.experts is not None or space.layer == MODEL for space in arch.of(name)),
-            f"Stored statistics are moments of what consumers read, and {name!r} is judged by something else; prune "
-            "without stats.",
+    Statistics.load(config.stats)
+    for name in widths:
+        if any(space.experts is not None or space.layer == MODEL for space in arch.of(name)):
+            raise StructPruneError(
+                f"Stored statistics are moments of what consumers read, and {name!r} is judged by something else; "
+                "prune without stats."
+            )
+    _check_not_watching(config)
+
+
+def _check_stored(config: StructPruneConfig, arch: ArchSpec) -> None:
+    """Models whose moments are not stored."""
+    inside = next((space for space in arch.spaces if space.experts is not None), None)
+    if inside is not None:
+        raise StructPruneError(
+            f"This {arch.model_type} model has experts ({inside.experts}), which are judged by the tokens that are "
+            "routed to them in a run; only the moments of dense models are stored. Prune it without stats."
         )
-    yield from _never_stored(config)
+    _check_not_watching(config)
 
 
-def _never_stored(config: StructPruneConfig) -> Rules:
-    yield (
-        CRITERIA.get(config.scored_by).watches is not None,
-        f"criterion={config.criterion!r} goes by passes through the whole model, of which nothing is stored; prune "
-        "without stats, or choose criterion='obs', 'wanda' or 'flap'.",
-    )
+def _check_not_watching(config: StructPruneConfig) -> None:
+    if CRITERIA.get(config.scored_by).watches is not None:
+        raise StructPruneError(
+            f"criterion={config.criterion!r} goes by passes through the whole model, of which nothing is stored; "
+            "prune without stats, or choose criterion='obs', 'wanda' or 'flap'."
+        )
 
 
-def checkpoint_rules(case: Case) -> Rules:
-    """The folders that remember the rounds and the measured losses."""
-    for folder in filter(None, (case.config.checkpoint_dir, case.config.losses_dir)):
-        check_folder(folder)
-    yield from ()
-
-
-def recovery_rules(case: Case) -> Rules:
+def _check_recovery(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> None:
     """The training that follows."""
-    if case.config.recovery is None:
+    if config.recovery is None:
         return
     # Training libraries take seconds to import, and most runs do without.
     from ..recovery.checks import check_recovery
 
-    yield (
-        not case.arch.causal,
-        f"recovery trains models that predict the next token, and a model of type {case.arch.model_type!r} does not; "
-        "prune it without recovery, then train it as it was trained before.",
-    )
-    check_recovery(case.config.recovery, case.config, case.model)
-
-
-def trainer_rules(config: StructPruneConfig) -> Rules:
-    """What a Trainer cannot do between its steps."""
-    yield (
-        config.refit == "bias",
-        "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'.",
-    )
-    yield (
-        config.spans_rounds or config.objective == "worst",
-        "objective, max_perplexity_ratio and checkpoint_dir span the rounds of one pruning, and a Trainer prunes in "
-        "steps of its own; leave these out.",
-    )
-    yield (
-        config.allocation != "uniform",
-        f"allocation={config.allocation!r} ranks the units of the dense model before anything is removed, which a "
-        "Trainer's steps do not; use allocation='uniform', or prune first (`structprune prune`).",
-    )
-    yield (
-        config.stats is not None,
-        f"stats={config.stats!r} holds moments of the dense model, which training has changed by then; leave it out, "
-        "or prune first (`structprune prune --stats`).",
-    )
-    yield (
-        config.recovery is not None,
-        "recovery is training after a pruning, and a Trainer trains already; leave it out.",
-    )
-
-
-def trainer_space_rules(case: Case) -> Rules:
-    """The spaces that a Trainer cannot prune."""
-    of_model = [space.name for space in case.arch.model_spaces if space.name in case.widths]
-    yield (
-        bool(of_model),
-        f"{of_model[0] if of_model else ''!r} belongs to the whole model, and a Trainer prunes inside the layers "
-        "only; prune it first (`structprune prune`), then train.",
-    )
-
-
-def calibrate_rules(case: Case) -> Rules:
-    """Models whose moments are not stored."""
-    inside = next((space for space in case.arch.spaces if space.experts is not None), None)
-    yield (
-        inside is not None,
-        f"This {case.arch.model_type} model has experts ({inside.experts if inside else ''}), which are judged by the "
-        "tokens that are routed to them in a run; only the moments of dense models are stored. Prune it without "
-        "stats.",
-    )
-    yield from _never_stored(case.config)
-
-
-# Rules that need no model, so that a mistake shows as early as can be.
-CONFIG_RULES: Mapping[str, Iterable[Any]] = {TRAINER: (trainer_rules,)}
-RULES: Mapping[str, Iterable[Any]] = {
-    DRY_RUN: (criterion_rules, round_rules, space_rules),
-    PRUNE: (
-        model_rules,
-        offloading_rules,
-        criterion_rules,
-        round_rules,
-        space_rules,
-        text_rules,
-        statistics_rules,
-        checkpoint_rules,
-        recovery_rules,
-    ),
-    TRAINER: (
-        model_rules,
-        offloading_rules,
-        criterion_rules,
-        trainer_space_rules,
-        round_rules,
-        space_rules,
-    ),
-    CALIBRATE: (model_rules, offloading_rules, calibrate_rules, text_rules),
-}
+    if not arch.causal:
+        raise StructPruneError(
+            f"recovery trains models that predict the next token, and a model of type {arch.model_type!r} does not; "
+            "prune it without recovery, then train it as it was trained before."
+        )
+    check_recovery(config.recovery, config, model)
 
 
 def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from transformers.utils.logging import tqdm
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec, Axis, Space, Widths
 from ..calibration.linalg import ridge_strength
+from ..calibration.moments import Moments
 from ..calibration.passes import Passes, PassesState
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, Criterion
-from ..criteria.mixture import Mixture, Pool, Pooled, Scoring, output_energy, pooled, standardised
+from ..criteria.mixture import Mixture, Pool, Pooled, output_energy, pooled, standardised
 from ..criteria.obs import producer_norms
 from ..errors import StructPruneError
 from ..forward.placement import Placement
@@ -114,50 +116,88 @@ class Sweep:
         for space in self.arch.at(layer):
             width = space.width_in(widths) * space.scale
             if width < space.size:
-                # What was gathered is let go before the next space: a Gram matrix takes gigabytes.
-                self.prune_space_(space, self.gather(passes, space, mixture), width, note=True)
+                gathered = self.gather(passes, space, mixture)
+                scores = self.score(space, gathered)
+                self.choose_(space, gathered, scores, width, note=True)
+                self.refit_(space, gathered, note=True)
+                del gathered  # before those of the next space: a Gram matrix takes gigabytes
         if smaller is not None:
             self.shrunk = True
             shrink_layer_(self.model, self.arch, layer, self.plan, smaller)
             self.consumers.forget(axes)
 
-    def prune_space_(self, space: Space, gathered: Sequence[Pooled], width: int, note: bool = False) -> None:
-        """Choose the units of a space that stay, and let its consumers make up for the others; with `note`, say how
-        they were chosen.
-        """
-        before = self._before(space)
-        scores = self._scores(space, gathered, len(before))
-        keep = self._chosen(space, gathered, scores, width)
-        errors = self._refit_(space, gathered, keep, measure=note)
-        self.keep[space.key] = keep
-        # A pass that removes nothing here says no more of the units.
-        if note and width < len(before):
-            chosen = torch.isin(torch.tensor(before), torch.tensor(keep))
-            self.choices[space.key] = _summary(chosen, gathered, errors)
-
     def gather(self, passes: Passes, space: Space, mixture: Mixture) -> list[Pooled]:
-        """What the samples say of a space, by consumer: the scores of the units that are left by the present weights,
-        and the moments of the domain mixture.
-        """
-        before, criterion = self._before(space), self._criterion(space.layer)
-        norms = self._producer_norms(criterion, space)
-        pools = []
-        for axis in space.into:
-            dense, present, columns = self.consumers.dense(axis)[0], self.consumers.present(axis)[0], None
-            if len(before) < space.size:
-                columns = units_to_columns(before, axis, present.device)
-                present = present[:, columns]
-            pools.append(Pool(mixture, dense, Scoring(criterion, present, axis.per_unit, columns, norms)))
-        gram = criterion.needs_gram or self.config.correlates
+        """What the samples say of a space: the moments of the domain mixture, by consumer."""
+        pools = [Pool(mixture, self.consumers.dense(axis)[0]) for axis in space.into]
+        gram = CRITERIA.get(self.config.scored_by).needs_gram or self.config.correlates
         # A refit starts from the dense weights, so error feedback has to see the error that these leave.
         with self.consumers.as_dense(space.into):
             return pooled(passes.gather(space.layer, space, gram), pools)
 
-    def trial(self, space: Space, gathered: Sequence[Pooled], width: int) -> dict[Axis, Values]:
+    def score(self, space: Space, gathered: Sequence[Pooled]) -> Tensor:
+        """The scores of the units that are left by the present weights, the sum over the consumers of the space, shape
+        `(units,)`.
+        """
+        criterion, units, total = self._criterion(space.layer), len(self._before(space)), []
+        for axis, of_consumer in zip(space.into, gathered, strict=True):
+            weight, moments = self._present(criterion, space, axis, of_consumer)
+            scores = criterion.score(weight, moments, axis.per_unit)
+            if scores.shape != (units,) or not torch.isfinite(scores).all():
+                kind = f"the shape {tuple(scores.shape)}" if scores.shape != (units,) else "NaN or infinite values"
+                raise StructPruneError(
+                    f"The criterion {self.config.scored_by!r} has to give {units} finite scores, one per unit, at "
+                    f"{axis.module}; it gives {kind}."
+                )
+            total.append(scores)
+        return torch.stack(total).sum(0)
+
+    def choose_(
+        self, space: Space, gathered: Sequence[Pooled], scores: Tensor, width: int, note: bool = False
+    ) -> None:
+        """Keep the units with the highest scores, or those that the criterion takes in their place; `note` says how
+        they were chosen.
+        """
+        before = self._before(space)
+        keep = tuple(before[unit] for unit in best_units(scores, width))
+        if len(space.into) == 1:
+            (axis,), (of_consumer,) = space.into, gathered
+            others, dense = sorted({*before} - {*keep}), self.consumers.dense(axis)[0]
+            criterion = self._criterion(space.layer)
+            keep = criterion.exchanged(keep, others, dense, of_consumer.moments, axis.per_unit)
+        # A pass that removes nothing here says no more of the units.
+        if note and width < len(before):
+            chosen = torch.isin(torch.tensor(before), torch.tensor(keep))
+            self.choices[space.key] = choice_of(chosen, self._carried(space, gathered))
+        self.keep[space.key] = keep
+
+    def refit_(self, space: Space, gathered: Sequence[Pooled], note: bool = False) -> None:
+        """Give each consumer of a space its refitted columns and mask the others; `note` says how much of its output
+        that loses.
+        """
+        criterion, keep, errors = self._criterion(space.layer), self.keep[space.key], []
+        for axis, of_consumer in zip(space.into, gathered, strict=True):
+            moments = of_consumer.moments
+            weight, bias = self.consumers.dense(axis)
+            columns = units_to_columns(keep, axis, weight.device)
+            start = criterion.unfitted(weight, moments) if self.config.refit == "none" else weight
+            ridge = ridge_strength(self.config.damping, len(columns), moments.count)
+            refitted = REFITS.get(self.config.refit)(start, bias, moments, columns, ridge)
+            if note and moments.gram is not None:
+                squared = squared_errors(weight, bias, moments, columns, *refitted)
+                errors.append((*squared, output_energy(weight, moments)))
+            self.consumers.mask_(axis, columns, *refitted)
+        if len(errors) == len(space.into) and space.key in self.choices:
+            removed, refitted, energy = (sum(of_all) for of_all in zip(*errors, strict=True))
+            if energy > 0 and isfinite(removed) and isfinite(refitted):
+                error = (removed / energy, refitted / energy)
+                self.choices[space.key] = replace(self.choices[space.key], error=error)
+
+    def trial(self, space: Space, gathered: Sequence[Pooled], scores: Tensor, width: int) -> dict[Axis, Values]:
         """The values of the consumers of one space if it kept so many units; the model is left as it is."""
         keep = dict(self.keep)
         with self.consumers.holding(self.consumers.copies(space.into)):
-            self.prune_space_(space, gathered, width)
+            self.choose_(space, gathered, scores, width)
+            self.refit_(space, gathered)
             values = self.consumers.copies(space.into)
         self.keep = keep
         self.consumers.forget(space.into)
@@ -221,77 +261,37 @@ class Sweep:
         config = replace(self.config, seed=self.config.seed + layer)
         return CRITERIA.get(config.scored_by)(config)
 
-    def _producer_norms(self, criterion: Criterion, space: Space) -> Tensor | None:
-        return producer_norms(self.model, self.arch, space) if criterion.needs_producer_norms else None
-
     def _before(self, space: Space) -> tuple[int, ...]:
         return self.keep.get(space.key, tuple(range(space.size)))
 
-    def _scores(self, space: Space, gathered: Sequence[Pooled], units: int) -> Tensor:
-        """The scores of the units that are left, the sum over the consumers of the space, shape `(units,)`."""
-        for axis, of_consumer in zip(space.into, gathered, strict=True):
-            scores = of_consumer.scores
-            if scores.shape != (units,) or not torch.isfinite(scores).all():
-                kind = f"the shape {tuple(scores.shape)}" if scores.shape != (units,) else "NaN or infinite values"
-                raise StructPruneError(
-                    f"The criterion {self.config.scored_by!r} has to give {units} finite scores, one per unit, at "
-                    f"{axis.module}; it gives {kind}."
-                )
-        return torch.stack([of_consumer.scores for of_consumer in gathered]).sum(0)
+    def _present(self, criterion: Criterion, space: Space, axis: Axis, of_consumer: Pooled) -> tuple[Tensor, Moments]:
+        """What a criterion scores: the present weight of the units that are left, and their moments."""
+        weight, moments = self.consumers.present(axis)[0], of_consumer.moments
+        if criterion.needs_producer_norms:
+            moments = replace(moments, saliency=producer_norms(self.model, self.arch, space))
+        if (before := self._before(space)) and len(before) < space.size:
+            columns = units_to_columns(before, axis, weight.device)
+            weight, moments = weight[:, columns], moments.select(columns)
+        return weight, moments
 
-    def _chosen(self, space: Space, gathered: Sequence[Pooled], scores: Tensor, width: int) -> tuple[int, ...]:
-        """The units with the highest scores, or those that the criterion takes in their place."""
-        before = self._before(space)
-        keep = tuple(before[unit] for unit in best_units(scores, width))
-        if len(space.into) > 1:
-            return keep
-        (axis,), (of_consumer,) = space.into, gathered
-        others = sorted({*before} - {*keep})
-        dense = self.consumers.dense(axis)[0]
-        return self._criterion(space.layer).exchanged(keep, others, dense, of_consumer.moments, axis.per_unit)
-
-    def _refit_(
-        self, space: Space, gathered: Sequence[Pooled], keep: Sequence[int], measure: bool
-    ) -> list[tuple[float, float, float]]:
-        """Give each consumer of a space its refitted columns and mask the others.
-
-        With `measure`, the result has the squared error of each consumer's output without a refit, the one with it,
-        and the energy of the output.
+    def _carried(self, space: Space, gathered: Sequence[Pooled]) -> Tensor | None:
+        """How much output each unit that is left carries in each domain, summed over the consumers of the space, shape
+        `(domains, units)`; None where a domain has no tokens.
         """
-        criterion, errors = self._criterion(space.layer), []
+        carried = []
         for axis, of_consumer in zip(space.into, gathered, strict=True):
-            moments = of_consumer.moments
-            weight, bias = self.consumers.dense(axis)
-            columns = units_to_columns(keep, axis, weight.device)
-            start = criterion.unfitted(weight, moments) if self.config.refit == "none" else weight
-            ridge = ridge_strength(self.config.damping, len(columns), moments.count)
-            refitted = REFITS.get(self.config.refit)(start, bias, moments, columns, ridge)
-            if measure and moments.gram is not None:
-                squared = squared_errors(weight, bias, moments, columns, *refitted)
-                errors.append((*squared, output_energy(weight, moments)))
-            self.consumers.mask_(axis, columns, *refitted)
-        return errors
+            weight = self.consumers.present(axis)[0]
+            columns = units_to_columns(self._before(space), axis, weight.device)
+            carried.append(of_consumer.carried(weight[:, columns], columns, axis.per_unit))
+        known = [of_consumer for of_consumer in carried if of_consumer is not None]
+        return torch.stack(known).sum(0) if len(known) == len(carried) else None
 
     def _comparable(self, space: Space, passes: Passes, mixture: Mixture) -> Tensor:
         """Scores of the units of a space that compare over layers, shape `(units,)`."""
-        criterion = self._criterion(space.layer)
-        weights = [self.consumers.present(axis)[0] for axis in space.into]
-        norms = self._producer_norms(criterion, space)
-        pools = [Pool(mixture, weight, Scoring(criterion, weight, 1, producer_norms=norms)) for weight in weights]
+        criterion, by_consumer = self._criterion(space.layer), []
+        pools = [Pool(mixture, self.consumers.present(axis)[0]) for axis in space.into]
         gathered = pooled(passes.gather(space.layer, space, criterion.needs_gram), pools)
-        by_consumer = [
-            standardised(of_consumer.scores, axis.per_unit).cpu()
-            for axis, of_consumer in zip(space.into, gathered, strict=True)
-        ]
+        for axis, of_consumer in zip(space.into, gathered, strict=True):
+            columns = criterion.score(*self._present(criterion, space, axis, of_consumer), 1)
+            by_consumer.append(standardised(columns, axis.per_unit).cpu())
         return torch.stack(by_consumer).mean(0)
-
-
-def _summary(kept: Tensor, gathered: Sequence[Pooled], errors: Sequence[tuple[float, float, float]]) -> Choice:
-    """What is noted of a choice: sums over the consumers of the space, where all of them know."""
-    carried = [of_consumer.carried for of_consumer in gathered if of_consumer.carried is not None]
-    every = len(gathered)
-    return choice_of(
-        kept,
-        torch.stack(carried).sum(0) if len(carried) == every else None,
-        tuple(map(sum, zip(*errors, strict=True))) if len(errors) == every else None,
-    )

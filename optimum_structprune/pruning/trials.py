@@ -250,9 +250,9 @@ def refits_of(sweep: Sweep, spaces: Sequence[Space], passes: Passes, mixture: Mi
     """
 
     def refits(space: Space, gathered: Any) -> dict[int, dict[Axis, Values]]:
-        width = space.width
+        width, scores = space.width, sweep.score(space, gathered)
         removed = sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0})
-        return {units: sweep.trial(space, gathered, (width - units) * space.scale) for units in removed}
+        return {units: sweep.trial(space, gathered, scores, (width - units) * space.scale) for units in removed}
 
     if len(spaces) == 1:
         gathered = sweep.gather(passes, spaces[0], mixture)

@@ -10,7 +10,7 @@ from models import config
 
 from optimum_structprune.calibration.moments import Moments, mix
 from optimum_structprune.criteria import CRITERIA
-from optimum_structprune.criteria.mixture import Mixture, Pool, Scoring, output_energy, pooled
+from optimum_structprune.criteria.mixture import Mixture, output_energy
 from optimum_structprune.domains.reweight import MOST, reweighted
 
 
@@ -33,8 +33,7 @@ def test_contributions_that_are_all_alike_stay_finite_and_small(flat):
 
 
 def scores_of(mixture, criterion, weight, moments, columns_per_unit=1):
-    pool = Pool(mixture, weight, Scoring(criterion, weight, columns_per_unit))
-    return pooled(([deepcopy(part)] for part in moments), [pool])[0].scores
+    return criterion.score(weight, mixture.pool(weight, map(deepcopy, moments)), columns_per_unit)
 
 
 @pytest.fixture

@@ -28,6 +28,12 @@ def domains():
     ]
 
 
+def tried(sweep, space, passes, mixture, width):
+    """The values of the consumers of a space that is cut to a width on trial."""
+    gathered = sweep.gather(passes, space, mixture)
+    return sweep.trial(space, gathered, sweep.score(space, gathered), width)
+
+
 def snapshot(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -71,7 +77,7 @@ def test_a_probe_from_the_middle_sees_what_whole_passes_see(case):
         torch.testing.assert_close(probe.losses(), torch.zeros(2), atol=1e-5, rtol=0)
         for space in [space for space in arch.at(layer) if space.kind in free_spaces(arch)]:
             width = space.size // (2 * space.scale) * space.scale
-            consumers = sweep.trial(space, sweep.gather(passes, space, evidence.mixture), width)
+            consumers = tried(sweep, space, passes, evidence.mixture, width)
             assert_untouched(model, before)
             with sweep.consumers.holding(consumers):
                 torch.testing.assert_close(probe.losses(), divergences(model, dense, batches), atol=1e-6, rtol=1e-3)
@@ -90,7 +96,7 @@ def test_trials_prune_as_the_sweep_does_and_lose_more_with_more_gone():
     losses = trial_losses(sweep, refits_of(sweep, [space], passes, mixture), probe)
     assert list(losses) == [10, 30]
     assert (torch.stack(list(losses.values())).diff(dim=0) > 0).all()
-    consumers = sweep.trial(space, sweep.gather(passes, space, mixture), 20)
+    consumers = tried(sweep, space, passes, mixture, 20)
     assert_untouched(model, before)
     assert sweep.keep == {}
     sweep.run_(evidence.passes(model, arch), mixture, {"mlp": 20}, None, "round")
