@@ -24,7 +24,7 @@ from .pruner import AutoStructPruner
 from .pruning.checks import DRY_RUN, check
 from .record.text import table
 from .system.memory import readable_size
-from .widths.budget import biased_spaces, widths_of
+from .widths.budget import biased_spaces
 
 
 RANKED = "the widths of single layers follow from calibration; these remove as much in all"
@@ -179,8 +179,7 @@ def dry_run(
     dense = build(model_config)
     arch = describe(dense, config.arch_file)
     dtype = dtype or _saved_dtype(model_config)
-    check(config, arch, dense, DRY_RUN, itemsize=dtype.itemsize)
-    widths = widths_of(config, arch, dense, itemsize=dtype.itemsize)
+    widths = check(config, arch, dense, DRY_RUN, itemsize=dtype.itemsize)
     biased = biased_spaces(config, arch, [name for name in widths if arch.of(name)[0].inside])
     small = build(shrunk_config(model_config, arch, widths, biased))
     parameters = Change(dense.num_parameters(), small.num_parameters())

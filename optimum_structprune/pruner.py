@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -32,7 +31,6 @@ from .registry import Registry
 from .saving.hub import save_pruned
 from .surgery.plan import Plan
 from .system.offloading import is_offloaded
-from .widths.budget import widths_of
 
 
 PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
@@ -88,18 +86,15 @@ class StructPruner:
                 free; nothing has changed then.
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
-        config = self.config
-        arch = checked(config, model, tokenizer, inputs)
-        shapes = _shapes(model)
-        widths = widths_of(config, arch, shapes)
-        check_room(config, arch, model, shapes, widths, inplace, inputs)
-        report = Report(arch.model_type, config.scored_by)
+        arch, widths = checked(self.config, model, tokenizer, inputs)
+        check_room(self.config, arch, model, _shapes(model), widths, inplace, inputs)
+        report = Report(arch.model_type, self.config.scored_by)
         with report.timed("domains"):
-            evidence = Evidence.read(config, _to_read(model, config), tokenizer, inputs)
+            evidence = Evidence.read(self.config, _to_read(model, self.config), tokenizer, inputs)
         model, dense = _to_change(model, inplace)
         evidence = with_batch_size(evidence, arch, model, widths)
         with Run(model, evidence, tokenizer, inplace, report) as run:
-            shape = choose_shape(evidence.config, arch, model, evidence, report)
+            shape = choose_shape(run, widths)
             run.start(dense)
             run.layers = shape.layers
             for step in self.steps(arch, model, shape.after_removal()):
@@ -108,8 +103,7 @@ class StructPruner:
                     run.compare()
                     run.recover(step.part, step.parts)
             run.finish()
-        used = evidence.config
-        self.used_config = replace(config, breadth=used.breadth, broad_text=used.broad_text)
+        self.used_config = run.config
         self.plan, self.report, self.manifest = run.plan, report, evidence.manifest(tokenizer)
         return model
 
@@ -227,8 +221,8 @@ def checked(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     inputs: Mapping[str, Tensor] | None,
-) -> ArchSpec:
-    """The description of a model that can be pruned as a config says.
+) -> tuple[ArchSpec, Widths]:
+    """The description of a model that can be pruned as a config says, and its final widths; see `check`.
 
     A quantized model is not unpacked for it: its shapes are those of an unpacked model without weights.
     """
@@ -236,8 +230,8 @@ def checked(
     check_plain(model)
     shapes = _shapes(model)
     arch = describe(shapes, config.arch_file)
-    check(config, arch, shapes, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
-    return arch
+    widths = check(config, arch, shapes, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
+    return arch, widths
 
 
 def _shapes(model: PreTrainedModel) -> PreTrainedModel:

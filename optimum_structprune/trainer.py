@@ -28,7 +28,6 @@ from .pruning.checks import TRAINER, check, check_trainer
 from .surgery.followers import check_state, slice_state_
 from .surgery.plan import Plan
 from .surgery.resize import resize_
-from .widths.budget import widths_of
 from .widths.schedule import legal_round_widths, removal_steps
 
 
@@ -185,8 +184,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         """Remember a dense model's widths, once it can be pruned as the config says."""
         check_plain(model)
         arch = describe(model, self.config.arch_file)
-        check(self.config, arch, model, TRAINER)
-        self._dense = arch, widths_of(self.config, arch, model)
+        self._dense = arch, check(self.config, arch, model, TRAINER)
         self.plan = Plan(arch.model_type, {})
 
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:

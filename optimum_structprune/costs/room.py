@@ -81,7 +81,7 @@ def _advice(config: StructPruneConfig, need: Need, device: torch.device, copy: i
 
 
 def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Evidence:
-    """The evidence with a number in place of `batch_size="auto"` in its config.
+    """The evidence with a batch size that fits, where the config says `batch_size="auto"`.
 
     The estimate of the memory chooses where to begin, and a forward pass on the device says whether it fits; where it
     does not, accelerate's `find_executable_batch_size` tries smaller ones.
@@ -112,7 +112,7 @@ def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, 
             f"{'' if free is None else f' in {readable_size(free)}'}: one sample of {samples.shape[1]} tokens is too "
             "much already. Choose a smaller seq_length, or --offload cpu or disk."
         ) from error
-    return replace(evidence, config=replace(config, batch_size=size))
+    return replace(evidence, batch_size=size)
 
 
 def largest_estimated(work: Workload, most: int, free: int | None, offloaded: bool) -> int:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.spec import ArchSpec
-from ..config.pruning import ALLOCATIONS, StructPruneConfig
+from ..arch.spec import ArchSpec, Widths
+from ..config.pruning import ALLOCATIONS
 from ..forward.metrics import evaluating
-from ..record.report import Report
 from ..widths.budget import widths_of
 from ..widths.shapes import Shape
 from .evidence import Evidence
+from .run import Run
 from .search import search
 from .sweep import Sweep
 
@@ -22,19 +21,18 @@ from .sweep import Sweep
 Scores = dict[tuple[int, str], Tensor]
 
 
-def choose_shape(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, evidence: Evidence, report: Report
-) -> Shape:
-    """The widths that a config asks for, from scores of all units or from measured losses where it says so."""
-    if config.searches:
-        return search(model, arch, config, evidence, report)
-    widths = widths_of(config, arch, model)
-    if config.allocation != "uniform":
-        rank = ALLOCATIONS.get(config.allocation)
-        with evaluating(model), report.timed("ranking"):
-            scores = rank(model, arch, evidence, list(widths))
-        widths = widths_of(config, arch, model, scores)
-    return Shape(widths)
+def choose_shape(run: Run, widths: Widths) -> Shape:
+    """The shape that a run brings its model to: the widths of its config, or where that says so, others of the same
+    total from scores of all units or from measured losses.
+    """
+    if run.config.searches:
+        return search(run)
+    if run.config.allocation == "uniform":
+        return Shape(widths)
+    rank = ALLOCATIONS.get(run.config.allocation)
+    with evaluating(run.model), run.report.timed("ranking"):
+        scores = rank(run.model, run.arch, run.evidence, list(widths))
+    return Shape(widths_of(run.config, run.arch, run.model, scores))
 
 
 @ALLOCATIONS.register("global")
@@ -50,7 +48,5 @@ def dense_scores(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, nam
     Returns:
         By layer and name of the space, shape `(units,)`; the units with the lowest scores go first.
     """
-    # The dense model has no error to make up for, so there is no stream of dense hidden states to carry beside it.
-    evidence = replace(evidence, config=replace(evidence.config, error_feedback=0.0))
     passes = evidence.passes(model, arch, fixed=True)
     return Sweep(model, arch, evidence.config).scores(passes, evidence.mixture, names)

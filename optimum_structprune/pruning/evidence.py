@@ -35,6 +35,7 @@ class Evidence:
         domains: The domains with their samples; with stored moments, shapes without content.
         shares: The present weight of each domain; they sum to 1.
         clock: Takes the time that each domain costs.
+        batch_size: The number of samples in a forward pass.
         statistics: Stored moments of the dense model; None where the samples are run.
         memory: What registered criteria and allocations remember during the run, by a name of their own.
         run_passes: Makes passes over samples; see `calibration.passes.passes_over`.
@@ -44,6 +45,7 @@ class Evidence:
     domains: Sequence[Domain]
     shares: tuple[float, ...]
     clock: Clock
+    batch_size: int
     statistics: Statistics | None = None
     run_passes: Callable[..., Passes] = passes_over
     memory: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +78,8 @@ class Evidence:
         statistics: Statistics | None = None,
     ) -> Evidence:
         """The evidence in domains that are read already."""
-        return cls(config, domains, tuple(domain.weight for domain in domains), Clock(device), statistics)
+        shares = tuple(domain.weight for domain in domains)
+        return cls(config, domains, shares, Clock(device), config.samples_at_once, statistics)
 
     @property
     def names(self) -> list[str]:
@@ -92,7 +95,7 @@ class Evidence:
     def own_batches(self) -> list[Batch]:
         """The samples of all domains that this process runs in the next round, one domain after the other."""
         domains = self._in_proportion() if self.config.reweights else self.domains
-        return batches_of([_own(domain) for domain in domains], self.config.samples_at_once)
+        return batches_of([_own(domain) for domain in domains], self.batch_size)
 
     def passes(self, model: PreTrainedModel, arch: ArchSpec, fixed: bool = False) -> Passes:
         """Passes over the samples with the model as it is now, or the stored moments.

@@ -27,7 +27,7 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
         nonlocal state
         rounds.sweep.restore_(state[0])
         run.evidence = state[1]
-        rounds.mask_(widths)
+        rounds.run_(widths)
         ratios = rounds.ratios()
         held = all(ratio <= limit for ratio in ratios.values())
         rounds.record(widths, ratios, holds=held)

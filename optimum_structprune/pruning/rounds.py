@@ -39,14 +39,16 @@ def prune_units_(run: Run, step: Step) -> Plan:
     run.rounds = rounds
     if step.number <= rounds.done:
         return Plan(run.arch.model_type, {})
-    if step.last:
-        rounds.shrink_(step.widths)
-        run.rounds = None
-        return rounds.sweep.plan
-    rounds.mask_(step.widths)
-    rounds.record(step.widths, rounds.ratios())
-    rounds.finish()
-    return Plan(run.arch.model_type, {})
+    smaller = rounds.smaller(step.widths) if step.last else None
+    rounds.run_(step.widths, smaller)
+    if smaller is None:
+        rounds.record(step.widths, rounds.ratios())
+        rounds.finish()
+        return Plan(run.arch.model_type, {})
+    rounds.record(step.widths, {})
+    adopt_config_(run.model, smaller.config, smaller)
+    run.rounds = None
+    return rounds.sweep.plan
 
 
 def run_key(config: StructPruneConfig, model: PreTrainedModel, text: Sequence[Entry], target: Widths) -> str:
@@ -81,21 +83,22 @@ class Rounds:
             if (saved := self.finished_rounds.load()) is not None:
                 self._go_on_(self.finished_rounds, saved)
 
-    def mask_(self, widths: Widths) -> None:
-        """A round that only masks."""
-        self._sweep_(widths, None)
+    def smaller(self, widths: Widths) -> PreTrainedModel:
+        """The smaller model, without weights."""
+        return skeleton(self.run.model, shrunk_config(self.run.model.config, self.arch, widths, self.biased))
 
-    def shrink_(self, widths: Widths) -> None:
-        """The last round: masked units leave the model."""
-        new_config = shrunk_config(self.run.model.config, self.arch, widths, self.biased)
-        smaller = skeleton(self.run.model, new_config)
+    def run_(self, widths: Widths, smaller: PreTrainedModel | None = None) -> None:
+        """A round, which only masks units, or brings the layers to the sizes that they have in a smaller model."""
+        run, number = self.run, self.done + 1
+        title = f"round {number}/{max(number, self.total)}"
         try:
-            self._sweep_(widths, smaller)
+            with run.report.timed(f"round {number}"):
+                passes, mixture = run.evidence.passes(run.model, self.arch), run.evidence.mixture
+                self.sweep.run_(passes, mixture, widths, smaller, title, self.finished_layers, number, self.total)
         finally:
-            self.run.changed = self.run.changed or self.sweep.shrunk
-        self._note_choices()
-        self.record(widths, {})
-        adopt_config_(self.run.model, new_config, smaller)
+            run.changed = run.changed or self.sweep.shrunk
+        if smaller is not None:
+            self._note_choices()
 
     def remove_masked_(self, widths: Widths) -> Plan:
         """Take what is masked out of the model, without another round."""
@@ -147,14 +150,6 @@ class Rounds:
         self.run.evidence = replace(self.run.evidence, shares=shares)
         self.sweep.resume_(replace(snapshot, choices=choices))
         self.done = saved.number
-
-    def _sweep_(self, widths: Widths, smaller: PreTrainedModel | None) -> None:
-        run, number = self.run, self.done + 1
-        with run.report.timed(f"round {number}"):
-            passes = run.evidence.passes(run.model, self.arch)
-            title = f"round {number}/{max(number, self.total)}"
-            mixture, store = run.evidence.mixture, self.finished_layers
-            self.sweep.run_(passes, mixture, widths, smaller, title, store, number, self.total)
 
     def _note_choices(self) -> None:
         """Hand the run what was noted of the choices, under the numbers that the layers have in the dense model."""

@@ -8,7 +8,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isnan
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from ..arch.spec import LAYER, ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating
-from ..record.report import Report
 from ..surgery.cut import drop_layers_
 from ..system.offloading import is_offloaded
 from ..widths.allocation import alike, choices, legal_widths
@@ -27,6 +25,7 @@ from ..widths.budget import keeps_to, resources, widths_of
 from ..widths.ranking import candidate_widths, spaces_by_layer
 from ..widths.shapes import Curves, Key, Resource, Shape, searched_widths, uniform_shapes
 from .evidence import Evidence
+from .run import Run
 from .sweep import Sweep
 from .trials import Probe, Trials
 
@@ -51,9 +50,7 @@ class Candidate:
     predicted: float | None = None
 
 
-def search(
-    model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig, evidence: Evidence, report: Report
-) -> Shape:
+def search(run: Run) -> Shape:
     """The shape that loses least of those that remove as much as a config says.
 
     Every layer in turn gives up a quarter and three quarters of each space, with the refit of the config, and for
@@ -61,15 +58,16 @@ def search(
     shapes of least total loss and the one without measured losses are then pruned on trial, all layers together, and
     the best is taken.
     """
-    with evaluating(model), report.timed("search"):
-        probe = Probe.of(model, arch, evidence)
-        run = Search(model, arch, config, evidence)
-        trials = run.trials(probe)
+    report = run.report
+    with evaluating(run.model), report.timed("search"):
+        probe = Probe.of(run.model, run.arch, run.evidence)
+        shapes = Search(run)
+        trials = shapes.trials(probe)
         losses = trials.losses()
         for layer, name in trials.spaces:
             by_units = {units: by_domain.tolist() for units, by_domain in losses[layer, name].items()}
             report.details.sensitivity.setdefault(name, {})[layer] = by_units
-        tried = run.tried(run.candidates(trials.curves(losses)), probe)
+        tried = shapes.tried(shapes.candidates(trials.curves(losses)), probe)
     best = min(tried, key=lambda pair: pair[0])[1]
     report.shapes = [
         {
@@ -93,17 +91,16 @@ class Search:
         legal: The legal widths by kind of space, ascending.
     """
 
-    def __init__(self, model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig, evidence: Evidence):
-        self.model, self.arch, self.config, self.evidence = model, arch, config, evidence
-        uniform = replace(config, allocation="uniform", objective="mean", losses_dir=None)
-        self.plain = widths_of(uniform, arch, model)
-        self.legal = legal_widths(config, arch, model.config)
+    def __init__(self, run: Run):
+        self.model, self.arch, self.config, self.evidence = run.model, run.arch, run.config, run.evidence
+        uniform = replace(run.config, allocation="uniform", objective="mean", losses_dir=None)
+        self.plain = widths_of(uniform, run.arch, run.model)
+        self.legal = legal_widths(run.config, run.arch, run.model.config)
 
     def trials(self, probe: Probe) -> Trials:
         """The trials that the choice takes."""
         # A trial has no errors of earlier layers that error feedback could see, and a bias would stay in the model.
-        refit: Any = "none" if self.config.refit == "bias" else self.config.refit
-        alone = replace(self.config, error_feedback=0.0, refit=refit)
+        refit = "none" if self.config.refit == "bias" else self.config.refit
         spaces = {
             (layer, name): of_kind
             for name in self.plain
@@ -111,8 +108,8 @@ class Search:
             if layer not in self.config.skip_layers
         }
         return Trials(
-            Sweep(self.model, self.arch, alone),
-            replace(self.evidence, config=alone),
+            Sweep(self.model, self.arch, self.config, refit),
+            self.evidence,
             probe,
             spaces,
             offers_layers(self.config, self.arch, self.model),

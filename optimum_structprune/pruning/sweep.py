@@ -56,6 +56,7 @@ class Sweep:
     are those of the refitted weights, in which a kept unit already makes up for units removed before.
 
     Attributes:
+        refit: The registered refit; the config's own unless another one is given.
         keep: The kept units so far, by layer and space.
         choices: How they were chosen, in summary, by layer and space.
         placement: Brings in the layers that are offloaded, one at a time.
@@ -63,8 +64,9 @@ class Sweep:
         shrunk: Whether a layer has lost its removed units for good.
     """
 
-    def __init__(self, model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig):
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig, refit: str | None = None):
         self.model, self.arch, self.config = model, arch, config
+        self.refit = refit or config.refit
         self.keep: dict[tuple[int, str], tuple[int, ...]] = {}
         self.choices: dict[tuple[int, str], Choice] = {}
         self.placement = Placement(model, arch)
@@ -179,9 +181,9 @@ class Sweep:
             moments = of_consumer.moments
             weight, bias = self.consumers.dense(axis)
             columns = units_to_columns(keep, axis, weight.device)
-            start = criterion.unfitted(weight, moments) if self.config.refit == "none" else weight
+            start = criterion.unfitted(weight, moments) if self.refit == "none" else weight
             ridge = ridge_strength(self.config.damping, len(columns), moments.count)
-            refitted = REFITS.get(self.config.refit)(start, bias, moments, columns, ridge)
+            refitted = REFITS.get(self.refit)(start, bias, moments, columns, ridge)
             if note and moments.gram is not None:
                 squared = squared_errors(weight, bias, moments, columns, *refitted)
                 errors.append((*squared, output_energy(weight, moments)))

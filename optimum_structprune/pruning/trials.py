@@ -41,7 +41,7 @@ STRIDE = 4
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-9
 # What of a config a trial depends on, beside the model and the text.
-OF_TRIALS = ("refit", "damping", "seed")
+OF_TRIALS = ("damping", "seed")
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
 Losses = dict[Key, dict[int, Tensor]]
 # Gives the values of the consumers of one kind of space in one layer, by the number of units removed.
@@ -67,7 +67,7 @@ class Probe:
     @classmethod
     def of(cls, model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> Probe:
         """The probe of the text that a run makes its choices on."""
-        samples = probe_batches(evidence.domains, evidence.config.samples_at_once)
+        samples = probe_batches(evidence.domains, evidence.batch_size)
         return cls(model, arch, samples, evidence.run_passes(model, arch, samples))
 
     def advance(self) -> None:
@@ -149,10 +149,18 @@ class Trials:
         folder = config.losses_dir or config.stats or config.checkpoint_dir
         if folder is None:
             return None
-        way = {name: getattr(config, name) for name in OF_TRIALS}
+        way = {"refit": self.sweep.refit, **{name: getattr(config, name) for name in OF_TRIALS}}
         measure = {"shares": SHARES, "tokens": PROBE_TOKENS, "stride": STRIDE}
         text = [{**asdict(entry), "origin": None} for entry in self.evidence.entries()]
-        parts = [config.scored_by, way, measure, text, list(self.evidence.shares), fingerprint(self.sweep.model)]
+        parts = [
+            config.scored_by,
+            self.sweep.refit,
+            way,
+            measure,
+            text,
+            list(self.evidence.shares),
+            fingerprint(self.sweep.model),
+        ]
         key = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return Resume(Path(folder), key, f"losses-{key[:12]}")
 

@@ -28,7 +28,8 @@ from optimum_structprune.domains.broad import builtin_domains
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.pruning.choose import choose_shape
-from optimum_structprune.record.report import Report
+from optimum_structprune.pruning.run import Run
+from optimum_structprune.widths.budget import widths_of
 
 
 WIDTHS = ({"mlp": 24, "attention": 2}, {"mlp": 9})
@@ -123,7 +124,7 @@ def test_one_ranking_of_all_units(stats):
     fields = {"allocation": "global", "sparsity": 0.3, "round_to": 1}
     found, _ = pruned(stats, **fields)
     model, evidence = build("llama-tied"), evidence_of(uneven(**fields), run_passes=whole_passes)
-    widths = choose_shape(evidence.config, describe(model), model, evidence, Report("llama", "obs")).widths
+    widths = choose_shape(Run(model, evidence), widths_of(evidence.config, describe(model), model)).widths
     assert len({*widths["mlp"].values()}) == 2 and found.plan == pruned_on(evidence, model, widths).plan
 
 

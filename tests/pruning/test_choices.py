@@ -11,7 +11,8 @@ from optimum_structprune import DomainConfig, Manifest, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import given_domains, load_domains
 from optimum_structprune.pruning.choose import choose_shape
-from optimum_structprune.record.report import Report
+from optimum_structprune.pruning.run import Run
+from optimum_structprune.widths.budget import widths_of
 
 
 # Everything that lets a measurement decide.
@@ -27,7 +28,7 @@ def run_on(settings, domains):
     """The finished run of a tiny model, with the widths chosen on the same evidence."""
     model, evidence = build("llama-tied"), evidence_of(settings, domains)
     arch = describe(model)
-    widths = choose_shape(settings, arch, model, evidence, Report(arch.model_type, settings.scored_by)).widths
+    widths = choose_shape(Run(model, evidence), widths_of(settings, arch, model)).widths
     return pruned_on(evidence, model, widths)
 
 

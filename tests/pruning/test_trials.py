@@ -14,11 +14,12 @@ from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.domains.load import Domain
 from optimum_structprune.forward.layers import Batch
 from optimum_structprune.pruning.choose import choose_shape
+from optimum_structprune.pruning.run import Run
 from optimum_structprune.pruning.search import Search
 from optimum_structprune.pruning.sweep import Sweep
 from optimum_structprune.pruning.trials import STRIDE, Probe, refits_of, trial_losses, unit_losses
-from optimum_structprune.record.report import Report
 from optimum_structprune.surgery.consumers import read_consumer
+from optimum_structprune.widths.budget import widths_of
 
 
 def domains():
@@ -48,7 +49,7 @@ def assert_untouched(model, before):
 def curves_on(model, evidence):
     """The measured losses of the FFN alone."""
     arch = describe(model)
-    trials = Search(model, arch, evidence.config, evidence).trials(Probe.of(model, arch, evidence))
+    trials = Search(Run(model, evidence)).trials(Probe.of(model, arch, evidence))
     trials = replace(trials, spaces={key: spaces for key, spaces in trials.spaces.items() if key[1] == "mlp"})
     return trials.curves(trials.losses())
 
@@ -170,7 +171,7 @@ def test_a_layer_that_does_little_gives_up_more():
     settings, arch = config(allocation="sensitivity", round_to=1, error_feedback=0.0), describe(model)
     for run_passes in (whole_passes, None):
         evidence = evidence_of(settings, run_passes=run_passes)
-        assert choose_shape(settings, arch, model, evidence, Report("llama", "obs")).widths == found
+        assert choose_shape(Run(model, evidence), widths_of(settings, arch, model)).widths == found
 
 
 def test_the_worst_domain_alone_counts_where_the_objective_is_the_worst():
