@@ -161,8 +161,8 @@ def warnings_of_transformers():
 
 @pytest.mark.usefixtures("warnings_of_transformers")
 def test_widths_of_single_layers_are_not_warned_of(folder, tmp_path, monkeypatch):
-    uneven = str(tmp_path / "uneven")
-    assert main([*commands(folder)["prune"][:2], uneven, *commands(folder)["prune"][3:]]) == 0
+    uneven, line = str(tmp_path / "uneven"), commands(folder)["prune"]
+    assert main([*line[:2], uneven, *line[3:], "--width", "attention=2"]) == 0  # heads are what is warned of
     seen, source = [], output.logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     monkeypatch.setattr(source, "handle", lambda record: seen.append(record) if source.filter(record) else None)
     level = source.level
