@@ -130,8 +130,6 @@ def load_domains(
 
 def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = False) -> list[Domain]:
     """Domains from inputs that are ready for the model, in equal shares. `inputs` has the shape `(samples, ...)`."""
-    if not inputs:
-        raise StructPruneError("inputs has to name at least one domain, got {}.")
     domains = []
     for name, samples in inputs.items():
         aside = num_heldout(len(samples), holdout)

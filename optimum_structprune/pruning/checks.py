@@ -101,6 +101,8 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any) -> None:
         raise StructPruneError(
             f"inputs takes a mapping of names to tensors, such as {{'text': ids}}, got {type(inputs).__name__}."
         )
+    if not inputs:
+        raise StructPruneError("inputs has to name at least one domain, got {}.")
     for name, samples in inputs.items():
         _check_samples(name, samples, model.config)
 
