@@ -2,7 +2,7 @@
 
 The files here are what one can do. The folders are the stages that a model passes through, and each imports only from
 those before it: `system`, `config`, `arch`, `forward`, `widths`, `domains`, `calibration`, `surgery`, `criteria`,
-`record`, `saving`, `recovery`, `pruning`, `costs`, `evaluation`, `commands`.
+`record`, `saving`, `recovery`, `pruning`, `evaluation`, `commands`.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ from .arch.spec import ArchSpec
 from .calibration.moments import save_moments
 from .calibration.stored import HELDOUT, Statistics, StoredDomain, StoredFile, moments_name
 from .config.pruning import StructPruneConfig
-from .costs.room import with_batch_size
 from .domains.manifest import MANIFEST_NAME
 from .forward.metrics import evaluating, own_settings
 from .forward.placement import Placement
 from .pruning.checks import CALIBRATE, check, check_arguments, check_config_kind
 from .pruning.evidence import Evidence
+from .pruning.room import with_batch_size
 from .system.disk import Output, used_paths
 from .system.fingerprint import fingerprint, vocabulary_hash
 

@@ -17,11 +17,11 @@ from .arch.meta import meta_model, model_class
 from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
-from .costs.need import Need, Text, Workload
-from .forward.counting import cached_values, flops_per_token, why_not_counted
+from .forward.generation import cached_values, flops_per_token, why_not_counted
 from .plain_json import replace_json
 from .pruner import AutoStructPruner
 from .pruning.checks import DRY_RUN, check
+from .pruning.room import Need, Text, Workload
 from .record.text import table
 from .system.memory import readable_size
 from .widths.budget import biased_spaces

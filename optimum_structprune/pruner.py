@@ -15,7 +15,6 @@ from .arch.plain import check_plain, dequantized, is_quantized
 from .arch.spec import ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
-from .costs.room import check_room, with_batch_size
 from .domains.broad import texts_of
 from .domains.load import Domain
 from .domains.manifest import Manifest
@@ -24,6 +23,7 @@ from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
 from .pruning.choose import choose_shape
 from .pruning.evidence import Evidence
+from .pruning.room import check_room, with_batch_size
 from .pruning.run import Run, Step
 from .pruning.steps import REMOVERS, steps
 from .record.report import Report

@@ -9,7 +9,7 @@ from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP
 from optimum_structprune.calibration.passes import LayerPasses
-from optimum_structprune.forward.calls import NotSequentialError
+from optimum_structprune.forward.layers import NotSequentialError
 from optimum_structprune.forward.metrics import model_outputs, output_error, outputs_of, run_model
 from optimum_structprune.widths.allocation import choices, legal_widths, target_widths
 

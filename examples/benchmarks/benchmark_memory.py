@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.costs.need import Text, Workload
+from optimum_structprune.pruning.room import Text, Workload
 
 
 def run(args: Namespace) -> None:

@@ -15,10 +15,8 @@ from transformers import PreTrainedModel
 from ..arch.spec import ArchSpec, Space
 from ..domains.load import Domain
 from ..errors import StructPruneError
-from ..forward.calls import NotSequentialError
-from ..forward.clock import Clock
 from ..forward.hooks import adding, observe_products
-from ..forward.layers import Batch, LayerRunner
+from ..forward.layers import Batch, Clock, LayerRunner, NotSequentialError
 from ..forward.metrics import evaluating, run_model
 from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import as_first_has_

@@ -10,8 +10,14 @@ from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..errors import StructPruneError
-from ..forward.counting import bytes_of, read_parameters, why_not_counted
-from ..forward.generation import growing_layers, last_logits_only, read_prompt
+from ..forward.generation import (
+    bytes_of,
+    growing_layers,
+    last_logits_only,
+    read_parameters,
+    read_prompt,
+    why_not_counted,
+)
 from ..forward.metrics import input_device
 
 

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..errors import StructPruneError
-from ..forward.counting import bytes_of
-from ..forward.generation import cache_name
+from ..forward.generation import bytes_of, cache_name
 from ..record.text import table
 from .evaluate import Evaluation
 from .ideal import work_of

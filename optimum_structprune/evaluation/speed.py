@@ -20,8 +20,7 @@ from torch.utils.benchmark import timer as wall_time
 from transformers import Cache, PreTrainedModel
 
 from ..errors import StructPruneError
-from ..forward.counting import bytes_of
-from ..forward.generation import cache_name, read_prompt, write_tokens
+from ..forward.generation import bytes_of, cache_name, read_prompt, write_tokens
 from ..forward.metrics import evaluating, input_device
 from ..record.text import table
 from .ideal import Work, why_not_ideal, work_of

@@ -1,14 +1,16 @@
-"""Reading a prompt and writing tokens one at a time, with the cache of keys and values between the two."""
+"""Reading a prompt and writing tokens one at a time with a cache of keys and values, and what each token costs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+
+from ..arch.spec import ArchSpec
 
 
 # What `forward` calls the cache, in newer and in older releases of transformers.
@@ -69,3 +71,63 @@ def growing_layers(cache: Cache) -> list[Any]:
     """
     layers: list[Any] = getattr(cache, "self_attention_cache", cache).layers
     return [layer for layer in layers if getattr(layer, "keys", None) is not None]
+
+
+def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int, last_logits: bool = False) -> int:
+    """The floating-point operations per token to read a prompt of so many tokens.
+
+    They are two per parameter of a matrix, two per parameter of the head and position whose logits are computed (all,
+    or the last alone), and in the mean over the prompt, two per cached value, query head of its group and token that a
+    token looks at. Sliding windows are not taken into account.
+    """
+    head = model.get_output_embeddings().get_parameter("weight")
+    matrices = sum(parameter.numel() for parameter in read_parameters(model) if parameter.ndim > 1) - head.numel()
+    logits = head.numel() // tokens if last_logits else head.numel()
+    # transformers' own name for the number of query heads to a KV head, which pruning of KV groups keeps.
+    groups = (getattr(module, "num_key_value_groups", None) for module in model.modules())
+    group = next((group for group in groups if isinstance(group, int)), 1)
+    return 2 * (matrices + logits) + group * (cached_values(model, arch) or 0) * (tokens + 1)
+
+
+def why_not_counted(model: PreTrainedModel, arch: ArchSpec) -> str:
+    """Why parameters do not say what a token costs; empty where they do."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return "it is quantized, and how its weights are unpacked is up to their kernels"
+    if any("expert" in name for name in (*arch.names, *(name for name, _ in arch.missing))):
+        return "which of its experts a token goes through depends on the text"
+    if not arch.causal or cached_values(model, arch) is None:
+        return "what it computes cannot be told without running it"
+    return ""
+
+
+@torch.no_grad()
+def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
+    """The number of values that generation keeps per token, read off the cache of a run of one token.
+
+    It is 0 for a model that does not generate, and None for one that cannot be run on the meta device.
+    """
+    if not (arch.causal or model.config.is_encoder_decoder):
+        return 0
+    embedding = model.get_input_embeddings().get_parameter("weight")
+    token = torch.zeros(1, 1, embedding.shape[1], dtype=model.dtype, device=embedding.device)
+    if embedding.device.type == "meta":
+        # The attention masks of other implementations depend on values, which tensors without memory do not have.
+        model.set_attn_implementation("eager")
+    try:
+        output = model.get_decoder()(inputs_embeds=token, use_cache=True)
+    except (RuntimeError, TypeError):
+        return None
+    return sum(layer.keys.numel() + layer.values.numel() for layer in growing_layers(cache_of(output)))
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """The bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def read_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The parameters of decoder and head that every token reads: all but embeddings that are looked up."""
+    head = model.get_output_embeddings().get_parameter("weight")
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    inside = (one for one in model.get_decoder().parameters() if one is not head and id(one) not in looked_up)
+    return [*inside, head]

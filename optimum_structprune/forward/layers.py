@@ -1,10 +1,11 @@
-"""The layers of a model, run one at a time on stored inputs."""
+"""The layers of a model, run one at a time on stored inputs, as the model calls them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,10 +15,125 @@ from transformers import PreTrainedModel
 
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
+from ..errors import StructPruneError
 from ..system.offloading import compute_device, is_offloaded
-from .calls import Call, NotSequentialError, capture, first_of, same_call
-from .clock import Clock
-from .hooks import replaying
+from .hooks import StopForward, first_of, hidden_states_of, intercept, replaying
+from .metrics import run_model
+
+
+class Clock:
+    """Measures the seconds that are spent on each domain."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._seconds: dict[int, float] = {}
+        self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """The seconds by number of the domain."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+        for domain, start, end in self._events:
+            self._add(domain, start.elapsed_time(end) / 1000)
+        self._events.clear()
+        return self._seconds
+
+    @contextmanager
+    def running(self, domain: int) -> Iterator[None]:
+        """Add the time that is spent inside `with` to a domain."""
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            stream = torch.cuda.current_stream(self.device)
+            begin.record(stream)
+            yield
+            end.record(stream)
+            self._events.append((domain, begin, end))
+            return
+        start = perf_counter()
+        yield
+        self._add(domain, perf_counter() - start)
+
+    def _add(self, domain: int, seconds: float) -> None:
+        self._seconds[domain] = self._seconds.get(domain, 0.0) + seconds
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments that the model calls one layer with, without the hidden states.
+
+    Attributes:
+        args: The positional arguments.
+        kwargs: The arguments that are given by name.
+        by_name: Whether the hidden states are given by name, as `hidden_states`, and not as the first argument.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def equal(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same shape and values; they may be on different devices."""
+    return left is right or (left.shape == right.shape and torch.equal(left, right.to(left.device)))
+
+
+def same_call(left: Call, right: Call) -> bool:
+    """Whether two calls have the same tensors among their arguments."""
+    pairs = list(zip(_tensors((left.args, left.kwargs)), _tensors((right.args, right.kwargs)), strict=True))
+    return all(equal(a, b) for a, b in pairs)
+
+
+class NotSequentialError(StructPruneError):
+    """The model's layers cannot be run one by one."""
+
+
+@torch.no_grad()
+def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) -> tuple[Tensor, list[Call]]:
+    """The hidden states that enter the first layer, and how the model calls its layers.
+
+    The calls carry masks and rotary embeddings, which may differ by layer type. `ids` has the shape `(batch,
+    seq_length)`.
+
+    Returns:
+        The hidden states, shape `(batch, seq_length, channels)`, and one call per layer that was recorded.
+    """
+    first: list[Tensor] = []
+    calls: list[Call] = []
+    outputs: list[Tensor] = []
+
+    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        by_name = "hidden_states" in kwargs
+        hidden = hidden_states_of(args, kwargs)
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        if index and not equal(hidden, outputs[-1]):
+            raise NotSequentialError(f"the model changes hidden states between layers {index - 1} and {index}")
+        if not index:
+            first.append(hidden)
+        calls.append(Call(args if by_name else args[1:], rest, by_name))
+        # What follows the last layer, such as the logits of a large vocabulary, may take more memory than all layers.
+        if not whole or len(calls) == arch.num_layers:
+            raise StopForward
+
+    def after(index: int, output: Any) -> None:
+        outputs[:] = [first_of(output)]
+
+    with intercept(layer_list(model, arch), before, after):
+        try:
+            run_model(model, ids)
+        except StopForward:
+            pass
+    return first[0], calls
 
 
 @dataclass(frozen=True)

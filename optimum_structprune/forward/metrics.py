@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from .divergence import divergence
-
 
 # The loss copies the logits that it gets, so it gets those of few tokens at a time.
 TOKENS_AT_ONCE = 128
@@ -90,6 +88,14 @@ def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_siz
     with evaluating(model):
         losses = [_losses(logits, targets) for targets, logits in _predictions([model], samples, batch_size)]
     return _by_sample(losses, samples)
+
+
+def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean divergence KL(teacher‖model) per position in nats, fp32, times temperature² (Hinton et al. 2015, section
+    2); both logits have the shape `(..., vocab)`.
+    """
+    mine, taught = (torch.log_softmax(values.float() / temperature, dim=-1) for values in (logits, teacher.detach()))
+    return (taught.exp() * (taught - mine)).sum(-1).mean() * temperature**2
 
 
 def standard_error(values: Tensor) -> float:

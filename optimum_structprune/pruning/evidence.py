@@ -21,8 +21,7 @@ from ..criteria.mixture import Mixture
 from ..domains.load import Domain, calibration_domains, given_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.reweight import reweighted
-from ..forward.clock import Clock
-from ..forward.layers import Batch
+from ..forward.layers import Batch, Clock
 from ..system.processes import every_process_runs, own_part, process_index
 
 

@@ -21,9 +21,8 @@ from ..arch.spec import LAYER, ArchSpec, Axis, Space
 from ..calibration.passes import LayerPasses, Passes, batches_of, passes_over
 from ..criteria.mixture import Mixture
 from ..domains.load import Domain
-from ..forward.divergence import divergence
 from ..forward.layers import Batch
-from ..forward.metrics import TOKENS_AT_ONCE, run_model
+from ..forward.metrics import TOKENS_AT_ONCE, divergence, run_model
 from ..surgery.consumers import Values
 from ..system.fingerprint import fingerprint
 from ..system.processes import add_up_, of_all, process_count, process_index

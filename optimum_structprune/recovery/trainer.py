@@ -22,8 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..config.fields import build
 from ..config.recovery import RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
-from ..forward.divergence import divergence
-from ..forward.metrics import evaluating, input_device
+from ..forward.metrics import divergence, evaluating, input_device
 from ..system.disk import is_write_error
 from .adapter import check_adapter
 from .outcome import RecoveryOutcome

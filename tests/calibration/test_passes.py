@@ -10,8 +10,8 @@ from optimum_structprune import StructPruneError
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.calibration.passes import LayerPasses, ModelPasses, batches_of, passes_over
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.forward.calls import NotSequentialError, capture
 from optimum_structprune.forward.hooks import intercept, observe
+from optimum_structprune.forward.layers import NotSequentialError, capture
 
 
 SEQUENTIAL = [*STRUCTURES, "bert", "modernbert", "llava"]

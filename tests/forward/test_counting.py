@@ -5,7 +5,7 @@ from helpers import counted_by_torch
 from models import build
 
 from optimum_structprune.arch.load import describe
-from optimum_structprune.forward.counting import flops_per_token, why_not_counted
+from optimum_structprune.forward.generation import flops_per_token, why_not_counted
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "llama-untied", "gpt2-tied", "opt", "phi", "qwen3", "gemma2"])

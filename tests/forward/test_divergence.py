@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_structprune.forward.divergence import divergence
+from optimum_structprune.forward.metrics import divergence
 
 
 def pair():

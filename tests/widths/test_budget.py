@@ -16,7 +16,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.commands.cli import main
-from optimum_structprune.forward.counting import cached_values
+from optimum_structprune.forward.generation import cached_values
 from optimum_structprune.widths.allocation import legal_widths
 from optimum_structprune.widths.budget import widths_of
 

@@ -25,8 +25,7 @@ from optimum_structprune.arch.spec import MODEL, ArchSpec, Space
 from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.config.pruning import ALLOCATIONS, StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
-from optimum_structprune.forward.divergence import divergence
-from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
+from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, divergence, evaluating, run_model
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.system.offloading import compute_device, is_offloaded
 from optimum_structprune.system.processes import add_up_, own_part

@@ -18,8 +18,7 @@ from optimum_structprune.criteria import Criterion
 from optimum_structprune.criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from optimum_structprune.criteria.obs import matrices, norms_by_unit
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.forward.clock import Clock
-from optimum_structprune.forward.layers import Batch
+from optimum_structprune.forward.layers import Batch, Clock
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.system.processes import add_up_
 

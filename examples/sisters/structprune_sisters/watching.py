@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.arch.spec import ArchSpec
-from optimum_structprune.forward.clock import Clock
 from optimum_structprune.forward.hooks import observe
-from optimum_structprune.forward.layers import Batch
+from optimum_structprune.forward.layers import Batch, Clock
 from optimum_structprune.forward.metrics import run_model
 from optimum_structprune.pruning.evidence import Evidence
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_structprune import StructPruneConfig, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.costs.need import ERROR, Text, Workload
+from optimum_structprune.pruning.room import ERROR, Text, Workload
 
 
 STATUS = Path("/proc/self/status")

@@ -6,7 +6,7 @@ from helpers import same_weights
 from models import build, config, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneError, prune_model
-from optimum_structprune.costs import room
+from optimum_structprune.pruning import room
 
 
 @pytest.mark.parametrize("inplace", [True, False])

@@ -9,11 +9,10 @@ from models import build, config, documents, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
-from optimum_structprune.costs import room
-from optimum_structprune.costs.need import ERROR, Text, Workload
-from optimum_structprune.costs.room import largest_estimated, with_batch_size
 from optimum_structprune.domains.load import load_domains
+from optimum_structprune.pruning import room
 from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.pruning.room import ERROR, Text, Workload, largest_estimated, with_batch_size
 from optimum_structprune.widths.budget import widths_of
 
 
@@ -60,7 +59,7 @@ def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
     monkeypatch.setattr(room, "MOST", 8)
     monkeypatch.setattr(room, "free_bytes", lambda device: None)
     monkeypatch.setattr(room, "run_model", run)
-    found = with_batch_size(evidence, arch, model, {"mlp": 24}).config.batch_size
+    found = with_batch_size(evidence, arch, model, {"mlp": 24}).batch_size
     assert sizes[0] == room.MOST and found == sizes[-1] <= 5
     monkeypatch.setattr(
         room, "run_model", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))

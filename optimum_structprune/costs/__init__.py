@@ -1,1 +1,0 @@
-"""The memory that a pruning needs, the memory that there is, and the batch that fits."""
