@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner, measure_speed
-from optimum_structprune.commands.loading import load_model
+from optimum_structprune.commands.loading import Loading
 from optimum_structprune.evaluation.ideal import work_of
 
 
@@ -111,7 +111,7 @@ def compared(args: Namespace) -> Iterator[Row]:
         dtype, ids = getattr(torch, name), samples(SMALL, 16, 128)
         with TemporaryDirectory(dir=args.folder) as folder:
             make_model(SMALL, Path(folder), dtype)
-            runs = [pruned(load_model(folder, device=device), SMALL, ids) for device in ("cpu", args.device)]
+            runs = [pruned(Loading(device=device).model(folder), SMALL, ids) for device in ("cpu", args.device)]
         (on_cpu, theirs), (on_device, ours) = runs
         others = unlike(on_cpu, on_device)
         apart = abs(perplexity(on_device) / perplexity(on_cpu) - 1)
@@ -147,7 +147,7 @@ def matrix_rate(device: str, dtype: torch.dtype, size: int) -> float:
 
 def in_memory(args: Namespace, model: Path, shape: dict, ids: torch.Tensor, rows: list[Row]) -> StructPruner:
     """Pruning with all weights on the device, and the speed of what comes of it."""
-    dense = load_model(str(model), device=args.device)
+    dense = Loading(device=args.device).model(str(model))
     (pruner, small), seconds, peak = timed(args.device, lambda: pruned(dense, shape, ids))
     rows.append(("pruned in memory, beside the dense model", f"{seconds:.0f} s, {peak:.1f} GB", True))
     rate = matrix_rate(args.device, dense.dtype, 256 if args.tiny else 8192)
@@ -174,7 +174,7 @@ def offloaded(
     """Pruning with the layers elsewhere, up to a saved result that loads plainly."""
 
     def run(scratch: str) -> StructPruner:
-        dense = load_model(str(model), device=args.device, offload=place, offload_folder=scratch)
+        dense = Loading(device=args.device, offload=place).model(str(model), scratch)
         pruner, small = pruned(dense, shape, ids, inplace=True)
         pruner.save(small, Path(scratch) / "small")
         return pruner

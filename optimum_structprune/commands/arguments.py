@@ -1,16 +1,16 @@
 """Flags, and the configs that they become: one flag for each field of a config, made from the field itself.
 
-A flag takes its name, its type and its choices from the field, and its help from the `Args` section of the config's
-docstring. Only the flags that are given are laid over the file of `--config`. The configs are imported inside the
-functions: `optimum-cli` imports this module on every call.
+A flag takes its name and its help from the field and the `Args` section of the config's docstring, and its value is
+read as YAML: the config judges it, as it judges the file of `--config`, which the given flags are laid over. The
+configs are imported inside the functions: `optimum-cli` imports this module on every call.
 """
 
 from __future__ import annotations
 
 import re
-from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from inspect import getdoc
 from textwrap import dedent
 from types import NoneType, UnionType
@@ -22,6 +22,7 @@ from ..errors import one_line
 if TYPE_CHECKING:
     from ..config.pruning import StructPruneConfig
     from ..config.recovery import RecoveryConfig
+    from .output import Result
 
 # Shorter spellings of some flags, by field: a flag that is repeated names one thing at a time.
 ALIASES = {
@@ -34,41 +35,45 @@ ALIASES = {
 SOURCES = "A source is a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; {name: …, …} sets any field."
 
 
-def add_path_arguments(parser: ArgumentParser, model: str, output: str) -> None:
+@dataclass(frozen=True)
+class Command:
+    """A command: what declares its flags, and what it does with them."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], Result]
+
+
+def add_path_arguments(parser: ArgumentParser, model: str, output: str, overwrite: bool = True) -> None:
     """Declare the folders that a command reads and writes; `model` and `output` are their help."""
     parser.add_argument("model", help=model)
     parser.add_argument("output", help=output)
+    if overwrite:
+        parser.add_argument("--overwrite", action="store_true", help="Replace the output.")
 
 
-def add_loading_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags that say how a model is loaded."""
-    parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16.")
-    parser.add_argument("--device", help="The device, such as cpu or cuda; by default cuda where there is one.")
-    add_trust_argument(parser)
-
-
-def add_model_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags that say how a model is loaded and saved."""
-    add_loading_arguments(parser)
-    parser.add_argument(
-        "--offload",
-        metavar="{cpu,disk}",
-        help="Keep the layers in the CPU's memory or on the disk, and bring in one at a time: for models that are "
-        "larger than the memory of the device.",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="Replace the output folder.")
-
-
-def add_trust_argument(parser: ArgumentParser) -> None:
-    """Declare the flag that allows code of the model's author."""
+def add_loading_arguments(
+    parser: ArgumentParser, arch: bool = False, offload: bool = False, weights: bool = True
+) -> None:
+    """Declare the flags of `Loading`: `--arch` where no config has it, and `--trust-remote-code` alone where no
+    weights are loaded.
+    """
+    if weights:
+        parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16.")
+        parser.add_argument("--device", help="The device, such as cpu or cuda; by default cuda where there is one.")
+    if arch:
+        parser.add_argument(
+            "--arch", dest="arch_file", metavar="FILE", help="A YAML file that describes architectures of your own."
+        )
+    if offload:
+        parser.add_argument(
+            "--offload",
+            metavar="{cpu,disk}",
+            help="Keep the layers in the CPU's memory or on the disk, and bring in one at a time: for models that are "
+            "larger than the memory of the device.",
+        )
     parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
-
-
-def add_arch_argument(parser: ArgumentParser) -> None:
-    """Declare `--arch` for a command whose config has no such field, or that has no config."""
-    parser.add_argument(
-        "--arch", dest="arch_file", metavar="FILE", help="A YAML file that describes architectures of your own."
-    )
 
 
 def add_config_arguments(parser: ArgumentParser, config_class: type, without: Collection[str] = ()) -> None:
@@ -82,9 +87,11 @@ def add_config_arguments(parser: ArgumentParser, config_class: type, without: Co
             continue
         how = _how(field.name, types[field.name])
         text = " ".join(filter(None, (sentences.get(field.name), how.pop("help", ""), _default(field))))
-        names = [_flag(field.name), ALIASES.get(field.name)]
+        names = [f"--{field.name.replace('_', '-')}", ALIASES.get(field.name)]
         # argparse fills in %(…)s, so a per cent sign of the text is doubled.
-        group.add_argument(*filter(None, names), dest=field.name, help=text.replace("%", "%%"), default=None, **how)
+        group.add_argument(
+            *filter(None, names), dest=field.name, help=text.replace("%", "%%"), default=SUPPRESS, **how
+        )
 
 
 def first_sentences(config_class: type) -> dict[str, str]:
@@ -92,10 +99,6 @@ def first_sentences(config_class: type) -> dict[str, str]:
     section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", getdoc(config_class) or "", re.MULTILINE | re.DOTALL)
     entries = re.findall(r"^(\w+): (.*?)(?=^\w|\Z)", dedent(section[1]) if section else "", re.MULTILINE | re.DOTALL)
     return {name: re.split(r"(?<=\.)\s", " ".join(text.split()), maxsplit=1)[0] for name, text in entries}
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _default(field: Field) -> str:
@@ -113,51 +116,20 @@ def _how(name: str, annotation: Any) -> dict[str, Any]:
     if kind is bool:
         return {"action": BooleanOptionalAction}
     if origin is dict or is_dataclass(kind):
-        names = "" if inside else f"NAME is {_listed([field.name for field in fields(kind)])}. "
-        return {"action": "append", "help": f"{names}Repeatable.", **_pair(inside[1] if inside else Any)}
+        names = [] if inside else [field.name for field in fields(kind)]
+        text = f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." if names else "Repeatable."
+        return {"action": "append", "help": text, "type": setting, "metavar": "NAME=VALUE"}
     if origin in (list, tuple):
         repeated = {"action": "append", "help": "Repeatable."}
         if is_dataclass(inside[0]):
             return {**repeated, "help": f"Repeatable. {SOURCES}", "type": domain, "metavar": "NAME=SOURCE[@WEIGHT]"}
         return {**repeated, **_how(name, inside[0])}
-    if origin is Literal:
-        # The config refuses what is none of them: its message proposes the nearest legal choice.
-        return {"metavar": f"{{{','.join(map(str, inside))}}}"}
-    words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
-    if int in members and words:
-        return {"type": _number_or_word, "metavar": f"{{N,{','.join(words)}}}"}
-    if float in members:
-        return {"type": float, "metavar": "X"}
-    return {"type": int, "metavar": "N"} if kind is int else {"metavar": name.rpartition("_")[2].upper()}
-
-
-def _number_or_word(text: str) -> int | str:
-    """A whole number, or a word, which the config judges."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
-
-
-def _pair(annotation: Any) -> dict[str, Any]:
-    """How `NAME=VALUE` is read where a value has this type; what is no number is read as YAML."""
-    members = get_args(annotation) or (annotation,)
-    number: Any = float if float in members else int
-    if number not in members:
-        return {"type": setting, "metavar": "NAME=VALUE"}
-
-    def read(text: str) -> tuple[str, float]:
-        name, value = _divided(text, "NAME=N")
-        try:
-            return name, number(value)
-        except ValueError as error:
-            raise ArgumentTypeError(f"expected NAME=N, got {text!r}") from error
-
-    return {"type": read, "metavar": "NAME=N"}
-
-
-def _listed(names: list[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+    words = [str(word) for member in members if get_origin(member) is Literal for word in get_args(member)]
+    if words:
+        metavar = f"{{{','.join([*(['N'] if int in members else []), *words])}}}"
+    else:
+        metavar = "X" if float in members else "N" if kind is int else name.rpartition("_")[2].upper()
+    return {"type": str if str in members else yaml_value, "metavar": metavar}
 
 
 def _divided(text: str, form: str) -> tuple[str, str]:
@@ -168,12 +140,13 @@ def _divided(text: str, form: str) -> tuple[str, str]:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE` as a pair, the value read as YAML: `bf16=true`, `lr_scheduler_type=linear`."""
+    """`NAME=VALUE` as a pair, the value read as YAML: `mlp=24`, `bf16=true`, `lr_scheduler_type=linear`."""
     name, value = _divided(text, "NAME=VALUE")
-    return name, _yaml(value)
+    return name, yaml_value(value)
 
 
-def _yaml(text: str) -> Any:
+def yaml_value(text: str) -> Any:
+    """The value of a YAML document, such as a number or a word."""
     import yaml
 
     from ..config.fields import parse_yaml
@@ -186,12 +159,9 @@ def _yaml(text: str) -> Any:
 
 def domain(text: str) -> dict[str, Any]:
     """The fields of a domain from `NAME=SOURCE[@WEIGHT]`, or from a mapping in YAML: `{name: a, source: a.txt}`."""
-    if text.startswith("{"):
-        mapping = _yaml(text)
-        if isinstance(mapping, dict):
-            return mapping
-    form = "NAME=SOURCE[@WEIGHT]"
-    name, source = _divided(text, form)
+    if text.startswith("{") and isinstance(mapping := yaml_value(text), dict):
+        return mapping
+    name, source = _divided(text, "NAME=SOURCE[@WEIGHT]")
     head, at, weight = source.rpartition("@")
     try:
         return {"name": name, "source": head, "weight": float(weight)} if at else {"name": name, "source": source}
@@ -230,11 +200,10 @@ def _file(args: Namespace) -> dict[str, Any]:
 
 def _given(args: Namespace, config_class: type) -> dict[str, Any]:
     """The fields for which a flag was given; repeated pairs are a mapping."""
-    values = {field.name: getattr(args, field.name, None) for field in fields(config_class)}
+    given = {field.name: getattr(args, field.name) for field in fields(config_class) if hasattr(args, field.name)}
     return {
         name: dict(value) if isinstance(value, list) and isinstance(value[0], tuple) else value
-        for name, value in values.items()
-        if value is not None
+        for name, value in given.items()
     }
 
 

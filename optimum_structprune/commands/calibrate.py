@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from .arguments import add_config_arguments, add_model_arguments, add_path_arguments, pruning_config
+from .arguments import Command, add_config_arguments, add_loading_arguments, add_path_arguments, pruning_config
 from .output import Result, add_output_arguments
 
 
-NAME = "calibrate"
 HELP = (
     "Store the statistics of a dense model, from which `prune --stats` prunes without running text. It takes the "
     "settings of `prune`; how much is removed plays no part."
@@ -20,7 +19,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     from ..config.pruning import StructPruneConfig
 
     add_path_arguments(parser, "Model id or folder.", "Folder for the statistics.")
-    add_model_arguments(parser)
+    add_loading_arguments(parser, offload=True)
     add_output_arguments(parser, reads_text=True)
     add_config_arguments(parser, StructPruneConfig)
 
@@ -30,14 +29,15 @@ def run(args: Namespace) -> Result:
     from ..calibrator import calibrate
     from ..system.disk import OFFLOAD, Output, used_paths
     from ..system.processes import across_processes
-    from .loading import load_offloaded
+    from .loading import Loading
 
     # How much is removed plays no part here, but a config has to say it.
     config = pruning_config(args, sparsity=0.5)
+    loading = Loading.of(args, arch_file=config.arch_file)
     output = Output(args.output, args.overwrite, [args.model, *used_paths(config)])
     with across_processes(), output.locked(), output.beside(OFFLOAD) as scratch:
         output.check()
-        model, tokenizer = load_offloaded(args, config.arch_file, scratch)
+        model, tokenizer = loading.model_and_tokenizer(args.model, scratch)
         statistics = calibrate(model, tokenizer, config, args.output, args.overwrite)
     return Result(
         f"{statistics}\nsaved to {args.output}; prune with `structprune prune {args.model} OUT --stats {args.output}`",
@@ -48,3 +48,6 @@ def run(args: Namespace) -> Result:
             "output": args.output,
         },
     )
+
+
+COMMANDS = (Command("calibrate", HELP, add_arguments, run),)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from .arguments import add_arch_argument, add_model_arguments, add_path_arguments
+from .arguments import Command, add_loading_arguments, add_path_arguments
 from .output import Result, add_output_arguments
 
 
-NAME = "export"
 HELP = "Write a model for llama.cpp (OUT.gguf), or a non-uniform one with one width for all layers (--pad-uniform)."
 ENDING = ".gguf"
 # GGUF's own names for the dtypes that a file can have.
@@ -27,50 +26,37 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="Fill narrower layers up with zeros, for runtimes that take one width only.",
     )
-    add_arch_argument(parser)
-    add_model_arguments(parser)
+    add_loading_arguments(parser, arch=True)
     add_output_arguments(parser)
 
 
 def run(args: Namespace) -> Result:
     """Write the model in the form that the flags name."""
+    from dataclasses import asdict
+
     from ..errors import StructPruneError
+    from ..saving.export import export_uniform
+    from ..saving.gguf_file import check_gguf, export_gguf
+    from ..system.disk import GGUFOutput, Output
+    from .loading import Loading, weights_bytes
 
     if args.output.endswith(ENDING) == args.pad_uniform:
         raise StructPruneError(
             f"Name a file OUT{ENDING} for llama.cpp, or a folder with --pad-uniform for runtimes that take one width "
             f"only. A padded folder can be written as OUT{ENDING} afterwards."
         )
-    return _pad(args) if args.pad_uniform else _write_gguf(args)
-
-
-def _pad(args: Namespace) -> Result:
-    """Pad the model, save it, and say what that costs."""
-    from dataclasses import asdict
-
-    from ..saving.export import export_uniform
-    from ..system.disk import Output
-    from .loading import load_model_and_tokenizer, weights_bytes
-
-    Output(args.output, args.overwrite, [args.model, args.arch_file]).check(weights_bytes(args.model))
-    model, tokenizer = load_model_and_tokenizer(
-        args.model, args.dtype, args.device, args.trust_remote_code, args.arch_file
-    )
-    padding = export_uniform(model, args.output, tokenizer, args.overwrite, args.arch_file)
-    return Result(f"{padding}\nsaved to {args.output}", {"parameters": asdict(padding), "output": args.output})
-
-
-def _write_gguf(args: Namespace) -> Result:
-    """Write the file for llama.cpp."""
-    from dataclasses import asdict
-
-    from ..saving.gguf_file import check_gguf, export_gguf
-    from ..system.disk import GGUFOutput
-    from .loading import load_config, load_model_and_tokenizer, weights_bytes
-
-    check_gguf(load_config(args.model, args.trust_remote_code))
+    if args.pad_uniform:
+        loading = Loading.of(args)
+        Output(args.output, args.overwrite, [args.model, args.arch_file]).check(weights_bytes(args.model))
+        model, tokenizer = loading.model_and_tokenizer(args.model)
+        padding = export_uniform(model, args.output, tokenizer, args.overwrite, args.arch_file)
+        return Result(f"{padding}\nsaved to {args.output}", {"parameters": asdict(padding), "output": args.output})
+    loading = Loading.of(args, dtype=GGUF_DTYPES.get(args.dtype, args.dtype))
+    check_gguf(loading.config(args.model))
     GGUFOutput(args.output, args.overwrite).check(weights_bytes(args.model))
-    dtype = GGUF_DTYPES.get(args.dtype, args.dtype)
-    model, tokenizer = load_model_and_tokenizer(args.model, dtype, args.device, args.trust_remote_code)
+    model, tokenizer = loading.model_and_tokenizer(args.model)
     written = export_gguf(model, args.output, tokenizer, args.overwrite)
     return Result(f"{written}\nsaved to {args.output}", {**asdict(written), "output": args.output})
+
+
+COMMANDS = (Command("export", HELP, add_arguments, run),)

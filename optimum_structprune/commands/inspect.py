@@ -1,4 +1,4 @@
-"""`structprune inspect`: what may shrink in a model, from its config alone."""
+"""`structprune inspect` and `structprune plan`: what may shrink in a model, and what would, from its config alone."""
 
 from __future__ import annotations
 
@@ -6,35 +6,30 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .arguments import add_arch_argument, add_trust_argument
+from .arguments import Command, add_config_arguments, add_loading_arguments, pruning_config
 from .output import Result, add_output_arguments
 
 
-NAME = "inspect"
-HELP = "Show a model's family, spaces, units, legal widths and parameter shares."
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags."""
+def add_inspect_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags of `inspect`."""
     parser.add_argument("model", help="Model id or folder.")
-    add_arch_argument(parser)
     parser.add_argument(
         "--stub",
         action="store_true",
         help="Print a description of an unknown architecture, to be checked, for --arch.",
     )
-    add_trust_argument(parser)
+    add_loading_arguments(parser, arch=True, weights=False)
     add_output_arguments(parser)
 
 
-def run(args: Namespace) -> Result:
+def inspect(args: Namespace) -> Result:
     """Build the model on the meta device and describe it."""
     from ..arch.load import describe
     from ..arch.shrink import legal_sizes
     from ..arch.stub import stub
-    from .loading import load_shapes
+    from .loading import Loading
 
-    model = load_shapes(args.model, args.arch_file, args.trust_remote_code)
+    model = Loading.of(args).shapes(args.model)
     if args.stub:
         description = stub(model)
         return Result(description, {"stub": description})
@@ -75,3 +70,60 @@ def _ranges(sizes: Sequence[int]) -> str:
         else:
             runs.append([size])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def add_plan_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags of `plan`; the settings are those of `prune`."""
+    from ..config.pruning import StructPruneConfig
+
+    parser.add_argument("model", help="Model id or folder; config.json is enough.")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="The dtype in which memory is counted: auto (as saved), float32, bfloat16 or float16.",
+    )
+    parser.add_argument(
+        "--cost",
+        action="store_true",
+        help="Show the memory that the pruning takes, and the operations of both models, as well.",
+    )
+    parser.add_argument(
+        "--offload", metavar="{cpu,disk}", help="With --cost: where the layers are while they do not run."
+    )
+    add_output_arguments(parser, file=True)
+    add_loading_arguments(parser, weights=False)
+    add_config_arguments(parser, StructPruneConfig)
+
+
+def plan(args: Namespace) -> Result:
+    """Build the dense and the pruned model on the meta device and compare them."""
+    from ..dryrun import dry_run
+    from ..errors import StructPruneError
+    from .loading import OFFLOADS, Loading, check_known
+
+    config = pruning_config(args)
+    if args.offload is not None and not args.cost:
+        raise StructPruneError("--offload says where a cost is counted for; add --cost.")
+    check_known("--offload", args.offload, OFFLOADS)
+    loading = Loading.of(args, arch_file=config.arch_file, offload=None)  # no layer is moved here
+    model_config = loading.config(args.model)
+    outcome = dry_run(model_config, config, loading.torch_dtype, args.trust_remote_code, args.cost, args.offload)
+    head = f"{args.model}: {outcome.model_type}, {outcome.sparsity:.1%} of the layers' parameters go"
+    return Result(f"{head}\n{outcome}", outcome.to_dict())
+
+
+COMMANDS = (
+    Command(
+        "plan",
+        "A dry run: show the widths, parameters and memory that `prune` would give with the same settings. Needs no "
+        "weights, and writes no model.",
+        add_plan_arguments,
+        plan,
+    ),
+    Command(
+        "inspect",
+        "Show a model's family, spaces, units, legal widths and parameter shares.",
+        add_inspect_arguments,
+        inspect,
+    ),
+)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import add_config_arguments, add_model_arguments, add_path_arguments, pruning_config
+from .arguments import (
+    Command,
+    add_config_arguments,
+    add_loading_arguments,
+    add_path_arguments,
+    pruning_config,
+    yaml_value,
+)
 from .output import Result, add_output_arguments, note
+from .recovering import add_result_arguments, check_push_arguments, pushed, recover_and_save, recovery_for
 
 
 if TYPE_CHECKING:
@@ -17,16 +25,12 @@ if TYPE_CHECKING:
     from ..config.recovery import RecoveryConfig
     from ..pruner import StructPruner
     from ..system.disk import Output
-
-NAME = "prune"
-HELP = "Prune a model and save one that plain from_pretrained loads."
+    from .loading import Loading
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one that is given overrides the config file."""
     from ..config.pruning import StructPruneConfig
-    from .pushing import add_push_arguments
-    from .recovering import add_worse_argument
 
     add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.")
     parser.add_argument(
@@ -36,19 +40,19 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--recovery-tokens",
         dest="recovery",
         action="append",
-        type=lambda text: ("tokens", int(text)),
+        default=SUPPRESS,
+        type=lambda text: ("tokens", yaml_value(text)),
         metavar="N",
         help="The same, with this number of training tokens: short for --recovery tokens=N.",
     )
-    add_worse_argument(parser)
     parser.add_argument(
         "--resume",
         action="store_true",
         help="Remember every finished layer in a folder beside the output, and go on from there if a run with the "
         "same settings was killed.",
     )
-    add_push_arguments(parser)
-    add_model_arguments(parser)
+    add_result_arguments(parser)
+    add_loading_arguments(parser, offload=True)
     add_output_arguments(parser, reads_text=True)
     add_config_arguments(parser, StructPruneConfig)
 
@@ -58,51 +62,26 @@ def run(args: Namespace) -> Result:
     from ..pruner import AutoStructPruner
     from ..system.disk import Output, used_paths
     from ..system.processes import across_processes
-    from .pushing import check_push_arguments, pushed
+    from .loading import Loading
 
     config, recovery = _configs(args)
     check_push_arguments(args)
+    loading = Loading.of(args, arch_file=config.arch_file)
     pruner = AutoStructPruner.from_config(config)
     # Processes that were started together share the work.
     output = Output(args.output, args.overwrite, [args.model, *used_paths(config, recovery)])
     with across_processes(), output.locked():
-        _check_folders(args, output, config, recovery)
-        smaller, tokenizer = _prune_and_save(args, output, pruner, recovery)
-        return pushed(args, _result(args, pruner, recovery, smaller, tokenizer))
-
-
-def _result(
-    args: Namespace,
-    pruner: StructPruner,
-    recovery: RecoveryConfig | None,
-    pruned: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Result:
-    """What came of it, with the training that may follow."""
-    from ..system.processes import alone
-    from .recovering import recover_and_save, recovery_for
-
-    config, report = pruner.config, pruner.report
-    assert report is not None
-    text = f"{report}\n{_where(pruned.config, args.output, config.arch_file)}"
-    values = {**report.to_dict(), "output": args.output}
-    if recovery is None:
-        return Result(text, values)
-    note(args, f"the pruned model is saved to {args.output}; now it is trained")
-    with alone():
-        trained = recover_and_save(
-            recovery_for(recovery, args.output, config),
-            pruned,
-            tokenizer,
-            args.output,
-            pruned_folder=args.output,
-            teacher=args.model,
-            overwrite=True,
-            accept_worse=args.accept_worse,
-            trust_remote_code=args.trust_remote_code,
-            arch_file=config.arch_file,
-        )
-    return Result(f"{text}\n{trained.text}", {**values, "recovery": trained.values}, trained.code)
+        _check_folders(args, output, loading, config, recovery)
+        smaller, tokenizer = _prune_and_save(args, output, loading, pruner, recovery)
+        report = pruner.report
+        assert report is not None
+        text = f"{report}\n{_where(smaller.config, args.output, config.arch_file)}"
+        result = Result(text, {**report.to_dict(), "output": args.output})
+        if recovery is not None:
+            trained = _trained(args, recovery, config, smaller, tokenizer)
+            values = {**result.values, "recovery": trained.values}
+            result = Result(f"{text}\n{trained.text}", values, trained.code)
+        return pushed(args, result)
 
 
 def _configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | None]:
@@ -137,8 +116,37 @@ def _progress_folder(output: str) -> Path:
     return path.with_name(f".{path.name}.progress")
 
 
+def _check_folders(
+    args: Namespace, output: Output, loading: Loading, config: StructPruneConfig, recovery: RecoveryConfig | None
+) -> None:
+    # Before a model is loaded in vain.
+    from ..calibration.stored import Statistics
+    from ..system.disk import check_apart
+
+    output.check(_result_bytes(args.model, loading, config))
+    check_apart(args.output, config, recovery)
+    if config.stats is not None:
+        Statistics.load(config.stats)
+
+
+def _result_bytes(model: str, loading: Loading, config: StructPruneConfig) -> int:
+    """The size of the pruned model's weights; nothing where it cannot be told yet, and the run itself will say why."""
+    import warnings
+
+    from ..dryrun import dry_run
+    from ..errors import StructPruneError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outcome = dry_run(loading.config(model), config, loading.torch_dtype, loading.trust_remote_code)
+            return outcome.memory.after
+    except StructPruneError:
+        return 0
+
+
 def _prune_and_save(
-    args: Namespace, output: Output, pruner: StructPruner, recovery: RecoveryConfig | None
+    args: Namespace, output: Output, loading: Loading, pruner: StructPruner, recovery: RecoveryConfig | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The smaller model, saved, and its tokenizer."""
     from contextlib import suppress
@@ -146,13 +154,11 @@ def _prune_and_save(
     from ..recovery.checks import check_recovery
     from ..system.disk import OFFLOAD
     from ..system.processes import process_index
-    from .loading import load_offloaded
 
-    config = pruner.config
     with output.beside(OFFLOAD) as scratch:
-        model, tokenizer = load_offloaded(args, config.arch_file, scratch)
+        model, tokenizer = loading.model_and_tokenizer(args.model, scratch)
         if recovery is not None:
-            check_recovery(recovery, config, model)  # before it is pruned in vain
+            check_recovery(recovery, pruner.config, model)  # before it is pruned in vain
         pruned = pruner.prune_model(model, tokenizer, inplace=True)
         pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
         if args.resume and process_index() == 0:
@@ -161,44 +167,41 @@ def _prune_and_save(
     return pruned, tokenizer
 
 
-def _check_folders(
-    args: Namespace, output: Output, config: StructPruneConfig, recovery: RecoveryConfig | None
-) -> None:
-    # Before a model is loaded in vain.
-    from ..calibration.stored import Statistics
-    from ..system.disk import check_apart
+def _trained(
+    args: Namespace,
+    recovery: RecoveryConfig,
+    config: StructPruneConfig,
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Result:
+    """What came of the training that follows."""
+    from ..system.processes import alone
 
-    output.check(_result_bytes(args, config))
-    check_apart(args.output, config, recovery)
-    if config.stats is not None:
-        Statistics.load(config.stats)
-
-
-def _result_bytes(args: Namespace, config: StructPruneConfig) -> int:
-    """The size of the pruned model's weights; nothing where it cannot be told yet, and the run itself will say why."""
-    import warnings
-
-    from ..dryrun import dry_run
-    from ..errors import StructPruneError
-    from .loading import load_config, load_dtype
-
-    dtype = load_dtype(args.dtype)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model_config = load_config(args.model, args.trust_remote_code)
-            return dry_run(model_config, config, dtype, args.trust_remote_code).memory.after
-    except StructPruneError:
-        return 0
+    note(args, f"the pruned model is saved to {args.output}; now it is trained")
+    with alone():
+        return recover_and_save(
+            args,
+            recovery_for(recovery, args.output, config),
+            pruned,
+            tokenizer,
+            pruned_folder=args.output,
+            teacher=args.model,
+            arch_file=config.arch_file,
+            resume=False,
+            overwrite=True,
+        )
 
 
 def _where(config: PretrainedConfig, output: str, arch_file: str | None) -> str:
     from ..arch.meta import model_class
 
-    call = f"{model_class(config, arch_file).__name__}.from_pretrained({output!r})"
-    where = f"saved to {output}; it loads with {call}"
+    where = f"saved to {output}; it loads with {model_class(config, arch_file).__name__}.from_pretrained({output!r})"
     if config.get_text_config().is_heterogeneous:
         where += (
             "\nonce optimum_structprune is imported, or with trust_remote_code=True, since its layers differ in width"
         )
     return where
+
+
+HELP = "Prune a model and save one that plain from_pretrained loads."
+COMMANDS = (Command("prune", HELP, add_arguments, run),)

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 
 from ..errors import StructPruneError
-from .arguments import (
-    add_arch_argument,
-    add_config_arguments,
-    add_model_arguments,
-    add_path_arguments,
-    recovery_config,
-)
+from .arguments import Command, add_config_arguments, add_loading_arguments, add_path_arguments, recovery_config
 from .output import Result, add_output_arguments
-
-
-NAME = "recover"
-HELP = "Train a pruned model, with or without a teacher, and save it."
+from .recovering import add_result_arguments, check_push_arguments, pushed, recover_and_save, recovery_for
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one that is given overrides the config file."""
     from ..config.recovery import RecoveryConfig
-    from .pushing import add_push_arguments
-    from .recovering import add_worse_argument
 
     add_path_arguments(parser, "Folder or id of the pruned model.", "Folder for the recovered model.")
     parser.add_argument("--teacher", metavar="MODEL", help="The model to agree with, usually the dense one.")
@@ -34,12 +23,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         dest="merge",
         action="store_const",
         const=False,
+        default=SUPPRESS,
         help="Save the adapter and do not merge it: the same as --no-merge.",
     )
-    add_worse_argument(parser)
-    add_push_arguments(parser)
-    add_arch_argument(parser)
-    add_model_arguments(parser)
+    add_result_arguments(parser)
+    add_loading_arguments(parser, arch=True)
     add_output_arguments(parser, reads_text=True)
     add_config_arguments(parser, RecoveryConfig)
 
@@ -49,37 +37,31 @@ def run(args: Namespace) -> Result:
     from ..config.pruning import CONFIG_NAME, StructPruneConfig
     from ..recovery.checks import check_recovery
     from ..system.disk import Output, check_apart, used_paths
-    from .loading import load_model_and_tokenizer, weights_bytes
-    from .pushing import check_push_arguments, pushed
-    from .recovering import recover_and_save, recovery_for
+    from .loading import Loading, weights_bytes
 
     config = recovery_config(args)
     _check_whole(args.model)
     check_push_arguments(args)
-    known = (Path(args.model) / CONFIG_NAME).is_file()
-    pruning = StructPruneConfig.from_pretrained(args.model) if known else None
+    has_config = (Path(args.model) / CONFIG_NAME).is_file()
+    pruning = StructPruneConfig.from_pretrained(args.model) if has_config else None
     # The recovered model may take the place of the pruned one; an adapter may not, since it needs that model.
-    own = None if config.merge else args.model
-    used = [own, args.teacher, args.arch_file, *used_paths(config, pruning)]
+    needed = None if config.merge else args.model
+    used = [needed, args.teacher, args.arch_file, *used_paths(config, pruning)]
     Output(args.output, args.overwrite, used).check(weights_bytes(args.model) if config.merge else 0)
     check_apart(args.output, config)
     recovery = recovery_for(config, args.output, pruning)
     check_recovery(config, recovery.pruning, parts=1)
-    model, tokenizer = load_model_and_tokenizer(
-        args.model, args.dtype, args.device, args.trust_remote_code, args.arch_file
-    )
+    model, tokenizer = Loading.of(args).model_and_tokenizer(args.model)
     result = recover_and_save(
+        args,
         recovery,
         model,
         tokenizer,
-        args.output,
         pruned_folder=args.model,
         teacher=args.teacher,
+        arch_file=args.arch_file,
         resume=args.resume,
         overwrite=args.overwrite,
-        accept_worse=args.accept_worse,
-        trust_remote_code=args.trust_remote_code,
-        arch_file=args.arch_file,
     )
     return pushed(args, result)
 
@@ -93,3 +75,6 @@ def _check_whole(model: str) -> None:
             "pruned model that it was trained on; merge_and_unload() and save_pretrained(…) then give a folder that "
             "this command takes."
         )
+
+
+COMMANDS = (Command("recover", "Train a pruned model, with or without a teacher, and save it.", add_arguments, run),)

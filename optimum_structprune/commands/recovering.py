@@ -1,15 +1,15 @@
-"""Trains a pruned model that is loaded, and saves it; `recover` and `prune --recover` share it."""
+"""What `prune` and `recover` share: they train a pruned model, save it, and push the result to the Hub."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from argparse import ArgumentParser
-from collections.abc import Mapping
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, replace
 from shlex import join
 from typing import TYPE_CHECKING
 
+from ..errors import StructPruneError
 from .output import Result
 
 
@@ -24,14 +24,42 @@ if TYPE_CHECKING:
 WORSE = 1
 
 
-def add_worse_argument(parser: ArgumentParser) -> None:
-    """Declare the flag that takes a model which its training has made worse."""
+def add_result_arguments(parser: ArgumentParser) -> None:
+    """Declare `--accept-worse`, `--push-to-hub` and `--private`."""
     parser.add_argument(
         "--accept-worse",
         action="store_true",
         help="Save the trained model as the output even if it is worse on held-out text than before its training. "
         f"Otherwise it goes to OUTPUT.worse, the output is left alone, and the exit code is {WORSE}.",
     )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="Upload the result to this repository of the Hub once it is complete on the disk, with the token of `hf "
+        "auth login` or of HF_TOKEN.",
+    )
+    parser.add_argument("--private", action="store_true", help="The repository is private.")
+
+
+def check_push_arguments(args: Namespace) -> None:
+    """Refuse a push that could not succeed, before work is done."""
+    from ..saving.push import check_push
+
+    if args.push_to_hub is not None:
+        check_push(args.push_to_hub)
+    elif args.private:
+        raise StructPruneError("--private says what a repository is, and --push-to-hub names none; give both.")
+
+
+def pushed(args: Namespace, result: Result) -> Result:
+    """A result with the address that it was pushed to; unchanged where nothing is to be pushed, or it went aside."""
+    from ..saving.push import push_to_hub
+    from ..system.processes import is_first_rank
+
+    if args.push_to_hub is None or result.code or not is_first_rank():
+        return result
+    url = push_to_hub(args.output, args.push_to_hub, private=args.private or None)
+    return replace(result, text=f"{result.text}\npushed to {url}", values={**result.values, "pushed": url})
 
 
 def recovery_for(config: RecoveryConfig, output: str, pruning: StructPruneConfig | None) -> Recovery:
@@ -39,6 +67,64 @@ def recovery_for(config: RecoveryConfig, output: str, pruning: StructPruneConfig
     from ..recovery.recover import Recovery
 
     return Recovery(replace(config, training={"output_dir": _checkpoints(output), **config.training}), pruning)
+
+
+def recover_and_save(
+    args: Namespace,
+    recovery: Recovery,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pruned_folder: str,
+    teacher: str | None,
+    arch_file: str | None,
+    resume: bool,
+    overwrite: bool,
+) -> Result:
+    """What came of a training that is saved; a model that it made worse is saved beside the output, with the exit code
+    `WORSE`, unless `--accept-worse` is given.
+    """
+    from ..recovery.outcome import WorseModelWarning
+    from ..system.disk import Output, remove_checkpoints
+
+    aside = f"{args.output.rstrip('/')}.worse"
+    if not args.accept_worse:
+        Output(aside, overwrite=True).check()  # before it is trained in vain
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", WorseModelWarning)  # the report says it
+            recovered = recovery.recover_model(
+                model, tokenizer, teacher, resume=resume, trust_remote_code=args.trust_remote_code
+            )
+    except KeyboardInterrupt:
+        _say_how_to_go_on(args, pruned_folder, teacher, arch_file, overwrite)
+        raise
+    report = recovery.report
+    assert report is not None
+    worse = report.worse and not args.accept_worse
+    target = aside if worse else args.output
+    recovery.save(recovered, target, tokenizer=tokenizer, overwrite=overwrite or worse, pruned=pruned_folder)
+    text, values = f"{report}\nsaved to {target}", {**asdict(report), "output": target}
+    if worse:
+        _say_worse(aside, args.output)
+        return Result(text, values, WORSE)
+    if recovery.config.training["output_dir"] == _checkpoints(args.output):
+        remove_checkpoints(_checkpoints(args.output))
+    return Result(text, values)
+
+
+def _say_how_to_go_on(
+    args: Namespace, pruned_folder: str, teacher: str | None, arch_file: str | None, overwrite: bool
+) -> None:
+    flags = [part for flag, text in (("--teacher", teacher), ("--arch", arch_file)) if text for part in (flag, text)]
+    switches = {
+        "--trust-remote-code": args.trust_remote_code,
+        "--overwrite": overwrite,
+        "--accept-worse": args.accept_worse,
+        "--resume": True,
+    }
+    flags += [flag for flag, given in switches.items() if given]
+    line = join(["structprune", "recover", pruned_folder, args.output, *flags])
+    sys.stderr.write(f"structprune: interrupted; go on with `{line}` and the same settings.\n")
 
 
 def _say_worse(aside: str, output: str) -> None:
@@ -49,72 +135,6 @@ def _say_worse(aside: str, output: str) -> None:
             f"structprune: the trained model is worse, so it is in {aside}, and {output} is as it was; train it with "
             "other settings, or take it with --accept-worse.\n"
         )
-
-
-def recover_and_save(
-    recovery: Recovery,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    output: str,
-    *,
-    pruned_folder: str,
-    teacher: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    accept_worse: bool = False,
-    trust_remote_code: bool = False,
-    arch_file: str | None = None,
-) -> Result:
-    """Train a model, save it, and hand over what came of it.
-
-    A model that is worse on held-out text than before is saved beside the output, which is left alone.
-
-    Returns:
-        What came of it, with the exit code 0, or `WORSE` where the model is worse and that was not accepted.
-    """
-    from ..recovery.outcome import WorseModelWarning
-    from ..system.disk import Output, remove_checkpoints
-
-    aside = f"{output.rstrip('/')}.worse"
-    if not accept_worse:
-        Output(aside, overwrite=True).check()  # before it is trained in vain
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", WorseModelWarning)  # the report says it
-            recovered = recovery.recover_model(
-                model, tokenizer, teacher, resume=resume, trust_remote_code=trust_remote_code
-            )
-    except KeyboardInterrupt:
-        flags = {
-            "--teacher": teacher,
-            "--arch": arch_file,
-            "--trust-remote-code": trust_remote_code,
-            "--overwrite": overwrite,
-            "--accept-worse": accept_worse,
-            "--resume": True,
-        }
-        line = join(["structprune", "recover", pruned_folder, output, *_flags(flags)])
-        sys.stderr.write(f"structprune: interrupted; go on with `{line}` and the same settings.\n")
-        raise
-    report = recovery.report
-    assert report is not None
-    worse = report.worse and not accept_worse
-    target = aside if worse else output
-    recovery.save(recovered, target, tokenizer=tokenizer, overwrite=overwrite or worse, pruned=pruned_folder)
-    text, values = f"{report}\nsaved to {target}", {**asdict(report), "output": target}
-    if worse:
-        _say_worse(aside, output)
-        return Result(text, values, WORSE)
-    if recovery.config.training["output_dir"] == _checkpoints(output):
-        remove_checkpoints(_checkpoints(output))
-    return Result(text, values)
-
-
-def _flags(values: Mapping[str, str | bool | None]) -> list[str]:
-    """A command line's flags: those that are True alone, those with a text before it, and no others."""
-    return [
-        part for flag, value in values.items() if value for part in ((flag,) if value is True else (flag, str(value)))
-    ]
 
 
 def _checkpoints(output: str) -> str:

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import add_config_arguments, add_loading_arguments, add_path_arguments, pruning_config
+from .arguments import Command, add_config_arguments, add_loading_arguments, add_path_arguments, pruning_config
 from .output import Result, add_output_arguments, note
 
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ..config.pruning import StructPruneConfig
     from ..evaluation.curve import Size
 
-NAME = "sweep"
 HELP = (
     "Prune a model to several sizes, and give the curve of quality against size as CSV, JSON and a picture. A sweep "
     "that was interrupted goes on where it was."
@@ -25,7 +24,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the flags; each one that is given overrides the config file."""
     from ..config.pruning import AMOUNTS, StructPruneConfig
 
-    add_path_arguments(parser, "Model id or folder.", "Folder for the curve, and for one pruned model per size.")
+    folder = "Folder for the curve, and for one pruned model per size."
+    add_path_arguments(parser, "Model id or folder.", folder, overwrite=False)
     parser.add_argument(
         "--sparsity",
         dest="sizes",
@@ -89,12 +89,14 @@ def _check(args: Namespace, configs: dict[float, StructPruneConfig]) -> None:
     from ..calibration.stored import Statistics
     from ..dryrun import dry_run
     from ..system.disk import Output
-    from .loading import load_config, load_device, load_dtype
+    from .loading import Loading
 
-    dtype = load_dtype(args.dtype)
-    load_device(args.device)
-    model_config = load_config(args.model, args.trust_remote_code)
-    sizes = [dry_run(model_config, config, dtype, args.trust_remote_code).memory.after for config in configs.values()]
+    loading = Loading.of(args)
+    model_config = loading.config(args.model)
+    sizes = [
+        dry_run(model_config, config, loading.torch_dtype, loading.trust_remote_code).memory.after
+        for config in configs.values()
+    ]
     Output(args.output).check_place(0 if args.no_save else sum(sizes))
     if (stats := next(iter(configs.values())).stats) is not None:
         Statistics.load(stats)
@@ -106,13 +108,11 @@ def _pruned(args: Namespace, sparsity: float, config: StructPruneConfig) -> Size
 
     from ..evaluation.curve import Size
     from ..pruner import AutoStructPruner
-    from .loading import load_model_and_tokenizer
+    from .loading import Loading
 
     start = perf_counter()
     note(args, f"sparsity {sparsity:g}")
-    model, tokenizer = load_model_and_tokenizer(
-        args.model, args.dtype, args.device, args.trust_remote_code, config.arch_file
-    )
+    model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
     pruner = AutoStructPruner.from_config(config)
     pruned = pruner.prune_model(model, tokenizer, inplace=True)
     if not args.no_save:
@@ -125,3 +125,6 @@ def _pruned(args: Namespace, sparsity: float, config: StructPruneConfig) -> Size
 
 def _folder(output: Path, sparsity: float) -> Path:
     return output / f"sparsity-{sparsity:g}"
+
+
+COMMANDS = (Command("sweep", HELP, add_arguments, run),)

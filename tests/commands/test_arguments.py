@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig
-from optimum_structprune.commands import calibrate, plan, prune, recover
+from optimum_structprune.commands import calibrate, inspect, prune, recover
 from optimum_structprune.commands.arguments import (
     domain,
     first_sentences,
@@ -20,21 +20,16 @@ from optimum_structprune.commands.arguments import (
 
 
 COMMANDS = [
-    (prune, ["m", "o"], StructPruneConfig, pruning_config),
-    (plan, ["m"], StructPruneConfig, pruning_config),
-    (calibrate, ["m", "o"], StructPruneConfig, pruning_config),
-    (recover, ["m", "o"], RecoveryConfig, recovery_config),
-]
-FIELDS = [
-    pytest.param(*command, field.name, id=f"{command[0].NAME}-{field.name}")
-    for command in COMMANDS
-    for field in fields(command[2])
+    (prune.add_arguments, ["m", "o"], StructPruneConfig, pruning_config),
+    (inspect.add_plan_arguments, ["m"], StructPruneConfig, pruning_config),
+    (calibrate.add_arguments, ["m", "o"], StructPruneConfig, pruning_config),
+    (recover.add_arguments, ["m", "o"], RecoveryConfig, recovery_config),
 ]
 
 
-def parsed(command, *arguments):
+def parsed(add_arguments, *arguments):
     parser = ArgumentParser()
-    command.add_arguments(parser)
+    add_arguments(parser)
     return parser.parse_args([*arguments])
 
 
@@ -63,24 +58,22 @@ def samples(annotation):
     return {int: (["3"], 3), str: (["word"], "word")}.get(kind, (["[1, b]"], [1, "b"]))
 
 
-@pytest.mark.parametrize(("command", "paths", "config_class", "read", "name"), FIELDS)
-def test_every_field_has_a_flag(command, paths, config_class, read, name, monkeypatch):
-    monkeypatch.setattr(config_class, "from_dict", dict)  # the values, also those that other fields contradict
-    annotation, flag = get_type_hints(config_class)[name], f"--{name.replace('_', '-')}"
-    if annotation is bool:
-        for words, value in (([flag], True), ([f"--no-{flag[2:]}"], False)):
-            assert read(parsed(command, *paths, *words)) == {name: value}
-    else:
-        words, value = samples(annotation)
-        line = [part for word in words for part in (flag, word)]
-        assert read(parsed(command, *paths, *line)) == {name: value}
-        assert type(read(parsed(command, *paths, *line))[name]) is type(value)
-
-
 @pytest.mark.parametrize(("command", "paths", "config_class", "read"), COMMANDS)
-def test_what_is_not_given_is_left_to_the_file(command, paths, config_class, read, monkeypatch):
-    monkeypatch.setattr(config_class, "from_dict", dict)
+def test_every_field_has_a_flag_and_what_is_not_given_is_left_to_the_file(
+    command, paths, config_class, read, monkeypatch
+):
+    monkeypatch.setattr(config_class, "from_dict", dict)  # the values, also those that other fields contradict
     assert read(parsed(command, *paths)) == {}
+    for field in fields(config_class):
+        name, flag = field.name, f"--{field.name.replace('_', '-')}"
+        annotation = get_type_hints(config_class)[name]
+        if annotation is bool:
+            for words, value in (([flag], True), ([f"--no-{flag[2:]}"], False)):
+                assert read(parsed(command, *paths, *words)) == {name: value}
+        else:
+            words, value = samples(annotation)
+            given = read(parsed(command, *paths, *(part for word in words for part in (flag, word))))
+            assert given == {name: value} and type(given[name]) is type(value), name
 
 
 @pytest.mark.parametrize("config_class", [StructPruneConfig, RecoveryConfig])
@@ -96,7 +89,6 @@ def test_help_comes_from_the_field():
     shown = " ".join(parser.format_help().split())
     assert first_sentences(StructPruneConfig)["damping"] in shown and "(default: 0.08)" in shown
     assert "--objective {mean,worst}" in shown
-    assert "--keep-rounds, --no-keep-rounds" in shown
     for nested in (RecoveryConfig,):
         names = [field.name for field in fields(nested)]
         assert f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." in shown
@@ -121,12 +113,17 @@ def test_help_comes_from_the_field():
 )
 def test_short_spellings(spelling, field, monkeypatch):
     monkeypatch.setattr(StructPruneConfig, "from_dict", dict)
-    assert pruning_config(parsed(prune, "m", "o", *spelling)) == field
+    assert pruning_config(parsed(prune.add_arguments, "m", "o", *spelling)) == field
 
 
 def test_a_number_or_a_word():
     for words, value in (("auto", "auto"), ("8", 8)):
-        assert pruning_config(parsed(prune, "m", "o", "--sparsity", "0.2", "--batch-size", words)).batch_size == value
+        assert (
+            pruning_config(
+                parsed(prune.add_arguments, "m", "o", "--sparsity", "0.2", "--batch-size", words)
+            ).batch_size
+            == value
+        )
 
 
 def test_flags_override_the_file(tmp_path):
@@ -134,7 +131,9 @@ def test_flags_override_the_file(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(text))
     flags = ["--width", "mlp=8", "--rounds", "2", "--recovery", "tokens=500"]
     domains = ["--domain", "a=x@y.txt@0.5", "--domain", "b=c@d.txt", "--domain", "m=self:math@2"]
-    config = pruning_config(parsed(prune, "m", "o", "--config", str(tmp_path / "run.yaml"), *flags, *domains))
+    config = pruning_config(
+        parsed(prune.add_arguments, "m", "o", "--config", str(tmp_path / "run.yaml"), *flags, *domains)
+    )
     assert (config.sparsity, config.widths, config.rounds, config.criterion) == (None, {"mlp": 8}, 2, "flap")
     assert (config.recovery.tokens, config.recovery.kl_weight) == (500, 0.5)
     assert [(d.name, d.source, d.weight) for d in config.domains] == [
@@ -147,19 +146,19 @@ def test_flags_override_the_file(tmp_path):
 def test_the_amount_of_the_file_goes_where_no_flag_names_another(tmp_path):
     (tmp_path / "run.yaml").write_text("widths: {mlp: 8, attention: 2}\n")
     line = ["m", "o", "--config", str(tmp_path / "run.yaml")]
-    assert pruning_config(parsed(prune, *line), sparsity=0.5).widths == {"mlp": 8, "attention": 2}
-    assert pruning_config(parsed(prune, *line, "--width", "mlp=9")).widths == {"mlp": 9}
-    assert pruning_config(parsed(prune, *line, "--sparsity", "0.3")).sparsity == 0.3
-    assert pruning_config(parsed(calibrate, "m", "o"), sparsity=0.5).sparsity == 0.5
+    assert pruning_config(parsed(prune.add_arguments, *line), sparsity=0.5).widths == {"mlp": 8, "attention": 2}
+    assert pruning_config(parsed(prune.add_arguments, *line, "--width", "mlp=9")).widths == {"mlp": 9}
+    assert pruning_config(parsed(prune.add_arguments, *line, "--sparsity", "0.3")).sparsity == 0.3
+    assert pruning_config(parsed(calibrate.add_arguments, "m", "o"), sparsity=0.5).sparsity == 0.5
 
 
 def test_flags_of_recovery_override_the_file(tmp_path):
     (tmp_path / "run.yaml").write_text("tokens: 5\nlora: {r: 4, lora_alpha: 8}\n")
     flags = ["--config", str(tmp_path / "run.yaml"), "--tokens", "7", "--lora", "r=2", "--training", "bf16=true"]
-    config = recovery_config(parsed(recover, "m", "o", *flags, "--kl-weight", "0"))
+    config = recovery_config(parsed(recover.add_arguments, "m", "o", *flags, "--kl-weight", "0"))
     assert (config.tokens, config.lora, config.training) == (7, {"r": 2, "lora_alpha": 8}, {"bf16": True})
     assert config.kl_weight == 0 and config.merge
-    assert not recovery_config(parsed(recover, "m", "o", "--adapter")).merge
+    assert not recovery_config(parsed(recover.add_arguments, "m", "o", "--adapter")).merge
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from models import build
 
 from optimum_structprune.commands import loading
 from optimum_structprune.commands.cli import main
-from optimum_structprune.commands.measuring import names_of
+from optimum_structprune.commands.measure import names_of
 
 
 SHORT = ["--prompt", "8", "--new-tokens", "2", "--repeats", "2", "--device", "cpu"]
@@ -64,14 +64,14 @@ def test_a_model_needs_no_tokenizer(tmp_path, folder, capsys):
     ],
 )
 def test_mistakes_are_refused_before_a_model_is_loaded(models, flags, message, folder, capsys, monkeypatch):
-    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(loading.Loading, "model", lambda *_: pytest.fail("a model is loaded"))
     assert main(["benchmark", *(str(folder / name) for name in models), *SHORT, *flags]) == 2
     line, *more = capsys.readouterr().err.splitlines()
     assert message in line and not more
 
 
 def test_the_clock_of_the_processor_does_not_see_an_accelerator(folder, capsys, monkeypatch):
-    monkeypatch.setattr(loading, "load_device", lambda name: "cuda")
+    monkeypatch.setattr(loading, "usable_device", lambda name: "cuda")
     line = ["benchmark", str(folder / "dense"), str(folder / "other"), *SHORT[:-2], "--clock", "cpu"]
     assert main(line) == 2
     assert "The clock 'cpu' does not see what cuda does; choose 'wall'" in capsys.readouterr().err

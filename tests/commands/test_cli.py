@@ -32,7 +32,7 @@ from optimum_structprune import (
     enable_heterogeneous,
 )
 from optimum_structprune.arch import families
-from optimum_structprune.commands.cli import COMMANDS, execute, main
+from optimum_structprune.commands.cli import MODULES, execute, main
 
 
 BIN = Path(sys.executable).parent
@@ -154,6 +154,8 @@ def test_bad_input(folder, tmp_path, capsys):
             "there is no refit 'best'. Known: bias, least_squares, none",
         ),
         (["plan", model, "--width", "ffn=3"], "'ffn'"),
+        (["plan", model, "--width", "mlp=wide"], "'wide'"),
+        (["plan", model, "--sparsity", "0.2", "--rounds", "two"], "'rounds' expected int, got str (value: 'two')"),
         (["plan", model, "--budget", "parameters=9", "--budget", "bytes=9"], "budget names exactly one of"),
         (["prune", model, out, "--sparsity", "0.2", "--recovery", "token=9"], "Did you mean 'tokens'"),
         (["inspect", str(tmp_path / "missing")], "missing"),
@@ -171,11 +173,11 @@ def test_bad_input(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        (["--width", "mlp"], "argument --widths/--width: expected NAME=N, got 'mlp'"),
-        (["--width", "mlp=wide"], "argument --widths/--width: expected NAME=N, got 'mlp=wide'"),
+        (["--width", "mlp"], "argument --widths/--width: expected NAME=VALUE, got 'mlp'"),
         (["--domain", "wiki"], "argument --domains/--domain: expected NAME=SOURCE[@WEIGHT], got 'wiki'"),
         (["--recovery", "tokens=[1"], "argument --recovery: '[1' is not YAML"),
-        (["--rounds", "two"], "argument --rounds: invalid int value: 'two'"),
+        (["--sparsty", "0.2"], "there is no flag --sparsty. Did you mean '--sparsity'? Known: "),
+        (["--recovry=tokens=3"], "there is no flag --recovry. Did you mean '--recovery'? Known: "),
     ],
 )
 def test_argparse_refuses_what_it_cannot_read(flag, message, capsys):
@@ -265,8 +267,8 @@ def imported(path: Path) -> set[str]:
 
 
 def test_no_command_imports_another():
-    for name in COMMANDS:
-        assert not imported(Path(optimum_structprune.commands.__path__[0]) / f"{name}.py") & set(COMMANDS), name
+    for name in MODULES:
+        assert not imported(Path(optimum_structprune.commands.__path__[0]) / f"{name}.py") & set(MODULES), name
 
 
 def test_the_registration_stays_light():

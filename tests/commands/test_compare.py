@@ -8,8 +8,9 @@ from helpers import save_with_tokenizer
 from models import build, config, documents, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruner, perplexity
-from optimum_structprune.commands import compare, loading
+from optimum_structprune.commands import measure
 from optimum_structprune.commands.cli import main
+from optimum_structprune.commands.loading import Loading
 from optimum_structprune.evaluation.heldout import read_heldout
 
 
@@ -35,7 +36,7 @@ def test_models_side_by_side(folder, capsys):
     found = json.loads((folder / "c.json").read_text())["models"]
     rows = {row["model"]: row for row in csv.DictReader((folder / "c.csv").open())}
     for name in ("dense", "small"):
-        model = loading.load_model(str(folder / name))
+        model = Loading().model(str(folder / name))
         assert found[name]["parameters"] == int(rows[name]["parameters"]) == model.num_parameters()
         widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
         assert found[name]["widths"]["mlp"] == widths
@@ -48,7 +49,7 @@ def test_models_side_by_side(folder, capsys):
 
 
 def test_speed_is_measured_where_it_is_asked_for(folder, capsys, monkeypatch):
-    monkeypatch.setattr(compare, "PROMPT", 8)
+    monkeypatch.setattr(measure, "PROMPTS", [8])
     assert main(["compare", str(folder / "dense"), "--speed", "--json", "--quiet", "--device", "cpu"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["models"]["dense"]["read"] > 0 and "a prompt of 8 tokens" in values["notes"][0]
@@ -66,9 +67,6 @@ def test_speed_is_measured_where_it_is_asked_for(folder, capsys, monkeypatch):
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(folder, line, message, capsys, monkeypatch):
-    def refused(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(loading, "load_model_and_tokenizer", refused)
+    monkeypatch.setattr(Loading, "model", lambda *_: pytest.fail("a model is loaded"))
     assert main(["compare", str(folder / "dense"), *line]) == 2
     assert message in capsys.readouterr().err

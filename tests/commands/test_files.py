@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruneError
-from optimum_structprune.commands import loading
-from optimum_structprune.commands.loading import load_config, load_device, load_model_and_tokenizer, weights_bytes
+from optimum_structprune.commands.loading import Loading, usable_device, weights_bytes
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +33,12 @@ def edit(folder, **fields):
 
 def refused(folder, message):
     with pytest.raises(StructPruneError, match=message) as caught:
-        load_model_and_tokenizer(str(folder))
+        Loading().model_and_tokenizer(str(folder))
     assert "\n" not in str(caught.value)
 
 
 def test_a_whole_model_is_loaded(dense):
-    model, reader = load_model_and_tokenizer(str(dense), device="cpu")
+    model, reader = Loading(device="cpu").model_and_tokenizer(str(dense))
     assert model.dtype == torch.float32 and not model.training and len(reader) == 96
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # tied, and not missing
 
@@ -65,7 +64,7 @@ def test_weights_of_another_shape_are_refused_with_both(copy):
 
 def test_weights_that_are_not_used_are_named(copy, caplog):
     edit(copy, num_hidden_layers=1)
-    load_model_and_tokenizer(str(copy))
+    Loading().model_and_tokenizer(str(copy))
     assert "does not use" in caplog.text and "model.layers.1.input_layernorm.weight" in caplog.text
 
 
@@ -79,23 +78,23 @@ def test_a_cut_file_and_noise_are_refused_by_name(copy, size):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": "x"}, "hidden_size='x' in its config.json"),
-        ({"intermediate_size": None}, "intermediate_size=None in its config.json"),
-        ({"num_attention_heads": 0}, "num_attention_heads=0 in its config.json"),
-        ({"vocab_size": 1.5}, "vocab_size=1.5"),
-        ({"rope_parameters": "a"}, "rope_parameters='a'"),
-        ({"hidden_act": "nope"}, "hidden_act='nope'"),
-        ({"dtype": "nope"}, "dtype='nope'"),
-        ({"quantization_config": 3}, "quantization_config=3"),
-        ({"per_layer_config": 3}, "per_layer_config=3"),
-        ({"auto_map": 3}, "cannot be loaded"),
+        ({"hidden_size": "x"}, "'hidden_size' expected"),
+        ({"intermediate_size": None}, "'intermediate_size' expected"),
+        ({"num_attention_heads": 0}, ""),
+        ({"vocab_size": 1.5}, "'vocab_size' expected"),
+        ({"rope_parameters": "a"}, ""),
+        ({"hidden_act": "nope"}, "nope"),
+        ({"dtype": "nope"}, "nope"),
+        ({"quantization_config": 3}, ""),
+        ({"per_layer_config": 3}, ""),
+        ({"auto_map": 3}, ""),
         ({"model_type": 5}, "model type `5`"),
         ({"model_type": "nope"}, "model type `nope`"),
     ],
 )
-def test_an_odd_value_in_a_config_is_refused_by_key(copy, fields, message):
+def test_an_odd_value_in_a_config_is_refused_with_what_transformers_says(copy, fields, message):
     edit(copy, **fields)
-    refused(copy, message)
+    refused(copy, f"cannot be loaded: .*{message}")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "5", "null", "{", '"text"', "[" * 5000, "\0"])
@@ -103,7 +102,7 @@ def test_a_config_that_is_none_is_refused(copy, text):
     (copy / "config.json").write_text(text)
     refused(copy, "config.json|cannot be loaded")
     with pytest.raises(StructPruneError):
-        load_config(str(copy))
+        Loading().config(str(copy))
 
 
 def test_a_tokenizer_that_is_none_is_refused(copy):
@@ -115,8 +114,8 @@ def test_a_tokenizer_that_is_none_is_refused(copy):
 def test_a_device_that_is_not_there_is_one_sentence(dense):
     for device in ("cuda", "cuda:3", "mps", "nope", "meta", "cpu:x"):
         with pytest.raises(StructPruneError, match=f"--device {device} cannot be used: .*this machine has cpu"):
-            load_device(device)
-    assert load_device(None) == load_device("cpu") == "cpu" and load_device("auto") == "auto"
+            usable_device(device)
+    assert usable_device(None) == usable_device("cpu") == "cpu" and usable_device("auto") == "auto"
 
 
 def test_memory_that_is_too_small_is_one_sentence(dense, monkeypatch):
@@ -127,9 +126,6 @@ def test_memory_that_is_too_small_is_one_sentence(dense, monkeypatch):
     refused(dense, "cannot be put on --device cpu: CUDA out of memory")
 
 
-def test_the_size_of_weights_is_that_of_the_files_or_of_the_config(dense, copy):
-    size = (dense / "model.safetensors").stat().st_size
-    assert weights_bytes(str(dense)) == size
-    (copy / "model.safetensors").unlink()
-    counted = weights_bytes(str(copy), loading.load_config(str(copy)))
-    assert 0.9 * size < counted <= size and weights_bytes("no/where") == 0
+def test_the_size_of_weights_is_that_of_the_files(dense):
+    assert weights_bytes(str(dense)) == (dense / "model.safetensors").stat().st_size
+    assert weights_bytes("no/where") == 0
