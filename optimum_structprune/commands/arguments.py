@@ -35,48 +35,82 @@ ALIASES = {
 SOURCES = "A source is a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; {name: …, …} sets any field."
 
 
+def switch(text: str) -> dict[str, Any]:
+    """A flag without a value."""
+    return {"action": "store_true", "help": text}
+
+
+def valued(text: str, metavar: str | None = None, **more: Any) -> dict[str, Any]:
+    """A flag with a value, or a positional argument."""
+    return {"help": text, "metavar": metavar, **more}
+
+
+def number(text: str, **more: Any) -> dict[str, Any]:
+    """A flag with a whole number."""
+    return valued(text, "N", type=int, **more)
+
+
+# Flags of several commands; those of `Loading` first.
+TRUST = {"--trust-remote-code": switch("Run code that comes with the model.")}
+ARCH = {"--arch": valued("A YAML file that describes architectures of your own.", "FILE", dest="arch_file")}
+LOADING = {
+    "--dtype": valued("auto (as saved), float32, bfloat16 or float16.", default="auto"),
+    "--device": valued("The device, such as cpu or cuda; by default cuda where there is one."),
+    **TRUST,
+}
+OFFLOAD = {
+    "--offload": valued(
+        "Keep the layers in the CPU's memory or on the disk, and bring in one at a time: for models that are larger "
+        "than the memory of the device.",
+        "{cpu,disk}",
+    )
+}
+OVERWRITE = {"--overwrite": switch("Replace the output.")}
+
+
 @dataclass(frozen=True)
 class Command:
-    """A command: what declares its flags, and what it does with them."""
+    """A command: what it does with its arguments, and what these are.
+
+    Attributes:
+        name: The word that calls it.
+        help: What it is for.
+        run: What it does.
+        flags: By name, what `add_argument` takes.
+        config: The config whose fields are flags too.
+        without: The fields that are none.
+        reads_text: Whether it may import `datasets`.
+        json_file: Whether `--json` can name a file.
+    """
 
     name: str
     help: str
-    add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], Result]
+    flags: Mapping[str, Mapping[str, Any]]
+    config: Literal["StructPruneConfig", "RecoveryConfig"] | None = None
+    without: Collection[str] = ()
+    reads_text: bool = True
+    json_file: bool = False
+
+    def declare(self, parser: ArgumentParser) -> None:
+        """Declare the arguments in a parser."""
+        for name, how in self.flags.items():
+            parser.add_argument(name, **how)
+        text = "Print the result as one JSON document instead of text."
+        if self.json_file:
+            text += " With a FILE, write the document to it and print the text."
+            parser.add_argument("--json", nargs="?", const=True, metavar="FILE", help=text)
+        else:
+            parser.add_argument("--json", action="store_true", help=text)
+        parser.add_argument("--quiet", action="store_true", help="No progress bars and no notes; warnings stay.")
+        parser.set_defaults(reads_text=self.reads_text)
+        if self.config is not None:
+            import optimum_structprune
+
+            _declare_fields(parser, getattr(optimum_structprune, self.config), self.without)
 
 
-def add_path_arguments(parser: ArgumentParser, model: str, output: str, overwrite: bool = True) -> None:
-    """Declare the folders that a command reads and writes; `model` and `output` are their help."""
-    parser.add_argument("model", help=model)
-    parser.add_argument("output", help=output)
-    if overwrite:
-        parser.add_argument("--overwrite", action="store_true", help="Replace the output.")
-
-
-def add_loading_arguments(
-    parser: ArgumentParser, arch: bool = False, offload: bool = False, weights: bool = True
-) -> None:
-    """Declare the flags of `Loading`: `--arch` where no config has it, and `--trust-remote-code` alone where no
-    weights are loaded.
-    """
-    if weights:
-        parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16.")
-        parser.add_argument("--device", help="The device, such as cpu or cuda; by default cuda where there is one.")
-    if arch:
-        parser.add_argument(
-            "--arch", dest="arch_file", metavar="FILE", help="A YAML file that describes architectures of your own."
-        )
-    if offload:
-        parser.add_argument(
-            "--offload",
-            metavar="{cpu,disk}",
-            help="Keep the layers in the CPU's memory or on the disk, and bring in one at a time: for models that are "
-            "larger than the memory of the device.",
-        )
-    parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
-
-
-def add_config_arguments(parser: ArgumentParser, config_class: type, without: Collection[str] = ()) -> None:
+def _declare_fields(parser: ArgumentParser, config_class: type, without: Collection[str]) -> None:
     """Declare `--config`, and one flag for each field of a config."""
     name = config_class.__name__
     parser.add_argument("--config", metavar="FILE", help=f"A YAML file with fields of {name}; flags override it.")

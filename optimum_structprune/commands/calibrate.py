@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 
-from .arguments import Command, add_config_arguments, add_loading_arguments, add_path_arguments, pruning_config
-from .output import Result, add_output_arguments
-
-
-HELP = (
-    "Store the statistics of a dense model, from which `prune --stats` prunes without running text. It takes the "
-    "settings of `prune`; how much is removed plays no part."
-)
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags; each one that is given overrides the config file."""
-    from ..config.pruning import StructPruneConfig
-
-    add_path_arguments(parser, "Model id or folder.", "Folder for the statistics.")
-    add_loading_arguments(parser, offload=True)
-    add_output_arguments(parser, reads_text=True)
-    add_config_arguments(parser, StructPruneConfig)
+from .arguments import LOADING, OFFLOAD, OVERWRITE, Command, pruning_config, valued
+from .output import Result
 
 
 def run(args: Namespace) -> Result:
@@ -50,4 +34,15 @@ def run(args: Namespace) -> Result:
     )
 
 
-COMMANDS = (Command("calibrate", HELP, add_arguments, run),)
+FLAGS = {
+    "model": valued("Model id or folder."),
+    "output": valued("Folder for the statistics."),
+    **OVERWRITE,
+    **LOADING,
+    **OFFLOAD,
+}
+HELP = (
+    "Store the statistics of a dense model, from which `prune --stats` prunes without running text. It takes the "
+    "settings of `prune`; how much is removed plays no part."
+)
+COMMANDS = (Command("calibrate", HELP, run, FLAGS, config="StructPruneConfig"),)

@@ -69,7 +69,7 @@ def add_commands(parser: ArgumentParser) -> None:
     subparsers = parser.add_subparsers(title="commands", metavar="<command>", parser_class=CommandParser)
     for command in commands():
         subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
-        subparser.declare = command.add_arguments
+        subparser.declare = command.declare
         subparser.set_defaults(run=command.run)
 
 

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 
-from .arguments import Command, add_loading_arguments, add_path_arguments
-from .output import Result, add_output_arguments
+from .arguments import ARCH, LOADING, OVERWRITE, Command, switch, valued
+from .output import Result
 
 
-HELP = "Write a model for llama.cpp (OUT.gguf), or a non-uniform one with one width for all layers (--pad-uniform)."
 ENDING = ".gguf"
 # GGUF's own names for the dtypes that a file can have.
 GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags."""
-    add_path_arguments(
-        parser,
-        "Folder or id of the pruned model.",
-        f"File for llama.cpp, which ends in {ENDING}; with --pad-uniform, folder for the padded model.",
-    )
-    parser.add_argument(
-        "--pad-uniform",
-        action="store_true",
-        help="Fill narrower layers up with zeros, for runtimes that take one width only.",
-    )
-    add_loading_arguments(parser, arch=True)
-    add_output_arguments(parser)
 
 
 def run(args: Namespace) -> Result:
@@ -59,4 +42,13 @@ def run(args: Namespace) -> Result:
     return Result(f"{written}\nsaved to {args.output}", {**asdict(written), "output": args.output})
 
 
-COMMANDS = (Command("export", HELP, add_arguments, run),)
+FLAGS = {
+    "model": valued("Folder or id of the pruned model."),
+    "output": valued(f"File for llama.cpp, which ends in {ENDING}; with --pad-uniform, folder for the padded model."),
+    "--pad-uniform": switch("Fill narrower layers up with zeros, for runtimes that take one width only."),
+    **OVERWRITE,
+    **ARCH,
+    **LOADING,
+}
+HELP = "Write a model for llama.cpp (OUT.gguf), or a non-uniform one with one width for all layers (--pad-uniform)."
+COMMANDS = (Command("export", HELP, run, FLAGS, reads_text=False),)

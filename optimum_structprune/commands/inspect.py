@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .arguments import Command, add_config_arguments, add_loading_arguments, pruning_config
-from .output import Result, add_output_arguments
-
-
-def add_inspect_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags of `inspect`."""
-    parser.add_argument("model", help="Model id or folder.")
-    parser.add_argument(
-        "--stub",
-        action="store_true",
-        help="Print a description of an unknown architecture, to be checked, for --arch.",
-    )
-    add_loading_arguments(parser, arch=True, weights=False)
-    add_output_arguments(parser)
+from .arguments import ARCH, TRUST, Command, pruning_config, switch, valued
+from .output import Result
 
 
 def inspect(args: Namespace) -> Result:
@@ -72,29 +60,6 @@ def _ranges(sizes: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def add_plan_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags of `plan`; the settings are those of `prune`."""
-    from ..config.pruning import StructPruneConfig
-
-    parser.add_argument("model", help="Model id or folder; config.json is enough.")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        help="The dtype in which memory is counted: auto (as saved), float32, bfloat16 or float16.",
-    )
-    parser.add_argument(
-        "--cost",
-        action="store_true",
-        help="Show the memory that the pruning takes, and the operations of both models, as well.",
-    )
-    parser.add_argument(
-        "--offload", metavar="{cpu,disk}", help="With --cost: where the layers are while they do not run."
-    )
-    add_output_arguments(parser, file=True)
-    add_loading_arguments(parser, weights=False)
-    add_config_arguments(parser, StructPruneConfig)
-
-
 def plan(args: Namespace) -> Result:
     """Build the dense and the pruned model on the meta device and compare them."""
     from ..dryrun import dry_run
@@ -112,18 +77,27 @@ def plan(args: Namespace) -> Result:
     return Result(f"{head}\n{outcome}", outcome.to_dict())
 
 
+PLAN = {
+    "model": valued("Model id or folder; config.json is enough."),
+    "--dtype": valued(
+        "The dtype in which memory is counted: auto (as saved), float32, bfloat16 or float16.", default="auto"
+    ),
+    "--cost": switch("Show the memory that the pruning takes, and the operations of both models, as well."),
+    "--offload": valued("With --cost: where the layers are while they do not run.", "{cpu,disk}"),
+    **TRUST,
+}
+PLAN_HELP = (
+    "A dry run: show the widths, parameters and memory that `prune` would give with the same settings. Needs no "
+    "weights, and writes no model."
+)
+INSPECT = {
+    "model": valued("Model id or folder."),
+    "--stub": switch("Print a description of an unknown architecture, to be checked, for --arch."),
+    **ARCH,
+    **TRUST,
+}
+INSPECT_HELP = "Show a model's family, spaces, units, legal widths and parameter shares."
 COMMANDS = (
-    Command(
-        "plan",
-        "A dry run: show the widths, parameters and memory that `prune` would give with the same settings. Needs no "
-        "weights, and writes no model.",
-        add_plan_arguments,
-        plan,
-    ),
-    Command(
-        "inspect",
-        "Show a model's family, spaces, units, legal widths and parameter shares.",
-        add_inspect_arguments,
-        inspect,
-    ),
+    Command("plan", PLAN_HELP, plan, PLAN, config="StructPruneConfig", reads_text=False, json_file=True),
+    Command("inspect", INSPECT_HELP, inspect, INSPECT, reads_text=False),
 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .arguments import SOURCES, Command, add_loading_arguments, domain
-from .output import Result, add_output_arguments, check_folder_of
+from .arguments import ARCH, LOADING, SOURCES, Command, domain, number, switch, valued
+from .output import Result, check_folder_of
 
 
 if TYPE_CHECKING:
@@ -24,28 +24,10 @@ if TYPE_CHECKING:
 BATCH_SIZES, PROMPTS = [1], [128]
 
 
-def add_evaluate_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags of `evaluate`."""
-    parser.add_argument("model", help="Model id or folder.")
-    parser.add_argument("--against", metavar="DENSE", help="The dense model to compare with.")
-    _add_quality_arguments(parser)
-    add_output_arguments(parser, file=True, reads_text=True)
-
-
 def evaluate(args: Namespace) -> Result:
     """Measure the model, alone or against the dense one."""
     evaluation = _measured(args, args.model, args.against)
     return Result(str(evaluation), evaluation.to_dict())
-
-
-def add_report_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags of `report`."""
-    parser.add_argument("output", help="Folder of the pruned model.")
-    parser.add_argument(
-        "dense", nargs="?", help="Id or folder of the dense model, to compare with and to name in the page."
-    )
-    _add_quality_arguments(parser)
-    add_output_arguments(parser, reads_text=True)
 
 
 def report(args: Namespace) -> Result:
@@ -65,46 +47,8 @@ def report(args: Namespace) -> Result:
     return Result("\n".join([*lines, f"the report is {page}"]), {**values, "output": args.output, "report": str(page)})
 
 
-def _add_quality_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags that say what quality is measured on, and how the models are loaded."""
-    parser.add_argument(
-        "--domain",
-        action="append",
-        default=[],
-        type=domain,
-        metavar="NAME=SOURCE",
-        help=f"Text that is read in its own order. Repeatable. {SOURCES}",
-    )
-    parser.add_argument(
-        "--task",
-        action="append",
-        default=[],
-        metavar="NAME|FILE.jsonl",
-        help="A task of lm_eval, or a file of multiple-choice items in lines of JSON. Repeatable.",
-    )
-    parser.add_argument(
-        "--tasks", dest="task", action="extend", nargs="+", metavar="NAME|FILE.jsonl", help="Several of them."
-    )
-    parser.add_argument(
-        "--items",
-        metavar="FOLDER",
-        help="A folder that keeps the answers to each item of a task, so that a run goes on where it was killed, and "
-        "the dense model answers once for all models that are compared with it.",
-    )
-    parser.add_argument("--seq-length", type=int, default=512, metavar="N", help="Tokens per sample (512).")
-    parser.add_argument(
-        "--num-samples",
-        type=int,
-        metavar="N",
-        help="Samples per domain at most; by default each domain is read to its end.",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="Items per task at most; by default all of them.")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="Sequences per forward pass (1).")
-    add_loading_arguments(parser, arch=True)
-
-
 def _measured(args: Namespace, model_name: str, dense_name: str | None) -> Evaluation:
-    """What the flags of `_add_quality_arguments` ask for."""
+    """What the flags of `QUALITY` ask for."""
     from .loading import Loading
 
     loading = Loading.of(args)
@@ -133,20 +77,6 @@ def _measured_of(
         limit=args.limit,
         items=args.items,
     )
-
-
-def add_compare_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags of `compare`."""
-    parser.add_argument("models", nargs="+", metavar="model", help="Model ids or folders.")
-    _add_quality_arguments(parser)
-    parser.add_argument("--speed", action="store_true", help="Also measure how fast they read and write tokens.")
-    parser.add_argument("--csv", metavar="FILE", help="Write the table to a file of comma-separated values.")
-    parser.add_argument(
-        "--plot",
-        metavar="FILE",
-        help="Draw quality against size to an .svg, .png or .pdf file; joined are those that no other beats in both.",
-    )
-    add_output_arguments(parser, file=True, reads_text=True)
 
 
 def compare(args: Namespace) -> Result:
@@ -206,26 +136,6 @@ def _facts(path: str, args: Namespace, loading: Loading) -> Facts:
     return Facts.of(model, evaluation, args.arch_file)
 
 
-def add_benchmark_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags of `benchmark`."""
-    parser.add_argument("dense", help="Model id or folder of the dense model, which the others are compared with.")
-    parser.add_argument("models", nargs="+", metavar="pruned", help="Model ids or folders to compare with it.")
-    parser.add_argument(
-        "--batch-size", action="append", type=int, metavar="N", help="Sequences that run together (1). Repeatable."
-    )
-    parser.add_argument(
-        "--prompt", action="append", type=int, metavar="N", help="Tokens in each prompt (128). Repeatable."
-    )
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="Tokens to write after it (32).")
-    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="Timed runs of each model, in turns (9).")
-    parser.add_argument("--threads", type=int, metavar="N", help="Threads; by default what torch is set to.")
-    parser.add_argument(
-        "--clock", default="wall", help="wall (default), or cpu: time of the processor, where other jobs run too."
-    )
-    add_loading_arguments(parser, arch=True)
-    add_output_arguments(parser, file=True)
-
-
 def benchmark(args: Namespace) -> Result:
     """Check all models by their configs, load them, and let them take turns."""
     from ..errors import StructPruneError
@@ -278,30 +188,85 @@ def _folder(path: str) -> Path | None:
     return None if config is None else Path(config).parent
 
 
+SEVERAL: dict[str, Any] = {"action": "append", "default": []}
+QUALITY = {
+    "--domain": valued(
+        f"Text that is read in its own order. Repeatable. {SOURCES}", "NAME=SOURCE", type=domain, **SEVERAL
+    ),
+    "--task": valued(
+        "A task of lm_eval, or a file of multiple-choice items in lines of JSON. Repeatable.", "NAME|FILE", **SEVERAL
+    ),
+    "--tasks": valued("Several of them.", "NAME|FILE", dest="task", action="extend", nargs="+"),
+    "--items": valued(
+        "A folder that keeps the answers to each item of a task, so that a run goes on where it was killed, and the "
+        "dense model answers once for all models that are compared with it.",
+        "FOLDER",
+    ),
+    "--seq-length": number("Tokens per sample (512).", default=512),
+    "--num-samples": number("Samples per domain at most; by default each domain is read to its end."),
+    "--limit": number("Items per task at most; by default all of them."),
+    "--batch-size": number("Sequences per forward pass (1).", default=1),
+    **ARCH,
+    **LOADING,
+}
+EVALUATE = {
+    "model": valued("Model id or folder."),
+    "--against": valued("The dense model to compare with.", "DENSE"),
+    **QUALITY,
+}
+COMPARE = {
+    "models": valued("Model ids or folders.", "model", nargs="+"),
+    **QUALITY,
+    "--speed": switch("Also measure how fast they read and write tokens."),
+    "--csv": valued("Write the table to a file of comma-separated values.", "FILE"),
+    "--plot": valued(
+        "Draw quality against size to an .svg, .png or .pdf file; joined are those that no other beats in both.",
+        "FILE",
+    ),
+}
+REPORT = {
+    "output": valued("Folder of the pruned model."),
+    "dense": valued("Id or folder of the dense model, to compare with and to name in the page.", nargs="?"),
+    **QUALITY,
+}
+REPORT_HELP = (
+    "Write report.html beside a pruned model, from the records that lie there; with --domain or --task, measure the "
+    "model on further text first."
+)
+BENCHMARK = {
+    "dense": valued("Model id or folder of the dense model, which the others are compared with."),
+    "models": valued("Model ids or folders to compare with it.", "pruned", nargs="+"),
+    "--batch-size": number("Sequences that run together (1). Repeatable.", action="append"),
+    "--prompt": number("Tokens in each prompt (128). Repeatable.", action="append"),
+    "--new-tokens": number("Tokens to write after it (32).", default=32),
+    "--repeats": number("Timed runs of each model, in turns (9).", default=9),
+    "--threads": number("Threads; by default what torch is set to."),
+    "--clock": valued("wall (default), or cpu: time of the processor, where other jobs run too.", default="wall"),
+    **ARCH,
+    **LOADING,
+}
 COMMANDS = (
     Command(
         "evaluate",
         "Measure a model by perplexity and tasks, alone or against the dense one.",
-        add_evaluate_arguments,
         evaluate,
+        EVALUATE,
+        json_file=True,
     ),
     Command(
         "compare",
         "Show models side by side: size, widths, cache, perplexity, tasks and speed.",
-        add_compare_arguments,
         compare,
+        COMPARE,
+        json_file=True,
     ),
-    Command(
-        "report",
-        "Write report.html beside a pruned model, from the records that lie there; with --domain or "
-        "--task, measure the model on further text first.",
-        add_report_arguments,
-        report,
-    ),
+    Command("report", REPORT_HELP, report, REPORT),
     Command(
         "benchmark",
         "Measure how fast models read prompts and write tokens, against the dense one.",
-        add_benchmark_arguments,
         benchmark,
+        BENCHMARK,
+        reads_text=False,
+        json_file=True,
     ),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -32,18 +32,6 @@ class Result:
     text: str
     values: Mapping[str, Any]
     code: int = 0
-
-
-def add_output_arguments(parser: ArgumentParser, file: bool = False, reads_text: bool = False) -> None:
-    """Declare `--json` and `--quiet`."""
-    text = "Print the result as one JSON document instead of text."
-    if file:
-        text += " With a FILE, write the document to it and print the text."
-        parser.add_argument("--json", nargs="?", const=True, metavar="FILE", help=text)
-    else:
-        parser.add_argument("--json", action="store_true", help=text)
-    parser.add_argument("--quiet", action="store_true", help="No progress bars and no notes; warnings stay.")
-    parser.set_defaults(reads_text=reads_text)
 
 
 def check_output(args: Namespace) -> None:
@@ -123,35 +111,28 @@ def _widths_by_layer() -> Iterator[None]:
 @contextmanager
 def _no_bars(reads_text: bool) -> Iterator[None]:
     import huggingface_hub.utils as hub
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging as models
 
-    # The bar of transformers' Trainer has no switch; it is left out where this logger shows errors only.
-    trainer = logging.getLogger("transformers.training_args")
-    level = trainer.level
-    # transformers' switch moves that of huggingface_hub too, so it is restored first.
+    # Each with whether it shows bars. They are restored in turn from the end, since the switch of transformers moves
+    # that of huggingface_hub too.
     switches: list[tuple[bool, Callable[..., Any], Callable[..., Any]]] = [
-        (
-            transformers_logging.is_progress_bar_enabled(),
-            transformers_logging.disable_progress_bar,
-            transformers_logging.enable_progress_bar,
-        ),
-        (not hub.are_progress_bars_disabled(), hub.disable_progress_bars, hub.enable_progress_bars),
+        (not hub.are_progress_bars_disabled(), hub.enable_progress_bars, hub.disable_progress_bars),
+        (models.is_progress_bar_enabled(), models.enable_progress_bar, models.disable_progress_bar),
     ]
     if reads_text or "datasets" in sys.modules:
         import datasets.utils as data
 
-        switches.append((data.is_progress_bar_enabled(), data.disable_progress_bars, data.enable_progress_bars))
-    try:
+        switches.append((data.is_progress_bar_enabled(), data.enable_progress_bars, data.disable_progress_bars))
+    # The bar of transformers' Trainer has no switch; it is left out where this logger shows errors only.
+    trainer = logging.getLogger("transformers.training_args")
+    with ExitStack() as stack:
+        stack.callback(trainer.setLevel, trainer.level)
         trainer.setLevel(logging.ERROR)
-        for enabled, disable, _ in switches:
-            if enabled:
+        for shows, enable, disable in switches:
+            if shows:
+                stack.callback(enable)
                 disable()
         yield
-    finally:
-        trainer.setLevel(level)
-        for enabled, _, enable in switches:
-            if enabled:
-                enable()
 
 
 def _print(text: str) -> None:

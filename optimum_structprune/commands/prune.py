@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import SUPPRESS, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import (
-    Command,
-    add_config_arguments,
-    add_loading_arguments,
-    add_path_arguments,
-    pruning_config,
-    yaml_value,
-)
-from .output import Result, add_output_arguments, note
-from .recovering import add_result_arguments, check_push_arguments, pushed, recover_and_save, recovery_for
+from .arguments import LOADING, OFFLOAD, OVERWRITE, Command, pruning_config, switch, valued, yaml_value
+from .output import Result, note
+from .recovering import RESULT, check_push_arguments, pushed, recover_and_save, recovery_for
 
 
 if TYPE_CHECKING:
@@ -26,35 +19,6 @@ if TYPE_CHECKING:
     from ..pruner import StructPruner
     from ..system.disk import Output
     from .loading import Loading
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags; each one that is given overrides the config file."""
-    from ..config.pruning import StructPruneConfig
-
-    add_path_arguments(parser, "Model id or folder.", "Folder for the pruned model.")
-    parser.add_argument(
-        "--recover", action="store_true", help="Train afterwards, with the dense model as the teacher; see --recovery."
-    )
-    parser.add_argument(
-        "--recovery-tokens",
-        dest="recovery",
-        action="append",
-        default=SUPPRESS,
-        type=lambda text: ("tokens", yaml_value(text)),
-        metavar="N",
-        help="The same, with this number of training tokens: short for --recovery tokens=N.",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="Remember every finished layer in a folder beside the output, and go on from there if a run with the "
-        "same settings was killed.",
-    )
-    add_result_arguments(parser)
-    add_loading_arguments(parser, offload=True)
-    add_output_arguments(parser, reads_text=True)
-    add_config_arguments(parser, StructPruneConfig)
 
 
 def run(args: Namespace) -> Result:
@@ -203,5 +167,24 @@ def _where(config: PretrainedConfig, output: str, arch_file: str | None) -> str:
     return where
 
 
+FLAGS = {
+    "model": valued("Model id or folder."),
+    "output": valued("Folder for the pruned model."),
+    "--recover": switch("Train afterwards, with the dense model as the teacher; see --recovery."),
+    "--recovery-tokens": valued(
+        "The same, with this number of training tokens: short for --recovery tokens=N.",
+        "N",
+        type=lambda text: ("tokens", yaml_value(text)),
+        **{"dest": "recovery", "action": "append", "default": SUPPRESS},
+    ),
+    "--resume": switch(
+        "Remember every finished layer in a folder beside the output, and go on from there if a run with the same "
+        "settings was killed."
+    ),
+    **OVERWRITE,
+    **RESULT,
+    **LOADING,
+    **OFFLOAD,
+}
 HELP = "Prune a model and save one that plain from_pretrained loads."
-COMMANDS = (Command("prune", HELP, add_arguments, run),)
+COMMANDS = (Command("prune", HELP, run, FLAGS, config="StructPruneConfig"),)

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import SUPPRESS, Namespace
 from pathlib import Path
 
 from ..errors import StructPruneError
-from .arguments import Command, add_config_arguments, add_loading_arguments, add_path_arguments, recovery_config
-from .output import Result, add_output_arguments
-from .recovering import add_result_arguments, check_push_arguments, pushed, recover_and_save, recovery_for
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags; each one that is given overrides the config file."""
-    from ..config.recovery import RecoveryConfig
-
-    add_path_arguments(parser, "Folder or id of the pruned model.", "Folder for the recovered model.")
-    parser.add_argument("--teacher", metavar="MODEL", help="The model to agree with, usually the dense one.")
-    parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint of the same command.")
-    parser.add_argument(
-        "--adapter",
-        dest="merge",
-        action="store_const",
-        const=False,
-        default=SUPPRESS,
-        help="Save the adapter and do not merge it: the same as --no-merge.",
-    )
-    add_result_arguments(parser)
-    add_loading_arguments(parser, arch=True)
-    add_output_arguments(parser, reads_text=True)
-    add_config_arguments(parser, RecoveryConfig)
+from .arguments import ARCH, LOADING, OVERWRITE, Command, recovery_config, switch, valued
+from .output import Result
+from .recovering import RESULT, check_push_arguments, pushed, recover_and_save, recovery_for
 
 
 def run(args: Namespace) -> Result:
@@ -77,4 +56,19 @@ def _check_whole(model: str) -> None:
         )
 
 
-COMMANDS = (Command("recover", "Train a pruned model, with or without a teacher, and save it.", add_arguments, run),)
+FLAGS = {
+    "model": valued("Folder or id of the pruned model."),
+    "output": valued("Folder for the recovered model."),
+    "--teacher": valued("The model to agree with, usually the dense one.", "MODEL"),
+    "--resume": switch("Go on from the last checkpoint of the same command."),
+    "--adapter": {
+        "help": "Save the adapter and do not merge it: the same as --no-merge.",
+        **{"dest": "merge", "action": "store_const", "const": False, "default": SUPPRESS},
+    },
+    **OVERWRITE,
+    **RESULT,
+    **ARCH,
+    **LOADING,
+}
+HELP = "Train a pruned model, with or without a teacher, and save it."
+COMMANDS = (Command("recover", HELP, run, FLAGS, config="RecoveryConfig"),)

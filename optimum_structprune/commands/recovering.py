@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import asdict, replace
 from shlex import join
 from typing import TYPE_CHECKING
 
 from ..errors import StructPruneError
+from .arguments import switch, valued
 from .output import Result
 
 
@@ -22,23 +23,18 @@ if TYPE_CHECKING:
 
 # The exit code where a training has made the model worse, so that the result is not where it was asked for.
 WORSE = 1
-
-
-def add_result_arguments(parser: ArgumentParser) -> None:
-    """Declare `--accept-worse`, `--push-to-hub` and `--private`."""
-    parser.add_argument(
-        "--accept-worse",
-        action="store_true",
-        help="Save the trained model as the output even if it is worse on held-out text than before its training. "
-        f"Otherwise it goes to OUTPUT.worse, the output is left alone, and the exit code is {WORSE}.",
-    )
-    parser.add_argument(
-        "--push-to-hub",
-        metavar="OWNER/NAME",
-        help="Upload the result to this repository of the Hub once it is complete on the disk, with the token of `hf "
-        "auth login` or of HF_TOKEN.",
-    )
-    parser.add_argument("--private", action="store_true", help="The repository is private.")
+RESULT = {
+    "--accept-worse": switch(
+        "Save the trained model as the output even if it is worse on held-out text than before its training. "
+        f"Otherwise it goes to OUTPUT.worse, the output is left alone, and the exit code is {WORSE}."
+    ),
+    "--push-to-hub": valued(
+        "Upload the result to this repository of the Hub once it is complete on the disk, with the token of `hf auth "
+        "login` or of HF_TOKEN.",
+        "OWNER/NAME",
+    ),
+    "--private": switch("The repository is private."),
+}
 
 
 def check_push_arguments(args: Namespace) -> None:

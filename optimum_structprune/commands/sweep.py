@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import Command, add_config_arguments, add_loading_arguments, add_path_arguments, pruning_config
-from .output import Result, add_output_arguments, note
+from .arguments import LOADING, Command, pruning_config, switch, valued
+from .output import Result, note
 
 
 if TYPE_CHECKING:
     from ..config.pruning import StructPruneConfig
     from ..evaluation.curve import Size
-
-HELP = (
-    "Prune a model to several sizes, and give the curve of quality against size as CSV, JSON and a picture. A sweep "
-    "that was interrupted goes on where it was."
-)
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the flags; each one that is given overrides the config file."""
-    from ..config.pruning import AMOUNTS, StructPruneConfig
-
-    folder = "Folder for the curve, and for one pruned model per size."
-    add_path_arguments(parser, "Model id or folder.", folder, overwrite=False)
-    parser.add_argument(
-        "--sparsity",
-        dest="sizes",
-        nargs="+",
-        type=float,
-        required=True,
-        metavar="X",
-        help="The shares of the layers' parameters to remove, each between 0 and 1.",
-    )
-    parser.add_argument("--no-save", action="store_true", help="Keep the curve only, not the pruned models.")
-    add_loading_arguments(parser)
-    add_output_arguments(parser, reads_text=True)
-    of_one_size = ("checkpoint_dir",)
-    add_config_arguments(parser, StructPruneConfig, without=(*AMOUNTS, *of_one_size))
 
 
 def run(args: Namespace) -> Result:
@@ -127,4 +100,20 @@ def _folder(output: Path, sparsity: float) -> Path:
     return output / f"sparsity-{sparsity:g}"
 
 
-COMMANDS = (Command("sweep", HELP, add_arguments, run),)
+FLAGS = {
+    "model": valued("Model id or folder."),
+    "output": valued("Folder for the curve, and for one pruned model per size."),
+    "--sparsity": valued(
+        "The shares of the layers' parameters to remove, each between 0 and 1.",
+        "X",
+        **{"dest": "sizes", "nargs": "+", "type": float, "required": True},
+    ),
+    "--no-save": switch("Keep the curve only, not the pruned models."),
+    **LOADING,
+}
+HELP = (
+    "Prune a model to several sizes, and give the curve of quality against size as CSV, JSON and a picture. A sweep "
+    "that was interrupted goes on where it was."
+)
+OF_ONE_SIZE = ("sparsity", "widths", "budget", "checkpoint_dir")
+COMMANDS = (Command("sweep", HELP, run, FLAGS, config="StructPruneConfig", without=OF_ONE_SIZE),)

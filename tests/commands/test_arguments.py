@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig
-from optimum_structprune.commands import calibrate, inspect, prune, recover
 from optimum_structprune.commands.arguments import (
     domain,
     first_sentences,
@@ -17,19 +16,21 @@ from optimum_structprune.commands.arguments import (
     recovery_config,
     setting,
 )
+from optimum_structprune.commands.cli import commands
 
 
+DECLARE = {command.name: command.declare for command in commands()}
 COMMANDS = [
-    (prune.add_arguments, ["m", "o"], StructPruneConfig, pruning_config),
-    (inspect.add_plan_arguments, ["m"], StructPruneConfig, pruning_config),
-    (calibrate.add_arguments, ["m", "o"], StructPruneConfig, pruning_config),
-    (recover.add_arguments, ["m", "o"], RecoveryConfig, recovery_config),
+    ("prune", ["m", "o"], StructPruneConfig, pruning_config),
+    ("plan", ["m"], StructPruneConfig, pruning_config),
+    ("calibrate", ["m", "o"], StructPruneConfig, pruning_config),
+    ("recover", ["m", "o"], RecoveryConfig, recovery_config),
 ]
 
 
-def parsed(add_arguments, *arguments):
-    parser = ArgumentParser()
-    add_arguments(parser)
+def parsed(command, *arguments):
+    parser = ArgumentParser(prog="structprune")
+    DECLARE[command](parser)
     return parser.parse_args([*arguments])
 
 
@@ -85,7 +86,7 @@ def test_every_field_is_described_in_the_docstring(config_class):
 
 def test_help_comes_from_the_field():
     parser = ArgumentParser(prog="structprune")
-    prune.add_arguments(parser)
+    DECLARE["prune"](parser)
     shown = " ".join(parser.format_help().split())
     assert first_sentences(StructPruneConfig)["damping"] in shown and "(default: 0.08)" in shown
     assert "--objective {mean,worst}" in shown
@@ -113,16 +114,13 @@ def test_help_comes_from_the_field():
 )
 def test_short_spellings(spelling, field, monkeypatch):
     monkeypatch.setattr(StructPruneConfig, "from_dict", dict)
-    assert pruning_config(parsed(prune.add_arguments, "m", "o", *spelling)) == field
+    assert pruning_config(parsed("prune", "m", "o", *spelling)) == field
 
 
 def test_a_number_or_a_word():
     for words, value in (("auto", "auto"), ("8", 8)):
         assert (
-            pruning_config(
-                parsed(prune.add_arguments, "m", "o", "--sparsity", "0.2", "--batch-size", words)
-            ).batch_size
-            == value
+            pruning_config(parsed("prune", "m", "o", "--sparsity", "0.2", "--batch-size", words)).batch_size == value
         )
 
 
@@ -131,9 +129,7 @@ def test_flags_override_the_file(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(text))
     flags = ["--width", "mlp=8", "--rounds", "2", "--recovery", "tokens=500"]
     domains = ["--domain", "a=x@y.txt@0.5", "--domain", "b=c@d.txt", "--domain", "m=self:math@2"]
-    config = pruning_config(
-        parsed(prune.add_arguments, "m", "o", "--config", str(tmp_path / "run.yaml"), *flags, *domains)
-    )
+    config = pruning_config(parsed("prune", "m", "o", "--config", str(tmp_path / "run.yaml"), *flags, *domains))
     assert (config.sparsity, config.widths, config.rounds, config.criterion) == (None, {"mlp": 8}, 2, "flap")
     assert (config.recovery.tokens, config.recovery.kl_weight) == (500, 0.5)
     assert [(d.name, d.source, d.weight) for d in config.domains] == [
@@ -146,19 +142,19 @@ def test_flags_override_the_file(tmp_path):
 def test_the_amount_of_the_file_goes_where_no_flag_names_another(tmp_path):
     (tmp_path / "run.yaml").write_text("widths: {mlp: 8, attention: 2}\n")
     line = ["m", "o", "--config", str(tmp_path / "run.yaml")]
-    assert pruning_config(parsed(prune.add_arguments, *line), sparsity=0.5).widths == {"mlp": 8, "attention": 2}
-    assert pruning_config(parsed(prune.add_arguments, *line, "--width", "mlp=9")).widths == {"mlp": 9}
-    assert pruning_config(parsed(prune.add_arguments, *line, "--sparsity", "0.3")).sparsity == 0.3
-    assert pruning_config(parsed(calibrate.add_arguments, "m", "o"), sparsity=0.5).sparsity == 0.5
+    assert pruning_config(parsed("prune", *line), sparsity=0.5).widths == {"mlp": 8, "attention": 2}
+    assert pruning_config(parsed("prune", *line, "--width", "mlp=9")).widths == {"mlp": 9}
+    assert pruning_config(parsed("prune", *line, "--sparsity", "0.3")).sparsity == 0.3
+    assert pruning_config(parsed("calibrate", "m", "o"), sparsity=0.5).sparsity == 0.5
 
 
 def test_flags_of_recovery_override_the_file(tmp_path):
     (tmp_path / "run.yaml").write_text("tokens: 5\nlora: {r: 4, lora_alpha: 8}\n")
     flags = ["--config", str(tmp_path / "run.yaml"), "--tokens", "7", "--lora", "r=2", "--training", "bf16=true"]
-    config = recovery_config(parsed(recover.add_arguments, "m", "o", *flags, "--kl-weight", "0"))
+    config = recovery_config(parsed("recover", "m", "o", *flags, "--kl-weight", "0"))
     assert (config.tokens, config.lora, config.training) == (7, {"r": 2, "lora_alpha": 8}, {"bf16": True})
     assert config.kl_weight == 0 and config.merge
-    assert not recovery_config(parsed(recover.add_arguments, "m", "o", "--adapter")).merge
+    assert not recovery_config(parsed("recover", "m", "o", "--adapter")).merge
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_bad_input(folder, tmp_path, capsys):
         (["prune", model, out, "--sparsity", "0.2", "--width", "mlp=3"], "exactly one of sparsity, widths and budget"),
         (
             ["prune", model, out, "--sparsity", "0.2", "--refit", "best"],
-            "there is no refit 'best'. Known: bias, least_squares, none",
+            "there is no refit 'best'. Did you mean 'bias'? Known: bias, least_squares, none",
         ),
         (["plan", model, "--width", "ffn=3"], "'ffn'"),
         (["plan", model, "--width", "mlp=wide"], "'wide'"),
