@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from .arch.load import describe
-from .arch.plain import check_plain, dequantized
+from .arch.meta import check_plain, dequantized
 from .arch.spec import ArchSpec
 from .calibration.moments import save_moments
 from .calibration.stored import HELDOUT, Statistics, StoredDomain, StoredFile, moments_name

@@ -10,14 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import describe
-from .arch.meta import skeleton
-from .arch.plain import check_plain, dequantized, is_quantized
+from .arch.meta import check_plain, dequantized, is_quantized, skeleton
 from .arch.spec import ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
-from .domains.broad import texts_of
 from .domains.load import Domain
 from .domains.manifest import Manifest
+from .domains.resolve import texts_of
 from .errors import StructPruneError
 from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind

@@ -16,16 +16,15 @@ from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
 from .arch.load import describe
-from .arch.plain import check_plain
+from .arch.meta import check_plain
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
-from .domains.load import Domain, load_domains
-from .domains.recent import RecentText
+from .domains.load import Domain, RecentText, load_domains
 from .errors import StructPruneError
 from .forward.hooks import before_load, before_next_call
 from .pruner import AutoStructPruner
 from .pruning.checks import TRAINER, check, check_trainer
-from .surgery.followers import check_state, slice_state_
+from .surgery.cut import check_state, slice_state_
 from .surgery.plan import Plan
 from .surgery.resize import resize_
 from .widths.schedule import legal_round_widths, removal_steps

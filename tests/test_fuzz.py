@@ -22,7 +22,7 @@ from optimum_structprune.arch.families import read_families
 from optimum_structprune.calibration.stored import STATISTICS, Statistics
 from optimum_structprune.config.fields import parse_yaml, read_yaml
 from optimum_structprune.domains.manifest import Manifest
-from optimum_structprune.domains.presets import presets, resolve
+from optimum_structprune.domains.resolve import presets, resolve
 from optimum_structprune.domains.sources import documents
 
 

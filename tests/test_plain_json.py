@@ -12,8 +12,8 @@ from optimum_structprune.dryrun import dry_run
 from optimum_structprune.evaluation.evaluate import Evaluation
 from optimum_structprune.plain_json import plain, to_json
 from optimum_structprune.record.report import Report
-from optimum_structprune.recovery.outcome import RecoveryOutcome
 from optimum_structprune.recovery.resume import TrainingInputs
+from optimum_structprune.recovery.trainer import RecoveryOutcome
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.frozensets(st.text())

@@ -12,7 +12,7 @@ from transformers.integrations import integration_utils
 
 from optimum_structprune import StructPruneCallback, StructPruneError, attach_pruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.surgery.followers import slice_state_
+from optimum_structprune.surgery.cut import slice_state_
 from optimum_structprune.surgery.plan import Plan
 from optimum_structprune.surgery.resize import resize_
 

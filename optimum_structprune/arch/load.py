@@ -13,9 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError
 from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, family_of
-from .residual import residual_of
 from .shrink import text_config
-from .spaces import Shapes, meets, spaces_of
+from .spaces import Shapes, meets, residual_of, spaces_of
 from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, ArchSpec, Space
 
 

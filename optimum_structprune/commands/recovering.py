@@ -79,7 +79,7 @@ def recover_and_save(
     """What came of a training that is saved; a model that it made worse is saved beside the output, with the exit code
     `WORSE`, unless `--accept-worse` is given.
     """
-    from ..recovery.outcome import WorseModelWarning
+    from ..recovery.trainer import WorseModelWarning
     from ..system.disk import Output, remove_checkpoints
 
     aside = f"{args.output.rstrip('/')}.worse"

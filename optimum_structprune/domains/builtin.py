@@ -20,8 +20,7 @@ from typing import Any
 from ..config.domains import BROAD
 from ..errors import StructPruneError
 from ..registry import did_you_mean
-from .problems import word_problems
-from .records import records
+from .synthetic import records, word_problems
 
 
 TEXTS = Path(__file__).with_name("texts")

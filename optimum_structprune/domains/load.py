@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
-from .broad import can_write, texts_of, with_written_text
 from .generated import self_documents
 from .packing import DOCUMENTS_PER_CALL, Frame, Packed, Tokens, prefix_token, tokenised
-from .presets import resolve
-from .reweight import MOST
+from .resolve import MOST, can_write, resolve, texts_of, with_written_text
 from .sources import documents
 
 
@@ -256,3 +257,57 @@ class _Packer:
     def _suffices(self, texts: Sequence[Tokens], count: int) -> bool:
         stream = iter(texts)
         return all(self.frame.length(self.frame.take(stream, need)) >= need for need in self._needs(count))
+
+
+@dataclass
+class RecentText:
+    """The latest training tokens, from which calibration samples are cut.
+
+    Attributes:
+        num_samples: How many samples are cut at most; no more tokens are kept than they need.
+        seq_length: The number of tokens in a sample.
+    """
+
+    num_samples: int
+    seq_length: int
+    _rows: deque[Tensor] = field(default_factory=deque)
+
+    def add_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take in the token ids that a model is called with."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None:
+            self.add(ids, kwargs.get("attention_mask"))
+
+    def add(self, ids: Tensor, mask: Tensor | None = None) -> None:
+        """Take in token ids, shape `(batch, seq_length)`, without those that a mask of the same shape leaves out."""
+        real = ids[mask.bool()] if mask is not None and mask.shape == ids.shape else ids
+        self._rows.append(real.detach().flatten().cpu())
+        most = self.num_samples * self.seq_length
+        while len(self._rows) > 1 and len(self) - len(self._rows[0]) >= most:
+            self._rows.popleft()
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return sum(map(len, self._rows))
+
+    def domain(self) -> Domain:
+        """The tokens as one domain, of which nothing is held out."""
+        tokens = torch.cat([torch.zeros(0, dtype=torch.long), *self._rows])
+        samples = tokens[len(tokens) % self.seq_length :].view(-1, self.seq_length)[-self.num_samples :]
+        if not len(samples):
+            raise StructPruneError(self.shortage())
+        if len(samples) < self.num_samples:
+            warnings.warn(
+                f"Units are scored and refitted on {len(samples)} samples of {self.seq_length} tokens, all that "
+                f"training has shown, where num_samples={self.num_samples} were asked for; start later, or use "
+                "calibration='domains'.",
+                stacklevel=2,
+            )
+        return Domain("training", 1.0, samples, samples[:0])
+
+    def shortage(self) -> str:
+        """How much text there is and how much is needed, as a sentence."""
+        return (
+            f"calibration takes at least one sample of seq_length={self.seq_length} tokens, but training has shown "
+            f"{len(self)} so far; start later, lower seq_length, or use calibration='domains'."
+        )

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..domains.packing import prefix_token
-from ..domains.presets import resolve
+from ..domains.resolve import resolve
 from ..errors import StructPruneError
 from ..forward.metrics import compare, own_settings, sample_losses, standard_error
 from ..plain_json import replace_json, versioned

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..arch.plain import is_quantized
+from ..arch.meta import is_quantized
 from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Widths
 from ..calibration.passes import check_sequential
 from ..calibration.stored import Statistics

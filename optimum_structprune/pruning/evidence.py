@@ -20,7 +20,7 @@ from ..criteria.layers import LAYER_CRITERIA
 from ..criteria.mixture import Mixture
 from ..domains.load import Domain, calibration_domains, given_domains, split_samples
 from ..domains.manifest import Entry, Manifest
-from ..domains.reweight import reweighted
+from ..domains.resolve import reweighted
 from ..forward.layers import Batch, Clock
 from ..system.processes import every_process_runs, own_part, process_index
 

@@ -21,8 +21,8 @@ from ..calibration.linalg import MAX_PANELS, PANEL
 from ..config.pruning import AUTO, StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.obs import COLUMNS
-from ..domains.broad import texts_of
 from ..domains.load import num_heldout
+from ..domains.resolve import texts_of
 from ..errors import StructPruneError
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
 from ..surgery.refit import ROWS

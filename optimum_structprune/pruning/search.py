@@ -20,9 +20,8 @@ from ..errors import StructPruneError
 from ..forward.metrics import evaluating
 from ..surgery.cut import drop_layers_
 from ..system.offloading import is_offloaded
-from ..widths.allocation import alike, choices, legal_widths
+from ..widths.allocation import alike, candidate_widths, choices, legal_widths, spaces_by_layer
 from ..widths.budget import keeps_to, resources, widths_of
-from ..widths.ranking import candidate_widths, spaces_by_layer
 from ..widths.shapes import Curves, Key, Resource, Shape, searched_widths, uniform_shapes
 from .evidence import Evidence
 from .run import Run

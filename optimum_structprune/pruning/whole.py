@@ -28,7 +28,7 @@ from ..surgery.consumers import read_consumer, write_consumer_
 from ..surgery.cut import adopt_config_, drop_layers_, shrink_layer_
 from ..surgery.plan import Plan, best_units
 from ..surgery.refit import REFITS
-from ..surgery.residual import narrow_
+from ..surgery.resize import narrow_
 from ..system.processes import as_first_has_
 from .evidence import judges_layers
 from .run import Run, Step

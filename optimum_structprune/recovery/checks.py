@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.broad import texts_of
+from ..domains.resolve import texts_of
 from ..domains.sources import documents
 from ..errors import StructPruneError
 from ..system.disk import check_folder

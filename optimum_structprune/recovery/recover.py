@@ -25,11 +25,17 @@ from ..saving.hub import RECORDS, check_reload, save_checked
 from ..system.disk import used_paths
 from .adapter import check_adapter, every_weight, fresh_adapter, lora_config, merge_adapter_
 from .checks import check_recovery
-from .outcome import RecoveryOutcome
 from .resume import TrainingInputs
-from .teacher import TrainingSamples, load_teacher
 from .text import part_rows, samples_of, training_text
-from .trainer import DistillTrainer, to_train, train_, training_arguments
+from .trainer import (
+    DistillTrainer,
+    RecoveryOutcome,
+    TrainingSamples,
+    load_teacher,
+    to_train,
+    train_,
+    training_arguments,
+)
 
 
 class Recovery:

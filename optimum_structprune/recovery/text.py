@@ -13,9 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.broad import WRITTEN, texts_of
 from ..domains.load import Domain, load_domains, num_heldout, split_samples
-from ..domains.presets import resolve
+from ..domains.resolve import WRITTEN, resolve, texts_of
 from ..errors import StructPruneError
 
 

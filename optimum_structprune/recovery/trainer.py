@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from math import ceil
+from dataclasses import dataclass
+from math import ceil, exp, isfinite, isnan, log
+from pathlib import Path
+from statistics import fmean
 from time import perf_counter
 from typing import Any, TypeVar, cast, get_type_hints
 
 import torch
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.dataclasses import type_validator
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from ..config.fields import build
 from ..config.recovery import RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
 from ..forward.metrics import divergence, evaluating, input_device
+from ..record.report import RecoveryReport
 from ..system.disk import is_write_error
 from .adapter import check_adapter
-from .outcome import RecoveryOutcome
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -274,3 +279,92 @@ def _readable_training(trainer: DistillTrainer) -> Iterator[None]:
         if isinstance(error, LIBRARY_ERRORS):
             raise StructPruneError(f"{where}: {type(error).__name__}: {reason}. The model is as it was.") from error
         raise
+
+
+def load_teacher(
+    teacher: PreTrainedModel | str | Path, model: PreTrainedModel, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A teacher that a model can be compared with; from an id or folder, it is loaded as the model is."""
+    if isinstance(teacher, (str, Path)):
+        try:
+            teacher = AutoModelForCausalLM.from_pretrained(
+                teacher, dtype=model.dtype, device_map=model.device, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise StructPruneError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
+    taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
+    if taught != learnt:
+        raise StructPruneError(
+            f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}, so their predictions "
+            "cannot be compared; take the model that was pruned as the teacher, or leave the teacher out."
+        )
+    return teacher
+
+
+class TrainingSamples(Dataset):
+    """Samples as the Trainer takes them; `ids` has the shape `(samples, seq_length)`."""
+
+    def __init__(self, ids: Tensor):
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[row], "labels": self.ids[row]}
+
+
+# Folding an adapter into the weights rounds them, so that a model which has learnt nothing may lose this much.
+ROUNDING = 1e-4
+
+
+class WorseModelWarning(UserWarning):
+    """A training made a model worse on held-out text, or ended early."""
+
+
+@dataclass
+class RecoveryOutcome(RecoveryReport):
+    """What a training did, and whether the model is worse for it.
+
+    Attributes:
+        worse: Whether the mean log perplexity on held-out text is higher than that of the model before the training,
+            or no number.
+        learning_rate: The highest learning rate of the training.
+    """
+
+    worse: bool = False
+    learning_rate: float = 0.0
+
+    def judge(self) -> None:
+        """Set `worse` from `perplexity`; of several processes, the first one decides for all.
+
+        Warns:
+            WorseModelWarning: If the model is worse, or the training ended early.
+        """
+        before, after = (self.mean_log_perplexity(when) for when in ("pruned", "recovered"))
+        worse = after > before + ROUNDING or not isfinite(after) and isfinite(before) or isnan(after)
+        self.worse = broadcast_object_list([worse])[0]
+        if self.worse:
+            warnings.warn(self.verdict(), WorseModelWarning, stacklevel=3)
+        elif self.stopped:
+            warnings.warn(self.stopped, WorseModelWarning, stacklevel=3)
+
+    def mean_log_perplexity(self, when: str) -> float:
+        """The logarithm of the perplexity on held-out text, in the mean over the domains."""
+        return fmean(log(perplexity[when]) for perplexity in self.perplexity.values())
+
+    def verdict(self) -> str:
+        """A sentence on a model that is worse, with both perplexities and the learning rate."""
+        before, after = (_exp(self.mean_log_perplexity(when)) for when in ("pruned", "recovered"))
+        return (
+            f"Recovery made the model worse: its perplexity on held-out text was {before:.2f} and is {after:.2f}, in "
+            f"the geometric mean over the domains; a learning rate below {self.learning_rate:g} may help."
+        )
+
+    def __str__(self) -> str:
+        """The table of the report, and a sentence where the model is worse."""
+        return "\n".join([super().__str__(), *([self.verdict()] if self.worse else [])])
+
+
+def _exp(value: float) -> float:
+    return exp(value) if isfinite(value) else value

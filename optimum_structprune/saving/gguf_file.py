@@ -24,7 +24,7 @@ from ..arch.llama_cpp import (
     layer_configs,
     rope_of,
 )
-from ..arch.plain import check_plain, is_quantized
+from ..arch.meta import check_plain, is_quantized
 from ..arch.spaces import heads_of
 from ..errors import StructPruneError
 from ..system.disk import GGUF_MARK, GGUFOutput

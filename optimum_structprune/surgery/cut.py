@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..arch.load import layer_list, put_layer_, put_layers_
@@ -199,3 +200,24 @@ def shrink_(model: PreTrainedModel, arch: ArchSpec, plan: Plan, widths: Widths, 
     with rebuilding_(model, shrunk_config(model.config, arch, widths, biased)) as smaller:
         for layer in range(arch.num_layers):
             shrink_layer_(model, arch, layer, plan, smaller)
+
+
+@torch.no_grad()
+def slice_state_(optimizer: Optimizer, model: nn.Module, arch: ArchSpec, plan: Plan) -> None:
+    """Cut an optimizer's state down with its parameters, so that every kept weight keeps its state."""
+    states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+    for key in {key for state in states.values() for key in state}:
+        tensors = {name: state[key] for name, state in states.items() if isinstance(state.get(key), Tensor)}
+        for name, tensor in slice_tensors({n: t for n, t in tensors.items() if t.ndim}, arch.spaces, plan).items():
+            states[name][key] = tensor
+
+
+def check_state(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state does not belong to single weights."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise StructPruneError(
+                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape "
+                    f"{tuple(parameter.shape)}, which cannot be cut with it; use optim='adamw_torch'."
+                )

@@ -17,8 +17,7 @@ from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.generation import cached_values, flops_per_token, why_not_counted
-from .allocation import check_may_differ, choices, legal_widths, smallest_widths, target_widths
-from .ranking import spaces_by_layer
+from .allocation import check_may_differ, choices, legal_widths, smallest_widths, spaces_by_layer, target_widths
 from .shapes import Key, Resource
 
 

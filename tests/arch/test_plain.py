@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner, prune_model
-from optimum_structprune.arch.plain import check_no_adapter, check_plain
+from optimum_structprune.arch.meta import check_no_adapter, check_plain
 
 
 def write_gguf(path):

@@ -24,9 +24,9 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.passes import passes_over
 from optimum_structprune.calibration.stored import Statistics, StoredPasses
 from optimum_structprune.commands.cli import main
-from optimum_structprune.domains.broad import builtin_domains
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import Manifest
+from optimum_structprune.domains.resolve import builtin_domains
 from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.widths.budget import widths_of

@@ -40,7 +40,7 @@ def files(folder) -> dict[str, bytes]:
 
 
 def test_a_worse_model_does_not_take_the_place_of_a_better_one(folder, capsys, monkeypatch):
-    monkeypatch.setattr("optimum_structprune.recovery.outcome.ROUNDING", -10.0)  # a training never brings as much
+    monkeypatch.setattr("optimum_structprune.recovery.trainer.ROUNDING", -10.0)  # a training never brings as much
     strict = [flag for flag in command(folder, "--overwrite", output="bad") if flag != "--accept-worse"]
     assert main(strict) == 1
     shown = capsys.readouterr()
@@ -55,7 +55,7 @@ def test_a_worse_model_does_not_take_the_place_of_a_better_one(folder, capsys, m
 
 
 def test_prune_and_recover_keeps_the_pruned_model_where_training_makes_it_worse(folder, monkeypatch):
-    monkeypatch.setattr("optimum_structprune.recovery.outcome.ROUNDING", -10.0)  # a training never brings as much
+    monkeypatch.setattr("optimum_structprune.recovery.trainer.ROUNDING", -10.0)  # a training never brings as much
     arguments = ["prune", str(folder / "model"), str(folder / "kept"), "--width", "mlp=24", "--num-samples", "6"]
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]
     assert main([*arguments, *text]) == 0

@@ -11,7 +11,7 @@ from models import config
 from optimum_structprune.calibration.moments import Moments, mix
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.criteria.mixture import Mixture, output_energy
-from optimum_structprune.domains.reweight import MOST, reweighted
+from optimum_structprune.domains.resolve import MOST, reweighted
 
 
 matrices = st.tuples(st.integers(1, 4), st.integers(2, 8), st.integers(0, 2**31)).map(

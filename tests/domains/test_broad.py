@@ -8,8 +8,8 @@ import torch
 from models import build, config, real_text_model, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
-from optimum_structprune.domains import broad, generated
-from optimum_structprune.domains.broad import can_write, texts_of, with_written_text
+from optimum_structprune.domains import generated, resolve
+from optimum_structprune.domains.resolve import can_write, texts_of, with_written_text
 
 
 TEXTS = [f"Tom gave {i} red apples to Ann, and {i + 1} green ones to her sister." for i in range(200)]
@@ -98,7 +98,7 @@ def test_who_cannot_write_reads_no_more(writer, case, monkeypatch):
     if case == "no tokenizer":
         reader = None
     elif case == "offloaded":
-        monkeypatch.setattr(broad, "is_offloaded", lambda model: True)
+        monkeypatch.setattr(resolve, "is_offloaded", lambda model: True)
     else:
         model = build("bert" if case == "encoder" else "t5")
     assert not can_write(model, reader)

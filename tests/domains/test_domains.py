@@ -12,10 +12,10 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneErro
 from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.passes import LayerPasses, ModelPasses, batches_of
 from optimum_structprune.config.domains import PRESET
-from optimum_structprune.domains.load import Domain, load_domains
+from optimum_structprune.domains.load import Domain, RecentText, load_domains
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.domains.packing import Frame, tokenised
-from optimum_structprune.domains.presets import presets, resolve
+from optimum_structprune.domains.resolve import presets, resolve
 from optimum_structprune.domains.sources import documents
 from optimum_structprune.domains.templates import Document, chat_document, document_hash
 from optimum_structprune.forward.hooks import observe
@@ -404,3 +404,18 @@ def test_conversations_stream_from_parquet_into_samples(tmp_path, monkeypatch):
     assert set(loaded.samples[loaded.mask].tolist()) - {9} <= set(range(50, 90))
     # A question and the names of two roles stand before each answer.
     assert 0.3 < loaded.mask.float().mean() < 0.5
+
+
+def test_padding_is_no_calibration_text():
+    text = RecentText(num_samples=1, seq_length=4)
+    text.add_call(
+        (), {"input_ids": torch.arange(6).view(2, 3), "attention_mask": torch.tensor([[1, 1, 0], [0, 1, 1]])}
+    )
+    assert text.domain().samples.tolist() == [[0, 1, 4, 5]]
+
+
+def test_memory_of_the_text_is_bounded():
+    text = RecentText(num_samples=8, seq_length=24)
+    for _ in range(100):
+        text.add(token_ids(4, 24))
+    assert len(text) == 8 * 24 and text.domain().samples.shape == (8, 24)

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.config.pruning import StructPruneConfig
-from optimum_structprune.domains import builtin, problems, records, sources
+from optimum_structprune.domains import builtin, sources, synthetic
 from optimum_structprune.domains.builtin import builtin_documents, sections
 from optimum_structprune.domains.load import load_domains, num_heldout, split_samples
 from optimum_structprune.domains.packing import prefix_token
@@ -142,7 +142,7 @@ def test_several_kinds_have_equal_shares_of_the_characters():
 
 
 def test_invoices_add_up():
-    invoices = [text for text in itertools.islice(records.records(random.Random(0)), 100) if "Invoice" in text]
+    invoices = [text for text in itertools.islice(synthetic.records(random.Random(0)), 100) if "Invoice" in text]
     assert len(invoices) > 10
     for text in invoices:
         *lines, total = map(Fraction, re.findall(r"(?<= )\d+\.\d\d$", text, re.M))
@@ -235,7 +235,7 @@ def test_answers_follow_from_the_questions():
 
 def test_math_has_a_dozen_kinds_of_problem_and_fills_every_blank():
     texts = list(itertools.islice(builtin_documents("math"), 500))
-    assert problems.TEMPLATES.read_text().count("\n\n") >= 12
+    assert synthetic.TEMPLATES.read_text().count("\n\n") >= 12
     assert not any(re.search(r"[{}\[\]|_]", text) for text in texts)
 
 

@@ -16,7 +16,7 @@ from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
 from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.pruning.whole import channel_energies
-from optimum_structprune.surgery.residual import narrow_
+from optimum_structprune.surgery.resize import narrow_
 
 
 WIDTH = 24

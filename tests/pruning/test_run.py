@@ -14,7 +14,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.passes import LayerPasses
 from optimum_structprune.criteria import Wanda
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.domains.reweight import reweighted
+from optimum_structprune.domains.resolve import reweighted
 from optimum_structprune.forward.placement import Placement
 from optimum_structprune.pruning import sweep, whole
 from optimum_structprune.pruning.measure import Measure

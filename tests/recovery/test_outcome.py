@@ -11,8 +11,7 @@ from helpers import recovery_config
 from models import build, config, tokenizer
 
 from optimum_structprune import prune_model, recover
-from optimum_structprune.recovery.outcome import RecoveryOutcome, WorseModelWarning
-from optimum_structprune.recovery.trainer import DistillTrainer
+from optimum_structprune.recovery.trainer import DistillTrainer, RecoveryOutcome, WorseModelWarning
 
 
 @pytest.mark.parametrize(

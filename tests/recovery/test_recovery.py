@@ -25,8 +25,7 @@ from optimum_structprune import (
     prune_model,
     recover,
 )
-from optimum_structprune.recovery.teacher import TrainingSamples
-from optimum_structprune.recovery.trainer import DistillTrainer
+from optimum_structprune.recovery.trainer import DistillTrainer, TrainingSamples
 
 
 @pytest.fixture

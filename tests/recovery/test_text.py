@@ -6,8 +6,8 @@ from helpers import RECOVERY_TEXT, recovery_config
 from models import build, config, documents, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneError
-from optimum_structprune.domains.broad import texts_of
 from optimum_structprune.domains.load import load_domains
+from optimum_structprune.domains.resolve import texts_of
 from optimum_structprune.recovery.text import heldout_samples, part_rows, samples_of, text_config, training_text
 
 

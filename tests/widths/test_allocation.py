@@ -15,8 +15,7 @@ from optimum_structprune.criteria.mixture import standardised
 from optimum_structprune.domains.load import Domain
 from optimum_structprune.pruning.choose import dense_scores
 from optimum_structprune.pruning.evidence import Evidence
-from optimum_structprune.widths.allocation import target_widths, widths_for_sparsity
-from optimum_structprune.widths.ranking import ranked_widths
+from optimum_structprune.widths.allocation import ranked_widths, target_widths, widths_for_sparsity
 from optimum_structprune.widths.schedule import round_widths
 
 

@@ -1,0 +1,170 @@
+"""Which domains a config stands for, and with which weights: built-in ones, what presets mean, and broad text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from math import exp
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arch.meta import is_quantized
+from ..config.domains import ANY, BROAD, BUILTIN, PRESET, SELF, DomainConfig, is_broad
+from ..config.fields import read_yaml
+from ..config.pruning import StructPruneConfig
+from ..errors import StructPruneError
+from ..registry import did_you_mean
+from ..system.offloading import is_offloaded
+
+
+BUILTIN_PRESETS = Path(__file__).with_name("presets.yaml")
+
+
+def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
+    """Replace presets by what they stand for, which gives domains whose sources can be read.
+
+    A field that the domain sets to something else than its default goes before the preset's. A preset with `mix` gives
+    one domain for each of its parts, named `NAME-PART`, which share the weight equally.
+    """
+    resolved = [part for domain in domains for part in _resolved(domain)]
+    names = [domain.name for domain in resolved]
+    for name in names:
+        if names.count(name) > 1:
+            raise StructPruneError(f"Two domains are named {name!r} once the presets are resolved; rename one.")
+    return resolved
+
+
+def presets(file: str = "") -> dict[str, Mapping[str, Any]]:
+    """All presets by name, those of a file over the built-in ones: each has the fields of `DomainConfig` and a
+    `licence`, or a `mix` of others.
+    """
+    table = {**read_yaml(BUILTIN_PRESETS), **(read_yaml(file) if file else {})}
+    for name, entry in table.items():
+        if not isinstance(entry, Mapping) or ("mix" in entry) == ("source" in entry):
+            raise StructPruneError(f"The preset {name!r} needs a source, or a mix of other presets; got {entry!r}.")
+    return table
+
+
+def _resolved(domain: DomainConfig) -> list[DomainConfig]:
+    if not (isinstance(domain.source, str) and domain.source.startswith(PRESET)):
+        return [domain]
+    file, _, name = domain.source.removeprefix(PRESET).rpartition("#")
+    table = presets(file)
+    entry = _entry(name, table)
+    if "mix" not in entry:
+        return [_filled(domain, entry)]
+    parts = {part: _entry(part, table) for part in entry["mix"]}
+    for part in parts:
+        if "mix" in parts[part]:
+            raise StructPruneError(f"The preset {domain.source!r} mixes {part!r}, itself a mix.")
+    weight = domain.weight / len(parts)
+    return [_filled(domain, fields, f"{domain.name}-{part}", weight) for part, fields in parts.items()]
+
+
+def _entry(name: str, table: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    if name not in table:
+        raise StructPruneError(f"There is no preset {name!r}.{did_you_mean(name, table)}")
+    return table[name]
+
+
+def _filled(
+    domain: DomainConfig, entry: Mapping[str, Any], name: str | None = None, weight: float | None = None
+) -> DomainConfig:
+    preset = {key: value for key, value in entry.items() if key != "licence"}
+    changed = {f.name: value for f in fields(DomainConfig) if (value := getattr(domain, f.name)) != f.default}
+    fixed = {"name": name or domain.name, "weight": weight or domain.weight, "source": entry["source"]}
+    return DomainConfig.from_dict({**preset, **changed, **fixed})
+
+
+# The share of the broad text where no domains are named, and beside domains of the user.
+ALONE, BESIDE = 0.5, 0.2
+WRITTEN = SELF + ANY
+
+
+def builtin_domains() -> list[DomainConfig]:
+    """The domains where none are named, in equal shares; they need no download."""
+    return [DomainConfig(name=name, source=f"{BUILTIN}{name}") for name in ("prose", "code", "math")]
+
+
+def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
+    """The domains of a config, or the built-in ones where it names none, and behind them the broad text."""
+    domains = builtin_domains() if config.domains is None else config.domains
+    share = config.breadth
+    if share is None:
+        share = ALONE if config.domains is None else BESIDE if config.broad_text is not None else 0.0
+    if share == 0:
+        return domains
+    weight = share / (1 - share) * sum(domain.weight for domain in domains)
+    return [*domains, DomainConfig(name=BROAD, source=config.broad_text or _builtin_beside(domains), weight=weight)]
+
+
+def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
+    """A config whose broad text is what the model writes, where nothing else is said and it has a place: beside named
+    domains that leave samples for it and hold no such text themselves, and not with stored moments.
+    """
+    domains = config.domains or []
+    placed = config.stats is None and 0 < len(domains) < config.num_samples and not any(map(is_broad, domains))
+    if not placed or config.broad_text is not None or config.breadth == 0:
+        return config
+    return replace(config, broad_text=WRITTEN)
+
+
+def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether a model generates, and its weights are where they can be used for each token anew."""
+    in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
+    return in_memory and model.can_generate() and not model.config.is_encoder_decoder
+
+
+def _builtin_beside(domains: list[DomainConfig]) -> str:
+    """The built-in text of all kinds but those that domains name: one document must not be in two domains."""
+    sources = [domain.source for domain in domains if isinstance(domain.source, str)]
+    named = [source.removeprefix(BUILTIN) for source in sources if source.startswith(BUILTIN)]
+    return BUILTIN + "-".join([BROAD, *(kind for name in named for kind in name.split("+"))])
+
+
+# The factor by which a domain's weight may differ from the config's. A factor of 8 brings the worst domain no further,
+# and costs the others four times as much (docs/benchmarks.md).
+MOST = 2.0
+# Smaller losses, in nats per token, are noise.
+LEAST_LOSS = 1e-6
+# Larger ones, also infinite ones, say no more than that the domain is lost.
+MOST_LOSS = 100.0
+HALVINGS = 100
+
+
+def reweighted(shares: Sequence[float], weights: Sequence[float], losses: Sequence[float]) -> tuple[float, ...]:
+    """The shares of the next round, in which domains that have lost more than the mean count more.
+
+    The share of domain k becomes α_k ∝ α_k · exp(loss_k / mean loss - 1), kept within a factor of 2 of its weight in
+    the config.
+
+    Returns:
+        Shares that sum to 1.
+    """
+    sizes = [min(max(loss, LEAST_LOSS), MOST_LOSS) for loss in losses]
+    typical = fmean(sizes)
+    moved = [share * exp(size / typical - 1) for share, size in zip(shares, sizes, strict=True)]
+    return within(moved, weights, MOST)
+
+
+def within(values: Sequence[float], weights: Sequence[float], most: float) -> tuple[float, ...]:
+    """Shares in the proportions of `values`, each within a factor `most` of its weight.
+
+    Returns:
+        Shares that sum to 1.
+    """
+
+    def clipped(scale: float) -> list[float]:
+        return [
+            min(max(scale * value, share / most), share * most) for value, share in zip(values, weights, strict=True)
+        ]
+
+    # The sum of the clipped shares grows with the scale, from 1 / most to most.
+    low, high = 0.0, most * max(share / value for value, share in zip(values, weights, strict=True))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(clipped(middle)) < 1 else (low, middle)
+    return tuple(clipped(high))
