@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,16 +18,22 @@ from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .forward.generation import cached_values, flops_per_token, why_not_counted
 from .plain_json import replace_json
-from .pruner import AutoStructPruner
-from .pruning.checks import DRY_RUN, check
+from .pruner import PRUNERS
+from .pruning.checks import DRY_RUN, check, check_config_kind
 from .pruning.room import Need, Text, Workload
+from .record.facts import PERCENT, Row, cells
 from .record.text import table
-from .system.memory import readable_size
 from .widths.budget import biased_spaces
 
 
-RANKED = "the widths of single layers follow from calibration; these remove as much in all"
-PACKED = "the model is quantized: it has to be unpacked before pruning, and this is its size unpacked"
+# The rows of the table, by field of `DryRun`.
+SIZES = {
+    "parameters": "parameters",
+    "layer_parameters": "  in the layers",
+    "memory": "bytes in {}",
+    "cache_per_token": "cache bytes per token",
+    "flops_per_token": "operations per token",
+}
 
 
 @dataclass(frozen=True)
@@ -38,26 +43,11 @@ class Change:
     before: int
     after: int
 
-    def times(self, factor: int) -> Change:
-        """Both numbers multiplied."""
-        return Change(self.before * factor, self.after * factor)
-
-    def row(self, label: str) -> tuple[str, str, str, str]:
-        """A line of the table."""
-        change = f"{self.after / self.before - 1:+.1%}" if self.before else ""
-        return label, f"{self.before:,}", f"{self.after:,}", change
-
 
 @dataclass(frozen=True)
 class SpaceChoice:
-    """The width of one space.
-
-    Attributes:
-        name: The name of the space.
-        before: The full width.
-        after: How many units are kept: one number, or one per layer where layers differ.
-        nearest: The legal widths next to the chosen one, below and above; empty where layers differ.
-        legal: The number of legal widths.
+    """The width of one space: `after` units of `before` are kept, in each layer where layers differ; `nearest` are the
+    legal widths below and above that, and `legal` their number.
     """
 
     name: str
@@ -66,12 +56,15 @@ class SpaceChoice:
     nearest: tuple[int, ...]
     legal: int
 
-    def row(self) -> tuple[str, str, str, str]:
-        """A line of the table."""
-        widths = [self.after] if isinstance(self.after, int) else list(self.after.values())
-        low, high = min(widths), max(widths)
-        after = f"{low:,}" if low == high else f"{low:,}-{high:,}"
-        return f"width {self.name}", f"{self.before:,}", after, f"{fmean(widths) / self.before - 1:+.1%}"
+    @classmethod
+    def of(cls, name: str, widths: Widths, arch: ArchSpec, model_config: PretrainedConfig) -> SpaceChoice:
+        """What `widths` chooses for the space of a name."""
+        legal, spaces, width = legal_sizes(model_config, arch, name), arch.of(name), widths[name]
+        full = max(space.width for space in spaces)
+        if not isinstance(width, int):
+            return cls(name, full, {space.layer: space.width_in(widths) for space in spaces}, (), len(legal))
+        nearest = legal[: bisect_left(legal, width)][-1:] + legal[bisect_right(legal, width) :][:1]
+        return cls(name, full, width, tuple(nearest), len(legal))
 
     def __str__(self) -> str:
         """How many widths there are to choose from, and the nearest ones."""
@@ -132,18 +125,21 @@ class DryRun:
 
     def __str__(self) -> str:
         """Widths, parameters, memory and cache, as a table."""
-        rows = [("", "before", "after", "")]
-        rows += [space.row() for space in self.spaces]
-        rows += [self.parameters.row("parameters"), self.layer_parameters.row("  in the layers")]
-        rows.append(self.memory.row(f"bytes in {self.dtype}"))
-        if self.cache_per_token is None or self.cache_per_token.before:
-            unknown = ("cache bytes per token", "?", "?", "")
-            rows.append(unknown if self.cache_per_token is None else self.cache_per_token.row(unknown[0]))
-        if self.flops_per_token is not None:
-            rows.append(self.flops_per_token.row("operations per token"))
+        rows = []
+        for space in self.spaces:
+            after = [space.after] if isinstance(space.after, int) else [*space.after.values()]
+            rows.append(Row(f"width {space.name}", ([space.before], after), change=PERCENT))
+        for name, label in SIZES.items():
+            size: Change | None = getattr(self, name)
+            values = (None, None) if size is None else (size.before, size.after)
+            # A model that does not generate has no cache, and operations are not always asked for.
+            if values[0] or name == "cache_per_token" and size is None:
+                rows.append(Row(label.format(self.dtype), values, change=PERCENT))
         loads = map("loads with {}".format, self.reload)
-        needs = [] if self.need is None else [f"the pruning takes at its peak\n{table(_needed(self.need))}"]
-        return "\n".join([table(rows), *map(str, self.spaces), *self.notes, *loads, *needs])
+        needs = [] if self.need is None else [f"the pruning takes at its peak\n{self.need}"]
+        return "\n".join(
+            [table(cells(["before", "after"], rows)), *map(str, self.spaces), *self.notes, *loads, *needs]
+        )
 
 
 def dry_run(
@@ -170,67 +166,52 @@ def dry_run(
     Raises:
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
-    AutoStructPruner.from_config(config)
+    check_config_kind(config)
+    PRUNERS.get(config.method)  # refuses a method that is not registered
 
-    def build(wanted: PretrainedConfig) -> PreTrainedModel:
+    def build(model_config: PretrainedConfig) -> PreTrainedModel:
         # In any precision but this, the product that runs experts refuses tensors without memory.
-        return meta_model(wanted, config.arch_file, torch.bfloat16, trust_remote_code)
+        return meta_model(model_config, config.arch_file, torch.bfloat16, trust_remote_code)
 
     dense = build(model_config)
     arch = describe(dense, config.arch_file)
-    dtype = dtype or _saved_dtype(model_config)
+    saved_dtype = dtype or model_config.dtype or torch.float32
+    dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
     widths = check(config, arch, dense, DRY_RUN, itemsize=dtype.itemsize)
     biased = biased_spaces(config, arch, [name for name in widths if arch.of(name)[0].inside])
     small = build(shrunk_config(model_config, arch, widths, biased))
-    parameters = Change(dense.num_parameters(), small.num_parameters())
-    before, after = cached_values(dense, arch), cached_values(small, arch)
-    cached = None if before is None or after is None else Change(before, after)
+
+    def change(count: Callable[[PreTrainedModel], int | None]) -> Any:
+        before, after = count(dense), count(small)
+        return None if before is None or after is None else Change(before, after)
+
+    def cached_bytes(model: PreTrainedModel) -> int | None:
+        values = cached_values(model, arch)
+        return None if values is None else values * dtype.itemsize
+
+    counts_operations = cost and not why_not_counted(dense, arch)
     return DryRun(
         model_type=arch.model_type,
         dtype=str(dtype).removeprefix("torch."),
-        spaces=tuple(_choice(name, widths, arch, model_config) for name in widths),
-        parameters=parameters,
-        layer_parameters=Change(sum(arch.layer_params), sum(describe(small, config.arch_file).layer_params)),
-        memory=parameters.times(dtype.itemsize),
-        cache_per_token=cached and cached.times(dtype.itemsize),
+        spaces=tuple(SpaceChoice.of(name, widths, arch, model_config) for name in widths),
+        parameters=change(lambda model: model.num_parameters()),
+        layer_parameters=change(lambda model: sum(describe(model, config.arch_file).layer_params)),
+        memory=change(lambda model: model.num_parameters() * dtype.itemsize),
+        cache_per_token=change(cached_bytes),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
-        notes=_notes(model_config, config),
+        notes=tuple(_notes(model_config, config)),
         need=Workload(config, arch, dense, widths, dtype.itemsize, Text.of(config)).need(offload) if cost else None,
-        flops_per_token=_flops(dense, small, arch, config.seq_length) if cost else None,
+        flops_per_token=change(
+            lambda model: flops_per_token(model, arch, config.seq_length) if counts_operations else None
+        ),
     )
 
 
-def _flops(dense: PreTrainedModel, small: PreTrainedModel, arch: ArchSpec, tokens: int) -> Change | None:
-    if why_not_counted(dense, arch):
-        return None
-    return Change(flops_per_token(dense, arch, tokens), flops_per_token(small, arch, tokens))
-
-
-def _needed(need: Need) -> list[tuple[str, str]]:
-    """The memory of a pruning as the rows of a table."""
-    sizes = {"on the device": need.weights + need.above, "  weights": need.weights, "  hidden states": need.hidden}
-    sizes |= {f"  {need.stage}": need.working, "in CPU memory": need.host}
-    return [(label, readable_size(size)) for label, size in sizes.items()]
-
-
-def _saved_dtype(model_config: PretrainedConfig) -> torch.dtype:
-    named = model_config.dtype or torch.float32
-    return getattr(torch, named) if isinstance(named, str) else named
-
-
-def _choice(name: str, widths: Widths, arch: ArchSpec, model_config: PretrainedConfig) -> SpaceChoice:
-    legal, spaces, width = legal_sizes(model_config, arch, name), arch.of(name), widths[name]
-    before = max(space.width for space in spaces)
-    if not isinstance(width, int):
-        return SpaceChoice(name, before, {space.layer: space.width_in(widths) for space in spaces}, (), len(legal))
-    nearest = legal[: bisect_left(legal, width)][-1:] + legal[bisect_right(legal, width) :][:1]
-    return SpaceChoice(name, before, width, tuple(nearest), len(legal))
-
-
-def _notes(model_config: PretrainedConfig, config: StructPruneConfig) -> tuple[str, ...]:
-    ranked = (RANKED,) if config.allocation != "uniform" else ()
-    packed = (PACKED,) if getattr(model_config, "quantization_config", None) else ()
-    return ranked + packed
+def _notes(model_config: PretrainedConfig, config: StructPruneConfig) -> Iterator[str]:
+    if config.allocation != "uniform":
+        yield "the widths of single layers follow from calibration; these remove as much in all"
+    if getattr(model_config, "quantization_config", None):
+        yield "the model is quantized: it has to be unpacked before pruning, and this is its size unpacked"
 
 
 def _reload(small: PreTrainedModel, auto: str) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from ..domains.load import num_heldout
 from ..domains.resolve import texts_of
 from ..errors import StructPruneError
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
+from ..record.text import table
 from ..surgery.refit import ROWS
 from ..system.memory import readable_size
 from ..system.offloading import compute_device, is_offloaded
@@ -64,6 +65,12 @@ class Need:
     def above(self) -> int:
         """The bytes on the compute device on top of the model's weights."""
         return self.hidden + self.working
+
+    def __str__(self) -> str:
+        """The sizes as a table."""
+        sizes = {"on the device": self.weights + self.above, "  weights": self.weights}
+        sizes |= {"  hidden states": self.hidden, f"  {self.stage}": self.working, "in CPU memory": self.host}
+        return table([(label, readable_size(size)) for label, size in sizes.items()])
 
 
 class Text(NamedTuple):
