@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import wraps
@@ -58,12 +58,14 @@ class StructPruneCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        config: StructPruneConfig,
+        config: StructPruneConfig | Mapping[str, Any],
         start: int | float = 0.1,
         end: int | float | None = None,
         every: int | None = None,
         calibration: Literal["batches", "domains"] = "batches",
     ):
+        if isinstance(config, Mapping):
+            config = StructPruneConfig.from_dict(config)
         if calibration not in ("batches", "domains"):
             raise StructPruneError(f"calibration is 'batches' or 'domains', got {calibration!r}.")
         check_trainer(config)
@@ -91,16 +93,22 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         """Check what the run is made of, and lay out its steps. A checkpoint has been loaded by now."""
         self._hooks.close()
         _check_run(args, model, _inner(optimizer))
-        if self._dense is None or state.global_step == 0:
+        # What is trained a second time goes on from its dense widths; a checkpoint may have restored the steps alone.
+        if (self._dense is None and not self.steps) or (state.global_step == 0 and not self._is_pruned(model)):
             self.begin(model)
+        if self.calibration == "batches" and model.main_input_name != "input_ids":
+            raise StructPruneError(
+                f"calibration='batches' reads the token ids of the training, and {type(model).__name__} reads "
+                f"{model.main_input_name}; prune it first (`prune_model` with inputs), then train it."
+            )
         earlier = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and isinstance(earlier, dict):
-            self.plan = Plan.from_dict(earlier["attributes"]["kept"])
-        assert self._dense is not None
-        arch, widths = self._dense
-        numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
-        in_rounds = replace(self.config, rounds=len(numbers))
-        self.steps = dict(zip(numbers, legal_round_widths(in_rounds, arch, model.config, widths), strict=True))
+            self.kept = earlier["attributes"]["kept"]
+        if self._dense is not None:
+            arch, widths = self._dense
+            numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
+            in_rounds = replace(self.config, rounds=len(numbers))
+            self.steps = dict(zip(numbers, legal_round_widths(in_rounds, arch, model.config, widths), strict=True))
         self._due = dict(self.steps)
         if self.calibration == "domains":
             vocab_size = model.config.get_text_config().vocab_size
@@ -136,7 +144,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         may sum up: it is left alone, and only the history has the values.
         """
         arch = describe(model, self.config.arch_file)
-        names = () if self._dense is None else self._dense[1]
+        names = next(iter(self.steps.values()), {})
         values = {f"structprune/width/{name}": fmean(space.width for space in arch.of(name)) for name in names}
         values["structprune/params"] = model.num_parameters()
         if state.log_history:
@@ -148,25 +156,51 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         """Take the hooks off, drop the text, and say what has not been removed."""
         self._hooks.close()
         self.text = RecentText(self.config.num_samples, self.config.seq_length)
-        if self._due and state.global_step < state.max_steps:
+        if self._due:
             warnings.warn(
-                f"Training ended after step {state.global_step}, before the removals at step "
+                f"Training ended after step {state.global_step} without the removals at step "
                 f"{', '.join(map(str, self._due))}: the model is wider than asked for.",
                 stacklevel=2,
             )
 
+    @property
+    def kept(self) -> dict[str, Any] | None:
+        """The plan so far as plain values, by which a checkpoint restores it."""
+        return None if self.plan is None else self.plan.to_dict()
+
+    @kept.setter
+    def kept(self, values: Mapping[str, Any] | None) -> None:
+        self.plan = None if values is None else Plan.from_dict(values)
+
+    @property
+    def removals(self) -> dict[str, Any]:
+        """The widths after each removal by its step, as plain values, by which a checkpoint restores them."""
+        return {str(step): dict(widths) for step, widths in self.steps.items()}
+
+    @removals.setter
+    def removals(self, values: Mapping[str, Any]) -> None:
+        self.steps = {
+            int(step): {
+                name: width if isinstance(width, int) else {int(layer): units for layer, units in width.items()}
+                for name, width in widths.items()
+            }
+            for step, widths in values.items()
+        }
+
     def state(self) -> dict[str, Any]:
-        """What checkpoints keep of the callback, see `ExportableState`: the config and the plan so far."""
+        """What checkpoints keep of the callback, see `ExportableState`: what its constructor takes, and what it did."""
         schedule = {"start": self.start, "end": self.end, "every": self.every, "calibration": self.calibration}
-        kept = None if self.plan is None else self.plan.to_dict()
-        return {"args": {"config": self.config.to_dict(), **schedule}, "attributes": {"kept": kept}}
+        return {
+            "args": {"config": self.config.to_dict(), **schedule},
+            "attributes": {"kept": self.kept, "removals": self.removals},
+        }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> StructPruneCallback:
         """A callback from what `state` gave."""
-        callback = cls(**{**state["args"], "config": StructPruneConfig.from_dict(state["args"]["config"])})
-        if (kept := state["attributes"]["kept"]) is not None:
-            callback.plan = Plan.from_dict(kept)
+        callback = cls(**state["args"])
+        for name, value in state["attributes"].items():
+            setattr(callback, name, value)
         return callback
 
     def resizing(self, model: PreTrainedModel) -> AbstractContextManager[None]:
@@ -185,6 +219,13 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         arch = describe(model, self.config.arch_file)
         self._dense = arch, check(self.config, arch, model, TRAINER)
         self.plan = Plan(arch.model_type, {})
+
+    def _is_pruned(self, model: PreTrainedModel) -> bool:
+        """Whether a model is narrower somewhere than the dense one."""
+        if self._dense is None:
+            return False
+        arch, dense = describe(model, self.config.arch_file), self._dense[0]
+        return any(arch.widths(name) != dense.widths(name) for name in dense.names)
 
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:
         """Bring a model down to widths, with its optimizer's state, and say whether anything was removed; the
@@ -235,7 +276,11 @@ def attach_pruner(
                 # `train` makes a new model before it loads a checkpoint.
                 trainer.model_init = _resizing_init(model_init, callback, stack)
                 stack.callback(setattr, trainer, "model_init", model_init)
-            return train(*args, **kwargs)
+            result = train(*args, **kwargs)
+            for present in trainer.callback_handler.callbacks:
+                if isinstance(present, StructPruneCallback):  # a checkpoint may have restored another in its place
+                    callback.plan, callback.steps = present.plan, present.steps
+            return result
 
     trainer.train = resizing_train  # type: ignore[method-assign]
     return callback

@@ -245,8 +245,59 @@ def test_what_training_has_not_removed_is_said(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 
-    with pytest.warns(UserWarning, match="ended after step 3, before the removals at step 6: the model is wider"):
+    with pytest.warns(UserWarning, match="ended after step 3 without the removals at step 6: the model is wider"):
         trainer(tmp_path, callbacks=[pruner(start=6), Stop()]).train()
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("step", [2, 4, 6, 8])
+def test_callbacks_that_a_checkpoint_restores_go_on(step, attached, tmp_path):
+    """transformers makes the callback anew from `state`, after the model has taken the checkpoint's widths."""
+    how = {"config": config(sparsity=0.4, targets=("mlp",), rounds=2, round_to=1), "start": 3, "end": 5}
+    restored = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": True}
+
+    def trained(folder, **resume):
+        callback = StructPruneCallback(**how)
+        run = trainer(folder, callbacks=[] if attached else [callback], **restored)
+        callback = attach_pruner(run, **how) if attached else callback
+        run.train(**resume)
+        present = [one for one in run.callback_handler.callbacks if isinstance(one, StructPruneCallback)]
+        assert len(present) == 1 and (not attached or callback.plan == present[0].plan)
+        return run.model, present[0]
+
+    whole, expected = trained(tmp_path / "whole")
+    resumed, callback = trained(tmp_path / "again", resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{step}"))
+    assert resumed.config.intermediate_size == whole.config.intermediate_size < 40
+    assert callback.steps == expected.steps and callback.plan.widths() == expected.plan.widths()
+    if step > 5:  # before the last removal, only the text seen since the checkpoint calibrates
+        assert same_weights(resumed, whole) and callback.plan == expected.plan
+
+
+def test_a_second_training_prunes_no_further(tmp_path):
+    run = trainer(tmp_path)
+    callback = attach_pruner(run, config(sparsity=0.4, targets=("mlp",), round_to=1), start=2)
+    run.train()
+    plan, width = callback.plan, run.model.config.intermediate_size
+    run.train()
+    assert run.model.config.intermediate_size == width < 40 and callback.plan == plan
+
+
+def test_a_removal_that_never_came_is_said_at_the_end(tmp_path):
+    """Every row is shorter than a sample, so nothing can be calibrated on."""
+    run = trainer(tmp_path)
+    run.train_dataset = [{name: ids[:2] for name, ids in row.items()} for row in ROWS]
+    callback = attach_pruner(run, config(widths={"mlp": 24}, seq_length=60), start=6)
+    with pytest.warns(UserWarning, match="ended after step 8 without the removals at step 6.*wider than asked for"):
+        run.train()
+    assert run.model.config.intermediate_size == 40 and not callback.plan.keep
+
+
+def test_training_on_pixels_is_refused_before_it_begins(tmp_path):
+    model = build("vit")
+    run = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), train_dataset=ROWS)
+    attach_pruner(run, config(widths={"mlp": 24}))
+    with pytest.raises(StructPruneError, match="ViTForImageClassification reads pixel_values; prune it first"):
+        run.train()
 
 
 def test_state_makes_the_same_callback():
@@ -263,7 +314,7 @@ def test_checkpoints_on_the_way_reload_plainly_and_runs_resume(tmp_path):
     for step in (2, 4, 6, 8):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / f"checkpoint-{step}")
         widths[step] = again.config.intermediate_size
-    assert widths == {2: 35, 4: 29, 6: 24, 8: 24}
+    assert widths == {2: 34, 4: 28, 6: 24, 8: 24}
     resumed = trainer(tmp_path / "again", callbacks=[pruner(end=6, every=2), Watch()], **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert resumed.model.config.intermediate_size == 24
