@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from importlib import import_module
 from inspect import getdoc
 from textwrap import dedent
 from types import NoneType, UnionType
@@ -33,69 +34,37 @@ ALIASES = {
     "arch_file": "--arch",
 }
 SOURCES = "A source is a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; {name: …, …} sets any field."
-
-
-def switch(text: str) -> dict[str, Any]:
-    """A flag without a value."""
-    return {"action": "store_true", "help": text}
-
-
-def valued(text: str, metavar: str | None = None, **more: Any) -> dict[str, Any]:
-    """A flag with a value, or a positional argument."""
-    return {"help": text, "metavar": metavar, **more}
-
-
-def number(text: str, **more: Any) -> dict[str, Any]:
-    """A flag with a whole number."""
-    return valued(text, "N", type=int, **more)
-
-
-# Flags of several commands; those of `Loading` first.
-TRUST = {"--trust-remote-code": switch("Run code that comes with the model.")}
-ARCH = {"--arch": valued("A YAML file that describes architectures of your own.", "FILE", dest="arch_file")}
-LOADING = {
-    "--dtype": valued("auto (as saved), float32, bfloat16 or float16.", default="auto"),
-    "--device": valued("The device, such as cpu or cuda; by default cuda where there is one."),
-    **TRUST,
-}
-OFFLOAD = {
-    "--offload": valued(
-        "Keep the layers in the CPU's memory or on the disk, and bring in one at a time: for models that are larger "
-        "than the memory of the device.",
-        "{cpu,disk}",
-    )
-}
-OVERWRITE = {"--overwrite": switch("Replace the output.")}
+# What `add_argument` takes by the name of a flag, or its help alone.
+Flags = Mapping[str, str | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it does with its arguments, and what these are.
+    """A command: the word that calls it, its help, the function here that does it, and what `add_argument` takes.
 
-    Attributes:
-        name: The word that calls it.
-        help: What it is for.
-        run: What it does.
-        flags: By name, what `add_argument` takes.
-        config: The config whose fields are flags too.
-        without: The fields that are none.
-        reads_text: Whether it may import `datasets`.
-        json_file: Whether `--json` can name a file.
+    Every field of `config` is a flag too, but for those of `without`; where it `reads_text`, `datasets` may be
+    imported, and with `json_file`, `--json` can name a file.
     """
 
     name: str
+    function: str
     help: str
-    run: Callable[[Namespace], Result]
-    flags: Mapping[str, Mapping[str, Any]]
+    flags: Flags
     config: Literal["StructPruneConfig", "RecoveryConfig"] | None = None
     without: Collection[str] = ()
     reads_text: bool = True
     json_file: bool = False
 
+    def run(self, args: Namespace) -> Result:
+        """Do what the arguments say; the module of the function is imported now."""
+        module, function = self.function.split(".")
+        result: Result = getattr(import_module(f"{__package__}.{module}"), function)(args)
+        return result
+
     def declare(self, parser: ArgumentParser) -> None:
         """Declare the arguments in a parser."""
         for name, how in self.flags.items():
-            parser.add_argument(name, **how)
+            parser.add_argument(name, **({"help": how} if isinstance(how, str) else how))
         text = "Print the result as one JSON document instead of text."
         if self.json_file:
             text += " With a FILE, write the document to it and print the text."

@@ -7,20 +7,16 @@ import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 from .. import __version__
 from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
-from .arguments import Command
+from .flags import COMMANDS
 from .output import Result, check_output, show, working
 
 
 DESCRIPTION = "Structured pruning of Hugging Face models."
-# Each is a module here with COMMANDS. `optimum-cli` imports them all on every call, so what is heavy is imported
-# inside the functions.
-MODULES = ("prune", "sweep", "calibrate", "inspect", "recover", "measure", "export")
 # With this variable set to 1 in the environment, every error shows its traceback.
 DEBUG = "STRUCTPRUNE_DEBUG"
 
@@ -53,11 +49,6 @@ class CommandParser(ArgumentParser):
             declare(self)
 
 
-def commands() -> list[Command]:
-    """All commands, in the order of the help."""
-    return [command for name in MODULES for command in import_module(f"{__package__}.{name}").COMMANDS]
-
-
 def add_commands(parser: ArgumentParser) -> None:
     """Add one subparser per command; `execute` runs the one that the arguments choose."""
 
@@ -67,7 +58,7 @@ def add_commands(parser: ArgumentParser) -> None:
 
     parser.set_defaults(run=help_)
     subparsers = parser.add_subparsers(title="commands", metavar="<command>", parser_class=CommandParser)
-    for command in commands():
+    for command in COMMANDS:
         subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
         subparser.declare = command.declare
         subparser.set_defaults(run=command.run)

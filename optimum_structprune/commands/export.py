@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import asdict
 
-from .arguments import ARCH, LOADING, OVERWRITE, Command, switch, valued
+from ..errors import StructPruneError
+from ..saving.export import export_uniform
+from ..system.disk import GGUFOutput, Output
+from .loading import Loading, weights_bytes
 from .output import Result
 
 
@@ -13,15 +17,9 @@ ENDING = ".gguf"
 GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
-def run(args: Namespace) -> Result:
+def export(args: Namespace) -> Result:
     """Write the model in the form that the flags name."""
-    from dataclasses import asdict
-
-    from ..errors import StructPruneError
-    from ..saving.export import export_uniform
     from ..saving.gguf_file import check_gguf, export_gguf
-    from ..system.disk import GGUFOutput, Output
-    from .loading import Loading, weights_bytes
 
     if args.output.endswith(ENDING) == args.pad_uniform:
         raise StructPruneError(
@@ -40,15 +38,3 @@ def run(args: Namespace) -> Result:
     model, tokenizer = loading.model_and_tokenizer(args.model)
     written = export_gguf(model, args.output, tokenizer, args.overwrite)
     return Result(f"{written}\nsaved to {args.output}", {**asdict(written), "output": args.output})
-
-
-FLAGS = {
-    "model": valued("Folder or id of the pruned model."),
-    "output": valued(f"File for llama.cpp, which ends in {ENDING}; with --pad-uniform, folder for the padded model."),
-    "--pad-uniform": switch("Fill narrower layers up with zeros, for runtimes that take one width only."),
-    **OVERWRITE,
-    **ARCH,
-    **LOADING,
-}
-HELP = "Write a model for llama.cpp (OUT.gguf), or a non-uniform one with one width for all layers (--pad-uniform)."
-COMMANDS = (Command("export", HELP, run, FLAGS, reads_text=False),)

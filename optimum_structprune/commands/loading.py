@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -17,12 +18,15 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..arch.meta import meta_model, model_class
 from ..arch.per_layer import enable_heterogeneous
+from ..dryrun import dry_run
 from ..errors import StructPruneError, one_line, some_of
 from ..forward.placement import layer_device_map
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..config.pruning import StructPruneConfig
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +120,12 @@ class Loading:
     def shapes(self, name: str) -> PreTrainedModel:
         """A model without weights, on the meta device, from its config alone."""
         return meta_model(self.config(name), self.arch_file, trust_remote_code=self.trust_remote_code)
+
+    def bytes_after(self, name: str, config: StructPruneConfig) -> int:
+        """The size of a model's weights once it is pruned."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run itself says them
+            return dry_run(self.config(name), config, self.torch_dtype, self.trust_remote_code).memory.after
 
 
 def check_known(flag: str, value: str | None, known: Collection[str]) -> None:

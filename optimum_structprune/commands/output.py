@@ -21,13 +21,7 @@ from ..plain_json import to_json
 
 @dataclass(frozen=True)
 class Result:
-    """What a command hands over to be shown.
-
-    Attributes:
-        text: The result for people.
-        values: The same as plain values for JSON.
-        code: The exit code of the command.
-    """
+    """What a command hands over: its result for people and as plain values for JSON, and its exit code."""
 
     text: str
     values: Mapping[str, Any]

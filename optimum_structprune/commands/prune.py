@@ -1,33 +1,32 @@
-"""`structprune prune`: a model in, a smaller model out."""
+"""`structprune prune` and `structprune calibrate`: a smaller model, or what it takes to make one."""
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, Namespace
+from argparse import Namespace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .arguments import LOADING, OFFLOAD, OVERWRITE, Command, pruning_config, switch, valued, yaml_value
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arch.meta import model_class
+from ..calibration.stored import Statistics
+from ..calibrator import calibrate as stored_statistics
+from ..config.pruning import StructPruneConfig
+from ..config.recovery import RecoveryConfig
+from ..errors import StructPruneError
+from ..pruner import AutoStructPruner, StructPruner
+from ..recovery.checks import check_recovery
+from ..system.disk import OFFLOAD, Output, check_apart, used_paths
+from ..system.processes import across_processes, alone, process_index
+from .arguments import pruning_config
+from .loading import Loading
 from .output import Result, note
-from .recovering import RESULT, check_push_arguments, pushed, recover_and_save, recovery_for
+from .recovering import check_push_arguments, pushed, recover_and_save, recovery_for
 
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from ..config.pruning import StructPruneConfig
-    from ..config.recovery import RecoveryConfig
-    from ..pruner import StructPruner
-    from ..system.disk import Output
-    from .loading import Loading
-
-
-def run(args: Namespace) -> Result:
+def prune(args: Namespace) -> Result:
     """Prune, save, and show what came of it."""
-    from ..pruner import AutoStructPruner
-    from ..system.disk import Output, used_paths
-    from ..system.processes import across_processes
-    from .loading import Loading
-
     config, recovery = _configs(args)
     check_push_arguments(args)
     loading = Loading.of(args, arch_file=config.arch_file)
@@ -42,7 +41,11 @@ def run(args: Namespace) -> Result:
         text = f"{report}\n{_where(smaller.config, args.output, config.arch_file)}"
         result = Result(text, {**report.to_dict(), "output": args.output})
         if recovery is not None:
-            trained = _trained(args, recovery, config, smaller, tokenizer)
+            note(args, f"the pruned model is saved to {args.output}; now it is trained")
+            of_recover = {"model": args.output, "teacher": args.model, "arch_file": config.arch_file}
+            training = Namespace(**{**vars(args), **of_recover, "overwrite": True, "resume": False})
+            with alone():
+                trained = recover_and_save(training, recovery_for(recovery, args.output, config), smaller, tokenizer)
             values = {**result.values, "recovery": trained.values}
             result = Result(f"{text}\n{trained.text}", values, trained.code)
         return pushed(args, result)
@@ -52,10 +55,6 @@ def _configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | None]
     """How to prune, and how to train afterwards; the pruned model is saved in between, so that an interruption of the
     training loses nothing.
     """
-    from dataclasses import replace
-
-    from ..errors import StructPruneError
-
     config = pruning_config(args)
     recovery = None if config.recovery is None or config.recovery.every_round else config.recovery
     config = config if recovery is None else replace(config, recovery=None)
@@ -83,42 +82,21 @@ def _progress_folder(output: str) -> Path:
 def _check_folders(
     args: Namespace, output: Output, loading: Loading, config: StructPruneConfig, recovery: RecoveryConfig | None
 ) -> None:
-    # Before a model is loaded in vain.
-    from ..calibration.stored import Statistics
-    from ..system.disk import check_apart
-
-    output.check(_result_bytes(args.model, loading, config))
+    """Refuse folders before a model is loaded in vain."""
+    try:
+        size = loading.bytes_after(args.model, config)
+    except StructPruneError:
+        size = 0  # it cannot be told yet, and the run itself will say why
+    output.check(size)
     check_apart(args.output, config, recovery)
     if config.stats is not None:
         Statistics.load(config.stats)
-
-
-def _result_bytes(model: str, loading: Loading, config: StructPruneConfig) -> int:
-    """The size of the pruned model's weights; nothing where it cannot be told yet, and the run itself will say why."""
-    import warnings
-
-    from ..dryrun import dry_run
-    from ..errors import StructPruneError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            outcome = dry_run(loading.config(model), config, loading.torch_dtype, loading.trust_remote_code)
-            return outcome.memory.after
-    except StructPruneError:
-        return 0
 
 
 def _prune_and_save(
     args: Namespace, output: Output, loading: Loading, pruner: StructPruner, recovery: RecoveryConfig | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The smaller model, saved, and its tokenizer."""
-    from contextlib import suppress
-
-    from ..recovery.checks import check_recovery
-    from ..system.disk import OFFLOAD
-    from ..system.processes import process_index
-
     with output.beside(OFFLOAD) as scratch:
         model, tokenizer = loading.model_and_tokenizer(args.model, scratch)
         if recovery is not None:
@@ -131,34 +109,7 @@ def _prune_and_save(
     return pruned, tokenizer
 
 
-def _trained(
-    args: Namespace,
-    recovery: RecoveryConfig,
-    config: StructPruneConfig,
-    pruned: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Result:
-    """What came of the training that follows."""
-    from ..system.processes import alone
-
-    note(args, f"the pruned model is saved to {args.output}; now it is trained")
-    with alone():
-        return recover_and_save(
-            args,
-            recovery_for(recovery, args.output, config),
-            pruned,
-            tokenizer,
-            pruned_folder=args.output,
-            teacher=args.model,
-            arch_file=config.arch_file,
-            resume=False,
-            overwrite=True,
-        )
-
-
 def _where(config: PretrainedConfig, output: str, arch_file: str | None) -> str:
-    from ..arch.meta import model_class
-
     where = f"saved to {output}; it loads with {model_class(config, arch_file).__name__}.from_pretrained({output!r})"
     if config.get_text_config().is_heterogeneous:
         where += (
@@ -167,24 +118,22 @@ def _where(config: PretrainedConfig, output: str, arch_file: str | None) -> str:
     return where
 
 
-FLAGS = {
-    "model": valued("Model id or folder."),
-    "output": valued("Folder for the pruned model."),
-    "--recover": switch("Train afterwards, with the dense model as the teacher; see --recovery."),
-    "--recovery-tokens": valued(
-        "The same, with this number of training tokens: short for --recovery tokens=N.",
-        "N",
-        type=lambda text: ("tokens", yaml_value(text)),
-        **{"dest": "recovery", "action": "append", "default": SUPPRESS},
-    ),
-    "--resume": switch(
-        "Remember every finished layer in a folder beside the output, and go on from there if a run with the same "
-        "settings was killed."
-    ),
-    **OVERWRITE,
-    **RESULT,
-    **LOADING,
-    **OFFLOAD,
-}
-HELP = "Prune a model and save one that plain from_pretrained loads."
-COMMANDS = (Command("prune", HELP, run, FLAGS, config="StructPruneConfig"),)
+def calibrate(args: Namespace) -> Result:
+    """Run the text through the model and store what pruning needs of it."""
+    # How much is removed plays no part here, but a config has to say it.
+    config = pruning_config(args, sparsity=0.5)
+    loading = Loading.of(args, arch_file=config.arch_file)
+    output = Output(args.output, args.overwrite, [args.model, *used_paths(config)])
+    with across_processes(), output.locked(), output.beside(OFFLOAD) as scratch:
+        output.check()
+        model, tokenizer = loading.model_and_tokenizer(args.model, scratch)
+        statistics = stored_statistics(model, tokenizer, config, args.output, args.overwrite)
+    return Result(
+        f"{statistics}\nsaved to {args.output}; prune with `structprune prune {args.model} OUT --stats {args.output}`",
+        {
+            "model_type": statistics.model_type,
+            "calibration_tokens": statistics.tokens,
+            "bytes": sum(file.size for file in statistics.files.values()),
+            "output": args.output,
+        },
+    )

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, Namespace
+from argparse import Namespace
 from pathlib import Path
 
+from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..errors import StructPruneError
-from .arguments import ARCH, LOADING, OVERWRITE, Command, recovery_config, switch, valued
+from ..recovery.checks import check_recovery
+from ..system.disk import Output, check_apart, used_paths
+from .arguments import recovery_config
+from .loading import Loading, weights_bytes
 from .output import Result
-from .recovering import RESULT, check_push_arguments, pushed, recover_and_save, recovery_for
+from .recovering import check_push_arguments, pushed, recover_and_save, recovery_for
 
 
-def run(args: Namespace) -> Result:
+def recover(args: Namespace) -> Result:
     """Train, save, and show what came of it."""
-    from ..config.pruning import CONFIG_NAME, StructPruneConfig
-    from ..recovery.checks import check_recovery
-    from ..system.disk import Output, check_apart, used_paths
-    from .loading import Loading, weights_bytes
-
     config = recovery_config(args)
     _check_whole(args.model)
     check_push_arguments(args)
@@ -31,18 +30,7 @@ def run(args: Namespace) -> Result:
     recovery = recovery_for(config, args.output, pruning)
     check_recovery(config, recovery.pruning, parts=1)
     model, tokenizer = Loading.of(args).model_and_tokenizer(args.model)
-    result = recover_and_save(
-        args,
-        recovery,
-        model,
-        tokenizer,
-        pruned_folder=args.model,
-        teacher=args.teacher,
-        arch_file=args.arch_file,
-        resume=args.resume,
-        overwrite=args.overwrite,
-    )
-    return pushed(args, result)
+    return pushed(args, recover_and_save(args, recovery, model, tokenizer))
 
 
 def _check_whole(model: str) -> None:
@@ -54,21 +42,3 @@ def _check_whole(model: str) -> None:
             "pruned model that it was trained on; merge_and_unload() and save_pretrained(…) then give a folder that "
             "this command takes."
         )
-
-
-FLAGS = {
-    "model": valued("Folder or id of the pruned model."),
-    "output": valued("Folder for the recovered model."),
-    "--teacher": valued("The model to agree with, usually the dense one.", "MODEL"),
-    "--resume": switch("Go on from the last checkpoint of the same command."),
-    "--adapter": {
-        "help": "Save the adapter and do not merge it: the same as --no-merge.",
-        **{"dest": "merge", "action": "store_const", "const": False, "default": SUPPRESS},
-    },
-    **OVERWRITE,
-    **RESULT,
-    **ARCH,
-    **LOADING,
-}
-HELP = "Train a pruned model, with or without a teacher, and save it."
-COMMANDS = (Command("recover", HELP, run, FLAGS, config="RecoveryConfig"),)

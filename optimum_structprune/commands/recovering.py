@@ -7,40 +7,23 @@ import warnings
 from argparse import Namespace
 from dataclasses import asdict, replace
 from shlex import join
-from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config.pruning import StructPruneConfig
+from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
-from .arguments import switch, valued
+from ..recovery.recover import Recovery
+from ..recovery.trainer import WorseModelWarning
+from ..saving.push import check_push, push_to_hub
+from ..system.disk import Output, remove_checkpoints
+from ..system.processes import is_first_rank
+from .flags import WORSE
 from .output import Result
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ..config.pruning import StructPruneConfig
-    from ..config.recovery import RecoveryConfig
-    from ..recovery.recover import Recovery
-
-# The exit code where a training has made the model worse, so that the result is not where it was asked for.
-WORSE = 1
-RESULT = {
-    "--accept-worse": switch(
-        "Save the trained model as the output even if it is worse on held-out text than before its training. "
-        f"Otherwise it goes to OUTPUT.worse, the output is left alone, and the exit code is {WORSE}."
-    ),
-    "--push-to-hub": valued(
-        "Upload the result to this repository of the Hub once it is complete on the disk, with the token of `hf auth "
-        "login` or of HF_TOKEN.",
-        "OWNER/NAME",
-    ),
-    "--private": switch("The repository is private."),
-}
 
 
 def check_push_arguments(args: Namespace) -> None:
     """Refuse a push that could not succeed, before work is done."""
-    from ..saving.push import check_push
-
     if args.push_to_hub is not None:
         check_push(args.push_to_hub)
     elif args.private:
@@ -49,9 +32,6 @@ def check_push_arguments(args: Namespace) -> None:
 
 def pushed(args: Namespace, result: Result) -> Result:
     """A result with the address that it was pushed to; unchanged where nothing is to be pushed, or it went aside."""
-    from ..saving.push import push_to_hub
-    from ..system.processes import is_first_rank
-
     if args.push_to_hub is None or result.code or not is_first_rank():
         return result
     url = push_to_hub(args.output, args.push_to_hub, private=args.private or None)
@@ -60,28 +40,15 @@ def pushed(args: Namespace, result: Result) -> Result:
 
 def recovery_for(config: RecoveryConfig, output: str, pruning: StructPruneConfig | None) -> Recovery:
     """The training of a model that goes to `output`; its checkpoints lie beside that folder while it lasts."""
-    from ..recovery.recover import Recovery
-
     return Recovery(replace(config, training={"output_dir": _checkpoints(output), **config.training}), pruning)
 
 
 def recover_and_save(
-    args: Namespace,
-    recovery: Recovery,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pruned_folder: str,
-    teacher: str | None,
-    arch_file: str | None,
-    resume: bool,
-    overwrite: bool,
+    args: Namespace, recovery: Recovery, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Result:
-    """What came of a training that is saved; a model that it made worse is saved beside the output, with the exit code
-    `WORSE`, unless `--accept-worse` is given.
+    """What came of a training with the arguments of `recover`, once it is saved; a model that it made worse is saved
+    beside the output, with the exit code `WORSE`, unless `--accept-worse` is given.
     """
-    from ..recovery.trainer import WorseModelWarning
-    from ..system.disk import Output, remove_checkpoints
-
     aside = f"{args.output.rstrip('/')}.worse"
     if not args.accept_worse:
         Output(aside, overwrite=True).check()  # before it is trained in vain
@@ -89,16 +56,16 @@ def recover_and_save(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WorseModelWarning)  # the report says it
             recovered = recovery.recover_model(
-                model, tokenizer, teacher, resume=resume, trust_remote_code=args.trust_remote_code
+                model, tokenizer, args.teacher, resume=args.resume, trust_remote_code=args.trust_remote_code
             )
     except KeyboardInterrupt:
-        _say_how_to_go_on(args, pruned_folder, teacher, arch_file, overwrite)
+        _say_how_to_go_on(args)
         raise
     report = recovery.report
     assert report is not None
     worse = report.worse and not args.accept_worse
     target = aside if worse else args.output
-    recovery.save(recovered, target, tokenizer=tokenizer, overwrite=overwrite or worse, pruned=pruned_folder)
+    recovery.save(recovered, target, tokenizer=tokenizer, overwrite=args.overwrite or worse, pruned=args.model)
     text, values = f"{report}\nsaved to {target}", {**asdict(report), "output": target}
     if worse:
         _say_worse(aside, args.output)
@@ -108,24 +75,19 @@ def recover_and_save(
     return Result(text, values)
 
 
-def _say_how_to_go_on(
-    args: Namespace, pruned_folder: str, teacher: str | None, arch_file: str | None, overwrite: bool
-) -> None:
-    flags = [part for flag, text in (("--teacher", teacher), ("--arch", arch_file)) if text for part in (flag, text)]
-    switches = {
-        "--trust-remote-code": args.trust_remote_code,
-        "--overwrite": overwrite,
-        "--accept-worse": args.accept_worse,
-        "--resume": True,
-    }
-    flags += [flag for flag, given in switches.items() if given]
-    line = join(["structprune", "recover", pruned_folder, args.output, *flags])
-    sys.stderr.write(f"structprune: interrupted; go on with `{line}` and the same settings.\n")
+def _say_how_to_go_on(args: Namespace) -> None:
+    words = ["structprune", "recover", args.model, args.output]
+    for flag, value in (("--teacher", args.teacher), ("--arch", args.arch_file)):
+        words += [flag, value] if value else []
+    words += [
+        f"--{name.replace('_', '-')}"
+        for name in ("trust_remote_code", "overwrite", "accept_worse")
+        if vars(args)[name]
+    ]
+    sys.stderr.write(f"structprune: interrupted; go on with `{join([*words, '--resume'])}` and the same settings.\n")
 
 
 def _say_worse(aside: str, output: str) -> None:
-    from ..system.processes import is_first_rank
-
     if is_first_rank():
         sys.stderr.write(
             f"structprune: the trained model is worse, so it is in {aside}, and {output} is as it was; train it with "

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from time import perf_counter
 
-from .arguments import LOADING, Command, pruning_config, switch, valued
+from ..calibration.stored import Statistics
+from ..config.pruning import StructPruneConfig
+from ..errors import StructPruneError
+from ..evaluation.curve import Curve, Size
+from ..pruner import AutoStructPruner
+from ..system.disk import Output
+from ..system.processes import across_processes, process_index
+from .arguments import pruning_config
+from .loading import Loading
 from .output import Result, note
 
 
-if TYPE_CHECKING:
-    from ..config.pruning import StructPruneConfig
-    from ..evaluation.curve import Size
-
-
-def run(args: Namespace) -> Result:
+def sweep(args: Namespace) -> Result:
     """Check all sizes, then prune to one after the other; each is on disk before the next begins."""
-    from ..evaluation.curve import Curve
-    from ..system.disk import Output
-    from ..system.processes import across_processes, process_index
-
     configs = _configs(args)
     settings = {**next(iter(configs.values())).to_dict(), "sparsity": None}
     output = Path(args.output)
@@ -40,10 +40,6 @@ def run(args: Namespace) -> Result:
 
 def _configs(args: Namespace) -> dict[float, StructPruneConfig]:
     """How to prune to each size, from the largest model to the smallest."""
-    from dataclasses import replace
-
-    from ..errors import StructPruneError
-
     configs = {}
     for sparsity in sorted(set(args.sizes)):
         config = pruning_config(Namespace(**{**vars(args), "sparsity": sparsity}))
@@ -59,17 +55,8 @@ def _configs(args: Namespace) -> dict[float, StructPruneConfig]:
 
 def _check(args: Namespace, configs: dict[float, StructPruneConfig]) -> None:
     """Refuse a size that cannot be reached, before anything is pruned."""
-    from ..calibration.stored import Statistics
-    from ..dryrun import dry_run
-    from ..system.disk import Output
-    from .loading import Loading
-
     loading = Loading.of(args)
-    model_config = loading.config(args.model)
-    sizes = [
-        dry_run(model_config, config, loading.torch_dtype, loading.trust_remote_code).memory.after
-        for config in configs.values()
-    ]
+    sizes = [loading.bytes_after(args.model, config) for config in configs.values()]
     Output(args.output).check_place(0 if args.no_save else sum(sizes))
     if (stats := next(iter(configs.values())).stats) is not None:
         Statistics.load(stats)
@@ -77,12 +64,6 @@ def _check(args: Namespace, configs: dict[float, StructPruneConfig]) -> None:
 
 def _pruned(args: Namespace, sparsity: float, config: StructPruneConfig) -> Size:
     """Prune to one size, and save the model if that is wanted."""
-    from time import perf_counter
-
-    from ..evaluation.curve import Size
-    from ..pruner import AutoStructPruner
-    from .loading import Loading
-
     start = perf_counter()
     note(args, f"sparsity {sparsity:g}")
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
@@ -98,22 +79,3 @@ def _pruned(args: Namespace, sparsity: float, config: StructPruneConfig) -> Size
 
 def _folder(output: Path, sparsity: float) -> Path:
     return output / f"sparsity-{sparsity:g}"
-
-
-FLAGS = {
-    "model": valued("Model id or folder."),
-    "output": valued("Folder for the curve, and for one pruned model per size."),
-    "--sparsity": valued(
-        "The shares of the layers' parameters to remove, each between 0 and 1.",
-        "X",
-        **{"dest": "sizes", "nargs": "+", "type": float, "required": True},
-    ),
-    "--no-save": switch("Keep the curve only, not the pruned models."),
-    **LOADING,
-}
-HELP = (
-    "Prune a model to several sizes, and give the curve of quality against size as CSV, JSON and a picture. A sweep "
-    "that was interrupted goes on where it was."
-)
-OF_ONE_SIZE = ("sparsity", "widths", "budget", "checkpoint_dir")
-COMMANDS = (Command("sweep", HELP, run, FLAGS, config="StructPruneConfig", without=OF_ONE_SIZE),)

@@ -16,10 +16,10 @@ from optimum_structprune.commands.arguments import (
     recovery_config,
     setting,
 )
-from optimum_structprune.commands.cli import commands
+from optimum_structprune.commands.flags import COMMANDS as ALL
 
 
-DECLARE = {command.name: command.declare for command in commands()}
+DECLARE = {command.name: command.declare for command in ALL}
 COMMANDS = [
     ("prune", ["m", "o"], StructPruneConfig, pruning_config),
     ("plan", ["m"], StructPruneConfig, pruning_config),

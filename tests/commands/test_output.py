@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.commands import output
-from optimum_structprune.commands.cli import commands as all_commands
 from optimum_structprune.commands.cli import execute, main
+from optimum_structprune.commands.flags import COMMANDS
 from optimum_structprune.commands.output import Result
 
 
@@ -53,7 +53,7 @@ def commands(folder):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder, capsys):
     lines, again = commands(folder), {"prune", "export", "calibrate", "recover"}
-    assert lines.keys() == {command.name for command in all_commands()}
+    assert lines.keys() == {command.name for command in COMMANDS}
     for name, line in lines.items():
         assert main(line) == 0, name
         text = capsys.readouterr()

@@ -6,17 +6,18 @@ from argparse import Namespace
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .arguments import ARCH, TRUST, Command, pruning_config, switch, valued
+from ..arch.load import describe
+from ..arch.shrink import legal_sizes
+from ..arch.stub import stub
+from ..dryrun import dry_run
+from ..errors import StructPruneError
+from .arguments import pruning_config
+from .loading import OFFLOADS, Loading, check_known
 from .output import Result
 
 
 def inspect(args: Namespace) -> Result:
     """Build the model on the meta device and describe it."""
-    from ..arch.load import describe
-    from ..arch.shrink import legal_sizes
-    from ..arch.stub import stub
-    from .loading import Loading
-
     model = Loading.of(args).shapes(args.model)
     if args.stub:
         description = stub(model)
@@ -62,10 +63,6 @@ def _ranges(sizes: Sequence[int]) -> str:
 
 def plan(args: Namespace) -> Result:
     """Build the dense and the pruned model on the meta device and compare them."""
-    from ..dryrun import dry_run
-    from ..errors import StructPruneError
-    from .loading import OFFLOADS, Loading, check_known
-
     config = pruning_config(args)
     if args.offload is not None and not args.cost:
         raise StructPruneError("--offload says where a cost is counted for; add --cost.")
@@ -75,29 +72,3 @@ def plan(args: Namespace) -> Result:
     outcome = dry_run(model_config, config, loading.torch_dtype, args.trust_remote_code, args.cost, args.offload)
     head = f"{args.model}: {outcome.model_type}, {outcome.sparsity:.1%} of the layers' parameters go"
     return Result(f"{head}\n{outcome}", outcome.to_dict())
-
-
-PLAN = {
-    "model": valued("Model id or folder; config.json is enough."),
-    "--dtype": valued(
-        "The dtype in which memory is counted: auto (as saved), float32, bfloat16 or float16.", default="auto"
-    ),
-    "--cost": switch("Show the memory that the pruning takes, and the operations of both models, as well."),
-    "--offload": valued("With --cost: where the layers are while they do not run.", "{cpu,disk}"),
-    **TRUST,
-}
-PLAN_HELP = (
-    "A dry run: show the widths, parameters and memory that `prune` would give with the same settings. Needs no "
-    "weights, and writes no model."
-)
-INSPECT = {
-    "model": valued("Model id or folder."),
-    "--stub": switch("Print a description of an unknown architecture, to be checked, for --arch."),
-    **ARCH,
-    **TRUST,
-}
-INSPECT_HELP = "Show a model's family, spaces, units, legal widths and parameter shares."
-COMMANDS = (
-    Command("plan", PLAN_HELP, plan, PLAN, config="StructPruneConfig", reads_text=False, json_file=True),
-    Command("inspect", INSPECT_HELP, inspect, INSPECT, reads_text=False),
-)

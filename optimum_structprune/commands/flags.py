@@ -1,0 +1,265 @@
+"""The commands and their flags, as tables: `optimum-cli` imports this on every call, and nothing that is heavy."""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS
+from typing import Any
+
+from .arguments import SOURCES, Command, Flags, domain, yaml_value
+
+
+def switch(text: str) -> dict[str, Any]:
+    """A flag without a value."""
+    return {"action": "store_true", "help": text}
+
+
+def number(text: str, **more: Any) -> dict[str, Any]:
+    """A flag with a whole number."""
+    return {"help": text, "metavar": "N", "type": int, **more}
+
+
+def named(metavar: str, text: str, **more: Any) -> dict[str, Any]:
+    """A flag whose value has a name in the help."""
+    return {"help": text, "metavar": metavar, **more}
+
+
+# Flags of several commands; those of `Loading` first.
+TRUST = {"--trust-remote-code": switch("Run code that comes with the model.")}
+ARCH = {"--arch": named("FILE", "A YAML file that describes architectures of your own.", dest="arch_file")}
+DTYPES = "auto (as saved), float32, bfloat16 or float16."
+LOADING: Flags = {
+    "--dtype": {"help": DTYPES, "default": "auto"},
+    "--device": "The device, such as cpu or cuda; by default cuda where there is one.",
+    **TRUST,
+}
+OFFLOAD = {
+    "--offload": named(
+        "{cpu,disk}",
+        "Keep the layers in the CPU's memory or on the disk, and bring in one at a time: for models that are larger "
+        "than the memory of the device.",
+    )
+}
+OVERWRITE = {"--overwrite": switch("Replace the output.")}
+# The exit code where a training has made the model worse, so that the result is not where it was asked for.
+WORSE = 1
+RESULT: Flags = {
+    **OVERWRITE,
+    "--accept-worse": switch(
+        "Save the trained model as the output even if it is worse on held-out text than before its training. "
+        f"Otherwise it goes to OUTPUT.worse, the output is left alone, and the exit code is {WORSE}."
+    ),
+    "--push-to-hub": named(
+        "OWNER/NAME",
+        "Upload the result to this repository of the Hub once it is complete on the disk, with the token of `hf auth "
+        "login` or of HF_TOKEN.",
+    ),
+    "--private": switch("The repository is private."),
+}
+SEVERAL: dict[str, Any] = {"action": "append", "default": []}
+QUALITY: Flags = {
+    "--domain": named(
+        "NAME=SOURCE", f"Text that is read in its own order. Repeatable. {SOURCES}", type=domain, **SEVERAL
+    ),
+    "--task": named(
+        "NAME|FILE.jsonl",
+        "A task of lm_eval, or a file of multiple-choice items in lines of JSON. Repeatable.",
+        **SEVERAL,
+    ),
+    "--tasks": named("NAME|FILE.jsonl", "Several of them.", dest="task", action="extend", nargs="+"),
+    "--items": named(
+        "FOLDER",
+        "A folder that keeps the answers to each item of a task, so that a run goes on where it was killed, and the "
+        "dense model answers once for all models that are compared with it.",
+    ),
+    "--seq-length": number("Tokens per sample (512).", default=512),
+    "--num-samples": number("Samples per domain at most; by default each domain is read to its end."),
+    "--limit": number("Items per task at most; by default all of them."),
+    "--batch-size": number("Sequences per forward pass (1).", default=1),
+    **ARCH,
+    **LOADING,
+}
+
+COMMANDS = (
+    Command(
+        "prune",
+        "prune.prune",
+        "Prune a model and save one that plain from_pretrained loads.",
+        {
+            "model": "Model id or folder.",
+            "output": "Folder for the pruned model.",
+            "--recover": switch("Train afterwards, with the dense model as the teacher; see --recovery."),
+            "--recovery-tokens": named(
+                "N",
+                "The same, with this number of training tokens: short for --recovery tokens=N.",
+                type=lambda text: ("tokens", yaml_value(text)),
+                **{"dest": "recovery", "action": "append", "default": SUPPRESS},
+            ),
+            "--resume": switch(
+                "Remember every finished layer in a folder beside the output, and go on from there if a run with the "
+                "same settings was killed."
+            ),
+            **RESULT,
+            **LOADING,
+            **OFFLOAD,
+        },
+        config="StructPruneConfig",
+    ),
+    Command(
+        "sweep",
+        "sweep.sweep",
+        "Prune a model to several sizes, and give the curve of quality against size as CSV, JSON and a picture. A "
+        "sweep that was interrupted goes on where it was.",
+        {
+            "model": "Model id or folder.",
+            "output": "Folder for the curve, and for one pruned model per size.",
+            "--sparsity": named(
+                "X",
+                "The shares of the layers' parameters to remove, each between 0 and 1.",
+                **{"dest": "sizes", "nargs": "+", "type": float, "required": True},
+            ),
+            "--no-save": switch("Keep the curve only, not the pruned models."),
+            **LOADING,
+        },
+        config="StructPruneConfig",
+        without=("sparsity", "widths", "budget", "checkpoint_dir"),
+    ),
+    Command(
+        "calibrate",
+        "prune.calibrate",
+        "Store the statistics of a dense model, from which `prune --stats` prunes without running text. It takes the "
+        "settings of `prune`; how much is removed plays no part.",
+        {
+            "model": "Model id or folder.",
+            "output": "Folder for the statistics.",
+            **OVERWRITE,
+            **LOADING,
+            **OFFLOAD,
+        },
+        config="StructPruneConfig",
+    ),
+    Command(
+        "plan",
+        "shapes.plan",
+        "A dry run: show the widths, parameters and memory that `prune` would give with the same settings. Needs no "
+        "weights, and writes no model.",
+        {
+            "model": "Model id or folder; config.json is enough.",
+            "--dtype": {"help": f"The dtype in which memory is counted: {DTYPES}", "default": "auto"},
+            "--cost": switch("Show the memory that the pruning takes, and the operations of both models, as well."),
+            "--offload": named("{cpu,disk}", "With --cost: where the layers are while they do not run."),
+            **TRUST,
+        },
+        config="StructPruneConfig",
+        reads_text=False,
+        json_file=True,
+    ),
+    Command(
+        "recover",
+        "recover.recover",
+        "Train a pruned model, with or without a teacher, and save it.",
+        {
+            "model": "Folder or id of the pruned model.",
+            "output": "Folder for the recovered model.",
+            "--teacher": named("MODEL", "The model to agree with, usually the dense one."),
+            "--resume": switch("Go on from the last checkpoint of the same command."),
+            "--adapter": {
+                "help": "Save the adapter and do not merge it: the same as --no-merge.",
+                **{"dest": "merge", "action": "store_const", "const": False, "default": SUPPRESS},
+            },
+            **RESULT,
+            **ARCH,
+            **LOADING,
+        },
+        config="RecoveryConfig",
+    ),
+    Command(
+        "evaluate",
+        "measure.evaluate",
+        "Measure a model by perplexity and tasks, alone or against the dense one.",
+        {
+            "model": "Model id or folder.",
+            "--against": named("DENSE", "The dense model to compare with."),
+            **QUALITY,
+        },
+        json_file=True,
+    ),
+    Command(
+        "compare",
+        "measure.compare",
+        "Show models side by side: size, widths, cache, perplexity, tasks and speed.",
+        {
+            "models": named("model", "Model ids or folders.", nargs="+"),
+            **QUALITY,
+            "--speed": switch("Also measure how fast they read and write tokens."),
+            "--csv": named("FILE", "Write the table to a file of comma-separated values."),
+            "--plot": named(
+                "FILE",
+                "Draw quality against size to an .svg, .png or .pdf file; joined are those that no other beats in "
+                "both.",
+            ),
+        },
+        json_file=True,
+    ),
+    Command(
+        "report",
+        "measure.report",
+        "Write report.html beside a pruned model, from the records that lie there; with --domain or --task, measure "
+        "the model on further text first.",
+        {
+            "output": "Folder of the pruned model.",
+            "dense": {
+                "help": "Id or folder of the dense model, to compare with and to name in the page.",
+                "nargs": "?",
+            },
+            **QUALITY,
+        },
+    ),
+    Command(
+        "benchmark",
+        "measure.benchmark",
+        "Measure how fast models read prompts and write tokens, against the dense one.",
+        {
+            "dense": "Model id or folder of the dense model, which the others are compared with.",
+            "models": named("pruned", "Model ids or folders to compare with it.", nargs="+"),
+            "--batch-size": number("Sequences that run together (1). Repeatable.", action="append"),
+            "--prompt": number("Tokens in each prompt (128). Repeatable.", action="append"),
+            "--new-tokens": number("Tokens to write after it (32).", default=32),
+            "--repeats": number("Timed runs of each model, in turns (9).", default=9),
+            "--threads": number("Threads; by default what torch is set to."),
+            "--clock": {
+                "help": "wall (default), or cpu: time of the processor, where other jobs run too.",
+                "default": "wall",
+            },
+            **ARCH,
+            **LOADING,
+        },
+        reads_text=False,
+        json_file=True,
+    ),
+    Command(
+        "inspect",
+        "shapes.inspect",
+        "Show a model's family, spaces, units, legal widths and parameter shares.",
+        {
+            "model": "Model id or folder.",
+            "--stub": switch("Print a description of an unknown architecture, to be checked, for --arch."),
+            **ARCH,
+            **TRUST,
+        },
+        reads_text=False,
+    ),
+    Command(
+        "export",
+        "export.export",
+        "Write a model for llama.cpp (OUT.gguf), or a non-uniform one with one width for all layers (--pad-uniform).",
+        {
+            "model": "Folder or id of the pruned model.",
+            "output": "File for llama.cpp, which ends in .gguf; with --pad-uniform, folder for the padded model.",
+            "--pad-uniform": switch("Fill narrower layers up with zeros, for runtimes that take one width only."),
+            **OVERWRITE,
+            **ARCH,
+            **LOADING,
+        },
+        reads_text=False,
+    ),
+)
