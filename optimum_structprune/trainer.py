@@ -188,7 +188,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         }
 
     def state(self) -> dict[str, Any]:
-        """What checkpoints keep of the callback, see `ExportableState`: what its constructor takes, and what it did."""
+        """What checkpoints keep of the callback, see `ExportableState`: what made it, and what it did."""
         schedule = {"start": self.start, "end": self.end, "every": self.every, "calibration": self.calibration}
         return {
             "args": {"config": self.config.to_dict(), **schedule},

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-from ..arch.spec import Width, Widths
+from ..arch.spec import Widths
 from ..errors import StructPruneError
 from ..record.text import worst_ratio
 from ..surgery.plan import Plan
@@ -36,7 +36,12 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
         return held
 
     course = legal_round_widths(run.config, run.arch, run.model.config, step.target)
-    dense = _dense_widths(run, step.target)
+    sizes = {name: run.arch.widths(name) for name in step.target}
+    dense: Widths = {
+        name: max(sizes[name].values()) if isinstance(width, int) else {layer: sizes[name][layer] for layer in width}
+        for name, width in step.target.items()
+    }
+    finest = 0.5 / max(size for of_kind in sizes.values() for size in of_kind.values())  # less than any one unit
     held, missed = course[rounds.done - 1] if rounds.done else dense, None
     for widths in course[rounds.done :]:
         if not holds(widths):
@@ -46,7 +51,7 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
         rounds.finish()
     # The halvings begin again after a kill; only the rounds before them are remembered.
     wide, narrow, near, far = held, missed, 0.0, 1.0
-    while narrow is not None and far - near > _finest(wide, narrow):
+    while narrow is not None and far - near > finest:
         middle = (near + far) / 2
         widths = _between(run, wide, narrow, middle)
         if widths == held or (widths != missed and holds(widths)):
@@ -61,40 +66,18 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
     return plan
 
 
-def _dense_widths(run: Run, target: Widths) -> Widths:
-    """The present widths of the spaces of a target, in its form: one number, or one per layer."""
-    sizes = {name: run.arch.widths(name) for name in target}
-    return {
-        name: max(sizes[name].values()) if isinstance(width, int) else {layer: sizes[name][layer] for layer in width}
-        for name, width in target.items()
-    }
-
-
-def _between(run: Run, wide: Widths, narrow: Widths, share: float) -> Widths:
+def _between(run: Run, wide: Mapping[str, Any], narrow: Mapping[str, Any], share: float) -> Widths:
     """The legal widths after a share of the way from wide ones to narrow ones of the same form."""
-    widths: dict[str, Width] = {}
+    widths: dict[str, Any] = {}
     for name, least in narrow.items():
         multiple, most = run.config.round_to if run.arch.of(name)[0].rounds else 1, wide[name]
-        if isinstance(least, int) and isinstance(most, int):
-            widths[name] = _rounded(most, least, share, multiple)
-        elif isinstance(least, Mapping) and isinstance(most, Mapping):
-            widths[name] = {layer: _rounded(most[layer], least[layer], share, multiple) for layer in least}
+
+        def between(most: int, least: int, multiple: int = multiple) -> int:
+            return min(most, ceil((most - share * (most - least)) / multiple) * multiple)
+
+        by_layer = isinstance(least, Mapping)
+        widths[name] = {i: between(most[i], least[i]) for i in least} if by_layer else between(most, least)
     return next_legal(run.model.config, run.arch, widths)
-
-
-def _rounded(most: int, least: int, share: float, multiple: int) -> int:
-    return min(most, ceil((most - share * (most - least)) / multiple) * multiple)
-
-
-def _finest(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> float:
-    """Half of the share of the way that one unit of the space with the longest way makes."""
-    pairs = ((wide[name], narrow[name]) for name in narrow)
-    gaps = [
-        gap
-        for most, least in pairs
-        for gap in ([most - least] if isinstance(most, int) else [most[layer] - least[layer] for layer in most])
-    ]
-    return 0.5 / max(1, *gaps)
 
 
 def _out_of_reach(run: Run) -> str:
