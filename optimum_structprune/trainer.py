@@ -170,6 +170,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
 
     @kept.setter
     def kept(self, values: Mapping[str, Any] | None) -> None:
+        """Take the plan of a checkpoint."""
         self.plan = None if values is None else Plan.from_dict(values)
 
     @property
@@ -179,6 +180,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
 
     @removals.setter
     def removals(self, values: Mapping[str, Any]) -> None:
+        """Take the removals of a checkpoint, where JSON has made text of numbers."""
         self.steps = {
             int(step): {
                 name: width if isinstance(width, int) else {int(layer): units for layer, units in width.items()}

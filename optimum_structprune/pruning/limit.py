@@ -36,12 +36,8 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
         return held
 
     course = legal_round_widths(run.config, run.arch, run.model.config, step.target)
-    sizes = {name: run.arch.widths(name) for name in step.target}
-    dense: Widths = {
-        name: max(sizes[name].values()) if isinstance(width, int) else {layer: sizes[name][layer] for layer in width}
-        for name, width in step.target.items()
-    }
-    finest = 0.5 / max(size for of_kind in sizes.values() for size in of_kind.values())  # less than any one unit
+    dense = _dense_widths(run, step.target)
+    finest = 0.5 / max(space.size for space in run.arch.spaces)  # less than any one unit
     held, missed = course[rounds.done - 1] if rounds.done else dense, None
     for widths in course[rounds.done :]:
         if not holds(widths):
@@ -64,6 +60,15 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
     plan = rounds.remove_masked_(held)
     run.rounds = None
     return plan
+
+
+def _dense_widths(run: Run, target: Widths) -> Widths:
+    """The present widths of the spaces of a target, in its form: one number, or one per layer."""
+    sizes = {name: run.arch.widths(name) for name in target}
+    return {
+        name: max(sizes[name].values()) if isinstance(width, int) else {layer: sizes[name][layer] for layer in width}
+        for name, width in target.items()
+    }
 
 
 def _between(run: Run, wide: Mapping[str, Any], narrow: Mapping[str, Any], share: float) -> Widths:
