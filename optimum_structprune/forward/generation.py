@@ -73,20 +73,20 @@ def growing_layers(cache: Cache) -> list[Any]:
     return [layer for layer in layers if getattr(layer, "keys", None) is not None]
 
 
-def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int, last_logits: bool = False) -> int:
+def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
     """The floating-point operations per token to read a prompt of so many tokens.
 
-    They are two per parameter of a matrix, two per parameter of the head and position whose logits are computed (all,
-    or the last alone), and in the mean over the prompt, two per cached value, query head of its group and token that a
-    token looks at. Sliding windows are not taken into account.
+    They are two per parameter of a matrix, the head's among them, and in the mean over the prompt, two per cached
+    value, query head of its group and token that a token looks at. Sliding windows are not taken into account.
     """
-    head = model.get_output_embeddings().get_parameter("weight")
-    matrices = sum(parameter.numel() for parameter in read_parameters(model) if parameter.ndim > 1) - head.numel()
-    logits = head.numel() // tokens if last_logits else head.numel()
-    # transformers' own name for the number of query heads to a KV head, which pruning of KV groups keeps.
+    matrices = sum(parameter.numel() for parameter in read_parameters(model) if parameter.ndim > 1)
+    return 2 * matrices + queries_per_key(model) * (cached_values(model, arch) or 0) * (tokens + 1)
+
+
+def queries_per_key(model: PreTrainedModel) -> int:
+    """The number of query heads to a KV head, by transformers' own name for it, which pruning of KV groups keeps."""
     groups = (getattr(module, "num_key_value_groups", None) for module in model.modules())
-    group = next((group for group in groups if isinstance(group, int)), 1)
-    return 2 * (matrices + logits) + group * (cached_values(model, arch) or 0) * (tokens + 1)
+    return next((group for group in groups if isinstance(group, int)), 1)
 
 
 def why_not_counted(model: PreTrainedModel, arch: ArchSpec) -> str:

@@ -13,9 +13,6 @@ def test_operations_are_those_that_torch_counts(case):
     model = build(case)
     arch = describe(model)
     assert flops_per_token(model, arch, 24) == counted_by_torch(model, 24)
-    # The logits of the last token alone are one product with the head for the whole prompt.
-    head = model.get_output_embeddings().weight.numel()
-    assert flops_per_token(model, arch, 24) - flops_per_token(model, arch, 24, last_logits=True) == 2 * head * 23 // 24
 
 
 def test_where_parameters_do_not_say_it_the_reason_is_given():
