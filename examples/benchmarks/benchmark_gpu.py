@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner, measure_speed
 from optimum_structprune.commands.loading import Loading
-from optimum_structprune.evaluation.ideal import work_of
+from optimum_structprune.evaluation.speed import work_of
 
 
 QWEN_7B = {

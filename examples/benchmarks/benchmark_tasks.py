@@ -6,7 +6,7 @@
 DATA is as for `benchmark_quality.py`, with multiple-choice items in `tasks/`. A cell is a calibration text and a
 method: our defaults on the mix and on each single domain, published methods on the mix, and the mix with recovery.
 Every cell is calibrated on the same number of tokens, and asked all items of all tasks. `run` keeps in the folder OUT
-what each model answers to each item, so it can be interrupted at any time, go on, and be called again with other
+what each model scores in each item, so it can be interrupted, go on at the next cell, and be called again with other
 cells. `table` compares every cell with the dense model and with the mix on the same items, by McNemar's exact test.
 """
 
@@ -68,7 +68,7 @@ def run(args: Namespace) -> None:
 
     def keep(path: Path, asked, **row: Any) -> None:
         start = perf_counter()
-        answers = tasks.score(asked, tokenizer, limit=args.limit, folder=folder / "items")
+        answers = tasks.score(asked, tokenizer, limit=args.limit)
         write_json(str(path), {**row, **asdict(answers), "task_seconds": perf_counter() - start})
         print(f"{path.stem}: {summary(answers)}", flush=True)
 

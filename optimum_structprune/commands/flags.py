@@ -66,11 +66,6 @@ QUALITY: Flags = {
         **SEVERAL,
     ),
     "--tasks": named("NAME|FILE.jsonl", "Several of them.", dest="task", action="extend", nargs="+"),
-    "--items": named(
-        "FOLDER",
-        "A folder that keeps the answers to each item of a task, so that a run goes on where it was killed, and the "
-        "dense model answers once for all models that are compared with it.",
-    ),
     "--seq-length": number("Tokens per sample (512).", default=512),
     "--num-samples": number("Samples per domain at most; by default each domain is read to its end."),
     "--limit": number("Items per task at most; by default all of them."),
@@ -107,8 +102,8 @@ COMMANDS = (
     Command(
         "sweep",
         "sweep.sweep",
-        "Prune a model to several sizes, and give the curve of quality against size as CSV, JSON and a picture. A "
-        "sweep that was interrupted goes on where it was.",
+        "Prune a model to several sizes, and give the curve of quality against size. A sweep that was interrupted "
+        "goes on where it was.",
         {
             "model": "Model id or folder.",
             "output": "Folder for the curve, and for one pruned model per size.",
@@ -192,11 +187,6 @@ COMMANDS = (
             **QUALITY,
             "--speed": switch("Also measure how fast they read and write tokens."),
             "--csv": named("FILE", "Write the table to a file of comma-separated values."),
-            "--plot": named(
-                "FILE",
-                "Draw quality against size to an .svg, .png or .pdf file; joined are those that no other beats in "
-                "both.",
-            ),
         },
         json_file=True,
     ),

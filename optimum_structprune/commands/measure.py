@@ -5,23 +5,26 @@ from __future__ import annotations
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ..arch.load import describe
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import Evaluation
-from ..evaluation.pictures import check_picture, draw_quality
-from ..evaluation.side_by_side import Facts, SideBySide
-from ..evaluation.speed import check_clock, check_speed, measure_speed
+from ..evaluation.speed import check_clock, check_speed, measure_speed, work_of
+from ..forward.generation import bytes_of, cache_name
+from ..record.facts import Facts, as_csv, as_text
 from ..record.records import EVALUATION_NAME, Records
 from ..saving.page import write_report
 from ..system.disk import check_folder
 from ..system.fingerprint import vocabulary_hash
 from .loading import SPREAD, Loading
-from .output import Result, check_folder_of
+from .output import Result, check_file
 
 
 # Where the flags of `benchmark` name none; a default of argparse would stay beside what is given. `compare --speed`
@@ -60,7 +63,7 @@ def _of_loaded(
     tokenizer: PreTrainedTokenizerBase,
     dense: PreTrainedModel | None = None,
 ) -> Evaluation:
-    how = {name: vars(args)[name] for name in ("seq_length", "num_samples", "batch_size", "limit", "items")}
+    how = {name: vars(args)[name] for name in ("seq_length", "num_samples", "batch_size", "limit")}
     return quality.evaluate(model, tokenizer, args.domain, args.task, dense, **how)
 
 
@@ -69,17 +72,19 @@ def compare(args: Namespace) -> Result:
     loading = Loading.of(args)
     paths = dict(zip(names_of(args.models), args.models, strict=True))
     _check_comparable(args, loading)
-    models = SideBySide({name: _facts(path, args, loading) for name, path in paths.items()})
+    models, notes = {name: _facts(path, args, loading) for name, path in paths.items()}, []
     if args.speed:
         loaded = {name: loading.model(path) for name, path in paths.items()}
-        models.add_speed(measure_speed(loaded, batch_sizes=BATCH_SIZES, prompts=PROMPTS, arch_file=args.arch_file))
+        speed = measure_speed(loaded, batch_sizes=BATCH_SIZES, prompts=PROMPTS, arch_file=args.arch_file)
+        for measured in speed.measurements:
+            facts = models[measured.model]
+            facts.read, facts.write = measured.prefill.tokens_per_second, measured.decode.tokens_per_second
+        shape = f"batch {BATCH_SIZES[0]}, a prompt of {PROMPTS[0]} tokens, {speed.new_tokens} written"
+        notes = [f"speed: {shape}, {speed.device}, threads: {speed.threads}."]
     if args.csv is not None:
-        Path(args.csv).write_text(models.to_csv())
-    if args.plot is not None:
-        draw_quality(
-            args.plot, models.points(), quality=str(models.quality), higher_is_better=models.quality == "accuracy"
-        )
-    return Result(str(models), models.to_dict())
+        Path(args.csv).write_text(as_csv(models))
+    values = {"models": {name: asdict(facts) for name, facts in models.items()}, "notes": notes}
+    return Result("\n".join([as_text(models, compared=len(models) == 2), *notes]), values)
 
 
 def _check_comparable(args: Namespace, loading: Loading) -> None:
@@ -87,11 +92,7 @@ def _check_comparable(args: Namespace, loading: Loading) -> None:
     for path in args.models:
         loading.config(path)
     if args.csv is not None:
-        check_folder_of(args.csv, f"--csv {args.csv}")
-    if args.plot is not None:
-        check_picture(args.plot)
-        if not (args.domain or args.task):
-            raise StructPruneError("--plot shows quality against size: name text (--domain) or a task (--task).")
+        check_file(args.csv, f"--csv {args.csv}")
     first, *others = args.models
     if args.domain and others:
         vocabulary = vocabulary_hash(loading.tokenizer(first))
@@ -106,8 +107,18 @@ def _check_comparable(args: Namespace, loading: Loading) -> None:
 def _facts(path: str, args: Namespace, loading: Loading) -> Facts:
     """The facts of one model; it is let go before the next is loaded."""
     model, tokenizer = loading.model_and_tokenizer(path)
-    evaluation = _of_loaded(args, model, tokenizer) if args.domain or args.task else None
-    return Facts.of(model, evaluation, args.arch_file)
+    facts = Facts(parameters=model.num_parameters(), weights=bytes_of(model.parameters()))
+    if cache_name(model) is not None:
+        facts.cache_per_token = work_of(model).cache_per_token
+    with suppress(StructPruneError):  # a model that is not described has no widths that are known
+        arch = describe(model, args.arch_file)
+        facts.layers = arch.num_layers
+        facts.widths = {name: [*arch.widths(name).values()] for name in arch.names}
+    if args.domain or args.task:
+        evaluation = _of_loaded(args, model, tokenizer)
+        facts.perplexity = {name: ppl["model"] for name, ppl in evaluation.perplexity.items()}
+        facts.tasks = {name: {**scores["model"]} for name, scores in evaluation.tasks.items()}
+    return facts
 
 
 def benchmark(args: Namespace) -> Result:

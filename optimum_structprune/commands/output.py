@@ -15,8 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import StructPruneError
 from ..plain_json import to_json
+
+
+# The first key of a result, by which a file of `--json` is known.
+MARK = "structprune"
 
 
 @dataclass(frozen=True)
@@ -32,19 +37,34 @@ def check_output(args: Namespace) -> None:
     """Refuse a file of `--json` that cannot be there, before work is done."""
     file = getattr(args, "json", None)
     if isinstance(file, str):
-        check_folder_of(file, f"--json {file}")
+        check_file(file, f"--json {file}")
 
 
-def check_folder_of(file: str, label: str) -> None:
-    """Refuse a file whose folder does not exist."""
-    if not Path(file).absolute().parent.is_dir():
-        raise StructPruneError(f"{label} cannot be written: there is no folder {Path(file).parent}.")
+def check_file(file: str, label: str) -> None:
+    """Refuse a file whose folder does not exist, and one that no command wrote its result to."""
+    path = Path(file)
+    if not path.absolute().parent.is_dir():
+        raise StructPruneError(f"{label} cannot be written: there is no folder {path.parent}.")
+    if path.is_file() and path.stat().st_size and not _is_result(path):
+        raise StructPruneError(
+            f"{label} is no result of structprune, so it is not replaced; name another file, or remove this one."
+        )
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file is a result as JSON, or a table of models as comma-separated values."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            first, second = file.readline(), file.readline()
+    except (OSError, ValueError):
+        return False
+    return second.startswith(f'  "{MARK}": ') or {"model", "parameters"} <= set(first.strip().split(","))
 
 
 def show(result: Result, args: Namespace) -> None:
     """Print a result, as text or as JSON, and write the file of `--json` if one is named."""
     form = getattr(args, "json", None)
-    document = to_json(result.values)
+    document = to_json({MARK: __version__, **result.values})
     if isinstance(form, str):
         try:
             Path(form).write_text(document + "\n")

@@ -144,7 +144,6 @@ def evaluate(
     num_samples: int | None = None,
     batch_size: int = 1,
     limit: int | None = None,
-    items: str | Path | None = None,
     manifest: Manifest | None = None,
 ) -> Evaluation:
     """Measure a causal language model, by itself and against the dense one.
@@ -158,10 +157,8 @@ def evaluate(
             divergence from it and the agreement with it, and whether the two differ on the same items.
         seq_length: The number of tokens in a sample.
         num_samples: The number of samples per domain at most; None reads every domain to its end.
-        batch_size: The number of samples in a forward pass, or of sequences of a task that is no choice of answers.
+        batch_size: The number of samples in a forward pass; of the sequences of a task, 8 at least.
         limit: The number of items per task at most; None takes all of them.
-        items: A folder that keeps the answers to each item of a task. What is there is not computed again, so a run
-            that was killed goes on, and the dense model answers only once; see `ItemFile`.
         manifest: The manifest of what the model was calibrated on, to tell domains of these kinds from others, and to
             warn of those that share text with it; by default the one in the folder that the model was loaded from, if
             there is one.
@@ -173,7 +170,9 @@ def evaluate(
     named = resolve(as_domain(domain, "evaluate") for domain in domains)
     models = {"model": model} if dense is None else {"model": model, "dense": dense}
     _check(models, named, tasks, seq_length)
-    _check_positive(num_samples=num_samples, batch_size=batch_size, limit=limit)
+    for label, number in (("num_samples", num_samples), ("batch_size", batch_size), ("limit", limit)):
+        if number is not None and number < 1:
+            raise StructPruneError(f"{label} has to be 1 or more, got {number}.")
     # Everything is read before anything is computed, so that a mistake shows at once.
     vocabulary = model.config.get_text_config().vocab_size
     texts = [read_heldout(domain, tokenizer, seq_length, num_samples, vocabulary) for domain in named]
@@ -186,41 +185,35 @@ def evaluate(
         prefix=None if prefix is None else str(tokenizer.convert_ids_to_tokens(prefix)),
     )
     if (manifest := manifest or _manifest(model)) is not None:
-        overlaps = _overlaps(manifest, texts)
-        evaluation.shared, evaluation.calibrated = list(overlaps), _calibrated(manifest, named)
-        evaluation.warnings = [sentence for sentences in overlaps.values() for sentence in sentences]
+        # Those that have the name of one that was calibrated on, or were read from the same place.
+        same = [[entry.name == domain.name or entry.uses(domain) for entry in manifest.domains] for domain in named]
+        evaluation.calibrated = [domain.name for domain, alike in zip(named, same, strict=True) if any(alike)]
+        overlaps = {text.domain.name: manifest.overlaps(text.domain, text.documents) for text in texts}
+        evaluation.shared = [name for name, sentences in overlaps.items() if sentences]
+        evaluation.warnings = [f"The domain {name!r}: {shared}." for name in overlaps for shared in overlaps[name]]
     for warning in evaluation.warnings:
         warnings.warn(warning, stacklevel=2)
     for text in texts:
         _measure(evaluation, model, dense, text, batch_size)
     if loaded_tasks is not None:
-        _score(evaluation, loaded_tasks, models, tokenizer, (batch_size, limit, items))
+        answers = {which: loaded_tasks.score(asked, tokenizer, batch_size, limit) for which, asked in models.items()}
+        names = list(answers["model"].scores)
+        evaluation.tasks = {name: {which: of.scores[name] for which, of in answers.items()} for name in names}
+        evaluation.paired = {} if dense is None else paired_tasks(answers["model"], answers["dense"])
     return evaluation
-
-
-def _score(
-    evaluation: Evaluation,
-    tasks: Tasks,
-    models: Mapping[str, PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
-    how: tuple[int, int | None, str | Path | None],
-) -> None:
-    answers = {which: tasks.score(one, tokenizer, *how) for which, one in models.items()}
-    scores = {which: found.scores for which, found in answers.items()}
-    evaluation.tasks = {name: {which: scores[which][name] for which in models} for name in scores["model"]}
-    if "dense" in answers:
-        evaluation.paired = paired_tasks(answers["model"], answers["dense"])
 
 
 def paired_tasks(model: Answers, dense: Answers) -> dict[str, dict[str, Paired]]:
     """How two models differ by task and metric, and over the items of all tasks together where there are several."""
-    found: dict[str, dict[str, Paired]] = {}
+    pairs: dict[str, dict[str, Paired]] = {}
     for name, metrics in model.items.items():
-        found[name] = {metric: paired(scores, dense.items[name][metric]) for metric, scores in metrics.items()}
-    shared = set.intersection(*map(set, found.values())) if len(found) > 1 else set()
-    if shared:
-        found[ALL] = {metric: paired(*(_together(one, metric) for one in (model, dense))) for metric in sorted(shared)}
-    return found
+        pairs[name] = {metric: paired(scores, dense.items[name][metric]) for metric, scores in metrics.items()}
+    for metric in sorted(set.intersection(*map(set, pairs.values()))) if len(pairs) > 1 else ():
+        every = [
+            [score for of in answers.items.values() for score in of[metric].values()] for answers in (model, dense)
+        ]
+        pairs.setdefault(ALL, {})[metric] = paired(*(dict(enumerate(scores)) for scores in every))
+    return pairs
 
 
 def _measure(
@@ -248,31 +241,6 @@ def _manifest(model: PreTrainedModel) -> Manifest | None:
     return Manifest.load(path) if path.is_file() else None
 
 
-def _together(answers: Answers, metric: str) -> dict[int, float]:
-    """The scores of the items of all tasks, numbered through."""
-    return dict(enumerate(score for metrics in answers.items.values() for score in metrics[metric].values()))
-
-
-def _calibrated(manifest: Manifest, domains: Sequence[DomainConfig]) -> list[str]:
-    """The domains that have the name of one that was calibrated on, or were read from the same place."""
-    return [
-        domain.name
-        for domain in domains
-        if any(entry.name == domain.name or entry.uses(domain) for entry in manifest.domains)
-    ]
-
-
-def _overlaps(manifest: Manifest, texts: Sequence[Heldout]) -> dict[str, list[str]]:
-    """What texts share with the calibration, in sentences, by domain; without those that share nothing."""
-    found = {
-        text.domain.name: [
-            f"The domain {text.domain.name!r}: {shared}." for shared in manifest.overlaps(text.domain, text.documents)
-        ]
-        for text in texts
-    }
-    return {name: sentences for name, sentences in found.items() if sentences}
-
-
 def _check(
     models: Mapping[str, PreTrainedModel],
     domains: Sequence[DomainConfig],
@@ -290,12 +258,6 @@ def _check(
     sizes = [model.config.get_text_config().vocab_size for model in models.values()]
     if len(set(sizes)) > 1:
         raise StructPruneError(f"The model has a vocabulary of {sizes[0]}, the dense one of {sizes[1]}.")
-
-
-def _check_positive(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise StructPruneError(f"{name} has to be 1 or more, got {number}.")
 
 
 def _ratio(ppl: Mapping[str, float]) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,20 +16,30 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as wall_time
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..arch.load import describe
 from ..errors import StructPruneError
-from ..forward.generation import bytes_of, cache_name, read_prompt, write_tokens
+from ..forward.generation import (
+    bytes_of,
+    cache_name,
+    growing_layers,
+    last_logits_only,
+    queries_per_key,
+    read_parameters,
+    read_prompt,
+    why_not_counted,
+    write_tokens,
+)
 from ..forward.metrics import evaluating, input_device
+from ..plain_json import replace_json, versioned
 from ..record.text import table
-from .ideal import Work, why_not_ideal, work_of
 
 
 # `torch`'s own clock waits for the accelerator. That of the processor stands still while other jobs run.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
 SPEEDUP = ("speed-up", "quartiles", "ideal")  # the heads of three columns
-# Seconds that a repeat spends on reading prompts.
-AT_LEAST = 0.1
+AT_LEAST = 0.1  # seconds that a repeat spends on reading prompts
 COUNTED = "weights and cache of keys and values, counted; activations are not in it"
 PEAK = "the model's weights and the most that CUDA's allocator held beside them in one run"
 
@@ -85,6 +94,13 @@ class ModelSize:
     weights: int
     files: int | None
     cache_per_token: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, work: Work, folder: str | Path | None) -> ModelSize:
+        """The sizes of a model, whose files lie in a folder."""
+        files = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) if folder else 0
+        dtype, weights = str(model.dtype).removeprefix("torch."), bytes_of(model.parameters())
+        return cls(model.num_parameters(), dtype, weights, files or None, work.cache_per_token)
 
 
 @dataclass(frozen=True)
@@ -142,7 +158,7 @@ class Speed:
 
     def save(self, path: str | Path) -> None:
         """Write the numbers to a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        replace_json(path, versioned(self.to_dict()))
 
     def __str__(self) -> str:
         """A table of sizes, one of prompts read, one of tokens written, and what the columns mean."""
@@ -155,7 +171,7 @@ class Speed:
             f"memory: {self.memory_is}.",
             *self.notes,
         ]
-        return "\n\n".join([self._sizes(), self._read(), self._write(), "\n".join(lines)])
+        return "\n\n".join([self._sizes(), self._times("prefill"), self._times("decode"), "\n".join(lines)])
 
     def _sizes(self) -> str:
         rows = [["", "parameters", "dtype", "bytes of weights", "of files", "of cache per token"]]
@@ -165,27 +181,26 @@ class Speed:
             rows.append([name, *numbers])
         return table(rows)
 
-    def _read(self) -> str:
-        rows = [["read a prompt", "batch", "prompt", "tokens/s", "first token", *SPEEDUP]]
-        for one in self.measurements:
-            rows.append(
-                [*_case(one, one.prefill), f"{one.first_token * 1e3:,.1f} ms", *self._speedup(one, one.prefill)]
-            )
+    def _times(self, stage: str) -> str:
+        """The table of the reading of prompts (`prefill`) or of the writing of tokens (`decode`)."""
+        reads, first = stage == "prefill", next(iter(self.models))
+        title, unit = ("read a prompt", "first token") if reads else (f"write {self.new_tokens} tokens", "per token")
+        rows = [[title, "batch", "prompt", "tokens/s", unit, *SPEEDUP, *([] if reads else ["memory"])]]
+        for measured in self.measurements:
+            timing: Timing = getattr(measured, stage)
+            spread, ideal = timing.speedup, "?" if timing.ideal is None else f"x {timing.ideal:.3f}"
+            step = median(timing.seconds) * 1e3 / (1 if reads else self.new_tokens)
+            row = [
+                measured.model,
+                f"{measured.batch_size}",
+                f"{measured.prompt:,}",
+                f"{timing.tokens_per_second:,.1f}",
+            ]
+            row.append(f"{step:,.1f} ms" if reads else f"{step:,.2f} ms")
+            speedup = [f"x {spread.median:.3f}", f"{spread.low:.3f}-{spread.high:.3f}", ideal]
+            row += ["", "", ""] if measured.model == first else speedup
+            rows.append(row if reads else [*row, f"{measured.memory / 2**20:,.0f} MiB"])
         return table(rows)
-
-    def _write(self) -> str:
-        rows = [[f"write {self.new_tokens} tokens", "batch", "prompt", "tokens/s", "per token", *SPEEDUP, "memory"]]
-        for one in self.measurements:
-            each = median(one.decode.seconds) / self.new_tokens * 1e3
-            speedup = self._speedup(one, one.decode)
-            rows.append([*_case(one, one.decode), f"{each:,.2f} ms", *speedup, f"{one.memory / 2**20:,.0f} MiB"])
-        return table(rows)
-
-    def _speedup(self, one: Measurement, timing: Timing) -> list[str]:
-        if one.model == next(iter(self.models)):
-            return ["", "", ""]
-        spread, ideal = timing.speedup, "?" if timing.ideal is None else f"x {timing.ideal:.3f}"
-        return [f"x {spread.median:.3f}", f"{spread.low:.3f}-{spread.high:.3f}", ideal]
 
 
 def measure_speed(
@@ -234,30 +249,31 @@ def measure_speed(
     for model in models.values():
         check_clock(clock, input_device(model))
     threads = threads or torch.get_num_threads()
+    how = {"num_threads": threads, "timer": CLOCKS[clock]}
     vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
+    first = next(iter(models))
     measurements: list[Measurement] = []
     with evaluating(*models.values()):
         works = {name: work_of(model) for name, model in models.items()}
         reasons = {name: why_not_ideal(model, arch_file) for name, model in models.items()}
         for batch_size, prompt in product(batch_sizes, prompts):
             ids = torch.randint(vocabulary, (batch_size, prompt), generator=generator)
-            how = {"num_threads": threads, "timer": CLOCKS[clock]}
             runs = {name: _Runs(model, ids, new_tokens, how, works[name]) for name, model in models.items()}
-            for _ in range(repeats):
-                for run in runs.values():
-                    run.repeat()
-            measurements += _measured(runs, works if not any(reasons.values()) else None)
-    first = next(iter(models.values()))
+            for _, run in product(range(repeats), runs.values()):
+                run.repeat()
+            ideal = not any(reasons.values())
+            measurements += [run.measured(name, runs[first], ideal) for name, run in runs.items()]
+    device = input_device(models[first])
     return Speed(
-        models={name: _size(model, works[name], (folders or {}).get(name)) for name, model in models.items()},
+        models={name: ModelSize.of(of, works[name], (folders or {}).get(name)) for name, of in models.items()},
         measurements=measurements,
         new_tokens=new_tokens,
         repeats=repeats,
         threads=threads,
         clock=clock,
-        device=str(input_device(first)),
-        memory_is=PEAK if input_device(first).type == "cuda" else COUNTED,
+        device=str(device),
+        memory_is=PEAK if device.type == "cuda" else COUNTED,
         notes=[f"There is no ideal speed-up for {name}: {reason}." for name, reason in reasons.items() if reason],
     )
 
@@ -271,10 +287,8 @@ def check_speed(
     threads: int | None,
 ) -> None:
     """Refuse what `measure_speed` cannot measure."""
-    if not models:
-        raise StructPruneError("There is nothing to measure: name a model.")
-    for label, numbers in (("batch_size", batch_sizes), ("prompt", prompts)):
-        if not numbers:
+    for label, given in (("model", models), ("batch_size", batch_sizes), ("prompt", prompts)):
+        if not given:
             raise StructPruneError(f"There is nothing to measure: name a {label}.")
     counts = {"new_tokens": [new_tokens], "repeats": [repeats], "threads": [] if threads is None else [threads]}
     for label, numbers in {"batch_size": batch_sizes, "prompt": prompts, **counts}.items():
@@ -313,86 +327,126 @@ def _check_model(name: str, model: PreTrainedModel, prompt: int, new_tokens: int
         )
 
 
+@dataclass(frozen=True)
+class CachedLayer:
+    """What one layer keeps of a token: a number of keys and values, their bytes, and how many tokens it looks back."""
+
+    values: int
+    bytes: int
+    window: int | None
+
+    def seen(self, first: int, last: int) -> int:
+        """The number of tokens that the tokens number `first` to `last` look at in all, each itself included."""
+        return sum(position if self.window is None else min(position, self.window) for position in range(first, last))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a causal language model has to compute and to read, whatever runs it: parameters in matrices, without
+    embeddings that are looked up, and in the head, the bytes that each token reads, what each layer caches, and
+    whether a prompt costs the logits of its last position only.
+    """
+
+    matrices: int
+    head: int
+    read: int
+    layers: tuple[CachedLayer, ...]
+    queries_per_key: int
+    last_only: bool
+
+    @property
+    def cache_per_token(self) -> int:
+        """The bytes of keys and values per token, over all layers."""
+        return sum(layer.bytes for layer in self.layers)
+
+    def cache(self, tokens: int) -> int:
+        """The bytes of keys and values of a sequence of so many tokens."""
+        return sum(layer.bytes * min(tokens, layer.window or tokens) for layer in self.layers)
+
+    def prompt_flops(self, prompt: int) -> int:
+        """The floating-point operations for one prompt: two per parameter of a matrix and token, two per parameter of
+        the head and position whose logits are computed, and in each layer two per cached value, query head of its
+        group and token that a token looks at.
+        """
+        head = self.head * (1 if self.last_only else prompt)
+        attention = self.queries_per_key * sum(layer.values * layer.seen(1, prompt + 1) for layer in self.layers)
+        return 2 * (self.matrices * prompt + head + attention)
+
+    def decode_bytes(self, batch_size: int, prompt: int, count: int) -> int:
+        """The bytes read to write `count` tokens after prompts: all parameters once per step, and the cache."""
+        seen = sum(layer.bytes * layer.seen(prompt + 1, prompt + count + 1) for layer in self.layers)
+        return count * self.read + batch_size * seen
+
+
+def work_of(model: PreTrainedModel) -> Work:
+    """Count the work of a causal language model from its parameters, and from the cache of one token."""
+    head, parameters = model.get_output_embeddings().weight.numel(), read_parameters(model)
+    _, cache = read_prompt(model, torch.zeros(1, 1, dtype=torch.long, device=input_device(model)))
+    kept = [(layer.keys, layer.values, getattr(layer, "sliding_window", None)) for layer in growing_layers(cache)]
+    return Work(
+        matrices=sum(parameter.numel() for parameter in parameters if parameter.ndim > 1) - head,
+        head=head,
+        read=bytes_of(parameters),
+        layers=tuple(CachedLayer(k.numel() + v.numel(), bytes_of([k, v]), window) for k, v, window in kept),
+        queries_per_key=queries_per_key(model),
+        last_only=last_logits_only(model),
+    )
+
+
+def why_not_ideal(model: PreTrainedModel, arch_file: str | Path | None = None) -> str | None:
+    """The reason why the parameters of a model do not say what a token costs; None where they do."""
+    try:
+        arch = describe(model, arch_file)
+    except StructPruneError:
+        return f"a {model.config.model_type} model is not described, so it may have parts that few tokens use"
+    return why_not_counted(model, arch) or None
+
+
 class _Runs:
     """The runs of one model over prompts of one shape. `ids` has the shape `(batch, prompt)`."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, how: Mapping[str, Any], work: Work):
         self.ids, self.new_tokens = ids.to(input_device(model)), new_tokens
         read, write = partial(read_prompt, model, self.ids), partial(write_tokens, model, count=new_tokens)
-        self.memory = self._memory(model, read, write, work)
+        self.memory = self._memory(model, lambda: write(*read()), work)
         token, cache = read()
         names = {"read": read, "write": write, "token": token, "cache": cache, "deepcopy": deepcopy}
-        self.timers = {
-            "prefill": Timer("read()", globals=names, **how),
-            # Writing changes the cache, and the setup is not timed: two copies are for the runs that do not count.
-            "decode": Timer(
-                "write(token, caches.pop())",
-                setup="caches = [deepcopy(cache) for _ in range(2)]",
-                globals=names,
-                **how,
-            ),
+        # Writing changes the cache, and the setup is not timed: two copies are for the runs that do not count.
+        copies = "caches = [deepcopy(cache) for _ in range(2)]"
+        self.reading = Timer("read()", globals=names, **how)
+        self.writing = Timer("write(token, caches.pop())", setup=copies, globals=names, **how)
+        self.seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+        self.tokens = {"prefill": self.ids.numel(), "decode": len(self.ids) * new_tokens}
+        batch_size, prompt = self.ids.shape
+        self.work = {
+            "prefill": batch_size * work.prompt_flops(prompt),
+            "decode": work.decode_bytes(batch_size, prompt, new_tokens),
         }
-        self.seconds: dict[str, list[float]] = {stage: [] for stage in self.timers}
 
     def repeat(self) -> None:
         """Time each kind of work once; a short prompt is read several times, and the median of these counts."""
-        self.seconds["prefill"].append(self.timers["prefill"].blocked_autorange(min_run_time=AT_LEAST).median)
-        self.seconds["decode"].append(self.timers["decode"].timeit(1).median)
+        self.seconds["prefill"].append(self.reading.blocked_autorange(min_run_time=AT_LEAST).median)
+        self.seconds["decode"].append(self.writing.timeit(1).median)
 
-    def tokens(self, stage: str) -> int:
-        """The tokens of one run: those read, or those written."""
-        return self.ids.numel() if stage == "prefill" else len(self.ids) * self.new_tokens
+    def timing(self, stage: str, first: _Runs, ideal: bool) -> Timing:
+        """One kind of work, beside that of the first model."""
+        seconds, theirs = self.seconds[stage], first.seconds[stage]
+        pairs = [there / here for there, here in zip(theirs, seconds, strict=True)]
+        ratio = first.work[stage] / self.work[stage] if ideal else None
+        return Timing(tuple(seconds), self.tokens[stage] / median(seconds), Spread.of(pairs), ratio)
 
-    def work(self, stage: str, work: Work) -> int:
-        """The work of one run: floating-point operations to read, bytes to write."""
+    def measured(self, name: str, first: _Runs, ideal: bool) -> Measurement:
+        """What the repeats have shown."""
+        reading, writing = (self.timing(stage, first, ideal) for stage in self.seconds)
         batch_size, prompt = self.ids.shape
-        if stage == "prefill":
-            return batch_size * work.prompt_flops(prompt)
-        return work.decode_bytes(batch_size, prompt, self.new_tokens)
+        return Measurement(name, batch_size, prompt, median(reading.seconds), reading, writing, self.memory)
 
-    def _memory(
-        self,
-        model: PreTrainedModel,
-        read: Callable[[], tuple[Tensor, Cache]],
-        write: Callable[[Tensor, Cache], Tensor],
-        work: Work,
-    ) -> int:
+    def _memory(self, model: PreTrainedModel, run: Callable[[], Any], work: Work) -> int:
         weights = bytes_of(model.parameters()) + bytes_of(model.buffers())
         if self.ids.device.type != "cuda":
             return weights + len(self.ids) * work.cache(self.ids.shape[1] + self.new_tokens)
-        write(*read())  # the libraries behind CUDA take memory when they are first used, and keep it
+        run()  # the libraries behind CUDA take memory when they are first used, and keep it
         torch.cuda.reset_peak_memory_stats(self.ids.device)
         before = torch.cuda.memory_allocated(self.ids.device)
-        write(*read())
+        run()
         return weights + torch.cuda.max_memory_allocated(self.ids.device) - before
-
-
-def _measured(runs: Mapping[str, _Runs], works: Mapping[str, Work] | None) -> Iterator[Measurement]:
-    """The measurements of all models with one shape; without `works` there is no ideal."""
-    first, reference = next(iter(runs.items()))
-
-    def timing(name: str, stage: str) -> Timing:
-        run, seconds = runs[name], runs[name].seconds[stage]
-        pairs = [theirs / mine for theirs, mine in zip(reference.seconds[stage], seconds, strict=True)]
-        ideal = works and reference.work(stage, works[first]) / run.work(stage, works[name])
-        return Timing(tuple(seconds), run.tokens(stage) / median(seconds), Spread.of(pairs), ideal or None)
-
-    for name, run in runs.items():
-        prefill, decode = timing(name, "prefill"), timing(name, "decode")
-        batch_size, prompt = run.ids.shape
-        yield Measurement(name, batch_size, prompt, median(prefill.seconds), prefill, decode, run.memory)
-
-
-def _size(model: PreTrainedModel, work: Work, folder: str | Path | None) -> ModelSize:
-    files = 0 if folder is None else sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    return ModelSize(
-        parameters=model.num_parameters(),
-        dtype=str(model.dtype).removeprefix("torch."),
-        weights=bytes_of(model.parameters()),
-        files=files or None,
-        cache_per_token=work.cache_per_token,
-    )
-
-
-def _case(one: Measurement, timing: Timing) -> list[str]:
-    return [one.model, f"{one.batch_size}", f"{one.prompt:,}", f"{timing.tokens_per_second:,.1f}"]

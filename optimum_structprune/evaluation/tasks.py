@@ -8,21 +8,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import is_progress_bar_enabled
 
 from ..errors import StructPruneError, one_line
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
-from .items import ItemFile
 
 
 METRICS = ("acc", "acc_norm")
-# The seed that lm_eval's own command uses.
-FEWSHOT_SEED = 1234
+AT_ONCE = 8  # sequences in a pass at least: choices are short
+FEWSHOT_SEED = 1234  # that of lm_eval's own command
+REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")  # what lm_eval may ask of a model
 Scores = dict[str, dict[str, float]]
 
 
@@ -43,9 +45,10 @@ class Tasks:
     """Tasks to score models on, with their data at hand."""
 
     def __init__(self, names: Sequence[str | Path]):
-        _require_lm_eval()
-        from lm_eval.tasks import TaskManager
-
+        try:
+            from lm_eval import tasks as harness
+        except ImportError as error:
+            raise StructPruneError("Tasks need lm_eval: pip install optimum-structprune[eval]") from error
         tasks = [local_task(Path(name)) if Path(name).suffix == ".jsonl" else str(name) for name in names]
         registered = [task for task in tasks if isinstance(task, str)]
         labels = [task if isinstance(task, str) else task["task"] for task in tasks]
@@ -53,7 +56,7 @@ class Tasks:
             raise StructPruneError(f"Two tasks are named {min(twice)!r}; rename one of the files.")
         with _quiet():
             # Indexing the thousands of tasks that lm_eval brings takes seconds.
-            manager = TaskManager(include_defaults=bool(registered))
+            manager = harness.TaskManager(include_defaults=bool(registered))
             for name in registered:
                 if name not in manager.all_tasks:
                     raise StructPruneError(
@@ -69,29 +72,27 @@ class Tasks:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        batch_size: int = 8,
+        batch_size: int = AT_ONCE,
         limit: int | None = None,
-        folder: str | Path | None = None,
     ) -> Answers:
-        """Ask a model the tasks. The choices of an item run in one batch, after a prompt that runs once."""
+        """Ask a model the tasks, or the first `limit` items of each."""
         import lm_eval
+        from lm_eval.models.huggingface import HFLM
 
-        from .choices import SharedPrompts
-
-        kept = None if folder is None else ItemFile(folder, model, tokenizer)
         for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(FEWSHOT_SEED)
         with _quiet(), evaluating(model):
             # Sums of bf16 log-probabilities would be too coarse. lm_eval sets a padding token on the tokenizer.
-            wrapped = SharedPrompts(
-                kept,
+            asked = HFLM(
                 pretrained=model,
                 tokenizer=deepcopy(tokenizer),
                 backend="causal",
-                batch_size=batch_size,
+                batch_size=max(batch_size, AT_ONCE),
                 softmax_dtype="float32",
             )
-            results = lm_eval.evaluate(wrapped, self.loaded, limit=limit, log_samples=True)
+            for kind in REQUESTS:  # lm_eval does not ask whether bars are wanted
+                setattr(asked, kind, partial(getattr(asked, kind), disable_tqdm=not is_progress_bar_enabled()))
+            results = lm_eval.evaluate(asked, self.loaded, limit=limit, log_samples=True)
         counts = {name: sizes["effective"] for name, sizes in results["n-samples"].items()}
         scores = {
             name: {**_metrics(values), **({"items": counts[name]} if name in counts else {})}
@@ -169,13 +170,6 @@ def _by_item(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]
                 name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
                 found.setdefault(name, {})[sample["doc_id"]] = float(value)
     return found
-
-
-def _require_lm_eval() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise StructPruneError("Tasks need lm_eval: pip install optimum-structprune[eval]") from error
 
 
 @contextmanager

@@ -4,6 +4,8 @@ show.
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
@@ -159,6 +161,17 @@ def cells(names: Sequence[str], of: Sequence[Row], compared: bool = True) -> lis
 def as_text(models: Mapping[str, Facts], compared: bool = True) -> str:
     """All facts of the models as a table of text."""
     return table(cells(list(models), rows(models), compared))
+
+
+def as_csv(models: Mapping[str, Facts]) -> str:
+    """All facts of the models as comma-separated values, a line for each model; of widths the least and the most."""
+    every, text = rows(models), io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", *(row.label.strip() for row in every)])
+    for name, *values in zip(models, *(row.values for row in every), strict=True):
+        cells = (_shown(value, 0).replace(",", "") if isinstance(value, Sequence) else value for value in values)
+        writer.writerow([name, *cells])
+    return text.getvalue()
 
 
 def facts_of(report: Mapping[str, Any]) -> dict[str, Facts]:

@@ -105,8 +105,7 @@ class Resume:
         holds = f"{self.folder} holds {self.kind} {number} of a run with"
         if key != self.key:
             raise StructPruneError(
-                f"{holds} another model, config or calibration text; name another checkpoint_dir, or remove the "
-                "folder."
+                f"{holds} another model, config or calibration text; name another folder, or remove this one."
             )
         if processes not in (None, process_count()):
             raise StructPruneError(

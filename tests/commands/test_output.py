@@ -16,7 +16,7 @@ from models import build, documents
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from optimum_structprune import StructPruneError
+from optimum_structprune import StructPruneError, __version__
 from optimum_structprune.commands import output
 from optimum_structprune.commands.cli import execute, main
 from optimum_structprune.commands.flags import COMMANDS
@@ -178,7 +178,8 @@ def test_widths_of_single_layers_are_not_warned_of(folder, tmp_path, monkeypatch
 def test_numbers_that_json_does_not_have_are_null(capsys):
     values = {"a": float("nan"), 1: [float("inf"), (1, "x", None, True)], "path": Path("p")}
     assert execute(parsed(lambda args: Result("", values, 1), json_=True)) == 1
-    assert json.loads(capsys.readouterr().out) == {"a": None, "1": [None, [1, "x", None, True]], "path": "p"}
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == {"structprune": __version__, "a": None, "1": [None, [1, "x", None, True]], "path": "p"}
 
 
 def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):

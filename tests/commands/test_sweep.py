@@ -42,22 +42,40 @@ def test_every_size_is_a_model_and_a_point(folder, capsys, monkeypatch):
     assert main(line(folder, "out", "0.3", "0.1", more=more)) == 0
     assert sizes == [0.1, 0.3, 0.3]  # what was there is not done again
     out = folder / "out"
-    values = json.loads(capsys.readouterr().out)
-    assert [size["sparsity"] for size in values["sizes"]] == [0.1, 0.3]
-    rows = [*csv.DictReader((out / "curve.csv").open())]
-    for row, size in zip(rows, values["sizes"], strict=True):
-        small = AutoModelForCausalLM.from_pretrained(out / f"sparsity-{size['sparsity']:g}")
-        assert int(row["parameters"]) == small.num_parameters() == size["parameters"]
-        assert float(row["a after"]) == pytest.approx(size["loss"]["a"]["after"])
-    assert "perplexity" in (out / "curve.svg").read_text() and len([*(out / "losses").iterdir()]) == 1
+    values = json.loads(capsys.readouterr().out)["models"]
+    rows = {row["model"]: row for row in csv.DictReader((out / "curve.csv").open())}
+    assert [*values] == [*rows] == ["dense", "0.1", "0.3"] and len([*(out / "losses").iterdir()]) == 1
+    for size in ("0.1", "0.3"):
+        small = AutoModelForCausalLM.from_pretrained(out / f"sparsity-{size}")
+        report = json.loads((out / f"sparsity-{size}" / "report.json").read_text())
+        assert int(rows[size]["parameters"]) == small.num_parameters() == values[size]["parameters"]
+        for name, when in (("dense", "before"), (size, "after")):
+            assert float(rows[name]["perplexity a"]) == pytest.approx(report["perplexity"]["a"][when])
 
 
-def test_only_the_curve(folder, capsys):
-    assert main(line(folder, "bare", "0.2", more=["--no-save"])) == 0
-    assert {path.name for path in (folder / "bare").iterdir()} == {"curve.json", "curve.csv", "curve.svg"}
+def test_only_the_curve_and_sizes_that_coincide(folder, capsys):
+    short = ["--no-save", "--round-to", "8"]
+    shown = [word for word in line(folder, "bare", "0.2", "0.21", more=short) if word != "--json"]
+    assert main(shown) == 0
+    assert {path.name for path in (folder / "bare").iterdir()} == {"size.json", "curve.csv"}
+    assert "sparsity 0.2 and 0.21 come to the same widths" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["setting", "model", "text"])
+def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, capsys, change):
+    save_with_tokenizer(build("llama-tied"), tmp_path / "model")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80)))
+    assert main(line(tmp_path, "out", "0.1", more=["--no-save"])) == 0
+    curve = (tmp_path / "out" / "curve.csv").read_text()
+    if change == "model":
+        save_with_tokenizer(build("llama-tied", 1), tmp_path / "model")
+    if change == "text":
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80, 1)))
     capsys.readouterr()
-    assert main(line(folder, "bare", "0.3", more=["--no-save", "--damping", "0.5"])) == 2
-    assert "holds a sweep with another damping" in capsys.readouterr().err
+    more = ["--no-save", *(["--damping", "0.5"] if change == "setting" else [])]
+    assert main(line(tmp_path, "out", "0.1", "0.3", more=more)) == 2
+    assert "holds size 1 of a run with another model, config or calibration text" in capsys.readouterr().err
+    assert (tmp_path / "out" / "curve.csv").read_text() == curve
 
 
 @pytest.mark.parametrize(

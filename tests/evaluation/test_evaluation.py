@@ -10,7 +10,6 @@ import torch
 from helpers import save_with_tokenizer
 from models import build, config, documents, token_ids, tokenizer
 from torch.nn.functional import cross_entropy, log_softmax
-from trained import needs_shared, stories_model
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,13 +20,7 @@ from optimum_structprune.evaluation.tasks import local_task
 from optimum_structprune.forward.metrics import compare
 
 
-ITEMS = [
-    {"query": "Question: Lily saw a big", "choices": ["dog", "red ball", "tree and was happy"], "gold": 0},
-    {"query": "One day, a little girl named", "choices": ["Lily", "of", "the"], "gold": 0},
-    {"query": "The dog was very", "choices": ["happy", "and", "because of"], "gold": 0},
-    {"query": "Tom went to the", "choices": ["ran", "park"], "gold": 1},
-    {"query": "7", "choices": ["is a number", "x"], "gold": 1},
-]
+ITEM = {"query": "Question: Lily saw a big", "choices": ["dog", "red ball", "tree and was happy"], "gold": 0}
 
 
 @pytest.fixture(scope="module")
@@ -176,44 +169,6 @@ def test_what_evaluate_refuses(pair, folder):
 # --- tasks
 
 
-def direct(model, reader, item) -> list[float]:
-    """Log-likelihood of each choice, by the definition."""
-    query = item["query"] + ("\nAnswer:" if item["query"].startswith("Question:") else "")
-    found = []
-    for choice in item["choices"]:
-        context, whole = reader(query)["input_ids"], reader(f"{query} {choice}")["input_ids"]
-        with torch.no_grad():
-            logits = log_softmax(model(torch.tensor([whole])).logits[0], dim=-1)
-        found.append(sum(float(logits[i - 1, whole[i]]) for i in range(len(context), len(whole))))
-    return found
-
-
-@needs_shared
-def test_local_items_score_as_log_likelihoods_say(tmp_path):
-    pytest.importorskip("lm_eval")
-    model, reader = stories_model()
-    model.train()
-    reader.pad_token = None
-    (tmp_path / "quiz[1].jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
-    both = evaluate(model, reader, tasks=[tmp_path / "quiz[1].jsonl"], dense=model, batch_size=4).tasks["quiz[1]"]
-    scores = both["model"]
-    assert both["dense"] == scores
-    assert model.training and reader.pad_token is None
-    model.eval()
-    right = {"acc": [], "acc_norm": []}
-    for item in ITEMS:
-        likelihoods = torch.tensor(direct(model, reader, item))
-        lengths = torch.tensor([float(len(choice)) for choice in item["choices"]])
-        right["acc"].append(float(likelihoods.argmax() == item["gold"]))
-        right["acc_norm"].append(float((likelihoods / lengths).argmax() == item["gold"]))
-    for metric, values in right.items():
-        assert scores[metric] == pytest.approx(sum(values) / len(values)), metric
-        error = torch.tensor(values).std() / len(values) ** 0.5
-        assert scores[f"{metric}_stderr"] == pytest.approx(float(error), rel=1e-4)
-    assert 0 < scores["acc"] < 1 and scores["items"] == len(ITEMS)
-    assert right["acc"] != right["acc_norm"], "the items have to tell the two metrics apart"
-
-
 @pytest.mark.parametrize(
     ("query", "asked"),
     [
@@ -224,7 +179,7 @@ def test_local_items_score_as_log_likelihoods_say(tmp_path):
     ],
 )
 def test_a_question_is_asked_as_usual(tmp_path, query, asked):
-    item = {**ITEMS[0], "query": query}
+    item = {**ITEM, "query": query}
     (tmp_path / "quiz.jsonl").write_text(json.dumps(item))
     assert local_task(tmp_path / "quiz.jsonl")["doc_to_text"](item) == asked
 
@@ -242,7 +197,7 @@ def test_a_question_is_asked_as_usual(tmp_path, query, asked):
 )
 def test_a_line_that_is_no_item_is_named(pair, tmp_path, line):
     pytest.importorskip("lm_eval")
-    (tmp_path / "quiz.jsonl").write_text(f"{json.dumps(ITEMS[0])}\n\n{line}\n")
+    (tmp_path / "quiz.jsonl").write_text(f"{json.dumps(ITEM)}\n\n{line}\n")
     with pytest.raises(StructPruneError, match=r"quiz.jsonl, line 3, is no item"):
         evaluate(pair[0], tokenizer(), tasks=[tmp_path / "quiz.jsonl"])
 

@@ -11,8 +11,7 @@ from models import GROUPED, build, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import Plan, Speed, StructPruneError, measure_speed
-from optimum_structprune.evaluation.ideal import CachedLayer, why_not_ideal, work_of
-from optimum_structprune.evaluation.speed import Spread
+from optimum_structprune.evaluation.speed import CachedLayer, Spread, why_not_ideal, work_of
 from optimum_structprune.forward.generation import read_prompt, write_tokens
 
 
@@ -73,15 +72,6 @@ def test_work_is_counted_from_the_parameters():
     assert work.prompt_flops(prompt) == 2 * (matrices * prompt + hidden * vocabulary + attention)
     assert work.cache_per_token == layers * 2 * keys * 4 and work.cache(10) == 10 * work.cache_per_token
     assert work.decode_bytes(3, prompt, 2) == 2 * work.read + 3 * (9 + 10) * work.cache_per_token
-
-
-@pytest.mark.parametrize("case", ["llama-untied", "gpt2-tied", "opt", "phi", "qwen3"])
-def test_matrices_head_and_embeddings_are_all_matrices(case):
-    model = build(case)
-    work, embeddings = work_of(model), [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    everything = sum(p.numel() for p in model.parameters() if p.ndim > 1)
-    assert work.matrices + (0 if tied else work.head) + sum(w.numel() for w in embeddings) == everything
 
 
 def test_a_window_bounds_what_a_token_looks_at():
@@ -154,20 +144,13 @@ def test_sizes_and_memory_are_counted(speed, tmp_path):
     assert found.measurements[0].memory == size.weights + buffers + 11 * size.cache_per_token
     assert speed.models["dense"].files is None and speed.models["half"].parameters < size.parameters
     found.save(tmp_path / "speed.json")
-    assert json.loads((tmp_path / "speed.json").read_text()) == json.loads(json.dumps(found.to_dict()))
+    saved = json.loads((tmp_path / "speed.json").read_text())
+    assert saved == {"format_version": 1, **json.loads(json.dumps(found.to_dict()))}
 
 
 def test_the_table_says_what_it_shows(speed):
     shown = str(speed)
-    for words in (
-        "read a prompt",
-        "write 3 tokens",
-        "first token",
-        "quartiles",
-        "ideal",
-        "2 repeats in turns",
-        "counted",
-    ):
+    for words in ("read a prompt", "write 3 tokens", "first token", "quartiles", "2 repeats in turns", "counted"):
         assert words in shown
     assert "wall time" in shown and "cpu time" in str(measure_speed({"a": build("llama-tied")}, clock="cpu", **SHORT))
 

@@ -267,7 +267,7 @@ def half_done(tmp_path, kill):
 def test_a_checkpoint_of_another_run_is_refused(half_done, case, fields):
     model = build(case)
     before = deepcopy(model)
-    message = "holds round 1 of a run with another model, config or calibration text; name another checkpoint_dir"
+    message = "holds round 1 of a run with another model, config or calibration text; name another folder"
     with pytest.raises(StructPruneError, match=message):
         StructPruner(config(rounds=2, checkpoint_dir=str(half_done), **fields)).prune_model(model, tokenizer())
     assert same_weights(model, before) and (half_done / "round.json").exists()
