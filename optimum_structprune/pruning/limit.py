@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import ceil
 from typing import Any
 
@@ -37,7 +37,6 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
 
     course = legal_round_widths(run.config, run.arch, run.model.config, step.target)
     dense = _dense_widths(run, step.target)
-    finest = 0.5 / max(space.size for space in run.arch.spaces)  # less than any one unit
     held, missed = course[rounds.done - 1] if rounds.done else dense, None
     for widths in course[rounds.done :]:
         if not holds(widths):
@@ -46,20 +45,27 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
         held = widths
         rounds.finish()
     # The halvings begin again after a kill; only the rounds before them are remembered.
-    wide, narrow, near, far = held, missed, 0.0, 1.0
-    while narrow is not None and far - near > finest:
-        middle = (near + far) / 2
-        widths = _between(run, wide, narrow, middle)
-        if widths == held or (widths != missed and holds(widths)):
-            held, near = widths, middle
-        else:
-            missed, far = widths, middle
+    if missed is not None:
+        held = _halved(run, held, missed, holds)
     rounds.sweep.restore_(state[0])
     if held == dense:
         raise StructPruneError(_out_of_reach(run))
     plan = rounds.remove_masked_(held)
     run.rounds = None
     return plan
+
+
+def _halved(run: Run, held: Widths, missed: Widths, holds: Callable[[Widths], bool]) -> Widths:
+    """The narrowest widths that hold, halving between some that do and some that do not."""
+    wide, narrow, near, far = held, missed, 0.0, 1.0
+    while far - near > 0.5 / max(space.size for space in run.arch.spaces):  # less than any one unit
+        middle = (near + far) / 2
+        widths = _between(run, wide, narrow, middle)
+        if widths == held or (widths != missed and holds(widths)):
+            held, near = widths, middle
+        else:
+            missed, far = widths, middle
+    return held
 
 
 def _dense_widths(run: Run, target: Widths) -> Widths:
