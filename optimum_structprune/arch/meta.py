@@ -89,7 +89,7 @@ def check_no_adapter(model: PreTrainedModel) -> None:
     if isinstance(model, peft.PeftModel):
         prompts = model.active_peft_config.is_prompt_learning
         line = "model.get_base_model()" if prompts else "model.merge_and_unload()"
-        raise StructPruneError(f"{name} carries a PEFT adapter; prune `{line}` instead.")
+        raise StructPruneError(f"{name} carries a PEFT adapter; pass `{line}` instead.")
     if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules()):
         raise StructPruneError(f"{name} has a PEFT adapter injected into it; merge it first: `{MERGE_INJECTED}`")
 

@@ -7,6 +7,7 @@ configs are imported inside the functions: `optimum-cli` imports this module on 
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Collection, Mapping
@@ -64,7 +65,8 @@ class Command:
     def declare(self, parser: ArgumentParser) -> None:
         """Declare the arguments in a parser."""
         for name, how in self.flags.items():
-            parser.add_argument(name, **({"help": how} if isinstance(how, str) else how))
+            home: dict[str, Any] = {"type": os.path.expanduser} if name == "output" else {}
+            parser.add_argument(name, **home, **({"help": how} if isinstance(how, str) else how))
         text = "Print the result as one JSON document instead of text."
         if self.json_file:
             text += " With a FILE, write the document to it and print the text."
@@ -166,6 +168,8 @@ def domain(text: str) -> dict[str, Any]:
         return mapping
     name, source = _divided(text, "NAME=SOURCE[@WEIGHT]")
     head, at, weight = source.rpartition("@")
+    if os.path.exists(os.path.expanduser(source)):  # a name may hold an @ too
+        at = ""
     try:
         return {"name": name, "source": head, "weight": float(weight)} if at else {"name": name, "source": source}
     except ValueError:

@@ -7,6 +7,8 @@ import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from signal import SIGTERM, default_int_handler, signal
 from typing import Any
 
 from .. import __version__
@@ -110,6 +112,10 @@ def explained(error: Exception) -> tuple[int, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the console script `structprune` and return its exit code."""
+    with suppress(ValueError):  # this is no main thread
+        signal(SIGTERM, default_int_handler)  # as Ctrl-C, so that no lock and no working folder is left
+    # A stream that the shell has closed is None, and what is written to it is lost.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     parser = ArgumentParser("structprune", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add_commands(parser)

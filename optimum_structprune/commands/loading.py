@@ -107,7 +107,12 @@ class Loading:
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # tokenizers raises a bare one
-            self.config(name)  # says more where the config is at fault
+            config = self.config(name)  # says more where the config is at fault
+            if getattr(config.get_text_config(), "vocab_size", None) is None:
+                raise StructPruneError(
+                    f"{name!r} has no tokenizer, for it reads no text, and the commands read nothing else; prune it "
+                    "from Python: StructPruner(config).prune_model(model, inputs={'images': pixel_values}), then save."
+                ) from error
             raise StructPruneError(f"The tokenizer of {name!r} cannot be loaded: {_line(error)}") from error
 
     def config(self, name: str) -> PretrainedConfig:

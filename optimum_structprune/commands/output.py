@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -101,6 +102,9 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
         stack.enter_context(_widths_by_layer())
         if args.quiet or not sys.stderr.isatty():
             stack.enter_context(_no_bars(args.reads_text))
+        if args.quiet:  # what libraries tell their own users
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", category=FutureWarning)
         yield
 
 
@@ -137,11 +141,12 @@ def _no_bars(reads_text: bool) -> Iterator[None]:
         import datasets.utils as data
 
         switches.append((data.is_progress_bar_enabled(), data.enable_progress_bars, data.disable_progress_bars))
-    # The bar of transformers' Trainer has no switch; it is left out where this logger shows errors only.
-    trainer = logging.getLogger("transformers.training_args")
     with ExitStack() as stack:
-        stack.callback(trainer.setLevel, trainer.level)
-        trainer.setLevel(logging.ERROR)
+        # The bar of transformers' Trainer has no switch; it is left out where the first of these shows errors only.
+        # The second speaks of the clock of the disk.
+        for logger in map(logging.getLogger, ("transformers.training_args", "transformers.trainer_utils")):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
         for shows, enable, disable in switches:
             if shows:
                 stack.callback(enable)

@@ -102,6 +102,8 @@ def _prune_and_save(
         if recovery is not None:
             check_recovery(recovery, pruner.config, model)  # before it is pruned in vain
         pruned = pruner.prune_model(model, tokenizer, inplace=True)
+        if args.resume:  # who repeats the run does not go on with this one
+            pruner.used_config = replace(pruner.used_config, checkpoint_dir=None)
         pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
         if args.resume and process_index() == 0:
             with suppress(OSError):  # nothing was remembered; with the scratch folder it goes in one step

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict, validated_field
 
 from ..errors import StructPruneError
-from .fields import Number, Serialisable, config_class, filled, mapping_of, positive
+from .fields import Number, Serialisable, config_class, filled, finite, mapping_of, positive
 
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
@@ -27,7 +27,7 @@ CHAT = "chat"
 def _source(value: Any) -> None:
     if not isinstance(value, (Iterable, Path)) or isinstance(value, (bytes, Mapping)):
         raise ValueError(f"has to be a path, a name, a dataset or an iterable of strings, got {type(value).__name__}")
-    if value == "":
+    if isinstance(value, str) and not value:
         raise ValueError("has to name something, got ''")
 
 
@@ -125,7 +125,10 @@ def with_domains(data: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
 
 def check_names(domains: Iterable[DomainConfig]) -> None:
     """Refuse a list of domains that is empty or has two of the same name."""
+    domains = [*domains]
     names = [domain.name for domain in domains]
+    if not finite(sum(domain.weight for domain in domains)):
+        raise ValueError("the weights of the domains add up to infinity; they are relative, so 1 and 2 will do")
     if not names:
         raise ValueError("domains has to name at least one domain, got []")
     if len(set(names)) < len(names):

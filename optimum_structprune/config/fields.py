@@ -47,7 +47,7 @@ def _range(allowed: Callable[[float], bool], what: str) -> Callable[[Any], None]
 
 positive = _range(lambda value: value > 0, "has to be greater than 0, got {}")
 not_negative = _range(lambda value: value >= 0, "has to be 0 or more, got {}")
-share = _range(lambda value: 0 < value < 1, "has to lie between 0 and 1 (both excluded), got {}; 0.2 removes a fifth")
+share = _range(lambda value: 0 < value < 1, "has to lie between 0 and 1 (both excluded), got {}; 0.2 is a fifth")
 proportion = _range(lambda value: 0 <= value <= 1, "has to lie between 0 and 1, got {}")
 below_one = _range(lambda value: 0 <= value < 1, "has to lie between 0 and 1 (excluded), got {}")
 above_one = _range(lambda value: value > 1, "has to be greater than 1, got {}; 1.3 allows 30 % more")
@@ -152,9 +152,19 @@ class PlainLoader(yaml.SafeLoader):
     """Loads plain values only, and reads numbers as YAML 1.2 does: `1e-4` is a number, which PyYAML takes for text."""
 
 
-PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class PlainDumper(yaml.SafeDumper):
+    """Writes what `PlainLoader` reads as the same values: text that looks like one of its numbers is quoted."""
+
+
+for form in (PlainLoader, PlainDumper):
+    form.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def to_yaml(value: Any) -> str:
+    """The YAML document of plain values, which `parse_yaml` reads."""
+    return str(yaml.dump(value, Dumper=PlainDumper, sort_keys=False))
 
 
 def parse_yaml(text: str) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from huggingface_hub.dataclasses import strict, validated_field
 
 from ..errors import StructPruneError
@@ -28,6 +27,7 @@ from .fields import (
     read_mapping,
     read_yaml,
     share,
+    to_yaml,
 )
 from .recovery import RecoveryConfig
 
@@ -261,7 +261,7 @@ class StructPruneConfig(Serialisable):
 
     def to_yaml(self, path: str | Path) -> None:
         """Write a YAML file."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        Path(path).write_text(to_yaml(self.to_dict()))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "StructPruneConfig":

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, isfinite
 
 from ..arch.spec import ArchSpec
 from ..calibration.moments import Moments
 from ..config.pruning import StructPruneConfig
+from ..errors import StructPruneError
 from ..registry import Registry
 
 
@@ -92,6 +93,20 @@ class Criterion(ABC):
             moments: The moments of its input, of the domain mixture.
         """
         return weight
+
+
+def check_scores(scores: object, count: int, name: str, where: str) -> None:
+    """Refuse what a criterion of somebody's gave, unless it is one finite number for each unit."""
+    shape = tuple(getattr(scores, "shape", ()))
+    kind = f"the shape {shape}" if isinstance(scores, Tensor) and shape != (count,) else "NaN or infinite values"
+    if not isinstance(scores, Tensor) or scores.is_complex():
+        kind = f"the {getattr(scores, 'dtype', type(scores).__name__)} {scores!r:.40}"
+    elif shape == (count,) and bool(isfinite(scores).all()):
+        return
+    raise StructPruneError(
+        f"The criterion {name!r} has to give {count} finite scores, one per unit, at {where}, as a real tensor; it "
+        f"gives {kind}."
+    )
 
 
 def per_unit(columns: Tensor, columns_per_unit: int) -> Tensor:

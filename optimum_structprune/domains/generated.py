@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
@@ -116,7 +117,7 @@ class _Author:
     def cache(self, name: str) -> Path:
         """The file of what this model writes of a kind; it need not exist."""
         settings = [BATCH, MAX_TOKENS, MIN_TOKENS, SAMPLING, RUN, MIN_DISTINCT, MAX_RATIO]
-        reader = [len(self.tokenizer), self.tokenizer.chat_template]
+        reader = [len(self.tokenizer), self.tokenizer.chat_template, self._ends()]
         key = [fingerprint(self.model), *reader, *settings, self.prompts[:BATCH], self.seed]
         digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return Path(constants.HF_HOME, "structprune", f"{name}-{digest[:24]}.jsonl").expanduser()
@@ -160,18 +161,20 @@ class _Author:
         padding = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
         ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        given = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = [*(given if isinstance(given, list) else [given]), self.tokenizer.eos_token_id]
-        ends = [end for end in dict.fromkeys(ends) if end is not None]
-        room = self._room(longest)
+        ends, room, device = self._ends(), self._room(longest), self.model.device
         settings = GenerationConfig(**SAMPLING, max_new_tokens=room, pad_token_id=padding, eos_token_id=ends or None)
-        device = self.model.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), _by_these_alone(self.model, settings):
             torch.manual_seed(self.seed * 1_000_003 + number)
             generate: Any = self.model.generate
-            output = generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+            output = generate(ids.to(device), attention_mask=mask.to(device))
         texts = output[:, longest:].tolist()
         return [text[: min((text.index(end) for end in ends if end in text), default=len(text))] for text in texts]
+
+    def _ends(self) -> list[int]:
+        """The tokens that end a text: those of the model, and that of the tokenizer."""
+        given = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = [*(given if isinstance(given, list) else [given]), self.tokenizer.eos_token_id]
+        return [end for end in dict.fromkeys(ends) if end is not None]
 
     def _room(self, prompt: int) -> int:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -179,6 +182,16 @@ class _Author:
         if room < 1:
             raise StructPruneError(f"A prompt of {prompt} tokens leaves no room in the model's {positions} positions.")
         return room
+
+
+@contextmanager
+def _by_these_alone(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Have a model generate by these settings inside `with`, where transformers would fill gaps from its own."""
+    former, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = former
 
 
 def _varied(ids: Sequence[int]) -> bool:
@@ -199,7 +212,7 @@ def _written(author: _Author, number: int, path: Path) -> dict[int, list[Documen
 def _read(path: Path) -> list[list[Document]]:
     """The batches in a cache file, up to the first that is missing or was only written in part."""
     batches: list[list[Document]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             batch = json.loads(line)
             if batch["batch"] == len(batches):

@@ -2,9 +2,11 @@
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
+import os
 import platform
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "calibration_manifest.json"
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers")
 # What tells one data set from another; a different split of the same data holds other documents.
-WHERE = ("source", "dataset_config", "split", "revision")
+WHERE = ("dataset_config", "split", "revision")
 
 
 @strict
@@ -49,6 +51,7 @@ class Entry:
         heldout_documents: The SHA-256 of each document in the held-out samples.
         probe_sha256: The SHA-256 of the samples that choices were made on; empty where there are none.
         probe_documents: The SHA-256 of each document in these samples.
+        place_sha256: The SHA-256 of the absolute path of a source that is a local file or folder.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Entry:
     heldout_documents: list[str]
     probe_sha256: str = ""
     probe_documents: list[str] = field(default_factory=list)
+    place_sha256: str = ""
 
     @classmethod
     def of(cls, domain: "Domain") -> "Entry":
@@ -70,7 +74,8 @@ class Entry:
         pool = domain.portion(len(domain.pool))
         return cls(
             name=domain.name,
-            origin={} if domain.origin is None else _located(domain.origin).to_dict(),
+            origin={} if domain.origin is None else domain.origin.to_dict(),
+            place_sha256="" if domain.origin is None else _place(domain.origin.source),
             weight=domain.weight,
             calibration_tokens=pool.samples.numel(),
             evidence_tokens=pool.samples.numel() if pool.mask is None else int(pool.mask.sum()),
@@ -86,11 +91,15 @@ class Entry:
     def uses(self, source: str | DomainConfig) -> bool:
         """Whether the domain has this name or this source, or was read from where this other domain says."""
         if isinstance(source, str):
-            return source == self.name or _absolute(source) == self.origin.get("source")
+            return source == self.name or self._is_from(source)
         if not isinstance(source.source, str):
             return False  # an object in memory has no name by which it could be known
-        origin = _located(source).to_dict()
-        return bool(self.origin) and all(origin[key] == self.origin.get(key) for key in WHERE)
+        same = all(getattr(source, key) == self.origin.get(key) for key in WHERE)
+        return bool(self.origin) and self._is_from(source.source) and same
+
+    def _is_from(self, source: str) -> bool:
+        place = _place(source)
+        return place == self.place_sha256 if place or self.place_sha256 else source == self.origin.get("source")
 
 
 @strict
@@ -171,12 +180,7 @@ class Manifest:
         return sentences
 
 
-def _located(domain: DomainConfig) -> DomainConfig:
-    # Only an absolute path means the same file from another working folder.
-    source = _absolute(domain.source) if isinstance(domain.source, str) else domain.source
-    return DomainConfig(**{**vars(domain), "source": source})
-
-
-def _absolute(source: str) -> str:
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else source
+def _place(source: Any) -> str:
+    """The hash of a local path, which means the same file from every working folder and does not show it."""
+    path = Path(os.path.expanduser(source)) if isinstance(source, str) else None
+    return sha256(str(path.resolve()).encode()).hexdigest() if path is not None and path.exists() else ""

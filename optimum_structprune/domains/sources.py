@@ -48,7 +48,19 @@ def documents(
     write: Callable[[str, int], Iterator[str]] | None = None,
 ) -> Iterator[str]:
     """The texts of a domain in an order that the seed chooses, without the blank ones."""
-    return (text for text in _texts(_Reader(domain, seed, tokenizer), write) if text.strip())
+    return (_whole(text, domain) for text in _texts(_Reader(domain, seed, tokenizer), write) if text.strip())
+
+
+def _whole(text: str, domain: DomainConfig) -> str:
+    """The text itself; half a character, which no tokenizer reads, is refused."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise StructPruneError(
+            f"The domain {domain.name!r}: a text holds half a character, {text[error.start]!r}, at {error.start}; "
+            "pass text.encode(errors='replace').decode()."
+        ) from error
+    return text
 
 
 def endless(domain: DomainConfig) -> bool:
@@ -126,6 +138,10 @@ def _files(domain: DomainConfig) -> list[Path]:
                 f"The domain {domain.name!r}: files like {path} are not read.{did_you_mean(path.suffix, READERS)}"
             )
         return [path]
+    if path.exists() and not path.is_dir():
+        raise StructPruneError(
+            f"The domain {domain.name!r}: {path} is no regular file; write its text to one, such as text.jsonl."
+        )
     if os.path.isdir(path):
         candidates, what = [*path.rglob("*")], f"the folder {path}"
     elif "*" in domain.source:
@@ -145,7 +161,8 @@ def _files(domain: DomainConfig) -> list[Path]:
 def _from_files(files: list[Path], reader: _Reader) -> Iterator[str]:
     domain, order = reader.domain, _reordered(files, reader.seed)
     for kind in dict.fromkeys(READERS.values()):
-        paths = [path for path in order if READERS[path.suffix.lower()] == kind]
+        # `datasets` fails at a CSV file without a head.
+        paths = [path for path in order if READERS[path.suffix.lower()] == kind and path.stat().st_size]
         if kind == "text":
             for path in paths:
                 yield from _guarded(domain, str(path), _read_text, path)

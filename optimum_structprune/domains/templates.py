@@ -20,6 +20,8 @@ Span = tuple[int, int]
 # The two usual forms of a message: `role` and `content`, or `from` and `value` with other names of the roles.
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+# What a message may hold beside its text: calls of tools, and what says to which one it is an answer.
+CALLS = ("tool_calls", "tool_call_id", "name")
 # In place of the chat template of a model that has none.
 TRANSCRIPT = "{% for m in messages %}{{ m['role'].capitalize() }}: {{ m['content'] }}\n\n{% endfor %}"
 
@@ -77,7 +79,7 @@ def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase 
 
 
 def chat_document(
-    messages: Sequence[dict[str, str]], domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None
+    messages: Sequence[dict[str, Any]], domain: DomainConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> Document:
     """A conversation in the form that the model was trained on; what the assistant says are the answers."""
     if tokenizer is None:
@@ -103,7 +105,7 @@ def chat_document(
     return Document(text)
 
 
-def _render(messages: Sequence[dict[str, str]], domain: DomainConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def _render(messages: Sequence[dict[str, Any]], domain: DomainConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     template = None if tokenizer.chat_template else TRANSCRIPT
     try:
         return str(tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False))
@@ -114,7 +116,7 @@ def _render(messages: Sequence[dict[str, str]], domain: DomainConfig, tokenizer:
         ) from error
 
 
-def _messages(row: Row, domain: DomainConfig) -> list[dict[str, str]]:
+def _messages(row: Row, domain: DomainConfig) -> list[dict[str, Any]]:
     names = [name for name in (domain.text_column, *CHAT_COLUMNS) if name in row]
     conversation = next((row[name] for name in names if not isinstance(row[name], str)), None)
     if not names or (conversation is None and any(row[name] for name in names)):
@@ -125,11 +127,16 @@ def _messages(row: Row, domain: DomainConfig) -> list[dict[str, str]]:
     messages = []
     for item in conversation or ():
         role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+        if isinstance(content, list):  # of parts, whose text is what can be read
+            content = "".join(part.get("text") or "" if isinstance(part, Mapping) else str(part) for part in content)
+        more = {name: item[name] for name in CALLS if item.get(name)}
+        if content is None and {"content", "value"} & set(item):
+            content = ""
         if not (isinstance(role, str) and isinstance(content, str)):
             raise StructPruneError(
                 f"The domain {domain.name!r}: a message needs a role and a text, got {str(item):.60}."
             )
-        messages.append({"role": ROLES.get(role, role), "content": content})
+        messages.append({"role": ROLES.get(role, role), "content": content, **more})
     return messages
 
 

@@ -52,6 +52,8 @@ def read_heldout(
         raise StructPruneError(f"seq_length={seq_length} leaves nothing to predict; 2 is the least.")
     most = sys.maxsize if num_samples is None else num_samples
     texts = frame.take(tokenised(documents(domain, None, tokenizer), tokenizer), most * frame.body)
+    if not texts:
+        raise StructPruneError(f"The domain {domain.name!r} is empty; name text that holds documents.")
     if frame.length(texts) < frame.body:
         raise StructPruneError(
             f"The domain {domain.name!r} has {sum(len(text.ids) for text in texts)} tokens, and a sample takes "

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ..errors import StructPruneError
+
 
 # The loss copies the logits that it gets, so it gets those of few tokens at a time.
 TOKENS_AT_ONCE = 128
@@ -85,6 +87,10 @@ def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: 
 @torch.no_grad()
 def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: int = 1) -> Tensor:
     """The mean loss per predicted token of each sample, shape `(samples,)`, fp64, on the CPU; see `perplexity`."""
+    if samples.dim() != 2 or not samples[:, 1:].numel():
+        raise StructPruneError(
+            f"samples has the shape {tuple(samples.shape)}, which leaves nothing to predict; (1, 2) is the least."
+        )
     with evaluating(model):
         losses = [_losses(logits, targets) for targets, logits in _predictions([model], samples, batch_size)]
     return _by_sample(losses, samples)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..arch.load import layer_list
 from ..arch.meta import is_quantized
 from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Widths
 from ..calibration.passes import check_sequential
@@ -21,7 +22,7 @@ from ..calibration.stored import Statistics
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from ..system.disk import check_folder
 from ..system.offloading import is_offloaded
 from ..widths.allocation import alike, is_bounded
@@ -87,6 +88,8 @@ def check_config_kind(config: Any) -> None:
 
 def check_arguments(model: Any, tokenizer: Any, inputs: Any) -> None:
     """Refuse a model, a tokenizer or inputs of another kind than a pruning takes."""
+    if hasattr(model, "_orig_mod"):
+        raise StructPruneError("model is compiled; pass `model._orig_mod`, and compile what comes out.")
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise StructPruneError(
             f"model takes a model of transformers, got {type(model).__name__}; load it with from_pretrained first."
@@ -104,10 +107,10 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any) -> None:
     if not inputs:
         raise StructPruneError("inputs has to name at least one domain, got {}.")
     for name, samples in inputs.items():
-        _check_samples(name, samples, model.config)
+        _check_samples(name, samples, model)
 
 
-def _check_samples(name: str, samples: Any, model_config: Any) -> None:
+def _check_samples(name: str, samples: Any, model: Any) -> None:
     if not isinstance(samples, torch.Tensor):
         raise StructPruneError(f"inputs[{name!r}] takes a tensor, got {type(samples).__name__}.")
     if samples.dim() < 2:
@@ -115,9 +118,19 @@ def _check_samples(name: str, samples: Any, model_config: Any) -> None:
             f"inputs[{name!r}] has the shape {tuple(samples.shape)}; (samples, …) is expected, with two dimensions "
             "or more."
         )
-    vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
-    if samples.is_floating_point() or vocab_size is None or not samples.numel():
+    if len(samples) and not samples[0].numel():
+        raise StructPruneError(
+            f"inputs[{name!r}] has samples of the shape {tuple(samples.shape[1:])}, which are empty."
+        )
+    vocab_size = getattr(model.config.get_text_config(), "vocab_size", None)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" or vocab_size is None or not samples.numel():
         return
+    if samples.dtype != torch.int64:
+        raise StructPruneError(f"inputs[{name!r}] holds token ids as {samples.dtype}; pass them as int64: ids.long().")
+    if samples.shape[1] < 2:
+        raise StructPruneError(
+            f"inputs[{name!r}] has samples of one token, which leaves nothing to predict; 2 is the least."
+        )
     least, most = int(samples.min()), int(samples.max())
     if not 0 <= least <= most < vocab_size:
         raise StructPruneError(
@@ -160,6 +173,29 @@ def _check_model(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedMod
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
     if arch.causal and model.get_output_embeddings() is None:
         raise StructPruneError(f"{name} has no language-model head; load it with AutoModelForCausalLM.")
+    _check_own_layers(arch, model)
+    try:
+        if model.can_generate() and model.generation_config is not None:
+            # As transformers does at save: what is as it was loaded is only warned of.
+            loaded = getattr(model.generation_config, "_original_object_hash", None)
+            model.generation_config.validate(strict=loaded != hash(model.generation_config))
+    except ValueError as error:
+        raise StructPruneError(
+            f"The generation config of this {name} could not be saved, so correct `model.generation_config` first: "
+            f"{one_line(error)}"
+        ) from error
+
+
+def _check_own_layers(arch: ArchSpec, model: PreTrainedModel) -> None:
+    """Refuse layers that share weights, which could not be pruned apart."""
+    layer_of: dict[int, int] = {}
+    for layer, module in enumerate(layer_list(model, arch)):
+        for name, parameter in module.named_parameters():
+            if (first := layer_of.setdefault(id(parameter), layer)) != layer:
+                raise StructPruneError(
+                    f"The layers {first} and {layer} share {name}, and layers are pruned apart; give each its own "
+                    "with copy.deepcopy."
+                )
 
 
 def _check_offloaded(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from copy import deepcopy
 from dataclasses import dataclass
+from math import inf
 from types import TracebackType
 from typing import Any
 
@@ -11,13 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
-from ..errors import InPlaceError
+from ..errors import InPlaceError, some_of
 from ..record.details import Choice
 from ..record.report import Report
 from ..surgery.plan import Plan
 from ..system.processes import alone
 from .evidence import Evidence
 from .measure import Measure
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,13 @@ class Run:
     def finish(self) -> None:
         """Complete the report."""
         self.report.finish(self.model, self.arch, self.dense, self.plan)
+        limit, measured = self.config.max_perplexity_ratio or inf, self.report.perplexity
+        if above := [name for name, pair in measured.items() if pair.get("after", 0.0) > limit * pair["before"]]:
+            logger.warning(
+                "The rounds held max_perplexity_ratio=%s on text set aside for them; on the text of the report, %s is "
+                "above it.",
+                *(limit, some_of(above)),
+            )
         layers = self.plan.keep.get((MODEL, LAYER), range(self.dense.num_layers))
         self.report.details.domains = self.evidence.names
         self.report.details.take({key: choice for key, choice in self.choices.items() if key[0] in layers})

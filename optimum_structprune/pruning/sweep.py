@@ -18,9 +18,9 @@ from ..calibration.moments import Moments
 from ..calibration.passes import Passes, PassesState
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, Criterion
+from ..criteria.base import check_scores
 from ..criteria.mixture import Mixture, Pool, Pooled, output_energy, pooled, standardised
 from ..criteria.obs import producer_norms
-from ..errors import StructPruneError
 from ..forward.placement import Placement
 from ..record.details import Choice, Choices, choice_of, choices_of_list, choices_to_list
 from ..surgery.consumers import Consumers, Values, units_to_columns
@@ -144,12 +144,7 @@ class Sweep:
         for axis, of_consumer in zip(space.into, gathered, strict=True):
             weight, moments = self._present(criterion, space, axis, of_consumer)
             scores = criterion.score(weight, moments, axis.per_unit)
-            if scores.shape != (units,) or not torch.isfinite(scores).all():
-                kind = f"the shape {tuple(scores.shape)}" if scores.shape != (units,) else "NaN or infinite values"
-                raise StructPruneError(
-                    f"The criterion {self.config.scored_by!r} has to give {units} finite scores, one per unit, at "
-                    f"{axis.module}; it gives {kind}."
-                )
+            check_scores(scores, units, self.config.scored_by, axis.module)
             total.append(scores)
         return torch.stack(total).sum(0)
 
@@ -294,6 +289,8 @@ class Sweep:
         pools = [Pool(mixture, self.consumers.present(axis)[0]) for axis in space.into]
         gathered = pooled(passes.gather(space.layer, space, criterion.needs_gram), pools)
         for axis, of_consumer in zip(space.into, gathered, strict=True):
-            columns = criterion.score(*self._present(criterion, space, axis, of_consumer), 1)
+            weight, moments = self._present(criterion, space, axis, of_consumer)
+            columns = criterion.score(weight, moments, 1)
+            check_scores(columns, weight.shape[1], self.config.scored_by, axis.module)
             by_consumer.append(standardised(columns, axis.per_unit).cpu())
         return torch.stack(by_consumer).mean(0)

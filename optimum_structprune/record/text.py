@@ -38,7 +38,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Rows of equally many cells as a Markdown table; the first row is its head."""
-    head, *body = [f"| {' | '.join(map(str.strip, row))} |" for row in rows]
+    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
+    head, *body = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([head, f"|{'---|' * len(rows[0])}", *body])
 
 

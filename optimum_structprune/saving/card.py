@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig
@@ -17,7 +16,7 @@ from transformers import PretrainedConfig
 from .. import __version__
 from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 from ..arch.meta import model_class
-from ..config.fields import read_mapping
+from ..config.fields import read_mapping, to_yaml
 from ..plain_json import unversioned
 from ..record.facts import cells, facts_of, perplexity_facts, quality_rows, size_rows
 from ..record.records import Records
@@ -42,11 +41,13 @@ class Dense:
         name: Its name as people know it: an id on the Hub, or the name of a folder; empty where nothing is known.
         base_model: Its id on the Hub; None where it has none, or it is not known.
         licence: The fields of a card that tell the licence; empty where its card says nothing or cannot be read.
+        language: The languages that its card names.
     """
 
     name: str
     base_model: str | None
     licence: Mapping[str, str]
+    language: Any = None
 
     @classmethod
     def of(cls, source: str) -> Dense:
@@ -55,14 +56,15 @@ class Dense:
         card = _card(source) if source else None
         fields: dict[str, Any] = {} if card is None else card.to_dict()
         names = ("license", "license_name", "license_link")
-        licence = {name: fields[name] for name in names if isinstance(fields.get(name), str)}
+        licence = {name: fields[name] for name in names if fields.get(name)}
         base: str | None = source or None
         if cached := HUB_CACHE.search(source):
             base = "/".join(cached.groups())
         elif folder.is_dir():
             # A folder has no id. What this package has pruned before says in its card what it comes from.
             base = fields.get("base_model") if is_result(folder) else None
-        return cls(base or resolved(folder).name if source else "", base if isinstance(base, str) else None, licence)
+        name = base or resolved(folder).name if source else ""
+        return cls(name, base if isinstance(base, str) else None, licence, fields.get("language"))
 
 
 def leave_card(
@@ -91,6 +93,7 @@ def model_card(
         library_name="transformers",
         tags=list(TAGS),
         datasets=_datasets(folder, records) or None,
+        language=known.language,
         pipeline_tag="text-generation" if causal else None,
         **licence,
     )
@@ -109,7 +112,7 @@ def model_card(
         limits=_limits(records, causal),
         licence=_licence(known),
         version=__version__,
-        config=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip() if settings else "",
+        config=to_yaml(settings).strip() if settings else "",
     )
     return signed(re.sub(r"\n{3,}", "\n\n", str(card)))
 
@@ -131,7 +134,7 @@ def _card(source: str) -> ModelCardData | None:
 
 def _datasets(folder: Path, records: Records) -> list[str]:
     """The ids of the data sets on the Hub that the model was calibrated or trained on."""
-    domains = [entry["origin"] for entry in records.manifest.get("domains", ())]
+    domains = [entry["origin"] for entry in records.manifest.get("domains", ()) if not entry.get("place_sha256")]
     if (path := folder / RECOVERY_CONFIG_NAME).is_file():
         domains += read_mapping(path, json.loads).get("domains") or []
     return sorted({source for origin in domains if _on_hub(source := str(origin.get("source", "")))})
@@ -176,7 +179,7 @@ def _snippet(folder: Path, name: str, kind: str, causal: bool) -> str:
     lines = [
         f"from transformers import {kind}{', AutoTokenizer' if reads else ''}",
         "",
-        f'name = "{name}"',
+        f"name = {json.dumps(name)}",
         f"model = {kind}.from_pretrained(name{more})",
     ]
     if reads:
@@ -222,9 +225,8 @@ def _calibration(records: Records) -> str:
     rows = [["domain", "source", "share", "tokens"]]
     for entry in records.manifest["domains"]:
         origin = entry["origin"]
-        source = (
-            " ".join(str(origin[key]) for key in ("source", "dataset_config") if origin.get(key)) or "given inputs"
-        )
+        source = " ".join(str(origin[key]) for key in ("source", "dataset_config") if origin.get(key))
+        source = (source or "given inputs").replace("`", "'")
         rows.append([entry["name"], f"`{source}`", f"{entry['weight']:.2f}", f"{entry['calibration_tokens']:,}"])
     return markdown(rows)
 
@@ -252,4 +254,5 @@ def _licence(known: Dense) -> str:
     if not known.licence:
         return f"Unknown: the card of {name} names no licence, or could not be read. The dense model's licence holds."
     licence = known.licence.get("license_name") or known.licence.get("license") or known.licence["license_link"]
+    licence = ", ".join(licence) if isinstance(licence, list) else licence
     return f"That of {name}, as its card names it: {licence}."

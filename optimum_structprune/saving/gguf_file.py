@@ -76,7 +76,7 @@ class GGUFFile:
 def export_gguf(
     model: PreTrainedModel,
     path: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     overwrite: bool = False,
 ) -> GGUFFile:
     """Write a model and its tokenizer as one GGUF file, which llama.cpp runs as it is.
@@ -99,6 +99,8 @@ def export_gguf(
     output = GGUFOutput(path, overwrite)
     output.check()
     check_plain(model)
+    if tokenizer is None:
+        raise StructPruneError("A GGUF file holds the tokenizer too, got None; pass the model's own.")
     if is_quantized(model):
         raise StructPruneError("A GGUF file is written from plain weights; load the model without quantization.")
     if model.dtype not in TYPES:

@@ -29,6 +29,7 @@ from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.memory import model_bytes
 from ..system.offloading import declared, is_offloaded, places
 from ..system.processes import is_first_rank
+from .carry import carry
 
 
 # What a pruning leaves beside its model.
@@ -127,6 +128,8 @@ def save_checked(
             model.save_pretrained(str(staging), **_shards(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+        if model.name_or_path and not isinstance(model, PeftModel):
+            carry(model, staging, tokenizer)
         for name in CONFIGS:
             forget_code(staging / name)
         write(staging)
@@ -204,4 +207,6 @@ def _probe(model: PreTrainedModel) -> Tensor:
     if model.main_input_name == "pixel_values" and hasattr(config, "image_size"):
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         return torch.randn(1, config.num_channels, size, size, generator=generator).to(model.dtype)
-    return torch.randint(config.get_text_config().vocab_size, (1, 16), generator=generator)
+    text = config.get_text_config()
+    length = min(16, getattr(text, "max_position_embeddings", None) or 16)
+    return torch.randint(text.vocab_size, (1, length), generator=generator)

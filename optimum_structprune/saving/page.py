@@ -13,13 +13,13 @@ from shlex import join
 from statistics import fmean, geometric_mean
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from .. import __version__
 from ..arch.spec import LAYER, MODEL
 from ..config.domains import IN_MEMORY
+from ..config.fields import to_yaml
 from ..config.pruning import CONFIG_NAME
 from ..errors import StructPruneError, one_line
 from ..plain_json import replace_text
@@ -393,7 +393,7 @@ def _repeat(records: Records) -> Section:
         part.missing.append("The pruning itself: it read text that only the program had which called it.")
     part.code.append(("Commands", "\n".join(lines)))
     if config:
-        part.code.append((CONFIG_NAME, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)))
+        part.code.append((CONFIG_NAME, to_yaml(dict(config))))
     if not entries:
         part.missing.append("The manifest: there is none beside the model.")
         return part

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import StructPruneError, one_line
-from ..system.disk import ADAPTER, CARD, WRITTEN, is_result, is_signed
+from ..system.disk import ADAPTER, CARD, WRITTEN, carried_files, is_result, is_signed
 from .card import renamed
 
 
@@ -58,9 +59,10 @@ def push_to_hub(
             )
         if CARD in files and _has_card_of_its_own(api, repo_id):
             del files[CARD]
-        contents: dict[str, bytes | Path] = {**files}
+        texts = _without_places(Path(folder), files)
+        contents: dict[str, bytes | Path] = {**files, **texts}
         if CARD in files and is_signed(files[CARD]):
-            contents[CARD] = renamed(files[CARD].read_text(encoding="utf-8"), repo_id).encode()
+            contents[CARD] = renamed(texts[CARD].decode(), repo_id).encode()
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(repo_id, operations, commit_message=message or "Upload a pruned model")
     return str(url)
@@ -94,8 +96,24 @@ def _result_files(folder: str | Path) -> dict[str, Path]:
             "or `pruner.save` wrote."
         )
     paths = [path for path in root.iterdir() if WRITTEN.fullmatch(path.name) or path.name == CARD]
-    paths += (root / TEMPLATES).glob("*")
+    paths += [*(root / TEMPLATES).glob("*"), *(root / name for name in carried_files(root))]
     return {path.relative_to(root).as_posix(): path for path in sorted(paths) if path.is_file()}
+
+
+def _without_places(folder: Path, files: Mapping[str, Path]) -> dict[str, bytes]:
+    """The records, the page and the card without the folders of this machine that they name."""
+    kinds = re.compile(
+        r".+_(config|manifest|report|details)\.json|(report|evaluation|adapter_config).json|.+\.(html|md)"
+    )
+    ours = [name for name in files if kinds.fullmatch(name) and (name != CARD or is_signed(files[CARD]))]
+    texts = {name: files[name].read_text(encoding="utf-8") for name in ours}
+    places = {str(Path.home()), str(Path.cwd()), str(folder.absolute().parent), str(folder.resolve().parent)}
+    for text in texts.values():
+        places |= {str(Path(path).parent) for path in re.findall(r'"(/[^"\n]+)"', text)}
+    for name in texts:
+        for place in sorted(places - {"/"}, key=len, reverse=True):
+            texts[name] = texts[name].replace(f"{place}/", "")
+    return {name: text.encode() for name, text in texts.items()}
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from .processes import first_decides, is_first_rank, wait_for_all
 logger = logging.getLogger(__name__)
 
 EXPORT_NAME = "structprune_export.json"
+CARRIED_NAME = "carried_files.json"
 # Files that only this package writes, and fields that each of them has.
 MARKERS: Mapping[str, frozenset[str]] = {
     "structprune_config.json": frozenset({"criterion", "refit"}),
@@ -269,7 +270,7 @@ def _lock(path: Path, shown: str | Path) -> Iterator[bool]:
 def resolved(target: str | Path) -> Path:
     """The absolute path that a name leads to, over all links."""
     try:
-        return Path(target).resolve()
+        return Path(os.path.expanduser(target)).resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise StructPruneError(f"{str(target)!r} cannot be written: {error}.") from error
 
@@ -310,9 +311,11 @@ def is_result(folder: Path) -> bool:
 
 def foreign_entries(folder: Path) -> Iterator[str]:
     """The names of what lies in a result and was not written with it."""
-    adapter = (folder / ADAPTER).is_file()
+    adapter, carried = (folder / ADAPTER).is_file(), {name.partition("/")[0] for name in carried_files(folder)}
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.name in carried:
+            ours = True
+        elif path.is_dir():
             ours = path.name in WRITTEN_FOLDERS and not path.is_symlink()
         elif path.name == CARD:
             ours = adapter or is_signed(path)  # peft writes one beside an adapter
@@ -320,6 +323,15 @@ def foreign_entries(folder: Path) -> Iterator[str]:
             ours = WRITTEN.fullmatch(path.name) is not None
         if not ours:
             yield path.name
+
+
+def carried_files(folder: Path) -> list[str]:
+    """The files of a result that lay beside its dense model, as paths inside the folder."""
+    try:
+        names = map(str, json.loads((folder / CARRIED_NAME).read_text())["files"])
+        return [name for name in names if not {"/", ".."} & set(Path(name).parts)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def signed(text: str) -> str:

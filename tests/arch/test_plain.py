@@ -100,7 +100,7 @@ def test_what_it_cannot_undo_is_refused_with_the_reason(inplace):
 def test_a_peft_model_is_refused_with_the_line_that_helps():
     plain = build("llama-tied")
     model = get_peft_model(deepcopy(plain), LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
-    with pytest.raises(StructPruneError, match="PeftModel carries a PEFT adapter; prune `(.*)` instead") as refused:
+    with pytest.raises(StructPruneError, match="PeftModel carries a PEFT adapter; pass `(.*)` instead") as refused:
         prune_model(model, config(), tokenizer())
     line = re.search("`(.*)`", str(refused.value))[1]
     expected = logits(model)
@@ -108,7 +108,7 @@ def test_a_peft_model_is_refused_with_the_line_that_helps():
     torch.testing.assert_close(logits(merged), expected)
     assert prune_model(merged, config(), tokenizer()).config.intermediate_size == 24
     prompts = get_peft_model(plain, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(StructPruneError, match=r"prune `model.get_base_model\(\)` instead"):
+    with pytest.raises(StructPruneError, match=r"pass `model.get_base_model\(\)` instead"):
         prune_model(prompts, config(), tokenizer())
     assert prompts.get_base_model() is plain and prune_model(plain, config(), tokenizer())
 

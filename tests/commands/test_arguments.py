@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, ArgumentTypeError
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +18,7 @@ from optimum_structprune.commands.arguments import (
     setting,
 )
 from optimum_structprune.commands.flags import COMMANDS as ALL
+from optimum_structprune.system.disk import resolved
 
 
 DECLARE = {command.name: command.declare for command in ALL}
@@ -176,3 +178,18 @@ def test_a_domain_with_all_its_fields():
     assert domain(text) == {"name": "qa", "source": "qa.jsonl", "template": "Q: {question}", "answers_only": True}
     with pytest.raises(ArgumentTypeError):
         domain("{name: qa")
+
+
+def test_a_source_whose_name_holds_an_at_sign(tmp_path):
+    (tmp_path / "dir").mkdir()
+    assert domain(f"a={tmp_path}/dir@3") == {"name": "a", "source": f"{tmp_path}/dir", "weight": 3.0}
+    (tmp_path / "dir@3").mkdir()
+    assert domain(f"a={tmp_path}/dir@3") == {"name": "a", "source": f"{tmp_path}/dir@3"}
+    assert domain(f"a={tmp_path}/dir@3@2") == {"name": "a", "source": f"{tmp_path}/dir@3", "weight": 2.0}
+
+
+def test_the_home_folder_in_an_output():
+    parser = ArgumentParser()
+    DECLARE["prune"](parser)
+    assert parser.parse_args(["m", "~/x"]).output == str(Path("~/x").expanduser()) == str(resolved("~/x"))
+    assert resolved("~nobody-x") == Path("~nobody-x").resolve(), "a name as any other"

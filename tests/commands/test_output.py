@@ -102,8 +102,23 @@ def test_json_to_a_file_leaves_the_text(name, folder, tmp_path, capsys):
     assert not text.startswith("{")
     assert main([*line, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out.json").read_text())
+    assert main([*line, "--json", str(tmp_path / "out.json")]) == 0, "its own file is replaced"
+    capsys.readouterr()
     assert main([*line, "--json", str(tmp_path / "no" / "out.json")]) == 2
     assert "cannot be written: there is no folder" in capsys.readouterr().err
+
+
+def test_a_closed_standard_output_is_no_error(folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["inspect", str(folder / "model")]) == 0
+
+
+def test_the_signal_to_end_is_like_an_interruption(folder, monkeypatch):
+    script = "import os, signal, sys; from optimum_structprune.commands import cli, output\n"
+    script += "cli.check_output = lambda args: os.kill(os.getpid(), signal.SIGTERM)\n"
+    script += f"sys.exit(cli.main(['inspect', {str(folder / 'model')!r}]))"
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 130
 
 
 def switches():

@@ -9,6 +9,7 @@ import torch
 import yaml
 from models import build, real_text_model
 from trained import needs_shared, stories_model
+from transformers import GenerationConfig
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.domains import generated
@@ -99,6 +100,52 @@ def test_what_was_written_is_read_from_the_disk_and_continued(writer, cache, mon
     longer = first(writer, 10)
     assert longer == whole and calls
     assert [text.answers for text in longer] == [text.answers for text in whole]
+
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+ODD = {
+    "stop_strings": ["e"],
+    "max_time": 1e-9,
+    "sequence_bias": [[[5], 9.0]],
+    "bad_words_ids": [[5]],
+    "suppress_tokens": [5],
+    "begin_suppress_tokens": [5],
+    "cache_implementation": "static",
+    "forced_eos_token_id": 2,
+    "watermarking_config": {"greenlist_ratio": 0.9},
+    "constraints": [1],
+    "continuous_batching_config": {},
+    "compile_config": {},
+}
+
+
+def test_no_setting_of_the_models_own_changes_what_it_writes(writer, cache, monkeypatch):
+    model, _ = writer
+    monkeypatch.setattr(generated, "MAX_TOKENS", 12)
+    texts = first(writer, 3)
+    names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in TOKENS]
+    assert {"max_time", "num_beams", "stop_strings", "prompt_lookup_num_tokens"} <= set(names)
+    for name in names:
+        shutil.rmtree(cache)
+        odd = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+        setattr(odd, name, ODD.get(name, not getattr(odd, name) if isinstance(getattr(odd, name), bool) else 3))
+        monkeypatch.setattr(model, "generation_config", odd)
+        assert first(writer, 3) == texts, name
+        assert model.generation_config is odd
+
+
+def test_the_tokens_that_end_a_text_are_in_the_key(writer, cache, monkeypatch):
+    first(writer, 1)
+    monkeypatch.setattr(writer[0], "generation_config", GenerationConfig(eos_token_id=[7]))
+    first(writer, 1)
+    assert len([*cache.iterdir()]) == 2
+
+
+def test_a_damaged_file_is_written_anew(writer, cache):
+    texts = first(writer, 3)
+    (file,) = cache.iterdir()
+    file.write_bytes(b"\x00\xff damaged\n" + file.read_bytes()[:-9])
+    assert first(writer, 3) == texts
 
 
 def test_a_prompt_that_comes_again_is_answered_otherwise(writer, monkeypatch, tmp_path):

@@ -135,3 +135,18 @@ def test_words_of_the_user_are_never_overwritten(tmp_path, change):
     with pytest.raises(StructPruneError, match="did not write .README.md."):
         pruner.save(pruned, tmp_path / "out", overwrite=True)
     assert card.read_text() == before
+
+
+def test_odd_names_break_neither_tables_nor_the_snippet(desk, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: [mit, apache-2.0]\nlanguage: [de, en]\n---\n")
+    AutoModelForCausalLM.from_pretrained(desk / "dense").save_pretrained(tmp_path)
+    domains = [DomainConfig("a|b `c`\nd", documents(60))]
+    pruner = StructPruner(config(domains=domains))
+    pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(tmp_path), tokenizer())
+    pruner.save(pruned, tmp_path / 'odd"\\name', tokenizer())
+    card = ModelCard.load(tmp_path / 'odd"\\name' / "README.md")
+    assert (card.data.language, card.data.license) == (["de", "en"], ["mit", "apache-2.0"])
+    assert "mit, apache-2.0" in card.text
+    compile(re.search(r"```python\n(.*?)```", card.text, re.S)[1], "snippet", "exec")
+    row = next(line for line in card.text.splitlines() if "memory:list" in line)
+    assert row.replace("\\|", "").count("|") == 5

@@ -5,8 +5,9 @@ import json
 import pytest
 from hub import TOKEN, local_hub
 from models import build, config, documents, tokenizer
+from transformers import AutoModelForCausalLM
 
-from optimum_structprune import StructPruneError, StructPruner, push_to_hub
+from optimum_structprune import DomainConfig, StructPruneError, StructPruner, push_to_hub
 from optimum_structprune.commands.cli import main
 from optimum_structprune.saving import push as pushing
 
@@ -37,7 +38,7 @@ def test_a_result_arrives_whole_in_one_commit(run, hub):
     assert repo["private"] and repo["commits"] == 1
     assert set(repo["files"]) == {path.name for path in folder.iterdir()} >= {"README.md", "model.safetensors"}
     for name, content in repo["files"].items():
-        if name != "README.md":
+        if name not in ("README.md", "report.html"):  # they name folders of this machine
             assert content == (folder / name).read_bytes(), name
     card = repo["files"]["README.md"].decode()
     assert 'name = "ann/slim"' in card and 'name = "slim"' in (folder / "README.md").read_text()
@@ -113,3 +114,24 @@ def test_the_command_asks_first_and_pushes_last(hub, tmp_path, capsys, monkeypat
     assert json.loads(capsys.readouterr().out)["pushed"] == f"{hub.url}/ann/out"
     assert set(hub.repos["ann/out"]["files"]) == {path.name for path in (tmp_path / "out").iterdir()}
     assert hub.repos["ann/out"]["private"]
+
+
+def test_nothing_that_is_pushed_names_a_folder_of_this_machine(hub, tmp_path, monkeypatch):
+    (tmp_path / "home" / "texts").mkdir(parents=True)
+    text = "".join(json.dumps({"text": text}) + "\n" for text in documents(60))
+    for name in ("near.jsonl", "texts/far.jsonl"):
+        (tmp_path / "home" / name).write_text(text)
+    build("llama-tied").save_pretrained(tmp_path / "home" / "dense")
+    monkeypatch.chdir(tmp_path / "home")
+    far = str(tmp_path / "home" / "texts" / "far.jsonl")
+    pruner = StructPruner(config(domains=[DomainConfig("a", "near.jsonl"), DomainConfig("b", far)]))
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "home" / "dense")
+    pruner.save(pruner.prune_model(dense, tokenizer()), "out", tokenizer())
+    manifest = json.loads((tmp_path / "home/out/calibration_manifest.json").read_text())
+    assert [entry["origin"]["source"] for entry in manifest["domains"]] == ["near.jsonl", far], "as they were given"
+    push_to_hub("out", "ann/out")
+    files = hub.repos["ann/out"]["files"]
+    assert {"report.html", "README.md", "structprune_config.json"} <= set(files)
+    for name, content in files.items():
+        assert str(tmp_path).encode() not in content, name
+    assert b"far.jsonl" in files["README.md"] and b"near.jsonl" in files["README.md"]

@@ -1,0 +1,65 @@
+"""Brings along what lies beside a dense model: configs of processors, modules around the model, its licence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import some_of
+from ..plain_json import replace_json
+from ..system.disk import CARRIED_NAME, WRITTEN_FOLDERS
+
+
+logger = logging.getLogger(__name__)
+
+# What a result has of its own: records, configs, a card, a page, weights of any format and their index.
+OWN = re.compile(
+    r"\..*|README\.md|report\.(html|json)|(config|generation_config|evaluation|carried_files|statistics)\.json|"
+    r"(structprune|pruning|recovery|calibration)_\w+\.json|"
+    r".+\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|ot|tflite|index\.json)"
+)
+# What a tokenizer writes, or leaves out, beside its vocabulary.
+TOKENIZER = re.compile(r"(special_tokens_map|added_tokens|tokenizer(_config)?)\.json|chat_template\.jinja")
+# What is fetched of a model on the Hub, where weights lie in more formats than can be told.
+SMALL = ["*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "[0-9]_*"]
+
+
+def carry(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Copy what else lies beside the dense model into a result, and name what is not copied."""
+    source = Path(name := str(model.name_or_path))
+    if not source.is_dir():
+        with suppress(Exception):  # of the network or of the Hub, which the model may not need any more
+            commit = getattr(model.config, "_commit_hash", None)
+            source = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL))
+    files = [] if tokenizer is None else tokenizer.vocab_files_names.values()
+    beside = [name for name in _beside(source) if tokenizer is None or not TOKENIZER.fullmatch(name)]
+    new = [name for name in beside if name not in files and not (folder / name).exists()]
+    # Code is copied by transformers, where it is used.
+    if others := [name for name in new if name.endswith((".py", "/"))]:
+        logger.warning("Not copied from %s: %s.", source, some_of(others))
+    if carried := [name for name in new if name not in others]:
+        for name in carried:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+        replace_json(folder / CARRIED_NAME, {"files": carried})
+
+
+def _beside(source: Path) -> Iterator[str]:
+    """The files that may come along, with those of modules around the model; other folders end in a slash."""
+    modules: set[str] = set()
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # only sentence-transformers has any
+        listed = json.loads((source / "modules.json").read_text())
+        modules = {str(module["path"]).partition("/")[0] for module in listed}
+    for path in sorted(source.iterdir()) if source.is_dir() else []:
+        if path.is_dir() and path.name in modules:
+            yield from (file.relative_to(source).as_posix() for file in sorted(path.rglob("*")) if file.is_file())
+        elif not (OWN.fullmatch(path.name) or path.name in WRITTEN_FOLDERS):
+            yield path.name + "/" * path.is_dir()
