@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,19 +81,18 @@ def leave_card(
 def model_card(
     folder: Path, name: str, config: PretrainedConfig, dense: str | None = None, arch_file: str | None = None
 ) -> str:
-    """The model card of a result, signed so that it is known again."""
+    """The model card of a result, signed so that it is known again. Its sentences are in the template."""
     records = Records.read(folder) if (folder / REPORT_NAME).is_file() else Records(name, {})
-    known = Dense.of(records.dense or dense or "")
-    kind, report = model_class(config, arch_file).__name__, records.report
-    settings = unversioned(records.config)
+    origin = Dense.of(records.dense or dense or "")
+    licence: dict[str, Any] = dict(origin.licence)
+    kind, settings = model_class(config, arch_file).__name__, unversioned(records.config)
     causal = kind == "AutoModelForCausalLM"
-    licence: dict[str, Any] = dict(known.licence)
     card_data = ModelCardData(
-        base_model=known.base_model,
+        base_model=origin.base_model,
         library_name="transformers",
         tags=list(TAGS),
         datasets=_datasets(folder, records) or None,
-        language=known.language,
+        language=origin.language,
         pipeline_tag="text-generation" if causal else None,
         **licence,
     )
@@ -101,16 +100,21 @@ def model_card(
         card_data,
         template_path=str(TEMPLATE),
         title=name,
-        origin=_origin(known, report),
-        use=_use(folder, config),
-        snippet=_snippet(folder, name, kind, causal),
-        llama_cpp=_llama_cpp(config) if causal else "",
-        sizes=_sizes(report),
+        quoted_name=json.dumps(name),
+        dense=origin,
+        counts=records.report.get("parameters"),
+        kind=kind,
+        causal=causal,
+        has_tokenizer=(folder / "tokenizer_config.json").is_file(),
+        heterogeneous=config.get_text_config().is_heterogeneous,
+        has_code="auto_map" in read_mapping(folder / "config.json", json.loads),
+        architecture=gguf_architecture(config),
+        by_layer=BY_LAYER,
+        gguf_refusal=gguf_refusal(config),
+        sizes=_sizes(records.report),
         perplexity=_perplexity(records),
         calibration=_calibration(records),
-        training=_training(records),
-        limits=_limits(records, causal),
-        licence=_licence(known),
+        training=records.recovery,
         version=__version__,
         config=to_yaml(settings).strip() if settings else "",
     )
@@ -148,62 +152,6 @@ def _on_hub(source: str) -> bool:
     return not Path(source).exists() and Path(source).suffix not in (".txt", ".jsonl", ".json", ".parquet", ".csv")
 
 
-def _origin(known: Dense, report: Mapping[str, Any]) -> str:
-    link = f"[{known.base_model}](https://huggingface.co/{known.base_model})" if known.base_model else known.name
-    text = f"This is {link or 'a model'} after structured pruning: whole channels, heads or layers are gone"
-    if counts := report.get("parameters"):
-        before, after = counts["before"], counts["after"]
-        text += f", and {after:,} of {before:,} parameters are left ({after / before - 1:+.1%})"
-    return f"{text}. It is a dense model of the same architecture."
-
-
-def _use(folder: Path, config: PretrainedConfig) -> str:
-    if config.get_text_config().is_heterogeneous:
-        return (
-            "The layers differ in width, which the classes of transformers do not build by themselves. Either "
-            "`trust_remote_code=True`, as here, runs the code in this folder, or after `import optimum_structprune` "
-            "the model loads without it. Nothing else is needed but transformers."
-        )
-    if _code(folder):
-        return "The code of the architecture is not part of transformers, hence `trust_remote_code=True`."
-    return "It loads with transformers alone; optimum-structprune is not needed."
-
-
-def _code(folder: Path) -> bool:
-    return "auto_map" in read_mapping(folder / "config.json", json.loads)
-
-
-def _snippet(folder: Path, name: str, kind: str, causal: bool) -> str:
-    more = ", trust_remote_code=True" if _code(folder) else ""
-    reads = causal and (folder / "tokenizer_config.json").is_file()
-    lines = [
-        f"from transformers import {kind}{', AutoTokenizer' if reads else ''}",
-        "",
-        f"name = {json.dumps(name)}",
-        f"model = {kind}.from_pretrained(name{more})",
-    ]
-    if reads:
-        lines += [
-            "tokenizer = AutoTokenizer.from_pretrained(name)",
-            'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
-            "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))",
-        ]
-    return "\n".join(lines)
-
-
-def _llama_cpp(config: PretrainedConfig) -> str:
-    """Which converter makes a file for llama.cpp that runs."""
-    architecture, refusal = gguf_architecture(config), gguf_refusal(config)
-    if architecture is None:
-        return f"For llama.cpp: {refusal}"
-    if architecture != BY_LAYER:
-        return "For llama.cpp, its own `convert_hf_to_gguf.py` works as it does for the dense model."
-    return (
-        "For llama.cpp, `structprune export FOLDER OUT.gguf` writes a file that runs. llama.cpp's own "
-        "`convert_hf_to_gguf.py` does not: it takes the folder and ends without an error, but its file does not load."
-    )
-
-
 def _sizes(report: Mapping[str, Any]) -> str:
     if not report.get("parameters"):
         return ""
@@ -229,30 +177,3 @@ def _calibration(records: Records) -> str:
         source = (source or "given inputs").replace("`", "'")
         rows.append([entry["name"], f"`{source}`", f"{entry['weight']:.2f}", f"{entry['calibration_tokens']:,}"])
     return markdown(rows)
-
-
-def _training(records: Records) -> str:
-    recovery = records.recovery
-    if not recovery:
-        return ""
-    return f"Trained on {recovery['tokens']:,} tokens in {recovery['steps']:,} steps to make up for the pruning."
-
-
-def _limits(records: Records, causal: bool) -> Iterable[str]:
-    if records.manifest:
-        yield "On kinds of text that it was not calibrated on it has lost more than the numbers here show."
-    if causal:
-        yield (
-            "Perplexity is not ability: what was not measured, such as tasks, other languages, long contexts, "
-            "following instructions and refusing harmful ones, may have suffered more. Measure what you need."
-        )
-    yield "Biases and limits of the dense model are still there."
-
-
-def _licence(known: Dense) -> str:
-    name = known.name or "the dense model"
-    if not known.licence:
-        return f"Unknown: the card of {name} names no licence, or could not be read. The dense model's licence holds."
-    licence = known.licence.get("license_name") or known.licence.get("license") or known.licence["license_link"]
-    licence = ", ".join(licence) if isinstance(licence, list) else licence
-    return f"That of {name}, as its card names it: {licence}."

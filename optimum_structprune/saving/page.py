@@ -5,16 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 from pathlib import Path
 from shlex import join
 from statistics import fmean, geometric_mean
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup, escape
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template, UndefinedError
 
 from .. import __version__
 from ..arch.spec import LAYER, MODEL
@@ -23,9 +21,9 @@ from ..config.fields import to_yaml
 from ..config.pruning import CONFIG_NAME
 from ..errors import StructPruneError, one_line
 from ..plain_json import replace_text
-from ..record.details import DETAILS_NAME, Choice
-from ..record.facts import UNKNOWN, Facts, cells, facts_of, perplexity_facts, quality_rows, remarks, size_rows
-from ..record.records import EVALUATION_NAME, Records
+from ..record.details import Choice
+from ..record.facts import UNKNOWN, Facts, Row, cells, facts_of, perplexity_facts, quality_rows, remarks, size_rows
+from ..record.records import Records
 from ..record.text import readable_time
 from ..system.memory import readable_size
 
@@ -57,30 +55,29 @@ class Chart:
     table: Table
 
 
-@dataclass
-class Section:
-    """A part of the page: sentences, charts, tables, texts that stay as they are, and what is left out and why."""
-
-    id: str
-    title: str
-    text: list[str] = field(default_factory=list)
-    charts: list[Chart] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    code: list[tuple[str, str]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-
 def page(records: Records) -> str:
-    """The page of one result: HTML that needs nothing else."""
+    """The page of one result: HTML that needs nothing else. Its sentences are in the template."""
+    details, config = records.details, records.config
     try:
         return _template().render(
             records=records,
             tiles=list(_tiles(records)),
-            sections=[section(records) for section in (_what, _quality, _widths, _chosen, _repeat)],
+            broken=_broken(records),
+            sizes=_sizes(records),
+            gone=_gone_layers(records),
+            qualities=list(_qualities(records)),
+            widths=list(_width_charts(records)),
+            errors={kind: _error_chart(kind, choices) for kind, choices in sorted(details.choices.items())},
+            agreements=list(_agreements(records)),
+            losses=list(_loss_charts(records)),
+            remarks=list(remarks(records.report)),
+            spent=_spent(records),
+            commands=_commands(records),
+            config_yaml=to_yaml(dict(config)) if config else "",
+            manifest=_manifest(records),
             version=__version__,
-            coded=_coded,
         )
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         raise StructPruneError(f"{records.output}: a record is not what this package writes: {error!r}.") from error
 
 
@@ -93,16 +90,8 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"time": readable_time, "count": _count}
     return environment.get_template("page.html.jinja")
-
-
-def _coded(text: str) -> Markup:
-    """A sentence as HTML, with what stands between backticks as code."""
-    parts = text.split("`")
-    tags = [
-        Markup("<code>{}</code>").format(part) if number % 2 else escape(part) for number, part in enumerate(parts)
-    ]
-    return Markup("").join(tags)
 
 
 def write_report(folder: str | Path, output: str | Path | None = None, dense: str = "") -> Path:
@@ -188,72 +177,38 @@ def _broken(records: Records) -> list[str]:
     return sorted({name for name, by_model in measured if None in by_model.values()})
 
 
-def _what(records: Records) -> Section:
-    report, config = records.report, records.config
-    part = Section("what", "What went and why")
+def _sizes(records: Records) -> Table:
     models = _run(records)
     for facts, when in zip(models.values(), ("before", "after"), strict=True):
         facts.weights = records.details.model.get("bytes", {}).get(when)
-    part.tables.append(Table("Size", *_head_and_rows(cells(list(models), size_rows(list(models.values()))))))
-    if records.plan is not None and (stay := records.plan.keep.get((MODEL, LAYER))) is not None:
-        gone = [str(layer) for layer in range(report["dense_widths"][LAYER]) if layer not in stay]
-        part.text.append(f"Whole layers that went: {', '.join(gone)}.")
-    if not config:
-        part.missing.append(f"Why: there is no {CONFIG_NAME} beside the model.")
-        return part
-    asked = [f"{name}={config[name]}" for name in ("sparsity", "widths", "budget") if config.get(name) is not None]
-    tokens = report.get("calibration_tokens") or {}
-    named = ", ".join(f"{name} ({count:,} tokens)" for name, count in tokens.items())
-    part.text += [
-        f"Asked for: {', '.join(asked) or 'nothing'}, spread by allocation={config.get('allocation')}, in "
-        f"{_count(config.get('rounds', 1), 'round')}.",
-        f"Units were scored by {report['criterion']}; kept weights were refitted by {config.get('refit')}.",
-        *([f"Calibrated on {named}."] if named else []),
-        *([f"Limit: max_perplexity_ratio={limit}."] if (limit := config.get("max_perplexity_ratio")) else []),
-    ]
-    return part
+    return _facts_table("Size", models, size_rows([*models.values()]))
 
 
-def _quality(records: Records) -> Section:
-    """Perplexity by domain, dense, pruned and recovered: held-out and other text apart."""
-    part = Section("quality", "Is it still good")
-    if records.report.get("perplexity"):
-        part.text.append("Held-out text is of the domains that were calibrated on, and was not calibrated on itself.")
-    if broken := _broken(records):
-        part.text.append(f"On {', '.join(broken)} a perplexity is infinite: the model is of no use there.")
-    _add_quality(part, "Held-out text of the calibration", _run(records))
-    if not records.recovery:
-        part.missing.append("Recovered: there was no training after pruning.")
-    else:
-        _add_quality(part, "Held-out text of the recovery", _training(records))
-        tokens, spent = records.recovery.get("tokens", 0), records.recovery.get("seconds", 0.0)
-        part.text.append(f"Recovery trained on {tokens:,} tokens, in {readable_time(spent)}.")
-    evaluation = records.evaluation
-    if not evaluation:
-        part.missing.append(
-            f"Unseen text and tasks: nothing was measured. `structprune report {records.output} DENSE --domain "
-            f"NAME=SOURCE` measures it, and `structprune evaluate … --json {records.output}/{EVALUATION_NAME}` too."
-        )
-    perplexities, shared = evaluation.get("perplexity", {}), evaluation.get("shared")
+def _gone_layers(records: Records) -> list[int]:
+    kept = {} if records.plan is None else records.plan.keep
+    layers = range(records.report["dense_widths"].get(LAYER, 0))
+    return [layer for layer in layers if layer not in kept.get((MODEL, LAYER), layers)]
+
+
+def _qualities(records: Records) -> Iterator[Table]:
+    """Perplexity by domain and scores of tasks, dense, pruned and recovered: held-out and other text apart."""
+    models = {"Held-out text of the calibration": _run(records), "Held-out text of the recovery": _training(records)}
     last = "recovered" if records.recovery else "pruned"
+    perplexities, shared = records.evaluation.get("perplexity", {}), records.evaluation.get("shared")
     for title, names in _by_kinship(list(perplexities), shared).items():
         measured = perplexity_facts({name: perplexities[name] for name in names})
-        _add_quality(part, title, {last if name == "model" else name: facts for name, facts in measured.items()})
-    tasks = evaluation.get("tasks", {})
-    whose = [name for name in ("dense", "model") if any(name in scores for scores in tasks.values())]
-    of_tasks = {name: Facts(tasks={task: scores.get(name, {}) for task, scores in tasks.items()}) for name in whose}
-    _add_quality(part, "Tasks", {last if name == "model" else name: facts for name, facts in of_tasks.items()})
-    part.text += [f"Warning: {warning}" for warning in evaluation.get("warnings", [])]
-    return part
-
-
-def _add_quality(part: Section, caption: str, models: Mapping[str, Facts]) -> None:
-    """Add a table of perplexities and scores, with bars as long as the ratios, the longest over the whole width."""
-    if not models or not (rows := quality_rows(list(models.values()))):
-        return
-    ratios = [row.ratio or 0.0 for row in rows]
-    bars = [ratio / max(ratios) for ratio in ratios] if any(ratios) else []
-    part.tables.append(Table(caption, *_head_and_rows(cells(list(models), rows)), bars))
+        models[title] = {last if name == "model" else name: facts for name, facts in measured.items()}
+    tasks = records.evaluation.get("tasks", {})
+    models["Tasks"] = {
+        label: Facts(tasks={task: scores.get(name, {}) for task, scores in tasks.items()})
+        for label, name in (("dense", "dense"), (last, "model"))
+        if any(name in scores for scores in tasks.values())
+    }
+    for caption, facts_by_model in models.items():
+        if rows := quality_rows([*facts_by_model.values()]):
+            ratios = [row.ratio or 0.0 for row in rows]
+            bars = [ratio / max(ratios) for ratio in ratios] if any(ratios) else []
+            yield _facts_table(caption, facts_by_model, rows, bars)
 
 
 def _by_kinship(names: Sequence[str], shared: Sequence[str] | None) -> dict[str, list[str]]:
@@ -266,9 +221,8 @@ def _by_kinship(names: Sequence[str], shared: Sequence[str] | None) -> dict[str,
     }
 
 
-def _widths(records: Records) -> Section:
-    """How many units each layer keeps."""
-    part = Section("widths", "Widths")
+def _width_charts(records: Records) -> Iterator[Chart]:
+    """How many units each layer keeps, by kind of space."""
     for kind, by_layer in sorted(records.report["widths"].items()):
         if list(by_layer) == [str(MODEL)]:
             continue  # the first section has what belongs to the whole model
@@ -276,54 +230,14 @@ def _widths(records: Records) -> Section:
         rows = [[layer, f"{width:,}", _change(width / full)] for layer, width in by_layer.items()]
         series = {"removed": [1.0] * len(rows), "kept": [width / full for width in by_layer.values()]}
         table = Table(f"{kind} by layer", ["layer", "kept", "change"], rows)
-        part.charts.append(Chart(f"{kind}: the units that each layer keeps", series, f"{full:,} units", table))
-    if not part.charts:
-        part.missing.append("Nothing was removed inside the layers.")
-    return part
+        yield Chart(f"{kind}: the units that each layer keeps", series, f"{full:,} units", table)
 
 
-def _chosen(records: Records) -> Section:
-    """The errors that pruning left in each layer, where the domains disagree, and the losses that were measured."""
-    part = Section("chosen", "How units were chosen")
-    details = records.details
-    if not details.choices:
-        part.missing.append(f"Errors: nothing was removed inside the layers, or there is no {DETAILS_NAME}.")
-    for kind, choices in sorted(details.choices.items()):
-        errors = {layer: choice.error for layer, choice in choices.items() if any(choice.error)}
-        if errors:
-            part.charts.append(_error_chart(kind, errors))
-        else:
-            part.missing.append(f"{kind}: no Gram matrix was gathered, from which the error follows.")
-        if agreements := {layer: choice for layer, choice in choices.items() if choice.agreement}:
-            part.tables.append(_agreement(kind, details.domains, agreements))
-    if part.charts:
-        part.text.append(
-            "Errors are those of the calibration text: the squared error of what the consumers of the units give out, "
-            "relative to their dense output. With error feedback they include what earlier layers left over."
-        )
-    if part.tables:
-        part.text.append(
-            "Agreement is the rank correlation of how much output each unit carries in two domains: at 1 they need "
-            "the same units."
-        )
-    for kind, by_layer in sorted(details.sensitivity.items()):
-        losses = {
-            layer: {
-                units: [loss for loss in of if loss is not None]
-                for units, of in by_units.items()
-                if of and None not in of
-            }
-            for layer, by_units in by_layer.items()
-        }
-        if any(losses.values()):
-            part.charts.append(_loss_chart(kind, losses))
-    if not details.sensitivity:
-        part.missing.append("Losses of single layers: not measured; that takes allocation=sensitivity.")
-    part.text += [f"{said}." for said in remarks(records.report)]
-    return part
-
-
-def _error_chart(kind: str, errors: Mapping[int, tuple[float, ...]]) -> Chart:
+def _error_chart(kind: str, choices: Mapping[int, Choice]) -> Chart | None:
+    """The errors that pruning left in each layer; None where no Gram matrix was gathered."""
+    errors = {layer: choice.error for layer, choice in choices.items() if any(choice.error)}
+    if not errors:
+        return None
     top = max(max(error) for error in errors.values())
     names = ("without refit", "with refit")
     rows = [
@@ -338,90 +252,58 @@ def _error_chart(kind: str, errors: Mapping[int, tuple[float, ...]]) -> Chart:
     )
 
 
-def _agreement(kind: str, domains: Sequence[str], choices: Mapping[int, Choice]) -> Table:
-    """Pairs of domains, those first that agree least."""
-    pairs = []
-    for place, (a, b) in enumerate(combinations(domains, 2)):
-        by_layer = {layer: choice.agreement[place] for layer, choice in choices.items()}
-        layer = min(by_layer, key=lambda layer: by_layer[layer])
-        pairs.append((fmean(by_layer.values()), f"{a} – {b}", by_layer[layer], layer))
-    rows = [[pair, f"{mean:.2f}", f"{least:.2f}", str(layer)] for mean, pair, least, layer in sorted(pairs)]
-    bars = [max(mean, 0.0) for mean, *_ in sorted(pairs)]
-    return Table(f"{kind}: agreement of domains", ["domains", "mean", "least", "in layer"], rows, bars)
+def _agreements(records: Records) -> Iterator[Table]:
+    """Pairs of domains by kind of space, those first that agree least."""
+    for kind, choices in sorted(records.details.choices.items()):
+        by_layer = {layer: choice.agreement for layer, choice in choices.items() if choice.agreement}
+        if not by_layer:
+            continue
+        pairs = []
+        for place, (a, b) in enumerate(combinations(records.details.domains, 2)):
+            layer = min(by_layer, key=lambda layer: by_layer[layer][place])
+            mean = fmean(agreement[place] for agreement in by_layer.values())
+            pairs.append((mean, f"{a} – {b}", by_layer[layer][place], layer))
+        rows = [[pair, f"{mean:.2f}", f"{least:.2f}", str(layer)] for mean, pair, least, layer in sorted(pairs)]
+        bars = [max(mean, 0.0) for mean, *_ in sorted(pairs)]
+        yield Table(f"{kind}: agreement of domains", ["domains", "mean", "least", "in layer"], rows, bars)
 
 
-def _loss_chart(kind: str, losses: Mapping[int, Mapping[int, Sequence[float]]]) -> Chart:
+def _loss_charts(records: Records) -> Iterator[Chart]:
     """The loss of the model with some units of one layer gone, one series for each number of them."""
-    counts = sorted({units for by_units in losses.values() for units in by_units}, reverse=True)
-    means = {layer: {units: fmean(of) for units, of in by_units.items()} for layer, by_units in losses.items()}
-    counts = counts[:: -(-len(counts) // MOST_SERIES)]
-    top = max(mean for by_units in means.values() for mean in by_units.values()) or 1.0
-    rows = [
-        [str(layer), f"{units:,}", f"{means[layer][units]:.4f}", f"{max(of):.4f}"]
-        for layer, by_units in losses.items()
-        for units, of in by_units.items()
-    ]
-    return Chart(
-        f"{kind}: loss of the model with units of one layer gone",
-        {
+    for kind, by_layer in sorted(records.details.sensitivity.items()):
+        # By layer and number of units, where the losses of all domains are finite; others are None.
+        losses = {
+            layer: {
+                units: [loss for loss in domains if loss is not None]
+                for units, domains in by_units.items()
+                if domains and None not in domains
+            }
+            for layer, by_units in by_layer.items()
+        }
+        means = {layer: {units: fmean(of) for units, of in by_units.items()} for layer, by_units in losses.items()}
+        if not any(means.values()):
+            continue
+        counts = sorted({units for by_units in means.values() for units in by_units}, reverse=True)
+        top = max(mean for by_units in means.values() for mean in by_units.values()) or 1.0
+        series = {
             f"{units:,} removed": [max(by_units.get(units, 0.0), 0.0) / top for by_units in means.values()]
-            for units in counts
-        },
-        f"{top:.4f} nats per token",
-        Table(f"{kind}, nats per token", ["layer", "removed", "mean", "worst domain"], rows),
-    )
-
-
-def _repeat(records: Records) -> Section:
-    """What it cost, the commands that repeat the run, and the records that they need."""
-    part = Section("repeat", "What it cost, and how to repeat it")
-    _add_cost(part, records)
-    dense, out, config = records.dense or "DENSE", records.output, records.config
-    if not records.dense:
-        part.missing.append("The name of the dense model was not recorded: put it in the place of DENSE.")
-    sources = [domain.get("source", "") for domain in config.get("domains") or []]
-    entries = records.manifest.get("domains", [])
-    dtype = ["--dtype", records.details.model["dtype"]] if records.details.model.get("dtype") else []
-    lines = [
-        join(["structprune", "prune", dense, f"{out}-again", "--config", f"{out}/{CONFIG_NAME}", *dtype]),
-        join(["structprune", "evaluate", out, "--against", dense, "--domain", "NAME=SOURCE"]),
-        join(["structprune", "report", out, dense]),
-    ]
-    in_memory = any(str(source).startswith(IN_MEMORY) for source in sources)
-    if not config or in_memory or any(not entry.get("origin") for entry in entries):
-        lines = lines[1:]
-        part.missing.append("The pruning itself: it read text that only the program had which called it.")
-    part.code.append(("Commands", "\n".join(lines)))
-    if config:
-        part.code.append((CONFIG_NAME, to_yaml(dict(config))))
-    if not entries:
-        part.missing.append("The manifest: there is none beside the model.")
-        return part
-    head = ["domain", "weight", "tokens", "held out", "documents", "SHA-256"]
-    rows = [
-        [
-            f"{entry['name']}: {entry['origin'].get('source', 'given inputs')}",
-            f"{entry['weight']:.3f}",
-            *(f"{entry[name]:,}" for name in ("calibration_tokens", "heldout_tokens")),
-            f"{len(entry['documents']):,}",
-            entry["samples_sha256"][:12],
+            for units in counts[:: -(-len(counts) // MOST_SERIES)]
+        }
+        rows = [
+            [str(layer), f"{units:,}", f"{means[layer][units]:.4f}", f"{max(of):.4f}"]
+            for layer, by_units in losses.items()
+            for units, of in by_units.items()
         ]
-        for entry in entries
-    ]
-    part.tables.append(Table("Manifest: what was calibrated on", head, rows))
-    versions = ", ".join(f"{name} {version}" for name, version in records.manifest.get("versions", {}).items())
-    seed, length = records.manifest["seed"], records.manifest["seq_length"]
-    part.text.append(f"Seed {seed}, samples of {length} tokens; {versions}.")
-    return part
+        table = Table(f"{kind}, nats per token", ["layer", "removed", "mean", "worst domain"], rows)
+        caption = f"{kind}: loss of the model with units of one layer gone"
+        yield Chart(caption, series, f"{top:.4f} nats per token", table)
 
 
-def _add_cost(part: Section, records: Records) -> None:
-    """Add time and memory by stage."""
-    spent: Mapping[str, Any] = records.report.get("seconds") or {}
+def _spent(records: Records) -> Table | None:
+    """Time and memory by stage; None where no stage was timed."""
+    spent, peaks = records.report.get("seconds"), records.details.memory
     if not spent:
-        part.missing.append("No stage was timed.")
-        return
-    peaks = records.details.memory
+        return None
     kinds = sorted({kind for by_kind in peaks.values() for kind in by_kind})
     rows = [
         [
@@ -433,15 +315,43 @@ def _add_cost(part: Section, records: Records) -> None:
     ]
     head = ["stage", "time", *(f"{kind.upper()} memory by then" for kind in kinds)]
     top = max(spent.values()) or 1.0
-    part.tables.append(Table("Time and memory by stage", head, rows, [seconds / top for seconds in spent.values()]))
-    if kinds:
-        part.text.append("Memory is the most that the first process had held at a time when the stage ended.")
-    if records.details.resumed:
-        part.text.append("The run went on where another was stopped: these are the times of the rest.")
+    return Table("Time and memory by stage", head, rows, [seconds / top for seconds in spent.values()])
 
 
-def _head_and_rows(lines: Sequence[Sequence[str]]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    return lines[0], lines[1:]
+def _commands(records: Records) -> list[str]:
+    """The commands that repeat the run; the pruning is not among them where its text cannot be read again."""
+    dense, output, model = records.dense or "DENSE", records.output, records.details.model
+    dtype = ["--dtype", model["dtype"]] if model.get("dtype") else []
+    commands = [
+        ["evaluate", output, "--against", dense, "--domain", "NAME=SOURCE"],
+        ["report", output, dense],
+    ]
+    sources = [str(domain.get("source", "")) for domain in records.config.get("domains") or []]
+    in_memory = any(source.startswith(IN_MEMORY) for source in sources)
+    if records.config and not in_memory and all(entry.get("origin") for entry in records.manifest.get("domains", [])):
+        commands.insert(0, ["prune", dense, f"{output}-again", "--config", f"{output}/{CONFIG_NAME}", *dtype])
+    return [join(["structprune", *command]) for command in commands]
+
+
+def _manifest(records: Records) -> Table | None:
+    rows = [
+        [
+            f"{entry['name']}: {entry['origin'].get('source', 'given inputs')}",
+            f"{entry['weight']:.3f}",
+            *(f"{entry[name]:,}" for name in ("calibration_tokens", "heldout_tokens")),
+            f"{len(entry['documents']):,}",
+            entry["samples_sha256"][:12],
+        ]
+        for entry in records.manifest.get("domains", [])
+    ]
+    head = ["domain", "weight", "tokens", "held out", "documents", "SHA-256"]
+    return Table("Manifest: what was calibrated on", head, rows) if rows else None
+
+
+def _facts_table(caption: str, models: Mapping[str, Facts], rows: Sequence[Row], bars: Sequence[float] = ()) -> Table:
+    """Rows about models as a table; bars are as long as the ratios, the longest over the whole width."""
+    head, *lines = cells(list(models), rows)
+    return Table(caption, head, lines, bars)
 
 
 def _change(ratio: float, digits: int = 1) -> str:
