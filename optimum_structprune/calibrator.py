@@ -91,12 +91,12 @@ def _write_moments(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, f
         with placement.at(layer):
             streams = [passes.gather(layer, space, gram=True) for space in spaces]
             for domain, by_space in enumerate(zip(*streams, strict=True)):
-                found = {
+                by_module = {
                     axis.module: moments
                     for space, by_consumer in zip(spaces, by_space, strict=True)
                     for axis, moments in zip(space.into, by_consumer, strict=True)
                 }
-                save_moments(found, folder / moments_name(layer, domain))
+                save_moments(by_module, folder / moments_name(layer, domain))
             passes.advance(layer)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from .errors import StructPruneError
 
 
-# The version of the form of every file that this package writes. Files without one are from before there was any.
+# The version of the form of every file that this package writes.
 FORMAT_VERSION = 1
 VERSION_KEY = "format_version"
 

@@ -14,17 +14,12 @@ T = TypeVar("T")
 Entry = TypeVar("Entry")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: `" Did you mean 'wanda'? Known: flap, wanda."`.
-
-    Args:
-        name: The name that is not known.
-        known: The names that are known; where none of them is close, only they are listed.
-    """
-    known = sorted(known)
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: `" Did you mean 'wanda'? Known: flap, wanda."`."""
+    legal = sorted(names)
+    close = get_close_matches(name, legal, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(known) or 'none'}."
+    return f"{hint} Known: {', '.join(legal) or 'none'}."
 
 
 class Registry(Generic[T]):

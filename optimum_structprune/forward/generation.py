@@ -29,23 +29,15 @@ def last_logits_only(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def read_prompt(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Cache]:
-    """Run a prompt through a causal language model, as generation does before its first token. `ids` has the shape
-    `(batch, prompt)`.
-
-    Returns:
-        The likeliest next tokens, shape `(batch, 1)`, and the cache, which holds the prompt.
+    """The likeliest next tokens after a prompt, shape `(batch, 1)`, and the cache that holds the prompt, as generation
+    begins; `ids` has the shape `(batch, prompt)`.
     """
     return _step(model, ids, None)
 
 
 @torch.no_grad()
 def write_tokens(model: PreTrainedModel, token: Tensor, cache: Cache, count: int) -> Tensor:
-    """Write so many tokens, the likeliest each time, whatever they are: an EOS token does not end it. `token` has the
-    shape `(batch, 1)`.
-
-    Returns:
-        The last tokens, shape `(batch, 1)`.
-    """
+    """Write `count` tokens, the likeliest each time, and return the last, shape `(batch, 1)`; EOS does not end it."""
     for _ in range(count):
         token, cache = _step(model, token, cache)
     return token
@@ -129,5 +121,5 @@ def read_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     """The parameters of decoder and head that every token reads: all but embeddings that are looked up."""
     head = model.get_output_embeddings().get_parameter("weight")
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    inside = (one for one in model.get_decoder().parameters() if one is not head and id(one) not in looked_up)
-    return [*inside, head]
+    weights = model.get_decoder().parameters()
+    return [*(weight for weight in weights if weight is not head and id(weight) not in looked_up), head]

@@ -139,10 +139,8 @@ def intercept(
 def before_next_call(module: nn.Module, see: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> RemovableHandle:
     """Call `see(args, kwargs)` before a module runs the next time, and then never again.
 
-    The hook removes itself when it is called, so an error in the call or after it leaves none behind.
-
-    Returns:
-        The handle, to remove the hook where the module does not run.
+    The hook removes itself when it is called, so an error in the call or after it leaves none behind. The handle that
+    is returned removes it where the module does not run.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -60,12 +60,8 @@ class Clock:
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments that the model calls one layer with, without the hidden states.
-
-    Attributes:
-        args: The positional arguments.
-        kwargs: The arguments that are given by name.
-        by_name: Whether the hidden states are given by name, as `hidden_states`, and not as the first argument.
+    """The arguments that the model calls one layer with, without the hidden states, which are given `by_name`, as
+    `hidden_states`, or as the first argument.
     """
 
     args: tuple[Any, ...]
@@ -83,14 +79,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(tuple(value.values()))
 
 
-def equal(left: Tensor, right: Tensor) -> bool:
+def equal(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors have the same shape and values; they may be on different devices."""
-    return left is right or (left.shape == right.shape and torch.equal(left, right.to(left.device)))
+    return first is second or (first.shape == second.shape and torch.equal(first, second.to(first.device)))
 
 
-def same_call(left: Call, right: Call) -> bool:
+def same_call(first: Call, second: Call) -> bool:
     """Whether two calls have the same tensors among their arguments."""
-    pairs = list(zip(_tensors((left.args, left.kwargs)), _tensors((right.args, right.kwargs)), strict=True))
+    pairs = list(zip(_tensors((first.args, first.kwargs)), _tensors((second.args, second.kwargs)), strict=True))
     return all(equal(a, b) for a, b in pairs)
 
 
@@ -103,10 +99,7 @@ def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) ->
     """The hidden states that enter the first layer, and how the model calls its layers.
 
     The calls carry masks and rotary embeddings, which may differ by layer type. `ids` has the shape `(batch,
-    seq_length)`.
-
-    Returns:
-        The hidden states, shape `(batch, seq_length, channels)`, and one call per layer that was recorded.
+    seq_length)`, the hidden states `(batch, seq_length, channels)`; there is one call per layer that was recorded.
     """
     first: list[Tensor] = []
     calls: list[Call] = []
@@ -138,12 +131,8 @@ def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) ->
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one domain that go through the model together.
-
-    Attributes:
-        domain: The number of the domain.
-        ids: The token ids, shape `(batch, seq_length)`.
-        mask: Which tokens are calibrated on, of the same shape; None stands for all.
+    """Samples of the domain with a number that go through the model together: token ids, shape `(batch, seq_length)`,
+    and a mask of that shape, which says what tokens are calibrated on; None stands for all.
     """
 
     domain: int

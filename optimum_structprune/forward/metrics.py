@@ -20,7 +20,7 @@ from ..errors import StructPruneError
 
 # The loss copies the logits that it gets, so it gets those of few tokens at a time.
 TOKENS_AT_ONCE = 128
-PROBE_TOKENS = 8
+HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
 
 
 def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
@@ -100,8 +100,10 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
     """Mean divergence KL(teacher‖model) per position in nats, fp32, times temperature² (Hinton et al. 2015, section
     2); both logits have the shape `(..., vocab)`.
     """
-    mine, taught = (torch.log_softmax(values.float() / temperature, dim=-1) for values in (logits, teacher.detach()))
-    return (taught.exp() * (taught - mine)).sum(-1).mean() * temperature**2
+    student_log, teacher_log = (
+        torch.log_softmax(values.float() / temperature, dim=-1) for values in (logits, teacher.detach())
+    )
+    return (teacher_log.exp() * (teacher_log - student_log)).sum(-1).mean() * temperature**2
 
 
 def standard_error(values: Tensor) -> float:
@@ -150,23 +152,23 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, bat
     The logits and probabilities of 128 tokens by both models are in memory at a time; where a model caps or scales its
     logits, those of one batch. `samples` has the shape `(samples, seq_length)`.
     """
-    found: list[list[Tensor]] = [[], [], [], []]
+    collected: list[list[Tensor]] = [[], [], [], []]
     with evaluating(model, dense):
-        for targets, logits, theirs in _predictions([model, dense], samples, batch_size):
-            agreed = (logits.argmax(-1) == theirs.argmax(-1)).sum()
-            apart = divergence(logits, theirs) * len(targets)
-            parts = (_losses(logits, targets), _losses(theirs, targets), apart.double(), agreed.double())
-            for total, part in zip(found, parts, strict=True):
-                total.append(part)
-    losses, dense_losses = (_by_sample(parts, samples) for parts in found[:2])
-    distance, agreement = (_total(parts) / samples[:, 1:].numel() for parts in found[2:])
-    return Comparison(losses, dense_losses, distance, agreement)
+        for targets, logits, dense_logits in _predictions([model, dense], samples, batch_size):
+            agreed = (logits.argmax(-1) == dense_logits.argmax(-1)).sum()
+            distance = divergence(logits, dense_logits) * len(targets)
+            batch = (_losses(logits, targets), _losses(dense_logits, targets), distance.double(), agreed.double())
+            for parts, part in zip(collected, batch, strict=True):
+                parts.append(part)
+    losses, dense_losses = (_by_sample(parts, samples) for parts in collected[:2])
+    mean_divergence, agreement = (_total(parts) / samples[:, 1:].numel() for parts in collected[2:])
+    return Comparison(losses, dense_losses, mean_divergence, agreement)
 
 
 @contextmanager
 def own_settings() -> Iterator[None]:
-    """Torch as it is when nobody has set anything, inside `with` or a decorated function, whatever the caller has set:
-    fp32 as the default dtype, no autocast, and gradients where they are asked for.
+    """Use torch's own defaults inside `with` or a decorated function, whatever the caller has set: fp32 as the default
+    dtype, no autocast, no inference mode, and gradients on.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
@@ -212,7 +214,7 @@ class _Modes:
 
 def _predictions(models: Sequence[Any], samples: Tensor, batch_size: int) -> Iterator[list[Tensor]]:
     """Targets, shape `(tokens,)`, and each model's logits for them, `(tokens, vocab)`, for few tokens at a time."""
-    plain = [_plain(model, samples[:1, :PROBE_TOKENS].to(input_device(model))) for model in models]
+    plain = [_plain(model, samples[:1, :HEAD_TOKENS].to(input_device(model))) for model in models]
     for ids in samples.split(batch_size):
         targets = ids[:, 1:].flatten().split(TOKENS_AT_ONCE)
         logits = [_next_token_logits(model, ids, only) for model, only in zip(models, plain, strict=True)]

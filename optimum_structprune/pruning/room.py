@@ -194,8 +194,8 @@ class Workload:
     @cached_property
     def _scores(self) -> tuple[bool, bool]:
         """Whether scores read the Gram matrix, and whether they take a factor of it."""
-        known = self.config.scored_by in CRITERIA.names()
-        criterion = CRITERIA.get(self.config.scored_by) if known else None
+        is_criterion = self.config.scored_by in CRITERIA.names()
+        criterion = CRITERIA.get(self.config.scored_by) if is_criterion else None
         return criterion is not None and criterion.needs_gram, criterion is not None and criterion.damped
 
     def _activations(self, layer: int) -> int:
@@ -274,14 +274,14 @@ def check_room(
     offloaded = is_offloaded(model)
     need = work.need("disk" if offloaded else None, process_count())
     copy = 0 if inplace or offloaded else work.weights
-    least = int(need.above * (1 - ERROR)) + copy
-    beside = f", beside a copy of the model, {readable_size(copy)}" if copy else ""
-    if free is not None and least > free:
+    lower_bound = int(need.above * (1 - ERROR)) + copy
+    of_copy = f", beside a copy of the model, {readable_size(copy)}" if copy else ""
+    if free is not None and lower_bound > free:
         advice = " or ".join(_advice(config, need, device, copy, offloaded))
         raise StructPruneError(
-            f"Pruning takes at least {readable_size(least)} on {device} above the model ({readable_size(need.hidden)} "
-            f"of hidden states and {readable_size(need.working)} for {need.stage}{beside}), and {readable_size(free)} "
-            f"are free; what helps is {advice}."
+            f"Pruning takes at least {readable_size(lower_bound)} on {device} above the model "
+            f"({readable_size(need.hidden)} of hidden states and {readable_size(need.working)} for {need.stage}"
+            f"{of_copy}), and {readable_size(free)} are free; what helps is {advice}."
         )
 
 
@@ -309,8 +309,8 @@ def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, 
     base: Any = model.base_model
     samples = max((domain.samples for domain in evidence.domains), key=len)
     work = Workload(config, arch, model, widths, model.dtype.itemsize, Text.of(config))
-    most = min(len(samples), MOST_ON_CPU if device.type == "cpu" else MOST)
-    start = largest_estimated(work, most, free_bytes(device), is_offloaded(model))
+    limit = min(len(samples), MOST_ON_CPU if device.type == "cpu" else MOST)
+    start = largest_estimated(work, limit, free_bytes(device), is_offloaded(model))
 
     @torch.no_grad()
     def attempt(batch_size: int) -> int:
@@ -331,9 +331,9 @@ def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, 
     return replace(evidence, batch_size=size)
 
 
-def largest_estimated(work: Workload, most: int, free: int | None, offloaded: bool) -> int:
-    """The largest halving of a batch size that is estimated to fit, at least 1."""
-    size = max(most, 1)
+def largest_estimated(work: Workload, limit: int, free: int | None, offloaded: bool) -> int:
+    """The largest of `limit`, its half, its quarter and so on that is estimated to fit, at least 1."""
+    size = max(limit, 1)
     while size > 1 and free is not None:
         need = replace(work, text=work.text._replace(batch=size)).need("disk" if offloaded else None, process_count())
         if need.above * (1 + ERROR) <= free:

@@ -50,8 +50,8 @@ class Choice:
             self,
             scored=self.scored + other.scored,
             kept=self.kept + other.kept,
-            agreement=_between(self.agreement, other.agreement, share),
-            error=_between(self.error, other.error, share),
+            agreement=_weighted(self.agreement, other.agreement, share),
+            error=_weighted(self.error, other.error, share),
             spaces=self.spaces + other.spaces,
         )
 
@@ -79,8 +79,8 @@ def choices_of_list(rows: Sequence[Sequence[Any]]) -> dict[tuple[int, str], Choi
 
 def choice_of(kept: Tensor, carried: Tensor | None = None, errors: Sequence[float] | None = None) -> Choice:
     """The summary of one choice. `kept` has the shape `(units,)`, `carried` `(domains, units)`."""
-    known = errors is not None and errors[2] > 0 and all(map(isfinite, errors))
-    error = (errors[0] / errors[2], errors[1] / errors[2]) if errors is not None and known else ()
+    usable = errors if errors is not None and errors[2] > 0 and all(map(isfinite, errors)) else None
+    error = () if usable is None else (usable[0] / usable[2], usable[1] / usable[2])
     return Choice(len(kept), int(kept.sum()), () if carried is None else rank_correlations(carried), error)
 
 
@@ -153,8 +153,8 @@ class Details:
             raise StructPruneError(f"{path} is not the record of a pruning: {one_line(error)}") from error
 
 
-def _between(ours: Sequence[float], theirs: Sequence[float], share: float) -> tuple[float, ...]:
-    """Weighted means; empty where either side knows nothing."""
-    if not (ours and theirs):
+def _weighted(first: Sequence[float], second: Sequence[float], share: float) -> tuple[float, ...]:
+    """Means with the weights `1 - share` and `share`; empty where one of the two is."""
+    if not (first and second):
         return ()
-    return tuple(a + share * (b - a) for a, b in zip(ours, theirs, strict=True))
+    return tuple(a + share * (b - a) for a, b in zip(first, second, strict=True))

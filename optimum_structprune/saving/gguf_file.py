@@ -42,7 +42,9 @@ TYPES = {
     torch.bfloat16: ("BF16", "MOSTLY_BF16"),
 }
 SPACE = "\u2581"  # how SentencePiece writes a space
-LEAST = -1e6  # the score of what no merge makes
+# Tokens that some models do not mark as special, and that are.
+CONTROL = re.compile(r"<pad>|<mask>|<[|｜](.*[|｜])?>", re.DOTALL)
+NO_MERGE = -1e6  # the score of what no merge makes
 # The special tokens of a language model, under gguf's names for them.
 SPECIAL = ("bos", "eos", "unk", "sep", "pad")
 # What tokenizers calls the steps before the merges, in the words of `PRE_TOKENIZERS`, and the field that tells more.
@@ -291,7 +293,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
         text, kind = names.get(number, f"[PAD{number}]"), kinds.NORMAL
         if number not in names:
             kind = kinds.UNUSED
-        elif number in special or (number in added and (added[number].special or _looks_special(text))):
+        elif number in special or (number in added and (added[number].special or CONTROL.fullmatch(text))):
             kind = kinds.CONTROL
         elif number in added:
             text, kind = text.replace(SPACE, " "), kinds.USER_DEFINED
@@ -300,11 +302,6 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
         texts.append(text)
         types.append(kind)
     return texts, types
-
-
-def _looks_special(text: str) -> bool:
-    """Whether a token that is not marked as special is one nevertheless, as in the vocabularies of several models."""
-    return text in ("<pad>", "<mask>") or (text.startswith(("<|", "<｜")) and text.endswith(("|>", "｜>")))
 
 
 def _merges(model: Mapping[str, Any]) -> list[list[str]]:
@@ -319,7 +316,7 @@ def _scores(model: Mapping[str, Any], names: list[str]) -> list[float]:
     rank: dict[str, int] = {}
     for number, pair in enumerate(_merges(model)):
         rank.setdefault("".join(pair), number)
-    return [-float(rank[name]) if name in rank else LEAST for name in names]
+    return [-float(rank[name]) if name in rank else NO_MERGE for name in names]
 
 
 def _add_special(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:

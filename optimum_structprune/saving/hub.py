@@ -182,13 +182,13 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
             )
         probe = _probe(model)
         with evaluating(model, again):
-            ours, theirs = (outputs_of(run_model(either, probe)) for either in (model, again))
+            outputs, reloaded = (outputs_of(run_model(loaded, probe)) for loaded in (model, again))
         del again  # before what it reads is gone
-    difference = float((ours.float() - theirs.float()).abs().max())
+    difference = float((outputs.float() - reloaded.float()).abs().max())
     # Every result is rounded by half a step of the dtype, eps times its size. Kernels that sum in another order take
     # the logits of SmolLM2 (30 layers) apart by 2 to 3 steps of the largest one, in bf16 and in fp16; one matrix that
     # is zero takes them apart by 25.
-    if not difference <= max(TOLERANCE, STEPS * torch.finfo(model.dtype).eps * float(ours.abs().max())):
+    if not difference <= max(TOLERANCE, STEPS * torch.finfo(model.dtype).eps * float(outputs.abs().max())):
         raise StructPruneError(f"The model saved to {folder} gives other outputs: they differ by {difference:.2g}.")
 
 

@@ -148,15 +148,11 @@ class Output:
     def _locked(self) -> Iterator[None]:
         self.check_place()
         with _lock(self.path, self.target) as is_new:
-            if is_new:
-                self._clear_leftovers()
+            working = re.compile(rf"\.{re.escape(self.path.name)}\.({SAVING}|{OFFLOAD})\.\w{{8}}")
+            for path in [*self.path.parent.glob(f".{escape(self.path.name)}.*")] if is_new else []:
+                if working.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                    self._clear(path)
             yield
-
-    def _clear_leftovers(self) -> None:
-        working = re.compile(rf"\.{re.escape(self.path.name)}\.({SAVING}|{OFFLOAD})\.\w{{8}}")
-        for path in [*self.path.parent.glob(f".{escape(self.path.name)}.*")]:
-            if working.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-                self._clear(path)
 
     def check_place(self, need_bytes: int = 0) -> None:
         """Refuse a place that could not be written to the end, whatever is there."""
@@ -225,8 +221,8 @@ class GGUFOutput(Output):
         if not self.overwrite:
             raise StructPruneError(f"The file {self.target} exists; choose another or allow overwriting.")
         with open(file, "rb") as opened:
-            ours = GGUF_MARK.encode() in opened.read(GGUF_HEAD)
-        if not ours:
+            is_marked = GGUF_MARK.encode() in opened.read(GGUF_HEAD)
+        if not is_marked:
             raise StructPruneError(
                 f"{file} is no GGUF file of structprune, so it is not overwritten "
                 f"({readable_size(file.stat().st_size)} would be lost). Name another file, or remove this one."
@@ -314,14 +310,14 @@ def foreign_entries(folder: Path) -> Iterator[str]:
     adapter, carried = (folder / ADAPTER).is_file(), {name.partition("/")[0] for name in carried_files(folder)}
     for path in folder.iterdir():
         if path.name in carried:
-            ours = True
+            written = True
         elif path.is_dir():
-            ours = path.name in WRITTEN_FOLDERS and not path.is_symlink()
+            written = path.name in WRITTEN_FOLDERS and not path.is_symlink()
         elif path.name == CARD:
-            ours = adapter or is_signed(path)  # peft writes one beside an adapter
+            written = adapter or is_signed(path)  # peft writes one beside an adapter
         else:
-            ours = WRITTEN.fullmatch(path.name) is not None
-        if not ours:
+            written = WRITTEN.fullmatch(path.name) is not None
+        if not written:
             yield path.name
 
 
@@ -406,11 +402,11 @@ def _fields(path: Path) -> set[str]:
 def _relation(folder: Path, name: str | Path) -> str:
     """How a folder lies to something that is read: it `is`, `holds` or `lies in` it; empty if it does neither."""
     try:
-        written = Path(os.path.abspath(os.path.expanduser(name)))
-        if not written.exists():
+        read = Path(os.path.abspath(os.path.expanduser(name)))
+        if not read.exists():
             return ""
         # A link counts at its own place too: with the folder it would go.
-        for path in (written.resolve(), written):
+        for path in (read.resolve(), read):
             if path == folder:
                 return "is"
             if folder in path.parents:

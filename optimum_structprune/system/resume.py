@@ -20,13 +20,8 @@ from .processes import process_count, process_index, wait_for_all
 
 @dataclass(frozen=True)
 class Saved:
-    """What a store holds.
-
-    Attributes:
-        number: How many rounds, layers or steps are finished.
-        values: Whatever goes into JSON; mappings come back with text as keys, tuples as lists.
-        tensors: The tensors of the last of them.
-        own: The tensors of this process alone.
+    """What a store holds: how many rounds, layers or steps are finished, values as JSON gives them back (text as keys,
+    lists for tuples), the tensors of the last of them, and those of this process alone.
     """
 
     number: int
