@@ -141,11 +141,8 @@ class Batch:
 
 
 class LayerRunner:
-    """Runs single layers on the hidden states of samples, as the model would.
-
-    Attributes:
-        device: The device that computes the first layer.
-        hidden: The hidden states of every batch, shape `(batch, seq_length, channels)`.
+    """Runs single layers, as the model would, on the `hidden` states of every batch, shape `(batch, seq_length,
+    channels)`; `device` is the one that computes the first layer.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):

@@ -120,13 +120,9 @@ def total_loss(model: PreTrainedModel, ids: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a model compares with the dense one on the same text.
-
-    Attributes:
-        losses: The mean loss per predicted token of the model in each sample, shape `(samples,)`.
-        dense_losses: The same of the dense model.
-        divergence: The mean KL(dense‖model) per predicted token, in nats.
-        agreement: The share of the predicted tokens for which both models find the same token likeliest.
+    """How a model compares with the dense one on the same text: both mean losses per predicted token in each sample,
+    shape `(samples,)`, the mean KL(dense‖model) per predicted token in nats, and the share of the predicted tokens for
+    which both models find the same token likeliest.
     """
 
     losses: Tensor

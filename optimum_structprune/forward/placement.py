@@ -96,21 +96,16 @@ class Placement:
         finished, hooks = False, []
         try:
             hooks = bring_in(self._layer(layer), self._prefetch.take(layer))
-            if then_next:
-                self._begin_next(layer)
+            if then_next and layer + 1 < self.arch.num_layers and fetches_ahead(self._layer(layer + 1)):
+                self._prefetch.begin(layer + 1)
+            elif then_next:
+                self._prefetch.drop()
             yield
             finished = True
         finally:
             if not finished:
                 self._prefetch.drop()
             put_back(self.model, self._layer(layer), hooks, store=changes and finished)
-
-    def _begin_next(self, layer: int) -> None:
-        """Begin to fetch the layer behind one, where that brings something."""
-        if layer + 1 < self.arch.num_layers and fetches_ahead(self._layer(layer + 1)):
-            self._prefetch.begin(layer + 1)
-        else:
-            self._prefetch.drop()
 
     def _layer(self, layer: int) -> nn.Module:
         return layer_list(self.model, self.arch)[layer]

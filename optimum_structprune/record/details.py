@@ -43,8 +43,8 @@ class Choice:
     error: tuple[float, ...] = ()
     spaces: int = 1
 
-    def with_(self, other: "Choice") -> "Choice":
-        """Both together: sums of units, means of all else."""
+    def merged(self, other: "Choice") -> "Choice":
+        """Both choices as one: units are summed, all else is averaged over spaces."""
         share = other.spaces / (self.spaces + other.spaces)
         return replace(
             self,
@@ -126,7 +126,7 @@ class Details:
         self.choices = {}
         for (layer, name), choice in sorted(choices.items(), key=lambda pair: pair[0]):
             of_kind = self.choices.setdefault(kind_of(name), {})
-            of_kind[layer] = of_kind[layer].with_(choice) if layer in of_kind else choice
+            of_kind[layer] = of_kind[layer].merged(choice) if layer in of_kind else choice
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""

@@ -28,20 +28,9 @@ COUNTS = {
 
 @dataclass
 class Facts:
-    """What is known of one model.
-
-    Attributes:
-        widths: The widths of the layers, in order, by kind of space.
-        layers: The number of layers.
-        parameters: The number of parameters.
-        layer_parameters: The number of parameters in the layers alone.
-        weights: The bytes of the weights.
-        cache_per_token: The bytes of keys and values per token.
-        perplexity: The perplexity by domain.
-        output_error: The error of the last hidden states by domain, relative to their variance.
-        tasks: The scores by task, `{"piqa": {"acc": …, …}}`.
-        read: The tokens of a prompt read per second.
-        write: The tokens written per second.
+    """What was measured of one model: the widths of the layers by kind of space, numbers of parameters, the bytes of
+    the weights and of the cache per token, the perplexity and the error of the last hidden states (relative to their
+    variance) by domain, scores by task (`{"piqa": {"acc": …}}`), and the tokens that are read and written per second.
     """
 
     widths: dict[str, list[int]] = field(default_factory=dict)

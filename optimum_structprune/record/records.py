@@ -1,4 +1,4 @@
-"""What lies beside a model and says how it came about."""
+"""Reads the records that are saved with a model: how it was pruned, on what, and what was measured."""
 
 from __future__ import annotations
 
@@ -22,18 +22,8 @@ EVALUATION_NAME = "evaluation.json"
 
 @dataclass(frozen=True)
 class Records:
-    """The records of one result; a record is empty where the folder does not have it.
-
-    Attributes:
-        output: The folder's name, as it is shown.
-        report: The numbers of the run.
-        details: What the run saw while it pruned.
-        config: How it pruned.
-        plan: The units of the dense model that are kept.
-        manifest: What it was calibrated on.
-        recovery: The numbers of the training afterwards.
-        evaluation: What `structprune evaluate` has measured.
-        dense: The name of the dense model; empty where it is not known.
+    """The records of the result in the folder `output`, each empty where the folder does not have it. `recovery` holds
+    the numbers of the training, `evaluation` what `structprune evaluate` measured, `dense` the dense model's name.
     """
 
     output: str

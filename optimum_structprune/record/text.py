@@ -14,7 +14,7 @@ LONGEST_SPARK = 32
 
 
 def worst_ratio(ratios: Mapping[str, Any]) -> tuple[str, Any]:
-    """The largest ratio and its domain; one that is no finite number is worse than any."""
+    """The largest ratio and its domain; a ratio that is not a number counts as the largest."""
     return max(ratios.items(), key=lambda pair: inf if pair[1] is None or isnan(pair[1]) else pair[1])
 
 

@@ -1,4 +1,4 @@
-"""Where a result goes: to one run at a time, in place of nothing that is the user's, and whole or not at all.
+"""Writes an output in one step, from one run at a time, and never over files of the user.
 
 While a run lasts, a lock and working folders lie beside its output. The kernel releases a lock when its process ends,
 however it ends, and the next run clears away what it has left.
@@ -62,7 +62,7 @@ PATIENCE = 0.2  # seconds, in which a run that is just ending may give its lock 
 
 
 class Output:
-    """A folder that a run makes; over all links, so that a link keeps pointing to it.
+    """A folder that a run makes. A link is followed to its target, so that it keeps pointing to the result.
 
     A folder that holds something is replaced only with `overwrite`, and only if this package wrote it: one of its own
     records is in it, and nothing that the package does not write. It is never replaced if it is, holds or lies in one
@@ -95,9 +95,9 @@ class Output:
 
     @contextmanager
     def staged(self, need_bytes: int = 0) -> Iterator[Path]:
-        """Give a new folder, and move it into place if everything inside `with` goes well; else all stays as it was.
+        """Give a new folder, and move it into place if nothing inside `with` fails; otherwise nothing changes.
 
-        What the first process writes is kept. The others get a folder for nothing, and an error where that one fails.
+        Only what the first process writes is kept; the others get a folder that is removed, and fail where it fails.
         """
         with first_decides(str(self.path)) as first:
             if not first:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .offloading import weight_of
 
 
-# What a config says about where a model comes from, not about what it computes.
+# The fields of a config that say where a model comes from, and not what it computes.
 ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")
 
 

@@ -54,7 +54,7 @@ def places(model: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def declared(model: nn.Module) -> Iterator[None]:
-    """Have transformers know of what is offloaded inside `with`, as it does where it has loaded the model itself."""
+    """Set `hf_device_map` inside `with`, so that transformers knows what is offloaded, however it was dispatched."""
     former: Any = getattr(model, "hf_device_map", None)
     if not is_offloaded(model) or {"cpu", "disk"} & set((former or {}).values()):
         yield
@@ -82,8 +82,8 @@ def compute_device(model: nn.Module) -> torch.device:
 def give_back_free_memory() -> None:
     """Have the C library give memory that is free back to the system, as far as it can be asked to.
 
-    The one of most Linux systems keeps freed blocks of up to 32 MB, such as matrices of a layer, and would hold many
-    layers in the end.
+    On most Linux systems it keeps freed blocks of up to 32 MB, such as matrices of a layer, so that the memory of many
+    layers would stay in use.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -141,8 +141,8 @@ def _tensors_of(module: nn.Module, hook: AlignDevicesHook) -> dict[str, Tensor]:
 
 
 class Fetched(NamedTuple):
-    """One tensor of a layer that was offloaded, on the device that computes the layer; nothing else changes it. The
-    stream is that of CUDA which copies it there; None where nothing is left to wait for.
+    """A copy of an offloaded tensor on the device that computes its layer. `stream` is the CUDA stream that makes the
+    copy; None where the copy is complete.
     """
 
     module: nn.Module
@@ -153,7 +153,7 @@ class Fetched(NamedTuple):
 
 
 class Prefetch(Generic[T]):
-    """Makes the next of several numbered things in a thread while the one before it is used, one at a time."""
+    """Makes a numbered item in a thread while the one before it is used."""
 
     def __init__(self, make: Callable[[int], T]):
         self._make, self._executor = make, ThreadPoolExecutor(1, "prefetch")
@@ -161,26 +161,26 @@ class Prefetch(Generic[T]):
         self._future: Future[T] | None = None
 
     def begin(self, number: int) -> None:
-        """Begin to make a thing; what was made and not taken is let go."""
+        """Begin to make an item; one that was made and not taken is dropped."""
         self.drop()
         self._number, self._future = number, self._executor.submit(self._make, number)
 
     def take(self, number: int) -> T:
-        """A thing, which is made now unless it was begun. What was begun of another number stays where it is."""
+        """The item of a number, which is made now unless it was begun; an item of another number is kept."""
         if self._future is None or number != self._number:
             return self._make(number)
         future, self._future = self._future, None
         return future.result()
 
     def drop(self) -> None:
-        """Let go of what was begun, once it is made."""
+        """Drop the item that was begun, once it is made."""
         if self._future is not None:
             self._future.exception()
             self._future = None
 
 
 def fetches_ahead(layer: nn.Module) -> bool:
-    """Whether a layer is offloaded, and it brings something to fetch it while another one runs."""
+    """Whether a layer is offloaded, and fetching it while another one runs saves time."""
     return any(torch.device(hook.execution_device).type in AHEAD_ON for _, hook in _offloading(layer))
 
 
@@ -201,7 +201,7 @@ def fetch(layer: nn.Module) -> list[Fetched]:
 
 
 def _copied(value: Tensor, device: torch.device, stream: Any) -> Tensor:
-    """A copy on a device, because a layer may be changed in place, and what is held must not be."""
+    """A copy on a device: a layer may be changed in place, and the stored weights must not be."""
     if stream is None:
         return value.clone() if value.device == device else value.to(device)
     with torch.cuda.stream(stream):

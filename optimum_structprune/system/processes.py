@@ -69,7 +69,7 @@ def check_launch() -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Every process does all of what is inside `with`, as libraries expect that share work in a way of their own."""
+    """Let every process do all the work inside `with`, for libraries that share work among processes themselves."""
     global _together
     before, _together = _together, False
     try:
@@ -94,9 +94,9 @@ def every_process_runs(samples: Sized) -> bool:
 
 
 def own_part(samples: T) -> T:
-    """The samples that this process runs: every N-th, or all of them; see `every_process_runs`.
+    """The samples that this process runs: every N-th, or all of them where they are fewer than the processes.
 
-    Where all processes run the same samples, means over all of them are the same as over one.
+    A mean over processes that run the same samples is the mean of one of them.
     """
     return samples if every_process_runs(samples) else samples[process_index() :: process_count()]
 
@@ -111,14 +111,14 @@ def add_up_(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def as_first_has_(tensor: Tensor) -> Tensor:
-    """Give a tensor the values that it has in the first process, and return it."""
+    """Overwrite a tensor with its values in the first process, and return it."""
     if _together:
         dist.broadcast(tensor, 0)
     return tensor
 
 
 def of_first(value: V) -> V:
-    """What the first process has, in every process."""
+    """Return the value of the first process in every process."""
     values = [value]
     if _together:
         dist.broadcast_object_list(values, 0)
@@ -126,7 +126,7 @@ def of_first(value: V) -> V:
 
 
 def of_all(value: V) -> list[V]:
-    """What each process has, in their order, in every process."""
+    """Return the values of all processes, in order, in every process."""
     values = [value] * process_count()
     if _together:
         dist.all_gather_object(values, value)
