@@ -33,7 +33,7 @@ def unversioned(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value in the types of JSON: sets are sorted lists, other objects their text, and what is not finite is null."""
+    """A value in the types of JSON: sets are sorted lists, other objects their text, what is not finite null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Set):

@@ -34,7 +34,7 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
             def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
                 see(name, args[0])
 
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+            stack.enter_context(model.get_submodule(name).register_forward_pre_hook(hook))
         yield
 
 
@@ -51,7 +51,7 @@ def observe_products(
                 bias = getattr(module, "bias", None)
                 see(name, args[0], None if not linear else output if bias is None else output - bias)
 
-            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+            stack.enter_context(model.get_submodule(name).register_forward_hook(hook))
         yield
 
 
@@ -62,11 +62,8 @@ def adding(module: nn.Module, noise: Tensor) -> Iterator[None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return output + noise.reshape(output.shape).to(output) if output.numel() == noise.numel() else None
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with module.register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -77,11 +74,8 @@ def bypass(layer: nn.Module) -> Iterator[None]:
         hidden = hidden_states_of(args, kwargs)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
-    try:
+    with layer.register_forward_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -106,11 +100,8 @@ def before_load(model: nn.Module, adapt: Callable[[Any, Mapping[str, Tensor]], N
     def hook(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
         adapt(module, {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()})
 
-    handle = model.register_load_state_dict_pre_hook(hook)
-    try:
+    with model.register_load_state_dict_pre_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -126,13 +117,13 @@ def intercept(
             def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
                 before(index, args, kwargs)
 
-            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
             if after is not None:
 
                 def leave(module: nn.Module, args: tuple[Any, ...], output: Any, index: int = index) -> None:
                     after(index, output)
 
-                stack.callback(module.register_forward_hook(leave).remove)
+                stack.enter_context(module.register_forward_hook(leave))
         yield
 
 

@@ -33,11 +33,8 @@ def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
 
 
 def run_model(model: PreTrainedModel, ids: Tensor, **more: Any) -> Any:
-    """Run one forward pass over a batch; an encoder-decoder model reads the same text on both sides. `ids` has the
-    shape `(batch, seq_length)`.
-
-    Returns:
-        The model's output object.
+    """The output object of a forward pass over a batch, shape `(batch, seq_length)`, which an encoder-decoder model
+    reads on both sides.
     """
     ids = ids.to(input_device(model))
     if model.config.is_encoder_decoder:

@@ -35,13 +35,8 @@ NAME_LINE = re.compile(r'^name = ".*"$', re.MULTILINE)
 
 @dataclass(frozen=True)
 class Dense:
-    """What is known of the dense model.
-
-    Attributes:
-        name: Its name as people know it: an id on the Hub, or the name of a folder; empty where nothing is known.
-        base_model: Its id on the Hub; None where it has none, or it is not known.
-        licence: The fields of a card that tell the licence; empty where its card says nothing or cannot be read.
-        language: The languages that its card names.
+    """The dense model: its name as people know it (an id on the Hub or the name of a folder, or empty), its id on the
+    Hub, the fields of its card that tell the licence, and the languages that its card names.
     """
 
     name: str

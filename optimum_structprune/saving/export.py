@@ -23,13 +23,8 @@ from .hub import RECORDS, check_reload, save_checked
 
 @dataclass(frozen=True)
 class Padding:
-    """What one width for all layers costs.
-
-    Attributes:
-        before: The number of parameters of the non-uniform model.
-        after: The number of parameters of the padded model.
-        dense: The number of parameters before pruning; None where it is not known.
-        bytes: What the added ones take, in the model's dtype.
+    """What one width for all layers costs: the parameters of the non-uniform, of the padded and, where it is known, of
+    the dense model, and the bytes of those that were added.
     """
 
     before: int

@@ -53,13 +53,8 @@ STEPS = {"Digits": ("digits", "individual_digits"), "ByteLevel": ("bytes", "use_
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What was written for llama.cpp.
-
-    Attributes:
-        architecture: The name of llama.cpp's architecture.
-        dtype: gguf's name for the type of the matrices; vectors are F32 always.
-        parameters: The number of values.
-        bytes: The size of the file.
+    """What was written for llama.cpp: its name of the architecture, gguf's name for the type of the matrices (vectors
+    are F32 always), the number of values, and the size of the file.
     """
 
     architecture: str

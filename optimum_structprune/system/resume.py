@@ -35,13 +35,8 @@ class Resume:
     """A folder that remembers how far one run has come with one kind of work.
 
     The state names its files and replaces the former state in one step, after they are written. So a kill at any
-    moment leaves what was saved before.
-
-    Attributes:
-        folder: The folder; it is made when something is saved.
-        key: What identifies the run; what another run has saved is refused.
-        kind: What is counted, such as `round` or `layer`; the files begin with it.
-        every: Whether the tensors of every number are needed again, and not only those of the last one.
+    moment leaves what was saved before. `key` identifies the run: what another run has saved is refused. `kind` is
+    what is counted, such as `round` or `layer`, and `every` says whether tensors of all numbers are needed again.
     """
 
     folder: Path
