@@ -242,7 +242,7 @@ class Sweep:
         with store.readable():
             self.keep = dict(Plan.from_dict(saved.values["plan"]).keep)
             self.choices = choices_of_list(saved.values["choices"])
-            state = PassesState(saved.own, dict(saved.values["passes"]))
+            state = PassesState(saved.local, dict(saved.values["passes"]))
         for layer in range(saved.number):
             with self.placement.at(layer, changes=True):
                 tensors = store.tensors(layer + 1)

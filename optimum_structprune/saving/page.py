@@ -263,7 +263,7 @@ def _agreements(records: Records) -> Iterator[Table]:
             layer = min(by_layer, key=lambda layer: by_layer[layer][place])
             mean = fmean(agreement[place] for agreement in by_layer.values())
             pairs.append((mean, f"{a} – {b}", by_layer[layer][place], layer))
-        rows = [[pair, f"{mean:.2f}", f"{least:.2f}", str(layer)] for mean, pair, least, layer in sorted(pairs)]
+        rows = [[pair, f"{mean:.2f}", f"{lowest:.2f}", str(layer)] for mean, pair, lowest, layer in sorted(pairs)]
         bars = [max(mean, 0.0) for mean, *_ in sorted(pairs)]
         yield Table(f"{kind}: agreement of domains", ["domains", "mean", "least", "in layer"], rows, bars)
 

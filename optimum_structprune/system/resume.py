@@ -27,7 +27,7 @@ class Saved:
     number: int
     values: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    own: dict[str, Tensor] = field(default_factory=dict)
+    local: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ class Resume:
         number: int,
         values: Mapping[str, Any],
         tensors: Mapping[str, Tensor] | None = None,
-        own: Mapping[str, Tensor] | None = None,
+        local: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Keep what `number` rounds, layers or steps have reached; `own` differs from process to process."""
+        """Keep what `number` rounds, layers or steps have reached; `local` differs from process to process."""
         state = {"key": self.key, "number": number, "values": values}
-        state["processes"] = None if own is None else process_count()
+        state["processes"] = None if local is None else process_count()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if own is not None:
-                _write(self._own(number), own)
+            if local is not None:
+                _write(self._local(number), local)
             wait_for_all()
             if process_index() == 0:
                 if tensors is not None:
@@ -80,8 +80,8 @@ class Resume:
             number = int(state["number"])
             with self.readable():
                 tensors = load_file(self._shared(number)) if self._shared(number).exists() else {}
-                own = {} if state["processes"] is None else load_file(self._own(number))
-                saved = Saved(number, dict(state["values"]), tensors, own)
+                local = {} if state["processes"] is None else load_file(self._local(number))
+                saved = Saved(number, dict(state["values"]), tensors, local)
         wait_for_all()  # before the first process writes again
         return saved
 
@@ -127,14 +127,14 @@ class Resume:
     def _shared(self, number: int) -> Path:
         return self.folder / f"{self.kind}-{number}.safetensors"
 
-    def _own(self, number: int) -> Path:
+    def _local(self, number: int) -> Path:
         return self.folder / f"{self.kind}-{number}-{process_index()}-of-{process_count()}.safetensors"
 
     def _remove_older(self, number: int) -> None:
         older = set(self.folder.glob(f"{self.kind}-*-{process_index()}-of-{process_count()}.safetensors"))
         if process_index() == 0 and not self.every:
             older |= {path for path in self.folder.glob(f"{self.kind}-*.safetensors") if "-of-" not in path.name}
-        for path in older - {self._own(number), self._shared(number)}:
+        for path in older - {self._local(number), self._shared(number)}:
             path.unlink()
 
 

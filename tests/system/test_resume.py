@@ -31,7 +31,7 @@ def assert_holds(folder, number, **how):
     saved = store(folder, **how).load()
     assert (saved.number, saved.values) == (number, {**VALUES, "number": number})
     assert all(torch.equal(saved.tensors[name], tensor) for name, tensor in tensors(number).items())
-    assert torch.equal(saved.own["own"], torch.ones(number))
+    assert torch.equal(saved.local["own"], torch.ones(number))
 
 
 def test_what_was_saved_last_is_what_is_loaded(tmp_path):
