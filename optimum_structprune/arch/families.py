@@ -19,7 +19,7 @@ from ..registry import did_you_mean
 
 T = TypeVar("T")
 BUILTIN = Path(__file__).with_name("families.yaml")
-# The fields whose YAML keys have another name, which Python or one path among several rules out.
+# Fields whose YAML keys have another name: a word that Python reserves, or one path in place of several.
 KEYS = {"into": "in", "along": "with", "layer_paths": "layer_path"}
 UNITS = ("unit", "pair", "heads", "kv", "q", "q_gate")
 # Reasons why layers may not differ that no entry has to repeat.
@@ -29,7 +29,7 @@ SUMMED_KEYS = re.compile(r"\w+_dim(\+\w+_dim)*")  # config keys, added up
 
 
 # Families from `arch_file`s that this process has read: their models can then be built where no file is given.
-_OWN: dict[str, Family] = {}
+_USER_FAMILIES: dict[str, Family] = {}
 
 
 @dataclass(frozen=True)
@@ -175,24 +175,23 @@ def builtin_families() -> dict[str, Family]:
 
 def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
     """The family of a model type."""
-    own = own_families(arch_file) if arch_file else {}
-    known = {**builtin_families(), **own}
-    if model_type not in known:
+    families = {**builtin_families(), **(user_families(arch_file) if arch_file else {})}
+    if model_type not in families:
         raise StructPruneError(
-            f"The model type {model_type!r} is not described in families.yaml.{did_you_mean(model_type, known)} "
+            f"The model type {model_type!r} is not described in families.yaml.{did_you_mean(model_type, families)} "
             "`structprune inspect MODEL --stub` prints a description to check and to pass as --arch."
         )
-    return known[model_type]
+    return families[model_type]
 
 
-def own_families(arch_file: str | Path) -> dict[str, Family]:
-    """The families of a user's file, by model type; `layer_class_name` knows them from then on."""
-    own = {name: family for family in read_families(arch_file) for name in family.model_types}
-    _OWN.update(own)
-    return own
+def user_families(arch_file: str | Path) -> dict[str, Family]:
+    """The families of a user's file, by model type; `layer_class_name` finds them from then on."""
+    families = {name: family for family in read_families(arch_file) for name in family.model_types}
+    _USER_FAMILIES.update(families)
+    return families
 
 
 def layer_class_name(model_type: str) -> str | None:
     """The name of the class of a model type's layers; None where these may not have configs of their own."""
-    family = {**builtin_families(), **_OWN}.get(model_type)
+    family = {**builtin_families(), **_USER_FAMILIES}.get(model_type)
     return None if family is None else family.layer_class.get(model_type)

@@ -8,7 +8,6 @@ pre-tokenizers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -17,8 +16,8 @@ from transformers import PretrainedConfig
 from .spaces import heads_of
 
 
-# llama.cpp's own architecture for a model type: it takes one width for all layers.
-OWN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+# The architecture that llama.cpp has for a model type: it takes one width for all layers.
+STOCK = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 # The only one that reads the sizes of each layer. It computes a Llama layer, with biases where the file has some.
 BY_LAYER = "deci"
 # These rotate the channels 2i and 2i + 1 of a head together; transformers, and all others, channels i and i + half.
@@ -46,40 +45,38 @@ PRE_TOKENIZERS = {
 def gguf_architecture(config: PretrainedConfig) -> str | None:
     """The architecture of llama.cpp as which a model can be written; None where there is none, see `gguf_refusal`.
 
-    The files of llama.cpp's own converter run if this is the model type's own architecture. Where it is `deci`, only
-    `structprune export` writes one that runs.
+    The files of llama.cpp's converter run if this is the architecture in `STOCK`. Where it is `deci`, only
+    `structprune export` writes a file that runs.
     """
     if gguf_refusal(config) is not None:
         return None
-    own, (heads, _, head_dim) = OWN[config.model_type], heads_of(layer_configs(config)[0])
-    # Others than the interleaved take the width of the residual stream for that of all heads together, and know no
-    # factors of frequencies.
-    stock = heads * head_dim == config.hidden_size and rope_of(config).get("rope_type") != "llama3"
-    return own if not config.is_heterogeneous and (stock or own in INTERLEAVED) else BY_LAYER
+    stock, (heads, _, head_dim) = STOCK[config.model_type], heads_of(layer_configs(config)[0])
+    # An architecture that is not interleaved takes the width of the residual stream for that of all heads together,
+    # and has no factors of frequencies.
+    usual = heads * head_dim == config.hidden_size and rope_of(config).get("rope_type") != "llama3"
+    return stock if not config.is_heterogeneous and (usual or stock in INTERLEAVED) else BY_LAYER
 
 
 def gguf_refusal(config: PretrainedConfig) -> str | None:
     """Why `structprune export` cannot write a model for llama.cpp, and what can be done instead; None where it can."""
     kind, uniform = config.model_type, not getattr(config, "is_heterogeneous", False)
-    if kind not in OWN:
-        return f"structprune writes GGUF files of {', '.join(OWN)} models, and this is a {kind} model. " + (
+    if kind not in STOCK:
+        return f"structprune writes GGUF files of {', '.join(STOCK)} models, and this is a {kind} model. " + (
             "Its layers are alike, so llama.cpp's own convert_hf_to_gguf.py may take it."
             if uniform
             else "llama.cpp reads the width of each layer only in an architecture that computes what these compute. "
             "Give all layers one width: structprune export MODEL OUT --pad-uniform. llama.cpp's own "
             "convert_hf_to_gguf.py may take that."
         )
-    for name, found, taken in _choices(config):
-        if found not in taken:
-            return f"llama.cpp computes such a model with {name}={', '.join(map(str, taken))} only, found {found}."
+    rope = rope_of(config)
+    for name, value, computed in (
+        ("hidden_act", config.hidden_act, ("silu",)),
+        ("rope_type", rope.get("rope_type", "default"), ROPE_TYPES),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
+    ):
+        if value not in computed:
+            return f"llama.cpp computes such a model with {name}={', '.join(map(str, computed))} only, found {value}."
     return None
-
-
-def _choices(config: PretrainedConfig) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """What a config chooses, and what of it llama.cpp computes."""
-    yield "hidden_act", config.hidden_act, ("silu",)
-    yield "rope_type", rope_of(config).get("rope_type", "default"), ROPE_TYPES
-    yield "partial_rotary_factor", rope_of(config).get("partial_rotary_factor", 1.0), (1.0,)
 
 
 def rope_of(config: PretrainedConfig) -> dict[str, Any]:

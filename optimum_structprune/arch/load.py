@@ -46,14 +46,14 @@ def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:
 
 
 def put_layers_(model: nn.Module, arch: ArchSpec, layers: Iterable[nn.Module]) -> None:
-    """Put other layers in the place of those of a model that has one list of them; there may be fewer of them."""
+    """Replace the layers of a model that has a single list of layers; the new list may be shorter."""
     modules = _layers_at(model, arch.layer_path)
     del modules[:]
     modules.extend(layers)
 
 
 def put_layer_(model: nn.Module, arch: ArchSpec, layer: int, module: nn.Module) -> None:
-    """Put a module in the place of a layer."""
+    """Replace a layer of a model by a module."""
     path, index = arch.place(layer)
     _layers_at(model, path)[index] = module
 
@@ -107,7 +107,7 @@ def _depth(
 ) -> Iterator[Space]:
     if template is None or not meets(config, template):
         return
-    # Among so many layers, one always has each of the modules that some must have.
+    # A model needs a layer with each of the modules in `kinds`: among `least` layers, one always has it.
     having = [sum(f"{layer}{module}.weight" in shapes for layer in layers) for module in template.kinds]
     least = max((len(layers) - count + 1 for count in having if count), default=1)
     mean, keys = round(sum(layer_params) / len(layers)), ((template.size, 1),)

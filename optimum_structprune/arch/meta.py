@@ -46,7 +46,7 @@ def meta_model(
                 model = kind.from_config(config, trust_remote_code=trust_remote_code)
             else:
                 model = kind(config)
-    except Exception as error:  # a hundred classes fail, each in a way of its own
+    except Exception as error:  # every model class raises its own errors
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise StructPruneError(f"A {config.model_type} model cannot be built from its config: {reason}") from error
     return model.eval() if dtype is None else model.eval().to(dtype)
@@ -68,7 +68,7 @@ MERGE_INJECTED = (
 def check_plain(model: PreTrainedModel) -> None:
     """Refuse a model whose weights are not its own parameters. A quantized model passes, see `dequantized`.
 
-    It is to be called before the model is described, because an adapter changes the names of the parameters.
+    It has to run before the model is described, because an adapter changes the names of the parameters.
     """
     check_no_adapter(model)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):

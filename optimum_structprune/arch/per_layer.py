@@ -89,7 +89,7 @@ def enable_heterogeneous(arch_file: str | None = None) -> None:
         arch_file: A file in the form of `families.yaml` with models of your own, which are then built as well.
     """
     if arch_file is not None:
-        _families().own_families(arch_file)
+        _families().user_families(arch_file)
     if hasattr(sys.modules.get(MODELING), "PreTrainedModel"):
         _patch_()
     elif _WATCH not in sys.meta_path:

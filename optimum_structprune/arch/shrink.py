@@ -125,16 +125,11 @@ def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> list[int
         # A class that refuses one channel less wants a multiple of the number of heads.
         step = 1 if _accepts(config, arch, {name: space.size - 1}) else text_config(config).num_attention_heads
         if any(other.experts is not None for other in arch.spaces):
-            step = lcm(step, _numbers_per_row(config))
+            dtype = text_config(config).dtype or config.dtype
+            step = lcm(step, max(ROW_BYTES // getattr(dtype, "itemsize", 4), 1))
     elif any(other.experts is not None and other.inside for other in spaces):
         step = EXPERT_MULTIPLE
     return [size for size in range(space.least, space.width + 1) if size % step == 0 or size == space.width]
-
-
-def _numbers_per_row(config: PretrainedConfig) -> int:
-    """The smallest number of channels of whole 16 bytes."""
-    dtype = text_config(config).dtype or config.dtype
-    return max(ROW_BYTES // getattr(dtype, "itemsize", 4), 1)
 
 
 def _accepts(config: PretrainedConfig, arch: ArchSpec, sizes: Widths) -> bool:

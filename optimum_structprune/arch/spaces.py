@@ -41,8 +41,8 @@ HEAD_WORDS = {"heads", "kv", "q", "q_gate"}
 
 
 class Projections(NamedTuple):
-    """The number of units of one template in one layer, the axes of the producers and of the consumers, and whether
-    all consumers have a bias.
+    """What a template finds in a layer: the number of units, the axes of the producers and of the consumers, and
+    whether all consumers have a bias.
     """
 
     size: int
@@ -107,7 +107,7 @@ def number(config: PretrainedConfig, key: str) -> int:
 
 
 def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int]:
-    """The rows of a weight that one unit owns, by those words for it that a template uses."""
+    """The number of rows of a weight that a unit owns, by the words that the template has for it."""
     described = (*template.out.values(), *template.into.values(), *template.along.values())
     words = {part for parts in described for part in parts}
     words |= {"unit", *(["heads"] if template.also else []), *(["kv"] if template.pin else [])}

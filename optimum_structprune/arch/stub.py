@@ -46,7 +46,8 @@ def stub(model: PreTrainedModel) -> str:
             "from its entry in families.yaml."
         )
     roles = _roles(getattr(config, "base_model_tp_plan", None) or {}, tensors)
-    spaces = dict(_spaces(roles, tensors, config)) or _spaces_of(near)
+    entries = [entry for entry in parse_yaml(BUILTIN.read_text()) if near in entry["model_types"]]
+    spaces = dict(_spaces(roles, tensors, config)) or (entries[0].get("spaces", {}) if entries else {})
     head = [
         f"# A stub for {config.model_type}: check every line, then pass the file as --arch.",
         f"# The nearest family by names and shapes is {near}.",
@@ -63,12 +64,6 @@ def stub(model: PreTrainedModel) -> str:
     return "\n".join([*head, yaml.safe_dump(entry, sort_keys=False).rstrip()])
 
 
-def _spaces_of(model_type: str) -> dict[str, Any]:
-    """The spaces of a described model type, as YAML has them."""
-    entries = [entry for entry in parse_yaml(BUILTIN.read_text()) if model_type in entry["model_types"]]
-    return entries[0].get("spaces", {}) if entries else {}
-
-
 def _names(space: Mapping[str, Any]) -> list[str]:
     """The modules and parameters that a space names, from the layer."""
     prefix = f"{space['experts']}." if "experts" in space and "router" not in space else ""
@@ -81,7 +76,7 @@ def nearest(config: PretrainedConfig, shapes: Shapes) -> str | None:
     for model_type, family in builtin_families().items():
         try:
             fitting = len({axis.param for space in resolve(family, config, shapes).spaces for axis in space.axes})
-        except Exception:  # an odd config fails in a way of its own with every template that does not fit it
+        except Exception:  # a template that does not fit a config may raise anything
             continue
         best = max(best, (fitting, model_type), key=lambda pair: pair[0])
     return best[1]

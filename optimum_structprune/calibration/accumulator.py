@@ -1,4 +1,4 @@
-"""What is kept of the activations that a forward pass shows to a hook."""
+"""Sums up the activations that hooks see in a forward pass."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ class Accumulator:
 
     def of(self, space: Space) -> list[Moments]:
         """The moments of a space's consumers."""
-        found = [finite(space, self.moments[axis.module].add_up_(), self.domain) for axis in space.into]
-        for axis, moments in zip(space.into, found, strict=True):
+        by_consumer = [finite(space, self.moments[axis.module].add_up_(), self.domain) for axis in space.into]
+        for axis, moments in zip(space.into, by_consumer, strict=True):
             if moments.count == 0:
                 raise StructPruneError(f"{axis.module} never ran during calibration in domain {self.domain}.")
-        return found
+        return by_consumer
 
     def _counted(self, x: Tensor) -> Tensor:
         return unmasked(x, None if self.batch is None else self.batch.mask)

@@ -1,4 +1,4 @@
-"""The parts of a layer that run before whatever is pruned in it: they need not run again for the smaller layer."""
+"""Caches what the parts of a layer give before any pruned part has run: the smaller layer gives the same."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class CachedOutputs:
         parts = dict(layer.named_children())
         self.outputs = {name: outputs for name, outputs in self.outputs.items() if name not in self.changed}
         if not self.changed <= set(parts):
-            # When the layer uses a parameter of its own cannot be seen.
+            # A hook cannot see when the layer uses a parameter of no part.
             self.outputs = {}
             yield
             return
@@ -54,7 +54,10 @@ class CachedOutputs:
         def after(number: int, output: Any) -> None:
             # Before a pruned part has run, everything is as it will be in the smaller layer.
             if number and not self.changed & set(order) and order.count(order[-1]) == 1 and _is_plain(output):
-                self.outputs.setdefault(names[number - 1], {})[index()] = self._kept(output)
+                # A copy, since the layer may go on to change its output.
+                self.outputs.setdefault(names[number - 1], {})[index()] = _mapped(
+                    output, lambda tensor: tensor.detach().to(self.device or tensor.device, copy=True)
+                )
 
         with intercept([layer, *(parts[name] for name in names)], before, after):
             yield
@@ -62,14 +65,10 @@ class CachedOutputs:
     @contextmanager
     def replayed(self, layer: nn.Module, index: int, device: torch.device) -> Iterator[None]:
         """The parts that are kept do not run inside `with`, but give what they gave for a batch."""
-        known = {name: outputs[index] for name, outputs in self.outputs.items() if index in outputs}
-        outputs = [_mapped(output, lambda tensor: tensor.to(device)) for output in known.values()]
-        with replaying([layer.get_submodule(name) for name in known], outputs):
+        cached = {name: outputs[index] for name, outputs in self.outputs.items() if index in outputs}
+        outputs = [_mapped(output, lambda tensor: tensor.to(device)) for output in cached.values()]
+        with replaying([layer.get_submodule(name) for name in cached], outputs):
             yield
-
-    def _kept(self, output: Any) -> Any:
-        # A copy, since the layer may go on to change its own.
-        return _mapped(output, lambda tensor: tensor.detach().to(self.device or tensor.device, copy=True))
 
 
 def _is_large(part: nn.Module, layer: nn.Module) -> bool:

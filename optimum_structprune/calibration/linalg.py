@@ -61,8 +61,8 @@ def submatrix(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     n)`.
     """
     part = matrix.new_empty(len(rows), len(columns))
-    for into, some in zip(part.split(PANEL), rows.split(PANEL), strict=True):
-        into.copy_(matrix[some].index_select(1, columns))
+    for target, panel in zip(part.split(PANEL), rows.split(PANEL), strict=True):
+        target.copy_(matrix[panel].index_select(1, columns))
     return part
 
 

@@ -129,15 +129,15 @@ class Moments:
         """
         if process_count() == 1:
             return self
-        mine = self.count
-        totals = torch.tensor([mine, self.energy is not None], device=self.mean.device)
+        local_count = self.count
+        totals = torch.tensor([local_count, self.energy is not None], device=self.mean.device)
         add_up_([totals])
         self.count = int(totals[0])
         if self.energy is None and totals[1]:
             self.energy = self.mean.new_zeros(())  # no token came here, and every process has to take part
         tensors = list(_tensors_of(self).values())
         for tensor in tensors:
-            tensor.mul_(mine / max(self.count, 1))
+            tensor.mul_(local_count / max(self.count, 1))
         add_up_(tensors)
         return self
 

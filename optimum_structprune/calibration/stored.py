@@ -1,27 +1,27 @@
 """Statistics of a dense model in a folder, from which it can be pruned many times without running the text again."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
-from math import isfinite
 from pathlib import Path
 
 import torch
+from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import Space
-from ..config.fields import read_mapping
+from ..config.fields import Number, not_negative, read_mapping
 from ..config.pruning import StructPruneConfig
 from ..domains.load import Domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from ..plain_json import replace_json
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint, vocabulary_hash
@@ -33,9 +33,17 @@ STATISTICS = "statistics.json"
 HELDOUT = "heldout.safetensors"
 
 
-@dataclass(frozen=True)
+def _sizes(value: int | list[int]) -> None:
+    """A validator of sizes that a file and a tensor can have."""
+    for size in value if isinstance(value, list) else [value]:
+        if not 0 <= size < 2**63:
+            raise ValueError(f"has to be a size, got {size}")
+
+
+@strict
+@dataclass
 class StoredDomain:
-    """What is known of a domain.
+    """A domain whose moments are stored.
 
     Attributes:
         name: The name of the domain.
@@ -44,30 +52,32 @@ class StoredDomain:
     """
 
     name: str
-    weight: float
-    shape: Sequence[int]
+    weight: Number = validated_field(not_negative)
+    shape: list[int] = validated_field(_sizes)
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class StoredFile:
-    """What tells whether a file is whole.
+    """The size and the hash by which a damaged file is recognised.
 
     Attributes:
-        size: The size in bytes.
         sha256: The SHA-256 of the content.
+        size: The size in bytes.
     """
 
-    size: int
     sha256: str
+    size: int = validated_field(_sizes)
 
     @classmethod
-    def of(cls, path: Path) -> StoredFile:
+    def of(cls, path: Path) -> "StoredFile":
         """The size and the hash of a file."""
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return cls(len(content), sha256(content).hexdigest())
+            return cls(sha256(content).hexdigest(), len(content))
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class Statistics:
     """Moments of the inputs of a dense model's consumers, by domain, with their Gram matrices.
 
@@ -84,11 +94,11 @@ class Statistics:
     model_type: str
     model: str
     tokenizer: str | None
-    domains: Sequence[StoredDomain]
-    files: Mapping[str, StoredFile]
+    domains: list[StoredDomain]
+    files: dict[str, StoredFile]
 
     @classmethod
-    def load(cls, folder: str | Path) -> Statistics:
+    def load(cls, folder: str | Path) -> "Statistics":
         """Read what `calibrate` wrote; the moments themselves are read layer by layer, when they are needed."""
         path = Path(folder) / STATISTICS
         if not path.is_file():
@@ -99,30 +109,16 @@ class Statistics:
         try:
             domains = [StoredDomain(**domain) for domain in data["domains"]]
             files = {name: StoredFile(**file) for name, file in data["files"].items()}
-            found = cls(**{**data, "folder": Path(folder), "domains": domains, "files": files})
-            found._check_types()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StructPruneError(f"{path} does not describe statistics ({error}); calibrate again.") from error
-        for name, file in found.files.items():
-            size = (found.folder / name).stat().st_size if (found.folder / name).is_file() else 0
+            statistics = cls(**{**data, "folder": Path(folder), "domains": domains, "files": files})
+        except (KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+            reason = one_line(error)
+            raise StructPruneError(f"{path} does not describe statistics ({reason}); calibrate again.") from error
+        for name, file in files.items():
+            stored = Path(folder) / name
+            size = stored.stat().st_size if stored.is_file() else 0
             if size != file.size:
-                raise StructPruneError(
-                    f"{found.folder / name} has {size:,} bytes instead of {file.size:,}; calibrate again."
-                )
-        return found
-
-    def _check_types(self) -> None:
-        """Refuse values that are not of the types that they are declared with, by a TypeError or a ValueError."""
-        texts = [self.model_type, self.model, *self.files, *(file.sha256 for file in self.files.values())]
-        texts += [domain.name for domain in self.domains] + ([] if self.tokenizer is None else [self.tokenizer])
-        sizes = [file.size for file in self.files.values()] + [size for one in self.domains for size in one.shape]
-        numbers = [*sizes, *(domain.weight for domain in self.domains)]
-        if not all(isinstance(text, str) for text in texts) or any("\0" in name for name in self.files):
-            raise TypeError("a name or a hash is no text")
-        if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
-            raise TypeError("a size is no whole number")
-        if not all(isinstance(number, (int, float)) and isfinite(number) for number in numbers):
-            raise TypeError("a weight is no number")
+                raise StructPruneError(f"{stored} has {size:,} bytes instead of {file.size:,}; calibrate again.")
+        return statistics
 
     def save(self) -> None:
         """Write the description."""
@@ -174,9 +170,9 @@ class Statistics:
         domains = []
         for index, domain in enumerate(self.domains):
             if domain.name in weights:
-                held = heldout[str(index)]
-                # No more text can be read for choices, so what is there is divided.
-                reported, probe = held.tensor_split(2) if config.chooses else (held, None)
+                reported = heldout[str(index)]
+                # No more text can be read for choices, so the held-out samples are divided.
+                reported, probe = reported.tensor_split(2) if config.chooses else (reported, None)
                 samples, weight = torch.empty(domain.shape, device="meta"), weights[domain.name] / total
                 domains.append(Domain(domain.name, weight, samples, reported, probe=probe))
         return domains
@@ -189,7 +185,7 @@ class Statistics:
         return replace(whole, domains=used)
 
     def moments_file(self, layer: int, domain: int) -> Path:
-        """The file that holds one layer's moments in a domain; the whole of it is read for its hash."""
+        """The file that holds the moments of a layer in a domain; the whole of it is read for its hash."""
         return self._checked(moments_name(layer, domain))
 
     def _checked(self, name: str) -> Path:
@@ -222,9 +218,9 @@ class StoredPasses(Passes):
             if (layer, index) not in self.files:
                 self.files[layer, index] = self.statistics.moments_file(layer, index)
             moments = load_moments(self.files[layer, index], self.device, [axis.module for axis in space.into])
-            found = [moments[axis.module] for axis in space.into]
+            of_consumers = [moments[axis.module] for axis in space.into]
             # A run over text would not have gathered what is not asked for.
-            yield found if gram else [replace(part, gram=None) for part in found]
+            yield of_consumers if gram else [replace(part, gram=None) for part in of_consumers]
 
     def contributions(self, layer: int, space: Space) -> Tensor:
         """Raises a StructPruneError: what an expert contributes is not stored."""
@@ -239,7 +235,7 @@ class StoredPasses(Passes):
 
 
 def moments_name(layer: int, domain: int) -> str:
-    """The name of the file that holds one layer's moments in a domain."""
+    """The name of the file that holds the moments of a layer in a domain."""
     return f"layer-{layer:03d}.domain-{domain}.safetensors"
 
 

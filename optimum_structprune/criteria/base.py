@@ -110,12 +110,7 @@ def check_scores(scores: object, count: int, name: str, where: str) -> None:
 
 
 def per_unit(columns: Tensor, columns_per_unit: int) -> Tensor:
-    """The sum over the columns of each unit, shape `(units,)`.
-
-    Args:
-        columns: One value per column, shape `(units * columns_per_unit,)`.
-        columns_per_unit: The number of columns that a unit owns.
-    """
+    """The sum over the columns of each unit, shape `(units,)`, of values of shape `(units * columns_per_unit,)`."""
     return columns.reshape(-1, columns_per_unit).sum(1)
 
 

@@ -39,7 +39,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Pooled:
-    """What all domains say of one consumer.
+    """The moments of one consumer over all domains.
 
     Attributes:
         moments: The moments of the mixture.
@@ -51,7 +51,7 @@ class Pooled:
 
     def carried(self, weight: Tensor, columns: Tensor, columns_per_unit: int) -> Tensor | None:
         """How much output each unit carries in each domain, Σ_j ‖W_:j‖² E[x_j²] over its columns j, shape `(domains,
-        units)`, by the columns that are left of a weight, shape `(out, n)`.
+        units)`, over the kept columns of a weight, shape `(out, n)`.
         """
         if self.squares is None:
             return None
@@ -73,30 +73,30 @@ class Pool:
         self._squares: list[Tensor] = []
         self._shares = iter(mixture.shares)
         self._blend, self._energy = Blend(), 0.0
-        # Whether tokens have come in, and outputs other than zero.
-        self._heard = (False, False)
+        # Whether any domain had tokens, and outputs other than zero.
+        self._evidence = (False, False)
 
     def add(self, moments: Moments, take: bool = False) -> None:
         """Take in the next domain."""
         share, energy = next(self._shares), output_energy(self.weight, moments)
         if moments.count:
             self._squares.append(moments.square.clone())
-        # Not every expert gets tokens of every domain, and a domain without output asks for nothing to be kept: such a
-        # domain says something only where all others are like it.
-        heard = (moments.count > 0, energy > 0)
-        if heard > self._heard:
-            self._blend, self._energy, self._heard = Blend(), energy, heard
-        if heard == self._heard:
+        # Not every expert gets tokens of every domain, and a domain without output needs no unit: such a domain counts
+        # only where no other domain gives more evidence.
+        evidence = (moments.count > 0, energy > 0)
+        if evidence > self._evidence:
+            self._blend, self._energy, self._evidence = Blend(), energy, evidence
+        if evidence == self._evidence:
             self._blend.add(moments, share * self._energy / energy if energy > 0 else share, share, take)
 
     def result(self) -> Pooled:
-        """What the domains say together; it can be asked for once, after the last of them."""
+        """The moments over all domains, to be called once, after the last `add`."""
         complete = len(self._squares) == len(self.mixture.shares)
         return Pooled(self._blend.moments(), torch.stack(self._squares) if complete else None)
 
 
 def pooled(by_domain: Iterable[list[Moments]], pools: Sequence[Pool]) -> list[Pooled]:
-    """What all domains say of several consumers."""
+    """The moments of several consumers over all domains."""
     for by_consumer in by_domain:
         for pool, moments in zip(pools, by_consumer, strict=True):
             pool.add(moments, take=True)

@@ -33,11 +33,8 @@ SKIP = frozenset("test tests idlelib lib2to3 site-packages dist-packages encodin
 
 
 def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
-    """The documents of a built-in text, in an order that the seed chooses.
-
-    Returns:
-        The documents of one kind of text. Of several kinds, parts of about `PART` characters, as much of each kind for
-        as long as it lasts, so that a few samples hold something of all of them.
+    """The documents of a built-in text, in an order that the seed chooses; of several kinds of text, parts of about
+    `PART` characters, as much of each kind as of the others, so that a few samples hold something of all of them.
     """
     names = kinds(name)
     if len(names) == 1:
@@ -49,13 +46,13 @@ def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
 
 def kinds(name: str) -> list[str]:
     """The kinds of text that a name of built-in text stands for."""
-    known = [*MADE, *sorted(path.stem for path in TEXTS.glob("*.txt"))]
+    available = [*MADE, *sorted(path.stem for path in TEXTS.glob("*.txt"))]
     first, *others = name.split("-")
     named = others if first == BROAD else name.split("+")
     for kind in named:
-        if kind not in known:
-            raise StructPruneError(f"There is no built-in text {kind!r}.{did_you_mean(kind, [*known, BROAD])}")
-    return [kind for kind in known if kind not in named] if first == BROAD else named
+        if kind not in available:
+            raise StructPruneError(f"There is no built-in text {kind!r}.{did_you_mean(kind, [*available, BROAD])}")
+    return [kind for kind in available if kind not in named] if first == BROAD else named
 
 
 def _documents(kind: str, rng: Random) -> Iterator[str]:

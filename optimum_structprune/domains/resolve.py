@@ -79,8 +79,8 @@ def _filled(
     return DomainConfig.from_dict({**preset, **changed, **fixed})
 
 
-# The share of the broad text where no domains are named, and beside domains of the user.
-ALONE, BESIDE = 0.5, 0.2
+# The share of the general text where no domains are named, and where the user names some.
+BUILTIN_SHARE, USER_SHARE = 0.5, 0.2
 WRITTEN = SELF + ANY
 
 
@@ -90,11 +90,11 @@ def builtin_domains() -> list[DomainConfig]:
 
 
 def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
-    """The domains of a config, or the built-in ones where it names none, and behind them the broad text."""
+    """The domains of a config, or the built-in ones where it names none, followed by the general text."""
     domains = builtin_domains() if config.domains is None else config.domains
     share = config.breadth
     if share is None:
-        share = ALONE if config.domains is None else BESIDE if config.broad_text is not None else 0.0
+        share = BUILTIN_SHARE if config.domains is None else USER_SHARE if config.broad_text is not None else 0.0
     if share == 0:
         return domains
     weight = share / (1 - share) * sum(domain.weight for domain in domains)
@@ -102,8 +102,8 @@ def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
 
 
 def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
-    """A config whose broad text is what the model writes, where nothing else is said and it has a place: beside named
-    domains that leave samples for it and hold no such text themselves, and not with stored moments.
+    """A config whose general text is written by the model, unless the config says otherwise: where it names domains
+    that are no general text themselves and leave samples for it, and reads no stored moments.
     """
     domains = config.domains or []
     placed = config.stats is None and 0 < len(domains) < config.num_samples and not any(map(is_broad, domains))
@@ -113,13 +113,13 @@ def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
 
 
 def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether a model generates, and its weights are where they can be used for each token anew."""
+    """Whether a model can write text: it is causal, and its weights are in memory and not quantized."""
     in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
     return in_memory and model.can_generate() and not model.config.is_encoder_decoder
 
 
 def _builtin_beside(domains: list[DomainConfig]) -> str:
-    """The built-in text of all kinds but those that domains name: one document must not be in two domains."""
+    """The built-in text of all kinds but those of the domains, so that no document is in two domains."""
     sources = [domain.source for domain in domains if isinstance(domain.source, str)]
     named = [source.removeprefix(BUILTIN) for source in sources if source.startswith(BUILTIN)]
     return BUILTIN + "-".join([BROAD, *(kind for name in named for kind in name.split("+"))])
@@ -139,23 +139,16 @@ def reweighted(shares: Sequence[float], weights: Sequence[float], losses: Sequen
     """The shares of the next round, in which domains that have lost more than the mean count more.
 
     The share of domain k becomes α_k ∝ α_k · exp(loss_k / mean loss - 1), kept within a factor of 2 of its weight in
-    the config.
-
-    Returns:
-        Shares that sum to 1.
+    the config. The shares sum to 1.
     """
     sizes = [min(max(loss, LEAST_LOSS), MOST_LOSS) for loss in losses]
-    typical = fmean(sizes)
-    moved = [share * exp(size / typical - 1) for share, size in zip(shares, sizes, strict=True)]
+    mean = fmean(sizes)
+    moved = [share * exp(size / mean - 1) for share, size in zip(shares, sizes, strict=True)]
     return within(moved, weights, MOST)
 
 
 def within(values: Sequence[float], weights: Sequence[float], most: float) -> tuple[float, ...]:
-    """Shares in the proportions of `values`, each within a factor `most` of its weight.
-
-    Returns:
-        Shares that sum to 1.
-    """
+    """Shares in the proportions of `values` that sum to 1, each within a factor `most` of its weight."""
 
     def clipped(scale: float) -> list[float]:
         return [

@@ -70,8 +70,8 @@ def seeded(seed: int) -> Iterator[None]:
 # What peft raises where an adapter does not go with a model, or a field of its config has a wrong type.
 PEFT_ERRORS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, AssertionError, re.error)
 WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-# How much of a sample the outputs before and after merging are compared on.
-PROBE_TOKENS = 64
+# The number of tokens on which the outputs before and after merging are compared.
+COMPARED_TOKENS = 64
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def check_fits(model: PreTrainedModel, kind: LoraConfig, merge: bool = True) -> 
     except StructPruneError as error:
         if error.__cause__ is None or isinstance(error.__cause__, ValueError):
             raise
-    except Exception as error:  # a model that is made in a way of its own says nothing about the adapter
+    except Exception as error:  # a model class with an unusual constructor says nothing about the adapter
         logger.debug("the adapter is not tried before: %s", error)
 
 
@@ -206,7 +206,7 @@ def merge_adapter_(adapted: PeftModel, samples: Tensor) -> PreTrainedModel:
     """The model under an adapter, with the adapter folded into its weights. `samples` has the shape `(samples,
     seq_length)`.
     """
-    ids = samples[:1, :PROBE_TOKENS]
+    ids = samples[:1, :COMPARED_TOKENS]
     trained = _logits(adapted, ids)
     merged = adapted.merge_and_unload()
     distance = float((_logits(merged, ids) - trained).norm() / trained.norm())

@@ -1,4 +1,4 @@
-"""What is wrong with a recovery, found before any text is read or any weight is touched."""
+"""The checks of a recovery, which run before any text is read or any weight changes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_recovery(
         parts = pruning.rounds if config.every_round else 1
     text = text_config(config, pruning, parts)
     for domain in texts_of(text):
-        # Names that lead nowhere are found when the source is opened; nothing is read before the first document.
+        # Opening a source refuses a name that leads nowhere; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
     adapter = lora_config(config)
     if model is not None and config.train == "lora":

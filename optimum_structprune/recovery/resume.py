@@ -1,4 +1,4 @@
-"""Which training an adapter or a checkpoint belongs to, so that nothing of another one is taken for its own."""
+"""Which training an adapter or a checkpoint belongs to, so that a training never resumes another one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..system.offloading import weight_of
 INPUTS_NAME = "recovery_inputs.json"
 # What the fields of `TrainingArguments` begin with that change no step of a training.
 WITHOUT_EFFECT = ("output_dir", "logging_", "save_st", "save_total", "report_to", "disable_tqdm")
-DIGITS = 12  # so many of a hash are shown
+DIGITS = 12  # of a hash in a message
 
 
 class TrainingInputs(TrainerCallback, ExportableState):
@@ -78,7 +78,7 @@ class TrainingInputs(TrainerCallback, ExportableState):
         full disk. The one before it is still there then.
         """
         reason = f"There is no checkpoint in {folder} to resume from; start without resuming."
-        others = []
+        refusals = []
         for checkpoint in reversed(sort_checkpoints(folder)):
             try:
                 state = read_mapping(Path(checkpoint, TRAINER_STATE_NAME), json.loads)
@@ -88,11 +88,11 @@ class TrainingInputs(TrainerCallback, ExportableState):
                 continue
             if not (differences := self.differences(stored)):
                 return checkpoint
-            others.append(
+            refusals.append(
                 f"{checkpoint} belongs to another training: {differences}. Resume with what it began with, or start "
                 "without resuming."
             )
-        raise StructPruneError([*others, reason][0])
+        raise StructPruneError([*refusals, reason][0])
 
 
 def model_of(folder: str | Path) -> str | None:

@@ -65,10 +65,10 @@ def heldout_samples(pruning: StructPruneConfig, seq_length: int) -> int:
     as the pruning had, or more, therefore keep all of them out of the training text.
     """
     counts = split_samples(pruning.num_samples, [domain.weight for domain in texts_of(pruning)])
-    most = max(num_heldout(count, float(pruning.holdout)) for count in counts)
+    most_heldout = max(num_heldout(count, float(pruning.holdout)) for count in counts)
     # A sample is text alone, or a prefix and one token of text fewer: whichever takes more samples is right for both.
     text_tokens = [(pruning.seq_length - prefix, max(1, seq_length - prefix)) for prefix in (0, 1)]
-    return max(-(-most * before // now) for before, now in text_tokens)  # rounded up
+    return max(-(-most_heldout * before // now) for before, now in text_tokens)  # rounded up
 
 
 def training_text(

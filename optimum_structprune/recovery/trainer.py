@@ -64,7 +64,7 @@ def training_arguments(
 
 
 def _check_use(arguments: TrainingArguments) -> None:
-    """Refuse values that transformers passes here, and that fail when the training begins."""
+    """Refuse values that `TrainingArguments` accepts and a training does not."""
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, name) < 1:
             raise StructPruneError(f"TrainingArguments: {name} has to be 1 or more, got {getattr(arguments, name)}.")
@@ -355,7 +355,8 @@ class RecoveryOutcome(RecoveryReport):
 
     def verdict(self) -> str:
         """A sentence on a model that is worse, with both perplexities and the learning rate."""
-        before, after = (_exp(self.mean_log_perplexity(when)) for when in ("pruned", "recovered"))
+        means = (self.mean_log_perplexity(when) for when in ("pruned", "recovered"))
+        before, after = (exp(mean) if isfinite(mean) else mean for mean in means)
         return (
             f"Recovery made the model worse: its perplexity on held-out text was {before:.2f} and is {after:.2f}, in "
             f"the geometric mean over the domains; a learning rate below {self.learning_rate:g} may help."
@@ -364,7 +365,3 @@ class RecoveryOutcome(RecoveryReport):
     def __str__(self) -> str:
         """The table of the report, and a sentence where the model is worse."""
         return "\n".join([super().__str__(), *([self.verdict()] if self.worse else [])])
-
-
-def _exp(value: float) -> float:
-    return exp(value) if isfinite(value) else value

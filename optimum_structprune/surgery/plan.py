@@ -72,7 +72,7 @@ class Plan:
     def then(self, later: Plan) -> Plan:
         """This plan and a later one for the smaller model, as one plan for the dense model.
 
-        Where this plan removes whole layers or whole experts, the later one numbers those that are left.
+        Where this plan removes whole layers or whole experts, the later one numbers those that remain.
 
         Args:
             later: The plan for the model that this plan leaves.

@@ -52,7 +52,7 @@ def least_squares(
     mean, diagonal = moments.mean.to(gram), gram.diagonal()[keep]
     if bias is not None:
         variance = diagonal - mean[keep].square()
-        # What is left of a component that does not vary, as with a single token, is rounding.
+        # The variance of a component that does not vary, as with a single token, is a rounding error.
         diagonal = torch.where(variance > LEAST * diagonal, variance, 0.0)
 
     def kept(dtype: torch.dtype) -> Tensor:
@@ -74,8 +74,8 @@ def _missing(weight: Tensor, centred: bool, moments: Moments, keep: Tensor) -> T
     gram, error, mean = moments.full_gram(), moments.error, moments.mean.to(weight)
     removed = _others(keep, weight.shape[1])
     missing = weight.new_zeros(len(weight), len(keep))
-    for some in removed.split(ROWS):
-        missing.addmm_(weight[:, some], submatrix(gram, some, keep).to(weight))
+    for panel in removed.split(ROWS):
+        missing.addmm_(weight[:, panel], submatrix(gram, panel, keep).to(weight))
     if centred:
         missing.addr_(weight[:, removed] @ mean[removed], mean[keep], alpha=-1)
     if error is not None:
@@ -111,8 +111,8 @@ def _energy(lost: Tensor, moments: Moments, columns: Tensor) -> float:
     """`E‖D x_C + e‖²` for the lost weights D, shape `(out, |C|)`, of the columns C."""
     gram, error = moments.full_gram(), moments.error
     parts = [
-        ((lost @ submatrix(gram, columns, some).to(lost)) * own).sum(dtype=torch.float64)
-        for some, own in zip(columns.split(ROWS), lost.split(ROWS, 1), strict=True)
+        ((lost @ submatrix(gram, columns, panel).to(lost)) * lost_panel).sum(dtype=torch.float64)
+        for panel, lost_panel in zip(columns.split(ROWS), lost.split(ROWS, 1), strict=True)
     ]
     energy = float(torch.stack(parts).sum())
     if error is None:

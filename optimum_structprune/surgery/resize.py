@@ -30,13 +30,13 @@ def resize_(model: PreTrainedModel, arch: ArchSpec, tensors: Mapping[str, Tensor
             widths_by_kind.setdefault(space.kind, {})[space.layer] = space.width * loaded // present
     sizes: dict[str, Width] = {}
     for name, widths in widths_by_kind.items():
-        least, most = min(widths.values()), max(widths.values())
-        if least < most and (reason := arch.uniform or arch.of(name)[0].uniform):
+        narrowest, widest = min(widths.values()), max(widths.values())
+        if narrowest < widest and (reason := arch.uniform or arch.of(name)[0].uniform):
             raise StructPruneError(
-                f"The state dict has {least} units of {name!r} in one layer and {most} in another; a plain "
+                f"The state dict has {narrowest} units of {name!r} in one layer and {widest} in another; a plain "
                 f"{arch.model_type} config takes one width for all: {reason}."
             )
-        sizes[name] = most if least == most else widths
+        sizes[name] = widest if narrowest == widest else widths
     if all(space.width_in(sizes) == space.width for space in arch.spaces):
         return
     like = next(model.parameters())
@@ -97,7 +97,8 @@ def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int], factors
     state = slice_tensors(state, [residual.space], Plan(arch.model_type, {(MODEL, HIDDEN): tuple(keep)}))
     # Buffers that depend on the width, such as the scale of embeddings, have to get their new values.
     with rebuilding_(model, config, buffers=True) as narrower:
-        for path in _outside_layers(residual, arch):
+        modules = dict.fromkeys(axis.module for axis in residual.space.axes)
+        for path in (path for path in modules if not path.startswith(f"{arch.layer_path}.")):
             old, new = model.get_submodule(path), narrower.get_submodule(path)
             fresh = {name: buffer for name, buffer in new.named_buffers() if name not in new.state_dict()}
             replace_(old, new, tensors_under(state, f"{path}."), arch)
@@ -106,12 +107,6 @@ def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int], factors
                 setattr(new.get_submodule(owner), leaf, buffer.to(old.get_buffer(name).device))
             model.set_submodule(path, new)
         replace_layers_(model, arch, narrower, state)
-
-
-def _outside_layers(residual: ResidualStream, arch: ArchSpec) -> Iterable[str]:
-    """The full names of the modules outside the layers whose parameters have channels of the residual stream."""
-    modules = dict.fromkeys(axis.module for axis in residual.space.axes)
-    return [path for path in modules if not path.startswith(f"{arch.layer_path}.")]
 
 
 def _scaled_state(

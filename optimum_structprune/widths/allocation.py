@@ -40,8 +40,9 @@ def target_widths(
     if is_bounded(config, arch, list(legal)):
         widths = ranked_widths(config, pruned, legal, scores or {})
     else:
-        asked = asked_widths(config, arch)
-        widths = asked or widths_for_sparsity(pruned, config.sparsity or 0.0, legal, config.round_to)
+        widths = asked_widths(config, arch) or widths_for_sparsity(
+            pruned, config.sparsity or 0.0, legal, config.round_to
+        )
         if config.skip_layers or not same:
             widths = {name: _at_most(width, pruned.of(name)) for name, width in widths.items()}
     shrunk_config(model_config, arch, widths)
@@ -91,19 +92,19 @@ def smallest_widths(config: StructPruneConfig, arch: ArchSpec, legal: Mapping[st
     smallest: dict[str, Width] = {}
     pruned = _without(arch, config.skip_layers)
     for name, sizes in legal.items():
-        spaces, least = pruned.of(name), choices(config, arch, name, sizes)[0]
+        spaces, narrowest = pruned.of(name), choices(config, arch, name, sizes)[0]
         if is_bounded(config, arch, list(legal)):
             smallest[name] = {space.layer: candidate_widths(config, space, sizes)[-1] for space in spaces}
         else:
-            smallest[name] = _at_most(least, spaces) if config.skip_layers else least
+            smallest[name] = _at_most(narrowest, spaces) if config.skip_layers else narrowest
     return smallest
 
 
 def is_bounded(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> bool:
-    """Whether layers get widths of their own of at least `min_width`, see `ranked_widths`.
+    """Whether each layer gets its own width of at least `min_width`, see `ranked_widths`.
 
-    They do so with allocations of one width too where the model's layers differ in width already, unless `widths` says
-    what each gets.
+    With an allocation of one width this is so where the model's layers differ in width already and `widths` is not
+    given.
     """
     return config.allocation not in ONE_WIDTH or (config.widths is None and not alike(arch, names))
 
@@ -167,8 +168,8 @@ def _check_width(arch: ArchSpec, name: str, width: Width, legal: Sequence[int]) 
                 f"widths[{name!r}] names layer {layer}, which has no {name!r}; the layers that have it are "
                 f"{min(full)} to {max(full)}."
             )
-        most = max(full.values()) if layer is None else full[layer]
-        allowed = [size for size in legal if size <= most]
+        present = max(full.values()) if layer is None else full[layer]
+        allowed = [size for size in legal if size <= present]
         if units in allowed:
             continue
         nearest = [size for size in allowed if size < units][-1:] + [size for size in allowed if size > units][:1]
@@ -193,11 +194,12 @@ def widths_for_sparsity(
     cost = {name: sum(space.unit_params * space.scale for space in arch.of(name)) for name in legal}
     rounds = {name: arch.of(name)[0].rounds for name in legal}
     choices = {name: multiples(legal[name], size[name], round_to if rounds[name] else 1) for name in legal}
-    most = {name: cost[name] * (size[name] - choices[name][0]) for name in legal}
-    if goal > sum(most.values()):
+    removable = {name: cost[name] * (size[name] - choices[name][0]) for name in legal}
+    if goal > sum(removable.values()):
+        share = sum(removable.values()) / sum(arch.layer_params)
         raise StructPruneError(
-            f"sparsity={sparsity} is more than {', '.join(legal)} can give: at most "
-            f"{sum(most.values()) / sum(arch.layer_params):.3f} of the layers' parameters; lower it or add targets."
+            f"sparsity={sparsity} is more than {', '.join(legal)} can give: at most {share:.3f} of the layers' "
+            "parameters; lower it or add targets."
         )
     order = sorted(legal, key=lambda name: -cost[name])
     widths: dict[str, int] = {}
@@ -205,7 +207,7 @@ def widths_for_sparsity(
         rest = order[position + 1 :]
         ideal = size[name] * (1 - goal / sum(cost[other] * size[other] for other in [name, *rest]))
         if rest:
-            room = sum(most[other] for other in rest)
+            room = sum(removable[other] for other in rest)
             fitting = [width for width in choices[name] if goal - cost[name] * (size[name] - width) <= room]
             widths[name] = next((width for width in fitting if width >= ideal), fitting[-1])
         else:
@@ -233,8 +235,8 @@ class LayerWidth:
         return self.widths[self.at]
 
     @property
-    def least(self) -> bool:
-        """Whether no step is left."""
+    def is_narrowest(self) -> bool:
+        """Whether the layer cannot shrink further."""
         return self.at + 1 == len(self.widths)
 
     @property
@@ -314,14 +316,14 @@ def _remove_(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: floa
     A layer whose next step would remove too much stays as it is, and cheaper ones go on. What is then still to be
     removed is less than any step costs, and the cheapest step is still taken if that comes nearer to the goal.
     """
-    most = sum(layer.unit_params * (layer.widths[0] - layer.widths[-1]) for layer in layers)
-    if goal > most:
+    removable = sum(layer.unit_params * (layer.widths[0] - layer.widths[-1]) for layer in layers)
+    if goal > removable:
         amount = f"sparsity={config.sparsity}" if config.widths is None else f"widths={config.widths}"
         raise StructPruneError(
             f"{amount} asks for {goal:,.0f} parameters to go, but with min_width={config.min_width} of their units "
-            f"kept the layers give at most {most:,}; change either."
+            f"kept the layers give at most {removable:,}; change either."
         )
-    heap = [(layer.score, number) for number, layer in enumerate(layers) if not layer.least]
+    heap = [(layer.score, number) for number, layer in enumerate(layers) if not layer.is_narrowest]
     heapq.heapify(heap)
     while heap:
         _, number = heapq.heappop(heap)
@@ -329,9 +331,9 @@ def _remove_(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: floa
         if layer.cost <= goal:
             goal -= layer.cost
             layer.at += 1
-            if not layer.least:
+            if not layer.is_narrowest:
                 heapq.heappush(heap, (layer.score, number))
-    unfinished = [layer for layer in layers if not layer.least]
+    unfinished = [layer for layer in layers if not layer.is_narrowest]
     cheapest = min(unfinished, key=lambda layer: layer.cost, default=None)
     if cheapest is not None and cheapest.cost < 2 * goal:
         cheapest.at += 1

@@ -23,7 +23,7 @@ def round_widths(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> l
             if isinstance(width, int):
                 step[name] = _on_the_way(share, max(sizes.values()), width)
             else:
-                step[name] = {layer: _on_the_way(share, sizes[layer], least) for layer, least in width.items()}
+                step[name] = {layer: _on_the_way(share, sizes[layer], final) for layer, final in width.items()}
         steps.append(step)
     return [*steps, widths]
 
@@ -47,7 +47,7 @@ def next_legal(config: PretrainedConfig, arch: ArchSpec, widths: Widths) -> Widt
         if isinstance(width, int):
             new[name] = legal[bisect_left(legal, width)]
         else:
-            new[name] = {layer: legal[bisect_left(legal, least)] for layer, least in width.items()}
+            new[name] = {layer: legal[bisect_left(legal, units)] for layer, units in width.items()}
     return new
 
 

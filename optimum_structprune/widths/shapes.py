@@ -17,13 +17,13 @@ Key = tuple[int, str]  # a layer and a kind of space
 K = TypeVar("K", bound=Hashable)
 Predicted = tuple[float, float, tuple[int, ...]]
 
-# So many widths of a space are told apart at a time, and so many times at most.
+# The number of widths per space that a step of the search compares, and the largest number of steps.
 AT_A_TIME = 16
 ROUNDS = 12
-# The solver's best choice may lose so much more, as a share, than it has proved that any choice has to lose.
+# The solver stops when its choice loses at most this share more than the proven minimum, or after so many seconds.
 GAP = 1e-4
 SECONDS = 60.0
-# By so much does a choice that saves nothing beat another one of the same loss, as a share of all losses.
+# The share of all losses by which a choice that saves nothing beats another choice of the same loss.
 TIE = 1e-7
 
 
@@ -87,8 +87,8 @@ def searched_widths(
 ) -> dict[str, dict[int, int]]:
     """The widths of each layer with the least predicted loss, by kind of space.
 
-    Losses of different places are taken to add up. Few widths of each space are told apart at first, then closer ones
-    around the best, until the best stays where it is among its next neighbours.
+    The losses in different layers are assumed to add up. The search compares a few widths of each space first, then
+    closer ones around the best, until the best does not change among its direct neighbours.
     """
 
     def option(key: Key, width: int) -> Option:

@@ -235,7 +235,7 @@ def test_a_plan_is_a_dry_run(folder, capsys):
 
 
 def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(families, "_OWN", {})
+    monkeypatch.setattr(families, "_USER_FAMILIES", {})
     mlp = {"size": "intermediate_size", "out": {"mlp.gate_proj": "unit", "mlp.up_proj": "unit"}}
     mlp["in"] = {"mlp.down_proj": "unit"}
     family = {
@@ -256,7 +256,7 @@ def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkey
         ["recover", small, str(tmp_path / "recovered"), *text, "--tokens", "48"],
     ):
         # As in a process that has not read the file.
-        families._OWN.clear()
+        families._USER_FAMILIES.clear()
         disable_heterogeneous()
         enable_heterogeneous()
         assert main([*arguments, *arch]) == 0, capsys.readouterr().err
