@@ -113,10 +113,7 @@ def _factored(damped: Tensor, scale: Tensor, ridge: float, use: Callable[[Tensor
 
 def solve_damped(matrix: Callable[[torch.dtype], Tensor], diagonal: Tensor, right: Tensor, damping: float) -> Tensor:
     """Solve `X (M + λ D) = right`, with the ridge of `with_damped_factor`. `matrix` has the shape `(n, n)`, `diagonal`
-    `(n,)`, `right` `(m, n)`.
-
-    Returns:
-        X, shape `(m, n)`, in the dtype of `right`; zeros for a matrix of zeros.
+    `(n,)`, `right` and the result `(m, n)`; the result is zero for a matrix of zeros.
     """
     if float(diagonal.sum()) <= 0:
         return torch.zeros_like(right)

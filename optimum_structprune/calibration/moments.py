@@ -97,11 +97,7 @@ class Moments:
 
     @torch.no_grad()
     def update(self, x: Tensor, error: Tensor | None = None, output: Tensor | None = None) -> Moments:
-        """Take in inputs. `x` has the shape `(..., n)`, `error` `(..., out)`, `output` `(..., out)`.
-
-        Returns:
-            These moments themselves.
-        """
+        """Take in inputs, and return these moments. `x` has the shape `(..., n)`, the others `(..., out)`."""
         x = x.detach().reshape(-1, x.shape[-1])
         if len(x) == 0:
             return self
@@ -122,11 +118,7 @@ class Moments:
 
     @torch.no_grad()
     def add_up_(self) -> Moments:
-        """Bring together the tokens of all processes; see `processes.across_processes`.
-
-        Returns:
-            These moments themselves.
-        """
+        """Add up the tokens of all processes, see `processes.across_processes`, and return these moments."""
         if process_count() == 1:
             return self
         local_count = self.count

@@ -187,9 +187,7 @@ class LayerPasses(LayerRunner, Passes):
     def gain(self, layer: int, name: str) -> float | None:
         """How much a module's output is multiplied by on its way into the layer's output: with noise n added to the
         module's output, the layer's output changes by g · n + r, and g is the gain where ‖r‖ is small beside ‖g · n‖.
-
-        Returns:
-            The gain g, or None where the output does not go straight into the residual stream.
+        None where the output does not go straight into the residual stream.
         """
         if name not in self.gains:
             # Of the first sample alone, so that neither the batch size nor the number of processes changes the gain.

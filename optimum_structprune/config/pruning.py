@@ -160,12 +160,8 @@ class StructPruneConfig(Serialisable):
             StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
         """
         data = with_domains(data, cls.__name__)
-        nested: dict[str, type[Serialisable]] = {
-            "recovery": RecoveryConfig,
-        }
-        for name, kind in nested.items():
-            if isinstance(given := data.get(name), Mapping):
-                data = {**data, name: kind.from_dict(given)}
+        if isinstance(recovery := data.get("recovery"), Mapping):
+            data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}
         return super().from_dict(data)
 
     @property
@@ -219,22 +215,18 @@ class StructPruneConfig(Serialisable):
         """Exactly one of `sparsity`, `widths` and `budget`, and numbers that are positive."""
         given = {name: getattr(self, name) for name in AMOUNTS}
         if sum(value is not None for value in given.values()) != 1:
-            found = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise ValueError(f"exactly one of sparsity, widths and budget says how much to remove, got {found}")
-        for name, most in (self.budget or {}).items():
+            fields = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"exactly one of sparsity, widths and budget says how much to remove, got {fields}")
+        for name, limit in (self.budget or {}).items():
             if name not in BUDGETS:
                 raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")
-            if not (finite(most) and most > 0):
-                raise ValueError(f"budget[{name!r}] has to be greater than 0, got {most}")
+            if not (finite(limit) and limit > 0):
+                raise ValueError(f"budget[{name!r}] has to be greater than 0, got {limit}")
         if self.budget is not None and len(self.budget) != 1:
             raise ValueError(f"budget names exactly one of {', '.join(BUDGETS)}, got {self.budget}")
         for name, width in (self.widths or {}).items():
-            least = (
-                width
-                if isinstance(width, int)
-                else min(width.values() if isinstance(width, dict) else width, default=0)
-            )
-            if least < 1:
+            by_layer = [width] if isinstance(width, int) else width.values() if isinstance(width, dict) else width
+            if min(by_layer, default=0) < 1:
                 raise ValueError(f"widths[{name!r}] has to be 1 or more, got {width}")
         if self.widths == {}:
             raise ValueError("widths has to name at least one space, such as {'mlp': 1152}, got {}")

@@ -128,10 +128,7 @@ def producer_norms(model: nn.Module, arch: ArchSpec, space: Space) -> Tensor | N
 
     γ is the weight of the norm that a producer reads from, and 1 where the residual stream of the model is not
     described or there is no norm. It is how much the channel's inputs vary if the components of what a norm gives vary
-    alike, so it needs no text.
-
-    Returns:
-        In fp32; None where the units are no single channels, or no producer is a matrix.
+    alike, so it needs no text. None where the units are no single channels, or no producer is a matrix.
     """
     axes = matrices(model, space.out) if space.unit == CHANNEL else []
     norms = [norms_by_unit(model, space, axis, _norm_before(model, arch, space, axis).square()) for axis in axes]

@@ -336,11 +336,7 @@ class RecoveryOutcome(RecoveryReport):
     learning_rate: float = 0.0
 
     def judge(self) -> None:
-        """Set `worse` from `perplexity`; of several processes, the first one decides for all.
-
-        Warns:
-            WorseModelWarning: If the model is worse, or the training ended early.
-        """
+        """Set `worse` from `perplexity`, as the first process has it, and warn of a worse model or an early end."""
         before, after = (self.mean_log_perplexity(when) for when in ("pruned", "recovered"))
         worse = after > before + ROUNDING or not isfinite(after) and isfinite(before) or isnan(after)
         self.worse = broadcast_object_list([worse])[0]

@@ -65,11 +65,7 @@ def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]]) -> Tensor:
 
 @contextmanager
 def rebuilding_(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = False) -> Iterator[PreTrainedModel]:
-    """Give a model another config, whose parts are put into the model inside `with`.
-
-    Yields:
-        The `skeleton` of the new config; it gives up its modules to the model.
-    """
+    """Give a model another config; the modules of its skeleton, which `with` gives, are put into the model inside."""
     new = skeleton(model, config, buffers)
     yield new
     adopt_config_(model, config, new)

@@ -43,10 +43,7 @@ def least_squares(
     ridge pulls toward the original kept weights, so the solution is these plus the best linear prediction of the
     output of the removed columns and of e from the kept components: `W' = W_S + (W_R H_RS + E[e x_Sᵀ]) (H_SS + λ
     D)⁻¹`. With a bias the fit is affine: H and the cross moments are centred, and the bias makes up for the difference
-    of the means. `weight` has the shape `(out, n)`, `bias` `(out,)`, `keep` `(kept,)`.
-
-    Returns:
-        W', shape `(out, kept)`, and the bias.
+    of the means. `weight` has the shape `(out, n)`, `bias` `(out,)`, `keep` `(kept,)`, W' `(out, kept)`.
     """
     gram, error = moments.full_gram(), moments.error
     mean, diagonal = moments.mean.to(gram), gram.diagonal()[keep]
