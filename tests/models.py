@@ -34,51 +34,24 @@ from optimum_structprune.domains.builtin import builtin_documents
 
 VOCAB = 96
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-GROUPED = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-    **TOKENS,
-}
+SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "max_position_embeddings": 64, **TOKENS}
+GROUPED = {**SIZES, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
+PLAIN = {**SIZES, "num_attention_heads": 4}
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-PLAIN = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    **TOKENS,
-}
-
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **TOKENS}
 TOP_2 = {"num_experts": 4, "num_experts_per_tok": 2}
 MOE = {**GROUPED, **TOP_2, "moe_intermediate_size": 40}
+ROUTED_2 = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 DEEPSEEK = {
-    **PLAIN,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 40,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 4,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "topk_group": 1,
+    **{**PLAIN, **ROUTED_2, "num_key_value_heads": 4, "first_k_dense_replace": 1, "topk_group": 1},
+    **{"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8},
 }
 
 # The layers of linear attention, of a state-space mixer, and of short convolutions in hybrid models.
 MIXED = {"layer_types": ["mamba", "attention"]}
 LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
+    **{"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2},
+    **{"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
 }
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 JAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}
@@ -87,61 +60,24 @@ LOCAL_2 = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LATENT = {**DEEPSEEK, "q_lora_rank": 8, "n_shared_experts": 1, "n_group": 1}
 INDEXED = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
 KIMI = {
-    "q_lora_rank": None,
-    "num_local_experts": 4,
+    **{"q_lora_rank": None, "num_local_experts": 4, "linear_head_dim": 8, "linear_num_heads": 2},
     "layer_types": ["linear_attention", "full_attention"],
-    "linear_head_dim": 8,
-    "linear_num_heads": 2,
 }
-SHARED_MOE = {
-    **GROUPED,
-    "moe_intermediate_size": 40,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
-    "use_qk_norm": True,
-}
+SHARED_MOE = {**GROUPED, **ROUTED_2, "n_shared_experts": 2, "first_k_dense_replace": 1, "use_qk_norm": True}
 NEMOTRON_H = {
     **{key: value for key, value in GROUPED.items() if key != "num_hidden_layers"},
-    "layer_types": ["attention", "moe", "mamba", "mlp"],
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 40,
-    "moe_shared_expert_intermediate_size": 36,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 8,
-    "ssm_state_size": 8,
-    "n_groups": 1,
-    "chunk_size": 16,
+    **{"layer_types": ["attention", "moe", "mamba", "mlp"], **ROUTED_2, "moe_shared_expert_intermediate_size": 36},
+    **{"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16},
     "use_mamba_kernels": False,
 }
-GEMMA_4 = {
-    **GROUPED,
-    **SLIDING,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 96,
-    "global_head_dim": 8,
-}
-GEMMA_3N = {
-    **GROUPED,
-    **SLIDING,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 96,
-    "num_kv_shared_layers": 0,
-    "laurel_rank": 4,
-}
+LLAMA_4 = {**GROUPED, "intermediate_size_mlp": 40, "num_local_experts": 4, "interleave_moe_layer_step": 2}
+ERNIE = {**GROUPED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 40, "moe_num_shared_experts": 2}
+BY_LAYER = {**GROUPED, **SLIDING, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
+GEMMA_4 = {**BY_LAYER, "global_head_dim": 8}
+GEMMA_3N = {**BY_LAYER, "num_kv_shared_layers": 0, "laurel_rank": 4}
 ZAMBA_2 = {
-    **GROUPED,
-    "layer_types": ["mamba", "hybrid"],
-    "mamba_ngroups": 1,
-    "n_mamba_heads": 8,
-    "mamba_headdim": 8,
-    "mamba_d_state": 8,
-    "adapter_rank": 4,
-    "num_mem_blocks": 1,
-    "chunk_size": 16,
-    "use_mem_rope": True,
+    **{**GROUPED, "layer_types": ["mamba", "hybrid"], "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8},
+    **{"mamba_d_state": 8, "adapter_rank": 4, "num_mem_blocks": 1, "chunk_size": 16, "use_mem_rope": True},
 }
 
 # name -> (model type, config fields)
@@ -188,7 +124,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "gpt_neox-serial": ("gpt_neox", {**PLAIN, "use_parallel_residual": False, "tie_word_embeddings": True}),
     "falcon": ("falcon", {**PLAIN, "ffn_hidden_size": 40, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-alibi": ("falcon", {**PLAIN, "ffn_hidden_size": 40, "alibi": True, "parallel_attn": False, "bias": True}),
-    "mixtral": ("mixtral", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": ("mixtral", {**GROUPED, **LOCAL_2}),
     "olmoe": ("olmoe", {**GROUPED, **TOP_2, "norm_topk_prob": False}),
     "granitemoe": ("granitemoe", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("gpt_oss", {**GROUPED, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -210,19 +146,10 @@ CASES: dict[str, tuple[str, dict]] = {
     "glm_moe_dsa": ("glm_moe_dsa", {**LATENT, **INDEXED}),
     "deepseek_v32": ("deepseek_v32", {**LATENT, **INDEXED, "index_topk": 64}),
     "kimi_linear": ("kimi_linear", {**LATENT, **KIMI}),
-    "llama4_text": (
-        "llama4_text",
-        {**GROUPED, "intermediate_size_mlp": 40, "num_local_experts": 4, "interleave_moe_layer_step": 2},
-    ),
-    "minimax": (
-        "minimax",
-        {**GROUPED, **LOCAL_2, "block_size": 8, "layer_types": ["full_attention", "linear_attention"]},
-    ),
+    "llama4_text": ("llama4_text", LLAMA_4),
+    "minimax": ("minimax", {**GROUPED, **LOCAL_2, "block_size": 8, "layer_types": LINEAR["layer_types"][::-1]}),
     "minimax_m2": ("minimax_m2", {**GROUPED, **LOCAL_2}),
-    "ernie4_5_moe": (
-        "ernie4_5_moe",
-        {**GROUPED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 40, "moe_num_shared_experts": 2},
-    ),
+    "ernie4_5_moe": ("ernie4_5_moe", ERNIE),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {**GROUPED, "num_experts": 4, "moe_topk": 2}),
     "exaone_moe": ("exaone_moe", {**MOE, **SLIDING, "num_shared_experts": 2}),
     "phimoe": ("phimoe", {**GROUPED, **LOCAL_2}),

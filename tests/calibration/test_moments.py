@@ -24,7 +24,7 @@ def assert_same(left: Moments, right: Moments) -> None:
 
 
 @settings(deadline=None, max_examples=25)
-@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), seed=st.integers(0, 99))
+@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(sum), seed=st.integers(0, 99))
 def test_stream_equals_direct(sizes, seed):
     x = torch.randn(sum(sizes), 5, generator=torch.Generator().manual_seed(seed)) + 3
     moments = streamed(x, sizes)
@@ -41,13 +41,6 @@ def test_merge_equals_concatenation(cut, seed):
     x = torch.randn(41, 4, generator=torch.Generator().manual_seed(seed))
     left, right = streamed(x[:cut], [cut] if cut else []), streamed(x[cut:], [41 - cut])
     assert_same(left.merge(right), streamed(x, [41]))
-
-
-def test_empty_update_changes_nothing():
-    moments = streamed(torch.ones(3, 2), [3])
-    before = moments.mean.clone()
-    assert moments.update(torch.zeros(0, 2)).count == 3
-    torch.testing.assert_close(moments.mean, before)
 
 
 def test_a_long_stream_keeps_its_digits():

@@ -49,16 +49,16 @@ def test_round_trips(config, tmp_path_factory):
     assert StructPruneConfig.from_yaml(folder / "run.yaml") == config
 
 
+RESUMED = {"rounds": 2, "checkpoint_dir": "x", "recovery": {"every_round": True}}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({}, "exactly one of sparsity, widths and budget.*sparsity=None, widths=None, budget=None"),
         ({"sparsity": 0.2, "objective": "worst"}, "objective='worst'.*rounds=1 leaves none; set rounds=3"),
         ({"sparsity": 0.2, "max_perplexity_ratio": 1.0}, "'max_perplexity_ratio'.*greater than 1, got 1.0"),
-        (
-            {"sparsity": 0.2, "rounds": 2, "checkpoint_dir": "x", "recovery": {"every_round": True}},
-            "every_round=True makes each round a pruning of its own.*leave out either",
-        ),
+        ({"sparsity": 0.2, **RESUMED}, "every_round=True makes each round a pruning of its own.*leave out either"),
         ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity, widths and budget.*sparsity=0.2"),
         ({"sparsity": 0}, "'sparsity'.*between 0 and 1.*got 0"),
         ({"sparsity": 1}, "'sparsity'.*between 0 and 1.*got 1"),
@@ -73,6 +73,12 @@ def test_round_trips(config, tmp_path_factory):
         ({"sparsity": 0.2, "refit": "ls"}, "'refit'.*there is no refit 'ls'.*bias, least_squares, none"),
         ({"sparsity": 0.2, "objective": "slow"}, "'objective'.*mean.*slow"),
         ({"sparsity": 0.2, "damping": -1}, "'damping'.*0 or more, got -1"),
+        ({"sparsity": 0.2, "error_feedback": 1.5}, "'error_feedback'.*between 0 and 1, got 1.5"),
+        ({"widths": {"mlp": [24, 32]}, "allocation": "global"}, "what every layer keeps, so allocation='global'"),
+        ({"widths": {"mlp": 8}, "allocation": "search_uniform"}, "says what is kept, and allocation='search_uniform'"),
+        ({"sparsity": 0.1, "allocation": "search_uniform", "skip_layers": [0]}, "choose allocation='search'"),
+        ({"sparsity": 0.1, "losses_dir": "x"}, "allocation='uniform' measures none"),
+        ({"sparsity": 0.2, "recovery": {"merge": False}}, "merge=False leaves an adapter"),
         ({"sparsity": 0.2, "targets": []}, "'targets'.*at least one"),
         ({"sparsity": 0.2, "domains": []}, "domains has to name at least one domain"),
         ({"sparsity": 0.2, "domains": ["wiki"]}, "'domains'.*wiki"),
@@ -104,16 +110,10 @@ def test_lists_become_tuples_and_sources_in_memory_are_named():
     assert config.to_dict()["domains"][0]["source"] == "memory:list"
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "- a\n- b\n",
-        "sparsity: [0.2\n",
-        "",
-        "rounds: 1\nsparsity: 0.2\nrounds: 3\n",
-        "!!python/object/apply:os.system ['true']",
-    ],
-)
+TWICE, CODE = "rounds: 1\nsparsity: 0.2\nrounds: 3\n", "!!python/object/apply:os.system ['true']"
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "sparsity: [0.2\n", "", TWICE, CODE])
 def test_a_file_that_is_no_mapping_is_named(tmp_path, content):
     path = tmp_path / "run.yaml"
     path.write_text(content)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import datasets
 import pytest
@@ -33,6 +34,7 @@ from optimum_structprune.errors import StructPruneError
 TEXTS = [f"text number {i}" for i in range(30)]
 WORDS = [f"w{i}" for i in range(4000)]
 BOS, EOS, CLS = 0, 1, 2
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def tokenizer(bos: bool = True, eos: bool = True, template: str | None = None) -> PreTrainedTokenizerFast:
@@ -157,19 +159,15 @@ def test_prose_reads_other_files_than_code():
     assert not any("\n    def " in text or ">>>" in text for text in names["prose"])
 
 
-def test_a_small_sample_of_code_is_of_many_files():
-    heads = [text.split("\n", 1)[0] for text in itertools.islice(builtin_documents("code"), 40)]
-    assert len(set(heads)) > 20
-
-
-def test_code_does_not_always_begin_at_the_top_of_a_file(monkeypatch, tmp_path):
+def test_a_small_sample_of_code_is_of_many_files_and_not_of_their_tops(monkeypatch, tmp_path):
     for i in range(40):
         lines = "".join(f"value_{n} = {n}  # of module {i}\n" for n in range(1000))
         (tmp_path / f"m{i:02}.py").write_text("# Copyright: see the licence.\n" + lines)
     monkeypatch.setattr(builtin.sysconfig, "get_path", lambda name: str(tmp_path))
     texts = list(builtin_documents("code", 1))
-    heads = [text.startswith("# Copyright") for text in texts[:20]]
-    assert sum(heads) < 10 and sum(text.startswith("# Copyright") for text in texts) == 20
+    heads = [text.startswith("# Copyright") for text in texts]
+    assert sum(heads[:20]) < 10 and sum(heads) == 20
+    assert len({re.search(r"of module \d+", text)[0] for text in texts[:20]}) > 10
     assert len(set(texts)) == len(texts) and list(builtin_documents("code", 1)) == texts
 
 
@@ -205,30 +203,31 @@ def test_every_sum_of_the_math_problems_is_right():
         assert Fraction(answer[1]) == Fraction(steps[-1][1]), text
 
 
+NUMBER = r"\$?(\d+(?:\.\d+)?)"
+# What the question of a kind of problem says, and what follows from its numbers.
+SOLVE = {
+    f"has {NUMBER} and .*? {NUMBER} [^$]+ at {NUMBER} each and {NUMBER} [^$]+ at {NUMBER} each": (
+        lambda cash, a, p, b, q: cash - a * p - b * q
+    ),
+    f"for {NUMBER} hours at {NUMBER} miles per hour and then for {NUMBER} hours at {NUMBER}": (
+        lambda t, v, s, w: (t * v + s * w) / (t + s)
+    ),
+    rf"scored {NUMBER}, {NUMBER} and {NUMBER} .* average of {NUMBER}\?": lambda a, b, c, mean: 4 * mean - a - b - c,
+    f"counts {NUMBER} heads and {NUMBER} legs": lambda heads, legs: (legs - 2 * heads) / 2,
+    f"saves? {NUMBER} in the first week, and every week {NUMBER} more .* after {NUMBER} weeks": (
+        lambda a, d, n: sum(a + i * d for i in range(int(n)))
+    ),
+}
+
+
 def test_answers_follow_from_the_questions():
     """The answers again, from the numbers of the question alone."""
-    number = r"\$?(\d+(?:\.\d+)?)"
-    solve = {
-        f"has {number} and .*? {number} [^$]+ at {number} each and {number} [^$]+ at {number} each": (
-            lambda cash, a, p, b, q: cash - a * p - b * q
-        ),
-        f"for {number} hours at {number} miles per hour and then for {number} hours at {number}": (
-            lambda t, v, s, w: (t * v + s * w) / (t + s)
-        ),
-        f"scored {number}, {number} and {number} .* average of {number}\\?": lambda a, b, c, mean: (
-            4 * mean - a - b - c
-        ),
-        f"counts {number} heads and {number} legs": lambda heads, legs: (legs - 2 * heads) / 2,
-        f"saves? {number} in the first week, and every week {number} more .* after {number} weeks": (
-            lambda a, d, n: sum(a + i * d for i in range(int(n)))
-        ),
-    }
-    solved = dict.fromkeys(solve, 0)
+    solved = dict.fromkeys(SOLVE, 0)
     for text in itertools.islice(builtin_documents("math", 1), 1500):
-        for pattern, answer in solve.items():
-            if found := re.search(pattern, text.split("?")[0] + "?"):
+        for pattern, answer in SOLVE.items():
+            if numbers := re.search(pattern, text.split("?")[0] + "?"):
                 claimed = re.search(r"(?:#### |answer is )([\d.]+?)\.?$", text)
-                assert answer(*map(Fraction, found.groups())) == Fraction(claimed[1]), text
+                assert answer(*map(Fraction, numbers.groups())) == Fraction(claimed[1]), text
                 solved[pattern] += 1
     assert min(solved.values()) >= 5, solved
 
@@ -249,22 +248,26 @@ def test_sections_keep_all_words_and_the_size(text, size):
     assert "".join("".join(parts).split()) == "".join(text.split())
 
 
-def test_sections_cut_at_blank_lines():
-    paragraphs = [f"{i} " * 20 for i in range(50)]
-    parts = list(sections("\n\n".join(paragraphs), 200))
-    assert len(parts) > 10
-    assert [piece for part in parts for piece in part.split("\n\n")] == paragraphs
-
-
 # --- sources
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-def test_a_file(tmp_path, suffix):
-    path = str(write(tmp_path / f"a{suffix}", TEXTS))
-    assert sorted(read(path)) == sorted(TEXTS)
-    assert read(path) == read(path) != TEXTS
-    assert read(path, seed=1) != read(path)
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(lambda folder, suffix=suffix: str(write(folder / f"a{suffix}", TEXTS)) for suffix in SUFFIXES),
+        lambda folder: write(folder / "a.jsonl", TEXTS),
+        lambda _: TEXTS,
+        lambda _: tuple(TEXTS),
+        lambda _: (text for text in TEXTS),
+        lambda _: datasets.Dataset.from_dict({"text": TEXTS}),
+        lambda _: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(),
+    ],
+    ids=[*SUFFIXES, "path", "list", "tuple", "generator", "dataset", "iterable-dataset"],
+)
+def test_a_source_gives_all_its_texts_in_an_order_of_the_seed(tmp_path, source):
+    assert sorted(read(source(tmp_path))) == sorted(TEXTS)
+    assert read(source(tmp_path)) == read(source(tmp_path)) != TEXTS
+    assert read(source(tmp_path), seed=1) != read(source(tmp_path))
 
 
 def test_a_text_file_is_one_document_unless_it_is_large(tmp_path):
@@ -304,28 +307,9 @@ def test_a_relative_path_goes_before_the_hub(tmp_path, monkeypatch, source):
     assert sorted(read(source)) == sorted(TEXTS)
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        lambda: TEXTS,
-        lambda: tuple(TEXTS),
-        lambda: (text for text in TEXTS),
-        lambda: datasets.Dataset.from_dict({"text": TEXTS}),
-        lambda: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(),
-    ],
-    ids=["list", "tuple", "generator", "dataset", "iterable-dataset"],
-)
-def test_objects_in_memory(source):
-    assert sorted(read(source())) == sorted(TEXTS)
-    assert read(source()) == read(source()) != TEXTS
-    assert read(source(), seed=1) != read(source())
-
-
 def test_a_path_object_is_kept_as_its_text(tmp_path):
-    path = write(tmp_path / "a.jsonl", TEXTS)
-    domain = DomainConfig("d", path)
-    assert domain.source == str(path) and DomainConfig.from_dict(domain.to_dict()) == domain
-    assert sorted(read(path)) == sorted(TEXTS)
+    domain = DomainConfig("d", tmp_path / "a.jsonl")
+    assert domain.source == str(tmp_path / "a.jsonl") and DomainConfig.from_dict(domain.to_dict()) == domain
 
 
 def test_a_folder_that_save_to_disk_wrote(tmp_path):
@@ -352,30 +336,17 @@ def test_blank_and_missing_texts_are_skipped(tmp_path):
     assert read(str(path)) == ["a"]
 
 
-def test_an_endless_source_is_read_only_as_far_as_needed(monkeypatch):
-    monkeypatch.setattr(sources, "LOCAL_BUFFER", 50)
-    endless = (f"w{i % 4000} w5" for i in itertools.count())
-    taken = list(itertools.islice(documents(DomainConfig("d", endless), 0), 100))
-    assert len(set(taken)) == 100
-    assert next(endless) == "w150 w5"
-
-
 def test_a_buffer_smaller_than_the_source_loses_nothing(monkeypatch):
     monkeypatch.setattr(sources, "LOCAL_BUFFER", 7)
     assert sorted(read(TEXTS)) == sorted(TEXTS)
 
 
 def test_a_hub_dataset(monkeypatch):
-    calls = []
-
-    def load_dataset(*args, **kwargs):
-        calls.append((args, kwargs))
-        return datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = Mock(side_effect=lambda *_, **how: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset())
+    monkeypatch.setattr(datasets, "load_dataset", hub)
     assert sorted(read("user/name", dataset_config="en", split="test", revision="abc")) == sorted(TEXTS)
     assert read("user/name", seed=1) != read("user/name", seed=2)
-    assert calls[0] == (("user/name", "en"), {"split": "test", "streaming": True, "revision": "abc"})
+    assert hub.call_args_list[0] == call("user/name", "en", split="test", streaming=True, revision="abc")
 
 
 def test_importing_does_not_import_datasets():
@@ -422,16 +393,13 @@ def test_a_missing_relative_file_is_not_looked_for_on_the_hub(tmp_path, monkeypa
             read(source)
 
 
-def test_a_config_that_was_saved_with_text_in_memory():
+def test_what_is_no_text():
+    for source, message in ((["a", 3], "item 1 holds the int 3"), ([{"text": "a"}], "item 0 .* dict")):
+        with pytest.raises(StructPruneError, match=f"'d' has to give strings; {message}"):
+            read(source)
     saved = DomainConfig("d", TEXTS).to_dict()
     with pytest.raises(StructPruneError, match="'d' was read from a list in memory.*set its source again"):
         list(documents(DomainConfig.from_dict(saved), 0))
-
-
-@pytest.mark.parametrize("source, found", [(["a", 3], "item 1 holds the int 3"), ([{"text": "a"}], "item 0 .* dict")])
-def test_items_that_are_no_strings(source, found):
-    with pytest.raises(StructPruneError, match=f"'d' has to give strings; {found}"):
-        read(source)
 
 
 @pytest.mark.parametrize(
@@ -439,10 +407,7 @@ def test_items_that_are_no_strings(source, found):
     [ConnectionError("no way out"), datasets.exceptions.DatasetNotFoundError("gone"), ValueError("unknown split")],
 )
 def test_the_hub_does_not_give_it(monkeypatch, error):
-    def load_dataset(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
     with pytest.raises(StructPruneError, match=f"'d': 'user/name' is no local .* cannot be read: {error}") as raised:
         read("user/name")
     assert raised.value.__cause__ is error
@@ -464,14 +429,12 @@ def test_samples_are_split_in_proportion(weights, extra):
     assert all(a[1] <= b[1] or a[0] == b[0] for a, b in itertools.pairwise(heavier))
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=6))
-def test_whole_quotas_are_exact(weights):
-    assert split_samples(sum(weights), weights) == weights
-
-
 @pytest.mark.parametrize(
     "samples, weights, counts",
-    [(10, [1, 1, 1], [4, 3, 3]), (3, [100, 1, 1], [1, 1, 1]), (10, [100, 1, 1], [8, 1, 1]), (7, [0.5, 0.25], [5, 2])],
+    [
+        *((10, [1, 1, 1], [4, 3, 3]), (3, [100, 1, 1], [1, 1, 1]), (10, [100, 1, 1], [8, 1, 1])),
+        *((7, [0.5, 0.25], [5, 2]), (24, [2, 3, 19], [2, 3, 19])),
+    ],
 )
 def test_known_splits(samples, weights, counts):
     assert split_samples(samples, weights) == counts
@@ -494,16 +457,16 @@ def test_number_of_heldout_samples(samples, holdout, expected):
 @pytest.mark.parametrize(
     "made, expected",
     [
-        ({"template": "<s> $A"}, BOS),
-        ({"template": "[CLS] $A </s>"}, CLS),
-        ({"template": "$A </s>"}, BOS),
-        ({}, BOS),
-        ({"bos": False}, EOS),
-        ({"bos": False, "eos": False}, None),
+        *(({"template": "<s> $A"}, BOS), ({"template": "[CLS] $A </s>"}, CLS), ({"template": "$A </s>"}, BOS)),
+        *(({}, BOS), ({"bos": False}, EOS), ({"bos": False, "eos": False}, None)),
     ],
 )
 def test_prefix_token(made, expected):
-    assert prefix_token(tokenizer(**made)) == expected
+    reader = tokenizer(**made)
+    assert prefix_token(reader) == expected
+    (domain,) = load_domains(make(numbered()), reader)
+    assert domain.samples.shape == (8, 16)
+    assert set(domain.samples[:, 0].tolist()) == {expected} if expected is not None else domain.samples.min() >= 4
 
 
 def owners(samples: torch.Tensor, length: int = 10) -> set[int]:
@@ -525,21 +488,11 @@ def test_samples_have_shape_prefix_and_separators():
         assert all(b == a + 1 for a, b in itertools.pairwise(words) if b % 10)
 
 
-def test_a_tokenizer_without_special_tokens():
-    (domain,) = load_domains(make(numbered()), tokenizer(bos=False, eos=False))
-    assert domain.samples.shape == (8, 16)
-    assert domain.samples.min() >= 4
-
-
 def test_no_document_is_in_both_parts():
     (domain,) = load_domains(make(numbered(), holdout=0.5, num_samples=40), tokenizer())
     calibration, heldout = owners(domain.samples), owners(domain.heldout)
-    assert len(calibration) > 40
-    assert len(heldout) > 20
-    assert not calibration & heldout
-
-
-def test_the_rest_of_the_last_heldout_document_is_not_calibrated_on():
+    assert len(calibration) > 40 and len(heldout) > 20 and not calibration & heldout
+    # Nor is the rest of the last one that is held out.
     (domain,) = load_domains(make(numbered(4, 1000)), tokenizer())
     assert len(owners(domain.heldout, 1000)) == 1
     assert not owners(domain.samples, 1000) & owners(domain.heldout, 1000)

@@ -10,7 +10,7 @@ from models import OTHER_STRUCTURES, STRUCTURES, config, described, random_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import Plan, StructPruneError, StructPruner, prune_model
+from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.families import builtin_families
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.shrink import cut_depth_
@@ -174,28 +174,3 @@ def test_the_layer_whose_loss_counts_least_goes():
     pruner = StructPruner(config(widths={LAYER: 4}, criterion="loss_increase"))
     pruner.prune_model(model, inputs={"a": inputs})
     assert {*range(5)} - {*pruner.plan.keep[MODEL, LAYER]} == {int(scores.argmin())}
-
-
-def test_plans_in_sequence_name_layers_of_the_dense_model():
-    first = Plan("x", {(MODEL, LAYER): (0, 2, 3), (1, "mlp"): (0, 1), (2, "mlp"): (0, 5, 6)})
-    second = Plan("x", {(MODEL, LAYER): (1, 2), (1, "mlp"): (1, 2), (2, "attention"): (0,)})
-    both = first.then(second)
-    assert both.keep == {(MODEL, LAYER): (2, 3), (2, "mlp"): (5, 6), (3, "attention"): (0,)}
-
-
-def test_sparsity_chooses_the_depth():
-    pruner = StructPruner(config(sparsity=0.4, targets=(LAYER,)))
-    small = pruner.prune_model(deep("llama-tied"), tokenizer())
-    assert small.config.num_hidden_layers == 3 and pruner.report.sparsity == pytest.approx(0.4)
-
-
-@pytest.mark.parametrize(
-    ("case", "fields", "message"),
-    [
-        ("llama-tied", {"widths": {LAYER: 6}}, "= 6 is not legal.*has 5; the nearest legal choice is 5"),
-        ("bert", {"widths": {LAYER: 4}, "criterion": "loss_increase"}, "use 'block_influence'"),
-    ],
-)
-def test_what_is_refused(case, fields, message):
-    with pytest.raises(StructPruneError, match=message):
-        prune_model(deep(case), config(**fields), tokenizer())

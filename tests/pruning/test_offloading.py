@@ -18,7 +18,7 @@ from optimum_structprune.forward import placement
 from optimum_structprune.forward.placement import Placement
 from optimum_structprune.pruning.sweep import Sweep
 from optimum_structprune.system import offloading
-from optimum_structprune.system.offloading import is_offloaded, weight_of
+from optimum_structprune.system.offloading import Prefetch, is_offloaded, weight_of
 
 
 PLACES = ("disk", "memory")
@@ -229,3 +229,23 @@ def test_a_layer_is_gone_once_a_smaller_one_has_taken_its_place(place, tmp_path)
         assert not [part() for part in parts if part() is not None]
     finally:
         gc.enable()
+
+
+def test_one_layer_is_alive_beside_the_one_in_use():
+    alive, most = weakref.WeakSet(), []
+
+    def make(number):
+        gc.collect()
+        alive.add(made := torch.nn.Identity(number))
+        most.append(len(alive))
+        return made
+
+    ahead = Prefetch(make)
+    for number in range(6):
+        used = ahead.take(number)
+        ahead.begin(number + 1)
+    ahead.begin(3)
+    ahead.drop()
+    del used
+    gc.collect()
+    assert max(most) == 2 and not alive

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import NON_UNIFORM, count_hooks, evidence_of, free_spaces, whole_passes
+from helpers import NON_UNIFORM, count_hooks, evidence_of, free_spaces, logits, whole_passes
 from models import STRUCTURES, build, config, token_ids, tokenizer
 from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe, layer_list
@@ -135,18 +136,21 @@ def test_units_that_no_trial_has_removed_go_last(case):
 
 @pytest.mark.parametrize("case", ["llama-bias", "gpt2-tied", "mixtral"])
 @pytest.mark.parametrize("rounds", [1, 3])
-def test_end_to_end(case, rounds, tmp_path):
+@pytest.mark.parametrize("allocation", ["global", "sensitivity"])
+def test_end_to_end(case, rounds, allocation, tmp_path):
     model = build(case)
     before = snapshot(model)
-    targets = free_spaces(describe(model))
-    refit = "bias" if case == "llama-bias" else "least_squares"
-    fields = {"sparsity": 0.25, "targets": targets, "allocation": "sensitivity", "round_to": 1, "refit": refit}
-    pruner = StructPruner(config(rounds=rounds, **fields))
+    fields = {"sparsity": 0.25, "targets": free_spaces(describe(model)), "allocation": allocation, "round_to": 1}
+    pruner = StructPruner(config(rounds=rounds, refit="bias" if case == "llama-bias" else "least_squares", **fields))
     small = pruner.prune_model(model, tokenizer())
     assert_untouched(model, before)
-    assert pruner.report.seconds["search"] > 0
-    assert pruner.report.sparsity == pytest.approx(0.25, abs=0.02)
+    assert small.config.is_heterogeneous and pruner.report.sparsity == pytest.approx(0.25, abs=0.02)
+    arch = describe(small)
+    widths = {name: {space.layer: space.width for space in arch.of(name)} for name in pruner.report.widths}
+    assert pruner.report.widths == widths
     pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
 
 
 def widths(model, **fields):

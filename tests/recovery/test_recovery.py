@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 from optimum_structprune import (
     DomainConfig,
-    Plan,
     Recovery,
     RecoveryConfig,
     StructPruneConfig,
@@ -147,12 +146,6 @@ def test_every_round_of_a_pruning_trains_on_other_text(tmp_path, trained_on, pru
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-1", "round-2"]
 
 
-def test_a_plan_after_a_plan():
-    first = Plan("llama", {(0, "mlp"): (1, 3, 5), (1, "mlp"): (0, 1)})
-    second = Plan("llama", {(0, "mlp"): (0, 2), (0, "attention"): (1,)})
-    assert first.then(second).keep == {(0, "mlp"): (1, 5), (1, "mlp"): (0, 1), (0, "attention"): (1,)}
-
-
 class Spoiler(TrainerCallback):
     """Remembers the adapter at the beginning of each step, and makes the loss of one step NaN through the teacher."""
 
@@ -269,10 +262,7 @@ def test_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
         ({"domains": []}, "at least one domain"),
         ({"every_round": True, "merge": False}, "needs merge=True"),
         ({"token": 5}, "Did you mean 'tokens'"),
-        (
-            {"training": {"learning_rate": float("nan")}},
-            "learning_rate has to be a finite number, got nan",
-        ),
+        ({"training": {"learning_rate": float("nan")}}, "learning_rate has to be a finite number, got nan"),
         ({"training": {"lr_scheduler_kwargs": {"min_lr": float("inf")}}}, "min_lr has to be a finite number, got inf"),
         ({"lora": {"lora_alpha": float("inf")}}, "'lora'.*lora_alpha has to be a finite number, got inf"),
         ({"lora": {"rank_pattern": {"x": [1, float("-inf")]}}}, "1 has to be a finite number, got -inf"),
@@ -281,11 +271,6 @@ def test_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
 def test_bad_fields(fields, message):
     with pytest.raises(StructPruneError, match=message):
         RecoveryConfig.from_dict(fields)
-
-
-def test_an_adapter_has_no_place_in_a_pruning_config():
-    with pytest.raises(StructPruneError, match="merge=False leaves an adapter"):
-        StructPruneConfig.from_dict({"sparsity": 0.2, "recovery": {"merge": False}})
 
 
 def test_a_teacher_runs_without_dropout_and_is_as_it_was_after_a_failure(pruned):

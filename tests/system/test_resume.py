@@ -1,11 +1,13 @@
 """What is on disk is whole at any moment, whatever is killed, and the same as what was in memory."""
 
 from math import inf
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import Killed, dying
 from models import full_disk
+from safetensors.torch import save_file
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.system import resume
@@ -102,11 +104,24 @@ def test_half_written_files_of_another_round_are_passed_over(tmp_path):
     assert_holds(tmp_path, 1)
 
 
-@pytest.mark.parametrize("name", ["round.json", "round-1.safetensors", "round-1-0-of-1.safetensors"])
-def test_a_damaged_file_is_named(name, tmp_path):
+def shortened(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("round.json", shortened),
+        *(("round.json", lambda path, text=text: path.write_text(text)) for text in ("{", "[]", '{"key": "x"}')),
+        ("round-1.safetensors", shortened),
+        ("round-1.safetensors", Path.unlink),
+        ("round-1.safetensors", lambda path: save_file({"other": torch.zeros(1)}, path)),
+        ("round-1-0-of-1.safetensors", shortened),
+    ],
+)
+def test_a_damaged_file_is_named(name, damage, tmp_path):
     save(tmp_path, 1)
-    content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[:-40])
+    damage(tmp_path / name)
     with pytest.raises(StructPruneError, match="round.json is not a readable checkpoint .*; remove it to start anew"):
         store(tmp_path).load()
 

@@ -41,34 +41,25 @@ def a_unit_more(model, arch, wish, widths):
             yield {**widths, name: larger[0]}
 
 
-@pytest.mark.parametrize("case", STRUCTURES)
-def test_every_structure_keeps_to_it_and_one_unit_more_would_not(case):
+WHOLE = [("llama-tied", "layer"), ("llama-tied", "hidden"), ("qwen3_moe", "hidden")]
+
+
+@pytest.mark.parametrize(("case", "name"), [*((case, None) for case in STRUCTURES), *WHOLE])
+def test_it_is_kept_to_and_one_unit_more_would_not(case, name):
     model = build(case)
     arch = describe(model)
-    dense = model.num_parameters()
-    for share in (0.03, 0.2, 0.4):
-        wish = asking("parameters", round(dense - share * sum(arch.layer_params)), targets=targets_of(arch))
+    dense, targets = model.num_parameters(), targets_of(arch) if name is None else (name,)
+    for share in (0.03, 0.2, 0.4) if name is None else (0.3,):
+        most = round(dense - share * (sum(arch.layer_params) if name is None else dense))
+        wish = asking("parameters", most, targets=targets)
         try:
             widths = widths_of(wish, arch, model)
         except StructPruneError as error:
             assert share == 0.4 and "cannot be met" in str(error)
             continue
-        assert parameters(model, arch, widths) <= wish.budget["parameters"]
+        assert parameters(model, arch, widths) <= most
         for larger in a_unit_more(model, arch, wish, widths):
-            assert parameters(model, arch, larger) > wish.budget["parameters"], (widths, larger)
-
-
-@pytest.mark.parametrize(
-    ("case", "name"), [("llama-tied", "layer"), ("llama-tied", "hidden"), ("qwen3_moe", "hidden")]
-)
-def test_spaces_of_the_whole_model(case, name):
-    model = build(case)
-    arch = describe(model)
-    wish = asking("parameters", round(0.7 * model.num_parameters()), targets=(name,))
-    widths = widths_of(wish, arch, model)
-    assert parameters(model, arch, widths) <= wish.budget["parameters"]
-    for larger in a_unit_more(model, arch, wish, widths):
-        assert parameters(model, arch, larger) > wish.budget["parameters"]
+            assert parameters(model, arch, larger) > most, (widths, larger)
 
 
 @settings(deadline=None, max_examples=25)
@@ -105,18 +96,15 @@ def test_pruning_keeps_to_it(fields):
         assert dry_run(saved, wish).parameters.after == small.num_parameters()
 
 
-def test_biases_that_a_refit_adds_count():
-    model = build("llama-bias")
-    arch = describe(model)
-    for refit in ("bias", "none"):
-        for case in ("llama-bias", "llama-tied"):
-            model = build(case)
-            wish = asking("parameters", 15_000, refit=refit, targets=("mlp",))
-            if case == "llama-tied" and refit == "bias":
-                wish = asking("parameters", 15_000, refit=refit, targets=("attention",))
-            small = prune_model(model, wish, tokenizer())
-            unit = sum(space.unit_params for space in arch.of(wish.targets[0]))
-            assert 15_000 - unit < small.num_parameters() <= 15_000
+@pytest.mark.parametrize(
+    ("case", "refit", "target"),
+    [*(("llama-bias", refit, "mlp") for refit in ("bias", "none")), ("llama-tied", "bias", "attention")],
+)
+def test_biases_that_a_refit_adds_count(case, refit, target):
+    model = build(case)
+    small = prune_model(model, asking("parameters", 15_000, refit=refit, targets=(target,)), tokenizer())
+    unit = sum(space.unit_params for space in describe(model).of(target))
+    assert 15_000 - unit < small.num_parameters() <= 15_000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
