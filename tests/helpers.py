@@ -242,6 +242,20 @@ def recovery_config(**fields) -> RecoveryConfig:
     return RecoveryConfig(**{**defaults, **fields, "training": {**training, **fields.get("training", {})}})
 
 
+def failing(function, number, error):
+    """The function, which raises an error at its n-th call after the work is done."""
+    calls = []
+
+    def call(*args, **kwargs):
+        result = function(*args, **kwargs)
+        calls.append(result)
+        if len(calls) == number:
+            raise error
+        return result
+
+    return call
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
 

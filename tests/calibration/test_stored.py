@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -250,11 +251,8 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     def content():
         return {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    def fail(*args):
-        raise OSError("no space left on device")
-
     before = content()
-    monkeypatch.setattr(calibrator, "save_file", fail)
+    monkeypatch.setattr(calibrator, "save_file", Mock(side_effect=OSError("no space left on device")))
     with pytest.raises(StructPruneError, match="new could not be written.*no space left"):
         calibrate(model, tokenizer(), uneven(), tmp_path / "new")
     for overwrite, message in ((False, "exists and is not empty"), (True, "no space left")):

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from helpers import assert_same_choices, logits
+from helpers import assert_same_choices, failing, logits
 from models import build, config, tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -200,16 +200,8 @@ def test_a_model_without_weights_is_refused():
 
 
 def test_an_interruption_leaves_a_model_that_refuses_to_be_saved(tmp_path, monkeypatch):
-    model, calls = offloaded("llama-untied", "disk", tmp_path), []
-    choose = Sweep.gather
-
-    def interrupted(self, *args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return choose(self, *args)
-
-    monkeypatch.setattr(Sweep, "gather", interrupted)
+    model = offloaded("llama-untied", "disk", tmp_path)
+    monkeypatch.setattr(Sweep, "gather", failing(Sweep.gather, 2, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         pruned(model, widths={"mlp": 24})
     with pytest.raises(InPlaceError, match="KeyboardInterrupt.*already begun to change: load it again"):

@@ -1,10 +1,11 @@
 """What an error leaves behind: a model as it was, or one that cannot be taken for a finished one."""
 
 from copy import deepcopy
+from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import count_hooks, evidence_of, logits, same_weights
+from helpers import count_hooks, evidence_of, failing, logits, same_weights
 from models import build, config, documents, tokenizer
 from quantized import Packed, Reversible, quantized
 from torch import nn
@@ -102,25 +103,16 @@ def test_a_criterion_that_fails_in_a_later_layer(monkeypatch, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_undoes_the_round(monkeypatch, tmp_path):
-    def full(*args):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(resume, "save_file", full)
+    monkeypatch.setattr(resume, "save_file", Mock(side_effect=OSError("no space left on device")))
     prune = in_place(rounds=2, refit="bias", checkpoint_dir=str(tmp_path / "rounds"))
     assert_refused(prune, build("llama-tied"), "Round 1 could not be saved.*no space left", tmp_path / "model")
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 def test_other_errors_undo_masks_too(kind, monkeypatch, tmp_path):
-    model, gather = build("llama-tied"), LayerPasses.gather
-
-    def fail(self, layer, space, gram):
-        if layer == 1:
-            raise kind("stop")
-        return gather(self, layer, space, gram)
-
-    monkeypatch.setattr(LayerPasses, "gather", fail)
+    model = build("llama-tied")
     before = deepcopy(model)
+    monkeypatch.setattr(LayerPasses, "gather", failing(LayerPasses.gather, 2, kind("stop")))
     with pytest.raises(kind, match="stop"):
         in_place(rounds=2, refit="bias")(model)
     assert same_weights(model, before)
@@ -128,20 +120,6 @@ def test_other_errors_undo_masks_too(kind, monkeypatch, tmp_path):
 
 
 # --- after something has gone for good
-
-
-def failing(function, number, kind):
-    """Raises at the n-th call, after the work is done."""
-    calls = []
-
-    def call(*args, **kwargs):
-        result = function(*args, **kwargs)
-        calls.append(result)
-        if len(calls) == number:
-            raise kind("stop")
-        return result
-
-    return call
 
 
 # The module whose function fails, the function, at which call, and the config.
@@ -162,7 +140,7 @@ def test_a_model_that_has_begun_to_shrink_cannot_be_saved(where, kind, inplace, 
     module, name, number, fields = SHRUNK[where]
     model = build("mixtral")
     before = deepcopy(model)
-    monkeypatch.setattr(module, name, failing(getattr(module, name), number, kind))
+    monkeypatch.setattr(module, name, failing(getattr(module, name), number, kind("stop")))
     if not inplace or kind is KeyboardInterrupt:
         expected = pytest.raises(kind, match="stop")
     else:
@@ -184,7 +162,7 @@ def test_a_model_that_has_begun_to_shrink_cannot_be_saved(where, kind, inplace, 
 
 def test_an_error_in_a_later_step_counts_too(monkeypatch, tmp_path):
     """Experts have gone by then, and masks of units are undone: not enough to go on with this model."""
-    monkeypatch.setattr(LayerPasses, "advance_dense", failing(LayerPasses.advance_dense, 2, RuntimeError))
+    monkeypatch.setattr(LayerPasses, "advance_dense", failing(LayerPasses.advance_dense, 2, RuntimeError("stop")))
     model = build("mixtral")
     with pytest.raises(InPlaceError, match="load it again"):
         in_place(widths={"expert": 3, "mlp": 24}, rounds=2)(model)

@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -84,10 +85,7 @@ def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
     rows = json.loads(path.read_text())["values"]["losses"]
     assert {(layer, name) for layer, name, _ in rows} == {*product(range(3), ("mlp", "attention", "layer"))}
 
-    def refused(*args):
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(trials, "trial_losses", refused)
+    monkeypatch.setattr(trials, "trial_losses", Mock(side_effect=AssertionError("measured again")))
     assert pruned(model, sparsity=0.2, **fields)[0].plan == first.plan
     assert pruned(model, sparsity=0.5, **fields)[0].plan != first.plan
     # Other text, or another way to prune, is measured anew.

@@ -8,7 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import RECOVERY_TEXT, logits, recovery_config, same_weights
+from helpers import RECOVERY_TEXT, failing, logits, recovery_config, same_weights
 from models import build, config, full_disk, tokenizer
 
 from optimum_structprune import StructPruneError, prune_model, recover
@@ -114,15 +114,9 @@ def test_what_changes_no_step_may_differ(pruned, run, tmp_path):
 
 
 def test_an_interrupted_run_goes_on(pruned, run, tmp_path, monkeypatch):
-    model, original = deepcopy(pruned), DistillTrainer.compute_loss
-
-    def interrupted(self, *arguments, **more):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return original(self, *arguments, **more)
-
+    model = deepcopy(pruned)
     with monkeypatch.context() as patch:
-        patch.setattr(DistillTrainer, "compute_loss", interrupted)
+        patch.setattr(DistillTrainer, "compute_loss", failing(DistillTrainer.compute_loss, 6, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             recover(model, tokenizer(), settings(tmp_path))
     assert same_weights(model, pruned) and [*model.state_dict()] == [*pruned.state_dict()]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,14 +38,16 @@ def result(folder, marker="pruning_plan.json"):
     return folder
 
 
-@pytest.mark.parametrize("marker", MARKERS)
-def test_a_result_may_be_replaced(tmp_path, marker):
-    Output(result(tmp_path / "out", marker), True).check()
-
-
-def test_a_new_or_an_empty_folder_may_be_written_to(tmp_path):
+def test_what_may_be_written_to(tmp_path):
     Output(tmp_path / "new").check()
     Output(tmp_path, True, [tmp_path]).check()
+    for marker in MARKERS:
+        Output(result(tmp_path / marker, marker), True).check()
+    with_card = result(tmp_path / "out", "recovery_config.json")
+    (with_card / "README.md").write_text("")  # the card that peft writes
+    (with_card / "adapter_config.json").write_text("{}")
+    elsewhere = ["", None, tmp_path / "gone", "x\0y", "out", tmp_path / "out2"]
+    Output(with_card, True, elsewhere).check()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "llama"}', "5", "[" * 5000])
@@ -55,12 +58,9 @@ def test_a_folder_that_only_looks_like_a_result_stays(tmp_path, text):
     assert not is_result(tmp_path)
     with pytest.raises(StructPruneError, match=r"no result of structprune.*2 files \([27].0 kB\) would be lost"):
         Output(tmp_path, True).check()
-
-
-def test_a_dense_model_is_no_result(tmp_path):
-    build("llama-tied").save_pretrained(tmp_path)
+    build("llama-tied").save_pretrained(tmp_path / "dense")
     with pytest.raises(StructPruneError, match="no result"):
-        Output(tmp_path, True).check()
+        Output(tmp_path / "dense", True).check()
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "notes/", "README.md", "data.csv", ".git/"])
@@ -74,13 +74,6 @@ def test_what_was_put_into_a_result_stays(tmp_path, name):
         Output(out, True).check()
 
 
-def test_the_card_that_peft_writes_may_be_replaced(tmp_path):
-    out = result(tmp_path / "out", "recovery_config.json")
-    (out / "README.md").write_text("")
-    (out / "adapter_config.json").write_text("{}")
-    Output(out, True).check()
-
-
 def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
     out = result(tmp_path / "home" / "out")
     inside = result(out / "in")
@@ -88,10 +81,12 @@ def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
     text.write_text("")
     link = tmp_path / "link"
     link.symlink_to(out)
+    (tmp_path / "model").mkdir()
+    (out / "linked").symlink_to(tmp_path / "model")  # which counts where it lies
     monkeypatch.chdir(tmp_path)
     cases = {
         "is": [out, link, "home/out", "home/../home/out", os.path.join(out, "")],
-        "holds": [inside, text, link / "in"],
+        "holds": [inside, text, link / "in", out / "linked"],
         "lies in": [tmp_path / "home", "home", link.parent],
     }
     for relation, used in cases.items():
@@ -101,27 +96,11 @@ def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
                     Output(target, True, [None, "", "owner/name", name]).check()
 
 
-def test_a_link_in_the_folder_counts_where_it_lies(tmp_path):
-    out = result(tmp_path / "out")
-    (tmp_path / "model").mkdir()
-    (out / "in").symlink_to(tmp_path / "model")
-    with pytest.raises(StructPruneError, match="holds"):
-        Output(out, True, [out / "in"]).check()
-
-
-def test_what_lies_elsewhere_does_not_matter(tmp_path):
-    used = ["", None, tmp_path / "gone", "x\0y", "out", tmp_path / "out2"]
-    Output(result(tmp_path / "out"), True, used).check()
-
-
 def test_the_paths_that_configs_name(tmp_path):
     for name in ("1.txt", "2.txt"):
         (tmp_path / name).write_text("")
     domains = [DomainConfig(name="a", source=f"{tmp_path}/*.txt"), DomainConfig(name="b", source=["in memory"])]
-    recovery = RecoveryConfig(
-        domains=[DomainConfig(name="c", source="c.jsonl")],
-        training={"output_dir": "steps"},
-    )
+    recovery = RecoveryConfig(domains=[DomainConfig(name="c", source="c.jsonl")], training={"output_dir": "steps"})
     names = used_paths(config(domains=domains, checkpoint_dir="rounds", recovery=recovery), None)
     assert {*names} == {f"{tmp_path}/1.txt", f"{tmp_path}/2.txt", "rounds", "c.jsonl", "steps"}
 
@@ -314,13 +293,11 @@ def test_a_result_that_a_kill_caught_while_it_was_replaced_is_put_back(tmp_path)
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("device or resource busy")], ids=["key", "busy"])
 def test_what_stops_the_second_of_two_moves_leaves_the_former_result(tmp_path, monkeypatch, error):
-    out = result(tmp_path / "out")
-    rename, calls = Path.rename, []
+    out, rename, calls = result(tmp_path / "out"), Path.rename, iter([None, error])
 
     def once(self, target):
-        calls.append(target)
-        if len(calls) == 2:
-            raise error
+        if stops := next(calls, None):
+            raise stops
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", once)
@@ -359,10 +336,7 @@ def test_a_disk_that_is_full_for_torch_or_a_tokenizer_is_an_error_of_ours(tmp_pa
 def test_a_file_system_without_locks_still_takes_a_run(tmp_path, monkeypatch, caplog):
     fcntl = pytest.importorskip("fcntl")
 
-    def refuse(*args):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(95, "Operation not supported")))
     left = tmp_path / ".out.saving.abcd_123"  # another run may be at work in it
     left.mkdir()
     output = Output(tmp_path / "out")
