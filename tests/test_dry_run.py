@@ -97,18 +97,15 @@ def test_dtype_and_choices(tmp_path, capsys):
     assert "3 legal widths; next to 2: 1 and 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--width", "attention=3"], "nearest legal choice is 2 or 4"),
-        (["--width", "mlp=24", "--criterion", "wnada"], "Did you mean 'wanda'"),
-        (["--width", "mlp=24", "--dtype", "int4"], "--dtype int4 is not known"),
-        (["--width", "mlp=24", "--json", "no/such/folder"], "cannot be written"),
-        ([], "exactly one of sparsity, widths and budget"),
-        (["--width", "mlp=24", "--offload", "disk"], "--offload says where a cost is counted for; add --cost"),
-        (["--width", "mlp=24", "--cost", "--offload", "moon"], "moon is not known; choose one of cpu, disk"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--width", "attention=3"], "nearest legal choice is 2 or 4"),
+    (["--width", "mlp=24", "--criterion", "wnada"], "Did you mean 'wanda'"),
+    (["--width", "mlp=24", "--dtype", "int4"], "--dtype int4 is not known"),
+    (["--width", "mlp=24", "--json", "no/such/folder"], "cannot be written"),
+    ([], "exactly one of sparsity, widths and budget"),
+    (["--width", "mlp=24", "--offload", "disk"], "--offload says where a cost is counted for; add --cost"),
+    (["--width", "mlp=24", "--cost", "--offload", "moon"], "moon is not known; choose one of cpu, disk"),
+])  # fmt: skip
 def test_what_is_refused_is_one_line(arguments, message, tmp_path, capsys):
     """What pruning refuses, of every kind: `pruning/test_checks.py`."""
     build("llama-tied").config.save_pretrained(tmp_path)

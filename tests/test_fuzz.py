@@ -47,9 +47,7 @@ leaves = (
     | st.sampled_from([0.5, 1, 1e-4, "builtin:prose", "preset:code", "{a}", "", float("nan"), 10**400])
 )  # fmt: skip
 values = st.recursive(
-    leaves,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
-    max_leaves=8,
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=8
 )
 
 

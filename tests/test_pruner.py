@@ -72,16 +72,13 @@ def test_same_seed_same_plan_other_seed_other_text():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize(
-    ("case", "fields"),
-    [
-        ("llama-tied", {"rounds": 2}),
-        ("llama-tied", {"allocation": "sensitivity"}),
-        ("mixtral", {"widths": {"layer": 1, "expert": 3, "hidden": 24, "mlp": 24}}),
-        ("bert", {"rounds": 2}),
-        ("vit", {}),
-    ],
-)
+@pytest.mark.parametrize(("case", "fields"), [
+    ("llama-tied", {"rounds": 2}),
+    ("llama-tied", {"allocation": "sensitivity"}),
+    ("mixtral", {"widths": {"layer": 1, "expert": 3, "hidden": 24, "mlp": 24}}),
+    ("bert", {"rounds": 2}),
+    ("vit", {}),
+])  # fmt: skip
 def test_the_training_mode_comes_back_and_makes_no_difference(case, fields, inplace):
     model = build(case).train()
     for module in model.modules():
@@ -95,14 +92,11 @@ def test_the_training_mode_comes_back_and_makes_no_difference(case, fields, inpl
 
 
 @pytest.mark.parametrize(("inplace", "kind"), [(False, KeyboardInterrupt), (True, RuntimeError)])
-@pytest.mark.parametrize(
-    ("case", "fields"),
-    [
-        ("llama-tied", {"rounds": 2, "widths": {"mlp": 24, "layer": 1}}),
-        ("llama-tied", {"allocation": "sensitivity"}),
-        ("bert", {"rounds": 2}),
-    ],
-)
+@pytest.mark.parametrize(("case", "fields"), [
+    ("llama-tied", {"rounds": 2, "widths": {"mlp": 24, "layer": 1}}),
+    ("llama-tied", {"allocation": "sensitivity"}),
+    ("bert", {"rounds": 2}),
+])  # fmt: skip
 def test_the_modes_of_all_modules_come_back_after_an_error(case, fields, inplace, kind):
     """Wherever it comes up: at the first call in the last layer, the fourth, the thirteenth, and so on."""
     number, ended = 0, False
@@ -174,14 +168,11 @@ def test_pruners_resolve_by_method(monkeypatch):
         AutoStructPruner.from_config(config(method="test-prunner"))
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"domains": [DomainConfig(name="none", source=[])]}, "none"),
-        ({"domains": [DomainConfig(name="short", source=documents(2))]}, "short"),
-        ({"domains": [DomainConfig(name="gone", source="./gone.jsonl")]}, "gone.jsonl"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"domains": [DomainConfig(name="none", source=[])]}, "none"),
+    ({"domains": [DomainConfig(name="short", source=documents(2))]}, "short"),
+    ({"domains": [DomainConfig(name="gone", source="./gone.jsonl")]}, "gone.jsonl"),
+])  # fmt: skip
 def test_bad_text_changes_nothing(fields, message):
     model = build("llama-tied")
     before = deepcopy(model)
@@ -190,13 +181,10 @@ def test_bad_text_changes_nothing(fields, message):
     assert same_weights(model, before) and count_hooks(model) == 0
 
 
-@pytest.mark.parametrize(
-    ("case", "weight", "message"),
-    [
-        ("llama-tied", "model.layers.0.mlp.up_proj", "perplexity on held-out text of the domain 'a' is not a number"),
-        ("bert", "bert.encoder.layer.0.intermediate.dense", "NaN or infinite activations at bert.encoder.layer.0.out"),
-    ],
-)
+@pytest.mark.parametrize(("case", "weight", "message"), [
+    ("llama-tied", "model.layers.0.mlp.up_proj", "perplexity on held-out text of the domain 'a' is not a number"),
+    ("bert", "bert.encoder.layer.0.intermediate.dense", "NaN or infinite activations at bert.encoder.layer.0.out"),
+])  # fmt: skip
 def test_nan_weights_are_noticed_before_anything_changes(case, weight, message):
     model = build(case)
     model.get_submodule(weight).weight.data[0] = float("nan")

@@ -66,14 +66,11 @@ def test_one_shot(tmp_path, calibration):
     torch.testing.assert_close(logits(again), logits(run.model.eval()))
 
 
-@pytest.mark.parametrize(
-    ("fields", "steps"),
-    [
-        ({"end": 6, "every": 2}, {2: 34, 4: 28, 6: 24}),
-        ({"start": 0.25, "end": 0.75, "rounds": 2}, {2: 31, 6: 24}),
-        ({"start": 8}, {8: 24}),
-    ],
-)
+@pytest.mark.parametrize(("fields", "steps"), [
+    ({"end": 6, "every": 2}, {2: 34, 4: 28, 6: 24}),
+    ({"start": 0.25, "end": 0.75, "rounds": 2}, {2: 31, 6: 24}),
+    ({"start": 8}, {8: 24}),
+])  # fmt: skip
 def test_schedules(tmp_path, fields, steps):
     watch, callback = Watch(), pruner(**fields)
     trainer(tmp_path, callbacks=[callback, watch]).train()
@@ -89,17 +86,13 @@ def test_attention_goes_through_legal_widths(tmp_path):
     assert run.model.config.num_key_value_heads == 1
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"gradient_accumulation_steps": 2},
-        {CHECKPOINTING: True},
-        {"bf16": True},
-        {"optim": "sgd"},
-        {"max_grad_norm": 0.1, "weight_decay": 0.1},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("fields", [
+    {"gradient_accumulation_steps": 2},
+    {CHECKPOINTING: True},
+    {"bf16": True},
+    {"optim": "sgd"},
+    {"max_grad_norm": 0.1, "weight_decay": 0.1},
+], ids=str)  # fmt: skip
 def test_what_else_a_trainer_does(tmp_path, fields):
     callback = pruner(end=4, rounds=2)
     run = trainer(tmp_path, callbacks=[callback], **fields)

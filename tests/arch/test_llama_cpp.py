@@ -18,39 +18,31 @@ def differing(model_type, **fields):
     return settings(model_type, per_layer_config={1: {"intermediate_size": 24}}, **fields)
 
 
-@pytest.mark.parametrize(
-    ("config", "architecture"),
-    [
-        (settings("llama"), "llama"),
-        (settings("mistral"), "llama"),
-        (settings("qwen2"), "qwen2"),
-        (differing("llama"), "deci"),
-        (differing("mistral"), "deci"),
-        (differing("qwen2"), "deci"),
-        # qwen2 takes the width of the residual stream for that of all heads.
-        (settings("qwen2", num_attention_heads=4, num_key_value_heads=2), "deci"),
-        (settings("llama", num_attention_heads=4, num_key_value_heads=2), "llama"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value.model_type,
-)
+@pytest.mark.parametrize(("config", "architecture"), [
+    (settings("llama"), "llama"),
+    (settings("mistral"), "llama"),
+    (settings("qwen2"), "qwen2"),
+    (differing("llama"), "deci"),
+    (differing("mistral"), "deci"),
+    (differing("qwen2"), "deci"),
+    # qwen2 takes the width of the residual stream for that of all heads.
+    (settings("qwen2", num_attention_heads=4, num_key_value_heads=2), "deci"),
+    (settings("llama", num_attention_heads=4, num_key_value_heads=2), "llama"),
+], ids=lambda value: value if isinstance(value, str) else value.model_type)  # fmt: skip
 def test_the_architecture(config, architecture):
     assert gguf_architecture(config) == architecture and gguf_refusal(config) is None
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (settings("qwen3"), "this is a qwen3 model.*convert_hf_to_gguf.py may take it"),
-        (differing("qwen3"), "--pad-uniform"),
-        (settings("mixtral"), "this is a mixtral model"),
-        (settings("llama", hidden_act="gelu"), "hidden_act=silu only, found gelu"),
-        (
-            settings("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
-            "rope_type=default, linear, llama3 only, found yarn",
-        ),
-    ],
-    ids=["family", "family-differing", "experts", "activation", "rope"],
-)
+@pytest.mark.parametrize(("config", "reason"), [
+    (settings("qwen3"), "this is a qwen3 model.*convert_hf_to_gguf.py may take it"),
+    (differing("qwen3"), "--pad-uniform"),
+    (settings("mixtral"), "this is a mixtral model"),
+    (settings("llama", hidden_act="gelu"), "hidden_act=silu only, found gelu"),
+    (
+        settings("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
+        "rope_type=default, linear, llama3 only, found yarn",
+    ),
+], ids=["family", "family-differing", "experts", "activation", "rope"])  # fmt: skip
 def test_what_has_none_gets_the_reason(config, reason):
     assert gguf_architecture(config) is None
     assert re.search(reason, gguf_refusal(config))

@@ -1,8 +1,11 @@
 """Models that are not plain: quantized ones are unpacked or refused, adapters are refused with the line that helps."""
 
+import os
 import re
+import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -10,10 +13,11 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from helpers import logits
-from models import build, config, tokenizer
+from models import build, config, real_text_model, tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from quantized import Packed, Quantizer, Reversible, quantized
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -157,14 +161,11 @@ def other_heads(model):
     model.model.layers[0].self_attn.k_proj = nn.Linear(32, 20, bias=False)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (missing_tensor, r"model.layers.1.mlp.down_proj.weight is missing"),
-        (other_shape, r"model.layers.1.mlp.down_proj.weight: dimension 1 is 39, but 40 units of 1 make 40"),
-        (other_heads, r"model.layers.0.self_attn.k_proj.weight: dimension 0 is 20, but 4 units of 4 make 16"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "message"), [
+    (missing_tensor, r"model.layers.1.mlp.down_proj.weight is missing"),
+    (other_shape, r"model.layers.1.mlp.down_proj.weight: dimension 1 is 39, but 40 units of 1 make 40"),
+    (other_heads, r"model.layers.0.self_attn.k_proj.weight: dimension 0 is 20, but 4 units of 4 make 16"),
+])  # fmt: skip
 def test_a_model_that_half_matches_its_family_is_refused(spoil, message):
     model = build("llama-tied")
     spoil(model)
@@ -177,3 +178,42 @@ def test_the_check_does_not_import_peft(monkeypatch):
     monkeypatch.delitem(sys.modules, "peft")
     check_no_adapter(build("llama-tied"))
     assert "peft" not in sys.modules
+
+
+# --- the recipe of docs/serving.md that quantises a pruned model with torchao, which `make torchao` installs
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "build" / "torchao"
+CHECK = """
+import optimum_structprune
+
+inputs = tokenizer("One and one is two", return_tensors="pt")
+again = AutoModelForCausalLM.from_pretrained("smollm2-8")
+whole, first, second = (model(**inputs).logits for model in (pruned, small, again))
+assert torch.equal(first, second) and again.config.is_heterogeneous
+error = (first - whole).norm() / whole.norm()
+assert 0 < error < 0.05, error
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not (FOLDER / "torchao").is_dir(), reason=f"no torchao in {FOLDER}; `make torchao` installs it")
+def test_the_recipe_prunes_quantises_saves_and_loads(tmp_path):
+    for saved in real_text_model():
+        saved.save_pretrained(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
+    (recipe,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(), re.M | re.S)
+    paths = os.pathsep.join(filter(None, (str(FOLDER), str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", recipe + CHECK],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    whole, small = (load_file(tmp_path / f"smollm2-{bits}" / "model.safetensors") for bits in (32, 8))
+    assert sum(map(_size, small.values())) < 0.6 * sum(map(_size, whole.values()))
+
+
+def _size(tensor) -> int:
+    return tensor.numel() * tensor.element_size()

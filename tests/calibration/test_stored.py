@@ -181,15 +181,12 @@ def test_only_what_is_asked_for_is_given(stats):
 # --- what is refused
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda model, _: model.model.layers[1].mlp.up_proj.weight.data[0, 0].add_(1e-3), "of another model"),
-        (lambda model, _: model.to(torch.bfloat16), "of another model.*bfloat16"),
-        (lambda model, _: setattr(model.config, "rms_norm_eps", 1e-3), "of another model"),
-        (lambda _, reader: reader.add_tokens(["new"]), "another tokenizer"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda model, _: model.model.layers[1].mlp.up_proj.weight.data[0, 0].add_(1e-3), "of another model"),
+    (lambda model, _: model.to(torch.bfloat16), "of another model.*bfloat16"),
+    (lambda model, _: setattr(model.config, "rms_norm_eps", 1e-3), "of another model"),
+    (lambda _, reader: reader.add_tokens(["new"]), "another tokenizer"),
+])  # fmt: skip
 def test_another_model_or_tokenizer_is_refused(stats, change, message):
     model, reader = build("llama-tied"), tokenizer()
     change(model, reader)
@@ -212,19 +209,16 @@ def drop_field(path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "domains": [{"title": "a"}]}))
 
 
-@pytest.mark.parametrize(
-    ("name", "damage", "message"),
-    [
-        ("layer-001.domain-0.safetensors", cut, "layer-001.domain-0.safetensors has .* bytes instead of"),
-        ("layer-001.domain-0.safetensors", flip, "layer-001.domain-0.safetensors is damaged"),
-        ("heldout.safetensors", flip, "heldout.safetensors is damaged"),
-        ("heldout.safetensors", lambda path: path.unlink(), "heldout.safetensors has 0 bytes"),
-        ("calibration_manifest.json", flip, "calibration_manifest.json is damaged"),
-        ("statistics.json", cut, "statistics.json cannot be read"),
-        ("statistics.json", drop_field, "statistics.json does not describe statistics"),
-        ("statistics.json", lambda path: path.unlink(), "holds no statistics.*structprune calibrate MODEL"),
-    ],
-)
+@pytest.mark.parametrize(("name", "damage", "message"), [
+    ("layer-001.domain-0.safetensors", cut, "layer-001.domain-0.safetensors has .* bytes instead of"),
+    ("layer-001.domain-0.safetensors", flip, "layer-001.domain-0.safetensors is damaged"),
+    ("heldout.safetensors", flip, "heldout.safetensors is damaged"),
+    ("heldout.safetensors", lambda path: path.unlink(), "heldout.safetensors has 0 bytes"),
+    ("calibration_manifest.json", flip, "calibration_manifest.json is damaged"),
+    ("statistics.json", cut, "statistics.json cannot be read"),
+    ("statistics.json", drop_field, "statistics.json does not describe statistics"),
+    ("statistics.json", lambda path: path.unlink(), "holds no statistics.*structprune calibrate MODEL"),
+])  # fmt: skip
 def test_damage_is_named(stats, tmp_path, name, damage, message):
     folder = shutil.copytree(stats, tmp_path / "stats")
     damage(folder / name)

@@ -1,14 +1,21 @@
 """Criteria against their definitions."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
-from models import config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import build, config
 
-from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.arch.load import describe
+from optimum_structprune.calibration.moments import Moments, mix
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.criteria.mixture import Mixture, output_energy
+from optimum_structprune.criteria.obs import producer_norms
+from optimum_structprune.domains.resolve import MOST, reweighted
+from optimum_structprune.forward.hooks import observe
 
 
 @pytest.fixture
@@ -106,3 +113,161 @@ def test_a_domain_with_large_activations_does_not_outweigh_the_others(case):
     # Both are the same text but for the scale, so each has to contribute one half of the pooled energy.
     expected = moments.gram / output_energy(weight, moments)
     torch.testing.assert_close(pooled.gram / output_energy(weight, pooled), expected, rtol=1e-3, atol=1e-5)
+
+
+# --- what several domains say, brought together: scales, silent domains, weights from round to round
+
+matrices = st.tuples(st.integers(1, 4), st.integers(2, 8), st.integers(0, 2**31)).map(
+    lambda case: torch.rand(case[:2], generator=torch.Generator().manual_seed(case[2])) ** 3 + 1e-3
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(contributions=matrices, scale=st.floats(1e-3, 1e3))
+def test_domains_that_agree_are_one_domain_whatever_their_scale(contributions, scale):
+    alone = Mixture((1.0,)).combined(contributions[:1])
+    same = contributions[:1].expand(3, -1) * torch.tensor([[1.0], [scale], [1.0]])
+    torch.testing.assert_close(Mixture((0.2, 0.3, 0.5)).combined(same), alone, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("flat", [0.1, 0.0, -0.1])
+def test_contributions_that_are_all_alike_stay_finite_and_small(flat):
+    assert Mixture((0.5, 0.5)).combined(torch.full((2, 7), flat)).abs().max() <= 1.5
+
+
+def scores_of(mixture, criterion, weight, moments, columns_per_unit=1):
+    return criterion.score(weight, mixture.pool(weight, map(deepcopy, moments)), columns_per_unit)
+
+
+@pytest.fixture
+def parts():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 6, generator=generator)
+    streams = [scale * torch.randn(40, 6, generator=generator) for scale in (1.0, 7.0)]
+    return weight, [Moments.empty(6, gram=True).update(stream) for stream in streams]
+
+
+@pytest.mark.parametrize("name", ["wanda", "flap", "obs", "magnitude"])
+def test_the_mean_of_energies_is_taken_over_moments(parts, name):
+    weight, moments = parts
+    criterion = CRITERIA.get(name)(config(criterion=name))
+    shares = zip((0.3, 0.7), moments, strict=True)
+    expected = mix(moments, [share / output_energy(weight, part) for share, part in shares])
+    mixture = Mixture((0.3, 0.7))
+    torch.testing.assert_close(mixture.pool(weight, moments).gram, expected.gram)
+    torch.testing.assert_close(scores_of(mixture, criterion, weight, moments, 2), criterion.score(weight, expected, 2))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_domain_that_never_came_here_has_no_say(parts, place):
+    weight, moments = parts
+    wanda, shares = CRITERIA.get("wanda")(config()), [2 / 7, 5 / 7]
+    two = scores_of(Mixture(tuple(shares)), wanda, weight, moments)
+    for silent in (Moments.empty(6, gram=True), Moments.empty(6, gram=True).update(torch.zeros(9, 6))):
+        parts_of_three, shares_of_three = [*moments], [0.7 * share for share in shares]
+        parts_of_three.insert(place, silent)
+        shares_of_three.insert(place, 0.3)
+        three = scores_of(Mixture(tuple(shares_of_three)), wanda, weight, parts_of_three)
+        torch.testing.assert_close(three, two)
+
+
+shares_and_losses = st.integers(1, 5).flatmap(
+    lambda n: st.tuples(
+        *(st.lists(st.floats(low, high), min_size=n, max_size=n) for low, high in ((0.05, 1), (0.05, 1), (-0.2, 3)))
+    )
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(case=shares_and_losses)
+def test_shares_sum_to_one_and_stay_near_what_was_asked_for(case):
+    asked, losses = [value / sum(case[0]) for value in case[0]], case[2]
+    shares = reweighted([value / sum(case[1]) for value in case[1]], asked, losses)
+    assert sum(shares) == pytest.approx(1)
+    for share, weight in zip(shares, asked, strict=True):
+        assert weight / MOST - 1e-9 <= share <= weight * MOST + 1e-9
+
+
+def test_a_domain_that_loses_more_counts_more():
+    assert reweighted((0.5, 0.3, 0.2), (0.5, 0.3, 0.2), [0.4, 0.4, 0.4]) == pytest.approx((0.5, 0.3, 0.2))
+    assert reweighted((0.5, 0.5), (0.5, 0.5), [-0.1, 0.0]) == pytest.approx((0.5, 0.5))
+    slightly, much = (reweighted((0.5, 0.3, 0.2), (0.5, 0.3, 0.2), losses) for losses in ([2, 3, 4], [1, 2, 60]))
+    assert slightly[0] < 0.5 and 0.2 < slightly[2] < much[2]
+    assert much[2] == pytest.approx(0.4)  # twice what was asked for, and no more
+    unbound = [share * torch.e ** (loss / 3 - 1) for share, loss in zip((5, 3, 2), (2, 3, 4), strict=True)]
+    assert slightly == pytest.approx([float(value / sum(unbound)) for value in unbound])
+
+
+# --- the norms of the weights that give the channels of a space
+
+
+def ffn(model, layer=0):
+    arch = describe(model)
+    return arch, next(space for space in arch.at(layer) if space.kind == "mlp")
+
+
+def norms_of(model):
+    arch, space = ffn(model)
+    return producer_norms(model, arch, space)
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gemma2", "phi3", "gpt2-tied", "mixtral", "gpt_oss"])
+def test_it_is_the_spread_of_what_producers_give_for_white_inputs(case):
+    """Where the norm before them gives independent components of mean square γ², in any layout of the weights."""
+    model = build(case)
+    arch, space = ffn(model)
+    tap, plus = None, 0.0
+    for read in arch.residual.reads if arch.residual else ():
+        if read.norm and any(reader.param == space.out[0].param for reader in read.readers):
+            tap, plus = read.tap, arch.residual.plus
+    expected = torch.zeros(space.size)
+    for axis in space.out:
+        weight = model.get_parameter(axis.param).detach()
+        weight, dim = (weight, axis.dim) if axis.part is None else (weight[axis.part], axis.dim - 1)
+        if weight.ndim == 2:
+            matrix = weight if dim == 0 else weight.T
+            gamma = torch.ones(matrix.shape[1])
+            if tap is not None:
+                gamma = model.get_submodule(tap).weight.detach() + plus
+            for unit in range(space.size):
+                for row in axis.indices([unit]):
+                    expected[unit] += (matrix[row] * gamma).norm()
+    torch.testing.assert_close(norms_of(model), expected)
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gemma2"])
+@torch.no_grad()
+def test_what_counts_is_what_the_channel_does_and_not_how_it_is_stored(case):
+    """A norm that is folded into what reads it changes nothing."""
+    model = build(case)
+    before = norms_of(model)
+    arch, space = ffn(model)
+    (read,) = (read for read in arch.residual.reads if any(r.param == space.out[0].param for r in read.readers))
+    gamma = model.get_submodule(read.tap).weight
+    for reader in read.readers:
+        model.get_parameter(reader.param).mul_(gamma + arch.residual.plus)
+    gamma.fill_(1 - arch.residual.plus)
+    torch.testing.assert_close(norms_of(model), before)
+
+
+@torch.no_grad()
+def test_text_gives_about_the_same():
+    """The inputs of producers that follow a norm have a mean square near γ², so no text is needed."""
+    model, seen = build("llama-tied"), []
+    _, space = ffn(model)
+    modules = [axis.module for axis in space.out]
+    with observe(model, modules[:1], lambda _, x: seen.append(x.flatten(0, 1))):
+        model(torch.randint(3, 96, (16, 48), generator=torch.Generator().manual_seed(0)))
+    squares = torch.cat(seen).square().mean(0)
+    weights = [model.get_submodule(module).weight for module in modules]
+    measured = sum((weight.square() @ squares).sqrt() for weight in weights)
+    assert float(torch.corrcoef(torch.stack([norms_of(model), measured]))[0, 1]) > 0.9
+
+
+def test_only_single_channels_have_producer_norms():
+    model = build("mixtral")
+    arch = describe(model)
+    assert {space.kind for space in arch.spaces if producer_norms(model, arch, space) is None} == {
+        "attention",
+        "expert",
+    }

@@ -1,11 +1,13 @@
 """What a third party registers: a criterion with statistics of its own, an allocation and a refit."""
 
+from importlib.metadata import EntryPoint
+
 import pytest
 import torch
 from accelerate import disk_offload
 from models import build, config, tokenizer
 
-from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, calibrate
+from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, calibrate, registry
 from optimum_structprune.config.pruning import ALLOCATIONS, REFITS
 from optimum_structprune.criteria import CRITERIA, Criterion, per_unit
 from optimum_structprune.registry import Registry
@@ -50,13 +52,13 @@ def halved(weight, bias, moments, keep, damping):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     SEEN.clear()
-    for registry, name, entry in (
+    for where, name, entry in (
         (CRITERIA, "watched", Watched),
         (ALLOCATIONS, "by_layer", by_layer),
         (REFITS, "halved", halved),
     ):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-        registry.register(name)(entry)
+        monkeypatch.setattr(where, "_entries", dict(where._entries))
+        where.register(name)(entry)
 
 
 def test_all_three_are_used():
@@ -96,3 +98,51 @@ def test_a_built_in_name_is_legal_before_its_module_is_imported():
     registry.check("plain")
     with pytest.raises(StructPruneError, match="There is no thing 'other'"):
         registry.get("other")
+
+
+# --- names, duplicates, near misses, and entry points
+
+
+@pytest.fixture
+def animals():
+    return Registry("animal", "optimum_structprune.test_animals")
+
+
+def test_register_and_get(animals):
+    @animals.register("cat")
+    class Cat:
+        pass
+
+    assert animals.get("cat") is Cat
+    assert animals.register("cat")(Cat) is Cat, "registering the same class again is harmless"
+    assert animals.names() == ["cat"]
+
+
+def test_a_duplicate_names_both_classes(animals):
+    @animals.register("cat")
+    class Cat:
+        pass
+
+    class Lion:
+        pass
+
+    with pytest.raises(StructPruneError, match=r"animal 'cat' is already registered by .*Cat; .*Lion"):
+        animals.register("cat")(Lion)
+    assert animals.get("cat") is Cat
+
+
+def test_an_unknown_name_proposes_the_nearest(animals):
+    animals.register("wanda")(type("W", (), {}))
+    with pytest.raises(StructPruneError, match=r"no animal 'wnada'. Did you mean 'wanda'\? Known: wanda."):
+        animals.get("wnada")
+    with pytest.raises(StructPruneError, match=r"no animal 'zebra'. Known: wanda."):
+        animals.get("zebra")
+
+
+def test_entry_points_load_when_asked_for(animals, monkeypatch):
+    point = EntryPoint("ordered", "collections:OrderedDict", animals.group)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == animals.group else [])
+    assert animals.names() == ["ordered"]
+    from collections import OrderedDict
+
+    assert animals.get("ordered") is OrderedDict

@@ -108,10 +108,7 @@ def test_a_mix_is_in_equal_shares(preset):
 
 def test_presets_of_ones_own(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": f"w{i} w{i + 1}"}) + "\n" for i in range(3, 80)))
-    own = {
-        "code": {"source": str(tmp_path / "a.jsonl"), "text_column": "body"},
-        "both": {"mix": ["code", "math"]},
-    }
+    own = {"code": {"source": str(tmp_path / "a.jsonl"), "text_column": "body"}, "both": {"mix": ["code", "math"]}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     both = resolve([DomainConfig("x", f"preset:{tmp_path / 'own.yaml'}#both")])
     assert [part.source for part in both] == [str(tmp_path / "a.jsonl"), "openai/gsm8k"]
@@ -127,16 +124,13 @@ def test_a_domains_own_fields_go_before_the_presets():
     assert {name: getattr(domain, name) for name in fields} == fields
 
 
-@pytest.mark.parametrize(
-    ("entries", "source", "message"),
-    [
-        ({}, "preset:cod", "There is no preset 'cod'. Did you mean 'code'"),
-        ({"a": {"mix": ["hybrid"]}}, "preset:a", "itself a mix"),
-        ({"a": {"mix": ["cod"]}}, "preset:a", "There is no preset 'cod'"),
-        ({"a": {"licence": "MIT"}}, "preset:a", "'a' needs a source, or a mix"),
-        ({"a": {"source": "x", "spilt": "y"}}, "preset:a", "no field 'spilt'. Did you mean 'split'"),
-    ],
-)
+@pytest.mark.parametrize(("entries", "source", "message"), [
+    ({}, "preset:cod", "There is no preset 'cod'. Did you mean 'code'"),
+    ({"a": {"mix": ["hybrid"]}}, "preset:a", "itself a mix"),
+    ({"a": {"mix": ["cod"]}}, "preset:a", "There is no preset 'cod'"),
+    ({"a": {"licence": "MIT"}}, "preset:a", "'a' needs a source, or a mix"),
+    ({"a": {"source": "x", "spilt": "y"}}, "preset:a", "no field 'spilt'. Did you mean 'split'"),
+])  # fmt: skip
 def test_presets_that_will_not_do(tmp_path, entries, source, message):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(entries))
     with pytest.raises(StructPruneError, match=message):
@@ -187,15 +181,12 @@ def test_names_that_meet_once_presets_are_resolved():
         resolve([DomainConfig("d", "preset:hybrid"), DomainConfig("d-code", "builtin:code")])
 
 
-@pytest.mark.parametrize(
-    ("row", "fields", "message"),
-    [
-        ({"a": 1}, {"template": "chat"}, "no column of messages; set text_column.* Known: a"),
-        ({"messages": [{"role": "user"}]}, {"template": "chat"}, "a message needs a role and a text"),
-        ({"q": "x"}, {"template": "{q} {answer}"}, "no column 'answer'; set template"),
-        ({"q": 3}, {"template": "{q}"}, "the column 'q' holds the int 3"),
-    ],
-)
+@pytest.mark.parametrize(("row", "fields", "message"), [
+    ({"a": 1}, {"template": "chat"}, "no column of messages; set text_column.* Known: a"),
+    ({"messages": [{"role": "user"}]}, {"template": "chat"}, "a message needs a role and a text"),
+    ({"q": "x"}, {"template": "{q} {answer}"}, "no column 'answer'; set template"),
+    ({"q": 3}, {"template": "{q}"}, "the column 'q' holds the int 3"),
+])  # fmt: skip
 def test_rows_that_will_not_do(row, fields, message):
     with pytest.raises(StructPruneError, match=message):
         list(documents(DomainConfig("d", [row], **fields), 0, chatty(CHATML)))
@@ -210,15 +201,12 @@ def test_a_conversation_takes_a_tokenizer_and_a_willing_template():
         list(documents(DomainConfig("d", rows, template="chat"), 0, refusing))
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"template": "no field"}, "'chat' or to hold column names"),
-        ({"template": "{a.b}"}, "column's name, got 'a.b'"),
-        ({"template": "{a!r}"}, "column's name"),
-        ({"answers_only": True}, "answers_only needs a template"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"template": "no field"}, "'chat' or to hold column names"),
+    ({"template": "{a.b}"}, "column's name, got 'a.b'"),
+    ({"template": "{a!r}"}, "column's name"),
+    ({"answers_only": True}, "answers_only needs a template"),
+])  # fmt: skip
 def test_illegal_fields(fields, message):
     with pytest.raises(StructPruneError, match=message):
         DomainConfig.from_dict({"name": "d", "source": "a.txt", **fields})

@@ -246,14 +246,11 @@ def test_the_mode_is_put_back_when_writing_fails(writer, monkeypatch):
     model.eval()
 
 
-@pytest.mark.parametrize(
-    ("case", "name", "message"),
-    [
-        ("llama-tied", "maths", "does not write 'maths' itself. Did you mean 'math'"),
-        ("bert", "math", "self:math takes a causal language model, and BertForMaskedLM is none"),
-        ("t5", "math", "takes a causal language model"),
-    ],
-)
+@pytest.mark.parametrize(("case", "name", "message"), [
+    ("llama-tied", "maths", "does not write 'maths' itself. Did you mean 'math'"),
+    ("bert", "math", "self:math takes a causal language model, and BertForMaskedLM is none"),
+    ("t5", "math", "takes a causal language model"),
+])  # fmt: skip
 def test_models_and_kinds_that_will_not_do(writer, case, name, message):
     with pytest.raises(StructPruneError, match=message):
         first((build(case), writer[1]), 1, name)

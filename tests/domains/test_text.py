@@ -251,19 +251,15 @@ def test_sections_keep_all_words_and_the_size(text, size):
 # --- sources
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        *(lambda folder, suffix=suffix: str(write(folder / f"a{suffix}", TEXTS)) for suffix in SUFFIXES),
-        lambda folder: write(folder / "a.jsonl", TEXTS),
-        lambda _: TEXTS,
-        lambda _: tuple(TEXTS),
-        lambda _: (text for text in TEXTS),
-        lambda _: datasets.Dataset.from_dict({"text": TEXTS}),
-        lambda _: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(),
-    ],
-    ids=[*SUFFIXES, "path", "list", "tuple", "generator", "dataset", "iterable-dataset"],
-)
+@pytest.mark.parametrize("source", [
+    *(lambda folder, suffix=suffix: str(write(folder / f"a{suffix}", TEXTS)) for suffix in SUFFIXES),
+    lambda folder: write(folder / "a.jsonl", TEXTS),
+    lambda _: TEXTS,
+    lambda _: tuple(TEXTS),
+    lambda _: (text for text in TEXTS),
+    lambda _: datasets.Dataset.from_dict({"text": TEXTS}),
+    lambda _: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(),
+], ids=[*SUFFIXES, "path", "list", "tuple", "generator", "dataset", "iterable-dataset"])  # fmt: skip
 def test_a_source_gives_all_its_texts_in_an_order_of_the_seed(tmp_path, source):
     assert sorted(read(source(tmp_path))) == sorted(TEXTS)
     assert read(source(tmp_path)) == read(source(tmp_path)) != TEXTS
@@ -357,21 +353,18 @@ def test_importing_does_not_import_datasets():
 # --- what goes wrong with a source
 
 
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("wikki.jsonl", "'d': there is no file or folder .*Did you mean '.*wiki.jsonl'"),
-        ("nothing", "there is no file or folder"),
-        ("notes.md", "files like .*notes.md are not read. .*Known: .csv, .json, .jsonl, .parquet, .txt"),
-        ("empty", "the folder .*empty gives no file of the kinds .txt, .jsonl"),
-        ("*.md", "the pattern '.*\\*.md' gives no file of the kinds"),
-        ("other.jsonl", "no column 'text'; set text_column.* Known: body, id"),
-        ("numbers.csv", "has to give strings; the column 'text' holds the int 1"),
-        ("broken.jsonl", "broken.jsonl cannot be read: JSON"),
-        ("broken.parquet", "broken.parquet cannot be read: Parquet"),
-        ("latin.txt", "latin.txt cannot be read: 'utf-8' codec"),
-    ],
-)
+@pytest.mark.parametrize("name, message", [
+    ("wikki.jsonl", "'d': there is no file or folder .*Did you mean '.*wiki.jsonl'"),
+    ("nothing", "there is no file or folder"),
+    ("notes.md", "files like .*notes.md are not read. .*Known: .csv, .json, .jsonl, .parquet, .txt"),
+    ("empty", "the folder .*empty gives no file of the kinds .txt, .jsonl"),
+    ("*.md", "the pattern '.*\\*.md' gives no file of the kinds"),
+    ("other.jsonl", "no column 'text'; set text_column.* Known: body, id"),
+    ("numbers.csv", "has to give strings; the column 'text' holds the int 1"),
+    ("broken.jsonl", "broken.jsonl cannot be read: JSON"),
+    ("broken.parquet", "broken.parquet cannot be read: Parquet"),
+    ("latin.txt", "latin.txt cannot be read: 'utf-8' codec"),
+])  # fmt: skip
 def test_files_that_will_not_do(tmp_path, name, message):
     write(tmp_path / "wiki.jsonl", TEXTS)
     (tmp_path / "empty").mkdir()
@@ -429,13 +422,10 @@ def test_samples_are_split_in_proportion(weights, extra):
     assert all(a[1] <= b[1] or a[0] == b[0] for a, b in itertools.pairwise(heavier))
 
 
-@pytest.mark.parametrize(
-    "samples, weights, counts",
-    [
-        *((10, [1, 1, 1], [4, 3, 3]), (3, [100, 1, 1], [1, 1, 1]), (10, [100, 1, 1], [8, 1, 1])),
-        *((7, [0.5, 0.25], [5, 2]), (24, [2, 3, 19], [2, 3, 19])),
-    ],
-)
+@pytest.mark.parametrize("samples, weights, counts", [
+    *((10, [1, 1, 1], [4, 3, 3]), (3, [100, 1, 1], [1, 1, 1]), (10, [100, 1, 1], [8, 1, 1])),
+    *((7, [0.5, 0.25], [5, 2]), (24, [2, 3, 19], [2, 3, 19])),
+])  # fmt: skip
 def test_known_splits(samples, weights, counts):
     assert split_samples(samples, weights) == counts
 
@@ -454,13 +444,10 @@ def test_number_of_heldout_samples(samples, holdout, expected):
 # --- packing
 
 
-@pytest.mark.parametrize(
-    "made, expected",
-    [
-        *(({"template": "<s> $A"}, BOS), ({"template": "[CLS] $A </s>"}, CLS), ({"template": "$A </s>"}, BOS)),
-        *(({}, BOS), ({"bos": False}, EOS), ({"bos": False, "eos": False}, None)),
-    ],
-)
+@pytest.mark.parametrize("made, expected", [
+    *(({"template": "<s> $A"}, BOS), ({"template": "[CLS] $A </s>"}, CLS), ({"template": "$A </s>"}, BOS)),
+    *(({}, BOS), ({"bos": False}, EOS), ({"bos": False, "eos": False}, None)),
+])  # fmt: skip
 def test_prefix_token(made, expected):
     reader = tokenizer(**made)
     assert prefix_token(reader) == expected

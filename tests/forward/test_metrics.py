@@ -5,13 +5,15 @@ import random
 import numpy
 import pytest
 import torch
-from helpers import count_hooks, modes
+from helpers import count_hooks, counted_by_torch, modes
 from models import build, config, tokenizer
 from torch import nn
 from transformers.utils import logging
 
 from optimum_structprune import InPlaceError, StructPruner
-from optimum_structprune.forward.metrics import evaluating
+from optimum_structprune.arch.load import describe
+from optimum_structprune.forward.generation import flops_per_token, why_not_counted
+from optimum_structprune.forward.metrics import divergence, evaluating
 
 
 def mixed(case="llama-tied"):
@@ -122,3 +124,52 @@ def test_a_pruning_that_fails_leaves_the_callers_state_as_it_was(kind, inplace, 
     with pytest.raises((type(error), InPlaceError)):
         StructPruner(config(**KINDS[kind])).prune_model(model, tokenizer(), inplace=inplace)
     assert before.differences(State(model)) == []
+
+
+# --- the divergence is the Kullback-Leibler divergence
+
+
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    return (2 * torch.randn(3, 5, 40, generator=generator) for _ in range(2))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_against_torch(temperature):
+    mine, taught = pair()
+    p, q = torch.softmax(taught / temperature, -1), torch.softmax(mine / temperature, -1)
+    expected = torch.nn.functional.kl_div(q.log(), p, reduction="sum") / 15 * temperature**2
+    torch.testing.assert_close(divergence(mine, taught, temperature), expected)
+
+
+def test_no_divergence_from_itself_and_no_gradient_into_the_teacher():
+    mine, taught = (tensor.requires_grad_() for tensor in pair())
+    assert float(divergence(mine, mine)) == pytest.approx(0, abs=1e-6)
+    divergence(mine, taught).backward()
+    assert taught.grad is None and torch.isfinite(mine.grad).all()
+
+
+def test_a_certain_teacher_gives_finite_gradients():
+    mine, _ = pair()
+    taught = torch.zeros_like(mine)
+    taught[..., 0] = 100.0
+    divergence(mine.requires_grad_(), taught).backward()
+    assert torch.isfinite(mine.grad).all()
+
+
+# --- what a token costs is what torch counts, for whole families
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "llama-untied", "gpt2-tied", "opt", "phi", "qwen3", "gemma2"])
+def test_operations_are_those_that_torch_counts(case):
+    model = build(case)
+    arch = describe(model)
+    assert flops_per_token(model, arch, 24) == counted_by_torch(model, 24)
+
+
+def test_where_parameters_do_not_say_it_the_reason_is_given():
+    assert not why_not_counted(build("llama-tied"), describe(build("llama-tied")))
+    assert "experts" in why_not_counted(build("mixtral"), describe(build("mixtral")))
+    packed = build("llama-tied")
+    packed.config.quantization_config = {"quant_method": "gptq"}
+    assert "quantized" in why_not_counted(packed, describe(build("llama-tied")))

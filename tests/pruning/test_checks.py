@@ -7,14 +7,17 @@ import pytest
 from helpers import recovery_config, same_weights
 from models import build, config, token_ids, tokenizer
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from optimum_structprune import (
+    AutoStructPruner,
     DomainConfig,
     InPlaceError,
     RecoveryConfig,
     StructPruneCallback,
     StructPruneConfig,
     StructPruneError,
+    StructPruner,
     calibrate,
     dry_run,
     prune_model,
@@ -155,15 +158,12 @@ def stats(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"widths": {"layer": 1}}, "'layer' is judged by something else; prune without stats"),
-        ({"widths": {"hidden": 24}}, "'hidden' is judged by something else; prune without stats"),
-        ({"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
-        ({"recovery": training(lora={"rr": 1})}, "LoraConfig has no field 'rr'"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"widths": {"layer": 1}}, "'layer' is judged by something else; prune without stats"),
+    ({"widths": {"hidden": 24}}, "'hidden' is judged by something else; prune without stats"),
+    ({"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
+    ({"recovery": training(lora={"rr": 1})}, "LoraConfig has no field 'rr'"),
+])  # fmt: skip
 def test_what_stored_moments_cannot_give(fields, message, stats):
     with pytest.raises(StructPruneError, match=message):
         prune_model(build("llama-tied"), blind(stats=stats, **fields), tokenizer(), inplace=True)
@@ -176,24 +176,21 @@ def test_stored_moments_that_are_not_there_or_that_inputs_contradict(stats, tmp_
         prune_model(build("llama-tied"), blind(stats=stats), tokenizer(), inputs={"a": token_ids()})
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"refit": "bias"}, "adds parameters that the optimizer does not hold"),
-        ({"rounds": 2, "objective": "worst"}, "span the rounds of one pruning"),
-        ({"max_perplexity_ratio": 2}, "span the rounds of one pruning"),
-        ({"checkpoint_dir": "x"}, "span the rounds of one pruning"),
-        ({"allocation": "global"}, "which a Trainer's steps do not"),
-        ({"allocation": "sensitivity"}, "which a Trainer's steps do not"),
-        ({"stats": "x"}, "which training has changed by then"),
-        ({"recovery": training()}, "a Trainer trains already"),
-        ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
-        ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
-        ({"seq_length": 65}, "longer than the model's 64 positions"),
-        ({"criterion": "wnada"}, "Did you mean 'wanda'"),
-        ({"criterion": "block_influence"}, ONLY_LAYERS),
-    ],
-)
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"refit": "bias"}, "adds parameters that the optimizer does not hold"),
+    ({"rounds": 2, "objective": "worst"}, "span the rounds of one pruning"),
+    ({"max_perplexity_ratio": 2}, "span the rounds of one pruning"),
+    ({"checkpoint_dir": "x"}, "span the rounds of one pruning"),
+    ({"allocation": "global"}, "which a Trainer's steps do not"),
+    ({"allocation": "sensitivity"}, "which a Trainer's steps do not"),
+    ({"stats": "x"}, "which training has changed by then"),
+    ({"recovery": training()}, "a Trainer trains already"),
+    ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
+    ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
+    ({"seq_length": 65}, "longer than the model's 64 positions"),
+    ({"criterion": "wnada"}, "Did you mean 'wanda'"),
+    ({"criterion": "block_influence"}, ONLY_LAYERS),
+])  # fmt: skip
 def test_what_a_trainer_cannot_do(fields, message):
     model, settings = build("llama-tied"), blind(**fields)
     with pytest.raises(StructPruneError, match=message):
@@ -323,3 +320,45 @@ def test_the_least_width_matters_where_the_layers_of_a_model_differ_already():
     with pytest.raises(StructPruneError, match="with min_width=0.8"):
         widths_of(bounded, arch, model)
     assert not any(entry.startswith("min_width=") for entry in without_effect(bounded, arch, ["mlp", "attention"]))
+
+
+# --- what is of another kind than a parameter takes is refused by name, and nothing has changed then
+
+IDS = token_ids(12, 16)
+WRONG = {
+    "a path as the model": ({"model": "some/model"}, "model takes a model of transformers, got str"),
+    "a class as the model": ({"model": AutoModelForCausalLM}, "model takes a model of transformers, got type"),
+    "a path as the tokenizer": ({"tokenizer": "some/model"}, "tokenizer takes a tokenizer, got str"),
+    "a mapping as the config": ({"config": {"sparsity": 0.2}}, "config takes a StructPruneConfig, got dict"),
+    "a list as inputs": ({"inputs": [IDS]}, "inputs takes a mapping .*, got list"),
+    "a tensor as inputs": ({"inputs": IDS}, "inputs takes a mapping .*, got Tensor"),
+    "an array": ({"inputs": {"a": IDS.numpy()}}, r"inputs\['a'\] takes a tensor, got ndarray"),
+    "a batch": ({"inputs": {"a": {"input_ids": IDS}}}, r"inputs\['a'\] takes a tensor, got dict"),
+    "one dimension": ({"inputs": {"a": IDS[0]}}, r"shape \(16,\); \(samples, …\) is expected"),
+    "other token ids": ({"inputs": {"a": IDS + 1000}}, "those of this model lie between 0 and"),
+    "token ids below zero": ({"inputs": {"a": IDS - 1000}}, "holds token ids from -"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_another_kind_is_refused(case, tmp_path):
+    model = build("llama-tied")
+    before = build("llama-tied")
+    fields, message = WRONG[case]
+    arguments = {"model": model, "config": config(), "tokenizer": tokenizer(), **fields}
+    with pytest.raises(StructPruneError, match=message):
+        prune_model(**arguments, inplace=True)
+    with pytest.raises(StructPruneError, match=message):
+        calibrate(folder=tmp_path / "stats", **arguments)
+    assert same_weights(model, before) and not list(tmp_path.iterdir())
+
+
+def test_a_pruner_takes_a_config():
+    for make in (StructPruner, AutoStructPruner.from_config):
+        with pytest.raises(StructPruneError, match="got TokenizersBackend|got PreTrainedTokenizerFast"):
+            make(tokenizer())
+
+
+def test_token_ids_of_the_model_are_taken():
+    small = prune_model(build("llama-tied"), config(), inputs={"a": IDS})
+    assert small.config.intermediate_size < build("llama-tied").config.intermediate_size

@@ -1,20 +1,22 @@
 """What goes on between rounds: weights of domains, a floor, checkpoints, kept models."""
 
 import json
+from math import isnan
 
 import pytest
 import torch
-from helpers import Killed, count_hooks, same_weights
+from helpers import Killed, count_hooks, evidence_of, pruned_on, same_weights
 from models import build, config, tokenizer
 from trained import STORIES, needs_shared, stories_config, stories_model
 
-from optimum_structprune import DomainConfig, StructPruner
+from optimum_structprune import DomainConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.shrink import legal_sizes
 from optimum_structprune.domains.load import load_domains, split_samples
 from optimum_structprune.domains.manifest import Entry
 from optimum_structprune.pruning import sweep as sweeping
 from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.pruning.measure import Measure
 from optimum_structprune.pruning.sweep import Sweep
 
 
@@ -128,14 +130,11 @@ def test_spare_text_carries_its_mask_and_goes_as_far_as_there_is_some():
 
 
 @needs_shared
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"rounds": 3},
-        {"rounds": 2, "allocation": "global"},
-        {"rounds": 2, "widths": {"attention": 1, "mlp": 96}, "refit": "bias"},
-    ],
-)
+@pytest.mark.parametrize("fields", [
+    {"rounds": 3},
+    {"rounds": 2, "allocation": "global"},
+    {"rounds": 2, "widths": {"attention": 1, "mlp": 96}, "refit": "bias"},
+])  # fmt: skip
 def test_the_floor_is_held_and_a_further_step_would_not(fields):
     floor = 1.3
     model, reader = stories_model()
@@ -164,16 +163,13 @@ def test_a_floor_that_is_never_met_leaves_the_target_alone():
     assert [one["holds"] for one in pruner.report.rounds] == [True, True]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"objective": "worst"},
-        {"criterion": "random", "refit": "bias"},
-        {"criterion": "wanda", "widths": {"mlp": 20, "attention": 2}},
-        {"allocation": "global"},
-        {"allocation": "global", "objective": "worst"},
-    ],
-)
+@pytest.mark.parametrize("fields", [
+    {"objective": "worst"},
+    {"criterion": "random", "refit": "bias"},
+    {"criterion": "wanda", "widths": {"mlp": 20, "attention": 2}},
+    {"allocation": "global"},
+    {"allocation": "global", "objective": "worst"},
+])  # fmt: skip
 def test_a_killed_run_goes_on_where_it_was(fields, tmp_path, kill, titles):
     settings = {"rounds": 3, "num_samples": 8, "round_to": 4, **fields}
     model, reader = build("llama-tied"), tokenizer()
@@ -228,3 +224,52 @@ def test_the_progress_bar_counts_the_layers_of_all_rounds(monkeypatch):
     monkeypatch.setattr("optimum_structprune.pruning.sweep.tqdm", bar)
     StructPruner(config(rounds=3)).prune_model(build("llama-tied"), tokenizer())
     assert bars == [("round 1/3", 0, 6), ("round 2/3", 2, 6), ("round 3/3", 4, 6)]
+
+
+# --- how far a limit on perplexity lets pruning go, and what counts as held
+
+
+@pytest.mark.parametrize("narrowest", [25, 30, 33, 39])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_the_narrowest_that_holds_is_reached_in_few_tries(narrowest, rounds, monkeypatch):
+    """Everything down to the target may be chosen, but nothing below it and not the dense model."""
+    tried = []
+
+    def ratios(self, model, arch):
+        weight = model.model.layers[0].mlp.down_proj.weight
+        tried.append(int((weight != 0).any(0).sum()))
+        return {"a": 1.0 if tried[-1] >= narrowest else 9.0}
+
+    monkeypatch.setattr(Measure, "ratios", ratios)
+    evidence = evidence_of(config(max_perplexity_ratio=1.2, rounds=rounds, round_to=1))
+    run = pruned_on(evidence, build("llama-tied"), {"mlp": 24})
+    assert run.model.config.intermediate_size == narrowest == min(width for width in tried if width >= narrowest)
+    assert len(set(tried)) == len(tried) <= rounds + 4, "nothing is tried twice"
+    assert [entry["holds"] for entry in run.report.rounds] == [width >= narrowest for width in tried]
+
+
+def test_only_multiples_and_legal_widths_lie_on_the_way(monkeypatch):
+    monkeypatch.setattr(Measure, "ratios", lambda self, model, arch: {"a": 9.0})
+    evidence = evidence_of(config(max_perplexity_ratio=1.2, round_to=8, rounds=2))
+    with pytest.raises(StructPruneError, match="max_perplexity_ratio=1.2 is not held.*'mlp': 32, 'attention': 4"):
+        pruned_on(evidence, build("llama-tied"), {"mlp": 16, "attention": 1})
+
+
+# --- what counts as held
+
+
+@pytest.mark.parametrize(
+    "first", [{"a": 1.1, "b": float("nan")}, {"a": float("nan"), "b": 1.1}, {"a": 1.1, "b": float("inf")}]
+)
+def test_a_perplexity_that_is_no_number_never_holds(first, monkeypatch):
+    """Whatever the order of the domains: a maximum would pass over a NaN in some of them."""
+    ratios = iter([first])
+    monkeypatch.setattr(Measure, "ratios", lambda self, model, arch: next(ratios, {"a": 1.1, "b": 1.1}))
+    evidence = evidence_of(config(max_perplexity_ratio=1.2, round_to=1))
+    run = pruned_on(evidence, build("llama-tied"), {"mlp": 24})
+    rounds = run.report.rounds
+    assert [entry["holds"] for entry in rounds] == [False, *[True] * (len(rounds) - 1)] and len(rounds) > 2
+    assert rounds[0]["widths"] == {"mlp": 24} and rounds[0]["perplexity_ratio"] == pytest.approx(first, nan_ok=True)
+    # Every try between the dense model and the one that was not held has held, so the last is one unit above it.
+    assert run.model.config.intermediate_size == 25
+    assert not any(isnan(share) for entry in rounds for share in entry["shares"].values())

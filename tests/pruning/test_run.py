@@ -48,16 +48,13 @@ def in_place(**fields):
 # --- what is found inside the rounds
 
 
-@pytest.mark.parametrize(
-    ("case", "refit"),
-    [
-        ("llama-tied", "least_squares"),
-        ("llama-tied", "bias"),
-        ("llama-bias", "bias"),
-        ("mixtral", "least_squares"),
-        ("gpt_oss", "bias"),
-    ],
-)
+@pytest.mark.parametrize(("case", "refit"), [
+    ("llama-tied", "least_squares"),
+    ("llama-tied", "bias"),
+    ("llama-bias", "bias"),
+    ("mixtral", "least_squares"),
+    ("gpt_oss", "bias"),
+])  # fmt: skip
 def test_a_limit_out_of_reach_undoes_all_masks(case, refit, monkeypatch, tmp_path):
     tried = []
     monkeypatch.setattr(
@@ -173,15 +170,12 @@ def test_an_error_in_a_later_step_counts_too(monkeypatch, tmp_path):
 # --- a wish that is refused
 
 
-@pytest.mark.parametrize(
-    ("fields", "reader", "message"),
-    [
-        ({"widths": {"attention": 3}}, tokenizer(), "nearest legal choice is 2 or 4"),
-        ({"criterion": "wnada"}, tokenizer(), "Did you mean 'wanda'"),
-        ({}, None, "reading them takes a tokenizer"),
-        ({"domains": [DomainConfig(name="short", source=documents(2))]}, tokenizer(), "short"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "reader", "message"), [
+    ({"widths": {"attention": 3}}, tokenizer(), "nearest legal choice is 2 or 4"),
+    ({"criterion": "wnada"}, tokenizer(), "Did you mean 'wanda'"),
+    ({}, None, "reading them takes a tokenizer"),
+    ({"domains": [DomainConfig(name="short", source=documents(2))]}, tokenizer(), "short"),
+])  # fmt: skip
 def test_a_quantized_model_stays_packed_where_a_wish_is_refused(fields, reader, message):
     model = quantized(Reversible())
     with pytest.raises(StructPruneError, match=message):

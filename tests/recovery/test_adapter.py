@@ -73,14 +73,11 @@ def test_an_adapter_fits_its_model_in_bfloat16_and_warns_where_it_does_not_say_w
         load_adapter(deepcopy(pruned), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "lora",
-    [
-        {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
-        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    ],
-)
+@pytest.mark.parametrize("lora", [
+    {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+    {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+])  # fmt: skip
 def test_tied_weights_are_not_trained_apart_and_merged(pruned, lora):
     model = deepcopy(pruned)
     settings = lora_config(recovery_config(lora={"r": 2, **lora}))

@@ -27,35 +27,32 @@ def unread():
     yield
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"tokens": 40}, "tokens=40 does not give each of the 2 domains a sample of 24 tokens; 48 is enough"),
-        ({"lora": {"rank": 4}}, "LoraConfig has no field 'rank'"),
-        ({"lora": {"bias": 3, "task_type": "CAUSAL"}}, "LoraConfig: .*CAUSAL"),
-        ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
-        ({"training": {"lr_scheduler_type": "sinus"}}, "TrainingArguments: .*sinus"),
-        ({"training": {"max_steps": "x"}}, "TrainingArguments: .*max_steps' expected int, got str"),
-        ({"training": {"learning_rate": "fast"}}, "learning_rate' expected float, got str"),
-        ({"training": {"bf16": "no"}}, "bf16' expected bool, got str"),
-        ({"training": {"max_steps": True}}, "max_steps' expected int, got bool"),
-        ({"training": {"fp16": True, "bf16": True}}, "TrainingArguments: At most one of fp16 and bf16"),
-        ({"lora": {"r": 0}}, "r has to be 1 or more, got 0"),
-        ({"lora": {"target_modules": ["nothing"]}}, "peft cannot put the adapter on LlamaForCausalLM: .*nothing"),
-        ({"lora": {"target_modules": ["embed_tokens"]}}, "would train .*embed_tokens.weight, which is one tensor"),
-        ({"lora": {"lora_dropout": 1.0}}, "lora_dropout has to lie between 0 and 1, got 1.0"),
-        ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size has to be 1 or more, got 0"),
-        ({"training": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps has to be 1 or more, got 0"),
-        ({"training": {"learning_rate": -1.0}}, "learning_rate has to be 0 or more, got -1.0"),
-        ({"training": {"eval_strategy": "steps"}}, "a recovery has none; leave them out"),
-        ({"training": {"eval_on_start": True}}, "a recovery has none; leave them out"),
-        ({"training": {"push_to_hub": True}}, "push_to_hub would upload"),
-        (domain(source="preset:nothing"), "There is no preset 'nothing'"),
-        (domain(source="./gone.txt"), "there is no file or folder gone.txt"),
-        (domain(source="memory:list"), "set its source again"),
-        ({"tokens": 2_000, "seq_length": 65}, "recovery's seq_length=65 is longer than the model's 64 positions"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"tokens": 40}, "tokens=40 does not give each of the 2 domains a sample of 24 tokens; 48 is enough"),
+    ({"lora": {"rank": 4}}, "LoraConfig has no field 'rank'"),
+    ({"lora": {"bias": 3, "task_type": "CAUSAL"}}, "LoraConfig: .*CAUSAL"),
+    ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
+    ({"training": {"lr_scheduler_type": "sinus"}}, "TrainingArguments: .*sinus"),
+    ({"training": {"max_steps": "x"}}, "TrainingArguments: .*max_steps' expected int, got str"),
+    ({"training": {"learning_rate": "fast"}}, "learning_rate' expected float, got str"),
+    ({"training": {"bf16": "no"}}, "bf16' expected bool, got str"),
+    ({"training": {"max_steps": True}}, "max_steps' expected int, got bool"),
+    ({"training": {"fp16": True, "bf16": True}}, "TrainingArguments: At most one of fp16 and bf16"),
+    ({"lora": {"r": 0}}, "r has to be 1 or more, got 0"),
+    ({"lora": {"target_modules": ["nothing"]}}, "peft cannot put the adapter on LlamaForCausalLM: .*nothing"),
+    ({"lora": {"target_modules": ["embed_tokens"]}}, "would train .*embed_tokens.weight, which is one tensor"),
+    ({"lora": {"lora_dropout": 1.0}}, "lora_dropout has to lie between 0 and 1, got 1.0"),
+    ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size has to be 1 or more, got 0"),
+    ({"training": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps has to be 1 or more, got 0"),
+    ({"training": {"learning_rate": -1.0}}, "learning_rate has to be 0 or more, got -1.0"),
+    ({"training": {"eval_strategy": "steps"}}, "a recovery has none; leave them out"),
+    ({"training": {"eval_on_start": True}}, "a recovery has none; leave them out"),
+    ({"training": {"push_to_hub": True}}, "push_to_hub would upload"),
+    (domain(source="preset:nothing"), "There is no preset 'nothing'"),
+    (domain(source="./gone.txt"), "there is no file or folder gone.txt"),
+    (domain(source="memory:list"), "set its source again"),
+    ({"tokens": 2_000, "seq_length": 65}, "recovery's seq_length=65 is longer than the model's 64 positions"),
+])  # fmt: skip
 def test_mistakes(fields, message):
     with pytest.raises(StructPruneError, match=message):
         check_recovery(recovery_config(**fields), config(), build("llama-tied"))
@@ -114,13 +111,10 @@ def test_an_offloaded_model_is_not_trained():
         check_recovery(recovery_config(), config(), model)
 
 
-@pytest.mark.parametrize(
-    ("training", "message"),
-    [
-        ({"fsdp": True}, "fsdp shards a model over GPUs, and on 'cpu' accelerate ignores it"),
-        ({"deepspeed": "zero3.json"}, "deepspeed is not supported"),
-    ],
-)
+@pytest.mark.parametrize(("training", "message"), [
+    ({"fsdp": True}, "fsdp shards a model over GPUs, and on 'cpu' accelerate ignores it"),
+    ({"deepspeed": "zero3.json"}, "deepspeed is not supported"),
+])  # fmt: skip
 def test_what_does_not_shard_is_refused(training, message):
     with pytest.raises(StructPruneError, match=message):
         check_recovery(recovery_config(training=training), config(), build("llama-tied"))

@@ -4,13 +4,16 @@ import json
 import random
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import asdict
+from math import inf, nan
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import logits, recovery_config, same_weights
-from models import build, config, full_disk, token_ids, tokenizer
+from helpers import RECOVERY_TEXT, logits, recovery_config, same_weights
+from models import build, config, documents, full_disk, token_ids, tokenizer
 from trained import needs_shared, stories_config, stories_model
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
@@ -24,7 +27,10 @@ from optimum_structprune import (
     prune_model,
     recover,
 )
-from optimum_structprune.recovery.trainer import DistillTrainer, TrainingSamples
+from optimum_structprune.domains.load import load_domains
+from optimum_structprune.domains.resolve import texts_of
+from optimum_structprune.recovery.text import heldout_samples, part_rows, samples_of, text_config, training_text
+from optimum_structprune.recovery.trainer import DistillTrainer, RecoveryOutcome, TrainingSamples, WorseModelWarning
 
 
 @pytest.fixture
@@ -254,20 +260,17 @@ def test_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
         recover(pruned, tokenizer(), recovery_config(training={"output_dir": str(tmp_path / "nowhere")}), resume=True)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"kl_weight": 1.5}, "between 0 and 1, got 1.5"),
-        ({"tokens": 0}, "greater than 0"),
-        ({"domains": []}, "at least one domain"),
-        ({"every_round": True, "merge": False}, "needs merge=True"),
-        ({"token": 5}, "Did you mean 'tokens'"),
-        ({"training": {"learning_rate": float("nan")}}, "learning_rate has to be a finite number, got nan"),
-        ({"training": {"lr_scheduler_kwargs": {"min_lr": float("inf")}}}, "min_lr has to be a finite number, got inf"),
-        ({"lora": {"lora_alpha": float("inf")}}, "'lora'.*lora_alpha has to be a finite number, got inf"),
-        ({"lora": {"rank_pattern": {"x": [1, float("-inf")]}}}, "1 has to be a finite number, got -inf"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"kl_weight": 1.5}, "between 0 and 1, got 1.5"),
+    ({"tokens": 0}, "greater than 0"),
+    ({"domains": []}, "at least one domain"),
+    ({"every_round": True, "merge": False}, "needs merge=True"),
+    ({"token": 5}, "Did you mean 'tokens'"),
+    ({"training": {"learning_rate": float("nan")}}, "learning_rate has to be a finite number, got nan"),
+    ({"training": {"lr_scheduler_kwargs": {"min_lr": float("inf")}}}, "min_lr has to be a finite number, got inf"),
+    ({"lora": {"lora_alpha": float("inf")}}, "'lora'.*lora_alpha has to be a finite number, got inf"),
+    ({"lora": {"rank_pattern": {"x": [1, float("-inf")]}}}, "1 has to be a finite number, got -inf"),
+])  # fmt: skip
 def test_bad_fields(fields, message):
     with pytest.raises(StructPruneError, match=message):
         RecoveryConfig.from_dict(fields)
@@ -307,3 +310,95 @@ def test_mixed_precision_includes_the_teacher(pruned, tmp_path):
         trainer = DistillTrainer(pruned, arguments, samples, recovery_config(), teacher)
         trainer.compute_loss(pruned, trainer.data_collator([samples[0]]))
     assert dtypes == [torch.float32, torch.bfloat16]
+
+
+# --- a training that makes a model worse is told, and its report is at hand
+
+
+@pytest.mark.parametrize(
+    ("after", "worse"),
+    [((8.0, 20.0), False), ((12.5, 8.0), False), ((12.6, 8.0), True), ((10.0, 10.0), False), ((8, nan), True)]
+    + [((8.0, inf), True)],
+)
+def test_the_mean_log_perplexity_decides(after, worse, recwarn):
+    perplexity = {name: {"pruned": 10.0, "recovered": value} for name, value in zip("ab", after, strict=True)}
+    if after == (8.0, 20.0):
+        perplexity["b"]["pruned"] = 20.0
+    outcome = RecoveryOutcome(perplexity=perplexity, learning_rate=0.5)
+    outcome.judge()
+    assert outcome.worse == worse == asdict(outcome)["worse"] == ("Recovery made" in str(outcome))
+    assert [warning.category for warning in recwarn] == [WorseModelWarning] * worse
+
+
+def test_a_destroyed_model_is_told_with_both_perplexities_and_the_rate(recwarn):
+    pruned = prune_model(build("llama-tied"), config(), tokenizer())
+    settings = recovery_config(tokens=192, train="full", lora={}, training={"learning_rate": 1.0})
+    recovered, report = recover(deepcopy(pruned), tokenizer(), settings, return_report=True)
+    before, after = (report.mean_log_perplexity(when) for when in ("pruned", "recovered"))
+    assert report.worse and after > before and recovered.config.intermediate_size == 24
+    told = [str(warning.message) for warning in recwarn if warning.category is WorseModelWarning]
+    assert len(told) == 1 and "held-out text was" in told[0] and "below 1 may help" in told[0]
+
+
+def test_tokens_are_those_of_the_text():
+    # Of two processes with 4 samples each, the last batch of 10 samples is filled up.
+    samples = [{"input_ids": torch.zeros(24)}] * 10
+    for epoch, seen, tokens in ((1.0, 16 * 24, 240), (0.5, 8 * 24, 192), (2.0, 32 * 24, 480)):
+        trainer = SimpleNamespace(
+            train_dataset=samples, state=SimpleNamespace(epoch=epoch, num_input_tokens_seen=seen)
+        )
+        assert DistillTrainer.tokens_seen(trainer) == tokens
+
+
+# --- the training text: shares by weight, nothing that was held out, and parts that share no sample
+
+
+@pytest.mark.parametrize("seed", [None, 0, 3])
+@pytest.mark.parametrize("seq_length", [12, 24, 40])
+def test_held_out_documents_of_the_pruning_are_not_trained_on(seed, seq_length):
+    pruning = config(**RECOVERY_TEXT, num_samples=32, holdout=0.25, seed=1)
+    settings = recovery_config(domains=None, tokens=4 * seq_length, seq_length=seq_length, seed=seed)
+    before = load_domains(pruning, tokenizer())
+    after = training_text(settings, pruning, tokenizer(), build("llama-tied"))
+    for pruned, recovered in zip(before, after, strict=True):
+        assert len(recovered.samples) == 2
+        assert set(pruned.heldout_documents) <= set(recovered.heldout_documents)
+        assert not set(pruned.heldout_documents) & set(recovered.documents)
+        if seq_length == pruning.seq_length:
+            assert torch.equal(pruned.heldout, recovered.heldout)
+
+
+def test_much_shorter_training_samples_leave_out_the_held_out_documents_too():
+    domains = [DomainConfig(name="a", source=documents(2_000))]
+    pruning = config(domains=domains, num_samples=64, holdout=0.25, seq_length=512)
+    before = load_domains(pruning, tokenizer())
+    after = training_text(recovery_config(domains=None, seq_length=8), pruning, tokenizer(), build("llama-tied"))
+    assert set(before[0].heldout_documents) <= set(after[0].heldout_documents)
+    assert heldout_samples(pruning, 512) == len(before[0].heldout)
+
+
+def test_the_domains_give_tokens_by_their_weights():
+    uneven = [DomainConfig(name="a", source=documents(200), weight=3.0), DomainConfig(name="b", source=documents(200))]
+    text = training_text(recovery_config(domains=uneven), config(), tokenizer(), build("llama-tied"))
+    assert [len(domain.samples) for domain in text] == [15, 5]
+    with pytest.raises(StructPruneError, match="each of 6 rounds; 576 is enough"):
+        text_config(recovery_config(domains=uneven), config(), parts=6)
+    assert text_config(recovery_config(domains=uneven, tokens=576), config(), parts=6).num_samples == 24
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 10])
+def test_parts_share_no_sample_and_are_the_whole_together(parts):
+    domains = training_text(recovery_config(), config(), tokenizer(), build("llama-tied"), parts)
+    rows = [part_rows(domains, part, parts) for part in range(1, parts + 1)]
+    assert sorted(row for part in rows for row in part) == list(range(len(samples_of(domains)))) == list(range(20))
+    # Each part has as much of one domain as of the other.
+    assert all(sum(row < 10 for row in part) * 2 == len(part) > 0 for part in rows)
+
+
+def test_what_the_model_wrote_beside_the_domains_is_not_trained_on():
+    written = config(breadth=None, broad_text="self:any")
+    assert [domain.name for domain in texts_of(written)] == ["a", "b", "broad"]
+    follows = recovery_config(domains=None)
+    assert [domain.name for domain in text_config(follows, written).domains] == ["a", "b"]
+    named = config(breadth=None, broad_text="builtin:broad")
+    assert [domain.name for domain in text_config(follows, named).domains] == ["a", "b", "broad"]

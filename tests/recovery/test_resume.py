@@ -77,19 +77,16 @@ def test_nothing_is_left_to_go_on_from(pruned, run, tmp_path):
             recover(deepcopy(pruned), tokenizer(), settings(place), resume=True)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"lora": {"r": 2, "lora_alpha": 64}}, "lora.lora_alpha 32 there and 64 here"),
-        ({"training": {"learning_rate": 0.5}}, "learning_rate 0.01 there and 0.5 here"),
-        ({"training": {"per_device_train_batch_size": 4}}, "per_device_train_batch_size 2 there and 4 here"),
-        ({"temperature": 2.0}, "temperature 1.0 there and 2.0 here"),
-        ({"train": "full", "lora": {}}, "train lora there and full here"),
-        ({"tokens": 96}, r"text \w{12}… there and \w{12}… here"),
-        ({"domains": RECOVERY_TEXT["domains"][:1]}, "text"),
-        ({"seed": 5}, "seed 0 there and 5 here"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"lora": {"r": 2, "lora_alpha": 64}}, "lora.lora_alpha 32 there and 64 here"),
+    ({"training": {"learning_rate": 0.5}}, "learning_rate 0.01 there and 0.5 here"),
+    ({"training": {"per_device_train_batch_size": 4}}, "per_device_train_batch_size 2 there and 4 here"),
+    ({"temperature": 2.0}, "temperature 1.0 there and 2.0 here"),
+    ({"train": "full", "lora": {}}, "train lora there and full here"),
+    ({"tokens": 96}, r"text \w{12}… there and \w{12}… here"),
+    ({"domains": RECOVERY_TEXT["domains"][:1]}, "text"),
+    ({"seed": 5}, "seed 0 there and 5 here"),
+])  # fmt: skip
 def test_a_checkpoint_of_another_training_is_refused(pruned, run, fields, message):
     model = deepcopy(pruned)
     with pytest.raises(StructPruneError, match=f"checkpoint-8 belongs to another training: .*{message}"):

@@ -6,17 +6,15 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models import build, config, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.plain_json import plain
-from optimum_structprune.record.details import (
-    Details,
-    choice_of,
-    choices_of_list,
-    choices_to_list,
-    rank_correlations,
-)
+from optimum_structprune.record.details import Details, choice_of, choices_of_list, choices_to_list, rank_correlations
+from optimum_structprune.record.report import Report
+from optimum_structprune.record.text import BARS, LONGEST_SPARK, spark_line
 
 
 def test_rank_correlations_are_those_of_numpy_with_ties_in_the_mean_of_their_ranks():
@@ -87,3 +85,22 @@ def test_a_later_version_and_a_damaged_file_are_refused(details, tmp_path):
         path.write_text(text)
         with pytest.raises(StructPruneError, match=message):
             Details.load(path)
+
+
+# --- the table that a run prints
+
+
+@given(shares=st.lists(st.floats(0, 1), min_size=1, max_size=100))
+def test_a_spark_line_has_a_bar_per_layer_or_the_most_there_may_be(shares):
+    line = spark_line(shares)
+    assert len(line) == min(len(shares), LONGEST_SPARK) and {*line} <= {*BARS}
+    rising = spark_line(sorted(shares))
+    assert list(rising) == sorted(rising)
+
+
+@pytest.mark.parametrize(("widths", "bars"), [({0: 4, 1: 8}, "▄█"), ({0: 4, 1: 4}, None)])
+def test_the_table_has_one_where_layers_differ(widths, bars):
+    sizes = {"before": 10, "after": 5}
+    report = Report("llama", "obs", sizes, sizes, {"mlp": widths}, {"mlp": 8})
+    row = next(line for line in str(report).splitlines() if line.startswith("width mlp"))
+    assert row.endswith(bars or "%") and "%" in row

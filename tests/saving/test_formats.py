@@ -1,10 +1,12 @@
 """The files of a result keep to their schemas, and those of later versions are refused."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.resources import files
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
 from models import build, config, tokenizer
 
@@ -18,7 +20,12 @@ from optimum_structprune import (
     StructPruner,
 )
 from optimum_structprune.domains.manifest import Entry
+from optimum_structprune.dryrun import dry_run
+from optimum_structprune.evaluation.evaluate import Evaluation
+from optimum_structprune.plain_json import plain, to_json
 from optimum_structprune.record.report import RecoveryReport, Report
+from optimum_structprune.recovery.resume import TrainingInputs
+from optimum_structprune.recovery.trainer import RecoveryOutcome
 
 
 SCHEMAS = {
@@ -53,16 +60,13 @@ def test_what_is_saved_keeps_to_its_schema(name, saved):
             check(wrong)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"widths": {"mlp": [20, 24], "attention": {0: 2}}},
-        {"sparsity": 0.2, "allocation": "sensitivity", "objective": "worst", "criterion": "wanda"},
-        {"budget": {"bytes": 10}, "stats": "folder", "domains": None},
-        {"sparsity": 0.2, "allocation": "global", "criterion": "flap", "refit": "bias"},
-        {"sparsity": 0.2, "recovery": RecoveryConfig(tokens=9, lora={"r": 2}, training={"learning_rate": 1e-3})},
-    ],
-)
+@pytest.mark.parametrize("fields", [
+    {"widths": {"mlp": [20, 24], "attention": {0: 2}}},
+    {"sparsity": 0.2, "allocation": "sensitivity", "objective": "worst", "criterion": "wanda"},
+    {"budget": {"bytes": 10}, "stats": "folder", "domains": None},
+    {"sparsity": 0.2, "allocation": "global", "criterion": "flap", "refit": "bias"},
+    {"sparsity": 0.2, "recovery": RecoveryConfig(tokens=9, lora={"r": 2}, training={"learning_rate": 1e-3})},
+])  # fmt: skip
 def test_every_config_keeps_to_its_schema(fields, tmp_path):
     settings = StructPruneConfig(**fields)
     settings.save_pretrained(tmp_path)
@@ -96,3 +100,52 @@ def test_files_of_a_later_version_are_refused(name, version, saved, tmp_path):
     (tmp_path / f"{name}.json").write_text(json.dumps({**document, "format_version": version}))
     with pytest.raises(StructPruneError, match="format_version .* is not known here, where 1 is the latest"):
         LOADERS[name](tmp_path)
+
+
+# --- what is written as JSON is JSON to every reader, whatever numbers came of a run
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.frozensets(st.text())
+values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner))
+
+
+def strict(text: str):
+    """What a reader takes that knows no `NaN` and no `Infinity`."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@given(values)
+def test_every_value_becomes_json_that_stays_as_it_is(value):
+    document = to_json(value)
+    assert strict(document) == plain(value)
+    assert to_json(strict(document)) == document
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_reports_write_null_for_what_is_no_number(bad, tmp_path):
+    ratios = {"shares": {"a": 1.0}, "widths": {"mlp": {0: 8}}, "perplexity_ratio": {"a": bad, "b": 1.5}}
+    sizes = {"before": 4, "after": 2}
+    report = Report("llama", "obs", layer_parameters=sizes, parameters=sizes, rounds=[{**ratios, "holds": False}])
+    report.recovery = RecoveryOutcome(perplexity={"a": {"pruned": 2.0, "recovered": bad}})
+    report.save(tmp_path / "report.json")
+    read = strict((tmp_path / "report.json").read_text())
+    assert read["rounds"][0]["perplexity_ratio"] == {"a": None, "b": 1.5}
+    assert read["recovery"]["perplexity"]["a"] == {"pruned": 2.0, "recovered": None}
+    Evaluation("small", divergence={"a": bad}).save(tmp_path / "evaluation.json")
+    assert strict((tmp_path / "evaluation.json").read_text())["divergence"] == {"a": None}
+    TrainingInputs({"learning_rate": bad, "names": {"b", "a"}}).save(tmp_path)
+    assert strict((tmp_path / "recovery_inputs.json").read_text()) == {"learning_rate": None, "names": ["a", "b"]}
+    plan = dry_run(build("llama-tied").config, config())
+    replace(plan, notes=(bad,)).save(tmp_path / "plan.json")
+    assert strict((tmp_path / "plan.json").read_text())["notes"] == [None]
+
+
+def test_the_domain_that_stopped_a_floor_is_the_one_without_a_number():
+    for ratios in ({"a": 1.1, "b": float("nan")}, {"b": float("nan"), "a": 1.1}):
+        rounds = [{"shares": {"a": 1.0}, "perplexity_ratio": ratios, "holds": False}]
+        sizes = {"before": 4, "after": 2}
+        report = Report("llama", "obs", parameters=sizes, layer_parameters=sizes, rounds=rounds)
+        assert "perplexity b x nan" in str(report)

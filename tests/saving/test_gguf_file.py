@@ -175,18 +175,11 @@ def test_what_comes_before_the_merges_is_known_by_its_steps(key):
         pre_tokenizer(json.loads(backend.to_str()))
 
 
-@pytest.mark.parametrize(
-    ("tokens", "reason"),
-    [
-        (lambda: tokenizer(), "found WordLevel"),
-        (lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(Unigram([("a", 0.0)], 0))), "found Unigram"),
-        (
-            lambda: (more := reader(pieces=False)).add_tokens([f"t{n}" for n in range(9)]) and more,
-            "99 tokens .* 96 rows",
-        ),
-    ],
-    ids=["words", "unigram", "more"],
-)
+@pytest.mark.parametrize(("tokens", "reason"), [
+    (lambda: tokenizer(), "found WordLevel"),
+    (lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(Unigram([("a", 0.0)], 0))), "found Unigram"),
+    (lambda: (more := reader(pieces=False)).add_tokens([f"t{n}" for n in range(9)]) and more, "99 tokens .* 96 rows"),
+], ids=["words", "unigram", "more"])  # fmt: skip
 def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(alike, tmp_path, tokens, reason):
     with pytest.raises(StructPruneError, match=reason):
         export_gguf(alike, tmp_path / "out.gguf", tokens())

@@ -17,25 +17,22 @@ def test_round_trip(tmp_path):
     assert plan.widths() == {"mlp": {0: 3, 1: 2}, "attention": {1: 1}}
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "plan.json cannot be read"),
-        ("[]", "plan.json has to hold a mapping of fields, found list"),
-        ('{"model_type": "llama"}', "plan.json is not a pruning plan: KeyError\\('keep'\\)"),
-        *(
-            (f'{{"model_type": "llama", "keep": {keep}}}', "plan.json is not a pruning plan")
-            for keep in (
-                '{"mlp": 3}',
-                '{"mlp": {"0": "abc"}}',
-                '{"mlp": {"0": [0.5]}}',
-                '{"mlp": {"0": [true]}}',
-                '{"mlp": {"x": []}}',
-                "[]",
-            )
-        ),
-    ],
-)
+@pytest.mark.parametrize(("content", "message"), [
+    ("", "plan.json cannot be read"),
+    ("[]", "plan.json has to hold a mapping of fields, found list"),
+    ('{"model_type": "llama"}', "plan.json is not a pruning plan: KeyError\\('keep'\\)"),
+    *(
+        (f'{{"model_type": "llama", "keep": {keep}}}', "plan.json is not a pruning plan")
+        for keep in (
+            '{"mlp": 3}',
+            '{"mlp": {"0": "abc"}}',
+            '{"mlp": {"0": [0.5]}}',
+            '{"mlp": {"0": [true]}}',
+            '{"mlp": {"x": []}}',
+            "[]",
+        )
+    ),
+])  # fmt: skip
 def test_a_damaged_file_is_named(tmp_path, content, message):
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(StructPruneError, match=message):
@@ -48,14 +45,7 @@ def test_best_units_are_the_highest_scores_in_ascending_order():
 
 
 def test_a_later_plan_is_in_the_numbers_of_the_model_that_the_first_one_leaves():
-    first = Plan(
-        "mixtral",
-        {
-            (MODEL, "layer"): (0, 2, 3),
-            (2, "expert"): (1, 3),
-            (2, "attention"): (0, 2, 3),
-        },
-    )
+    first = Plan("mixtral", {(MODEL, "layer"): (0, 2, 3), (2, "expert"): (1, 3), (2, "attention"): (0, 2, 3)})
     later = Plan(
         "mixtral",
         {
@@ -79,16 +69,13 @@ def test_a_later_plan_is_in_the_numbers_of_the_model_that_the_first_one_leaves()
     )
 
 
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        (Plan("opt", {}), "for a 'opt' model, this is a 'llama' model"),
-        (Plan("llama", {(7, "mlp"): (0,)}), "'mlp' in layer 7, which this model does not have"),
-        (Plan("llama", {(0, "mlp"): (0, 40)}), "units between 0 and 39"),
-        (Plan("llama", {(0, "mlp"): (2, 1)}), "ascending"),
-        (Plan("llama", {(0, "mlp"): ()}), "ascending"),
-    ],
-)
+@pytest.mark.parametrize(("plan", "message"), [
+    (Plan("opt", {}), "for a 'opt' model, this is a 'llama' model"),
+    (Plan("llama", {(7, "mlp"): (0,)}), "'mlp' in layer 7, which this model does not have"),
+    (Plan("llama", {(0, "mlp"): (0, 40)}), "units between 0 and 39"),
+    (Plan("llama", {(0, "mlp"): (2, 1)}), "ascending"),
+    (Plan("llama", {(0, "mlp"): ()}), "ascending"),
+])  # fmt: skip
 def test_a_plan_for_another_model_is_refused(plan, message):
     with pytest.raises(StructPruneError, match=message):
         plan.check(describe(build("llama-tied")))

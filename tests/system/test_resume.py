@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Killed, dying
-from models import full_disk
+from helpers import Killed, dying, evidence_of, same_weights
+from models import build, config, full_disk, tokenizer
 from safetensors.torch import save_file
 
-from optimum_structprune import StructPruneError
+from optimum_structprune import InPlaceError, StructPruneError, StructPruner
+from optimum_structprune.pruning.rounds import run_key
 from optimum_structprune.system import resume
 from optimum_structprune.system.resume import Resume
 
@@ -108,17 +109,14 @@ def shortened(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("round.json", shortened),
-        *(("round.json", lambda path, text=text: path.write_text(text)) for text in ("{", "[]", '{"key": "x"}')),
-        ("round-1.safetensors", shortened),
-        ("round-1.safetensors", Path.unlink),
-        ("round-1.safetensors", lambda path: save_file({"other": torch.zeros(1)}, path)),
-        ("round-1-0-of-1.safetensors", shortened),
-    ],
-)
+@pytest.mark.parametrize(("name", "damage"), [
+    ("round.json", shortened),
+    *(("round.json", lambda path, text=text: path.write_text(text)) for text in ("{", "[]", '{"key": "x"}')),
+    ("round-1.safetensors", shortened),
+    ("round-1.safetensors", Path.unlink),
+    ("round-1.safetensors", lambda path: save_file({"other": torch.zeros(1)}, path)),
+    ("round-1-0-of-1.safetensors", shortened),
+])  # fmt: skip
 def test_a_damaged_file_is_named(name, damage, tmp_path):
     save(tmp_path, 1)
     damage(tmp_path / name)
@@ -138,3 +136,86 @@ def test_another_number_of_processes_is_refused_with_both(tmp_path, monkeypatch)
         save(tmp_path, 2)
     with pytest.raises(StructPruneError, match="round 2 of a run with 2 processes.*run has 1; start 2, or remove"):
         store(tmp_path).load()
+
+
+# --- a run that is killed goes on at the layer where it was, with the same result
+
+RUNS = {
+    "llama-tied": {"widths": {"mlp": 24, "attention": 2}},
+    "llama-bias": {"criterion": "flap", "refit": "bias"},
+    "qwen3": {"criterion": "random", "refit": "none"},
+    "gemma2": {"rounds": 2, "objective": "worst"},
+    "granite": {"error_feedback": 0.25},
+    "mixtral": {},
+    "qwen2": {"criterion": "wanda"},
+}
+
+
+def pruned(case, folder, **fields):
+    pruner = StructPruner(config(**fields, checkpoint_dir=None if folder is None else str(folder)))
+    return pruner.prune_model(build(case), tokenizer()), pruner
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("case", RUNS)
+def test_a_kill_at_any_write_leaves_what_the_next_run_goes_on_from(case, after, tmp_path, monkeypatch):
+    whole, expected = pruned(case, None, **RUNS[case])
+    number, finished = 0, False
+    while not finished:
+        number += 1 if case == "llama-tied" else 3
+        folder = tmp_path / str(number)
+        with dying(monkeypatch, resume, number, after):
+            try:
+                pruned(case, folder, **RUNS[case])
+                finished = True
+            except Killed:
+                pass
+        resumed, pruner = pruned(case, folder, **RUNS[case])
+        assert pruner.plan == expected.plan and same_weights(resumed, whole)
+        noted, whole_noted = (one.report.details.choices for one in (pruner, expected))
+        assert noted == whole_noted != {}
+
+
+def test_finished_layers_are_not_made_again(tmp_path, monkeypatch):
+    whole, _ = pruned("llama-tied", tmp_path / "run")
+    monkeypatch.setattr(resume.Resume, "save", None)
+    resumed, pruner = pruned("llama-tied", tmp_path / "run")
+    assert same_weights(resumed, whole)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "layer.json",
+        "layer-1.safetensors",
+        "layer-2.safetensors",
+        "layer-2-0-of-1.safetensors",
+    }
+
+
+def test_a_full_disk_names_the_layer_and_leaves_those_before(tmp_path):
+    model = build("llama-tied")
+    pruner = StructPruner(config(checkpoint_dir=str(tmp_path / "run")))
+    with full_disk(3000), pytest.raises(InPlaceError, match="Layer 1 could not be saved.*before is intact"):
+        pruner.prune_model(model, tokenizer(), inplace=True)
+    assert same_weights(*(pruned("llama-tied", folder)[0] for folder in (tmp_path / "run", None)))
+
+
+def test_another_run_is_refused_before_anything_changes(tmp_path):
+    pruned("llama-tied", tmp_path / "run")
+    model = build("llama-tied")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(StructPruneError, match="holds layer 2 of a run with another model, config or calibration"):
+        StructPruner(config(widths={"mlp": 20}, checkpoint_dir=str(tmp_path / "run"))).prune_model(
+            model, tokenizer(), inplace=True
+        )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_key_names_all_that_makes_a_run():
+    model, evidence = build("llama-tied"), evidence_of(config(rounds=2))
+    entries = evidence.entries()
+
+    def key(settings=evidence.config, of=model, text=entries, target=24):
+        return run_key(settings, of, text, {"mlp": target})
+
+    same = key()
+    assert key(config(rounds=2, batch_size=1, checkpoint_dir="elsewhere")) == same
+    others = [key(config(rounds=3)), key(of=build("llama-tied", seed=1)), key(text=entries[:1]), key(target=20)]
+    assert len({same, *others}) == 5

@@ -16,7 +16,7 @@ from optimum_structprune.domains.load import Domain
 from optimum_structprune.pruning.choose import dense_scores
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.widths.allocation import ranked_widths, target_widths, widths_for_sparsity
-from optimum_structprune.widths.schedule import round_widths
+from optimum_structprune.widths.schedule import removal_steps, round_widths
 
 
 def arch_of(layers: int, groups: int, group_cost: int, channels: int, channel_cost: int) -> ArchSpec:
@@ -185,14 +185,11 @@ def test_global_allocation_is_that_of_flap():
     assert all(abs(found["mlp"][layer] - width) <= 1 for layer, width in expected["mlp"].items())
 
 
-@pytest.mark.parametrize(
-    ("widths", "expected"),
-    [
-        ({"mlp": [24, 32]}, {"mlp": {0: 24, 1: 32}}),
-        ({"mlp": {1: 16}, "attention": 2}, {"mlp": {0: 40, 1: 16}, "attention": {0: 2, 1: 2}}),
-        ({"mlp": [24, 24]}, {"mlp": {0: 24, 1: 24}}),
-    ],
-)
+@pytest.mark.parametrize(("widths", "expected"), [
+    ({"mlp": [24, 32]}, {"mlp": {0: 24, 1: 32}}),
+    ({"mlp": {1: 16}, "attention": 2}, {"mlp": {0: 40, 1: 16}, "attention": {0: 2, 1: 2}}),
+    ({"mlp": [24, 24]}, {"mlp": {0: 24, 1: 24}}),
+])  # fmt: skip
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_every_layer_may_be_given_its_own_width(widths, expected, rounds):
     pruner = StructPruner(config(widths=widths, rounds=rounds))
@@ -202,3 +199,32 @@ def test_every_layer_may_be_given_its_own_width(widths, expected, rounds):
     assert small.config.is_heterogeneous == (len({*expected["mlp"].values()}) > 1)
     again = StructPruneConfig.from_dict(json.loads(json.dumps(pruner.config.to_dict())))
     assert again.widths == pruner.config.widths
+
+
+# --- the steps of a training after which units are removed
+
+
+@pytest.mark.parametrize(("schedule", "steps"), [
+    ({"start": 0.2, "end": 1.0}, [2, 5, 7, 10]),
+    ({"start": 1.0}, [10]),
+    ({"start": 2, "end": 9, "every": 3}, [2, 5, 8]),
+    ({"start": 0.0}, [1]),
+])  # fmt: skip
+def test_steps_of_removal(schedule, steps):
+    settings = config(rounds=4 if "end" in schedule else 1)
+    given = {"end": None, "every": None, **schedule}
+    assert removal_steps(settings, given["start"], given["end"], given["every"], 10) == steps
+
+
+@pytest.mark.parametrize(("schedule", "message"), [
+    ((0.2, 0.8, None), "end=0.8 divides the removal.*rounds=1 removes everything at once; set rounds=4"),
+    ((0.5, 0.2, None), "end=0.2 is step 2, before start=0.5, step 5"),
+    ((-3, None, None), "start is a step, or a share of all steps from 0.0 to 1.0, got -3"),
+    ((1.5, None, None), "got 1.5"),
+    (("0.5", None, None), "got '0.5'"),
+    ((2, 8, 0), "every is a number of steps, 1 or more, got 0"),
+    ((2, 11, 3), "go after step 11, but training has 10 steps"),
+])  # fmt: skip
+def test_steps_that_mean_nothing(schedule, message):
+    with pytest.raises(StructPruneError, match=message):
+        removal_steps(config(), *schedule, 10)
