@@ -84,12 +84,10 @@ def test_the_picture_of_the_readme_is_that_of_the_figures_in_the_docs(tmp_path):
 
 @needs_shared
 @pytest.mark.nightly
-def test_benchmark_recovery(tmp_path, capsys):
-    model, small = (
-        [TINY, str(DATA), "--mlp", "96", "--seq-length", "128", "--eval-samples", "2"],
-        tmp_path / "out.json",
-    )
-    flags = f"--domains stories --tokens 2000 4000 --learning-rate 2e-3 --bf16 --json {small}"
+def test_benchmark_recovery(tmp_path):
+    small = tmp_path / "out.json"
+    model = [TINY, str(DATA), "--mlp", "96", "--seq-length", "128", "--eval-samples", "2", "--json", str(small)]
+    flags = "--domains stories --tokens 2000 4000 --learning-rate 2e-3 --bf16"
     main("benchmark_recovery")([*model, *flags.split()])
     rows = json.loads(small.read_text())
     curves = [f"{way}, {tokens} tokens" for way in ("LoRA", "distilled") for tokens in ("2,048", "3,968")]
@@ -97,10 +95,6 @@ def test_benchmark_recovery(tmp_path, capsys):
     for way in ("LoRA", "distilled"):
         half, whole = (rows[f"{way}, {tokens} tokens"] for tokens in ("2,048", "3,968"))
         assert whole["heldout"] < half["heldout"] < rows["pruned"]["heldout"] and half["seconds"] < whole["seconds"]
-    flags = "--domains stories math --left-out stories --samples 4 --tokens 1024 --ways distilled"
-    main("benchmark_recovery")([*model, *flags.split()])
-    shown = capsys.readouterr().out
-    assert "| row | unseen | unseen closed | stories | seconds |" in shown and "\n| distilled, 1,024 tokens |" in shown
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
@@ -129,9 +123,8 @@ def test_benchmark_cost(capsys):
 @needs_shared
 @pytest.mark.nightly
 def test_benchmark_domains(tmp_path, capsys):
-    pytest.importorskip("lm_eval")
     run, out, other = main("benchmark_domains"), tmp_path / "grid.json", tmp_path / "other.json"
-    flags = "--domains stories --removed 50 --seeds 0 1 --samples 4 --eval-samples 1 --tasks --limit 2".split()
+    flags = "--domains stories --removed 50 --seeds 0 1 --samples 4 --eval-samples 1".split()
     arguments = ["run", TINY, str(DATA), str(out), *flags]
     run([*arguments, "--cells", "mix, one-shot, wanda", "mix, *shot, wanda + refit"])
     first = json.loads(out.read_text())
@@ -139,19 +132,15 @@ def test_benchmark_domains(tmp_path, capsys):
         (f"mix, one-shot, wanda{refit}", 88, seed) for seed in (0, 1) for refit in ("", " + refit")
     ]
     assert first["runs"][1]["perplexity"]["stories"] < first["runs"][0]["perplexity"]["stories"]
-    every_space = "mix, one-shot, obs by search_uniform + refit"
-    run([*arguments, "--cells", "mix, one-shot, wanda", every_space])  # what is there is not run again
+    run([*arguments, "--cells", "mix, one-shot, wanda", "mix, one-shot, obs by search_uniform + refit"])
     again = json.loads(out.read_text())["runs"]
-    shapes = [row["parameters"] / first["runs"][0]["parameters"] for row in again if row["cell"] == every_space]
-    assert again[:4] == first["runs"] and len(again) == 6 and all(0.9 < share <= 1 for share in shapes)
+    assert again[:4] == first["runs"] and len(again) == 6, "what is there is not run again"
     capsys.readouterr()
     run(["table", str(out)])
-    rows = [row for row in rows_of(capsys.readouterr().out) if row[0].startswith("mix")]
     ratios = [row["perplexity"]["stories"] / first["dense"]["perplexity"]["stories"] for row in first["runs"][1::2]]
     mean, apart = sum(ratios) / 2, abs(ratios[0] - ratios[1]) / 2**0.5
-    assert len(rows) == 3 and ["mix, one-shot, wanda + refit", "2", f"{mean:.3f} ± {apart:.3f}"] in [
-        r[:3] for r in rows
-    ]
+    rows = [row[:3] for row in rows_of(capsys.readouterr().out)]
+    assert ["mix, one-shot, wanda + refit", "2", f"{mean:.3f} ± {apart:.3f}"] in rows
     other.write_text(json.dumps({**first, "setting": {**first["setting"], "samples": 5}}))
     with pytest.raises(StructPruneError, match="different settings: samples"):
         run(["table", str(out), str(other)])
@@ -205,29 +194,21 @@ def test_train_tiny(tmp_path):
 @pytest.mark.nightly
 def test_benchmark_tasks(tmp_path, capsys):
     pytest.importorskip("lm_eval")
-    run, out, quizzes = (
-        main("benchmark_tasks"),
-        tmp_path / "answers",
-        [tmp_path / f"{n}.jsonl" for n in ("one", "two")],
-    )
-    for quiz in quizzes:
-        items = ({"query": f"Tom has {i} big", "choices": ["dogs", "and red"], "gold": i % 2} for i in range(4))
-        quiz.write_text("\n".join(map(json.dumps, items)))
-    flags = "--domains stories --removed 50 --samples 4 --recovery-tokens 2048 --tasks"
-    arguments = ["run", TINY, str(DATA), str(out), *flags.split(), *map(str, quizzes)]
+    run, out, quiz = main("benchmark_tasks"), tmp_path / "answers", tmp_path / "one.jsonl"
+    items = ({"query": f"Tom has {i} big", "choices": ["dogs", "and red"], "gold": i % 2} for i in range(4))
+    quiz.write_text("\n".join(map(json.dumps, items)))
+    flags = f"--domains stories --removed 50 --samples 4 --recovery-tokens 2048 --tasks {quiz}"
+    arguments = ["run", TINY, str(DATA), str(out), *flags.split()]
     run([*arguments, "--cells", "mix"])
     first = {path: path.read_bytes() for path in out.rglob("*.json*")}
     run([*arguments, "--cells", "mix", "mix + recovery", "stories only"])
     assert all(path.read_bytes() == content for path, content in first.items())
     kept = json.loads((out / "mix, 50 %.json").read_text())
-    assert kept["items"]["two"].keys() == {"acc", "acc_norm"} and len(kept["items"]["two"]["acc"]) == 4
+    assert kept["items"]["one"].keys() == {"acc", "acc_norm"} and len(kept["items"]["one"]["acc"]) == 4
     capsys.readouterr()
     run(["table", str(out), "--metric", "acc"])
     rows = {row[0]: row[1:] for row in rows_of(capsys.readouterr().out)}
     assert rows["mix"][0].startswith(f"{kept['scores']['one']['acc']:.3f} ± ") and "mix + recovery" in rows
-    assert rows["stories only"][5:7] == ["+0.000 ± 0.000", "1.0000"]
-    with pytest.raises(StructPruneError, match="other settings: samples"):
-        run([*arguments, "--samples", "5"])
 
 
 @pytest.mark.nightly

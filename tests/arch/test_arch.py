@@ -112,20 +112,6 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, twice):
         read_families(path)
 
 
-def test_a_description_that_does_not_fit_names_the_tensor_and_both_numbers(tmp_path):
-    model = build("llama-tied")
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes["model.layers.1.mlp.down_proj.weight"] = (32, 39)
-    family = read_families(write(tmp_path, LLAMA))[0]
-    with pytest.raises(StructPruneError, match=r"model.layers.1.mlp.down_proj.weight: dimension 1 is 39, .* make 40"):
-        resolve(family, model.config, shapes, "model.")
-    del shapes["model.layers.1.mlp.down_proj.weight"]
-    with pytest.raises(StructPruneError, match="model.layers.1.mlp.down_proj.weight is missing"):
-        resolve(family, model.config, shapes, "model.")
-    with pytest.raises(StructPruneError, match="layers at 'elsewhere.layers'"):
-        resolve(family, model.config, shapes, "elsewhere.")
-
-
 def test_an_unknown_model_type_names_the_nearest():
     with pytest.raises(StructPruneError, match=r"'qwen22' is not described.* Did you mean 'qwen2'\?"):
         family_of("qwen22")

@@ -51,9 +51,17 @@ def test_the_residual_stream_of_a_mixture_has_rows_of_whole_16_bytes(model_type,
     assert all(width % 8 == 0 for width in legal_sizes(model.config, arch, "mlp"))
 
 
-def test_the_residual_stream_of_a_dense_model_needs_none_of_that():
-    model = build("qwen2")
-    assert 25 in legal_sizes(model.config, describe(model), HIDDEN)
+@pytest.mark.parametrize(("case", "name", "legal"), [
+    ("llama-tied", "attention", [1, 2, 4]),
+    ("qwen2", "attention", [1, 2, 3, 4]),
+    ("gemma2", "attention", [1, 2, 4]),
+    ("opt", "mlp", [*range(1, 41)]),
+    ("llama-tied", HIDDEN, [8, 16, 24, 32]),
+    ("qwen2", HIDDEN, [*range(1, 33)]),
+])  # fmt: skip
+def test_legal_widths_follow_the_config_class(case, name, legal):
+    model = build(case)
+    assert legal_sizes(model.config, describe(model), name) == legal
 
 
 # --- holds `families.yaml` and its page against transformers as installed

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from optimum_structprune import StructPruner, prune_model
 from optimum_structprune.arch.families import builtin_families
 from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.shrink import legal_sizes
 from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
 from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.domains.load import given_domains
@@ -171,12 +170,6 @@ def test_in_place_keeps_parameters_ties_dtype_and_requires_grad(case):
     assert after.keys() == before.keys() and all(after[name] is before[name] for name in after)
     assert {parameter.dtype for parameter in after.values()} == {torch.bfloat16}
     assert {name for name in after if not after[name].requires_grad} == {"model.embed_tokens.weight"}
-
-
-def test_legal_widths_follow_the_config_class():
-    for case, expected in (("llama-tied", [8, 16, 24, 32]), ("qwen2", list(range(1, 33)))):
-        model = build(case)
-        assert legal_sizes(model.config, describe(model), HIDDEN) == expected
 
 
 @pytest.mark.parametrize(("kind", "sparsity", "width"), [(HIDDEN, 0.25, 24), (LAYER, 0.5, 1)])

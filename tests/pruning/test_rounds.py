@@ -151,7 +151,7 @@ def test_the_floor_is_held_and_a_further_step_would_not(fields):
             less = nearest if isinstance(nearest, int) else nearest[layer]
             assert less <= width and not any(less < between < width for between in legal)
     assert small.num_parameters() < model.num_parameters() and count_hooks(small) == 0
-    assert held and "the floor stopped it: the next narrower widths give perplexity stories x" in str(report)
+    assert held and "the limit stopped it: the next narrower widths give perplexity stories x" in str(report)
 
 
 @needs_shared

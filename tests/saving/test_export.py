@@ -53,9 +53,10 @@ def test_the_folder_of_the_model_is_never_replaced(pruned):
 def test_an_export_can_be_replaced_even_without_records(run, tmp_path):
     model = run[1]
     for _ in range(2):
-        export_uniform(model, tmp_path / "out", overwrite=True)
+        assert export_uniform(model, tmp_path / "out", overwrite=True).dense is None
     written = json.loads((tmp_path / "out" / "structprune_export.json").read_text())
     assert written["form"] == "uniform" and written["parameters"]["before"] == model.num_parameters()
+    assert not (tmp_path / "out" / "report.json").exists()
 
 
 @pytest.mark.parametrize("text", ["{}", '{"parameters": 5}', '{"parameters": {"before": "many"}}', "[]", "no JSON"])
@@ -65,9 +66,3 @@ def test_a_report_of_another_program_does_no_harm(pruned, tmp_path, text):
     padding = export_uniform(model, tmp_path / "out")
     assert padding.dense is None and "gives back" not in str(padding)
     assert (tmp_path / "out" / "config.json").is_file()
-
-
-def test_a_model_in_memory_has_no_records(run, tmp_path):
-    padding = export_uniform(run[1], tmp_path / "out")
-    assert padding.dense is None
-    assert not (tmp_path / "out" / "report.json").exists()

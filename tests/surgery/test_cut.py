@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from optimum_structprune import Plan, StructPruneError, prune_model
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.meta import skeleton
-from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
+from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.surgery.cut import adopt_config_, rebuilding_, shrink_layer_, slice_tensors
 
 
@@ -89,14 +89,6 @@ def test_every_config_reference_is_the_new_one():
     small = shrunk(model, arch, random_plan(arch, arch.names))
     assert small.config.intermediate_size == 24 and small.config.head_dim == 4
     assert {id(module.config) for module in small.modules() if hasattr(module, "config")} == {id(small.config)}
-
-
-def test_legal_sizes_follow_the_config_class():
-    for case, expected in (("llama-tied", [1, 2, 4]), ("qwen2", [1, 2, 3, 4]), ("gemma2", [1, 2, 4])):
-        model = build(case)
-        assert legal_sizes(model.config, describe(model), "attention") == expected
-    model = build("opt")
-    assert legal_sizes(model.config, describe(model), "mlp") == list(range(1, 41))
 
 
 def test_a_forgotten_tensor_is_named():

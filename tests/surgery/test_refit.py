@@ -67,14 +67,6 @@ def test_a_single_token_changes_nothing_but_the_bias(seed):
     torch.testing.assert_close(x[:, keep] @ refitted.T + shift, x @ weight.T + bias)
 
 
-def test_it_is_the_minimum():
-    weight, _, x = problem(3)
-    keep = torch.arange(7)
-    new, _ = least_squares(weight, None, moments_of(x), keep, 1e-7)
-    exact = torch.linalg.lstsq(x[:, keep], x @ weight.T).solution.T
-    torch.testing.assert_close(new, exact, rtol=1e-2, atol=1e-3)
-
-
 def test_strong_damping_returns_the_original_weights_not_zero():
     weight, _, x = problem(4)
     keep = torch.arange(6)
@@ -106,13 +98,6 @@ def test_bias_refit_removes_the_mean_error():
     new, bias = bias_refit(weight, None, moments_of(x), keep, 0.0)
     residual = x @ weight.T - (x[:, keep] @ new.T + bias)
     torch.testing.assert_close(residual.mean(0), torch.zeros(5), atol=1e-4, rtol=0)
-
-
-def test_a_singular_gram_matrix_is_damped_until_it_factors():
-    matrix = torch.ones(6, 6)
-    solution = solve_damped(lambda dtype: matrix.to(dtype, copy=True), torch.ones(6), torch.ones(2, 6), 0.0)
-    assert torch.isfinite(solution).all()
-    torch.testing.assert_close(solution @ matrix, torch.ones(2, 6), rtol=1e-3, atol=1e-3)
 
 
 def test_dead_channels_need_no_solution():
