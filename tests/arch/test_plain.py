@@ -28,14 +28,10 @@ from optimum_structprune.arch.meta import check_no_adapter, check_plain
 def write_gguf(path):
     """A tiny Llama whose matrices are in 8 bits."""
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(96)
+    sizes = {"context_length": 64, "embedding_length": 32, "block_count": 2, "feed_forward_length": 64}
+    sizes |= {"head_count": 4, "head_count_kv": 2, "layer_norm_rms_eps": 1e-6, "vocab_size": 96}
+    for name, value in sizes.items():
+        getattr(writer, f"add_{name}")(value)
     rng = np.random.default_rng(0)
     shapes = {"token_embd": (96, 32), "output": (96, 32), "output_norm": (32,)}
     layer_shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}

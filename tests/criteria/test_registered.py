@@ -131,14 +131,6 @@ def test_a_duplicate_names_both_classes(animals):
     assert animals.get("cat") is Cat
 
 
-def test_an_unknown_name_proposes_the_nearest(animals):
-    animals.register("wanda")(type("W", (), {}))
-    with pytest.raises(StructPruneError, match=r"no animal 'wnada'. Did you mean 'wanda'\? Known: wanda."):
-        animals.get("wnada")
-    with pytest.raises(StructPruneError, match=r"no animal 'zebra'. Known: wanda."):
-        animals.get("zebra")
-
-
 def test_entry_points_load_when_asked_for(animals, monkeypatch):
     point = EntryPoint("ordered", "collections:OrderedDict", animals.group)
     monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == animals.group else [])

@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import count_hooks, counted_by_torch, modes
 from models import build, config, tokenizer
-from torch import nn
 from transformers.utils import logging
 
 from optimum_structprune import InPlaceError, StructPruner
@@ -24,43 +23,11 @@ def mixed(case="llama-tied"):
     return model
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_every_submodule_is_back_in_its_mode(fails):
-    model = mixed()
-    before = modes(model)
-    try:
-        with evaluating(model):
-            assert not any(modes(model).values())
-            if fails:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        pass
-    assert modes(model) == before and before["model.layers.0.self_attn"] and not before["model.layers.0.mlp"]
-
-
-def test_what_is_replaced_takes_the_mode_of_its_place_and_what_is_new_that_of_the_model():
-    model = mixed()
-    with evaluating(model):
-        model.model.layers[0].mlp.up_proj = nn.Linear(4, 4)
-        model.model.layers[1].mlp.up_proj = nn.Linear(4, 4).eval()
-        model.extra = nn.Linear(2, 2).eval()
-    assert not model.model.layers[0].mlp.up_proj.training
-    assert model.model.layers[1].mlp.up_proj.training and model.extra.training
-    with evaluating(model):
-        model.model.layers = nn.ModuleList([*model.model.layers][::-1])
-    assert not model.model.layers[1].mlp.training and model.model.layers[1].self_attn.training
-    assert model.model.layers[0].mlp.training
-    frozen = build("llama-tied").eval()
-    with evaluating(frozen):
-        frozen.extra = nn.Linear(2, 2).train()
-    assert not any(modes(frozen).values())
-
-
 def test_two_models_that_share_modules():
     model = mixed()
     before = modes(model)
     with evaluating(model, model.model):
-        pass
+        assert not any(modes(model).values())
     assert modes(model) == before
 
 

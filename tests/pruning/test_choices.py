@@ -19,7 +19,6 @@ from optimum_structprune.widths.budget import widths_of
 CHOOSING = [
     {"allocation": "sensitivity", "sparsity": 0.3, "round_to": 4},
     {"rounds": 3, "objective": "worst"},
-    {"rounds": 3, "objective": "worst"},
     {"rounds": 3, "max_perplexity_ratio": 1.01, "round_to": 4},
 ]
 

@@ -1,0 +1,266 @@
+"""Two processes that share a pruning find what one process finds."""
+
+import json
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers import assert_same_choices, on_two_ranks
+from models import build, config, documents, real_text_model, three_layers, tokenizer
+from safetensors.torch import load_file
+
+from optimum_structprune import DomainConfig, StructPruner
+from optimum_structprune.domains import generated
+from optimum_structprune.record.details import Details
+
+
+# One launch for all of them, because a launch takes longer than they do.
+RUNS = {
+    "llama-tied": {"widths": {"mlp": 24, "attention": 2}},
+    "llama-bias": {"criterion": "flap", "refit": "bias"},
+    "qwen3": {"criterion": "flap", "rounds": 2, "objective": "worst"},
+    "mixtral": {"widths": {"expert": 3, "mlp": 24}},
+    "gemma2": {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
+    "three layers": {"widths": None, "sparsity": 0.25, "allocation": "search", "round_to": 4},
+    "granite": {"widths": {"layer": 1, "hidden": 24, "mlp": 24}},
+    "olmoe": {"widths": None, "sparsity": 0.1, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
+    "mistral": {"criterion": "wanda", "refit": "bias", "allocation": "global", "round_to": 1},
+    "olmo2": {"criterion": "loss_increase", "widths": {"layer": 1}},
+    "t5": {},
+    "writes itself": {},
+}
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from safetensors.torch import save_file
+from system.test_processes import RUNS, pruned
+from optimum_structprune.pruning import trials
+from optimum_structprune.system.processes import across_processes, process_count, process_index
+
+folder, measure, tried = Path(sys.argv[1]), trials.trial_losses, []
+
+def counted(sweep, refits, probe):
+    tried.append(probe.layer)
+    return measure(sweep, refits, probe)
+
+trials.trial_losses = counted
+with across_processes():
+    assert process_count() == 2
+    for case in RUNS:
+        tried.clear()
+        pruner, model = pruned(case)
+        part = folder / f"{case}-{process_index()}"
+        part.mkdir()
+        save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, part / "weights")
+        (part / "plan").write_text(json.dumps(pruner.plan.to_dict()))
+        (part / "report").write_text(json.dumps(pruner.report.to_dict()))
+        pruner.report.details.save(part / "details")
+        (part / "tried").write_text(json.dumps(tried))
+"""
+
+
+def pruned(case):
+    if case == "writes itself":
+        return on_text_of_its_own()
+    few = [" ".join(f"w{3 + (i * j) % 5}" for j in range(30)) for i in range(60)]
+    domains = [DomainConfig(name="a", source=documents()), DomainConfig(name="few", source=few, weight=0.2)]
+    pruner = StructPruner(config(**{"domains": domains, **RUNS[case]}))
+    return pruner, pruner.prune_model(three_layers() if case == "three layers" else build(case), tokenizer())
+
+
+def on_text_of_its_own():
+    model, reader = real_text_model()
+    short = patch.multiple(generated, BATCH=2, MAX_TOKENS=40, MIN_TOKENS=8)
+    with TemporaryDirectory() as home, patch.object(generated.constants, "HF_HOME", home), short:
+        pruner = StructPruner(config(domains=[DomainConfig(name="own", source="self:code")], num_samples=4))
+        return pruner, pruner.prune_model(model, reader)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    done = on_two_ranks(SCRIPT, folder, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_two_processes_find_what_one_finds(case, together):
+    pruner, model = pruned(case)
+    for rank in (0, 1):
+        part = together / f"{case}-{rank}"
+        assert json.loads((part / "plan").read_text()) == pruner.plan.to_dict()
+        theirs = load_file(part / "weights")
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-5)
+        assert_same_choices(Details.load(part / "details"), pruner.report.details)
+        report = json.loads((part / "report").read_text())
+        for name, values in pruner.report.perplexity.items():
+            assert report["perplexity"][name] == pytest.approx(values, rel=1e-5)
+
+
+def test_each_process_makes_the_trials_of_its_own_layers(together):
+    """Of three layers two; of experts, the FFN alone."""
+    expected = {"three layers": [[0, 0, 2, 2], [1, 1]], "gemma2": [[0], [1]], "olmoe": [[0], [1]], "t5": [[], []]}
+    for case, of_ranks in expected.items():
+        assert [json.loads((together / f"{case}-{rank}" / "tried").read_text()) for rank in (0, 1)] == of_ranks
+
+
+DYING = """
+import os
+from system.test_processes import pruned
+from optimum_structprune.pruning.sweep import Sweep
+from optimum_structprune.system.processes import across_processes
+
+if os.environ["RANK"] == "1":
+    Sweep.gather = lambda *args: os._exit(9)
+with across_processes():
+    pruned("llama-tied")
+"""
+
+
+@pytest.mark.nightly
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    assert on_two_ranks(DYING, tmp_path).returncode != 0
+
+
+# --- several processes save one folder: the first one writes, the others get the same outcome
+
+SAVING = """
+import sys, os
+import torch.distributed as dist
+from pathlib import Path
+from models import build, config, tokenizer
+from optimum_structprune import StructPruneError, StructPruner
+from optimum_structprune.system.disk import Output
+
+folder = Path(sys.argv[1])
+rank = int(os.environ["RANK"])
+pruner = StructPruner(config())
+pruned = pruner.prune_model(build("llama-tied"), tokenizer())
+
+def save_both(out):
+    for _ in range(2):
+        pruner.save(pruned, out, tokenizer(), overwrite=True)
+    with Output(out.parent / "more").staged() as staging:
+        (staging / "rank.txt").write_text(str(rank))
+    assert (out / "model.safetensors").is_file() and (out.parent / "more" / "rank.txt").read_text() == "0"
+
+save_both(folder / "apart" / "small")
+dist.init_process_group("gloo")
+save_both(folder / "together" / "small")
+if rank == 0:
+    pruner.save(pruned, folder / "first" / "small")
+(folder / "error" / "small" / "mine").mkdir(parents=True, exist_ok=True)
+try:
+    pruner.save(pruned, folder / "error" / "small", overwrite=True)
+except StructPruneError as error:
+    print(f"rank {rank}: {error}", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_one_process_saves_and_all_get_its_outcome(tmp_path):
+    done = on_two_ranks(SAVING, tmp_path, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for mode, names in {"apart": ["more", "small"], "together": ["more", "small"], "first": ["small"]}.items():
+        assert sorted(path.name for path in (tmp_path / "out" / mode).iterdir()) == names
+        assert (tmp_path / "out" / mode / "small" / "report.json").is_file()
+    for rank in (0, 1):
+        assert f"rank {rank}: " in done.stdout
+    assert done.stdout.count("rank") == done.stdout.count("is no result of structprune") == 2
+    assert [path.name for path in (tmp_path / "out" / "error" / "small").iterdir()] == ["mine"]
+
+
+# --- several processes train one model: the same weights in each, whole or in shards, and checkpoints of their run
+
+# Accelerate shards on GPUs alone. Told that the CPU is one, it runs the same code with gloo.
+TRAINING = """
+import os, shutil, sys
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from helpers import logits, recovery_config
+from models import build, config, tokenizer
+from torch.distributed.fsdp import FSDPModule
+
+from optimum_structprune import StructPruneError, prune_model, recover
+from optimum_structprune.recovery import checks, trainer
+from optimum_structprune.recovery import recover as module
+from optimum_structprune.recovery.resume import weights_hash
+
+folder, rank, plugins, sharded = Path(sys.argv[1]), int(os.environ["RANK"]), [], []
+set_up = AcceleratorState.__init__
+
+
+def sharding_on_the_cpu(self, *args, **kwargs):
+    set_up(self, *args, **kwargs)
+    if kwargs.get("_from_accelerator"):
+        plugins[:] = [kwargs.get("fsdp_plugin")]
+    if plugins and plugins[0] is not None:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[0]
+
+
+class Watched(trainer.DistillTrainer):
+    def compute_loss(self, model, *args, **kwargs):
+        sharded.append(isinstance(model, FSDPModule))
+        return super().compute_loss(model, *args, **kwargs)
+
+
+AcceleratorState.__init__ = sharding_on_the_cpu
+checks.SHARDING_DEVICES.append("cpu")
+module.DistillTrainer = Watched
+pruned = prune_model(build("llama-tied"), config(), tokenizer())
+WAYS = {"lora": {}, "full": {"train": "full", "lora": {}}}
+
+
+def trained(way, fsdp=False, resume=False, **training):
+    if fsdp:
+        training["fsdp"] = True
+    sharded.clear()
+    settings = recovery_config(tokens=288, training=training, **WAYS[way])
+    model = recover(deepcopy(pruned), tokenizer(), settings, pruned, resume=resume)
+    assert sharded and all(each == fsdp for each in sharded)
+    assert not any(isinstance(each, FSDPModule) for each in model.modules())
+    assert all(type(each) is torch.nn.Parameter for each in model.parameters())
+    return model
+
+
+for way in WAYS:
+    whole = trained(way)
+    print(f"rank {rank} trained {way}: {weights_hash(whole)}", flush=True)
+    torch.testing.assert_close(logits(trained(way, fsdp=True)), logits(whole), rtol=1e-4, atol=1e-5)
+for way, fsdp in (("lora", False), ("full", True)):
+    kept = {"output_dir": str(folder / way), "save_steps": 2, "save_total_limit": 9}
+    expected = logits(trained(way, fsdp, **kept))
+    dist.barrier()  # the first process may still be writing
+    if rank == 0:
+        # What a kill while the last checkpoint is written leaves.
+        last = max((folder / way).iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
+        (last / "trainer_state.json").write_text("{")
+    dist.barrier()
+    torch.testing.assert_close(logits(trained(way, fsdp, resume=True, **kept)), expected)
+    try:
+        trained(way, fsdp, resume=True, **kept, learning_rate=0.5)
+    except StructPruneError as error:
+        print(f"rank {rank} refused {way}: {error}", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path):
+    done = on_two_ranks(TRAINING, tmp_path, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    for way in ("lora", "full"):
+        hashes = [line.split()[-1] for line in done.stdout.splitlines() if f"trained {way}: " in line]
+        assert len(hashes) == 2 and hashes[0] == hashes[1]
+        assert all(f"rank {rank} refused {way}: " in done.stdout for rank in (0, 1))
+    assert done.stdout.count("learning_rate 0.01 there and 0.5 here") == 4
+    assert done.stderr.count("is passed over: ") >= 4
