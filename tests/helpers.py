@@ -24,6 +24,7 @@ from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.calibration.passes import ModelPasses, batches_of
 from optimum_structprune.domains.load import load_domains
+from optimum_structprune.forward.metrics import outputs_of, run_model
 from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.pruning.run import Run
@@ -37,6 +38,11 @@ from optimum_structprune.surgery.plan import Plan
 @torch.no_grad()
 def logits(model):
     return model(token_ids()).logits
+
+
+@torch.no_grad()
+def outputs(model):
+    return outputs_of(run_model(model, token_ids()))
 
 
 def save_with_tokenizer(model, folder) -> None:

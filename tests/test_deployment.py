@@ -11,10 +11,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from helpers import logits
 from huggingface_hub import HfApi
 from models import build, config, token_ids, tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
 from optimum_structprune import StructPruner
@@ -44,11 +44,6 @@ def deployed(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("deployment") / "pruned"
     pruner.save(model, folder, tokenizer=tokenizer())
     return SimpleNamespace(name=request.param, model=model.eval(), folder=folder)
-
-
-@torch.no_grad()
-def logits(model, ids=None):
-    return model(token_ids() if ids is None else ids).logits
 
 
 def load(deployed, **options):
@@ -93,20 +88,13 @@ def test_lora_attaches_saves_and_merges(deployed, tmp_path):
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-4)
 
 
-class Rows(Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        ids = token_ids(4)[index]
-        return {"input_ids": ids, "labels": ids}
-
-
 def test_a_trainer_trains_and_saves(deployed, tmp_path):
     model = load(deployed)
     before = deepcopy(model.state_dict())
     arguments = TrainingArguments(tmp_path, max_steps=2, report_to="none", use_cpu=True, learning_rate=1e-3)
-    trainer = Trainer(model=model, args=arguments, train_dataset=Rows())
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in token_ids(4)]
+    )
     trainer.train()
     after = model.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -154,11 +142,6 @@ def test_a_sharded_checkpoint(deployed, tmp_path):
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(deployed.model))
 
 
-def test_an_automatic_device_map(deployed):
-    model = load(deployed, device_map="auto")
-    torch.testing.assert_close(logits(model), logits(deployed.model))
-
-
 def test_a_device_map_with_layers_on_disk(deployed, tmp_path):
     layers = {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(2)}
     places = {"model.embed_tokens": "cpu", **layers, "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
@@ -187,7 +170,7 @@ def test_torch_export_and_onnx_with_any_batch_and_length(deployed, tmp_path):
     shapes = {"input_ids": {0: any_size, 1: any_size}, "use_cache": None}
     inputs, ids = {"input_ids": token_ids(), "use_cache": False}, token_ids(3, 7)
     program = torch.export.export(load(deployed), (), inputs, dynamic_shapes=shapes)
-    expected = logits(deployed.model, ids)
+    expected = deployed.model(ids).logits.detach()
     torch.testing.assert_close(program.module()(input_ids=ids, use_cache=False).logits, expected)
 
     torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "model.onnx")

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from helpers import assert_as_said, config_of, count_hooks, same_weights
-from models import NOT_SEQUENTIAL, OTHERS, PRUNABLE, STRUCTURES, build, config, described, token_ids, tokenizer
+from helpers import assert_as_said, config_of, count_hooks, outputs, same_weights
+from models import NOT_SEQUENTIAL, OTHERS, PRUNABLE, STRUCTURES, build, config, described, tokenizer
 
 from optimum_structprune import StructPruner, dry_run
 from optimum_structprune.arch.load import describe
-from optimum_structprune.forward.metrics import outputs_of, run_model
 
 
 TEXT = [case for case in OTHERS if case != "vit"]  # pixels are in `test_others.py`
@@ -15,11 +14,6 @@ TEXT = [case for case in OTHERS if case != "vit"]  # pixels are in `test_others.
 RUNS = [(case, 2) for case in (*PRUNABLE, *TEXT)] + [(case, 1) for case in STRUCTURES] + [("llama-tied", 3)]
 # Models that cannot be run without weights, so that the size of their cache is not known.
 NO_CACHE_KNOWN = (*NOT_SEQUENTIAL, "gemma4")
-
-
-@torch.no_grad()
-def outputs(model):
-    return outputs_of(run_model(model, token_ids()))
 
 
 def halves(arch):

@@ -517,11 +517,6 @@ def test_texts_longer_than_the_tokenizer_allows_are_packed_in_silence(caplog, re
 # --- what goes wrong in packing
 
 
-def test_without_a_tokenizer():
-    with pytest.raises(StructPruneError, match="takes a tokenizer"):
-        load_domains(make(TEXTS), None)
-
-
 @pytest.mark.parametrize("source", [[], ["", " \n"], iter(())], ids=["none", "blank", "spent"])
 def test_an_empty_domain(source):
     spent = "; a generator gives its text only once" if iter(source) is source else ""

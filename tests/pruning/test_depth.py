@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import count_hooks, logits
+from helpers import count_hooks, logits, outputs
 from models import OTHER_STRUCTURES, STRUCTURES, config, described, random_model, token_ids, tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -20,7 +20,7 @@ from optimum_structprune.criteria.layers import BlockInfluence, LossIncrease
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.forward.hooks import bypass
 from optimum_structprune.forward.layers import Batch
-from optimum_structprune.forward.metrics import outputs_of, perplexity, run_model
+from optimum_structprune.forward.metrics import perplexity
 from optimum_structprune.surgery.cut import drop_layers_
 
 
@@ -58,11 +58,6 @@ def without(model, keep):
             if index not in keep:
                 stack.enter_context(bypass(layer))
         yield
-
-
-@torch.no_grad()
-def outputs(model):
-    return outputs_of(run_model(model, token_ids()))
 
 
 @pytest.mark.parametrize("case", SHALLOW)

@@ -1,6 +1,7 @@
 """A GGUF file holds what the model holds, as llama.cpp reads it; `tests/test_llama_cpp.py` runs one."""
 
 import json
+import re
 from itertools import pairwise
 
 import gguf
@@ -19,7 +20,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from optimum_structprune import StructPruneError, StructPruner, export_gguf
-from optimum_structprune.arch.llama_cpp import PRE_TOKENIZERS
+from optimum_structprune.arch.llama_cpp import PRE_TOKENIZERS, gguf_architecture, gguf_refusal
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.builtin import builtin_documents
 from optimum_structprune.saving.gguf_file import pre_tokenizer
@@ -226,3 +227,44 @@ def test_on_the_command_line(differing, tmp_path, capsys):
     build("qwen3").save_pretrained(tmp_path / "qwen3")
     assert main(["export", str(tmp_path / "qwen3"), str(tmp_path / "q.gguf")]) == 2
     assert "this is a qwen3 model" in capsys.readouterr().err
+
+
+# --- which of llama.cpp's architectures holds a model, and in which order it expects rows
+
+
+def settings(model_type, **fields):
+    return AutoConfig.for_model(model_type, **{**GROUPED, **fields})
+
+
+def uneven(model_type, **fields):
+    return settings(model_type, per_layer_config={1: {"intermediate_size": 24}}, **fields)
+
+
+@pytest.mark.parametrize(("config", "architecture"), [
+    (settings("llama"), "llama"),
+    (settings("mistral"), "llama"),
+    (settings("qwen2"), "qwen2"),
+    (uneven("llama"), "deci"),
+    (uneven("mistral"), "deci"),
+    (uneven("qwen2"), "deci"),
+    # qwen2 takes the width of the residual stream for that of all heads.
+    (settings("qwen2", num_attention_heads=4, num_key_value_heads=2), "deci"),
+    (settings("llama", num_attention_heads=4, num_key_value_heads=2), "llama"),
+], ids=lambda value: value if isinstance(value, str) else value.model_type)  # fmt: skip
+def test_the_architecture(config, architecture):
+    assert gguf_architecture(config) == architecture and gguf_refusal(config) is None
+
+
+@pytest.mark.parametrize(("config", "reason"), [
+    (settings("qwen3"), "this is a qwen3 model.*convert_hf_to_gguf.py may take it"),
+    (uneven("qwen3"), "--pad-uniform"),
+    (settings("mixtral"), "this is a mixtral model"),
+    (settings("llama", hidden_act="gelu"), "hidden_act=silu only, found gelu"),
+    (
+        settings("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
+        "rope_type=default, linear, llama3 only, found yarn",
+    ),
+], ids=["family", "family-differing", "experts", "activation", "rope"])  # fmt: skip
+def test_what_has_none_gets_the_reason(config, reason):
+    assert gguf_architecture(config) is None
+    assert re.search(reason, gguf_refusal(config))

@@ -76,18 +76,6 @@ def test_a_kill_between_any_two_writes_leaves_what_was_saved(after, tmp_path, mo
     assert loaded == sorted(loaded) and set(loaded) == {1, 2} and count() >= 5
 
 
-@pytest.mark.parametrize("after", [False, True])
-def test_a_kill_while_the_first_is_saved_leaves_none_or_one(after, tmp_path, monkeypatch):
-    for number in (1, 2, 3, 4):
-        folder = tmp_path / str(number)
-        with dying(monkeypatch, resume, number, after), pytest.raises(Killed):
-            save(folder, 1)
-        if store(folder).load() is not None:
-            assert_holds(folder, 1)
-        save(folder, 1)
-        assert_holds(folder, 1)
-
-
 @pytest.mark.parametrize("size", [0, 100, 1000])
 def test_a_full_disk_leaves_what_was_saved_before(size, tmp_path):
     save(tmp_path, 1)
@@ -122,12 +110,6 @@ def test_a_damaged_file_is_named(name, damage, tmp_path):
     damage(tmp_path / name)
     with pytest.raises(StructPruneError, match="round.json is not a readable checkpoint .*; remove it to start anew"):
         store(tmp_path).load()
-
-
-def test_another_key_is_another_run(tmp_path):
-    save(tmp_path, 1)
-    with pytest.raises(StructPruneError, match="holds round 1 of a run with another model, config or calibration"):
-        store(tmp_path, key="other").load()
 
 
 def test_another_number_of_processes_is_refused_with_both(tmp_path, monkeypatch):
