@@ -33,9 +33,15 @@ from optimum_structprune.recovery.text import heldout_samples, part_rows, sample
 from optimum_structprune.recovery.trainer import DistillTrainer, RecoveryOutcome, TrainingSamples, WorseModelWarning
 
 
-@pytest.fixture
-def pruned():
+@pytest.fixture(scope="module")
+def small():
+    """What no test changes."""
     return prune_model(build("llama-tied"), config(), tokenizer())
+
+
+@pytest.fixture
+def pruned(small):
+    return deepcopy(small)
 
 
 @pytest.fixture
@@ -330,10 +336,9 @@ def test_the_mean_log_perplexity_decides(after, worse, recwarn):
     assert [warning.category for warning in recwarn] == [WorseModelWarning] * worse
 
 
-def test_a_destroyed_model_is_told_with_both_perplexities_and_the_rate(recwarn):
-    pruned = prune_model(build("llama-tied"), config(), tokenizer())
+def test_a_destroyed_model_is_told_with_both_perplexities_and_the_rate(pruned, recwarn):
     settings = recovery_config(tokens=192, train="full", lora={}, training={"learning_rate": 1.0})
-    recovered, report = recover(deepcopy(pruned), tokenizer(), settings, return_report=True)
+    recovered, report = recover(pruned, tokenizer(), settings, return_report=True)
     before, after = (report.mean_log_perplexity(when) for when in ("pruned", "recovered"))
     assert report.worse and after > before and recovered.config.intermediate_size == 24
     told = [str(warning.message) for warning in recwarn if warning.category is WorseModelWarning]
@@ -402,3 +407,54 @@ def test_what_the_model_wrote_beside_the_domains_is_not_trained_on():
     assert [domain.name for domain in text_config(follows, written).domains] == ["a", "b"]
     named = config(breadth=None, broad_text="builtin:broad")
     assert [domain.name for domain in text_config(follows, named).domains] == ["a", "b", "broad"]
+
+
+# --- training all weights: what it changes, and that the result is an ordinary model
+
+
+def all_weights(**fields):
+    return recovery_config(**{"tokens": 288, "train": "full", "lora": {}, **fields})
+
+
+@pytest.fixture(scope="module")
+def trained(small):
+    return recover(deepcopy(small), tokenizer(), all_weights())
+
+
+def test_the_result_is_an_ordinary_model_with_other_weights(trained, small, tmp_path):
+    after = dict(trained.named_parameters())
+    assert not any(torch.equal(before, after[name]) for name, before in small.named_parameters())
+    assert type(trained) is type(small) and [*trained.state_dict()] == [*small.state_dict()]
+    assert trained.lm_head.weight is trained.model.embed_tokens.weight and trained.training == small.training
+    assert all(p.requires_grad and p.grad is None for p in trained.parameters())
+    trained.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same_weights(again, trained) and torch.equal(logits(again), logits(trained))
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def test_it_can_be_interrupted_and_go_on(trained, small, tmp_path):
+    training = {"output_dir": str(tmp_path), "save_steps": 3, "save_total_limit": 9}
+    model = deepcopy(small)
+    model.model.norm.weight.requires_grad_(False)
+    with pytest.raises(KeyboardInterrupt):
+        Recovery(all_weights(training=training), callbacks=[Stop()]).recover_model(model, tokenizer())
+    assert same_weights(model, small) and [*model.state_dict()] == [*small.state_dict()]
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.norm.weight"]
+    resumed = recover(model, tokenizer(), all_weights(training=training), resume=True)
+    torch.testing.assert_close(logits(resumed), logits(trained), rtol=1e-4, atol=1e-5)
+
+
+def test_what_belongs_to_another_way_is_refused(small):
+    with pytest.raises(StructPruneError, match="belongs to train='lora', got train='full'"):
+        RecoveryConfig(train="full", lora={"r": 4})
+    with pytest.raises(StructPruneError, match="merge=False keeps an adapter apart, and train='full' trains"):
+        RecoveryConfig(train="full", merge=False)
+    with pytest.raises(StructPruneError, match="float16, which is too coarse"):
+        recover(deepcopy(small).half(), tokenizer(), all_weights())
