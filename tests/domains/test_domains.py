@@ -1,6 +1,7 @@
 """Presets, templates, evidence from answers only, and the manifest of what was calibrated on."""
 
 import json
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -79,13 +80,8 @@ def test_the_rows_above_are_of_every_preset():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_preset_streams_from_the_hub(name, monkeypatch):
-    calls = []
-
-    def load_dataset(*args, **kwargs):
-        calls.append((args, kwargs))
-        return datasets.Dataset.from_list([ROWS[name]]).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = Mock(return_value=datasets.Dataset.from_list([ROWS[name]]).to_iterable_dataset())
+    monkeypatch.setattr(datasets, "load_dataset", hub)
     (domain,) = resolve([DomainConfig("mine", f"preset:{name}", weight=2)])
     chat = "".join(f"<|{m['role']}|>{m['content']}</s>\n" for m in MESSAGES)
     assert list(documents(domain, 0, chatty(CHATML))) == [chat if domain.template == "chat" else TEXT.get(name, "t")]
@@ -93,7 +89,7 @@ def test_a_preset_streams_from_the_hub(name, monkeypatch):
     assert (domain.name, domain.weight) == ("mine", 2)
     assert entry["licence"]
     where = (entry["source"], entry.get("dataset_config"))
-    assert calls == [(where, {"split": entry.get("split", "train"), "streaming": True})]
+    hub.assert_called_once_with(*where, split=entry.get("split", "train"), streaming=True)
 
 
 @pytest.mark.parametrize("preset", ["hybrid", "broad"])
@@ -369,15 +365,9 @@ def test_a_frame_tells_which_documents_its_samples_hold(most, used):
 
 
 def test_conversations_stream_from_parquet_into_samples(tmp_path, monkeypatch):
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"w{3 + i}"},
-                {"role": "assistant", "content": f"w{50 + i % 40} w9"},
-            ]
-        }
-        for i in range(40)
-    ]
+    ask, answer = {"role": "user"}, {"role": "assistant"}
+    turns = ([{**ask, "content": f"w{3 + i}"}, {**answer, "content": f"w{50 + i % 40} w9"}] for i in range(40))
+    rows = [{"messages": messages} for messages in turns]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
     load = datasets.load_dataset
 

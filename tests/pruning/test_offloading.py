@@ -30,10 +30,7 @@ def offloaded(case, place, folder):
     if place == "memory":
         return cpu_offload(model, execution_device=torch.device("cpu"))
     model.save_pretrained(folder / "dense")
-    base = model.base_model_prefix
-    places = {f"{base}.{name}": "cpu" for name, _ in model.base_model.named_children()}
-    places |= {name: "cpu" for name, _ in model.named_children() if name != base}
-    places[describe(model).layer_path] = "disk"
+    places = layer_device_map(model.config, "cpu", "disk")
     return AutoModelForCausalLM.from_pretrained(
         folder / "dense", device_map=places, offload_folder=folder / "offload", dtype=model.dtype
     ).eval()
