@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import count_hooks, evidence_of, logits, modes, pruned_on, same_weights, whole_passes
+from helpers import count_hooks, evidence_of, failing, logits, modes, pruned_on, same_weights, whole_passes
 from models import build, config, documents, token_ids, tokenizer
 from torch import nn
 
@@ -106,7 +106,8 @@ def test_the_modes_of_all_modules_come_back_after_an_error(case, fields, inplace
         for module in list(model.modules())[5::3]:
             module.training = False  # such as a frozen layer in a model that is trained
         before, as_it_was = deepcopy(model), modes(model)
-        handle = model.get_submodule(LAST[case]).register_forward_pre_hook(failing(number, kind))
+        fail = failing(lambda module, args: None, number, kind("stop"))  # copies of the model included
+        handle = model.get_submodule(LAST[case]).register_forward_pre_hook(fail)
         try:
             small = prune_model(model, config(num_samples=4, **fields), tokenizer(), inplace=inplace)
             ended = True
@@ -119,18 +120,6 @@ def test_the_modes_of_all_modules_come_back_after_an_error(case, fields, inplace
 
 
 LAST = {"llama-tied": "model.layers.1.mlp", "bert": "bert.encoder.layer.1.output"}
-
-
-def failing(number, kind):
-    """A hook that raises at its n-th call in a model, copies included."""
-    calls = []
-
-    def fail(module, args):
-        calls.append(module)
-        if len(calls) == number:
-            raise kind("stop")
-
-    return fail
 
 
 @torch.no_grad()
