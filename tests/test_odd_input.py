@@ -26,15 +26,12 @@ def pruned(inputs=None, model=None, **fields):
     )
 
 
-@pytest.mark.parametrize(
-    ("samples", "message"),
-    [
-        (token_ids(8, 8).int(), "as torch.int32; pass them as int64"),
-        (token_ids(8, 8).float(), "as torch.float32; pass them as int64"),
-        (torch.zeros(8, 0, dtype=torch.long), "empty"),
-        (token_ids(8, 1), "2 is the least"),
-    ],
-)
+@pytest.mark.parametrize(("samples", "message"), [
+    (token_ids(8, 8).int(), "as torch.int32; pass them as int64"),
+    (token_ids(8, 8).float(), "as torch.float32; pass them as int64"),
+    (torch.zeros(8, 0, dtype=torch.long), "empty"),
+    (token_ids(8, 1), "2 is the least"),
+])  # fmt: skip
 def test_odd_tensors(samples, message):
     with pytest.raises(StructPruneError, match=message):
         pruned({"a": samples})

@@ -10,13 +10,7 @@ import pytest
 import yaml
 
 from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig
-from optimum_structprune.commands.arguments import (
-    domain,
-    first_sentences,
-    pruning_config,
-    recovery_config,
-    setting,
-)
+from optimum_structprune.commands.arguments import domain, first_sentences, pruning_config, recovery_config, setting
 from optimum_structprune.commands.flags import COMMANDS as ALL
 from optimum_structprune.system.disk import resolved
 
@@ -97,23 +91,20 @@ def test_help_comes_from_the_field():
         assert f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." in shown
 
 
-@pytest.mark.parametrize(
-    ("spelling", "field"),
-    [
-        (["--width", "mlp=8"], {"widths": {"mlp": 8}}),
-        (["--target", "mlp", "--target", "attention"], {"targets": ["mlp", "attention"]}),
-        (["--skip-layer", "0"], {"skip_layers": [0]}),
-        (["--budget", "parameters=110e6"], {"budget": {"parameters": 110e6}}),
-        (["--arch", "mine.yaml"], {"arch_file": "mine.yaml"}),
-        (["--recover"], {"recovery": {}}),
-        (["--recovery-tokens", "9"], {"recovery": {"tokens": 9}}),
-        (
-            ["--recovery-tokens", "9", "--recovery", "lora={r: 2}", "--recover"],
-            {"recovery": {"tokens": 9, "lora": {"r": 2}}},
-        ),
-        (["--domain", "a=x@y.txt@0.5"], {"domains": [{"name": "a", "source": "x@y.txt", "weight": 0.5}]}),
-    ],
-)
+@pytest.mark.parametrize(("spelling", "field"), [
+    (["--width", "mlp=8"], {"widths": {"mlp": 8}}),
+    (["--target", "mlp", "--target", "attention"], {"targets": ["mlp", "attention"]}),
+    (["--skip-layer", "0"], {"skip_layers": [0]}),
+    (["--budget", "parameters=110e6"], {"budget": {"parameters": 110e6}}),
+    (["--arch", "mine.yaml"], {"arch_file": "mine.yaml"}),
+    (["--recover"], {"recovery": {}}),
+    (["--recovery-tokens", "9"], {"recovery": {"tokens": 9}}),
+    (
+        ["--recovery-tokens", "9", "--recovery", "lora={r: 2}", "--recover"],
+        {"recovery": {"tokens": 9, "lora": {"r": 2}}},
+    ),
+    (["--domain", "a=x@y.txt@0.5"], {"domains": [{"name": "a", "source": "x@y.txt", "weight": 0.5}]}),
+])  # fmt: skip
 def test_short_spellings(spelling, field, monkeypatch):
     monkeypatch.setattr(StructPruneConfig, "from_dict", dict)
     assert pruning_config(parsed("prune", "m", "o", *spelling)) == field

@@ -50,19 +50,16 @@ def test_a_model_needs_no_tokenizer(tmp_path, folder, capsys):
     assert "speed-up: the time of dense over the model's" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("models", "flags", "message"),
-    [
-        (["dense", "nowhere"], [], "nowhere"),
-        (["dense", "bert"], [], "bert is a BertForMaskedLM, which does not predict the next token"),
-        (["dense", "other"], ["--dtype", "int3"], "--dtype int3 is not known"),
-        (["dense", "other"], ["--prompt", "63"], "take 65 positions, and dense has 64: the longest prompt is 62"),
-        (["dense", "other"], ["--batch-size", "0"], "batch_size has to be 1 or more, got 0"),
-        (["dense", "other"], ["--clock", "sun"], "There is no clock 'sun'; choose one of wall, cpu"),
-        (["dense", "other"], ["--device", "auto"], "--device auto spreads a model"),
-        (["dense", "other"], ["--device", "nothing"], "--device nothing cannot be used"),
-    ],
-)
+@pytest.mark.parametrize(("models", "flags", "message"), [
+    (["dense", "nowhere"], [], "nowhere"),
+    (["dense", "bert"], [], "bert is a BertForMaskedLM, which does not predict the next token"),
+    (["dense", "other"], ["--dtype", "int3"], "--dtype int3 is not known"),
+    (["dense", "other"], ["--prompt", "63"], "take 65 positions, and dense has 64: the longest prompt is 62"),
+    (["dense", "other"], ["--batch-size", "0"], "batch_size has to be 1 or more, got 0"),
+    (["dense", "other"], ["--clock", "sun"], "There is no clock 'sun'; choose one of wall, cpu"),
+    (["dense", "other"], ["--device", "auto"], "--device auto spreads a model"),
+    (["dense", "other"], ["--device", "nothing"], "--device nothing cannot be used"),
+])  # fmt: skip
 def test_mistakes_are_refused_before_a_model_is_loaded(models, flags, message, folder, capsys, monkeypatch):
     monkeypatch.setattr(loading.Loading, "model", lambda *_: pytest.fail("a model is loaded"))
     assert main(["benchmark", *(str(folder / name) for name in models), *SHORT, *flags]) == 2

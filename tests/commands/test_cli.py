@@ -171,16 +171,13 @@ def test_bad_input(folder, tmp_path, capsys):
         assert not Path(out).exists()
 
 
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        (["--width", "mlp"], "argument --widths/--width: expected NAME=VALUE, got 'mlp'"),
-        (["--domain", "wiki"], "argument --domains/--domain: expected NAME=SOURCE[@WEIGHT], got 'wiki'"),
-        (["--recovery", "tokens=[1"], "argument --recovery: '[1' is not YAML"),
-        (["--sparsty", "0.2"], "there is no flag --sparsty. Did you mean '--sparsity'? Known: "),
-        (["--recovry=tokens=3"], "there is no flag --recovry. Did you mean '--recovery'? Known: "),
-    ],
-)
+@pytest.mark.parametrize(("flag", "message"), [
+    (["--width", "mlp"], "argument --widths/--width: expected NAME=VALUE, got 'mlp'"),
+    (["--domain", "wiki"], "argument --domains/--domain: expected NAME=SOURCE[@WEIGHT], got 'wiki'"),
+    (["--recovery", "tokens=[1"], "argument --recovery: '[1' is not YAML"),
+    (["--sparsty", "0.2"], "there is no flag --sparsty. Did you mean '--sparsity'? Known: "),
+    (["--recovry=tokens=3"], "there is no flag --recovry. Did you mean '--recovery'? Known: "),
+])  # fmt: skip
 def test_argparse_refuses_what_it_cannot_read(flag, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["prune", "m", "o", *flag])
@@ -194,14 +191,11 @@ def test_recovery_is_checked_before_anything_is_pruned(folder, tmp_path, capsys,
     assert "LoraConfig has no field 'rank'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "shown"),
-    [
-        (StructPruneError("Two\n lines."), 2, "structprune: error: Two lines.\n"),
-        (InPlaceError("Pruning stopped half-way."), 2, "structprune: error: Pruning stopped half-way.\n"),
-        (KeyboardInterrupt(), 130, ""),
-    ],
-)
+@pytest.mark.parametrize(("error", "code", "shown"), [
+    (StructPruneError("Two\n lines."), 2, "structprune: error: Two lines.\n"),
+    (InPlaceError("Pruning stopped half-way."), 2, "structprune: error: Pruning stopped half-way.\n"),
+    (KeyboardInterrupt(), 130, ""),
+])  # fmt: skip
 def test_exit_codes(error, code, shown, capsys):
     def run(args):
         raise error

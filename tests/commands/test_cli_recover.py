@@ -165,16 +165,13 @@ def test_code_of_the_teacher_is_run_where_it_is_allowed(folder, monkeypatch, cap
     assert allowed == [True, False]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--tokens", "3"], "24 is enough"),
-        (["--training", "learning_rat=1"], "Did you mean 'learning_rate'"),
-        (["--teacher", "no/where"], "'no/where' cannot be loaded"),
-        (["--kl-weight", "2"], "between 0 and 1"),
-        (["--domain", "b=./gone.txt"], "gone.txt"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--tokens", "3"], "24 is enough"),
+    (["--training", "learning_rat=1"], "Did you mean 'learning_rate'"),
+    (["--teacher", "no/where"], "'no/where' cannot be loaded"),
+    (["--kl-weight", "2"], "between 0 and 1"),
+    (["--domain", "b=./gone.txt"], "gone.txt"),
+])  # fmt: skip
 def test_mistakes_are_one_line(folder, flags, message, capsys):
     assert main(command(folder, *flags, output="wrong")) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("structprune: error:")]

@@ -56,16 +56,13 @@ def test_speed_is_measured_where_it_is_asked_for(folder, capsys, monkeypatch):
     assert values["models"]["dense"]["read"] > 0 and "a prompt of 8 tokens" in values["notes"][0]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (["--csv", "/nowhere/x.csv"], "there is no folder /nowhere"),
-        (["--csv", "dense/config.json"], "config.json is no result of structprune, so it is not replaced"),
-        (["--json", "dense/config.json"], "config.json is no result of structprune, so it is not replaced"),
-        (["--dtype", "float8"], "--dtype float8 is not known"),
-        (["/nowhere/model"], "/nowhere/model"),
-    ],
-)
+@pytest.mark.parametrize(("line", "message"), [
+    (["--csv", "/nowhere/x.csv"], "there is no folder /nowhere"),
+    (["--csv", "dense/config.json"], "config.json is no result of structprune, so it is not replaced"),
+    (["--json", "dense/config.json"], "config.json is no result of structprune, so it is not replaced"),
+    (["--dtype", "float8"], "--dtype float8 is not known"),
+    (["/nowhere/model"], "/nowhere/model"),
+])  # fmt: skip
 def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(folder, line, message, capsys, monkeypatch):
     monkeypatch.setattr(Loading, "model", lambda *_: pytest.fail("a model is loaded"))
     monkeypatch.chdir(folder)

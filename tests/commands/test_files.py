@@ -75,23 +75,20 @@ def test_a_cut_file_and_noise_are_refused_by_name(copy, size):
     refused(copy, "copy/model.safetensors is damaged or cut")
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"hidden_size": "x"}, "'hidden_size' expected"),
-        ({"intermediate_size": None}, "'intermediate_size' expected"),
-        ({"num_attention_heads": 0}, ""),
-        ({"vocab_size": 1.5}, "'vocab_size' expected"),
-        ({"rope_parameters": "a"}, ""),
-        ({"hidden_act": "nope"}, "nope"),
-        ({"dtype": "nope"}, "nope"),
-        ({"quantization_config": 3}, ""),
-        ({"per_layer_config": 3}, ""),
-        ({"auto_map": 3}, ""),
-        ({"model_type": 5}, "model type `5`"),
-        ({"model_type": "nope"}, "model type `nope`"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"hidden_size": "x"}, "'hidden_size' expected"),
+    ({"intermediate_size": None}, "'intermediate_size' expected"),
+    ({"num_attention_heads": 0}, ""),
+    ({"vocab_size": 1.5}, "'vocab_size' expected"),
+    ({"rope_parameters": "a"}, ""),
+    ({"hidden_act": "nope"}, "nope"),
+    ({"dtype": "nope"}, "nope"),
+    ({"quantization_config": 3}, ""),
+    ({"per_layer_config": 3}, ""),
+    ({"auto_map": 3}, ""),
+    ({"model_type": 5}, "model type `5`"),
+    ({"model_type": "nope"}, "model type `nope`"),
+])  # fmt: skip
 def test_an_odd_value_in_a_config_is_refused_with_what_transformers_says(copy, fields, message):
     edit(copy, **fields)
     refused(copy, f"cannot be loaded: .*{message}")

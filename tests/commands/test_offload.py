@@ -76,16 +76,13 @@ def test_files_that_cannot_be_read_by_layer_are_named(desk, copy, tmp_path, caps
     refused(capsys, monkeypatch, tmp_path, command(desk, copy, tmp_path / "out"), *words)
 
 
-@pytest.mark.parametrize(
-    ("offload", "flags", "words"),
-    [
-        ("tape", (), ("--offload tape is not known", "cpu, disk")),
-        ("cpu", (), ("--offload cpu", "--offload disk")),
-        ("disk", ("--recover",), ("recovery trains it in memory", "structprune recover")),
-        ("disk", ("--recovery", "every_round=true"), ("Recovery trains weights in memory",)),
-        ("disk", ("--resume", "--checkpoint-dir", "there"), ("--resume", "leave out either")),
-    ],
-)
+@pytest.mark.parametrize(("offload", "flags", "words"), [
+    ("tape", (), ("--offload tape is not known", "cpu, disk")),
+    ("cpu", (), ("--offload cpu", "--offload disk")),
+    ("disk", ("--recover",), ("recovery trains it in memory", "structprune recover")),
+    ("disk", ("--recovery", "every_round=true"), ("Recovery trains weights in memory",)),
+    ("disk", ("--resume", "--checkpoint-dir", "there"), ("--resume", "leave out either")),
+])  # fmt: skip
 def test_what_offload_does_not_go_with(desk, tmp_path, capsys, monkeypatch, offload, flags, words):
     monkeypatch.chdir(tmp_path)
     refused(

@@ -225,16 +225,13 @@ def raising(error: BaseException, cause: BaseException | None = None):
 disk_full = raising(OSError(28, "No space left on device", "/out/model.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("fail", "message"),
-    [
-        (lambda: datasets.load_dataset("json", data_files="/no/where.json"), "/no/where.json"),
-        (raising(OSError("offline"), ConnectionError("no route")), "OSError: offline (because of ConnectionError: no"),
-        (disk_full, "/out/model.safetensors: No space left on device."),
-        (raising(MemoryError()), "There is not enough memory: MemoryError"),
-        (raising(torch.OutOfMemoryError("CUDA out of memory.")), "There is not enough memory: CUDA out of memory."),
-    ],
-)
+@pytest.mark.parametrize(("fail", "message"), [
+    (lambda: datasets.load_dataset("json", data_files="/no/where.json"), "/no/where.json"),
+    (raising(OSError("offline"), ConnectionError("no route")), "OSError: offline (because of ConnectionError: no"),
+    (disk_full, "/out/model.safetensors: No space left on device."),
+    (raising(MemoryError()), "There is not enough memory: MemoryError"),
+    (raising(torch.OutOfMemoryError("CUDA out of memory.")), "There is not enough memory: CUDA out of memory."),
+])  # fmt: skip
 def test_errors_of_the_input_and_the_machine_are_one_line_and_exit_code_2(fail, message, capsys):
     assert execute(parsed(lambda args: fail())) == 2
     line, *more = capsys.readouterr().err.splitlines()

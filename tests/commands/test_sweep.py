@@ -78,15 +78,12 @@ def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, c
     assert (tmp_path / "out" / "curve.csv").read_text() == curve
 
 
-@pytest.mark.parametrize(
-    ("sizes", "more", "message"),
-    [
-        (["0.1", "1.5"], [], "has to lie between 0 and 1"),
-        (["0.1", "0.99"], [], "sparsity=0.99 is more than"),
-        (["0.1"], ["--allocation", "sideways"], "allocation"),
-        (["0.1"], ["--stats", "nowhere"], "holds no statistics"),
-    ],
-)
+@pytest.mark.parametrize(("sizes", "more", "message"), [
+    (["0.1", "1.5"], [], "has to lie between 0 and 1"),
+    (["0.1", "0.99"], [], "sparsity=0.99 is more than"),
+    (["0.1"], ["--allocation", "sideways"], "allocation"),
+    (["0.1"], ["--stats", "nowhere"], "holds no statistics"),
+])  # fmt: skip
 def test_what_cannot_be_done_is_refused_before_anything_runs(folder, capsys, monkeypatch, sizes, more, message):
     def refused(*args):
         raise AssertionError("a size was pruned")

@@ -91,16 +91,13 @@ def test_held_out_text_is_the_beginning_of_the_file(folder):
     assert first.documents == whole.documents[: len(first.documents)]
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"source": "builtin:math"}, "'a' .builtin:math. has no known end"),
-        ({"source": ["w5 w6"]}, "has 2 tokens, and a sample takes 23"),
-        ({"source": ["w5 w6"], "vocab_size": 6, "seq_length": 3}, "token id 6, vocabulary 6"),
-        ({"source": ["w5 w6"], "seq_length": 1}, "2 is the least"),
-        ({"source": "none.jsonl"}, "no file or folder none.jsonl"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"source": "builtin:math"}, "'a' .builtin:math. has no known end"),
+    ({"source": ["w5 w6"]}, "has 2 tokens, and a sample takes 23"),
+    ({"source": ["w5 w6"], "vocab_size": 6, "seq_length": 3}, "token id 6, vocabulary 6"),
+    ({"source": ["w5 w6"], "seq_length": 1}, "2 is the least"),
+    ({"source": "none.jsonl"}, "no file or folder none.jsonl"),
+])  # fmt: skip
 def test_text_that_does_not_do(fields, message):
     domain = DomainConfig("a", fields["source"])
     rest = {"seq_length": 24, **{name: value for name, value in fields.items() if name != "source"}}
@@ -169,32 +166,26 @@ def test_what_evaluate_refuses(pair, folder):
 # --- tasks
 
 
-@pytest.mark.parametrize(
-    ("query", "asked"),
-    [
-        ("Question: Why?", "Question: Why?\nAnswer:"),
-        ("Question: Why?\n", "Question: Why?\nAnswer:"),
-        ("Question: Why?\nAnswer:", "Question: Why?\nAnswer:"),
-        ("He fell, because", "He fell, because"),
-    ],
-)
+@pytest.mark.parametrize(("query", "asked"), [
+    ("Question: Why?", "Question: Why?\nAnswer:"),
+    ("Question: Why?\n", "Question: Why?\nAnswer:"),
+    ("Question: Why?\nAnswer:", "Question: Why?\nAnswer:"),
+    ("He fell, because", "He fell, because"),
+])  # fmt: skip
 def test_a_question_is_asked_as_usual(tmp_path, query, asked):
     item = {**ITEM, "query": query}
     (tmp_path / "quiz.jsonl").write_text(json.dumps(item))
     assert local_task(tmp_path / "quiz.jsonl")["doc_to_text"](item) == asked
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "not json",
-        '{"query": "a", "choices": ["b", "c"]}',
-        '{"query": "a", "choices": ["b", "c"], "gold": 2}',
-        '{"query": "a", "choices": ["b"], "gold": 0}',
-        '{"query": "a", "choices": ["b", ""], "gold": 0}',
-        '{"query": "a", "choices": ["b", "c"], "gold": "0"}',
-    ],
-)
+@pytest.mark.parametrize("line", [
+    "not json",
+    '{"query": "a", "choices": ["b", "c"]}',
+    '{"query": "a", "choices": ["b", "c"], "gold": 2}',
+    '{"query": "a", "choices": ["b"], "gold": 0}',
+    '{"query": "a", "choices": ["b", ""], "gold": 0}',
+    '{"query": "a", "choices": ["b", "c"], "gold": "0"}',
+])  # fmt: skip
 def test_a_line_that_is_no_item_is_named(pair, tmp_path, line):
     pytest.importorskip("lm_eval")
     (tmp_path / "quiz.jsonl").write_text(f"{json.dumps(ITEM)}\n\n{line}\n")

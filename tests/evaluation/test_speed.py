@@ -166,26 +166,23 @@ def test_models_and_torch_are_left_as_they_were():
 # --- what is refused
 
 
-@pytest.mark.parametrize(
-    ("case", "fields", "message"),
-    [
-        (None, {}, "nothing to measure: name a model"),
-        ("llama-tied", {"prompts": ()}, "name a prompt"),
-        ("llama-tied", {"batch_sizes": (4, 0)}, "batch_size has to be 1 or more, got 0"),
-        ("llama-tied", {"new_tokens": 0}, "new_tokens has to be 1 or more, got 0"),
-        ("llama-tied", {"repeats": -1}, "repeats has to be 1 or more, got -1"),
-        ("llama-tied", {"threads": 0}, "threads has to be 1 or more, got 0"),
-        (
-            "llama-tied",
-            {"prompts": (8, 60), "new_tokens": 5},
-            "take 65 positions, and it has 64: the longest prompt is 59",
-        ),
-        ("llama-tied", {"new_tokens": 64}, "new_tokens may be 63 at most"),
-        ("llama-tied", {"clock": "sun"}, "no clock 'sun'; choose one of wall, cpu"),
-        ("bert", {}, "it is a BertForMaskedLM, which does not predict the next token"),
-        ("t5", {}, "does not predict the next token"),
-    ],
-)
+@pytest.mark.parametrize(("case", "fields", "message"), [
+    (None, {}, "nothing to measure: name a model"),
+    ("llama-tied", {"prompts": ()}, "name a prompt"),
+    ("llama-tied", {"batch_sizes": (4, 0)}, "batch_size has to be 1 or more, got 0"),
+    ("llama-tied", {"new_tokens": 0}, "new_tokens has to be 1 or more, got 0"),
+    ("llama-tied", {"repeats": -1}, "repeats has to be 1 or more, got -1"),
+    ("llama-tied", {"threads": 0}, "threads has to be 1 or more, got 0"),
+    (
+        "llama-tied",
+        {"prompts": (8, 60), "new_tokens": 5},
+        "take 65 positions, and it has 64: the longest prompt is 59",
+    ),
+    ("llama-tied", {"new_tokens": 64}, "new_tokens may be 63 at most"),
+    ("llama-tied", {"clock": "sun"}, "no clock 'sun'; choose one of wall, cpu"),
+    ("bert", {}, "it is a BertForMaskedLM, which does not predict the next token"),
+    ("t5", {}, "does not predict the next token"),
+])  # fmt: skip
 def test_what_cannot_be_measured_is_refused(case, fields, message):
     with pytest.raises(StructPruneError, match=message):
         measure_speed({"it": build(case)} if case else {}, **{**SHORT, **fields})
