@@ -25,6 +25,7 @@ from .pruning.evidence import Evidence
 from .pruning.room import with_batch_size
 from .system.disk import Output, used_paths
 from .system.fingerprint import fingerprint, vocabulary_hash
+from .system.stages import stage
 
 
 @own_settings()
@@ -63,7 +64,8 @@ def calibrate(
     model = dequantized(model, inplace=False)
     arch = describe(model, config.arch_file)
     check(config, arch, model, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
-    evidence = Evidence.read(config, model, tokenizer, inputs)
+    with stage("domains", {}):
+        evidence = Evidence.read(config, model, tokenizer, inputs)
     evidence = with_batch_size(evidence, arch, model, dict.fromkeys(arch.names, 1))  # the moments of every space
     need_bytes = len(evidence.domains) * _moments_bytes(arch)
     with evaluating(model), output.staged(need_bytes) as staging:

@@ -15,7 +15,9 @@ from .arch.load import describe
 from .arch.meta import meta_model, model_class
 from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import ArchSpec, Widths
+from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
+from .domains.resolve import texts_of, with_written_text
 from .forward.generation import cached_values, flops_per_token, why_not_counted
 from .plain_json import replace_json
 from .pruner import PRUNERS
@@ -26,6 +28,8 @@ from .record.text import table
 from .widths.budget import biased_spaces
 
 
+# How much longer a token takes to write than to read.
+WRITING = 1.5
 # The rows of the table, by field of `DryRun`.
 SIZES = {
     "parameters": "parameters",
@@ -199,7 +203,7 @@ def dry_run(
         memory=change(lambda model: model.num_parameters() * dtype.itemsize),
         cache_per_token=change(cached_bytes),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
-        notes=tuple(_notes(model_config, config)),
+        notes=tuple(_notes(model_config, config, dense, arch)),
         need=Workload(config, arch, dense, widths, dtype.itemsize, Text.of(config)).need(offload) if cost else None,
         flops_per_token=change(
             lambda model: flops_per_token(model, arch, config.seq_length) if counts_operations else None
@@ -207,11 +211,23 @@ def dry_run(
     )
 
 
-def _notes(model_config: PretrainedConfig, config: StructPruneConfig) -> Iterator[str]:
+def _notes(
+    model_config: PretrainedConfig, config: StructPruneConfig, dense: PreTrainedModel, arch: ArchSpec
+) -> Iterator[str]:
     if config.allocation != "uniform":
         yield "the widths of single layers follow from calibration; these remove as much in all"
     if getattr(model_config, "quantization_config", None):
         yield "the model is quantized: it has to be unpacked before pruning, and this is its size unpacked"
+    elif arch.causal and config.stats is None:
+        texts = texts_of(with_written_text(config))
+        written = sum(text.weight for text in texts if written_by_model(text)) / sum(text.weight for text in texts)
+        # All weights write, those of the head too, which calibration does not run.
+        passes = WRITING * written * (1 + config.holdout) * dense.num_parameters() / sum(arch.layer_params)
+        if written:
+            yield (
+                f"writing: {written:.0%} of the text is the model's own, which takes about as long as {passes:.1f} "
+                "forward passes over all of it; further runs use it again"
+            )
 
 
 def _reload(small: PreTrainedModel, auto: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -25,6 +26,7 @@ from .pruning.evidence import Evidence
 from .pruning.room import check_room, with_batch_size
 from .pruning.run import Run, Step
 from .pruning.steps import REMOVERS, steps
+from .record.facts import far_off, given
 from .record.report import Report
 from .registry import Registry
 from .saving.hub import save_pruned
@@ -102,6 +104,10 @@ class StructPruner:
                     run.compare()
                     run.recover(step.part, step.parts)
             run.finish()
+        if self.config.max_perplexity_ratio is None:  # which may stop it, and the report says so
+            report.asked = self.config.sparsity
+        if report.asked is not None and far_off(report.asked, report.sparsity):
+            warnings.warn(given(report.asked, report.sparsity).removeprefix("warning: "), stacklevel=2)
         self.used_config = run.config
         self.plan, self.report, self.manifest = run.plan, report, evidence.manifest(tokenizer)
         return model

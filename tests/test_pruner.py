@@ -18,6 +18,8 @@ from optimum_structprune import (
     prune_model,
     register_pruner,
 )
+from optimum_structprune.domains.load import load_domains
+from optimum_structprune.forward.metrics import sample_losses, standard_error
 from optimum_structprune.pruner import PRUNERS
 
 
@@ -143,6 +145,31 @@ def test_the_report_adds_up():
     table = str(report)
     assert "width mlp" in table and "-50.0%" in table and "geometric mean" in table
     assert json.loads(json.dumps(report.to_dict()))["sparsity"] == report.sparsity
+
+
+def test_perplexities_come_with_the_errors_that_an_evaluation_finds():
+    settings, model, reader = config(widths={"mlp": 20}, num_samples=64), build("llama-untied"), tokenizer()
+    heldout = load_domains(settings, reader)[0].heldout
+    pruner = StructPruner(settings)
+    losses = [sample_losses(of, heldout) for of in (model, pruner.prune_model(model, reader))]
+    before, after = (float(of.mean().exp()) for of in losses)
+    errors = {"before": before * standard_error(losses[0]), "after": after * standard_error(losses[1])}
+    errors["ratio"] = after / before * standard_error(losses[1] - losses[0])
+    assert len(heldout) > 2 and pruner.report.perplexity_stderr["a"] == pytest.approx(errors)
+    assert pruner.report.perplexity["a"] == pytest.approx({"before": before, "after": after})
+    assert pruner.report.perplexity_tokens["a"] == heldout[:, 1:].numel()
+    assert f"x {after / before:.3f} ± {errors['ratio']:.3f} rough" in str(pruner.report)
+
+
+def test_what_was_asked_and_what_was_removed_are_said(recwarn):
+    near = StructPruner(config(sparsity=0.2))
+    near.prune_model(build("llama-untied"), tokenizer())
+    assert f"asked 20.0%, removed {near.report.sparsity:.1%} of the layers' parameters" in str(near.report)
+    assert near.report.sparsity == pytest.approx(0.2, abs=0.01) and "warning: asked" not in str(near.report)
+    far = StructPruner(config(sparsity=0.1, round_to=32, targets=("mlp",)))
+    with pytest.warns(UserWarning, match=r"asked 10\.0%, removed .*% of the layers' parameters; a smaller round_to"):
+        far.prune_model(build("llama-untied"), tokenizer())
+    assert "warning: asked 10.0%" in str(far.report) and far.report.to_dict()["asked"] == 0.1
 
 
 def test_pruners_resolve_by_method(monkeypatch):

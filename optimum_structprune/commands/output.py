@@ -89,8 +89,9 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
     """Keep the standard output free for the result while a command works, and leave out what is not wanted.
 
     What other libraries print goes to the standard error, or nowhere with `--quiet`. Progress bars appear only on a
-    terminal and without `--quiet`. What transformers warns of whenever a config whose layers differ in width is read
-    is left out. The switches of the libraries are afterwards as they were.
+    terminal and without `--quiet`; elsewhere each stage prints a line when it begins. What transformers warns of
+    whenever a config whose layers differ in width is read is left out. The switches of the libraries are afterwards as
+    they were.
     """
     if not hasattr(args, "quiet"):
         yield
@@ -102,10 +103,26 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
         stack.enter_context(_widths_by_layer())
         if args.quiet or not sys.stderr.isatty():
             stack.enter_context(_no_bars(args.reads_text))
+            if not args.quiet:
+                stack.enter_context(_stages_announced())
         if args.quiet:  # what libraries tell their own users
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", category=FutureWarning)
         yield
+
+
+@contextmanager
+def _stages_announced() -> Iterator[None]:
+    """Print a line for each stage of the work when it begins, in the place of bars."""
+    source = logging.getLogger(f"{__package__.partition('.')[0]}.system.stages")
+    lines, level = logging.StreamHandler(sys.stderr), source.level
+    source.addHandler(lines)
+    source.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        source.setLevel(level)
+        source.removeHandler(lines)
 
 
 @contextmanager

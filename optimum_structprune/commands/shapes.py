@@ -11,6 +11,7 @@ from ..arch.shrink import legal_sizes
 from ..arch.stub import stub
 from ..dryrun import dry_run
 from ..errors import StructPruneError
+from ..record.facts import given
 from .arguments import pruning_config
 from .loading import OFFLOADS, Loading, check_known
 from .output import Result
@@ -70,5 +71,8 @@ def plan(args: Namespace) -> Result:
     loading = Loading.of(args, arch_file=config.arch_file, offload=None)  # no layer is moved here
     model_config = loading.config(args.model)
     outcome = dry_run(model_config, config, loading.torch_dtype, args.trust_remote_code, args.cost, args.offload)
-    head = f"{args.model}: {outcome.model_type}, {outcome.sparsity:.1%} of the layers' parameters go"
+    gone = f"{outcome.sparsity:.1%} of the layers' parameters go"
+    if config.sparsity is not None:
+        gone = given(config.sparsity, outcome.sparsity)
+    head = f"{args.model}: {outcome.model_type}, {gone}"
     return Result(f"{head}\n{outcome}", outcome.to_dict())

@@ -76,7 +76,8 @@ class StructPruneConfig(Serialisable):
         min_width: The share of its units that every layer keeps at least, where layers get widths of their own: with
             other allocations than `uniform`, and where the layers of the model differ in width already.
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
-            need not be.
+            need not be. `auto` is the largest power of two up to 64 with which all layers together come within 1 % of
+            the layers' parameters to any goal: 64 in models of usual size, and less in small ones.
         domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
             prose, code and math in equal shares, and with `stats` for all domains that are stored.
         breadth: The share of the calibration tokens that goes to text of every kind beside the domains, against a
@@ -126,7 +127,7 @@ class StructPruneConfig(Serialisable):
     rounds: int = validated_field(positive, default=1)
     allocation: str = validated_field(ALLOCATIONS.check, default="uniform")
     min_width: Number = validated_field(share, default=0.1)
-    round_to: int = validated_field(positive, default=64)
+    round_to: int | Literal["auto"] = validated_field(positive, default=AUTO)
     domains: list[DomainConfig] | None = None
     breadth: Number | None = validated_field(below_one, default=None)
     broad_text: str | None = None

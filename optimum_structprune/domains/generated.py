@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
+from math import log
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -20,26 +21,35 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
 from ..config.domains import ANY, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
-from ..forward.metrics import evaluating, perplexity
+from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint
 from ..system.processes import alone, of_all, of_first, process_index
+from ..system.stages import stage
 from .packing import prefix_token
 from .templates import Document
 
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
-# The number of documents that are written at once, and of tokens in one: at most, and at least if it is to be kept.
-BATCH, MAX_TOKENS, MIN_TOKENS = 16, 384, 32
+# The documents in the first batch, since few may do. Each batch has twice as many, up to the most: many at a time cost
+# less each.
+BATCH, MOST = 16, 64
+# The number of tokens in a document: at most, and at least if it is to be kept. Short ones take few steps.
+MAX_TOKENS, MIN_TOKENS = 64, 32
+# What a token is that is never drawn, `min_p` says: one that is so much less likely than the likeliest. Unlike `top_p`
+# it does not sort the vocabulary for each token.
 SAMPLING = {
     "do_sample": True,
     "temperature": 1.0,
-    "top_p": 0.95,
+    "min_p": 0.02,
+    "top_p": 1.0,
     "top_k": 0,
     "repetition_penalty": 1.0,
     "use_cache": True,
@@ -48,8 +58,8 @@ SAMPLING = {
 RUN, MIN_DISTINCT = 4, 0.5
 # So is one whose perplexity lies above or below the median of its batch by more than this factor.
 MAX_RATIO = 4.0
-# After so many batches without a usable document, no more are written.
-PATIENCE = 8
+# After so many documents of which none is of use, no more are written.
+PATIENCE = 120
 
 
 def self_documents(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, seed: int) -> Iterator[str]:
@@ -78,10 +88,10 @@ def self_documents(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
         if number not in batches:
             batches |= _written(author, number, path)
         documents = batches.pop(number)
-        idle = 0 if documents else idle + 1
-        if idle == PATIENCE:
+        idle = 0 if documents else idle + len(_numbers(number))
+        if idle >= PATIENCE:
             raise StructPruneError(
-                f"{SELF}{name}: of {PATIENCE * BATCH} documents that the model wrote, all are too short, repeat "
+                f"{SELF}{name}: of {idle} documents that the model wrote, all are too short, repeat "
                 "themselves or are unlikely; use other text for this model."
             )
         yield from documents
@@ -116,7 +126,7 @@ class _Author:
 
     def cache(self, name: str) -> Path:
         """The file of what this model writes of a kind; it need not exist."""
-        settings = [BATCH, MAX_TOKENS, MIN_TOKENS, SAMPLING, RUN, MIN_DISTINCT, MAX_RATIO]
+        settings = [BATCH, MOST, MAX_TOKENS, MIN_TOKENS, SAMPLING, RUN, MIN_DISTINCT, MAX_RATIO]
         reader = [len(self.tokenizer), self.tokenizer.chat_template, self._ends()]
         key = [fingerprint(self.model), *reader, *settings, self.prompts[:BATCH], self.seed]
         digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -124,18 +134,15 @@ class _Author:
 
     def write(self, number: int) -> list[Document]:
         """The documents of batch `number` that pass the filters."""
-        numbers = range(number * BATCH, (number + 1) * BATCH)
-        prompts = [self._framed(self.prompts[i % len(self.prompts)]) for i in numbers]
-        with evaluating(self.model):
+        prompts = [self._framed(self.prompts[i % len(self.prompts)]) for i in _numbers(number)]
+        with evaluating(self.model), stage("writing"):
             written = zip(prompts, self._continued(prompts, number), strict=True)
-            pairs = [(prompt, ids) for prompt, ids in written if _varied(ids)]
-            # The prompts are left out: the text has to be likely by itself.
-            perplexities = [perplexity(self.model, torch.tensor([self._begun(ids)])) for _, ids in pairs]
-        middle = median(perplexities or [0.0])
+        of_use = [(prompt, ids, loss) for prompt, (ids, loss) in written if _varied(ids)]
+        middle = median([loss for *_, loss in of_use] or [0.0])
         return [
             Document.joined([(prompt if self.keeps else "", False), (self._decoded(ids), True)])
-            for (prompt, ids), ppl in zip(pairs, perplexities, strict=True)
-            if middle / MAX_RATIO <= ppl <= middle * MAX_RATIO
+            for prompt, ids, loss in of_use
+            if abs(loss - middle) <= log(MAX_RATIO)
         ]
 
     def _framed(self, prompt: str) -> str:
@@ -152,8 +159,8 @@ class _Author:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     @torch.no_grad()
-    def _continued(self, prompts: Sequence[str], number: int) -> list[list[int]]:
-        """What the model writes behind prompts, as token ids up to the end of each text."""
+    def _continued(self, prompts: Sequence[str], number: int) -> list[tuple[list[int], float]]:
+        """What the model writes behind prompts, as token ids up to the end of each text, with its loss per token."""
         rows = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         if not self.chats:  # a chat template puts the prefix itself
             rows = [self._begun(row) for row in rows]
@@ -163,12 +170,19 @@ class _Author:
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         ends, room, device = self._ends(), self._room(longest), self.model.device
         settings = GenerationConfig(**SAMPLING, max_new_tokens=room, pad_token_id=padding, eos_token_id=ends or None)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), _by_these_alone(self.model, settings):
+        bar = tqdm(total=room, desc=f"writing {len(rows)} documents", unit="token")
+        own = _by_these_alone(self.model, settings)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), own, bar:
             torch.manual_seed(self.seed * 1_000_003 + number)
+            listener = _Listener(bar)
             generate: Any = self.model.generate
-            output = generate(ids.to(device), attention_mask=mask.to(device))
-        texts = output[:, longest:].tolist()
-        return [text[: min((text.index(end) for end in ends if end in text), default=len(text))] for text in texts]
+            heard = LogitsProcessorList([listener])
+            output = generate(ids.to(device), attention_mask=mask.to(device), logits_processor=heard)
+        texts = [
+            text[: min((text.index(end) for end in ends if end in text), default=len(text))]
+            for text in output[:, longest:].tolist()
+        ]
+        return [(text, listener.loss(row, len(text))) for row, text in enumerate(texts)]
 
     def _ends(self) -> list[int]:
         """The tokens that end a text: those of the model, and that of the tokenizer."""
@@ -192,6 +206,31 @@ def _by_these_alone(model: PreTrainedModel, settings: GenerationConfig) -> Itera
         yield
     finally:
         model.generation_config = former
+
+
+class _Listener:
+    """Hears how likely each token was that the model has written, and shows how far it is. It changes nothing."""
+
+    def __init__(self, bar: Any):
+        self.bar = bar
+        self.expected: list[Tensor] = []
+        self.losses: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.losses += [-self.expected.pop().gather(1, input_ids[:, -1:])] if self.expected else []
+        self.expected.append(scores.log_softmax(1))
+        self.bar.update()
+        return scores
+
+    def loss(self, row: int, tokens: int) -> float:
+        """The mean loss per token of so many tokens of a document; what came last is not heard."""
+        return float(torch.cat(self.losses, 1)[row, :tokens].mean()) if self.losses else 0.0
+
+
+def _numbers(batch: int) -> range:
+    """The numbers of the documents of a batch, among all that are written."""
+    sizes = [min(BATCH << before, MOST) for before in range(batch + 1)]
+    return range(sum(sizes[:-1]), sum(sizes))
 
 
 def _varied(ids: Sequence[int]) -> bool:

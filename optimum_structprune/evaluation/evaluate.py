@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import isfinite
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -19,7 +18,7 @@ from ..domains.resolve import resolve
 from ..errors import StructPruneError
 from ..forward.metrics import compare, own_settings, sample_losses, standard_error
 from ..plain_json import replace_json, versioned
-from ..record.text import table
+from ..record.text import plus_minus, table
 from .heldout import Heldout, read_heldout
 from .paired import Paired, paired
 from .tasks import Answers, Scores, Tasks
@@ -107,9 +106,9 @@ class Evaluation:
     def _domain(self, name: str) -> list[str]:
         ppl, errors = self.perplexity[name], self.perplexity_stderr[name]
         row = [name, f"{self.tokens[name]:,}"]
-        row += [f"{ppl[which]:.2f}{_plus_minus(errors[which], 2)}" for which in self._models]
+        row += [f"{ppl[which]:.2f}{plus_minus(errors[which], 2)}" for which in self._models]
         if self.dense is not None:
-            row.append(f"{_ratio(ppl)}{_plus_minus(errors['ratio'], 3)}")
+            row.append(f"{_ratio(ppl)}{plus_minus(errors['ratio'], 3)}")
             row += [f"{self.divergence[name]:.4f}", f"{self.agreement[name]:.1%}"]
         return row
 
@@ -264,14 +263,10 @@ def _ratio(ppl: Mapping[str, float]) -> str:
     return f"x {ppl['model'] / ppl['dense']:.3f}"
 
 
-def _plus_minus(error: float, digits: int) -> str:
-    return f" ± {error:.{digits}f}" if isfinite(error) else ""
-
-
 def _verdict(found: Paired | None) -> list[str]:
     if found is None:
         return ["", "", ""]
-    return [f"{found.difference:+.3f}{_plus_minus(found.stderr, 3)}", f"{found.p_value:.3f}", found.verdict]
+    return [f"{found.difference:+.3f}{plus_minus(found.stderr, 3)}", f"{found.p_value:.3f}", found.verdict]
 
 
 def _with_error(scores: Mapping[str, float], metric: str) -> str:

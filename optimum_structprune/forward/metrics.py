@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import exp, nan
@@ -78,7 +78,22 @@ def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: 
         samples: Token ids, shape `(samples, seq_length)`.
         batch_size: The number of samples per forward pass; 1 keeps the logits of a large vocabulary small.
     """
-    return exp(float(sample_losses(model, samples, batch_size).mean()))
+    return perplexity_of(sample_losses(model, samples, batch_size))
+
+
+def perplexity_of(losses: Tensor) -> float:
+    """The perplexity over samples whose mean losses these are, shape `(samples,)`."""
+    return exp(float(losses.mean()))
+
+
+def perplexity_errors(losses: Mapping[str, Tensor]) -> dict[str, float]:
+    """The standard errors over samples of the perplexities of models, by name, from the losses of the same samples; as
+    "ratio" that of the last model's perplexity as a multiple of the first one's, if there are several.
+    """
+    first, *others = losses.values()
+    compared = {"ratio": others[-1] - first} if others else {}
+    # The error of e to a mean is that of the mean, relative to it.
+    return {name: float(of.mean().exp()) * standard_error(of) for name, of in {**losses, **compared}.items()}
 
 
 @torch.no_grad()

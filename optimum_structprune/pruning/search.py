@@ -143,7 +143,7 @@ class Search:
         """
         spaces = {(space.layer, name): space for name in self.plain for space in self.arch.of(name)}
         widths = {
-            key: candidate_widths(self.config, space, self.legal[key[1]])
+            key: candidate_widths(self.config, self.arch, space, self.legal[key[1]])
             for key, space in spaces.items()
             if key[0] not in self.config.skip_layers
         }

@@ -12,11 +12,15 @@ from math import inf, isfinite
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from .text import spark_line, table, worst_ratio
+from .text import plus_minus, spark_line, table, worst_ratio
 
 
 UNKNOWN = "–"
 PERCENT, RATIO = "percent", "ratio"
+# A ratio of perplexities that fewer tokens were measured for is marked, and called so.
+ENOUGH, ROUGH = 4000, " rough"
+# A share that was removed is warned of where it is off by more than this part of what was asked for.
+MOST_OFF = 0.1
 COUNTS = {
     "layers": "layers",
     "parameters": "parameters",
@@ -31,6 +35,8 @@ class Facts:
     """What was measured of one model: the widths of the layers by kind of space, numbers of parameters, the bytes of
     the weights and of the cache per token, the perplexity and the error of the last hidden states (relative to their
     variance) by domain, scores by task (`{"piqa": {"acc": …}}`), and the tokens that are read and written per second.
+    `stderr` and `ratio_stderr` are the standard errors of the perplexity and of its ratio to that of the model that it
+    is compared with; `tokens` is how many it was measured on.
     """
 
     widths: dict[str, list[int]] = field(default_factory=dict)
@@ -40,6 +46,9 @@ class Facts:
     weights: int | None = None
     cache_per_token: int | None = None
     perplexity: dict[str, float | None] = field(default_factory=dict)
+    stderr: Mapping[str, float | None] = field(default_factory=dict)
+    ratio_stderr: Mapping[str, float | None] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
     output_error: dict[str, float | None] = field(default_factory=dict)
     tasks: dict[str, dict[str, float | None]] = field(default_factory=dict)
     read: float | None = None
@@ -50,13 +59,16 @@ class Facts:
 class Row:
     """One fact of several models: a value for each, None where it is not known, a list where it is one by layer.
 
-    `change` says how the last model is compared with the first: in `PERCENT`, as a `RATIO`, or not at all.
+    `change` says how the last model is compared with the first: in `PERCENT`, as a `RATIO`, or not at all. `errors`
+    are the standard errors of the values, and behind them that of the ratio; `tokens` is what they were measured on.
     """
 
     label: str
     values: tuple[float | Sequence[int] | None, ...]
     digits: int = 0
     change: str = ""
+    errors: tuple[float | None, ...] = ()
+    tokens: int | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -68,13 +80,18 @@ class Row:
 
     def cells(self) -> list[str]:
         """The values as text."""
-        return [_shown(value, self.digits) for value in self.values]
+        errors = self.errors or (None,) * len(self.values)
+        shown = zip(self.values, errors, strict=False)
+        return [_shown(value, self.digits) + plus_minus(error, self.digits) for value, error in shown]
 
     def compared(self) -> str:
         """The change as text."""
         if self.ratio is None:
             return ""
-        return f"x {self.ratio:.3f}" if self.change == RATIO else f"{self.ratio - 1:+.1%}"
+        if self.change != RATIO:
+            return f"{self.ratio - 1:+.1%}"
+        rough = ROUGH if self.tokens is not None and self.tokens < ENOUGH else ""
+        return f"x {self.ratio:.3f}{plus_minus((self.errors or (None,))[-1], 3)}{rough}"
 
     def spark(self) -> str:
         """A bar for each layer of the last model, where they differ."""
@@ -106,7 +123,17 @@ def size_rows(models: Sequence[Facts]) -> list[Row]:
 
 def quality_rows(models: Sequence[Facts]) -> list[Row]:
     """Perplexity by domain with the geometric mean, output errors, and scores of tasks."""
-    rows = [Row(f"perplexity {name}", of, 2, RATIO) for name, of in _by_name([facts.perplexity for facts in models])]
+    rows = [
+        Row(
+            f"perplexity {name}",
+            of,
+            2,
+            RATIO,
+            (*(facts.stderr.get(name) for facts in models), models[-1].ratio_stderr.get(name)),
+            models[-1].tokens.get(name),
+        )
+        for name, of in _by_name([facts.perplexity for facts in models])
+    ]
     if len(rows) > 1:
         means = tuple(_mean([row.values[number] for row in rows]) for number in range(len(models)))
         rows.append(Row("  geometric mean", means, 2, RATIO))
@@ -144,7 +171,11 @@ def cells(names: Sequence[str], of: Sequence[Row], compared: bool = True) -> lis
     """
     more = [Row.compared, *([Row.spark] if any(row.spark() for row in of) else [])] if compared else []
     head = ["", *names, *("" for _ in more)]
-    return [head, *([row.label, *row.cells(), *(shown(row) for shown in more)] for row in of)]
+    titles = [f"{row.label} ({row.tokens:,} tokens)" if row.tokens else row.label for row in of]
+    return [
+        head,
+        *([title, *row.cells(), *(shown(row) for shown in more)] for title, row in zip(titles, of, strict=True)),
+    ]
 
 
 def as_text(models: Mapping[str, Facts], compared: bool = True) -> str:
@@ -174,7 +205,7 @@ def facts_of(report: Mapping[str, Any]) -> dict[str, Facts]:
             widths=widths,
             parameters=report["parameters"].get(when),
             layer_parameters=report["layer_parameters"].get(when),
-            perplexity={name: ppl[when] for name, ppl in (report.get("perplexity") or {}).items()},
+            **_measured(report, when),
             output_error={
                 name: 0.0 if when == "before" else error for name, error in (report.get("output_error") or {}).items()
             },
@@ -182,17 +213,41 @@ def facts_of(report: Mapping[str, Any]) -> dict[str, Facts]:
     return models
 
 
-def perplexity_facts(perplexity: Mapping[str, Mapping[str, float | None]]) -> dict[str, Facts]:
-    """The facts that `{domain: {model: perplexity}}` holds, by model."""
+def perplexity_facts(record: Mapping[str, Any]) -> dict[str, Facts]:
+    """The facts by model that the `perplexity` of a record holds, `{domain: {model: perplexity}}`, with its errors."""
+    perplexity = record.get("perplexity") or {}
     names = dict.fromkeys(name for by_model in perplexity.values() for name in by_model)
+    return {name: Facts(**_measured(record, name)) for name in names}
+
+
+def _measured(record: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The fields of `Facts` that are about the perplexity of a model."""
+    errors = record.get("perplexity_stderr") or {}
     return {
-        name: Facts(perplexity={domain: by_model.get(name) for domain, by_model in perplexity.items()})
-        for name in names
+        "perplexity": {name: of.get(model) for name, of in (record.get("perplexity") or {}).items()},
+        "stderr": {name: of.get(model) for name, of in errors.items()},
+        "ratio_stderr": {name: of.get("ratio") for name, of in errors.items()},
+        "tokens": record.get("perplexity_tokens") or {},
     }
+
+
+def given(asked: float, removed: float) -> str:
+    """What was asked for and what came of it, as a warning where they are far apart."""
+    text = f"asked {asked:.1%}, removed {removed:.1%} of the layers' parameters"
+    return f"warning: {text}; a smaller round_to or other targets may come nearer" if far_off(asked, removed) else text
+
+
+def far_off(asked: float, removed: float) -> bool:
+    """Whether what was removed is not what was asked for, by more than a tenth of it."""
+    return abs(removed - asked) > MOST_OFF * asked
 
 
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     """What a report says beside its table: time by domain, shapes on trial, shares, and what a limit has stopped."""
+    if (asked := report.get("asked")) is not None:
+        yield given(asked, report["sparsity"])
+    if report.get("perplexity_stderr"):
+        yield f"± is the standard error over samples; rough: on fewer than {ENOUGH:,} tokens"
     if spent := report.get("domain_seconds"):
         yield "calibration: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent.items())
     shapes = report.get("shapes") or []

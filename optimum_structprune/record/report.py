@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -15,6 +14,7 @@ from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..plain_json import replace_json, versioned
 from ..surgery.plan import Plan
 from ..system.memory import model_bytes, peak_memory
+from ..system.stages import stage
 from .details import Details
 from .facts import as_text, facts_of, perplexity_facts, remarks
 
@@ -54,7 +54,7 @@ class RecoveryReport:
         """Perplexity per domain and in the mean, as a table, and the cost."""
         cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s"
         return "\n".join(
-            [as_text(perplexity_facts(self.perplexity), compared=False), cost, *filter(None, [self.stopped])]
+            [as_text(perplexity_facts(asdict(self)), compared=False), cost, *filter(None, [self.stopped])]
         )
 
 
@@ -71,6 +71,9 @@ class Report:
         dense_widths: The full width, by space.
         calibration_tokens: The number of tokens seen in each round, by domain.
         perplexity: The perplexity on held-out text, `{domain: {"before": …, "after": …}}`.
+        perplexity_stderr: Their standard errors over samples, and that of "ratio", the one after over the one before.
+        perplexity_tokens: The number of tokens that they were measured on, by domain.
+        asked: The share of the layers' parameters that was to go; None where that was not said as a share.
         recovery: What training did and what it cost; None where there was none.
         output_error: For a model that does not predict the next token, the squared error of the last hidden states on
             held-out text against the dense model's, relative to their variance, by domain.
@@ -91,6 +94,9 @@ class Report:
     dense_widths: dict[str, int] = field(default_factory=dict)
     calibration_tokens: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
+    perplexity_tokens: dict[str, int] = field(default_factory=dict)
+    asked: float | None = None
     recovery: RecoveryReport | None = None
     output_error: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -119,12 +125,11 @@ class Report:
             self.dense_widths[name] = max(full.values())
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside `with` to a stage, and note the memory taken by its end."""
-        start = perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
-        self.details.memory[stage] = peak_memory()
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time spent inside `with` to a stage, without that of stages inside it, and note the memory taken."""
+        with stage(name, self.seconds):
+            yield
+        self.details.memory[name] = peak_memory()
 
     @property
     def sparsity(self) -> float:

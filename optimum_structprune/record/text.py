@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import ceil, inf, isnan
+from math import ceil, inf, isfinite, isnan
 from statistics import fmean
 from typing import Any
 
@@ -24,6 +24,11 @@ def spark_line(shares: Sequence[float]) -> str:
     ends = [len(shares) * number // count for number in range(count + 1)]
     means = [fmean(shares[start:end]) for start, end in pairwise(ends)]
     return "".join(BARS[min(max(ceil(mean * len(BARS)), 1), len(BARS)) - 1] for mean in means)
+
+
+def plus_minus(error: float | None, digits: int) -> str:
+    """A standard error behind its value; nothing where there is none."""
+    return "" if error is None or not isfinite(error) else f" ± {error:.{digits}f}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -23,6 +23,7 @@ from ..plain_json import replace_json
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 from ..saving.hub import RECORDS, check_reload, save_checked
 from ..system.disk import used_paths
+from ..system.stages import stage
 from .adapter import check_adapter, every_weight, fresh_adapter, lora_config, merge_adapter_
 from .checks import check_recovery
 from .resume import TrainingInputs
@@ -91,7 +92,8 @@ class Recovery:
             taught_by = load_teacher(teacher, model, trust_remote_code)
         # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
         # pruning has kept it.
-        domains = training_text(config, self.pruning, tokenizer, taught_by or model, self.parts)
+        with stage("domains", {}):
+            domains = training_text(config, self.pruning, tokenizer, taught_by or model, self.parts)
         ppl = {} if taught_by is None else {"dense": _perplexities(taught_by, domains)}
         ppl["pruned"] = _perplexities(model, domains)
         recovered, outcome = self._train(model, domains, taught_by, resume)

@@ -155,7 +155,7 @@ def _sizes(report: Mapping[str, Any]) -> str:
 
 def _perplexity(records: Records) -> str:
     """The perplexities of the training, which measures all models anew, or else those of the pruning."""
-    models = perplexity_facts(records.recovery.get("perplexity") or {})
+    models = perplexity_facts(records.recovery)
     if not models and records.report:
         models = dict(zip(("dense", "pruned"), facts_of(records.report).values(), strict=True))
     rows = [row for row in quality_rows([*models.values()]) if row.change]

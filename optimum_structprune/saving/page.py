@@ -158,7 +158,7 @@ def _run(records: Records) -> dict[str, Facts]:
 
 
 def _training(records: Records) -> dict[str, Facts]:
-    return perplexity_facts(records.recovery.get("perplexity") or {})
+    return perplexity_facts(records.recovery)
 
 
 def _ratios(models: Mapping[str, Facts]) -> dict[str, float]:
@@ -196,7 +196,9 @@ def _qualities(records: Records) -> Iterator[Table]:
     last = "recovered" if records.recovery else "pruned"
     perplexities, shared = records.evaluation.get("perplexity", {}), records.evaluation.get("shared")
     for title, names in _by_kinship(list(perplexities), shared).items():
-        measured = perplexity_facts({name: perplexities[name] for name in names})
+        of_kind = {name: perplexities[name] for name in names}
+        tokens = records.evaluation.get("tokens", {})
+        measured = perplexity_facts({**records.evaluation, "perplexity": of_kind, "perplexity_tokens": tokens})
         models[title] = {last if name == "model" else name: facts for name, facts in measured.items()}
     tasks = records.evaluation.get("tasks", {})
     models["Tasks"] = {

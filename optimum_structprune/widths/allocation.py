@@ -14,9 +14,13 @@ from transformers import PretrainedConfig
 
 from ..arch.shrink import legal_sizes, shrunk_config
 from ..arch.spec import LAYER, ArchSpec, Space, Width, Widths
-from ..config.pruning import ONE_WIDTH, StructPruneConfig
+from ..config.pruning import AUTO, ONE_WIDTH, StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
+
+
+# The part of the layers' parameters that `round_to="auto"` may miss a goal by.
+MOST_OFF = 0.01
 
 
 def target_widths(
@@ -40,9 +44,9 @@ def target_widths(
     if is_bounded(config, arch, list(legal)):
         widths = ranked_widths(config, pruned, legal, scores or {})
     else:
-        widths = asked_widths(config, arch) or widths_for_sparsity(
-            pruned, config.sparsity or 0.0, legal, config.round_to
-        )
+        asked = asked_widths(config, arch)
+        steps = {name: step(config, pruned, name) for name in legal}
+        widths = asked or widths_for_sparsity(pruned, config.sparsity or 0.0, legal, steps)
         if config.skip_layers or not same:
             widths = {name: _at_most(width, pruned.of(name)) for name, width in widths.items()}
     shrunk_config(model_config, arch, widths)
@@ -84,7 +88,7 @@ def asked_widths(config: StructPruneConfig, arch: ArchSpec) -> Widths | None:
 def choices(config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequence[int]) -> list[int]:
     """The widths of a space that `sparsity` may choose, ascending: legal ones, of channels multiples of `round_to`."""
     space = arch.of(name)[0]
-    return multiples(legal, space.width, config.round_to if space.rounds else 1)
+    return multiples(legal, space.width, step(config, arch, name))
 
 
 def smallest_widths(config: StructPruneConfig, arch: ArchSpec, legal: Mapping[str, Sequence[int]]) -> Widths:
@@ -92,9 +96,9 @@ def smallest_widths(config: StructPruneConfig, arch: ArchSpec, legal: Mapping[st
     smallest: dict[str, Width] = {}
     pruned = _without(arch, config.skip_layers)
     for name, sizes in legal.items():
-        spaces, narrowest = pruned.of(name), choices(config, arch, name, sizes)[0]
+        spaces, narrowest = pruned.of(name), choices(config, pruned, name, sizes)[0]
         if is_bounded(config, arch, list(legal)):
-            smallest[name] = {space.layer: candidate_widths(config, space, sizes)[-1] for space in spaces}
+            smallest[name] = {space.layer: candidate_widths(config, pruned, space, sizes)[-1] for space in spaces}
         else:
             smallest[name] = _at_most(narrowest, spaces) if config.skip_layers else narrowest
     return smallest
@@ -181,19 +185,18 @@ def _check_width(arch: ArchSpec, name: str, width: Width, legal: Sequence[int]) 
 
 
 def widths_for_sparsity(
-    arch: ArchSpec, sparsity: float, legal: Mapping[str, Sequence[int]], round_to: int
+    arch: ArchSpec, sparsity: float, legal: Mapping[str, Sequence[int]], steps: Mapping[str, int]
 ) -> dict[str, int]:
     """Widths that remove a share of the layers' parameters.
 
     Spaces are taken in the order of the cost of their units, the largest first. Each gets the smallest legal width
     that is not below its proportional share, unless the later ones could not make up for it. The last one absorbs what
-    is then still to be removed, to the nearest multiple of `round_to`.
+    is then still to be removed, to the nearest multiple of its step, see `step`.
     """
     goal = sparsity * sum(arch.layer_params)
     size = {name: arch.of(name)[0].size for name in legal}
     cost = {name: sum(space.unit_params * space.scale for space in arch.of(name)) for name in legal}
-    rounds = {name: arch.of(name)[0].rounds for name in legal}
-    choices = {name: multiples(legal[name], size[name], round_to if rounds[name] else 1) for name in legal}
+    choices = {name: multiples(legal[name], size[name], steps[name]) for name in legal}
     removable = {name: cost[name] * (size[name] - choices[name][0]) for name in legal}
     if goal > sum(removable.values()):
         share = sum(removable.values()) / sum(arch.layer_params)
@@ -264,7 +267,10 @@ def ranked_widths(
     of its own. The budget is met to within half of the cheapest step.
     """
     by_kind = {
-        name: [_layer_width(config, spaces, legal[name], scores) for spaces in spaces_by_layer(arch, name).values()]
+        name: [
+            _layer_width(spaces, candidate_widths(config, arch, spaces[0], legal[name]), scores)
+            for spaces in spaces_by_layer(arch, name).values()
+        ]
         for name in legal
     }
     if config.widths is None:
@@ -279,10 +285,7 @@ def ranked_widths(
 
 
 def _layer_width(
-    config: StructPruneConfig,
-    spaces: Sequence[Space],
-    legal: Sequence[int],
-    scores: Mapping[tuple[int, str], Tensor],
+    spaces: Sequence[Space], widths: Sequence[int], scores: Mapping[tuple[int, str], Tensor]
 ) -> LayerWidth:
     """The width of the spaces of one kind in one layer, which share it."""
     first = spaces[0]
@@ -294,13 +297,26 @@ def _layer_width(
     ]
     params = sum(space.unit_params * space.scale for space in spaces)
     unit_scores = torch.stack(scores_by_space).mean(0).tolist()
-    return LayerWidth(first.kind, first.layer, candidate_widths(config, first, legal), unit_scores, params)
+    return LayerWidth(first.kind, first.layer, widths, unit_scores, params)
 
 
-def candidate_widths(config: StructPruneConfig, space: Space, legal: Sequence[int]) -> list[int]:
+def step(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
+    """What the widths of a space are multiples of where they are chosen: `round_to`, and 1 for what is no channel.
+
+    Half a step of `auto` is at most `MOST_OFF` of the layers' parameters, so that the widths come that near to a goal.
+    """
+    spaces = arch.of(name)
+    if not spaces[0].rounds or config.round_to != AUTO:
+        return int(config.round_to) if spaces[0].rounds else 1
+    unit = sum(space.unit_params * space.scale for space in spaces)
+    largest = 2 * MOST_OFF * sum(arch.layer_params) / unit
+    return max(power for power in (1, 2, 4, 8, 16, 32, 64) if power <= max(largest, 1))
+
+
+def candidate_widths(config: StructPruneConfig, arch: ArchSpec, space: Space, legal: Sequence[int]) -> list[int]:
     """The widths that a layer may take from `min_width` on where layers get widths of their own, descending."""
     widths = sorted({*(width for width in legal if width < space.width), space.width})
-    rounded = multiples(widths, space.width, config.round_to if space.rounds else 1)
+    rounded = multiples(widths, space.width, step(config, arch, space.kind))
     return [width for width in rounded if width >= ceil(config.min_width * space.width)][::-1]
 
 

@@ -21,6 +21,7 @@ from optimum_structprune.commands import output
 from optimum_structprune.commands.cli import execute, main
 from optimum_structprune.commands.flags import COMMANDS
 from optimum_structprune.commands.output import Result
+from optimum_structprune.system.stages import stage
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,23 @@ class Terminal(io.StringIO):
 
 def parsed(run, quiet=False, json_=False):
     return Namespace(run=run, quiet=quiet, json=json_, reads_text=True)
+
+
+@pytest.mark.parametrize(("quiet", "terminal"), [(False, False), (True, False), (False, True)])
+def test_without_a_terminal_each_stage_is_a_line_when_it_begins(quiet, terminal, monkeypatch, capsys):
+    screen = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+
+    def run(args):
+        seconds: dict[str, float] = {}
+        for name in ("reading", "cutting", "reading"):
+            with stage(name, seconds):
+                pass
+        return Result("", {"a": 1})
+
+    assert execute(parsed(run, quiet, json_=True)) == 0
+    lines = [] if quiet or terminal else ["reading …", "cutting …"]
+    assert screen.getvalue().splitlines() == lines and json.loads(capsys.readouterr().out) == {"a": 1}
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -89,7 +89,7 @@ def test_the_seed_decides_and_the_callers_random_numbers_are_left_alone(writer, 
 
 
 def test_what_was_written_is_read_from_the_disk_and_continued(writer, cache, monkeypatch):
-    whole = first(writer, 10)
+    whole = first(writer, 20)
     shutil.rmtree(cache)
     short = first(writer, 5)
     calls = []
@@ -97,7 +97,7 @@ def test_what_was_written_is_read_from_the_disk_and_continued(writer, cache, mon
     monkeypatch.setattr(type(writer[0]), "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
     assert first(writer, 5) == short == whole[:5]
     assert calls == []
-    longer = first(writer, 10)
+    longer = first(writer, 20)
     assert longer == whole and calls
     assert [text.answers for text in longer] == [text.answers for text in whole]
 
@@ -197,17 +197,41 @@ def test_a_chat_model_is_asked(name, keeps):
 
 
 def writing(model, rows: list[list[int]], monkeypatch) -> None:
-    """Make a model write these tokens after its prompts."""
+    """Make a model write these tokens after its prompts, over and over where there are more of those."""
     longest = max(map(len, rows))
     ended = torch.tensor([row + [model.config.eos_token_id] * (longest - len(row)) for row in rows])
-    monkeypatch.setattr(model, "generate", lambda ids, **settings: torch.cat([ids, ended], dim=1))
+
+    def generate(ids, logits_processor, **settings):
+        for column in ended.T:
+            logits_processor(ids, model(ids).logits[:, -1].float())
+            ids = torch.cat([ids, column.repeat(len(ids) // len(ended)).unsqueeze(1)], dim=1)
+        return ids
+
+    monkeypatch.setattr(model, "generate", generate)
 
 
 @pytest.mark.parametrize("ids", [[5, 6] * 20, [*range(5, 11)]], ids=["repeats itself", "short"])
 def test_documents_of_no_use_are_dropped(writer, ids, monkeypatch):
     writing(writer[0], [ids] * generated.BATCH, monkeypatch)
-    with pytest.raises(StructPruneError, match="self:math: of 32 documents that the model wrote, all are too short"):
+    with pytest.raises(StructPruneError, match="self:math: of 124 documents that the model wrote, all are too short"):
         first(writer, 1)
+
+
+def test_batches_grow_until_they_are_large(monkeypatch):
+    monkeypatch.setattr(generated, "MOST", 10)
+    assert [generated._numbers(batch) for batch in range(4)] == [range(4), range(4, 12), range(12, 22), range(22, 32)]
+
+
+def test_writing_is_announced_and_timed_apart_from_reading(writer, caplog):
+    caplog.set_level("INFO", logger="optimum_structprune.system.stages")
+    pruner = StructPruner(own())
+    pruner.prune_model(*writer)
+    seconds = pruner.report.seconds
+    assert seconds["writing"] > seconds["domains"] > 0
+    assert caplog.messages == ["domains …", "writing …", "perplexity …", "round 1 …"]
+    caplog.clear()
+    pruner.prune_model(*writer)
+    assert "writing" not in pruner.report.seconds and "writing …" not in caplog.messages
 
 
 @needs_shared

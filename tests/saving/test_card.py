@@ -50,10 +50,14 @@ def test_it_says_what_the_records_say(desk):
     change = f"{counts['after'] / counts['before'] - 1:+.1%}"
     assert found["Size"][3] == ["parameters", f"{counts['before']:,}", f"{counts['after']:,}", change]
     assert found["Size"][2] == ["width mlp", "40", "24", "-40.0%"]
-    for (name, dense, pruned, _), (domain, ppl) in zip(
+    for (name, dense, pruned, ratio), (domain, ppl) in zip(
         found["Perplexity"][2:4], report["perplexity"].items(), strict=True
     ):
-        assert (name, dense, pruned) == (f"perplexity {domain}", f"{ppl['before']:.2f}", f"{ppl['after']:.2f}")
+        errors = report["perplexity_stderr"][domain]
+        assert name == f"perplexity {domain} ({report['perplexity_tokens'][domain]:,} tokens)"
+        assert dense == f"{ppl['before']:.2f} ± {errors['before']:.2f}"
+        assert pruned == f"{ppl['after']:.2f} ± {errors['after']:.2f}"
+        assert ratio == f"x {ppl['after'] / ppl['before']:.3f} ± {errors['ratio']:.3f} rough"
     assert [row[2] for row in found["Calibrated on"][2:]] == ["0.25", "0.75"]
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.S)[1])
     assert settings == {

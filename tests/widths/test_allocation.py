@@ -7,6 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import build, config, token_ids, tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
@@ -14,7 +15,7 @@ from optimum_structprune.arch.spec import GROUP, ArchSpec, Space
 from optimum_structprune.domains.load import Domain
 from optimum_structprune.pruning.choose import dense_scores
 from optimum_structprune.pruning.evidence import Evidence
-from optimum_structprune.widths.allocation import ranked_widths, target_widths, widths_for_sparsity
+from optimum_structprune.widths.allocation import ranked_widths, step, target_widths, widths_for_sparsity
 from optimum_structprune.widths.schedule import removal_steps, round_widths
 
 
@@ -41,12 +42,13 @@ def removed(arch: ArchSpec, widths: dict[str, int]) -> int:
 @given(arch=archs, sparsity=st.floats(0.02, 0.9), round_to=st.sampled_from([1, 8, 64]))
 def test_sparsity_is_met_within_half_a_step(arch, sparsity, round_to):
     legal = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
+    steps = {"attention": 1, "mlp": round_to}
     most = {"attention": 1, "mlp": round_to if round_to < arch.of("mlp")[0].size else 1}
     if sparsity * sum(arch.layer_params) > removed(arch, most):
         with pytest.raises(StructPruneError, match="is more than"):
-            widths_for_sparsity(arch, sparsity, legal, round_to)
+            widths_for_sparsity(arch, sparsity, legal, steps)
         return
-    widths = widths_for_sparsity(arch, sparsity, legal, round_to)
+    widths = widths_for_sparsity(arch, sparsity, legal, steps)
     assert all(width in legal[name] for name, width in widths.items())
     channels = arch.of("mlp")[0]
     assume(widths["mlp"] < channels.size)
@@ -59,9 +61,30 @@ def test_sparsity_is_met_within_half_a_step(arch, sparsity, round_to):
 def test_more_sparsity_never_keeps_more(arch, low, more):
     legal = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
     assume((low + more) * sum(arch.layer_params) <= removed(arch, {"attention": 1, "mlp": 1}))
-    little = widths_for_sparsity(arch, low, legal, 1)
-    much = widths_for_sparsity(arch, low + more, legal, 1)
+    steps = dict.fromkeys(legal, 1)
+    little = widths_for_sparsity(arch, low, legal, steps)
+    much = widths_for_sparsity(arch, low + more, legal, steps)
     assert removed(arch, much) >= removed(arch, little)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.45])
+def test_auto_comes_near_to_what_is_asked_in_small_models(sparsity, allocation):
+    model = build("llama-tied")
+    arch = describe(model)
+    widths = target_widths(config(sparsity=sparsity, allocation=allocation), arch, model.config)
+    gone = sum((space.width - space.width_in(widths)) * space.scale * space.unit_params for space in arch.spaces)
+    assert gone / sum(arch.layer_params) == pytest.approx(sparsity, abs=0.01)
+
+
+@pytest.mark.parametrize(("hidden", "channels", "expected"), [(2048, 5632, 64), (576, 1536, 32), (64, 172, 4)])
+def test_auto_is_64_in_models_of_usual_size(hidden, channels, expected):
+    sizes = {"hidden_size": hidden, "intermediate_size": channels, "num_attention_heads": 8, "num_hidden_layers": 5}
+    with torch.device("meta"):
+        arch = describe(LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=4, **sizes)))
+    assert step(config(sparsity=0.2), arch, "mlp") == expected
+    assert step(config(sparsity=0.2, round_to=6), arch, "mlp") == 6
+    assert step(config(sparsity=0.2), arch, "attention") == 1
 
 
 def test_sparsity_rounds_channels_and_explicit_widths_do_not():

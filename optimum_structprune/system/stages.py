@@ -1,0 +1,34 @@
+"""The stages of a run, which are announced and timed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from time import perf_counter
+
+
+# Says each stage when it begins, for whoever has no progress bar to look at.
+logger = logging.getLogger(__name__)
+# The seconds by stage that the stages around this place add to.
+_around: ContextVar[dict[str, float] | None] = ContextVar("around", default=None)
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
+    """Announce a stage that begins for the first time, and add its time to `seconds`: those of the stage around it by
+    default, whose own time this is not.
+    """
+    outer = _around.get()
+    times = seconds if seconds is not None else {} if outer is None else outer
+    if name not in times:
+        logger.info("%s …", name)
+    inside, start = _around.set(times), perf_counter()
+    before = sum(times.values())
+    try:
+        yield
+    finally:
+        _around.reset(inside)
+        within = sum(times.values()) - before
+        times[name] = times.get(name, 0.0) + perf_counter() - start - within
