@@ -89,7 +89,6 @@ REFUSED = [
     # the criterion
     ("llama-tied", {"criterion": "wnada"}, "no criterion 'wnada'. Did you mean 'wanda'"),
     ("llama-tied", {"criterion": "loss_increase"}, ONLY_LAYERS),
-    ("bert", {"widths": {"layer": 1}, "criterion": "loss_increase"}, "use 'block_influence'"),
     ("llama-tied", {"widths": {"layer": 1, "mlp": 24}, "criterion": "block_influence"}, ONLY_LAYERS),
     ("mixtral", {"widths": {"expert": 3, "layer": 1}, "criterion": "loss_increase"}, ONLY_LAYERS),
     # the spaces

@@ -169,3 +169,5 @@ def test_the_layer_whose_loss_counts_least_goes():
     pruner = StructPruner(config(widths={LAYER: 4}, criterion="loss_increase"))
     pruner.prune_model(model, inputs={"a": inputs})
     assert {*range(5)} - {*pruner.plan.keep[MODEL, LAYER]} == {int(scores.argmin())}
+    with pytest.raises(StructPruneError, match="use 'block_influence'"):
+        prune_model(deep("bert"), config(widths={LAYER: 4}, criterion="loss_increase"), tokenizer())
