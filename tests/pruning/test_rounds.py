@@ -2,11 +2,13 @@
 
 import json
 from math import isnan
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import Killed, count_hooks, evidence_of, pruned_on, same_weights
 from models import build, config, tokenizer
+from safetensors.torch import save_file
 from trained import STORIES, needs_shared, stories_config, stories_model
 
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner
@@ -212,6 +214,18 @@ def test_a_killed_run_under_a_floor_goes_on_where_it_was(last, uninterrupted, tm
     assert pruner.plan == expected.plan and same_weights(resumed, whole)
     assert pruner.report.rounds == expected.report.rounds
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: save_file({"other": torch.zeros(1)}, path)])
+def test_a_checkpoint_without_its_tensors_is_refused(damage, tmp_path, kill):
+    settings = config(rounds=2, checkpoint_dir=str(tmp_path))
+    kill(2)
+    with pytest.raises(Killed):
+        pruned(build("llama-tied"), tokenizer(), settings)
+    kill(0)
+    damage(tmp_path / "round-1.safetensors")
+    with pytest.raises(StructPruneError, match="is not a readable checkpoint .*; remove it to start anew"):
+        pruned(build("llama-tied"), tokenizer(), settings)
 
 
 def test_the_progress_bar_counts_the_layers_of_all_rounds(monkeypatch):
