@@ -52,7 +52,7 @@ class Resume:
         local: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Keep what `number` rounds, layers or steps have reached; `local` differs from process to process."""
-        state = {"key": self.key, "number": number, "values": values}
+        state = {"key": self.key, "number": number, "values": values, "tensors": tensors is not None}
         state["processes"] = None if local is None else process_count()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class Resume:
         if state is not None:
             number = int(state["number"])
             with self.readable():
-                tensors = load_file(self._shared(number)) if self._shared(number).exists() else {}
+                tensors = load_file(self._shared(number)) if state["tensors"] else {}
                 local = {} if state["processes"] is None else load_file(self._local(number))
                 saved = Saved(number, dict(state["values"]), tensors, local)
         wait_for_all()  # before the first process writes again
