@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,8 @@ from .surgery.plan import Plan
 from .system.offloading import is_offloaded
 
 
+# What is known of each model that a pruning returned, as long as there is the model.
+RECORDS: WeakKeyDictionary[PreTrainedModel, tuple[StructPruneConfig, Plan, Report, Manifest]] = WeakKeyDictionary()
 PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
 register_pruner = PRUNERS.register
 
@@ -49,7 +52,7 @@ class StructPruner:
         used_config: The config, which says after a run what broad text has been read.
         report: The numbers of the last run; None before there was one.
         plan: The units of the dense model that the last run kept.
-        manifest: What the last run was calibrated on.
+        manifest: The text that the last run used, and what its dense model comes from.
 
     Raises:
         StructPruneError: If `config` is no `StructPruneConfig`.
@@ -109,7 +112,8 @@ class StructPruner:
         if report.asked is not None and far_off(report.asked, report.sparsity):
             warnings.warn(given(report.asked, report.sparsity).removeprefix("warning: "), stacklevel=2)
         self.used_config = run.config
-        self.plan, self.report, self.manifest = run.plan, report, evidence.manifest(tokenizer)
+        self.plan, self.report, self.manifest = run.plan, report, run.manifest().note(model)
+        RECORDS[model] = self.used_config, self.plan, self.report, self.manifest
         return model
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
@@ -161,7 +165,7 @@ class StructPruner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Save the pruned model with the config, the plan, the report and the manifest of the run.
+        """Save the pruned model with the config, the plan, the report and the manifest of the run that returned it.
 
         The folder appears only after plain `from_pretrained` has loaded it and given the same logits.
 
@@ -172,10 +176,15 @@ class StructPruner:
             overwrite: Whether a folder that exists is replaced.
 
         Raises:
-            StructPruneError: If the folder exists, or the saved model does not come back the same.
+            StructPruneError: If no pruning returned the model, the folder exists, or what is saved does not come back
+                the same.
         """
-        config = self.used_config
-        save_pruned(model, save_directory, config, self.plan, self.report, tokenizer, overwrite, self.manifest)
+        if model not in RECORDS:
+            raise StructPruneError(
+                f"This {type(model).__name__} is not what prune_model returned, so there is nothing to save with it; "
+                "pass the model that it returned, or the model itself after inplace=True."
+            )
+        save_pruned(model, save_directory, *RECORDS[model], tokenizer, overwrite)
 
     def push_to_hub(
         self, save_directory: str | Path, repo_id: str, private: bool | None = None, token: str | None = None

@@ -220,7 +220,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         check_plain(model)
         arch = describe(model, self.config.arch_file)
         self._dense = arch, check(self.config, arch, model, TRAINER)
-        self.plan = Plan(arch.model_type, {})
+        self.plan = Plan.of(model, arch)
 
     def _is_pruned(self, model: PreTrainedModel) -> bool:
         """Whether a model is narrower somewhere than the dense one."""

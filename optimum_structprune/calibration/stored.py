@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import Space
+from ..config.domains import IN_MEMORY
 from ..config.fields import Number, not_negative, read_mapping
 from ..config.pruning import StructPruneConfig
 from ..domains.load import Domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
+from ..domains.resolve import resolve
 from ..errors import StructPruneError, one_line
 from ..plain_json import replace_json
 from ..registry import did_you_mean
@@ -165,6 +167,7 @@ class Statistics:
                     f"{self.folder} holds no statistics of a domain {name!r}; it has {', '.join(names)}."
                     f"{did_you_mean(name, names)}"
                 )
+        self._check_sources(config)
         heldout = _tensors(self._checked(HELDOUT))
         total = sum(weights.values())
         domains = []
@@ -176,6 +179,18 @@ class Statistics:
                 samples, weight = torch.empty(domain.shape, device="meta"), weights[domain.name] / total
                 domains.append(Domain(domain.name, weight, samples, reported, probe=probe))
         return domains
+
+    def _check_sources(self, config: StructPruneConfig) -> None:
+        """Refuse a domain that names another source than the one whose moments would stand for it."""
+        stored = {entry.name: entry for entry in Manifest.load(self._checked(MANIFEST_NAME)).domains}
+        for domain in resolve(config.domains or []):
+            there = str(stored[domain.name].origin.get("source", IN_MEMORY))
+            in_memory = any(str(source).startswith(IN_MEMORY) for source in (there, domain.to_dict()["source"]))
+            if not in_memory and not stored[domain.name].uses(domain):
+                raise StructPruneError(
+                    f"The statistics of {domain.name!r} in {self.folder} are of {there}, and the config names "
+                    f"{domain.source} for it; name what was calibrated on, or calibrate again."
+                )
 
     def manifest(self, domains: Sequence[Domain]) -> Manifest:
         """What was calibrated on, as far as it is used now."""

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from ..config.domains import DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from .generated import self_documents
-from .packing import DOCUMENTS_PER_CALL, Frame, Packed, Tokens, prefix_token, tokenised
+from .manifest import Manifest
+from .packing import DOCUMENTS_PER_CALL, HELDOUT, PROBE, USED, Frame, Packed, Shelf, Tokens, prefix_token, tokenised
 from .resolve import MOST, can_write, resolve, texts_of, with_written_text
 from .sources import documents
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 class Domain:
     """A calibration domain as token samples of equal length, some of them held out to measure perplexity.
 
-    No document is in two of the calibration samples, the held-out ones and the probe.
+    No document is in two of the calibration samples, the held-out ones and the probe, be it of another domain.
 
     Attributes:
         name: The name of the domain in the report.
@@ -88,14 +88,15 @@ def calibration_domains(
     """
     written = with_written_text(config) if can_write(model, tokenizer) else config
     vocab_size = model.config.get_text_config().vocab_size
+    seen = Manifest.seen_by(model)
     try:
-        return written, load_domains(written, tokenizer, vocab_size, model=model)
+        return written, load_domains(written, tokenizer, vocab_size, model=model, seen=seen)
     except StructPruneError as error:
         if written is config:
             raise
         reason = error
     # Some models write nothing that is of use. A mistake in the domains themselves is found again.
-    domains = load_domains(config, tokenizer, vocab_size, model=model)
+    domains = load_domains(config, tokenizer, vocab_size, model=model, seen=seen)
     logger.warning("No text of every kind is written: %s", reason)
     return config, domains
 
@@ -106,8 +107,9 @@ def load_domains(
     vocab_size: int | None = None,
     heldout_samples: int | None = None,
     model: PreTrainedModel | None = None,
+    seen: Manifest | None = None,
 ) -> list[Domain]:
-    """Read, tokenise and pack the domains of a config."""
+    """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again."""
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
     frame = Frame(config.seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
@@ -116,16 +118,21 @@ def load_domains(
             f"seq_length={config.seq_length} has no room for text after the prefix; 2 is the least."
         )
     domains = resolve(texts_of(config))
-    packer = _Packer(config, domains, frame, heldout_samples)
+    uses = {} if seen is None else seen.uses()
+    if not config.chooses:  # what choices were made on may be trained on, but tells nothing new
+        uses = {name: USED if use == PROBE else use for name, use in uses.items()}
+    packer = _Packer(config, domains, frame, heldout_samples, uses)
     write = partial(self_documents, model, tokenizer) if model is not None else None
     loaded: dict[int, Domain] = {}
-    # A generator gives its text only once, so it is read last: what fails before has not used it up.
-    for index in sorted(range(len(domains)), key=lambda index: isinstance(domains[index].source, Iterator)):
-        domain = domains[index]
-        texts = documents(domain, config.seed, tokenizer, write)
-        # What a model writes itself takes too long to be read ahead of need.
-        at_once = 1 if written_by_model(domain) else DOCUMENTS_PER_CALL
-        loaded[index] = packer.load(index, tokenised(texts, tokenizer, domain.answers_only, at_once), vocab_size)
+    # A model takes long to write, and a generator gives its text only once: what fails before has not used it up.
+    for patience in range(3):
+        shelves = {}
+        for index, domain in enumerate(domains):
+            if patience == (2 if isinstance(domain.source, Iterator) else int(written_by_model(domain))):
+                texts = documents(domain, config.seed, tokenizer, write)
+                at_once = 1 if written_by_model(domain) else DOCUMENTS_PER_CALL
+                shelves[index] = Shelf(tokenised(texts, tokenizer, domain.answers_only, at_once))
+        loaded |= packer.load(shelves, vocab_size)
     return [loaded[index] for index in range(len(domains))]
 
 
@@ -185,19 +192,36 @@ class _Packer:
     domains: Sequence[DomainConfig]
     frame: Frame
     num_heldout: int | None
+    uses: dict[str, str] = field(default_factory=dict)
 
-    def load(self, index: int, stream: Iterator[Tokens], vocab_size: int | None) -> Domain:
-        domain, frame = self.domains[index], self.frame
+    def load(self, shelves: Mapping[int, Shelf], vocab_size: int | None) -> dict[int, Domain]:
+        """Divide the text of some domains, which may be the same, so that none uses what another one holds out."""
+        before = dict(self.uses)
+        texts = self._divided(shelves, self.config.num_samples, self.uses)
+        for index in shelves:
+            if not self._suffices(texts[index], self.config.num_samples, index):
+                raise StructPruneError(self._too_little(index, shelves, before))
+        return {index: self._packed(index, texts[index], vocab_size) for index in shelves}
+
+    def _divided(
+        self, shelves: Mapping[int, Shelf], num_samples: int, uses: dict[str, str]
+    ) -> dict[int, list[list[Tokens]]]:
         # Held-out samples come first, so that they are the same text whatever num_samples is. The probe comes last, so
         # that all others are the same text whether something is chosen or not.
-        needs = self._needs(self._counts(self.config.num_samples)[index])
-        texts = [frame.take(stream, need) for need in needs]
-        if any(frame.length(text) < need for text, need in zip(texts, needs, strict=True)):
-            raise StructPruneError(self._too_little(index, list(chain(*texts))))
-        heldout, packed, *probes = (
+        needs = {index: self._needs(num_samples, index) for index in shelves}
+        texts: dict[int, list[list[Tokens]]] = {index: [] for index in shelves}
+        for step, use in enumerate((HELDOUT, USED, PROBE, USED)):
+            for index, shelf in shelves.items():
+                texts[index].append(shelf.take(self.frame, needs[index][step], use, uses))
+        return texts
+
+    def _packed(self, index: int, texts: Sequence[Sequence[Tokens]], vocab_size: int | None) -> Domain:
+        domain, frame = self.domains[index], self.frame
+        needs = self._needs(self.config.num_samples, index)
+        heldout, packed, *others = (
             frame.pack(text, need // frame.body) for text, need in zip(texts, needs, strict=True)
         )
-        spares = [] if written_by_model(domain) else self._spares(index, stream)
+        probes, spares = ([part] if len(part.samples) else [] for part in others)
         largest = max(int(part.samples.max()) for part in (heldout, packed, *probes, *spares))
         check_vocabulary(largest, vocab_size)
         if packed.mask is not None and not packed.mask.any():
@@ -218,45 +242,47 @@ class _Packer:
             probe_documents=probes[0].hashes if probes else (),
         )
 
-    def _spares(self, index: int, stream: Iterator[Tokens]) -> list[Packed]:
-        """Further samples, as far as there is text: as many as a larger weight may come to ask for."""
-        config = self.config
-        if not config.reweights:
-            return []
-        count = self._counts(config.num_samples)[index]
-        extra = min(round(MOST * count), config.num_samples) - count
-        packed = self.frame.pack(self.frame.take(stream, self.frame.body * extra), extra)
-        return [packed] if len(packed.samples) else []
-
     def _counts(self, num_samples: int) -> list[int]:
         return split_samples(num_samples, [domain.weight for domain in self.domains])
 
-    def _needs(self, count: int) -> list[int]:
-        """The number of tokens to hold out, to calibrate on, and to probe with where something is chosen."""
+    def _needs(self, num_samples: int, index: int) -> list[int]:
+        """The number of tokens to hold out, to calibrate on, to probe with where something is chosen, and, as far as
+        there is text, beside: as many as a larger weight may come to ask for.
+        """
+        count = self._counts(num_samples)[index]
         aside = self.num_heldout or num_heldout(count, float(self.config.holdout))
-        return [self.frame.body * number for number in (aside, count, *([aside] if self.config.chooses else []))]
+        grows = self.config.reweights and not written_by_model(self.domains[index])
+        spare = grows * (min(round(MOST * count), num_samples) - count)
+        return [self.frame.body * number for number in (aside, count, aside * self.config.chooses, spare)]
 
-    def _too_little(self, index: int, texts: Sequence[Tokens]) -> str:
-        domain, config = self.domains[index], self.config
+    def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:
+        needs = self._needs(num_samples, index)[:-1]
+        if self.num_heldout is not None:  # an earlier run may have used the rest
+            needs[0] = self.frame.body
+        return all(self.frame.length(text) >= need for text, need in zip(texts, needs, strict=False) if need)
+
+    def _too_little(self, index: int, shelves: Mapping[int, Shelf], before: Mapping[str, str]) -> str:
+        domain, config, texts = self.domains[index], self.config, shelves[index].read
         if not texts:
             spent = "; a generator gives its text only once" if isinstance(domain.source, Iterator) else ""
             return f"The domain {domain.name!r} is empty{spent}."
+
+        def suffices(few: int) -> bool:
+            again = {number: Shelf(shelf.read) for number, shelf in shelves.items()}
+            return self._suffices(self._divided(again, few, dict(before))[index], few, index)
+
         advice = "Give it more documents, or choose a smaller seq_length."
         numbers = range(len(self.domains), min(config.num_samples, sys.maxsize))
         # The text suffices for the first so many of these numbers of samples.
-        enough = bisect_left(numbers, True, key=lambda few: not self._suffices(texts, self._counts(few)[index]))
-        if enough:
+        if enough := bisect_left(numbers, True, key=lambda few: not suffices(few)):
             advice = f"num_samples={numbers[enough - 1]} would do."
-        tokens = sum(len(text.ids) for text in texts)
-        need = sum(self._needs(self._counts(config.num_samples)[index]))
+        tokens, need = sum(len(text.ids) for text in texts), sum(self._needs(config.num_samples, index)[:-1])
+        kinds = len({text.hash for text in texts})
+        differ = f", of which {kinds} differ" if kinds < len(texts) else ""
         return (
-            f"The domain {domain.name!r} has {tokens} tokens in {len(texts)} documents, but calibration and "
+            f"The domain {domain.name!r} has {tokens} tokens in {len(texts)} documents{differ}, but calibration and "
             f"held-out samples take {need}, and a document serves only one of the two. {advice}"
         )
-
-    def _suffices(self, texts: Sequence[Tokens], count: int) -> bool:
-        stream = iter(texts)
-        return all(self.frame.length(self.frame.take(stream, need)) >= need for need in self._needs(count))
 
 
 @dataclass

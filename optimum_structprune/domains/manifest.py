@@ -5,14 +5,16 @@ import json
 import os
 import platform
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
+from torch.nn import Module
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
@@ -22,6 +24,7 @@ from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, one_line
 from ..plain_json import replace_json, unversioned, versioned
 from ..system.fingerprint import tensor_hash
+from .packing import HELDOUT, PROBE, USED
 
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ MANIFEST_NAME = "calibration_manifest.json"
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers")
 # What tells one data set from another; a different split of the same data holds other documents.
 WHERE = ("dataset_config", "split", "revision")
+# What an entry's documents were for, in words.
+CALIBRATED, TRAINED, EARLIER = "calibrated on", "trained on", "used by an earlier run"
+_SEEN: "WeakKeyDictionary[Module, Manifest]" = WeakKeyDictionary()
 
 
 @strict
@@ -42,16 +48,17 @@ class Entry:
         name: The name of the domain.
         origin: The domain's config, presets resolved; empty for inputs that were given.
         weight: The domain's share of the calibration.
-        calibration_tokens: The number of tokens in all samples that a round may have used, prefixes included.
+        calibration_tokens: The number of tokens in all samples that some round used, prefixes included.
         evidence_tokens: The number of those tokens that moments were taken of.
         heldout_tokens: The number of tokens in the held-out samples.
         samples_sha256: The SHA-256 of the calibration samples, in hexadecimal digits.
         heldout_sha256: The SHA-256 of the held-out samples.
-        documents: The SHA-256 of each document in the calibration samples, in the order of use.
+        documents: The SHA-256 of each document in these samples and in those kept for later rounds, in that order.
         heldout_documents: The SHA-256 of each document in the held-out samples.
         probe_sha256: The SHA-256 of the samples that choices were made on; empty where there are none.
         probe_documents: The SHA-256 of each document in these samples.
         place_sha256: The SHA-256 of the absolute path of a source that is a local file or folder.
+        use: Whether it was calibrated on, trained on afterwards, or used by what the dense model itself comes from.
     """
 
     name: str
@@ -67,10 +74,11 @@ class Entry:
     probe_sha256: str = ""
     probe_documents: list[str] = field(default_factory=list)
     place_sha256: str = ""
+    use: str = CALIBRATED
 
     @classmethod
-    def of(cls, domain: "Domain") -> "Entry":
-        """The entry of a domain that was loaded."""
+    def of(cls, domain: "Domain", use: str = CALIBRATED) -> "Entry":
+        """The entry of a domain that was loaded, with all samples that it may come to use."""
         pool = domain.portion(len(domain.pool))
         return cls(
             name=domain.name,
@@ -86,6 +94,7 @@ class Entry:
             heldout_documents=list(domain.heldout_documents),
             probe_sha256="" if domain.probe is None else tensor_hash(domain.probe),
             probe_documents=list(domain.probe_documents),
+            use=use,
         )
 
     def uses(self, source: str | DomainConfig) -> bool:
@@ -138,6 +147,40 @@ class Manifest:
             domains=[Entry.of(domain) for domain in domains],
         )
 
+    def note(self, model: Module) -> "Manifest":
+        """Remember that a model in memory has seen this."""
+        _SEEN[model] = self
+        return self
+
+    @classmethod
+    def seen_by(cls, model: Module) -> "Manifest | None":
+        """What a model has seen in this process, or by the folder that it comes from; None where nothing says so."""
+        if model in _SEEN:
+            return _SEEN[model]
+        path = Path(name := getattr(model, "name_or_path", None) or "", MANIFEST_NAME)
+        return cls.load(path) if name and path.is_file() else None
+
+    def with_entries(self, entries: Sequence[Entry]) -> "Manifest":
+        """The manifest with what a training has used as well."""
+        return replace(self, domains=[*self.domains, *entries])
+
+    def after(self, earlier: "Manifest | None") -> "Manifest":
+        """The manifest with what a run before has used, whose result was the dense model of this one."""
+        return self.with_entries(
+            [replace(entry, use=EARLIER) for entry in ([] if earlier is None else earlier.domains)]
+        )
+
+    def of_use(self, use: str) -> list[Entry]:
+        """The domains that were used for one thing."""
+        return [entry for entry in self.domains if entry.use == use]
+
+    def uses(self) -> dict[str, str]:
+        """What each document was for, by its hash: what any domain has held out stays so."""
+        uses: dict[str, str] = {}
+        for use, name in ((PROBE, "probe_documents"), (USED, "documents"), (HELDOUT, "heldout_documents")):
+            uses |= {document: use for entry in self.domains for document in getattr(entry, name)}
+        return uses
+
     def save(self, path: str | Path) -> None:
         """Write JSON."""
         replace_json(path, versioned(asdict(self)))
@@ -166,9 +209,10 @@ class Manifest:
         """
         sentences, hashes = [], set(document_hashes)
         for entry in self.domains:
-            where = f"the calibration domain {entry.name!r} ({entry.origin.get('source', 'given inputs')})"
+            kind = "training" if entry.use == TRAINED else "calibration"
+            where = f"the {kind} domain {entry.name!r} ({entry.origin.get('source', 'given inputs')})"
             uses = {
-                "were calibrated on": entry.documents,
+                f"were {entry.use}": entry.documents,
                 "decided widths or weights": entry.probe_documents,
                 "were held out to measure perplexity": entry.heldout_documents,
             }

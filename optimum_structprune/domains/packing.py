@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from .templates import Document, document_hash
 
 
 DOCUMENTS_PER_CALL = 32
+# What a document is for: one thing, in all domains and in all runs that a model comes from.
+HELDOUT, USED, PROBE = "held out", "used", "probe"
+# A text that repeats itself forever ends after so many documents in a row that are for something else.
+PATIENCE = 10_000
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,43 @@ class Frame:
         if self.prefix is None:
             return samples
         return torch.cat([torch.tensor(head, dtype=samples.dtype).expand(count, 1), samples], dim=1)
+
+
+class Shelf:
+    """The documents of one domain, each for one use; `read` are all that have been looked at."""
+
+    def __init__(self, stream: Iterable[Tokens]):
+        self.read: list[Tokens] = []
+        self._rest = self._noted(stream)
+
+    def take(self, frame: Frame, need: int, use: str, uses: dict[str, str]) -> list[Tokens]:
+        """Documents with `need` tokens or more for one use, as far as there are any; `uses` is by hash, and grows.
+
+        What is set aside is so once, however often the text repeats it. What is for another use is left for that.
+        """
+        passed: list[Tokens] = []
+        taken = frame.take(self._fitting(use, uses, passed), need)
+        self._rest = chain(passed, self._rest)
+        return taken
+
+    def _fitting(self, use: str, uses: dict[str, str], passed: list[Tokens]) -> Iterator[Tokens]:
+        aside: set[str] = set()
+        missed = 0
+        for document in self._rest:
+            if uses.setdefault(document.hash, use) == use and document.hash not in aside:
+                missed = 0
+                aside |= {document.hash} if use != USED else set()
+                yield document
+            else:
+                missed += 1
+                passed.append(document)
+                if missed == PATIENCE:
+                    return
+
+    def _noted(self, stream: Iterable[Tokens]) -> Iterator[Tokens]:
+        for document in stream:
+            self.read.append(document)
+            yield document
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

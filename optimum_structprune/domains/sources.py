@@ -143,7 +143,9 @@ def _files(domain: DomainConfig) -> list[Path]:
             f"The domain {domain.name!r}: {path} is no regular file; write its text to one, such as text.jsonl."
         )
     if os.path.isdir(path):
-        candidates, what = [*path.rglob("*")], f"the folder {path}"
+        # What is hidden are the copies and caches of tools, as in `.ipynb_checkpoints`; a pattern does not find it.
+        candidates = [file for file in path.rglob("*") if not f"/{file.relative_to(path)}".count("/.")]
+        what = f"the folder {path}"
     elif "*" in domain.source:
         candidates, what = [*map(Path, glob(str(path), recursive=True))], f"the pattern {domain.source!r}"
     elif domain.source.startswith((".", "/", "~")) or path.suffix.lower() in READERS:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig, as_domain
-from ..domains.manifest import MANIFEST_NAME, Manifest
+from ..domains.manifest import CALIBRATED, Manifest
 from ..domains.packing import prefix_token
 from ..domains.resolve import resolve
 from ..errors import StructPruneError
@@ -183,12 +183,13 @@ def evaluate(
         seq_length=seq_length,
         prefix=None if prefix is None else str(tokenizer.convert_ids_to_tokens(prefix)),
     )
-    if (manifest := manifest or _manifest(model)) is not None:
+    if (manifest := manifest or Manifest.seen_by(model)) is not None:
         # Those that have the name of one that was calibrated on, or were read from the same place.
         same = [[entry.name == domain.name or entry.uses(domain) for entry in manifest.domains] for domain in named]
         evaluation.calibrated = [domain.name for domain, alike in zip(named, same, strict=True) if any(alike)]
         overlaps = {text.domain.name: manifest.overlaps(text.domain, text.documents) for text in texts}
-        evaluation.shared = [name for name, sentences in overlaps.items() if sentences]
+        if manifest.of_use(CALIBRATED):  # otherwise some of what was seen has no record
+            evaluation.shared = [name for name, sentences in overlaps.items() if sentences]
         evaluation.warnings = [f"The domain {name!r}: {shared}." for name in overlaps for shared in overlaps[name]]
     for warning in evaluation.warnings:
         warnings.warn(warning, stacklevel=2)
@@ -231,13 +232,6 @@ def _measure(
     errors = {which: values[which] * standard_error(loss) for which, loss in losses.items()}
     evaluation.perplexity_stderr[name] = errors
     evaluation.perplexity[name] = {which: value for which, value in values.items() if which != "ratio"}
-
-
-def _manifest(model: PreTrainedModel) -> Manifest | None:
-    if not model.name_or_path:
-        return None
-    path = Path(model.name_or_path) / MANIFEST_NAME
-    return Manifest.load(path) if path.is_file() else None
 
 
 def _check(

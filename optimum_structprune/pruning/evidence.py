@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import log
 from typing import Any
@@ -93,8 +93,7 @@ class Evidence:
     @property
     def own_batches(self) -> list[Batch]:
         """The samples of all domains that this process runs in the next round, one domain after the other."""
-        domains = self._in_proportion() if self.config.reweights else self.domains
-        return batches_of([_own(domain) for domain in domains], self.batch_size)
+        return batches_of([_own(domain) for domain in self._in_proportion()], self.batch_size)
 
     def passes(self, model: PreTrainedModel, arch: ArchSpec, fixed: bool = False) -> Passes:
         """Passes over the samples with the model as it is now, or the stored moments.
@@ -123,15 +122,24 @@ class Evidence:
             return self.statistics.manifest(self.domains).domains
         return [Entry.of(domain) for domain in self.domains]
 
-    def manifest(self, tokenizer: PreTrainedTokenizerBase | None) -> Manifest:
-        """The record of what was calibrated on."""
+    def manifest(self, tokenizer: PreTrainedTokenizerBase | None, rounds: Iterable[Sequence[float]] = ()) -> Manifest:
+        """The record of what was calibrated on, in rounds with these shares of the domains."""
         if self.statistics is not None:
             return self.statistics.manifest(self.domains)
-        return Manifest.of(self.config, self.domains, tokenizer)
+        counts = [self._counts(shares) for shares in [*rounds] or [self.shares]]
+        used = [
+            replace(domain.portion(max(of)), spare=None, weight=share)
+            for domain, share, *of in zip(self.domains, self.shares, *counts, strict=True)
+        ]
+        return Manifest.of(self.config, used, tokenizer)
+
+    def _counts(self, shares: Sequence[float]) -> list[int]:
+        """The number of samples that a round with these shares runs, by domain."""
+        counts = [len(domain.samples) for domain in self.domains]
+        return split_samples(sum(counts), shares) if self.config.reweights else counts
 
     def _in_proportion(self) -> list[Domain]:
-        counts = split_samples(sum(len(domain.samples) for domain in self.domains), self.shares)
-        return [domain.portion(count) for domain, count in zip(self.domains, counts, strict=True)]
+        return [domain.portion(count) for domain, count in zip(self.domains, self._counts(self.shares), strict=True)]
 
 
 def judges_layers(config: StructPruneConfig) -> bool:

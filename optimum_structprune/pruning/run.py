@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
+from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
 from ..errors import InPlaceError, some_of
 from ..record.details import Choice
 from ..record.report import Report
@@ -73,6 +74,8 @@ class Run:
         teacher: The model that recovery learns from; None where there is none.
         layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
         rounds: The `Rounds` that have begun and have not ended; None between them.
+        trained: What was trained on.
+        seen: What the dense model has seen before; None where nothing says it.
         choices: How the units inside the layers were chosen, in summary, by layer of the dense model and space.
         changed: Whether the model has lost something that cannot be put back.
     """
@@ -94,6 +97,8 @@ class Run:
         self.teacher: PreTrainedModel | None = None
         self.layers: tuple[int, ...] | None = None
         self.rounds: Any = None
+        self.trained: list[Entry] = []
+        self.seen: Manifest | None = None
         self.choices: dict[tuple[int, str], Choice] = {}
         self.changed = False
 
@@ -105,6 +110,8 @@ class Run:
         """Measure the model while it is dense, and keep what recovery learns from: `dense` where that is another
         object than the model that shrinks, and a copy otherwise.
         """
+        self.plan = Plan.of(self.model, self.arch)
+        self.seen = Manifest.seen_by(dense or self.model)
         with self.report.timed("perplexity"):
             self.measure = Measure(self.model, self.evidence.domains, self.arch)
         self.report.start(self.model, self.arch)
@@ -125,10 +132,17 @@ class Run:
         from ..recovery.recover import Recovery
 
         with self.report.timed("recovery"), alone():
+            self.manifest().note(self.model)
             recovery = Recovery(self.config.recovery, self.config, part=part, parts=parts)
             recovery.recover_model(self.model, self.tokenizer, self.teacher)
             assert recovery.report is not None
             self.report.recovery = recovery.report.after(self.report.recovery)
+            self.trained = [Entry.of(domain, TRAINED) for domain in recovery.domains]
+
+    def manifest(self) -> Manifest:
+        """The record of all text that was used, by the runs before that the dense model comes from as well."""
+        rounds = [tuple(entry["shares"].values()) for entry in self.report.rounds]
+        return self.evidence.manifest(self.tokenizer, rounds).with_entries(self.trained).after(self.seen)
 
     def finish(self) -> None:
         """Complete the report."""
@@ -143,7 +157,8 @@ class Run:
         layers = self.plan.keep.get((MODEL, LAYER), range(self.dense.num_layers))
         self.report.details.domains = self.evidence.names
         self.report.details.take({key: choice for key, choice in self.choices.items() if key[0] in layers})
-        self.report.calibration_tokens = {domain.name: domain.samples.numel() for domain in self.evidence.domains}
+        calibrated = self.manifest().of_use(CALIBRATED)
+        self.report.calibration_tokens = {entry.name: entry.calibration_tokens for entry in calibrated}
         self.report.domain_seconds = {
             self.evidence.names[number]: spent for number, spent in sorted(self.evidence.clock.seconds.items())
         }

@@ -6,15 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import join
 from typing import Any
 
+from ..config.domains import IN_MEMORY
 from ..config.fields import read_mapping
 from ..config.pruning import CONFIG_NAME
-from ..domains.manifest import MANIFEST_NAME
+from ..domains.manifest import CALIBRATED, MANIFEST_NAME
 from ..errors import StructPruneError
 from ..surgery.plan import PLAN_NAME, Plan
 from .details import DETAILS_NAME, Details
-from .report import RECOVERY_REPORT_NAME, REPORT_NAME
+from .report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 
 
 EVALUATION_NAME = "evaluation.json"
@@ -23,7 +25,8 @@ EVALUATION_NAME = "evaluation.json"
 @dataclass(frozen=True)
 class Records:
     """The records of the result in the folder `output`, each empty where the folder does not have it. `recovery` holds
-    the numbers of the training, `evaluation` what `structprune evaluate` measured, `dense` the dense model's name.
+    the numbers of the training, `training` its config if it is no part of the pruning, `evaluation` what was measured
+    by `structprune evaluate`, `dense` the dense model's name.
     """
 
     output: str
@@ -33,8 +36,49 @@ class Records:
     plan: Plan | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
     recovery: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     dense: str = ""
+
+    def entries(self, use: str) -> list[Mapping[str, Any]]:
+        """The domains of the manifest that were used for one thing."""
+        return [entry for entry in self.manifest.get("domains", ()) if entry.get("use", CALIBRATED) == use]
+
+    def commands(self, folder: str, dense: str, again: str) -> list[str]:
+        """What makes the model once more, in the folder `again`, from the configs in a folder; nothing where it read
+        text that only the program had which called it.
+        """
+        domains = [domain for of in (self.config, self.training) for domain in of.get("domains") or []]
+        named = all(entry.get("origin") for entry in self.manifest.get("domains", ()))
+        if not self.config or not named or any(str(of.get("source", "")).startswith(IN_MEMORY) for of in domains):
+            return []
+        dtype = ["--dtype", self.details.model["dtype"]] if self.details.model.get("dtype") else []
+        lines = [["prune", dense, again, "--config", f"{folder}/{CONFIG_NAME}", *dtype]]
+        if self.training:
+            lines.append(["recover", again, again, "--overwrite", "--config", f"{folder}/{RECOVERY_CONFIG_NAME}"])
+            taught = any("dense" in perplexity for perplexity in (self.recovery.get("perplexity") or {}).values())
+            teacher = self.recovery.get("teacher") or self.dense
+            lines[1] += ["--teacher", dense if teacher == self.dense else teacher] if taught else []
+            lines[1] += ["--accept-worse"] if self.recovery.get("worse") else []
+            lines[1] += ["--arch", self.config["arch_file"]] if self.config.get("arch_file") else []
+        return [join(["structprune", *line]) for line in lines]
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """The seconds of each stage, with the training after the pruning."""
+        return {
+            **(self.report.get("seconds") or {}),
+            **({"recovery": self.recovery["seconds"]} if self.training else {}),
+        }
+
+    @property
+    def apart(self) -> bool:
+        """Whether no document that was held out has had another use, as far as the manifest knows documents."""
+        held, *used = (
+            {document for entry in self.manifest.get("domains", ()) for document in entry.get(name, ())}
+            for name in ("heldout_documents", "documents", "probe_documents")
+        )
+        return not held & set().union(*used)
 
     @classmethod
     def read(cls, folder: str | Path, output: str | Path | None = None, dense: str = "") -> Records:
@@ -59,6 +103,7 @@ class Records:
             plan=Plan.load(folder / PLAN_NAME) if (folder / PLAN_NAME).is_file() else None,
             manifest=read(MANIFEST_NAME),
             recovery=read(RECOVERY_REPORT_NAME) or report.get("recovery") or {},
+            training=read(RECOVERY_CONFIG_NAME),
             evaluation=read(EVALUATION_NAME),
             dense=dense or str(details.model.get("name", "")),
         )

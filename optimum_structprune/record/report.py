@@ -69,7 +69,7 @@ class Report:
         layer_parameters: The number of parameters in the layers alone, `{"before": …, "after": …}`.
         widths: The number of kept units, by space and layer.
         dense_widths: The full width, by space.
-        calibration_tokens: The number of tokens seen in each round, by domain.
+        calibration_tokens: The number of tokens that some round used, by domain.
         perplexity: The perplexity on held-out text, `{domain: {"before": …, "after": …}}`.
         perplexity_stderr: Their standard errors over samples, and that of "ratio", the one after over the one before.
         perplexity_tokens: The number of tokens that they were measured on, by domain.

@@ -35,6 +35,7 @@ from ..config.fields import build
 from ..config.recovery import LORA, RecoveryConfig
 from ..errors import InPlaceError, StructPruneError
 from ..forward.metrics import evaluating, input_device
+from ..system.fingerprint import computing
 from .resume import DIGITS, model_of, weights_hash
 
 
@@ -225,6 +226,29 @@ def merge_adapter_(adapted: PeftModel, samples: Tensor) -> PreTrainedModel:
 def _logits(model: PreTrainedModel | PeftModel, ids: Tensor) -> Tensor:
     with evaluating(model):
         return model(input_ids=ids.to(input_device(model)), use_cache=False).logits.float()
+
+
+def source_of(model: PreTrainedModel) -> str:
+    """The name that a model was loaded by; empty where it is of other sizes by now, as after a pruning in memory."""
+    try:
+        there = type(model.config).from_pretrained(name := model.name_or_path or "")
+    except (OSError, ValueError):
+        return ""
+    return name if computing(there) == computing(model.config) else ""
+
+
+@contextmanager
+def based_on(adapted: PeftModel, name: str) -> Iterator[None]:
+    """Inside `with`, an adapter and its card say that they belong to the model of this name; an empty one is none."""
+    model: Any = adapted.get_base_model()
+    before = model.name_or_path
+    for kind in adapted.peft_config.values():
+        kind.base_model_name_or_path = name
+    model.name_or_path = model.config._name_or_path = name
+    try:
+        yield
+    finally:
+        model.name_or_path = model.config._name_or_path = before
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> PeftModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from math import inf
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain
+from ..domains.manifest import CALIBRATED, MANIFEST_NAME, TRAINED, Entry, Manifest
 from ..errors import StructPruneError
 from ..forward.metrics import own_settings, perplexity
 from ..plain_json import replace_json
@@ -24,7 +26,7 @@ from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_N
 from ..saving.hub import RECORDS, check_reload, save_checked
 from ..system.disk import used_paths
 from ..system.stages import stage
-from .adapter import check_adapter, every_weight, fresh_adapter, lora_config, merge_adapter_
+from .adapter import based_on, check_adapter, every_weight, fresh_adapter, lora_config, merge_adapter_, source_of
 from .checks import check_recovery
 from .resume import TrainingInputs
 from .text import part_rows, samples_of, training_text
@@ -72,6 +74,9 @@ class Recovery:
         self.callbacks = callbacks
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # its amount is not used
         self.part, self.parts = part, parts
+        self.domains: list[Domain] = []
+        self._manifest: Manifest | None = None
+        self._base = ""
         self.report: RecoveryOutcome | None = None
         self._inputs: TrainingInputs | None = None
 
@@ -92,8 +97,9 @@ class Recovery:
             taught_by = load_teacher(teacher, model, trust_remote_code)
         # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
         # pruning has kept it.
+        self._base, seen = source_of(model), Manifest.seen_by(model)
         with stage("domains", {}):
-            domains = training_text(config, self.pruning, tokenizer, taught_by or model, self.parts)
+            domains = training_text(config, self.pruning, tokenizer, taught_by or model, self.parts, seen)
         ppl = {} if taught_by is None else {"dense": _perplexities(taught_by, domains)}
         ppl["pruned"] = _perplexities(model, domains)
         recovered, outcome = self._train(model, domains, taught_by, resume)
@@ -101,7 +107,10 @@ class Recovery:
             recovered = merge_adapter_(recovered, domains[0].heldout)
         ppl["recovered"] = _perplexities(recovered, domains)
         outcome.perplexity = {domain.name: {when: ppl[when][domain.name] for when in ppl} for domain in domains}
-        self.report = outcome
+        outcome.teacher = "" if taught_by is None else taught_by.name_or_path or ""
+        self.report, self.domains = outcome, domains
+        trained = [Entry.of(domain, TRAINED) for domain in domains]
+        self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(trained).note(recovered)
         outcome.judge()
         return recovered
 
@@ -143,7 +152,8 @@ class Recovery:
             tokenizer: The tokenizer that is saved beside the model.
             overwrite: Whether a folder that exists is replaced, see `check_target`.
             pruned: The folder of the pruned model, whose pruning config, plan, report and manifest are copied where it
-                has them.
+                has them, and which an adapter names as what it belongs to; by default that names what the model was
+                loaded from, if it had not changed since.
 
         Raises:
             StructPruneError: If the folder exists, nothing was trained, or the result does not come back the same.
@@ -154,6 +164,10 @@ class Recovery:
         carried = {
             name: Path(pruned, name).read_bytes() for name in RECORDS if pruned and Path(pruned, name).is_file()
         }
+        assert self._manifest is not None
+        manifest = self._manifest
+        if MANIFEST_NAME in carried and not manifest.of_use(CALIBRATED):
+            manifest = Manifest.load(str(pruned)).with_entries(manifest.domains)
 
         from ..saving.card import leave_card  # with the page, only what saves pays for them
         from ..saving.page import leave_page
@@ -161,7 +175,10 @@ class Recovery:
         def write(folder: Path) -> None:
             for name, record in carried.items():
                 (folder / name).write_bytes(record)
-            replace_json(folder / RECOVERY_CONFIG_NAME, self.config.to_dict())
+            manifest.save(folder / MANIFEST_NAME)
+            # Where its checkpoints lay is of no use to who trains it again.
+            training = {name: value for name, value in self.config.training.items() if name != "output_dir"}
+            replace_json(folder / RECOVERY_CONFIG_NAME, replace(self.config, training=training).to_dict())
             replace_json(folder / RECOVERY_REPORT_NAME, asdict(report))
             if REPORT_NAME in carried:
                 leave_page(folder, save_directory)
@@ -172,9 +189,10 @@ class Recovery:
 
         check = check_adapter if isinstance(model, PeftModel) else check_reload
         # An adapter is of no use without the model under it.
-        base = str(model.get_base_model().name_or_path) if isinstance(model, PeftModel) else None
-        used = [base, *used_paths(self.config, self.pruning)]
-        save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
+        base = str(pruned or self._base)
+        with based_on(model, base) if isinstance(model, PeftModel) else nullcontext():
+            used = [base if isinstance(model, PeftModel) else None, *used_paths(self.config, self.pruning)]
+            save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
 
 
 @overload

@@ -14,6 +14,7 @@ from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain, load_domains, num_heldout, split_samples
+from ..domains.manifest import Manifest
 from ..domains.resolve import WRITTEN, resolve, texts_of
 from ..errors import StructPruneError
 
@@ -77,11 +78,14 @@ def training_text(
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,
     parts: int = 1,
+    seen: Manifest | None = None,
 ) -> list[Domain]:
-    """Read the text of the whole training, and the held-out text that it is judged by."""
+    """Read the text of the whole training, and the held-out text that it is judged by; nothing of either has had the
+    other's use before.
+    """
     text = text_config(config, pruning, parts)
     vocab_size = model.config.get_text_config().vocab_size
-    return load_domains(text, tokenizer, vocab_size, heldout_samples(pruning, text.seq_length), model)
+    return load_domains(text, tokenizer, vocab_size, heldout_samples(pruning, text.seq_length), model, seen)
 
 
 def samples_of(domains: Sequence[Domain]) -> Tensor:

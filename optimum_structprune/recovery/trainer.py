@@ -330,10 +330,12 @@ class RecoveryOutcome(RecoveryReport):
         worse: Whether the mean log perplexity on held-out text is higher than that of the model before the training,
             or no number.
         learning_rate: The highest learning rate of the training.
+        teacher: The name of the teacher; empty where it has none, or there is no teacher.
     """
 
     worse: bool = False
     learning_rate: float = 0.0
+    teacher: str = ""
 
     def judge(self) -> None:
         """Set `worse` from `perplexity`, as the first process has it, and warn of a worse model or an early end."""

@@ -17,6 +17,7 @@ from .. import __version__
 from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 from ..arch.meta import model_class
 from ..config.fields import read_mapping, to_yaml
+from ..domains.manifest import CALIBRATED, TRAINED
 from ..plain_json import unversioned
 from ..record.facts import cells, facts_of, perplexity_facts, quality_rows, size_rows
 from ..record.records import Records
@@ -108,10 +109,13 @@ def model_card(
         gguf_refusal=gguf_refusal(config),
         sizes=_sizes(records.report),
         perplexity=_perplexity(records),
-        calibration=_calibration(records),
+        calibration=_domains(records, CALIBRATED),
+        trained_on=_domains(records, TRAINED),
+        apart=records.apart,
         training=records.recovery,
         version=__version__,
-        config=to_yaml(settings).strip() if settings else "",
+        configs=[to_yaml(dict(of)).strip() for of in (settings, unversioned(records.training)) if of],
+        commands="\n".join(records.commands(".", origin.name or "DENSE", "again")),
     )
     return signed(re.sub(r"\n{3,}", "\n\n", str(card)))
 
@@ -162,13 +166,11 @@ def _perplexity(records: Records) -> str:
     return markdown(cells([*models], rows)) if rows else ""
 
 
-def _calibration(records: Records) -> str:
-    if not records.manifest:
-        return ""
+def _domains(records: Records, use: str) -> str:
     rows = [["domain", "source", "share", "tokens"]]
-    for entry in records.manifest["domains"]:
+    for entry in records.entries(use):
         origin = entry["origin"]
         source = " ".join(str(origin[key]) for key in ("source", "dataset_config") if origin.get(key))
         source = (source or "given inputs").replace("`", "'")
         rows.append([entry["name"], f"`{source}`", f"{entry['weight']:.2f}", f"{entry['calibration_tokens']:,}"])
-    return markdown(rows)
+    return markdown(rows) if len(rows) > 1 else ""

@@ -14,9 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.load import describe
 from ..arch.per_layer import heterogeneous
-from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
@@ -46,11 +44,11 @@ def save_pruned(
     model: PreTrainedModel,
     save_directory: str | Path,
     config: StructPruneConfig,
-    plan: Plan | None,
-    report: Report | None,
+    plan: Plan,
+    report: Report,
+    manifest: Manifest,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
-    manifest: Manifest | None = None,
 ) -> None:
     """Save a pruned model with its config, plan, report, details, manifest, page and tokenizer; see `save_checked`.
 
@@ -60,50 +58,17 @@ def save_pruned(
     from .page import leave_page
 
     used = [model.name_or_path, *used_paths(config)]
-    if plan is None or report is None:
-        raise StructPruneError("There is nothing to save: call prune_model first.")
-    check_pruned(plan, describe(model, config.arch_file))
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
         plan.save(folder / PLAN_NAME)
         report.save(folder / REPORT_NAME)
         report.details.save(folder / DETAILS_NAME)
-        if manifest is not None:
-            manifest.save(folder / MANIFEST_NAME)
+        manifest.save(folder / MANIFEST_NAME)
         leave_page(folder, save_directory)
         leave_card(folder, save_directory, model.config, model.name_or_path, config.arch_file)
 
     save_checked(model, save_directory, tokenizer, overwrite, write, check_reload, used)
-
-
-def check_pruned(plan: Plan, arch: ArchSpec) -> None:
-    """Refuse a model that a plan cannot have left.
-
-    The plan numbers the units of the dense model. What it shares with the pruned model is the model type, and how many
-    units each layer has.
-    """
-    advice = "pass the model that prune_model returned"
-    if plan.model_type != arch.model_type:
-        raise StructPruneError(
-            f"The plan is for a {plan.model_type!r} model, this is a {arch.model_type!r} model; {advice}."
-        )
-    sizes: dict[tuple[str, int], int] = {}
-    for space in (*arch.model_spaces, *arch.spaces):
-        place = (space.kind, space.layer)
-        sizes[place] = min(sizes.get(place, space.size), space.size)
-    # The layers that are left are numbered anew.
-    numbers = {layer: number for number, layer in enumerate(plan.keep.get((MODEL, LAYER), ()))}
-    for kind, widths in plan.widths().items():
-        for layer, kept in widths.items():
-            where = "" if layer == MODEL else f" in layer {layer}"
-            size = sizes.get((kind, numbers.get(layer, layer)))
-            if size is None:
-                raise StructPruneError(f"The plan names {kind!r}{where}, which this model does not have; {advice}.")
-            if size != kept:
-                raise StructPruneError(
-                    f"The plan keeps {kept} units of {kind!r}{where}, and this model has {size}; {advice}."
-                )
 
 
 def save_checked(

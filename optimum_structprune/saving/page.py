@@ -16,9 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template, Undefi
 
 from .. import __version__
 from ..arch.spec import LAYER, MODEL
-from ..config.domains import IN_MEMORY
 from ..config.fields import to_yaml
-from ..config.pruning import CONFIG_NAME
+from ..domains.manifest import CALIBRATED
 from ..errors import StructPruneError, one_line
 from ..plain_json import replace_text
 from ..record.details import Choice
@@ -74,6 +73,7 @@ def page(records: Records) -> str:
             spent=_spent(records),
             commands=_commands(records),
             config_yaml=to_yaml(dict(config)) if config else "",
+            training_yaml=to_yaml(dict(records.training)) if records.training else "",
             manifest=_manifest(records),
             version=__version__,
         )
@@ -147,7 +147,7 @@ def _tiles(records: Records) -> Iterator[tuple[str, str, str]]:
     if errors := report.get("output_error"):
         worst = max(errors, key=lambda name: errors[name] or 0)
         yield "Output error", f"{errors[worst] or 0:.4f}", f"of the hidden states' variance, worst {worst}"
-    if spent := report.get("seconds"):
+    if spent := records.spent:
         note = "since it went on" if details.resumed else "in all stages"
         yield "Time", readable_time(sum(spent.values())), note
 
@@ -219,7 +219,7 @@ def _by_kinship(names: Sequence[str], shared: Sequence[str] | None) -> dict[str,
         return {"Evaluated text; whether it was calibrated on is not known": list(names)}
     return {
         "Unseen text": [name for name in names if name not in shared],
-        "Text that the calibration shares": [name for name in names if name in shared],
+        "Text that the calibration or the training shares": [name for name in names if name in shared],
     }
 
 
@@ -303,7 +303,7 @@ def _loss_charts(records: Records) -> Iterator[Chart]:
 
 def _spent(records: Records) -> Table | None:
     """Time and memory by stage; None where no stage was timed."""
-    spent, peaks = records.report.get("seconds"), records.details.memory
+    spent, peaks = records.spent, records.details.memory
     if not spent:
         return None
     kinds = sorted({kind for by_kind in peaks.values() for kind in by_kind})
@@ -322,23 +322,20 @@ def _spent(records: Records) -> Table | None:
 
 def _commands(records: Records) -> list[str]:
     """The commands that repeat the run; the pruning is not among them where its text cannot be read again."""
-    dense, output, model = records.dense or "DENSE", records.output, records.details.model
-    dtype = ["--dtype", model["dtype"]] if model.get("dtype") else []
+    dense, output = records.dense or "DENSE", records.output
     commands = [
         ["evaluate", output, "--against", dense, "--domain", "NAME=SOURCE"],
         ["report", output, dense],
     ]
-    sources = [str(domain.get("source", "")) for domain in records.config.get("domains") or []]
-    in_memory = any(source.startswith(IN_MEMORY) for source in sources)
-    if records.config and not in_memory and all(entry.get("origin") for entry in records.manifest.get("domains", [])):
-        commands.insert(0, ["prune", dense, f"{output}-again", "--config", f"{output}/{CONFIG_NAME}", *dtype])
-    return [join(["structprune", *command]) for command in commands]
+    made = records.commands(output, dense, f"{output}-again")
+    return [*made, *(join(["structprune", *command]) for command in commands)]
 
 
 def _manifest(records: Records) -> Table | None:
     rows = [
         [
             f"{entry['name']}: {entry['origin'].get('source', 'given inputs')}",
+            entry.get("use", CALIBRATED),
             f"{entry['weight']:.3f}",
             *(f"{entry[name]:,}" for name in ("calibration_tokens", "heldout_tokens")),
             f"{len(entry['documents']):,}",
@@ -346,8 +343,8 @@ def _manifest(records: Records) -> Table | None:
         ]
         for entry in records.manifest.get("domains", [])
     ]
-    head = ["domain", "weight", "tokens", "held out", "documents", "SHA-256"]
-    return Table("Manifest: what was calibrated on", head, rows) if rows else None
+    head = ["domain", "use", "weight", "tokens", "held out", "documents", "SHA-256"]
+    return Table("Manifest: what was calibrated and trained on", head, rows) if rows else None
 
 
 def _facts_table(caption: str, models: Mapping[str, Facts], rows: Sequence[Row], bars: Sequence[float] = ()) -> Table:

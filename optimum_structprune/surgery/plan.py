@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..arch.load import describe
 from ..arch.spec import EXPERT, LAYER, MODEL, ArchSpec, kind_of
 from ..config.fields import read_mapping
 from ..errors import StructPruneError
 from ..plain_json import unversioned, versioned
+from ..system.fingerprint import fingerprint
 
 
 PLAN_NAME = "pruning_plan.json"
@@ -32,24 +35,47 @@ class Plan:
         model_type: The model type that the plan is for.
         keep: The kept units as `{(layer, space): indices}`, with `MODEL` (-1) in the place of a layer where a space
             belongs to the whole model; spaces that are not named keep their full width.
+        sizes: The dense model's greatest width in each kind of space.
+        dense: The `fingerprint` of the dense model; empty, and no sizes, where a plan was made by hand.
     """
 
     model_type: str
     keep: Mapping[tuple[int, str], tuple[int, ...]]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    dense: str = ""
 
-    def check(self, arch: ArchSpec) -> None:
-        """Check that the plan fits a model.
+    @classmethod
+    def of(cls, model: PreTrainedModel, arch: ArchSpec) -> Plan:
+        """The plan that keeps all of a dense model."""
+        return cls(arch.model_type, {}, _sizes(arch), fingerprint(model))
+
+    def check(self, model: PreTrainedModel, arch_file: str | Path | None = None) -> None:
+        """Check that the plan belongs to a dense model: no other one, and none that was pruned before.
 
         Args:
-            arch: The description of the model.
+            model: The dense model.
+            arch_file: The file that describes its architecture, where the package does not.
 
         Raises:
-            StructPruneError: If it is for another model type, names a space the model does not have, or keeps units
-                that are not there.
+            StructPruneError: If it is for another model type, for other sizes or weights, names a space the model does
+                not have, or keeps units that are not there.
         """
+        arch = describe(model, arch_file)
         if self.model_type != arch.model_type:
             raise StructPruneError(
                 f"The plan is for a {self.model_type!r} model, this is a {arch.model_type!r} model."
+            )
+        here = _sizes(arch)
+        for kind, size in self.sizes.items():
+            if size != here.get(kind):
+                raise StructPruneError(
+                    f"The plan is for a dense model with {kind} {size}, and this model has {here.get(kind)}; take the "
+                    "model that was pruned, as it was before."
+                )
+        if self.dense and self.dense != fingerprint(model):
+            raise StructPruneError(
+                f"The plan is for another {arch.model_type!r} model: in its config, its dtype ({model.dtype} here) or "
+                "a weight it differs from the one that was pruned; take that one, as it was before."
             )
         sizes = {space.key: space.size for space in (*arch.model_spaces, *arch.spaces)}
         for (layer, name), keep in self.keep.items():
@@ -83,7 +109,7 @@ class Plan:
             keep[key] = tuple(keep[key][unit] for unit in units) if key in keep else units
         layers = keep.get((MODEL, LAYER))
         removed = {key for key in keep if layers is not None and key[0] not in (MODEL, *layers)}
-        return Plan(self.model_type, {key: units for key, units in keep.items() if key not in removed})
+        return replace(self, keep={key: units for key, units in keep.items() if key not in removed})
 
     def _dense_key(self, layer: int, name: str) -> tuple[int, str]:
         """The key in the dense model of a space of the model that this plan leaves."""
@@ -101,7 +127,7 @@ class Plan:
         keep: dict[str, dict[str, list[int]]] = {}
         for (layer, name), units in sorted(self.keep.items()):
             keep.setdefault(name, {})[str(layer)] = list(units)
-        return {"model_type": self.model_type, "keep": keep}
+        return {"model_type": self.model_type, "sizes": dict(self.sizes), "dense": self.dense, "keep": keep}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -120,11 +146,14 @@ class Plan:
                 for name, by_layer in data["keep"].items()
                 for layer, units in by_layer.items()
             }
-            if not isinstance(model_type := data["model_type"], str):
-                raise ValueError(f"the model type has to be a name, got {model_type!r}")
+            model_type, dense, sizes = data["model_type"], data["dense"], dict(data["sizes"])
+            if not isinstance(model_type, str) or not isinstance(dense, str):
+                raise ValueError(f"model type and fingerprint have to be text, got {model_type!r} and {dense!r}")
+            if any(type(size) is not int for size in sizes.values()):
+                raise ValueError(f"sizes have to be whole numbers, got {sizes}")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise StructPruneError(f"This is not a pruning plan: {error!r}.") from error
-        return cls(model_type=model_type, keep=keep)
+        return cls(model_type, keep, sizes, dense)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -142,3 +171,7 @@ class Plan:
             return cls.from_dict(data)
         except StructPruneError as error:
             raise StructPruneError(f"{path} is not a pruning plan: {error.__cause__!r}") from error
+
+
+def _sizes(arch: ArchSpec) -> dict[str, int]:
+    return {kind: max(arch.widths(kind).values()) for kind in arch.offered}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from hashlib import sha256
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .offloading import weight_of
 
@@ -18,13 +19,18 @@ ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")
 
 def fingerprint(model: PreTrainedModel) -> str:
     """The SHA-256 of a model's config and of every weight, in hexadecimal digits."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in ORIGIN}
-    digest = sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
+    described = [type(model).__name__, computing(model.config)]
+    digest = sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         tensor = weight_of(model, name) if tensor.is_meta else tensor
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def computing(config: PretrainedConfig) -> dict[str, Any]:
+    """What a model's config says about what the model computes."""
+    return {name: value for name, value in config.to_dict().items() if name not in ORIGIN}
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:

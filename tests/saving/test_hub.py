@@ -8,9 +8,7 @@ from models import build, config, token_ids, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import Plan, StructPruneConfig, StructPruneError, StructPruner
-from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.spec import LAYER, MODEL
-from optimum_structprune.saving.hub import check_pruned, check_reload, forget_code
+from optimum_structprune.saving.hub import check_reload, forget_code
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +105,7 @@ def test_a_model_that_comes_back_different_is_not_saved(run, tmp_path, monkeypat
 
 
 def test_saving_before_pruning_is_refused(tmp_path):
-    with pytest.raises(StructPruneError, match="call prune_model first"):
+    with pytest.raises(StructPruneError, match="is not what prune_model returned"):
         StructPruner(config()).save(build("llama-tied"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -146,23 +144,7 @@ def test_each_part_of_a_model_keeps_its_attention(tmp_path, monkeypatch):
 
 def test_the_dense_model_is_not_saved_as_the_pruned_one(run, tmp_path):
     pruner, _ = run
-    message = "keeps 24 units of 'mlp' in layer 0, and this model has 40; pass the model that prune_model returned"
-    with pytest.raises(StructPruneError, match=message):
-        pruner.save(build("llama-tied"), tmp_path / "out")
-    with pytest.raises(StructPruneError, match="is for a 'llama' model, this is a 'mistral' model"):
-        pruner.save(build("mistral"), tmp_path / "out")
+    for other in ("llama-tied", "mistral"):
+        with pytest.raises(StructPruneError, match="is not what prune_model returned"):
+            pruner.save(build(other), tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_plan_is_held_against_the_layers_that_are_left():
-    arch = describe(build("llama-tied"))
-    units = tuple(range(40))
-    check_pruned(Plan("llama", {(MODEL, LAYER): (1, 3), (1, "mlp"): units, (3, "mlp"): units}), arch)
-    for keep, message in [
-        ({(MODEL, LAYER): (1, 3, 4)}, "keeps 3 units of 'layer', and this model has 2"),
-        ({(MODEL, LAYER): (1, 3), (3, "mlp"): units[1:]}, "keeps 39 units of 'mlp' in layer 3, and this model has 40"),
-        ({(0, "expert"): (0, 1)}, "names 'expert' in layer 0, which this model does not have"),
-        ({(2, "mlp"): units}, "names 'mlp' in layer 2, which this model does not have"),
-    ]:
-        with pytest.raises(StructPruneError, match=message):
-            check_pruned(Plan("llama", keep), arch)

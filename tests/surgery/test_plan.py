@@ -5,7 +5,6 @@ import torch
 from models import build
 
 from optimum_structprune import Plan, StructPruneError
-from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import MODEL
 from optimum_structprune.surgery.plan import best_units
 
@@ -71,4 +70,4 @@ def test_a_later_plan_is_in_the_numbers_of_the_model_that_the_first_one_leaves()
 ])  # fmt: skip
 def test_a_plan_for_another_model_is_refused(plan, message):
     with pytest.raises(StructPruneError, match=message):
-        plan.check(describe(build("llama-tied")))
+        plan.check(build("llama-tied"))

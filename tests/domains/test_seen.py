@@ -1,0 +1,131 @@
+"""What was seen stays seen: no document that is held out has another use, however often the texts repeat it."""
+
+import json
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+from helpers import recovery_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import build, config, documents, tokenizer
+
+from optimum_structprune import DomainConfig, Manifest, StructPruneError, StructPruner
+from optimum_structprune.domains.load import Domain, load_domains
+from optimum_structprune.domains.manifest import EARLIER, TRAINED, Entry
+from optimum_structprune.domains.packing import PATIENCE
+from optimum_structprune.domains.sources import documents as read
+from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.recovery.text import training_text
+
+
+TEXTS = documents(80)
+READER, MODEL = tokenizer(), build("llama-tied")
+# Rows of one pool of texts, repeated and in any order, so that domains overlap in all ways.
+rows = st.lists(st.integers(0, len(TEXTS) - 1), min_size=20, max_size=150)
+choices = st.sampled_from([{}, {"objective": "worst", "rounds": 2}, {"allocation": "sensitivity"}])
+often = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def domain(name: str, numbers: list[int], weight: float = 1.0) -> DomainConfig:
+    return DomainConfig(name, [TEXTS[number] for number in numbers], weight=weight)
+
+
+def uses(domains: list[Domain]) -> tuple[set[str], set[str], set[str]]:
+    names = ("heldout_documents", "documents", "probe_documents")
+    held, used, probe = (set().union(*(getattr(domain, name) for domain in domains)) for name in names)
+    return held, used, probe
+
+
+def assert_apart(domains: list[Domain]) -> None:
+    held, used, probe = uses(domains)
+    assert held and used and not held & used and not held & probe and not used & probe
+
+
+@often
+@given(
+    texts=st.lists(rows, min_size=1, max_size=3), weight=st.floats(0.2, 5), more=choices, holdout=st.floats(0.1, 0.5)
+)
+def test_what_is_held_out_has_no_other_use_in_any_domain(texts, weight, more, holdout):
+    named = [domain(f"d{number}", numbers, weight if number else 1.0) for number, numbers in enumerate(texts)]
+    asked = config(domains=named, num_samples=6, holdout=holdout, **more)
+    try:
+        assert_apart(load_domains(asked, READER))
+    except StructPruneError as error:
+        assert "serves only one of the two" in str(error)
+
+
+@often
+@given(first=rows, second=rows, seed=st.integers(0, 3), seq_length=st.sampled_from([16, 24, 40]), more=choices)
+def test_a_training_and_a_later_pruning_keep_to_what_was_held_out(first, second, seed, seq_length, more):
+    asked = config(domains=[domain("a", first)], num_samples=4, seed=seed, **more)
+    try:
+        before = load_domains(asked, READER)
+        seen = Manifest.of(asked, before, READER)
+        trains = recovery_config(domains=[domain("b", second)], tokens=4 * seq_length, seq_length=seq_length)
+        trained = training_text(trains, asked, READER, MODEL, seen=seen)
+        seen = seen.with_entries([Entry.of(text, TRAINED) for text in trained])
+        later = load_domains(replace(asked, domains=[domain("c", second)]), READER, seen=seen)
+    except StructPruneError as error:
+        assert "serves only one of the two" in str(error)
+        return
+    assert_apart([*before, *trained])
+    held, used, _ = uses([*before, *trained])
+    assert not held & uses(later)[1] and not used & uses(later)[0]
+
+
+def test_a_text_that_repeats_itself_forever_ends():
+    def forever():
+        while True:
+            yield TEXTS[0]
+
+    with patch("optimum_structprune.domains.packing.PATIENCE", PATIENCE // 100):
+        with pytest.raises(StructPruneError, match="documents, of which 1 differ.*serves only one of the two"):
+            load_domains(config(domains=[DomainConfig("a", forever())], num_samples=2), READER)
+
+
+def test_the_same_file_twice_with_other_weights_is_enough_text():
+    numbers = list(range(80))
+    assert_apart(load_domains(config(domains=[domain("a", numbers), domain("b", numbers, 6.0)]), READER))
+
+
+def test_hidden_files_are_not_read(tmp_path):
+    copies = tmp_path / ".hidden" / "texts"
+    for folder in (copies, copies / ".ipynb_checkpoints"):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text("w3 w4")
+    (copies / ".b.txt").write_text("w5 w6")
+    assert list(read(DomainConfig("a", str(copies)), 0)) == ["w3 w4"]
+
+
+def test_report_and_manifest_count_the_samples_that_ran_with_the_shares_of_the_last_round(tmp_path):
+    asked = config(widths={"mlp": 20}, rounds=3, objective="worst", num_samples=12)
+    pruner = StructPruner(asked)
+    counts: list[list[int]] = []
+    batches = Evidence.own_batches.fget
+
+    def noted(evidence: Evidence):
+        counts.append([len(domain.samples) for domain in evidence._in_proportion()])
+        return batches(evidence)
+
+    with patch.object(Evidence, "own_batches", property(noted)):
+        small = pruner.prune_model(build("llama-tied"), READER)
+    ran = {entry.name: entry.calibration_tokens for entry in pruner.manifest.domains}
+    assert list(ran.values()) == [24 * max(of) for of in zip(*counts, strict=True)]
+    assert pruner.report.calibration_tokens == ran
+    shares = pruner.report.rounds[-1]["shares"]
+    assert {entry.name: entry.weight for entry in pruner.manifest.domains} == shares and len(set(shares.values())) > 1
+    pruner.save(small, tmp_path / "out", READER)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"{share:.2f} | {ran[name]:,} |" in card for name, share in shares.items())
+
+
+def test_a_pruning_of_a_result_remembers_what_that_one_has_seen(tmp_path):
+    first = StructPruner(config(domains=[domain("a", list(range(40)))]))
+    first.save(first.prune_model(build("llama-tied"), READER), tmp_path / "once", READER)
+    once = type(build("llama-tied")).from_pretrained(tmp_path / "once")
+    again = StructPruner(config(widths={"mlp": 16}, domains=[domain("b", list(range(20, 80)))]))
+    again.save(again.prune_model(once, READER), tmp_path / "twice", READER)
+    data = json.loads((tmp_path / "twice" / "calibration_manifest.json").read_text())
+    assert [(entry["name"], entry["use"]) for entry in data["domains"]] == [("b", "calibrated on"), ("a", EARLIER)]
+    assert not set(data["domains"][0]["heldout_documents"]) & set(data["domains"][1]["documents"])

@@ -1,0 +1,143 @@
+"""A record belongs to what it describes: plans, reports and manifests to their model, an adapter to its base."""
+
+import json
+import re
+from copy import deepcopy
+from html import unescape
+from itertools import permutations, product
+from shlex import split
+
+import pytest
+import torch
+from helpers import RECOVERY_TEXT, recovery_config, same_weights, save_with_tokenizer, without_refit
+from models import build, config, documents, tokenizer
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from optimum_structprune import DomainConfig, Plan, Recovery, StructPruneError, StructPruner, calibrate, evaluate
+from optimum_structprune.commands.cli import main
+from optimum_structprune.surgery.plan import PLAN_NAME
+
+
+CONFIGS = (config(refit="none"), config(refit="none", domains=[DomainConfig("c", documents(seed=5))]))
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_every_model_is_saved_with_the_records_of_its_own_run(order, tmp_path):
+    """Two models by two pruners, saved in any order."""
+    dense, pruners = [build("llama-tied", seed) for seed in (0, 1)], [StructPruner(one) for one in CONFIGS]
+    runs = []
+    for model, pruner in product(dense, pruners):
+        small = pruner.prune_model(model, tokenizer())
+        runs.append((model, pruner, small, pruner.report.to_dict(), pruner.manifest))
+    for number in order:
+        model, pruner, small, report, manifest = runs[number]
+        folder = tmp_path / str(number)
+        pruner.save(small, folder, tokenizer())
+        saved = json.loads((folder / "report.json").read_text())
+        assert saved["perplexity"] == json.loads(json.dumps(report["perplexity"]))
+        assert type(manifest).load(folder) == manifest
+        plan = Plan.load(folder / PLAN_NAME)
+        plan.check(model)
+        assert same_weights(without_refit(model, plan), small)
+        for other, _, other_small, *_ in runs:
+            if other is not model:
+                with pytest.raises(StructPruneError, match="in its config, its dtype.*or a weight it differs"):
+                    plan.check(other)
+            with pytest.raises(StructPruneError, match="for a dense model with mlp 40, and this model has 24"):
+                plan.check(other_small)
+    with pytest.raises(StructPruneError, match="not what prune_model returned"):
+        pruner.save(deepcopy(small), tmp_path / "copy")
+
+
+def test_the_plan_of_a_second_pruning_is_for_the_once_pruned_model_and_both_together_for_the_dense_one():
+    dense = build("llama-tied")
+    first, second = StructPruner(config()), StructPruner(config(widths={"mlp": 12}))
+    once = first.prune_model(dense, tokenizer())
+    second.prune_model(once, tokenizer())
+    second.plan.check(once)
+    with pytest.raises(StructPruneError, match="dense model with mlp 24, and this model has 40"):
+        second.plan.check(dense)
+    first.plan.then(second.plan).check(dense)
+    assert Plan.from_dict(second.plan.to_dict()) == second.plan
+
+
+def test_an_adapter_names_the_pruned_folder_or_nothing(tmp_path):
+    save_with_tokenizer(build("llama-tied"), tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    pruner = StructPruner(config(**RECOVERY_TEXT))
+    small = pruner.prune_model(dense, tokenizer())
+    pruner.save(small, tmp_path / "small", tokenizer())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    asked = recovery_config(merge=False, lora={"target_modules": ["q_proj", "v_proj"], "r": 2})
+    for name, model, pruned in (("given", small, tmp_path / "small"), ("loaded", loaded, None), ("none", small, None)):
+        recovery = Recovery(asked, pruner.config)
+        recovery.save(adapted := recovery.recover_model(deepcopy(model), tokenizer()), tmp_path / name, pruned=pruned)
+        base = json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert base == ("" if name == "none" else str(tmp_path / "small"))
+        assert str(tmp_path / "dense") not in (tmp_path / name / "README.md").read_text()
+        assert adapted.get_base_model().name_or_path == model.name_or_path
+        if base:
+            again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / name)
+            ids = torch.arange(3, 15)[None]
+            torch.testing.assert_close(again(ids).logits, adapted(ids).logits)
+
+
+def text_file(path, count=200, seed=0):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(count, seed)))
+    return path
+
+
+def prune_and_recover(folder, *flags):
+    """`prune --recover`, on text of one file, trained on that of another."""
+    save_with_tokenizer(build("llama-tied"), folder / "model")
+    text_file(folder / "a.jsonl"), text_file(folder / "b.jsonl", seed=7)
+    training = ["tokens=480", f"domains=[{{name: b, source: {folder / 'b.jsonl'}}}]"]
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--num-samples", "6", "--device", "cpu"]
+    given = [part for value in training for part in ("--recovery", value)]
+    return ["prune", str(folder / "model"), str(folder / "out"), "--width", "mlp=24", *text, *given, *flags]
+
+
+def test_what_the_page_says_repeats_all_of_it(tmp_path, monkeypatch):
+    assert main(prune_and_recover(tmp_path, "--accept-worse")) == 0
+    page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
+    lines = re.findall(r"structprune (?:prune|recover) [^\n<]*", unescape(page))
+    assert len(lines) == 2
+    for line in lines:
+        assert main([*split(line)[1:], "--device", "cpu"]) == 0
+    first, again = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "out-again"))
+    assert same_weights(first, again)
+    assert "output_dir" not in (tmp_path / "out" / "recovery_config.json").read_text()
+    # The card says it for whoever stands in its folder.
+    commands = re.search(r"```bash\n(.*?)\n```", card, re.DOTALL)[1].splitlines()
+    assert len(commands) == 2 and str(tmp_path) not in "".join(commands)
+    monkeypatch.chdir(tmp_path / "out")
+    for line in commands:
+        assert main([str(tmp_path / "model") if word == "model" else word for word in split(line)[1:]]) == 0
+    assert same_weights(first, AutoModelForCausalLM.from_pretrained("again"))
+
+
+def test_text_that_was_trained_on_is_not_unseen(tmp_path):
+    assert main(prune_and_recover(tmp_path, "--accept-worse")) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    text_file(tmp_path / "c.jsonl", seed=9)
+    domains = [DomainConfig(name, str(tmp_path / f"{file}.jsonl")) for name, file in (("other", "b"), ("new", "c"))]
+    with pytest.warns(UserWarning, match="documents were trained on, in the training domain 'b'"):
+        found = evaluate(model, tokenizer(), domains, seq_length=24)
+    assert found.shared == ["other"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "calibrated or trained on: other documents, which nothing was fitted to" in card
+    assert "| b " in card.split("## Trained afterwards")[1].split("## Limits")[0]
+
+
+def test_statistics_of_another_source_do_not_stand_for_a_domain(tmp_path):
+    files = [text_file(tmp_path / f"{name}.jsonl", seed=seed) for seed, name in enumerate("ab")]
+    settings = [config(domains=[DomainConfig("text", str(file))]) for file in files]
+    calibrate(build("llama-tied"), tokenizer(), settings[0], tmp_path / "stats")
+    for asked, fits in zip(settings, (True, False), strict=True):
+        pruner = StructPruner(config(domains=asked.domains, stats=str(tmp_path / "stats")))
+        if fits:
+            pruner.prune_model(build("llama-tied"), tokenizer())
+            continue
+        with pytest.raises(StructPruneError, match="are of .*a.jsonl, and the config names .*b.jsonl for it"):
+            pruner.prune_model(build("llama-tied"), tokenizer())
