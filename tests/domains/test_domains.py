@@ -233,7 +233,7 @@ def test_the_mask_of_real_text():
 
 
 def test_text_without_answers_is_refused():
-    rows = [{"q": "w3 w4 w5 w6 w7", "a": ""}] * 60
+    rows = [{"q": f"w3 w4 w5 w{3 + number % 10} w{3 + number // 10}", "a": ""} for number in range(60)]
     domain = DomainConfig("d", rows, template="{q}{a}", answers_only=True)
     with pytest.raises(StructPruneError, match="has answers_only, but its .* hold no answer"):
         load_domains(config(domains=[domain], num_samples=4), tokenizer())

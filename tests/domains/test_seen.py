@@ -69,8 +69,10 @@ def test_a_training_and_a_later_pruning_keep_to_what_was_held_out(first, second,
     except StructPruneError as error:
         assert "serves only one of the two" in str(error)
         return
-    assert_apart([*before, *trained])
-    held, used, _ = uses([*before, *trained])
+    assert_apart(before)
+    held, used, probe = uses([*before, *trained])
+    # What widths were chosen by may be trained on, as calibration text may; perplexity is of neither.
+    assert not held & (used | probe)
     assert not held & uses(later)[1] and not used & uses(later)[0]
 
 

@@ -509,7 +509,7 @@ def test_a_source_is_read_only_as_far_as_needed(monkeypatch):
 
 
 def test_texts_longer_than_the_tokenizer_allows_are_packed_in_silence(caplog, recwarn):
-    load_domains(make([" ".join(random.Random(0).choices(WORDS, k=500)) for _ in range(4)]), tokenizer())
+    load_domains(make([" ".join(random.Random(seed).choices(WORDS, k=500)) for seed in range(4)]), tokenizer())
     assert not [record for record in caplog.records if "longer" in record.getMessage()]
     assert not [warning for warning in recwarn if "longer" in str(warning.message)]
 

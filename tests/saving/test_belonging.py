@@ -4,7 +4,7 @@ import json
 import re
 from copy import deepcopy
 from html import unescape
-from itertools import permutations, product
+from itertools import product
 from shlex import split
 
 import pytest
@@ -22,7 +22,7 @@ from optimum_structprune.surgery.plan import PLAN_NAME
 CONFIGS = (config(refit="none"), config(refit="none", domains=[DomainConfig("c", documents(seed=5))]))
 
 
-@pytest.mark.parametrize("order", list(permutations(range(4))))
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (1, 3, 0, 2)])
 def test_every_model_is_saved_with_the_records_of_its_own_run(order, tmp_path):
     """Two models by two pruners, saved in any order."""
     dense, pruners = [build("llama-tied", seed) for seed in (0, 1)], [StructPruner(one) for one in CONFIGS]
