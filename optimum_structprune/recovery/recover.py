@@ -164,10 +164,12 @@ class Recovery:
         carried = {
             name: Path(pruned, name).read_bytes() for name in RECORDS if pruned and Path(pruned, name).is_file()
         }
-        assert self._manifest is not None
         manifest = self._manifest
-        if MANIFEST_NAME in carried and not manifest.of_use(CALIBRATED):
-            manifest = Manifest.load(str(pruned)).with_entries(manifest.domains)
+        if manifest and MANIFEST_NAME in carried and not manifest.of_use(CALIBRATED):
+            try:
+                manifest = Manifest.load(str(pruned)).with_entries(manifest.domains)
+            except StructPruneError:
+                manifest = None  # what cannot be read is carried as it is
 
         from ..saving.card import leave_card  # with the page, only what saves pays for them
         from ..saving.page import leave_page
@@ -175,7 +177,8 @@ class Recovery:
         def write(folder: Path) -> None:
             for name, record in carried.items():
                 (folder / name).write_bytes(record)
-            manifest.save(folder / MANIFEST_NAME)
+            if manifest is not None:
+                manifest.save(folder / MANIFEST_NAME)
             # Where its checkpoints lay is of no use to who trains it again.
             training = {name: value for name, value in self.config.training.items() if name != "output_dir"}
             replace_json(folder / RECOVERY_CONFIG_NAME, replace(self.config, training=training).to_dict())
