@@ -149,7 +149,8 @@ def test_without_a_terminal_each_stage_is_a_line_when_it_begins(quiet, terminal,
 
     assert execute(parsed(run, quiet, json_=True)) == 0
     lines = [] if quiet or terminal else ["reading …", "cutting …"]
-    assert screen.getvalue().splitlines() == lines and json.loads(capsys.readouterr().out) == {"a": 1}
+    assert screen.getvalue().splitlines() == lines
+    assert json.loads(capsys.readouterr().out) == {"structprune": __version__, "a": 1}
 
 
 @pytest.mark.parametrize("fails", [False, True])
