@@ -25,7 +25,7 @@ RUNS = {
     "three layers": {"widths": None, "sparsity": 0.25, "allocation": "search", "round_to": 4},
     "granite": {"widths": {"layer": 1, "hidden": 24, "mlp": 24}},
     "olmoe": {"widths": None, "sparsity": 0.1, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
-    "mistral": {"criterion": "wanda", "refit": "bias", "allocation": "global", "round_to": 1},
+    "mistral": {"criterion": "wanda", "refit": "none", "allocation": "global", "round_to": 1},
     "olmo2": {"criterion": "loss_increase", "widths": {"layer": 1}},
     "t5": {},
     "writes itself": {},
