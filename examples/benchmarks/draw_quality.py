@@ -29,7 +29,7 @@ COLOURS = {
 }
 INK, LINE, OURS, FLAP, TAYLOR, CARD = COLOURS
 # The tables under this heading are for these shares of the FFN channels, in percent.
-SIZES, SHARES = "### The present defaults", (35, 20, 50)
+SIZES, SHARES = "## The present defaults", (35, 20, 50)
 CURVES = {
     "mix + a fifth self:any, one-shot, obs_drive + refit": ("this package", OURS, "o-"),
     "mix, one-shot, flap global + bias": ("FLAP", FLAP, "s--"),
