@@ -147,7 +147,10 @@ def test_yaml_files(file, data):
     handled(presets, str(file))
 
 
-PLAN = {"model_type": "llama", "keep": {"mlp": {"0": [0, 1], "1": [2]}, "layer": {"-1": [0]}}}
+PLAN = {
+    "model_type": "llama", "keep": {"mlp": {"0": [0, 1], "1": [2]}, "layer": {"-1": [0]}},
+    "sizes": {"mlp": 4, "layer": 2}, "dense": "0a",
+}  # fmt: skip
 
 
 @examples(1000)
