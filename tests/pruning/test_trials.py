@@ -195,7 +195,7 @@ def test_the_worst_objective_needs_no_rounds_where_it_chooses_the_widths():
     small = pruner.prune_model(build("llama-tied"), tokenizer())
     assert sum(pruner.report.widths["mlp"].values()) == 2 * 24 and pruner.report.rounds == []
     assert torch.isfinite(small(token_ids()).logits).all()
-    with pytest.raises(StructPruneError, match="objective='worst' re-weight domains.*rounds=1 leaves none"):
+    with pytest.raises(StructPruneError, match="objective='worst' weighs the domains anew.*rounds=1 leaves none"):
         config(allocation="global", objective="worst")
 
 
