@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from ..criteria.base import check_scores
 from ..criteria.mixture import Mixture, Pool, Pooled, output_energy, pooled, standardised
 from ..criteria.obs import producer_norms
 from ..forward.placement import Placement
-from ..record.details import Choice, Choices, choice_of, choices_of_list, choices_to_list
+from ..record.details import Choice, Choices, choice_of, choices_of_list, choices_to_list, relative_errors
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.cut import fill_layer_, shrink_layer_
 from ..surgery.plan import Plan, best_units
@@ -184,10 +183,8 @@ class Sweep:
                 errors.append((*squared, output_energy(weight, moments)))
             self.consumers.mask_(axis, columns, *refitted)
         if len(errors) == len(space.into) and space.key in self.choices:
-            removed, refitted, energy = (sum(of_all) for of_all in zip(*errors, strict=True))
-            if energy > 0 and isfinite(removed) and isfinite(refitted):
-                error = (removed / energy, refitted / energy)
-                self.choices[space.key] = replace(self.choices[space.key], error=error)
+            error = relative_errors([sum(of_all) for of_all in zip(*errors, strict=True)])
+            self.choices[space.key] = replace(self.choices[space.key], error=error)
 
     def trial(self, space: Space, gathered: Sequence[Pooled], scores: Tensor, width: int) -> dict[Axis, Values]:
         """The values of the consumers of one space if it kept so many units; the model is left as it is."""

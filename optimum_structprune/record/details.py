@@ -79,9 +79,16 @@ def choices_of_list(rows: Sequence[Sequence[Any]]) -> dict[tuple[int, str], Choi
 
 def choice_of(kept: Tensor, carried: Tensor | None = None, errors: Sequence[float] | None = None) -> Choice:
     """The summary of one choice. `kept` has the shape `(units,)`, `carried` `(domains, units)`."""
-    usable = errors if errors is not None and errors[2] > 0 and all(map(isfinite, errors)) else None
-    error = () if usable is None else (usable[0] / usable[2], usable[1] / usable[2])
-    return Choice(len(kept), int(kept.sum()), () if carried is None else rank_correlations(carried), error)
+    agreement = () if carried is None else rank_correlations(carried)
+    return Choice(len(kept), int(kept.sum()), agreement, () if errors is None else relative_errors(errors))
+
+
+def relative_errors(errors: Sequence[float]) -> tuple[float, ...]:
+    """The squared errors without a refit and with one, relative to the energy that stands third; empty where that is 0
+    or a number is not finite.
+    """
+    removed, refitted, energy = errors
+    return (removed / energy, refitted / energy) if energy > 0 and all(map(isfinite, errors)) else ()
 
 
 def rank_correlations(values: Tensor) -> tuple[float, ...]:
