@@ -226,5 +226,5 @@ class Manifest:
 
 def _place(source: Any) -> str:
     """The hash of a local path, which means the same file from every working folder and does not show it."""
-    path = Path(os.path.expanduser(source)) if isinstance(source, str) else None
-    return sha256(str(path.resolve()).encode()).hexdigest() if path is not None and path.exists() else ""
+    path = os.path.expanduser(source) if isinstance(source, str) else ""
+    return sha256(os.path.realpath(path).encode()).hexdigest() if path and os.path.exists(path) else ""

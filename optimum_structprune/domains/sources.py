@@ -138,7 +138,7 @@ def _files(domain: DomainConfig) -> list[Path]:
                 f"The domain {domain.name!r}: files like {path} are not read.{did_you_mean(path.suffix, READERS)}"
             )
         return [path]
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         raise StructPruneError(
             f"The domain {domain.name!r}: {path} is no regular file; write its text to one, such as text.jsonl."
         )
@@ -149,7 +149,7 @@ def _files(domain: DomainConfig) -> list[Path]:
     elif "*" in domain.source:
         candidates, what = [*map(Path, glob(str(path), recursive=True))], f"the pattern {domain.source!r}"
     elif domain.source.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
-        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
         close = [f" Did you mean {str(path.with_name(name))!r}?" for name in get_close_matches(path.name, names, n=1)]
         raise StructPruneError(f"The domain {domain.name!r}: there is no file or folder {path}.{''.join(close)}")
     else:
