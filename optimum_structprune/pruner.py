@@ -49,7 +49,7 @@ class StructPruner:
         config: What to remove and how.
 
     Attributes:
-        used_config: The config, which says after a run what broad text has been read.
+        used_config: The config, which says after a run what general text has been read.
         report: The numbers of the last run; None before there was one.
         plan: The units of the dense model that the last run kept.
         manifest: The text that the last run used, and what its dense model comes from.

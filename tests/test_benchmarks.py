@@ -163,7 +163,7 @@ def test_benchmark_domains_leaves_one_kind_out(tmp_path, capsys):
     run, out, kinds = main("benchmark_domains"), tmp_path / "left.json", ["stories", "math", "web"]
     flags = "--leave-one-out --removed 50 --seeds 0 --samples 6 --seq-length 64 --eval-samples 2 --domains"
     data = few_documents(tmp_path / "kinds", kinds)
-    cells = ["mix, one-shot, obs + refit", "mix + a fifth broad, one-shot, obs + refit", "web only, one-shot, wanda"]
+    cells = ["mix, one-shot, obs + refit", "mix + a fifth general, one-shot, obs + refit", "web only, one-shot, wanda"]
     run(["run", TINY, str(data), str(out), *flags.split(), *kinds, "--cells", *cells])
     rows = [(row["cell"], row["left_out"]) for row in json.loads(out.read_text())["runs"]]
     assert {*rows} == {(cell, kind) for cell in cells for kind in kinds} - {(cells[2], "web")}

@@ -61,5 +61,5 @@ def loss_ratio(stories, **fields) -> float:
 
 def stories_config(**fields) -> StructPruneConfig:
     """Prunes the FFN to 96 channels, calibrated on stories."""
-    defaults = {"widths": {"mlp": 96}, "breadth": 0.0, "num_samples": 16, "seq_length": 128}
+    defaults = {"widths": {"mlp": 96}, "general_share": 0.0, "num_samples": 16, "seq_length": 128}
     return StructPruneConfig(**{**defaults, "domains": [DomainConfig(name="stories", source=str(STORIES))], **fields})

@@ -146,7 +146,7 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
     with TemporaryDirectory() as empty, patch.object(generated.constants, "HF_HOME", empty):
         author, start = load(args, layers), clock()
         domains = divided(load_domains(settings, tokenizer, model=author), count)
-        writing = clock() - start if args.breadth else 0.0
+        writing = clock() - start if args.general_share else 0.0
         del author
     samples = torch.cat([domain.samples for domain in domains])
     before = resident("VmRSS")
@@ -205,8 +205,8 @@ def run(args: Namespace) -> None:
         rounds=args.rounds,
         error_feedback=args.error_feedback,
         allocation=args.allocation,
-        breadth=args.breadth,
-        broad_text=WRITTEN if args.breadth else None,
+        general_share=args.general_share,
+        general_text=WRITTEN if args.general_share else None,
     )
     load_libraries()
     costs = []
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--domains", type=int, nargs="+", default=[None], help="divides the samples anew")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--criterion")
-    parser.add_argument("--breadth", type=float, default=0.2, help="the share of the text that the model writes")
+    parser.add_argument("--general-share", type=float, default=0.2, help="the share of the text that the model writes")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--error-feedback", type=float, default=0.5, help="0 leaves the dense residual stream out")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where other jobs run beside it")

@@ -64,8 +64,8 @@ MIXES: dict[str, dict[str, Any]] = {
     "worst-case": {"objective": "worst"},
     "self-generated": {"domains": SELF},
     "built-in": {"domains": ("builtin:prose", "builtin:code", "builtin:math")},
-    "mix + a fifth broad": {"breadth": 0.2, "broad_text": "builtin:broad"},
-    "mix + two fifths broad": {"breadth": 0.4, "broad_text": "builtin:broad"},
+    "mix + a fifth general": {"general_share": 0.2, "general_text": "builtin:general"},
+    "mix + two fifths general": {"general_share": 0.4, "general_text": "builtin:general"},
 }
 ROUNDS: dict[str, dict[str, Any]] = {
     "one-shot": {"rounds": 1},
@@ -166,7 +166,7 @@ def config_of(
     """The whole config of one run; `most` are the parameters of the whole model with this width of the FFN."""
     # A cell has the text that its name says, and no other beside it.
     fields = {"num_samples": args.samples, "seq_length": args.seq_length, "seed": seed}
-    cell = {"breadth": 0.0, **cell}
+    cell = {"general_share": 0.0, **cell}
     if cell.get("allocation") in EVERY_SPACE:
         fields |= {"budget": {"parameters": most or 1}}
     else:
@@ -188,7 +188,7 @@ def without(args: Namespace, config: StructPruneConfig, left_out: str) -> Struct
             domains.append(replace(domain, source=aside(args, domain.name)[0]))
         elif domain.source not in near:
             domains.append(domain)
-    return replace(config, domains=domains, breadth=0.0, broad_text=None)
+    return replace(config, domains=domains, general_share=0.0, general_text=None)
 
 
 def aside(args: Namespace, name: str) -> tuple[list[str], list[str]]:

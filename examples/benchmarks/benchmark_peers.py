@@ -157,7 +157,7 @@ def write_texts(args: Namespace, path: Path) -> list[str]:
     """Tokenise all text once, for every row, and return the names of what nobody calibrates on."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     fields = {"domains": calibration(args, args.domains), "num_samples": args.samples, "seq_length": SEQ_LENGTH}
-    config = StructPruneConfig(**fields, sparsity=args.removed / 100, breadth=0.0, seed=args.seed)
+    config = StructPruneConfig(**fields, sparsity=args.removed / 100, general_share=0.0, seed=args.seed)
     domains = {domain.name: domain.samples for domain in load_domains(config, tokenizer)}
     texts, unseen = evaluation_texts(args, args.domains, tokenizer)
     probe = next(iter(texts.values()))[:1, :256]

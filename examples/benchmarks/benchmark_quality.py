@@ -124,7 +124,7 @@ def run(args: Namespace) -> dict[str, dict]:
             continue
         names = fields.get("domains", THREE)
         count = SAMPLES_PER_DOMAIN * (len(THREE) if len(names) == 1 else len(names))
-        more = {"domains": calibration(args, names), "num_samples": count, "breadth": 0.0}
+        more = {"domains": calibration(args, names), "num_samples": count, "general_share": 0.0}
         config = StructPruneConfig(**{**fields, **more, "seq_length": SEQ_LENGTH, "seed": args.seed})
         pruned, seconds = pruned_by(model, tokenizer, config)
         # A row calibrated on one domain answers how it does on the three; the rest would double its time.

@@ -71,7 +71,7 @@ def evaluation_samples(folder: Path, names: list[str], tokenizer, args: Namespac
     """Samples of each file in a folder, the same for every row."""
     domains = [DomainConfig(name=name, source=str(folder / f"{name}.jsonl")) for name in names]
     samples = args.eval_samples * len(names)
-    fields = {"domains": domains, "num_samples": samples, "seq_length": args.seq_length, "breadth": 0.0}
+    fields = {"domains": domains, "num_samples": samples, "seq_length": args.seq_length, "general_share": 0.0}
     config = StructPruneConfig(sparsity=0.5, **fields)
     return {domain.name: domain.samples for domain in load_domains(config, tokenizer)}
 
@@ -91,7 +91,7 @@ def run(args: Namespace) -> dict[str, dict]:
     pruning = StructPruneConfig(
         widths={"mlp": args.mlp},
         domains=domains,
-        breadth=0.0,
+        general_share=0.0,
         num_samples=args.samples * len(domains),
         seq_length=args.seq_length,
     )

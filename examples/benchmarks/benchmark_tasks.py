@@ -35,12 +35,12 @@ MIX = "mix"
 ON_THE_MIX = ("flap global + bias", "taylor", "slimllm", "obs by sensitivity + refit")
 RECOVERED = "mix + recovery"
 # What the defaults make of five domains.
-BROAD = "mix + a fifth self:any"
+GENERAL = "mix + a fifth self:any"
 
 
 def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
     """Every cell: its name and its part of the config."""
-    rows: dict[str, dict[str, Any]] = {MIX: {}, RECOVERED: {}, BROAD: {"breadth": 0.2}}
+    rows: dict[str, dict[str, Any]] = {MIX: {}, RECOVERED: {}, GENERAL: {"general_share": 0.2}}
     rows |= {f"{name} only": {"domains": (name,)} for name in domains}
     rows |= {f"mix, {method}": METHODS[method] for method in ON_THE_MIX}
     return {name: {"domains": tuple(domains), **fields} for name, fields in rows.items()}
@@ -48,7 +48,7 @@ def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
 
 def config_of(args: Namespace, cell: dict[str, Any], width: int) -> StructPruneConfig:
     """The whole config of one cell."""
-    cell = {"breadth": 0.0, **cell}
+    cell = {"general_share": 0.0, **cell}
     more = {"widths": {"mlp": width}, "num_samples": args.samples, "seq_length": SEQ_LENGTH, "seed": args.seed}
     return StructPruneConfig.from_dict({**cell, **more, "domains": calibration(args, cell["domains"])})
 

@@ -20,7 +20,7 @@ PRESET = "preset:"
 SELF = "self:"
 BUILTIN = "builtin:"
 # The built-in text of all kinds, the text of any kind that a model writes, and the domain that is made of either.
-BROAD, ANY = "broad", "any"
+GENERAL, ANY = "general", "any"
 CHAT = "chat"
 
 
@@ -135,7 +135,7 @@ def check_names(domains: Iterable[DomainConfig]) -> None:
         raise ValueError(f"domains has two entries of the same name: {', '.join(names)}")
 
 
-def is_broad(domain: DomainConfig) -> bool:
-    """Whether a domain is what `breadth` adds: text of every kind, or of that name."""
-    every_kind = (f"{BUILTIN}{BROAD}", f"{SELF}{ANY}", f"{PRESET}{BROAD}")
-    return domain.name == BROAD or (isinstance(domain.source, str) and domain.source.startswith(every_kind))
+def is_general(domain: DomainConfig) -> bool:
+    """Whether a domain is what `general_share` adds: text of every kind, or of that name."""
+    every_kind = (f"{BUILTIN}{GENERAL}", f"{SELF}{ANY}", f"{PRESET}{GENERAL}")
+    return domain.name == GENERAL or (isinstance(domain.source, str) and domain.source.startswith(every_kind))

@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import strict, validated_field
 from ..errors import StructPruneError
 from ..plain_json import replace_json, versioned
 from ..registry import Registry, did_you_mean
-from .domains import BROAD, DomainConfig, check_names, is_broad, with_domains
+from .domains import GENERAL, DomainConfig, check_names, is_general, with_domains
 from .fields import (
     Number,
     Serialisable,
@@ -80,12 +80,12 @@ class StructPruneConfig(Serialisable):
             the layers' parameters to any goal: 64 in models of usual size, and less in small ones.
         domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
             prose, code and math in equal shares, and with `stats` for all domains that are stored.
-        breadth: The share of the calibration tokens that goes to text of every kind beside the domains, against a
-            loss on text that nobody named. None stands for a half where no domains are named, and for a fifth beside
-            domains where there is `broad_text`.
-        broad_text: The source of that text, such as `self:any`, `builtin:broad` or `preset:broad`. None stands for
-            `builtin:broad` where no domains are named. Beside domains it stands for `self:any` where the model is in
-            memory and can write, and otherwise for `builtin:broad` if `breadth` asks for it.
+        general_share: The share of the calibration tokens that is general text, of every kind, beside the domains: it
+            keeps the loss small on text that nobody named. None stands for a half where no domains are named, and for
+            a fifth beside domains where there is `general_text`.
+        general_text: The source of the general text, such as `self:any`, `builtin:general` or `preset:general`. None
+            stands for `builtin:general` where no domains are named. Beside domains it stands for `self:any` where the
+            model is in memory and can write, and otherwise for `builtin:general` if `general_share` asks for it.
         stats: A folder that `structprune calibrate` wrote. Its moments of the dense model are used instead of text,
             and `domains` only chooses among the stored domains and weighs them.
         objective: `worst` lets the weights of the domains follow their loss on held-out text from round to round, and
@@ -129,8 +129,8 @@ class StructPruneConfig(Serialisable):
     min_width: Number = validated_field(share, default=0.1)
     round_to: int | Literal["auto"] = validated_field(positive, default=AUTO)
     domains: list[DomainConfig] | None = None
-    breadth: Number | None = validated_field(below_one, default=None)
-    broad_text: str | None = None
+    general_share: Number | None = validated_field(below_one, default=None)
+    general_text: str | None = None
     stats: str | None = None
     objective: Literal["mean", "worst"] = "mean"
     max_perplexity_ratio: Number | None = validated_field(above_one, default=None)
@@ -287,15 +287,15 @@ def _check_together(config: StructPruneConfig) -> None:
             f"skip_layers={list(config.skip_layers)} have nothing to choose; leave them out, or give one number "
             "per space"
         )
-    if config.broad_text is not None and config.breadth == 0:
+    if config.general_text is not None and config.general_share == 0:
         raise ValueError(
-            f"broad_text={config.broad_text!r} is read where breadth gives it a share, and "
-            f"breadth={config.breadth} gives none; set breadth=0.2, or leave broad_text out"
+            f"general_text={config.general_text!r} has no share of the tokens, since general_share="
+            f"{config.general_share}; set general_share=0.2, or leave general_text out"
         )
-    if bool(config.breadth or config.broad_text) and any(map(is_broad, config.domains or ())):
+    if bool(config.general_share or config.general_text) and any(map(is_general, config.domains or ())):
         raise ValueError(
-            f"breadth={config.breadth} adds a domain {BROAD!r} of text of every kind, and domains has one; take "
-            "it out, or leave breadth out"
+            f"general_share={config.general_share} adds a domain {GENERAL!r} of text of every kind, and domains has "
+            "one; take it out, or leave general_share out"
         )
     if config.widths is not None and config.allocation == "search_uniform":
         raise ValueError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..config.domains import BROAD
+from ..config.domains import GENERAL
 from ..errors import StructPruneError
 from ..registry import did_you_mean
 from .synthetic import records, word_problems
@@ -48,11 +48,11 @@ def kinds(name: str) -> list[str]:
     """The kinds of text that a name of built-in text stands for."""
     available = [*MADE, *sorted(path.stem for path in TEXTS.glob("*.txt"))]
     first, *others = name.split("-")
-    named = others if first == BROAD else name.split("+")
+    named = others if first == GENERAL else name.split("+")
     for kind in named:
         if kind not in available:
-            raise StructPruneError(f"There is no built-in text {kind!r}.{did_you_mean(kind, [*available, BROAD])}")
-    return [kind for kind in available if kind not in named] if first == BROAD else named
+            raise StructPruneError(f"There is no built-in text {kind!r}.{did_you_mean(kind, [*available, GENERAL])}")
+    return [kind for kind in available if kind not in named] if first == GENERAL else named
 
 
 def _documents(kind: str, rng: Random) -> Iterator[str]:

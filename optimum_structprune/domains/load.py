@@ -83,7 +83,7 @@ class Domain:
 def calibration_domains(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[StructPruneConfig, list[Domain]]:
-    """The domains of a config, with broad text beside them that the model writes, where it can; and the config that
+    """The domains of a config, with general text beside them that the model writes, where it can; and the config that
     says so.
     """
     written = with_written_text(config) if can_write(model, tokenizer) else config

@@ -1,4 +1,4 @@
-"""Which domains a config stands for, and with which weights: built-in ones, what presets mean, and broad text."""
+"""Which domains a config stands for, and with which weights: built-in ones, what presets mean, and general text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import is_quantized
-from ..config.domains import ANY, BROAD, BUILTIN, PRESET, SELF, DomainConfig, is_broad
+from ..config.domains import ANY, BUILTIN, GENERAL, PRESET, SELF, DomainConfig, is_general
 from ..config.fields import read_yaml
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
@@ -92,13 +92,14 @@ def builtin_domains() -> list[DomainConfig]:
 def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
     """The domains of a config, or the built-in ones where it names none, followed by the general text."""
     domains = builtin_domains() if config.domains is None else config.domains
-    share = config.breadth
+    share = config.general_share
     if share is None:
-        share = BUILTIN_SHARE if config.domains is None else USER_SHARE if config.broad_text is not None else 0.0
+        share = BUILTIN_SHARE if config.domains is None else USER_SHARE if config.general_text is not None else 0.0
     if share == 0:
         return domains
     weight = share / (1 - share) * sum(domain.weight for domain in domains)
-    return [*domains, DomainConfig(name=BROAD, source=config.broad_text or _builtin_beside(domains), weight=weight)]
+    source = config.general_text or _builtin_beside(domains)
+    return [*domains, DomainConfig(name=GENERAL, source=source, weight=weight)]
 
 
 def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
@@ -106,10 +107,10 @@ def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
     that are no general text themselves and leave samples for it, and reads no stored moments.
     """
     domains = config.domains or []
-    placed = config.stats is None and 0 < len(domains) < config.num_samples and not any(map(is_broad, domains))
-    if not placed or config.broad_text is not None or config.breadth == 0:
+    placed = config.stats is None and 0 < len(domains) < config.num_samples and not any(map(is_general, domains))
+    if not placed or config.general_text is not None or config.general_share == 0:
         return config
-    return replace(config, broad_text=WRITTEN)
+    return replace(config, general_text=WRITTEN)
 
 
 def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
@@ -122,7 +123,7 @@ def _builtin_beside(domains: list[DomainConfig]) -> str:
     """The built-in text of all kinds but those of the domains, so that no document is in two domains."""
     sources = [domain.source for domain in domains if isinstance(domain.source, str)]
     named = [source.removeprefix(BUILTIN) for source in sources if source.startswith(BUILTIN)]
-    return BUILTIN + "-".join([BROAD, *(kind for name in named for kind in name.split("+"))])
+    return BUILTIN + "-".join([GENERAL, *(kind for name in named for kind in name.split("+"))])
 
 
 # The factor by which a domain's weight may differ from the config's. A factor of 8 brings the worst domain no further,

@@ -370,7 +370,7 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
         "min_width": (not is_bounded(config, arch, names) and config.allocation != "search_uniform", same),
         "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
-        "breadth": (stored, "stats were gathered already; name the domain 'broad' if they hold it"),
+        "general_share": (stored, "stats were gathered already; name the domain 'general' if they hold it"),
         "num_samples": (stored, "stats were gathered already"),
         "seq_length": (stored, "stats were gathered already"),
     }

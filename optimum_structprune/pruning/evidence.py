@@ -57,7 +57,7 @@ class Evidence:
         tokenizer: PreTrainedTokenizerBase | None = None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> Evidence:
-        """The evidence that a config names; its own config says which broad text has been read."""
+        """The evidence that a config names; its own config says which general text has been read."""
         if config.stats is None:
             if inputs is not None:
                 domains = given_domains(inputs, float(config.holdout), config.chooses)

@@ -38,8 +38,8 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
     return replace(
         pruning,
         domains=domains,
-        breadth=0.0,
-        broad_text=None,
+        general_share=0.0,
+        general_text=None,
         num_samples=samples,
         seq_length=seq_length,
         # Nothing is chosen, so no text is set aside for it.
@@ -54,8 +54,8 @@ def _domains_of(pruning: StructPruneConfig) -> list[DomainConfig]:
 
     To write as much as training reads takes long, and it won nothing (docs/recovery.md).
     """
-    if pruning.broad_text == WRITTEN:
-        pruning = replace(pruning, breadth=0.0, broad_text=None)
+    if pruning.general_text == WRITTEN:
+        pruning = replace(pruning, general_share=0.0, general_text=None)
     return texts_of(pruning)
 
 

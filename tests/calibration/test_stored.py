@@ -277,7 +277,7 @@ def test_through_the_command_line(tmp_path, capsys):
     model, stats = str(tmp_path / "model"), str(tmp_path / "stats")
     text = ["--domain", f"a={tmp_path / 'a.jsonl'}", "--num-samples", "6", "--seq-length", "24"]
     assert main(["calibrate", model, stats, *text, "--device", "cpu"]) == 0
-    assert "llama: a 120 tokens, broad 24 tokens" in (shown := capsys.readouterr().out)
+    assert "llama: a 120 tokens, general 24 tokens" in (shown := capsys.readouterr().out)
     assert f"OUT --stats {stats}" in shown
     assert main(["calibrate", model, stats, *text, "--device", "cpu"]) == 2
     assert "exists and is not empty" in capsys.readouterr().err

@@ -130,7 +130,7 @@ def test_a_run_that_was_killed_at_any_moment_comes_to_the_same_result(dense, tmp
 
 
 # A model that is streamed writes no text beside the domain, so none is written in memory either.
-FLAGS = "--width mlp=24 --width attention=2 --breadth 0 --num-samples 6 --seq-length 24 --device cpu".split()
+FLAGS = "--width mlp=24 --width attention=2 --general-share 0 --num-samples 6 --seq-length 24 --device cpu".split()
 
 
 def launched(arguments, processes=2) -> list:

@@ -33,7 +33,7 @@ def copy(desk, tmp_path):
 
 def command(desk, model, out, *flags, widths=("mlp=24",), offload="disk"):
     # A model that is streamed writes no text, so none is read beside the domain in memory either.
-    short = ["--domain", f"a={desk / 'a.jsonl'}", "--breadth", "0", "--num-samples", "6", "--seq-length", "24"]
+    short = ["--domain", f"a={desk / 'a.jsonl'}", "--general-share", "0", "--num-samples", "6", "--seq-length", "24"]
     short += ["--device", "cpu"]
     wide = [part for width in widths for part in ("--width", width)]
     place = [] if offload is None else ["--offload", offload]

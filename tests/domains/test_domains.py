@@ -34,7 +34,7 @@ MESSAGES = [
 ]
 # The columns of the data sets behind the presets, as their pages on the Hub describe them.
 ROWS = {
-    "general": {"text": "t", "id": "i", "url": "u"},
+    "educational": {"text": "t", "id": "i", "url": "u"},
     "web": {"text": "t", "timestamp": "2019", "url": "u"},
     "encyclopedia": {"id": "1", "url": "u", "title": "T", "text": "t"},
     "news": {"title": "T", "text": "t", "domain": "d", "date": "", "description": "", "url": "u", "image_url": ""},
@@ -92,7 +92,7 @@ def test_a_preset_streams_from_the_hub(name, monkeypatch):
     hub.assert_called_once_with(*where, split=entry.get("split", "train"), streaming=True)
 
 
-@pytest.mark.parametrize("preset", ["hybrid", "broad"])
+@pytest.mark.parametrize("preset", ["hybrid", "general"])
 def test_a_mix_is_in_equal_shares(preset):
     parts = resolve([DomainConfig("mix", f"preset:{preset}", weight=3), DomainConfig("other", "builtin:prose")])
     assert len(parts) > 8

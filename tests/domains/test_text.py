@@ -92,7 +92,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, least", [("prose", 600_000), ("code", 1_000_000), ("math", 1_000_000), ("broad", 400_000)]
+    "name, least", [("prose", 600_000), ("code", 1_000_000), ("math", 1_000_000), ("general", 400_000)]
 )
 def test_builtin_text_is_plenty_and_distinct(name, least):
     texts, size = [], 0
@@ -102,12 +102,12 @@ def test_builtin_text_is_plenty_and_distinct(name, least):
         if size >= least:
             break
     assert size >= least
-    if name != "broad":  # which is made of parts of documents
+    if name != "general":  # which is made of parts of documents
         assert len(set(texts)) == len(texts)
         assert all(builtin.SHORTEST / 2 <= len(text) <= 2 * builtin.SECTION for text in texts)
 
 
-@pytest.mark.parametrize("name", ["prose", "code", "math", "records", "letters", "letters+news", "broad"])
+@pytest.mark.parametrize("name", ["prose", "code", "math", "records", "letters", "letters+news", "general"])
 def test_the_seed_decides_the_builtin_documents(name):
     def first(seed):
         return list(itertools.islice(builtin_documents(name, seed), 5))
@@ -119,10 +119,10 @@ def test_the_seed_decides_the_builtin_documents(name):
 FILES = [path.stem for path in builtin.TEXTS.glob("*.txt")]
 
 
-def test_broad_text_is_of_every_kind_that_there_is():
-    assert set(builtin.kinds("broad")) == {"prose", "code", "math", "records", *FILES}
+def test_general_text_is_of_every_kind_that_there_is():
+    assert set(builtin.kinds("general")) == {"prose", "code", "math", "records", *FILES}
     described = (builtin.TEXTS / "README.md").read_text()
-    assert set(builtin.kinds("broad-math-code")) == set(builtin.kinds("broad")) - {"math", "code"}
+    assert set(builtin.kinds("general-math-code")) == set(builtin.kinds("general")) - {"math", "code"}
     assert len(FILES) > 10 and "countries.txt" in described
 
 
@@ -573,7 +573,7 @@ def test_a_sample_that_only_holds_the_prefix():
 @needs_shared
 def test_the_builtin_domains_with_a_trained_tokenizer():
     trained = AutoTokenizer.from_pretrained(MODEL)
-    config = StructPruneConfig(sparsity=0.2, breadth=0, num_samples=9, seq_length=64)
+    config = StructPruneConfig(sparsity=0.2, general_share=0, num_samples=9, seq_length=64)
     loaded = load_domains(config, trained, vocab_size=512)
     assert [domain.name for domain in loaded] == ["prose", "code", "math"]
     for domain in loaded:
@@ -587,14 +587,14 @@ def test_the_builtin_domains_with_a_trained_tokenizer():
 
 
 @needs_shared
-def test_broad_text_has_its_share_of_the_samples():
+def test_general_text_has_its_share_of_the_samples():
     trained = AutoTokenizer.from_pretrained(MODEL)
     own = [DomainConfig("mine", "builtin:math", weight=3), DomainConfig("more", "builtin:code", weight=1)]
-    config = StructPruneConfig(sparsity=0.2, domains=own, breadth=0.4, num_samples=10, seq_length=64)
+    config = StructPruneConfig(sparsity=0.2, domains=own, general_share=0.4, num_samples=10, seq_length=64)
     loaded = load_domains(config, trained)
-    assert [(domain.name, len(domain.samples)) for domain in loaded] == [("mine", 5), ("more", 1), ("broad", 4)]
+    assert [(domain.name, len(domain.samples)) for domain in loaded] == [("mine", 5), ("more", 1), ("general", 4)]
     assert [domain.weight for domain in loaded] == pytest.approx([0.45, 0.15, 0.4])
-    assert loaded[-1].origin.source == "builtin:broad-math-code"
+    assert loaded[-1].origin.source == "builtin:general-math-code"
 
 
 @needs_shared

@@ -401,12 +401,12 @@ def test_parts_share_no_sample_and_are_the_whole_together(parts):
 
 
 def test_what_the_model_wrote_beside_the_domains_is_not_trained_on():
-    written = config(breadth=None, broad_text="self:any")
-    assert [domain.name for domain in texts_of(written)] == ["a", "b", "broad"]
+    written = config(general_share=None, general_text="self:any")
+    assert [domain.name for domain in texts_of(written)] == ["a", "b", "general"]
     follows = recovery_config(domains=None)
     assert [domain.name for domain in text_config(follows, written).domains] == ["a", "b"]
-    named = config(breadth=None, broad_text="builtin:broad")
-    assert [domain.name for domain in text_config(follows, named).domains] == ["a", "b", "broad"]
+    named = config(general_share=None, general_text="builtin:general")
+    assert [domain.name for domain in text_config(follows, named).domains] == ["a", "b", "general"]
 
 
 # --- training all weights: what it changes, and that the result is an ordinary model

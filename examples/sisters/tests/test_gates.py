@@ -266,7 +266,7 @@ def test_an_allocation_by_gates_refuses_experts():
 def test_stored_moments_have_no_gates(tmp_path):
     model = build("llama-tied")
     calibrate(model, tokenizer(), config(), tmp_path / "stats")
-    stored = {"domains": None, "breadth": None, "stats": str(tmp_path / "stats")}
+    stored = {"domains": None, "general_share": None, "stats": str(tmp_path / "stats")}
     for fields, message in ((DDP, "of which nothing is stored"), (LEARNED, "Gates are trained on text, but stats=")):
         with pytest.raises(StructPruneError, match=message):
             StructPruner(config(**{**stored, **fields})).prune_model(model, tokenizer())

@@ -38,7 +38,7 @@ def test_layers_give_up_in_proportion_to_the_softmax_of_their_cosine():
 def test_stored_statistics_hold_no_text_to_run(tmp_path):
     model, stats = build("llama-tied"), str(tmp_path / "stats")
     calibrate(model, tokenizer(), config(), stats)
-    fields = config(allocation="cosine", round_to=1, domains=None, breadth=None, stats=stats)
+    fields = config(allocation="cosine", round_to=1, domains=None, general_share=None, stats=stats)
     with pytest.raises(StructPruneError, match="allocation='cosine' runs the model on text, but stats="):
         StructPruner(fields).prune_model(model, tokenizer())
 

@@ -19,36 +19,37 @@ def pruning_of(*domains, **fields) -> StructPruneConfig:
     return StructPruneConfig(sparsity=0.2, domains=[DomainConfig(*domain) for domain in domains], **fields)
 
 
-def test_breadth_adds_a_domain_and_leaves_the_others_as_they_are():
+def test_general_text_adds_a_domain_and_leaves_the_others_as_they_are():
     pair = [("a", "a.txt", 2), ("b", "b.txt")]
     alone = pruning_of(*pair)
-    *kept, broad = texts_of(replace(alone, breadth=0.25))
-    assert kept == alone.domains == texts_of(replace(alone, breadth=0)) == texts_of(alone)
-    assert (broad.source, broad.weight) == ("builtin:broad", 1.0)
+    *kept, general = texts_of(replace(alone, general_share=0.25))
+    assert kept == alone.domains == texts_of(replace(alone, general_share=0)) == texts_of(alone)
+    assert (general.source, general.weight) == ("builtin:general", 1.0)
     assert texts_of(StructPruneConfig(sparsity=0.2))[-1].weight == 3.0
-    written = replace(alone, broad_text="self:any")
-    assert texts_of(written) == [*kept, DomainConfig("broad", "self:any", 0.75)]
+    written = replace(alone, general_text="self:any")
+    assert texts_of(written) == [*kept, DomainConfig("general", "self:any", 0.75)]
     assert with_written_text(alone) == written
-    assert texts_of(with_written_text(replace(alone, breadth=0.25)))[-1] == DomainConfig("broad", "self:any", 1.0)
+    quarter = with_written_text(replace(alone, general_share=0.25))
+    assert texts_of(quarter)[-1] == DomainConfig("general", "self:any", 1.0)
 
 
 @pytest.mark.parametrize(
-    "domain", [("broad", "a.txt"), ("a", "self:any"), ("a", "builtin:broad-code"), ("a", "preset:broad")]
+    "domain", [("general", "a.txt"), ("a", "self:any"), ("a", "builtin:general-code"), ("a", "preset:general")]
 )
 def test_no_text_of_every_kind_stands_beside_such_text(domain):
     alone = pruning_of(domain)
     assert with_written_text(alone) is alone
-    with pytest.raises(StructPruneError, match="breadth=0.1 adds a domain 'broad'"):
-        pruning_of(domain, breadth=0.1)
+    with pytest.raises(StructPruneError, match="general_share=0.1 adds a domain 'general'"):
+        pruning_of(domain, general_share=0.1)
 
 
-def test_broad_text_has_no_place_beside_few_samples_stored_moments_nor_where_something_is_said():
+def test_general_text_has_no_place_beside_few_samples_stored_moments_nor_where_something_is_said():
     pair = [("a", "a.txt"), ("b", "b.txt")]
-    for fields in ({"num_samples": 2}, {"stats": "folder"}, {"breadth": 0}, {"broad_text": "builtin:broad"}):
+    for fields in ({"num_samples": 2}, {"stats": "folder"}, {"general_share": 0}, {"general_text": "builtin:general"}):
         said = pruning_of(*pair, **fields)
         assert with_written_text(said) is said
-    with pytest.raises(StructPruneError, match="breadth=0 gives none; set breadth=0.2"):
-        pruning_of(*pair, breadth=0, broad_text="self:any")
+    with pytest.raises(StructPruneError, match="general_share=0; set general_share=0.2"):
+        pruning_of(*pair, general_share=0, general_text="self:any")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def writer():
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A config with a domain of its own, and nothing said of breadth; what models write is short."""
+    """A config with a domain of its own, and nothing said of general text; what models write is short."""
     monkeypatch.setattr(generated.constants, "HF_HOME", str(tmp_path))
     for name, number in {"BATCH": 4, "MAX_TOKENS": 24, "MIN_TOKENS": 8}.items():
         monkeypatch.setattr(generated, name, number)
@@ -69,26 +70,26 @@ def test_a_model_writes_a_fifth_beside_the_domains(writer, own, tmp_path):
     pruner = StructPruner(own)
     pruned = pruner.prune_model(*writer)
     sizes = {entry.name: (entry.origin["source"], entry.calibration_tokens) for entry in pruner.manifest.domains}
-    assert sizes["broad"] == ("self:any", 2 * 24) and sizes["own"][1] == 8 * 24
-    assert pruner.config is own and pruner.used_config == replace(own, broad_text="self:any")
+    assert sizes["general"] == ("self:any", 2 * 24) and sizes["own"][1] == 8 * 24
+    assert pruner.config is own and pruner.used_config == replace(own, general_text="self:any")
     pruner.save(pruned, tmp_path / "out", writer[1])
     saved = StructPruneConfig.from_pretrained(tmp_path / "out")
-    assert (saved.broad_text, texts_of(saved)[-1].source) == ("self:any", "self:any")
+    assert (saved.general_text, texts_of(saved)[-1].source) == ("self:any", "self:any")
 
 
 def test_the_share_may_be_another_or_none(writer, own):
     for share, count in ((0.5, 5), (0.0, 0)):
-        pruner = StructPruner(replace(own, breadth=share))
+        pruner = StructPruner(replace(own, general_share=share))
         pruner.prune_model(*writer)
         tokens = {entry.name: entry.calibration_tokens for entry in pruner.manifest.domains}
-        assert tokens.get("broad", 0) == count * 24 and sum(tokens.values()) == 240
+        assert tokens.get("general", 0) == count * 24 and sum(tokens.values()) == 240
 
 
-def test_where_no_domain_is_named_the_broad_half_is_built_in(own):
+def test_where_no_domain_is_named_the_general_half_is_built_in(own):
     alone = replace(own, domains=None)
-    broad = texts_of(alone)[-1]
+    general = texts_of(alone)[-1]
     assert with_written_text(alone) is alone
-    assert (broad.source, broad.weight) == ("builtin:broad-prose-code-math", 3.0)
+    assert (general.source, general.weight) == ("builtin:general-prose-code-math", 3.0)
 
 
 @pytest.mark.parametrize("case", ["encoder", "encoder-decoder", "no tokenizer", "offloaded"])
@@ -123,4 +124,4 @@ def test_inputs_are_all_that_is_read():
 
 def test_a_source_that_is_none_is_an_error(writer, own):
     with pytest.raises(StructPruneError, match="A model does not write 'anything' itself"):
-        StructPruner(replace(own, broad_text="self:anything")).prune_model(*writer)
+        StructPruner(replace(own, general_text="self:anything")).prune_model(*writer)
