@@ -13,7 +13,7 @@ PACKAGE = Path(optimum_structprune.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. The files at the root lie above `evaluation` if they import a folder, and below `config` if not.
 ORDER = (
-    "system config arch forward widths domains calibration criteria surgery record saving recovery pruning "
+    "system config arch forward widths domains vocabulary calibration criteria surgery record saving recovery pruning "
     "evaluation commands"
 )
 

@@ -1,0 +1,75 @@
+"""Which tokens stay: those whose absence would cost most, and all that they are built from."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from optimum_structprune.domains.load import given_domains
+from optimum_structprune.errors import StructPruneError
+from optimum_structprune.vocabulary.choose import keep_tokens, script, token_shares
+
+
+@dataclass
+class Words:
+    """A vocabulary of letters, and of words that grow from them by merges."""
+
+    words: str
+    always: tuple[int, ...] = ()
+    names: list[str] = field(init=False)
+
+    def __post_init__(self):
+        self.names = self.words.split()
+
+    @property
+    def size(self):
+        return len(self.names)
+
+    def parts(self, token):
+        name = self.names[token]
+        return [self.names.index(part) for part in (name[:-1], name[-1])] if len(name) > 1 else ()
+
+    def surface(self, token):
+        return self.names[token]
+
+
+def kept(words, counts, number, always=()):
+    return " ".join(words.names[token] for token in keep_tokens(words, torch.tensor(counts) * 1.0, number, always))
+
+
+WORDS = Words("a b c д ab abc abca ca дa", always=(0, 1, 2, 3))
+
+
+def test_rare_tokens_go_first_and_those_of_scripts_that_the_text_never_shows_before_them():
+    counts = [9, 9, 9, 0, 5, 3, 2, 1, 0]
+    assert kept(WORDS, counts, 9) == WORDS.words
+    assert kept(WORDS, counts, 8) == "a b c д ab abc abca ca"
+    assert kept(WORDS, counts, 7) == "a b c д ab abc abca"
+    assert kept(WORDS, counts, 5) == "a b c д ab"
+
+
+def test_what_a_token_is_built_from_stays_and_takes_over_what_it_was_read_for():
+    counts = [9, 9, 9, 0, 1, 1, 50, 3, 0]
+    assert kept(WORDS, counts, 7) == "a b c д ab abc abca"
+    # `abc` alone was read less often than `ca`, but it now also stands for `abca`.
+    assert kept(Words("a b c ab abc abca ca", (0, 1, 2)), [9, 9, 9, 1, 1, 2, 2.5], 5) == "a b c ab abc"
+
+
+def test_tokens_of_the_user_stay_with_their_parts():
+    assert kept(WORDS, [9, 9, 9, 0, 0, 0, 0, 5, 5], 7, always=[6]) == "a b c д ab abc abca"
+
+
+def test_a_number_that_does_not_hold_what_always_stays_is_refused():
+    with pytest.raises(StructPruneError, match=r"vocab=6 .* 7 of 9 always do"):
+        keep_tokens(WORDS, torch.ones(9), 6, always=[6])
+    with pytest.raises(StructPruneError, match=r"vocab=10 "):
+        keep_tokens(WORDS, torch.ones(9), 10)
+
+
+def test_domains_count_by_their_weights_and_not_by_their_length():
+    domains = given_domains({"long": torch.zeros(9, 4).long(), "short": torch.ones(5, 2).long()}, holdout=0.0)
+    assert token_shares(domains, 3).tolist() == [0.5, 0.5, 0.0]
+
+
+def test_the_script_of_a_text_is_that_of_its_first_letter():
+    assert [script(text) for text in ("▁the", "123", " дом", "漢字", "é")] == ["LATIN", "", "CYRILLIC", "CJK", "LATIN"]
