@@ -1,0 +1,381 @@
+"""The tokens of a fast tokenizer, how each is spelled by others, and the tokenizer that is left without some."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from itertools import chain, pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tokenizers.decoders import ByteLevel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..errors import StructPruneError
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+SPACE = "▁"  # what SentencePiece writes for a space
+NEVER = 1 << 62  # the rank of a pair that is not merged
+# What a chat template may be asked to write: conversations of these roles, with and without a tool.
+ROLES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
+NUMBER = {"type": "object", "properties": {"a": {"type": "number", "description": "A."}}, "required": ["a"]}
+TOOLS: Any = (
+    None,
+    [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": NUMBER}}],
+)
+
+
+class Spelling:
+    """How a kind of tokenizer spells a piece of text.
+
+    Args:
+        model: What `tokenizer.json` says of the model.
+        ids: The number of every piece.
+    """
+
+    def __init__(self, model: Mapping[str, Any], ids: Mapping[str, int]) -> None:
+        self.ids, self.pieces = ids, {number: piece for piece, number in ids.items()}
+        self.prefix, self.suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+        fallback = model.get("byte_fallback") and all(byte in ids for byte in BYTES)
+        self.bytes = {ids[byte]: number for number, byte in enumerate(BYTES)} if fallback else {}
+        self.by_byte = list(self.bytes)
+
+    def letters(self, piece: str) -> list[str]:
+        """The pieces of one character each that a piece consists of."""
+        if not (self.prefix or self.suffix):
+            return list(piece)
+        start, body = (self.prefix, piece.removeprefix(self.prefix)) if piece.startswith(self.prefix) else ("", piece)
+        end, body = (self.suffix, body.removesuffix(self.suffix)) if body.endswith(self.suffix) else ("", body)
+        starts, ends = [start, *[self.prefix] * (len(body) - 1)], [*[""] * (len(body) - 1), end]
+        return [first + char + last for first, char, last in zip(starts, body, ends, strict=True)] if body else []
+
+    def as_bytes(self, letter: str) -> tuple[int, ...]:
+        """The byte tokens of a character, where the tokenizer has them."""
+        return tuple(self.by_byte[byte] for byte in letter.encode("utf-8", "replace")) if self.bytes else ()
+
+    def alone(self, token: int) -> bool:
+        """Whether nothing else can spell a token."""
+        if self.bytes:
+            return token in self.bytes
+        letters = self.letters(self.pieces[token])
+        return len(letters) == 1 or any(letter not in self.ids for letter in letters)
+
+    def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
+        """The tokens that spell a token without itself, none if the tokenizer never yields it."""
+        raise NotImplementedError
+
+    def needs(self, token: int) -> tuple[int, ...]:
+        """The tokens without which a token cannot be formed."""
+        return ()
+
+
+class MergedSpelling(Spelling):
+    """BPE: a token is formed from its characters or bytes by merges, the first of the list first."""
+
+    def __init__(self, model: Mapping[str, Any], ids: Mapping[str, int]) -> None:
+        super().__init__(model, ids)
+        self.whole_words = bool(model.get("ignore_merges"))
+        cut = len(self.prefix)
+        self.ranks = {(ids[a], ids[b]): rank for rank, (a, b) in enumerate(model["merges"])}
+        self.merged = [ids[a + b[cut:]] for a, b in model["merges"]]
+        self.last: dict[int, tuple[int, ...]] = {}
+
+    def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
+        """The two tokens of the last merge; where `kept` lacks one of them, what it is spelled by."""
+        if token not in self.last:
+            self.last[token] = self._last(token)
+        if kept is None:
+            return self.last[token]
+        return tuple(
+            end for part in self.last[token] for end in ([part] if part in kept else self.parts(part, kept) or [part])
+        )
+
+    def needs(self, token: int) -> tuple[int, ...]:
+        """The two tokens of the last merge; a character needs none, as it is read before any merge."""
+        letters = self.letters(self.pieces.get(token, ""))
+        return () if token in self.bytes or len(letters) < 2 else self.parts(token, None)
+
+    def _last(self, token: int) -> tuple[int, ...]:
+        if token in self.bytes:
+            return ()
+        letters = self.letters(self.pieces[token])
+        if len(letters) == 1:
+            return self.as_bytes(letters[0])
+        symbols: list[int] = []
+        for letter in letters:
+            symbols += [self.ids[letter]] if letter in self.ids else self.as_bytes(letter)
+        pair: list[int] = []
+        while len(symbols) > 1:
+            ranks = [self.ranks.get(two, NEVER) for two in pairwise(symbols)]
+            if (rank := min(ranks)) == NEVER:
+                return tuple(symbols) if self.whole_words else ()
+            at = ranks.index(rank)
+            pair = symbols[at : at + 2]
+            symbols[at : at + 2] = [self.merged[rank]]
+        return tuple(pair) if symbols == [token] else ()
+
+
+class ScoredSpelling(Spelling):
+    """Unigram: text is cut into the tokens whose scores add up to the most."""
+
+    def __init__(self, model: Mapping[str, Any], ids: Mapping[str, int]) -> None:
+        super().__init__(model, ids)
+        self.scores = [score for _, score in model["vocab"]]
+        self.longest = max(map(len, ids))
+        self.lowest = min(range(len(self.scores)), key=self.scores.__getitem__)
+
+    def alone(self, token: int) -> bool:
+        """Whether nothing else can spell a token, or what no token spells costs by its score."""
+        return token == self.lowest or super().alone(token)
+
+    def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
+        """The best cut without the token, if that is not better than the token, which is then never read."""
+        score, parts = self._best(token, None)
+        if token < len(self.scores) and score > self.scores[token]:
+            return ()
+        return parts if kept is None else self._best(token, kept)[1]
+
+    def _best(self, token: int, kept: Container[int] | None) -> tuple[float, tuple[int, ...]]:
+        piece, unknown = self.pieces[token], self.scores[self.lowest] - 10
+        best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+        for end in range(1, len(piece) + 1):
+            ways = []
+            if self.bytes:
+                ways.append((best[end - 1][0] + unknown, best[end - 1][1] + self.as_bytes(piece[end - 1])))
+            for start in range(max(0, end - self.longest), end):
+                part = self.ids.get(piece[start:end])
+                if part is not None and part != token and (kept is None or part in kept):
+                    ways.append((best[start][0] + self.scores[part], (*best[start][1], part)))
+            best.append(max(ways, key=lambda way: way[0], default=(-float("inf"), ())))
+        return best[-1]
+
+
+class GreedySpelling(Spelling):
+    """WordPiece: a word is cut from its start, each time at the end of the longest token."""
+
+    def parts(self, token: int, kept: Container[int] | None) -> tuple[int, ...]:
+        """The longest tokens from the start of a token on."""
+        letters = self.letters(self.pieces[token])
+        parts: list[int] = []
+        while letters:
+            for end in range(len(letters), 0, -1):
+                piece = letters[0] + "".join(letter.removeprefix(self.prefix) for letter in letters[1:end])
+                part = self.ids.get(piece)
+                if part is not None and part != token and (kept is None or part in kept):
+                    break
+            else:
+                return ()
+            parts.append(part)
+            letters = letters[end:]
+        return tuple(parts)
+
+
+KINDS: dict[str, type[Spelling]] = {"BPE": MergedSpelling, "Unigram": ScoredSpelling, "WordPiece": GreedySpelling}
+
+
+class Vocabulary:
+    """The tokens of a fast tokenizer, and how each is spelled by others.
+
+    Args:
+        tokenizer: The fast tokenizer.
+        described: What its `tokenizer.json` says.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, described: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self._names = {number: piece for piece, number in tokenizer.get_vocab().items()}
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+        self.size = 1 + max(self._names)
+        model = described["model"]
+        pieces = model["vocab"] if isinstance(model["vocab"], dict) else [piece for piece, _ in model["vocab"]]
+        ids = pieces if isinstance(pieces, dict) else {piece: number for number, piece in enumerate(pieces)}
+        self._spelling = KINDS[model["type"]](model, ids)
+        unknown = model.get("unk_token")
+        self._unknown = model.get("unk_id") if unknown is None else ids.get(unknown)
+        steps = json.dumps([described["pre_tokenizer"], described["decoder"]], ensure_ascii=False)
+        self._byte_level, self._marks_space = '"ByteLevel"' in steps, SPACE in steps
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+        """The vocabulary of a tokenizer.
+
+        Raises:
+            StructPruneError: If the tokenizer is slow, or of a kind whose tokens are not spelled by others.
+        """
+        name = type(tokenizer).__name__
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise StructPruneError(
+                f"The tokenizer is a {name}, which is slow: it has no tokenizer.json to take tokens out of; load its "
+                "fast form by AutoTokenizer, if it has one."
+            )
+        described = json.loads(tokenizer.backend_tokenizer.to_str())
+        if (kind := described["model"]["type"]) not in KINDS:
+            raise StructPruneError(
+                f"The tokenizer is of the kind {kind}, where no token is spelled by others; tokens can be taken out "
+                f"of {', '.join(KINDS)}."
+            )
+        return cls(tokenizer, described)
+
+    @cached_property
+    def always(self) -> frozenset[int]:
+        """The ids of tokens that have to stay whatever the text is, with all that they are formed from."""
+        always = {*self._added, *self._tokenizer.all_special_ids}
+        if self._unknown is not None:
+            always.add(self._unknown)
+        for token in self._names.keys() - self._added:
+            surface = self.surface(token)
+            mark = len(surface) == 1 and surface != self._names[token]  # bytes would be decoded to the mark of a space
+            if mark or (surface.strip().isdecimal() and len(surface.strip()) == 1) or self._spelling.alone(token):
+                always.add(token)
+        for text in chats(self._tokenizer):
+            always.update(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        todo = [*always]
+        while todo:
+            needed = {*self._spelling.needs(todo.pop())} - always
+            always |= needed
+            todo += needed
+        return frozenset(always)
+
+    def parts(self, token: int, kept: Container[int] | None = None) -> tuple[int, ...]:
+        """The tokens that take the place of a token once it is gone, of `kept` if given.
+
+        None take it if the tokenizer never yields the token, or no token has the number.
+        """
+        return () if token in self._added or token not in self._names else self._spelling.parts(token, kept)
+
+    def surface(self, token: int) -> str:
+        """The text of a token as it stands in decoded text, with its space."""
+        name = self._names.get(token, "")
+        if token in self._added:
+            return name
+        if self._byte_level:
+            return str(ByteLevel().decode([name]))
+        if token in self._spelling.bytes:
+            return bytes([self._spelling.bytes[token]]).decode("utf-8", "replace")
+        spelling = self._spelling
+        if isinstance(spelling, GreedySpelling):
+            return name.removeprefix(spelling.prefix) if name.startswith(spelling.prefix) else f" {name}"
+        name = name.replace(SPACE, " ") if self._marks_space else name
+        return name.removesuffix(spelling.suffix) + " " if spelling.suffix and name.endswith(spelling.suffix) else name
+
+    def smaller(self, keep: Sequence[int]) -> PreTrainedTokenizerFast:
+        """The tokenizer with only some tokens, which are numbered by their positions in `keep`.
+
+        Args:
+            keep: The ids of the tokens that stay, in ascending order.
+
+        Raises:
+            StructPruneError: If `keep` lacks a token that has to stay or that another is formed from, or the class of
+                the tokenizer does not read what its file says.
+        """
+        self._refuse(keep)
+        new = {old: number for number, old in enumerate(keep)}
+        with TemporaryDirectory() as folder:
+            self._tokenizer.save_pretrained(folder, legacy_format=False)
+            path = Path(folder, "tokenizer.json")
+            described = rewritten(json.loads(path.read_text("utf-8")), self._spelling, new)
+            path.write_text(json.dumps(described, ensure_ascii=False), "utf-8")
+            smaller = type(self._tokenizer).from_pretrained(folder)
+        smaller.name_or_path = self._tokenizer.name_or_path
+        loaded = json.loads(smaller.backend_tokenizer.to_str())
+        for part in described.keys() - {"truncation", "padding"}:
+            if loaded[part] != described[part]:
+                raise StructPruneError(
+                    f"The tokenizer class {type(smaller).__name__} makes another {part} than its tokenizer.json says, "
+                    "so that no tokens can be taken out; load the tokenizer as a PreTrainedTokenizerFast."
+                )
+        return smaller
+
+    def check(self, smaller: PreTrainedTokenizerFast, keep: Sequence[int], texts: Iterable[str]) -> None:
+        """Prove on texts, and on what the chat template writes, that a smaller tokenizer reads as this one does.
+
+        Raises:
+            StructPruneError: If a text is decoded to something else, if one whose tokens all stay has other tokens, or
+                if the chat template has changed. The message holds the text.
+        """
+        if [*chats(smaller)] != (written := [*chats(self._tokenizer)]):
+            raise StructPruneError("The chat template of the smaller tokenizer writes something else.")
+        new = {old: number for number, old in enumerate(keep)}
+        for text in chain(written, texts):
+            dense = self._tokenizer(text, verbose=False).input_ids
+            ids = smaller(text, verbose=False).input_ids
+            if all(token in new for token in dense) and [new[token] for token in dense] != ids:
+                raise StructPruneError(f"All tokens of a text stay, and the smaller tokenizer reads others: {text!r}")
+            if smaller.decode(ids) != self._tokenizer.decode(dense):
+                raise StructPruneError(f"The smaller tokenizer decodes another text than the dense one: {text!r}")
+
+    def _refuse(self, keep: Sequence[int]) -> None:
+        kept = set(keep)
+        if len(kept) < len(keep) or any(a > b for a, b in pairwise(keep)):
+            raise StructPruneError("The ids to keep have to be ascending, each once; sort them.")
+        if strange := sorted(kept - self._names.keys()):
+            raise StructPruneError(f"No token has the id {strange[0]:,}; the ids end at {self.size - 1:,}.")
+        if missing := sorted(self.always - kept):
+            raise StructPruneError(
+                f"{len(missing):,} tokens that have to stay are not kept, the first is {missing[0]:,}, "
+                f"{self.surface(missing[0])!r}; keep all of Vocabulary.always."
+            )
+        for token in kept:
+            if lost := [part for part in self._spelling.needs(token) if part not in kept]:
+                raise StructPruneError(
+                    f"The token {token:,}, {self.surface(token)!r}, is formed from {lost[0]:,}, "
+                    f"{self.surface(lost[0])!r}, which is not kept; keep both or neither."
+                )
+
+
+def rewritten(described: dict[str, Any], spelling: Spelling, new: Mapping[int, int]) -> dict[str, Any]:
+    """What `tokenizer.json` says once only the tokens of `new` are there, under their new numbers."""
+    model = described["model"]
+    for token in described["added_tokens"]:
+        token["id"] = new[token["id"]]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {piece: new[old] for piece, old in model["vocab"].items() if old in new}
+    else:
+        model["vocab"] = [entry for old, entry in enumerate(model["vocab"]) if old in new]
+        model["unk_id"] = new.get(model["unk_id"])
+    if isinstance(spelling, MergedSpelling):
+        # What the dense tokenizer never yields, the smaller one must not form of what stays either.
+        model["merges"] = [
+            pair
+            for pair, result in zip(model["merges"], spelling.merged, strict=True)
+            if result in new and all(piece in model["vocab"] for piece in pair) and spelling.parts(result, None)
+        ]
+    renumber(described["post_processor"], new)
+    if described["padding"]:
+        described["padding"]["pad_id"] = new[described["padding"]["pad_id"]]
+    return described
+
+
+def renumber(step: Any, new: Mapping[int, int]) -> None:
+    """Give the tokens that a post-processor writes their new numbers."""
+    if not isinstance(step, dict):
+        return
+    for inner in step.get("processors", ()):
+        renumber(inner, new)
+    for name in {"sep", "cls"} & step.keys():
+        step[name] = [step[name][0], new[step[name][1]]]
+    if isinstance(special := step.get("special_tokens"), dict):
+        for token in special.values():
+            token["ids"] = [new[old] for old in token["ids"]]
+
+
+def chats(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What the chat templates of a tokenizer write for conversations of the usual roles."""
+    templates: Any = tokenizer.chat_template or {}
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        for roles in ROLES:
+            for tools in TOOLS:
+                with suppress(Exception):  # a template raises whatever its author chose
+                    yield str(
+                        tokenizer.apply_chat_template(
+                            [{"role": role, "content": "0"} for role in roles],
+                            tools=tools,
+                            chat_template=template,
+                            add_generation_prompt=True,
+                            tokenize=False,
+                        )
+                    )
