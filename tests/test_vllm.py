@@ -1,0 +1,110 @@
+"""A real vLLM computes from our folders what transformers computes; `make vllm` installs one."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import without_refit
+from models import real_text_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimum_structprune import Plan
+
+
+ROOT = Path(__file__).parents[1]
+PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / "build" / "vllm" / "bin" / "python"))
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(not PYTHON.exists(), reason=f"there is no {PYTHON}; `make vllm` makes it"),
+]
+PROMPT, NEW = [5, 60, 7, 300, 9], 12
+# vLLM's attention on CPUs wants heads of 32 channels or more.
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def dense(model_type="llama", **fields):
+    """A random model of three layers whose logits are apart, and a tokenizer."""
+    _, tokenizer = real_text_model()
+    sizes = {**SIZES, "num_hidden_layers": 3, "vocab_size": len(tokenizer), "max_position_embeddings": 256, **fields}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model, tokenizer
+
+
+def pruned(model, ffn, groups=(2, 2, 2)):
+    """The first units of each layer."""
+    keep = {(layer, "mlp"): tuple(range(width)) for layer, width in enumerate(ffn)}
+    keep |= {(layer, "attention"): tuple(range(count)) for layer, count in enumerate(groups)}
+    return without_refit(model, Plan(model.config.model_type, keep)).eval()
+
+
+@pytest.fixture(scope="module")
+def models():
+    model, tokenizer = dense()
+    return {
+        "uniform": pruned(model, [256] * 3, [1] * 3),
+        "ffn": pruned(model, [512, 200, 256]),
+        "heads": pruned(model, [512, 200, 256], [2, 1, 2]),
+    }, tokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(models, tmp_path_factory):
+    place = tmp_path_factory.mktemp("vllm")
+    for name, model in models[0].items():
+        model.save_pretrained(place / name)
+        models[1].save_pretrained(place / name)
+    return place
+
+
+def ask(place, requests, **variables):
+    """What vLLM answers, one process for all requests."""
+    wanted = [{"folder": str(place / name), "ids": PROMPT, "new": NEW, "options": more} for name, more in requests]
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = subprocess.run(
+        [PYTHON, Path(__file__).with_name("vllm_ask.py"), place / "answers.json"],
+        input=json.dumps(wanted),
+        env={**os.environ, **quiet, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((place / "answers.json").read_text())
+
+
+def check(model, answer):
+    """The same greedy tokens, and their log-probabilities to three digits."""
+    assert "error" not in answer, answer
+    start = torch.tensor([PROMPT])
+    written = model.generate(start, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    assert answer["tokens"] == written[0, len(PROMPT) :].tolist()
+    with torch.no_grad():
+        ours = model(written).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+    np.testing.assert_allclose(answer["logprobs"], ours[range(NEW), answer["tokens"]], atol=1e-3)
+
+
+def test_without_this_package(models, folders):
+    remote = {"trust_remote_code": True}
+    unknown = {"hf_overrides": {"architectures": ["StructPruneForCausalLM"]}}
+    requests = [("uniform", {}), ("heads", {**remote, "model_impl": "transformers"}), ("ffn", {**remote, **unknown})]
+    requests += [("ffn", {})]
+    *answers, native = ask(folders, requests, VLLM_PLUGINS="")
+    for (name, _), answer in zip(requests, answers, strict=False):
+        check(models[0][name], answer)
+    assert [answer["class"] for answer in answers] == [["LlamaForCausalLM"]] + [["TransformersForCausalLM"]] * 2
+    assert "AmbiguousGlobalPerLayerAttributeError" in native["error"]
+
+
+def test_with_this_package(models, folders):
+    requests = [("heads", {}), ("uniform", {})]
+    answers = ask(folders, requests)
+    for (name, _), answer in zip(requests, answers, strict=True):
+        check(models[0][name], answer)
+    assert [answer["class"] for answer in answers] == [["TransformersForCausalLM"], ["LlamaForCausalLM"]]
