@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import describe
 from .arch.meta import check_plain, dequantized, is_quantized, skeleton
-from .arch.spec import ArchSpec, Widths
+from .arch.spec import VOCAB, ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .domains.load import Domain
@@ -27,16 +29,28 @@ from .pruning.evidence import Evidence
 from .pruning.room import check_room, with_batch_size
 from .pruning.run import Run, Step
 from .pruning.steps import REMOVERS, steps
+from .pruning.vocabulary import read_text, remove_tokens_
 from .record.facts import far_off, given
 from .record.report import Report
 from .registry import Registry
 from .saving.hub import save_pruned
 from .surgery.plan import Plan
 from .system.offloading import is_offloaded
+from .widths.shapes import Shape
+
+
+class Known(NamedTuple):
+    """What is known of a model that a pruning returned, with its tokenizer where its vocabulary has become smaller."""
+
+    config: StructPruneConfig
+    plan: Plan
+    report: Report
+    manifest: Manifest
+    tokenizer: PreTrainedTokenizerBase | None
 
 
 # What is known of each model that a pruning returned, as long as there is the model.
-RECORDS: WeakKeyDictionary[PreTrainedModel, tuple[StructPruneConfig, Plan, Report, Manifest]] = WeakKeyDictionary()
+RECORDS: WeakKeyDictionary[PreTrainedModel, Known] = WeakKeyDictionary()
 PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
 register_pruner = PRUNERS.register
 
@@ -53,6 +67,7 @@ class StructPruner:
         report: The numbers of the last run; None before there was one.
         plan: The units of the dense model that the last run kept.
         manifest: The text that the last run used, and what its dense model comes from.
+        tokenizer: The tokenizer of what the last run returned: a new one where the vocabulary has become smaller.
 
     Raises:
         StructPruneError: If `config` is no `StructPruneConfig`.
@@ -65,6 +80,7 @@ class StructPruner:
         self.report: Report | None = None
         self.plan: Plan | None = None
         self.manifest: Manifest | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
 
     @own_settings()
     def prune_model(
@@ -94,26 +110,26 @@ class StructPruner:
         check_room(self.config, arch, model, _shapes(model), widths, inplace, inputs)
         report = Report(arch.model_type, self.config.scored_by)
         with report.timed("domains"):
-            evidence = Evidence.read(self.config, _to_read(model, self.config), tokenizer, inputs)
+            readable = _to_read(model, self.config)
+            evidence, vocabulary = read_text(self.config, arch, readable, tokenizer, inputs, widths)
         model, dense = _to_change(model, inplace)
         evidence = with_batch_size(evidence, arch, model, widths)
         with Run(model, evidence, tokenizer, inplace, report) as run:
-            shape = choose_shape(run, widths)
-            run.start(dense)
-            run.layers = shape.layers
-            for step in self.steps(arch, model, shape.after_removal()):
-                self.take_(run, step)
-                if step.part:
-                    run.compare()
-                    run.recover(step.part, step.parts)
+            run.start(dense, None if vocabulary is None else vocabulary.dense_domains)
+            if vocabulary is not None:
+                remove_tokens_(run, vocabulary)
+                dense = None
+            _prune_(self, run, {name: width for name, width in widths.items() if name != VOCAB}, dense)
             run.finish()
         if self.config.max_perplexity_ratio is None:  # which may stop it, and the report says so
             report.asked = self.config.sparsity
         if report.asked is not None and far_off(report.asked, report.sparsity):
             warnings.warn(given(report.asked, report.sparsity).removeprefix("warning: "), stacklevel=2)
-        self.used_config = run.config
+        self.used_config = replace(run.config, widths=self.config.widths, domains=self.config.domains)
+        self.tokenizer = run.tokenizer
         self.plan, self.report, self.manifest = run.plan, report, run.manifest().note(model)
-        RECORDS[model] = self.used_config, self.plan, self.report, self.manifest
+        own = None if vocabulary is None else vocabulary.tokenizer
+        RECORDS[model] = Known(self.used_config, self.plan, self.report, self.manifest, own)
         return model
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
@@ -172,19 +188,21 @@ class StructPruner:
         Args:
             model: What `prune_model` returned.
             save_directory: The folder to write to; it is made if need be.
-            tokenizer: The tokenizer that is saved beside the model.
+            tokenizer: The tokenizer that is saved beside the model; where the vocabulary has become smaller, that of
+                the dense model and None stand for the new one.
             overwrite: Whether a folder that exists is replaced.
 
         Raises:
-            StructPruneError: If no pruning returned the model, the folder exists, or what is saved does not come back
-                the same.
+            StructPruneError: If no pruning returned the model, the tokenizer is another model's, the folder exists, or
+                what is saved does not come back the same.
         """
         if model not in RECORDS:
             raise StructPruneError(
                 f"This {type(model).__name__} is not what prune_model returned, so there is nothing to save with it; "
                 "pass the model that it returned, or the model itself after inplace=True."
             )
-        save_pruned(model, save_directory, *RECORDS[model], tokenizer, overwrite)
+        known = RECORDS[model]
+        save_pruned(model, save_directory, *known[:4], _tokenizer_of(known, tokenizer), overwrite)
 
     def push_to_hub(
         self, save_directory: str | Path, repo_id: str, private: bool | None = None, token: str | None = None
@@ -227,7 +245,41 @@ def prune_model(
     inputs: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """Prune a model in one call; see `StructPruner.prune_model`."""
-    return AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
+    pruned = AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
+    if RECORDS[pruned].tokenizer is not None:
+        warnings.warn(
+            "The model has a smaller vocabulary, and so another tokenizer: it is `tokenizer` of "
+            "`optimum_structprune.pruner.RECORDS[model]`, and of a pruner, `pruner.tokenizer`.",
+            stacklevel=2,
+        )
+    return pruned
+
+
+def _prune_(pruner: StructPruner, run: Run, widths: Widths, dense: PreTrainedModel | None) -> None:
+    """Bring the model of a run to its final widths, and train it."""
+    shape = choose_shape(run, widths) if widths else Shape({})
+    run.find_teacher(dense)
+    run.layers = shape.layers
+    taken = pruner.steps(run.arch, run.model, shape.after_removal()) if widths else ()
+    for step in taken:
+        pruner.take_(run, step)
+        if step.part:
+            run.compare()
+            run.recover(step.part, step.parts)
+    if not taken:  # nothing but tokens goes
+        run.compare()
+        run.recover(1, 1)
+
+
+def _tokenizer_of(known: Known, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that is saved with a model: its own where its vocabulary is smaller, also for the dense one."""
+    own = known.tokenizer
+    if own is not None and given is not None and not own.get_vocab().keys() <= given.get_vocab().keys():
+        raise StructPruneError(
+            f"The tokenizer has {len(given):,} tokens, which are not those of this model, {len(own):,}; pass "
+            "pruner.tokenizer, or none."
+        )
+    return own or given
 
 
 def checked(

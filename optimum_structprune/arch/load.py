@@ -16,6 +16,7 @@ from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, family_of
 from .shrink import text_config
 from .spaces import Shapes, meets, residual_of, spaces_of
 from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, ArchSpec, Space
+from .vocabulary import vocabulary_of
 
 
 NOT_ONLY_TEXT = "what is not text writes to the residual stream too"
@@ -33,6 +34,8 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
         family = replace(family, hidden=None, missing={**family.missing, HIDDEN: NOT_ONLY_TEXT})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     arch = resolve(family, config, shapes, prefix)
+    if (vocabulary := vocabulary_of(model, config)) is not None:
+        arch = replace(arch, model_spaces=(vocabulary, *arch.model_spaces))
     if config is model.config:
         return arch
     return replace(arch, model_type=model.config.model_type, uniform=TEXT_ONLY)

@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 
 from ..errors import StructPruneError
 from .per_layer import forget_modeling_file
-from .spec import GROUP, HIDDEN, LAYER, ArchSpec, Widths
+from .spec import GROUP, HIDDEN, LAYER, VOCAB, ArchSpec, Widths
+from .vocabulary import renumber_
 
 
 # The grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes: 4 numbers in fp32,
@@ -47,7 +48,7 @@ def shrunk_config(
     """A copy of `config` with new sizes.
 
     Where layers get different sizes, the config has the largest, and `per_layer_config` those of the layers that have
-    less.
+    less. `stay` are the layers or the tokens that stay; None stands for the first ones.
     """
     new = deepcopy(config)
     text = text_config(new)
@@ -60,6 +61,10 @@ def shrunk_config(
         stay = stay or range(space.width_in(sizes))
         cut_depth_(text, stay, space.size)
         per_layer = {place: per_layer[layer] for place, layer in enumerate(stay) if layer in per_layer}
+    if VOCAB in sizes:
+        space = arch.of(VOCAB)[0]
+        for part in {id(part): part for part in (new, text)}.values():
+            renumber_(part, stay or range(space.width_in(sizes)), space.size)
     for name in sizes:
         space = arch.of(name)[0]
         for key, value in space.pins:

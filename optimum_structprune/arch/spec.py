@@ -10,8 +10,10 @@ from functools import cached_property
 MODEL = -1  # stands for a layer's index where a space belongs to the whole model
 LAYER = "layer"  # the space whose units are whole layers
 HIDDEN = "hidden"  # the space whose units are channels of the residual stream
+VOCAB = "vocab"  # the space whose units are tokens
 EXPERT = "expert"  # the space whose units are whole experts
 CHANNEL, GROUP = "channel", "group"  # units inside a layer: single channels, and KV heads with their query heads
+TOKEN = "token"
 ONE_PER_MODEL = "it belongs to the whole model"
 # One number for all layers, or one per layer, where layers that are not named keep their full width.
 Width = int | Mapping[int, int]
@@ -74,7 +76,7 @@ class Space:
             of the one in the config, as that of several shared experts in one module is.
         least: The smallest width that the config allows.
         experts: The full name of the module that holds the experts, where its routed input is what is observed.
-        unit: What one unit is: `CHANNEL`, `GROUP`, `EXPERT` or `LAYER`.
+        unit: What one unit is: `CHANNEL`, `GROUP`, `EXPERT`, `LAYER` or `TOKEN`.
         uniform: The reason why all layers have to keep the same width; empty where they need not.
     """
 
@@ -106,8 +108,8 @@ class Space:
 
     @property
     def rounds(self) -> bool:
-        """Whether widths are rounded to multiples that suit the hardware: those of channels are."""
-        return self.unit == CHANNEL
+        """Whether widths are rounded to multiples that suit the hardware: those of channels and tokens are."""
+        return self.unit in (CHANNEL, TOKEN)
 
     @property
     def inside(self) -> bool:

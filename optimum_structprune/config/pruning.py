@@ -62,8 +62,11 @@ class StructPruneConfig(Serialisable):
             another `allocation` than `uniform`, each number is the mean over the layers.
         budget: What the whole model may have at most: `{"parameters": 110_000_000}`, `{"bytes": 300_000_000}` of
             parameters in its dtype, `{"cache_bytes_per_token": 9000}` of keys and values, or `{"flops_per_token":
-            200_000_000}` to read a prompt of `seq_length` tokens. The widths are the largest that keep to it.
+            200_000_000}` to read a prompt of `seq_length` tokens. A number below 1 is a share of what the dense model
+            has. The widths are the largest that keep to it.
         targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths.
+        keep_tokens: What stays of a vocabulary that gets smaller (`vocab`): a file with a token or a text in each
+            line, or a regular expression that fits the text of tokens.
         criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares
             refit, and for `wanda` otherwise.
         refit: What makes up for the removed units: `none`, `bias`, `least_squares`, or a registered refit.
@@ -78,9 +81,6 @@ class StructPruneConfig(Serialisable):
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
             need not be. `auto` is the largest power of two up to 64 with which all layers together come within 1 % of
             the layers' parameters to any goal: 64 in models of usual size, and less in small ones.
-        tensor_parallel: How many devices will share each matrix of the result, as with vLLM's option of that name.
-            Numbers of KV groups that `sparsity` or `budget` chooses are multiples of it, and so are widths with
-            `round_to="auto"`, in models that are large enough of 128 times as much.
         domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
             prose, code and math in equal shares, and with `stats` for all domains that are stored.
         general_share: The share of the calibration tokens that is general text, of every kind, beside the domains: it
@@ -125,13 +125,13 @@ class StructPruneConfig(Serialisable):
     widths: dict[str, int | list[int] | dict[Any, int]] | None = None
     budget: dict[str, Number] | None = None
     targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
+    keep_tokens: str | None = None
     criterion: str | None = None
     refit: str = validated_field(REFITS.check, default="least_squares")
     rounds: int = validated_field(positive, default=1)
     allocation: str = validated_field(ALLOCATIONS.check, default="uniform")
     min_width: Number = validated_field(share, default=0.1)
     round_to: int | Literal["auto"] = validated_field(positive, default=AUTO)
-    tensor_parallel: int = validated_field(positive, default=1)
     domains: list[DomainConfig] | None = None
     general_share: Number | None = validated_field(below_one, default=None)
     general_text: str | None = None

@@ -81,22 +81,27 @@ class Domain:
 
 
 def calibration_domains(
-    config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    config: StructPruneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    reader: PreTrainedTokenizerBase | None = None,
+    seen: Manifest | None = None,
 ) -> tuple[StructPruneConfig, list[Domain]]:
     """The domains of a config, with general text beside them that the model writes, where it can; and the config that
-    says so.
+    says so. The samples are tokens of the `reader`, which need not be the `tokenizer` that the model writes with.
     """
     written = with_written_text(config) if can_write(model, tokenizer) else config
     vocab_size = model.config.get_text_config().vocab_size
-    seen = Manifest.seen_by(model)
+    seen = seen or Manifest.seen_by(model)
+    load = partial(load_domains, vocab_size=vocab_size, model=model, seen=seen, writer=tokenizer)
     try:
-        return written, load_domains(written, tokenizer, vocab_size, model=model, seen=seen)
+        return written, load(written, reader or tokenizer)
     except StructPruneError as error:
         if written is config:
             raise
         reason = error
     # Some models write nothing that is of use. A mistake in the domains themselves is found again.
-    domains = load_domains(config, tokenizer, vocab_size, model=model, seen=seen)
+    domains = load(config, reader or tokenizer)
     logger.warning("No text of every kind is written: %s", reason)
     return config, domains
 
@@ -108,8 +113,12 @@ def load_domains(
     heldout_samples: int | None = None,
     model: PreTrainedModel | None = None,
     seen: Manifest | None = None,
+    writer: PreTrainedTokenizerBase | None = None,
 ) -> list[Domain]:
-    """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again."""
+    """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again.
+
+    The model writes with the `writer`, by default the tokenizer.
+    """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
     frame = Frame(config.seq_length, prefix_token(tokenizer), tokenizer.eos_token_id)
@@ -122,7 +131,7 @@ def load_domains(
     if not config.chooses:  # what choices were made on may be trained on, but tells nothing new
         uses = {name: USED if use == PROBE else use for name, use in uses.items()}
     packer = _Packer(config, domains, frame, heldout_samples, uses)
-    write = partial(self_documents, model, tokenizer) if model is not None else None
+    write = partial(self_documents, model, writer or tokenizer) if model is not None else None
     loaded: dict[int, Domain] = {}
     # A model takes long to write, and a generator gives its text only once: what fails before has not used it up.
     for patience in range(3):

@@ -36,6 +36,7 @@ LIBRARIES = ("torch", "transformers", "datasets", "tokenizers")
 WHERE = ("dataset_config", "split", "revision")
 # What an entry's documents were for, in words.
 CALIBRATED, TRAINED, EARLIER = "calibrated on", "trained on", "used by an earlier run"
+COUNTED = "counted to choose tokens"
 _SEEN: "WeakKeyDictionary[Module, Manifest]" = WeakKeyDictionary()
 
 

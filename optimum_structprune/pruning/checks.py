@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..arch.load import layer_list
 from ..arch.meta import is_quantized
-from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Widths
+from ..arch.spec import HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..calibration.passes import check_sequential
 from ..calibration.stored import Statistics
 from ..config.pruning import StructPruneConfig
@@ -67,7 +67,7 @@ def check(
         _check_trainer_spaces(arch, widths)
     _check_spaces(config, arch, widths)
     if use == PRUNE:
-        _check_text(config, has_tokenizer, has_inputs)
+        _check_text(config, has_tokenizer, has_inputs, VOCAB in widths)
         _check_statistics(config, arch, widths)
         for folder in filter(None, (config.checkpoint_dir, config.losses_dir)):
             check_folder(folder)
@@ -214,10 +214,12 @@ def _check_offloaded(
             f"criterion={config.scored_by!r} takes passes through all layers of {name} at once, which is offloaded; "
             f"choose criterion='obs' or 'wanda', or {advice}."
         )
-    if HIDDEN in widths:
-        raise StructPruneError(
-            f"'hidden' changes all layers of {name} at once, which is offloaded; prune inside the layers, or {advice}."
-        )
+    for space in (HIDDEN, VOCAB):
+        if space in widths:
+            raise StructPruneError(
+                f"{space!r} changes weights all over {name} at once, which is offloaded; prune inside the layers, or "
+                f"{advice}."
+            )
     if use == PRUNE and config.recovery is not None:
         raise StructPruneError(
             f"Recovery trains weights in memory, and {name} is offloaded; leave recovery out, save, and recover the "
@@ -226,8 +228,12 @@ def _check_offloaded(
     check_sequential(model, arch)
 
 
-def _check_text(config: StructPruneConfig, has_tokenizer: bool, has_inputs: bool) -> None:
+def _check_text(config: StructPruneConfig, has_tokenizer: bool, has_inputs: bool, fewer_tokens: bool = False) -> None:
     """What the text is read with."""
+    if has_inputs and fewer_tokens:
+        raise StructPruneError(
+            f"{VOCAB!r} numbers the tokens anew, and inputs holds ids as they were; name the text in domains."
+        )
     if has_inputs and config.stats is not None:
         raise StructPruneError(f"inputs are calibration data, and stats={config.stats!r} stands in for them.")
     if not (has_tokenizer or has_inputs or config.stats is not None):
@@ -238,7 +244,7 @@ def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, 
     """The criterion, for the spaces that shrink; an unknown name is refused too."""
     if not judges_layers(config):
         CRITERIA.get(config.scored_by).check(config, arch, use)
-    elif others := [name for name in widths if name != LAYER]:
+    elif others := [name for name in widths if name not in (LAYER, VOCAB)]:
         raise StructPruneError(
             f"criterion={config.criterion!r} judges whole layers, and nothing inside them; prune {LAYER!r} in a run "
             f"of its own, or choose a criterion for {others[0]!r}: {LAYER!r} is judged by {BLOCK_INFLUENCE!r} then."
@@ -256,7 +262,10 @@ def _check_trainer_spaces(arch: ArchSpec, widths: Widths) -> None:
 
 def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
     """Spaces that do not go with an option."""
-    widest, before = max(space.size for space in arch.spaces), [name for name in WHOLE_MODEL if name in widths]
+    widest, before = (
+        max((space.size for space in arch.spaces), default=1),
+        [name for name in WHOLE_MODEL if name in widths],
+    )
     if config.rounds > widest:
         raise StructPruneError(
             f"rounds={config.rounds} is more than the {widest} units of the widest space, and each round has to "
@@ -287,7 +296,8 @@ def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> 
 
 def _check_search(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
     """Spaces and models whose losses are not measured."""
-    outside = [name for name in widths if not arch.of(name)[0].inside or arch.of(name)[0].layer == MODEL]
+    others = {name: width for name, width in widths.items() if name != VOCAB} or widths
+    outside = [name for name in others if not arch.of(name)[0].inside or arch.of(name)[0].layer == MODEL]
     if not arch.causal:
         raise StructPruneError(
             f"allocation={config.allocation!r} measures how far the predictions of the next token move, and a model "
@@ -363,6 +373,7 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
     same = "widths are taken as they are" if explicit else "allocation='uniform' gives all layers one width"
     reasons = {
         "targets": (explicit, "widths names the spaces"),
+        "keep_tokens": (VOCAB not in names, f"no tokens go; name {VOCAB!r} in targets or widths"),
         "round_to": (
             explicit and uniform and config.max_perplexity_ratio is None,
             "widths are taken as they are",

@@ -56,13 +56,17 @@ class Evidence:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         inputs: Mapping[str, Tensor] | None = None,
+        reader: PreTrainedTokenizerBase | None = None,
+        seen: Manifest | None = None,
     ) -> Evidence:
-        """The evidence that a config names; its own config says which general text has been read."""
+        """The evidence that a config names; its own config says which general text has been read. For `reader` and
+        `seen`, see `calibration_domains`.
+        """
         if config.stats is None:
             if inputs is not None:
                 domains = given_domains(inputs, float(config.holdout), config.chooses)
             else:
-                config, domains = calibration_domains(config, model, tokenizer)
+                config, domains = calibration_domains(config, model, tokenizer, reader, seen)
             return cls.of(config, domains, model.device)
         statistics = Statistics.load(config.stats)
         statistics.check(model, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import inf
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
+from ..domains.load import Domain
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
 from ..errors import InPlaceError, some_of
 from ..record.details import Choice
@@ -66,7 +68,8 @@ class Run:
         dense: Its description before anything was removed.
         evidence: What is known of the text; the weights of the domains may change from round to round.
         config: How to prune.
-        tokenizer: The tokenizer of the model.
+        tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
+        dense_tokenizer: The tokenizer of the dense model.
         inplace: Whether the caller holds the model that shrinks.
         report: The numbers of the run.
         plan: The kept units of the dense model so far.
@@ -74,6 +77,7 @@ class Run:
         teacher: The model that recovery learns from; None where there is none.
         layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
         rounds: The `Rounds` that have begun and have not ended; None between them.
+        counted: What the tokens that stay were chosen by.
         trained: What was trained on.
         seen: What the dense model has seen before; None where nothing says it.
         choices: How the units inside the layers were chosen, in summary, by layer of the dense model and space.
@@ -89,7 +93,8 @@ class Run:
         report: Report | None = None,
     ):
         self.model, self.evidence, self.config = model, evidence, evidence.config
-        self.tokenizer, self.inplace = tokenizer, inplace
+        self.tokenizer = self.dense_tokenizer = tokenizer
+        self.inplace = inplace
         self.arch = self.dense = self.described()
         self.report = report or Report(self.arch.model_type, self.config.scored_by)
         self.plan = Plan(self.arch.model_type, {})
@@ -97,6 +102,7 @@ class Run:
         self.teacher: PreTrainedModel | None = None
         self.layers: tuple[int, ...] | None = None
         self.rounds: Any = None
+        self.counted: list[Entry] = []
         self.trained: list[Entry] = []
         self.seen: Manifest | None = None
         self.choices: dict[tuple[int, str], Choice] = {}
@@ -106,15 +112,18 @@ class Run:
         """The description of the model as it is now."""
         return describe(self.model, self.config.arch_file)
 
-    def start(self, dense: PreTrainedModel | None = None) -> None:
-        """Measure the model while it is dense, and keep what recovery learns from: `dense` where that is another
-        object than the model that shrinks, and a copy otherwise.
+    def start(self, dense: PreTrainedModel | None = None, domains: Sequence[Domain] | None = None) -> None:
+        """Measure the model while it is dense, on `domains` where those of the evidence are not in its tokens; `dense`
+        is given where that is another object than the model that shrinks.
         """
         self.plan = Plan.of(self.model, self.arch)
         self.seen = Manifest.seen_by(dense or self.model)
         with self.report.timed("perplexity"):
-            self.measure = Measure(self.model, self.evidence.domains, self.arch)
+            self.measure = Measure(self.model, domains or self.evidence.domains, self.arch)
         self.report.start(self.model, self.arch)
+
+    def find_teacher(self, dense: PreTrainedModel | None = None) -> None:
+        """Keep what recovery learns from while the model is dense: `dense` if given, and a copy otherwise."""
         if self.config.recovery is not None and self.config.recovery.distils:
             self.teacher = deepcopy(self.model) if dense is None else dense
 
@@ -142,7 +151,11 @@ class Run:
     def manifest(self) -> Manifest:
         """The record of all text that was used, by the runs before that the dense model comes from as well."""
         rounds = [tuple(entry["shares"].values()) for entry in self.report.rounds]
-        return self.evidence.manifest(self.tokenizer, rounds).with_entries(self.trained).after(self.seen)
+        return (
+            self.evidence.manifest(self.tokenizer, rounds)
+            .with_entries([*self.counted, *self.trained])
+            .after(self.seen)
+        )
 
     def finish(self) -> None:
         """Complete the report."""

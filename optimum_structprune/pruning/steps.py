@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from ..arch.spec import EXPERT, HIDDEN, LAYER, ArchSpec, Widths
+from ..arch.spec import EXPERT, HIDDEN, LAYER, VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..surgery.plan import Plan
 from ..widths.schedule import legal_round_widths, round_widths
@@ -26,7 +26,7 @@ REMOVERS: dict[str, Callable[[Run, Step], Plan]] = {
     UNITS: prune_units_,
     LIMIT: prune_within_limit_,
 }
-WHOLE_MODEL = (LAYER, EXPERT, HIDDEN)
+WHOLE_MODEL = (VOCAB, LAYER, EXPERT, HIDDEN)  # tokens go before any step, see `pruning.vocabulary`
 
 
 def steps(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig, widths: Widths) -> list[Step]:

@@ -1,4 +1,4 @@
-"""Modules of other sizes in a whole model: layers of other widths, and a narrower residual stream."""
+"""Modules of other sizes in a whole model: layers of other widths, a narrower residual stream, fewer tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..arch.shrink import shrunk_config
-from ..arch.spec import HIDDEN, MODEL, ArchSpec, ResidualStream, Width
+from ..arch.spec import HIDDEN, MODEL, VOCAB, ArchSpec, ResidualStream, Width
+from ..arch.vocabulary import renumber_
 from ..errors import StructPruneError
 from .cut import rebuilding_, replace_, replace_layers_, slice_tensors, tensors_under
 from .plan import Plan
@@ -136,3 +137,21 @@ def _scaled_state(
             plus = residual.plus if name in norms.values() else 0.0
             tensors[name] = ((tensors[name].float() + plus) * factor - plus).to(tensors[name].dtype)
     return tensors
+
+
+@torch.no_grad()
+def drop_tokens_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) -> None:
+    """Remove what a model has for all other tokens, and number the kept ones from 0; what is tied stays tied."""
+    space, tensors = arch.of(VOCAB)[0], model.state_dict(keep_vars=True)
+    with rebuilding_(model, shrunk_config(model.config, arch, {VOCAB: len(keep)}, stay=keep)) as smaller:
+        for tensor, dim in {id(tensors[axis.param]): (tensors[axis.param], axis.dim) for axis in space.axes}.values():
+            rows = torch.tensor([token for token in keep if token < tensor.shape[dim]], device=tensor.device)
+            tensor.data, tensor.grad = tensor.data.index_select(dim, rows), None
+        # Modules remember sizes and ids, such as that of the padding.
+        for name, module in smaller.named_modules():
+            old = model.get_submodule(name)
+            for key, value in vars(module).items():
+                if type(value) is int and key in vars(old):
+                    setattr(old, key, value)
+    if model.can_generate() and model.generation_config is not None:
+        renumber_(model.generation_config, keep, space.size)

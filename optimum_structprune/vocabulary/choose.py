@@ -23,7 +23,10 @@ class Tokens(Protocol):
     """What choosing needs to know of a vocabulary."""
 
     size: int
-    always: Collection[int]
+
+    @property
+    def always(self) -> Collection[int]:
+        """The tokens that stay whatever the text is."""
 
     def parts(self, token: int) -> Sequence[int]:
         """The tokens that take the place of a token; none where it cannot be spelled."""

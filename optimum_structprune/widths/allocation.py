@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..arch.shrink import legal_sizes, shrunk_config
-from ..arch.spec import GROUP, LAYER, ArchSpec, Space, Width, Widths
+from ..arch.spec import LAYER, VOCAB, ArchSpec, Space, Width, Widths
 from ..config.pruning import AUTO, ONE_WIDTH, StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
@@ -21,6 +21,7 @@ from ..registry import did_you_mean
 
 # The part of the layers' parameters that `round_to="auto"` may miss a goal by.
 MOST_OFF = 0.01
+MOST_STEP = 64
 
 
 def target_widths(
@@ -65,7 +66,7 @@ def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: Pretra
             )
         legal[name] = legal_sizes(model_config, arch, name)
     if config.widths is None:
-        _check_disjoint(arch, list(legal))
+        _check_disjoint(config, arch, list(legal))
     else:
         for name, width in config.widths.items():
             _check_width(arch, name, cast("Width", width), legal[name])
@@ -147,7 +148,14 @@ def _at_most(width: Width, spaces: Sequence[Space]) -> dict[int, int]:
     return {space.layer: min(space.width_in({space.kind: width}), space.width) for space in spaces}
 
 
-def _check_disjoint(arch: ArchSpec, names: Sequence[str]) -> None:
+def _check_disjoint(config: StructPruneConfig, arch: ArchSpec, names: Sequence[str]) -> None:
+    if VOCAB in names and (config.budget is None or len(names) > 1):
+        example = f"widths={{{VOCAB!r}: {arch.of(VOCAB)[0].size // 128 * 64}}}"
+        raise StructPruneError(
+            f"targets={list(names)} has {VOCAB!r}, whose parameters lie outside of the layers, so no share of those "
+            f"says how much of it goes; give {example} or another number, beside the widths of other spaces, or "
+            f"target {VOCAB!r} alone with a budget."
+        )
     of_model = [space.name for space in arch.model_spaces if space.name in names]
     if of_model and len(names) > 1:
         raise StructPruneError(
@@ -301,20 +309,19 @@ def _layer_width(
 
 
 def step(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
-    """What the widths of a space are multiples of where they are chosen: `round_to` for channels, `tensor_parallel`
-    for KV groups, and 1 for what is neither.
+    """What the widths of a space are multiples of where they are chosen: `round_to`, and 1 for what is no channel
+    and no token.
 
     Half a step of `auto` is at most `MOST_OFF` of the layers' parameters, so that the widths come that near to a goal.
     """
-    spaces, parts = arch.of(name), config.tensor_parallel
-    if not spaces[0].rounds:
-        return parts if spaces[0].unit == GROUP else 1
-    if config.round_to != AUTO:
-        return int(config.round_to)
+    spaces = arch.of(name)
+    if not spaces[0].rounds or config.round_to != AUTO:
+        return int(config.round_to) if spaces[0].rounds else 1
+    if name == VOCAB:
+        return MOST_STEP
     unit = sum(space.unit_params * space.scale for space in spaces)
     largest = 2 * MOST_OFF * sum(arch.layer_params) / unit
-    powers = (1, 2, 4, 8, 16, 32, 64, 128)[: 7 if parts == 1 else 8]  # kernels of 4 bits want 128 on each device
-    return max(power * parts for power in powers if power == 1 or power * parts <= largest)
+    return max(power for power in (1, 2, 4, 8, 16, 32, MOST_STEP) if power <= max(largest, 1))
 
 
 def candidate_widths(config: StructPruneConfig, arch: ArchSpec, space: Space, legal: Sequence[int]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
-from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
+from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Width, Widths
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.generation import cached_values, flops_per_token, why_not_counted
@@ -34,11 +34,11 @@ def widths_of(
     other allocations than `uniform`, to within the cheapest step of one layer).
     """
     if config.budget is None:
-        return target_widths(config, arch, model.config, scores)
-    ((name, limit),) = config.budget.items()
+        return _given_widths(config, arch, model, scores)
     legal = legal_widths(config, arch, model.config)
     cost = _cost_of(config, arch, model, legal, itemsize or model.dtype.itemsize)
     dense = cost({})
+    name, limit = _limit(config, dense)
     if name == "cache_bytes_per_token":
         legal = {
             kind: sizes for kind, sizes in legal.items() if cost(smallest_widths(config, arch, {kind: sizes})) < dense
@@ -55,6 +55,9 @@ def widths_of(
     def fits(widths: Widths) -> bool:
         return cost(widths) <= limit
 
+    if VOCAB in legal:  # alone, see `legal_widths`
+        return _filled_up(smallest, config, arch, legal, fits)
+
     # A bisection over the number of parameters to remove, from a linear estimate on, until the bounds are closer than
     # what goes with any unit. The widths for a number lie on either side of it, so the largest that fit are not always
     # those for the smallest number that is enough.
@@ -70,6 +73,18 @@ def widths_of(
             too_little = trial
         trial = (too_little + enough) / 2
     return best
+
+
+def _given_widths(
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, scores: Mapping[tuple[int, str], Tensor] | None
+) -> Widths:
+    """The widths without a budget. Tokens go first, and all others are the widths of a model without them."""
+    if config.widths is None or VOCAB not in config.widths:
+        return target_widths(config, arch, model.config, scores)
+    legal_widths(config, arch, model.config)
+    tokens = {VOCAB: cast("Width", config.widths[VOCAB])}
+    others = {name: width for name, width in config.widths.items() if name != VOCAB}
+    return {**tokens, **(_given_widths(replace(config, widths=others), arch, model, scores) if others else {})}
 
 
 def _filled_up(
@@ -91,7 +106,7 @@ def _filled_up(
 
 
 def _check_reach(config: StructPruneConfig, dense: float, least: float, names: list[str]) -> None:
-    ((name, limit),) = (config.budget or {}).items()
+    name, limit = _limit(config, dense)
     if limit >= dense:
         raise StructPruneError(
             f"budget {name}={limit:,} is met by the dense model, which has {dense:,}; ask for less."
@@ -135,7 +150,7 @@ def _cost_of(
     full = {name: arch.widths(name) for name in biased}
     dense = _small(model, arch, full, biased).num_parameters() if biased else model.num_parameters()
     size = itemsize if "bytes" in (config.budget or {}) else 1
-    if any(space.layer == MODEL for name in names for space in arch.of(name)):
+    if any(space.layer == MODEL for name in names if name != VOCAB for space in arch.of(name)):
         # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
         return lambda widths: size * _small(model, arch, widths, biased).num_parameters()
     return lambda widths: size * (dense - _removed(arch, widths))
@@ -157,9 +172,9 @@ def resources(
         return [_mean_width(config, arch, name, params) for name in names]
     if config.budget is None:
         return [Resource((config.sparsity or 0.0) * sum(arch.layer_params), params, whole)]
-    ((name, limit),) = config.budget.items()
     legal = legal_widths(config, arch, model.config)
     cost = _cost_of(config, arch, model, list(names), model.dtype.itemsize)
+    name, limit = _limit(config, cost({}))
     need = cost({kind: arch.widths(kind) for kind in names}) - limit
     if name in ("parameters", "bytes"):
         size = model.dtype.itemsize if name == "bytes" else 1
@@ -184,7 +199,13 @@ def keeps_to(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, 
     if config.budget is None:
         return True
     cost = _cost_of(config, arch, model, list(widths), model.dtype.itemsize)
-    return cost(widths) <= max(config.budget.values())
+    return cost(widths) <= _limit(config, cost({}))[1]
+
+
+def _limit(config: StructPruneConfig, dense: float) -> tuple[str, float]:
+    """What the budget of a config limits, and how much of it there may be; a number below 1 is a share of `dense`."""
+    ((name, limit),) = (config.budget or {}).items()
+    return name, limit if limit >= 1 else int(limit * dense)
 
 
 def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, params: Mapping[Key, float]) -> Resource:

@@ -28,7 +28,7 @@ def test_every_space_runs_at_a_legal_width_that_suits_nobody(case):
         full = max(space.width for space in arch.of(name))
         width = min(legal_sizes(model.config, arch, name), key=lambda size: (abs(size - SHARE * full), -(size % 2)))
         small = type(model)(shrunk_config(model.config, arch, {name: width})).eval()
-        assert small(token_ids(1, 6)).logits.isfinite().all(), (name, width)
+        assert small(token_ids(1, 6) % small.config.vocab_size).logits.isfinite().all(), (name, width)
 
 
 def wide(model_type, dtype):

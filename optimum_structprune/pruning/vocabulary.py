@@ -1,0 +1,124 @@
+"""The smaller vocabulary of a run: chosen by the text before anything else, which then is read in its tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import tee
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arch.shrink import text_config
+from ..arch.spec import MODEL, VOCAB, ArchSpec, Widths
+from ..arch.vocabulary import named_ids
+from ..config.pruning import StructPruneConfig
+from ..domains.load import Domain
+from ..domains.manifest import COUNTED, Entry, Manifest
+from ..errors import StructPruneError
+from ..surgery.plan import Plan
+from ..surgery.resize import drop_tokens_
+from ..vocabulary.choose import keep_tokens, token_shares
+from ..vocabulary.tokens import Vocabulary
+from .evidence import Evidence
+from .measure import Measure
+from .run import Run
+
+
+@dataclass(frozen=True)
+class SmallerVocabulary:
+    """The ids of the tokens that stay, ascending, the tokenizer that has no others, and the text in dense tokens."""
+
+    keep: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase
+    dense_domains: tuple[Domain, ...]
+
+
+def read_text(
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    inputs: Mapping[str, Tensor] | None,
+    widths: Widths,
+) -> tuple[Evidence, SmallerVocabulary | None]:
+    """The evidence that a config names, and where the vocabulary gets smaller, the tokens that stay.
+
+    They are chosen by the calibration text, which is then read again in them. That evidence is for a model without the
+    others, and its config no longer asks for fewer. What the first reading held out is neither counted nor, in the
+    second, calibrated on.
+    """
+    if tokenizer is None or VOCAB not in widths:
+        return Evidence.read(config, model, tokenizer, inputs), None
+    vocabulary, number = Vocabulary.of(tokenizer), arch.of(VOCAB)[0].width_in(widths)
+    always = _always(config, model, tokenizer, vocabulary)
+    most = min(arch.of(VOCAB)[0].size, vocabulary.size)
+    if not len(always) <= number <= most:
+        raise StructPruneError(
+            f"vocab={number:,} is no number of tokens that this model can keep: {len(always):,} of {most:,} always "
+            "stay."
+        )
+    first, again = _for_two_readings(config)
+    dense = Evidence.read(first, model, tokenizer)
+    keep = keep_tokens(vocabulary, token_shares(dense.domains, vocabulary.size), number, always)
+    smaller = vocabulary.smaller(keep)
+    texts = (str(tokenizer.decode(ids)) for domain in dense.domains for ids in domain.pool)
+    vocabulary.check(smaller, keep, texts)
+    seen = dense.manifest(tokenizer).after(Manifest.seen_by(model))
+    evidence = Evidence.read(again, model, tokenizer, reader=smaller, seen=seen)
+    return evidence, SmallerVocabulary(keep, smaller, tuple(dense.domains))
+
+
+def remove_tokens_(run: Run, vocabulary: SmallerVocabulary) -> None:
+    """Leave the model of a run the tokens of a smaller vocabulary; what follows takes it for the dense model."""
+    with run.report.timed("vocabulary"):
+        run.changed = True
+        drop_tokens_(run.model, run.arch, vocabulary.keep)
+    run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): vocabulary.keep}))
+    run.arch, run.tokenizer = run.described(), vocabulary.tokenizer
+    run.counted = [Entry.of(domain, COUNTED) for domain in vocabulary.dense_domains]
+    with run.report.timed("perplexity"):
+        run.measure = Measure(run.model, run.evidence.domains, run.arch)
+
+
+def _for_two_readings(config: StructPruneConfig) -> list[StructPruneConfig]:
+    """The config for the dense vocabulary and for the smaller one; a generator gives both the same text."""
+    widths = {name: width for name, width in (config.widths or {}).items() if name != VOCAB}
+    domains = [
+        [replace(domain, source=source) for source in tee(domain.source)]
+        if isinstance(domain.source, Iterator)
+        else [domain] * 2
+        for domain in config.domains or ()
+    ]
+    configs = [replace(config, domains=[*of]) for of in zip(*domains, strict=True)] or [config] * 2
+    return [configs[0], replace(configs[1], widths=widths) if widths else configs[1]]
+
+
+def _always(
+    config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
+) -> set[int]:
+    """The tokens that stay whatever the text is: those of the tokenizer, of the configs, and of `keep_tokens`."""
+    always = {*vocabulary.always, *named_ids(model.config), *named_ids(text_config(model.config))}
+    if model.can_generate() and model.generation_config is not None:
+        always |= named_ids(model.generation_config)
+    if config.keep_tokens is not None:
+        always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
+    return {token for token in always if 0 <= token < vocabulary.size}
+
+
+def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
+    path = Path(named).expanduser()
+    if path.is_file():
+        ids, lines = tokenizer.get_vocab(), [line for line in path.read_text().splitlines() if line]
+        # Within a text, a word begins with its space.
+        spelled = tokenizer([form for line in lines for form in (line, f" {line}")], add_special_tokens=False)
+        return {token for of in spelled["input_ids"] for token in of} | {ids[line] for line in lines if line in ids}
+    try:
+        kept = {token for token in range(vocabulary.size) if re.search(named, vocabulary.surface(token))}
+    except re.error as error:
+        raise StructPruneError(f"keep_tokens={named!r} is no file and no regular expression: {error}") from error
+    if not kept:
+        raise StructPruneError(f"keep_tokens={named!r} is no file, and as a regular expression fits no token.")
+    return kept
