@@ -24,6 +24,7 @@ from .pruner import register_pruner as register_pruner
 from .recovery.adapter import load_adapter as load_adapter
 from .recovery.recover import Recovery as Recovery
 from .recovery.recover import recover as recover
+from .saving.export import export_nemotron_nas as export_nemotron_nas
 from .saving.export import export_uniform as export_uniform
 from .saving.gguf_file import export_gguf as export_gguf
 from .saving.page import write_report as write_report

@@ -26,6 +26,7 @@ from .pruning.room import Need, Text, Workload
 from .record.facts import PERCENT, Row, cells
 from .record.text import table
 from .widths.budget import biased_spaces
+from .widths.kernels import lost_kernels
 
 
 # How much longer a token takes to write than to read.
@@ -203,7 +204,7 @@ def dry_run(
         memory=change(lambda model: model.num_parameters() * dtype.itemsize),
         cache_per_token=change(cached_bytes),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
-        notes=tuple(_notes(model_config, config, dense, arch)),
+        notes=(*_notes(model_config, config, dense, arch), *lost_kernels(config, arch, widths)),
         need=Workload(config, arch, dense, widths, dtype.itemsize, Text.of(config)).need(offload) if cost else None,
         flops_per_token=change(
             lambda model: flops_per_token(model, arch, config.seq_length) if counts_operations else None

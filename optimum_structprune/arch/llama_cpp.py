@@ -1,8 +1,8 @@
 """What llama.cpp can run: its architecture for a model, the rows that it expects in another order, and its names for
 ways to cut text.
 
-Sources, all of llama.cpp: `src/models/{llama,qwen2,deci}.cpp` for what an architecture computes and which sizes it
-reads by layer, `src/llama-model.cpp` (`llama_model_rope_type`) for the order of rows, `src/llama-vocab.cpp` for the
+Sources, all of llama.cpp: the files of `src/models` for what an architecture computes and which sizes it reads by
+layer, `src/llama-model.cpp` (`llama_model_rope_type`) for the order of rows, `src/llama-vocab.cpp` for the
 pre-tokenizers.
 """
 
@@ -17,11 +17,17 @@ from .spaces import heads_of
 
 
 # The architecture that llama.cpp has for a model type: it takes one width for all layers.
-STOCK = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-# The only one that reads the sizes of each layer. It computes a Llama layer, with biases where the file has some.
-BY_LAYER = "deci"
+STOCK = {
+    **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "olmo2": "olmo2"},
+    "gemma3_text": "gemma3",
+}
+# Those that read the sizes of each layer: the one computes a Llama layer, with biases where the file has some, and the
+# other a layer of Qwen3 under a tied head.
+BY_LAYER = {"llama": "deci", "mistral": "deci", "qwen2": "deci", "qwen3": "openelm"}
 # These rotate the channels 2i and 2i + 1 of a head together; transformers, and all others, channels i and i + half.
-INTERLEAVED = ("llama", BY_LAYER)
+INTERLEAVED = ("llama", "deci")
+# The others take the width of the residual stream for that of all heads together.
+ANY_HEADS = (*INTERLEAVED, "qwen3", "openelm", "gemma3")
 ROTATED = {"q_proj": "heads", "k_proj": "groups"}
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -50,38 +56,65 @@ def gguf_architecture(config: PretrainedConfig) -> str | None:
     """
     if gguf_refusal(config) is not None:
         return None
+    return STOCK[config.model_type] if _fits_stock(config) else BY_LAYER[config.model_type]
+
+
+def _fits_stock(config: PretrainedConfig) -> bool:
     stock, (heads, _, head_dim) = STOCK[config.model_type], heads_of(layer_configs(config)[0])
-    # An architecture that is not interleaved takes the width of the residual stream for that of all heads together,
-    # and has no factors of frequencies.
-    usual = heads * head_dim == config.hidden_size and rope_of(config).get("rope_type") != "llama3"
-    return stock if not config.is_heterogeneous and (usual or stock in INTERLEAVED) else BY_LAYER
+    heads_fit = stock in ANY_HEADS or heads * head_dim == config.hidden_size
+    # Only an interleaved architecture has factors of frequencies.
+    rope_fits = stock in INTERLEAVED or rope_of(config).get("rope_type") != "llama3"
+    return not config.is_heterogeneous and heads_fit and rope_fits
 
 
 def gguf_refusal(config: PretrainedConfig) -> str | None:
     """Why `structprune export` cannot write a model for llama.cpp, and what can be done instead; None where it can."""
     kind, uniform = config.model_type, not getattr(config, "is_heterogeneous", False)
-    if kind not in STOCK:
-        return f"structprune writes GGUF files of {', '.join(STOCK)} models, and this is a {kind} model. " + (
-            "Its layers are alike, so llama.cpp's own convert_hf_to_gguf.py may take it."
-            if uniform
-            else "llama.cpp reads the width of each layer only in an architecture that computes what these compute. "
-            "Give all layers one width: structprune export MODEL OUT --pad-uniform. llama.cpp's own "
-            "convert_hf_to_gguf.py may take that."
+    if kind in STOCK and (reason := not_computed(config, "llama.cpp")) is not None:
+        return reason
+    if kind in STOCK and (_fits_stock(config) or kind in BY_LAYER):
+        return None
+    if not uniform:
+        return (
+            f"llama.cpp reads the width of each layer only of {', '.join(BY_LAYER)} models, and this is a {kind} "
+            "model; give all layers one width: structprune export MODEL OUT --pad-uniform."
         )
-    rope = rope_of(config)
-    for name, value, computed in (
-        ("hidden_act", config.hidden_act, ("silu",)),
-        ("rope_type", rope.get("rope_type", "default"), ROPE_TYPES),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
-    ):
+    if kind in STOCK:
+        return f"llama.cpp's {STOCK[kind]} takes hidden_size for the width of all heads; prune its FFN, and no heads."
+    return (
+        f"structprune writes GGUF files of {', '.join(STOCK)} models, and this is a {kind} model. Its layers are "
+        "alike, so llama.cpp's own convert_hf_to_gguf.py may take it."
+    )
+
+
+def not_computed(config: PretrainedConfig, runtime: str) -> str | None:
+    """Why a runtime does not compute what a model of a type in `STOCK` computes; None where it does."""
+    rope, gemma = rope_of(config), config.model_type == "gemma3_text"
+    plain = BY_LAYER.get(config.model_type) == "deci"
+    needs: dict[str, tuple[Any, ...]] = {
+        **{"hidden_activation" if gemma else "hidden_act": ("gelu_pytorch_tanh" if gemma else "silu",)},
+        "rope_type": ROPE_TYPES if plain else ROPE_TYPES[:2],
+        "partial_rotary_factor": (1.0, None),
+    }
+    if not plain:
+        needs["attention_bias"] = (False, None)
+    if gemma:
+        needs |= {"query_pre_attn_scalar": (config.head_dim,), "final_logit_softcapping": (None,)}
+        needs |= {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (False, None)}
+    if config.is_heterogeneous and BY_LAYER.get(config.model_type) == "openelm":
+        needs["tie_word_embeddings"] = (True,)
+    for name, computed in needs.items():
+        value = rope.get(name, getattr(config, name, "default" if name == "rope_type" else None))
         if value not in computed:
-            return f"llama.cpp computes such a model with {name}={', '.join(map(str, computed))} only, found {value}."
+            allowed = ", ".join(str(value) for value in computed if value is not None or len(computed) == 1)
+            return f"{runtime} computes such a model with {name}={allowed} only, found {value}."
     return None
 
 
 def rope_of(config: PretrainedConfig) -> dict[str, Any]:
-    """The parameters of a config's rotary embedding."""
-    return getattr(config, "rope_parameters", None) or {}
+    """The parameters of a config's rotary embedding; of the layers that attend to everything, where others differ."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("full_attention", rope)
 
 
 def layer_configs(config: PretrainedConfig) -> list[Any]:
@@ -91,11 +124,24 @@ def layer_configs(config: PretrainedConfig) -> list[Any]:
     return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
 
 
+def parts_of(name: str, architecture: str) -> tuple[str, list[str]]:
+    """What a parameter is called where the file has it, and the parameters that it then holds, one after the other;
+    none where it is in another one.
+    """
+    projections = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+    if architecture != "openelm" or not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+        return name, [name]
+    return name.replace("q_proj", "qkv_proj"), projections if "q_proj" in name else []
+
+
 def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str) -> Tensor:
     """A parameter with its rows in the order in which llama.cpp's architecture expects them: for queries and keys of
-    an interleaved one, channel i of each head at place 2i, and channel i + half at place 2i + 1.
+    an interleaved one, channel i of each head at place 2i, and channel i + half at place 2i + 1. The weights of some
+    norms have one added.
     """
     module = name.split(".")[-2]
+    if architecture == "gemma3" and module.endswith("norm"):
+        return rows + 1
     if architecture not in INTERLEAVED or module not in ROTATED:
         return rows
     heads = getattr(heads_of(layer_config), ROTATED[module])

@@ -1,7 +1,6 @@
-"""vLLM runs non-uniform models without a flag where this package is installed.
+"""Lets vLLM run non-uniform models without a flag: the wheel names `register` under `vllm.general_plugins`.
 
-Its wheel names `register` under `vllm.general_plugins`, and vLLM calls that in each of its processes. Importing the
-package has then let transformers build such models, see `per_layer`.
+vLLM calls that in each of its processes; importing it has let transformers build such models, see `per_layer`.
 """
 
 from __future__ import annotations

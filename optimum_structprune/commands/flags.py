@@ -241,10 +241,20 @@ COMMANDS = (
     Command(
         "export",
         "export.export",
-        "Write a model for llama.cpp (OUT.gguf), or a non-uniform one with one width for all layers (--pad-uniform).",
+        "Write a model for llama.cpp (OUT.gguf), for engines that read nemotron-nas (--format), or a non-uniform one "
+        "with one width for all layers (--pad-uniform).",
         {
             "model": "Folder or id of the pruned model.",
-            "output": "File for llama.cpp, which ends in .gguf; with --pad-uniform, folder for the padded model.",
+            "output": "File for llama.cpp, which ends in .gguf; with --format or --pad-uniform, a folder.",
+            "--format": named(
+                "nemotron-nas",
+                "Write layers that differ as NVIDIA's DeciLM has them: for vLLM, SGLang, TensorRT-LLM and MLX.",
+                dest="form",
+                choices=["nemotron-nas"],
+            ),
+            "--pad": switch(
+                "With --format: fill widths that it cannot say up with zeros, each layer to the next one."
+            ),
             "--pad-uniform": switch("Fill narrower layers up with zeros, for runtimes that take one width only."),
             **OVERWRITE,
             **ARCH,

@@ -81,6 +81,9 @@ class StructPruneConfig(Serialisable):
         round_to: Channel widths that `sparsity` or `budget` chooses are multiples of this number. Explicit widths
             need not be. `auto` is the largest power of two up to 64 with which all layers together come within 1 % of
             the layers' parameters to any goal: 64 in models of usual size, and less in small ones.
+        tensor_parallel: How many devices will share each matrix of the result, as with vLLM's option of that name.
+            Numbers of KV groups that `sparsity` or `budget` chooses are multiples of it, and so are widths with
+            `round_to="auto"`, in models that are large enough of 128 times as much.
         domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
             prose, code and math in equal shares, and with `stats` for all domains that are stored.
         general_share: The share of the calibration tokens that is general text, of every kind, beside the domains: it
@@ -132,6 +135,7 @@ class StructPruneConfig(Serialisable):
     allocation: str = validated_field(ALLOCATIONS.check, default="uniform")
     min_width: Number = validated_field(share, default=0.1)
     round_to: int | Literal["auto"] = validated_field(positive, default=AUTO)
+    tensor_parallel: int = validated_field(positive, default=1)
     domains: list[DomainConfig] | None = None
     general_share: Number | None = validated_field(below_one, default=None)
     general_text: str | None = None

@@ -105,7 +105,7 @@ def model_card(
         heterogeneous=config.get_text_config().is_heterogeneous,
         has_code="auto_map" in read_mapping(folder / "config.json", json.loads),
         architecture=gguf_architecture(config),
-        by_layer=BY_LAYER,
+        by_layer=gguf_architecture(config) in BY_LAYER.values(),
         gguf_refusal=gguf_refusal(config),
         sizes=_sizes(records.report),
         perplexity=_perplexity(records),

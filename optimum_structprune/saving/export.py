@@ -1,4 +1,4 @@
-"""Writes a non-uniform model in a form for runtimes that take one width for all layers."""
+"""Writes a model for runtimes that take one width for all layers, or name the width of each in their own way."""
 
 from __future__ import annotations
 
@@ -8,9 +8,22 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.llama_cpp import layer_configs
 from ..arch.load import describe
+from ..arch.meta import check_plain, dequantized, meta_model
+from ..arch.nemotron_nas import (
+    CODE,
+    FORM,
+    check_nemotron_nas,
+    llama_config,
+    nemotron_nas_fields,
+    padded,
+    sizes_of,
+)
+from ..arch.per_layer import MODULE
 from ..errors import StructPruneError
 from ..plain_json import replace_json
 from ..record.report import REPORT_NAME
@@ -72,24 +85,81 @@ def export_uniform(
     Output(save_directory, overwrite, used).check()
     if not model.config.is_heterogeneous:
         raise StructPruneError(f"All layers of this {model.config.model_type} model have the same width already.")
-    dense = _dense_parameters(model.name_or_path)
     padded = deepcopy(model)
     pad_(padded, describe(padded, arch_file))
 
     def write(folder: Path) -> None:
-        for name in RECORDS:
-            if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
-                shutil.copyfile(record, folder / name)
-        # By this record the folder is known as a result, and may be replaced.
-        parameters = {"before": padding.before, "after": padding.after}
-        replace_json(folder / EXPORT_NAME, {"form": "uniform", "parameters": parameters})
+        _copy_records(model, folder, "uniform", padding)
         leave_card(folder, save_directory, padded.config, model.name_or_path, arch_file)
 
-    padding = Padding(model.num_parameters(), padded.num_parameters(), dense, model_bytes(padded) - model_bytes(model))
+    padding = _padding(model, padded)
     save_checked(
         padded, save_directory, tokenizer, overwrite, write, lambda _, folder: check_reload(model, folder), used
     )
     return padding
+
+
+def export_nemotron_nas(
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    pad: bool = False,
+) -> Padding:
+    """Save a model in the form `nemotron-nas` (DeciLM): vLLM, SGLang, TensorRT-LLM and MLX run it, and transformers
+    does not. The folder appears only after its weights have given the outputs of `model`.
+
+    Args:
+        model: A Llama, Mistral or Qwen2, uniform or not; it is left as it is.
+        save_directory: As in `export_uniform`.
+        tokenizer: As in `export_uniform`.
+        overwrite: As in `export_uniform`.
+        pad: Whether zeros are added up to the next sizes that the engines take: multiples of 256 channels of an FFN,
+            and hidden_size / head_dim query heads.
+
+    Raises:
+        StructPruneError: If the form cannot say such a model without `pad`, or at all, or see `export_uniform`.
+    """
+    used = [model.name_or_path]
+    Output(save_directory, overwrite, used).check()
+    check_nemotron_nas(model.config, pad)
+    check_plain(model)
+    config, layers = llama_config(model.config), layer_configs(model.config)
+    llama, state = meta_model(config, dtype=model.dtype), dequantized(model, inplace=False).state_dict()
+    llama.name_or_path, llama.generation_config = model.name_or_path, model.generation_config
+    for name, tensor in llama.state_dict().items():
+        layer = next((layers[int(part)] for part in name.split(".") if part.isdecimal()), None)
+        if name not in state:  # the bias of a consumer, which some families have not
+            state[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        elif layer is not None:
+            state[name] = padded(name, state[name], sizes_of(layer, pad=False), sizes_of(layer, pad=True))
+    llama.load_state_dict(state, assign=True)
+    llama.tie_weights()
+    padding = _padding(model, llama)
+
+    def write(folder: Path) -> None:
+        check_reload(model, folder, type(llama))
+        _copy_records(model, folder, FORM, padding)
+        replace_json(folder / "config.json", nemotron_nas_fields(config))
+        (folder / f"{MODULE}.py").unlink(missing_ok=True)
+        shutil.copyfile(CODE, folder / CODE.name)
+
+    save_checked(llama, save_directory, tokenizer, overwrite, write, lambda *_: None, used)
+    return padding
+
+
+def _padding(model: PreTrainedModel, padded: PreTrainedModel) -> Padding:
+    dense, added = _dense_parameters(model.name_or_path), model_bytes(padded) - model_bytes(model)
+    return Padding(model.num_parameters(), padded.num_parameters(), dense, added)
+
+
+def _copy_records(model: PreTrainedModel, folder: Path, form: str, padding: Padding) -> None:
+    for name in RECORDS:
+        if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
+            shutil.copyfile(record, folder / name)
+    # By this record the folder is known as a result, and may be replaced.
+    parameters = {"before": padding.before, "after": padding.after}
+    replace_json(folder / EXPORT_NAME, {"form": form, "parameters": parameters})
 
 
 def _dense_parameters(folder: str | None) -> int | None:

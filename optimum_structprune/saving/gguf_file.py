@@ -22,6 +22,7 @@ from ..arch.llama_cpp import (
     gguf_refusal,
     in_file_order,
     layer_configs,
+    parts_of,
     rope_of,
 )
 from ..arch.meta import check_plain, is_quantized
@@ -78,9 +79,10 @@ def export_gguf(
 ) -> GGUFFile:
     """Write a model and its tokenizer as one GGUF file, which llama.cpp runs as it is.
 
-    Layers may differ in width: llama.cpp's architecture `deci` reads the sizes of each layer. A model whose layers are
-    alike is written as its own architecture, as llama.cpp's converter does, because more programs know that one. The
-    file appears once it is whole. The matrices have the model's dtype; load the model in another one to write that.
+    Layers may differ in width: llama.cpp's architectures `deci` and `openelm` read the sizes of each layer. A model
+    whose layers are alike is written as its own architecture, as llama.cpp's converter does, because more programs
+    know that one. The file appears once it is whole. The matrices have the model's dtype; load the model in another
+    one to write that.
 
     Args:
         model: A model of one of the types in `arch/llama_cpp.py`; it is left as it is.
@@ -148,16 +150,22 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, t
     """The name in the file, the shape, and a function that gives the values, of each tensor of the file."""
     layers = layer_configs(model.config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], len(layers))
-    for name, parameter in model.named_parameters():
-        place = names.get_name(name, (".weight", ".bias"))
+    parameters = dict(model.named_parameters())
+    for name in parameters:
+        known_as, parts = parts_of(name, architecture)
+        if not parts:
+            continue
+        place = names.get_name(known_as, (".weight", ".bias"))
         if place is None:
             raise StructPruneError(f"llama.cpp's architecture {architecture} has no tensor for {name}.")
         layer = next((layers[int(part)] for part in name.split(".") if part.isdecimal()), None)
 
-        def values(name: str = name, parameter: torch.Tensor = parameter, layer: Any = layer) -> torch.Tensor:
-            return in_file_order(name, parameter.detach().float().cpu(), layer, architecture)
+        def values(parts: list[str] = parts, layer: Any = layer) -> torch.Tensor:
+            rows = (parameters[part].detach().float().cpu() for part in parts)
+            ordered = [in_file_order(*pair, layer, architecture) for pair in zip(parts, rows, strict=True)]
+            return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
 
-        yield place, tuple(parameter.shape), values
+        yield place, (sum(parameters[part].shape[0] for part in parts), *parameters[name].shape[1:]), values
     if rope_of(model.config).get("rope_type") == "llama3":
         factors = _frequency_factors(model.config)
         yield f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight", tuple(factors.shape), lambda: factors
@@ -192,9 +200,14 @@ def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, name: str, to
 def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     """Write the numbers of the config; for each layer its own, where the architecture reads that."""
     writer.add_block_count(config.num_hidden_layers)
-    # llama.cpp attends to everything, which is the same as a sliding window as long as the text fits into that.
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-    writer.add_context_length(min(config.max_position_embeddings, window))
+    window, local = getattr(config, "sliding_window", None), (config.rope_parameters or {}).get("sliding_attention")
+    if window and local:
+        writer.add_sliding_window(window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+        window = None
+    # Otherwise llama.cpp attends to everything, which is the same as long as the text fits into the window.
+    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -206,7 +219,7 @@ def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     layers = layer_configs(config)
     heads, groups, (head_dim, *_) = zip(*map(heads_of, layers), strict=True)
     widths = [layer.intermediate_size for layer in layers]
-    by_layer = writer.arch == BY_LAYER
+    by_layer = writer.arch in BY_LAYER.values()
     writer.add_feed_forward_length(widths if by_layer else widths[0])
     writer.add_head_count(list(heads) if by_layer else heads[0])
     writer.add_head_count_kv(list(groups) if by_layer else groups[0])

@@ -133,8 +133,10 @@ def forget_code(path: Path) -> None:
 
 
 @torch.no_grad()
-def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
-    """Load a saved model with plain `from_pretrained` and compare logits, or hidden states where it has no head."""
+def check_reload(model: PreTrainedModel, folder: str | Path, reader: Any = None) -> None:
+    """Load a saved model with plain `from_pretrained`, of its own class or of `reader`, and compare logits, or hidden
+    states where it has no head.
+    """
     # A config on disk does not say which kernels ran, and those of another attention round differently.
     names = ("attn_implementation", "experts_implementation")
     kernels: dict[str, Any] = {name: _kernels(model.config, name) for name in names}
@@ -142,7 +144,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
     # Beside the folder, where there is room for weights.
     with tempfile.TemporaryDirectory(prefix=f".{OFFLOAD}.", dir=Path(folder).resolve().parent) as scratch:
         with heterogeneous():
-            again = type(model).from_pretrained(
+            again = (reader or type(model)).from_pretrained(
                 folder, dtype=model.dtype, device_map=where, offload_folder=scratch, **kernels
             )
         probe = _probe(model)

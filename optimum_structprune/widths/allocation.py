@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..arch.shrink import legal_sizes, shrunk_config
-from ..arch.spec import LAYER, VOCAB, ArchSpec, Space, Width, Widths
+from ..arch.spec import GROUP, LAYER, VOCAB, ArchSpec, Space, Width, Widths
 from ..config.pruning import AUTO, ONE_WIDTH, StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
@@ -21,7 +21,8 @@ from ..registry import did_you_mean
 
 # The part of the layers' parameters that `round_to="auto"` may miss a goal by.
 MOST_OFF = 0.01
-MOST_STEP = 64
+# What numbers of tokens are multiples of with `round_to="auto"`.
+OF_TOKENS = 64
 
 
 def target_widths(
@@ -309,19 +310,22 @@ def _layer_width(
 
 
 def step(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
-    """What the widths of a space are multiples of where they are chosen: `round_to`, and 1 for what is no channel
-    and no token.
+    """What the widths of a space are multiples of where they are chosen: `round_to` for channels and tokens,
+    `tensor_parallel` for KV groups, and 1 for what is neither.
 
     Half a step of `auto` is at most `MOST_OFF` of the layers' parameters, so that the widths come that near to a goal.
     """
-    spaces = arch.of(name)
-    if not spaces[0].rounds or config.round_to != AUTO:
-        return int(config.round_to) if spaces[0].rounds else 1
+    spaces, parts = arch.of(name), config.tensor_parallel
+    if not spaces[0].rounds:
+        return parts if spaces[0].unit == GROUP else 1
+    if config.round_to != AUTO:
+        return int(config.round_to)
     if name == VOCAB:
-        return MOST_STEP
+        return OF_TOKENS
     unit = sum(space.unit_params * space.scale for space in spaces)
     largest = 2 * MOST_OFF * sum(arch.layer_params) / unit
-    return max(power for power in (1, 2, 4, 8, 16, 32, MOST_STEP) if power <= max(largest, 1))
+    powers = (1, 2, 4, 8, 16, 32, 64, 128)[: 7 if parts == 1 else 8]  # kernels of 4 bits want 128 on each device
+    return max(power * parts for power in powers if power == 1 or power * parts <= largest)
 
 
 def candidate_widths(config: StructPruneConfig, arch: ArchSpec, space: Space, legal: Sequence[int]) -> list[int]:

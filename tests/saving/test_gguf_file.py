@@ -224,9 +224,9 @@ def test_on_the_command_line(differing, tmp_path, capsys):
     assert gguf.GGUFReader(line[2]).get_field("deci.feed_forward_length").contents() == [24, 40]
     assert main([*line, "--pad-uniform"]) == 2 and "afterwards" in capsys.readouterr().err
     assert main([*line[:2], str(tmp_path / "out")]) == 2 and "Name a file OUT.gguf" in capsys.readouterr().err
-    build("qwen3").save_pretrained(tmp_path / "qwen3")
-    assert main(["export", str(tmp_path / "qwen3"), str(tmp_path / "q.gguf")]) == 2
-    assert "this is a qwen3 model" in capsys.readouterr().err
+    build("cohere2").save_pretrained(tmp_path / "cohere2")
+    assert main(["export", str(tmp_path / "cohere2"), str(tmp_path / "c.gguf")]) == 2
+    assert "this is a cohere2 model" in capsys.readouterr().err
 
 
 # --- which of llama.cpp's architectures holds a model, and in which order it expects rows
@@ -250,21 +250,29 @@ def uneven(model_type, **fields):
     # qwen2 takes the width of the residual stream for that of all heads.
     (settings("qwen2", num_attention_heads=4, num_key_value_heads=2), "deci"),
     (settings("llama", num_attention_heads=4, num_key_value_heads=2), "llama"),
+    (settings("qwen3", num_attention_heads=4, num_key_value_heads=2), "qwen3"),
+    (uneven("qwen3", tie_word_embeddings=True), "openelm"),
+    (settings("olmo2"), "olmo2"),
+    (settings("phi3"), "phi3"),
+    (settings("gemma3_text", query_pre_attn_scalar=4), "gemma3"),
 ], ids=lambda value: value if isinstance(value, str) else value.model_type)  # fmt: skip
 def test_the_architecture(config, architecture):
     assert gguf_architecture(config) == architecture and gguf_refusal(config) is None
 
 
 @pytest.mark.parametrize(("config", "reason"), [
-    (settings("qwen3"), "this is a qwen3 model.*convert_hf_to_gguf.py may take it"),
-    (uneven("qwen3"), "--pad-uniform"),
-    (settings("mixtral"), "this is a mixtral model"),
+    (settings("mixtral"), "this is a mixtral model.*convert_hf_to_gguf.py may take it"),
+    (uneven("olmo2"), "only of llama, mistral, qwen2, qwen3 models.*--pad-uniform"),
+    (uneven("qwen3", tie_word_embeddings=False), "tie_word_embeddings=True only, found False"),
+    (settings("olmo2", num_attention_heads=4, num_key_value_heads=2), "olmo2 takes hidden_size for the width of all"),
+    (settings("gemma3_text", query_pre_attn_scalar=8), "query_pre_attn_scalar=4 only, found 8"),
+    (settings("qwen3", attention_bias=True), "attention_bias=False only, found True"),
     (settings("llama", hidden_act="gelu"), "hidden_act=silu only, found gelu"),
     (
         settings("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
         "rope_type=default, linear, llama3 only, found yarn",
     ),
-], ids=["family", "family-differing", "experts", "activation", "rope"])  # fmt: skip
+], ids=lambda value: value if isinstance(value, str) else value.model_type)  # fmt: skip
 def test_what_has_none_gets_the_reason(config, reason):
     assert gguf_architecture(config) is None
     assert re.search(reason, gguf_refusal(config))

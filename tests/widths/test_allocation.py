@@ -77,14 +77,20 @@ def test_auto_comes_near_to_what_is_asked_in_small_models(sparsity, allocation):
     assert gone / sum(arch.layer_params) == pytest.approx(sparsity, abs=0.01)
 
 
-@pytest.mark.parametrize(("hidden", "channels", "expected"), [(2048, 5632, 64), (576, 1536, 32), (64, 172, 4)])
-def test_auto_is_64_in_models_of_usual_size(hidden, channels, expected):
+@pytest.mark.parametrize(("hidden", "channels", "expected", "shared"), [
+    (2048, 5632, 64, 128),
+    (576, 1536, 32, 32),
+    (64, 172, 4, 4),
+])  # fmt: skip
+def test_auto_is_64_in_models_of_usual_size(hidden, channels, expected, shared):
     sizes = {"hidden_size": hidden, "intermediate_size": channels, "num_attention_heads": 8, "num_hidden_layers": 5}
     with torch.device("meta"):
         arch = describe(LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=4, **sizes)))
     assert step(config(sparsity=0.2), arch, "mlp") == expected
     assert step(config(sparsity=0.2, round_to=6), arch, "mlp") == 6
     assert step(config(sparsity=0.2), arch, "attention") == 1
+    two = config(sparsity=0.2, tensor_parallel=2)
+    assert (step(two, arch, "mlp"), step(two, arch, "attention")) == (shared, 2)
 
 
 def test_sparsity_rounds_channels_and_explicit_widths_do_not():

@@ -1,0 +1,320 @@
+"""Tokenizers without some of their tokens: every kind reads as before what is left of it."""
+
+import copy
+import json
+import random
+from collections import Counter
+from functools import lru_cache
+
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import BertProcessing, TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from optimum_structprune.errors import StructPruneError
+from optimum_structprune.vocabulary.tokens import Vocabulary
+
+
+TEXT = [
+    "The cat sat on the mat, and the other cats sat on the other mats.",
+    "Numbers such as 102, 345 and 6789 are there, there and everywhere; Ünïcödé and naïve cafés too.",
+    "   Spaces,\ttabs and\n\nempty lines; 猫が座った。 Кошки сидели на коврике, и другие кошки тоже сидели.",
+    "user assistant system add adds number object properties type function name description",
+] * 3
+SPECIAL = ["<pad>", "</s>", "<unk>", "<s>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{{ tools or '' }}"
+
+
+def trained(model, trainer, size, specials=SPECIAL, steps=None, **options) -> Tokenizer:
+    backend = Tokenizer(model)
+    for name, step in (steps or {}).items():
+        setattr(backend, name, step)
+    backend.train_from_iterator(
+        TEXT, trainer(vocab_size=size, special_tokens=specials, show_progress=False, **options)
+    )
+    return backend
+
+
+def byte_level(whole_words: bool = False) -> Tokenizer:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    steps = {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False), "decoder": decoders.ByteLevel()}
+    backend = trained(models.BPE(), trainers.BpeTrainer, 500, steps=steps, initial_alphabet=alphabet)
+    backend.model.ignore_merges = whole_words
+    return backend
+
+
+def pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens and merges as SentencePiece's BPE is exported: each token by all the pairs that make it."""
+    model = trained(models.BPE(), trainers.BpeTrainer, 400, steps={"pre_tokenizer": pre_tokenizers.Metaspace()})
+    names = [name for name, _ in sorted(model.get_vocab().items(), key=lambda item: item[1])]
+    vocab = {name: number for number, name in enumerate([*SPECIAL, *BYTES, *names[len(SPECIAL) :]])}
+    pairs = [
+        (vocab[name], name[:cut], name[cut:])
+        for name in names[len(SPECIAL) :]
+        for cut in range(1, len(name))
+        if name[:cut] in vocab and name[cut:] in vocab
+    ]
+    return vocab, [(left, right) for _, left, right in sorted(pairs)]
+
+
+def byte_fallback() -> Tokenizer:
+    vocab, merges = pieces()
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+def end_of_word() -> Tokenizer:
+    steps = {"pre_tokenizer": pre_tokenizers.BertPreTokenizer(), "decoder": decoders.BPEDecoder()}
+    model = models.BPE(unk_token="<unk>", end_of_word_suffix="</w>")
+    return trained(model, trainers.BpeTrainer, 300, steps=steps, end_of_word_suffix="</w>")
+
+
+def unigram(fallback: bool) -> Tokenizer:
+    vocab = [name for name in pieces()[0] if len(name) < 9 and name not in (*SPECIAL, *BYTES)]
+    chance = random.Random(0)
+    scored = [*((name, 0.0) for name in SPECIAL), *((byte, -30.0) for byte in BYTES * fallback)]
+    scored += [(name, -chance.uniform(4, 9) - len(name) / 2) for name in vocab]
+    backend = Tokenizer(models.Unigram(scored, 2, fallback))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return backend
+
+
+def wordpiece() -> Tokenizer:
+    steps = {
+        "normalizer": normalizers.BertNormalizer(),
+        "pre_tokenizer": pre_tokenizers.BertPreTokenizer(),
+        "decoder": decoders.WordPiece(),
+    }
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return trained(models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer, 300, specials, steps)
+
+
+MAKERS = {
+    "byte level": byte_level,
+    "whole words": lambda: byte_level(whole_words=True),
+    "byte fallback": byte_fallback,
+    "end of word": end_of_word,
+    "unigram": lambda: unigram(False),
+    "unigram of bytes": lambda: unigram(True),
+    "wordpiece": wordpiece,
+}
+MERGED = ("byte level", "whole words", "byte fallback", "end of word")
+kinds = pytest.mark.parametrize("kind", MAKERS)
+
+
+@lru_cache
+def dense(kind: str) -> tuple[Vocabulary, PreTrainedTokenizerFast]:
+    backend = MAKERS[kind]()
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}
+    if kind == "wordpiece":
+        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "sep_token": "[SEP]", "cls_token": "[CLS]"}
+        backend.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    else:
+        backend.post_processor = TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", backend.token_to_id("<s>"))])
+    backend.add_tokens([AddedToken("<tool>", normalized=False)])
+    reader = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT, **names)
+    return Vocabulary.of(reader), reader
+
+
+def some(vocabulary: Vocabulary, seed: int, share: float) -> list[int]:
+    """Some of the tokens that may go are left, by chance; a token that another is formed from goes after it."""
+    chance, kept = random.Random(seed), set(range(vocabulary.size))
+    uses = Counter(part for token in kept for part in vocabulary.parts(token))
+    for _ in range(int((1 - share) * len(kept - vocabulary.always))):
+        if leaves := [token for token in sorted(kept - vocabulary.always) if not uses[token]]:
+            kept.remove(token := chance.choice(leaves))
+            uses.subtract(vocabulary.parts(token))
+    return sorted(kept)
+
+
+@lru_cache
+def smaller(kind: str, seed: int) -> tuple[list[int], PreTrainedTokenizerFast]:
+    keep = some(dense(kind)[0], seed, share=(0.0, 0.3, 0.6, 0.9)[seed])
+    return keep, dense(kind)[0].smaller(keep)
+
+
+LETTERS = "abcdehinorstu THCü猫Кошк</>0123.,;\n"
+texts = st.one_of(st.text(), st.text(LETTERS), st.lists(st.sampled_from(" ".join(TEXT).split(" "))).map(" ".join))
+
+
+@kinds
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 3), text=texts)
+def test_a_smaller_tokenizer_reads_what_the_dense_one_reads(kind, seed, text):
+    reader, (keep, less) = dense(kind)[1], smaller(kind, seed)
+    before, after = reader(text).input_ids, less(text).input_ids
+    assert less.decode(after) == reader.decode(before)
+    if set(before) <= set(keep):
+        assert [keep[token] for token in after] == before
+
+
+@kinds
+def test_the_parts_of_a_token_are_what_it_is_read_as_without_it(kind):
+    vocabulary, reader = dense(kind)
+    parts = {token: vocabulary.parts(token) for token in range(vocabulary.size)}
+    needed = {part for token in parts for part in parts[token]} if kind in MERGED else set()
+    may_go = sorted(parts.keys() - vocabulary.always - needed)
+    for token in random.Random(0).sample(may_go, min(len(may_go), 8)):
+        keep = [other for other in parts if other != token]
+        name, model = reader.convert_ids_to_tokens(token), vocabulary.smaller(keep).backend_tokenizer.model
+        # Alone, a token of the middle of a word would be read as a word.
+        if parts[token] and not name.startswith("##") and (kind != "end of word" or name.endswith("</w>")):
+            assert tuple(keep[piece.id] for piece in model.tokenize(name.removesuffix("</w>"))) == parts[token]
+
+
+@kinds
+def test_every_token_that_is_read_has_parts_of_tokens_that_stay(kind):
+    vocabulary, reader = dense(kind)
+    read = {token for text in TEXT for token in reader(text).input_ids}
+    for token in read - vocabulary.always:
+        assert vocabulary.parts(token), reader.convert_ids_to_tokens(token)
+        parts = vocabulary.parts(token, vocabulary.always)
+        assert parts and vocabulary.always.issuperset(parts)
+
+
+@kinds
+def test_what_always_stays(kind):
+    vocabulary, reader = dense(kind)
+    keep, less = smaller(kind, 0)
+    assert vocabulary.always.issubset(keep)
+    vocabulary.check(less, keep, TEXT)
+    names = {reader.convert_ids_to_tokens(token) for token in vocabulary.always}
+    assert names.issuperset([*reader.all_special_tokens, "<tool>", "0"])
+    assert names.issuperset(BYTES) or kind not in ("byte fallback", "unigram of bytes")
+    chat = [{"role": role, "content": "0"} for role in ("user", "assistant")]
+    assert vocabulary.always.issuperset(reader.apply_chat_template(chat)["input_ids"])
+    if kind in MERGED:
+        assert all(vocabulary.always.issuperset(vocabulary.parts(token)) for token in vocabulary.always)
+
+
+@kinds
+def test_surfaces_are_what_is_decoded(kind):
+    vocabulary, reader = dense(kind)
+    ids = reader("the other cats sat on naive mats", add_special_tokens=False).input_ids
+    assert "".join(map(vocabulary.surface, ids)).strip() == reader.decode(ids).strip()
+
+
+def of_class(name: str) -> PreTrainedTokenizerFast:
+    """A tiny tokenizer of a class of transformers, most of which build their backend themselves."""
+    vocab, merges = pieces()
+    described = json.loads(byte_level().to_str())["model"]
+    pairs = [tuple(pair) for pair in described["merges"]]
+    words = wordpiece().get_vocab()
+    unigrams = json.loads(unigram(False).to_str())["model"]["vocab"]
+    makers = {
+        "GemmaTokenizer": lambda cls: cls(vocab, merges, bos_token="<s>", eos_token="</s>", mask_token="<mask>"),
+        "LlamaTokenizer": lambda cls: cls(vocab, merges, add_bos_token=True),
+        "CodeLlamaTokenizer": lambda cls: cls(vocab, merges),
+        "BertTokenizer": lambda cls: cls(words),
+        "MPNetTokenizer": lambda cls: cls(words),
+        "T5Tokenizer": lambda cls: cls([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *map(tuple, unigrams[4:])]),
+        "XLMRobertaTokenizer": lambda cls: cls([("<s>", 0.0), *map(tuple, unigrams[:3]), *map(tuple, unigrams[4:])]),
+        "AlbertTokenizer": lambda cls: cls([*((name, 0.0) for name in ALBERT), *map(tuple, unigrams[4:])]),
+    }
+    cls = getattr(transformers, name)
+    return makers.get(name, lambda cls: cls(described["vocab"], pairs))(cls)
+
+
+ALBERT = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
+CLASSES = (
+    "GemmaTokenizer LlamaTokenizer CodeLlamaTokenizer BertTokenizer MPNetTokenizer T5Tokenizer XLMRobertaTokenizer "
+    "AlbertTokenizer GPT2Tokenizer Qwen2Tokenizer Qwen3_5Tokenizer GPTNeoXTokenizer CohereTokenizer RobertaTokenizer "
+    "DebertaTokenizer WhisperTokenizer"
+).split()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_is_loaded_again_as_it_is(name, tmp_path):
+    reader = of_class(name)
+    vocabulary = Vocabulary.of(reader)
+    keep = some(vocabulary, 0, 0.5)
+    less = vocabulary.smaller(keep)
+    assert len(less) == len(keep) < len(reader)
+    vocabulary.check(less, keep, TEXT)
+    less.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(again) is type(reader)
+    assert again.backend_tokenizer.to_str() == less.backend_tokenizer.to_str()
+
+
+def test_files_of_other_forms_are_not_saved_again(tmp_path):
+    dense("byte fallback")[1].save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "tokenizer.model").write_bytes(b"SentencePiece")
+    reader = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    vocabulary = Vocabulary.of(reader)
+    less = vocabulary.smaller(sorted(vocabulary.always))
+    less.save_pretrained(tmp_path / "less")
+    files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {path.name for path in (tmp_path / "less").iterdir()} == files
+    assert less.name_or_path == reader.name_or_path
+
+
+def test_named_chat_templates_and_what_they_write_stay():
+    _, reader = dense("byte level")
+    reader = copy.deepcopy(reader)
+    reader.chat_template = {
+        "default": CHAT,
+        "other": "The other cats{{ messages[0]['content'] }}",
+        "bad": "{{ 1 / 0 }}",
+    }
+    vocabulary = Vocabulary.of(reader)
+    assert vocabulary.always.issuperset(reader("The other cats0").input_ids)
+    assert not dense("byte level")[0].always.issuperset(reader("The other cats0").input_ids)
+    less = vocabulary.smaller(sorted(vocabulary.always))
+    assert less.chat_template == reader.chat_template
+    vocabulary.check(less, sorted(vocabulary.always), TEXT)
+
+
+def test_wrong_tokens_to_keep_are_refused():
+    vocabulary, reader = dense("byte level")
+    every, digit = list(range(vocabulary.size)), reader.convert_tokens_to_ids("0")
+    needed = next(part for token in every for part in vocabulary.parts(token) if part not in vocabulary.always)
+    with pytest.raises(StructPruneError, match="ascending, each once"):
+        vocabulary.smaller(every[::-1])
+    with pytest.raises(StructPruneError, match="ascending, each once"):
+        vocabulary.smaller([*every, every[-1]])
+    with pytest.raises(StructPruneError, match=f"No token has the id {vocabulary.size}; the ids end at"):
+        vocabulary.smaller([*every, vocabulary.size])
+    with pytest.raises(StructPruneError, match=f"1 tokens that have to stay are not kept, the first is {digit}, '0'"):
+        vocabulary.smaller([token for token in every if token != digit])
+    with pytest.raises(StructPruneError, match=rf"is formed from {needed}, .* not kept; keep both or neither"):
+        vocabulary.smaller([token for token in every if token != needed])
+
+
+def test_what_reads_otherwise_is_not_proved():
+    vocabulary, reader = dense("byte level")
+    keep, every = some(vocabulary, 0, 0.5), list(range(vocabulary.size))
+    less = vocabulary.smaller(keep)
+    with pytest.raises(StructPruneError, match="All tokens of a text stay, .* reads others: '<s>system"):
+        vocabulary.check(less, every, [TEXT[0]])
+    other = copy.deepcopy(less)
+    other.backend_tokenizer.normalizer = normalizers.Replace("Ü", "U")
+    with pytest.raises(StructPruneError, match="decodes another text than the dense one: 'Numbers"):
+        vocabulary.check(other, keep, TEXT[1:])
+    other = copy.deepcopy(less)
+    other.chat_template += "."
+    with pytest.raises(StructPruneError, match="chat template of the smaller tokenizer writes something else"):
+        vocabulary.check(other, keep, [])
+
+
+def test_tokenizers_whose_tokens_are_not_spelled_by_others_are_refused():
+    with pytest.raises(StructPruneError, match="ByT5Tokenizer, which is slow: it has no tokenizer.json"):
+        Vocabulary.of(transformers.ByT5Tokenizer())
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, "<unk>"))
+    with pytest.raises(StructPruneError, match="kind WordLevel, .* out of BPE, Unigram, WordPiece"):
+        Vocabulary.of(PreTrainedTokenizerFast(tokenizer_object=words))
+
+
+def test_a_class_that_ignores_its_file_is_refused(tmp_path):
+    reader = of_class("Qwen2Tokenizer")
+    reader.backend_tokenizer.normalizer = normalizers.Lowercase()
+    vocabulary = Vocabulary.of(reader)
+    with pytest.raises(StructPruneError, match="Qwen2Tokenizer makes another normalizer than its tokenizer.json says"):
+        vocabulary.smaller(range(vocabulary.size))
