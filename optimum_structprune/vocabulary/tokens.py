@@ -6,7 +6,7 @@ import json
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,23 +19,18 @@ from ..errors import StructPruneError
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPACE = "▁"  # what SentencePiece writes for a space
+DIGITS = frozenset("0123456789")
 NEVER = 1 << 62  # the rank of a pair that is not merged
+NOWHERE = -float("inf")  # the score of text that no tokens spell
 # What a chat template may be asked to write: conversations of these roles, with and without a tool.
 ROLES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
 NUMBER = {"type": "object", "properties": {"a": {"type": "number", "description": "A."}}, "required": ["a"]}
-TOOLS: Any = (
-    None,
-    [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": NUMBER}}],
-)
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": NUMBER}}
+TOOLS: Any = (None, [TOOL])
 
 
 class Spelling:
-    """How a kind of tokenizer spells a piece of text.
-
-    Args:
-        model: What `tokenizer.json` says of the model.
-        ids: The number of every piece.
-    """
+    """How a model of `tokenizer.json` spells a piece of text, and the id of every piece."""
 
     def __init__(self, model: Mapping[str, Any], ids: Mapping[str, int]) -> None:
         self.ids, self.pieces = ids, {number: piece for piece, number in ids.items()}
@@ -48,10 +43,11 @@ class Spelling:
         """The pieces of one character each that a piece consists of."""
         if not (self.prefix or self.suffix):
             return list(piece)
-        start, body = (self.prefix, piece.removeprefix(self.prefix)) if piece.startswith(self.prefix) else ("", piece)
-        end, body = (self.suffix, body.removesuffix(self.suffix)) if body.endswith(self.suffix) else ("", body)
-        starts, ends = [start, *[self.prefix] * (len(body) - 1)], [*[""] * (len(body) - 1), end]
-        return [first + char + last for first, char, last in zip(starts, body, ends, strict=True)] if body else []
+        body = piece.removeprefix(self.prefix).removesuffix(self.suffix)
+        first = self.prefix if piece.startswith(self.prefix) else ""
+        last = self.suffix if piece.endswith(self.suffix) else ""
+        end = len(body) - 1
+        return [(self.prefix if at else first) + char + last * (at == end) for at, char in enumerate(body)]
 
     def as_bytes(self, letter: str) -> tuple[int, ...]:
         """The byte tokens of a character, where the tokenizer has them."""
@@ -96,18 +92,14 @@ class MergedSpelling(Spelling):
 
     def needs(self, token: int) -> tuple[int, ...]:
         """The two tokens of the last merge; a character needs none, as it is read before any merge."""
-        letters = self.letters(self.pieces.get(token, ""))
-        return () if token in self.bytes or len(letters) < 2 else self.parts(token, None)
+        return self.parts(token, None) if len(self.letters(self.pieces.get(token, ""))) > 1 else ()
 
     def _last(self, token: int) -> tuple[int, ...]:
-        if token in self.bytes:
-            return ()
         letters = self.letters(self.pieces[token])
         if len(letters) == 1:
             return self.as_bytes(letters[0])
-        symbols: list[int] = []
-        for letter in letters:
-            symbols += [self.ids[letter]] if letter in self.ids else self.as_bytes(letter)
+        read = ([self.ids[letter]] if letter in self.ids else self.as_bytes(letter) for letter in letters)
+        symbols = [*chain.from_iterable(read)]
         pair: list[int] = []
         while len(symbols) > 1:
             ranks = [self.ranks.get(two, NEVER) for two in pairwise(symbols)]
@@ -140,18 +132,16 @@ class ScoredSpelling(Spelling):
         return parts if kept is None else self._best(token, kept)[1]
 
     def _best(self, token: int, kept: Container[int] | None) -> tuple[float, tuple[int, ...]]:
-        piece, unknown = self.pieces[token], self.scores[self.lowest] - 10
+        piece, unknown = self.pieces[token], self.scores[self.lowest] - 10 if self.bytes else NOWHERE
         best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         for end in range(1, len(piece) + 1):
-            ways = []
-            if self.bytes:
-                ways.append((best[end - 1][0] + unknown, best[end - 1][1] + self.as_bytes(piece[end - 1])))
+            ways = [(best[end - 1][0] + unknown, best[end - 1][1] + self.as_bytes(piece[end - 1]))]
             for start in range(max(0, end - self.longest), end):
                 part = self.ids.get(piece[start:end])
                 if part is not None and part != token and (kept is None or part in kept):
                     ways.append((best[start][0] + self.scores[part], (*best[start][1], part)))
-            best.append(max(ways, key=lambda way: way[0], default=(-float("inf"), ())))
-        return best[-1]
+            best.append(max(ways, key=lambda way: way[0]))
+        return best[-1] if best[-1][0] > NOWHERE else (NOWHERE, ())
 
 
 class GreedySpelling(Spelling):
@@ -178,24 +168,17 @@ KINDS: dict[str, type[Spelling]] = {"BPE": MergedSpelling, "Unigram": ScoredSpel
 
 
 class Vocabulary:
-    """The tokens of a fast tokenizer, and how each is spelled by others.
-
-    Args:
-        tokenizer: The fast tokenizer.
-        described: What its `tokenizer.json` says.
-    """
+    """The tokens of a fast tokenizer, which its `tokenizer.json` describes, and how each is spelled by others."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, described: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
         self._names = {number: piece for piece, number in tokenizer.get_vocab().items()}
         self._added = frozenset(tokenizer.added_tokens_decoder)
         self.size = 1 + max(self._names)
-        model = described["model"]
-        pieces = model["vocab"] if isinstance(model["vocab"], dict) else [piece for piece, _ in model["vocab"]]
-        ids = pieces if isinstance(pieces, dict) else {piece: number for number, piece in enumerate(pieces)}
+        model, vocab = described["model"], described["model"]["vocab"]
+        ids = vocab if isinstance(vocab, dict) else {piece: number for number, (piece, _) in enumerate(vocab)}
         self._spelling = KINDS[model["type"]](model, ids)
-        unknown = model.get("unk_token")
-        self._unknown = model.get("unk_id") if unknown is None else ids.get(unknown)
+        self._unknown = model.get("unk_id", ids.get(model.get("unk_token")))
         steps = json.dumps([described["pre_tokenizer"], described["decoder"]], ensure_ascii=False)
         self._byte_level, self._marks_space = '"ByteLevel"' in steps, SPACE in steps
 
@@ -206,11 +189,10 @@ class Vocabulary:
         Raises:
             StructPruneError: If the tokenizer is slow, or of a kind whose tokens are not spelled by others.
         """
-        name = type(tokenizer).__name__
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise StructPruneError(
-                f"The tokenizer is a {name}, which is slow: it has no tokenizer.json to take tokens out of; load its "
-                "fast form by AutoTokenizer, if it has one."
+                f"The tokenizer is a {type(tokenizer).__name__}, which is slow: it has no tokenizer.json to take "
+                "tokens out of; load its fast form by AutoTokenizer, if it has one."
             )
         described = json.loads(tokenizer.backend_tokenizer.to_str())
         if (kind := described["model"]["type"]) not in KINDS:
@@ -223,16 +205,14 @@ class Vocabulary:
     @cached_property
     def always(self) -> frozenset[int]:
         """The ids of tokens that have to stay whatever the text is, with all that they are formed from."""
-        always = {*self._added, *self._tokenizer.all_special_ids}
-        if self._unknown is not None:
-            always.add(self._unknown)
+        always = {*self._added, *self._tokenizer.all_special_ids, *self._tokenizer("", "").input_ids}
         for token in self._names.keys() - self._added:
-            surface = self.surface(token)
-            mark = len(surface) == 1 and surface != self._names[token]  # bytes would be decoded to the mark of a space
-            if mark or (surface.strip().isdecimal() and len(surface.strip()) == 1) or self._spelling.alone(token):
+            # Bytes in place of the mark of a space would be decoded to the mark.
+            fixed = token == self._unknown or self._names[token] == SPACE or self.surface(token).strip() in DIGITS
+            if fixed or self._spelling.alone(token):
                 always.add(token)
         for text in chats(self._tokenizer):
-            always.update(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+            always.update(self._tokenizer(text, verbose=False).input_ids)
         todo = [*always]
         while todo:
             needed = {*self._spelling.needs(todo.pop())} - always
@@ -241,10 +221,7 @@ class Vocabulary:
         return frozenset(always)
 
     def parts(self, token: int, kept: Container[int] | None = None) -> tuple[int, ...]:
-        """The tokens that take the place of a token once it is gone, of `kept` if given.
-
-        None take it if the tokenizer never yields the token, or no token has the number.
-        """
+        """The tokens, of `kept` if given, that take the place of one that is gone; none if it is never read."""
         return () if token in self._added or token not in self._names else self._spelling.parts(token, kept)
 
     def surface(self, token: int) -> str:
@@ -265,12 +242,9 @@ class Vocabulary:
     def smaller(self, keep: Sequence[int]) -> PreTrainedTokenizerFast:
         """The tokenizer with only some tokens, which are numbered by their positions in `keep`.
 
-        Args:
-            keep: The ids of the tokens that stay, in ascending order.
-
         Raises:
-            StructPruneError: If `keep` lacks a token that has to stay or that another is formed from, or the class of
-                the tokenizer does not read what its file says.
+            StructPruneError: If `keep` is not ascending, lacks a token that has to stay or that another is formed
+                from, or the class of the tokenizer does not read what its file says.
         """
         self._refuse(keep)
         new = {old: number for number, old in enumerate(keep)}
@@ -304,9 +278,11 @@ class Vocabulary:
             dense = self._tokenizer(text, verbose=False).input_ids
             ids = smaller(text, verbose=False).input_ids
             if all(token in new for token in dense) and [new[token] for token in dense] != ids:
-                raise StructPruneError(f"All tokens of a text stay, and the smaller tokenizer reads others: {text!r}")
+                raise StructPruneError(
+                    f"All tokens of a text stay, and the smaller tokenizer reads others: {text!r:.200}"
+                )
             if smaller.decode(ids) != self._tokenizer.decode(dense):
-                raise StructPruneError(f"The smaller tokenizer decodes another text than the dense one: {text!r}")
+                raise StructPruneError(f"The smaller tokenizer decodes another text than the dense one: {text!r:.200}")
 
     def _refuse(self, keep: Sequence[int]) -> None:
         kept = set(keep)
@@ -346,7 +322,7 @@ def rewritten(described: dict[str, Any], spelling: Spelling, new: Mapping[int, i
         ]
     renumber(described["post_processor"], new)
     if described["padding"]:
-        described["padding"]["pad_id"] = new[described["padding"]["pad_id"]]
+        described["padding"]["pad_id"] = new.get(described["padding"]["pad_id"], 0)
     return described
 
 
@@ -366,16 +342,9 @@ def renumber(step: Any, new: Mapping[int, int]) -> None:
 def chats(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """What the chat templates of a tokenizer write for conversations of the usual roles."""
     templates: Any = tokenizer.chat_template or {}
-    for template in templates.values() if isinstance(templates, dict) else [templates]:
-        for roles in ROLES:
-            for tools in TOOLS:
-                with suppress(Exception):  # a template raises whatever its author chose
-                    yield str(
-                        tokenizer.apply_chat_template(
-                            [{"role": role, "content": "0"} for role in roles],
-                            tools=tools,
-                            chat_template=template,
-                            add_generation_prompt=True,
-                            tokenize=False,
-                        )
-                    )
+    templates = templates.values() if isinstance(templates, dict) else [templates]
+    for template, roles, tools in product(templates, ROLES, TOOLS):
+        chat: Any = [{"role": role, "content": "0"} for role in roles]
+        options: Any = {"tools": tools, "chat_template": template, "add_generation_prompt": True, "tokenize": False}
+        with suppress(Exception):  # a template raises whatever its author chose
+            yield str(tokenizer.apply_chat_template(chat, **options))
