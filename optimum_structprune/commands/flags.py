@@ -74,6 +74,15 @@ QUALITY: Flags = {
     **LOADING,
 }
 
+ANSWERS: Flags = {
+    "--answers": {
+        "help": "Ask questions, the built-in ones or those of a FILE in lines of JSON, and judge the answers.",
+        **{"nargs": "?", "const": "builtin", "metavar": "builtin|FILE.jsonl"},
+    },
+    "--max-new-tokens": number("Tokens per answer at most (120).", default=120),
+    "--show": number("Answers to show (3).", default=3),
+}
+
 COMMANDS = (
     Command(
         "prune",
@@ -170,10 +179,12 @@ COMMANDS = (
     Command(
         "evaluate",
         "measure.evaluate",
-        "Measure a model by perplexity and tasks, alone or against the dense one.",
+        "Measure a model by perplexity, tasks and answers, alone or against the dense one.",
         {
             "model": "Model id or folder.",
             "--against": named("DENSE", "The dense model to compare with."),
+            **ANSWERS,
+            "--items": named("FILE", "Write the questions and all answers to a file in lines of JSON."),
             **QUALITY,
         },
         json_file=True,
@@ -193,14 +204,15 @@ COMMANDS = (
     Command(
         "report",
         "measure.report",
-        "Write report.html beside a pruned model, from the records that lie there; with --domain or --task, measure "
-        "the model on further text first.",
+        "Write report.html beside a pruned model, from the records that lie there; with --domain, --task or "
+        "--answers, measure the model first.",
         {
             "output": "Folder of the pruned model.",
             "dense": {
                 "help": "Id or folder of the dense model, to compare with and to name in the page.",
                 "nargs": "?",
             },
+            **ANSWERS,
             **QUALITY,
         },
     ),

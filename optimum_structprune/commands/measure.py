@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from .. import __version__
 from ..arch.load import describe
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
@@ -24,7 +26,7 @@ from ..saving.page import write_report
 from ..system.disk import check_folder
 from ..system.fingerprint import vocabulary_hash
 from .loading import SPREAD, Loading
-from .output import Result, check_file
+from .output import MARK, Result, check_file
 
 
 # Where the flags of `benchmark` name none; a default of argparse would stay beside what is given. `compare --speed`
@@ -34,7 +36,12 @@ BATCH_SIZES, PROMPTS = [1], [128]
 
 def evaluate(args: Namespace) -> Result:
     """Measure the model, alone or against the dense one."""
+    if args.items is not None:
+        check_file(args.items, f"--items {args.items}")
     evaluation = _measured(args, Loading.of(args), args.model, args.against)
+    if args.items is not None:
+        lines = [json.dumps({MARK: __version__, **item}, ensure_ascii=False) + "\n" for item in evaluation.answers]
+        Path(args.items).write_text("".join(lines), encoding="utf-8")
     return Result(str(evaluation), evaluation.to_dict())
 
 
@@ -43,7 +50,7 @@ def report(args: Namespace) -> Result:
     Records.read(args.output)  # before a model is loaded in vain
     check_folder(args.output)
     lines, values = [], {}
-    if args.domain or args.task:
+    if args.domain or args.task or args.answers:
         evaluation = _measured(args, Loading.of(args), args.output, args.dense)
         evaluation.save(Path(args.output, EVALUATION_NAME))
         lines, values = [str(evaluation)], {"evaluation": evaluation.to_dict()}
@@ -54,7 +61,9 @@ def report(args: Namespace) -> Result:
 def _measured(args: Namespace, loading: Loading, model_name: str, dense_name: str | None) -> Evaluation:
     """What the flags of quality ask for, of a model by itself or against the dense one."""
     model, tokenizer = loading.model_and_tokenizer(model_name)
-    return _of_loaded(args, model, tokenizer, loading.model(dense_name) if dense_name else None)
+    if not dense_name:
+        return _of_loaded(args, model, tokenizer)
+    return _of_loaded(args, model, tokenizer, loading.model(dense_name), loading.tokenizer(dense_name))
 
 
 def _of_loaded(
@@ -62,9 +71,11 @@ def _of_loaded(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dense: PreTrainedModel | None = None,
+    dense_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
-    how = {name: vars(args)[name] for name in ("seq_length", "num_samples", "batch_size", "limit")}
-    return quality.evaluate(model, tokenizer, args.domain, args.task, dense, **how)
+    names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "show")
+    how = {name: vars(args)[name] for name in names if name in vars(args)}
+    return quality.evaluate(model, tokenizer, args.domain, args.task, dense, dense_tokenizer=dense_tokenizer, **how)
 
 
 def compare(args: Namespace) -> Result:

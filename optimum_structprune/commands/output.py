@@ -53,13 +53,14 @@ def check_file(file: str, label: str) -> None:
 
 
 def _is_result(path: Path) -> bool:
-    """Whether a file is a result as JSON, or a table of models as comma-separated values."""
+    """Whether a file is a result as JSON, answers as lines of it, or models as comma-separated values."""
     try:
         with open(path, encoding="utf-8") as file:
             first, second = file.readline(), file.readline()
     except (OSError, ValueError):
         return False
-    return second.startswith(f'  "{MARK}": ') or {"model", "parameters"} <= set(first.strip().split(","))
+    marked = second.startswith(f'  "{MARK}": ') or first.startswith(f'{{"{MARK}": ')
+    return marked or {"model", "parameters"} <= set(first.strip().split(","))
 
 
 def show(result: Result, args: Namespace) -> None:

@@ -15,6 +15,7 @@ from ..calibrator import calibrate as stored_statistics
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
+from ..evaluation.answers import ShortCheck
 from ..pruner import AutoStructPruner, StructPruner
 from ..recovery.checks import check_recovery
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
@@ -101,7 +102,12 @@ def _prune_and_save(
         model, tokenizer = loading.model_and_tokenizer(args.model, scratch)
         if recovery is not None:
             check_recovery(recovery, pruner.config, model)  # before it is pruned in vain
+        check = ShortCheck(tokenizer, _tokens_read(args, pruner.config))
+        check.ask("dense", model)
         pruned = pruner.prune_model(model, tokenizer, inplace=True)
+        check.ask("pruned", pruned)
+        assert pruner.report is not None
+        pruner.report.answers = check.items()
         if args.resume:  # who repeats the run does not go on with this one
             pruner.used_config = replace(pruner.used_config, checkpoint_dir=None)
         pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
@@ -109,6 +115,11 @@ def _prune_and_save(
             with suppress(OSError):  # nothing was remembered; with the scratch folder it goes in one step
                 _progress_folder(args.output).rename(scratch / "progress")
     return pruned, tokenizer
+
+
+def _tokens_read(args: Namespace, config: StructPruneConfig) -> int:
+    """The tokens that a run reads; none where no text is read, or a pass takes much longer than elsewhere."""
+    return 0 if config.stats or args.offload else config.num_samples * config.seq_length
 
 
 def _where(config: PretrainedConfig, output: str, arch_file: str | None) -> str:

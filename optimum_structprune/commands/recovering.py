@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from shlex import join
+from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config.fields import read_mapping
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
+from ..evaluation.answers import ShortCheck
+from ..record.answers import Items
+from ..record.report import REPORT_NAME
 from ..recovery.recover import Recovery
 from ..recovery.trainer import WorseModelWarning
 from ..saving.push import check_push, push_to_hub
@@ -63,6 +72,10 @@ def recover_and_save(
         raise
     report = recovery.report
     assert report is not None
+    check = ShortCheck(tokenizer, report.tokens)
+    trained: Any = recovered.get_base_model() if isinstance(recovered, PeftModel) else recovered
+    check.ask("recovered", trained)
+    report.answers = check.items(_earlier_answers(args.model))
     worse = report.worse and not args.accept_worse
     target = aside if worse else args.output
     recovery.save(recovered, target, tokenizer=tokenizer, overwrite=args.overwrite or worse, pruned=args.model)
@@ -73,6 +86,13 @@ def recover_and_save(
     if recovery.config.training["output_dir"] == _checkpoints(args.output):
         remove_checkpoints(_checkpoints(args.output))
     return Result(text, values)
+
+
+def _earlier_answers(pruned: str) -> Items:
+    """The answers that the record of a pruning holds."""
+    with suppress(StructPruneError):  # it has no record, or one that cannot be read
+        return read_mapping(Path(pruned, REPORT_NAME), json.loads).get("answers") or []
+    return []
 
 
 def _say_how_to_go_on(args: Namespace) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
@@ -22,12 +21,13 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ..config.domains import ANY, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
+from ..forward.generation import continued, end_tokens
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint
@@ -127,7 +127,7 @@ class _Author:
     def cache(self, name: str) -> Path:
         """The file of what this model writes of a kind; it need not exist."""
         settings = [BATCH, MOST, MAX_TOKENS, MIN_TOKENS, SAMPLING, RUN, MIN_DISTINCT, MAX_RATIO]
-        reader = [len(self.tokenizer), self.tokenizer.chat_template, self._ends()]
+        reader = [len(self.tokenizer), self.tokenizer.chat_template, end_tokens(self.model, self.tokenizer)]
         key = [fingerprint(self.model), *reader, *settings, self.prompts[:BATCH], self.seed]
         digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return Path(constants.HF_HOME, "structprune", f"{name}-{digest[:24]}.jsonl").expanduser()
@@ -164,31 +164,13 @@ class _Author:
         rows = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         if not self.chats:  # a chat template puts the prefix itself
             rows = [self._begun(row) for row in rows]
-        longest = max(map(len, rows))
-        padding = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
-        ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        ends, room, device = self._ends(), self._room(longest), self.model.device
-        settings = GenerationConfig(**SAMPLING, max_new_tokens=room, pad_token_id=padding, eos_token_id=ends or None)
+        room, device = self._room(max(map(len, rows))), self.model.device
         bar = tqdm(total=room, desc=f"writing {len(rows)} documents", unit="token")
-        own = _by_these_alone(self.model, settings)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), own, bar:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
             torch.manual_seed(self.seed * 1_000_003 + number)
             listener = _Listener(bar)
-            generate: Any = self.model.generate
-            heard = LogitsProcessorList([listener])
-            output = generate(ids.to(device), attention_mask=mask.to(device), logits_processor=heard)
-        texts = [
-            text[: min((text.index(end) for end in ends if end in text), default=len(text))]
-            for text in output[:, longest:].tolist()
-        ]
+            texts = continued(self.model, self.tokenizer, rows, {**SAMPLING, "max_new_tokens": room}, [listener])
         return [(text, listener.loss(row, len(text))) for row, text in enumerate(texts)]
-
-    def _ends(self) -> list[int]:
-        """The tokens that end a text: those of the model, and that of the tokenizer."""
-        given = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = [*(given if isinstance(given, list) else [given]), self.tokenizer.eos_token_id]
-        return [end for end in dict.fromkeys(ends) if end is not None]
 
     def _room(self, prompt: int) -> int:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -196,16 +178,6 @@ class _Author:
         if room < 1:
             raise StructPruneError(f"A prompt of {prompt} tokens leaves no room in the model's {positions} positions.")
         return room
-
-
-@contextmanager
-def _by_these_alone(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Have a model generate by these settings inside `with`, where transformers would fill gaps from its own."""
-    former, model.generation_config = model.generation_config, settings
-    try:
-        yield
-    finally:
-        model.generation_config = former
 
 
 class _Listener:

@@ -18,13 +18,15 @@ from ..domains.resolve import resolve
 from ..errors import StructPruneError
 from ..forward.metrics import compare, own_settings, sample_losses, standard_error
 from ..plain_json import replace_json, versioned
+from ..record.answers import SHOWN, outcome, telling
 from ..record.text import plus_minus, table
+from .answers import AT_ONCE, Question, answer_divergence, ask, figures_of, items_of, paired_answers, read_questions
 from .heldout import Heldout, read_heldout
 from .paired import Paired, paired
-from .tasks import Answers, Scores, Tasks
+from .tasks import Scores, Tasks, TaskScores
 
 
-ALL = "all items"
+ALL, ANSWERS = "all items", "answers"
 
 
 @dataclass
@@ -48,6 +50,9 @@ class Evaluation:
             the items of all tasks together under `ALL`.
         warnings: The reasons why these numbers may be too good.
         shared: The domains that share something with what the model was calibrated on; None where that is not known.
+        answers: The questions that were asked, `{"kind": …, "prompt": …, "answers": {"dense": {…}, "model": {…}}}`;
+            their figures are in `tasks` and `paired` under "answers".
+        show: The number of answers that `str` shows.
     """
 
     model: str
@@ -64,6 +69,8 @@ class Evaluation:
     paired: dict[str, dict[str, Paired]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     shared: list[str] | None = None
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    show: int = SHOWN
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers as plain values."""
@@ -74,10 +81,16 @@ class Evaluation:
         replace_json(path, versioned(self.to_dict()))
 
     def __str__(self) -> str:
-        """A table of domains, one of tasks, and the warnings."""
+        """A table of domains, one of tasks, some answers, and the warnings."""
         tables = [self._domains()] if self.perplexity else []
         tables += [self._tasks()] if self.tasks else []
+        tables += [self._answer(item) for item in telling(self.answers, self.show)]
         return "\n\n".join([*tables, *(f"warning: {warning}" for warning in self.warnings)])
+
+    @staticmethod
+    def _answer(item: Mapping[str, Any]) -> str:
+        written = [f"  {name} ({outcome(of)}): {' '.join(of['text'].split())}" for name, of in item["answers"].items()]
+        return "\n".join([f"{item['kind']}: {' '.join(item['prompt'].split())}", *written])
 
     @property
     def _models(self) -> list[str]:
@@ -144,6 +157,10 @@ def evaluate(
     batch_size: int = 1,
     limit: int | None = None,
     manifest: Manifest | None = None,
+    answers: str | Path | None = None,
+    max_new_tokens: int = 120,
+    show: int = SHOWN,
+    dense_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
     """Measure a causal language model, by itself and against the dense one.
 
@@ -157,10 +174,14 @@ def evaluate(
         seq_length: The number of tokens in a sample.
         num_samples: The number of samples per domain at most; None reads every domain to its end.
         batch_size: The number of samples in a forward pass; of the sequences of a task, 8 at least.
-        limit: The number of items per task at most; None takes all of them.
+        limit: The number of items per task, and of questions, at most; None takes all of them.
         manifest: The manifest of what the model was calibrated on, to tell domains of these kinds from others, and to
             warn of those that share text with it; by default the one in the folder that the model was loaded from, if
             there is one.
+        answers: The questions that the models answer: "builtin" or a JSON-lines file, see `read_questions`.
+        max_new_tokens: The number of tokens in an answer at most.
+        show: The number of answers that the table shows.
+        dense_tokenizer: The tokenizer of the dense model where it has another, which only answers allow.
 
     Raises:
         StructPruneError: If there is nothing to measure, a domain or a task cannot be read, or the models do not fit
@@ -168,20 +189,21 @@ def evaluate(
     """
     named = resolve(as_domain(domain, "evaluate") for domain in domains)
     models = {"model": model} if dense is None else {"model": model, "dense": dense}
-    _check(models, named, tasks, seq_length)
-    for label, number in (("num_samples", num_samples), ("batch_size", batch_size), ("limit", limit)):
-        if number is not None and number < 1:
-            raise StructPruneError(f"{label} has to be 1 or more, got {number}.")
+    _check(models, named, tasks, answers, seq_length)
+    _check_numbers(num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
     # Everything is read before anything is computed, so that a mistake shows at once.
     vocabulary = model.config.get_text_config().vocab_size
     texts = [read_heldout(domain, tokenizer, seq_length, num_samples, vocabulary) for domain in named]
     loaded_tasks = Tasks(tasks) if tasks else None
+    tokenizers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
+    questions = [] if answers is None else read_questions(answers, tokenizers.values())[:limit]
     prefix = prefix_token(tokenizer)
     evaluation = Evaluation(
         model=model.name_or_path or type(model).__name__,
         dense=None if dense is None else dense.name_or_path or type(dense).__name__,
         seq_length=seq_length,
         prefix=None if prefix is None else str(tokenizer.convert_ids_to_tokens(prefix)),
+        show=show,
     )
     if (manifest := manifest or Manifest.seen_by(model)) is not None:
         # Those that have the name of one that was calibrated on, or were read from the same place.
@@ -196,21 +218,47 @@ def evaluate(
     for text in texts:
         _measure(evaluation, model, dense, text, batch_size)
     if loaded_tasks is not None:
-        answers = {which: loaded_tasks.score(asked, tokenizer, batch_size, limit) for which, asked in models.items()}
-        names = list(answers["model"].scores)
-        evaluation.tasks = {name: {which: of.scores[name] for which, of in answers.items()} for name in names}
-        evaluation.paired = {} if dense is None else paired_tasks(answers["model"], answers["dense"])
+        results = {which: loaded_tasks.score(asked, tokenizer, batch_size, limit) for which, asked in models.items()}
+        names = list(results["model"].scores)
+        evaluation.tasks = {name: {which: of.scores[name] for which, of in results.items()} for name in names}
+        evaluation.paired = {} if dense is None else paired_tasks(results["model"], results["dense"])
+    if answers is not None:
+        _answer(evaluation, models, tokenizers, questions, max_new_tokens, max(batch_size, AT_ONCE))
     return evaluation
 
 
-def paired_tasks(model: Answers, dense: Answers) -> dict[str, dict[str, Paired]]:
+def _answer(
+    evaluation: Evaluation,
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    batch_size: int,
+) -> None:
+    """Enter what the models answer, the dense one first; each reads and writes with its own tokenizer."""
+    answers = {
+        which: ask(models[which], tokenizers[which], questions, max_new_tokens, batch_size)
+        for which in ("dense", "model")
+        if which in models
+    }
+    evaluation.answers = items_of(questions, answers)
+    figures = {which: figures_of(of) for which, of in answers.items()}
+    if "dense" in models:
+        distance = answer_divergence(models, tokenizers, questions, answers["dense"])
+        if distance is not None:
+            figures["dense"]["KL"], figures["model"]["KL"] = 0.0, distance
+        evaluation.paired[ANSWERS] = paired_answers(answers["model"], answers["dense"])
+    evaluation.tasks[ANSWERS] = figures
+
+
+def paired_tasks(model: TaskScores, dense: TaskScores) -> dict[str, dict[str, Paired]]:
     """How two models differ by task and metric, and over the items of all tasks together where there are several."""
     pairs: dict[str, dict[str, Paired]] = {}
     for name, metrics in model.items.items():
         pairs[name] = {metric: paired(scores, dense.items[name][metric]) for metric, scores in metrics.items()}
     for metric in sorted(set.intersection(*map(set, pairs.values()))) if len(pairs) > 1 else ():
         every = [
-            [score for of in answers.items.values() for score in of[metric].values()] for answers in (model, dense)
+            [score for of in results.items.values() for score in of[metric].values()] for results in (model, dense)
         ]
         pairs.setdefault(ALL, {})[metric] = paired(*(dict(enumerate(scores)) for scores in every))
     return pairs
@@ -238,10 +286,11 @@ def _check(
     models: Mapping[str, PreTrainedModel],
     domains: Sequence[DomainConfig],
     tasks: Sequence[str | Path],
+    answers: str | Path | None,
     seq_length: int,
 ) -> None:
-    if not domains and not tasks:
-        raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE) or a task.")
+    if not domains and not tasks and answers is None:
+        raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE), a task, or answers.")
     for model in models.values():
         if model.config.is_encoder_decoder or not model.can_generate():
             raise StructPruneError(f"{type(model).__name__} does not predict the next token: only such models count.")
@@ -249,8 +298,17 @@ def _check(
         if domains and longest is not None and seq_length > longest:
             raise StructPruneError(f"seq_length={seq_length} is longer than the model's {longest} positions.")
     sizes = [model.config.get_text_config().vocab_size for model in models.values()]
-    if len(set(sizes)) > 1:
-        raise StructPruneError(f"The model has a vocabulary of {sizes[0]}, the dense one of {sizes[1]}.")
+    if len(set(sizes)) > 1 and (domains or tasks):
+        raise StructPruneError(
+            f"The model has a vocabulary of {sizes[0]}, the dense one of {sizes[1]}, and perplexity is per token of a "
+            "vocabulary; compare them by their answers alone."
+        )
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for label, number in numbers.items():
+        if number is not None and number < 1:
+            raise StructPruneError(f"{label} has to be 1 or more, got {number}.")
 
 
 def _ratio(ppl: Mapping[str, float]) -> str:
@@ -266,4 +324,4 @@ def _verdict(found: Paired | None) -> list[str]:
 def _with_error(scores: Mapping[str, float], metric: str) -> str:
     name, comma, filtered = metric.partition(",")
     error = scores.get(f"{name}_stderr{comma}{filtered}")
-    return f"{scores[metric]:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return f"{scores[metric]:.{0 if metric == 'tokens' else 3}f}" + ("" if error is None else f" ± {error:.3f}")

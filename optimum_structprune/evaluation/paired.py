@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..forward.metrics import standard_error
-
-
-# A difference that chance alone gives less often than this is one.
-LEVEL = 0.05
+from ..record.answers import LEVEL, mcnemar
 
 
 @dataclass(frozen=True)
@@ -40,24 +37,17 @@ class Paired:
     verdict: str
 
 
-def paired(model: Mapping[int, float], dense: Mapping[int, float]) -> Paired:
-    """Compare two models item by item."""
+def paired(model: Mapping[int, float], dense: Mapping[int, float], *, less_is_better: bool = False) -> Paired:
+    """Compare two models item by item; the more the score, the better, if not said otherwise."""
     if model.keys() != dense.keys():
         raise ValueError(f"{len(model)} and {len(dense)} items are not the same ones")
     differences = torch.tensor([model[item] - dense[item] for item in model], dtype=torch.float64)
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     binary = {*model.values(), *dense.values()} <= {0.0, 1.0}
-    p_value = _mcnemar(better, worse) if binary else _t_test(differences)
+    p_value = mcnemar(better, worse) if binary else _t_test(differences)
     difference = float(differences.mean())
-    verdict = "alike" if p_value >= LEVEL else "better" if difference > 0 else "worse"
+    verdict = "alike" if p_value >= LEVEL else "better" if (difference > 0) is not less_is_better else "worse"
     return Paired(len(differences), difference, standard_error(differences), better, worse, p_value, verdict)
-
-
-def _mcnemar(better: int, worse: int) -> float:
-    """McNemar's exact test: where the models are alike, each of them wins half of the items that tell them apart."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def _t_test(differences: torch.Tensor) -> float:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from glob import escape
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import is_progress_bar_enabled
 
 from ..errors import StructPruneError, one_line
+from ..forward.generation import end_tokens, generating
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 
@@ -24,12 +26,13 @@ from ..registry import did_you_mean
 METRICS = ("acc", "acc_norm")
 AT_ONCE = 8  # sequences in a pass at least: choices are short
 FEWSHOT_SEED = 1234  # that of lm_eval's own command
+MAX_TOKENS = 256  # in what lm_eval has a model write, where the task does not say
 REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")  # what lm_eval may ask of a model
 Scores = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Answers:
+class TaskScores:
     """What a model scores in tasks.
 
     Attributes:
@@ -74,14 +77,17 @@ class Tasks:
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = AT_ONCE,
         limit: int | None = None,
-    ) -> Answers:
+    ) -> TaskScores:
         """Ask a model the tasks, or the first `limit` items of each."""
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
         for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(FEWSHOT_SEED)
-        with _quiet(), evaluating(model):
+        writes = {name for name, task in self.loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"}
+        chats = bool(tokenizer.chat_template) and len(writes) == len(self.loaded["tasks"])
+        settings = {"eos_token_id": end_tokens(model, tokenizer) or None}
+        with _quiet(), evaluating(model), generating(model, **settings):
             # Sums of bf16 log-probabilities would be too coarse. lm_eval sets a padding token on the tokenizer.
             asked = HFLM(
                 pretrained=model,
@@ -92,13 +98,15 @@ class Tasks:
             )
             for kind in REQUESTS:  # lm_eval does not ask whether bars are wanted
                 setattr(asked, kind, partial(getattr(asked, kind), disable_tqdm=not is_progress_bar_enabled()))
-            results = lm_eval.evaluate(asked, self.loaded, limit=limit, log_samples=True)
+            results = lm_eval.evaluate(asked, self.loaded, limit=limit, log_samples=True, apply_chat_template=chats)
         counts = {name: sizes["effective"] for name, sizes in results["n-samples"].items()}
         scores = {
             name: {**_metrics(values), **({"items": counts[name]} if name in counts else {})}
             for name, values in {**results["results"], **results.get("groups", {})}.items()
         }
-        return Answers(scores, {name: _by_item(samples) for name, samples in results["samples"].items()})
+        for name in writes & results["samples"].keys():
+            scores[name] |= _lengths(results["samples"][name], tokenizer)
+        return TaskScores(scores, {name: _by_item(samples) for name, samples in results["samples"].items()})
 
 
 def local_task(path: Path) -> dict[str, Any]:
@@ -159,6 +167,14 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
         for key, value in values.items()
         if "," in key and isinstance(value, (int, float))
     }
+
+
+def _lengths(samples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """The median length of what was written, in tokens, and the share that was cut off by the limit of the task."""
+    texts = [(sample["resps"][0][0], sample["arguments"][0][1].get("max_gen_toks", MAX_TOKENS)) for sample in samples]
+    lengths = [(len(tokenizer(text, add_special_tokens=False)["input_ids"]), most) for text, most in texts]
+    cut = sum(length >= most for length, most in lengths) / len(lengths)
+    return {"tokens": float(median(length for length, _ in lengths)), "cut": cut}
 
 
 def _by_item(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import ArchSpec
+from .metrics import input_device
 
 
 # What `forward` calls the cache, in newer and in older releases of transformers.
@@ -25,6 +27,43 @@ def cache_name(model: PreTrainedModel) -> str | None:
 def last_logits_only(model: PreTrainedModel) -> bool:
     """Whether a model can compute the logits of the last position alone, as generation asks it to."""
     return "logits_to_keep" in signature(model.forward).parameters
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: those of the model, and that of the tokenizer."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
+    return [end for end in dict.fromkeys(ends) if end is not None]
+
+
+@contextmanager
+def generating(model: PreTrainedModel, **settings: Any) -> Iterator[None]:
+    """Have a model generate by these settings inside `with`, where transformers would fill gaps from its own."""
+    former, model.generation_config = model.generation_config, GenerationConfig(**settings)
+    try:
+        yield
+    finally:
+        model.generation_config = former
+
+
+@torch.no_grad()
+def continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: Mapping[str, Any],
+    listeners: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+) -> list[list[int]]:
+    """What a model writes behind prompts of token ids, by these settings alone, up to the end token."""
+    longest, ends, device = max(map(len, prompts)), end_tokens(model, tokenizer), input_device(model)
+    padding = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+    ids = torch.tensor([[padding] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    with generating(model, **settings, pad_token_id=padding, eos_token_id=ends or None):
+        generate: Any = model.generate
+        output = generate(ids, attention_mask=mask, logits_processor=LogitsProcessorList(listeners))
+    texts = output[:, longest:].tolist()
+    return [text[: min((text.index(end) for end in ends if end in text), default=len(text))] for text in texts]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import CALIBRATED, MANIFEST_NAME
 from ..errors import StructPruneError
 from ..surgery.plan import PLAN_NAME, Plan
+from .answers import Items
 from .details import DETAILS_NAME, Details
 from .report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 
@@ -70,6 +71,12 @@ class Records:
             **(self.report.get("seconds") or {}),
             **({"recovery": self.recovery["seconds"]} if self.training else {}),
         }
+
+    @property
+    def answers(self) -> Items:
+        """The answers that were judged last."""
+        of_each = (record.get("answers") for record in (self.evaluation, self.recovery, self.report))
+        return next(filter(None, of_each), [])
 
     @property
     def apart(self) -> bool:

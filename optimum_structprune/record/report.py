@@ -15,6 +15,7 @@ from ..plain_json import replace_json, versioned
 from ..surgery.plan import Plan
 from ..system.memory import model_bytes, peak_memory
 from ..system.stages import stage
+from .answers import Items, remark
 from .details import Details
 from .facts import as_text, facts_of, perplexity_facts, remarks
 
@@ -35,6 +36,7 @@ class RecoveryReport:
         perplexity: The perplexity on held-out text, `{domain: {"dense": …, "pruned": …, "recovered": …}}`, without
             "dense" where there was no teacher.
         stopped: The reason why training ended early; empty where it did not.
+        answers: The answers to a few questions of the dense, the pruned and the trained model, see `record.answers`.
     """
 
     tokens: int = 0
@@ -42,6 +44,7 @@ class RecoveryReport:
     seconds: float = 0.0
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
     stopped: str = ""
+    answers: Items = field(default_factory=list)
 
     def after(self, earlier: RecoveryReport | None) -> RecoveryReport:
         """A report with the outcome of this training and the cost of this and an earlier one."""
@@ -54,7 +57,12 @@ class RecoveryReport:
         """Perplexity per domain and in the mean, as a table, and the cost."""
         cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s"
         return "\n".join(
-            [as_text(perplexity_facts(asdict(self)), compared=False), cost, *filter(None, [self.stopped])]
+            [
+                as_text(perplexity_facts(asdict(self)), compared=False),
+                *([remark(self.answers)] if self.answers else []),
+                cost,
+                *filter(None, [self.stopped]),
+            ]
         )
 
 
@@ -83,6 +91,7 @@ class Report:
             perplexities after it (empty after the last, see `perplexity`), and whether it holds a limit on perplexity.
         shapes: For widths that follow from measured losses: the shapes that were pruned on trial, what proposed each,
             and its loss, KL(dense‖model) in nats per token.
+        answers: The answers to a few questions before and after, see `record.answers`; empty where none were asked.
         details: What the run saw while it pruned, which is saved in a file of its own.
     """
 
@@ -103,6 +112,7 @@ class Report:
     domain_seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     shapes: list[dict[str, Any]] = field(default_factory=list)
+    answers: Items = field(default_factory=list)
     details: Details = field(default_factory=Details, repr=False, compare=False)
 
     def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:
@@ -149,5 +159,5 @@ class Report:
     def __str__(self) -> str:
         """Widths, parameters and perplexity per domain, as a table, and what else there is to say."""
         values = self.to_dict()
-        lines = [as_text(facts_of(values)), *remarks(values)]
+        lines = [as_text(facts_of(values)), *remarks(values), *([remark(self.answers)] if self.answers else [])]
         return "\n".join([*lines, *([] if self.recovery is None else ["", str(self.recovery)])])

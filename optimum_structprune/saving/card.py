@@ -6,7 +6,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -19,6 +21,7 @@ from ..arch.meta import model_class
 from ..config.fields import read_mapping, to_yaml
 from ..domains.manifest import CALIBRATED, TRAINED
 from ..plain_json import unversioned
+from ..record.answers import telling
 from ..record.facts import cells, facts_of, perplexity_facts, quality_rows, size_rows
 from ..record.records import Records
 from ..record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
@@ -30,6 +33,7 @@ from .page import only_warning
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TAGS = ("structured-pruning", "pruned", "optimum-structprune")
 HUB_CACHE = re.compile(r"models--(.+?)--([^/]+)/snapshots")
+MOST_SHOWN = 200  # characters of a question or an answer
 # The line of the snippet that names the model.
 NAME_LINE = re.compile(r'^name = ".*"$', re.MULTILINE)
 
@@ -42,7 +46,7 @@ class Dense:
 
     name: str
     base_model: str | None
-    licence: Mapping[str, str]
+    licence: Mapping[str, Any]
     language: Any = None
 
     @classmethod
@@ -80,7 +84,6 @@ def model_card(
     """The model card of a result, signed so that it is known again. Its sentences are in the template."""
     records = Records.read(folder) if (folder / REPORT_NAME).is_file() else Records(name, {})
     origin = Dense.of(records.dense or dense or "")
-    licence: dict[str, Any] = dict(origin.licence)
     kind, settings = model_class(config, arch_file).__name__, unversioned(records.config)
     causal = kind == "AutoModelForCausalLM"
     card_data = ModelCardData(
@@ -90,7 +93,7 @@ def model_card(
         datasets=_datasets(folder, records) or None,
         language=origin.language,
         pipeline_tag="text-generation" if causal else None,
-        **licence,
+        **origin.licence,
     )
     card = ModelCard.from_template(
         card_data,
@@ -109,6 +112,7 @@ def model_card(
         gguf_refusal=gguf_refusal(config),
         sizes=_sizes(records.report),
         perplexity=_perplexity(records),
+        answers=_answers(records),
         calibration=_domains(records, CALIBRATED),
         trained_on=_domains(records, TRAINED),
         apart=records.apart,
@@ -164,6 +168,14 @@ def _perplexity(records: Records) -> str:
         models = dict(zip(("dense", "pruned"), facts_of(records.report).values(), strict=True))
     rows = [row for row in quality_rows([*models.values()]) if row.change]
     return markdown(cells([*models], rows)) if rows else ""
+
+
+def _answers(records: Records) -> str:
+    items = telling(records.answers)
+    names = list(items[0]["answers"]) if items else []
+    rows = [[item["prompt"], *(item["answers"][name]["text"] for name in names)] for item in items]
+    short = [[escape(shorten(cell, MOST_SHOWN), quote=False) for cell in row] for row in rows]
+    return markdown([["asked", *names], *short]) if rows else ""
 
 
 def _domains(records: Records, use: str) -> str:

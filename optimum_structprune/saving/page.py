@@ -20,6 +20,7 @@ from ..config.fields import to_yaml
 from ..domains.manifest import CALIBRATED
 from ..errors import StructPruneError, one_line
 from ..plain_json import replace_text
+from ..record.answers import outcome, remark, telling
 from ..record.details import Choice
 from ..record.facts import UNKNOWN, Facts, Row, cells, facts_of, perplexity_facts, quality_rows, remarks, size_rows
 from ..record.records import Records
@@ -69,6 +70,8 @@ def page(records: Records) -> str:
             errors={kind: _error_chart(kind, choices) for kind, choices in sorted(details.choices.items())},
             agreements=list(_agreements(records)),
             losses=list(_loss_charts(records)),
+            answers=telling(records.answers),
+            answers_line=remark(records.answers) if records.answers else "",
             remarks=list(remarks(records.report)),
             spent=_spent(records),
             commands=_commands(records),
@@ -90,7 +93,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"time": readable_time, "count": _count}
+    environment.filters |= {"time": readable_time, "count": _count, "outcome": outcome}
     return environment.get_template("page.html.jinja")
 
 

@@ -2,14 +2,17 @@
 
 import json
 from math import comb, isnan
+from statistics import median
 
 import pytest
 import torch
 from models import build, documents, tokenizer
 from torch.nn.functional import log_softmax
+from transformers import GenerationConfig
 
 from optimum_structprune import DomainConfig, Manifest, evaluate
 from optimum_structprune.domains.manifest import Entry
+from optimum_structprune.evaluation import tasks
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.evaluation.paired import paired
 from optimum_structprune.evaluation.tasks import Tasks
@@ -58,6 +61,28 @@ def test_items_score_as_the_likelihoods_of_their_choices_say(case, tmp_path):
         assert scores[f"{metric}_stderr"] == pytest.approx(float(values.std() / len(items) ** 0.5), rel=1e-4)
     assert scores["items"] == len(items)
     assert len(Tasks([path]).score(model, reader, limit=3).items["quiz"]["acc"]) == 3
+
+
+def test_what_a_task_has_written_is_measured(tmp_path, monkeypatch):
+    model, reader = build("llama-tied"), tokenizer()
+    items, path = quiz(tmp_path / "quiz.jsonl", 9)
+    written = [model.generate(**reader(item["query"], return_tensors="pt"), max_new_tokens=6) for item in items]
+    texts = [
+        reader.decode(ids[0, len(item["query"].split()) :], skip_special_tokens=True)
+        for item, ids in zip(items, written, strict=True)
+    ]
+    how = {"output_type": "generate_until", "generation_kwargs": {"until": ["w3"], "max_gen_toks": 6}}
+    how |= {"doc_to_target": "query", "metric_list": [{"metric": "exact_match", "higher_is_better": True}]}
+    local = tasks.local_task
+    monkeypatch.setattr(
+        tasks, "local_task", lambda path: {name: of for name, of in local(path).items() if "choice" not in name} | how
+    )
+    model.generation_config = GenerationConfig(repetition_penalty=9.0, max_time=1e-9)
+    scores = Tasks([path]).score(model, reader).scores["quiz"]
+    lengths = [len(text.partition("w3")[0].split()) for text in texts]
+    assert scores["tokens"] == median(lengths) and scores["items"] == 9
+    assert scores["cut"] == pytest.approx(sum(length >= 6 for length in lengths) / 9)
+    assert (model.generation_config.repetition_penalty, scores["exact_match"]) == (9.0, 0)
 
 
 def test_models_differ_by_pairs(tmp_path):

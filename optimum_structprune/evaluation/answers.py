@@ -1,0 +1,269 @@
+"""What a model answers to questions: right by a pattern or not, whether it stops by itself, whether it repeats itself.
+
+A model with a chat template is asked; one without goes on from an opening. Both write greedily.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
+
+from ..domains.packing import prefix_token
+from ..errors import StructPruneError, one_line
+from ..forward.generation import continued
+from ..forward.metrics import divergence, evaluating, run_model, standard_error
+from ..record.answers import Items
+from ..system.stages import stage
+from .paired import Paired, paired
+
+
+BUILTIN = "builtin"
+QUESTIONS = Path(__file__).with_name("questions.jsonl")
+# The figures of an answer that are true or false, or a share.
+FIGURES = ("right", "stopped", "loops", "distinct")
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
+# An answer loops that has the same run of so many tokens more often than this.
+RUN, MOST = 4, 3
+# After so many tokens, the answers that have ended leave the batch.
+PIECE = 40
+AT_ONCE = 32  # answers that are written together at least
+# The short check of `prune` and `recover`: the first questions, and the tokens of an answer. Both models together may
+# take this share of the time of the run, which reads its text three times at least.
+ASKED, SHORT, SHARE, READINGS = 16, 64, 0.1, 3
+
+
+# The text and tokens of an answer, the figures, and the number of tokens.
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, as messages and as an opening for a base model, each with a pattern for what is right."""
+
+    kind: str
+    messages: tuple[Mapping[str, str], ...]
+    right: re.Pattern[str]
+    opening: str
+    continues: re.Pattern[str]
+
+    @property
+    def prompt(self) -> str:
+        """The question as people read it."""
+        return self.messages[-1]["content"]
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The tokens that a model answers."""
+        if not tokenizer.chat_template:
+            prefix = prefix_token(tokenizer)
+            ids: list[int] = tokenizer(self.opening, add_special_tokens=False)["input_ids"]
+            return ids if prefix is None else [prefix, *ids]
+        how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
+        try:
+            text = tokenizer.apply_chat_template([dict(message) for message in self.messages], **how)
+        except Exception as error:  # a template raises whatever its author chose
+            raise StructPruneError(f"The chat template refuses {self.prompt[:60]!r}: {one_line(error)}") from error
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def read_questions(source: str | Path = BUILTIN, tokenizers: Iterable[PreTrainedTokenizerBase] = ()) -> list[Question]:
+    """The questions of a file or the built-in ones; those with an opening, where a tokenizer has no chat template."""
+    path = QUESTIONS if source == BUILTIN else Path(source)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise StructPruneError(f"The questions {path} cannot be read: {error}; name a file or {BUILTIN}.") from error
+    questions = [_question(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    if not all(tokenizer.chat_template for tokenizer in tokenizers):
+        questions = [question for question in questions if question.opening]
+    if not questions:
+        raise StructPruneError(f"The file {path} has no questions for this model.")
+    return questions
+
+
+def _question(line: str, place: str) -> Question:
+    try:
+        row = json.loads(line)
+        messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+        messages = tuple({"role": str(message["role"]), "content": str(message["content"])} for message in messages)
+        right = re.compile(row["right"], re.IGNORECASE)
+        continues = re.compile(row.get("continues", row["right"]), re.IGNORECASE)
+        # A question of the user's is its own opening, where it gives no other.
+        opening = str(row.get("opening", "" if "kind" in row else messages[-1]["content"]))
+    except (ValueError, LookupError, TypeError, AttributeError, re.error) as error:
+        raise StructPruneError(
+            f'{place}, is no question, which has a "prompt" or "messages", and in "right" a regular expression that '
+            f'right answers match ("" accepts all); {type(error).__name__}: {error}; got {line:.80}'
+        ) from error
+    return Question(str(row.get("kind", "")), messages, right, opening, continues)
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    batch_size: int = AT_ONCE,
+    seconds: float = inf,
+) -> list[Answer]:
+    """The greedy answers of a model, or a `TimeoutError` where they take longer than so many seconds."""
+    prompts = [question.ids(tokenizer) for question in questions]
+    longest = max(map(len, prompts))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", inf)
+    if longest + max_new_tokens > positions:
+        raise StructPruneError(
+            f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than the model's {positions} "
+            f"positions; {max(positions - longest, 0)} is the most for it."
+        )
+    answers: list[list[int]] = [[] for _ in prompts]
+    going, ended, end = sorted(range(len(prompts)), key=lambda n: len(prompts[n])), set(), time.monotonic() + seconds
+    rooms = [min(PIECE, max_new_tokens - start) for start in range(0, max_new_tokens, PIECE)]
+    with evaluating(model), stage("answers"):
+        for room in tqdm(rooms, desc="answering"):
+            for batch in [going[start : start + batch_size] for start in range(0, len(going), batch_size)]:
+                limit = {} if seconds == inf else {"max_time": max(end - time.monotonic(), 0.0)}
+                rows = [[*prompts[n], *answers[n]] for n in batch]
+                texts = continued(model, tokenizer, rows, {**GREEDY, **limit, "max_new_tokens": room})
+                if time.monotonic() > end:
+                    raise TimeoutError
+                for n, ids in zip(batch, texts, strict=True):
+                    answers[n] += ids
+                    ended |= {n} if len(ids) < room else set()
+            going = [n for n in going if n not in ended]
+    chats, decoded = bool(tokenizer.chat_template), tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [_judged(question, answers[n], decoded[n], n in ended, chats) for n, question in enumerate(questions)]
+
+
+def _judged(question: Question, ids: list[int], text: str, stopped: bool, chats: bool) -> Answer:
+    """The answer as records hold it, with its tokens: of what goes on from an opening, the first line is judged."""
+    right = (
+        question.right.search(text.strip()) if chats else question.continues.search(text.strip().partition("\n")[0])
+    )
+    runs = Counter(tuple(ids[start : start + RUN]) for start in range(len(ids) - RUN + 1))
+    distinct = len(runs) / runs.total() if runs else 1.0
+    loops = max(runs.values(), default=0) > MOST
+    flags = {"right": right is not None, "stopped": stopped, "loops": loops}
+    return {"text": text, "ids": ids, "tokens": len(ids), **flags, "distinct": distinct}
+
+
+def figures_of(answers: Sequence[Answer]) -> dict[str, float]:
+    """The figures of a model in the form of a task's: shares with their standard errors, and the median length."""
+    figures: dict[str, float] = {}
+    for name in FIGURES:
+        values = torch.tensor([float(answer[name]) for answer in answers])
+        figures |= {name: float(values.mean()), f"{name}_stderr": standard_error(values)}
+    return {**figures, "tokens": float(median(answer["tokens"] for answer in answers)), "items": len(answers)}
+
+
+def paired_answers(model: Sequence[Answer], dense: Sequence[Answer]) -> dict[str, Paired]:
+    """How two models differ over the questions, by figure."""
+    values = {
+        name: [{n: float(answer[name]) for n, answer in enumerate(of)} for of in (model, dense)] for name in FIGURES
+    }
+    return {name: paired(*both, less_is_better=name == "loops") for name, both in values.items()}
+
+
+@torch.no_grad()
+def answer_divergence(
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+) -> float | None:
+    """The mean KL(dense‖model) per token of the dense model's answers in nats, over the tokens that both have; None
+    where the model has some that the dense one has not.
+
+    A text counts up to its first token that the model does not have.
+    """
+    vocabularies = {which: tokenizer.get_vocab() for which, tokenizer in tokenizers.items()}
+    if not vocabularies["model"].keys() <= vocabularies["dense"].keys():
+        return None
+    mapped = {vocabularies["dense"][token]: number for token, number in vocabularies["model"].items()}
+    # Where the vocabulary is the same, all logits count, those of no token too.
+    same = vocabularies["model"] == vocabularies["dense"]
+    columns, dense_columns = [slice(None) if same else [*of] for of in (mapped.values(), mapped)]
+    total, tokens = 0.0, 0
+    with evaluating(*models.values()):
+        for question, answer in zip(questions, answers, strict=True):
+            prompt = question.ids(tokenizers["dense"])
+            row = [*prompt, *answer["ids"]]
+            row = row[: next((place for place, token in enumerate(row) if token not in mapped), len(row))]
+            if (count := len(row) - len(prompt)) < 1:
+                continue
+            dense_logits = run_model(models["dense"], torch.tensor([row])).logits[0, -count - 1 : -1, dense_columns]
+            translated = torch.tensor([[mapped[token] for token in row]])
+            logits = run_model(models["model"], translated).logits[0, -count - 1 : -1, columns]
+            total += count * float(divergence(logits, dense_logits.to(logits.device)))
+            tokens += count
+    return total / tokens if tokens else None
+
+
+def items_of(questions: Sequence[Question], answers: Mapping[str, Sequence[Answer]]) -> list[dict[str, Any]]:
+    """Questions with the answers of each model, as records hold them."""
+    kept = [
+        {which: {name: value for name, value in of[n].items() if name != "ids"} for which, of in answers.items()}
+        for n in range(len(questions))
+    ]
+    return [
+        {"kind": question.kind, "prompt": question.prompt, "answers": by_model}
+        for question, by_model in zip(questions, kept, strict=True)
+    ]
+
+
+class ShortCheck:
+    """Asks the models of one run the same few questions, where that takes little of its time.
+
+    `tokens` is how many tokens the run reads. A model that takes too long or cannot answer ends the check.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int):
+        self.tokenizer, self.tokens = tokenizer, tokens
+        self.questions = read_questions(tokenizers=[tokenizer])[:ASKED]
+        self._answers: dict[str, list[Answer]] = {}
+        self._seconds: float | None = None
+
+    def ask(self, name: str, model: PreTrainedModel) -> None:
+        """Ask one more model; a failure only gives a warning."""
+        if not (self.tokens and self.questions) or not model.can_generate() or model.config.is_encoder_decoder:
+            return
+        try:
+            if self._seconds is None:
+                self._seconds = self._allowance(model)
+            self._answers[name] = ask(model, self.tokenizer, self.questions, SHORT, seconds=self._seconds)
+        except Exception as error:  # hours of work are not given up for a few answers
+            self.questions = []
+            if not isinstance(error, (StructPruneError, TimeoutError)):  # it has too few positions, or takes too long
+                warnings.warn(f"There are no answers of the {name} model: {one_line(error)}", stacklevel=2)
+
+    def items(self, earlier: Items = ()) -> Items:
+        """The questions with the answers of all models, behind those of an earlier run to the same questions."""
+        items = items_of(self.questions, self._answers) if self.questions and self._answers else []
+        if [item["prompt"] for item in earlier] != [item["prompt"] for item in items]:
+            return items
+        return [
+            {**item, "answers": {**before["answers"], **item["answers"]}}
+            for before, item in zip(earlier, items, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _allowance(self, model: PreTrainedModel) -> float:
+        """The seconds that the answers of one model may take, by the time of a forward pass over a few questions."""
+        prompts = [token for question in self.questions for token in question.ids(self.tokenizer)]
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", len(prompts))
+        ids = torch.tensor([prompts[: min(positions, 1 + self.tokens // 16)]])  # little of a short run
+        for _ in range(2):  # the first one warms up
+            start = time.monotonic()
+            float(run_model(model, ids).logits[0, -1, 0])
+        return SHARE / 2 * READINGS * self.tokens * (time.monotonic() - start) / ids.numel()

@@ -1,0 +1,65 @@
+"""Answers of models to the same questions: whether one errs or loops more than another, and a few to show.
+
+An item is one question, `{"kind": …, "prompt": …, "answers": {"dense": {"text": …, "right": …}, "pruned": …}}`, with
+the answers of the models in the order dense, pruned, recovered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from math import comb
+from typing import Any
+
+
+Items = Sequence[Mapping[str, Any]]
+SHOWN = 3
+# A difference that chance alone gives less often than this is one.
+LEVEL = 0.05
+HELPS = "name chat text as a domain (--domain chat=self:dialogue), train the model (--recover), or remove less"
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """How often chance alone gives a difference as large between models that are alike, of which each wins half of the
+    items that tell them apart (McNemar's exact test).
+    """
+    apart = better + worse
+    tail = sum(comb(apart, wins) for wins in range(min(better, worse) + 1)) / 2**apart
+    return min(1.0, 2 * tail)
+
+
+def telling(items: Items, count: int = SHOWN) -> list[Mapping[str, Any]]:
+    """A few items of different outcomes in turn: what the last model has lost, kept, never had and gained."""
+    groups: dict[tuple[bool, bool], list[Mapping[str, Any]]] = {
+        pair: [] for pair in ((True, False), (True, True), (False, False), (False, True))
+    }
+    for item in items:
+        rights = [answer["right"] for answer in item["answers"].values()]
+        groups[rights[0], rights[-1]].append(item)
+    in_turn = [item for turn in zip_longest(*groups.values()) for item in turn if item is not None]
+    return in_turn[:count]
+
+
+def outcome(answer: Mapping[str, Any]) -> str:
+    """Right or wrong, and what else is the matter with an answer."""
+    troubles = ["loops"] * answer["loops"] + ["cut off"] * (not answer["stopped"])
+    return ", ".join(["right" if answer["right"] else "wrong", *troubles])
+
+
+def remark(items: Items) -> str:
+    """The answers in one line, and whether the last model errs or loops more than the first."""
+    models = list(items[0]["answers"])
+    shown = [
+        f"{' → '.join(str(sum(item['answers'][model][name] for item in items)) for model in models)} {verb}"
+        for name, verb in (("right", "right"), ("loops", "loop"), ("stopped", "stop by themselves"))
+    ]
+    line = f"answers to {len(items)} short questions ({' → '.join(models)}): {', '.join(shown)}"
+    worse = [verb for verb, name in (("errs", "right"), ("loops", "loops")) if _worse(items, name)]
+    return f"{line}\nwarning: the model {' and '.join(worse)} clearly more; {HELPS}" if worse else line
+
+
+def _worse(items: Items, name: str) -> bool:
+    """Whether the last model is worse than the first by more than chance."""
+    pairs = [[answer[name] != (name == "loops") for answer in item["answers"].values()] for item in items]
+    better, worse = (sum(pair[-1] is which and pair[0] is not which for pair in pairs) for which in (True, False))
+    return worse > better and mcnemar(better, worse) < LEVEL

@@ -1,0 +1,323 @@
+"""Answers: patterns, greedy writing, figures, the short check of a run, and the command."""
+
+import json
+import re
+from copy import deepcopy
+
+import pytest
+import torch
+from models import build, real_text_model
+from torch.nn.functional import log_softmax
+from transformers import GenerationConfig
+
+from optimum_structprune import StructPruneError, evaluate
+from optimum_structprune.commands.cli import main
+from optimum_structprune.evaluation import answers
+from optimum_structprune.evaluation.answers import ShortCheck, answer_divergence, ask, read_questions
+from optimum_structprune.record.answers import mcnemar, outcome, remark, telling
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def writer():
+    model, tokenizer = real_text_model()
+    tokenizer.chat_template = CHATML
+    return model, tokenizer
+
+
+def questions(count=6):
+    return read_questions()[:: 120 // count][:count]
+
+
+# --- questions
+
+
+def test_the_built_in_questions_are_many_of_eight_kinds():
+    every = read_questions()
+    kinds = [question.kind for question in every]
+    assert len(every) >= 100 and len(set(kinds)) == 8 and min(map(kinds.count, kinds)) >= 12
+    assert len({question.prompt for question in every}) == len(every)
+    assert kinds[:16].count("code") == kinds[:16].count("facts") == 2
+    for question in every:
+        assert not any(question.right.search(text) for text in ("", "I do not know.", "Yes")), question.prompt
+
+
+# Words of a prompt, answers that are right, and answers that are not.
+JUDGED = [
+    ("capital of France", ["Paris.", "It is **Paris**, on the Seine."], ["Lyon", "Parisian food is good"]),
+    ("breathe in", ["Oxygen (O2).", "They need oxygen."], ["Carbon dioxide and oxygen.", "Nitrogen"]),
+    ("2 + 3?", ["5", "2 + 3 = 5.", "It is five.", "It equals **5**"], ["2 + 3 = 6", "It is 5 + 1", "is 5.5", "is 15"]),
+    ("two boxes hold", ["12", "Two boxes hold 2 * 6 = 12 eggs.", "They hold a dozen."], ["6 eggs", "2 * 6 = 8"]),
+    ("did the letter come from", ["Oslo", "It came from Oslo."], ["It was written in Oslo blue.", "Ink"]),
+    ("is the scooter", ["Green.", "It is green."], ["Ana has a green scooter, but the text does not say.", "Red"]),
+    ("Leo drink", ["Cocoa", "Leo drinks cocoa."], ["Mia drinks tea.", "Leo drinks tea, and not cocoa"]),
+    ('past tense of "go"', ["went", 'It is "went".'], ['"goed", or went', "gone"]),
+    ("not belong", ["Hammer", "The hammer, because it is a tool."], ["Apple, not hammer", "banana"]),
+    ("The food was", ["Negative.", "The sentiment is negative."], ["Positive", "not negative", "positive, negative"]),
+    ("The room was", ["Unhappy", "He is not happy.", "They are not very happy."], ["Happy", "happy, not unhappy"]),
+    ("My children", ["Happy.", "The customer is very happy"], ["Unhappy", "They are not happy"]),
+    ("list of four", ["1. a\n2. b\n3. c\n4. d", "1) a 2) b 3) c 4) d"], ["1. a\n2. b\n3. c", "1. 2. 3. 4. 5."]),
+    ("three fruits", ["Apples, pears and plums", "1. Mango\n2. Kiwi\n3. Banana"], ["An apple and a pear", "Bread"]),
+    ("by commas", ["red, green, blue", "Red, blue, and yellow."], ["1. Red\n2. Blue", "red and blue"]),
+    ("to the beach", ["* towel\n* hat\n* book", "- a\n\n- b\n\n- c"], ["* towel\n* hat", "towel, hat, book"]),
+    ("lower case", ["the sea is deep."], ["The sea is deep.", "the lake is deep."]),
+    ("exclamation", ["Winter is cold!", '"Winter is cold!"'], ["Winter is cold.", "Winter! It is cold."]),
+    ("headings", ["Ingredients\n- tea\n\nSteps\n1. boil", "**Ingredients:**\ntea\n**Steps:**\nboil"], ["Ingredients"]),
+    ("JSON", ['{"name": "Anna"}', '```json\n{\n  "name": "Anna"\n}\n```'], ['{"name": "Bob"}', "name: Anna"]),
+    ("capital letters: hello", ["HELLO WORLD", "HELLO, WORLD!"], ["Hello World", "hello world"]),
+    ("into French", ["Bonjour", 'In French, it is "Bonjour".', "Bonjour !"], ["Je suis bonjour.", "Bon soir"]),
+    ("Shorten", ["It rained, so we played cards at home."], ["It rained. We played cards.", "Yes."]),
+    ("negative: ", ["I don't like rain.", "I do not like the rain", "I dislike rain."], ["I like rain.", "Rain, not"]),
+    ("add(a, b)", ["def add(a: int, b: int) -> int:\n    return (a + b)"], ["def add(a, b):\n    return a - b"]),
+    ("square(x)", ["def square(x):\n  return x**2", "def square(x): return x * x"], ["def square(x): x + 2"]),
+    ("from 0 to 4", ["for i in range(5):\n    print(i)"], ["for i in range(0, 4, 1):\n    print(i)"]),
+    ("SQL", ["SELECT * FROM users;", "select * from `users`"], ["SELECT * FROM users WHERE id = 1"]),
+]  # fmt: skip
+
+
+def question_with(words):
+    (match,) = [question for question in read_questions() if words in question.prompt]
+    return match
+
+
+@pytest.mark.parametrize(("words", "right", "wrong"), JUDGED)
+def test_right_answers_may_be_phrased_otherwise(words, right, wrong):
+    question = question_with(words)
+    assert [text for text in right if not question.right.search(text.strip())] == []
+    assert [text for text in wrong if question.right.search(text.strip())] == []
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ('{"prompt": "Hi"}', "line 2, is no question.*'right'"),
+    ('{"right": "a"}', "no question.*'prompt'"),
+    ('{"prompt": "Hi", "right": "("}', "no question.*unterminated"),
+    ('{"messages": "Hi", "right": ""}', "no question"),
+    ("[1", "no question"),
+])  # fmt: skip
+def test_a_line_that_is_no_question(line, message, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "Hi", "right": ""}\n' + line)
+    with pytest.raises(StructPruneError, match=message):
+        read_questions(tmp_path / "mine.jsonl")
+
+
+def test_a_file_without_questions(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("\n")
+    with pytest.raises(StructPruneError, match="has no questions for"):
+        read_questions(tmp_path / "mine.jsonl")
+    with pytest.raises(StructPruneError, match="cannot be read.*builtin"):
+        read_questions("built-in")
+
+
+# --- answers
+
+
+@torch.no_grad()
+def alone(model, ids, count, end):
+    """The greedy answer, without a cache, a batch or padding."""
+    written = []
+    while len(written) < count:
+        token = int(model(torch.tensor([[*ids, *written]])).logits[0, -1].argmax())
+        if token == end:
+            break
+        written.append(token)
+    return written
+
+
+@pytest.mark.parametrize(("batch_size", "piece"), [(1, 40), (4, 5), (9, 3)])
+def test_answers_are_greedy_whatever_is_written_together(writer, batch_size, piece, monkeypatch):
+    monkeypatch.setattr(answers, "PIECE", piece)
+    model, tokenizer = writer
+    asked = questions()
+    written = ask(model, tokenizer, asked, 12, batch_size)
+    for question, answer in zip(asked, written, strict=True):
+        expected = alone(model, question.ids(tokenizer), 12, tokenizer.eos_token_id)
+        assert (answer["ids"], answer["stopped"]) == (expected, len(expected) < 12)
+        assert answer["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_an_answer_ends_where_the_model_ends_it(writer):
+    model, tokenizer = deepcopy(writer[0]), writer[1]
+    asked = questions(2)
+    third = ask(model, tokenizer, asked, 6)[0]["ids"][2]
+    model.generation_config.eos_token_id = [third]
+    written = ask(model, tokenizer, asked, 6)
+    assert written[0]["stopped"] and third not in written[0]["ids"] and len(written[0]["ids"]) <= 2
+
+
+ODD = {"do_sample": True, "temperature": 9.0, "num_beams": 3, "repetition_penalty": 5.0, "max_time": 1e-9}
+ODD |= {"min_new_tokens": 9, "max_length": 3, "suppress_tokens": [5], "no_repeat_ngram_size": 1}
+
+
+def test_the_settings_of_the_model_have_no_say_and_stay(writer):
+    model, tokenizer = deepcopy(writer[0]).train(), writer[1]
+    expected = ask(writer[0], tokenizer, questions(), 8)
+    model.generation_config = settings = GenerationConfig(**ODD)
+    assert ask(model, tokenizer, questions(), 8) == expected
+    assert model.generation_config is settings and settings.to_diff_dict().items() >= ODD.items() and model.training
+
+
+def test_loops_and_distinct_runs(writer):
+    model, tokenizer = writer
+    for answer in ask(model, tokenizer, questions(), 40):
+        runs = [run for run in zip(*(answer["ids"][start:] for start in range(4)), strict=False)]
+        assert answer["loops"] == (max(map(runs.count, runs), default=0) > 3)
+        assert answer["distinct"] == pytest.approx(len(set(runs)) / len(runs) if runs else 1)
+
+
+def test_more_tokens_than_positions(writer):
+    with pytest.raises(StructPruneError, match="max_new_tokens=1024 are more than the model's 1024 positions; .* is"):
+        ask(*writer, questions(), 1024)
+
+
+def test_a_model_without_a_template_goes_on_from_openings(writer):
+    model, tokenizer = writer[0], deepcopy(writer[1])
+    tokenizer.chat_template = None
+    openings = read_questions(tokenizers=[writer[1], tokenizer])
+    question = openings[0]
+    ids = question.ids(tokenizer)
+    assert tokenizer.decode(ids[1:]) == question.opening and ids[0] == tokenizer.bos_token_id
+    evaluation = evaluate(model, tokenizer, answers="builtin", max_new_tokens=2, limit=5)
+    assert [item["prompt"] for item in evaluation.answers] == [of.prompt for of in openings[:5]]
+    assert len(openings) >= 60 and all(of.opening for of in openings)
+
+
+# --- figures
+
+
+def test_divergence_is_its_definition_and_takes_smaller_vocabularies(writer):
+    model, tokenizer = writer
+    other = deepcopy(model)
+    torch.nn.init.normal_(other.lm_head.weight, std=0.1)
+    asked = questions(3)
+    written = ask(model, tokenizer, asked, 6)
+    models, tokenizers = {"model": other, "dense": model}, {"model": tokenizer, "dense": tokenizer}
+    total = tokens = 0
+    for question, answer in zip(asked, written, strict=True):
+        prompt = question.ids(tokenizer)
+        row = torch.tensor([[*prompt, *answer["ids"]]])
+        with torch.no_grad():
+            ours, theirs = (log_softmax(of(row).logits[0, len(prompt) - 1 : -1], -1) for of in (other, model))
+        total, tokens = total + float((theirs.exp() * (theirs - ours)).sum()), tokens + len(answer["ids"])
+    assert answer_divergence(models, tokenizers, asked, written) == pytest.approx(total / tokens, rel=1e-4)
+
+    class Fewer:
+        """The vocabulary without its last token, in another order."""
+
+        def get_vocab(self):
+            return {token: len(tokenizer) - 2 - number for token, number in every.items() if number < len(every) - 1}
+
+    every = tokenizer.get_vocab()
+    cut = deepcopy(model)
+    order = torch.arange(len(tokenizer) - 2, -1, -1)
+    for part in (cut.get_input_embeddings(), cut.lm_head):
+        part.weight = torch.nn.Parameter(part.weight[order])
+    pair = {"model": cut, "dense": model}
+    found = answer_divergence(pair, {"model": Fewer(), "dense": tokenizer}, asked, written)
+    assert found == pytest.approx(0, abs=1e-6)
+    assert answer_divergence(pair, {"model": tokenizer, "dense": Fewer()}, asked, written) is None
+
+
+def item(dense, pruned, prompt="?", loops=(False, False)):
+    rights = {"dense": dense, "pruned": pruned}
+    made = {
+        name: {"text": "a", "right": right, "loops": loop, "stopped": True}
+        for (name, right), loop in zip(rights.items(), loops, strict=True)
+    }
+    return {"kind": "facts", "prompt": prompt, "answers": made}
+
+
+def test_a_few_answers_show_all_outcomes():
+    items = [item(True, True, "kept"), item(True, True), item(True, False, "lost"), item(False, False, "never")]
+    assert [of["prompt"] for of in telling(items)] == ["lost", "kept", "never"]
+    assert len(telling(items, 9)) == 4 and telling([]) == []
+
+
+def test_one_line_and_a_warning_where_the_difference_is_no_chance():
+    line = remark([item(True, False)] * 5 + [item(True, True)])
+    assert line == "answers to 6 short questions (dense → pruned): 6 → 1 right, 0 → 0 loop, 6 → 6 stop by themselves"
+    assert "the model errs clearly more; name chat text" in remark([item(True, False)] * 6)
+    assert "errs and loops clearly more" in remark([item(True, False, loops=(False, True))] * 6)
+    assert "warning" not in remark([item(False, True)] * 9) and mcnemar(0, 0) == 1
+    assert outcome({"right": False, "loops": True, "stopped": False}) == "wrong, loops, cut off"
+
+
+def test_a_model_is_alike_to_itself(writer):
+    evaluation = evaluate(*writer, answers="builtin", dense=writer[0], max_new_tokens=4, limit=8, show=2)
+    figures = evaluation.tasks["answers"]
+    assert figures["dense"]["items"] == 8
+    assert figures["model"] == {**figures["dense"], "KL": pytest.approx(0, abs=1e-6)}
+    assert {of.verdict for of in evaluation.paired["answers"].values()} == {"alike"}
+    assert str(evaluation).count("\n  model (") == 2 and "answers   tokens" in re.sub(" +", "   ", str(evaluation))
+
+
+# --- the short check
+
+
+def test_a_run_is_checked_where_that_takes_little_of_it(writer, monkeypatch):
+    model, tokenizer = writer
+    for tokens, asked in ((0, 0), (16, 0), (10**9, 16)):
+        check = ShortCheck(tokenizer, tokens)
+        check.ask("dense", model)
+        check.ask("pruned", model)
+        items = check.items()
+        assert len(items) == asked and all([*of["answers"]] == ["dense", "pruned"] for of in items)
+    later = ShortCheck(tokenizer, 10**9)
+    later.ask("recovered", model)
+    assert [*later.items(items)[0]["answers"]] == ["dense", "pruned", "recovered"]
+    assert [*later.items(items[:3])[0]["answers"]] == ["recovered"]
+    monkeypatch.setattr(answers, "continued", lambda *rest: 1 / 0)
+    with pytest.warns(UserWarning, match="no answers of the dense model: division"):
+        later.ask("dense", model)
+    assert later.items() == []
+
+
+@pytest.mark.parametrize("case", ["bert", "t5-gated"])
+def test_what_does_not_write_is_not_asked(case, writer):
+    check = ShortCheck(writer[1], 10**9)
+    check.ask("dense", build(case))
+    assert check.items() == []
+
+
+# --- the commands
+
+
+@pytest.fixture(scope="module")
+def folder(writer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answers")
+    for saved in writer:
+        saved.save_pretrained(folder / "model")
+    return folder
+
+
+def test_evaluate_and_report_ask_and_keep_the_answers(folder, tmp_path, capsys):
+    mine, items = tmp_path / "mine.jsonl", str(tmp_path / "items.jsonl")
+    rows = [{"prompt": "One?", "right": ""}, {"messages": [{"role": "user", "content": "Two?"}], "right": "(?!)"}]
+    mine.write_text("\n".join(map(json.dumps, rows)))
+    model = str(folder / "model")
+    flags = ["--answers", str(mine), "--max-new-tokens", "3", "--items", items, "--json"]
+    for _ in range(2):  # it replaces its own file
+        assert main(["evaluate", model, "--against", model, *flags, "--quiet"]) == 0
+    values = json.loads(capsys.readouterr().out.split("\n}\n")[0] + "\n}")
+    kept = [json.loads(line) for line in open(items)]
+    assert [line["prompt"] for line in kept] == ["One?", "Two?"]
+    assert values["tasks"]["answers"]["model"]["right"] == 0.5
+    assert [line["answers"]["model"]["right"] for line in kept] == [True, False]
+    assert main(["evaluate", model, "--answers", str(mine), "--items", str(mine)]) == 2
+    assert "is no result of structprune" in capsys.readouterr().err
+
+
+def test_prune_ends_with_answers_and_shows_them(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(answers, "SHARE", 1e6)
+    text = ["--domain", "math=builtin:math", "--num-samples", "6", "--seq-length", "32", "--general-share", "0"]
+    command = ["prune", str(folder / "model"), str(tmp_path / "out"), "--width", "mlp=1200", *text, "--quiet"]
+    assert main(command) == 0
+    assert "answers to 16 short questions (dense → pruned): " in capsys.readouterr().out
+    prompts = [of["prompt"] for of in telling(json.loads((tmp_path / "out" / "report.json").read_text())["answers"])]
+    page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
+    assert len(prompts) == 3 and page.count('<div class="answers">') == 3 and "## Answers" in card
+    assert sum(prompt.partition("\n")[0][:20] in card for prompt in prompts) == 3
