@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from models import PRUNABLE, build, config, documents, token_ids, tokenizer
+from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Cache
+from transformers import Cache, PreTrainedTokenizerFast
 
 from optimum_structprune import DomainConfig, RecoveryConfig
 from optimum_structprune.arch.load import describe
@@ -45,10 +47,31 @@ def outputs(model):
     return outputs_of(run_model(model, token_ids()))
 
 
-def save_with_tokenizer(model, folder) -> None:
+def save_with_tokenizer(model, folder, reader=None) -> None:
     """Save a model of `build` as a folder that a command line can name."""
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    (reader or tokenizer()).save_pretrained(folder)
+
+
+def with_tokens(model, reader, kept):
+    """A copy of a model and of its tokenizer with these tokens only, numbered in their order."""
+    number = {old: new for new, old in enumerate(kept)}
+    state = json.loads(reader.backend_tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    state["model"]["vocab"] = {token: number[old] for token, old in vocab.items() if old in number}
+    if merges := state["model"].get("merges"):
+        state["model"]["merges"] = [pair for pair in merges if vocab["".join(pair)] in number]
+    added = [{**token, "id": number[token["id"]]} for token in state["added_tokens"]]
+    state["added_tokens"] = sorted(added, key=lambda token: token["id"])
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), **reader.special_tokens_map
+    )
+    small_config = deepcopy(model.config)
+    small_config.vocab_size = len(kept)
+    small = type(model)(small_config).eval()
+    tables = [name for name, tensor in model.state_dict().items() if len(tensor) == model.config.vocab_size]
+    small.load_state_dict({**model.state_dict(), **{name: model.state_dict()[name][kept] for name in tables}})
+    return small, other
 
 
 def same_weights(left, right) -> bool:

@@ -63,7 +63,10 @@ def _measured(args: Namespace, loading: Loading, model_name: str, dense_name: st
     model, tokenizer = loading.model_and_tokenizer(model_name)
     if not dense_name:
         return _of_loaded(args, model, tokenizer)
-    return _of_loaded(args, model, tokenizer, loading.model(dense_name), loading.tokenizer(dense_name))
+    dense, reader = loading.model(dense_name), tokenizer
+    with suppress(StructPruneError):  # a dense folder of weights alone is read with the model's tokenizer
+        reader = loading.tokenizer(dense_name)
+    return _of_loaded(args, model, tokenizer, dense, reader)
 
 
 def _of_loaded(
@@ -82,8 +85,8 @@ def compare(args: Namespace) -> Result:
     """Check all models by their configs, then load and measure one after the other."""
     loading = Loading.of(args)
     paths = dict(zip(names_of(args.models), args.models, strict=True))
-    _check_comparable(args, loading)
-    models, notes = {name: _facts(path, args, loading) for name, path in paths.items()}, []
+    first, notes = _check_comparable(args, loading)
+    models = {name: _facts(path, args, loading, first) for name, path in paths.items()}
     if args.speed:
         loaded = {name: loading.model(path) for name, path in paths.items()}
         speed = measure_speed(loaded, batch_sizes=BATCH_SIZES, prompts=PROMPTS, arch_file=args.arch_file)
@@ -91,32 +94,33 @@ def compare(args: Namespace) -> Result:
             facts = models[measured.model]
             facts.read, facts.write = measured.prefill.tokens_per_second, measured.decode.tokens_per_second
         shape = f"batch {BATCH_SIZES[0]}, a prompt of {PROMPTS[0]} tokens, {speed.new_tokens} written"
-        notes = [f"speed: {shape}, {speed.device}, threads: {speed.threads}."]
+        notes += [f"speed: {shape}, {speed.device}, threads: {speed.threads}."]
     if args.csv is not None:
         Path(args.csv).write_text(as_csv(models))
     values = {"models": {name: asdict(facts) for name, facts in models.items()}, "notes": notes}
     return Result("\n".join([as_text(models, compared=len(models) == 2), *notes]), values)
 
 
-def _check_comparable(args: Namespace, loading: Loading) -> None:
-    """Refuse what cannot be compared, before a model is loaded."""
+def _check_comparable(args: Namespace, loading: Loading) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
+    """Refuse what cannot be compared, before a model is loaded; the first model's tokenizer where text is read, and
+    what to know of the others.
+    """
     for path in args.models:
         loading.config(path)
     if args.csv is not None:
         check_file(args.csv, f"--csv {args.csv}")
-    first, *others = args.models
-    if args.domain and others:
-        vocabulary = vocabulary_hash(loading.tokenizer(first))
-        for path in others:
-            if vocabulary_hash(loading.tokenizer(path)) != vocabulary:
-                raise StructPruneError(
-                    f"{path} has another vocabulary than {first}, and perplexity is per token of a vocabulary; "
-                    "compare them by --task alone."
-                )
+    if not args.domain:
+        return None, []
+    tokenizers = [loading.tokenizer(path) for path in args.models]
+    if len(set(map(vocabulary_hash, tokenizers))) == 1:
+        return tokenizers[0], []
+    return tokenizers[0], [f"vocabularies differ: perplexity is per token of {args.models[0]}."]
 
 
-def _facts(path: str, args: Namespace, loading: Loading) -> Facts:
-    """The facts of one model; it is let go before the next is loaded."""
+def _facts(path: str, args: Namespace, loading: Loading, first: PreTrainedTokenizerBase | None) -> Facts:
+    """The facts of one model; it is let go before the next is loaded. Perplexity is per token of the first model's
+    tokenizer.
+    """
     model, tokenizer = loading.model_and_tokenizer(path)
     facts = Facts(parameters=model.num_parameters(), weights=bytes_of(model.parameters()))
     if cache_name(model) is not None:
@@ -126,8 +130,9 @@ def _facts(path: str, args: Namespace, loading: Loading) -> Facts:
         facts.layers = arch.num_layers
         facts.widths = {name: [*arch.widths(name).values()] for name in arch.names}
     if args.domain or args.task:
-        evaluation = _of_loaded(args, model, tokenizer)
+        evaluation = _of_loaded(args, model, tokenizer, None, first)
         facts.perplexity = {name: ppl["model"] for name, ppl in evaluation.perplexity.items()}
+        facts.bits_per_byte = {name: bits["model"] for name, bits in evaluation.bits_per_byte.items()}
         facts.tasks = {name: {**scores["model"]} for name, scores in evaluation.tasks.items()}
     return facts
 

@@ -16,12 +16,14 @@ from ..domains.manifest import CALIBRATED, Manifest
 from ..domains.packing import prefix_token
 from ..domains.resolve import resolve
 from ..errors import StructPruneError
-from ..forward.metrics import compare, own_settings, sample_losses, standard_error
+from ..forward.metrics import own_settings, standard_error
 from ..plain_json import replace_json, versioned
 from ..record.answers import SHOWN, outcome, telling
+from ..record.facts import UNKNOWN
 from ..record.text import plus_minus, table
 from .answers import AT_ONCE, Question, answer_divergence, ask, figures_of, items_of, paired_answers, read_questions
-from .heldout import Heldout, read_heldout
+from .heldout import read_heldout
+from .judged import Judged, judge
 from .paired import Paired, paired
 from .tasks import Scores, Tasks, TaskScores
 
@@ -38,13 +40,17 @@ class Evaluation:
         dense: The name or the folder of the dense model that it is compared with; None where there is none.
         seq_length: The number of tokens in a sample. The first is context only, the others are predicted.
         prefix: The token at the head of each sample; None where the tokenizer has none.
-        tokens: The number of predicted tokens, by domain.
-        perplexity: The perplexities, `{domain: {"model": …, "dense": …}}`; "dense" only where there is a dense model.
+        tokens: The number of predicted tokens, by domain; those of the dense tokenizer where the two differ.
+        perplexity: The perplexities per such token, `{domain: {"model": …, "dense": …}}`; "dense" only where there is
+            a dense model.
         perplexity_stderr: Their standard errors over samples, and with a dense model that of "ratio" over the same
             samples; NaN where there is one sample.
+        bits_per_byte: The losses per byte of the text in bits, `{domain: {"model": …, "dense": …}}`.
         calibrated: Which domains are of a kind that the model was calibrated on; None where nothing says so.
-        divergence: The mean KL(dense‖model) per predicted token in nats, by domain.
-        agreement: The share of predicted tokens for which both models find the same one likeliest, by domain.
+        divergence: The mean KL(dense‖model) per predicted token in nats, by domain; over the tokens that both have
+            where one vocabulary is within the other, and absent where neither is.
+        agreement: The share of predicted tokens for which both models find the same one likeliest, by domain, where
+            there is a divergence.
         tasks: The scores, `{task: {"model": {"acc": …, "acc_stderr": …, …}, "dense": {…}}}`.
         paired: How the scores differ from the dense model's on the same items, `{task: {metric: Paired}}`, and over
             the items of all tasks together under `ALL`.
@@ -62,6 +68,7 @@ class Evaluation:
     tokens: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
+    bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
     calibrated: list[str] | None = None
     divergence: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
@@ -98,7 +105,7 @@ class Evaluation:
 
     def _domains(self) -> str:
         compared = self.dense is not None
-        rows = [["perplexity", "tokens", *self._models, *(["ratio", "KL", "top-1"] if compared else [])]]
+        rows = [["perplexity", "tokens", *self._models, *(["ratio", "KL", "top-1"] if compared else []), "bits/byte"]]
         blank = [""] * (len(rows[0]) - 1)
         for title, names in self._kinds():
             rows += [[title, *blank]] if title else []
@@ -122,13 +129,14 @@ class Evaluation:
         row += [f"{ppl[which]:.2f}{plus_minus(errors[which], 2)}" for which in self._models]
         if self.dense is not None:
             row.append(f"{_ratio(ppl)}{plus_minus(errors['ratio'], 3)}")
-            row += [f"{self.divergence[name]:.4f}", f"{self.agreement[name]:.1%}"]
-        return row
+            closeness = name in self.divergence
+            row += [f"{self.divergence[name]:.4f}", f"{self.agreement[name]:.1%}"] if closeness else [UNKNOWN] * 2
+        return [*row, f"{self.bits_per_byte[name]['model']:.3f}"]
 
     def _mean(self, names: Sequence[str]) -> list[str]:
         means = {which: geometric_mean(self.perplexity[name][which] for name in names) for which in self._models}
         row = ["  geometric mean", "", *(f"{mean:.2f}" for mean in means.values())]
-        return [*row, _ratio(means), "", ""] if self.dense is not None else row
+        return [*row, *([_ratio(means), "", ""] if self.dense is not None else []), ""]
 
     def _tasks(self) -> str:
         compared = self.dense is not None
@@ -152,6 +160,7 @@ def evaluate(
     tasks: Sequence[str | Path] = (),
     dense: PreTrainedModel | None = None,
     *,
+    dense_tokenizer: PreTrainedTokenizerBase | None = None,
     seq_length: int = 512,
     num_samples: int | None = None,
     batch_size: int = 1,
@@ -160,7 +169,6 @@ def evaluate(
     answers: str | Path | None = None,
     max_new_tokens: int = 120,
     show: int = SHOWN,
-    dense_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
     """Measure a causal language model, by itself and against the dense one.
 
@@ -169,8 +177,10 @@ def evaluate(
         tokenizer: The model's own tokenizer.
         domains: The text for perplexity, read in the order of the source; see `read_heldout`.
         tasks: The names of registered lm_eval tasks, or JSON-lines files of multiple-choice items; see `Tasks`.
-        dense: Another model with the same tokenizer to compare with: adds its own perplexities and scores, the
-            divergence from it and the agreement with it, and whether the two differ on the same items.
+        dense: Another model to compare with: adds its own perplexities and scores, the divergence from it and the
+            agreement with it, and whether the two differ on the same items.
+        dense_tokenizer: The tokenizer of the dense model, where it is not the model's own. Each model then reads the
+            same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
         seq_length: The number of tokens in a sample.
         num_samples: The number of samples per domain at most; None reads every domain to its end.
         batch_size: The number of samples in a forward pass; of the sequences of a task, 8 at least.
@@ -181,7 +191,6 @@ def evaluate(
         answers: The questions that the models answer: "builtin" or a JSON-lines file, see `read_questions`.
         max_new_tokens: The number of tokens in an answer at most.
         show: The number of answers that the table shows.
-        dense_tokenizer: The tokenizer of the dense model where it has another, which only answers allow.
 
     Raises:
         StructPruneError: If there is nothing to measure, a domain or a task cannot be read, or the models do not fit
@@ -189,20 +198,20 @@ def evaluate(
     """
     named = resolve(as_domain(domain, "evaluate") for domain in domains)
     models = {"model": model} if dense is None else {"model": model, "dense": dense}
-    _check(models, named, tasks, answers, seq_length)
+    readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
+    _check(models, named, tasks, answers, seq_length, dense_tokenizer)
     _check_numbers(num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
     # Everything is read before anything is computed, so that a mistake shows at once.
-    vocabulary = model.config.get_text_config().vocab_size
-    texts = [read_heldout(domain, tokenizer, seq_length, num_samples, vocabulary) for domain in named]
+    texts = [read_heldout(domain, readers["dense"], seq_length, num_samples) for domain in named]
+    judged = judge(texts, models, readers)
     loaded_tasks = Tasks(tasks) if tasks else None
-    tokenizers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
-    questions = [] if answers is None else read_questions(answers, tokenizers.values())[:limit]
-    prefix = prefix_token(tokenizer)
+    questions = [] if answers is None else read_questions(answers, readers.values())[:limit]
+    prefix = prefix_token(readers["dense"])
     evaluation = Evaluation(
         model=model.name_or_path or type(model).__name__,
         dense=None if dense is None else dense.name_or_path or type(dense).__name__,
         seq_length=seq_length,
-        prefix=None if prefix is None else str(tokenizer.convert_ids_to_tokens(prefix)),
+        prefix=None if prefix is None else str(readers["dense"].convert_ids_to_tokens(prefix)),
         show=show,
     )
     if (manifest := manifest or Manifest.seen_by(model)) is not None:
@@ -215,15 +224,15 @@ def evaluate(
         evaluation.warnings = [f"The domain {name!r}: {shared}." for name in overlaps for shared in overlaps[name]]
     for warning in evaluation.warnings:
         warnings.warn(warning, stacklevel=2)
-    for text in texts:
-        _measure(evaluation, model, dense, text, batch_size)
+    for name, text in judged.items():
+        _measure(evaluation, name, text, batch_size)
     if loaded_tasks is not None:
-        results = {which: loaded_tasks.score(asked, tokenizer, batch_size, limit) for which, asked in models.items()}
+        results = {of: loaded_tasks.score(asked, readers[of], batch_size, limit) for of, asked in models.items()}
         names = list(results["model"].scores)
         evaluation.tasks = {name: {which: of.scores[name] for which, of in results.items()} for name in names}
         evaluation.paired = {} if dense is None else paired_tasks(results["model"], results["dense"])
     if answers is not None:
-        _answer(evaluation, models, tokenizers, questions, max_new_tokens, max(batch_size, AT_ONCE))
+        _answer(evaluation, models, readers, questions, max_new_tokens, max(batch_size, AT_ONCE))
     return evaluation
 
 
@@ -264,22 +273,19 @@ def paired_tasks(model: TaskScores, dense: TaskScores) -> dict[str, dict[str, Pa
     return pairs
 
 
-def _measure(
-    evaluation: Evaluation, model: PreTrainedModel, dense: PreTrainedModel | None, text: Heldout, batch_size: int
-) -> None:
-    name = text.domain.name
-    evaluation.tokens[name] = text.samples[:, 1:].numel()
-    if dense is None:
-        losses = {"model": sample_losses(model, text.samples, batch_size)}
-    else:
-        both = compare(model, dense, text.samples, batch_size)
-        losses = {"model": both.losses, "dense": both.dense_losses, "ratio": both.losses - both.dense_losses}
-        evaluation.divergence[name], evaluation.agreement[name] = both.divergence, both.agreement
+def _measure(evaluation: Evaluation, name: str, text: Judged, batch_size: int) -> None:
+    losses, close = text.losses(batch_size)
+    if close is not None:
+        evaluation.divergence[name], evaluation.agreement[name] = close
+    if "dense" in losses:
+        losses["ratio"] = losses["model"] - losses["dense"]
     # The error of e to a mean is that of the mean, relative to it.
     values = {which: float(loss.mean().exp()) for which, loss in losses.items()}
     errors = {which: values[which] * standard_error(loss) for which, loss in losses.items()}
+    evaluation.tokens[name] = text.samples[:, 1:].numel()
     evaluation.perplexity_stderr[name] = errors
-    evaluation.perplexity[name] = {which: value for which, value in values.items() if which != "ratio"}
+    evaluation.perplexity[name] = {which: values[which] for which in text.models}
+    evaluation.bits_per_byte[name] = {which: text.bits_per_byte(losses[which]) for which in text.models}
 
 
 def _check(
@@ -288,6 +294,7 @@ def _check(
     tasks: Sequence[str | Path],
     answers: str | Path | None,
     seq_length: int,
+    dense_tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     if not domains and not tasks and answers is None:
         raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE), a task, or answers.")
@@ -298,10 +305,10 @@ def _check(
         if domains and longest is not None and seq_length > longest:
             raise StructPruneError(f"seq_length={seq_length} is longer than the model's {longest} positions.")
     sizes = [model.config.get_text_config().vocab_size for model in models.values()]
-    if len(set(sizes)) > 1 and (domains or tasks):
+    if len(set(sizes)) > 1 and dense_tokenizer is None:
         raise StructPruneError(
-            f"The model has a vocabulary of {sizes[0]}, the dense one of {sizes[1]}, and perplexity is per token of a "
-            "vocabulary; compare them by their answers alone."
+            f"The model has a vocabulary of {sizes[0]}, the dense one of {sizes[1]}; name its tokenizer "
+            "(dense_tokenizer)."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import exp, nan
@@ -104,8 +104,20 @@ def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_siz
             f"samples has the shape {tuple(samples.shape)}, which leaves nothing to predict; (1, 2) is the least."
         )
     with evaluating(model):
-        losses = [_losses(logits, targets) for targets, logits in _predictions([model], samples, batch_size)]
+        losses = [_losses(logits, targets) for targets, logits in _predictions([model], [samples.split(batch_size)])]
     return _by_sample(losses, samples)
+
+
+@torch.no_grad()
+def row_losses(model: PreTrainedModel | PeftModel, rows: Iterable[Tensor]) -> Tensor:
+    """The total loss in nats of each row of token ids, which may differ in length, shape `(rows,)`, fp64, on the CPU.
+    The first token of a row is context only.
+    """
+    batches = [row[None] for row in rows]
+    with evaluating(model):
+        losses = torch.cat([_losses(logits, targets) for targets, logits in _predictions([model], [batches])])
+    by_row = losses.cpu().split([ids[:, 1:].numel() for ids in batches])
+    return torch.stack([of_row.sum() for of_row in by_row])
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -162,15 +174,31 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, bat
     """
     collected: list[list[Tensor]] = [[], [], [], []]
     with evaluating(model, dense):
-        for targets, logits, dense_logits in _predictions([model, dense], samples, batch_size):
-            agreed = (logits.argmax(-1) == dense_logits.argmax(-1)).sum()
-            distance = divergence(logits, dense_logits) * len(targets)
-            batch = (_losses(logits, targets), _losses(dense_logits, targets), distance.double(), agreed.double())
+        for targets, *both in _predictions([model, dense], [samples.split(batch_size)] * 2):
+            batch = (*(_losses(logits, targets) for logits in both), *_closeness(*both))
             for parts, part in zip(collected, batch, strict=True):
                 parts.append(part)
     losses, dense_losses = (_by_sample(parts, samples) for parts in collected[:2])
     mean_divergence, agreement = (_total(parts) / samples[:, 1:].numel() for parts in collected[2:])
     return Comparison(losses, dense_losses, mean_divergence, agreement)
+
+
+@torch.no_grad()
+def closeness(
+    models: Sequence[PreTrainedModel], rows: Sequence[Tensor], tokens: Sequence[Tensor]
+) -> tuple[float, float]:
+    """The divergence and the agreement of a model and the dense one over the tokens that both vocabularies have.
+
+    `tokens` holds the id of each of these in either vocabulary, shape `(shared,)`; `rows` are numbers among them.
+    """
+    batches = [[ids[row][None] for row in rows] for ids in tokens]
+    parts = []
+    with evaluating(*models):
+        for _, *both in _predictions(models, batches):
+            shared = (logits[:, ids.to(logits.device)] for logits, ids in zip(both, tokens, strict=True))
+            parts.append(torch.stack(_closeness(*shared)))
+    mean_divergence, agreement = torch.stack(parts).sum(0) / sum(len(row) - 1 for row in rows)
+    return float(mean_divergence), float(agreement)
 
 
 @contextmanager
@@ -220,12 +248,15 @@ class _Modes:
             module.training = self.by_module.get(module, self.by_name.get(name, self.root))
 
 
-def _predictions(models: Sequence[Any], samples: Tensor, batch_size: int) -> Iterator[list[Tensor]]:
-    """Targets, shape `(tokens,)`, and each model's logits for them, `(tokens, vocab)`, for few tokens at a time."""
-    plain = [_plain(model, samples[:1, :HEAD_TOKENS].to(input_device(model))) for model in models]
-    for ids in samples.split(batch_size):
-        targets = ids[:, 1:].flatten().split(TOKENS_AT_ONCE)
-        logits = [_next_token_logits(model, ids, only) for model, only in zip(models, plain, strict=True)]
+def _predictions(models: Sequence[Any], batches: Sequence[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
+    """Targets of the first model, shape `(tokens,)`, and each model's logits for them, `(tokens, vocab)`, for few
+    tokens at a time. `batches` holds what each model reads, shape `(batch, seq_length)`.
+    """
+    heads = [of_model[0][:1, :HEAD_TOKENS] for of_model in batches]
+    plain = [_plain(model, ids.to(input_device(model))) for model, ids in zip(models, heads, strict=True)]
+    for batch in zip(*batches, strict=True):
+        targets = batch[0][:, 1:].flatten().split(TOKENS_AT_ONCE)
+        logits = [_next_token_logits(*each) for each in zip(models, batch, plain, strict=True)]
         for target, *some in zip(targets, *logits, strict=True):
             yield [tensor.to(some[0].device) for tensor in (target, *some)]
 
@@ -253,6 +284,14 @@ def _plain(model: Any, ids: Tensor) -> bool:
     if hidden.shape[-1] != head.weight.shape[-1]:
         return False
     return torch.equal(head(hidden.to(head.weight.device)), run_model(model, ids).logits)
+
+
+def _closeness(logits: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over tokens of the divergence, and how often both find the same one likeliest, fp64; shapes `(tokens,
+    vocab)`.
+    """
+    agreed = (logits.argmax(-1) == dense.argmax(-1)).sum()
+    return (divergence(logits, dense) * len(logits)).double(), agreed.double()
 
 
 def _total(parts: Sequence[Tensor]) -> float:

@@ -7,10 +7,11 @@ from math import inf, isnan
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import ArchSpec
 from ..domains.load import Domain
+from ..domains.passages import Passages
 from ..errors import StructPruneError
 from ..forward.layers import Batch, LayerRunner
 from ..forward.metrics import (
@@ -19,7 +20,7 @@ from ..forward.metrics import (
     output_error,
     perplexity_errors,
     perplexity_of,
-    sample_losses,
+    row_losses,
     total_loss,
 )
 from ..forward.placement import Placement
@@ -28,19 +29,44 @@ from ..system.offloading import is_offloaded
 from ..system.processes import every_process_runs, of_all, own_part
 
 
+# The token ids of samples by domain; their lengths differ where a tokenizer reads text that another has cut.
+Rows = Mapping[str, list[Tensor]]
+
+
 class Measure:
     """Perplexity by domain, or for models that do not predict the next token, the error of the last hidden states.
 
     Choices are made by `ratios` on the probe of each domain where it has one, and what is reported is measured on the
-    held-out samples.
+    held-out samples. Perplexity is per token of the dense model's `tokenizer`. Where another will read the text
+    (`apart`, see `read_by`), the dense model is measured on the same text.
     """
 
-    def __init__(self, model: PreTrainedModel, domains: Sequence[Domain], arch: ArchSpec):
-        self.heldout = {domain.name: domain.heldout for domain in domains}
-        self.probes = {domain.name: domain.probe for domain in domains if domain.probe is not None}
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        domains: Sequence[Domain],
+        arch: ArchSpec,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        apart: bool = False,
+    ):
+        self.heldout: Rows = {domain.name: [*domain.heldout] for domain in domains}
+        self.probes: Rows = {domain.name: [*domain.probe] for domain in domains if domain.probe is not None}
+        self.predicted = {name: rows[0][1:].numel() for name, rows in self.heldout.items()}
+        self.texts: list[dict[str, Passages]] = [{}, {}]
+        if tokenizer is not None and arch.causal:
+            for texts, of in zip(self.texts, (self.heldout, self.probes), strict=True):
+                texts |= {name: Passages(rows, tokenizer) for name, rows in of.items()}
+            if apart:
+                self.read_by(tokenizer, model)
         self.dense = self._of_all(model, arch)
         chosen_by = self.probes if arch.causal else {}
         self.dense_probes = self._losses(model, arch, chosen_by) if chosen_by else self.dense
+
+    def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        """Measure on the same text as a model reads it that has another tokenizer from now on."""
+        self.heldout, self.probes = (
+            {name: passages.rows(tokenizer, model) for name, passages in of.items()} for of in self.texts
+        )
 
     def ratios(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, float]:
         """Perplexity as a multiple of the dense model's, by domain; infinity where it is not a number."""
@@ -56,13 +82,17 @@ class Measure:
                 losses = {"before": before, "after": figures[name]}
                 report.perplexity[name] = {when: perplexity_of(of) for when, of in losses.items()}
                 report.perplexity_stderr[name] = perplexity_errors(losses)
-                report.perplexity_tokens[name] = self.heldout[name][:, 1:].numel()
+                report.perplexity_tokens[name] = self.predicted[name] * len(self.heldout[name])
+                if passages := self.texts[0].get(name):
+                    report.bits_per_byte[name] = {
+                        when: passages.bits_per_byte(of * self.predicted[name]) for when, of in losses.items()
+                    }
             else:
                 report.output_error[name] = output_error(figures[name], before)
 
     def _of_all(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, Tensor]:
         if not arch.causal:
-            return {name: model_outputs(model, samples) for name, samples in self.heldout.items()}
+            return {name: model_outputs(model, torch.stack(rows)) for name, rows in self.heldout.items()}
         losses = self._losses(model, arch, self.heldout)
         for name, of in losses.items():
             if of.isnan().any():
@@ -72,26 +102,26 @@ class Measure:
                 )
         return losses
 
-    def _losses(self, model: PreTrainedModel, arch: ArchSpec, by_domain: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean loss of each sample by domain, of all processes, shape `(samples,)`, fp64."""
-        texts = [own_part(samples) for samples in by_domain.values()]
+    def _losses(self, model: PreTrainedModel, arch: ArchSpec, by_domain: Rows) -> dict[str, Tensor]:
+        """The loss per predicted token of each sample by domain, of all processes, shape `(samples,)`, fp64."""
+        texts = [own_part(rows) for rows in by_domain.values()]
         if is_offloaded(model):
             values = layerwise_losses(model, arch, texts)
         else:
-            values = [sample_losses(model, text) for text in texts]
+            values = [row_losses(model, text) for text in texts]
         by_process = zip(*of_all(values), strict=True)
         return {
-            name: parts[0] if every_process_runs(samples) else torch.cat(parts)
-            for (name, samples), parts in zip(by_domain.items(), by_process, strict=True)
+            name: (parts[0] if every_process_runs(rows) else torch.cat(parts)) / self.predicted[name]
+            for (name, rows), parts in zip(by_domain.items(), by_process, strict=True)
         }
 
 
 @torch.no_grad()
-def layerwise_losses(model: PreTrainedModel, arch: ArchSpec, texts: Sequence[Tensor]) -> list[Tensor]:
-    """The losses of the samples of each of several texts; see `sample_losses`. Every layer is brought in once for all
-    of them. `texts` has the shape `(samples, seq_length)`.
+def layerwise_losses(model: PreTrainedModel, arch: ArchSpec, texts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The losses of the samples of each of several texts, shape `(seq_length,)`; see `row_losses`. Every layer is
+    brought in once for all of them.
     """
-    batches = [Batch(number, ids) for number, text in enumerate(texts) for ids in text.split(1)]
+    batches = [Batch(number, row[None]) for number, text in enumerate(texts) for row in text]
     with evaluating(model):
         runner, placement = LayerRunner(model, arch, batches), Placement(model, arch)
         for layer in range(arch.num_layers):
@@ -100,5 +130,5 @@ def layerwise_losses(model: PreTrainedModel, arch: ArchSpec, texts: Sequence[Ten
         losses = []
         for index, batch in enumerate(batches):
             with runner.skipping(arch.num_layers, index):
-                losses.append(total_loss(model, batch.ids) / batch.ids[:, 1:].numel())
+                losses.append(total_loss(model, batch.ids))
     return list(torch.tensor(losses, dtype=torch.float64).split([len(text) for text in texts]))

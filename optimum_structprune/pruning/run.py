@@ -119,7 +119,8 @@ class Run:
         self.plan = Plan.of(self.model, self.arch)
         self.seen = Manifest.seen_by(dense or self.model)
         with self.report.timed("perplexity"):
-            self.measure = Measure(self.model, domains or self.evidence.domains, self.arch)
+            text, apart = domains or self.evidence.domains, domains is not None
+            self.measure = Measure(self.model, text, self.arch, self.dense_tokenizer, apart)
         self.report.start(self.model, self.arch)
 
     def find_teacher(self, dense: PreTrainedModel | None = None) -> None:

@@ -23,7 +23,6 @@ from ..surgery.resize import drop_tokens_
 from ..vocabulary.choose import keep_tokens, token_shares
 from ..vocabulary.tokens import Vocabulary
 from .evidence import Evidence
-from .measure import Measure
 from .run import Run
 
 
@@ -79,8 +78,8 @@ def remove_tokens_(run: Run, vocabulary: SmallerVocabulary) -> None:
     run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): vocabulary.keep}))
     run.arch, run.tokenizer = run.described(), vocabulary.tokenizer
     run.counted = [Entry.of(domain, COUNTED) for domain in vocabulary.dense_domains]
-    with run.report.timed("perplexity"):
-        run.measure = Measure(run.model, run.evidence.domains, run.arch)
+    if run.measure is not None:
+        run.measure.read_by(run.tokenizer, run.model)
 
 
 def _for_two_readings(config: StructPruneConfig) -> list[StructPruneConfig]:

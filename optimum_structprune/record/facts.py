@@ -33,10 +33,10 @@ COUNTS = {
 @dataclass
 class Facts:
     """What was measured of one model: the widths of the layers by kind of space, numbers of parameters, the bytes of
-    the weights and of the cache per token, the perplexity and the error of the last hidden states (relative to their
-    variance) by domain, scores by task (`{"piqa": {"acc": …}}`), and the tokens that are read and written per second.
-    `stderr` and `ratio_stderr` are the standard errors of the perplexity and of its ratio to that of the model that it
-    is compared with; `tokens` is how many it was measured on.
+    the weights and of the cache per token, the perplexity, its bits per byte of text and the error of the last hidden
+    states (relative to their variance) by domain, scores by task (`{"piqa": {"acc": …}}`), and the tokens that are
+    read and written per second. `stderr` and `ratio_stderr` are the standard errors of the perplexity and of its ratio
+    to that of the model that it is compared with; `tokens` is how many it was measured on.
     """
 
     widths: dict[str, list[int]] = field(default_factory=dict)
@@ -49,6 +49,7 @@ class Facts:
     stderr: Mapping[str, float | None] = field(default_factory=dict)
     ratio_stderr: Mapping[str, float | None] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
+    bits_per_byte: Mapping[str, float | None] = field(default_factory=dict)
     output_error: dict[str, float | None] = field(default_factory=dict)
     tasks: dict[str, dict[str, float | None]] = field(default_factory=dict)
     read: float | None = None
@@ -122,7 +123,9 @@ def size_rows(models: Sequence[Facts]) -> list[Row]:
 
 
 def quality_rows(models: Sequence[Facts]) -> list[Row]:
-    """Perplexity by domain with the geometric mean, output errors, and scores of tasks."""
+    """Perplexity by domain with the geometric mean, bits per byte in the mean over domains, output errors, and scores
+    of tasks.
+    """
     rows = [
         Row(
             f"perplexity {name}",
@@ -137,6 +140,7 @@ def quality_rows(models: Sequence[Facts]) -> list[Row]:
     if len(rows) > 1:
         means = tuple(_mean([row.values[number] for row in rows]) for number in range(len(models)))
         rows.append(Row("  geometric mean", means, 2, RATIO))
+    rows += _known([Row("bits per byte", tuple(_mean_bits(facts) for facts in models), 3)])
     rows += [Row(f"output error {name}", of, 4) for name, of in _by_name([facts.output_error for facts in models])]
     scores = [
         {
@@ -222,12 +226,13 @@ def perplexity_facts(record: Mapping[str, Any]) -> dict[str, Facts]:
 
 def _measured(record: Mapping[str, Any], model: str) -> dict[str, Any]:
     """The fields of `Facts` that are about the perplexity of a model."""
-    errors = record.get("perplexity_stderr") or {}
+    errors, bits = record.get("perplexity_stderr") or {}, record.get("bits_per_byte") or {}
     return {
         "perplexity": {name: of.get(model) for name, of in (record.get("perplexity") or {}).items()},
         "stderr": {name: of.get(model) for name, of in errors.items()},
         "ratio_stderr": {name: of.get("ratio") for name, of in errors.items()},
         "tokens": record.get("perplexity_tokens") or {},
+        "bits_per_byte": {name: bits[name].get(model) for name in record.get("perplexity") or {} if name in bits},
     }
 
 
@@ -279,3 +284,8 @@ def _known(table_rows: Sequence[Row]) -> list[Row]:
 def _mean(values: Sequence[Any]) -> float | None:
     usable = all(value is not None and value > 0 and isfinite(value) for value in values)
     return geometric_mean(values) if usable else None
+
+
+def _mean_bits(facts: Facts) -> float | None:
+    bits = [value for value in facts.bits_per_byte.values() if value is not None]
+    return fmean(bits) if bits and len(bits) == len(facts.bits_per_byte) else None

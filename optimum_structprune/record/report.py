@@ -78,9 +78,11 @@ class Report:
         widths: The number of kept units, by space and layer.
         dense_widths: The full width, by space.
         calibration_tokens: The number of tokens that some round used, by domain.
-        perplexity: The perplexity on held-out text, `{domain: {"before": …, "after": …}}`.
+        perplexity: The perplexity on held-out text per token of the dense tokenizer, `{domain: {"before": …, "after":
+            …}}`.
         perplexity_stderr: Their standard errors over samples, and that of "ratio", the one after over the one before.
         perplexity_tokens: The number of tokens that they were measured on, by domain.
+        bits_per_byte: The loss per byte of that text in bits, `{domain: {"before": …, "after": …}}`.
         asked: The share of the layers' parameters that was to go; None where that was not said as a share.
         recovery: What training did and what it cost; None where there was none.
         output_error: For a model that does not predict the next token, the squared error of the last hidden states on
@@ -105,6 +107,7 @@ class Report:
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity_tokens: dict[str, int] = field(default_factory=dict)
+    bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
     asked: float | None = None
     recovery: RecoveryReport | None = None
     output_error: dict[str, float] = field(default_factory=dict)

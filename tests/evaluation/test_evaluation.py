@@ -94,7 +94,6 @@ def test_held_out_text_is_the_beginning_of_the_file(folder):
 @pytest.mark.parametrize(("fields", "message"), [
     ({"source": "builtin:math"}, "'a' .builtin:math. has no known end"),
     ({"source": ["w5 w6"]}, "has 2 tokens, and a sample takes 23"),
-    ({"source": ["w5 w6"], "vocab_size": 6, "seq_length": 3}, "token id 6, vocabulary 6"),
     ({"source": ["w5 w6"], "seq_length": 1}, "2 is the least"),
     ({"source": "none.jsonl"}, "no file or folder none.jsonl"),
 ])  # fmt: skip
@@ -159,8 +158,11 @@ def test_what_evaluate_refuses(pair, folder):
             evaluate(pair[0], tokenizer(), **{"seq_length": 24, **fields})
     other = build("llama-tied")
     other.resize_token_embeddings(100)
-    with pytest.raises(StructPruneError, match="vocabulary of 96, the dense one of 100"):
+    with pytest.raises(StructPruneError, match="vocabulary of 96, the dense one of 100; name its tokenizer"):
         evaluate(pair[0], tokenizer(), [domain], dense=other, seq_length=24)
+    other.resize_token_embeddings(9)
+    with pytest.raises(StructPruneError, match="token id 95, vocabulary 9"):
+        evaluate(other, tokenizer(), [domain], seq_length=24)
 
 
 # --- tasks

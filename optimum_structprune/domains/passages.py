@@ -1,0 +1,94 @@
+"""Samples of tokens as text, which models of different tokenizers are judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log, nan
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import StructPruneError
+from .load import check_vocabulary
+from .packing import prefix_token
+
+
+class Passages:
+    """The text of samples of token ids, shape `(seq_length,)`, without the first token of each, which is context only;
+    `bytes` is the number of bytes in it. A character that the edge of a sample cuts in two is left out.
+    """
+
+    def __init__(self, samples: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase):
+        self.seq_length = len(samples[0])
+        self.texts = [_documents(ids[1:].tolist(), tokenizer) for ids in samples]
+        self.bytes = sum(len(text.encode()) for texts in self.texts for text in texts)
+
+    def bits_per_byte(self, losses: Tensor) -> float:
+        """The bits per byte that the samples cost, from the total loss of each in nats, shape `(samples,)`."""
+        return float(losses.mean()) * len(self.texts) / log(2) / self.bytes if self.bytes else nan
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[Tensor]:
+        """The samples as a model with this tokenizer reads them: ids of shape `(tokens,)`, in numbers that differ. As
+        in packed text, each begins with the prefix, and EOS lies between two documents.
+        """
+        prefix, eos = prefix_token(tokenizer), tokenizer.eos_token_id
+        if prefix is None:
+            raise StructPruneError(
+                f"{type(tokenizer).__name__} has neither a BOS nor an EOS token to stand before a text, so the first "
+                "token of a sample cannot be predicted; set its eos_token."
+            )
+        every = [text for texts in self.texts for text in texts]
+        encoded = iter(tokenizer(every, add_special_tokens=False, verbose=False)["input_ids"])
+        rows = []
+        for texts in self.texts:
+            ids = [prefix, *next(encoded)]
+            for _ in texts[1:]:
+                ids += [*([] if eos is None else [eos]), *next(encoded)]
+            rows.append(torch.tensor(ids))
+        self._check(rows, model)
+        return rows
+
+    def shared_rows(
+        self, tokenizers: Sequence[PreTrainedTokenizerBase], models: Sequence[PreTrainedModel]
+    ) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The samples in the tokens of the smaller of two vocabularies, as numbers among those that both models have,
+        and the ids of these in each, shape `(shared,)`; None where one vocabulary is not within the other.
+        """
+        vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
+        small, large = sorted(vocabularies, key=len)
+        if not small.keys() <= large.keys():
+            return None
+        # A tokenizer may name tokens that its model has no rows for.
+        sizes = [model.config.get_text_config().vocab_size for model in models]
+        ids = [tuple(vocabulary[name] for vocabulary in vocabularies) for name in small]
+        shared = torch.tensor([pair for pair in ids if pair[0] < sizes[0] and pair[1] < sizes[1]]).T
+        which = vocabularies.index(small)
+        numbers = torch.full((sizes[which],), -1).scatter(0, shared[which], torch.arange(shared.shape[1]))
+        rows = [numbers[row] for row in self.rows(tokenizers[which], models[which])]
+        return (rows, [*shared]) if all((row >= 0).all() for row in rows) else None
+
+    def _check(self, rows: Sequence[Tensor], model: PreTrainedModel) -> None:
+        config, most = model.config.get_text_config(), max(map(len, rows))
+        check_vocabulary(max(int(row.max()) for row in rows), config.vocab_size)
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and most > longest:
+            raise StructPruneError(
+                f"A sample of seq_length={self.seq_length} takes {most} tokens of the model's own tokenizer, and the "
+                f"model has {longest} positions; try seq_length={self.seq_length * longest // most}."
+            )
+
+
+def _documents(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The documents of a sample, which lie between EOS tokens, as text."""
+    eos = tokenizer.eos_token_id
+    parts: list[list[int]] = [[]]
+    for token in ids:
+        if token == eos:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    texts = [str(tokenizer.decode(part, clean_up_tokenization_spaces=False)) for part in parts]
+    texts[0] = texts[0].lstrip("\ufffd")
+    texts[-1] = texts[-1].rstrip("\ufffd")
+    return texts

@@ -1,0 +1,108 @@
+"""Models of different tokenizers on the same text: in evaluation, in the commands, and before and after a run."""
+
+import json
+from math import log
+
+import pytest
+import torch
+from helpers import save_with_tokenizer, with_tokens
+from models import VOCAB, build, config, documents, real_text_model, tokenizer
+
+from optimum_structprune import DomainConfig, StructPruneError, evaluate, perplexity
+from optimum_structprune.arch.load import describe
+from optimum_structprune.commands.cli import main
+from optimum_structprune.domains.load import load_domains
+from optimum_structprune.evaluation.heldout import read_heldout
+from optimum_structprune.pruning.measure import Measure
+from optimum_structprune.record.report import Report
+
+
+ORDER = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0)).tolist()
+TEXT = {"name": "a", "source": "builtin:math"}
+SIZE = {"seq_length": 40, "num_samples": 3}
+
+
+@pytest.fixture(scope="module")
+def real():
+    return real_text_model()
+
+
+def test_numbers_of_tokens_change_nothing(real):
+    model, reader = real
+    order = torch.randperm(len(reader), generator=torch.Generator().manual_seed(0)).tolist()
+    other, renumbered = with_tokens(model, reader, order)
+    found = evaluate(other, renumbered, [TEXT], dense=model, dense_tokenizer=reader, **SIZE)
+    same = evaluate(model, reader, [TEXT], dense=model, dense_tokenizer=real_text_model()[1], **SIZE)
+    for which in ("model", "dense"):
+        assert found.perplexity["a"][which] == pytest.approx(same.perplexity["a"]["dense"], rel=1e-6)
+        assert found.bits_per_byte["a"][which] == pytest.approx(same.bits_per_byte["a"]["dense"], rel=1e-6)
+    assert found.divergence["a"] == pytest.approx(0, abs=1e-6) and found.agreement == {"a": 1.0}
+    assert found.perplexity_stderr["a"]["ratio"] < 1e-6 and found.tokens == same.tokens == {"a": 3 * 39}
+    assert same.divergence == {"a": 0.0}
+
+
+def test_a_part_of_the_vocabulary(real):
+    model, reader = real
+    small, coarse = with_tokens(model, reader, list(range(300)))
+    both = {"dense": model, "dense_tokenizer": reader, **SIZE}
+    found = evaluate(small, coarse, [TEXT], **both)
+    assert found.divergence["a"] == pytest.approx(0, abs=1e-6) and found.agreement == {"a": 1.0}
+    ppl, bits = found.perplexity["a"], found.bits_per_byte["a"]
+    assert ppl["model"] > ppl["dense"]  # it spells words in more tokens
+    text = "".join(reader.decode(row[1:]) for row in read_heldout(DomainConfig(**TEXT), reader, 40, 3).samples)
+    for which in ("model", "dense"):
+        assert bits[which] == pytest.approx(log(ppl[which], 2) * 117 / len(text.encode()), rel=1e-6)
+    assert f"{bits['model']:.3f}" in str(found)
+    # Per token of the same tokenizer without the dense model too, and closer to it than another model is.
+    alone = evaluate(small, coarse, [TEXT], dense_tokenizer=reader, **SIZE)
+    assert alone.perplexity["a"] == {"model": pytest.approx(ppl["model"])}
+    for parameter in small.model.layers.parameters():
+        parameter.data.mul_(1.3)
+    assert evaluate(small, coarse, [TEXT], **both).divergence["a"] > 1e-4
+
+
+def test_vocabularies_that_have_little_in_common(real):
+    found = evaluate(*real, [TEXT], dense=build("llama-tied"), dense_tokenizer=tokenizer(), **SIZE)
+    assert found.divergence == {} and "–" in str(found)
+
+
+def test_the_commands(tmp_path, capsys):
+    dense = build("llama-tied")
+    save_with_tokenizer(dense, tmp_path / "dense")
+    other, renumbered = with_tokens(dense, tokenizer(), ORDER)
+    save_with_tokenizer(other, tmp_path / "other", renumbered)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(20)))
+    items = ({"query": "w5 w6", "choices": ["w7", "w8 w9"], "gold": i % 2} for i in range(4))
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    models = [str(tmp_path / "other"), str(tmp_path / "dense")]
+    line = ["--domain", f"a={tmp_path / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu", "--json"]
+    line += [str(tmp_path / "out.json"), "--task", str(tmp_path / "quiz.jsonl")]
+    assert main(["evaluate", models[0], "--against", models[1], *line]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["perplexity"]["a"]["model"] == pytest.approx(found["perplexity"]["a"]["dense"], rel=1e-6)
+    assert found["paired"]["quiz"]["acc"]["p_value"] == 1 and found["paired"]["quiz"]["acc"]["items"] == 4
+    assert main(["compare", *models, *line]) == 0
+    facts = json.loads((tmp_path / "out.json").read_text())["models"]
+    for field in ("perplexity", "bits_per_byte"):
+        assert facts["other"][field]["a"] == pytest.approx(facts["dense"][field]["a"], rel=1e-6)
+    shown = capsys.readouterr().out
+    assert f"vocabularies differ: perplexity is per token of {models[0]}" in shown and "bits per byte" in shown
+
+
+def test_a_run_is_measured_per_token_of_the_dense_tokenizer():
+    model = build("llama-tied")
+    other, renumbered = with_tokens(model, tokenizer(), ORDER)
+    domains, arch = load_domains(config(max_perplexity_ratio=2.0, rounds=2), tokenizer()), describe(model)
+    assert domains[0].probe is not None
+    measure, report = Measure(model, domains, arch, tokenizer(), apart=True), Report("llama", "obs")
+    measure.read_by(renumbered, other)
+    assert measure.ratios(other, arch) == pytest.approx({"a": 1, "b": 1}, rel=1e-6)
+    measure.after(other, arch, report)
+    for domain in domains:
+        ppl, bits = report.perplexity[domain.name], report.bits_per_byte[domain.name]
+        assert ppl == pytest.approx(dict.fromkeys(("before", "after"), perplexity(model, domain.heldout)), rel=1e-6)
+        assert bits["before"] == pytest.approx(bits["after"], rel=1e-6) and bits["before"] > 0
+        assert report.perplexity_tokens[domain.name] == domain.heldout[:, 1:].numel()
+    with pytest.raises(StructPruneError, match="token id .*, vocabulary 9"):
+        other.resize_token_embeddings(9)
+        measure.read_by(renumbered, other)
