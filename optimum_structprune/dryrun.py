@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .arch.load import describe
 from .arch.meta import meta_model, model_class
 from .arch.shrink import legal_sizes, shrunk_config, text_config
-from .arch.spec import ArchSpec, Widths
+from .arch.spec import VOCAB, ArchSpec, Widths
 from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .domains.resolve import texts_of, with_written_text
@@ -31,6 +31,8 @@ from .widths.kernels import lost_kernels
 
 # How much longer a token takes to write than to read.
 WRITING = 1.5
+# The share of the parameters from which on those of the tokens are named.
+MUCH = 0.1
 # The rows of the table, by field of `DryRun`.
 SIZES = {
     "parameters": "parameters",
@@ -215,6 +217,9 @@ def dry_run(
 def _notes(
     model_config: PretrainedConfig, config: StructPruneConfig, dense: PreTrainedModel, arch: ArchSpec
 ) -> Iterator[str]:
+    tokens = [space for space in arch.of(VOCAB) if VOCAB not in (config.widths or config.targets)]
+    if tokens and (part := tokens[0].size * tokens[0].unit_params / dense.num_parameters()) > MUCH:
+        yield f"{tokens[0].size:,} tokens have {part:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
     if config.allocation != "uniform":
         yield "the widths of single layers follow from calibration; these remove as much in all"
     if getattr(model_config, "quantization_config", None):

@@ -94,7 +94,7 @@ class Recovery:
         check_recovery(config, self.pruning, model, self.parts)
         taught_by = None
         if teacher is not None and config.distils:
-            taught_by = load_teacher(teacher, model, trust_remote_code)
+            taught_by = load_teacher(teacher, model, tokenizer, trust_remote_code, self.pruning.arch_file)
         # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
         # pruning has kept it.
         self._base, seen = source_of(model), Manifest.seen_by(model)

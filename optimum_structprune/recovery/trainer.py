@@ -21,14 +21,24 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import IntervalStrategy
 
+from ..arch.load import describe
 from ..config.fields import build
 from ..config.recovery import RATES, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, one_line
 from ..forward.metrics import divergence, evaluating, input_device
 from ..record.report import RecoveryReport
+from ..surgery.resize import drop_tokens_
 from ..system.disk import is_write_error
 from .adapter import check_adapter
 
@@ -282,9 +292,16 @@ def _readable_training(trainer: DistillTrainer) -> Iterator[None]:
 
 
 def load_teacher(
-    teacher: PreTrainedModel | str | Path, model: PreTrainedModel, trust_remote_code: bool = False
+    teacher: PreTrainedModel | str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+    arch_file: str | None = None,
 ) -> PreTrainedModel:
-    """A teacher that a model can be compared with; from an id or folder, it is loaded as the model is."""
+    """A teacher that a model can be compared with; from an id or folder, it is loaded as the model is. Where the model
+    has lost tokens, a teacher loses them too, or a copy of it.
+    """
+    given = teacher
     if isinstance(teacher, (str, Path)):
         try:
             teacher = AutoModelForCausalLM.from_pretrained(
@@ -293,12 +310,30 @@ def load_teacher(
         except (OSError, ValueError) as error:
             raise StructPruneError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
     taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
-    if taught != learnt:
+    if taught == learnt:
+        return teacher
+    keep = _tokens_in(str(teacher.name_or_path), tokenizer, trust_remote_code)
+    if len(keep) != learnt or keep[-1] >= taught:
         raise StructPruneError(
             f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}, so their predictions "
             "cannot be compared; take the model that was pruned as the teacher, or leave the teacher out."
         )
+    teacher = deepcopy(teacher) if teacher is given else teacher
+    drop_tokens_(teacher, describe(teacher, arch_file), keep)
     return teacher
+
+
+def _tokens_in(larger: str, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool) -> list[int]:
+    """The ids, in the tokenizer of another model, of the tokens of a tokenizer; none where these are not what is left
+    of its own.
+    """
+    try:
+        theirs = AutoTokenizer.from_pretrained(larger, trust_remote_code=trust_remote_code).get_vocab()
+        ours = {} if tokenizer is None else tokenizer.get_vocab()
+        ids = [theirs[name] for name in sorted(ours, key=ours.__getitem__)]
+    except Exception:  # whatever there is in the place of a tokenizer
+        return []
+    return ids if ids == sorted(ids) else []
 
 
 class TrainingSamples(Dataset):

@@ -24,7 +24,9 @@ def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> I
     for name in widths:
         spaces = arch.of(name)
         pairs = {(space.width, space.width_in(widths)) for space in spaces}
-        needs = [(number * (parts if spread else 1), loss) for number, spread, loss in KERNELS if spaces[0].unit == CHANNEL]
+        needs = [
+            (number * (parts if spread else 1), loss) for number, spread, loss in KERNELS if spaces[0].unit == CHANNEL
+        ]
         if spaces[0].unit == GROUP:
             needs = [(parts, "tensor parallelism")]
         lost = {

@@ -1,38 +1,167 @@
-"""A smaller vocabulary: what its model computes, and what is saved with it."""
+"""A smaller vocabulary: what its model computes, what it is chosen by, and what is saved with it."""
 
+from functools import cache
+
+import pytest
 import torch
-from models import config, real_text_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from helpers import recovery_config
+from models import GROUPED, PLAIN, T5, TOKENS, build, config, documents, random_model, real_text_model, tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from optimum_structprune import DomainConfig, StructPruner
+from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run, prune_model, recover
+from optimum_structprune.domains.builtin import builtin_documents
+from optimum_structprune.domains.manifest import COUNTED
+from optimum_structprune.recovery.trainer import load_teacher
 
 
-TEXT = [DomainConfig(name="math", source="builtin:math")]
+@cache
+def reader():
+    """A byte-level tokenizer of 400 tokens."""
+    return real_text_model()[1]
 
 
-def vocabulary_config(**fields):
-    return config(**{"domains": TEXT, "widths": {"vocab": 320}, "seq_length": 48, **fields})
+def text_model(auto=AutoModelForCausalLM, kind="llama", fields=GROUPED):
+    return random_model(auto, kind, {**TOKENS, **fields, "vocab_size": 400})
+
+
+def asking(**fields):
+    texts = [DomainConfig(name=kind, source=f"builtin:{kind}") for kind in ("math", "prose")]
+    return config(**{"domains": texts, "widths": {"vocab": 320}, "seq_length": 48, **fields})
+
+
+def pruned(model=None, inputs=None, **fields):
+    pruner = StructPruner(asking(**fields))
+    return pruner, pruner.prune_model(text_model() if model is None else model, reader(), inputs=inputs)
 
 
 @torch.no_grad()
-def kept_logits(model, ids, keep):
-    return model(torch.tensor([ids])).logits[..., list(keep)]
+def logits(model, ids, keep=slice(None)):
+    return model(torch.tensor([ids])).logits[..., keep]
 
 
-def test_it_is_the_dense_model_where_all_tokens_stay_and_reloads(tmp_path):
-    model, tokenizer = real_text_model()
-    pruner = StructPruner(vocabulary_config())
-    small = pruner.prune_model(model, tokenizer)
+def same_as_dense(pruner, small, model):
+    """The model with fewer tokens predicts what the dense one does on the new tokens, among those that stay."""
+    keep = list(pruner.plan.keep[-1, "vocab"])
+    ids = pruner.tokenizer("The sum of 17 and 25 is 42, of course; naïve Ünïcödé.")["input_ids"]
+    torch.testing.assert_close(logits(small, ids), logits(model, [keep[i] for i in ids], keep), atol=1e-5, rtol=0)
+    return ids
+
+
+def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path):
+    model = text_model()
+    pruner, small = pruned(model)
+    assert len(pruner.plan.keep[-1, "vocab"]) == 320 == small.config.vocab_size == len(pruner.tokenizer)
+    assert model.config.vocab_size == 400 == len(reader())
+    ids = same_as_dense(pruner, small, model)
+    with pytest.raises(StructPruneError, match="96 tokens, which are not those of this model, 320; pass pruner"):
+        pruner.save(small, tmp_path / "out", tokenizer())
+    for number, given in enumerate((None, reader(), pruner.tokenizer)):
+        pruner.save(small, tmp_path / str(number), given)
+        assert AutoTokenizer.from_pretrained(tmp_path / str(number)).decode(ids) == reader().decode(
+            reader()(pruner.tokenizer.decode(ids))["input_ids"]
+        )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
+    torch.testing.assert_close(logits(again, ids), logits(small, ids), atol=1e-6, rtol=0)
+    assert pruner.report.parameters["before"] - pruner.report.parameters["after"] == 2 * 32 * 80
+    with pytest.warns(UserWarning, match="another tokenizer"):
+        prune_model(model, asking(), reader())
+
+
+@pytest.mark.parametrize(("auto", "kind", "fields"), [
+    (AutoModelForMaskedLM, "bert", PLAIN),
+    (AutoModelForSeq2SeqLM, "t5", T5),
+])  # fmt: skip
+def test_what_is_no_causal_model_can_lose_tokens_too(auto, kind, fields, tmp_path):
+    model = text_model(auto, kind, fields)
+    pruner, small = pruned(model, widths={"vocab": 350, "mlp": 24} if kind == "bert" else {"vocab": 350})
+    assert small.config.vocab_size == 350 and pruner.report.output_error.keys() == {"math", "prose"}
+    pruner.save(small, tmp_path / "out")
+
+
+@pytest.mark.parametrize("fields", [
+    {"allocation": "sensitivity", "widths": {"vocab": 320, "mlp": 24}},
+    {"widths": {"vocab": 330, "mlp": 24, "attention": 2, "layer": 1, "hidden": 24}},
+    {"rounds": 2, "objective": "worst", "widths": {"vocab": 320, "mlp": 24}},
+])  # fmt: skip
+def test_the_rest_of_a_run_takes_the_model_without_tokens_for_the_dense_one(fields):
+    pruner, small = pruned(**fields)
+    assert small.config.vocab_size == fields["widths"]["vocab"] and pruner.used_config.widths == fields["widths"]
+    assert sum(width for widths in pruner.plan.widths().values() for width in widths.values()) > 320
+    assert pruner.report.widths["vocab"] == {-1: fields["widths"]["vocab"]}
+
+
+def test_text_is_the_same_in_other_tokens_and_what_is_held_out_is_not_counted():
+    def generated():
+        yield from builtin_documents("math", 3)
+
+    pruner, _ = pruned(domains=[DomainConfig(name="math", source=generated())], widths={"vocab": 320, "mlp": 24})
+    counted, calibrated = (pruner.manifest.of_use(use)[0] for use in (COUNTED, "calibrated on"))
+    assert calibrated.documents == counted.documents[: len(calibrated.documents)]
+    assert set(calibrated.heldout_documents) <= set(counted.heldout_documents)
+    assert not {*counted.documents} & {*counted.heldout_documents, *calibrated.heldout_documents}
+    assert pruner.used_config.domains == pruner.config.domains
+
+
+def test_a_budget_may_be_a_share_and_takes_multiples_of_64():
+    model = text_model()
+    budget = {"targets": ("vocab",), "widths": None, "budget": {"parameters": 0.9}}
+    pruner, small = pruned(model, **budget)
+    assert small.num_parameters() <= 0.9 * model.num_parameters() and small.config.vocab_size == 320
+    planned = dry_run(model.config, asking(**budget))
+    assert planned.widths == {"vocab": 320} and planned.parameters.after == small.num_parameters()
+    operations = dry_run(model.config, asking(**{**budget, "budget": {"flops_per_token": 0.95}}))
+    assert operations.widths["vocab"] < 400
+    share = 2 * 32 * 400 / model.num_parameters()
+    assert f"400 tokens have {share:.0%} of the parameters" in str(dry_run(model.config, config()))
+
+
+def test_users_keep_tokens_of_their_own(tmp_path):
+    rare = [token for token in range(300, 400) if reader().decode(token).strip().isalpha()]
+    gone = sorted(set(rare) - set(pruned()[0].plan.keep[-1, "vocab"]))[:2]
+    words = [reader().decode(token).strip() for token in gone]
+    (tmp_path / "words.txt").write_text("\n".join([reader().convert_ids_to_tokens(gone[0]), words[1], ""]))
+    for given in (f"^ ?({'|'.join(words)})$", str(tmp_path / "words.txt")):
+        assert set(gone[:1]) <= set(pruned(keep_tokens=given)[0].plan.keep[-1, "vocab"])
+    with pytest.raises(StructPruneError, match="is no file, and as a regular expression fits no token"):
+        pruned(keep_tokens="qqqqqqq")
+
+
+def unread():
+    pytest.fail("text was read")
+    yield
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"widths": {"vocab": 100}}, r"vocab=100 is no number of tokens that this model can keep: \d+ of 400 always stay"),
+    ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400; the nearest legal choice is 400"),
+    ({"widths": None, "sparsity": 0.2, "targets": ("vocab",)}, r"no share of those .* give widths=\{'vocab': 192\}"),
+    ({"widths": None, "budget": {"bytes": 0.9}, "targets": ("vocab", "mlp")}, "target 'vocab' alone with a budget"),
+    ({"allocation": "search"}, "chooses widths inside the layers, and 'vocab' is none"),
+    ({"max_perplexity_ratio": 1.2, "widths": {"vocab": 320, "mlp": 9}}, "held by rounds, and 'vocab' goes before"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_text_is_read(fields, message):
+    with pytest.raises(StructPruneError, match=message):
+        pruned(**{"domains": [DomainConfig(name="a", source=unread())], **fields})
+
+
+def test_ids_and_other_kinds_of_tokenizers_are_refused():
+    with pytest.raises(StructPruneError, match="'vocab' numbers the tokens anew, and inputs holds ids as they were"):
+        pruned(inputs={"a": torch.randint(400, (8, 12))})
+    with pytest.raises(StructPruneError, match="of the kind WordLevel"):
+        StructPruner(config(widths={"vocab": 64})).prune_model(build("llama-tied"), tokenizer())
+
+
+def test_recovery_learns_from_the_model_without_tokens_and_later_from_the_dense_one(tmp_path):
+    model = text_model()
+    for part in (model, reader()):
+        part.save_pretrained(tmp_path / "dense")
+    training = recovery_config(domains=[DomainConfig(name="a", source=[*map(str, documents(200))])])
+    pruner, small = pruned(model, recovery=training)
+    assert {"dense", "pruned", "recovered"} == pruner.report.recovery.perplexity["a"].keys()
     keep = pruner.plan.keep[-1, "vocab"]
-    assert len(keep) == 320 == small.config.vocab_size == len(pruner.tokenizer)
-    text = pruner.tokenizer.decode(range(3, 300))
-    ids = pruner.tokenizer(text)["input_ids"]
-    torch.testing.assert_close(kept_logits(small, ids, range(320)), kept_logits(model, [keep[i] for i in ids], keep))
-    pruner.save(small, tmp_path / "out", tokenizer)
-    again, reader = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
-        AutoTokenizer.from_pretrained(tmp_path / "out"),
-    )
-    assert reader(text)["input_ids"] == ids
-    torch.testing.assert_close(kept_logits(again, ids, range(320)), kept_logits(small, ids, range(320)))
-    print(pruner.report)
+    taught = load_teacher(tmp_path / "dense", small, pruner.tokenizer)
+    same_as_dense(pruner, taught, model)
+    again = load_teacher(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), small, pruner.tokenizer)
+    assert again.config.vocab_size == len(keep) and model.config.vocab_size == 400
+    with pytest.raises(StructPruneError, match="a vocabulary of 96 tokens and the model one of 320"):
+        recover(small, pruner.tokenizer, training, teacher=build("llama-tied"))
