@@ -18,6 +18,7 @@ from trained import STORIES, needs_shared, smollm2_file, stories_config, stories
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import Plan, StructPruner, export_gguf
+from optimum_structprune.vocabulary.tokens import Vocabulary
 
 
 pytestmark = [
@@ -136,6 +137,21 @@ def test_families_and_variants(case, tmp_path):
     check(model, tokenizer, tmp_path / "out.gguf", "Question: what is", tolerance=tolerance)
     found = gguf.GGUFReader(tmp_path / "out.gguf").get_field("general.architecture").contents()
     assert found == architecture
+
+
+@pytest.mark.parametrize("trained", [real_text_model, pytest.param(stories_model, marks=needs_shared)])
+def test_a_smaller_vocabulary(trained, tmp_path):
+    vocabulary = Vocabulary.of(trained()[1])
+    kept = set(vocabulary.always)
+    for token in range(vocabulary.size):
+        if token % 3 and vocabulary.parts(token) and kept.issuperset(vocabulary.parts(token)):
+            kept.add(token)
+    tokenizer = vocabulary.smaller(sorted(kept))
+    assert len(tokenizer) < vocabulary.size
+    torch.manual_seed(0)
+    fields = {**GROUPED, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval()
+    check(model, tokenizer, tmp_path / "out.gguf", "Question: what is")
 
 
 @pytest.fixture(scope="module")

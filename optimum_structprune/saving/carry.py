@@ -28,6 +28,9 @@ OWN = re.compile(
 )
 # What a tokenizer writes, or leaves out, beside its vocabulary.
 TOKENIZER = re.compile(r"(special_tokens_map|added_tokens|tokenizer(_config)?)\.json|chat_template\.jinja")
+# A vocabulary in other forms, which hold tokens that a smaller one has not, and what tells that it is smaller.
+VOCABULARY = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\.txt|tekken\.json")
+SIZE = re.compile(r'"vocab_size": *\d+')
 # What is fetched of a model on the Hub, where weights lie in more formats than can be told.
 SMALL = ["*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "[0-9]_*"]
 
@@ -42,6 +45,8 @@ def carry(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBa
     files = [] if tokenizer is None else tokenizer.vocab_files_names.values()
     beside = [name for name in _beside(source) if tokenizer is None or not TOKENIZER.fullmatch(name)]
     new = [name for name in beside if name not in files and not (folder / name).exists()]
+    if _sizes(source) != _sizes(folder):
+        new = [name for name in new if not VOCABULARY.fullmatch(name)]
     # Code is copied by transformers, where it is used.
     if others := [name for name in new if name.endswith((".py", "/"))]:
         logger.warning("Not copied from %s: %s.", source, some_of(others))
@@ -50,6 +55,13 @@ def carry(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBa
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
         replace_json(folder / CARRIED_NAME, {"files": carried})
+
+
+def _sizes(folder: Path) -> set[str]:
+    """What the config in a folder says of vocabularies, as it is written there."""
+    with suppress(OSError, UnicodeDecodeError):
+        return set(SIZE.findall((folder / "config.json").read_text()))
+    return set()
 
 
 def _beside(source: Path) -> Iterator[str]:

@@ -55,7 +55,8 @@ def keep_tokens(vocabulary: Tokens, shares: Tensor, number: int, always: Collect
         raise StructPruneError(
             f"vocab={number} is no number of tokens that can stay: {len(fixed)} of {vocabulary.size} always do."
         )
-    costs = _expected(vocabulary, shares).tolist()
+    # A token that may go and has no parts is never read, if there is one of that id at all: it goes first.
+    costs = [cost if parts[token] else -1.0 for token, cost in enumerate(_expected(vocabulary, shares).tolist())]
     wholes = [0] * vocabulary.size
     for token in range(vocabulary.size):
         for part in set(parts[token]):

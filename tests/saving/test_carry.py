@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 from models import build, config, documents, tokenizer
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassificat
 
 from optimum_structprune import DomainConfig, StructPruner
 from optimum_structprune.commands.cli import main
+from optimum_structprune.saving.carry import carry
 from optimum_structprune.saving.push import _result_files
 
 
@@ -70,6 +72,20 @@ def test_what_was_carried_is_part_of_the_result(result):
     other = StructPruner(config(widths={"mlp": 16}, domains=[DomainConfig("a", documents(60))]))
     other.save(other.prune_model(again, tokenizer()), out.parent / "twice", tokenizer())
     assert (out.parent / "twice" / "1_Pooling" / "config.json").is_file(), "a result passes on what it was given"
+
+
+def test_other_forms_of_the_vocabulary_stay_with_a_dense_one(tmp_path):
+    forms = {"tokenizer.model", "vocab.json", "merges.txt", "vocabulary.tiktoken"}
+    for kind, size in (("dense", 96), ("same", 96), ("smaller", 64)):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(json.dumps({"text_config": {"vocab_size": size}}))
+    for name in (*forms, "LICENSE"):
+        (tmp_path / "dense" / name).write_text(name)
+    dense = SimpleNamespace(name_or_path=tmp_path / "dense")
+    for kind, there in (("same", forms), ("smaller", set())):
+        carry(dense, tmp_path / kind, None)
+        names = {path.name for path in (tmp_path / kind).iterdir()}
+        assert names & forms == there and "LICENSE" in names
 
 
 def test_a_model_of_pictures_on_the_command_line(tmp_path, capsys):

@@ -48,6 +48,10 @@ def test_rare_tokens_go_first_and_those_of_scripts_that_the_text_never_shows_bef
     assert kept(WORDS, counts, 5) == "a b c д ab"
 
 
+def test_tokens_that_are_never_read_go_before_all_others():
+    assert kept(Words("a b x ab", (0, 1)), [9, 9, 0, 0], 3) == "a b ab"
+
+
 def test_what_a_token_is_built_from_stays_and_takes_over_what_it_was_read_for():
     counts = [9, 9, 9, 0, 1, 1, 50, 3, 0]
     assert kept(WORDS, counts, 7) == "a b c д ab abc abca"
