@@ -11,7 +11,7 @@ demo: .venv/.demo ## prune a real SmolLM2-135M end to end and show the result
 
 # Each worker of xdist gets one thread: the cores are shared already. `tests/conftest.py` says what stays together, and
 # puts what takes long first.
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 SMOKE := tests/config tests/surgery/test_cut.py tests/saving/test_hub.py
 

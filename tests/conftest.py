@@ -1,10 +1,12 @@
 """Makes what tests share importable from every folder."""
 
+import gc
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 
 settings.register_profile("nightly")
@@ -21,11 +23,26 @@ def written_text_of_the_session(tmp_path_factory):
         yield
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The tests of a file stay on one worker, where they share what they have made; slow files come first."""
+    """Slow files come first."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
+def pytest_collection_finish():
+    """The million objects of imported libraries are not searched at every collection of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+class ByFile(LoadScopeScheduling):
+    """The tests of a file stay on one worker, where they share what they have made; each page of the docs is free."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if nodeid.endswith(".md]") else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """In the place of xdist's own groups, which pytest 9.2 does not see."""
+    return ByFile(config, log)

@@ -18,24 +18,16 @@ TOKEN = "hf_right"
 
 
 class Hub(ThreadingHTTPServer):
-    """Keeps repositories of `ann`, who owns `TOKEN`, in memory.
-
-    Attributes:
-        repos: `{repo_id: {"private": …, "files": {name: bytes}, "commits": number}}`.
-        calls: The method and path of each request, in order.
-    """
+    """Keeps repositories of `ann`, who owns `TOKEN`: `{repo_id: {"private": …, "files": …, "commits": number}}`."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[str, dict] = {}
-        self.calls: list[str] = []
         self.blobs: dict[str, bytes] = {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The routes."""
-
     protocol_version = "HTTP/1.1"
     server: Hub
 
@@ -54,24 +46,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Who am I, what is this repository, and give me a file."""
-        self.server.calls.append(f"{self.command} {self.path}")
         if self.path == "/api/whoami-v2":
-            known = self.headers["Authorization"] == f"Bearer {TOKEN}"
-            self.answer(200, {"name": "ann", "type": "user"}) if known else self.answer(
-                401, {"error": "Invalid token"}
-            )
+            right = self.headers["Authorization"] == f"Bearer {TOKEN}"
+            self.answer(*((200, {"name": "ann", "type": "user"}) if right else (401, {"error": "Invalid token"})))
         elif found := re.fullmatch(r"/api/models/(\w+/[\w-]+)", self.path):
             if (repo := self.server.repos.get(found[1])) is None:
                 return self.answer(404, X_Error_Code="RepoNotFound")
             self.answer(200, {"id": found[1], "private": repo["private"], "sha": "0" * 40})
-        elif found := re.fullmatch(r"/(ann/[\w-]+)/resolve/main/(.+)", self.path):
+        else:
+            found = re.fullmatch(r"/(ann/[\w-]+)/resolve/main/(.+)", self.path)
             content = self.server.repos[found[1]]["files"].get(found[2])
             if content is None:
-                self.answer(404, X_Error_Code="EntryNotFound")
-            else:
-                self.answer(200, content, ETag=f'"{hash(content)}"', X_Repo_Commit="0" * 40)
-        else:
-            raise AssertionError(self.path)
+                return self.answer(404, X_Error_Code="EntryNotFound")
+            self.answer(200, content, ETag=f'"{hash(content)}"', X_Repo_Commit="0" * 40)
 
     do_HEAD = do_GET
 
@@ -82,7 +69,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Make a repository, say how files come, and take a commit."""
-        self.server.calls.append(f"POST {self.path}")
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/api/repos/create":
             self.create(json.loads(body))
@@ -90,39 +76,36 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"warnings": [], "errors": []})
         elif self.path.endswith("/preupload/main"):
             names = [file["path"] for file in json.loads(body)["files"]]
-            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
-            self.answer(
-                200, {"files": [{"path": n, "uploadMode": m, "shouldIgnore": False} for n, m in modes.items()]}
-            )
+            modes = ("lfs" if name.endswith(".safetensors") else "regular" for name in names)
+            files = [{"path": n, "uploadMode": m, "shouldIgnore": False} for n, m in zip(names, modes, strict=True)]
+            self.answer(200, {"files": files})
         elif self.path.endswith(".git/info/lfs/objects/batch"):
-            objects = [
-                {**one, "actions": {"upload": {"href": f"{self.server.url}/blob/{one['oid']}"}}}
-                for one in json.loads(body)["objects"]
-            ]
+            objects = json.loads(body)["objects"]
+            for one in objects:
+                one["actions"] = {"upload": {"href": f"{self.server.url}/blob/{one['oid']}"}}
             self.answer(200, {"transfer": "basic", "objects": objects})
-        elif found := re.fullmatch(r"/api/models/(ann/[\w-]+)/commit/main", self.path):
-            self.commit(found[1], [json.loads(line) for line in body.splitlines()])
         else:
-            raise AssertionError(self.path)
+            found = re.fullmatch(r"/api/models/(ann/[\w-]+)/commit/main", self.path)
+            self.commit(found[1], [json.loads(line) for line in body.splitlines()])
 
     def create(self, asked: dict) -> None:
         """A repository, unless it is somebody else's or there already."""
         if asked.get("organization") not in (None, "ann"):
             return self.answer(403, {"error": "You don't have the rights to create a model under this namespace"})
-        repo_id = f"ann/{asked['name']}"
+        repo_id, status = f"ann/{asked['name']}", 200
+        if repo_id in self.server.repos:
+            status = 409
         private = asked.get("visibility") == "private" or asked.get("private", False)
-        status = 409 if repo_id in self.server.repos else 200
         self.server.repos.setdefault(repo_id, {"private": private, "files": {}, "commits": 0})
         self.answer(status, {"url": f"{self.server.url}/{repo_id}"})
 
     def commit(self, repo_id: str, lines: list[dict]) -> None:
         """All files of a commit at once."""
         repo = self.server.repos[repo_id]
-        for line in lines:
-            value = line["value"]
-            if line["key"] == "file":
+        for key, value in ((line["key"], line["value"]) for line in lines):
+            if key == "file":
                 repo["files"][value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
+            elif key == "lfsFile":
                 repo["files"][value["path"]] = self.server.blobs[f"/blob/{value['oid']}"]
         repo["commits"] += 1
         self.answer(200, {"commitUrl": f"{self.server.url}/{repo_id}/commit/1", "commitOid": "1" * 40})

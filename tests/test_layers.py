@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import optimum_structprune
+from optimum_structprune.commands.flags import COMMANDS
 
 
 PACKAGE = Path(optimum_structprune.__file__).parent
@@ -93,6 +94,12 @@ def test_there_are_no_circles():
 
     for module in graph:
         visit(module)
+
+
+def test_no_command_imports_another():
+    modules = {("commands", command.function.partition(".")[0]) for command in COMMANDS}
+    for path in FILES:
+        assert parts(path) not in modules or not modules & {*imports(path)}, path
 
 
 def test_the_root_is_short_and_every_folder_says_what_it_holds():

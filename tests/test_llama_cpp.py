@@ -4,20 +4,17 @@ import math
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import benchmark_quantised
 import gguf
 import llama_cpp
 import numpy as np
 import pytest
 import torch
-from helpers import without_refit
 from models import GROUPED, SLIDING, real_text_model
-from trained import STORIES, needs_shared, smollm2_file, stories_config, stories_model
+from trained import needs_shared, stories_config, stories_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_structprune import Plan, StructPruner, export_gguf
+from optimum_structprune import StructPruner, export_gguf
 from optimum_structprune.vocabulary.tokens import Vocabulary
 
 
@@ -152,42 +149,6 @@ def test_a_smaller_vocabulary(trained, tmp_path):
     fields = {**GROUPED, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval()
     check(model, tokenizer, tmp_path / "out.gguf", "Question: what is")
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    """A trained model whose layers lose up to a quarter of their FFN, and every other one a KV group."""
-    import demo
-
-    model, tokenizer = demo.load(smollm2_file())
-    keep = {}
-    for number, layer in enumerate(model.model.layers):
-        size = layer.mlp.down_proj.weight.abs().sum(0)
-        keep[number, "mlp"] = tuple(size.topk(1536 - 128 * (number % 4)).indices.sort().values.tolist())
-        keep[number, "attention"] = (0, 1, 2) if number % 2 == 0 else (0, 2)
-    return SimpleNamespace(model=without_refit(model, Plan("llama", keep)).eval(), tokenizer=tokenizer)
-
-
-def test_a_real_model_with_a_width_for_each_layer(smollm2, tmp_path):
-    check(smollm2.model, smollm2.tokenizer, tmp_path / "out.gguf", "The capital of France is", new=12, tolerance=2e-3)
-    template = gguf.GGUFReader(tmp_path / "out.gguf").get_field("tokenizer.chat_template")
-    assert template is None or template.contents() == smollm2.tokenizer.chat_template
-
-
-# All heads stay: on CPUs with AMX, node-llama-cpp 3.22.1 computes NaN from Q8_0 matrices whose rows have 32 values,
-# which are those of half the heads of this small model.
-@needs_shared
-def test_the_benchmark_prints_size_and_perplexity(tmp_path, capsys, monkeypatch):
-    model, tokenizer = stories_model()
-    pruner = StructPruner(stories_config(widths={"mlp": [172, 140, 96, 120, 88]}))
-    folder = saved((pruner.prune_model(model, tokenizer), tokenizer, pruner), tmp_path)
-    monkeypatch.setattr(sys, "argv", ["", str(folder), "--text", str(STORIES), "--num-samples", "2"])
-    benchmark_quantised.main()
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[1] for row in rows] == ["F16", "Q8_0", "Q4_0"]
-    (whole, small, least), sizes = ([float(row[at].strip(" |")) for row in rows] for at in (3, 2))
-    assert sizes == sorted(sizes, reverse=True)
-    assert small == pytest.approx(whole, rel=0.02) and whole < least < 2 * whole
 
 
 @pytest.fixture(scope="module")

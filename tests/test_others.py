@@ -76,14 +76,14 @@ def test_heads_of_a_vision_model_are_not_rounded():
     assert choices(config(round_to=8), arch, "mlp", range(1, 25)) == [8, 16, 24]
 
 
-@pytest.mark.parametrize("case", ["t5", "bart"])
-def test_two_stacks_take_passes_over_the_whole_model(case):
-    model = build(case)
-    arch = describe(model)
-    assert [count for _, count in arch.stacks] == ([2, 2] if case == "t5" else [2, 1])
-    assert arch.layer_prefix(2).endswith(("decoder.block.0.", "decoder.layers.0."))
-    with pytest.raises(NotSequentialError):
-        LayerPasses(model, arch, batches())
+def test_two_stacks_take_passes_over_the_whole_model():
+    for case, counts in (("t5", [2, 2]), ("bart", [2, 1])):
+        model = build(case)
+        arch = describe(model)
+        assert [count for _, count in arch.stacks] == counts
+        assert arch.layer_prefix(2).endswith(("decoder.block.0.", "decoder.layers.0."))
+        with pytest.raises(NotSequentialError):
+            LayerPasses(model, arch, batches())
 
 
 @pytest.mark.parametrize("case", MULTIMODAL)
@@ -98,18 +98,14 @@ def test_only_the_text_half_shrinks(case):
     assert all(torch.equal(ours[name], dense[name]) for name in dense if not name.startswith(prefix))
 
 
-def test_output_error():
+def test_output_error_falls_with_a_refit():
     dense = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))
     assert output_error(dense, dense) == 0
     assert output_error(dense.flatten(0, 1).mean(0).expand_as(dense), dense) == pytest.approx(1)
-    model = build("bert").train()
+    model, errors = build("bert").train(), []
     assert model_outputs(model, token_ids(3), 2).shape == (3, 12, 32) and model.training
-
-
-def test_refit_brings_the_hidden_states_nearer():
-    errors = {}
     for refit in ("none", "least_squares"):
         pruner = StructPruner(config(refit=refit))
         pruner.prune_model(build("bert"), tokenizer())
-        errors[refit] = sum(pruner.report.output_error.values())
-    assert errors["least_squares"] < errors["none"]
+        errors.append(sum(pruner.report.output_error.values()))
+    assert errors[1] < errors[0]

@@ -11,7 +11,6 @@ from optimum_structprune import StructPruneError
 from optimum_structprune.arch.families import builtin_families, family_of, read_families
 from optimum_structprune.arch.load import describe, resolve
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.arch.spec import Axis
 from optimum_structprune.arch.stub import stub
 
 
@@ -57,10 +56,6 @@ def test_a_config_needs_only_the_numbers_that_the_description_names(tmp_path):
         resolve(family, bare, shapes_of(8, 8))
 
 
-def test_axis_indices():
-    assert Axis("w", 0, per_unit=2, offset=10).indices([0, 3]) == [10, 11, 16, 17]
-
-
 def test_every_family_has_a_case():
     plain = {model_type for model_type, _ in CASES.values()} | {model_type for _, model_type, _ in OTHERS.values()}
     inside = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}  # only ever inside their multimodal models
@@ -93,36 +88,23 @@ def assert_the_tensor_parallel_plan_agrees(model, space):
             assert not styles or expected in styles[0] or "gather" in styles[0], (name, styles)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"layer_pth": "layers"}, r"unknown key 'layer_pth'.* Did you mean 'layer_path'\?"),
-    ({"spaces": {"mlp": {**LLAMA["spaces"]["mlp"], "inn": {}}}}, r"unknown key 'inn'.* Did you mean 'in'\?"),
-    ({"spaces": {"mlp": {"size": "x", "out": {}}}}, "'in' is missing"),
-    ({"spaces": {"mlp": {"size": "x", "out": {"a": "unitt"}, "in": {}}}}, r"unknown unit 'unitt'.* mean 'unit'\?"),
-])  # fmt: skip
-def test_a_wrong_file_is_refused(tmp_path, change, message):
-    with pytest.raises(StructPruneError, match=message):
-        read_families(write(tmp_path, {**LLAMA, **change}))
-
-
-@pytest.mark.parametrize("twice", ["layer_path: layers", "spaces: {}", "model_types: [a]"])
-def test_a_key_that_stands_twice_is_refused(tmp_path, twice):
-    path = write(tmp_path, LLAMA)
-    path.write_text(path.read_text() + f"  {twice}\n")
-    with pytest.raises(StructPruneError, match=f"the key '{twice.partition(':')[0]}' stands 2 times"):
-        read_families(path)
-
-
-def test_an_unknown_model_type_names_the_nearest():
+def test_a_wrong_file_is_refused(tmp_path):
+    mlp = LLAMA["spaces"]["mlp"]
+    for change, message in (
+        ({"layer_pth": "layers"}, r"unknown key 'layer_pth'.* Did you mean 'layer_path'\?"),
+        ({"spaces": {"mlp": {**mlp, "inn": {}}}}, r"unknown key 'inn'.* Did you mean 'in'\?"),
+        ({"spaces": {"mlp": {"size": "x", "out": {}}}}, "'in' is missing"),
+        ({"spaces": {"mlp": {"size": "x", "out": {"a": "unitt"}, "in": {}}}}, r"unit 'unitt'.* mean 'unit'\?"),
+    ):
+        with pytest.raises(StructPruneError, match=message):
+            read_families(write(tmp_path, {**LLAMA, **change}))
+    for twice in ("layer_path: layers", "spaces: {}", "model_types: [a]"):
+        path = write(tmp_path, LLAMA)
+        path.write_text(path.read_text() + f"  {twice}\n")
+        with pytest.raises(StructPruneError, match=f"the key '{twice.partition(':')[0]}' stands 2 times"):
+            read_families(path)
     with pytest.raises(StructPruneError, match=r"'qwen22' is not described.* Did you mean 'qwen2'\?"):
         family_of("qwen22")
-
-
-def test_unit_params_add_up():
-    model = build("llama-untied")
-    arch = describe(model)
-    norms = sum(p.numel() for name, p in model.named_parameters() if "layers." in name and "layernorm" in name)
-    in_spaces = sum(space.size * space.unit_params for space in arch.spaces)
-    assert in_spaces + norms == sum(arch.layer_params)
 
 
 # --- stubs of architectures that are not described: with a tensor-parallel plan, and without

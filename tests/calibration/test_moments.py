@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.calibration.moments import Moments, load_moments, mix, save_moments
@@ -57,11 +58,6 @@ def test_a_long_stream_keeps_its_digits():
     assert float(moments.square) == pytest.approx(1 + 3 * share, rel=1e-9)
 
 
-def test_select_takes_a_principal_submatrix():
-    x = torch.randn(20, 6)
-    assert_same(streamed(x, [20]).select([4, 1]), streamed(x[:, [4, 1]], [20]))
-
-
 def test_mixing_weighs_domains_and_refuses_no_weight():
     x, y = torch.randn(9, 3), torch.randn(30, 3) * 4
     mixed = mix([streamed(x, [9]), streamed(y, [30])], [3.0, 1.0])
@@ -70,38 +66,26 @@ def test_mixing_weighs_domains_and_refuses_no_weight():
         mix([streamed(x, [9])], [0.0])
 
 
-def test_the_error_is_selected_and_mixed_with_the_rest():
+def test_what_is_selected_is_a_principal_submatrix_and_the_error_goes_with_the_rest():
     x, errors = torch.randn(20, 6), torch.randn(20, 4)
+    assert_same(streamed(x, [20]).select([4, 1]), streamed(x[:, [4, 1]], [20]))
     plus, minus = (Moments.empty(6, gram=True, out=4).update(x, sign * errors) for sign in (1, -1))
     torch.testing.assert_close(plus.select([4, 1]).error.cross, plus.error.cross[:, [4, 1]])
     assert mix([plus, minus], [1.0, 1.0]).error.cross.abs().max() < 1e-6
-
-
-def test_nan_is_noticed():
-    assert streamed(torch.randn(4, 2), [4]).finite
-    assert not streamed(torch.tensor([[1.0, float("nan")]]), [1]).finite
-    assert not streamed(torch.tensor([[1.0, float("inf")]]), [1]).finite
+    assert plus.finite and not any(streamed(torch.tensor([[1.0, float(bad)]]), [1]).finite for bad in ("nan", "inf"))
 
 
 def test_save_and_load(tmp_path):
     stats = {"a": streamed(torch.randn(8, 3), [8]), "b/c": streamed(torch.randn(8, 3), [8], gram=False)}
-    save_moments(stats, tmp_path / "stats.safetensors")
-    again = load_moments(tmp_path / "stats.safetensors")
+    path = tmp_path / "stats.safetensors"
+    save_moments(stats, path)
+    again = load_moments(path)
     assert_same(again["a"], stats["a"])
     assert again["b/c"].gram is None and again["b/c"].count == 8
-
-
-@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x00" * 64])
-def test_a_damaged_file_is_named(tmp_path, content):
-    path = tmp_path / "stats.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(StructPruneError, match="stats.safetensors is not a readable statistics file"):
-        load_moments(path)
-
-
-def test_a_file_of_other_tensors_and_a_missing_file_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
+    for content in (b"", b"not safetensors at all", b"\x00" * 64):
+        path.write_bytes(content)
+        with pytest.raises(StructPruneError, match="stats.safetensors is not a readable statistics file"):
+            load_moments(path)
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     for name in ("other.safetensors", "missing.safetensors"):
         with pytest.raises(StructPruneError, match=name):

@@ -1,5 +1,6 @@
 """What a third party registers: a criterion with statistics of its own, an allocation and a refit."""
 
+from collections import OrderedDict
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -85,40 +86,21 @@ def test_what_it_cannot_judge_is_refused_before_anything_runs(tmp_path):
     assert SEEN == []
 
 
-@pytest.mark.parametrize(
-    ("field", "name", "nearest"), [("refit", "halfed", "halved"), ("allocation", "globl", "global")]
-)
-def test_a_name_that_nobody_registered_is_refused_with_the_nearest(field, name, nearest):
-    with pytest.raises(StructPruneError, match=f"there is no {field} '{name}'. Did you mean '{nearest}'"):
-        StructPruneConfig(sparsity=0.2, **{field: name})
-
-
-def test_a_built_in_name_is_legal_before_its_module_is_imported():
-    registry = Registry("thing", "optimum_structprune.things", ("plain",))
-    registry.check("plain")
-    with pytest.raises(StructPruneError, match="There is no thing 'other'"):
-        registry.get("other")
+def test_a_name_that_nobody_registered_is_refused_with_the_nearest():
+    for field, name, nearest in (("refit", "halfed", "halved"), ("allocation", "globl", "global")):
+        with pytest.raises(StructPruneError, match=f"there is no {field} '{name}'. Did you mean '{nearest}'"):
+            StructPruneConfig(sparsity=0.2, **{field: name})
 
 
 # --- names, duplicates, near misses, and entry points
 
 
-@pytest.fixture
-def animals():
-    return Registry("animal", "optimum_structprune.test_animals")
+def test_a_registry_takes_a_name_once_and_loads_entry_points_when_asked_for(monkeypatch):
+    animals = Registry("animal", "optimum_structprune.test_animals", ("plain",))
+    animals.check("plain")  # a built-in name is legal before its module is imported
+    with pytest.raises(StructPruneError, match="There is no animal 'other'"):
+        animals.get("other")
 
-
-def test_register_and_get(animals):
-    @animals.register("cat")
-    class Cat:
-        pass
-
-    assert animals.get("cat") is Cat
-    assert animals.register("cat")(Cat) is Cat, "registering the same class again is harmless"
-    assert animals.names() == ["cat"]
-
-
-def test_a_duplicate_names_both_classes(animals):
     @animals.register("cat")
     class Cat:
         pass
@@ -126,15 +108,11 @@ def test_a_duplicate_names_both_classes(animals):
     class Lion:
         pass
 
+    assert animals.register("cat")(Cat) is animals.get("cat") is Cat, "registering the same class again is harmless"
     with pytest.raises(StructPruneError, match=r"animal 'cat' is already registered by .*Cat; .*Lion"):
         animals.register("cat")(Lion)
     assert animals.get("cat") is Cat
-
-
-def test_entry_points_load_when_asked_for(animals, monkeypatch):
-    point = EntryPoint("ordered", "collections:OrderedDict", animals.group)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == animals.group else [])
-    assert animals.names() == ["ordered"]
-    from collections import OrderedDict
-
-    assert animals.get("ordered") is OrderedDict
+    insects = Registry("insect", "optimum_structprune.test_insects")
+    point = EntryPoint("ordered", "collections:OrderedDict", insects.group)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == insects.group else [])
+    assert insects.names() == ["ordered"] and insects.get("ordered") is OrderedDict

@@ -14,7 +14,6 @@ from optimum_structprune import DomainConfig, Manifest, StructPruneError, Struct
 from optimum_structprune.domains.load import Domain, load_domains
 from optimum_structprune.domains.manifest import EARLIER, TRAINED, Entry
 from optimum_structprune.domains.packing import PATIENCE
-from optimum_structprune.domains.sources import documents as read
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.recovery.text import training_text
 
@@ -84,20 +83,6 @@ def test_a_text_that_repeats_itself_forever_ends():
     with patch("optimum_structprune.domains.packing.PATIENCE", PATIENCE // 100):
         with pytest.raises(StructPruneError, match="documents, of which 1 differ.*serves only one of the two"):
             load_domains(config(domains=[DomainConfig("a", forever())], num_samples=2), READER)
-
-
-def test_the_same_file_twice_with_other_weights_is_enough_text():
-    numbers = list(range(80))
-    assert_apart(load_domains(config(domains=[domain("a", numbers), domain("b", numbers, 6.0)]), READER))
-
-
-def test_hidden_files_are_not_read(tmp_path):
-    copies = tmp_path / ".hidden" / "texts"
-    for folder in (copies, copies / ".ipynb_checkpoints"):
-        folder.mkdir(parents=True)
-        (folder / "a.txt").write_text("w3 w4")
-    (copies / ".b.txt").write_text("w5 w6")
-    assert list(read(DomainConfig("a", str(copies)), 0)) == ["w3 w4"]
 
 
 def test_report_and_manifest_count_the_samples_that_ran_with_the_shares_of_the_last_round(tmp_path):

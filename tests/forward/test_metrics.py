@@ -9,10 +9,10 @@ from helpers import count_hooks, counted_by_torch, modes
 from models import build, config, tokenizer
 from transformers.utils import logging
 
-from optimum_structprune import InPlaceError, StructPruner
+from optimum_structprune import StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.forward.generation import flops_per_token, why_not_counted
-from optimum_structprune.forward.metrics import divergence, evaluating
+from optimum_structprune.forward.generation import flops_per_token
+from optimum_structprune.forward.metrics import divergence
 
 
 def mixed(case="llama-tied"):
@@ -21,14 +21,6 @@ def mixed(case="llama-tied"):
     model.model.layers[0].mlp.eval()
     model.model.norm.eval()
     return model
-
-
-def test_two_models_that_share_modules():
-    model = mixed()
-    before = modes(model)
-    with evaluating(model, model.model):
-        assert not any(modes(model).values())
-    assert modes(model) == before
 
 
 class State:
@@ -66,31 +58,13 @@ def callers_model():
     return model
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "inplace"), [(kind, number % 2 == 0) for number, kind in enumerate(KINDS)])
 def test_a_pruning_leaves_the_callers_state_as_it_was(kind, inplace):
     model = callers_model()
     before = State(model)
     pruned = StructPruner(config(**KINDS[kind])).prune_model(model, tokenizer(), inplace=inplace)
     assert before.differences(State(model)) == []
     assert (pruned is model) is inplace and before.differences(State(pruned)) == []
-
-
-@pytest.mark.parametrize(("inplace", "error"), [(True, RuntimeError("no")), (False, KeyboardInterrupt())])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_pruning_that_fails_leaves_the_callers_state_as_it_was(kind, inplace, error, monkeypatch):
-    take_ = StructPruner.take_
-
-    def fail(self, run, step):
-        take_(self, run, step)
-        raise error
-
-    monkeypatch.setattr(StructPruner, "take_", fail)
-    model = callers_model()
-    before = State(model)
-    with pytest.raises((type(error), InPlaceError)):
-        StructPruner(config(**KINDS[kind])).prune_model(model, tokenizer(), inplace=inplace)
-    assert before.differences(State(model)) == []
 
 
 # --- the divergence is the Kullback-Leibler divergence
@@ -112,16 +86,10 @@ def test_against_torch(temperature):
 def test_no_divergence_from_itself_and_no_gradient_into_the_teacher():
     mine, taught = (tensor.requires_grad_() for tensor in pair())
     assert float(divergence(mine, mine)) == pytest.approx(0, abs=1e-6)
-    divergence(mine, taught).backward()
+    certain = torch.zeros_like(mine)
+    certain[..., 0] = 100.0
+    (divergence(mine, taught) + divergence(mine, certain)).backward()
     assert taught.grad is None and torch.isfinite(mine.grad).all()
-
-
-def test_a_certain_teacher_gives_finite_gradients():
-    mine, _ = pair()
-    taught = torch.zeros_like(mine)
-    taught[..., 0] = 100.0
-    divergence(mine.requires_grad_(), taught).backward()
-    assert torch.isfinite(mine.grad).all()
 
 
 # --- what a token costs is what torch counts, for whole families
@@ -132,11 +100,3 @@ def test_operations_are_those_that_torch_counts(case):
     model = build(case)
     arch = describe(model)
     assert flops_per_token(model, arch, 24) == counted_by_torch(model, 24)
-
-
-def test_where_parameters_do_not_say_it_the_reason_is_given():
-    assert not why_not_counted(build("llama-tied"), describe(build("llama-tied")))
-    assert "experts" in why_not_counted(build("mixtral"), describe(build("mixtral")))
-    packed = build("llama-tied")
-    packed.config.quantization_config = {"quant_method": "gptq"}
-    assert "quantized" in why_not_counted(packed, describe(build("llama-tied")))

@@ -56,20 +56,13 @@ def test_no_report_measures_the_text_that_was_chosen_on():
         for read in (domains, swapped)
     ]
     assert dense[0] == dense[1]
+    assert all(domain.probe is None for domain in load_domains(config(), tokenizer())), "where nothing is chosen"
+    (probed,) = given_domains({"a": torch.arange(40).reshape(20, 2)}, 0.1, probe=True)
+    assert torch.cat([probed.heldout, probed.probe, probed.samples]).equal(torch.arange(40).reshape(20, 2))
     for domain in domains:
         parts = [set(domain.documents), set(domain.heldout_documents), set(domain.probe_documents)]
         assert all(parts) and len(set.union(*parts)) == sum(map(len, parts))
         assert domain.probe.shape == domain.heldout.shape
-
-
-def test_text_is_set_aside_for_choices_only_where_there_are_any():
-    plain, choosing = (load_domains(config(**fields), tokenizer()) for fields in ({}, CHOOSING[0]))
-    for domain, with_probe in zip(plain, choosing, strict=True):
-        assert domain.probe is None and domain.trial is domain.heldout and with_probe.trial is with_probe.probe
-        assert domain.heldout.equal(with_probe.heldout) and domain.samples.equal(with_probe.samples)
-    given = {"a": torch.arange(40).reshape(20, 2)}
-    (alone,), (probed,) = given_domains(given, 0.1), given_domains(given, 0.1, probe=True)
-    assert alone.probe is None and torch.cat([probed.heldout, probed.probe, probed.samples]).equal(given["a"])
 
 
 def test_the_manifest_tells_text_that_decided_something(tmp_path):

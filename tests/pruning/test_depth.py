@@ -14,7 +14,7 @@ from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.families import builtin_families
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.shrink import cut_depth_
-from optimum_structprune.arch.spec import LAYER, MODEL
+from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
 from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.criteria.layers import BlockInfluence, LossIncrease
 from optimum_structprune.domains.load import given_domains
@@ -82,13 +82,16 @@ def test_pruned_equals_skipped_and_reloads_and_generates(case, tmp_path):
         assert torch.equal(cached, plain) and cached.shape == (1, 14)
 
 
-def test_every_family_has_depth_or_a_reason():
+def test_every_family_has_depth_and_channels_or_a_reason():
     for model_type, family in builtin_families().items():
         assert family.text or (family.layer is None) == (LAYER in family.missing), model_type
+        assert family.text or (family.hidden is None) == (HIDDEN in family.missing), model_type
 
 
 def test_layers_of_different_widths_keep_theirs(tmp_path):
     model = prune_model(deep("llama-tied"), config(widths={"mlp": 24}, skip_layers=(0, 3)), tokenizer())
+    narrow = prune_model(model, config(widths={HIDDEN: 24}), tokenizer())
+    assert [space.size for space in describe(narrow).of("mlp")] == [40, 24, 24, 40, 24]
     small = deepcopy(model)
     drop_layers_(small, describe(small), KEEP)
     assert [space.size for space in describe(small).of("mlp")] == [24, 40, 24]
@@ -111,13 +114,11 @@ def test_what_the_config_says_of_single_layers_is_cut():
         small = deep(case)
         drop_layers_(small, describe(small), KEEP)
         assert {name: getattr(small.config, name) for name in fields} == fields
-
-
-def test_a_list_that_is_only_as_long_stays():
     settings = deep("llama-tied").config
     settings.eos_token_id, settings.elsewhere = [2, 3, 4, 5, 6], ["a", "b", "c", "d", "e"]
     cut_depth_(settings, KEEP, 5)
-    assert settings.eos_token_id == [2, 3, 4, 5, 6] and settings.elsewhere == ["b", "d", "e"]
+    assert settings.eos_token_id == [2, 3, 4, 5, 6], "a list that is only as long stays"
+    assert settings.elsewhere == ["b", "d", "e"]
 
 
 def identity_(layer):
@@ -152,22 +153,16 @@ def test_block_influence_is_the_mean_angle():
         assert float(found[index]) == pytest.approx(float((1 - cosine).mean()), abs=1e-6)
 
 
-def test_loss_increase_is_measured_without_the_block():
-    model = deep("llama-tied")
-    arch = describe(model)
-    found = LossIncrease().score(model, arch, [Batch(0, token_ids(2)), Batch(0, token_ids(1, seed=2))])
-    text = torch.cat([token_ids(2), token_ids(1, seed=2)])
+def test_loss_increase_is_measured_without_the_block_and_the_one_that_counts_least_goes():
+    model, text = deep("llama-tied"), token_ids(6)
+    found = LossIncrease().score(model, describe(model), batches_of(given_domains({"a": text}, 0.1), 4))
+    calibration = given_domains({"a": text}, 0.1)[0].samples
     with without(model, (0, 1, 3, 4)):
-        shorter = perplexity(model, text)
-    assert float(found[2]) == pytest.approx(shorter / perplexity(model, text), rel=1e-6)
+        shorter = perplexity(model, calibration)
+    assert float(found[2]) == pytest.approx(shorter / perplexity(model, calibration), rel=1e-6)
     assert count_hooks(model) == 0
-
-
-def test_the_layer_whose_loss_counts_least_goes():
-    model, inputs = deep("llama-tied"), token_ids(6)
-    scores = LossIncrease().score(model, describe(model), batches_of(given_domains({"a": inputs}, 0.1), 4))
     pruner = StructPruner(config(widths={LAYER: 4}, criterion="loss_increase"))
-    pruner.prune_model(model, inputs={"a": inputs})
-    assert {*range(5)} - {*pruner.plan.keep[MODEL, LAYER]} == {int(scores.argmin())}
+    pruner.prune_model(model, inputs={"a": text})
+    assert {*range(5)} - {*pruner.plan.keep[MODEL, LAYER]} == {int(found.argmin())}
     with pytest.raises(StructPruneError, match="use 'block_influence'"):
         prune_model(deep("bert"), config(widths={LAYER: 4}, criterion="loss_increase"), tokenizer())

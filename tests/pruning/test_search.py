@@ -14,9 +14,6 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.pruning import search, trials
 
 
-BY_SHARE = {"sparsity": 0.2, "round_to": 4}
-
-
 @pytest.fixture(scope="module")
 def model():
     return three_layers()
@@ -24,7 +21,7 @@ def model():
 
 def pruned(model, **fields):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pruner = StructPruner(config(**fields))
+    pruner = StructPruner(config(**{"num_samples": 4, **fields}))
     small = pruner.prune_model(model, tokenizer())
     assert count_hooks(model) == 0 and all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     return pruner, small
@@ -35,17 +32,12 @@ def test_a_layer_that_does_next_to_nothing_goes(model, tmp_path):
     shapes = pruner.report.shapes
     assert [one for one in shapes if one["chosen"]] == [min(shapes, key=lambda one: one["loss"])]
     assert small.config.num_hidden_layers == 2 and pruner.plan.keep[-1, "layer"] == (0, 2)
+    assert not small.config.is_heterogeneous and len(shapes) > 1 and pruner.report.sparsity > 0.27
     assert "tried: " in str(pruner.report) and "taken: " in str(pruner.report)
     pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
     # Where layers get widths of their own, all of them stay.
     without = pruned(model, sparsity=0.3, round_to=4, allocation="search")
     assert without[1].config.num_hidden_layers == 3 and all(one["layers"] is None for one in without[0].report.shapes)
-
-
-def test_one_shape_for_all_layers_is_a_plain_model(model):
-    pruner, small = pruned(model, **BY_SHARE, allocation="search_uniform")
-    assert not small.config.is_heterogeneous and len(pruner.report.shapes) > 1
-    assert pruner.report.sparsity > 0.17
 
 
 @pytest.mark.parametrize("better", [0, 2])

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import NON_UNIFORM, count_hooks, evidence_of, failing, free_spaces, logits, whole_passes
-from models import STRUCTURES, build, config, token_ids, tokenizer
+from helpers import count_hooks, evidence_of, failing, free_spaces, logits, whole_passes
+from models import build, config, token_ids, tokenizer
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import StructPruneError, StructPruner
+from optimum_structprune import StructPruner
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.domains.load import Domain
@@ -65,7 +65,7 @@ def divergences(model, dense_logits, batches):
     return torch.stack([torch.cat(values).mean() for values in found.values()])
 
 
-@pytest.mark.parametrize("case", sorted({*NON_UNIFORM} & {*STRUCTURES}))
+@pytest.mark.parametrize("case", ["llama-bias", "gpt2-tied", "gemma2", "gpt_oss"])
 @torch.no_grad()
 def test_a_probe_from_the_middle_sees_what_whole_passes_see(case):
     model = build(case)
@@ -134,9 +134,10 @@ def test_units_that_no_trial_has_removed_go_last(case):
     assert float(each[:, removed:].min()) > float(each[:, :removed].max())
 
 
-@pytest.mark.parametrize("case", ["llama-bias", "gpt2-tied", "mixtral"])
-@pytest.mark.parametrize("rounds", [1, 3])
-@pytest.mark.parametrize("allocation", ["global", "sensitivity"])
+@pytest.mark.parametrize(
+    ("case", "rounds", "allocation"),
+    [("llama-bias", 1, "global"), ("gpt2-tied", 3, "sensitivity"), ("mixtral", 3, "global")],
+)
 def test_end_to_end(case, rounds, allocation, tmp_path):
     model = build(case)
     before = snapshot(model)
@@ -182,21 +183,14 @@ def test_the_worst_domain_alone_counts_where_the_objective_is_the_worst():
     model = build("llama-tied")
 
     def total(**fields):
-        evidence = evidence_of(config(allocation="sensitivity", **fields), domains())
-        curves = curves_on(model, evidence)
+        curves = curves_on(model, evidence_of(config(allocation="sensitivity", **fields), domains()))
         return sum(curve[-1] for curve in curves.units.values())
 
     # The same mixture is pruned on, so both judge the same trials.
     assert total(objective="worst") > total()
-
-
-def test_the_worst_objective_needs_no_rounds_where_it_chooses_the_widths():
     pruner = StructPruner(config(allocation="sensitivity", objective="worst", round_to=1))
-    small = pruner.prune_model(build("llama-tied"), tokenizer())
+    pruner.prune_model(model, tokenizer())
     assert sum(pruner.report.widths["mlp"].values()) == 2 * 24 and pruner.report.rounds == []
-    assert torch.isfinite(small(token_ids()).logits).all()
-    with pytest.raises(StructPruneError, match="objective='worst' weighs the domains anew.*rounds=1 leaves none"):
-        config(allocation="global", objective="worst")
 
 
 def test_nothing_stays_behind_when_a_trial_fails(monkeypatch):

@@ -38,6 +38,9 @@ def test_a_kept_adapter_is_trainable_and_what_is_under_it_is_not(pruned, saved):
     adapted, folder = saved
     assert trainable(adapted) == {"adapter"} and not adapted.training
     assert trainable(load_adapter(deepcopy(pruned), folder)) == set()
+    inputs = json.loads((folder / INPUTS_NAME).read_text())
+    assert inputs["model"] == weights_hash(pruned) and inputs["teacher"] == "none"
+    assert inputs["learning_rate"] == 1e-2 and inputs["lora.r"] == 2
     again = load_adapter(deepcopy(pruned), folder, is_trainable=True)
     assert trainable(again) == {"adapter"}
     torch.testing.assert_close(logits(again), logits(adapted))
@@ -89,6 +92,10 @@ def test_tied_weights_are_not_trained_apart_and_merged(pruned, lora):
     assert trainable(model) == {"base"}
     with fresh_adapter(model, settings, 0, merge=False):  # an adapter that is kept is what was trained
         pass
+    model, half = deepcopy(pruned), lora_config(recovery_config(lora={"target_modules": ["q_proj", "norm"]}))
+    with pytest.raises(StructPruneError, match="peft cannot put the adapter on"), fresh_adapter(model, half, 0):
+        pass
+    assert [*model.state_dict()] == [*pruned.state_dict()] and not hasattr(model, "peft_config")
 
 
 def test_untied_embeddings_are_trained_and_merged(recwarn):
@@ -103,18 +110,3 @@ def test_a_merged_model_that_is_not_the_trained_one_is_refused(pruned, monkeypat
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: -3 * original(self, name))
     with pytest.raises(InPlaceError, match="merged model gives other outputs than the one that was trained"):
         recover(deepcopy(pruned), tokenizer(), recovery_config())
-
-
-def test_an_adapter_that_peft_places_half_way_is_taken_off(pruned):
-    model = deepcopy(pruned)
-    with pytest.raises(StructPruneError, match="peft cannot put the adapter on LlamaForCausalLM"):
-        with fresh_adapter(model, lora_config(recovery_config(lora={"target_modules": ["q_proj", "norm"]})), 0):
-            pass
-    assert [*model.state_dict()] == [*pruned.state_dict()] and trainable(model) == {"base"}
-    assert not hasattr(model, "peft_config")
-
-
-def test_the_folder_says_what_the_training_was(pruned, saved):
-    inputs = json.loads((saved[1] / INPUTS_NAME).read_text())
-    assert inputs["model"] == weights_hash(pruned) and inputs["teacher"] == "none"
-    assert inputs["learning_rate"] == 1e-2 and inputs["lora.r"] == 2

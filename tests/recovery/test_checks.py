@@ -58,14 +58,10 @@ def test_mistakes(fields, message):
         check_recovery(recovery_config(**fields), config(), build("llama-tied"))
 
 
-def test_what_is_right_passes_without_a_look_at_the_text():
-    settings = recovery_config(**domain(source=unread()))
+def test_what_is_right_passes_and_every_round_needs_tokens_of_its_own():
     for model in (None, build("llama-tied")):
-        check_recovery(settings, config(), model)
+        check_recovery(recovery_config(**domain(source=unread())), config(), model)
     check_recovery(recovery_config(**domain(source="self:prose")), config())
-
-
-def test_every_round_needs_tokens_of_its_own():
     settings = recovery_config(tokens=96, every_round=True)
     check_recovery(settings, config(rounds=2))
     with pytest.raises(StructPruneError, match="in each of 3 rounds; 144 is enough"):
@@ -90,44 +86,32 @@ def test_errors_of_other_libraries_in_training_are_ours():
         assert caught.value.__cause__ is not None and same_weights(model, before)
 
 
-def test_a_config_of_another_kind_is_refused():
+def test_only_causal_language_models_in_memory_are_trained():
+    for case in ("bert", "t5"):
+        for refused in (
+            lambda model: recover(model, tokenizer(), recovery_config(**domain(source=unread()))),
+            lambda model: check_recovery(recovery_config(), config(), model),
+        ):
+            with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For"):
+                refused(build(case))
     with pytest.raises(StructPruneError, match="takes a RecoveryConfig, got StructPruneConfig"):
         recover(build("llama-tied"), tokenizer(), config())
-
-
-@pytest.mark.parametrize("case", ["bert", "t5"])
-def test_only_causal_language_models_are_trained(case):
-    for refused in (
-        lambda: recover(build(case), tokenizer(), recovery_config(**domain(source=unread()))),
-        lambda: check_recovery(recovery_config(), config(), build(case)),
-    ):
-        with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For"):
-            refused()
-
-
-def test_an_offloaded_model_is_not_trained():
     model = cpu_offload(build("llama-tied"), execution_device=torch.device("cpu"))
     with pytest.raises(StructPruneError, match="LlamaForCausalLM is offloaded; leave recovery out, save, and"):
         check_recovery(recovery_config(), config(), model)
 
 
-@pytest.mark.parametrize(("training", "message"), [
-    ({"fsdp": True}, "fsdp shards a model over GPUs, and on 'cpu' accelerate ignores it"),
-    ({"deepspeed": "zero3.json"}, "deepspeed is not supported"),
-])  # fmt: skip
-def test_what_does_not_shard_is_refused(training, message):
-    with pytest.raises(StructPruneError, match=message):
-        check_recovery(recovery_config(training=training), config(), build("llama-tied"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"version": 1}, "fsdp_config has version 1"), ({}, "over several processes, and this one is alone")],
-)
-def test_fsdp_takes_several_processes_and_its_second_version(settings, message):
-    arguments = SimpleNamespace(fsdp=True, fsdp_config=settings, world_size=2 if settings else 1)
-    with pytest.raises(StructPruneError, match=message):
-        check_sharding(arguments, "cuda")
+def test_what_does_not_shard_is_refused():
+    for training, message in (
+        ({"fsdp": True}, "fsdp shards a model over GPUs, and on 'cpu' accelerate ignores it"),
+        ({"deepspeed": "zero3.json"}, "deepspeed is not supported"),
+    ):
+        with pytest.raises(StructPruneError, match=message):
+            check_recovery(recovery_config(training=training), config(), build("llama-tied"))
+    for settings, message in (({"version": 1}, "fsdp_config has version 1"), ({}, "and this one is alone")):
+        arguments = SimpleNamespace(fsdp=True, fsdp_config=settings, world_size=2 if settings else 1)
+        with pytest.raises(StructPruneError, match=message):
+            check_sharding(arguments, "cuda")
 
 
 @pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "Deep")])

@@ -8,15 +8,12 @@ from copy import deepcopy
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import RECOVERY_TEXT, failing, logits, recovery_config, same_weights
+from helpers import failing, logits, recovery_config, same_weights
 from models import build, config, full_disk, tokenizer
 
 from optimum_structprune import StructPruneError, prune_model, recover
 from optimum_structprune.recovery.resume import weights_hash
 from optimum_structprune.recovery.trainer import DistillTrainer
-
-
-CUTS = {"half": lambda data: data[: len(data) // 2], "empty": lambda data: b"", "zeros": lambda data: bytes(len(data))}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +40,7 @@ def other_weights(model):
     return model
 
 
-@pytest.mark.parametrize("how", [*CUTS, "gone", "empty object"])
+@pytest.mark.parametrize("how", ["half", "gone", "empty object"])
 def test_training_goes_on_from_the_one_before_a_damaged_checkpoint(pruned, run, tmp_path, how, monkeypatch):
     folder = shutil.copytree(run[0], tmp_path / "run")
     (folder / "checkpoint-best").mkdir()
@@ -52,7 +49,7 @@ def test_training_goes_on_from_the_one_before_a_damaged_checkpoint(pruned, run, 
         state.unlink()
         (folder / "checkpoint-8" / "adapter_model.safetensors").write_bytes(b"half")
     else:
-        state.write_bytes(b"{}" if how == "empty object" else CUTS[how](state.read_bytes()))
+        state.write_bytes(b"{}" if how == "empty object" else state.read_bytes()[:200])
     steps, original = [], DistillTrainer.compute_loss
 
     def noted(self, *arguments, **more):
@@ -67,47 +64,36 @@ def test_training_goes_on_from_the_one_before_a_damaged_checkpoint(pruned, run, 
     assert json.loads(state.read_text())["global_step"] == 8
 
 
-def test_nothing_is_left_to_go_on_from(pruned, run, tmp_path):
-    folder = shutil.copytree(run[0], tmp_path / "run")
-    for path in folder.glob("checkpoint-*/trainer_state.json"):
-        path.write_text(path.read_text()[:20])
-    for place in (folder, tmp_path / "nowhere"):
-        with warnings.catch_warnings(), pytest.raises(StructPruneError, match=f"no checkpoint in {place} to resume"):
-            warnings.simplefilter("ignore")
-            recover(deepcopy(pruned), tokenizer(), settings(place), resume=True)
-
-
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"lora": {"r": 2, "lora_alpha": 64}}, "lora.lora_alpha 32 there and 64 here"),
-    ({"training": {"learning_rate": 0.5}}, "learning_rate 0.01 there and 0.5 here"),
-    ({"training": {"per_device_train_batch_size": 4}}, "per_device_train_batch_size 2 there and 4 here"),
-    ({"temperature": 2.0}, "temperature 1.0 there and 2.0 here"),
-    ({"train": "full", "lora": {}}, "train lora there and full here"),
-    ({"tokens": 96}, r"text \w{12}… there and \w{12}… here"),
-    ({"domains": RECOVERY_TEXT["domains"][:1]}, "text"),
-    ({"seed": 5}, "seed 0 there and 5 here"),
-])  # fmt: skip
-def test_a_checkpoint_of_another_training_is_refused(pruned, run, fields, message):
-    model = deepcopy(pruned)
-    with pytest.raises(StructPruneError, match=f"checkpoint-8 belongs to another training: .*{message}"):
-        recover(model, tokenizer(), settings(run[0], **fields), resume=True)
+def test_a_checkpoint_of_another_training_is_refused(pruned, run):
+    model, refused = deepcopy(pruned), "checkpoint-8 belongs to another training: .*"
+    for fields, message in (
+        ({"lora": {"r": 2, "lora_alpha": 64}}, "lora.lora_alpha 32 there and 64 here"),
+        ({"training": {"learning_rate": 0.5}}, "learning_rate 0.01 there and 0.5 here"),
+        ({"temperature": 2.0}, "temperature 1.0 there and 2.0 here"),
+        ({"train": "full", "lora": {}}, "train lora there and full here"),
+        ({"tokens": 96}, r"text \w{12}… there and \w{12}… here"),
+        ({"seed": 5}, "seed 0 there and 5 here"),
+    ):
+        with pytest.raises(StructPruneError, match=f"{refused}{message}"):
+            recover(model, tokenizer(), settings(run[0], **fields), resume=True)
     assert same_weights(model, pruned)
-
-
-def test_a_checkpoint_of_another_model_or_teacher_is_refused(pruned, run):
-    message = r"belongs to another training: model \w{12}… there and \w{12}… here\."
-    with pytest.raises(StructPruneError, match=message):
+    with pytest.raises(StructPruneError, match=rf"{refused}model \w{{12}}… there and \w{{12}}… here\."):
         recover(other_weights(pruned), tokenizer(), settings(run[0]), resume=True)
     with pytest.raises(StructPruneError, match=r"teacher none there and \w{12}… here"):
-        recover(deepcopy(pruned), tokenizer(), settings(run[0]), build("llama-tied"), resume=True)
+        recover(model, tokenizer(), settings(run[0]), build("llama-tied"), resume=True)
 
 
-def test_what_changes_no_step_may_differ(pruned, run, tmp_path):
+def test_what_changes_no_step_may_differ_and_without_a_checkpoint_there_is_nothing(pruned, run, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
     shutil.rmtree(folder / "checkpoint-8")
     same = settings(folder, training={"logging_steps": 1, "save_steps": 3})
     resumed = recover(deepcopy(pruned), tokenizer(), same, resume=True)
     torch.testing.assert_close(logits(resumed), logits(run[1]))
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        path.write_text(path.read_text()[:20])
+    with warnings.catch_warnings(), pytest.raises(StructPruneError, match=f"no checkpoint in {folder} to resume"):
+        warnings.simplefilter("ignore")
+        recover(deepcopy(pruned), tokenizer(), same, resume=True)
 
 
 def test_an_interrupted_run_goes_on(pruned, run, tmp_path, monkeypatch):

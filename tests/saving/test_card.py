@@ -112,33 +112,28 @@ def test_the_snippets_run_without_this_package(desk):
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
 
 
-def test_a_non_uniform_result_says_what_it_needs(desk):
-    folder = desk
-    slim, uneven = ((folder / name / "README.md").read_text() for name in ("slim", "uneven"))
+def test_a_non_uniform_result_says_what_it_needs_and_a_padded_one_that_it_needs_nothing(desk, tmp_path):
+    slim, uneven = ((desk / name / "README.md").read_text() for name in ("slim", "uneven"))
     assert "trust_remote_code=True" in uneven and "structprune export" in uneven and "does not load" in uneven
     assert "trust_remote_code" not in slim.partition("## Size")[0] and "optimum-structprune is not needed" in slim
     assert "`convert_hf_to_gguf.py` works" in slim
-
-
-def test_a_padded_model_has_one(desk, tmp_path):
     export_uniform(AutoModelForCausalLM.from_pretrained(desk / "uneven"), tmp_path / "padded")
     assert is_signed(tmp_path / "padded" / "README.md")
     assert ModelCard.load(tmp_path / "padded" / "README.md").data.license_name == "artistic"
     assert "trust_remote_code=True" not in (tmp_path / "padded" / "README.md").read_text().partition("## Size")[0]
 
 
-@pytest.mark.parametrize("change", [lambda text: "my own", lambda text: text.replace("## Limits", "## My limits")])
-def test_words_of_the_user_are_never_overwritten(tmp_path, change):
+def test_words_of_the_user_are_never_overwritten(tmp_path):
     pruner = StructPruner(config())
     pruned = pruner.prune_model(build("llama-tied"), tokenizer())
-    pruner.save(pruned, tmp_path / "out")
-    pruner.save(pruned, tmp_path / "out", overwrite=True)
-    card = tmp_path / "out" / "README.md"
-    card.write_text(change(card.read_text()))
-    before = card.read_text()
-    with pytest.raises(StructPruneError, match="did not write .README.md."):
+    for _ in range(2):
         pruner.save(pruned, tmp_path / "out", overwrite=True)
-    assert card.read_text() == before
+    card = tmp_path / "out" / "README.md"
+    for words in ("my own", card.read_text().replace("## Limits", "## My limits")):
+        card.write_text(words)
+        with pytest.raises(StructPruneError, match="did not write .README.md."):
+            pruner.save(pruned, tmp_path / "out", overwrite=True)
+        assert card.read_text() == words
 
 
 def test_odd_names_break_neither_tables_nor_the_snippet(desk, tmp_path):

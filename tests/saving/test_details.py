@@ -22,11 +22,8 @@ def test_rank_correlations_are_those_of_numpy_with_ties_in_the_mean_of_their_ran
     ranks = [[4, 1, 2.5, 2.5], [1, 2, 3, 4], [4, 1, 2.5, 2.5]]
     expected = np.corrcoef(ranks)[np.triu_indices(3, 1)]
     np.testing.assert_allclose(rank_correlations(values), expected, atol=1e-12)
-
-
-@pytest.mark.parametrize("values", [[[1.0, 2.0]], [[1.0, 2.0], [5.0, 5.0]]], ids=["one domain", "all alike"])
-def test_a_correlation_that_means_nothing_is_not_there(values):
-    assert rank_correlations(torch.tensor(values)) == ()
+    for alone in ([[1.0, 2.0]], [[1.0, 2.0], [5.0, 5.0]]):  # one domain, and scores that are all alike
+        assert rank_correlations(torch.tensor(alone)) == ()
 
 
 def test_the_experts_of_a_layer_become_one_entry():
@@ -67,20 +64,15 @@ def test_what_is_saved_is_read_back(details, tmp_path):
         assert choices_of_list(json.loads(json.dumps(choices_to_list(named)))) == named
 
 
-@pytest.mark.parametrize("name", ["model", "domains", "choices", "sensitivity", "memory", "resumed"])
-def test_a_field_of_another_type_is_refused(details, tmp_path, name):
-    for value in (None, 3, "x"):
-        (tmp_path / "details.json").write_text(json.dumps({**plain(asdict(details)), name: value}))
-        with pytest.raises(StructPruneError, match="details.json is not the record of a pruning"):
-            Details.load(tmp_path / "details.json")
-
-
 def test_a_later_version_and_a_damaged_file_are_refused(details, tmp_path):
     path = tmp_path / "details.json"
+    names, other = ("model", "domains", "choices", "sensitivity", "memory", "resumed"), (None, 3, "x")
+    fields = [{**plain(asdict(details)), name: value} for name in names for value in other]
+    fields.append({"format_version": 1, "choices": {"mlp": 3}, "sensitivity": {}})
     for text, message in (
         ("{", "cannot be read"),
         ('{"format_version": 2}', "format_version 2 is not known here"),
-        ('{"format_version": 1, "choices": {"mlp": 3}, "sensitivity": {}}', "not the record of a pruning"),
+        *((json.dumps(changed), "details.json is not the record of a pruning") for changed in fields),
     ):
         path.write_text(text)
         with pytest.raises(StructPruneError, match=message):
@@ -98,9 +90,9 @@ def test_a_spark_line_has_a_bar_per_layer_or_the_most_there_may_be(shares):
     assert list(rising) == sorted(rising)
 
 
-@pytest.mark.parametrize(("widths", "bars"), [({0: 4, 1: 8}, "▄█"), ({0: 4, 1: 4}, None)])
-def test_the_table_has_one_where_layers_differ(widths, bars):
+def test_the_table_has_one_where_layers_differ():
     sizes = {"before": 10, "after": 5}
-    report = Report("llama", "obs", sizes, sizes, {"mlp": widths}, {"mlp": 8})
-    row = next(line for line in str(report).splitlines() if line.startswith("width mlp"))
-    assert row.endswith(bars or "%") and "%" in row
+    for widths, bars in (({0: 4, 1: 8}, "▄█"), ({0: 4, 1: 4}, "%")):
+        report = Report("llama", "obs", sizes, sizes, {"mlp": widths}, {"mlp": 8})
+        row = next(line for line in str(report).splitlines() if line.startswith("width mlp"))
+        assert row.endswith(bars) and "%" in row

@@ -30,9 +30,15 @@ def pruned(run, tmp_path):
 
 def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     pruner, _ = run
-    _, model = pruned
+    folder, model = pruned
+    with pytest.raises(StructPruneError, match="pruned is .*pruned, which this run reads.*would be lost"):
+        export_uniform(model, folder, overwrite=True)
     padding = export_uniform(model, tmp_path / "out")
     assert padding.dense == pruner.report.parameters["before"]
+    share = (padding.after - padding.before) / (padding.dense - padding.before)
+    assert f"adds {padding.after - padding.before:,} parameters" in str(padding) and f"back {share:.1%}" in str(
+        padding
+    )
     assert Plan.load(tmp_path / "out" / "pruning_plan.json") == pruner.plan
     assert Manifest.load(tmp_path / "out") == pruner.manifest
     assert StructPruneConfig.from_pretrained(tmp_path / "out").allocation == "global"
@@ -41,13 +47,9 @@ def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not again.config.is_heterogeneous and again.num_parameters() == padding.after
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
-
-
-def test_the_folder_of_the_model_is_never_replaced(pruned):
-    folder, model = pruned
-    with pytest.raises(StructPruneError, match="pruned is .*pruned, which this run reads.*would be lost"):
-        export_uniform(model, folder, overwrite=True)
-    assert (folder / "tokenizer.json").is_file()
+    with pytest.raises(StructPruneError, match="same width already"):
+        export_uniform(again, tmp_path / "twice")
+    assert not (tmp_path / "twice").exists() and not (tmp_path / "out" / "modeling_structprune.py").exists()
 
 
 def test_an_export_can_be_replaced_even_without_records(run, tmp_path):
@@ -59,10 +61,9 @@ def test_an_export_can_be_replaced_even_without_records(run, tmp_path):
     assert not (tmp_path / "out" / "report.json").exists()
 
 
-@pytest.mark.parametrize("text", ["{}", '{"parameters": 5}', '{"parameters": {"before": "many"}}', "[]", "no JSON"])
-def test_a_report_of_another_program_does_no_harm(pruned, tmp_path, text):
+def test_a_report_of_another_program_does_no_harm(pruned, tmp_path):
     folder, model = pruned
-    (folder / "report.json").write_text(text)
-    padding = export_uniform(model, tmp_path / "out")
-    assert padding.dense is None and "gives back" not in str(padding)
-    assert (tmp_path / "out" / "config.json").is_file()
+    for text in ("{}", '{"parameters": 5}', '{"parameters": {"before": "many"}}', "[]", "no JSON"):
+        (folder / "report.json").write_text(text)
+        padding = export_uniform(model, tmp_path / "out", overwrite=True)
+        assert padding.dense is None and "gives back" not in str(padding)

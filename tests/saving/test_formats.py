@@ -94,12 +94,12 @@ def test_schemas_name_what_the_classes_have():
 
 
 @pytest.mark.parametrize("name", LOADERS)
-@pytest.mark.parametrize("version", [2, "1", 0, None])
-def test_files_of_a_later_version_are_refused(name, version, saved, tmp_path):
+def test_files_of_a_later_version_are_refused(name, saved, tmp_path):
     document = json.loads((saved[1] / f"{name}.json").read_text())
-    (tmp_path / f"{name}.json").write_text(json.dumps({**document, "format_version": version}))
-    with pytest.raises(StructPruneError, match="format_version .* is not known here, where 1 is the latest"):
-        LOADERS[name](tmp_path)
+    for version in (2, "1", 0, None):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**document, "format_version": version}))
+        with pytest.raises(StructPruneError, match="format_version .* is not known here, where 1 is the latest"):
+            LOADERS[name](tmp_path)
 
 
 # --- what is written as JSON is JSON to every reader, whatever numbers came of a run

@@ -66,8 +66,9 @@ def fields_of(file) -> dict:
     return {name: field.contents() for name, field in file.fields.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", ["differing", "alike"])
+@pytest.mark.parametrize(
+    ("case", "dtype"), [("differing", torch.float32), ("differing", torch.bfloat16), ("alike", torch.float16)], ids=str
+)
 def test_the_file_holds_the_weights(case, dtype, request, tmp_path):
     model = request.getfixturevalue(case)
     model = type(model)(model.config).to(dtype) if dtype != torch.float32 else model
@@ -90,27 +91,21 @@ def test_the_file_holds_the_weights(case, dtype, request, tmp_path):
     assert written.parameters == model.num_parameters() and written.bytes == (tmp_path / "out.gguf").stat().st_size
 
 
-def test_every_layer_has_its_own_sizes(differing, tmp_path):
-    assert export_gguf(differing, tmp_path / "out.gguf", reader(pieces=False)).architecture == "deci"
-    found = fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))
-    assert found["deci.feed_forward_length"] == [24, 40]
+def test_sizes_are_those_of_each_layer_or_of_all(differing, alike, tmp_path):
+    def written(model):
+        export_gguf(model, tmp_path / "out.gguf", reader(pieces=False), overwrite=True)
+        return fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))
+
+    found = written(differing)
+    assert found["general.architecture"] == "deci" and found["deci.feed_forward_length"] == [24, 40]
     assert found["deci.attention.head_count"] == [8, 4] and found["deci.attention.head_count_kv"] == [4, 2]
     assert found["deci.attention.key_length"] == found["deci.rope.dimension_count"] == 4
     assert found["deci.vocab_size"] == 96 and found["deci.block_count"] == 2
-
-
-def test_a_uniform_model_is_written_as_what_it_is(alike, tmp_path):
-    export_gguf(alike, tmp_path / "out.gguf", reader(pieces=False))
-    found = fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))
+    found = written(alike)
     assert found["general.architecture"] == "llama" and found["llama.feed_forward_length"] == 40
     assert found["llama.attention.head_count"] == 8 and found["llama.attention.head_count_kv"] == 4
-
-
-def test_a_text_is_no_longer_than_a_sliding_window(tmp_path):
-    fields = {**GROUPED, "sliding_window": 16}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", **fields))
-    export_gguf(model, tmp_path / "out.gguf", reader(pieces=False))
-    assert fields_of(gguf.GGUFReader(tmp_path / "out.gguf"))["llama.context_length"] == 16
+    windowed = AutoModelForCausalLM.from_config(settings("mistral", sliding_window=16))
+    assert written(windowed)["llama.context_length"] == 16, "a text is no longer than a sliding window"
 
 
 def test_scaled_frequencies_are_what_transformers_computes(tmp_path):
@@ -176,14 +171,20 @@ def test_what_comes_before_the_merges_is_known_by_its_steps(key):
         pre_tokenizer(json.loads(backend.to_str()))
 
 
-@pytest.mark.parametrize(("tokens", "reason"), [
-    (lambda: tokenizer(), "found WordLevel"),
-    (lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(Unigram([("a", 0.0)], 0))), "found Unigram"),
-    (lambda: (more := reader(pieces=False)).add_tokens([f"t{n}" for n in range(9)]) and more, "99 tokens .* 96 rows"),
-], ids=["words", "unigram", "more"])  # fmt: skip
-def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(alike, tmp_path, tokens, reason):
-    with pytest.raises(StructPruneError, match=reason):
-        export_gguf(alike, tmp_path / "out.gguf", tokens())
+def test_a_tokenizer_that_llama_cpp_does_not_have_and_values_that_do_not_fit_are_refused(alike, tmp_path):
+    (more := reader(pieces=False)).add_tokens([f"t{n}" for n in range(9)])
+    unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(Unigram([("a", 0.0)], 0)))
+    infinite = build("llama-tied").to(torch.float16)
+    infinite.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("inf")
+    for model, tokens, reason in (
+        (alike, tokenizer(), "found WordLevel"),
+        (alike, unigram, "found Unigram"),
+        (alike, more, "99 tokens .* 96 rows"),
+        (build("llama-tied").double(), reader(pieces=False), "the model is in torch.float64"),
+        (infinite, reader(pieces=False), "ffn_down.*float16 cannot hold"),
+    ):
+        with pytest.raises(StructPruneError, match=reason):
+            export_gguf(model, tmp_path / "out.gguf", tokens)
     assert not [*tmp_path.iterdir()]
 
 
@@ -202,16 +203,6 @@ def test_what_may_be_replaced(alike, tmp_path):
         export_gguf(alike, file, tokens, overwrite=True)
     with pytest.raises(StructPruneError, match="is a folder; name a file"):
         export_gguf(alike, tmp_path, tokens, overwrite=True)
-
-
-def test_values_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(StructPruneError, match="the model is in torch.float64"):
-        export_gguf(build("llama-tied").double(), tmp_path / "out.gguf", reader(pieces=False))
-    model = build("llama-tied").to(torch.float16)
-    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("inf")
-    with pytest.raises(StructPruneError, match="ffn_down.*float16 cannot hold"):
-        export_gguf(model, tmp_path / "out.gguf", reader(pieces=False))
-    assert not [*tmp_path.iterdir()]
 
 
 def test_on_the_command_line(differing, tmp_path, capsys):

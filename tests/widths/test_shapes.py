@@ -89,11 +89,6 @@ def test_nothing_that_saves_enough_loses_less(seed):
     assert loss == pytest.approx(best, rel=1e-3) and saved[0] >= need[0] and saved[1] >= need[1]
 
 
-def test_the_widths_after_layers_have_gone_have_the_numbers_that_are_left():
-    shape = Shape({"mlp": {0: 5, 1: 6, 2: 7}, "attention": 2}, (0, 2))
-    assert shape.after_removal() == {"layer": 2, "mlp": {0: 5, 1: 7}, "attention": 2}
-
-
 def test_uniform_shapes_save_enough_and_one_unit_more_would_not():
     choices, need = {"mlp": range(1, SIZE + 1), "attention": range(1, GROUPS + 1)}, wanted(0.4).need
     layers = {0: 9.0, 1: 0.1, 2: 0.2, 3: 9.0}
@@ -113,7 +108,9 @@ def test_uniform_shapes_save_enough_and_one_unit_more_would_not():
         assert shape.layers in (None, (0, 1, 3), (0, 2, 3), (0, 3))
 
 
-def test_few_widths_stand_for_many():
+def test_few_widths_stand_for_many_and_have_the_numbers_that_are_left():
     assert thinned(range(5)) == [0, 1, 2, 3, 4]
     few = thinned(range(1000, 0, -1))
     assert len(few) == 16 and (few[0], few[-1]) == (1000, 1) and few == sorted(set(few), reverse=True)
+    shape = Shape({"mlp": {0: 5, 1: 6, 2: 7}, "attention": 2}, (0, 2))
+    assert shape.after_removal() == {"layer": 2, "mlp": {0: 5, 1: 7}, "attention": 2}
