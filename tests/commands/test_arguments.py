@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, ArgumentTypeError
 from dataclasses import fields, is_dataclass
-from pathlib import Path
+from shlex import split
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
@@ -12,7 +12,6 @@ import yaml
 from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig
 from optimum_structprune.commands.arguments import domain, first_sentences, pruning_config, recovery_config, setting
 from optimum_structprune.commands.flags import COMMANDS as ALL
-from optimum_structprune.system.disk import resolved
 
 
 DECLARE = {command.name: command.declare for command in ALL}
@@ -91,30 +90,23 @@ def test_help_comes_from_the_field():
         assert f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." in shown
 
 
-@pytest.mark.parametrize(("spelling", "field"), [
-    (["--width", "mlp=8"], {"widths": {"mlp": 8}}),
-    (["--target", "mlp", "--target", "attention"], {"targets": ["mlp", "attention"]}),
-    (["--skip-layer", "0"], {"skip_layers": [0]}),
-    (["--budget", "parameters=110e6"], {"budget": {"parameters": 110e6}}),
-    (["--arch", "mine.yaml"], {"arch_file": "mine.yaml"}),
-    (["--recover"], {"recovery": {}}),
-    (["--recovery-tokens", "9"], {"recovery": {"tokens": 9}}),
-    (
-        ["--recovery-tokens", "9", "--recovery", "lora={r: 2}", "--recover"],
-        {"recovery": {"tokens": 9, "lora": {"r": 2}}},
-    ),
-    (["--domain", "a=x@y.txt@0.5"], {"domains": [{"name": "a", "source": "x@y.txt", "weight": 0.5}]}),
-])  # fmt: skip
-def test_short_spellings(spelling, field, monkeypatch):
+def test_short_spellings(monkeypatch):
     monkeypatch.setattr(StructPruneConfig, "from_dict", dict)
-    assert pruning_config(parsed("prune", "m", "o", *spelling)) == field
-
-
-def test_a_number_or_a_word():
-    for words, value in (("auto", "auto"), ("8", 8)):
-        assert (
-            pruning_config(parsed("prune", "m", "o", "--sparsity", "0.2", "--batch-size", words)).batch_size == value
-        )
+    both = "--recovery-tokens 9 --recovery 'lora={r: 2}' --recover"
+    for spelling, field in (
+        ("--width mlp=8", {"widths": {"mlp": 8}}),
+        ("--target mlp --target attention", {"targets": ["mlp", "attention"]}),
+        ("--skip-layer 0", {"skip_layers": [0]}),
+        ("--budget parameters=110e6", {"budget": {"parameters": 110e6}}),
+        ("--arch mine.yaml", {"arch_file": "mine.yaml"}),
+        ("--batch-size auto", {"batch_size": "auto"}),
+        ("--batch-size 8", {"batch_size": 8}),
+        ("--recover", {"recovery": {}}),
+        ("--recovery-tokens 9", {"recovery": {"tokens": 9}}),
+        (both, {"recovery": {"tokens": 9, "lora": {"r": 2}}}),
+        ("--domain a=x@y.txt@0.5", {"domains": [{"name": "a", "source": "x@y.txt", "weight": 0.5}]}),
+    ):
+        assert pruning_config(parsed("prune", "m", "o", *split(spelling))) == field
 
 
 def test_flags_override_the_file(tmp_path):
@@ -150,25 +142,14 @@ def test_flags_of_recovery_override_the_file(tmp_path):
     assert not recovery_config(parsed("recover", "m", "o", "--adapter")).merge
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("a=1e-4", 1e-4), ("a=true", True), ("a=3", 3), ("a=cosine", "cosine"), ("a=[q, v]", ["q", "v"])],
-)
-def test_settings_have_types(text, value):
-    assert setting(text) == ("a", value) and type(setting(text)[1]) is type(value)
-
-
-@pytest.mark.parametrize("text", ["a", "=3", "a=", "a=[3"])
-def test_what_is_no_setting(text):
-    with pytest.raises(ArgumentTypeError):
-        setting(text)
-
-
-def test_a_domain_with_all_its_fields():
+def test_settings_have_types_and_a_domain_all_its_fields():
+    for text, value in {"1e-4": 1e-4, "true": True, "3": 3, "cosine": "cosine", "[q, v]": ["q", "v"]}.items():
+        assert setting(f"a={text}") == ("a", value) and type(setting(f"a={text}")[1]) is type(value)
     text = "{name: qa, source: qa.jsonl, template: 'Q: {question}', answers_only: true}"
     assert domain(text) == {"name": "qa", "source": "qa.jsonl", "template": "Q: {question}", "answers_only": True}
-    with pytest.raises(ArgumentTypeError):
-        domain("{name: qa")
+    for read, wrong in (*((setting, text) for text in ("a", "=3", "a=", "a=[3")), (domain, "{name: qa")):
+        with pytest.raises(ArgumentTypeError):
+            read(wrong)
 
 
 def test_a_source_whose_name_holds_an_at_sign(tmp_path):
@@ -177,10 +158,3 @@ def test_a_source_whose_name_holds_an_at_sign(tmp_path):
     (tmp_path / "dir@3").mkdir()
     assert domain(f"a={tmp_path}/dir@3") == {"name": "a", "source": f"{tmp_path}/dir@3"}
     assert domain(f"a={tmp_path}/dir@3@2") == {"name": "a", "source": f"{tmp_path}/dir@3", "weight": 2.0}
-
-
-def test_the_home_folder_in_an_output():
-    parser = ArgumentParser()
-    DECLARE["prune"](parser)
-    assert parser.parse_args(["m", "~/x"]).output == str(Path("~/x").expanduser()) == str(resolved("~/x"))
-    assert resolved("~nobody-x") == Path("~nobody-x").resolve(), "a name as any other"

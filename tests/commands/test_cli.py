@@ -1,11 +1,9 @@
 """The command line, through both names, as a user calls it."""
 
-import ast
 import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -22,18 +20,14 @@ from transformers import (
     XGLMConfig,
 )
 
-import optimum_structprune.commands
 from optimum_structprune import (
-    InPlaceError,
     StructPruneConfig,
-    StructPruneError,
     StructPruner,
     disable_heterogeneous,
     enable_heterogeneous,
 )
 from optimum_structprune.arch import families
-from optimum_structprune.commands.cli import execute, main
-from optimum_structprune.commands.flags import COMMANDS
+from optimum_structprune.commands.cli import main
 
 
 BIN = Path(sys.executable).parent
@@ -63,25 +57,16 @@ def call(name, *arguments):
 
 @pytest.mark.slow
 def test_prune_in_a_subprocess(folder):
-    done = call("structprune", *command(folder, "--width", "mlp=24", "--width", "attention=2", "--overwrite"))
+    widths = ["--width", "mlp=24", "--width"]
+    done = call("structprune", *command(folder, *widths, "attention=2", "--overwrite"))
     assert done.returncode == 0, done.stderr
     assert "width mlp" in done.stdout and "perplexity a" in done.stdout and "from_pretrained" in done.stdout
     small = AutoModelForCausalLM.from_pretrained(folder / "out")
     assert (small.config.intermediate_size, small.config.num_key_value_heads) == (24, 2)
     assert torch.isfinite(small(token_ids()).logits).all()
-
-
-@pytest.mark.slow
-def test_a_users_mistake_is_one_line_and_exit_code_2(folder):
-    done = call("optimum-cli", *command(folder, "--width", "attention=3", "--overwrite"))
+    done = call("optimum-cli", *command(folder, *widths, "attention=3", "--overwrite"))
     assert done.returncode == 2
     assert "nearest legal choice is 2 or 4" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_inspect(folder, capsys):
-    assert main(["inspect", str(folder / "model")]) == 0
-    shown = capsys.readouterr().out
-    assert "llama, 2 layers" in shown and "1-2, 4" in shown and "1-40" in shown
 
 
 def test_an_unknown_architecture_from_stub_to_pruned(folder, tmp_path, capsys):
@@ -125,7 +110,8 @@ def test_settings_reach_the_run(folder, tmp_path):
     assert used.checkpoint_dir == str(tmp_path)
 
 
-def test_bad_input(folder, tmp_path, capsys):
+def test_bad_input(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(StructPruner, "take_", None)
     BertModel(
         BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     ).save_pretrained(tmp_path / "bert")
@@ -159,6 +145,7 @@ def test_bad_input(folder, tmp_path, capsys):
         (["plan", model, "--sparsity", "0.2", "--rounds", "two"], "'rounds' expected int, got str (value: 'two')"),
         (["plan", model, "--budget", "parameters=9", "--budget", "bytes=9"], "budget names exactly one of"),
         (["prune", model, out, "--sparsity", "0.2", "--recovery", "token=9"], "Did you mean 'tokens'"),
+        (["prune", model, out, "--sparsity", "0.2", "--recovery", "lora={rank: 4}"], "LoraConfig has no field 'rank'"),
         (["inspect", str(tmp_path / "missing")], "missing"),
         (["inspect", str(tmp_path / "xglm")], "'xglm' is not described"),
         (["inspect", model, "--arch", str(tmp_path / "none.yaml")], "none.yaml cannot be read"),
@@ -171,61 +158,28 @@ def test_bad_input(folder, tmp_path, capsys):
         assert not Path(out).exists()
 
 
-@pytest.mark.parametrize(("flag", "message"), [
-    (["--width", "mlp"], "argument --widths/--width: expected NAME=VALUE, got 'mlp'"),
-    (["--domain", "wiki"], "argument --domains/--domain: expected NAME=SOURCE[@WEIGHT], got 'wiki'"),
-    (["--recovery", "tokens=[1"], "argument --recovery: '[1' is not YAML"),
-    (["--sparsty", "0.2"], "there is no flag --sparsty. Did you mean '--sparsity'? Known: "),
-    (["--recovry=tokens=3"], "there is no flag --recovry. Did you mean '--recovery'? Known: "),
-])  # fmt: skip
-def test_argparse_refuses_what_it_cannot_read(flag, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["prune", "m", "o", *flag])
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+def test_argparse_refuses_what_it_cannot_read(capsys):
+    for flag, message in (
+        (["--width", "mlp"], "argument --widths/--width: expected NAME=VALUE, got 'mlp'"),
+        (["--domain", "wiki"], "argument --domains/--domain: expected NAME=SOURCE[@WEIGHT], got 'wiki'"),
+        (["--recovery", "tokens=[1"], "argument --recovery: '[1' is not YAML"),
+        (["--sparsty", "0.2"], "there is no flag --sparsty. Did you mean '--sparsity'? Known: "),
+        (["--recovry=tokens=3"], "there is no flag --recovry. Did you mean '--recovery'? Known: "),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["prune", "m", "o", *flag])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_recovery_is_checked_before_anything_is_pruned(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(StructPruner, "prune_model", None)
-    arguments = ["prune", str(folder / "model"), str(tmp_path / "out"), "--width", "mlp=24", "--device", "cpu"]
-    assert main([*arguments, "--recovery", "lora={rank: 4}"]) == 2
-    assert "LoraConfig has no field 'rank'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("error", "code", "shown"), [
-    (StructPruneError("Two\n lines."), 2, "structprune: error: Two lines.\n"),
-    (InPlaceError("Pruning stopped half-way."), 2, "structprune: error: Pruning stopped half-way.\n"),
-    (KeyboardInterrupt(), 130, ""),
-])  # fmt: skip
-def test_exit_codes(error, code, shown, capsys):
-    def run(args):
-        raise error
-
-    assert execute(Namespace(run=run)) == code
-    assert capsys.readouterr().err == shown
-
-
-def test_a_failure_inside_the_rounds_is_one_line(folder, capsys, monkeypatch):
-    take_ = StructPruner.take_
-
-    def fail(self, run, step):
-        take_(self, run, step)
-        raise RuntimeError("the disk is full")
-
-    monkeypatch.setattr(StructPruner, "take_", fail)
-    assert main(command(folder, "--width", "mlp=24", "--overwrite")) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == (
-        "structprune: error: Pruning stopped (the disk is full), and the model had already begun to change: load it "
-        "again."
-    )
-
-
-def test_a_plan_is_a_dry_run(folder, capsys):
+def test_a_plan_is_a_dry_run_and_inspect_says_what_there_is(folder, capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     assert "A dry run" in capsys.readouterr().out
     assert main(["plan", str(folder / "model"), "--width", "mlp=24"]) == 0
     assert "width mlp" in capsys.readouterr().out
+    assert main(["inspect", str(folder / "model")]) == 0
+    shown = capsys.readouterr().out
+    assert "llama, 2 layers" in shown and "1-2, 4" in shown and "1-40" in shown
 
 
 def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkeypatch):
@@ -254,17 +208,6 @@ def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkey
         disable_heterogeneous()
         enable_heterogeneous()
         assert main([*arguments, *arch]) == 0, capsys.readouterr().err
-
-
-def imported(path: Path) -> set[str]:
-    nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
-    return {node.module for node in nodes if node.level == 1 and node.module}
-
-
-def test_no_command_imports_another():
-    modules = {command.function.partition(".")[0] for command in COMMANDS}
-    for name in modules:
-        assert not imported(Path(optimum_structprune.commands.__path__[0]) / f"{name}.py") & modules, name
 
 
 def test_the_registration_stays_light():

@@ -1,16 +1,11 @@
 """`structprune recover` and `structprune prune --recover`."""
 
 import json
-import subprocess
-import sys
-import time
-from pathlib import Path
+import shutil
 
 import pytest
-import torch
 from helpers import save_with_tokenizer
 from models import build, config, documents, tokenizer
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import Recovery, StructPruner
@@ -54,42 +49,38 @@ def test_a_worse_model_does_not_take_the_place_of_a_better_one(folder, capsys, m
     assert AutoModelForCausalLM.from_pretrained(folder / "bad.worse").config.intermediate_size == 24
 
 
-def test_prune_and_recover_keeps_the_pruned_model_where_training_makes_it_worse(folder, monkeypatch):
+def test_prune_and_recover_keeps_the_pruned_model_where_training_makes_it_worse(folder, monkeypatch, capsys):
     monkeypatch.setattr("optimum_structprune.recovery.trainer.ROUNDING", -10.0)  # a training never brings as much
     arguments = ["prune", str(folder / "model"), str(folder / "kept"), "--width", "mlp=24", "--num-samples", "6"]
-    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]
-    assert main([*arguments, *text]) == 0
+    line = [*arguments, "--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]
+    assert main(line) == 0
     pruned = files(folder / "kept")["model.safetensors"]
-    settings = "{tokens: 240, training: {disable_tqdm: true}}"
-    (folder / "bad.yaml").write_text(f"recovery: {settings}\n")
-    bad = [*arguments, *text, "--config", str(folder / "bad.yaml"), "--overwrite"]
+    (folder / "bad.yaml").write_text("recovery: {tokens: 240, training: {disable_tqdm: true}}\n")
+    bad = [*line, "--config", str(folder / "bad.yaml"), "--overwrite"]
     assert main(bad) == 1
-    assert files(folder / "kept")["model.safetensors"] == pruned and "recovery_report.json" not in files(
-        folder / "kept"
-    )
+    kept = files(folder / "kept")
+    assert kept["model.safetensors"] == pruned and "recovery_report.json" not in kept
     assert files(folder / "kept.worse")["model.safetensors"] != pruned
-    assert main([*bad, "--accept-worse"]) == 0
+    capsys.readouterr()
+    assert main([*bad, "--accept-worse", "--json"]) == 0
+    shown = capsys.readouterr()
+    values = json.loads(shown.out)
+    assert values["perplexity"]["a"]["after"] > 0 and values["recovery"]["perplexity"]["a"]["recovered"] > 0
+    assert f"the pruned model is saved to {folder / 'kept'}" in shown.err
     assert files(folder / "kept")["model.safetensors"] != pruned
+    assert json.loads((folder / "kept" / "recovery_report.json").read_text())["tokens"] == 240
 
 
-def test_an_adapter_is_no_model_to_recover(folder, capsys, tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    line = command(folder, output="wrong")
-    assert main([line[0], str(tmp_path), *line[2:]]) == 2
-    assert "holds an adapter and no model. In Python, load_adapter(pruned_model" in capsys.readouterr().err
-
-
-def test_every_round_of_the_pruning_is_no_matter_afterwards(folder):
-    # 96 tokens are 4 samples, too few for each of 6 rounds.
-    every = ["--tokens", "96", "--every-round"]
-    pruned = folder / "rounds"
-    pruned.mkdir()
-    for name, content in files(folder / "pruned").items():
-        (pruned / name).write_bytes(content)
-    config_path = pruned / "structprune_config.json"
+def test_every_round_of_the_pruning_is_no_matter_afterwards_and_an_adapter_may_stand_alone(folder):
+    shutil.copytree(folder / "pruned", folder / "rounds")
+    config_path = folder / "rounds" / "structprune_config.json"
     config_path.write_text(json.dumps({**json.loads(config_path.read_text()), "rounds": 6}))
-    line = command(folder, *every, "--teacher", str(folder / "model"), output="parts")
-    assert main([line[0], str(pruned), *line[2:]]) == 0
+    # 96 tokens are 4 samples, too few for each of 6 rounds.
+    line = command(folder, "--tokens", "96", "--every-round", "--teacher", str(folder / "model"), output="parts")
+    assert main([line[0], str(folder / "rounds"), *line[2:]]) == 0
+    assert main(command(folder, "--tokens", "96", "--adapter", output="adapter")) == 0
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (folder / "adapter" / "model.safetensors").exists()
 
 
 def test_recover(folder, capsys):
@@ -103,12 +94,6 @@ def test_recover(folder, capsys):
     assert not (folder / "out.checkpoints").exists()
 
 
-def test_the_adapter_alone(folder):
-    assert main(command(folder, "--adapter", output="adapter")) == 0
-    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    assert not (folder / "adapter" / "model.safetensors").exists()
-
-
 def test_interrupted_and_resumed(folder, capsys, monkeypatch):
     def interrupt(self, *args, **kwargs):
         raise KeyboardInterrupt
@@ -119,34 +104,6 @@ def test_interrupted_and_resumed(folder, capsys, monkeypatch):
     assert "--resume" in capsys.readouterr().err
     assert main(command(folder, "--resume", output="later")) == 2
     assert "no checkpoint in" in capsys.readouterr().err
-
-
-@pytest.mark.nightly
-def test_killed_and_resumed(folder, capsys):
-    again = ["--overwrite", "--training", "save_steps=2"]
-    line = command(folder, "--tokens", "4800", *again, output="killed")
-    program = "from optimum_structprune.commands.cli import main; import sys; main(sys.argv[1:])"
-    checkpoints = folder / "killed.checkpoints"
-    with subprocess.Popen([sys.executable, "-c", program, *line], stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
-            time.sleep(0.02)
-        process.kill()
-    assert process.returncode == -9 and not (folder / "killed").exists()
-    assert main([*line, "--resume"]) == 0
-    whole = command(folder, "--tokens", "4800", *again, output="whole")
-    assert main(whole) == 0
-    resumed, uncut = (load_file(folder / name / "model.safetensors") for name in ("killed", "whole"))
-    torch.testing.assert_close(resumed, uncut)
-
-
-def test_prune_and_recover(folder, capsys):
-    arguments = ["prune", str(folder / "model"), str(folder / "both"), "--width", "mlp=24", "--num-samples", "6"]
-    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu", "--recovery-tokens", "240"]
-    assert main([*arguments, *text, "--accept-worse"]) == 0
-    shown = capsys.readouterr().out
-    assert "width mlp" in shown and "recovery: 240 tokens" in shown
-    assert AutoModelForCausalLM.from_pretrained(folder / "both").config.intermediate_size == 24
-    assert json.loads(Path(folder / "both" / "recovery_report.json").read_text())["tokens"] == 240
 
 
 def test_code_of_the_teacher_is_run_where_it_is_allowed(folder, monkeypatch, capsys):
@@ -165,15 +122,18 @@ def test_code_of_the_teacher_is_run_where_it_is_allowed(folder, monkeypatch, cap
     assert allowed == [True, False]
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--tokens", "3"], "24 is enough"),
-    (["--training", "learning_rat=1"], "Did you mean 'learning_rate'"),
-    (["--teacher", "no/where"], "'no/where' cannot be loaded"),
-    (["--kl-weight", "2"], "between 0 and 1"),
-    (["--domain", "b=./gone.txt"], "gone.txt"),
-])  # fmt: skip
-def test_mistakes_are_one_line(folder, flags, message, capsys):
-    assert main(command(folder, *flags, output="wrong")) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("structprune: error:")]
-    assert len(lines) == 1 and message in lines[0]
+def test_mistakes_are_one_line(folder, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    line = command(folder, output="wrong")
+    for arguments, message in (
+        ([line[0], str(tmp_path), *line[2:]], "holds an adapter and no model. In Python, load_adapter(pruned_model"),
+        ([*line, "--tokens", "3"], "24 is enough"),
+        ([*line, "--training", "learning_rat=1"], "Did you mean 'learning_rate'"),
+        ([*line, "--teacher", "no/where"], "'no/where' cannot be loaded"),
+        ([*line, "--kl-weight", "2"], "between 0 and 1"),
+        ([*line, "--domain", "b=./gone.txt"], "gone.txt"),
+    ):
+        assert main(arguments) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("structprune: error:")]
+        assert len(lines) == 1 and message in lines[0]
     assert not (folder / "wrong").exists()

@@ -61,38 +61,32 @@ def test_only_the_curve_and_sizes_that_coincide(folder, capsys):
     assert "sparsity 0.2 and 0.21 come to the same widths" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", ["setting", "model", "text"])
-def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, capsys, change):
-    save_with_tokenizer(build("llama-tied"), tmp_path / "model")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80)))
+def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, capsys):
+    def written(seed=0, text=0):
+        save_with_tokenizer(build("llama-tied", seed), tmp_path / "model")
+        lines = (json.dumps({"text": text}) + "\n" for text in documents(80, text))
+        (tmp_path / "a.jsonl").write_text("".join(lines))
+
+    written()
     assert main(line(tmp_path, "out", "0.1", more=["--no-save"])) == 0
     curve = (tmp_path / "out" / "curve.csv").read_text()
-    if change == "model":
-        save_with_tokenizer(build("llama-tied", 1), tmp_path / "model")
-    if change == "text":
-        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80, 1)))
-    capsys.readouterr()
-    more = ["--no-save", *(["--damping", "0.5"] if change == "setting" else [])]
-    assert main(line(tmp_path, "out", "0.1", "0.3", more=more)) == 2
-    assert "holds size 1 of a run with another model, config or calibration text" in capsys.readouterr().err
-    assert (tmp_path / "out" / "curve.csv").read_text() == curve
+    for changed, flags in (({}, ["--damping", "0.5"]), ({"seed": 1}, []), ({"text": 1}, [])):
+        written(**changed)
+        capsys.readouterr()
+        assert main(line(tmp_path, "out", "0.1", "0.3", more=["--no-save", *flags])) == 2
+        assert "holds size 1 of a run with another model, config or calibration text" in capsys.readouterr().err
+        assert (tmp_path / "out" / "curve.csv").read_text() == curve
 
 
-@pytest.mark.parametrize(("sizes", "more", "message"), [
-    (["0.1", "1.5"], [], "has to lie between 0 and 1"),
-    (["0.1", "0.99"], [], "sparsity=0.99 is more than"),
-    (["0.1"], ["--allocation", "sideways"], "allocation"),
-    (["0.1"], ["--stats", "nowhere"], "holds no statistics"),
-])  # fmt: skip
-def test_what_cannot_be_done_is_refused_before_anything_runs(folder, capsys, monkeypatch, sizes, more, message):
-    def refused(*args):
-        raise AssertionError("a size was pruned")
-
-    monkeypatch.setattr(sweep, "_pruned", refused)
-    assert main(line(folder, "refused", *sizes, more=more)) == 2
-    assert message in capsys.readouterr().err and not (folder / "refused").exists()
-
-
-def test_a_folder_of_something_else_is_left_alone(folder, capsys):
+def test_what_cannot_be_done_is_refused_before_anything_runs(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "_pruned", None)
+    for sizes, more, message in (
+        (["0.1", "1.5"], [], "has to lie between 0 and 1"),
+        (["0.1", "0.99"], [], "sparsity=0.99 is more than"),
+        (["0.1"], ["--allocation", "sideways"], "allocation"),
+        (["0.1"], ["--stats", "nowhere"], "holds no statistics"),
+    ):
+        assert main(line(folder, "refused", *sizes, more=more)) == 2
+        assert message in capsys.readouterr().err and not (folder / "refused").exists()
     assert main(line(folder, "model", "0.1")) == 2
     assert "holds something else than a sweep" in capsys.readouterr().err

@@ -1,0 +1,123 @@
+"""`structprune compare` and `structprune benchmark`: what they show, and what they refuse before a model is loaded."""
+
+import csv
+import json
+
+import pytest
+import torch
+from helpers import save_with_tokenizer
+from models import build, config, documents, tokenizer
+
+from optimum_structprune import DomainConfig, StructPruner, perplexity
+from optimum_structprune.commands import loading, measure
+from optimum_structprune.commands.cli import main
+from optimum_structprune.commands.loading import Loading
+from optimum_structprune.commands.measure import names_of
+from optimum_structprune.evaluation.heldout import read_heldout
+
+
+SHORT = ["--prompt", "8", "--new-tokens", "2", "--repeats", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("measure")
+    dense = build("llama-tied")
+    save_with_tokenizer(dense, folder / "dense")
+    small = StructPruner(config(sparsity=0.3, allocation="global", round_to=1)).prune_model(dense, tokenizer())
+    save_with_tokenizer(small, folder / "small")
+    build("bert").save_pretrained(folder / "bert")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(40)))
+    items = [{"query": "w3 w4", "choices": ["w5", "w6"], "gold": number % 2} for number in range(4)]
+    (folder / "task.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return folder
+
+
+def test_models_side_by_side(folder, capsys):
+    models = [str(folder / name) for name in ("dense", "small")]
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--task", str(folder / "task.jsonl")]
+    files = ["--csv", str(folder / "c.csv"), "--json", str(folder / "c.json")]
+    for _ in range(2):  # a result replaces a result
+        assert main(["compare", *models, *text, *files, "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((folder / "c.json").read_text())["models"]
+    rows = {row["model"]: row for row in csv.DictReader((folder / "c.csv").open())}
+    for name in ("dense", "small"):
+        model = Loading().model(str(folder / name))
+        assert found[name]["parameters"] == int(rows[name]["parameters"]) == model.num_parameters()
+        widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
+        assert found[name]["widths"]["mlp"] == widths
+        heads = sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
+        assert found[name]["cache_per_token"] == 2 * 4 * heads
+        assert found[name]["tasks"]["task"]["items"] == 4
+        assert f"{model.num_parameters():,}" in shown
+    samples = read_heldout(DomainConfig(name="a", source=str(folder / "a.jsonl")), tokenizer(), 24).samples
+    assert float(rows["dense"]["perplexity a"]) == pytest.approx(perplexity(build("llama-tied"), samples), rel=1e-4)
+
+
+def test_speed_is_measured_where_it_is_asked_for(folder, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "PROMPTS", [8])
+    assert main(["compare", str(folder / "dense"), "--speed", "--json", "--quiet", "--device", "cpu"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["models"]["dense"]["read"] > 0 and "a prompt of 8 tokens" in values["notes"][0]
+
+
+def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
+    monkeypatch.setattr(Loading, "model", None)
+    monkeypatch.chdir(folder)
+    for line, message in (
+        (["--csv", "/nowhere/x.csv"], "there is no folder /nowhere"),
+        (["--csv", "dense/config.json"], "config.json is no result of structprune, so it is not replaced"),
+        (["--json", "dense/config.json"], "config.json is no result of structprune, so it is not replaced"),
+        (["--dtype", "float8"], "--dtype float8 is not known"),
+        (["/nowhere/model"], "/nowhere/model"),
+    ):
+        assert main(["compare", str(folder / "dense"), *line]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_several_models_shapes_and_the_same_model_twice(folder, capsys):
+    dense, other = str(folder / "dense"), str(folder / "small")
+    line = ["benchmark", dense, other, dense, *SHORT, "--prompt", "4", "--batch-size", "1", "--batch-size", "3"]
+    assert main([*line, "--dtype", "bfloat16", "--threads", "1", "--clock", "cpu", "--json", "--quiet"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    names = [f"{dense} (1)", "small", f"{dense} (2)"]
+    assert [*values["models"]] == names and values["threads"] == 1 and values["clock"] == "cpu"
+    assert [(one["batch_size"], one["prompt"], one["model"]) for one in values["measurements"]] == [
+        (batch_size, prompt, name) for batch_size in (1, 3) for prompt in (8, 4) for name in names
+    ]
+    assert names_of(["a/x", "b/x", "c"]) == ["a/x", "b/x", "c"], "by the ends of their paths, where these differ"
+    assert names_of(["a/x", "a/x", "org/y"]) == ["a/x (1)", "a/x (2)", "y"]
+    first, *_, twin = values["models"].values()
+    assert first == twin and first["dtype"] == "bfloat16"
+    assert first["files"] == (folder / "dense" / "model.safetensors").stat().st_size
+
+
+def test_mistakes_are_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
+    monkeypatch.setattr(Loading, "model", None)
+    for model, flags, message in (
+        ("nowhere", [], "nowhere"),
+        ("bert", [], "bert is a BertForMaskedLM, which does not predict the next token"),
+        ("small", ["--dtype", "int3"], "--dtype int3 is not known"),
+        ("small", ["--prompt", "63"], "take 65 positions, and dense has 64: the longest prompt is 62"),
+        ("small", ["--batch-size", "0"], "batch_size has to be 1 or more, got 0"),
+        ("small", ["--clock", "sun"], "There is no clock 'sun'; choose one of wall, cpu"),
+        ("small", ["--device", "auto"], "--device auto spreads a model"),
+        ("small", ["--device", "nothing"], "--device nothing cannot be used"),
+    ):
+        assert main(["benchmark", str(folder / "dense"), str(folder / model), *SHORT, *flags]) == 2
+        line, *more = capsys.readouterr().err.splitlines()
+        assert message in line and not more
+    monkeypatch.setattr(loading, "usable_device", lambda name: "cuda")
+    assert main(["benchmark", str(folder / "dense"), str(folder / "small"), *SHORT[:-2], "--clock", "cpu"]) == 2
+    assert "The clock 'cpu' does not see what cuda does; choose 'wall'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_memory_on_cuda_is_that_of_one_model(folder, capsys):
+    line = ["benchmark", str(folder / "dense"), str(folder / "dense"), *SHORT[:-2], "--device", "cuda", "--json"]
+    assert main(line) == 0
+    values = json.loads(capsys.readouterr().out)
+    one, two = (measured["memory"] for measured in values["measurements"])
+    weights = next(iter(values["models"].values()))["weights"]
+    assert "CUDA" in values["memory_is"] and weights < one < 100 * weights and one == two
