@@ -105,8 +105,9 @@ def _prune_and_save(
         check = ShortCheck(tokenizer, _tokens_read(args, pruner.config))
         check.ask("dense", model)
         pruned = pruner.prune_model(model, tokenizer, inplace=True)
+        assert pruner.report is not None and pruner.tokenizer is not None
+        check.tokenizer = tokenizer = pruner.tokenizer
         check.ask("pruned", pruned)
-        assert pruner.report is not None
         pruner.report.answers = check.items()
         if args.resume:  # who repeats the run does not go on with this one
             pruner.used_config = replace(pruner.used_config, checkpoint_dir=None)

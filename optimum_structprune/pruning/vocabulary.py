@@ -23,6 +23,7 @@ from ..surgery.resize import drop_tokens_
 from ..vocabulary.choose import keep_tokens, token_shares
 from ..vocabulary.tokens import Vocabulary
 from .evidence import Evidence
+from .measure import Measure
 from .run import Run
 
 
@@ -72,14 +73,16 @@ def read_text(
 
 def remove_tokens_(run: Run, vocabulary: SmallerVocabulary) -> None:
     """Leave the model of a run the tokens of a smaller vocabulary; what follows takes it for the dense model."""
+    if run.measure is not None and run.arch.causal:
+        run.measure.read_by(vocabulary.tokenizer, run.model)  # refuses samples that are too long for it
     with run.report.timed("vocabulary"):
         run.changed = True
         drop_tokens_(run.model, run.arch, vocabulary.keep)
     run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): vocabulary.keep}))
     run.arch, run.tokenizer = run.described(), vocabulary.tokenizer
     run.counted = [Entry.of(domain, COUNTED) for domain in vocabulary.dense_domains]
-    if run.measure is not None:
-        run.measure.read_by(run.tokenizer, run.model)
+    if not run.arch.causal:  # hidden states of other tokens do not compare
+        run.measure = Measure(run.model, run.evidence.domains, run.arch)
 
 
 def _for_two_readings(config: StructPruneConfig) -> list[StructPruneConfig]:
