@@ -53,8 +53,10 @@ def read_text(
     if tokenizer is None or VOCAB not in widths:
         return Evidence.read(config, model, tokenizer, inputs), None
     vocabulary, number = Vocabulary.of(tokenizer), arch.of(VOCAB)[0].width_in(widths)
-    always = _always(config, model, tokenizer, vocabulary)
-    most = min(arch.of(VOCAB)[0].size, vocabulary.size)
+    rows = arch.of(VOCAB)[0].size
+    # A tokenizer may name tokens that the model has no rows for; they stay behind all others.
+    most, beyond = min(rows, vocabulary.size), range(rows, vocabulary.size)
+    always = _always(config, model, tokenizer, vocabulary) - {*beyond}
     if not len(always) <= number <= most:
         raise StructPruneError(
             f"vocab={number:,} is no number of tokens that this model can keep: {len(always):,} of {most:,} always "
@@ -62,13 +64,14 @@ def read_text(
         )
     first, again = _for_two_readings(config)
     dense = Evidence.read(first, model, tokenizer)
-    keep = keep_tokens(vocabulary, token_shares(dense.domains, vocabulary.size), number, always)
+    shares = token_shares(dense.domains, vocabulary.size)
+    keep = keep_tokens(vocabulary, shares, number + len(beyond), {*always, *beyond})
     smaller = vocabulary.smaller(keep)
     texts = (str(tokenizer.decode(ids)) for domain in dense.domains for ids in domain.pool)
     vocabulary.check(smaller, keep, texts)
     seen = dense.manifest(tokenizer).after(Manifest.seen_by(model))
     evidence = Evidence.read(again, model, tokenizer, reader=smaller, seen=seen)
-    return evidence, SmallerVocabulary(keep, smaller, tuple(dense.domains))
+    return evidence, SmallerVocabulary(keep[:number], smaller, tuple(dense.domains))
 
 
 def remove_tokens_(run: Run, vocabulary: SmallerVocabulary) -> None:

@@ -312,8 +312,8 @@ def load_teacher(
     taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
     if taught == learnt:
         return teacher
-    keep = _tokens_in(str(teacher.name_or_path), tokenizer, trust_remote_code)
-    if len(keep) != learnt or keep[-1] >= taught:
+    keep = _tokens_in(str(teacher.name_or_path), tokenizer, trust_remote_code)[:learnt]
+    if len(keep) < learnt or keep[-1] >= taught:
         raise StructPruneError(
             f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}, so their predictions "
             "cannot be compared; take the model that was pruned as the teacher, or leave the teacher out."

@@ -1,5 +1,6 @@
 """A smaller vocabulary: what its model computes, what it is chosen by, and what is saved with it."""
 
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -60,11 +61,20 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
         assert AutoTokenizer.from_pretrained(tmp_path / str(number)).decode(ids) == reader().decode(
             reader()(pruner.tokenizer.decode(ids))["input_ids"]
         )
+    assert "It has its own tokenizer" in (tmp_path / "1" / "README.md").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
     torch.testing.assert_close(logits(again, ids), logits(small, ids), atol=1e-6, rtol=0)
     assert pruner.report.parameters["before"] - pruner.report.parameters["after"] == 2 * 32 * 80
     with pytest.warns(UserWarning, match="another tokenizer"):
         prune_model(model, asking(), reader())
+
+
+def test_a_tokenizer_may_name_tokens_that_the_model_has_no_rows_for():
+    larger = deepcopy(reader())
+    larger.add_tokens(["<image>"])
+    pruner = StructPruner(asking())
+    small = pruner.prune_model(text_model(), larger)
+    assert small.config.vocab_size == 320 == pruner.tokenizer.convert_tokens_to_ids("<image>")
 
 
 @pytest.mark.parametrize(("auto", "kind", "fields"), [
