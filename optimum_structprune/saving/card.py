@@ -18,7 +18,6 @@ from transformers import PretrainedConfig
 from .. import __version__
 from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 from ..arch.meta import model_class
-from ..arch.spec import VOCAB
 from ..config.fields import read_mapping, to_yaml
 from ..domains.manifest import CALIBRATED, TRAINED
 from ..plain_json import unversioned
@@ -114,7 +113,6 @@ def model_card(
         sizes=_sizes(records.report),
         perplexity=_perplexity(records),
         answers=_answers(records),
-        fewer_tokens=VOCAB in (records.report.get("widths") or {}),
         calibration=_domains(records, CALIBRATED),
         trained_on=_domains(records, TRAINED),
         apart=records.apart,
