@@ -54,8 +54,8 @@ above_one = _range(lambda value: value > 1, "has to be greater than 1, got {}; 1
 
 
 def filled(value: Any) -> None:
-    """Something that is not empty."""
-    if not value:
+    """Something that is not empty; None, where the type allows it."""
+    if value is not None and not value:
         raise ValueError(f"has to name at least one, got {value!r}")
 
 

@@ -44,7 +44,8 @@ REFITS: Registry[Any] = Registry("refit", "optimum_structprune.refits", ("none",
 ALLOCATIONS: Registry[Any] = Registry(
     "allocation", "optimum_structprune.allocations", (ONE_WIDTH[0], "global", *MEASURED)
 )
-BUDGETS = ("parameters", "bytes", "cache_bytes_per_token", "flops_per_token")
+CACHE = "cache_bytes_per_token"
+BUDGETS = ("parameters", "bytes", CACHE, "flops_per_token")
 AUTO = "auto"
 
 
@@ -64,7 +65,9 @@ class StructPruneConfig(Serialisable):
             parameters in its dtype, `{"cache_bytes_per_token": 9000}` of keys and values, or `{"flops_per_token":
             200_000_000}` to read a prompt of `seq_length` tokens. A number below 1 is a share of what the dense model
             has. The widths are the largest that keep to it.
-        targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths.
+        targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths. None stands for `mlp`,
+            which loses least where nothing is measured; with an allocation that measures losses for `mlp` and
+            `attention`, and with a budget of the cache for `attention`.
         keep_tokens: What stays of a vocabulary that gets smaller (`vocab`): a file with a token or a text in each
             line, or a regular expression that fits the text of tokens.
         criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares
@@ -127,7 +130,7 @@ class StructPruneConfig(Serialisable):
     sparsity: Number | None = validated_field(share, default=None)
     widths: dict[str, int | list[int] | dict[Any, int]] | None = None
     budget: dict[str, Number] | None = None
-    targets: tuple[str, ...] | list[str] = validated_field(filled, default=("mlp", "attention"))
+    targets: tuple[str, ...] | list[str] | None = validated_field(filled, default=None)
     keep_tokens: str | None = None
     criterion: str | None = None
     refit: str = validated_field(REFITS.check, default="least_squares")
@@ -156,7 +159,7 @@ class StructPruneConfig(Serialisable):
     arch_file: str | None = None
 
     def __post_init__(self) -> None:
-        self.targets = tuple(self.targets)
+        self.targets = self.targets and tuple(self.targets)
         self.skip_layers = tuple(self.skip_layers)
         if self.widths is not None:
             self.widths = {name: _by_layer(name, width) for name, width in self.widths.items()}
@@ -177,6 +180,12 @@ class StructPruneConfig(Serialisable):
     def samples_at_once(self) -> int:
         """The number of samples in a forward pass; the least where the device has not been asked yet."""
         return 1 if self.batch_size == AUTO else int(self.batch_size)
+
+    @property
+    def shrinking(self) -> tuple[str, ...]:
+        """The spaces that may shrink where their widths are chosen, named or not."""
+        by_default = ("mlp", "attention") if self.searches else ("mlp",)
+        return tuple(self.targets or (("attention",) if CACHE in (self.budget or {}) else by_default))
 
     @property
     def scored_by(self) -> str:
@@ -222,23 +231,7 @@ class StructPruneConfig(Serialisable):
 
     def validate_amount(self) -> None:
         """Exactly one of `sparsity`, `widths` and `budget`, and numbers that are positive."""
-        given = {name: getattr(self, name) for name in AMOUNTS}
-        if sum(value is not None for value in given.values()) != 1:
-            fields = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise ValueError(f"exactly one of sparsity, widths and budget says how much to remove, got {fields}")
-        for name, limit in (self.budget or {}).items():
-            if name not in BUDGETS:
-                raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")
-            if not (finite(limit) and limit > 0):
-                raise ValueError(f"budget[{name!r}] has to be greater than 0, got {limit}")
-        if self.budget is not None and len(self.budget) != 1:
-            raise ValueError(f"budget names exactly one of {', '.join(BUDGETS)}, got {self.budget}")
-        for name, width in (self.widths or {}).items():
-            by_layer = [width] if isinstance(width, int) else width.values() if isinstance(width, dict) else width
-            if min(by_layer, default=0) < 1:
-                raise ValueError(f"widths[{name!r}] has to be 1 or more, got {width}")
-        if self.widths == {}:
-            raise ValueError("widths has to name at least one space, such as {'mlp': 1152}, got {}")
+        _check_amount(self)
 
     def validate_domains(self) -> None:
         """At least one domain, and no two of the same name."""
@@ -278,6 +271,27 @@ def _by_layer(name: str, width: Any) -> int | dict[int, int]:
         except (TypeError, ValueError) as error:
             raise StructPruneError(f"widths[{name!r}] names layers by their numbers, got {list(width)}.") from error
     return dict(enumerate(width)) if isinstance(width, list) else width
+
+
+def _check_amount(config: StructPruneConfig) -> None:
+    """Refuse all but one amount, and numbers that are not positive."""
+    given = {name: getattr(config, name) for name in AMOUNTS}
+    if sum(value is not None for value in given.values()) != 1:
+        fields = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"exactly one of sparsity, widths and budget says how much to remove, got {fields}")
+    for name, limit in (config.budget or {}).items():
+        if name not in BUDGETS:
+            raise ValueError(f"budget has no {name!r}.{did_you_mean(name, BUDGETS)}")
+        if not (finite(limit) and limit > 0):
+            raise ValueError(f"budget[{name!r}] has to be greater than 0, got {limit}")
+    if config.budget is not None and len(config.budget) != 1:
+        raise ValueError(f"budget names exactly one of {', '.join(BUDGETS)}, got {config.budget}")
+    for name, width in (config.widths or {}).items():
+        by_layer = [width] if isinstance(width, int) else width.values() if isinstance(width, dict) else width
+        if min(by_layer, default=0) < 1:
+            raise ValueError(f"widths[{name!r}] has to be 1 or more, got {width}")
+    if config.widths == {}:
+        raise ValueError("widths has to name at least one space, such as {'mlp': 1152}, got {}")
 
 
 def _check_together(config: StructPruneConfig) -> None:

@@ -58,7 +58,7 @@ def target_widths(
 def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
     """The legal widths of the spaces that a config names, ascending, by kind of space."""
     legal = {}
-    for name in config.targets if config.widths is None else config.widths:
+    for name in config.shrinking if config.widths is None else config.widths:
         if name not in arch.offered:
             reason = dict(arch.missing).get(name)
             raise StructPruneError(
@@ -211,7 +211,7 @@ def widths_for_sparsity(
         share = sum(removable.values()) / sum(arch.layer_params)
         raise StructPruneError(
             f"sparsity={sparsity} is more than {', '.join(legal)} can give: at most {share:.3f} of the layers' "
-            "parameters; lower it or add targets."
+            "parameters; lower it, or add targets such as 'attention'."
         )
     order = sorted(legal, key=lambda name: -cost[name])
     widths: dict[str, int] = {}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Width, Widths
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.generation import cached_values, flops_per_token, why_not_counted
 from .allocation import check_may_differ, choices, legal_widths, smallest_widths, spaces_by_layer, target_widths
@@ -39,7 +39,7 @@ def widths_of(
     cost = _cost_of(config, arch, model, legal, itemsize or model.dtype.itemsize)
     dense = cost({})
     name, limit = _limit(config, dense)
-    if name == "cache_bytes_per_token":
+    if name == CACHE:
         legal = {
             kind: sizes for kind, sizes in legal.items() if cost(smallest_widths(config, arch, {kind: sizes})) < dense
         }
@@ -114,7 +114,7 @@ def _check_reach(config: StructPruneConfig, dense: float, least: float, names: l
     if not names:
         raise StructPruneError(
             f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
-            f"{list(config.targets)} leave that as it is; target 'attention'."
+            f"{list(config.shrinking)} leave that as it is; target 'attention'."
         )
     if limit < least:
         raise StructPruneError(
@@ -127,7 +127,7 @@ def _cost_of(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], itemsize: int
 ) -> Callable[[Widths], float]:
     """A function of the widths: what the budget limits, of a model that has them."""
-    if "cache_bytes_per_token" in (config.budget or {}):
+    if CACHE in (config.budget or {}):
 
         def cached(widths: Widths) -> int:
             values = cached_values(_small(model, arch, widths), arch)

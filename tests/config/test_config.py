@@ -37,6 +37,17 @@ others = st.fixed_dictionaries(
 configs = st.tuples(amounts, others).map(lambda parts: StructPruneConfig(**parts[0], **parts[1]))
 
 
+@pytest.mark.parametrize(("fields", "expected"), [
+    ({"sparsity": 0.2}, ("mlp",)),
+    ({"sparsity": 0.2, "allocation": "global"}, ("mlp",)),
+    ({"budget": {"parameters": 9}, "allocation": "search"}, ("mlp", "attention")),
+    ({"budget": {"cache_bytes_per_token": 9}}, ("attention",)),
+    ({"sparsity": 0.2, "targets": ["attention"]}, ("attention",)),
+])  # fmt: skip
+def test_the_ffn_shrinks_unless_losses_or_the_cache_decide(fields, expected):
+    assert StructPruneConfig(**fields).shrinking == expected
+
+
 @settings(deadline=None, max_examples=15)
 @given(config=configs)
 def test_round_trips(config, tmp_path_factory):

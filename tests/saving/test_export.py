@@ -14,7 +14,7 @@ from optimum_structprune.domains.manifest import Manifest
 
 @pytest.fixture(scope="module")
 def run():
-    pruner = StructPruner(config(sparsity=0.3, allocation="global", round_to=1))
+    pruner = StructPruner(config(sparsity=0.3, targets=("mlp", "attention"), allocation="global", round_to=1))
     model = pruner.prune_model(build("llama-tied"), tokenizer())
     assert model.config.is_heterogeneous
     return pruner, model
