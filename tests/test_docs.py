@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import cache
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from runpy import run_path
 from shutil import copytree
@@ -33,6 +34,8 @@ DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page != LOG]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 # Pages that lead from one command to the next: each runs as a whole.
 TOURS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+# Pages whose outputs are those of today: the same lines and words, whatever the numbers.
+PRINTED = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
 # What follows the flags of a command in them, which are those for real models.
 SMALL = {
     "prune": "--num-samples 6 --seq-length 64 --round-to 8",
@@ -48,6 +51,24 @@ OWN = {"structprune": lambda: main(sys.argv[1:]), "optimum-cli": optimum_main}
 def snippets(page: Path, languages: str) -> list[tuple[str, str]]:
     """The snippets of a page in certain languages, `python|bash` for two, each with its language."""
     return re.findall(rf"^```({languages})\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def with_output(page: Path) -> list[tuple[str, str, str]]:
+    """The snippets of a page that run, each with the block behind it that has no language: what it prints."""
+    blocks = [*re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S), ("", "")]
+    return [
+        (language, code, output if not kind else "")
+        for (language, code), (kind, output) in pairwise(blocks)
+        if language in ("python", "bash")
+    ]
+
+
+def form(text: str) -> list[str]:
+    """The words of each line of an output, with one # for numbers that stand together."""
+    text = re.sub(r" rough\b|warning: |; a smaller .*| in steps of \d+", "", text)
+    text = re.sub(r"(\d+ h )?(\d+ min )?(\d+(\.\d+)?) s\b", r"\3 s", text)
+    text = re.sub(r"[-+]?\d[\d,]*(\.\d+)?%?(?: [kMG]i?B)?", "#", text)
+    return [re.sub(r"#[-, #]*#", "#", " ".join(line.split())) for line in text.splitlines() if line.strip()]
 
 
 def as_test(page: Path):
@@ -109,8 +130,10 @@ def unknown_flags(words: list[str]) -> list[str]:
     return [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in known]
 
 
-def run_line(line: str, flags: dict[str, str]) -> None:
-    """Run a line of a bash snippet, with `flags` of each command after its own; what is too large is only checked."""
+def run_line(line: str, flags: dict[str, str]) -> str:
+    """What a line of a bash snippet prints, with `flags` of each command after its own; what is too large is only
+    checked.
+    """
     line, _, file = line.partition(" > ")
     words = shlex.split(line, comments=True)
     if words[:1] == ["make"]:
@@ -119,6 +142,7 @@ def run_line(line: str, flags: dict[str, str]) -> None:
         shown = ran(OWN[words[0]], [*words, *shlex.split(flags.get(words[1], ""))])
         if file:
             Path(file).write_text(shown)
+        return "" if file else shown
     elif words[:2] == ["python", "-m"]:
         done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout, f"{line}\n{done.stderr}"
@@ -126,18 +150,22 @@ def run_line(line: str, flags: dict[str, str]) -> None:
         assert not unknown_flags(words), line
     elif words:
         raise AssertionError(f"nothing checks {line!r}")
+    return ""
 
 
 @pytest.mark.parametrize("page", [as_test(page) for page in PAGES if snippets(page, "python|bash")])
 def test_a_page_leads_from_its_first_snippet_to_its_last(page, inputs, tmp_path, monkeypatch):
     """In one folder: some snippets read what an earlier one of the page has written."""
     monkeypatch.chdir(copytree(inputs, tmp_path / "desk", symlinks=True))
-    for language, code in snippets(page, "python|bash"):
+    for language, code, output in with_output(page):
         if language == "python":
-            exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+            with redirect_stdout(StringIO()) as text:
+                exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+            shown = text.getvalue()
         else:
-            for line in code.splitlines():
-                run_line(line, SMALL if page in TOURS else {})
+            shown = "".join(run_line(line, SMALL if page in TOURS else {}) for line in code.splitlines())
+        if output and page in PRINTED:
+            assert form(shown) == form(output), f"{page.name} shows another output of\n{code}"
 
 
 def targets() -> list[str]:

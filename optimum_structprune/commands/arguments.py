@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from importlib import import_module
 from inspect import getdoc
@@ -33,6 +33,18 @@ ALIASES = {
     "skip_layers": "--skip-layer",
     "domains": "--domain",
     "arch_file": "--arch",
+}
+# The groups of the help of what prunes, flags and fields: what most people need first. All others are for experts.
+MOST_USED = "--config sparsity widths targets domains num_samples --recover --dtype --device --overwrite"
+GROUPS = {
+    "most used": MOST_USED,
+    "how much goes": "budget max_perplexity_ratio rounds round_to min_width --cost",
+    "what goes": "allocation criterion skip_layers keep_tokens arch_file",
+    "text": "seq_length general_share general_text stats objective seed",
+    "training afterwards": "--recovery-tokens recovery --accept-worse",
+    "output": "--resume --base-model --license --push-to-hub --private --no-save --json --quiet",
+    "large models": "--offload batch_size checkpoint_dir losses_dir",
+    "for experts": "",
 }
 SOURCES = "A source is a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; {name: …, …} sets any field."
 # What `add_argument` takes by the name of a flag, or its help alone.
@@ -64,39 +76,49 @@ class Command:
 
     def declare(self, parser: ArgumentParser) -> None:
         """Declare the arguments in a parser."""
-        for name, how in self.flags.items():
-            home: dict[str, Any] = {"type": os.path.expanduser} if name == "output" else {}
-            parser.add_argument(name, **home, **({"help": how} if isinstance(how, str) else how))
-        text = "Print the result as one JSON document instead of text."
-        if self.json_file:
-            text += " With a FILE, write the document to it and print the text."
-            parser.add_argument("--json", nargs="?", const=True, metavar="FILE", help=text)
-        else:
-            parser.add_argument("--json", action="store_true", help=text)
-        parser.add_argument("--quiet", action="store_true", help="No progress bars and no notes; warnings stay.")
-        parser.set_defaults(reads_text=self.reads_text)
+        group = _groups(parser, self.config == "StructPruneConfig")
         if self.config is not None:
             import optimum_structprune
 
-            _declare_fields(parser, getattr(optimum_structprune, self.config), self.without)
+            _declare_fields(group, getattr(optimum_structprune, self.config), self.without)
+        for name, how in self.flags.items():
+            home: dict[str, Any] = {"type": os.path.expanduser} if name == "output" else {}
+            place = group(name) if name.startswith("-") else parser
+            place.add_argument(name, **home, **({"help": how} if isinstance(how, str) else how))
+        text = "Print the result as one JSON document instead of text."
+        if self.json_file:
+            text += " With a FILE, write the document to it and print the text."
+            group("--json").add_argument("--json", nargs="?", const=True, metavar="FILE", help=text)
+        else:
+            group("--json").add_argument("--json", action="store_true", help=text)
+        quiet = "No progress bars and no notes; warnings stay."
+        group("--quiet").add_argument("--quiet", action="store_true", help=quiet)
+        parser.set_defaults(reads_text=self.reads_text)
 
 
-def _declare_fields(parser: ArgumentParser, config_class: type, without: Collection[str]) -> None:
+def _groups(parser: ArgumentParser, grouped: bool) -> Callable[[str], Any]:
+    """A function from a flag or field to where it is declared: in the parser itself, or in its group of the help."""
+    if not grouped:
+        return lambda name: parser
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    places = {name: groups[title] for title, names in GROUPS.items() for name in names.split()}
+    return lambda name: places.get(name, groups["for experts"])
+
+
+def _declare_fields(group: Callable[[str], Any], config_class: type, without: Collection[str]) -> None:
     """Declare `--config`, and one flag for each field of a config."""
-    name = config_class.__name__
-    parser.add_argument("--config", metavar="FILE", help=f"A YAML file with fields of {name}; flags override it.")
-    group = parser.add_argument_group(f"settings ({name})")
+    text = f"A YAML file with fields of {config_class.__name__}; flags override it."
+    group("--config").add_argument("--config", metavar="FILE", help=text)
     types, sentences = get_type_hints(config_class), first_sentences(config_class)
     for field in fields(config_class):
         if field.name in without:
             continue
         how = _how(field.name, types[field.name])
         text = " ".join(filter(None, (sentences.get(field.name), how.pop("help", ""), _default(field))))
-        names = [f"--{field.name.replace('_', '-')}", ALIASES.get(field.name)]
-        # argparse fills in %(…)s, so a per cent sign of the text is doubled.
-        group.add_argument(
-            *filter(None, names), dest=field.name, help=text.replace("%", "%%"), default=SUPPRESS, **how
-        )
+        name = f"--{field.name.replace('_', '-')}"
+        # argparse fills in %(…)s, so a per cent sign of the text is doubled. Of two names the help has the short one.
+        for flag, shown in {name: SUPPRESS, ALIASES.get(field.name, name): text.replace("%", "%%")}.items():
+            group(field.name).add_argument(flag, dest=field.name, help=shown, default=SUPPRESS, **how)
 
 
 def first_sentences(config_class: type) -> dict[str, str]:

@@ -73,6 +73,7 @@ QUALITY: Flags = {
     **ARCH,
     **LOADING,
 }
+SPEED = switch("Also measure how fast the models read and write tokens.")
 
 ANSWERS: Flags = {
     "--answers": {
@@ -98,6 +99,8 @@ COMMANDS = (
                 type=lambda text: ("tokens", yaml_value(text)),
                 **{"dest": "recovery", "action": "append", "default": SUPPRESS},
             ),
+            "--base-model": named("OWNER/NAME", "The dense model's id on the Hub, for the model card."),
+            "--license": named("ID", "Its licence, for the model card; by default what the dense model's card says."),
             "--resume": switch(
                 "Remember every finished layer in a folder beside the output, and go on from there if a run with the "
                 "same settings was killed."
@@ -196,7 +199,7 @@ COMMANDS = (
         {
             "models": named("model", "Model ids or folders.", nargs="+"),
             **QUALITY,
-            "--speed": switch("Also measure how fast they read and write tokens."),
+            "--speed": SPEED,
             "--csv": named("FILE", "Write the table to a file of comma-separated values."),
         },
         json_file=True,
@@ -204,8 +207,8 @@ COMMANDS = (
     Command(
         "report",
         "measure.report",
-        "Write report.html beside a pruned model, from the records that lie there; with --domain, --task or "
-        "--answers, measure the model first.",
+        "Write report.html beside a pruned model, from the records that lie there; with --domain, --task, --answers "
+        "or --speed, measure the model first.",
         {
             "output": "Folder of the pruned model.",
             "dense": {
@@ -214,6 +217,7 @@ COMMANDS = (
             },
             **ANSWERS,
             **QUALITY,
+            "--speed": SPEED,
         },
     ),
     Command(

@@ -21,7 +21,7 @@ from ..evaluation.evaluate import Evaluation
 from ..evaluation.speed import check_clock, check_speed, measure_speed, work_of
 from ..forward.generation import bytes_of, cache_name
 from ..record.facts import Facts, as_csv, as_text
-from ..record.records import EVALUATION_NAME, Records
+from ..record.records import EVALUATION_NAME, SPEED_NAME, Records
 from ..saving.page import write_report
 from ..system.disk import check_folder
 from ..system.fingerprint import vocabulary_hash
@@ -49,11 +49,19 @@ def report(args: Namespace) -> Result:
     """Measure what is asked for, write the page, and say where it is."""
     Records.read(args.output)  # before a model is loaded in vain
     check_folder(args.output)
+    if args.speed and not args.dense:
+        raise StructPruneError("--speed compares with the dense model; name it behind the folder.")
     lines, values = [], {}
     if args.domain or args.task or args.answers:
         evaluation = _measured(args, Loading.of(args), args.output, args.dense)
         evaluation.save(Path(args.output, EVALUATION_NAME))
         lines, values = [str(evaluation)], {"evaluation": evaluation.to_dict()}
+    if args.speed:
+        loading = Loading.of(args)
+        models = {"dense": loading.model(args.dense), "pruned": loading.model(args.output)}
+        speed = measure_speed(models, batch_sizes=BATCH_SIZES, prompts=PROMPTS, arch_file=args.arch_file)
+        speed.save(Path(args.output, SPEED_NAME))
+        lines, values = [*lines, str(speed)], {**values, "speed": speed.to_dict()}
     page = write_report(args.output, dense=args.dense or "")
     return Result("\n".join([*lines, f"the report is {page}"]), {**values, "output": args.output, "report": str(page)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from contextlib import suppress
 from dataclasses import replace
@@ -26,10 +27,15 @@ from .output import Result, note
 from .recovering import check_push_arguments, pushed, recover_and_save, recovery_for
 
 
+ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
 def prune(args: Namespace) -> Result:
     """Prune, save, and show what came of it."""
     config, recovery = _configs(args)
     check_push_arguments(args)
+    if args.base_model and not ID.fullmatch(args.base_model):
+        raise StructPruneError(f"--base-model {args.base_model!r} is no id on the Hub; give OWNER/NAME.")
     loading = Loading.of(args, arch_file=config.arch_file)
     pruner = AutoStructPruner.from_config(config)
     # Processes that were started together share the work.
@@ -109,6 +115,8 @@ def _prune_and_save(
         check.tokenizer = tokenizer = pruner.tokenizer
         check.ask("pruned", pruned)
         pruner.report.answers = check.items()
+        said = {"base_model": args.base_model, "license": args.license}
+        pruner.report.details.model |= {name: value for name, value in said.items() if value}
         if args.resume:  # who repeats the run does not go on with this one
             pruner.used_config = replace(pruner.used_config, checkpoint_dir=None)
         pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)

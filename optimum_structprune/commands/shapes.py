@@ -73,6 +73,7 @@ def plan(args: Namespace) -> Result:
     outcome = dry_run(model_config, config, loading.torch_dtype, args.trust_remote_code, args.cost, args.offload)
     gone = f"{outcome.sparsity:.1%} of the layers' parameters go"
     if config.sparsity is not None:
-        gone = given(config.sparsity, outcome.sparsity)
+        counts = outcome.parameters
+        gone = given(config.sparsity, outcome.sparsity, 1 - counts.after / counts.before)
     head = f"{args.model}: {outcome.model_type}, {gone}"
     return Result(f"{head}\n{outcome}", outcome.to_dict())

@@ -4,7 +4,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import wraps
 from math import isfinite
 from pathlib import Path
@@ -81,6 +81,14 @@ class Serialisable:
     def from_dict(cls: type[Self], data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`."""
         return cls(**{str(name): value for name, value in unversioned(mapping_of(data, cls.__name__)).items()})
+
+
+def changed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a config that differ from its defaults."""
+    defaults = {
+        f.name: _plain(f.default if f.default_factory is MISSING else f.default_factory()) for f in fields(config)
+    }
+    return {name: value for name, value in unversioned(values).items() if value != defaults.get(name, MISSING)}
 
 
 def _plain(value: Any) -> Any:

@@ -57,17 +57,19 @@ class StructPruneConfig(Serialisable):
 
     Args:
         method: The registered pruner that does it.
-        sparsity: The share of the layers' parameters to remove, between 0 and 1.
-        widths: How many units each named space keeps, such as `{"mlp": 1152, "attention": 2}`. A list has one number
-            for each layer and a mapping one for each layer that it names, such as `{"mlp": {0: 1536, 1: 1024}}`. With
-            another `allocation` than `uniform`, each number is the mean over the layers.
-        budget: What the whole model may have at most: `{"parameters": 110_000_000}`, `{"bytes": 300_000_000}` of
-            parameters in its dtype, `{"cache_bytes_per_token": 9000}` of keys and values, or `{"flops_per_token":
-            200_000_000}` to read a prompt of `seq_length` tokens. A number below 1 is a share of what the dense model
-            has. The widths are the largest that keep to it.
-        targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths. None stands for `mlp`,
-            which loses least where nothing is measured; with an allocation that measures losses for `mlp` and
-            `attention`, and with a budget of the cache for `attention`.
+        sparsity: The share of the layers' parameters to remove, between 0 and 1. Embeddings do not count, so it is
+            less of the whole model, and the FFN loses a larger share of its channels: 0.2 of SmolLM2-135M are 27 % of
+            these and 16 % of all parameters.
+        widths: How many units each named space keeps. `{"mlp": 1152, "attention": 2}` has one number for all layers, a
+            list one for each layer, and a mapping one for each layer that it names: `{"mlp": {0: 1536, 1: 1024}}`.
+            With another `allocation` than `uniform`, each number is the mean over the layers.
+        budget: What the whole model may have at most, in `parameters`, `bytes`, `cache_bytes_per_token` or
+            `flops_per_token`. `{"bytes": 300_000_000}` are those of the parameters in the model's dtype, the cache is
+            that of keys and values, and operations are counted for a prompt of `seq_length` tokens. A number below 1
+            is a share of what the dense model has. The widths are the largest that keep to it.
+        targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths; None stands for `mlp`.
+            That loses least where nothing is measured. With an allocation that measures losses None stands for `mlp`
+            and `attention`, and with a budget of the cache for `attention`.
         keep_tokens: What stays of a vocabulary that gets smaller (`vocab`): a file with a token or a text in each
             line, or a regular expression that fits the text of tokens.
         criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares

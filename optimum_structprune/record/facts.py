@@ -236,9 +236,9 @@ def _measured(record: Mapping[str, Any], model: str) -> dict[str, Any]:
     }
 
 
-def given(asked: float, removed: float) -> str:
+def given(asked: float, removed: float, of_all: float) -> str:
     """What was asked for and what came of it, as a warning where they are far apart."""
-    text = f"asked {asked:.1%}, removed {removed:.1%} of the layers' parameters"
+    text = f"asked {asked:.1%}, removed {removed:.1%} of the layers' parameters, which is {of_all:.1%} of all"
     return f"warning: {text}; a smaller round_to or other targets may come nearer" if far_off(asked, removed) else text
 
 
@@ -250,7 +250,8 @@ def far_off(asked: float, removed: float) -> bool:
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     """What a report says beside its table: time by domain, shapes on trial, shares, and what a limit has stopped."""
     if (asked := report.get("asked")) is not None:
-        yield given(asked, report["sparsity"])
+        counts = report["parameters"]
+        yield given(asked, report["sparsity"], 1 - counts["after"] / counts["before"])
     if report.get("perplexity_stderr"):
         yield f"± is the standard error over samples; rough: on fewer than {ENOUGH:,} tokens"
     if spent := report.get("domain_seconds"):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import join
 from typing import Any
 
-from ..config.domains import IN_MEMORY
-from ..config.fields import read_mapping
-from ..config.pruning import CONFIG_NAME
+from ..config.domains import IN_MEMORY, DomainConfig
+from ..config.fields import changed, read_mapping, to_yaml
+from ..config.pruning import CONFIG_NAME, StructPruneConfig
+from ..config.recovery import RecoveryConfig
 from ..domains.manifest import CALIBRATED, MANIFEST_NAME
 from ..errors import StructPruneError
 from ..surgery.plan import PLAN_NAME, Plan
@@ -20,14 +22,17 @@ from .details import DETAILS_NAME, Details
 from .report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 
 
-EVALUATION_NAME = "evaluation.json"
+EVALUATION_NAME, SPEED_NAME = "evaluation.json", "speed.json"
+HUB_CACHE = re.compile(r"models--(.+?)--([^/]+)/snapshots")
+TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
+PLACES = ("stats", "losses_dir", "checkpoint_dir", "arch_file")
 
 
 @dataclass(frozen=True)
 class Records:
     """The records of the result in the folder `output`, each empty where the folder does not have it. `recovery` holds
     the numbers of the training, `training` its config if it is no part of the pruning, `evaluation` what was measured
-    by `structprune evaluate`, `dense` the dense model's name.
+    by `structprune evaluate`, `speed` that of `structprune report --speed`, `dense` the dense model's name.
     """
 
     output: str
@@ -39,6 +44,7 @@ class Records:
     recovery: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    speed: Mapping[str, Any] = field(default_factory=dict)
     dense: str = ""
 
     def entries(self, use: str) -> list[Mapping[str, Any]]:
@@ -63,6 +69,26 @@ class Records:
             lines[1] += ["--accept-worse"] if self.recovery.get("worse") else []
             lines[1] += ["--arch", self.config["arch_file"]] if self.config.get("arch_file") else []
         return [join(["structprune", *line]) for line in lines]
+
+    @property
+    def configs(self) -> dict[str, str]:
+        """What differs from the defaults in the configs of the pruning and of the training, as YAML by file name."""
+        of_each = {
+            CONFIG_NAME: _changed(StructPruneConfig, self.config),
+            RECOVERY_CONFIG_NAME: _changed(RecoveryConfig, self.training),
+        }
+        return {name: to_yaml(values).strip() for name, values in of_each.items() if values}
+
+    @property
+    def speedup(self) -> dict[str, Any]:
+        """How many times as fast as the dense model the result reads (`prefill`) and writes (`decode`), and `where`;
+        empty where it was not measured.
+        """
+        for measured in (self.speed.get("measurements") or [])[1:2]:
+            shape = f"batch {measured['batch_size']}, a prompt of {measured['prompt']:,} tokens"
+            times = {stage: measured[stage]["speedup"]["median"] for stage in ("prefill", "decode")}
+            return {**times, "where": f"{self.speed['device']}, {self.speed['threads']} threads, {shape}"}
+        return {}
 
     @property
     def spent(self) -> dict[str, float]:
@@ -112,5 +138,26 @@ class Records:
             recovery=read(RECOVERY_REPORT_NAME) or report.get("recovery") or {},
             training=read(RECOVERY_CONFIG_NAME),
             evaluation=read(EVALUATION_NAME),
+            speed=read(SPEED_NAME),
             dense=dense or str(details.model.get("name", "")),
         )
+
+
+def short_name(source: str) -> str:
+    """A model or text as people know it: an id on the Hub, or the name of a folder or file without where it lies."""
+    if cached := HUB_CACHE.search(source):
+        return "/".join(cached.groups())
+    path = Path(source)
+    local = path.is_absolute() or path.exists() or path.suffix in TEXT_FILES
+    return path.resolve().name if source and local else source
+
+
+def _changed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that differ from the defaults of a config and of those inside it, with names in place of paths."""
+    shown = changed(config, values)
+    shown |= {name: short_name(str(shown[name])) for name in PLACES if shown.get(name)}
+    if domains := shown.get("domains"):
+        shown["domains"] = [{**changed(DomainConfig, of), "source": short_name(of["source"])} for of in domains]
+    if recovery := shown.get("recovery"):
+        shown["recovery"] = _changed(RecoveryConfig, recovery)
+    return shown

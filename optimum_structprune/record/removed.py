@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..arch.spec import LAYER, MODEL
+from ..arch.spec import LAYER, MODEL, VOCAB
 
 
 NAMES = {
@@ -14,6 +14,7 @@ NAMES = {
     "expert": "experts",
     "hidden": "channels of the residual stream",
     LAYER: "layers",
+    VOCAB: "tokens of the vocabulary",
 }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from textwrap import shorten
@@ -18,21 +18,21 @@ from transformers import PretrainedConfig
 from .. import __version__
 from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 from ..arch.meta import model_class
-from ..config.fields import read_mapping, to_yaml
+from ..config.fields import read_mapping
+from ..config.recovery import RATES
 from ..domains.manifest import CALIBRATED, TRAINED
-from ..plain_json import unversioned
 from ..record.answers import telling
-from ..record.facts import cells, facts_of, perplexity_facts, quality_rows, size_rows
-from ..record.records import Records
+from ..record.facts import cells, facts_of, size_rows
+from ..record.records import HUB_CACHE, TEXT_FILES, Records, short_name
+from ..record.removed import removed
 from ..record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
 from ..record.text import markdown
 from ..system.disk import CARD, is_result, is_signed, resolved, signed
-from .page import only_warning
+from .page import Table, only_warning, quality_tables
 
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TAGS = ("structured-pruning", "pruned", "optimum-structprune")
-HUB_CACHE = re.compile(r"models--(.+?)--([^/]+)/snapshots")
 MOST_SHOWN = 200  # characters of a question or an answer
 # The line of the snippet that names the model.
 NAME_LINE = re.compile(r'^name = ".*"$', re.MULTILINE)
@@ -49,6 +49,12 @@ class Dense:
     licence: Mapping[str, Any]
     language: Any = None
 
+    def said(self, model: Mapping[str, Any]) -> Dense:
+        """The same with the id and the licence that the user has named."""
+        base, licence = model.get("base_model"), model.get("license")
+        named = self if base is None else replace(self, name=base, base_model=base)
+        return named if licence is None else replace(named, licence={"license": licence})
+
     @classmethod
     def of(cls, source: str) -> Dense:
         """What the card of a model says."""
@@ -57,13 +63,11 @@ class Dense:
         fields: dict[str, Any] = {} if card is None else card.to_dict()
         names = ("license", "license_name", "license_link")
         licence = {name: fields[name] for name in names if fields.get(name)}
-        base: str | None = source or None
-        if cached := HUB_CACHE.search(source):
-            base = "/".join(cached.groups())
-        elif folder.is_dir():
+        base: str | None = short_name(source) or None
+        if folder.is_dir() and not HUB_CACHE.search(source):
             # A folder has no id. What this package has pruned before says in its card what it comes from.
             base = fields.get("base_model") if is_result(folder) else None
-        name = base or resolved(folder).name if source else ""
+        name = base or short_name(source)
         return cls(name, base if isinstance(base, str) else None, licence, fields.get("language"))
 
 
@@ -83,20 +87,11 @@ def model_card(
 ) -> str:
     """The model card of a result, signed so that it is known again. Its sentences are in the template."""
     records = Records.read(folder) if (folder / REPORT_NAME).is_file() else Records(name, {})
-    origin = Dense.of(records.dense or dense or "")
-    kind, settings = model_class(config, arch_file).__name__, unversioned(records.config)
+    origin = Dense.of(records.dense or dense or "").said(records.details.model)
+    kind = model_class(config, arch_file).__name__
     causal = kind == "AutoModelForCausalLM"
-    card_data = ModelCardData(
-        base_model=origin.base_model,
-        library_name="transformers",
-        tags=list(TAGS),
-        datasets=_datasets(folder, records) or None,
-        language=origin.language,
-        pipeline_tag="text-generation" if causal else None,
-        **origin.licence,
-    )
     card = ModelCard.from_template(
-        card_data,
+        _fields(folder, records, origin, causal),
         template_path=str(TEMPLATE),
         title=name,
         quoted_name=json.dumps(name),
@@ -105,23 +100,46 @@ def model_card(
         kind=kind,
         causal=causal,
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
+        chats=(folder / "chat_template.jinja").is_file(),
         heterogeneous=config.get_text_config().is_heterogeneous,
         has_code="auto_map" in read_mapping(folder / "config.json", json.loads),
         architecture=gguf_architecture(config),
         by_layer=gguf_architecture(config) in BY_LAYER.values(),
         gguf_refusal=gguf_refusal(config),
         sizes=_sizes(records.report),
-        perplexity=_perplexity(records),
+        qualities={table.caption: markdown([table.head, *table.rows]) for table in _qualities(records)},
+        removed=list(removed(records.report)) if records.report else [],
+        measured=records.evaluation,
+        speedup=records.speedup,
         answers=_answers(records),
         calibration=_domains(records, CALIBRATED),
         trained_on=_domains(records, TRAINED),
         apart=records.apart,
         training=records.recovery,
+        learning_rate=_learning_rate(records.training),
         version=__version__,
-        configs=[to_yaml(dict(of)).strip() for of in (settings, unversioned(records.training)) if of],
+        configs=records.configs,
         commands="\n".join(records.commands(".", origin.name or "DENSE", "again")),
     )
     return signed(re.sub(r"\n{3,}", "\n\n", str(card)))
+
+
+def _fields(folder: Path, records: Records, origin: Dense, causal: bool) -> ModelCardData:
+    """The fields that the Hub reads."""
+    return ModelCardData(
+        base_model=origin.base_model,
+        library_name="transformers",
+        tags=list(TAGS),
+        datasets=_datasets(folder, records) or None,
+        language=origin.language,
+        pipeline_tag="text-generation" if causal else None,
+        **origin.licence,
+    )
+
+
+def _learning_rate(training: Mapping[str, Any]) -> float:
+    given = (training.get("training") or {}).get("learning_rate")
+    return RATES.get(training.get("train", ""), 0.0) if given is None else float(given)
 
 
 def renamed(card: str, repo_id: str) -> str:
@@ -152,7 +170,7 @@ def _on_hub(source: str) -> bool:
         validate_repo_id(source)
     except ValueError:
         return False
-    return not Path(source).exists() and Path(source).suffix not in (".txt", ".jsonl", ".json", ".parquet", ".csv")
+    return not Path(source).exists() and Path(source).suffix not in TEXT_FILES
 
 
 def _sizes(report: Mapping[str, Any]) -> str:
@@ -161,13 +179,8 @@ def _sizes(report: Mapping[str, Any]) -> str:
     return markdown(cells(["dense", "this model"], size_rows([*facts_of(report).values()])))
 
 
-def _perplexity(records: Records) -> str:
-    """The perplexities of the training, which measures all models anew, or else those of the pruning."""
-    models = perplexity_facts(records.recovery)
-    if not models and records.report:
-        models = dict(zip(("dense", "pruned"), facts_of(records.report).values(), strict=True))
-    rows = [row for row in quality_rows([*models.values()]) if row.change]
-    return markdown(cells([*models], rows)) if rows else ""
+def _qualities(records: Records) -> Iterator[Table]:
+    return quality_tables(records) if records.report else iter(())
 
 
 def _answers(records: Records) -> str:
@@ -183,6 +196,6 @@ def _domains(records: Records, use: str) -> str:
     for entry in records.entries(use):
         origin = entry["origin"]
         source = " ".join(str(origin[key]) for key in ("source", "dataset_config") if origin.get(key))
-        source = (source or "given inputs").replace("`", "'")
+        source = (short_name(source) or "given inputs").replace("`", "'")
         rows.append([entry["name"], f"`{source}`", f"{entry['weight']:.2f}", f"{entry['calibration_tokens']:,}"])
     return markdown(rows) if len(rows) > 1 else ""

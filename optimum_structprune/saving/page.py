@@ -16,15 +16,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template, Undefi
 
 from .. import __version__
 from ..arch.spec import LAYER, MODEL
-from ..config.fields import to_yaml
 from ..domains.manifest import CALIBRATED
 from ..errors import StructPruneError, one_line
 from ..plain_json import replace_text
 from ..record.answers import outcome, remark, telling
-from ..record.details import Choice
 from ..record.facts import UNKNOWN, Facts, Row, cells, facts_of, perplexity_facts, quality_rows, remarks, size_rows
-from ..record.records import Records
-from ..record.text import readable_time
+from ..record.records import Records, short_name
+from ..record.removed import NAMES, removed
+from ..record.text import plus_minus, readable_time
 from ..system.memory import readable_size
 
 
@@ -57,26 +56,26 @@ class Chart:
 
 def page(records: Records) -> str:
     """The page of one result: HTML that needs nothing else. Its sentences are in the template."""
-    details, config = records.details, records.config
     try:
         return _template().render(
             records=records,
+            name=Path(records.output).absolute().name,
+            dense=short_name(records.dense),
             tiles=list(_tiles(records)),
             broken=_broken(records),
+            removed=list(removed(records.report)),
             sizes=_sizes(records),
             gone=_gone_layers(records),
-            qualities=list(_qualities(records)),
+            qualities=list(quality_tables(records)),
             widths=list(_width_charts(records)),
-            errors={kind: _error_chart(kind, choices) for kind, choices in sorted(details.choices.items())},
+            charts=[*_error_charts(records), *_loss_charts(records)],
             agreements=list(_agreements(records)),
-            losses=list(_loss_charts(records)),
             answers=telling(records.answers),
             answers_line=remark(records.answers) if records.answers else "",
             remarks=list(remarks(records.report)),
             spent=_spent(records),
             commands=_commands(records),
-            config_yaml=to_yaml(dict(config)) if config else "",
-            training_yaml=to_yaml(dict(records.training)) if records.training else "",
+            configs=records.configs,
             manifest=_manifest(records),
             version=__version__,
         )
@@ -132,27 +131,31 @@ def only_warning(output: str | Path, name: str) -> Iterator[None]:
 
 
 def _tiles(records: Records) -> Iterator[tuple[str, str, str]]:
-    """The numbers that come first, each with its label and what it is compared with."""
-    report, details = records.report, records.details
+    """The numbers that come first: how much smaller, faster and worse the model is, each with what it comes from."""
+    report, sizes = records.report, records.details.model.get("bytes")
     counts = report["parameters"]
-    yield "Parameters", _change(counts["after"] / counts["before"]), f"{counts['before']:,} → {counts['after']:,}"
-    if sizes := details.model.get("bytes"):
-        note = f"{readable_size(sizes['before'])} → {readable_size(sizes['after'])}"
-        yield "Weights", _change(sizes["after"] / sizes["before"]), note
+    notes = [f"{_millions(counts['before'])} → {_millions(counts['after'])} parameters"]
+    notes += [f"{readable_size(sizes['before'])} → {readable_size(sizes['after'])}"] if sizes else []
+    yield "Smaller by", f"{1 - counts['after'] / counts['before']:.1%}".replace("%", " %"), "; ".join(notes)
+    if speed := records.speedup:
+        note = f"in reading a prompt; × {speed['decode']:.2f} in writing. Measured on {speed['where']}"
+        yield "Faster", f"× {speed['prefill']:.2f}", note
     if broken := _broken(records):
         yield "Perplexity", "infinite", f"on {', '.join(broken)}"
-    for label, models in (("Perplexity, pruned", _run(records)), ("Perplexity, recovered", _training(records))):
-        ratios = _ratios(models)
-        if ratios:
-            worst = max(ratios, key=lambda name: ratios[name])
-            note = f"geometric mean over {_count(len(ratios), 'domain')}; worst {worst}, × {ratios[worst]:.3f}"
-            yield label, f"× {geometric_mean(ratios.values()):.3f}", note
+    for label, models in (("Perplexity", _run(records)), ("Perplexity, recovered", _training(records))):
+        rows = [row for row in quality_rows([*models.values()]) if row.label.startswith("perplexity") and row.ratio]
+        if "dense" in models and rows:
+            worst = max(rows, key=lambda row: row.ratio or 0.0)
+            error = plus_minus((worst.errors or (None,))[-1], 2)
+            note = f"of the dense model's; most on {worst.label.partition(' ')[2]}: × {worst.ratio:.2f}{error}"
+            yield label, f"× {geometric_mean(row.ratio or 1.0 for row in rows):.2f}", note
+    if answers := records.answers:
+        asked = list(answers[0]["answers"])
+        right = [sum(item["answers"][model]["right"] for item in answers) for model in asked]
+        yield "Right answers", " → ".join(map(str, right)), f"of {len(answers)} ({' → '.join(asked)})"
     if errors := report.get("output_error"):
-        worst = max(errors, key=lambda name: errors[name] or 0)
-        yield "Output error", f"{errors[worst] or 0:.4f}", f"of the hidden states' variance, worst {worst}"
-    if spent := records.spent:
-        note = "since it went on" if details.resumed else "in all stages"
-        yield "Time", readable_time(sum(spent.values())), note
+        worst_name = max(errors, key=lambda name: errors[name] or 0)
+        yield "Output error", f"{errors[worst_name] or 0:.4f}", f"of the hidden states' variance, worst {worst_name}"
 
 
 def _run(records: Records) -> dict[str, Facts]:
@@ -162,16 +165,6 @@ def _run(records: Records) -> dict[str, Facts]:
 
 def _training(records: Records) -> dict[str, Facts]:
     return perplexity_facts(records.recovery)
-
-
-def _ratios(models: Mapping[str, Facts]) -> dict[str, float]:
-    """Perplexities of the last model as multiples of the dense one's, by domain, where both are finite."""
-    if "dense" not in models:
-        return {}
-    domains = [name for facts in models.values() for name in facts.perplexity]
-    by_label = {row.label: row.ratio for row in quality_rows(list(models.values()))}
-    ratios = {name: by_label[f"perplexity {name}"] for name in domains}
-    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
 
 def _broken(records: Records) -> list[str]:
@@ -184,7 +177,8 @@ def _sizes(records: Records) -> Table:
     models = _run(records)
     for facts, when in zip(models.values(), ("before", "after"), strict=True):
         facts.weights = records.details.model.get("bytes", {}).get(when)
-    return _facts_table("Size", models, size_rows([*models.values()]))
+    head, *lines = cells(list(models), size_rows([*models.values()]))
+    return Table("Size", head, lines)
 
 
 def _gone_layers(records: Records) -> list[int]:
@@ -193,9 +187,12 @@ def _gone_layers(records: Records) -> list[int]:
     return [layer for layer in layers if layer not in kept.get((MODEL, LAYER), layers)]
 
 
-def _qualities(records: Records) -> Iterator[Table]:
+def quality_tables(records: Records) -> Iterator[Table]:
     """Perplexity by domain and scores of tasks, dense, pruned and recovered: held-out and other text apart."""
-    models = {"Held-out text of the calibration": _run(records), "Held-out text of the recovery": _training(records)}
+    models = {
+        "Perplexity on the kinds of text that it was calibrated on": _run(records),
+        "Perplexity on the kinds of text that it was trained on": _training(records),
+    }
     last = "recovered" if records.recovery else "pruned"
     perplexities, shared = records.evaluation.get("perplexity", {}), records.evaluation.get("shared")
     for title, names in _by_kinship(list(perplexities), shared).items():
@@ -211,50 +208,60 @@ def _qualities(records: Records) -> Iterator[Table]:
     }
     for caption, facts_by_model in models.items():
         if rows := quality_rows([*facts_by_model.values()]):
-            ratios = [row.ratio or 0.0 for row in rows]
-            bars = [ratio / max(ratios) for ratio in ratios] if any(ratios) else []
-            yield _facts_table(caption, facts_by_model, rows, bars)
+            yield _quality_table(caption, list(facts_by_model), rows)
+
+
+def _quality_table(caption: str, models: Sequence[str], rows: Sequence[Row]) -> Table:
+    """What was lost first, where it can be said, and what it was measured on last; bars are as long as the losses."""
+    columns = {
+        "": [row.label.removeprefix("perplexity ").strip() for row in rows],
+        "loss": [row.compared() for row in rows],
+        **dict(zip(models, zip(*(row.cells() for row in rows), strict=True), strict=True)),
+        "tokens": [f"{row.tokens:,}" if row.tokens else "" for row in rows],
+    }
+    columns = {head: column for head, column in columns.items() if any(column)}
+    lost = [max((row.ratio or 1.0) - 1, 0.0) for row in rows]
+    bars = [loss / max(lost) for loss in lost] if any(lost) else []
+    return Table(caption, [*columns], [*zip(*columns.values(), strict=True)], bars)
 
 
 def _by_kinship(names: Sequence[str], shared: Sequence[str] | None) -> dict[str, list[str]]:
     """The domains of an evaluation by what they have to do with the calibration, under the heading of each kind."""
     if shared is None:
-        return {"Evaluated text; whether it was calibrated on is not known": list(names)}
+        return {"Perplexity on other text, which may have been calibrated on": list(names)}
     return {
-        "Unseen text": [name for name in names if name not in shared],
-        "Text that the calibration or the training shares": [name for name in names if name in shared],
+        "Perplexity on other text": [name for name in names if name not in shared],
+        "Perplexity on text that was calibrated or trained on": [name for name in names if name in shared],
     }
 
 
 def _width_charts(records: Records) -> Iterator[Chart]:
-    """How many units each layer keeps, by kind of space."""
+    """How much each layer keeps, by kind of space, where the layers differ."""
     for kind, by_layer in sorted(records.report["widths"].items()):
-        if list(by_layer) == [str(MODEL)]:
-            continue  # the first section has what belongs to the whole model
-        full = records.report["dense_widths"][kind]
+        if len({*by_layer.values()}) == 1:
+            continue
+        full, name = records.report["dense_widths"][kind], NAMES.get(kind, kind)
         rows = [[layer, f"{width:,}", _change(width / full)] for layer, width in by_layer.items()]
         series = {"removed": [1.0] * len(rows), "kept": [width / full for width in by_layer.values()]}
-        table = Table(f"{kind} by layer", ["layer", "kept", "change"], rows)
-        yield Chart(f"{kind}: the units that each layer keeps", series, f"{full:,} units", table)
+        table = Table(f"{name} by layer", ["layer", "kept", "change"], rows)
+        yield Chart(f"{name} of each layer", series, f"{full:,}", table)
 
 
-def _error_chart(kind: str, choices: Mapping[int, Choice]) -> Chart | None:
-    """The errors that pruning left in each layer; None where no Gram matrix was gathered."""
-    errors = {layer: choice.error for layer, choice in choices.items() if any(choice.error)}
-    if not errors:
-        return None
-    top = max(max(error) for error in errors.values())
-    names = ("without refit", "with refit")
-    rows = [
-        [str(layer), *(f"{value:.4f}" for value in error), _change(error[1] / error[0], 0) if error[0] else UNKNOWN]
-        for layer, error in errors.items()
-    ]
-    return Chart(
-        f"{kind}: error of each layer",
-        {name: [error[place] / top for error in errors.values()] for place, name in enumerate(names)},
-        f"{top:.4f} of the output",
-        Table(f"{kind}, error by layer", ["layer", *names, "change"], rows),
-    )
+def _error_charts(records: Records) -> Iterator[Chart]:
+    """The errors that pruning left in each layer, by kind of space, where they were measured."""
+    for kind, choices in sorted(records.details.choices.items()):
+        errors = {layer: choice.error for layer, choice in choices.items() if any(choice.error)}
+        if not errors:
+            continue
+        top, name = max(max(error) for error in errors.values()), NAMES.get(kind, kind)
+        heads = ("removed only", "and the rest refitted")
+        rows = [
+            [str(layer), f"{gone:.4f}", f"{refitted:.4f}", _change(refitted / gone, 0) if gone else UNKNOWN]
+            for layer, (gone, refitted) in errors.items()
+        ]
+        series = {head: [error[place] / top for error in errors.values()] for place, head in enumerate(heads)}
+        table = Table(f"{name}, error by layer", ["layer", *heads, "change"], rows)
+        yield Chart(f"{name}: error of each layer's output", series, f"{top:.4f} of the output", table)
 
 
 def _agreements(records: Records) -> Iterator[Table]:
@@ -270,11 +277,12 @@ def _agreements(records: Records) -> Iterator[Table]:
             pairs.append((mean, f"{a} – {b}", by_layer[layer][place], layer))
         rows = [[pair, f"{mean:.2f}", f"{lowest:.2f}", str(layer)] for mean, pair, lowest, layer in sorted(pairs)]
         bars = [max(mean, 0.0) for mean, *_ in sorted(pairs)]
-        yield Table(f"{kind}: agreement of domains", ["domains", "mean", "least", "in layer"], rows, bars)
+        caption = f"{NAMES.get(kind, kind)} that two kinds of text need"
+        yield Table(caption, ["kinds of text", "agreement", "least", "in layer"], rows, bars)
 
 
 def _loss_charts(records: Records) -> Iterator[Chart]:
-    """The loss of the model with some units of one layer gone, one series for each number of them."""
+    """The loss of the model with a part of one layer gone, one series for each size of that part."""
     for kind, by_layer in sorted(records.details.sensitivity.items()):
         # By layer and number of units, where the losses of all domains are finite; others are None.
         losses = {
@@ -299,9 +307,10 @@ def _loss_charts(records: Records) -> Iterator[Chart]:
             for layer, by_units in losses.items()
             for units, of in by_units.items()
         ]
-        table = Table(f"{kind}, nats per token", ["layer", "removed", "mean", "worst domain"], rows)
-        caption = f"{kind}: loss of the model with units of one layer gone"
-        yield Chart(caption, series, f"{top:.4f} nats per token", table)
+        name = NAMES.get(kind, kind)
+        table = Table(f"{name}, KL to the dense model", ["layer", "removed", "mean", "worst kind of text"], rows)
+        caption = f"{name}: loss of the model with some of one layer gone"
+        yield Chart(caption, series, f"KL {top:.4f}", table)
 
 
 def _spent(records: Records) -> Table | None:
@@ -318,26 +327,24 @@ def _spent(records: Records) -> Table | None:
         ]
         for stage, seconds in spent.items()
     ]
-    head = ["stage", "time", *(f"{kind.upper()} memory by then" for kind in kinds)]
+    head = ["stage", "time", *(f"peak {kind.upper()} memory so far" for kind in kinds)]
     top = max(spent.values()) or 1.0
     return Table("Time and memory by stage", head, rows, [seconds / top for seconds in spent.values()])
 
 
 def _commands(records: Records) -> list[str]:
-    """The commands that repeat the run; the pruning is not among them where its text cannot be read again."""
+    """The commands that repeat the run and measure more; the pruning is not among them where its text cannot be read
+    again.
+    """
     dense, output = records.dense or "DENSE", records.output
-    commands = [
-        ["evaluate", output, "--against", dense, "--domain", "NAME=SOURCE"],
-        ["report", output, dense],
-    ]
-    made = records.commands(output, dense, f"{output}-again")
-    return [*made, *(join(["structprune", *command]) for command in commands)]
+    measure = ["report", output, dense, "--domain", "NAME=SOURCE", "--speed"]
+    return [*records.commands(output, dense, f"{output}-again"), join(["structprune", *measure])]
 
 
 def _manifest(records: Records) -> Table | None:
     rows = [
         [
-            f"{entry['name']}: {entry['origin'].get('source', 'given inputs')}",
+            f"{entry['name']}: {short_name(str(entry['origin'].get('source', 'given inputs')))}",
             entry.get("use", CALIBRATED),
             f"{entry['weight']:.3f}",
             *(f"{entry[name]:,}" for name in ("calibration_tokens", "heldout_tokens")),
@@ -346,18 +353,16 @@ def _manifest(records: Records) -> Table | None:
         ]
         for entry in records.manifest.get("domains", [])
     ]
-    head = ["domain", "use", "weight", "tokens", "held out", "documents", "SHA-256"]
-    return Table("Manifest: what was calibrated and trained on", head, rows) if rows else None
-
-
-def _facts_table(caption: str, models: Mapping[str, Facts], rows: Sequence[Row], bars: Sequence[float] = ()) -> Table:
-    """Rows about models as a table; bars are as long as the ratios, the longest over the whole width."""
-    head, *lines = cells(list(models), rows)
-    return Table(caption, head, lines, bars)
+    head = ["text", "use", "weight", "tokens", "tokens set aside", "documents", "SHA-256"]
+    return Table("Text", head, rows) if rows else None
 
 
 def _change(ratio: float, digits: int = 1) -> str:
     return f"{ratio - 1:+.{digits}%}".replace("-", "−")
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.1f} million" if number >= 1e6 else f"{number:,}"
 
 
 def _count(number: int, noun: str) -> str:

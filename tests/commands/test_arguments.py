@@ -1,5 +1,6 @@
 """Flags are made of the configs' fields: each field is there, has a type and a help, and is laid over the file."""
 
+import re
 from argparse import ArgumentParser, ArgumentTypeError
 from dataclasses import fields, is_dataclass
 from shlex import split
@@ -10,7 +11,14 @@ import pytest
 import yaml
 
 from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig
-from optimum_structprune.commands.arguments import domain, first_sentences, pruning_config, recovery_config, setting
+from optimum_structprune.commands.arguments import (
+    GROUPS,
+    domain,
+    first_sentences,
+    pruning_config,
+    recovery_config,
+    setting,
+)
 from optimum_structprune.commands.flags import COMMANDS as ALL
 
 
@@ -88,6 +96,20 @@ def test_help_comes_from_the_field():
     for nested in (RecoveryConfig,):
         names = [field.name for field in fields(nested)]
         assert f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." in shown
+
+
+def test_help_begins_with_what_most_people_need():
+    parser = ArgumentParser(prog="structprune")
+    DECLARE["prune"](parser)
+    parts = re.split(r"\n([a-z ]+):\n", parser.format_help())
+    flags = {
+        title: re.findall(r"^  (--[\w-]+)", text, re.M) for title, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    assert [*flags][2:] == [*GROUPS] and len(flags["most used"]) == 10 and "--width" in flags["most used"]
+    assert {"--damping", "--holdout"} <= {*flags["for experts"]} and "--widths" not in parser.format_help()
+    assert (
+        parsed("prune", "m", "o", "--widths", "mlp=3").widths == parsed("prune", "m", "o", "--width", "mlp=3").widths
+    )
 
 
 def test_short_spellings(monkeypatch):

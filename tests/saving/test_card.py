@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from models import build, config, documents, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_structprune import DomainConfig, StructPruneError, StructPruner, export_uniform
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, export_uniform
 from optimum_structprune.saving.card import model_card
 from optimum_structprune.system.disk import is_signed
 
@@ -50,21 +50,20 @@ def test_it_says_what_the_records_say(desk):
     change = f"{counts['after'] / counts['before'] - 1:+.1%}"
     assert found["Size"][3] == ["parameters", f"{counts['before']:,}", f"{counts['after']:,}", change]
     assert found["Size"][2] == ["width mlp", "40", "24", "-40.0%"]
-    for (name, dense, pruned, ratio), (domain, ppl) in zip(
-        found["Perplexity"][2:4], report["perplexity"].items(), strict=True
+    assert "16 of 40 FFN channels (40 %) in each of 2 layers are gone" in card.text
+    for (name, ratio, dense, pruned, tokens), (domain, ppl) in zip(
+        found["What it loses and gains"][2:4], report["perplexity"].items(), strict=True
     ):
         errors = report["perplexity_stderr"][domain]
-        assert name == f"perplexity {domain} ({report['perplexity_tokens'][domain]:,} tokens)"
+        assert (name, tokens) == (domain, f"{report['perplexity_tokens'][domain]:,}")
         assert dense == f"{ppl['before']:.2f} ± {errors['before']:.2f}"
         assert pruned == f"{ppl['after']:.2f} ± {errors['after']:.2f}"
         assert ratio == f"x {ppl['after'] / ppl['before']:.3f} ± {errors['ratio']:.3f} rough"
     assert [row[2] for row in found["Calibrated on"][2:]] == ["0.25", "0.75"]
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.S)[1])
-    assert settings == {
-        name: value
-        for name, value in json.loads((folder / "slim/structprune_config.json").read_text()).items()
-        if name != "format_version"
-    }
+    saved = StructPruneConfig.from_pretrained(folder / "slim")
+    assert StructPruneConfig.from_dict(settings) == saved, "only what differs from the defaults, and all of that"
+    assert None not in settings.values() and "refit" not in settings
 
 
 def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, tmp_path, monkeypatch):
@@ -100,6 +99,11 @@ def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, t
     assert tables(card.text)["Size"][2][:3] == ["width mlp", "8", "3-4"]
     unknown = ModelCard(model_card(out, "out", settings, "gone"))
     assert unknown.data.license is None and "Unknown: the card of gone names no licence" in unknown.text
+    told = {"name": "owner/model", "base_model": "maker/model", "license": "mpl-2.0"}
+    (out / "pruning_details.json").write_text(json.dumps({"model": told, "choices": {}, "sensitivity": {}}))
+    named = ModelCard(model_card(out, "out", settings))
+    assert (named.data.base_model, named.data.license) == ("maker/model", "mpl-2.0")
+    (out / "pruning_details.json").unlink()
     cached = "/home/me/hub/models--owner--model/snapshots/0123"
     assert ModelCard(model_card(out, "out", settings, cached)).data.base_model == "owner/model"
 
