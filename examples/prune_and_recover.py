@@ -33,7 +33,6 @@ def main(argv: list[str] | None = None) -> None:
     domains = [DomainConfig(*pair.split("=", 1)) for pair in args.domain]
     config = StructPruneConfig(
         sparsity=args.sparsity,
-        targets=("mlp",),
         rounds=args.rounds,
         num_samples=args.num_samples,
         recovery=RecoveryConfig(

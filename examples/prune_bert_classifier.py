@@ -98,7 +98,6 @@ def main(argv: list[str] | None = None) -> None:
     pruner = StructPruner(
         StructPruneConfig(
             sparsity=args.sparsity,
-            targets=("mlp",),
             domains=[DomainConfig(name="train", source=data["train"])],
             num_samples=args.num_samples,
             seq_length=args.seq_length,

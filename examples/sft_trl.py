@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         ),
         train_dataset=texts,
     )
-    config = StructPruneConfig(sparsity=args.sparsity, targets=("mlp",), rounds=4, num_samples=32, seq_length=256)
+    config = StructPruneConfig(sparsity=args.sparsity, rounds=4, num_samples=32, seq_length=256)
     attach_pruner(trainer, config, start=0.1, end=0.5)
     trainer.train()
     trainer.save_model(args.output)

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
     )
     # The added line: four removals between a tenth and a half of the way, judged on the training text itself.
-    config = StructPruneConfig(sparsity=args.sparsity, targets=("mlp",), rounds=4, num_samples=32, seq_length=256)
+    config = StructPruneConfig(sparsity=args.sparsity, rounds=4, num_samples=32, seq_length=256)
     attach_pruner(trainer, config, start=0.1, end=0.5)
 
     trainer.train(resume_from_checkpoint=args.resume or None)
