@@ -37,8 +37,9 @@ QUESTIONS = {
 }
 NEXT = """
 The result is in {output}; its report: {page}
-Some answers are lost, as they are with any pruning of this size. What to do about it:
+Some answers are lost. What to do about it, and what else there is:
   structprune recover {output} {output}-recovered --teacher {dense}
+  structprune prune {dense} {output}-vocab --budget parameters=0.85 --target vocab --target mlp
   structprune report {output} {dense} --domain web=builtin:web   # text that it was not calibrated on
 """
 
