@@ -217,7 +217,7 @@ def dry_run(
 def _notes(
     model_config: PretrainedConfig, config: StructPruneConfig, dense: PreTrainedModel, arch: ArchSpec
 ) -> Iterator[str]:
-    tokens = [space for space in arch.of(VOCAB) if VOCAB not in (config.widths or config.targets)]
+    tokens = [space for space in arch.of(VOCAB) if VOCAB not in (config.widths or config.shrinking)]
     if tokens and (part := tokens[0].size * tokens[0].unit_params / dense.num_parameters()) > MUCH:
         yield f"{tokens[0].size:,} tokens have {part:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
     if config.allocation != "uniform":
