@@ -17,7 +17,7 @@ from typing import Any
 
 SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
 # Numbers of llama.cpp's enum `llama_ftype`.
-FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}
+FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q3_K_M": 12, "Q4_K_M": 15, "Q6_K": 18}
 
 
 class QuantizeParams(ctypes.Structure):
