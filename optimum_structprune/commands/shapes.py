@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from ..arch.load import describe
 from ..arch.shrink import legal_sizes
+from ..arch.spec import VOCAB
 from ..arch.stub import stub
 from ..dryrun import dry_run
 from ..errors import StructPruneError
@@ -35,7 +36,9 @@ def inspect(args: Namespace) -> Result:
         parameters = sum(space.size * space.unit_params for space in spaces)
         legal, units = list(legal_sizes(model.config, arch, name)), sorted({space.width for space in spaces})
         lines.append(f"{name:<12}{_ranges(units):>8}{parameters:>16,}{parameters / total:>8.1%}  {_ranges(legal)}")
-        offered[name] = {"units": units, "parameters": parameters, "legal": legal}
+        # Every number of tokens is legal, and there are many.
+        listed = _ranges(legal) if name == VOCAB else legal
+        offered[name] = {"units": units, "parameters": parameters, "legal": listed}
     lines += [f"{name:<12}cannot be pruned: {reason}" for name, reason in arch.missing]
     values = {
         "model": args.model,

@@ -51,7 +51,7 @@ ADAPTER, CARD = "adapter_config.json", "README.md"
 SIGNATURE = "\n<!-- Written by optimum-structprune; the SHA-256 of all above is {}. -->\n"
 SIGNED = re.compile(re.escape(SIGNATURE).replace(r"\{\}", r"(\w{64})") + r"\Z")
 # The fields of configs that name files and folders, beside the sources of text: those that a run writes, and others.
-KEPT, READ = ("losses_dir", "checkpoint_dir"), ("stats", "arch_file")
+KEPT, READ = ("losses_dir", "checkpoint_dir"), ("stats", "arch_file", "keep_tokens")
 # Working folders beside an output: for what is being written, and for weights that do not fit into memory.
 SAVING, OFFLOAD = "saving", "offload"
 NEW, FORMER = "new", "former"  # in one for saving: the result, and for a moment the one that it replaces

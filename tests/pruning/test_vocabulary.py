@@ -22,7 +22,7 @@ def reader():
 
 
 def text_model(auto=AutoModelForCausalLM, kind="llama", fields=GROUPED):
-    return random_model(auto, kind, {**TOKENS, **fields, "vocab_size": 400})
+    return random_model(auto, kind, {**TOKENS, **fields, "vocab_size": 400, "max_position_embeddings": 256})
 
 
 def asking(**fields):
