@@ -111,7 +111,7 @@ class StructPruner:
         report = Report(arch.model_type, self.config.scored_by)
         with report.timed("domains"):
             readable = _to_read(model, self.config)
-            evidence, vocabulary = read_text(self.config, arch, readable, tokenizer, inputs, widths)
+            evidence, vocabulary, widths = read_text(self.config, arch, readable, tokenizer, inputs, widths, report)
         model, dense = _to_change(model, inplace)
         evidence = with_batch_size(evidence, arch, model, widths)
         with Run(model, evidence, tokenizer, inplace, report) as run:
@@ -119,13 +119,14 @@ class StructPruner:
             if vocabulary is not None:
                 remove_tokens_(run, vocabulary)
                 dense = None
-            _prune_(self, run, {name: width for name, width in widths.items() if name != VOCAB}, dense)
+            _prune_(self, run, widths, dense)
             run.finish()
         if self.config.max_perplexity_ratio is None:  # which may stop it, and the report says so
             report.asked = self.config.sparsity
         if report.asked is not None and far_off(report.asked, report.sparsity):
             warnings.warn(next(remarks(report.to_dict())).removeprefix("warning: "), stacklevel=2)
-        self.used_config = replace(run.config, widths=self.config.widths, domains=self.config.domains)
+        amount = {name: getattr(self.config, name) for name in ("widths", "budget", "targets", "domains")}
+        self.used_config = replace(run.config, **amount)
         self.tokenizer = run.tokenizer
         self.plan, self.report, self.manifest = run.plan, report, run.manifest().note(model)
         own = None if vocabulary is None else vocabulary.tokenizer

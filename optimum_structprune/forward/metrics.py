@@ -109,13 +109,19 @@ def sample_losses(model: PreTrainedModel | PeftModel, samples: Tensor, batch_siz
 
 
 @torch.no_grad()
-def row_losses(model: PreTrainedModel | PeftModel, rows: Iterable[Tensor]) -> Tensor:
+def row_losses(model: PreTrainedModel | PeftModel, rows: Iterable[Tensor], among: Tensor | None = None) -> Tensor:
     """The total loss in nats of each row of token ids, which may differ in length, shape `(rows,)`, fp64, on the CPU.
-    The first token of a row is context only.
+    The first token of a row is context only. `among` holds the ids that may be predicted, ascending; None for all.
     """
     batches = [row[None] for row in rows]
+    parts = []
     with evaluating(model):
-        losses = torch.cat([_losses(logits, targets) for targets, logits in _predictions([model], [batches])])
+        for targets, logits in _predictions([model], [batches]):
+            if among is not None:
+                ids = among.to(logits.device)
+                targets, logits = torch.searchsorted(ids, targets), logits[:, ids]
+            parts.append(_losses(logits, targets))
+    losses = torch.cat(parts)
     by_row = losses.cpu().split([ids[:, 1:].numel() for ids in batches])
     return torch.stack([of_row.sum() for of_row in by_row])
 

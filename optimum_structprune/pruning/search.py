@@ -32,6 +32,8 @@ from .trials import Probe, Trials
 # So many uniform shapes are pruned on trial, on so many calibration tokens at most.
 FINALISTS = 4
 TRIAL_TOKENS = 8192
+# The name under which a run remembers the losses of its trials.
+MEASURED_LOSSES = "measured losses"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def search(run: Run) -> Shape:
         probe = Probe.of(run.model, run.arch, run.evidence)
         shapes = Search(run)
         trials = shapes.trials(probe)
-        losses = trials.losses()
+        losses = run.evidence.memory.get(MEASURED_LOSSES) or trials.losses()
         for layer, name in trials.spaces:
             by_units = {units: by_domain.tolist() for units, by_domain in losses[layer, name].items()}
             report.details.sensitivity.setdefault(name, {})[layer] = by_units

@@ -18,11 +18,14 @@ from ..config.pruning import StructPruneConfig
 from ..domains.load import Domain
 from ..domains.manifest import COUNTED, Entry, Manifest
 from ..errors import StructPruneError
+from ..record.report import Report
 from ..surgery.plan import Plan
 from ..surgery.resize import drop_tokens_
 from ..vocabulary.choose import keep_tokens, token_shares
 from ..vocabulary.tokens import Vocabulary
+from ..widths.budget import beside_tokens
 from .evidence import Evidence
+from .joint import best_number
 from .measure import Measure
 from .run import Run
 
@@ -43,21 +46,23 @@ def read_text(
     tokenizer: PreTrainedTokenizerBase | None,
     inputs: Mapping[str, Tensor] | None,
     widths: Widths,
-) -> tuple[Evidence, SmallerVocabulary | None]:
-    """The evidence that a config names, and where the vocabulary gets smaller, the tokens that stay.
+    report: Report,
+) -> tuple[Evidence, SmallerVocabulary | None, Widths]:
+    """The evidence that a config names; where the vocabulary gets smaller, the tokens that stay; and the widths of all
+    other spaces.
 
     They are chosen by the calibration text, which is then read again in them. That evidence is for a model without the
     others, and its config no longer asks for fewer. What the first reading held out is neither counted nor, in the
     second, calibrated on.
     """
     if tokenizer is None or VOCAB not in widths:
-        return Evidence.read(config, model, tokenizer, inputs), None
-    vocabulary, number = Vocabulary.of(tokenizer), arch.of(VOCAB)[0].width_in(widths)
-    rows = arch.of(VOCAB)[0].size
+        return Evidence.read(config, model, tokenizer, inputs), None, widths
+    vocabulary, rows = Vocabulary.of(tokenizer), arch.of(VOCAB)[0].size
+    number, others = arch.of(VOCAB)[0].width_in(widths), {name: of for name, of in widths.items() if name != VOCAB}
     # A tokenizer may name tokens that the model has no rows for; they stay behind all others.
     most, beyond = min(rows, vocabulary.size), range(rows, vocabulary.size)
-    always = _always(config, model, tokenizer, vocabulary) - {*beyond}
-    if not len(always) <= number <= most:
+    always, competing = _always(config, model, tokenizer, vocabulary) - {*beyond}, config.searches and bool(others)
+    if not competing and not len(always) <= number <= most:
         raise StructPruneError(
             f"vocab={number:,} is no number of tokens that this model can keep: {len(always):,} of {most:,} always "
             "stay."
@@ -65,13 +70,31 @@ def read_text(
     first, again = _for_two_readings(config)
     dense = Evidence.read(first, model, tokenizer)
     shares = token_shares(dense.domains, vocabulary.size)
-    keep = keep_tokens(vocabulary, shares, number + len(beyond), {*always, *beyond})
+
+    def keep_of(number: int) -> tuple[int, ...]:
+        return keep_tokens(vocabulary, shares, number + len(beyond), {*always, *beyond})
+
+    if competing:
+        number = best_number(config, arch, model, dense, vocabulary, keep_of, range(len(always), most + 1), report)
+        again, others = _beside(again, arch, model, number, others)
+        if number == rows:
+            return replace(dense, config=again), None, others
+    keep = keep_of(number)
     smaller = vocabulary.smaller(keep)
     texts = (str(tokenizer.decode(ids)) for domain in dense.domains for ids in domain.pool)
     vocabulary.check(smaller, keep, texts)
     seen = dense.manifest(tokenizer).after(Manifest.seen_by(model))
     evidence = Evidence.read(again, model, tokenizer, reader=smaller, seen=seen)
-    return evidence, SmallerVocabulary(keep[:number], smaller, tuple(dense.domains))
+    evidence.memory.update(dense.memory)
+    return evidence, SmallerVocabulary(keep[:number], smaller, tuple(dense.domains)), others
+
+
+def _beside(
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, number: int, others: Widths
+) -> tuple[StructPruneConfig, Widths]:
+    """The config for a model with so many tokens, and the widths of the other spaces, none if these may stay whole."""
+    rest = beside_tokens(config, arch, model, number)
+    return (config, {}) if rest is None else (replace(config, targets=rest.targets, budget=rest.budget), others)
 
 
 def remove_tokens_(run: Run, vocabulary: SmallerVocabulary) -> None:

@@ -248,7 +248,7 @@ def far_off(asked: float, removed: float) -> bool:
 
 
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
-    """What a report says beside its table: time by domain, shapes on trial, shares, and what a limit has stopped."""
+    """What a report says beside its table: time by domain, numbers of tokens, shapes on trial, shares, and what a limit has stopped."""
     if (asked := report.get("asked")) is not None:
         counts = report["parameters"]
         yield given(asked, report["sparsity"], 1 - counts["after"] / counts["before"])
@@ -256,6 +256,9 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"± is the standard error over samples; rough: on fewer than {ENOUGH:,} tokens"
     if spent := report.get("domain_seconds"):
         yield "calibration: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent.items())
+    for of in report.get("balances") or ():
+        losses = f"loss {of['tokens_loss']:.4f} for the others, {of['layers_loss']:.4f} in the layers"
+        yield f"{'taken' if of['chosen'] else 'compared'}: {of['tokens']:,} tokens, {losses}"
     shapes = report.get("shapes") or []
     for shape in shapes if len(shapes) > 1 else ():
         numbers = {name: [of] if isinstance(of, int) else [*of.values()] for name, of in shape["widths"].items()}

@@ -94,6 +94,8 @@ class Report:
         shapes: For widths that follow from measured losses: the shapes that were pruned on trial, what proposed each,
             and its loss, KL(dense‖model) in nats per token.
         answers: The answers to a few questions before and after, see `record.answers`; empty where none were asked.
+        balances: Where tokens and layers compete for one budget: the numbers of tokens that were compared, and the
+            losses in nats per token that the missing tokens, and then the layers, would bring.
         details: What the run saw while it pruned, which is saved in a file of its own.
     """
 
@@ -116,6 +118,7 @@ class Report:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     shapes: list[dict[str, Any]] = field(default_factory=list)
     answers: Items = field(default_factory=list)
+    balances: list[dict[str, Any]] = field(default_factory=list)
     details: Details = field(default_factory=Details, repr=False, compare=False)
 
     def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:

@@ -126,7 +126,7 @@ def check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[
     if config.allocation in ONE_WIDTH and not config.skip_layers:
         names = [name for name, width in (asked_widths(config, arch) or {}).items() if not isinstance(width, int)]
         cause = f"widths={config.widths}"
-    for name in names:
+    for name in (name for name in names if name != VOCAB):  # it lies in no layer
         if reason := arch.uniform or arch.of(name)[0].uniform:
             raise StructPruneError(
                 f"{cause} makes layers of different widths, which {name!r} of a {arch.model_type} model cannot have: "
@@ -150,13 +150,14 @@ def _at_most(width: Width, spaces: Sequence[Space]) -> dict[int, int]:
 
 
 def _check_disjoint(config: StructPruneConfig, arch: ArchSpec, names: Sequence[str]) -> None:
-    if VOCAB in names and (config.budget is None or len(names) > 1):
+    if VOCAB in names and (config.budget is None or len(names) > 1 and not config.searches):
         example = f"widths={{{VOCAB!r}: {arch.of(VOCAB)[0].size // 128 * 64}}}"
         raise StructPruneError(
             f"targets={list(names)} has {VOCAB!r}, whose parameters lie outside of the layers, so no share of those "
             f"says how much of it goes; give {example} or another number, beside the widths of other spaces, or "
-            f"target {VOCAB!r} alone with a budget."
+            f"target {VOCAB!r} with a budget, alone or with allocation='search'."
         )
+    names = [name for name in names if name != VOCAB]
     of_model = [space.name for space in arch.model_spaces if space.name in names]
     if of_model and len(names) > 1:
         raise StructPruneError(

@@ -55,7 +55,13 @@ def widths_of(
     def fits(widths: Widths) -> bool:
         return cost(widths) <= limit
 
-    if VOCAB in legal:  # alone, see `legal_widths`
+    if VOCAB in legal and len(legal) > 1:  # measured losses say how many tokens go; without them, as few as may be
+        others = tuple(kind for kind in legal if kind != VOCAB)
+        rest = {kind: width for kind, width in smallest.items() if kind != VOCAB}
+        if cost(rest) <= limit:
+            rest = dict(widths_of(replace(config, targets=others), arch, model, scores, itemsize))
+        return {VOCAB: arch.of(VOCAB)[0].size, **rest}
+    if VOCAB in legal:
         return _filled_up(smallest, config, arch, legal, fits)
 
     # A bisection over the number of parameters to remove, from a linear estimate on, until the bounds are closer than
@@ -200,6 +206,21 @@ def keeps_to(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, 
         return True
     cost = _cost_of(config, arch, model, list(widths), model.dtype.itemsize)
     return cost(widths) <= _limit(config, cost({}))[1]
+
+
+def beside_tokens(
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, number: int, cut: bool = True
+) -> StructPruneConfig | None:
+    """The config of what the other spaces still have to give up for a budget once only `number` tokens are there; None
+    where that is nothing. It is for the model without the others, or where `cut` is false, for the one that has them.
+    """
+    others = tuple(name for name in config.targets if name != VOCAB)
+    cost = _cost_of(config, arch, model, list(config.targets), model.dtype.itemsize)
+    dense, smaller = cost({}), cost({VOCAB: number})
+    name, limit = _limit(config, dense)
+    if smaller <= limit or not others:
+        return None
+    return replace(config, targets=others, budget={name: limit if cut else limit + dense - smaller})
 
 
 def _limit(config: StructPruneConfig, dense: float) -> tuple[str, float]:

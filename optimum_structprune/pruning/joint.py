@@ -1,0 +1,140 @@
+"""How many tokens stay where they compete with the layers for one budget: the number of the least measured loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..arch.spec import VOCAB, ArchSpec
+from ..config.pruning import StructPruneConfig
+from ..domains.load import Domain
+from ..errors import StructPruneError
+from ..forward.metrics import evaluating, row_losses
+from ..record.report import Report
+from ..vocabulary.tokens import Vocabulary
+from ..widths.allocation import choices, legal_widths
+from ..widths.budget import beside_tokens, widths_of
+from ..widths.shapes import Curves
+from .evidence import Evidence
+from .run import Run
+from .search import MEASURED_LOSSES, Search
+from .trials import Losses, Probe, Trials
+
+
+# So many numbers of tokens are compared, in equal steps.
+NUMBERS = 12
+
+
+@dataclass(frozen=True)
+class Balance:
+    """A number of tokens, and what the model loses in nats per token of the dense vocabulary: because the others are
+    gone, and because of what the layers still have to give up then.
+    """
+
+    tokens: int
+    tokens_loss: float
+    layers_loss: float
+
+
+def best_number(
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    model: PreTrainedModel,
+    evidence: Evidence,
+    vocabulary: Vocabulary,
+    keep_of: Callable[[int], Sequence[int]],
+    may: range,
+    report: Report,
+) -> int:
+    """The number of tokens that stay, in `may` or all of them, for the least total loss within a budget.
+
+    The loss of tokens is measured on held-out text, which the dense model reads and predicts in the tokens that
+    `keep_of` leaves; that of the layers follows from the trials of the search, which are made once.
+    """
+    with evaluating(model), report.timed("search"):
+        layers = _Layers(config, arch, model, evidence)
+        balances: list[Balance] = []
+        for number in _numbers(config, arch, model, may):
+            tokens_loss = layers.weighted(token_losses(model, vocabulary, evidence.domains, keep_of(number)[:number]))
+            # What goes beside other tokens costs nothing less than these alone; anything else is noise.
+            tokens_loss = max([0.0, tokens_loss, *(balance.tokens_loss for balance in balances)])
+            balances.append(Balance(number, tokens_loss, layers.least_loss(number)))
+    best = min(balances, key=lambda balance: balance.tokens_loss + balance.layers_loss)
+    if best.layers_loss == inf:
+        raise StructPruneError(
+            f"budget={config.budget} is not met with {may.start:,} tokens and all that may go from the other targets, "
+            f"{list(config.targets)}; allow more, or add targets."
+        )
+    report.balances = [{**vars(balance), "chosen": balance is best} for balance in balances]
+    return best.tokens
+
+
+class _Layers:
+    """What the layers lose for the sake of one budget, by how many tokens go; the trials are made once."""
+
+    def __init__(self, config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, evidence: Evidence):
+        self.config, self.arch, self.model, self.evidence = config, arch, model, evidence
+        self.trials: Trials | None = None
+        self.losses: Losses = {}
+
+    def weighted(self, by_domain: Tensor) -> float:
+        """The loss that counts, of those by domain, shape `(domains,)`."""
+        worst = self.config.objective == "worst"
+        return float(by_domain.max() if worst else by_domain @ torch.tensor(self.evidence.shares).to(by_domain))
+
+    def least_loss(self, number: int) -> float:
+        """The predicted loss of the best shape with so many tokens; infinity where no shape keeps to the budget."""
+        rest = beside_tokens(self.config, self.arch, self.model, number, cut=False)
+        if rest is None:
+            return 0.0
+        try:
+            search = Search(Run(self.model, replace(self.evidence, config=rest)))
+            candidates = search.candidates(self._curves(search))
+        except StructPruneError:
+            return inf
+        return min((of.predicted for of in candidates if of.predicted is not None), default=inf)
+
+    def _curves(self, search: Search) -> Curves:
+        if self.trials is None:
+            self.trials = search.trials(Probe.of(self.model, self.arch, self.evidence))
+            self.losses = self.evidence.memory[MEASURED_LOSSES] = self.trials.losses()
+        return self.trials.curves(self.losses)
+
+
+def _numbers(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, may: range) -> list[int]:
+    """The numbers of tokens that are compared, descending; the largest that meets the budget alone is one of them."""
+    space, legal = arch.of(VOCAB)[0], legal_widths(config, arch, model.config)
+    numbers = [number for number in choices(config, arch, VOCAB, legal[VOCAB]) if number in may] or [space.size]
+    try:
+        alone = widths_of(replace(config, targets=(VOCAB,), allocation="uniform", losses_dir=None), arch, model)
+        enough = max(space.width_in(alone), numbers[0])
+    except StructPruneError:
+        enough = numbers[0]
+    steps = (numbers[round((len(numbers) - 1) * step / (NUMBERS - 1))] for step in range(NUMBERS))
+    return sorted({*(number for number in steps if number > enough), enough, space.size}, reverse=True)
+
+
+def token_losses(
+    model: PreTrainedModel, vocabulary: Vocabulary, domains: Sequence[Domain], keep: Sequence[int]
+) -> Tensor:
+    """What a causal model loses in nats per token of its own vocabulary where it reads and predicts only those of
+    `keep`, on the text of each domain that choices are made on; shape `(domains,)`, fp64.
+    """
+    kept, among = set(keep), torch.tensor(keep)
+    losses = []
+    for domain in domains:
+        rows = [spelled(row.tolist(), vocabulary, kept) for row in domain.trial]
+        more = row_losses(model, rows, among).sum() - row_losses(model, list(domain.trial)).sum()
+        losses.append(more / domain.trial[:, 1:].numel())
+    return torch.stack(losses)
+
+
+def spelled(row: Sequence[int], vocabulary: Vocabulary, kept: set[int]) -> Tensor:
+    """A row of dense tokens in those that stay, of the first token, which is context only, the last one."""
+    first, *rest = ([token] if token in kept else [*vocabulary.parts(token, kept)] or [token] for token in row)
+    return torch.tensor([*first[-1:], *(token for of in rest for token in of)])
