@@ -311,7 +311,8 @@ def _to_read(model: PreTrainedModel, config: StructPruneConfig) -> PreTrainedMod
 
     A quantized model is unpacked for that, in a copy: it stays packed where its text is not enough.
     """
-    asked = config.stats is not None or any(map(written_by_model, texts_of(config)))
+    tried = config.searches and VOCAB in config.targets
+    asked = tried or config.stats is not None or any(map(written_by_model, texts_of(config)))
     return dequantized(model, inplace=False) if asked else model
 
 

@@ -248,7 +248,9 @@ def far_off(asked: float, removed: float) -> bool:
 
 
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
-    """What a report says beside its table: time by domain, numbers of tokens, shapes on trial, shares, and what a limit has stopped."""
+    """What a report says beside its table: time by domain, what was compared and tried, shares, and what a limit has
+    stopped.
+    """
     if (asked := report.get("asked")) is not None:
         counts = report["parameters"]
         yield given(asked, report["sparsity"], 1 - counts["after"] / counts["before"])
