@@ -40,9 +40,8 @@ def widths_of(
     dense = cost({})
     name, limit = _limit(config, dense)
     if name == CACHE:
-        legal = {
-            kind: sizes for kind, sizes in legal.items() if cost(smallest_widths(config, arch, {kind: sizes})) < dense
-        }
+        saves = [kind for kind in legal if cost(smallest_widths(config, arch, {kind: legal[kind]})) < dense]
+        legal = {kind: legal[kind] for kind in saves}
     check_may_differ(config, arch, list(legal))
     smallest = smallest_widths(config, arch, legal)
     _check_reach(config, dense, cost(smallest), list(legal))
@@ -55,22 +54,17 @@ def widths_of(
     def fits(widths: Widths) -> bool:
         return cost(widths) <= limit
 
-    if VOCAB in legal and len(legal) > 1:  # measured losses say how many tokens go; without them, as few as may be
-        others = tuple(kind for kind in legal if kind != VOCAB)
-        rest = {kind: width for kind, width in smallest.items() if kind != VOCAB}
-        if cost(rest) <= limit:
-            rest = dict(widths_of(replace(config, targets=others), arch, model, scores, itemsize))
-        return {VOCAB: arch.of(VOCAB)[0].size, **rest}
+    if VOCAB in legal and len(legal) > 1:
+        return _beside_all_tokens(config, arch, model, smallest, fits)
+    best = _filled_up(smallest, config, arch, legal, fits)
     if VOCAB in legal:
-        return _filled_up(smallest, config, arch, legal, fits)
+        return best
 
-    # A bisection over the number of parameters to remove, from a linear estimate on, until the bounds are closer than
-    # what goes with any unit. The widths for a number lie on either side of it, so the largest that fit are not always
-    # those for the smallest number that is enough.
+    # A bisection over the number of parameters to remove, until the bounds are closer than what goes with a unit. The
+    # widths for a number lie on either side of it, so the largest that fit are not always those for the smallest one.
     too_little, enough = 0.0, float(_removed(arch, smallest))
     cheapest = min(space.unit_params * space.scale for name in legal for space in arch.of(name))
     trial = enough * (dense - limit) / (dense - cost(smallest))
-    best = _filled_up(smallest, config, arch, legal, fits)
     while enough - too_little > cheapest / 2:
         widths = widths_at(trial)
         if fits(widths):
@@ -79,6 +73,16 @@ def widths_of(
             too_little = trial
         trial = (too_little + enough) / 2
     return best
+
+
+def _beside_all_tokens(
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, smallest: Widths, fits: Callable[[Widths], bool]
+) -> Widths:
+    """The widths where measured losses are to say how many tokens go beside other units: none go yet."""
+    rest = {name: width for name, width in smallest.items() if name != VOCAB}
+    if fits(rest):
+        rest = dict(widths_of(replace(config, targets=tuple(rest)), arch, model))
+    return {VOCAB: arch.of(VOCAB)[0].size, **rest}
 
 
 def _given_widths(
