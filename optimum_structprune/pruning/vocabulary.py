@@ -58,7 +58,8 @@ def read_text(
     if tokenizer is None or VOCAB not in widths:
         return Evidence.read(config, model, tokenizer, inputs), None, widths
     vocabulary, rows = Vocabulary.of(tokenizer), arch.of(VOCAB)[0].size
-    number, others = arch.of(VOCAB)[0].width_in(widths), {name: of for name, of in widths.items() if name != VOCAB}
+    number = arch.of(VOCAB)[0].width_in(widths)
+    others: Widths = {name: width for name, width in widths.items() if name != VOCAB}
     # A tokenizer may name tokens that the model has no rows for; they stay behind all others.
     most, beyond = min(rows, vocabulary.size), range(rows, vocabulary.size)
     always, competing = _always(config, model, tokenizer, vocabulary) - {*beyond}, config.searches and bool(others)
