@@ -311,7 +311,7 @@ def _to_read(model: PreTrainedModel, config: StructPruneConfig) -> PreTrainedMod
 
     A quantized model is unpacked for that, in a copy: it stays packed where its text is not enough.
     """
-    tried = config.searches and VOCAB in config.targets
+    tried = config.searches and VOCAB in config.shrinking
     asked = tried or config.stats is not None or any(map(written_by_model, texts_of(config)))
     return dequantized(model, inplace=False) if asked else model
 

@@ -68,7 +68,7 @@ def best_number(
     if best.layers_loss == inf:
         raise StructPruneError(
             f"budget={config.budget} is not met with {may.start:,} tokens and all that may go from the other targets, "
-            f"{list(config.targets)}; allow more, or add targets."
+            f"{list(config.shrinking)}; allow more, or add targets."
         )
     report.balances = [{**vars(balance), "chosen": balance is best} for balance in balances]
     return best.tokens

@@ -218,8 +218,8 @@ def beside_tokens(
     """The config of what the other spaces still have to give up for a budget once only `number` tokens are there; None
     where that is nothing. It is for the model without the others, or where `cut` is false, for the one that has them.
     """
-    others = tuple(name for name in config.targets if name != VOCAB)
-    cost = _cost_of(config, arch, model, list(config.targets), model.dtype.itemsize)
+    others = tuple(name for name in config.shrinking if name != VOCAB)
+    cost = _cost_of(config, arch, model, list(config.shrinking), model.dtype.itemsize)
     dense, smaller = cost({}), cost({VOCAB: number})
     name, limit = _limit(config, dense)
     if smaller <= limit or not others:
