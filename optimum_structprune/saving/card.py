@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..record.removed import removed
 from ..record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
 from ..record.text import markdown
 from ..system.disk import CARD, is_result, is_signed, resolved, signed
-from .page import Table, only_warning, quality_tables
+from .page import only_warning, quality_tables
 
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -89,7 +89,7 @@ def model_card(
     records = Records.read(folder) if (folder / REPORT_NAME).is_file() else Records(name, {})
     origin = Dense.of(records.dense or dense or "").said(records.details.model)
     kind = model_class(config, arch_file).__name__
-    causal = kind == "AutoModelForCausalLM"
+    causal, qualities = kind == "AutoModelForCausalLM", quality_tables(records) if records.report else ()
     card = ModelCard.from_template(
         _fields(folder, records, origin, causal),
         template_path=str(TEMPLATE),
@@ -107,7 +107,7 @@ def model_card(
         by_layer=gguf_architecture(config) in BY_LAYER.values(),
         gguf_refusal=gguf_refusal(config),
         sizes=_sizes(records.report),
-        qualities={table.caption: markdown([table.head, *table.rows]) for table in _qualities(records)},
+        qualities={of.caption: markdown([of.head, *of.rows]) for of in qualities},
         removed=list(removed(records.report)) if records.report else [],
         measured=records.evaluation,
         speedup=records.speedup,
@@ -177,10 +177,6 @@ def _sizes(report: Mapping[str, Any]) -> str:
     if not report.get("parameters"):
         return ""
     return markdown(cells(["dense", "this model"], size_rows([*facts_of(report).values()])))
-
-
-def _qualities(records: Records) -> Iterator[Table]:
-    return quality_tables(records) if records.report else iter(())
 
 
 def _answers(records: Records) -> str:

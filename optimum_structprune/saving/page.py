@@ -28,8 +28,6 @@ from ..system.memory import readable_size
 
 
 PAGE_NAME = "report.html"
-# So many series of a chart have a colour of their own; of more, evenly spread ones are drawn.
-MOST_SERIES = 3
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def page(records: Records) -> str:
             gone=_gone_layers(records),
             qualities=list(quality_tables(records)),
             widths=list(_width_charts(records)),
-            charts=[*_error_charts(records), *_loss_charts(records)],
+            charts=list(_error_charts(records)),
             agreements=list(_agreements(records)),
             answers=telling(records.answers),
             answers_line=remark(records.answers) if records.answers else "",
@@ -279,38 +277,6 @@ def _agreements(records: Records) -> Iterator[Table]:
         bars = [max(mean, 0.0) for mean, *_ in sorted(pairs)]
         caption = f"{NAMES.get(kind, kind)} that two kinds of text need"
         yield Table(caption, ["kinds of text", "agreement", "least", "in layer"], rows, bars)
-
-
-def _loss_charts(records: Records) -> Iterator[Chart]:
-    """The loss of the model with a part of one layer gone, one series for each size of that part."""
-    for kind, by_layer in sorted(records.details.sensitivity.items()):
-        # By layer and number of units, where the losses of all domains are finite; others are None.
-        losses = {
-            layer: {
-                units: [loss for loss in domains if loss is not None]
-                for units, domains in by_units.items()
-                if domains and None not in domains
-            }
-            for layer, by_units in by_layer.items()
-        }
-        means = {layer: {units: fmean(of) for units, of in by_units.items()} for layer, by_units in losses.items()}
-        if not any(means.values()):
-            continue
-        counts = sorted({units for by_units in means.values() for units in by_units}, reverse=True)
-        top = max(mean for by_units in means.values() for mean in by_units.values()) or 1.0
-        series = {
-            f"{units:,} removed": [max(by_units.get(units, 0.0), 0.0) / top for by_units in means.values()]
-            for units in counts[:: -(-len(counts) // MOST_SERIES)]
-        }
-        rows = [
-            [str(layer), f"{units:,}", f"{means[layer][units]:.4f}", f"{max(of):.4f}"]
-            for layer, by_units in losses.items()
-            for units, of in by_units.items()
-        ]
-        name = NAMES.get(kind, kind)
-        table = Table(f"{name}, KL to the dense model", ["layer", "removed", "mean", "worst kind of text"], rows)
-        caption = f"{name}: loss of the model with some of one layer gone"
-        yield Chart(caption, series, f"KL {top:.4f}", table)
 
 
 def _spent(records: Records) -> Table | None:
