@@ -32,7 +32,7 @@ from .widths.kernels import lost_kernels
 # How much longer a token takes to write than to read.
 WRITING = 1.5
 # The share of the parameters from which on those of the tokens are named.
-MUCH = 0.1
+MUCH = 0.2
 # The rows of the table, by field of `DryRun`.
 SIZES = {
     "parameters": "parameters",
