@@ -12,6 +12,8 @@ import sys
 import warnings
 import zipfile
 from argparse import ArgumentParser
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from textwrap import shorten
 from time import strftime
@@ -99,7 +101,8 @@ def main() -> None:
     say("model: SmolLM2-135M-Instruct (Apache-2.0), 134.5 million parameters in bf16")
     dense = args.cache / NAME
     if not dense.exists():
-        model, tokenizer = load(fetch(args.cache))
+        with redirect_stderr(StringIO()):  # a bar that has no switch
+            model, tokenizer = load(fetch(args.cache))
         model.to(torch.bfloat16).save_pretrained(dense)
         tokenizer.save_pretrained(dense)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
