@@ -87,7 +87,7 @@ class Records:
         for measured in (self.speed.get("measurements") or [])[1:2]:
             shape = f"batch {measured['batch_size']}, a prompt of {measured['prompt']:,} tokens"
             times = {stage: measured[stage]["speedup"]["median"] for stage in ("prefill", "decode")}
-            return {**times, "where": f"{self.speed['device']}, {self.speed['threads']} threads, {shape}"}
+            return {**times, "where": f"{self.speed['device']}, threads: {self.speed['threads']}, {shape}"}
         return {}
 
     @property

@@ -101,7 +101,7 @@ def test_speed_is_shown_where_it_was_measured(folder, tmp_path):
     measurements = [{"batch_size": 1, "prompt": 128, **of} for of in times]
     speed = {"measurements": measurements, "device": "cpu", "threads": 2}
     (tmp_path / "fast" / "speed.json").write_text(json.dumps(speed))
-    assert "× 1.25" in (text := text_of(tmp_path / "fast")) and "cpu, 2 threads, batch 1" in text
+    assert "× 1.25" in (text := text_of(tmp_path / "fast")) and "cpu, threads: 2, batch 1" in text
 
 
 def test_it_needs_nothing_else_and_is_small(folder):
