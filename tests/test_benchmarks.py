@@ -97,6 +97,10 @@ SMALL = {
         ["model", *"--widths 24 16 --prompts 8 --new-tokens 2 --repeats 1".split()],
         ["mlp=24", "mlp=16"],
     ),
+    "benchmark_vocabulary": (
+        ["model", str(DATA), *"--sizes 384 320 --calibration 8 --samples 1 --seq-length 16 --speed".split()],
+        ["384 | -", "320 | -"],
+    ),
     "benchmark_domains": (
         ["run", TINY, str(DATA), "grid.json", *"--domains stories --removed 50 --seeds 0 --samples 4".split()]
         + ["--eval-samples", "1", "--cells", "mix, one-shot, wanda", "mix, one-shot, obs by search_uniform + refit"],
@@ -128,7 +132,7 @@ def test_it_runs_small(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     items = ({"query": f"Tom has {i} big", "choices": ["dogs", "and red"], "gold": i % 2} for i in range(4))
     Path("quiz.jsonl").write_text("\n".join(map(json.dumps, items)))
-    if name == "benchmark_speed":
+    if name in ("benchmark_speed", "benchmark_vocabulary"):
         for saved in real_text_model():
             saved.save_pretrained("model")
     arguments, words = SMALL[name]

@@ -126,6 +126,16 @@ def row_losses(model: PreTrainedModel | PeftModel, rows: Iterable[Tensor], among
     return torch.stack([of_row.sum() for of_row in by_row])
 
 
+@torch.no_grad()
+def mean_probabilities(model: PreTrainedModel, samples: Tensor) -> Tensor:
+    """The mean probability that a causal model gives each token over samples, shape `(vocab,)`, fp64, on the CPU; see
+    `perplexity`.
+    """
+    with evaluating(model):
+        sums = (logits.float().softmax(-1).sum(0) for _, logits in _predictions([model], [samples.split(1)]))
+        return sum(sums, torch.zeros(())).double().cpu() / samples[:, 1:].numel()
+
+
 def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Mean divergence KL(teacher‖model) per position in nats, fp32, times temperature² (Hinton et al. 2015, section
     2); both logits have the shape `(..., vocab)`.

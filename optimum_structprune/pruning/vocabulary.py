@@ -21,7 +21,7 @@ from ..errors import StructPruneError
 from ..record.report import Report
 from ..surgery.plan import Plan
 from ..surgery.resize import drop_tokens_
-from ..vocabulary.choose import keep_tokens, token_shares
+from ..vocabulary.choose import keep_tokens, predicted_shares, token_shares
 from ..vocabulary.tokens import Vocabulary
 from ..widths.budget import beside_tokens
 from .evidence import Evidence
@@ -71,9 +71,10 @@ def read_text(
     first, again = _for_two_readings(config)
     dense = Evidence.read(first, model, tokenizer)
     shares = token_shares(dense.domains, vocabulary.size)
+    predicted = predicted_shares(model, dense.domains, vocabulary.size) if arch.causal else None
 
     def keep_of(number: int) -> tuple[int, ...]:
-        return keep_tokens(vocabulary, shares, number + len(beyond), {*always, *beyond})
+        return keep_tokens(vocabulary, shares, number + len(beyond), {*always, *beyond}, predicted)
 
     if competing:
         number = best_number(config, arch, model, dense, vocabulary, keep_of, range(len(always), most + 1), report)

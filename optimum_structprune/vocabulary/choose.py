@@ -1,22 +1,30 @@
-"""Which tokens of a vocabulary stay."""
+"""Which tokens of a vocabulary stay: those whose absence would cost most."""
 
 from __future__ import annotations
 
-import unicodedata
+from collections import Counter
 from collections.abc import Collection, Sequence
-from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..domains.load import Domain
 from ..errors import StructPruneError
+from ..forward.metrics import mean_probabilities
+from .languages import script
 
 
-# The weight of the prior against the counted text: text that was not counted uses other rare tokens.
-PRIOR = 0.02
+# The weight of what is expected of other text against what was counted: one reading decides between rare tokens.
+GUESSED = 0.1
+# A token's number in its vocabulary tells how often it was needed where that was made; the first are needed alike.
+ALIKE = 1000
+# Of a script with a smaller share the text shows no more than a name.
+NEVER = 1e-4
+# The number of tokens that the model reads to tell what it expects, in all domains together.
+ENOUGH = 8192
 
 
 class Tokens(Protocol):
@@ -29,7 +37,10 @@ class Tokens(Protocol):
         """The tokens that stay whatever the text is."""
 
     def parts(self, token: int) -> Sequence[int]:
-        """The tokens that take the place of a token; none where it cannot be spelled."""
+        """The tokens that take the place of a token; none where no text yields it."""
+
+    def needs(self, token: int) -> Sequence[int]:
+        """The tokens without which a token cannot be formed."""
 
     def surface(self, token: int) -> str:
         """The text of a token."""
@@ -44,67 +55,101 @@ def token_shares(domains: Sequence[Domain], size: int) -> Tensor:
     return shares
 
 
-def keep_tokens(vocabulary: Tokens, shares: Tensor, number: int, always: Collection[int] = ()) -> tuple[int, ...]:
-    """The `number` tokens whose absence would cost most, as ascending ids; each of them can be built from its parts.
-
-    `shares` are those of the tokens in text, shape `(size,)`. What `always` names stays, and so do its parts.
+def predicted_shares(model: PreTrainedModel, domains: Sequence[Domain], size: int) -> Tensor:
+    """The share that a causal model expects each token to have where the calibration text goes on, domains by their
+    weights, shape `(size,)`, float64. A few thousand tokens tell it for all tokens, also those that they do not hold.
     """
-    parts = [() if token in vocabulary.always else tuple(vocabulary.parts(token)) for token in range(vocabulary.size)]
-    fixed = _with_parts({*vocabulary.always, *always}, parts)
+    shares = torch.zeros(size, dtype=torch.float64)
+    for domain in domains:
+        count = max(1, round(ENOUGH * domain.weight / domain.samples.shape[1]))
+        of_rows = mean_probabilities(model, domain.samples[:count])[:size]  # of more or fewer tokens than there are
+        shares[: len(of_rows)] += domain.weight * of_rows
+    return shares
+
+
+def keep_tokens(
+    vocabulary: Tokens, shares: Tensor, number: int, always: Collection[int] = (), predicted: Tensor | None = None
+) -> tuple[int, ...]:
+    """The `number` tokens whose absence would cost most, as ascending ids; each of them can still be formed.
+
+    Args:
+        vocabulary: The tokens, and how each is spelled by others.
+        shares: The share of each token in text, shape `(size,)`.
+        number: How many tokens stay.
+        always: Tokens that stay whatever the text is, beside those of the vocabulary.
+        predicted: The share that the model expects each token to have, of the same shape, where it is causal.
+    """
+    tokens = range(vocabulary.size)
+    needs = [vocabulary.needs(token) for token in tokens]
+    fixed = _with_needs({*vocabulary.always, *always}, needs)
     if not len(fixed) <= number <= vocabulary.size:
         raise StructPruneError(
-            f"vocab={number} is no number of tokens that can stay: {len(fixed)} of {vocabulary.size} always do."
+            f"vocab={number:,} is no number of tokens that can stay: {len(fixed):,} of {vocabulary.size:,} always do."
         )
-    # A token that may go and has no parts is never read, if there is one of that id at all: it goes first.
-    costs = [cost if parts[token] else -1.0 for token, cost in enumerate(_expected(vocabulary, shares).tolist())]
-    wholes = [0] * vocabulary.size
-    for token in range(vocabulary.size):
-        for part in set(parts[token]):
-            wholes[part] += 1
-    heap = [(costs[token], -token) for token in range(vocabulary.size) if not wholes[token] and token not in fixed]
+    parts, read = [vocabulary.parts(token) for token in tokens], _expected(vocabulary, shares, predicted).tolist()
+    wholes = Counter(part for of in needs for part in set(of))
+
+    def entry(token: int) -> tuple[float, int]:
+        # Each further token that it is spelled by costs about as much, whatever it is. What has no parts and may go
+        # is never read, if there is a token of that id at all.
+        return (read[token] * max(1, len(parts[token]) - 1) if parts[token] else -1.0), -token
+
+    heap = [entry(token) for token in tokens if not wholes[token] and token not in fixed]
     heapify(heap)
-    kept = set(range(vocabulary.size))
+    kept = set(tokens)
     while len(kept) > number:
         cost, token = heappop(heap)
+        if (now := entry(-token))[0] > cost:  # it has taken the place of another since
+            heappush(heap, now)
+            continue
         kept.remove(-token)
-        # A token that goes is spelled by its parts, and a part that nothing is built from any more may go next.
-        for part in parts[-token]:
-            costs[part] += cost
-        for part in set(parts[-token]):
+        for part in _spelled(parts[-token], parts, kept):
+            read[part] += read[-token]
+        for part in set(needs[-token]):
             wholes[part] -= 1
             if not wholes[part] and part not in fixed:
-                heappush(heap, (costs[part], -part))
+                heappush(heap, entry(part))
     return tuple(sorted(kept))
 
 
-def _with_parts(tokens: Collection[int], parts: Sequence[Sequence[int]]) -> set[int]:
-    """Tokens with all that they are built from."""
+def _spelled(waiting: Sequence[int], parts: Sequence[Sequence[int]], kept: Collection[int]) -> list[int]:
+    """The tokens of `kept` that take the place of tokens."""
+    return [end for part in waiting for end in ([part] if part in kept else _spelled(parts[part], parts, kept))]
+
+
+def _with_needs(tokens: Collection[int], needs: Sequence[Collection[int]]) -> set[int]:
+    """Tokens with all that they are formed from."""
     closed: set[int] = set()
     waiting = list(tokens)
     while waiting:
         if (token := waiting.pop()) not in closed:
             closed.add(token)
-            waiting += parts[token]
+            waiting += needs[token]
     return closed
 
 
-def _expected(vocabulary: Tokens, shares: Tensor) -> Tensor:
-    """The share that each token is expected to have in other text, shape `(size,)`.
-
-    A vocabulary is numbered by how often its tokens were needed where it was made, so that the prior falls as the
-    number grows; scripts that the text never shows have none.
+def _expected(vocabulary: Tokens, shares: Tensor, predicted: Tensor | None) -> Tensor:
+    """The share that each token is expected to have in text of all kinds, shape `(size,)`: what was counted, and a
+    guess at the rest, which weighs what the model expects, the token's number, and the share of its script.
     """
+    evidence = (shares if predicted is None else predicted).double()
+    number = torch.arange(vocabulary.size, dtype=torch.float64) + ALIKE
+    guess = number**-1 if predicted is None else evidence**0.6 * number**-0.5
+    guess = guess * _by_script(vocabulary, evidence) ** 0.5
+    return shares.double() + GUESSED * guess / guess.sum()
+
+
+def unread(vocabulary: Tokens, shares: Tensor) -> int:
+    """How many tokens are of scripts that text next to never shows. `shares` are those of the tokens in it."""
+    rare = (_by_script(vocabulary, shares.double()) < NEVER).nonzero().flatten().tolist()
+    return len(set(rare) - set(vocabulary.always))
+
+
+def _by_script(vocabulary: Tokens, shares: Tensor) -> Tensor:
+    """The share of the script of each token; digits, spaces and punctuation are of all scripts."""
     scripts = [script(vocabulary.surface(token)) for token in range(vocabulary.size)]
-    shown = {scripts[token] for token in shares.nonzero().flatten().tolist()}
-    prior = torch.tensor([name in shown for name in scripts]) / (torch.arange(vocabulary.size) + 1000.0)
-    return shares + PRIOR * prior / prior.sum()
-
-
-def script(text: str) -> str:
-    """The script of the first letter of a text, as Unicode names it ("LATIN", "CJK"); empty where it has no letter."""
-    return next((_script_of(letter) for letter in text if letter.isalpha()), "")
-
-
-@lru_cache(None)
-def _script_of(letter: str) -> str:
-    return unicodedata.name(letter, "").partition(" ")[0]
+    names = {name: index for index, name in enumerate(dict.fromkeys(["", *scripts]))}
+    index = torch.tensor([names[name] for name in scripts])
+    by_script = torch.zeros(len(names), dtype=torch.float64).scatter_add(0, index, shares)
+    by_script[0] = by_script.max()
+    return by_script[index]

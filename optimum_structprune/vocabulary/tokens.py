@@ -224,6 +224,10 @@ class Vocabulary:
         """The tokens, of `kept` if given, that take the place of one that is gone; none if it is never read."""
         return () if token in self._added or token not in self._names else self._spelling.parts(token, kept)
 
+    def needs(self, token: int) -> tuple[int, ...]:
+        """The tokens without which a token cannot be formed."""
+        return () if token in self._added or token not in self._names else self._spelling.needs(token)
+
     def surface(self, token: int) -> str:
         """The text of a token as it stands in decoded text, with its space."""
         name = self._names.get(token, "")

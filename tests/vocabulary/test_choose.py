@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from models import real_text_model, token_ids
 
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.vocabulary.choose import keep_tokens, script, token_shares
+from optimum_structprune.vocabulary.choose import keep_tokens, predicted_shares, token_shares, unread
+from optimum_structprune.vocabulary.tokens import Vocabulary
 
 
 @dataclass
@@ -29,12 +31,16 @@ class Words:
         name = self.names[token]
         return [self.names.index(part) for part in (name[:-1], name[-1])] if len(name) > 1 else ()
 
+    needs = parts
+
     def surface(self, token):
         return self.names[token]
 
 
-def kept(words, counts, number, always=()):
-    return " ".join(words.names[token] for token in keep_tokens(words, torch.tensor(counts) * 1.0, number, always))
+def kept(words, counts, number, always=(), predicted=None):
+    predicted = None if predicted is None else torch.tensor(predicted) * 1.0
+    keep = keep_tokens(words, torch.tensor(counts) * 1.0, number, always, predicted)
+    return " ".join(words.names[token] for token in keep)
 
 
 WORDS = Words("a b c д ab abc abca ca дa", always=(0, 1, 2, 3))
@@ -75,5 +81,32 @@ def test_domains_count_by_their_weights_and_not_by_their_length():
     assert token_shares(domains, 3).tolist() == [0.5, 0.5, 0.0]
 
 
-def test_the_script_of_a_text_is_that_of_its_first_letter():
-    assert [script(text) for text in ("▁the", "123", " дом", "漢字", "é")] == ["LATIN", "", "CYRILLIC", "CJK", "LATIN"]
+def test_a_token_that_the_model_expects_stays_before_one_that_it_does_not():
+    counts = [9, 9, 9, 0, 5, 3, 0, 0, 0]
+    assert kept(WORDS, counts, 7, predicted=[1, 1, 1, 1, 1, 1, 1, 0, 0]) == "a b c д ab abc abca"
+    assert kept(WORDS, counts, 7, predicted=[1, 1, 1, 1, 1, 1, 0, 0, 1]) == "a b c д ab abc дa"
+
+
+def test_what_a_model_expects_adds_up_to_one_whatever_the_weights():
+    model, domains = real_text_model()[0], given_domains({"one": token_ids(4, 9), "two": token_ids(4, 9)}, holdout=0.0)
+    shares = predicted_shares(model, domains, model.config.vocab_size)
+    assert shares.sum() == pytest.approx(1) and (shares > 0).all()
+
+
+def test_a_tokenizer_is_left_with_what_is_chosen():
+    vocabulary = Vocabulary.of(real_text_model()[1])
+    number = (len(vocabulary.always) + vocabulary.size) // 2
+    keep = keep_tokens(vocabulary, torch.rand(vocabulary.size), number)
+    assert len(vocabulary.smaller(keep)) == len(keep) == number
+
+
+def test_tokens_of_scripts_that_the_text_never_shows_are_counted():
+    assert unread(WORDS, torch.tensor([1, 1, 1, 0, 1, 0, 0, 0, 0]) / 4) == 1  # one of the two always stays
+    assert unread(WORDS, torch.tensor([0, 0, 0, 1, 0, 0, 0, 0, 0])) == 4
+
+
+def test_a_token_that_takes_more_tokens_to_spell_stays_before_one_of_the_same_share():
+    names = Words("a b c abc ab ba", always=(0, 1, 2))
+    names.parts = lambda token: [names.names.index(letter) for letter in names.names[token]] if token > 2 else ()
+    names.needs = lambda token: ()
+    assert kept(names, [1, 1, 1, 1, 1, 1], 4, predicted=[1] * 6) == "a b c abc"

@@ -1,0 +1,121 @@
+"""How many tokens of its vocabulary a model needs: quality by number of tokens, with all other weights as they were.
+
+    python examples/benchmarks/benchmark_vocabulary.py MODEL DATA --sizes 156928 131072 94592 [--samples 4] [--speed]
+
+DATA holds `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain. Tokens are chosen on the
+calibration text alone. Perplexity is per token of the dense tokenizer, on the same text, as a multiple of the dense
+model's: held-out text is of the kinds that were counted, unseen text is not.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from copy import deepcopy
+from math import exp
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from optimum_structprune import DomainConfig, StructPruneConfig, measure_speed
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.vocabulary import named_ids
+from optimum_structprune.domains.load import load_domains
+from optimum_structprune.domains.passages import Passages
+from optimum_structprune.evaluation.heldout import read_heldout
+from optimum_structprune.forward.metrics import row_losses
+from optimum_structprune.surgery.resize import drop_tokens_
+from optimum_structprune.vocabulary.choose import keep_tokens, predicted_shares, token_shares
+from optimum_structprune.vocabulary.tokens import Vocabulary
+
+
+def files(args: Namespace, folder: str) -> list[DomainConfig]:
+    """The domains of a folder of DATA."""
+    paths = sorted(Path(args.data, folder).glob("*.jsonl"))
+    return [DomainConfig(name=path.stem, source=str(path)) for path in paths]
+
+
+def evidence(args: Namespace, model, tokenizer) -> dict:
+    """What the choice goes by."""
+    kinds, size = files(args, "calibration"), len(tokenizer)
+    config = StructPruneConfig(
+        domains=kinds, general_share=0, num_samples=args.calibration, seq_length=args.seq_length
+    )
+    domains = load_domains(config, tokenizer, heldout_samples=2)
+    start = perf_counter()
+    predicted = predicted_shares(model, domains, size)
+    return {"shares": token_shares(domains, size), "predicted": predicted, "seconds": perf_counter() - start}
+
+
+def passages(args: Namespace, tokenizer) -> dict[str, dict[str, Passages]]:
+    """The first samples of every evaluation file, by folder and name; of `heldout` those of calibrated kinds."""
+    kinds = {domain.name for domain in files(args, "calibration")}
+    texts: dict[str, dict[str, Passages]] = {"heldout": {}, "unseen": {}}
+    for folder, by_name in texts.items():
+        for domain in files(args, folder):
+            if folder == "unseen" or domain.name in kinds:
+                samples = read_heldout(domain, tokenizer, args.seq_length, args.samples).samples
+                by_name[domain.name] = Passages([*samples], tokenizer)
+    return texts
+
+
+def losses(model, tokenizer, texts) -> dict[str, dict[str, float]]:
+    """The mean loss of a sample in nats, by folder and file."""
+    return {
+        folder: {name: float(row_losses(model, of.rows(tokenizer, model)).mean()) for name, of in by_name.items()}
+        for folder, by_name in texts.items()
+    }
+
+
+def row(args: Namespace, model, tokenizer, number: int, known: dict, texts, dense) -> dict:
+    """The figures of one number of tokens; the seconds are those of choosing and cutting."""
+    start = perf_counter()
+    vocabulary, small = Vocabulary.of(tokenizer), deepcopy(model)
+    always = {*vocabulary.always, *named_ids(model.config)}
+    keep = keep_tokens(vocabulary, known["shares"], number, always, known["predicted"])
+    reader = vocabulary.smaller(keep)
+    drop_tokens_(small, describe(small), keep)
+    seconds = perf_counter() - start
+    after = losses(small, reader, texts)
+    figures = {"tokens": number, "parameters": small.num_parameters() / model.num_parameters() - 1, "seconds": seconds}
+    for folder, of in dense.items():
+        figures[folder] = exp(fmean(after[folder][name] - loss for name, loss in of.items()) / (args.seq_length - 1))
+    if args.speed:
+        speed = measure_speed({"dense": model, "small": small}, prompts=[16], new_tokens=16, threads=1, repeats=5)
+        figures["speed"] = speed.measurements[-1].decode.speedup.median
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the arguments and print a row for each number of tokens."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--sizes", nargs="+", type=int, required=True)
+    parser.add_argument("--calibration", type=int, default=256, help="samples that are counted")
+    parser.add_argument("--samples", type=int, default=4, help="samples of each evaluation file")
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--speed", action="store_true", help="measure decoding at batch size 1 too")
+    parser.add_argument("--json")
+    args = parser.parse_args(argv)
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    known, texts = evidence(args, model, tokenizer), passages(args, tokenizer)
+    dense, rows = losses(model, tokenizer, texts), []
+    print("tokens | parameters | held-out | unseen | seconds | decoding")
+    for number in args.sizes:
+        rows.append(of := row(args, model, tokenizer, number, known, texts, dense))
+        figures = f"{of['parameters']:+.1%} | {of['heldout']:.3f} | {of['unseen']:.3f} | {of['seconds']:.0f}"
+        print(f"{number:,} | {figures} | {of.get('speed', float('nan')):.2f}", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"expected in": known["seconds"], "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
