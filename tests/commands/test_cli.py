@@ -121,7 +121,7 @@ def test_bad_input(folder, tmp_path, capsys, monkeypatch):
     model, out = str(folder / "model"), str(tmp_path / "out")
     cases = [
         (["prune", str(tmp_path / "missing"), out, "--sparsity", "0.2"], "missing"),
-        (["prune", str(tmp_path / "bert"), out, "--sparsity", "0.2"], "bert"),
+        (["prune", str(tmp_path / "bert"), out, "--sparsity", "0.2", "--target", "attention"], "bert"),
         (["prune", model, out], "exactly one of sparsity, widths and budget"),
         (["prune", model, out, "--sparsity", "0"], "between 0 and 1"),
         (["prune", model, out, "--sparsity", "1"], "between 0 and 1"),
@@ -160,7 +160,7 @@ def test_bad_input(folder, tmp_path, capsys, monkeypatch):
 
 def test_argparse_refuses_what_it_cannot_read(capsys):
     for flag, message in (
-        (["--width", "mlp"], "argument --widths/--width: expected NAME=VALUE, got 'mlp'"),
+        (["--width", "mlp"], "argument --width: expected NAME=VALUE, got 'mlp'"),
         (["--domain", "wiki"], "argument --domains/--domain: expected NAME=SOURCE[@WEIGHT], got 'wiki'"),
         (["--recovery", "tokens=[1"], "argument --recovery: '[1' is not YAML"),
         (["--sparsty", "0.2"], "there is no flag --sparsty. Did you mean '--sparsity'? Known: "),
