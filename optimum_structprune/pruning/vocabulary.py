@@ -62,7 +62,8 @@ def read_text(
     others: Widths = {name: width for name, width in widths.items() if name != VOCAB}
     # A tokenizer may name tokens that the model has no rows for; they stay behind all others.
     most, beyond = min(rows, vocabulary.size), range(rows, vocabulary.size)
-    always, competing = _always(config, model, tokenizer, vocabulary) - {*beyond}, config.searches and bool(others)
+    always = _always(config, model, tokenizer, vocabulary) - {*beyond}
+    competing = config.searches and config.widths is None and bool(others)  # else the number is given
     if not competing and not len(always) <= number <= most:
         raise StructPruneError(
             f"vocab={number:,} is no number of tokens that this model can keep: {len(always):,} of {most:,} always "

@@ -145,7 +145,7 @@ def unread():
     ({"widths": {"vocab": 100}}, r"vocab=100 is no number of tokens that this model can keep: \d+ of 400 always stay"),
     ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400; the nearest legal choice is 400"),
     ({"widths": None, "sparsity": 0.2, "targets": ("vocab",)}, r"no share of those .* give widths=\{'vocab': 192\}"),
-    ({"widths": None, "budget": {"bytes": 0.9}, "targets": ("vocab", "mlp")}, "target 'vocab' alone with a budget"),
+    ({"widths": None, "budget": {"bytes": 0.9}, "targets": ("vocab", "mlp")}, "target 'vocab' with a budget, alone"),
     ({"allocation": "search"}, "chooses widths inside the layers, and 'vocab' is none"),
     ({"max_perplexity_ratio": 1.2, "widths": {"vocab": 320, "mlp": 9}}, "held by rounds, and 'vocab' goes before"),
 ])  # fmt: skip
