@@ -15,6 +15,8 @@ from models import GROUPED, documents
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from optimum_structprune.commands.cli import main
+
 
 # Forks once the libraries are loaded, so that kills meet the work and not the imports.
 SCRIPT = """
@@ -133,15 +135,14 @@ def test_a_run_that_was_killed_at_any_moment_comes_to_the_same_result(dense, tmp
 FLAGS = "--width mlp=24 --width attention=2 --general-share 0 --num-samples 6 --seq-length 24 --device cpu".split()
 
 
-def launched(arguments, processes=2) -> list:
-    """The command line of `structprune` in several processes."""
-    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def launched(arguments) -> list:
+    """The command line of `structprune` in two processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return [sys.executable, *launch, "-m", "optimum_structprune", *map(str, arguments)]
 
 
-def run(arguments, processes=2) -> subprocess.CompletedProcess:
-    command = launched(arguments, processes)
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+def run(arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(launched(arguments), capture_output=True, text=True, env=environment(), timeout=300)
 
 
 def pruning(dense, out, *flags) -> list:
@@ -151,8 +152,7 @@ def pruning(dense, out, *flags) -> list:
 @pytest.fixture(scope="module")
 def alone(dense):
     """What one process gives."""
-    done = run(pruning(dense, dense / "alone"), 1)
-    assert done.returncode == 0, done.stderr
+    assert main(list(map(str, pruning(dense, dense / "alone")))) == 0
     return dense / "alone"
 
 
@@ -172,7 +172,7 @@ def test_two_processes_give_what_one_gives_and_say_it_once(dense, alone, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_go_on_where_two_were_killed(dense, alone, tmp_path):
     command = launched(pruning(dense, tmp_path / "out", "--resume"))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
@@ -182,15 +182,10 @@ def test_two_processes_go_on_where_two_were_killed(dense, alone, tmp_path):
     for each in [process.pid, *map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())]:
         os.kill(each, signal.SIGKILL)
     process.wait()
+    wrong = run(pruning(dense, tmp_path / "wrong", "--criterion", "nope"))
+    assert wrong.returncode != 0 and "structprune: error: " in wrong.stderr, "an error of one process ends all"
     assert progress.exists() and not (tmp_path / "out").exists()
     done = run(pruning(dense, tmp_path / "out", "--resume"))
     assert done.returncode == 0, done.stderr
     same_result(tmp_path / "out", alone)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.slow
-def test_an_error_of_one_process_ends_all(dense, tmp_path):
-    done = run(pruning(dense, tmp_path / "out", "--criterion", "nope"))
-    assert done.returncode != 0 and "structprune: error: " in done.stderr
-    assert not list(tmp_path.iterdir())

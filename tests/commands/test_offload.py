@@ -51,7 +51,7 @@ def refused(capsys, monkeypatch, tmp_path, arguments, *words):
 
 
 @pytest.mark.parametrize("place", ["disk", None])
-@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "gone", "index of a file that is not there", "index cut"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "gone", "index of a file that is not there", "index cut"])
 def test_a_damaged_shard_is_named(desk, copy, tmp_path, capsys, monkeypatch, damage, place):
     shard = sorted(copy.glob("*.safetensors"))[3]
     index = copy / "model.safetensors.index.json"
@@ -63,17 +63,9 @@ def test_a_damaged_shard_is_named(desk, copy, tmp_path, capsys, monkeypatch, dam
         index.write_text(index.read_text().replace("00004", "00444"))
         shard = Path("model-00444")
     else:
-        shard.write_bytes({"cut": shard.read_bytes()[:-40], "empty": b"", "noise": b"\xff" * 4000}[damage])
+        shard.write_bytes({"cut": shard.read_bytes()[:-40], "noise": b"\xff" * 4000}[damage])
     word = index.name if damage == "index cut" else shard.name
     refused(capsys, monkeypatch, tmp_path, command(desk, copy, tmp_path / "out", offload=place), word)
-
-
-def test_files_that_cannot_be_read_by_layer_are_named(desk, copy, tmp_path, capsys, monkeypatch):
-    for path in [*copy.glob("*.safetensors"), *copy.glob("*.index.json")]:
-        path.unlink()
-    torch.save(build("llama-untied").state_dict(), copy / "pytorch_model.bin")
-    words = ("pytorch_model.bin is no safetensors file", "save_pretrained(")
-    refused(capsys, monkeypatch, tmp_path, command(desk, copy, tmp_path / "out"), *words)
 
 
 @pytest.mark.parametrize(("offload", "flags", "words"), [
@@ -90,16 +82,19 @@ def test_what_offload_does_not_go_with(desk, tmp_path, capsys, monkeypatch, offl
     )
 
 
-def test_a_space_of_all_layers_is_refused(desk, tmp_path, capsys, monkeypatch):
+def test_models_whose_layers_cannot_be_brought_in_one_by_one_are_refused(desk, tmp_path, capsys, monkeypatch):
     arguments = command(desk, desk / "model", tmp_path / "out", widths=("hidden=16",))
     refused(capsys, monkeypatch, tmp_path, arguments, "'hidden' changes all layers", "prune inside the layers")
-
-
-@pytest.mark.parametrize("case", ["t5", "gemma4_text"])
-def test_layers_that_cannot_run_one_by_one_are_refused(desk, tmp_path, capsys, monkeypatch, case):
-    save_with_tokenizer(build(case), tmp_path / "model")
-    arguments = command(desk, tmp_path / "model", tmp_path / "out")
-    refused(capsys, monkeypatch, tmp_path, arguments, "cannot be brought in one by one", "in memory")
+    for case in ("t5", "gemma4_text"):
+        save_with_tokenizer(build(case), tmp_path / case)
+        arguments = command(desk, tmp_path / case, tmp_path / "out")
+        refused(capsys, monkeypatch, tmp_path, arguments, "cannot be brought in one by one", "in memory")
+    pickled = shutil.copytree(desk / "model", tmp_path / "pickled")
+    for path in [*pickled.glob("*.safetensors"), *pickled.glob("*.index.json")]:
+        path.unlink()
+    torch.save(build("llama-untied").state_dict(), pickled / "pytorch_model.bin")
+    words = ("pytorch_model.bin is no safetensors file", "save_pretrained(")
+    refused(capsys, monkeypatch, tmp_path, command(desk, pickled, tmp_path / "out"), *words)
 
 
 def test_a_second_run_into_the_same_output_is_refused_at_once(desk, tmp_path, capsys, monkeypatch):
@@ -109,8 +104,7 @@ def test_a_second_run_into_the_same_output_is_refused_at_once(desk, tmp_path, ca
         refused(capsys, monkeypatch, tmp_path, calibrate, "Another run writes to", "name another output")
 
 
-@pytest.mark.parametrize("resume", [(), ("--resume",)])
-@pytest.mark.parametrize("size", [300, 4000, 9000])
+@pytest.mark.parametrize(("size", "resume"), [(300, ()), (4000, ("--resume",)), (9000, ())])
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(desk, tmp_path, capsys, size, resume):
     out = tmp_path / "out"
     assert main(command(desk, desk / "model", out, widths=("mlp=32",))) == 0
@@ -131,7 +125,6 @@ SAME = {
     "llama-bias": (("mlp=24",), ("--dtype", "bfloat16")),
     "mixtral": (("expert=3", "mlp=24"), ()),
     "gpt_oss": (("mlp=24",), ()),
-    "gemma3_text": (("layer=1", "mlp=24"), ()),
     "phi3": (("mlp=24",), ("--skip-layer", "0")),
 }
 
@@ -151,6 +144,8 @@ def test_it_gives_what_pruning_in_memory_gives(desk, tmp_path, case):
         assert found[name].dtype == tensor.dtype
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "memory", "model"]
+    if case != "phi3":
+        return
     # What has layers of several widths by then is pruned once more.
     for out, offload in (("memory", None), ("disk", "disk")):
         again = [str(tmp_path / f"{out}-again"), *flags]

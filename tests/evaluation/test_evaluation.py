@@ -3,7 +3,8 @@
 import json
 import sys
 import warnings
-from math import exp, log
+from math import exp
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,15 +59,10 @@ def test_comparison_equals_its_definition(pair, batch_size):
     assert found.divergence > 0 and found.agreement < 1
 
 
-def test_a_model_is_its_own_equal(pair):
-    found = compare(pair[0], pair[0], token_ids(batch=3, length=30))
-    assert (found.divergence, found.agreement, found.perplexity) == (0, 1, found.dense_perplexity)
-
-
-def test_the_training_mode_stays(pair):
+def test_a_model_is_its_own_equal_and_the_training_mode_stays(pair):
     model, dense = pair[0].train(), pair[1].eval()
-    compare(model, dense, token_ids())
-    assert model.training and not dense.training
+    found = compare(model, model, token_ids(batch=3, length=30))
+    assert (found.divergence, found.agreement, found.perplexity) == (0, 1, found.dense_perplexity)
     with pytest.raises(IndexError):
         compare(model, dense, torch.full((1, 8), 10_000))
     assert model.training and not dense.training
@@ -91,17 +87,15 @@ def test_held_out_text_is_the_beginning_of_the_file(folder):
     assert first.documents == whole.documents[: len(first.documents)]
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"source": "builtin:math"}, "'a' .builtin:math. has no known end"),
-    ({"source": ["w5 w6"]}, "has 2 tokens, and a sample takes 23"),
-    ({"source": ["w5 w6"], "seq_length": 1}, "2 is the least"),
-    ({"source": "none.jsonl"}, "no file or folder none.jsonl"),
-])  # fmt: skip
-def test_text_that_does_not_do(fields, message):
-    domain = DomainConfig("a", fields["source"])
-    rest = {"seq_length": 24, **{name: value for name, value in fields.items() if name != "source"}}
-    with pytest.raises(StructPruneError, match=message):
-        read_heldout(domain, tokenizer(), **rest)
+def test_text_that_does_not_do():
+    for source, fields, message in (
+        ("builtin:math", {}, "'a' .builtin:math. has no known end"),
+        (["w5 w6"], {}, "has 2 tokens, and a sample takes 23"),
+        (["w5 w6"], {"seq_length": 1}, "2 is the least"),
+        ("none.jsonl", {}, "no file or folder none.jsonl"),
+    ):
+        with pytest.raises(StructPruneError, match=message):
+            read_heldout(DomainConfig("a", source), tokenizer(), **{"seq_length": 24, **fields})
 
 
 # --- evaluate
@@ -144,22 +138,19 @@ def test_text_that_was_calibrated_on_is_called_out(tmp_path, folder):
 
 
 def test_what_evaluate_refuses(pair, folder):
-    domain = DomainConfig("a", str(folder / "a.jsonl"))
-    cases = [
+    domain, other = DomainConfig("a", str(folder / "a.jsonl")), build("llama-tied")
+    other.resize_token_embeddings(100)
+    for fields, message in (
         ({}, "nothing to evaluate"),
         ({"domains": [domain, domain]}, "Two domains are named 'a'"),
         ({"domains": [domain], "seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
         ({"domains": [domain], "num_samples": 0}, "num_samples has to be 1 or more, got 0"),
         ({"domains": [domain], "dense": build("bert")}, "does not predict the next token"),
         ({"domains": [domain], "dense": build("t5")}, "does not predict the next token"),
-    ]
-    for fields, message in cases:
+        ({"domains": [domain], "dense": other}, "vocabulary of 96, the dense one of 100; name its tokenizer"),
+    ):
         with pytest.raises(StructPruneError, match=message):
             evaluate(pair[0], tokenizer(), **{"seq_length": 24, **fields})
-    other = build("llama-tied")
-    other.resize_token_embeddings(100)
-    with pytest.raises(StructPruneError, match="vocabulary of 96, the dense one of 100; name its tokenizer"):
-        evaluate(pair[0], tokenizer(), [domain], dense=other, seq_length=24)
     other.resize_token_embeddings(9)
     with pytest.raises(StructPruneError, match="token id 95, vocabulary 9"):
         evaluate(other, tokenizer(), [domain], seq_length=24)
@@ -168,31 +159,16 @@ def test_what_evaluate_refuses(pair, folder):
 # --- tasks
 
 
-@pytest.mark.parametrize(("query", "asked"), [
-    ("Question: Why?", "Question: Why?\nAnswer:"),
-    ("Question: Why?\n", "Question: Why?\nAnswer:"),
-    ("Question: Why?\nAnswer:", "Question: Why?\nAnswer:"),
-    ("He fell, because", "He fell, because"),
-])  # fmt: skip
-def test_a_question_is_asked_as_usual(tmp_path, query, asked):
-    item = {**ITEM, "query": query}
-    (tmp_path / "quiz.jsonl").write_text(json.dumps(item))
-    assert local_task(tmp_path / "quiz.jsonl")["doc_to_text"](item) == asked
-
-
-@pytest.mark.parametrize("line", [
-    "not json",
-    '{"query": "a", "choices": ["b", "c"]}',
-    '{"query": "a", "choices": ["b", "c"], "gold": 2}',
-    '{"query": "a", "choices": ["b"], "gold": 0}',
-    '{"query": "a", "choices": ["b", ""], "gold": 0}',
-    '{"query": "a", "choices": ["b", "c"], "gold": "0"}',
-])  # fmt: skip
-def test_a_line_that_is_no_item_is_named(pair, tmp_path, line):
-    pytest.importorskip("lm_eval")
-    (tmp_path / "quiz.jsonl").write_text(f"{json.dumps(ITEM)}\n\n{line}\n")
-    with pytest.raises(StructPruneError, match=r"quiz.jsonl, line 3, is no item"):
-        evaluate(pair[0], tokenizer(), tasks=[tmp_path / "quiz.jsonl"])
+def test_a_question_is_asked_as_usual(tmp_path):
+    for query, asked in (
+        ("Question: Why?", "Question: Why?\nAnswer:"),
+        ("Question: Why?\n", "Question: Why?\nAnswer:"),
+        ("Question: Why?\nAnswer:", "Question: Why?\nAnswer:"),
+        ("He fell, because", "He fell, because"),
+    ):
+        item = {**ITEM, "query": query}
+        (tmp_path / "quiz.jsonl").write_text(json.dumps(item))
+        assert local_task(tmp_path / "quiz.jsonl")["doc_to_text"](item) == asked
 
 
 def test_tasks_that_cannot_be_run(pair, tmp_path, folder, monkeypatch):
@@ -202,11 +178,25 @@ def test_tasks_that_cannot_be_run(pair, tmp_path, folder, monkeypatch):
         ([str(tmp_path / "none.jsonl")], "none.jsonl cannot be read"),
         ([str(tmp_path / "empty.jsonl")], "has no items"),
         ([folder / "quiz.jsonl", str(folder / "quiz.jsonl")], "Two tasks are named 'quiz'"),
-        (["arc_eazy"], "no task 'arc_eazy'.*Did you mean 'arc_easy'"),
     ]
     for tasks, message in cases:
         with pytest.raises(StructPruneError, match=message):
             evaluate(pair[0], tokenizer(), tasks=tasks)
+    for line in (
+        "not json",
+        '{"query": "a", "choices": ["b", "c"]}',
+        '{"query": "a", "choices": ["b", "c"], "gold": 2}',
+        '{"query": "a", "choices": ["b"], "gold": 0}',
+        '{"query": "a", "choices": ["b", ""], "gold": 0}',
+        '{"query": "a", "choices": ["b", "c"], "gold": "0"}',
+    ):
+        (tmp_path / "quiz.jsonl").write_text(f"{json.dumps(ITEM)}\n\n{line}\n")
+        with pytest.raises(StructPruneError, match=r"quiz.jsonl, line 3, is no item"):
+            evaluate(pair[0], tokenizer(), tasks=[tmp_path / "quiz.jsonl"])
+    # Indexing lm_eval's own tasks takes seconds.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **how: SimpleNamespace(all_tasks=["arc_easy"]))
+    with pytest.raises(StructPruneError, match="no task 'arc_eazy'.*Did you mean 'arc_easy'"):
+        evaluate(pair[0], tokenizer(), tasks=["arc_eazy"])
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(StructPruneError, match=r"pip install optimum-structprune\[eval\]"):
         evaluate(pair[0], tokenizer(), tasks=[folder / "quiz.jsonl"])
@@ -227,11 +217,9 @@ def test_the_command(folder, capsys):
     found = json.loads((folder / "out.json").read_text())
     assert found["model"] == model and found["dense"] == dense and found["tokens"] == {"a": 46}
     assert f"{found['perplexity']['a']['dense']:.2f}" in shown and "top-1" in shown
-    assert (
-        f"{found['tasks']['quiz']['model']['acc']:.3f} ± {found['tasks']['quiz']['model']['acc_stderr']:.3f}" in shown
-    )
-    ratio = found["perplexity"]["a"]["model"] / found["perplexity"]["a"]["dense"]
-    assert log(ratio) != 0 and f"x {ratio:.3f}" in shown
+    quiz = found["tasks"]["quiz"]["model"]
+    assert f"{quiz['acc']:.3f} ± {quiz['acc_stderr']:.3f}" in shown
+    assert f"x {found['perplexity']['a']['model'] / found['perplexity']['a']['dense']:.3f}" in shown
     for mistake, message in [
         (["evaluate", model], "nothing to evaluate"),
         (["evaluate", model, *domains, *short], "'none'"),

@@ -28,7 +28,6 @@ from optimum_structprune.system.disk import (
     remove_checkpoints,
     used_paths,
 )
-from optimum_structprune.system.memory import model_bytes
 
 
 def result(folder, marker="pruning_plan.json"):
@@ -38,7 +37,9 @@ def result(folder, marker="pruning_plan.json"):
     return folder
 
 
-def test_what_may_be_written_to(tmp_path):
+def test_what_may_be_written_to_and_is_left_as_it_was(tmp_path):
+    Output(tmp_path / "a" / "b" / "out").check(1)
+    assert not list(tmp_path.iterdir())
     Output(tmp_path / "new").check()
     Output(tmp_path, True, [tmp_path]).check()
     for marker in MARKERS:
@@ -50,28 +51,28 @@ def test_what_may_be_written_to(tmp_path):
     Output(with_card, True, elsewhere).check()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "llama"}', "5", "[" * 5000])
-def test_a_folder_that_only_looks_like_a_result_stays(tmp_path, text):
-    (tmp_path / "pruning_plan.json").write_text(text)
+def test_a_folder_that_only_looks_like_a_result_stays(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "thesis.txt").write_text("x" * 2000)
-    assert not is_result(tmp_path)
-    with pytest.raises(StructPruneError, match=r"no result of structprune.*2 files \([27].0 kB\) would be lost"):
-        Output(tmp_path, True).check()
+    for text in ("", "[]", "{}", '{"model_type": "llama"}', "5", "[" * 5000):
+        (tmp_path / "pruning_plan.json").write_text(text)
+        assert not is_result(tmp_path)
+        with pytest.raises(StructPruneError, match=r"no result of structprune.*2 files \([27].0 kB\) would be lost"):
+            Output(tmp_path, True).check()
     build("llama-tied").save_pretrained(tmp_path / "dense")
     with pytest.raises(StructPruneError, match="no result"):
         Output(tmp_path / "dense", True).check()
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "notes/", "README.md", "data.csv", ".git/"])
-def test_what_was_put_into_a_result_stays(tmp_path, name):
-    out = result(tmp_path / "out")
-    (out / "tokenizer.model").write_text("")
-    (out / "modeling_llama.py").write_text("")
-    Output(out, True).check()
-    (out / name).mkdir() if name.endswith("/") else (out / name).write_text("mine")
-    with pytest.raises(StructPruneError, match=f"did not write .{name.rstrip('/')}"):
+def test_what_was_put_into_a_result_stays(tmp_path):
+    for number, name in enumerate(("thesis.txt", "notes/", "README.md", "data.csv", ".git/")):
+        out = result(tmp_path / str(number))
+        (out / "tokenizer.model").write_text("")
+        (out / "modeling_llama.py").write_text("")
         Output(out, True).check()
+        (out / name).mkdir() if name.endswith("/") else (out / name).write_text("mine")
+        with pytest.raises(StructPruneError, match=f"did not write .{name.rstrip('/')}"):
+            Output(out, True).check()
 
 
 def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
@@ -96,13 +97,20 @@ def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
                     Output(target, True, [None, "", "owner/name", name]).check()
 
 
-def test_the_paths_that_configs_name(tmp_path):
+def test_the_paths_that_configs_name_are_known_and_none_lies_in_the_output(tmp_path):
     for name in ("1.txt", "2.txt"):
         (tmp_path / name).write_text("")
     domains = [DomainConfig(name="a", source=f"{tmp_path}/*.txt"), DomainConfig(name="b", source=["in memory"])]
     recovery = RecoveryConfig(domains=[DomainConfig(name="c", source="c.jsonl")], training={"output_dir": "steps"})
     names = used_paths(config(domains=domains, checkpoint_dir="rounds", recovery=recovery), None)
     assert {*names} == {f"{tmp_path}/1.txt", f"{tmp_path}/2.txt", "rounds", "c.jsonl", "steps"}
+    out = tmp_path / "out"
+    for folder in (out, f"{out}/steps"):
+        with pytest.raises(StructPruneError, match="output_dir .*lies in the output folder"):
+            check_apart(out, config(recovery=RecoveryConfig(training={"output_dir": str(folder)})))
+    with pytest.raises(StructPruneError, match="checkpoint_dir .*lies in the output folder"):
+        check_apart(out, None, config(checkpoint_dir=f"{out}/rounds"))
+    check_apart(out, config(checkpoint_dir=f"{out}.rounds"), RecoveryConfig(training={"output_dir": str(tmp_path)}))
 
 
 def test_saving_never_replaces_the_dense_model(tmp_path):
@@ -117,11 +125,6 @@ def test_saving_never_replaces_the_dense_model(tmp_path):
     with pytest.raises(StructPruneError, match="in holds .*one, which this run reads"):
         again.save(small, tmp_path / "in", overwrite=True)
     again.save(small, tmp_path / "two")
-
-
-def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
-    Output(tmp_path / "a" / "b" / "out").check(1)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
@@ -140,47 +143,24 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
         if "x" * 300 not in str(target) and message != "mounted":
             with pytest.raises(StructPruneError), Output(target).staged():
                 pytest.fail("there is no such folder")
-    usage = SimpleNamespace(free=3_000_000)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(StructPruneError, match="takes about 5.0 GB, and .* has 3.0 MB left"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3_000))
+    with pytest.raises(StructPruneError, match="takes about 5.0 GB, and .* has 3.0 kB left"):
         Output(tmp_path / "out").check(5_000_000_000)
+    with pytest.raises(StructPruneError, match="has 3.0 kB left"):
+        save_checked(build("llama-tied"), tmp_path / "out", None, False, lambda folder: 1 / 0, lambda *_: None)
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["checkpoint_dir", "output_dir"])
-def test_folders_of_checkpoints_are_probed_before_text_is_read(tmp_path, name):
-    def unread():
-        pytest.fail("text was read")
-        yield
-
-    domain = [DomainConfig("a", unread())]
+def test_folders_of_checkpoints_are_probed_before_text_is_read(tmp_path):
+    domain = [DomainConfig("a", (pytest.fail("text was read") for _ in "a"))]
     (tmp_path / "file").write_text("")
     for folder, message in [(tmp_path / "file" / "run", "file is a file"), (Path("/proc/none/run"), "cannot be")]:
-        training = {"output_dir": str(folder)} if name == "output_dir" else {}
-        recovery = recovery_config(domains=domain, training=training)
-        checked = {"checkpoint_dir": str(folder)} if name == "checkpoint_dir" else {"recovery": recovery}
-        with pytest.raises(StructPruneError, match=message):
-            prune_model(build("llama-tied"), config(domains=domain, rounds=2, **checked), tokenizer())
+        recovery = recovery_config(domains=domain, training={"output_dir": str(folder)})
+        for checked in ({"checkpoint_dir": str(folder)}, {"recovery": recovery}):
+            with pytest.raises(StructPruneError, match=message):
+                prune_model(build("llama-tied"), config(domains=domain, rounds=2, **checked), tokenizer())
     check_folder(tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_too_little_room_is_found_before_anything_is_written(tmp_path, monkeypatch):
-    model = build("llama-tied")
-    assert model_bytes(model) == 4 * model.num_parameters()
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(StructPruneError, match="has 1.0 kB left"):
-        save_checked(model, tmp_path / "out", None, False, lambda folder: 1 / 0, lambda *_: None)
-    assert not list(tmp_path.iterdir())
-
-
-def test_nothing_else_may_be_written_into_the_output(tmp_path):
-    out = tmp_path / "out"
-    for training in ({"output_dir": str(out)}, {"output_dir": f"{out}/steps"}):
-        with pytest.raises(StructPruneError, match="output_dir .*lies in the output folder"):
-            check_apart(out, config(recovery=RecoveryConfig(training=training)))
-    with pytest.raises(StructPruneError, match="checkpoint_dir .*lies in the output folder"):
-        check_apart(out, None, config(checkpoint_dir=f"{out}/rounds"))
-    check_apart(out, config(checkpoint_dir=f"{out}.rounds"), RecoveryConfig(training={"output_dir": str(tmp_path)}))
 
 
 def test_only_checkpoints_are_removed(tmp_path):
@@ -250,17 +230,13 @@ def test_one_run_saves_inside_its_own_lock_and_leaves_its_working_folders(tmp_pa
             (folder / "model").write_text("mine")
         assert names(tmp_path) == sorted([".out.lock", scratch.name, "out"])
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["model"]
-
-
-def test_an_error_leaves_no_lock_and_no_folder(tmp_path):
     output = Output(tmp_path / "new" / "deep" / "out")
-    with pytest.raises(RuntimeError, match="mine"):
-        with output.locked(), output.beside(OFFLOAD):
-            assert len(names(output.path.parent)) == 2
-            raise RuntimeError("mine")
+    with pytest.raises(RuntimeError, match="mine"), output.locked(), output.beside(OFFLOAD):
+        assert len(names(output.path.parent)) == 2
+        raise RuntimeError("mine")
     with pytest.raises(RuntimeError, match="mine"), output.staged():
         raise RuntimeError("mine")
-    assert not names(tmp_path)
+    assert names(tmp_path) == ["out"]
 
 
 def test_what_killed_runs_left_goes_and_nothing_else(tmp_path):
@@ -305,32 +281,24 @@ def test_what_stops_the_second_of_two_moves_leaves_the_former_result(tmp_path, m
     with pytest.raises(expected, match="out could not be written.*busy|^$"), Output(out, True).staged() as folder:
         (folder / "new").write_text("")
     assert names(tmp_path) == ["out"] and names(out) == ["model.safetensors", "pruning_plan.json"]
-
-
-def test_a_file_that_appears_in_the_way_stays(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(StructPruneError, match="out could not be written"), Output(out, True).staged() as folder:
-        (folder / "new.txt").write_text("new")
-        out.write_text("mine")
-    assert names(tmp_path) == ["out"] and out.read_text() == "mine"
+    other = tmp_path / "other"
+    with pytest.raises(StructPruneError, match="other could not be written"), Output(other, True).staged():
+        other.write_text("a file that appears in the way stays")
+    assert names(tmp_path) == ["other", "out"] and other.is_file()
 
 
 def test_a_disk_that_is_full_for_torch_or_a_tokenizer_is_an_error_of_ours(tmp_path):
-    before = {path.name: path.read_bytes() for path in result(tmp_path / "out").iterdir()}
-    writers = {
-        "inline_container|PytorchStreamWriter": lambda folder: torch.save(torch.zeros(9999), folder / "optimizer.pt"),
-        "too large": lambda folder: (folder / "notes.txt").write_text("x" * 9999),
-        "os error": lambda folder: tokenizer().save_pretrained(folder),
-    }
-    for reason, write in writers.items():
-        with (
-            full_disk(1_000),
-            pytest.raises(StructPruneError, match=f"out could not be written, and what was there.*({reason})"),
-            Output(tmp_path / "out", True).staged() as folder,
-        ):
+    out = result(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for reason, write in (
+        ("inline_container|PytorchStream", lambda folder: torch.save(torch.zeros(9999), folder / "optimizer.pt")),
+        ("too large", lambda folder: (folder / "notes.txt").write_text("x" * 9999)),
+        ("os error", tokenizer().save_pretrained),
+    ):
+        refused = pytest.raises(StructPruneError, match=f"out could not be written, and what was there.*({reason})")
+        with full_disk(1_000), refused, Output(out, True).staged() as folder:
             write(folder)
-        assert names(tmp_path) == ["out"]
-        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+        assert names(tmp_path) == ["out"] and {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_file_system_without_locks_still_takes_a_run(tmp_path, monkeypatch, caplog):

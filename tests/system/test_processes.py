@@ -25,25 +25,39 @@ RUNS = {
     "three layers": {"widths": None, "sparsity": 0.25, "allocation": "search", "round_to": 4},
     "granite": {"widths": {"layer": 1, "hidden": 24, "mlp": 24}},
     "olmoe": {"widths": None, "sparsity": 0.1, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
-    "mistral": {"criterion": "wanda", "refit": "none", "allocation": "global", "round_to": 1},
     "olmo2": {"criterion": "loss_increase", "widths": {"layer": 1}},
     "t5": {},
     "writes itself": {},
 }
 SCRIPT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
+import torch.distributed as dist
 from safetensors.torch import save_file
-from system.test_processes import RUNS, pruned
+from models import tokenizer
+from optimum_structprune import StructPruneError
 from optimum_structprune.pruning import trials
+from optimum_structprune.system.disk import Output
 from optimum_structprune.system.processes import across_processes, process_count, process_index
+from system.test_processes import RUNS, pruned
 
-folder, measure, tried = Path(sys.argv[1]), trials.trial_losses, []
+folder, rank, measure, tried = Path(sys.argv[1]), os.environ["RANK"], trials.trial_losses, []
 
 def counted(sweep, refits, probe):
     tried.append(probe.layer)
     return measure(sweep, refits, probe)
 
+# One of several processes saves a folder, and the others get the same outcome.
+saver, small = pruned("llama-tied")
+
+def save_both(out):
+    for _ in range(2):
+        saver.save(small, out, tokenizer(), overwrite=True)
+    with Output(out.parent / "more").staged() as staging:
+        (staging / "rank.txt").write_text(rank)
+    assert (out / "model.safetensors").is_file() and (out.parent / "more" / "rank.txt").read_text() == "0"
+
+save_both(folder / "saved" / "apart" / "small")
 trials.trial_losses = counted
 with across_processes():
     assert process_count() == 2
@@ -57,6 +71,15 @@ with across_processes():
         (part / "report").write_text(json.dumps(pruner.report.to_dict()))
         pruner.report.details.save(part / "details")
         (part / "tried").write_text(json.dumps(tried))
+save_both(folder / "saved" / "together" / "small")
+if rank == "0":
+    saver.save(small, folder / "saved" / "first" / "small")
+(folder / "saved" / "error" / "small" / "mine").mkdir(parents=True, exist_ok=True)
+try:
+    saver.save(small, folder / "saved" / "error" / "small", overwrite=True)
+except StructPruneError as error:
+    print(f"rank {rank}: {error}", flush=True)
+dist.destroy_process_group()
 """
 
 
@@ -79,17 +102,18 @@ def on_text_of_its_own():
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
+    """The folder of a launch, and what it said."""
     folder = tmp_path_factory.mktemp("processes")
     done = on_two_ranks(SCRIPT, folder, folder)
     assert done.returncode == 0, done.stderr
-    return folder
+    return folder, done.stdout
 
 
 @pytest.mark.parametrize("case", RUNS)
 def test_two_processes_find_what_one_finds(case, together):
     pruner, model = pruned(case)
     for rank in (0, 1):
-        part = together / f"{case}-{rank}"
+        part = together[0] / f"{case}-{rank}"
         assert json.loads((part / "plan").read_text()) == pruner.plan.to_dict()
         theirs = load_file(part / "weights")
         for name, tensor in model.state_dict().items():
@@ -104,74 +128,17 @@ def test_each_process_makes_the_trials_of_its_own_layers(together):
     """Of three layers two; of experts, the FFN alone."""
     expected = {"three layers": [[0, 0, 2, 2], [1, 1]], "gemma2": [[0], [1]], "olmoe": [[0], [1]], "t5": [[], []]}
     for case, of_ranks in expected.items():
-        assert [json.loads((together / f"{case}-{rank}" / "tried").read_text()) for rank in (0, 1)] == of_ranks
+        assert [json.loads((together[0] / f"{case}-{rank}" / "tried").read_text()) for rank in (0, 1)] == of_ranks
 
 
-DYING = """
-import os
-from system.test_processes import pruned
-from optimum_structprune.pruning.sweep import Sweep
-from optimum_structprune.system.processes import across_processes
-
-if os.environ["RANK"] == "1":
-    Sweep.gather = lambda *args: os._exit(9)
-with across_processes():
-    pruned("llama-tied")
-"""
-
-
-@pytest.mark.nightly
-def test_a_process_that_dies_ends_the_others(tmp_path):
-    assert on_two_ranks(DYING, tmp_path).returncode != 0
-
-
-# --- several processes save one folder: the first one writes, the others get the same outcome
-
-SAVING = """
-import sys, os
-import torch.distributed as dist
-from pathlib import Path
-from models import build, config, tokenizer
-from optimum_structprune import StructPruneError, StructPruner
-from optimum_structprune.system.disk import Output
-
-folder = Path(sys.argv[1])
-rank = int(os.environ["RANK"])
-pruner = StructPruner(config())
-pruned = pruner.prune_model(build("llama-tied"), tokenizer())
-
-def save_both(out):
-    for _ in range(2):
-        pruner.save(pruned, out, tokenizer(), overwrite=True)
-    with Output(out.parent / "more").staged() as staging:
-        (staging / "rank.txt").write_text(str(rank))
-    assert (out / "model.safetensors").is_file() and (out.parent / "more" / "rank.txt").read_text() == "0"
-
-save_both(folder / "apart" / "small")
-dist.init_process_group("gloo")
-save_both(folder / "together" / "small")
-if rank == 0:
-    pruner.save(pruned, folder / "first" / "small")
-(folder / "error" / "small" / "mine").mkdir(parents=True, exist_ok=True)
-try:
-    pruner.save(pruned, folder / "error" / "small", overwrite=True)
-except StructPruneError as error:
-    print(f"rank {rank}: {error}", flush=True)
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_one_process_saves_and_all_get_its_outcome(tmp_path):
-    done = on_two_ranks(SAVING, tmp_path, tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+def test_one_process_saves_and_all_get_its_outcome(together):
+    folder, said = together[0] / "saved", together[1]
     for mode, names in {"apart": ["more", "small"], "together": ["more", "small"], "first": ["small"]}.items():
-        assert sorted(path.name for path in (tmp_path / "out" / mode).iterdir()) == names
-        assert (tmp_path / "out" / mode / "small" / "report.json").is_file()
-    for rank in (0, 1):
-        assert f"rank {rank}: " in done.stdout
-    assert done.stdout.count("rank") == done.stdout.count("is no result of structprune") == 2
-    assert [path.name for path in (tmp_path / "out" / "error" / "small").iterdir()] == ["mine"]
+        assert sorted(path.name for path in (folder / mode).iterdir()) == names
+        assert (folder / mode / "small" / "report.json").is_file()
+    assert all(f"rank {rank}: " in said for rank in (0, 1))
+    assert said.count("rank") == said.count("is no result of structprune") == 2
+    assert [path.name for path in (folder / "error" / "small").iterdir()] == ["mine"]
 
 
 # --- several processes train one model: the same weights in each, whole or in shards, and checkpoints of their run
@@ -233,12 +200,11 @@ def trained(way, fsdp=False, resume=False, **training):
 
 
 for way in WAYS:
-    whole = trained(way)
+    fsdp, kept = way == "full", {"output_dir": str(folder / way), "save_steps": 2, "save_total_limit": 9}
+    whole, sharded_whole = (trained(way, each, **(kept if each == fsdp else {})) for each in (False, True))
     print(f"rank {rank} trained {way}: {weights_hash(whole)}", flush=True)
-    torch.testing.assert_close(logits(trained(way, fsdp=True)), logits(whole), rtol=1e-4, atol=1e-5)
-for way, fsdp in (("lora", False), ("full", True)):
-    kept = {"output_dir": str(folder / way), "save_steps": 2, "save_total_limit": 9}
-    expected = logits(trained(way, fsdp, **kept))
+    torch.testing.assert_close(logits(sharded_whole), logits(whole), rtol=1e-4, atol=1e-5)
+    expected = logits(sharded_whole if fsdp else whole)
     dist.barrier()  # the first process may still be writing
     if rank == 0:
         # What a kill while the last checkpoint is written leaves.

@@ -42,14 +42,10 @@ def test_what_was_saved_last_is_what_is_loaded(tmp_path):
         assert_holds(tmp_path / "run", number)
         names = {path.name for path in (tmp_path / "run").iterdir()}
         assert names == {"round.json", f"round-{number}.safetensors", f"round-{number}-0-of-1.safetensors"}
-
-
-def test_the_tensors_of_every_number_stay_where_they_are_needed(tmp_path):
+        save(tmp_path / "all", number, every=True)
     for number in (1, 2, 3):
-        save(tmp_path, number, every=True)
-    for number in (1, 2, 3):
-        assert torch.equal(store(tmp_path, every=True).tensors(number)["weight"], tensors(number)["weight"])
-    assert len(list(tmp_path.glob("*-of-1.safetensors"))) == 1
+        assert torch.equal(store(tmp_path / "all", every=True).tensors(number)["weight"], tensors(number)["weight"])
+    assert len(list((tmp_path / "all").glob("*-of-1.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -74,38 +70,31 @@ def test_a_kill_between_any_two_writes_leaves_what_was_saved(after, tmp_path, mo
     assert loaded == sorted(loaded) and set(loaded) == {1, 2} and count() >= 5
 
 
-@pytest.mark.parametrize("size", [0, 100, 1000])
-def test_a_full_disk_leaves_what_was_saved_before(size, tmp_path):
-    save(tmp_path, 1)
-    with full_disk(size), pytest.raises(StructPruneError, match="Round 2 could not be saved.*before is intact"):
-        save(tmp_path, 2)
-    assert_holds(tmp_path, 1)
-    save(tmp_path, 2)
-    assert_holds(tmp_path, 2)
-
-
-def test_half_written_files_of_another_round_are_passed_over(tmp_path):
+def test_a_full_disk_and_half_written_files_leave_what_was_saved_before(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "round-2.safetensors").write_bytes(b"half")
     (tmp_path / "round.json.new").write_text('{"key"')
     assert_holds(tmp_path, 1)
+    for size in (0, 100, 1000):
+        with full_disk(size), pytest.raises(StructPruneError, match="Round 2 could not be saved.*before is intact"):
+            save(tmp_path, 2)
+        assert_holds(tmp_path, 1)
+    save(tmp_path, 2)
+    assert_holds(tmp_path, 2)
 
 
 def shortened(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
-@pytest.mark.parametrize(("name", "damage"), [
-    ("round.json", shortened),
-    *(("round.json", lambda path, text=text: path.write_text(text)) for text in ("{", "[]", '{"key": "x"}')),
-    ("round-1.safetensors", shortened),
-    ("round-1-0-of-1.safetensors", shortened),
-])  # fmt: skip
-def test_a_damaged_file_is_named(name, damage, tmp_path):
-    save(tmp_path, 1)
-    damage(tmp_path / name)
-    with pytest.raises(StructPruneError, match="round.json is not a readable checkpoint .*; remove it to start anew"):
-        store(tmp_path).load()
+def test_a_damaged_file_is_named(tmp_path):
+    damages = [(name, shortened) for name in ("round.json", "round-1.safetensors", "round-1-0-of-1.safetensors")]
+    texts = ("{", "[]", '{"key": "x"}')
+    for name, damage in [*damages, *(("round.json", lambda path, text=t: path.write_text(text)) for t in texts)]:
+        save(tmp_path, 1)
+        damage(tmp_path / name)
+        with pytest.raises(StructPruneError, match="round.json is not a readable checkpoint .*; remove it to start"):
+            store(tmp_path).load()
 
 
 def test_another_number_of_processes_is_refused_with_both(tmp_path, monkeypatch):
@@ -121,11 +110,8 @@ def test_another_number_of_processes_is_refused_with_both(tmp_path, monkeypatch)
 RUNS = {
     "llama-tied": {"widths": {"mlp": 24, "attention": 2}},
     "llama-bias": {"criterion": "flap", "refit": "bias"},
-    "qwen3": {"criterion": "random", "refit": "none"},
     "gemma2": {"rounds": 2, "objective": "worst"},
-    "granite": {"error_feedback": 0.25},
-    "mixtral": {},
-    "qwen2": {"criterion": "wanda"},
+    "mixtral": {"error_feedback": 0.25},
 }
 
 
@@ -134,13 +120,15 @@ def pruned(case, folder, **fields):
     return pruner.prune_model(build(case), tokenizer()), pruner
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize(
+    ("case", "after"),
+    [("llama-tied", False), ("llama-tied", True), ("llama-bias", True), ("gemma2", False), ("mixtral", True)],
+)
 def test_a_kill_at_any_write_leaves_what_the_next_run_goes_on_from(case, after, tmp_path, monkeypatch):
     whole, expected = pruned(case, None, **RUNS[case])
     number, finished = 0, False
     while not finished:
-        number += 1 if case == "llama-tied" else 3
+        number += 2 if case == "llama-tied" else 4
         folder = tmp_path / str(number)
         with dying(monkeypatch, resume, number, after):
             try:
@@ -159,6 +147,10 @@ def test_finished_layers_are_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(resume.Resume, "save", None)
     resumed, pruner = pruned("llama-tied", tmp_path / "run")
     assert same_weights(resumed, whole)
+    other, model = StructPruner(config(widths={"mlp": 20}, checkpoint_dir=str(tmp_path / "run"))), build("llama-tied")
+    with pytest.raises(StructPruneError, match="holds layer 2 of a run with another model, config or calibration"):
+        other.prune_model(model, tokenizer(), inplace=True)
+    assert same_weights(model, build("llama-tied"))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "layer.json",
         "layer-1.safetensors",
@@ -173,17 +165,6 @@ def test_a_full_disk_names_the_layer_and_leaves_those_before(tmp_path):
     with full_disk(3000), pytest.raises(InPlaceError, match="Layer 1 could not be saved.*before is intact"):
         pruner.prune_model(model, tokenizer(), inplace=True)
     assert same_weights(*(pruned("llama-tied", folder)[0] for folder in (tmp_path / "run", None)))
-
-
-def test_another_run_is_refused_before_anything_changes(tmp_path):
-    pruned("llama-tied", tmp_path / "run")
-    model = build("llama-tied")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(StructPruneError, match="holds layer 2 of a run with another model, config or calibration"):
-        StructPruner(config(widths={"mlp": 20}, checkpoint_dir=str(tmp_path / "run"))).prune_model(
-            model, tokenizer(), inplace=True
-        )
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_key_names_all_that_makes_a_run():
