@@ -84,7 +84,7 @@ def test_what_offload_does_not_go_with(desk, tmp_path, capsys, monkeypatch, offl
 
 def test_models_whose_layers_cannot_be_brought_in_one_by_one_are_refused(desk, tmp_path, capsys, monkeypatch):
     arguments = command(desk, desk / "model", tmp_path / "out", widths=("hidden=16",))
-    refused(capsys, monkeypatch, tmp_path, arguments, "'hidden' changes all layers", "prune inside the layers")
+    refused(capsys, monkeypatch, tmp_path, arguments, "'hidden' changes weights all over", "prune inside the layers")
     for case in ("t5", "gemma4_text"):
         save_with_tokenizer(build(case), tmp_path / case)
         arguments = command(desk, tmp_path / case, tmp_path / "out")
