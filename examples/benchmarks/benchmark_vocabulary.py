@@ -30,7 +30,7 @@ from optimum_structprune.domains.passages import Passages
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import row_losses
 from optimum_structprune.surgery.resize import drop_tokens_
-from optimum_structprune.vocabulary.choose import keep_tokens, predicted_shares, token_shares
+from optimum_structprune.vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares
 from optimum_structprune.vocabulary.tokens import Vocabulary
 
 
@@ -77,7 +77,8 @@ def row(args: Namespace, model, tokenizer, number: int, known: dict, texts, dens
     start = perf_counter()
     vocabulary, small = Vocabulary.of(tokenizer), deepcopy(model)
     always = {*vocabulary.always, *named_ids(model.config)}
-    keep = keep_tokens(vocabulary, known["shares"], number, always, known["predicted"])
+    order = removal_order(vocabulary, known["shares"], always, known["predicted"])
+    keep = keep_tokens(vocabulary.size, order, number)
     reader = vocabulary.smaller(keep)
     drop_tokens_(small, describe(small), keep)
     seconds = perf_counter() - start

@@ -21,7 +21,7 @@ from ..errors import StructPruneError
 from ..record.report import Report
 from ..surgery.plan import Plan
 from ..surgery.resize import drop_tokens_
-from ..vocabulary.choose import keep_tokens, predicted_shares, token_shares
+from ..vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares
 from ..vocabulary.tokens import Vocabulary
 from ..widths.budget import beside_tokens
 from .evidence import Evidence
@@ -74,8 +74,10 @@ def read_text(
     shares = token_shares(dense.domains, vocabulary.size)
     predicted = predicted_shares(model, dense.domains, vocabulary.size) if arch.causal else None
 
+    order = removal_order(vocabulary, shares, {*always, *beyond}, predicted)
+
     def keep_of(number: int) -> tuple[int, ...]:
-        return keep_tokens(vocabulary, shares, number + len(beyond), {*always, *beyond}, predicted)
+        return keep_tokens(vocabulary.size, order, number + len(beyond))
 
     if competing:
         number = best_number(config, arch, model, dense, vocabulary, keep_of, range(len(always), most + 1), report)

@@ -67,25 +67,21 @@ def predicted_shares(model: PreTrainedModel, domains: Sequence[Domain], size: in
     return shares
 
 
-def keep_tokens(
-    vocabulary: Tokens, shares: Tensor, number: int, always: Collection[int] = (), predicted: Tensor | None = None
-) -> tuple[int, ...]:
-    """The `number` tokens whose absence would cost most, as ascending ids; each of them can still be formed.
+def removal_order(
+    vocabulary: Tokens, shares: Tensor, always: Collection[int] = (), predicted: Tensor | None = None
+) -> list[int]:
+    """The ids of all tokens that may go, those first whose absence costs least, so that what stays can still be formed
+    wherever the removal ends.
 
     Args:
         vocabulary: The tokens, and how each is spelled by others.
         shares: The share of each token in text, shape `(size,)`.
-        number: How many tokens stay.
         always: Tokens that stay whatever the text is, beside those of the vocabulary.
         predicted: The share that the model expects each token to have, of the same shape, where it is causal.
     """
     tokens = range(vocabulary.size)
     needs = [vocabulary.needs(token) for token in tokens]
     fixed = _with_needs({*vocabulary.always, *always}, needs)
-    if not len(fixed) <= number <= vocabulary.size:
-        raise StructPruneError(
-            f"vocab={number:,} is no number of tokens that can stay: {len(fixed):,} of {vocabulary.size:,} always do."
-        )
     parts, read = [vocabulary.parts(token) for token in tokens], _expected(vocabulary, shares, predicted).tolist()
     wholes = Counter(part for of in needs for part in set(of))
 
@@ -96,20 +92,30 @@ def keep_tokens(
 
     heap = [entry(token) for token in tokens if not wholes[token] and token not in fixed]
     heapify(heap)
-    kept = set(tokens)
-    while len(kept) > number:
+    kept, order = set(tokens), list[int]()
+    while heap:
         cost, token = heappop(heap)
         if (now := entry(-token))[0] > cost:  # it has taken the place of another since
             heappush(heap, now)
             continue
         kept.remove(-token)
+        order.append(-token)
         for part in _spelled(parts[-token], parts, kept):
             read[part] += read[-token]
         for part in set(needs[-token]):
             wholes[part] -= 1
             if not wholes[part] and part not in fixed:
                 heappush(heap, entry(part))
-    return tuple(sorted(kept))
+    return order
+
+
+def keep_tokens(size: int, order: Sequence[int], number: int) -> tuple[int, ...]:
+    """The ascending ids of `number` of `size` tokens, once the others have gone in an order; see `removal_order`."""
+    if not size - len(order) <= number <= size:
+        raise StructPruneError(
+            f"vocab={number:,} is no number of tokens that can stay: {size - len(order):,} of {size:,} always do."
+        )
+    return tuple(sorted({*range(size)} - {*order[: size - number]}))
 
 
 def _spelled(waiting: Sequence[int], parts: Sequence[Sequence[int]], kept: Collection[int]) -> list[int]:

@@ -8,7 +8,7 @@ from models import real_text_model, token_ids
 
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.vocabulary.choose import keep_tokens, predicted_shares, token_shares, unread
+from optimum_structprune.vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares, unread
 from optimum_structprune.vocabulary.tokens import Vocabulary
 
 
@@ -37,9 +37,13 @@ class Words:
         return self.names[token]
 
 
+def chosen(vocabulary, shares, number, always=(), predicted=None):
+    return keep_tokens(vocabulary.size, removal_order(vocabulary, shares, always, predicted), number)
+
+
 def kept(words, counts, number, always=(), predicted=None):
     predicted = None if predicted is None else torch.tensor(predicted) * 1.0
-    keep = keep_tokens(words, torch.tensor(counts) * 1.0, number, always, predicted)
+    keep = chosen(words, torch.tensor(counts) * 1.0, number, always, predicted)
     return " ".join(words.names[token] for token in keep)
 
 
@@ -71,9 +75,9 @@ def test_tokens_of_the_user_stay_with_their_parts():
 
 def test_a_number_that_does_not_hold_what_always_stays_is_refused():
     with pytest.raises(StructPruneError, match=r"vocab=6 .* 7 of 9 always do"):
-        keep_tokens(WORDS, torch.ones(9), 6, always=[6])
+        chosen(WORDS, torch.ones(9), 6, always=[6])
     with pytest.raises(StructPruneError, match=r"vocab=10 "):
-        keep_tokens(WORDS, torch.ones(9), 10)
+        chosen(WORDS, torch.ones(9), 10)
 
 
 def test_domains_count_by_their_weights_and_not_by_their_length():
@@ -96,7 +100,7 @@ def test_what_a_model_expects_adds_up_to_one_whatever_the_weights():
 def test_a_tokenizer_is_left_with_what_is_chosen():
     vocabulary = Vocabulary.of(real_text_model()[1])
     number = (len(vocabulary.always) + vocabulary.size) // 2
-    keep = keep_tokens(vocabulary, torch.rand(vocabulary.size), number)
+    keep = chosen(vocabulary, torch.rand(vocabulary.size), number)
     assert len(vocabulary.smaller(keep)) == len(keep) == number
 
 
