@@ -22,6 +22,7 @@ from ..record.report import Report
 from ..surgery.plan import Plan
 from ..surgery.resize import drop_tokens_
 from ..vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares
+from ..vocabulary.languages import scripts_of, tokens_per_word
 from ..vocabulary.tokens import Vocabulary
 from ..widths.budget import beside_tokens
 from .evidence import Evidence
@@ -32,11 +33,14 @@ from .run import Run
 
 @dataclass(frozen=True)
 class SmallerVocabulary:
-    """The ids of the tokens that stay, ascending, the tokenizer that has no others, and the text in dense tokens."""
+    """The ids of the tokens that stay, ascending, the tokenizer that has no others, the text in dense tokens, and how
+    many of the tokens that go are of each script.
+    """
 
     keep: tuple[int, ...]
     tokenizer: PreTrainedTokenizerBase
     dense_domains: tuple[Domain, ...]
+    scripts: Mapping[str, int]
 
 
 def read_text(
@@ -88,10 +92,11 @@ def read_text(
     smaller = vocabulary.smaller(keep)
     texts = (str(tokenizer.decode(ids)) for domain in dense.domains for ids in domain.pool)
     vocabulary.check(smaller, keep, texts)
+    gone = scripts_of(vocabulary, {*range(vocabulary.size)} - {*keep})
     seen = dense.manifest(tokenizer).after(Manifest.seen_by(model))
     evidence = Evidence.read(again, model, tokenizer, reader=smaller, seen=seen)
     evidence.memory.update(dense.memory)
-    return evidence, SmallerVocabulary(keep[:number], smaller, tuple(dense.domains)), others
+    return evidence, SmallerVocabulary(keep[:number], smaller, tuple(dense.domains), gone), others
 
 
 def _beside(
@@ -111,6 +116,10 @@ def remove_tokens_(run: Run, vocabulary: SmallerVocabulary) -> None:
         drop_tokens_(run.model, run.arch, vocabulary.keep)
     run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): vocabulary.keep}))
     run.arch, run.tokenizer = run.described(), vocabulary.tokenizer
+    report, dense, after = run.report, run.dense_tokenizer, tokens_per_word(vocabulary.tokenizer)
+    assert dense is not None
+    report.words = {code: {"before": of, "after": after[code]} for code, of in tokens_per_word(dense).items()}
+    report.scripts = dict(vocabulary.scripts)
     run.counted = [Entry.of(domain, COUNTED) for domain in vocabulary.dense_domains]
     if not run.arch.causal:  # hidden states of other tokens do not compare
         run.measure = Measure(run.model, run.evidence.domains, run.arch)

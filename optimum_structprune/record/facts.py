@@ -21,6 +21,8 @@ PERCENT, RATIO = "percent", "ratio"
 ENOUGH, ROUGH = 4000, " rough"
 # A share that was removed is warned of where it is off by more than this part of what was asked for.
 MOST_OFF = 0.1
+# So many scripts and languages are named, those first that lose most; a language loses where words take so much more.
+MOST_SHOWN, MORE_TOKENS = 6, 1.05
 COUNTS = {
     "layers": "layers",
     "parameters": "parameters",
@@ -261,6 +263,7 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     for of in report.get("balances") or ():
         losses = f"loss {of['tokens_loss']:.4f} for the others, {of['layers_loss']:.4f} in the layers"
         yield f"{'taken' if of['chosen'] else 'compared'}: {of['tokens']:,} tokens, {losses}"
+    yield from languages(report)
     shapes = report.get("shapes") or []
     for shape in shapes if len(shapes) > 1 else ():
         numbers = {name: [of] if isinstance(of, int) else [*of.values()] for name, of in shape["widths"].items()}
@@ -275,6 +278,22 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         name, ratio = worst_ratio(missed[-1])
         ratio = inf if ratio is None else ratio
         yield f"the limit stopped it: the next narrower widths give perplexity {name} x {ratio:.3f}"
+
+
+def languages(report: Mapping[str, Any]) -> Iterator[str]:
+    """Which scripts and languages a smaller vocabulary is hard on, in a sentence each."""
+    scripts = sorted((report.get("scripts") or {}).items(), key=lambda pair: -pair[1])
+    if scripts:
+        shown = ", ".join(f"{name.title()} {count:,}" for name, count in scripts[:MOST_SHOWN])
+        others = f" and {len(scripts) - MOST_SHOWN} others" if len(scripts) > MOST_SHOWN else ""
+        yield f"tokens that are gone, by script: {shown}{others}"
+    more = {code: of for code, of in (report.get("words") or {}).items() if of["after"] > MORE_TOKENS * of["before"]}
+    if more:
+        worst = sorted(more, key=lambda code: more[code]["before"] / more[code]["after"])
+        shown = ", ".join(
+            f"{code} {more[code]['before']:.1f} to {more[code]['after']:.1f}" for code in worst[:MOST_SHOWN]
+        )
+        yield f"a word takes more tokens in {len(more)} of {len(report['words'])} languages: {shown}"
 
 
 def _by_name(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -96,6 +96,9 @@ class Report:
         answers: The answers to a few questions before and after, see `record.answers`; empty where none were asked.
         balances: Where tokens and layers compete for one budget: the numbers of tokens that were compared, and the
             losses in nats per token that the missing tokens, and then the layers, would bring.
+        words: Where tokens are gone, the number of tokens that a word takes in a sentence of each of 30 languages, by
+            the language's code, `{"before": …, "after": …}`.
+        scripts: How many of the tokens that are gone are of each script, as Unicode names it.
         details: What the run saw while it pruned, which is saved in a file of its own.
     """
 
@@ -119,6 +122,8 @@ class Report:
     shapes: list[dict[str, Any]] = field(default_factory=list)
     answers: Items = field(default_factory=list)
     balances: list[dict[str, Any]] = field(default_factory=list)
+    words: dict[str, dict[str, float]] = field(default_factory=dict)
+    scripts: dict[str, int] = field(default_factory=dict)
     details: Details = field(default_factory=Details, repr=False, compare=False)
 
     def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:

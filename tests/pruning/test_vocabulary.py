@@ -61,7 +61,10 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
         assert AutoTokenizer.from_pretrained(tmp_path / str(number)).decode(ids) == reader().decode(
             reader()(pruner.tokenizer.decode(ids))["input_ids"]
         )
-    assert "It has its own tokenizer" in (tmp_path / "1" / "README.md").read_text()
+    card = (tmp_path / "1" / "README.md").read_text()
+    assert "It has its own tokenizer" in card and "- Tokens that are gone, by script: Latin " in card
+    assert 0 < pruner.report.scripts["LATIN"] <= 80
+    assert all(of["after"] >= of["before"] for of in pruner.report.words.values())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
     torch.testing.assert_close(logits(again, ids), logits(small, ids), atol=1e-6, rtol=0)
     assert pruner.report.parameters["before"] - pruner.report.parameters["after"] == 2 * 32 * 80
