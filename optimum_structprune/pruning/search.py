@@ -95,8 +95,8 @@ class Search:
     def __init__(self, run: Run):
         self.model, self.arch, self.config, self.evidence = run.model, run.arch, run.config, run.evidence
         # What shrinks by default depends on the allocation.
-        plain = {"allocation": "uniform", "objective": "mean", "losses_dir": None}
-        uniform = replace(run.config, targets=run.config.shrinking, **plain)
+        named = replace(run.config, targets=run.config.shrinking)
+        uniform = replace(named, allocation="uniform", objective="mean", losses_dir=None)
         self.plain = widths_of(uniform, run.arch, run.model)
         self.legal = legal_widths(run.config, run.arch, run.model.config)
 
