@@ -23,6 +23,7 @@ from .plain_json import replace_json
 from .pruner import PRUNERS
 from .pruning.checks import DRY_RUN, check, check_config_kind
 from .pruning.room import Need, Text, Workload
+from .pruning.vocabulary import MUCH
 from .record.facts import PERCENT, Row, cells
 from .record.text import table
 from .widths.budget import biased_spaces
@@ -31,8 +32,6 @@ from .widths.kernels import lost_kernels
 
 # How much longer a token takes to write than to read.
 WRITING = 1.5
-# The share of the parameters from which on those of the tokens are named.
-MUCH = 0.2
 # The rows of the table, by field of `DryRun`.
 SIZES = {
     "parameters": "parameters",

@@ -29,7 +29,7 @@ from .pruning.evidence import Evidence
 from .pruning.room import check_room, with_batch_size
 from .pruning.run import Run, Step
 from .pruning.steps import REMOVERS, steps
-from .pruning.vocabulary import read_text, remove_tokens_
+from .pruning.vocabulary import note_unread, read_text, remove_tokens_
 from .record.facts import far_off, remarks
 from .record.report import Report
 from .registry import Registry
@@ -258,6 +258,7 @@ def prune_model(
 
 def _prune_(pruner: StructPruner, run: Run, widths: Widths, dense: PreTrainedModel | None) -> None:
     """Bring the model of a run to its final widths, and train it."""
+    note_unread(run)
     shape = choose_shape(run, widths) if widths else Shape({})
     run.find_teacher(dense)
     run.layers = shape.layers

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..arch.shrink import text_config
 from ..arch.spec import MODEL, VOCAB, ArchSpec, Widths
@@ -21,7 +22,7 @@ from ..errors import StructPruneError
 from ..record.report import Report
 from ..surgery.plan import Plan
 from ..surgery.resize import drop_tokens_
-from ..vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares
+from ..vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares, unread
 from ..vocabulary.languages import scripts_of, tokens_per_word
 from ..vocabulary.tokens import Vocabulary
 from ..widths.budget import beside_tokens
@@ -29,6 +30,10 @@ from .evidence import Evidence
 from .joint import best_number
 from .measure import Measure
 from .run import Run
+
+
+# The part of a model that rows of tokens have before a report says how many of them the text never shows.
+MUCH = 0.2
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,26 @@ def remove_tokens_(run: Run, vocabulary: SmallerVocabulary) -> None:
     run.counted = [Entry.of(domain, COUNTED) for domain in vocabulary.dense_domains]
     if not run.arch.causal:  # hidden states of other tokens do not compare
         run.measure = Measure(run.model, run.evidence.domains, run.arch)
+
+
+def note_unread(run: Run) -> None:
+    """Note in the report how many tokens are of scripts that the text next to never shows, where tokens have much of
+    the model.
+    """
+    space = next(iter(run.arch.of(VOCAB)), None)
+    if (
+        run.counted
+        or space is None
+        or not isinstance(run.tokenizer, PreTrainedTokenizerFast)
+        or run.evidence.statistics is not None
+    ):
+        return
+    if space.unit_params * space.size < MUCH * run.model.num_parameters():
+        return
+    with suppress(StructPruneError):  # of a kind that no token can be taken out of
+        vocabulary = Vocabulary.of(run.tokenizer)
+        tokens = unread(vocabulary, token_shares(run.evidence.domains, vocabulary.size))
+        run.report.unread = {"tokens": tokens, "parameters": tokens * space.unit_params}
 
 
 def _for_two_readings(config: StructPruneConfig) -> list[StructPruneConfig]:

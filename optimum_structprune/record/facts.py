@@ -281,7 +281,11 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def languages(report: Mapping[str, Any]) -> Iterator[str]:
-    """Which scripts and languages a smaller vocabulary is hard on, in a sentence each."""
+    """How much of a vocabulary the text has no use for, and which scripts and languages a smaller one is hard on."""
+    if (unread := report.get("unread") or {}).get("tokens"):
+        share = unread["parameters"] / report["parameters"]["after"]
+        tokens = f"{unread['tokens']:,} tokens, {share:.0%} of the parameters"
+        yield f"{tokens}, are of scripts that the text next to never shows; --target vocab with a budget removes such"
     scripts = sorted((report.get("scripts") or {}).items(), key=lambda pair: -pair[1])
     if scripts:
         shown = ", ".join(f"{name.title()} {count:,}" for name, count in scripts[:MOST_SHOWN])

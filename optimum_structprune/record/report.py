@@ -99,6 +99,8 @@ class Report:
         words: Where tokens are gone, the number of tokens that a word takes in a sentence of each of 30 languages, by
             the language's code, `{"before": …, "after": …}`.
         scripts: How many of the tokens that are gone are of each script, as Unicode names it.
+        unread: Where no tokens are gone and their rows are much of the model, how many are of scripts that the text
+            next to never shows, and their parameters, `{"tokens": …, "parameters": …}`.
         details: What the run saw while it pruned, which is saved in a file of its own.
     """
 
@@ -124,6 +126,7 @@ class Report:
     balances: list[dict[str, Any]] = field(default_factory=list)
     words: dict[str, dict[str, float]] = field(default_factory=dict)
     scripts: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
     details: Details = field(default_factory=Details, repr=False, compare=False)
 
     def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:

@@ -72,6 +72,14 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
         prune_model(model, asking(), reader())
 
 
+def test_the_report_says_what_of_a_large_vocabulary_the_text_has_no_use_for():
+    pruner, small = pruned(widths={"mlp": 32})
+    tokens = pruner.report.unread["tokens"]
+    assert pruner.report.unread["parameters"] == tokens * 2 * 32
+    pruner.report.unread = {"tokens": 100, "parameters": small.num_parameters() // 4}
+    assert "100 tokens, 25% of the parameters, are of scripts that the text" in str(pruner.report)
+
+
 def test_a_tokenizer_may_name_tokens_that_the_model_has_no_rows_for():
     larger = deepcopy(reader())
     larger.add_tokens(["<image>"])
