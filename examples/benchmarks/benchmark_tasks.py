@@ -28,7 +28,7 @@ from optimum_structprune import RecoveryConfig, StructPruneConfig, StructPruneEr
 from optimum_structprune.arch.load import describe
 from optimum_structprune.evaluation.evaluate import ALL, paired_tasks
 from optimum_structprune.evaluation.paired import Paired
-from optimum_structprune.evaluation.tasks import Answers, Tasks
+from optimum_structprune.evaluation.tasks import Tasks, TaskScores
 
 
 MIX = "mix"
@@ -103,17 +103,17 @@ def begin(args: Namespace) -> Path:
     return folder
 
 
-def answers_of(path: Path) -> tuple[dict[str, Any], Answers]:
+def answers_of(path: Path) -> tuple[dict[str, Any], TaskScores]:
     """A cell as it was kept, with its answers; JSON has turned the numbers of the items into text."""
     row = json.loads(path.read_text())
     items = {
         task: {metric: {int(item): score for item, score in scores.items()} for metric, scores in metrics.items()}
         for task, metrics in row["items"].items()
     }
-    return row, Answers(row["scores"], items)
+    return row, TaskScores(row["scores"], items)
 
 
-def summary(answers: Answers) -> str:
+def summary(answers: TaskScores) -> str:
     """The accuracies in a line."""
     scores = answers.scores.items()
     return ", ".join(f"{task} {found['acc']:.3f} / {found['acc_norm']:.3f}" for task, found in scores)
@@ -138,13 +138,13 @@ def table(args: Namespace) -> None:
             show(name, [*scores(found[name], tasks, args.metric), *compared])
 
 
-def scores(answers: Answers, tasks: list[str], metric: str) -> list[str]:
+def scores(answers: TaskScores, tasks: list[str], metric: str) -> list[str]:
     """The score of each task with its standard error."""
     found = [answers.scores[task] for task in tasks]
     return [f"{score[metric]:.3f} ± {score[f'{metric}_stderr']:.3f}" for score in found]
 
 
-def difference(answers: Answers, other: Answers, metric: str) -> Paired:
+def difference(answers: TaskScores, other: TaskScores, metric: str) -> Paired:
     """How two cells differ over the items of all tasks."""
     pairs = paired_tasks(answers, other)
     return pairs.get(ALL, next(iter(pairs.values())))[metric]
