@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from functools import cache
+from math import exp, log
 
 import pytest
 import torch
@@ -9,9 +10,20 @@ from helpers import recovery_config
 from models import GROUPED, PLAIN, T5, TOKENS, build, config, documents, random_model, real_text_model, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run, prune_model, recover
+from optimum_structprune import (
+    DomainConfig,
+    StructPruneError,
+    StructPruner,
+    dry_run,
+    perplexity,
+    prune_model,
+    recover,
+)
 from optimum_structprune.domains.builtin import builtin_documents
+from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import COUNTED
+from optimum_structprune.domains.passages import Passages
+from optimum_structprune.forward.metrics import row_losses
 from optimum_structprune.recovery.trainer import load_teacher
 
 
@@ -186,3 +198,16 @@ def test_recovery_learns_from_the_model_without_tokens_and_later_from_the_dense_
     assert again.config.vocab_size == len(keep) and model.config.vocab_size == 400
     with pytest.raises(StructPruneError, match="a vocabulary of 96 tokens and the model one of 320"):
         recover(small, pruner.tokenizer, training, teacher=build("llama-tied"))
+
+
+def test_both_models_are_measured_on_the_same_text_per_dense_token():
+    model = text_model()
+    pruner, small = pruned(model, widths={"vocab": 320, "mlp": 24})
+    heldout = load_domains(pruner.config, reader())[0].heldout
+    text = Passages([*heldout], reader())
+    rows = text.rows(pruner.tokenizer, small)
+    assert sum(map(len, rows)) > heldout.numel()
+    nats, report = float(row_losses(small, rows).sum()), pruner.report
+    assert report.perplexity["math"]["before"] == pytest.approx(perplexity(model, heldout), rel=1e-6)
+    assert report.perplexity["math"]["after"] == pytest.approx(exp(nats / heldout[:, 1:].numel()), rel=1e-6)
+    assert report.bits_per_byte["math"]["after"] == pytest.approx(nats / log(2) / text.bytes, rel=1e-6)
