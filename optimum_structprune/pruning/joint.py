@@ -27,7 +27,7 @@ from .trials import Losses, Probe, Trials
 
 
 # So many numbers of tokens are compared, in equal steps.
-NUMBERS = 12
+NUMBERS = 8
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,12 @@ def best_number(
     """
     with evaluating(model), report.timed("search"):
         layers = _Layers(config, arch, model, evidence)
+        dense = [row_losses(model, [*domain.trial]).sum() for domain in evidence.domains]
         balances: list[Balance] = []
         for number in _numbers(config, arch, model, may):
-            tokens_loss = layers.weighted(token_losses(model, vocabulary, evidence.domains, keep_of(number)[:number]))
+            tokens_loss = layers.weighted(
+                token_losses(model, vocabulary, evidence.domains, keep_of(number)[:number], dense)
+            )
             # What goes beside other tokens costs nothing less than these alone; anything else is noise.
             tokens_loss = max([0.0, tokens_loss, *(balance.tokens_loss for balance in balances)])
             balances.append(Balance(number, tokens_loss, layers.least_loss(number)))
@@ -120,17 +123,21 @@ def _numbers(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, 
 
 
 def token_losses(
-    model: PreTrainedModel, vocabulary: Vocabulary, domains: Sequence[Domain], keep: Sequence[int]
+    model: PreTrainedModel,
+    vocabulary: Vocabulary,
+    domains: Sequence[Domain],
+    keep: Sequence[int],
+    dense: Sequence[Tensor],
 ) -> Tensor:
     """What a causal model loses in nats per token of its own vocabulary where it reads and predicts only those of
-    `keep`, on the text of each domain that choices are made on; shape `(domains,)`, fp64.
+    `keep`, on the text of each domain that choices are made on; shape `(domains,)`, fp64. `dense` holds its total loss
+    on the text of each domain.
     """
     kept, among = set(keep), torch.tensor(keep)
     losses = []
-    for domain in domains:
+    for domain, before in zip(domains, dense, strict=True):
         rows = [spelled(row.tolist(), vocabulary, kept) for row in domain.trial]
-        more = row_losses(model, rows, among).sum() - row_losses(model, list(domain.trial)).sum()
-        losses.append(more / domain.trial[:, 1:].numel())
+        losses.append((row_losses(model, rows, among).sum() - before) / domain.trial[:, 1:].numel())
     return torch.stack(losses)
 
 
