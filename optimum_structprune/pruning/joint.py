@@ -26,7 +26,7 @@ from .search import MEASURED_LOSSES, Search
 from .trials import Losses, Probe, Trials
 
 
-# So many numbers of tokens are compared, in equal steps.
+# So many numbers of tokens are compared, in equal ratios.
 NUMBERS = 8
 
 
@@ -118,8 +118,9 @@ def _numbers(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, 
         enough = max(space.width_in(alone), numbers[0])
     except StructPruneError:
         enough = numbers[0]
-    steps = (numbers[round((len(numbers) - 1) * step / (NUMBERS - 1))] for step in range(NUMBERS))
-    return sorted({*(number for number in steps if number > enough), enough, space.size}, reverse=True)
+    # The first units of the layers cost next to nothing, so that the best number is often little above the least.
+    steps = (enough * (space.size / enough) ** (step / (NUMBERS - 1)) for step in range(NUMBERS))
+    return sorted({enough, space.size, *(min(numbers, key=lambda of: abs(of - step)) for step in steps)}, reverse=True)
 
 
 def token_losses(
