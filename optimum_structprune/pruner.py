@@ -30,7 +30,7 @@ from .pruning.room import check_room, with_batch_size
 from .pruning.run import Run, Step
 from .pruning.steps import REMOVERS, steps
 from .pruning.vocabulary import note_unread, read_text, remove_tokens_
-from .record.facts import far_off, remarks
+from .record.facts import far_off, given_by
 from .record.report import Report
 from .registry import Registry
 from .saving.hub import save_pruned
@@ -124,7 +124,7 @@ class StructPruner:
         if self.config.max_perplexity_ratio is None:  # which may stop it, and the report says so
             report.asked = self.config.sparsity
         if report.asked is not None and far_off(report.asked, report.sparsity):
-            warnings.warn(next(remarks(report.to_dict())).removeprefix("warning: "), stacklevel=2)
+            warnings.warn(given_by(report.to_dict()).removeprefix("warning: "), stacklevel=2)
         amount = {name: getattr(self.config, name) for name in ("widths", "budget", "targets", "domains")}
         self.used_config = replace(run.config, **amount)
         self.tokenizer = run.tokenizer

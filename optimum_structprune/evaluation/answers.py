@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ..domains.packing import prefix_token
+from ..domains.passages import shared_tokens
 from ..errors import StructPruneError, one_line
 from ..forward.generation import continued
 from ..forward.metrics import divergence, evaluating, run_model, standard_error
@@ -187,13 +188,14 @@ def answer_divergence(
 
     A text counts up to its first token that the model does not have.
     """
-    vocabularies = {which: tokenizer.get_vocab() for which, tokenizer in tokenizers.items()}
-    if not vocabularies["model"].keys() <= vocabularies["dense"].keys():
+    readers = [tokenizers["model"], tokenizers["dense"]]
+    more = len(readers[0].get_vocab()) - len(readers[1].get_vocab())
+    if more > 0 or (shared := shared_tokens(readers, [models["model"], models["dense"]])) is None:
         return None
-    mapped = {vocabularies["dense"][token]: number for token, number in vocabularies["model"].items()}
+    ids, dense_ids = shared.tolist()
+    mapped = dict(zip(dense_ids, ids, strict=True))
     # Where the vocabulary is the same, all logits count, those of no token too.
-    same = vocabularies["model"] == vocabularies["dense"]
-    columns, dense_columns = [slice(None) if same else [*of] for of in (mapped.values(), mapped)]
+    columns, dense_columns = (slice(None) if not more and ids == dense_ids else of for of in (ids, dense_ids))
     total, tokens = 0.0, 0
     with evaluating(*models.values()):
         for question, answer in zip(questions, answers, strict=True):

@@ -121,7 +121,7 @@ class Evaluation:
             return [("", names)]
         others = [name for name in names if name not in self.calibrated]
         kinds = [("calibrated kinds:", self.calibrated), ("other kinds:", others)]
-        return [(title, found) for title, found in kinds if found]
+        return [(title, of_kind) for title, of_kind in kinds if of_kind]
 
     def _domain(self, name: str) -> list[str]:
         ppl, errors = self.perplexity[name], self.perplexity_stderr[name]
@@ -147,8 +147,8 @@ class Evaluation:
                     items = f"{scores['model']['items']:.0f}" if "items" in scores["model"] else ""
                     row = [name, metric, items, *(_with_error(scores[which], metric) for which in self._models)]
                     rows.append(row + (_verdict(self.paired.get(name, {}).get(metric)) if compared else []))
-        for metric, found in self.paired.get(ALL, {}).items():
-            rows.append([f"  {ALL}", metric, str(found.items), "", "", *_verdict(found)])
+        for metric, pair in self.paired.get(ALL, {}).items():
+            rows.append([f"  {ALL}", metric, str(pair.items), "", "", *_verdict(pair)])
         return table(rows)
 
 
@@ -322,10 +322,10 @@ def _ratio(ppl: Mapping[str, float]) -> str:
     return f"x {ppl['model'] / ppl['dense']:.3f}"
 
 
-def _verdict(found: Paired | None) -> list[str]:
-    if found is None:
+def _verdict(pair: Paired | None) -> list[str]:
+    if pair is None:
         return ["", "", ""]
-    return [f"{found.difference:+.3f}{plus_minus(found.stderr, 3)}", f"{found.p_value:.3f}", found.verdict]
+    return [f"{pair.difference:+.3f}{plus_minus(pair.stderr, 3)}", f"{pair.p_value:.3f}", pair.verdict]
 
 
 def _with_error(scores: Mapping[str, float], metric: str) -> str:

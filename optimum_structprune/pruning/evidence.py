@@ -94,6 +94,13 @@ class Evidence:
         """How the moments and scores of the domains are brought together."""
         return Mixture(self.shares)
 
+    def total_loss(self, by_domain: Tensor) -> float:
+        """The loss that choices go by, of those by domain, shape `(domains,)`: with the objective `worst` the highest,
+        and their weighted mean otherwise.
+        """
+        worst = self.config.objective == "worst"
+        return float(by_domain.max() if worst else by_domain @ torch.tensor(self.shares, dtype=by_domain.dtype))
+
     @property
     def own_batches(self) -> list[Batch]:
         """The samples of all domains that this process runs in the next round, one domain after the other."""

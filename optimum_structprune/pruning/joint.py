@@ -61,7 +61,7 @@ def best_number(
         dense = [row_losses(model, [*domain.trial]).sum() for domain in evidence.domains]
         balances: list[Balance] = []
         for number in _numbers(config, arch, model, may):
-            tokens_loss = layers.weighted(
+            tokens_loss = evidence.total_loss(
                 token_losses(model, vocabulary, evidence.domains, keep_of(number)[:number], dense)
             )
             # What goes beside other tokens costs nothing less than these alone; anything else is noise.
@@ -84,11 +84,6 @@ class _Layers:
         self.config, self.arch, self.model, self.evidence = config, arch, model, evidence
         self.trials: Trials | None = None
         self.losses: Losses = {}
-
-    def weighted(self, by_domain: Tensor) -> float:
-        """The loss that counts, of those by domain, shape `(domains,)`."""
-        worst = self.config.objective == "worst"
-        return float(by_domain.max() if worst else by_domain @ torch.tensor(self.evidence.shares).to(by_domain))
 
     def least_loss(self, number: int) -> float:
         """The predicted loss of the best shape with so many tokens; infinity where no shape keeps to the budget."""

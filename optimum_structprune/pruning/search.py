@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isnan
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -185,13 +184,11 @@ class Search:
         """The loss of the model in each shape, after a pruning on a part of the samples."""
         if len(candidates) == 1:
             return [(0.0, candidates[0])]
-        evidence, shares = self.evidence, torch.tensor(self.evidence.shares)
+        evidence = self.evidence
         most = max(1, TRIAL_TOKENS // len(evidence.domains) // evidence.domains[0].samples.shape[1])
         if evidence.statistics is None:
             evidence = replace(evidence, domains=[domain.portion(most) for domain in evidence.domains])
-        losses = [self._losses_in(candidate.shape, evidence, probe) for candidate in candidates]
-        worst = self.config.objective == "worst"
-        totals = [float(loss.max() if worst else loss @ shares) for loss in losses]
+        totals = [evidence.total_loss(self._losses_in(candidate.shape, evidence, probe)) for candidate in candidates]
         return [
             (inf if isnan(total) else total, candidate) for total, candidate in zip(totals, candidates, strict=True)
         ]

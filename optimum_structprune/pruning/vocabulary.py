@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -10,7 +11,7 @@ from itertools import tee
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.shrink import text_config
 from ..arch.spec import MODEL, VOCAB, ArchSpec, Widths
@@ -82,7 +83,6 @@ def read_text(
     dense = Evidence.read(first, model, tokenizer)
     shares = token_shares(dense.domains, vocabulary.size)
     predicted = predicted_shares(model, dense.domains, vocabulary.size) if arch.causal else None
-
     order = removal_order(vocabulary, shares, {*always, *beyond}, predicted)
 
     def keep_of(number: int) -> tuple[int, ...]:
@@ -135,16 +135,11 @@ def note_unread(run: Run) -> None:
     the model.
     """
     space = next(iter(run.arch.of(VOCAB)), None)
-    if (
-        run.counted
-        or space is None
-        or not isinstance(run.tokenizer, PreTrainedTokenizerFast)
-        or run.evidence.statistics is not None
-    ):
+    if run.counted or run.tokenizer is None or space is None or run.evidence.statistics is not None:
         return
     if space.unit_params * space.size < MUCH * run.model.num_parameters():
         return
-    with suppress(StructPruneError):  # of a kind that no token can be taken out of
+    with suppress(StructPruneError):  # of a kind that no token can be taken out of, as slow ones are
         vocabulary = Vocabulary.of(run.tokenizer)
         tokens = unread(vocabulary, token_shares(run.evidence.domains, vocabulary.size))
         run.report.unread = {"tokens": tokens, "parameters": tokens * space.unit_params}
@@ -176,9 +171,9 @@ def _always(
 
 
 def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
-    path = Path(named).expanduser()
-    if path.is_file():
-        ids, lines = tokenizer.get_vocab(), [line for line in path.read_text().splitlines() if line]
+    path = os.path.expanduser(named)
+    if os.path.isfile(path):  # an expression may be longer than a file system allows a name to be
+        ids, lines = tokenizer.get_vocab(), [line for line in Path(path).read_text().splitlines() if line]
         # Within a text, a word begins with its space.
         spelled = tokenizer([form for line in lines for form in (line, f" {line}")], add_special_tokens=False)
         return {token for of in spelled["input_ids"] for token in of} | {ids[line] for line in lines if line in ids}

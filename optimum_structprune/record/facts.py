@@ -244,6 +244,12 @@ def given(asked: float, removed: float, of_all: float) -> str:
     return f"warning: {text}; a smaller round_to or other targets may come nearer" if far_off(asked, removed) else text
 
 
+def given_by(report: Mapping[str, Any]) -> str:
+    """What `given` says of a run, by its report."""
+    counts = report["parameters"]
+    return given(report["asked"], report["sparsity"], 1 - counts["after"] / counts["before"])
+
+
 def far_off(asked: float, removed: float) -> bool:
     """Whether what was removed is not what was asked for, by more than a tenth of it."""
     return abs(removed - asked) > MOST_OFF * asked
@@ -253,9 +259,8 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     """What a report says beside its table: time by domain, what was compared and tried, shares, and what a limit has
     stopped.
     """
-    if (asked := report.get("asked")) is not None:
-        counts = report["parameters"]
-        yield given(asked, report["sparsity"], 1 - counts["after"] / counts["before"])
+    if report.get("asked") is not None:
+        yield given_by(report)
     if report.get("perplexity_stderr"):
         yield f"± is the standard error over samples; rough: on fewer than {ENOUGH:,} tokens"
     if spent := report.get("domain_seconds"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -171,7 +172,7 @@ def _on_hub(source: str) -> bool:
         validate_repo_id(source)
     except ValueError:
         return False
-    return not Path(source).exists() and Path(source).suffix not in TEXT_FILES
+    return not os.path.exists(source) and Path(source).suffix not in TEXT_FILES
 
 
 def _sizes(report: Mapping[str, Any]) -> str:

@@ -111,9 +111,9 @@ def export_nemotron_nas(
 
     Args:
         model: A Llama, Mistral or Qwen2, uniform or not; it is left as it is.
-        save_directory: As in `export_uniform`.
-        tokenizer: As in `export_uniform`.
-        overwrite: As in `export_uniform`.
+        save_directory: The folder to write to; it is made if need be.
+        tokenizer: The tokenizer to save beside the model.
+        overwrite: Whether a folder that exists is replaced; the one that `model` was loaded from never is.
         pad: Whether zeros are added up to the next sizes that the engines take: multiples of 256 channels of an FFN,
             and hidden_size / head_dim query heads.
 

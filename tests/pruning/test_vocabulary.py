@@ -153,7 +153,8 @@ def test_users_keep_tokens_of_their_own(tmp_path):
     gone = sorted(set(rare) - set(pruned()[0].plan.keep[-1, "vocab"]))[:2]
     words = [reader().decode(token).strip() for token in gone]
     (tmp_path / "words.txt").write_text("\n".join([reader().convert_ids_to_tokens(gone[0]), words[1], ""]))
-    for given in (f"^ ?({'|'.join(words)})$", str(tmp_path / "words.txt")):
+    expression = f"^ ?({'|'.join(words)})$"
+    for given in (expression, "|".join([expression] * 20), str(tmp_path / "words.txt")):
         assert set(gone[:1]) <= set(pruned(keep_tokens=given)[0].plan.keep[-1, "vocab"])
     with pytest.raises(StructPruneError, match="is no file, and as a regular expression fits no token"):
         pruned(keep_tokens="qqqqqqq")
