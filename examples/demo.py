@@ -35,7 +35,7 @@ NEXT = """
 The result is in {output}; its report: {page}
 Some answers are lost. What to do about it, and what else there is:
   structprune recover {output} {output}-recovered --teacher {dense}
-  structprune prune {dense} {output}-vocab --budget parameters=0.85 --target vocab --target mlp
+  structprune prune {dense} {output}-vocab --target vocab --budget parameters=0.95
   structprune report {output} {dense} --domain web=builtin:web   # text that it was not calibrated on
 """
 

@@ -23,6 +23,8 @@ ENOUGH, ROUGH = 4000, " rough"
 MOST_OFF = 0.1
 # So many scripts and languages are named, those first that lose most; a language loses where words take so much more.
 MOST_SHOWN, MORE_TOKENS = 6, 1.05
+# Tokens that the text never shows are named where they have more than this part of the parameters.
+LEAST_SHOWN = 0.01
 COUNTS = {
     "layers": "layers",
     "parameters": "parameters",
@@ -287,8 +289,8 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
 
 def languages(report: Mapping[str, Any]) -> Iterator[str]:
     """How much of a vocabulary the text has no use for, and which scripts and languages a smaller one is hard on."""
-    if (unread := report.get("unread") or {}).get("tokens"):
-        share = unread["parameters"] / report["parameters"]["after"]
+    unread = report.get("unread") or {"tokens": 0, "parameters": 0}
+    if (share := unread["parameters"] / report["parameters"]["after"] if unread["tokens"] else 0.0) > LEAST_SHOWN:
         tokens = f"{unread['tokens']:,} tokens, {share:.0%} of the parameters"
         yield f"{tokens}, are of scripts that the text next to never shows; --target vocab with a budget removes such"
     scripts = sorted((report.get("scripts") or {}).items(), key=lambda pair: -pair[1])
