@@ -1,4 +1,4 @@
-"""The recipe of docs/serving.md that quantises a pruned model by GPTQ runs; `make llm-compressor` installs its needs."""
+"""The recipe of docs/serving.md that quantises a pruned model by GPTQ runs; see `make llm-compressor`."""
 
 import re
 import subprocess
