@@ -23,7 +23,7 @@ from .plain_json import replace_json
 from .pruner import PRUNERS
 from .pruning.checks import DRY_RUN, check, check_config_kind
 from .pruning.room import Need, Text, Workload
-from .pruning.vocabulary import MUCH
+from .pruning.vocabulary import large_vocabulary
 from .record.facts import PERCENT, Row, cells
 from .record.text import table
 from .widths.budget import biased_spaces
@@ -216,9 +216,9 @@ def dry_run(
 def _notes(
     model_config: PretrainedConfig, config: StructPruneConfig, dense: PreTrainedModel, arch: ArchSpec
 ) -> Iterator[str]:
-    tokens = [space for space in arch.of(VOCAB) if VOCAB not in (config.widths or config.shrinking)]
-    if tokens and (part := tokens[0].size * tokens[0].unit_params / dense.num_parameters()) > MUCH:
-        yield f"{tokens[0].size:,} tokens have {part:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
+    if (tokens := large_vocabulary(arch, dense)) and VOCAB not in (config.widths or config.shrinking):
+        part = tokens.size * tokens.unit_params / dense.num_parameters()
+        yield f"{tokens.size:,} tokens have {part:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
     if config.allocation != "uniform":
         yield "the widths of single layers follow from calibration; these remove as much in all"
     if getattr(model_config, "quantization_config", None):

@@ -151,26 +151,11 @@ class StructPruner:
             run.arch = run.described()
 
     @own_settings()
-    def prune_to_(
-        self, model: PreTrainedModel, domains: Sequence[Domain], widths: Widths, report: Report | None = None
-    ) -> Plan:
-        """Prune a model in place to given widths, without measuring it and without recovery.
-
-        Args:
-            model: The model that is changed.
-            domains: The calibration samples.
-            widths: How many units are kept, by space, in every layer or by layer; they have to be legal.
-            report: Takes the time.
-
-        Returns:
-            The kept units.
-
-        Raises:
-            InPlaceError: If pruning failed after the model had begun to change.
-        """
+    def prune_to_(self, model: PreTrainedModel, domains: Sequence[Domain], widths: Widths) -> Plan:
+        """Prune a model in place to legal widths, without measuring it and without recovery; the units that stay."""
         evidence = Evidence.of(self.config, domains, model.device)
         evidence = with_batch_size(evidence, describe(model, self.config.arch_file), model, widths)
-        with Run(model, evidence, report=report) as run:
+        with Run(model, evidence) as run:
             for step in self.steps(run.arch, model, widths):
                 self.take_(run, step)
         return run.plan
@@ -203,25 +188,13 @@ class StructPruner:
                 "pass the model that it returned, or the model itself after inplace=True."
             )
         known = RECORDS[model]
-        save_pruned(model, save_directory, *known[:4], _tokenizer_of(known, tokenizer), overwrite)
-
-    def push_to_hub(
-        self, save_directory: str | Path, repo_id: str, private: bool | None = None, token: str | None = None
-    ) -> str:
-        """Push what `save` wrote to the Hub, and return the address; see `saving.push.push_to_hub`.
-
-        Args:
-            save_directory: The folder that `save` wrote to.
-            repo_id: The repository, `OWNER/NAME`; it is made if need be.
-            private: Whether the repository is private; None leaves it as it is, or as the Hub makes new ones.
-            token: A token of the Hub; None takes the one that the machine is logged in with.
-
-        Raises:
-            StructPruneError: If nothing was saved there, or the Hub refuses it.
-        """
-        from .saving.push import push_to_hub
-
-        return push_to_hub(save_directory, repo_id, private, token)
+        own = known.tokenizer
+        if own is not None and tokenizer is not None and not own.get_vocab().keys() <= tokenizer.get_vocab().keys():
+            raise StructPruneError(
+                f"The tokenizer has {len(tokenizer):,} tokens, which are not those of this model, {len(own):,}; pass "
+                "pruner.tokenizer, or none."
+            )
+        save_pruned(model, save_directory, *known[:4], own or tokenizer, overwrite)
 
 
 class AutoStructPruner:
@@ -271,17 +244,6 @@ def _prune_(pruner: StructPruner, run: Run, widths: Widths, dense: PreTrainedMod
     if not taken:  # nothing but tokens goes
         run.compare()
         run.recover(1, 1)
-
-
-def _tokenizer_of(known: Known, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that is saved with a model: its own where its vocabulary is smaller, also for the dense one."""
-    own = known.tokenizer
-    if own is not None and given is not None and not own.get_vocab().keys() <= given.get_vocab().keys():
-        raise StructPruneError(
-            f"The tokenizer has {len(given):,} tokens, which are not those of this model, {len(own):,}; pass "
-            "pruner.tokenizer, or none."
-        )
-    return own or given
 
 
 def checked(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import wraps
@@ -78,20 +78,20 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         self._dense: tuple[ArchSpec, Widths] | None = None
         self._due: dict[int, Widths] = {}
         self._domains: list[Domain] = []
-        self._hooks = ExitStack()
+        self.hooks = ExitStack()
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Remember the dense widths, and let the model take the widths of a checkpoint that is loaded into it."""
         if model is not None:
             self.begin(model)
-            self._hooks.close()
-            self._hooks.enter_context(self.resizing(model))
+            self.hooks.close()
+            self.hooks.enter_context(self.resizing(model))
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Check what the run is made of, and lay out its steps. A checkpoint has been loaded by now."""
-        self._hooks.close()
+        self.hooks.close()
         _check_run(args, model, _inner(optimizer))
         # What is trained a second time goes on from its dense widths; a checkpoint may have restored the steps alone.
         if (self._dense is None and not self.steps) or (state.global_step == 0 and not self._is_pruned(model)):
@@ -103,7 +103,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
             )
         earlier = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and isinstance(earlier, dict):
-            self.kept = earlier["attributes"]["kept"]
+            self.progress = earlier["attributes"]["progress"]
         if self._dense is not None:
             arch, widths = self._dense
             numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
@@ -117,7 +117,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Watch the next batch, if it may be calibrated on."""
         if self.calibration == "batches" and self._due:
-            self._hooks.callback(before_next_call(model, self.text.add_call).remove)
+            self.hooks.callback(before_next_call(model, self.text.add_call).remove)
 
     on_substep_end = on_step_begin
 
@@ -125,7 +125,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Prune, if a removal is due. It is put off while training has not shown enough text for one sample."""
-        self._hooks.close()
+        self.hooks.close()
         for step in [step for step in self._due if step <= state.global_step]:
             if not self._domains and len(self.text) < self.config.seq_length:
                 if step == state.global_step:
@@ -154,7 +154,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks off, drop the text, and say what has not been removed."""
-        self._hooks.close()
+        self.hooks.close()
         self.text = RecentText(self.config.num_samples, self.config.seq_length)
         if self._due:
             warnings.warn(
@@ -164,56 +164,33 @@ class StructPruneCallback(TrainerCallback, ExportableState):
             )
 
     @property
-    def kept(self) -> dict[str, Any] | None:
-        """The plan so far as plain values, by which a checkpoint restores it."""
-        return None if self.plan is None else self.plan.to_dict()
+    def progress(self) -> dict[str, Any]:
+        """The plan so far, and the widths after each removal by its step, as plain values for a checkpoint."""
+        plan = None if self.plan is None else self.plan.to_dict()
+        return {"plan": plan, "steps": {str(step): dict(widths) for step, widths in self.steps.items()}}
 
-    @kept.setter
-    def kept(self, values: Mapping[str, Any] | None) -> None:
-        """Take the plan of a checkpoint."""
-        self.plan = None if values is None else Plan.from_dict(values)
-
-    @property
-    def removals(self) -> dict[str, Any]:
-        """The widths after each removal by its step, as plain values, by which a checkpoint restores them."""
-        return {str(step): dict(widths) for step, widths in self.steps.items()}
-
-    @removals.setter
-    def removals(self, values: Mapping[str, Any]) -> None:
-        """Take the removals of a checkpoint, where JSON has made text of numbers."""
+    @progress.setter
+    def progress(self, values: Mapping[str, Any]) -> None:
+        """Take what a checkpoint holds, where JSON has made text of numbers."""
+        self.plan = None if values["plan"] is None else Plan.from_dict(values["plan"])
         self.steps = {
             int(step): {
                 name: width if isinstance(width, int) else {int(layer): units for layer, units in width.items()}
                 for name, width in widths.items()
             }
-            for step, widths in values.items()
+            for step, widths in values["steps"].items()
         }
 
     def state(self) -> dict[str, Any]:
         """What checkpoints keep of the callback, see `ExportableState`: what made it, and what it did."""
         schedule = {"start": self.start, "end": self.end, "every": self.every, "calibration": self.calibration}
-        return {
-            "args": {"config": self.config.to_dict(), **schedule},
-            "attributes": {"kept": self.kept, "removals": self.removals},
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> StructPruneCallback:
-        """A callback from what `state` gave."""
-        callback = cls(**state["args"])
-        for name, value in state["attributes"].items():
-            setattr(callback, name, value)
-        return callback
+        return {"args": {"config": self.config.to_dict(), **schedule}, "attributes": {"progress": self.progress}}
 
     def resizing(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """Inside `with`, a model takes the widths of every state dict that is loaded into it."""
         return before_load(
             model, lambda module, state: resize_(module, describe(module, self.config.arch_file), state)
         )
-
-    def remove_hooks(self) -> None:
-        """Take all hooks of the callback off."""
-        self._hooks.close()
 
     def begin(self, model: PreTrainedModel) -> None:
         """Remember a dense model's widths, once it can be pruned as the config says."""
@@ -272,11 +249,17 @@ def attach_pruner(
     @wraps(train)
     def resizing_train(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
-            stack.callback(callback.remove_hooks)
+            stack.enter_context(callback.hooks)
             stack.enter_context(callback.resizing(cast("PreTrainedModel", trainer.model)))
             if model_init is not None:
-                # `train` makes a new model before it loads a checkpoint.
-                trainer.model_init = _resizing_init(model_init, callback, stack)
+
+                @wraps(model_init)
+                def init(*args: Any) -> Any:  # `train` makes a new model before it loads a checkpoint
+                    model = model_init(*args)
+                    stack.enter_context(callback.resizing(model))
+                    return model
+
+                trainer.model_init = init
                 stack.callback(setattr, trainer, "model_init", model_init)
             result = train(*args, **kwargs)
             for present in trainer.callback_handler.callbacks:
@@ -286,16 +269,6 @@ def attach_pruner(
 
     trainer.train = resizing_train  # type: ignore[method-assign]
     return callback
-
-
-def _resizing_init(model_init: Callable[..., Any], callback: StructPruneCallback, stack: ExitStack) -> Any:
-    @wraps(model_init)
-    def init(*args: Any) -> Any:
-        model = model_init(*args)
-        stack.enter_context(callback.resizing(model))
-        return model
-
-    return init
 
 
 def _inner(optimizer: Any) -> optim.Optimizer:

@@ -17,6 +17,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
@@ -157,7 +158,7 @@ def in_memory(args: Namespace, model: Path, shape: dict, ids: torch.Tensor, rows
     speed = measure_speed(models, batch_sizes=(4,), prompts=(prompt,), new_tokens=8 if args.tiny else 32, repeats=5)
     for one in speed.measurements:
         work = work_of(models[one.model])
-        share = 4 * work.prompt_flops(prompt) / one.first_token / rate
+        share = 4 * work.prompt_flops(prompt) / median(one.prefill.seconds) / rate
         read, write = one.prefill, one.decode
         text = f"reads {read.tokens_per_second:,.0f} tokens/s ({share:.0%} of that rate), "
         text += f"writes {write.tokens_per_second:,.0f} tokens/s"

@@ -109,12 +109,8 @@ def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 @dataclass(frozen=True)
 class _Author:
-    """A model that writes one kind of text.
-
-    Attributes:
-        prompts: Questions, openings or words, in the order of use; they are used again from the first.
-        chats: Whether the prompts are questions to a model with a chat template.
-        keeps: Whether the prompt stays in the document.
+    """A model that writes one kind of text behind prompts, used again and again in their order: questions where it
+    `chats`, else openings or words. A document holds its prompt where the author `keeps` it.
     """
 
     model: PreTrainedModel

@@ -31,23 +31,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Domain:
-    """A calibration domain as token samples of equal length, some of them held out to measure perplexity.
-
-    No document is in two of the calibration samples, the held-out ones and the probe, be it of another domain.
-
-    Attributes:
-        name: The name of the domain in the report.
-        weight: The share of the calibration that the config gives to the domain; those of all domains sum to 1.
-        samples: The calibration samples, shape `(num_samples, seq_length)`, int64.
-        heldout: The held-out samples that the report measures, shape `(num_heldout, seq_length)`, int64.
-        mask: Which tokens of `samples` give evidence, of the same shape, bool; None where all of them do.
-        origin: The config of the domain, presets resolved; None for inputs that were given.
-        documents: The hashes of the documents in `samples` and `spare`.
-        heldout_documents: The hashes of the documents in `heldout`.
-        spare: Further samples, for rounds in which the domain counts more than the config says.
-        probe: Further held-out samples, which choices are made on and the report does not measure; None where nothing
-            is chosen by measuring.
-        probe_documents: The hashes of the documents in `probe`.
+    """A calibration domain as token ids, shape `(samples, seq_length)`: those that calibrate, with a `mask` of the
+    tokens that give evidence, those that are held out for the report, `spare` ones for rounds in which the domain
+    counts more, and the `probe`, which choices are made on. Documents are hashes, and each has one use, in all
+    domains. The weights of all domains sum to 1, and `origin` is None for inputs that were given.
     """
 
     name: str
@@ -296,12 +283,7 @@ class _Packer:
 
 @dataclass
 class RecentText:
-    """The latest training tokens, from which calibration samples are cut.
-
-    Attributes:
-        num_samples: How many samples are cut at most; no more tokens are kept than they need.
-        seq_length: The number of tokens in a sample.
-    """
+    """The latest training tokens, as many as `num_samples` calibration samples of `seq_length` tokens need."""
 
     num_samples: int
     seq_length: int

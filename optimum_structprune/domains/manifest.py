@@ -43,24 +43,7 @@ _SEEN: "WeakKeyDictionary[Module, Manifest]" = WeakKeyDictionary()
 @strict
 @dataclass
 class Entry:
-    """One domain of a manifest.
-
-    Attributes:
-        name: The name of the domain.
-        origin: The domain's config, presets resolved; empty for inputs that were given.
-        weight: The domain's share of the calibration.
-        calibration_tokens: The number of tokens in all samples that some round used, prefixes included.
-        evidence_tokens: The number of those tokens that moments were taken of.
-        heldout_tokens: The number of tokens in the held-out samples.
-        samples_sha256: The SHA-256 of the calibration samples, in hexadecimal digits.
-        heldout_sha256: The SHA-256 of the held-out samples.
-        documents: The SHA-256 of each document in these samples and in those kept for later rounds, in that order.
-        heldout_documents: The SHA-256 of each document in the held-out samples.
-        probe_sha256: The SHA-256 of the samples that choices were made on; empty where there are none.
-        probe_documents: The SHA-256 of each document in these samples.
-        place_sha256: The SHA-256 of the absolute path of a source that is a local file or folder.
-        use: Whether it was calibrated on, trained on afterwards, or used by what the dense model itself comes from.
-    """
+    """One domain of a manifest; `saving/schemas/calibration_manifest.schema.json` has a sentence for each field."""
 
     name: str
     origin: dict[str, Any]

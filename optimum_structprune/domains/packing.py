@@ -22,12 +22,8 @@ PATIENCE = 10_000
 
 @dataclass(frozen=True)
 class Tokens:
-    """A document as the model reads it.
-
-    Attributes:
-        ids: The token ids.
-        answers: For each token whether it belongs to an answer; None where answers are not asked for.
-        hash: The SHA-256 of the document's text.
+    """A document as token ids, for each whether it belongs to an answer (None where nobody asks), and the SHA-256 of
+    its text.
     """
 
     ids: list[int]
@@ -37,12 +33,8 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Packed:
-    """Token samples of equal length.
-
-    Attributes:
-        samples: The token ids, shape `(num_samples, seq_length)`, int64.
-        mask: Which tokens give evidence, of the same shape, bool; None where all of them do.
-        hashes: The hashes of the documents in them, each once, in the order of first use.
+    """Token ids, shape `(num_samples, seq_length)`, int64, which of them give evidence, of the same shape (None for
+    all), and the hashes of the documents in them, each once, in the order of first use.
     """
 
     samples: Tensor
@@ -52,12 +44,8 @@ class Packed:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a sample holds apart from text.
-
-    Attributes:
-        seq_length: The number of tokens in a sample.
-        prefix: The token at the head of every sample; None where there is none.
-        eos: The token between two documents; None where there is none.
+    """What a sample of `seq_length` tokens holds apart from text: the token at its head, and the one between two
+    documents, if any.
     """
 
     seq_length: int

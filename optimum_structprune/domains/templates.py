@@ -27,11 +27,7 @@ TRANSCRIPT = "{% for m in messages %}{{ m['role'].capitalize() }}: {{ m['content
 
 
 class Document(str):
-    """A text that knows its answers.
-
-    Attributes:
-        answers: The character positions (start, end) of each answer.
-    """
+    """A text that knows the character positions (start, end) of its answers."""
 
     answers: tuple[Span, ...] = ()
 

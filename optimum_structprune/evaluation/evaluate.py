@@ -16,7 +16,7 @@ from ..domains.manifest import CALIBRATED, Manifest
 from ..domains.packing import prefix_token
 from ..domains.resolve import resolve
 from ..errors import StructPruneError
-from ..forward.metrics import own_settings, standard_error
+from ..forward.metrics import own_settings, perplexity_errors, perplexity_of
 from ..plain_json import replace_json, versioned
 from ..record.answers import SHOWN, outcome, telling
 from ..record.facts import UNKNOWN
@@ -277,15 +277,11 @@ def _measure(evaluation: Evaluation, name: str, text: Judged, batch_size: int) -
     losses, close = text.losses(batch_size)
     if close is not None:
         evaluation.divergence[name], evaluation.agreement[name] = close
-    if "dense" in losses:
-        losses["ratio"] = losses["model"] - losses["dense"]
-    # The error of e to a mean is that of the mean, relative to it.
-    values = {which: float(loss.mean().exp()) for which, loss in losses.items()}
-    errors = {which: values[which] * standard_error(loss) for which, loss in losses.items()}
     evaluation.tokens[name] = text.samples[:, 1:].numel()
-    evaluation.perplexity_stderr[name] = errors
-    evaluation.perplexity[name] = {which: values[which] for which in text.models}
-    evaluation.bits_per_byte[name] = {which: text.bits_per_byte(losses[which]) for which in text.models}
+    evaluation.perplexity[name] = {which: perplexity_of(loss) for which, loss in losses.items()}
+    # From the dense model to the other, whose ratio to it is measured.
+    evaluation.perplexity_stderr[name] = perplexity_errors(dict(reversed(losses.items())))
+    evaluation.bits_per_byte[name] = {which: text.bits_per_byte(loss) for which, loss in losses.items()}
 
 
 def _check(

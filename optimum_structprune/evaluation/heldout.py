@@ -16,12 +16,8 @@ from ..errors import StructPruneError
 
 @dataclass(frozen=True)
 class Heldout:
-    """The first samples of a domain.
-
-    Attributes:
-        domain: The domain that was read.
-        samples: The token ids, shape `(num_samples, seq_length)`, int64.
-        documents: The SHA-256 of each document in the samples.
+    """The first samples of a domain as token ids, shape `(num_samples, seq_length)`, with the SHA-256 of each document
+    in them.
     """
 
     domain: DomainConfig

@@ -13,19 +13,9 @@ from ..record.answers import LEVEL, mcnemar
 
 @dataclass(frozen=True)
 class Paired:
-    """How the scores of a model differ from those of the dense one on the same items.
-
-    Attributes:
-        items: The number of items.
-        difference: The mean difference of the scores, model minus dense.
-        stderr: Its standard error over items; the scores of an item are not independent, so this is less than those of
-            the two means suggest.
-        better: The number of items on which the model scores more.
-        worse: The number of items on which it scores less.
-        p_value: How often chance alone gives a difference as large: by McNemar's exact test where every score is 0 or
-            1, by a t test of the differences otherwise.
-        verdict: `worse` or `better` where the p-value is below 0.05, `alike` otherwise: the items then do not tell the
-            two apart, and `difference` ± 2 `stderr` says how much may be hidden.
+    """How the scores of a model differ from those of the dense one on the same items: the mean difference with its
+    standard error, the numbers of items on which the model scores more and less, how often chance alone gives as much
+    (McNemar's exact test where every score is 0 or 1, else a t test), and `worse`, `better`, or `alike` above 0.05.
     """
 
     items: int

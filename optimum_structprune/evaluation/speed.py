@@ -61,14 +61,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """One kind of work of one model.
-
-    Attributes:
-        seconds: The time of each repeat.
-        tokens_per_second: The tokens of all sequences per second, from the median time.
-        speedup: The first model's time over this model's, in pairs of the same repeat.
-        ideal: The first model's work over this model's: floating-point operations where a prompt is read, bytes of
-            weights and cache where tokens are written; None where it cannot be counted.
+    """The seconds of each repeat of one kind of work, the tokens of all sequences per second by their median, the
+    first model's time over this model's in pairs of the same repeat, and what their sizes promise: the ratio of
+    operations where a prompt is read, of bytes of weights and cache where tokens are written, None where these are not
+    known.
     """
 
     seconds: tuple[float, ...]
@@ -79,14 +75,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model takes.
-
-    Attributes:
-        parameters: The number of parameters.
-        dtype: The dtype of the weights.
-        weights: The bytes of the weights in memory.
-        files: The bytes of its safetensors files; None where no folder is known.
-        cache_per_token: The bytes of keys and values per token, over all layers.
+    """The parameters of a model, the dtype and the bytes of its weights, the bytes of its safetensors files (None
+    where no folder is known), and of keys and values per token, over all layers.
     """
 
     parameters: int
@@ -105,22 +95,13 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one model did with prompts of one shape.
-
-    Attributes:
-        model: The name of the model.
-        batch_size: The number of sequences.
-        prompt: The number of tokens in each prompt.
-        first_token: The seconds until the first token is there, which is the median time of `prefill`.
-        prefill: The reading of the prompts, the choice of the first token included.
-        decode: The writing of tokens after the prompts.
-        memory: The bytes that `Speed.memory_is` names.
+    """What one model did with prompts of one shape: `prefill` reads them and chooses the first token, `decode` writes
+    the others, and `memory` is the bytes that `Speed.memory_is` names.
     """
 
     model: str
     batch_size: int
     prompt: int
-    first_token: float
     prefill: Timing
     decode: Timing
     memory: int
@@ -439,7 +420,7 @@ class _Runs:
         """What the repeats have shown."""
         reading, writing = (self.timing(stage, first, ideal) for stage in self.seconds)
         batch_size, prompt = self.ids.shape
-        return Measurement(name, batch_size, prompt, median(reading.seconds), reading, writing, self.memory)
+        return Measurement(name, batch_size, prompt, reading, writing, self.memory)
 
     def _memory(self, model: PreTrainedModel, run: Callable[[], Any], work: Work) -> int:
         weights = bytes_of(model.parameters()) + bytes_of(model.buffers())

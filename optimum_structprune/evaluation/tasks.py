@@ -33,11 +33,8 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What a model scores in tasks.
-
-    Attributes:
-        scores: Metrics of each task with their standard errors: `{"piqa": {"acc": …, "acc_stderr": …, "items": …}}`.
-        items: The scores of each item, `{"piqa": {"acc": {0: 1.0, 1: 0.0, …}}}`, for metrics that are means of them.
+    """What a model scores in tasks, `{"piqa": {"acc": …, "acc_stderr": …, "items": …}}`, and for metrics that are
+    means over items, each of them: `{"piqa": {"acc": {0: 1.0, 1: 0.0, …}}}`.
     """
 
     scores: Scores
@@ -51,7 +48,7 @@ class Tasks:
         try:
             from lm_eval import tasks as harness
         except ImportError as error:
-            raise StructPruneError("Tasks need lm_eval: pip install optimum-structprune[eval]") from error
+            raise StructPruneError("Tasks need lm_eval: pip install lm_eval") from error
         tasks = [local_task(Path(name)) if Path(name).suffix == ".jsonl" else str(name) for name in names]
         registered = [task for task in tasks if isinstance(task, str)]
         labels = [task if isinstance(task, str) else task["task"] for task in tasks]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import exp, nan
+from math import nan
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -83,7 +83,7 @@ def perplexity(model: PreTrainedModel | PeftModel, samples: Tensor, batch_size: 
 
 def perplexity_of(losses: Tensor) -> float:
     """The perplexity over samples whose mean losses these are, shape `(samples,)`."""
-    return exp(float(losses.mean()))
+    return float(losses.mean().exp())
 
 
 def perplexity_errors(losses: Mapping[str, Tensor]) -> dict[str, float]:
@@ -173,12 +173,12 @@ class Comparison:
     @property
     def perplexity(self) -> float:
         """The perplexity of the model."""
-        return exp(float(self.losses.mean()))
+        return perplexity_of(self.losses)
 
     @property
     def dense_perplexity(self) -> float:
         """The perplexity of the dense model."""
-        return exp(float(self.dense_losses.mean()))
+        return perplexity_of(self.dense_losses)
 
 
 @torch.no_grad()

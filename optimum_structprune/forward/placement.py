@@ -1,7 +1,7 @@
 """The weights of one layer at a time, wherever accelerate keeps those of the others.
 
 Pruning calls a layer once for each batch, so an offloaded layer comes in once and stays until it is finished with;
-whatever shape it has by then goes back. On CUDA the layer behind it is fetched meanwhile.
+whatever shape it has by then goes back.
 """
 
 from __future__ import annotations
@@ -16,16 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..arch.load import describe, layer_list
 from ..arch.meta import meta_model
 from ..arch.spec import ArchSpec
-from ..system.offloading import (
-    Prefetch,
-    bring_in,
-    check_reachable,
-    fetch,
-    fetches_ahead,
-    give_back_free_memory,
-    is_offloaded,
-    put_back,
-)
+from ..system.offloading import bring_in, check_reachable, give_back_free_memory, is_offloaded, put_back
 
 
 def layer_device_map(
@@ -70,7 +61,6 @@ class Placement:
     def __init__(self, model: PreTrainedModel, arch: ArchSpec):
         self.model, self.arch = model, arch
         check_reachable(model)
-        self._prefetch = Prefetch(lambda layer: fetch(self._layer(layer)))
 
     @property
     def offloaded(self) -> bool:
@@ -80,32 +70,21 @@ class Placement:
     @contextmanager
     def at(self, layer: int, changes: bool = False) -> Iterator[None]:
         """Have the weights of one layer on the device that computes it, inside `with`."""
-        with self._at(layer, changes, then_next=True):
+        finished, hooks = False, []
+        try:
+            hooks = bring_in(self._layer(layer))
             yield
+            finished = True
+        finally:
+            put_back(self.model, self._layer(layer), hooks, store=changes and finished)
         give_back_free_memory()
 
     @contextmanager
     def of(self, module: str, changes: bool = False) -> Iterator[None]:
         """`at` for the layer that holds a module."""
         layers = (layer for layer in range(self.arch.num_layers) if module.startswith(self.arch.layer_prefix(layer)))
-        with self._at(next(layers), changes):
+        with self.at(next(layers), changes):
             yield
-
-    @contextmanager
-    def _at(self, layer: int, changes: bool, then_next: bool = False) -> Iterator[None]:
-        finished, hooks = False, []
-        try:
-            hooks = bring_in(self._layer(layer), self._prefetch.take(layer))
-            if then_next and layer + 1 < self.arch.num_layers and fetches_ahead(self._layer(layer + 1)):
-                self._prefetch.begin(layer + 1)
-            elif then_next:
-                self._prefetch.drop()
-            yield
-            finished = True
-        finally:
-            if not finished:
-                self._prefetch.drop()
-            put_back(self.model, self._layer(layer), hooks, store=changes and finished)
 
     def _layer(self, layer: int) -> nn.Module:
         return layer_list(self.model, self.arch)[layer]

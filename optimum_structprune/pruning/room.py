@@ -50,7 +50,7 @@ MOST_ON_CPU = 4
 class Need:
     """The memory of one process at its peak, in bytes.
 
-    `weights` are those on the compute device: where layers are offloaded, two of them, the one that runs and the next.
+    `weights` are those on the compute device: of layers that are offloaded, the largest.
     `hidden` holds hidden states and the dense model's predictions that trials are compared with; `working` the
     statistics, factors and activations of the `stage`; `host` what the CPU's memory holds of what is offloaded.
     """
@@ -132,7 +132,7 @@ class Workload:
     def need(self, offload: str | None = None, processes: int = 1) -> Need:
         """The memory of each of several processes on its device, with layers on the `cpu`, on the `disk` or there."""
         layers = [self.itemsize * parameters for parameters in self.arch.layer_params]
-        weights = self.weights if offload is None else min(self.weights, self.weights - sum(layers) + 2 * max(layers))
+        weights = self.weights if offload is None else self.weights - sum(layers) + max(layers)
         if self.config.rounds > 1:
             # Consumers that a round has masked keep their dense values until the last round.
             weights += self.itemsize * sum(matrix.size * matrix.out for matrix in self._matrices)

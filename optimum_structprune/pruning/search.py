@@ -64,9 +64,6 @@ def search(run: Run) -> Shape:
         shapes = Search(run)
         trials = shapes.trials(probe)
         losses = run.evidence.memory.get(MEASURED_LOSSES) or trials.losses()
-        for layer, name in trials.spaces:
-            by_units = {units: by_domain.tolist() for units, by_domain in losses[layer, name].items()}
-            report.details.sensitivity.setdefault(name, {})[layer] = by_units
         tried = shapes.tried(shapes.candidates(trials.curves(losses)), probe)
     best = min(tried, key=lambda pair: pair[0])[1]
     report.shapes = [

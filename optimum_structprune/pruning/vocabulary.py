@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.shrink import text_config
-from ..arch.spec import MODEL, VOCAB, ArchSpec, Widths
+from ..arch.spec import MODEL, VOCAB, ArchSpec, Space, Widths
 from ..arch.vocabulary import named_ids
 from ..config.pruning import StructPruneConfig
 from ..domains.load import Domain
@@ -130,14 +130,16 @@ def remove_tokens_(run: Run, vocabulary: SmallerVocabulary) -> None:
         run.measure = Measure(run.model, run.evidence.domains, run.arch)
 
 
+def large_vocabulary(arch: ArchSpec, model: PreTrainedModel) -> Space | None:
+    """The space of the tokens, where their rows are much of a model."""
+    much = MUCH * model.num_parameters()
+    return next((space for space in arch.of(VOCAB) if space.unit_params * space.size > much), None)
+
+
 def note_unread(run: Run) -> None:
-    """Note in the report how many tokens are of scripts that the text next to never shows, where tokens have much of
-    the model.
-    """
-    space = next(iter(run.arch.of(VOCAB)), None)
+    """Note in the report how many tokens of a large vocabulary are of scripts that the text next to never shows."""
+    space = large_vocabulary(run.arch, run.model)
     if run.counted or run.tokenizer is None or space is None or run.evidence.statistics is not None:
-        return
-    if space.unit_params * space.size < MUCH * run.model.num_parameters():
         return
     with suppress(StructPruneError):  # of a kind that no token can be taken out of, as slow ones are
         vocabulary = Vocabulary.of(run.tokenizer)

@@ -25,16 +25,10 @@ DETAILS_NAME = "pruning_details.json"
 @strict  # it checks no fields of a frozen class
 @dataclass
 class Choice:
-    """How the units of one space in one layer were chosen, in summary.
-
-    Attributes:
-        scored: The number of units that were scored.
-        kept: The number of those that were kept.
-        agreement: The rank correlation (Spearman) of how much output each unit carries, for each pair of domains in
-            the order (0, 1), (0, 2), …, (1, 2), …; empty where it is not known.
-        error: The squared error of the consumers' output without a refit and with one, relative to the output itself;
-            empty where no Gram matrix was gathered.
-        spaces: The number of spaces that these numbers are of: more than one where a layer has experts.
+    """How the units of one space in one layer, or of its experts, were chosen: the numbers of those that were scored
+    and kept; `agreement`, the rank correlation (Spearman) of how much output each unit carries between domains (0, 1),
+    (0, 2), …, (1, 2), …; and `error`, the squared error of the consumers' output without a refit and with one,
+    relative to the output itself; both empty where they are not known.
     """
 
     scored: int
@@ -109,22 +103,15 @@ def rank_correlations(values: Tensor) -> tuple[float, ...]:
 @strict
 @dataclass
 class Details:
-    """What a run saw while it pruned.
-
-    Attributes:
-        model: The dense model: its `name`, its `dtype`, and the `bytes` of the weights "before" and "after".
-        domains: The names of the domains, in the order of `agreement`.
-        choices: How units were chosen, by kind of space and layer of the dense model.
-        sensitivity: The measured loss of the dense model, KL in nats per token by domain, by kind of space, layer and
-            number of units removed there alone; None where it was not finite.
-        memory: The most bytes that this process had held at a time when a stage ended, by stage and kind of memory.
-        resumed: Whether the run went on where another was stopped, so that its times are those of the rest.
+    """What a run saw while it pruned: the `name` and `dtype` of the dense model and the `bytes` of the weights
+    "before" and "after", the domains in the order of `agreement`, how units were chosen by kind of space and layer of
+    the dense model, the most bytes that this process had held when a stage ended, by kind of memory, and whether the
+    run went on where another was stopped, so that its times are those of the rest.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
     domains: list[str] = field(default_factory=list)
     choices: dict[str, dict[int, Choice]] = field(default_factory=dict)
-    sensitivity: dict[str, dict[int, dict[int, list[float | None]]]] = field(default_factory=dict)
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     resumed: bool = False
 
@@ -148,14 +135,7 @@ class Details:
                 kind: {int(layer): Choice.from_dict(choice) for layer, choice in by_layer.items()}
                 for kind, by_layer in data["choices"].items()
             }
-            losses = {
-                kind: {
-                    int(layer): {int(units): of_units for units, of_units in by_units.items()}
-                    for layer, by_units in by_layer.items()
-                }
-                for kind, by_layer in data["sensitivity"].items()
-            }
-            return cls(**{**data, "choices": choices, "sensitivity": losses})
+            return cls(**{**data, "choices": choices})
         except (ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
             raise StructPruneError(f"{path} is not the record of a pruning: {one_line(error)}") from error
 

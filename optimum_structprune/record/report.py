@@ -27,17 +27,7 @@ RECOVERY_REPORT_NAME = "recovery_report.json"
 
 @dataclass
 class RecoveryReport:
-    """What training after pruning did and what it cost.
-
-    Attributes:
-        tokens: The number of training tokens seen.
-        steps: The number of optimizer steps taken.
-        seconds: The time spent in training.
-        perplexity: The perplexity on held-out text, `{domain: {"dense": …, "pruned": …, "recovered": …}}`, without
-            "dense" where there was no teacher.
-        stopped: The reason why training ended early; empty where it did not.
-        answers: The answers to a few questions of the dense, the pruned and the trained model, see `record.answers`.
-    """
+    """What training after pruning did, and what it cost; see `saving/schemas/report.schema.json`."""
 
     tokens: int = 0
     steps: int = 0
@@ -68,40 +58,8 @@ class RecoveryReport:
 
 @dataclass
 class Report:
-    """What was done and what it cost.
-
-    Attributes:
-        model_type: The model type.
-        criterion: The criterion that scored the units inside layers, which the config need not name.
-        parameters: The number of parameters, `{"before": …, "after": …}`.
-        layer_parameters: The number of parameters in the layers alone, `{"before": …, "after": …}`.
-        widths: The number of kept units, by space and layer.
-        dense_widths: The full width, by space.
-        calibration_tokens: The number of tokens that some round used, by domain.
-        perplexity: The perplexity on held-out text per token of the dense tokenizer, `{domain: {"before": …, "after":
-            …}}`.
-        perplexity_stderr: Their standard errors over samples, and that of "ratio", the one after over the one before.
-        perplexity_tokens: The number of tokens that they were measured on, by domain.
-        bits_per_byte: The loss per byte of that text in bits, `{domain: {"before": …, "after": …}}`.
-        asked: The share of the layers' parameters that was to go; None where that was not said as a share.
-        recovery: What training did and what it cost; None where there was none.
-        output_error: For a model that does not predict the next token, the squared error of the last hidden states on
-            held-out text against the dense model's, relative to their variance, by domain.
-        seconds: The time spent, by stage.
-        domain_seconds: The time spent in calibration, by domain.
-        rounds: For rounds that are measured: the widths of each, the weights of the domains in it, the ratio of
-            perplexities after it (empty after the last, see `perplexity`), and whether it holds a limit on perplexity.
-        shapes: For widths that follow from measured losses: the shapes that were pruned on trial, what proposed each,
-            and its loss, KL(dense‖model) in nats per token.
-        answers: The answers to a few questions before and after, see `record.answers`; empty where none were asked.
-        balances: Where tokens and layers compete for one budget: the numbers of tokens that were compared, and the
-            losses in nats per token that the missing tokens, and then the layers, would bring.
-        words: Where tokens are gone, the number of tokens that a word takes in a sentence of each of 30 languages, by
-            the language's code, `{"before": …, "after": …}`.
-        scripts: How many of the tokens that are gone are of each script, as Unicode names it.
-        unread: Where no tokens are gone and their rows are much of the model, how many are of scripts that the text
-            next to never shows, and their parameters, `{"tokens": …, "parameters": …}`.
-        details: What the run saw while it pruned, which is saved in a file of its own.
+    """What was done and what it cost, with what the run saw as `details`, which are saved in a file of their own. Each
+    other field has its sentence in `saving/schemas/report.schema.json`.
     """
 
     model_type: str

@@ -6,12 +6,9 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from math import inf
 from pathlib import Path
-from typing import Literal, overload
 
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..config.domains import DomainConfig
@@ -198,33 +195,6 @@ class Recovery:
             save_checked(model, save_directory, tokenizer, overwrite, write, check, used)
 
 
-@overload
-def recover(
-    pruned: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    config: RecoveryConfig | None = ...,
-    teacher: PreTrainedModel | str | None = ...,
-    domains: Iterable[DomainConfig] | None = ...,
-    resume: bool = ...,
-    trust_remote_code: bool = ...,
-    return_report: Literal[False] = ...,
-) -> PreTrainedModel | PeftModel: ...
-
-
-@overload
-def recover(
-    pruned: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    config: RecoveryConfig | None = ...,
-    teacher: PreTrainedModel | str | None = ...,
-    domains: Iterable[DomainConfig] | None = ...,
-    resume: bool = ...,
-    trust_remote_code: bool = ...,
-    *,
-    return_report: Literal[True],
-) -> tuple[PreTrainedModel | PeftModel, RecoveryOutcome]: ...
-
-
 def recover(
     pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -233,9 +203,8 @@ def recover(
     domains: Iterable[DomainConfig] | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
-    return_report: bool = False,
-) -> PreTrainedModel | PeftModel | tuple[PreTrainedModel | PeftModel, RecoveryOutcome]:
-    """Train a pruned model in one call. `Recovery` does the same and keeps the numbers.
+) -> PreTrainedModel | PeftModel:
+    """Train a pruned model in one call. `Recovery` does the same, keeps the numbers and saves.
 
     Args:
         pruned: A causal language model. It is trained itself and comes back; after a failure it is as it was.
@@ -246,11 +215,10 @@ def recover(
         resume: Whether training goes on from the last checkpoint in the `output_dir` of `config.training`. The model,
             the text, the teacher and the settings have to be those that it began with.
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
-        return_report: Whether the report comes back beside the model.
 
     Returns:
         The model, with the adapter merged, or with `merge=False` the adapter on the pruned model, whose weights are
-        frozen then. With `return_report`, a pair of it and the report.
+        frozen then.
 
     Raises:
         StructPruneError: If the config asks for what cannot be (see `check_recovery`), there is no text, the teacher
@@ -265,20 +233,8 @@ def recover(
     config = config or RecoveryConfig()
     if domains is not None and config.domains is None:
         config = replace(config, domains=list(domains))
-    recovery = Recovery(config)
-    recovered = recovery.recover_model(pruned, tokenizer, teacher, resume, trust_remote_code)
-    if not return_report:
-        return recovered
-    assert recovery.report is not None
-    return recovered, recovery.report
+    return Recovery(config).recover_model(pruned, tokenizer, teacher, resume, trust_remote_code)
 
 
 def _perplexities(model: PreTrainedModel | PeftModel, domains: Sequence[Domain]) -> dict[str, float]:
-    return {domain.name: _perplexity(model, domain.heldout) for domain in domains}
-
-
-def _perplexity(model: PreTrainedModel | PeftModel, samples: Tensor) -> float:
-    try:
-        return perplexity(model, samples)
-    except OverflowError:  # a model that is destroyed
-        return inf
+    return {domain.name: perplexity(model, domain.heldout) for domain in domains}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from math import ceil, exp, isfinite, isnan, log
@@ -35,6 +35,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..arch.load import describe
 from ..config.fields import build
 from ..config.recovery import RATES, TRAINING, RecoveryConfig
+from ..domains.passages import shared_tokens
 from ..errors import StructPruneError, one_line
 from ..forward.metrics import divergence, evaluating, input_device
 from ..record.report import RecoveryReport
@@ -167,10 +168,12 @@ class DistillTrainer(Trainer):
         outputs = model(**inputs)
         loss = outputs.loss
         if self.teacher is not None:
-            taught = self._teacher_logits(inputs["input_ids"]).to(outputs.logits.device)
+            with torch.no_grad(), self.accelerator.autocast():
+                taught = self.teacher(inputs["input_ids"].to(input_device(self.teacher)), use_cache=False).logits
             weight, temperature = self.recovery.kl_weight, float(self.recovery.temperature)
-            loss = (1 - weight) * loss + weight * divergence(outputs.logits, taught, temperature)
-        self._check(loss)
+            apart = divergence(outputs.logits, taught.to(outputs.logits.device), temperature)
+            loss = (1 - weight) * loss + weight * apart
+        self._check(loss.detach())
         if self._finite is None or self._finite[0] != self.state.global_step:
             weights = {name: tensor.clone() for name, tensor in self._trainable().items()}
             self._finite = self.state.global_step, weights
@@ -195,24 +198,13 @@ class DistillTrainer(Trainer):
         return True
 
     def _trainable(self) -> dict[str, Tensor]:
-        model = self.model
-        assert model is not None
-        return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-    @torch.no_grad()
-    def _teacher_logits(self, ids: Tensor) -> Tensor:
-        teacher = self.teacher
-        assert teacher is not None
-        with self.accelerator.autocast():
-            return teacher(ids.to(input_device(teacher)), use_cache=False).logits
+        named = cast("nn.Module", self.model).named_parameters()
+        return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
 
     def _check(self, loss: Tensor) -> None:
         # Every process has to stop at the same step, or the others wait for it in vain.
-        finite = torch.isfinite(loss.detach()).float()
-        if not self.accelerator.gather(finite[None]).all():
-            raise NotFiniteError(
-                f"The loss of step {self.state.global_step + 1} is {float(loss.detach()):g}; {ADVICE}"
-            )
+        if not self.accelerator.gather(loss.isfinite()[None]).all():
+            raise NotFiniteError(f"The loss of step {self.state.global_step + 1} is {float(loss):g}; {ADVICE}")
 
 
 @contextmanager
@@ -254,29 +246,14 @@ def train_(
         trainer.add_callback(callback)
     if checkpoint is not None and isinstance(trainer.model, PeftModel):
         check_adapter(trainer.model, checkpoint)
-    stopped = ""
-    start = perf_counter()
+    stopped, start = "", perf_counter()
     try:
-        with _readable_training(trainer):
-            trainer.train(resume_from_checkpoint=checkpoint)
-            trainer.check_weights()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.check_weights()
     except NotFiniteError as error:
         if not trainer.restore_finite_():
             raise
         stopped = f"{error} Training stopped there, and the last weights with a finite loss were kept."
-    return RecoveryOutcome(
-        tokens=trainer.tokens_seen(),
-        steps=trainer.state.global_step,
-        seconds=perf_counter() - start,
-        stopped=stopped,
-        learning_rate=trainer.args.learning_rate,
-    )
-
-
-@contextmanager
-def _readable_training(trainer: DistillTrainer) -> Iterator[None]:
-    try:
-        yield
     except StructPruneError:
         raise
     except Exception as error:
@@ -289,6 +266,13 @@ def _readable_training(trainer: DistillTrainer) -> Iterator[None]:
         if isinstance(error, LIBRARY_ERRORS):
             raise StructPruneError(f"{where}: {type(error).__name__}: {reason}. The model is as it was.") from error
         raise
+    return RecoveryOutcome(
+        tokens=trainer.tokens_seen(),
+        steps=trainer.state.global_step,
+        seconds=perf_counter() - start,
+        stopped=stopped,
+        learning_rate=trainer.args.learning_rate,
+    )
 
 
 def load_teacher(
@@ -312,8 +296,13 @@ def load_teacher(
     taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
     if taught == learnt:
         return teacher
-    keep = _tokens_in(str(teacher.name_or_path), tokenizer, trust_remote_code)[:learnt]
-    if len(keep) < learnt or keep[-1] >= taught:
+    shared = None
+    with suppress(Exception):  # whatever there is in the place of a tokenizer
+        larger = AutoTokenizer.from_pretrained(teacher.name_or_path, trust_remote_code=trust_remote_code)
+        shared = None if tokenizer is None else shared_tokens([tokenizer, larger], [model, teacher])
+    # By their numbers in the model: of a vocabulary that is what is left of the teacher's, all are there and in order.
+    keep = [] if shared is None else [theirs for _, theirs in sorted(shared.T.tolist())]
+    if len(keep) < learnt or keep != sorted(keep):
         raise StructPruneError(
             f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}, so their predictions "
             "cannot be compared; take the model that was pruned as the teacher, or leave the teacher out."
@@ -321,19 +310,6 @@ def load_teacher(
     teacher = deepcopy(teacher) if teacher is given else teacher
     drop_tokens_(teacher, describe(teacher, arch_file), keep)
     return teacher
-
-
-def _tokens_in(larger: str, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool) -> list[int]:
-    """The ids, in the tokenizer of another model, of the tokens of a tokenizer; none where these are not what is left
-    of its own.
-    """
-    try:
-        theirs = AutoTokenizer.from_pretrained(larger, trust_remote_code=trust_remote_code).get_vocab()
-        ours = {} if tokenizer is None else tokenizer.get_vocab()
-        ids = [theirs[name] for name in sorted(ours, key=ours.__getitem__)]
-    except Exception:  # whatever there is in the place of a tokenizer
-        return []
-    return ids if ids == sorted(ids) else []
 
 
 class TrainingSamples(Dataset):
@@ -359,13 +335,8 @@ class WorseModelWarning(UserWarning):
 
 @dataclass
 class RecoveryOutcome(RecoveryReport):
-    """What a training did, and whether the model is worse for it.
-
-    Attributes:
-        worse: Whether the mean log perplexity on held-out text is higher than that of the model before the training,
-            or no number.
-        learning_rate: The highest learning rate of the training.
-        teacher: The name of the teacher; empty where it has none, or there is no teacher.
+    """What a training did, its highest learning rate, the name of its teacher, and whether the model is `worse` for
+    it, by the mean log perplexity on held-out text.
     """
 
     worse: bool = False

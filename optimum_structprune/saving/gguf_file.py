@@ -116,7 +116,7 @@ def check_gguf(config: PretrainedConfig) -> None:
     if (reason := gguf_refusal(config)) is not None:
         raise StructPruneError(reason)
     if gguf is None:
-        raise StructPruneError("A GGUF file takes the package gguf: pip install optimum-structprune[gguf]")
+        raise StructPruneError("A GGUF file takes the package gguf: pip install gguf")
 
 
 def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase, kind: str, file_type: str) -> int:

@@ -26,9 +26,7 @@ TEMPLATES = "additional_chat_templates"
 HOW_TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
-def push_to_hub(
-    folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None, message: str | None = None
-) -> str:
+def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
     """Upload a result of this package, in one commit, so that the repository never holds half of it.
 
     What lies in the folder and was not written with the result stays where it is. The snippet of the model card names
@@ -39,7 +37,6 @@ def push_to_hub(
         repo_id: The repository, `OWNER/NAME`; it is made if need be.
         private: Whether the repository is private; None leaves it as it is, or as the Hub makes new ones.
         token: A token of the Hub; None takes the one that the machine is logged in with.
-        message: The message of the commit.
 
     Returns:
         The address of the repository.
@@ -64,17 +61,17 @@ def push_to_hub(
         if CARD in files and is_signed(files[CARD]):
             contents[CARD] = renamed(texts[CARD].decode(), repo_id).encode()
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        api.create_commit(repo_id, operations, commit_message=message or "Upload a pruned model")
+        api.create_commit(repo_id, operations, commit_message="Upload a pruned model")
     return str(url)
 
 
-def check_push(repo_id: str, token: str | None = None) -> None:
+def check_push(repo_id: str) -> None:
     """Refuse what could not be pushed, before work is done for it."""
     with _refusals(repo_id, "Nothing has been done yet."):
-        _api(repo_id, token)
+        _api(repo_id)
 
 
-def _api(repo_id: str, token: str | None) -> HfApi:
+def _api(repo_id: str, token: str | None = None) -> HfApi:
     """The Hub as the owner of a token sees it."""
     validate_repo_id(repo_id)
     if "/" not in repo_id:

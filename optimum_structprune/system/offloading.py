@@ -10,11 +10,10 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -29,11 +28,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import StructPruneError, one_line, some_of
-
-
-T = TypeVar("T")
-# Where the next layer is fetched while one runs. On the CPU the reading takes next to no time, see docs/scaling.md.
-AHEAD_ON = ["cuda"]
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -140,74 +134,6 @@ def _tensors_of(module: nn.Module, hook: AlignDevicesHook) -> dict[str, Tensor]:
     )
 
 
-class Fetched(NamedTuple):
-    """A copy of an offloaded tensor on the device that computes its layer. `stream` is the CUDA stream that makes the
-    copy; None where the copy is complete.
-    """
-
-    module: nn.Module
-    name: str
-    device: torch.device
-    value: Tensor
-    stream: Any = None
-
-
-class Prefetch(Generic[T]):
-    """Makes a numbered item in a thread while the one before it is used."""
-
-    def __init__(self, make: Callable[[int], T]):
-        self._make, self._executor = make, ThreadPoolExecutor(1, "prefetch")
-        self._number: int | None = None
-        self._future: Future[T] | None = None
-
-    def begin(self, number: int) -> None:
-        """Begin to make an item; one that was made and not taken is dropped."""
-        self.drop()
-        self._number, self._future = number, self._executor.submit(self._make, number)
-
-    def take(self, number: int) -> T:
-        """The item of a number, which is made now unless it was begun; an item of another number is kept."""
-        if self._future is None or number != self._number:
-            return self._make(number)
-        future, self._future = self._future, None
-        return future.result()
-
-    def drop(self) -> None:
-        """Drop the item that was begun, once it is made."""
-        if self._future is not None:
-            self._future.exception()
-            self._future = None
-
-
-def fetches_ahead(layer: nn.Module) -> bool:
-    """Whether a layer is offloaded, and fetching it while another one runs saves time."""
-    return any(torch.device(hook.execution_device).type in AHEAD_ON for _, hook in _offloading(layer))
-
-
-def fetch(layer: nn.Module) -> list[Fetched]:
-    """What is offloaded of a layer, where the layer is computed; the layer itself is left as it is.
-
-    On CUDA the copies are begun and not waited for, on a stream of their own and out of pinned memory.
-    """
-    fetched, streams = [], dict[torch.device, Any]()
-    for module, hook in _offloading(layer):
-        device = torch.device(hook.execution_device)
-        if device.type == "cuda" and device not in streams:
-            streams[device] = torch.cuda.Stream(device)
-        for name in _tensors_of(module, hook):
-            value = _copied(_held(hook.weights_map, name), device, streams.get(device))
-            fetched.append(Fetched(module, name, device, value, streams.get(device)))
-    return fetched
-
-
-def _copied(value: Tensor, device: torch.device, stream: Any) -> Tensor:
-    """A copy on a device: a layer may be changed in place, and the stored weights must not be."""
-    if stream is None:
-        return value.clone() if value.device == device else value.to(device)
-    with torch.cuda.stream(stream):
-        return value.pin_memory().to(device, non_blocking=True)
-
-
 def _held(weights: Any, name: str) -> Tensor:
     """What a hook holds of its module."""
     try:
@@ -220,18 +146,20 @@ def _held(weights: Any, name: str) -> Tensor:
         raise StructPruneError(f"{file}, which holds {name}, cannot be read ({one_line(error)}).") from error
 
 
-def bring_in(layer: nn.Module, fetched: Iterable[Fetched]) -> list[AlignDevicesHook]:
-    """Give a layer what was fetched of it, and keep its hooks from dropping it; these hooks are returned."""
-    for module, name, device, value, stream in fetched:
-        if stream is not None:
-            present = torch.cuda.current_stream(device)
-            present.wait_stream(stream)
-            value.record_stream(present)  # so that its memory is not used again before what reads it has ended
-        set_module_tensor_to_device(module, name, device, value=value)
-    hooks = [hook for _, hook in _offloading(layer)]
-    for hook in hooks:
+def bring_in(layer: nn.Module) -> list[AlignDevicesHook]:
+    """Give a layer what is offloaded of it, and keep its hooks from dropping it; these hooks are returned."""
+    offloading = _offloading(layer)
+    # Copies, on the same device too: a layer may be changed in place, and the stored weights must not be.
+    fetched = [
+        (module, name, _held(hook.weights_map, name).to(hook.execution_device, copy=True))
+        for module, hook in offloading
+        for name in _tensors_of(module, hook)
+    ]
+    for module, name, value in fetched:
+        set_module_tensor_to_device(module, name, value.device, value=value)
+    for _, hook in offloading:
         hook.offload = False
-    return hooks
+    return [hook for _, hook in offloading]
 
 
 def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], store: bool) -> None:

@@ -95,7 +95,6 @@ def test_every_model_is_measured_in_every_shape_and_speed_ups_are_ratios_of_pair
         for timing, tokens in ((one.prefill, 8), (one.decode, 3)):
             assert len(timing.seconds) == 2 and min(timing.seconds) > 0
             assert timing.tokens_per_second == pytest.approx(one.batch_size * tokens / median(timing.seconds))
-        assert one.first_token == median(one.prefill.seconds)
     for dense, pruned in (speed.measurements[:2], speed.measurements[2:]):
         for stage in ("prefill", "decode"):
             first, other = getattr(dense, stage), getattr(pruned, stage)

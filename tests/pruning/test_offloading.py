@@ -1,7 +1,6 @@
 """A model whose layers are on the disk, or in another memory, is pruned as one that is in memory."""
 
 import gc
-import threading
 import weakref
 from functools import cache
 
@@ -14,11 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner, layer_device_map
 from optimum_structprune.arch.load import describe, layer_list
-from optimum_structprune.forward import placement
 from optimum_structprune.forward.placement import Placement
 from optimum_structprune.pruning.sweep import Sweep
-from optimum_structprune.system import offloading
-from optimum_structprune.system.offloading import Prefetch, is_offloaded, weight_of
+from optimum_structprune.system.offloading import is_offloaded, weight_of
 
 
 def offloaded(case, place, folder):
@@ -123,35 +120,7 @@ def test_however_accelerate_spreads_a_model_it_is_pruned_as_in_memory(case, way,
     assert sum(tensor.numel() for tensor in again.parameters()) == expected.num_parameters()
 
 
-@pytest.fixture
-def fetching(monkeypatch):
-    """Layers are fetched ahead on the CPU too; the layers that were fetched, and whether in the background."""
-    monkeypatch.setattr(offloading, "AHEAD_ON", ["cpu"])
-    fetched = []
-
-    def noting(layer):
-        fetched.append((layer, threading.current_thread() is not threading.main_thread()))
-        return offloading.fetch(layer)
-
-    monkeypatch.setattr(placement, "fetch", noting)
-    return fetched
-
-
-@pytest.mark.parametrize(("case", "place"), [("llama-untied", "disk"), ("mixtral", "memory")])
-def test_layers_that_are_fetched_ahead_are_the_same(case, place, tmp_path, fetching):
-    theirs, expected = in_memory(case)
-    ours, small = pruned(offloaded(case, place, tmp_path), **FIELDS[case])
-    assert ours.plan.to_dict() == theirs.plan.to_dict()
-    for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(weight_of(small, name), tensor, rtol=1e-5, atol=1e-5)
-    assert any(behind for _, behind in fetching) and not threads()
-
-
-def threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
-
-
-def test_each_layer_is_fetched_while_the_one_before_it_runs(tmp_path, fetching):
+def test_no_layer_but_the_one_in_use_is_in_memory(tmp_path):
     model = offloaded("llama-untied", "disk", tmp_path)
     arch = describe(model)
     layers, at = layer_list(model, arch), Placement(model, arch)
@@ -160,17 +129,12 @@ def test_each_layer_is_fetched_while_the_one_before_it_runs(tmp_path, fetching):
             assert not any(tensor.is_meta for tensor in layers[layer].parameters())
             others = [each for each in layers if each is not layers[layer]]
             assert all(tensor.is_meta for each in others for tensor in each.parameters())
-    assert fetching == [(each, number > 0) for number, each in enumerate(layers)]
-    # An interruption waits for the layer that is being fetched.
-    with pytest.raises(KeyboardInterrupt), Placement(model, arch).at(0):
+    with pytest.raises(KeyboardInterrupt), at.at(0):
         raise KeyboardInterrupt
-    assert not threads() and all(tensor.is_meta for layer in layers for tensor in layer.parameters())
+    assert all(tensor.is_meta for layer in layers for tensor in layer.parameters())
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-def test_a_file_that_cannot_be_read_is_named(ahead, tmp_path, request):
-    if ahead:
-        request.getfixturevalue("fetching")
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
     model = offloaded("llama-untied", "disk", tmp_path)
     for file in (tmp_path / "dense").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
@@ -178,7 +142,6 @@ def test_a_file_that_cannot_be_read_is_named(ahead, tmp_path, request):
     with pytest.raises(StructPruneError, match=r"\.safetensors, which holds .*model\.layers\.0.*cannot be read"):
         with at.at(0):
             pass
-    assert not threads()
 
 
 def test_an_interruption_leaves_a_model_that_refuses_to_be_saved(tmp_path, monkeypatch):
@@ -203,23 +166,3 @@ def test_a_layer_is_gone_once_a_smaller_one_has_taken_its_place(place, tmp_path)
         assert not [part() for part in parts if part() is not None]
     finally:
         gc.enable()
-
-
-def test_one_layer_is_alive_beside_the_one_in_use():
-    alive, most = weakref.WeakSet(), []
-
-    def make(number):
-        gc.collect()
-        alive.add(made := torch.nn.Identity(number))
-        most.append(len(alive))
-        return made
-
-    ahead = Prefetch(make)
-    for number in range(6):
-        used = ahead.take(number)
-        ahead.begin(number + 1)
-    ahead.begin(3)
-    ahead.drop()
-    del used
-    gc.collect()
-    assert max(most) == 2 and not alive

@@ -317,7 +317,8 @@ def test_the_mean_log_perplexity_decides(after, worse, recwarn):
 
 def test_a_destroyed_model_is_told_with_both_perplexities_and_the_rate(pruned, recwarn):
     settings = recovery_config(tokens=192, train="full", lora={}, training={"learning_rate": 1.0})
-    recovered, report = recover(pruned, tokenizer(), settings, return_report=True)
+    recovery = Recovery(settings)
+    recovered, report = recovery.recover_model(pruned, tokenizer()), recovery.report
     before, after = (report.mean_log_perplexity(when) for when in ("pruned", "recovered"))
     assert report.worse and after > before and recovered.config.intermediate_size == 24
     told = [str(warning.message) for warning in recwarn if warning.category is WorseModelWarning]

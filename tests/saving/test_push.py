@@ -32,8 +32,8 @@ def run(tmp_path_factory):
 
 
 def test_a_result_arrives_whole_in_one_commit(run, hub):
-    pruner, folder = run
-    assert pruner.push_to_hub(folder, "ann/slim", private=True) == f"{hub.url}/ann/slim"
+    _, folder = run
+    assert push_to_hub(folder, "ann/slim", private=True) == f"{hub.url}/ann/slim"
     repo = hub.repos["ann/slim"]
     assert repo["private"] and repo["commits"] == 1
     assert set(repo["files"]) == {path.name for path in folder.iterdir()} >= {"README.md", "model.safetensors"}
