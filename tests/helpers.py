@@ -44,13 +44,35 @@ def logits(model):
 
 @torch.no_grad()
 def outputs(model):
-    return outputs_of(run_model(model, token_ids()))
+    """Of random tokens, or of pixels where the model reads these."""
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return outputs_of(run_model(model, pixels if model.main_input_name == "pixel_values" else token_ids()))
 
 
 def save_with_tokenizer(model, folder, reader=None) -> None:
     """Save a model of `build` as a folder that a command line can name."""
     model.save_pretrained(folder)
     (reader or tokenizer()).save_pretrained(folder)
+
+
+def write_texts(path, texts) -> Path:
+    """A file of documents."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def save_desk(folder, case="llama-tied", count=80):
+    """A folder with what a command line names: a dense `model` with its tokenizer, and text in `a.jsonl`."""
+    save_with_tokenizer(build(case), folder / "model")
+    write_texts(folder / "a.jsonl", documents(count))
+    return folder
+
+
+def error_line(capsys) -> str:
+    """The one line that a command has ended with, which refuses something."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("structprune: error:")]
+    assert len(lines) == 1, lines
+    return lines[0]
 
 
 def with_tokens(model, reader, kept):
@@ -186,6 +208,11 @@ def batches():
 
 
 KEEP = {"mlp": 24, "attention": 2, "expert": 3, "shared_mlp": 20, "dense_mlp": 24}
+KEEP |= {"encoder_mlp": 24, "decoder_mlp": 20}
+
+
+def kept(space) -> int:
+    return KEEP[space.kind] if KEEP[space.kind] < space.width else space.width // 2
 
 
 def random_plan(arch, names) -> Plan:
@@ -193,7 +220,7 @@ def random_plan(arch, names) -> Plan:
     keep = {}
     for space in arch.spaces:
         if space.kind in names:
-            width = KEEP[space.kind] * space.scale
+            width = kept(space) * space.scale
             units = torch.randperm(space.size, generator=generator)[:width].sort().values
             keep[space.layer, space.name] = tuple(units.tolist())
     return Plan(arch.model_type, keep)
@@ -201,7 +228,7 @@ def random_plan(arch, names) -> Plan:
 
 def shrunk(model, arch, plan):
     small = deepcopy(model)
-    sizes = {name: KEEP[name] for name in plan.widths()}
+    sizes = {name: kept(arch.of(name)[0]) for name in plan.widths()}
     new_config = shrunk_config(model.config, arch, sizes)
     smaller = skeleton(small, new_config)
     for layer in range(arch.num_layers):
@@ -331,7 +358,7 @@ def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.Co
         capture_output=True,
         text=True,
         env={**environment, "PYTHONPATH": path},
-        timeout=300,
+        timeout=600,
     )
     for stream in ("stdout", "stderr"):
         ranks = "".join(file.read_text() for file in sorted(said.rglob(f"{stream}.log")))

@@ -8,6 +8,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from helpers import write_texts
 from models import build, config, real_text_model, token_ids, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
@@ -249,7 +250,7 @@ def test_moments_are_of_the_masked_tokens_only(case, passes):
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("manifest")
     texts = [f"w{3 + i % 90} w{3 + i % 7} w{3 + i % 11} w{3 + i % 13}" for i in range(200)]
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_texts(folder / "a.jsonl", texts)
     asked = config(domains=[DomainConfig("a", str(folder / "a.jsonl")), DomainConfig("b", texts[::2])])
     pruner = StructPruner(asked)
     pruned = pruner.prune_model(build("llama-tied"), tokenizer())
@@ -315,26 +316,6 @@ def test_a_frame_tells_which_documents_its_samples_hold():
         words = {f"w{token}" for token in packed.samples.flatten().tolist() if token > 2}
         assert [document_hash(text) for text in texts if words & set(text.split())] == [*packed.hashes]
         assert (len(packed.samples), len(packed.hashes)) == (min(most, 4), used)
-
-
-def test_conversations_stream_from_parquet_into_samples(tmp_path, monkeypatch):
-    ask, answer = {"role": "user"}, {"role": "assistant"}
-    turns = ([{**ask, "content": f"w{3 + i}"}, {**answer, "content": f"w{50 + i % 40} w9"}] for i in range(40))
-    rows = [{"messages": messages} for messages in turns]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
-    load = datasets.load_dataset
-
-    def from_disk(source, name, split, streaming):
-        return load("parquet", data_files={"train_sft": str(tmp_path / "*.parquet")}, split=split, streaming=streaming)
-
-    monkeypatch.setattr(datasets, "load_dataset", from_disk)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    spaced = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
-    domain = DomainConfig("chat", "preset:dialogue", answers_only=True)
-    (loaded,) = load_domains(config(domains=[domain], num_samples=2), chatty(spaced))
-    assert set(loaded.samples[loaded.mask].tolist()) - {9} <= set(range(50, 90))
-    # A question and the names of two roles stand before each answer.
-    assert 0.3 < loaded.mask.float().mean() < 0.5
 
 
 def test_padding_is_no_calibration_text_and_memory_of_the_text_is_bounded():

@@ -1,4 +1,4 @@
-"""Two processes that share a pruning find what one process finds."""
+"""Two processes that share a pruning or a training find what one process finds."""
 
 import json
 from tempfile import TemporaryDirectory
@@ -6,15 +6,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import assert_same_choices, on_two_ranks
+from helpers import assert_same_choices, on_two_ranks, save_desk
 from models import build, config, documents, real_text_model, three_layers, tokenizer
 from safetensors.torch import load_file
 
 from optimum_structprune import DomainConfig, StructPruner
+from optimum_structprune.commands.cli import main
 from optimum_structprune.domains import generated
 from optimum_structprune.record.details import Details
 
 
+pytestmark = pytest.mark.slow
 # One launch for all of them, because a launch takes longer than they do.
 RUNS = {
     "llama-tied": {"widths": {"mlp": 24, "attention": 2}},
@@ -31,17 +33,27 @@ RUNS = {
 }
 SCRIPT = """
 import json, os, sys
+from copy import deepcopy
 from pathlib import Path
+import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from helpers import logits, recovery_config
+from models import build, config, tokenizer
 from safetensors.torch import save_file
-from models import tokenizer
-from optimum_structprune import StructPruneError
+from torch.distributed.fsdp import FSDPModule
+from optimum_structprune import StructPruneError, prune_model, recover
+from optimum_structprune.commands.cli import main
 from optimum_structprune.pruning import trials
+from optimum_structprune.recovery import checks, trainer
+from optimum_structprune.recovery import recover as module
+from optimum_structprune.recovery.resume import weights_hash
 from optimum_structprune.system.disk import Output
 from optimum_structprune.system.processes import across_processes, process_count, process_index
-from system.test_processes import RUNS, pruned
+from system.test_processes import RUNS, command, pruned
 
-folder, rank, measure, tried = Path(sys.argv[1]), os.environ["RANK"], trials.trial_losses, []
+folder, rank, measure, tried = Path(sys.argv[1]), int(os.environ["RANK"]), trials.trial_losses, []
 
 def counted(sweep, refits, probe):
     tried.append(probe.layer)
@@ -54,7 +66,7 @@ def save_both(out):
     for _ in range(2):
         saver.save(small, out, tokenizer(), overwrite=True)
     with Output(out.parent / "more").staged() as staging:
-        (staging / "rank.txt").write_text(rank)
+        (staging / "rank.txt").write_text(str(rank))
     assert (out / "model.safetensors").is_file() and (out.parent / "more" / "rank.txt").read_text() == "0"
 
 save_both(folder / "saved" / "apart" / "small")
@@ -72,13 +84,65 @@ with across_processes():
         pruner.report.details.save(part / "details")
         (part / "tried").write_text(json.dumps(tried))
 save_both(folder / "saved" / "together" / "small")
-if rank == "0":
+if rank == 0:
     saver.save(small, folder / "saved" / "first" / "small")
 (folder / "saved" / "error" / "small" / "mine").mkdir(parents=True, exist_ok=True)
 try:
     saver.save(small, folder / "saved" / "error" / "small", overwrite=True)
 except StructPruneError as error:
-    print(f"rank {rank}: {error}", flush=True)
+    print(f"rank {rank} saved none: {error}", flush=True)
+assert main(command(folder, folder / "printed" / "out")) == 0
+
+# Several processes train one model. Accelerate shards on GPUs alone; told that the CPU is one, it does it with gloo.
+plugins, sharded = [], []
+set_up = AcceleratorState.__init__
+
+def sharding_on_the_cpu(self, *args, **kwargs):
+    set_up(self, *args, **kwargs)
+    if kwargs.get("_from_accelerator"):
+        plugins[:] = [kwargs.get("fsdp_plugin")]
+    if plugins and plugins[0] is not None:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[0]
+
+class Watched(trainer.DistillTrainer):
+    def compute_loss(self, model, *args, **kwargs):
+        sharded.append(isinstance(model, FSDPModule))
+        return super().compute_loss(model, *args, **kwargs)
+
+AcceleratorState.__init__ = sharding_on_the_cpu
+checks.SHARDING_DEVICES.append("cpu")
+module.DistillTrainer = Watched
+small = prune_model(build("llama-tied"), config(), tokenizer())
+WAYS = {"lora": {}, "full": {"train": "full", "lora": {}}}
+
+def trained(way, fsdp=False, resume=False, **training):
+    if fsdp:
+        training["fsdp"] = True
+    sharded.clear()
+    settings = recovery_config(tokens=288, training=training, **WAYS[way])
+    model = recover(deepcopy(small), tokenizer(), settings, small, resume=resume)
+    assert sharded and all(each == fsdp for each in sharded)
+    assert not any(isinstance(each, FSDPModule) for each in model.modules())
+    assert all(type(each) is torch.nn.Parameter for each in model.parameters())
+    return model
+
+for way in WAYS:
+    fsdp, kept = way == "full", {"output_dir": str(folder / way), "save_steps": 2, "save_total_limit": 9}
+    whole, sharded_whole = (trained(way, each, **(kept if each == fsdp else {})) for each in (False, True))
+    print(f"rank {rank} trained {way}: {weights_hash(whole)}", flush=True)
+    torch.testing.assert_close(logits(sharded_whole), logits(whole), rtol=1e-4, atol=1e-5)
+    expected = logits(sharded_whole if fsdp else whole)
+    dist.barrier()  # the first process may still be writing
+    if rank == 0:
+        # What a kill while the last checkpoint is written leaves.
+        last = max((folder / way).iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
+        (last / "trainer_state.json").write_text("{")
+    dist.barrier()
+    torch.testing.assert_close(logits(trained(way, fsdp, resume=True, **kept)), expected)
+    try:
+        trained(way, fsdp, resume=True, **kept, learning_rate=0.5)
+    except StructPruneError as error:
+        print(f"rank {rank} refused {way}: {error}", flush=True)
 dist.destroy_process_group()
 """
 
@@ -100,13 +164,21 @@ def on_text_of_its_own():
         return pruner, pruner.prune_model(model, reader)
 
 
+def command(folder, out):
+    """A model that is streamed writes no text beside the domain, so none is written in memory either."""
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--general-share", "0", "--num-samples", "6", "--seq-length", "24"]
+    flags = ["--width", "mlp=24", "--width", "attention=2", "--offload", "disk", "--device", "cpu"]
+    return ["prune", str(folder / "model"), str(out), *flags, *text]
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """The folder of a launch, and what it said."""
+    """The folder of a launch, and what it said on the standard output and error."""
     folder = tmp_path_factory.mktemp("processes")
+    save_desk(folder)
     done = on_two_ranks(SCRIPT, folder, folder)
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("case", RUNS)
@@ -136,97 +208,27 @@ def test_one_process_saves_and_all_get_its_outcome(together):
     for mode, names in {"apart": ["more", "small"], "together": ["more", "small"], "first": ["small"]}.items():
         assert sorted(path.name for path in (folder / mode).iterdir()) == names
         assert (folder / mode / "small" / "report.json").is_file()
-    assert all(f"rank {rank}: " in said for rank in (0, 1))
-    assert said.count("rank") == said.count("is no result of structprune") == 2
+    assert all(f"rank {rank} saved none: " in said for rank in (0, 1))
+    assert said.count("is no result of structprune") == 2
     assert [path.name for path in (folder / "error" / "small").iterdir()] == ["mine"]
 
 
-# --- several processes train one model: the same weights in each, whole or in shards, and checkpoints of their run
-
-# Accelerate shards on GPUs alone. Told that the CPU is one, it runs the same code with gloo.
-TRAINING = """
-import os, shutil, sys
-from copy import deepcopy
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-from helpers import logits, recovery_config
-from models import build, config, tokenizer
-from torch.distributed.fsdp import FSDPModule
-
-from optimum_structprune import StructPruneError, prune_model, recover
-from optimum_structprune.recovery import checks, trainer
-from optimum_structprune.recovery import recover as module
-from optimum_structprune.recovery.resume import weights_hash
-
-folder, rank, plugins, sharded = Path(sys.argv[1]), int(os.environ["RANK"]), [], []
-set_up = AcceleratorState.__init__
+def test_the_command_gives_what_one_process_gives_and_says_it_once(together, tmp_path):
+    folder, said, _ = together
+    assert said.count("width mlp") == said.count("saved to") == 1
+    assert [path.name for path in (folder / "printed").iterdir()] == ["out"]
+    assert main(command(folder, tmp_path / "alone")) == 0
+    ours, theirs = (at / "pruning_plan.json" for at in (folder / "printed" / "out", tmp_path / "alone"))
+    assert ours.read_text() == theirs.read_text()
+    found, expected = (load_file(path.with_name("model.safetensors")) for path in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def sharding_on_the_cpu(self, *args, **kwargs):
-    set_up(self, *args, **kwargs)
-    if kwargs.get("_from_accelerator"):
-        plugins[:] = [kwargs.get("fsdp_plugin")]
-    if plugins and plugins[0] is not None:
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[0]
-
-
-class Watched(trainer.DistillTrainer):
-    def compute_loss(self, model, *args, **kwargs):
-        sharded.append(isinstance(model, FSDPModule))
-        return super().compute_loss(model, *args, **kwargs)
-
-
-AcceleratorState.__init__ = sharding_on_the_cpu
-checks.SHARDING_DEVICES.append("cpu")
-module.DistillTrainer = Watched
-pruned = prune_model(build("llama-tied"), config(), tokenizer())
-WAYS = {"lora": {}, "full": {"train": "full", "lora": {}}}
-
-
-def trained(way, fsdp=False, resume=False, **training):
-    if fsdp:
-        training["fsdp"] = True
-    sharded.clear()
-    settings = recovery_config(tokens=288, training=training, **WAYS[way])
-    model = recover(deepcopy(pruned), tokenizer(), settings, pruned, resume=resume)
-    assert sharded and all(each == fsdp for each in sharded)
-    assert not any(isinstance(each, FSDPModule) for each in model.modules())
-    assert all(type(each) is torch.nn.Parameter for each in model.parameters())
-    return model
-
-
-for way in WAYS:
-    fsdp, kept = way == "full", {"output_dir": str(folder / way), "save_steps": 2, "save_total_limit": 9}
-    whole, sharded_whole = (trained(way, each, **(kept if each == fsdp else {})) for each in (False, True))
-    print(f"rank {rank} trained {way}: {weights_hash(whole)}", flush=True)
-    torch.testing.assert_close(logits(sharded_whole), logits(whole), rtol=1e-4, atol=1e-5)
-    expected = logits(sharded_whole if fsdp else whole)
-    dist.barrier()  # the first process may still be writing
-    if rank == 0:
-        # What a kill while the last checkpoint is written leaves.
-        last = max((folder / way).iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
-        (last / "trainer_state.json").write_text("{")
-    dist.barrier()
-    torch.testing.assert_close(logits(trained(way, fsdp, resume=True, **kept)), expected)
-    try:
-        trained(way, fsdp, resume=True, **kept, learning_rate=0.5)
-    except StructPruneError as error:
-        print(f"rank {rank} refused {way}: {error}", flush=True)
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_model(tmp_path):
-    done = on_two_ranks(TRAINING, tmp_path, tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+def test_two_processes_train_one_model_whole_or_in_shards_and_resume(together):
+    _, said, warned = together
     for way in ("lora", "full"):
-        hashes = [line.split()[-1] for line in done.stdout.splitlines() if f"trained {way}: " in line]
+        hashes = [line.split()[-1] for line in said.splitlines() if f"trained {way}: " in line]
         assert len(hashes) == 2 and hashes[0] == hashes[1]
-        assert all(f"rank {rank} refused {way}: " in done.stdout for rank in (0, 1))
-    assert done.stdout.count("learning_rate 0.01 there and 0.5 here") == 4
-    assert done.stderr.count("is passed over: ") >= 4
+        assert all(f"rank {rank} refused {way}: " in said for rank in (0, 1))
+    assert said.count("learning_rate 0.01 there and 0.5 here") == 4
+    assert warned.count("is passed over: ") >= 4

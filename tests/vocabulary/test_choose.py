@@ -1,4 +1,4 @@
-"""Which tokens stay: those whose absence would cost most, and all that they are built from."""
+"""Which tokens stay: those whose absence would cost most, and their parts; and what languages lose with the rest."""
 
 from dataclasses import dataclass, field
 
@@ -9,6 +9,7 @@ from models import real_text_model, token_ids
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares, unread
+from optimum_structprune.vocabulary.languages import SENTENCES, script, scripts_of, tokens_per_word
 from optimum_structprune.vocabulary.tokens import Vocabulary
 
 
@@ -56,10 +57,7 @@ def test_rare_tokens_go_first_and_those_of_scripts_that_the_text_never_shows_bef
     assert kept(WORDS, counts, 8) == "a b c д ab abc abca ca"
     assert kept(WORDS, counts, 7) == "a b c д ab abc abca"
     assert kept(WORDS, counts, 5) == "a b c д ab"
-
-
-def test_tokens_that_are_never_read_go_before_all_others():
-    assert kept(Words("a b x ab", (0, 1)), [9, 9, 0, 0], 3) == "a b ab"
+    assert kept(Words("a b x ab", (0, 1)), [9, 9, 0, 0], 3) == "a b ab", "what is never read goes before all others"
 
 
 def test_what_a_token_is_built_from_stays_and_takes_over_what_it_was_read_for():
@@ -67,9 +65,7 @@ def test_what_a_token_is_built_from_stays_and_takes_over_what_it_was_read_for():
     assert kept(WORDS, counts, 7) == "a b c д ab abc abca"
     # `abc` alone was read less often than `ca`, but it now also stands for `abca`.
     assert kept(Words("a b c ab abc abca ca", (0, 1, 2)), [9, 9, 9, 1, 1, 2, 2.5], 5) == "a b c ab abc"
-
-
-def test_tokens_of_the_user_stay_with_their_parts():
+    # Tokens of the user stay with their parts.
     assert kept(WORDS, [9, 9, 9, 0, 0, 0, 0, 5, 5], 7, always=[6]) == "a b c д ab abc abca"
 
 
@@ -85,10 +81,14 @@ def test_domains_count_by_their_weights_and_not_by_their_length():
     assert token_shares(domains, 3).tolist() == [0.5, 0.5, 0.0]
 
 
-def test_a_token_that_the_model_expects_stays_before_one_that_it_does_not():
+def test_a_token_stays_that_the_model_expects_and_one_of_equal_shares_that_takes_more_tokens_to_spell():
     counts = [9, 9, 9, 0, 5, 3, 0, 0, 0]
     assert kept(WORDS, counts, 7, predicted=[1, 1, 1, 1, 1, 1, 1, 0, 0]) == "a b c д ab abc abca"
     assert kept(WORDS, counts, 7, predicted=[1, 1, 1, 1, 1, 1, 0, 0, 1]) == "a b c д ab abc дa"
+    names = Words("a b c abc ab ba", always=(0, 1, 2))
+    names.parts = lambda token: [names.names.index(letter) for letter in names.names[token]] if token > 2 else ()
+    names.needs = lambda token: ()
+    assert kept(names, [1, 1, 1, 1, 1, 1], 4, predicted=[1] * 6) == "a b c abc"
 
 
 def test_what_a_model_expects_adds_up_to_one_whatever_the_weights():
@@ -109,8 +109,23 @@ def test_tokens_of_scripts_that_the_text_never_shows_are_counted():
     assert unread(WORDS, torch.tensor([0, 0, 0, 1, 0, 0, 0, 0, 0])) == 4
 
 
-def test_a_token_that_takes_more_tokens_to_spell_stays_before_one_of_the_same_share():
-    names = Words("a b c abc ab ba", always=(0, 1, 2))
-    names.parts = lambda token: [names.names.index(letter) for letter in names.names[token]] if token > 2 else ()
-    names.needs = lambda token: ()
-    assert kept(names, [1, 1, 1, 1, 1, 1], 4, predicted=[1] * 6) == "a b c abc"
+def test_a_word_takes_at_least_a_token_in_each_of_30_languages():
+    costs = tokens_per_word(real_text_model()[1])
+    assert len(costs) == 30
+    assert all(cost >= 1 for cost in costs.values())
+    assert costs["en"] < costs["fi"] < costs["ta"]  # the tests' tokenizer knows English, and Tamil byte by byte
+
+
+def test_sentences_are_sorted_and_have_words_that_are_counted():
+    lines = [line.split(" ", 1) for line in SENTENCES.read_text("utf-8").splitlines()[1:]]
+    codes = [code for code, _ in lines]
+    assert codes == sorted(set(codes))
+    assert all(len(text.split("|" if "|" in text else None)) >= 6 for _, text in lines)
+
+
+def test_tokens_are_counted_by_their_script_that_of_the_first_letter():
+    assert [script(text) for text in ("▁the", "123", " дом", "漢字", "é")] == ["LATIN", "", "CYRILLIC", "CJK", "LATIN"]
+    vocabulary = Vocabulary.of(real_text_model()[1])
+    everything = scripts_of(vocabulary, range(vocabulary.size))
+    assert everything["LATIN"] > 26 and "" not in everything
+    assert scripts_of(vocabulary, [0]).total() <= 1

@@ -1,4 +1,4 @@
-"""Budgets, widths and rounds."""
+"""Budgets, widths, rounds, and the fast kernels that widths lose."""
 
 import json
 
@@ -13,9 +13,11 @@ from optimum_structprune import StructPruneConfig, StructPruneError, StructPrune
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP, ArchSpec, Space
 from optimum_structprune.domains.load import Domain
+from optimum_structprune.dryrun import dry_run
 from optimum_structprune.pruning.choose import dense_scores
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.widths.allocation import ranked_widths, step, widths_for_sparsity
+from optimum_structprune.widths.kernels import lost_kernels
 from optimum_structprune.widths.schedule import removal_steps, round_widths
 
 
@@ -186,9 +188,6 @@ def test_every_layer_may_be_given_its_own_width(widths, expected, rounds):
     assert again.widths == pruner.config.widths
 
 
-# --- the steps of a training after which units are removed
-
-
 def test_steps_of_removal():
     for rounds, schedule, steps in (
         (4, (0.2, 1.0, None), [2, 5, 7, 10]),
@@ -208,3 +207,31 @@ def test_steps_of_removal():
     ):
         with pytest.raises(StructPruneError, match=message):
             removal_steps(config(), *schedule, 10)
+
+
+SIZES = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
+WIDE = LlamaConfig(vocab_size=64, num_hidden_layers=2, **SIZES)
+
+
+@pytest.mark.parametrize(("widths", "devices", "lost"), [
+    ({"mlp": 2048}, 1, []),
+    ({"mlp": 2048, "attention": 4}, 4, []),
+    ({"mlp": 1152}, 1, ["256"]),
+    ({"mlp": {0: 3072, 1: 1120}}, 1, ["64", "128", "256"]),
+    ({"mlp": 1152}, 2, ["256", "256"]),  # K-quants, and groups of 128 on each of two devices
+    ({"mlp": 2000}, 1, ["32", "64", "128", "256"]),
+    ({"attention": 3}, 2, ["2"]),
+])  # fmt: skip
+def test_what_is_lost(widths, devices, lost):
+    with torch.device("meta"):
+        arch = describe(LlamaForCausalLM(WIDE))
+    notes = [*lost_kernels(config(widths=widths, tensor_parallel=devices), arch, widths)]
+    assert len(notes) == bool(lost)
+    assert [part.split(")")[0] for note in notes for part in note.split("multiples of ")[1:]] == lost
+
+
+def test_a_plan_warns():
+    outcome = dry_run(WIDE, config(widths={"mlp": 1000}))
+    assert "warning: mlp 1000 has no llama.cpp's Q8_0" in str(outcome)
+    large = LlamaConfig(vocab_size=64, num_hidden_layers=2, **{**SIZES, "intermediate_size": 12800})
+    assert dry_run(large, config(sparsity=0.2, tensor_parallel=2)).notes == ()
