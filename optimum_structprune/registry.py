@@ -86,7 +86,8 @@ class Registry(Generic[T]):
         Raises:
             ValueError: If there is no such name; the message proposes the nearest one.
         """
-        if name not in self.names():
+        here = name in self.built_in or name in self._entries  # all packages are searched for any other name
+        if not here and name not in self.names():
             raise ValueError(f"there is no {self.kind} {name!r}.{did_you_mean(name, self.names())}")
 
 
