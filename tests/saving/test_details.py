@@ -66,9 +66,9 @@ def test_what_is_saved_is_read_back(details, tmp_path):
 
 def test_a_later_version_and_a_damaged_file_are_refused(details, tmp_path):
     path = tmp_path / "details.json"
-    names, other = ("model", "domains", "choices", "sensitivity", "memory", "resumed"), (None, 3, "x")
+    names, other = ("model", "domains", "choices", "memory", "resumed"), (None, 3, "x")
     fields = [{**plain(asdict(details)), name: value} for name in names for value in other]
-    fields.append({"format_version": 1, "choices": {"mlp": 3}, "sensitivity": {}})
+    fields.append({"format_version": 1, "choices": {"mlp": 3}})
     for text, message in (
         ("{", "cannot be read"),
         ('{"format_version": 2}', "format_version 2 is not known here"),
