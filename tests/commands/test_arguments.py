@@ -107,9 +107,8 @@ def test_help_begins_with_what_most_people_need():
     }
     assert [*flags][2:] == [*GROUPS] and len(flags["most used"]) == 10 and "--width" in flags["most used"]
     assert {"--damping", "--holdout"} <= {*flags["for experts"]} and "--widths" not in parser.format_help()
-    assert (
-        parsed("prune", "m", "o", "--widths", "mlp=3").widths == parsed("prune", "m", "o", "--width", "mlp=3").widths
-    )
+    either = (parsed("prune", "m", "o", name, "mlp=3").widths for name in ("--widths", "--width"))
+    assert len({str(widths) for widths in either}) == 1
 
 
 def test_short_spellings(monkeypatch):

@@ -11,8 +11,7 @@ import datasets
 import huggingface_hub.utils as hub
 import pytest
 import torch
-from helpers import save_with_tokenizer
-from models import build, documents
+from helpers import save_desk
 from transformers.utils import logging
 
 from optimum_structprune import StructPruneError, __version__
@@ -25,10 +24,7 @@ from optimum_structprune.system.stages import stage
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("output")
-    save_with_tokenizer(build("llama-tied"), folder / "model")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(200)))
-    return folder
+    return save_desk(tmp_path_factory.mktemp("output"), count=200)
 
 
 def commands(folder):

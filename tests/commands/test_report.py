@@ -6,8 +6,8 @@ import re
 import shlex
 
 import pytest
-from helpers import save_with_tokenizer
-from models import build, documents
+from helpers import save_desk, write_texts
+from models import documents
 
 from optimum_structprune import Plan
 from optimum_structprune.commands.cli import main
@@ -17,10 +17,8 @@ from optimum_structprune.commands.cli import main
 def folder(tmp_path_factory):
     """A model, two texts, and the model pruned on the first of them."""
     folder = tmp_path_factory.mktemp("report")
-    save_with_tokenizer(build("llama-tied"), folder / "model")
-    for seed, name in enumerate("ab"):
-        lines = [json.dumps({"text": text}) for text in documents(200, seed=seed)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    save_desk(folder, count=200)
+    write_texts(folder / "b.jsonl", documents(200, seed=1))
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--num-samples", "6"]
     assert main(["prune", str(folder / "model"), str(folder / "small"), "--width", "mlp=24", *text, "--quiet"]) == 0
     return folder
@@ -40,10 +38,8 @@ def test_the_page_names_the_command_that_repeats_the_run(folder):
 def test_further_text_is_measured_and_told_from_what_was_calibrated_on(folder, capsys):
     assert "other text</h3>" not in page(folder)
     domains = [flag for name in "ab" for flag in ("--domain", f"{name}={folder / name}.jsonl")]
-    dense, small = str(folder / "model"), str(folder / "small")
-    assert (
-        main(["report", small, dense, *domains, "--seq-length", "24", "--num-samples", "4", "--json", "--quiet"]) == 0
-    )
+    line = ["report", str(folder / "small"), str(folder / "model"), *domains, "--seq-length", "24", "--num-samples"]
+    assert main([*line, "4", "--json", "--quiet"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["evaluation"]["shared"] == ["a"] and values["report"].endswith("report.html")
     text = page(folder)

@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from helpers import save_with_tokenizer
+from helpers import error_line, save_desk, save_with_tokenizer, write_texts
 from models import build, documents
 from transformers import AutoModelForCausalLM
 
@@ -15,10 +15,7 @@ from optimum_structprune.pruner import StructPruner
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweep")
-    save_with_tokenizer(build("llama-tied"), folder / "model")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80)))
-    return folder
+    return save_desk(tmp_path_factory.mktemp("sweep"))
 
 
 def line(folder, out, *sizes, more=()):
@@ -64,8 +61,7 @@ def test_only_the_curve_and_sizes_that_coincide(folder, capsys):
 def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, capsys):
     def written(seed=0, text=0):
         save_with_tokenizer(build("llama-tied", seed), tmp_path / "model")
-        lines = (json.dumps({"text": text}) + "\n" for text in documents(80, text))
-        (tmp_path / "a.jsonl").write_text("".join(lines))
+        write_texts(tmp_path / "a.jsonl", documents(80, text))
 
     written()
     assert main(line(tmp_path, "out", "0.1", more=["--no-save"])) == 0
@@ -87,6 +83,6 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(folder, capsys, mon
         (["0.1"], ["--stats", "nowhere"], "holds no statistics"),
     ):
         assert main(line(folder, "refused", *sizes, more=more)) == 2
-        assert message in capsys.readouterr().err and not (folder / "refused").exists()
+        assert message in error_line(capsys) and not (folder / "refused").exists()
     assert main(line(folder, "model", "0.1")) == 2
     assert "holds something else than a sweep" in capsys.readouterr().err

@@ -134,9 +134,8 @@ def test_all_spaces_in_one_run(tmp_path):
     torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "gemma3_text"])
-def test_in_place_keeps_parameters_ties_dtype_and_requires_grad(case):
-    model = build(case).to(torch.bfloat16).train()
+def test_in_place_keeps_parameters_ties_dtype_and_requires_grad():
+    model = build("gemma3_text").to(torch.bfloat16).train()
     model.get_input_embeddings().weight.requires_grad_(False)
     before, pruner = dict(model.named_parameters()), StructPruner(config(sparsity=0.25, targets=(HIDDEN,)))
     small = pruner.prune_model(model, tokenizer(), inplace=True)

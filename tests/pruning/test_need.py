@@ -86,17 +86,13 @@ def test_more_domains_batches_rounds_and_feedback_take_more():
     assert work_of(half(), llama()).need(processes=2).hidden * 2 == base.hidden
 
 
-# --- what does not fit is refused before text is read, and what fits never is
-
-
 @pytest.mark.parametrize("inplace", [True, False])
 def test_too_little_memory_is_refused_before_text_is_read(inplace, monkeypatch):
     monkeypatch.setattr(room, "free_bytes", lambda device: 10**6)
     model, before = build("llama-tied"), build("llama-tied")
     nowhere = [DomainConfig(name="a", source="/nowhere.txt")]
-    with pytest.raises(
-        StructPruneError, match=r"takes at least .* MB on cpu .*, and 1\.0 MB are free; .*batch_size"
-    ) as found:
+    message = r"takes at least .* MB on cpu .*, and 1\.0 MB are free; .*batch_size"
+    with pytest.raises(StructPruneError, match=message) as found:
         prune_model(model, config(domains=nowhere), tokenizer(), inplace=inplace)
     assert ("inplace=True" in str(found.value)) != inplace and "--offload disk" in str(found.value)
     assert same_weights(model, before)
@@ -107,9 +103,6 @@ def test_too_little_memory_is_refused_before_text_is_read(inplace, monkeypatch):
     found = room.free_bytes(torch.device("cpu"))
     assert found is None or 0 < found < 2**60
     assert room.free_bytes(torch.device("meta")) is None
-
-
-# --- `batch_size="auto"` is the most that the device has room for, and changes nothing else
 
 
 @pytest.fixture

@@ -42,9 +42,6 @@ def in_place(**fields):
     return lambda model: prune_model(model, config(**fields), tokenizer(), inplace=True)
 
 
-# --- what is found inside the rounds
-
-
 @pytest.mark.parametrize(("case", "refit"), [
     ("llama-tied", "least_squares"),
     ("llama-tied", "bias"),
@@ -111,9 +108,6 @@ def test_other_errors_undo_masks_too(kind, monkeypatch, tmp_path):
     model.save_pretrained(tmp_path)
 
 
-# --- after something has gone for good
-
-
 # The module whose function fails, the function, at which call, and the config.
 SHRUNK = {
     "rounds": (sweep, "shrink_layer_", 1, {"rounds": 2}),
@@ -125,10 +119,13 @@ SHRUNK = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "inplace"), [(RuntimeError, True), (StructPruneError, False), (KeyboardInterrupt, True)]
-)
-@pytest.mark.parametrize("where", SHRUNK)
+# Every place with one kind of error, and every kind at two places.
+ENDS = [(where, RuntimeError, True) for where in SHRUNK]
+for where in ("rounds", "channels"):
+    ENDS += [(where, StructPruneError, False), (where, KeyboardInterrupt, True)]
+
+
+@pytest.mark.parametrize(("where", "kind", "inplace"), ENDS)
 def test_a_model_that_has_begun_to_shrink_cannot_be_saved(where, kind, inplace, monkeypatch, tmp_path):
     module, name, number, fields = SHRUNK[where]
     model = build("mixtral")
@@ -163,9 +160,6 @@ def test_an_error_in_a_later_step_counts_too(monkeypatch, tmp_path):
         model.save_pretrained(tmp_path)
 
 
-# --- a wish that is refused
-
-
 def test_a_quantized_model_stays_packed_where_a_wish_is_refused():
     model, short = quantized(Reversible()), [DomainConfig(name="short", source=documents(2))]
     for fields, reader, message in (
@@ -180,9 +174,6 @@ def test_a_quantized_model_stays_packed_where_a_wish_is_refused():
     # And what is granted unpacks it.
     small = prune_model(model, config(), tokenizer(), inplace=True)
     assert small is model and type(model.model.layers[0].mlp.up_proj) is nn.Linear
-
-
-# --- consumers
 
 
 @pytest.mark.parametrize(("dtype", "biased"), [(torch.float32, True), (torch.bfloat16, False)])
