@@ -14,32 +14,22 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.commands.cli import main
 
 
-LLAMA_70B = {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+LLAMA_70B |= {"num_key_value_heads": 8, "max_position_embeddings": 131072, "tie_word_embeddings": False}
+LLAMA_70B |= {"dtype": "bfloat16"}
 LARGE = {
     "llama": (LlamaConfig(**LLAMA_70B, head_dim=128, vocab_size=128256), 70_553_706_496),
     "qwen2": (Qwen2Config(**{**LLAMA_70B, "intermediate_size": 29568}, vocab_size=152064), 72_706_203_648),
 }
 
 
-WISHES = [("llama-tied", {"refit": "bias", "widths": {"mlp": 17, "attention": 1}})]
-WISHES += [
-    (case, {"sparsity": sparsity, "round_to": round_to})
-    for case in ("llama-tied", "qwen2", "gemma2")
-    for sparsity, round_to in ((0.1, 64), (0.35, 8))
-]
-WISHES += [("mixtral", {"sparsity": 0.3, "round_to": 8}), ("bert", {"sparsity": 0.3, "targets": ("mlp",)})]
-
-
-@pytest.mark.parametrize(("case", "fields"), WISHES)
+@pytest.mark.parametrize(("case", "fields"), [
+    ("llama-tied", {"refit": "bias", "widths": {"mlp": 17, "attention": 1}}),
+    ("llama-tied", {"sparsity": 0.1, "round_to": 64}),
+    ("gemma2", {"sparsity": 0.35, "round_to": 8}),
+    ("mixtral", {"sparsity": 0.3, "round_to": 8}),
+    ("bert", {"sparsity": 0.3, "targets": ("mlp",)}),
+])  # fmt: skip
 def test_it_says_what_pruning_gives(case, fields):
     """With widths for every family: `test_end_to_end.py`."""
     model, wish = build(case), config(**fields)
@@ -70,8 +60,8 @@ def test_a_model_of_70_billion_parameters_takes_seconds(name, tmp_path, capsys):
     model_config, parameters = LARGE[name]
     model_config.save_pretrained(tmp_path / "model")
     start = time.perf_counter()
-    arguments = ["plan", str(tmp_path / "model"), "--sparsity", "0.3", "--target", "mlp", "--round-to", "128"]
-    assert main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    command = ["plan", str(tmp_path / "model"), "--sparsity", "0.3", "--target", "mlp", "--round-to", "128", "--cost"]
+    assert main([*command, "--json", str(tmp_path / "out.json")]) == 0
     assert time.perf_counter() - start < 30
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "out.json").read_text())
@@ -83,16 +73,10 @@ def test_a_model_of_70_billion_parameters_takes_seconds(name, tmp_path, capsys):
     removed = 80 * 3 * 8192 * (model_config.intermediate_size - width)
     assert found["parameters"]["after"] == parameters - removed
     assert found["sparsity"] == removed / found["layer_parameters"]["before"] == pytest.approx(0.3, abs=0.003)
-    command = ["plan", str(tmp_path / "model"), "--sparsity", "0.3", "--cost"]
-    assert main([*command, "--json"]) == 0
-    outcome = json.loads(capsys.readouterr().out)
-    assert outcome["need"]["weights"] >= 2 * parameters
+    assert found["need"]["weights"] >= 2 * parameters
     # Two operations per parameter, and attention.
-    assert 2 * 69e9 < outcome["flops_per_token"]["before"] < 2.2 * 73e9
-    assert 0.65 < outcome["flops_per_token"]["after"] / outcome["flops_per_token"]["before"] < 0.75
-    assert main([*command, "--offload", "disk"]) == 0
-    text = capsys.readouterr().out
-    assert "on the device" in text and "in CPU memory" in text and "operations per token" in text
+    assert 2 * 69e9 < found["flops_per_token"]["before"] < 2.2 * 73e9
+    assert 0.65 < found["flops_per_token"]["after"] / found["flops_per_token"]["before"] < 0.75
 
 
 def test_dtype_and_choices(tmp_path, capsys):
@@ -105,23 +89,9 @@ def test_dtype_and_choices(tmp_path, capsys):
         assert found["cache_per_token"] == {"before": size * 2 * 2 * 16, "after": size * 2 * 2 * 8}
     assert found["spaces"] == [{"before": 4, "after": 2, "name": "attention", "nearest": [1, 4], "legal": 3}]
     assert "3 legal widths; next to 2: 1 and 4" in capsys.readouterr().out
-
-
-def test_what_is_refused_is_one_line(tmp_path, capsys):
-    """What pruning refuses, of every kind: `pruning/test_checks.py`."""
-    build("llama-tied").config.save_pretrained(tmp_path)
-    for arguments, message in (
-        ("--width attention=3", "nearest legal choice is 2 or 4"),
-        ("--width mlp=24 --criterion wnada", "Did you mean 'wanda'"),
-        ("--width mlp=24 --dtype int4", "--dtype int4 is not known"),
-        ("--width mlp=24 --json no/such/folder", "cannot be written"),
-        ("", "exactly one of sparsity, widths and budget"),
-        ("--width mlp=24 --offload disk", "--offload says where a cost is counted for; add --cost"),
-        ("--width mlp=24 --cost --offload moon", "moon is not known; choose one of cpu, disk"),
-    ):
-        assert main(["plan", str(tmp_path), *arguments.split()]) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("structprune: error:") == 1
+    assert main(["plan", str(tmp_path), "--width", "attention=2", "--cost", "--offload", "disk"]) == 0
+    text = capsys.readouterr().out
+    assert "on the device" in text and "in CPU memory" in text and "operations per token" in text
 
 
 def test_a_quantized_model_is_counted_unpacked_and_the_callers_config_is_left_alone():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import save_with_tokenizer
-from models import build, documents
+from helpers import save_desk
+from models import build
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruneConfig
@@ -52,8 +52,7 @@ def installed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_third_partys_classes_on_the_command_line(installed, tmp_path):
-    save_with_tokenizer(build("llama-tied"), tmp_path / "model")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(80)))
+    save_desk(tmp_path)
     (tmp_path / "run.yaml").write_text("method: careful\nnum_samples: 6\nseq_length: 24\n")
     flags = ["--config", "run.yaml", "--criterion", "redundancy", "--width", "mlp=24", "--domain", "a=a.jsonl"]
     paths = os.pathsep.join([str(installed), str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -62,6 +61,7 @@ def test_a_third_partys_classes_on_the_command_line(installed, tmp_path):
     command = [Path(sys.executable).parent / "structprune", "prune", "model", "out", *flags, "--device", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
+    assert "perplexity a" in done.stdout and "from_pretrained" in done.stdout
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
     made = json.loads((tmp_path / "out" / "structprune_config.json").read_text())
     assert (made["method"], made["criterion"]) == ("careful", "redundancy")
