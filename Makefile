@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo smoke test docs-test test-all style quality docs llama-cpp torchao vllm llm-compressor dist venv clean
+.PHONY: help demo smoke test docs-test test-all style quality docs llama-cpp torchao vllm llm-compressor lowest dist venv clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 11
@@ -65,6 +65,10 @@ llm-compressor: ## llm-compressor in an environment of its own, which the recipe
 
 dist: .venv/.release ## build wheel and sdist into dist/, and prune a model with the wheel alone
 	BIN=$(BIN) .ci/dist
+
+lowest: dist ## the same with the oldest versions that pyproject.toml allows
+	sed -n 's/^    "\([a-z]*\)>=\([0-9.]*\)",/\1==\2/p' pyproject.toml > build/oldest.txt
+	.ci/use_wheel build/lowest -r build/oldest.txt
 
 venv: .venv/.dev ## set up .venv with everything that the other targets need
 

@@ -1,8 +1,8 @@
 """Structured pruning for the Hugging Face stack: physically smaller models that plain `from_pretrained` loads.
 
 The files here are what one can do. The folders are the stages that a model passes through, and each imports only from
-those before it: `system`, `config`, `arch`, `forward`, `widths`, `domains`, `calibration`, `surgery`, `criteria`,
-`record`, `saving`, `recovery`, `pruning`, `evaluation`, `commands`.
+those before it: `system`, `config`, `arch`, `forward`, `widths`, `domains`, `vocabulary`, `calibration`,
+`criteria`, `surgery`, `record`, `saving`, `recovery`, `pruning`, `evaluation`, `commands`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # Each public name is imported when it is first used: `optimum-cli` imports this package on every call.
 _HOME = {
