@@ -18,12 +18,16 @@ TOKENS = 2048
 DAMPING = 0.01
 
 
-@pytest.fixture(params=[1, 2], autouse=True)
+@pytest.fixture(params=[1, 2])
 def threads(request):
+    """What is factored is factored otherwise on several threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+on_threads = pytest.mark.usefixtures("threads")
 
 
 def inputs(size, tokens=TOKENS, seed=0):
@@ -55,6 +59,7 @@ def fitted(x, weight, keep, bias, error):
     return refitted, None if bias is None else bias.double() + shift - change @ centre
 
 
+@on_threads
 @pytest.mark.parametrize(("error_feedback", "with_bias"), [(False, False), (True, True)])
 @pytest.mark.parametrize(("size", "kept"), [(FFN, 1152), (2 * 512, 512)])
 def test_the_refit_is_the_least_squares_solution(size, kept, with_bias, error_feedback):
@@ -73,6 +78,7 @@ def test_the_refit_is_the_least_squares_solution(size, kept, with_bias, error_fe
         close(shifted, expected_bias, 1e-2)
 
 
+@on_threads
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 def test_a_singular_gram_matrix_is_solved_with_the_least_damping_that_works(damping):
     x = inputs(FFN, tokens=100)
@@ -92,6 +98,7 @@ def test_a_singular_gram_matrix_is_solved_with_the_least_damping_that_works(damp
     assert torch.isfinite(solved).all() and float((solved @ gram - right).norm() / right.norm()) < 0.2
 
 
+@on_threads
 def test_every_criterion_scores_the_channels_of_an_ffn():
     moments = Moments.empty(FFN, gram=True).update(inputs(FFN))
     weight = torch.randn(16, FFN, generator=torch.Generator().manual_seed(2))

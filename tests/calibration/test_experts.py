@@ -124,11 +124,3 @@ def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
     weight, _ = read_consumer(model, space.into[0])
     assert [part.count for part in moments] == [0, 0]
     assert torch.equal(Mixture((0.5, 0.5)).pool(weight, moments).full_gram(), torch.eye(space.size))
-
-
-def test_sparsity_is_met_by_experts_of_every_kind():
-    for case, targets in (("mixtral", ("expert",)), ("deepseek_v2", ("mlp",)), ("qwen2_moe", ("mlp", "shared_mlp"))):
-        pruner = StructPruner(config(sparsity=0.2, targets=targets, round_to=1))
-        pruner.prune_model(build(case), tokenizer())
-        # 8 of 40 channels, or one of 4 experts, is the smallest step.
-        assert pruner.report.sparsity == pytest.approx(0.2, abs=0.1), case

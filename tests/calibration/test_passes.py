@@ -122,9 +122,6 @@ def test_a_model_that_works_between_its_layers_is_pruned():
     assert refitted < plain
 
 
-# --- what runs before the pruned parts of a layer does not run again, and the next layer gets the same
-
-
 # One kind alone leaves a part of the layer that does not run again.
 @pytest.mark.parametrize(
     ("case", "kind"),
@@ -181,9 +178,6 @@ def test_parts_before_the_first_pruned_one_do_not_run(pruned, again):
             torch.testing.assert_close(layer(x), expected)
         assert (layer.first.ran, layer.second.ran) == (count, 1)
         unchanged.forget()
-
-
-# --- error feedback: what the refits are told of the dense model's residual stream, and what it brings
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,6 @@ RESUMED = {"rounds": 2, "checkpoint_dir": "x", "recovery": {"every_round": True}
     ({"sparsity": 0.2, "widths": {"mlp": 8}}, "exactly one of sparsity, widths and budget.*sparsity=0.2"),
     ({"sparsity": 0}, "'sparsity'.*between 0 and 1.*got 0"),
     ({"sparsity": 1}, "'sparsity'.*between 0 and 1.*got 1"),
-    ({"sparsity": -0.1}, "'sparsity'.*between 0 and 1.*got -0.1"),
-    ({"sparsity": "0.2"}, "'sparsity'.*0.2"),
     ({"sparsity": True}, "'sparsity'.*True"),
     ({"widths": {}}, "widths has to name at least one space"),
     ({"widths": {"mlp": 0}}, r"widths\['mlp'\] has to be 1 or more, got 0"),
@@ -93,9 +91,7 @@ RESUMED = {"rounds": 2, "checkpoint_dir": "x", "recovery": {"every_round": True}
     ({"sparsity": 0.2, "domains": ["wiki"]}, "'domains'.*wiki"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x"}] * 2}, "two entries of the same name: a, a"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": ""}]}, "'source'.*name something"),
-    ({"sparsity": 0.2, "domains": [{"name": "a", "source": 3}]}, "'source'.*got int"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "weight": 0}]}, "'weight'.*greater than 0, got 0"),
-    ({"sparsity": 0.2, "domains": [{"name": "a"}]}, "source"),
     ({"sparsiti": 0.2}, r"no field 'sparsiti'. Did you mean 'sparsity'\?"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "sorce": "x"}]}, r"no field 'sorce'. Did you mean 'source'\?"),
 ])  # fmt: skip

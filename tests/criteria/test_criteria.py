@@ -88,8 +88,6 @@ def test_obs_judges_groups_as_large_as_those_of_real_models(columns, threads):
         assert float(scores[unit]) == pytest.approx(expected, rel=1e-3)
 
 
-# --- what several domains say, brought together: scales, silent domains, weights from round to round
-
 matrices = st.tuples(st.integers(1, 4), st.integers(2, 8), st.integers(0, 2**31)).map(
     lambda case: torch.rand(case[:2], generator=torch.Generator().manual_seed(case[2])) ** 3 + 1e-3
 )
@@ -165,9 +163,6 @@ def test_a_domain_that_loses_more_counts_more():
     assert slightly == pytest.approx([float(value / sum(unbound)) for value in unbound])
 
 
-# --- the norms of the weights that give the channels of a space
-
-
 def ffn(model, layer=0):
     arch = describe(model)
     return arch, next(space for space in arch.at(layer) if space.kind == "mlp")
@@ -200,18 +195,3 @@ def test_it_is_the_spread_of_what_producers_give_for_white_inputs(case):
                 for row in axis.indices([unit]):
                     expected[unit] += (matrix[row] * gamma).norm()
     torch.testing.assert_close(norms_of(model), expected)
-
-
-@pytest.mark.parametrize("case", ["llama-tied", "gemma2"])
-@torch.no_grad()
-def test_what_counts_is_what_the_channel_does_and_not_how_it_is_stored(case):
-    """A norm that is folded into what reads it changes nothing."""
-    model = build(case)
-    before = norms_of(model)
-    arch, space = ffn(model)
-    (read,) = (read for read in arch.residual.reads if any(r.param == space.out[0].param for r in read.readers))
-    gamma = model.get_submodule(read.tap).weight
-    for reader in read.readers:
-        model.get_parameter(reader.param).mul_(gamma + arch.residual.plus)
-    gamma.fill_(1 - arch.residual.plus)
-    torch.testing.assert_close(norms_of(model), before)

@@ -8,7 +8,7 @@ import torch
 from accelerate import disk_offload
 from models import build, config, tokenizer
 
-from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, calibrate, registry
+from optimum_structprune import StructPruneError, StructPruner, calibrate, registry
 from optimum_structprune.config.pruning import ALLOCATIONS, REFITS
 from optimum_structprune.criteria import CRITERIA, Criterion, per_unit
 from optimum_structprune.registry import Registry
@@ -84,15 +84,6 @@ def test_what_it_cannot_judge_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(StructPruneError, match="criterion='watched' takes passes through all layers .* choose"):
         StructPruner(config(criterion="watched")).prune_model(offloaded, tokenizer(), inplace=True)
     assert SEEN == []
-
-
-def test_a_name_that_nobody_registered_is_refused_with_the_nearest():
-    for field, name, nearest in (("refit", "halfed", "halved"), ("allocation", "globl", "global")):
-        with pytest.raises(StructPruneError, match=f"there is no {field} '{name}'. Did you mean '{nearest}'"):
-            StructPruneConfig(sparsity=0.2, **{field: name})
-
-
-# --- names, duplicates, near misses, and entry points
 
 
 def test_a_registry_takes_a_name_once_and_loads_entry_points_when_asked_for(monkeypatch):

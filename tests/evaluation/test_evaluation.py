@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import save_with_tokenizer
+from helpers import save_with_tokenizer, write_texts
 from models import build, config, documents, token_ids, tokenizer
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM
@@ -34,13 +34,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     for seed, name in enumerate(("model", "dense")):
         save_with_tokenizer(build("llama-tied", seed), folder / name)
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(40)))
+    write_texts(folder / "a.jsonl", documents(40))
     items = ({"query": "w5 w6", "choices": ["w7", "w8 w9"], "gold": i % 2} for i in range(4))
     (folder / "quiz.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     return folder
-
-
-# --- metrics
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -69,9 +66,6 @@ def test_a_model_is_its_own_equal_and_the_training_mode_stays(pair):
     model.eval()
 
 
-# --- held-out text
-
-
 def test_held_out_text_is_the_beginning_of_the_file(folder):
     reader, texts = tokenizer(), documents(40)
     domain = DomainConfig("a", str(folder / "a.jsonl"))
@@ -96,9 +90,6 @@ def test_text_that_does_not_do():
     ):
         with pytest.raises(StructPruneError, match=message):
             read_heldout(DomainConfig("a", source), tokenizer(), **{"seq_length": 24, **fields})
-
-
-# --- evaluate
 
 
 def test_evaluate(pair, folder):
@@ -156,9 +147,6 @@ def test_what_evaluate_refuses(pair, folder):
         evaluate(other, tokenizer(), [domain], seq_length=24)
 
 
-# --- tasks
-
-
 def test_a_question_is_asked_as_usual(tmp_path):
     for query, asked in (
         ("Question: Why?", "Question: Why?\nAnswer:"),
@@ -200,9 +188,6 @@ def test_tasks_that_cannot_be_run(pair, tmp_path, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(StructPruneError, match="pip install lm_eval"):
         evaluate(pair[0], tokenizer(), tasks=[folder / "quiz.jsonl"])
-
-
-# --- the command
 
 
 def test_the_command(folder, capsys):

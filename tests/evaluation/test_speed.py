@@ -31,9 +31,6 @@ def speed() -> Speed:
     return measure_speed({"dense": dense, "half": half(dense)}, batch_sizes=(1, 2), **SHORT)
 
 
-# --- reading and writing
-
-
 @pytest.mark.parametrize("case", ["llama-tied", "gpt2-tied", "gemma3_text", "qwen3_5_text", "bloom"])
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
@@ -44,9 +41,6 @@ def test_writing_with_the_cache_gives_the_likeliest_tokens(case):
     for _ in range(5):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(last, ids[:, -1:])
-
-
-# --- the ideal
 
 
 def test_work_is_counted_from_the_parameters():
@@ -61,12 +55,10 @@ def test_work_is_counted_from_the_parameters():
     assert work.prompt_flops(prompt) == 2 * (matrices * prompt + hidden * vocabulary + attention)
     assert work.cache_per_token == layers * 2 * keys * 4 and work.cache(10) == 10 * work.cache_per_token
     assert work.decode_bytes(3, prompt, 2) == 2 * work.read + 3 * (9 + 10) * work.cache_per_token
-
-
-def test_a_window_bounds_what_a_token_looks_at():
+    # A window bounds what a token looks at.
     windowed, free = CachedLayer(1, 4, 3), CachedLayer(1, 4, None)
     assert windowed.seen(1, 6) == 1 + 2 + 3 + 3 + 3 and free.seen(1, 6) == 15
-    work = replace(work_of(build("llama-tied")), layers=(windowed, free))
+    work = replace(work, layers=(windowed, free))
     assert work.cache(5) == 4 * (3 + 5)
     assert {layer.window for layer in work_of(build("gemma3_text")).layers} == {4, None}
 
@@ -82,9 +74,6 @@ def test_where_parameters_do_not_say_the_work_there_is_no_ideal():
     found = measure_speed({"dense": build("llama-tied"), "routed": build("mixtral")}, **SHORT)
     assert all(one.prefill.ideal is None and one.decode.ideal is None for one in found.measurements)
     assert "no ideal speed-up for routed" in str(found) and " ?" in str(found)
-
-
-# --- the result
 
 
 def test_every_model_is_measured_in_every_shape_and_speed_ups_are_ratios_of_pairs(speed):
@@ -134,9 +123,6 @@ def test_models_and_torch_are_left_as_they_were():
     before = modes(model)
     found = measure_speed({"a": model}, threads=threads + 1, **SHORT)
     assert modes(model) == before and torch.get_num_threads() == threads and found.threads == threads + 1
-
-
-# --- what is refused
 
 
 def test_what_cannot_be_measured_is_refused():

@@ -1,20 +1,16 @@
 """The largest widths that keep to a budget."""
 
-import json
-
 import pytest
 import torch
 from helpers import config_of, counted_by_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import STRUCTURES, build, config, tokenizer
-from transformers import LlamaConfig
 
 from optimum_structprune import StructPruneConfig, StructPruneError, dry_run, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
-from optimum_structprune.commands.cli import main
 from optimum_structprune.forward.generation import cached_values
 from optimum_structprune.widths.allocation import legal_widths
 from optimum_structprune.widths.budget import widths_of
@@ -156,18 +152,3 @@ def test_what_cannot_be_met_names_what_can(tmp_path, capsys):
             StructPruneConfig.from_dict({"budget": budget})
     with pytest.raises(StructPruneError, match="exactly one of sparsity, widths and budget"):
         StructPruneConfig.from_dict({"sparsity": 0.2, "budget": {"parameters": 9}})
-
-
-def test_plan_on_the_command_line(tmp_path, capsys):
-    large = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 4, "num_attention_heads": 64}
-    LlamaConfig(**large, num_key_value_heads=8, head_dim=128, vocab_size=128256, dtype="bfloat16").save_pretrained(
-        tmp_path
-    )
-    arguments = ["plan", str(tmp_path), "--budget", "parameters=5e9", "--round-to", "1"]
-    assert main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert 5e9 - 4 * 3 * 8192 < found["parameters"]["after"] <= 5e9
-    assert main(["plan", str(tmp_path), "--budget", "parameters=1e6"]) == 2
-    assert "budget parameters=1,000,000" in capsys.readouterr().err
-    (tmp_path / "run.yaml").write_text("sparsity: 0.2\nround_to: 1\n")
-    assert main(["plan", str(tmp_path), "--config", str(tmp_path / "run.yaml"), "--budget", "bytes=10e9"]) == 0
