@@ -1,4 +1,4 @@
-"""Pruned ≡ masked, and reload ≡ in memory, for every family and space."""
+"""Pruned ≡ masked for every family and space; `test_end_to_end.py` saves and reloads every family."""
 
 from copy import deepcopy
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from helpers import logits, masked, random_plan, shrunk
-from models import PRUNABLE, STRUCTURES, build, config, token_ids, tokenizer
-from transformers import AutoModelForCausalLM
+from helpers import logits, masked, outputs, random_plan, shrunk
+from models import OTHER_STRUCTURES, OTHERS, PRUNABLE, STRUCTURES, build, config, tokenizer
 
 from optimum_structprune import Plan, StructPruneError, prune_model
 from optimum_structprune.arch.load import describe, layer_list
@@ -17,36 +16,20 @@ from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.surgery.cut import adopt_config_, shrink_layer_, slice_tensors
 
 
-SPACES = [(case, name) for case in STRUCTURES for name in describe(build(case)).names]
+SPACES = [(case, name) for case in (*STRUCTURES, *OTHER_STRUCTURES) for name in describe(build(case)).names]
 
 
-def pruned(case, names=None):
-    """A model without random units, which computes what the masked one does."""
+@pytest.mark.parametrize(("case", "name"), [*((case, "all") for case in (*PRUNABLE, *OTHERS)), *SPACES])
+def test_a_model_without_random_units_computes_what_the_masked_one_does(case, name):
     model = build(case)
     arch = describe(model)
-    plan = random_plan(arch, names or arch.names)
-    dense = logits(model)
+    plan = random_plan(arch, arch.names if name == "all" else (name,))
+    dense = outputs(model)
     small = shrunk(model, arch, plan)
-    torch.testing.assert_close(logits(small), logits(masked(model, arch, plan)), atol=1e-5, rtol=0)
-    assert not torch.allclose(logits(small), dense, atol=1e-3), "pruning changed nothing, so the test shows nothing"
-    assert torch.equal(logits(model), dense)
+    torch.testing.assert_close(outputs(small), outputs(masked(model, arch, plan)), atol=1e-5, rtol=0)
+    assert not torch.allclose(outputs(small), dense, atol=1e-3), "pruning changed nothing, so the test shows nothing"
+    assert torch.equal(outputs(model), dense)
     assert small.num_parameters() < model.num_parameters()
-    return model, small
-
-
-@pytest.mark.parametrize(("case", "name"), SPACES)
-def test_each_space_by_itself_is_pruned_as_it_is_masked(case, name):
-    pruned(case, (name,))
-
-
-@pytest.mark.parametrize("case", PRUNABLE)
-def test_pruned_equals_masked_and_reloads(case, tmp_path):
-    model, small = pruned(case)
-    small.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is type(model)
-    torch.testing.assert_close(logits(again), logits(small), atol=1e-6, rtol=0)
-    assert again.generate(token_ids(1, 4), min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "gpt2-tied", "llama-untied"])

@@ -35,27 +35,12 @@ def test_a_damaged_file_is_named(tmp_path, content, message):
 
 def test_a_later_plan_is_in_the_numbers_of_the_model_that_the_first_one_leaves():
     first = Plan("mixtral", {(MODEL, "layer"): (0, 2, 3), (2, "expert"): (1, 3), (2, "attention"): (0, 2, 3)})
-    later = Plan(
-        "mixtral",
-        {
-            (MODEL, "layer"): (1, 2),  # layers 2 and 3 of the dense model
-            (0, "mlp"): (5,),  # goes with its layer
-            (1, "expert"): (1,),
-            (1, "attention"): (1, 2),
-            (1, "mlp/0"): (4, 6),  # expert 1 of layer 2
-            (1, "mlp/shared"): (7,),
-        },
-    )
-    assert first.then(later) == Plan(
-        "mixtral",
-        {
-            (MODEL, "layer"): (2, 3),
-            (2, "expert"): (3,),
-            (2, "attention"): (2, 3),
-            (2, "mlp/1"): (4, 6),
-            (2, "mlp/shared"): (7,),
-        },
-    )
+    # Layers 2 and 3 of the dense model stay, so `mlp` of layer 0 goes; expert 0 of what is layer 1 then was expert 1.
+    later = {(MODEL, "layer"): (1, 2), (0, "mlp"): (5,), (1, "expert"): (1,), (1, "attention"): (1, 2)}
+    later |= {(1, "mlp/0"): (4, 6), (1, "mlp/shared"): (7,)}
+    both = {(MODEL, "layer"): (2, 3), (2, "expert"): (3,), (2, "attention"): (2, 3)}
+    both |= {(2, "mlp/1"): (4, 6), (2, "mlp/shared"): (7,)}
+    assert first.then(Plan("mixtral", later)) == Plan("mixtral", both)
 
 
 def test_a_plan_for_another_model_is_refused():

@@ -53,10 +53,6 @@ def test_what_stays_is_computed_as_before_and_reloads(case, tmp_path):
     same_outputs(model, type(model).from_pretrained(tmp_path), 1e-6)
 
 
-def test_a_model_without_tokens_has_no_vocabulary():
-    assert not describe(build("vit")).of("vocab")
-
-
 def test_what_is_tied_stays_tied_and_a_larger_loss_can_be_taken():
     model, small = fewer("llama-tied")
     assert small.get_input_embeddings().weight is small.get_output_embeddings().weight
@@ -72,6 +68,7 @@ def test_ids_in_configs_are_numbered_anew():
     model.generation_config.eos_token_id, model.generation_config.suppress_tokens = [2, 95], [71, 5]
     model.generation_config.bad_words_ids, model.generation_config.bos_token_id = [[70, 71]], None
     assert {2, 95, 71, 5, 70} <= named_ids(model.generation_config)
+    assert not describe(build("vit")).of("vocab"), "a model without tokens has no vocabulary"
     drop_tokens_(model, describe(model), KEEP)
     new = {old: place for place, old in enumerate(KEEP)}
     assert model.config.forced_eos_token_id == new[70] and model.config.vocab_size == len(KEEP)
