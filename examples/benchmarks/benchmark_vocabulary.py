@@ -1,10 +1,12 @@
 """How many tokens of its vocabulary a model needs: quality by number of tokens, with all other weights as they were.
 
     python examples/benchmarks/benchmark_vocabulary.py MODEL DATA --sizes 156928 131072 94592 [--samples 4] [--speed]
+        [--channels 48]
 
 DATA holds `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain. Tokens are chosen on the
 calibration text alone. Perplexity is per token of the dense tokenizer, on the same text, as a multiple of the dense
-model's: held-out text is of the kinds that were counted, unseen text is not.
+model's: held-out text is of the kinds that were counted, unseen text is not. With `--channels N` FFN channels alone go
+instead, for as many parameters: by the defaults, on N samples of the same text.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from optimum_structprune import DomainConfig, StructPruneConfig, measure_speed
+from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, measure_speed
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.vocabulary import named_ids
 from optimum_structprune.domains.load import load_domains
@@ -40,11 +42,16 @@ def files(args: Namespace, folder: str) -> list[DomainConfig]:
     return [DomainConfig(name=path.stem, source=str(path)) for path in paths]
 
 
+def text(args: Namespace, samples: int) -> dict:
+    """The fields that name the calibration text."""
+    kinds = files(args, "calibration")
+    return {"domains": kinds, "general_share": 0, "num_samples": samples, "seq_length": args.seq_length}
+
+
 def evidence(args: Namespace, model, tokenizer) -> dict:
     """What the choice goes by."""
-    kinds, size = files(args, "calibration"), len(tokenizer)
-    text = {"domains": kinds, "general_share": 0, "num_samples": args.calibration, "seq_length": args.seq_length}
-    config = StructPruneConfig(sparsity=0.1, **text)  # nothing is pruned: this only names the text
+    size = len(tokenizer)
+    config = StructPruneConfig(sparsity=0.1, **text(args, args.calibration))  # nothing is pruned: this names the text
     domains = load_domains(config, tokenizer, heldout_samples=2)
     start = perf_counter()
     predicted = predicted_shares(model, domains, size)
@@ -71,6 +78,24 @@ def losses(model, tokenizer, texts) -> dict[str, dict[str, float]]:
     }
 
 
+def ratios(args: Namespace, dense, after) -> dict[str, float]:
+    """Perplexity as a multiple of the dense model's, by folder."""
+    return {
+        folder: exp(fmean(after[folder][name] - loss for name, loss in of.items()) / (args.seq_length - 1))
+        for folder, of in dense.items()
+    }
+
+
+def channels_row(args: Namespace, model, tokenizer, parameters: int, texts, dense) -> dict:
+    """The figures where FFN channels go instead, so that so many parameters stay."""
+    config = StructPruneConfig(budget={"parameters": parameters}, targets=("mlp",), **text(args, args.channels))
+    pruner, start = StructPruner(config), perf_counter()
+    small = pruner.prune_model(model, tokenizer)
+    figures = {"widths": pruner.report.widths, "parameters": small.num_parameters() / model.num_parameters() - 1}
+    figures |= {"seconds": perf_counter() - start}
+    return figures | ratios(args, dense, losses(small, tokenizer, texts))
+
+
 def row(args: Namespace, model, tokenizer, number: int, known: dict, texts, dense) -> dict:
     """The figures of one number of tokens; the seconds are those of choosing and cutting."""
     start = perf_counter()
@@ -81,10 +106,8 @@ def row(args: Namespace, model, tokenizer, number: int, known: dict, texts, dens
     reader = vocabulary.smaller(keep)
     drop_tokens_(small, describe(small), keep)
     seconds = perf_counter() - start
-    after = losses(small, reader, texts)
     figures = {"tokens": number, "parameters": small.num_parameters() / model.num_parameters() - 1, "seconds": seconds}
-    for folder, of in dense.items():
-        figures[folder] = exp(fmean(after[folder][name] - loss for name, loss in of.items()) / (args.seq_length - 1))
+    figures |= ratios(args, dense, losses(small, reader, texts))
     if args.speed:
         speed = measure_speed({"dense": model, "small": small}, prompts=[16], new_tokens=16, threads=1, repeats=5)
         figures["speed"] = speed.measurements[-1].decode.speedup.median
@@ -100,21 +123,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration", type=int, default=256, help="samples that are counted")
     parser.add_argument("--samples", type=int, default=4, help="samples of each evaluation file")
     parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--channels", type=int, help="calibration samples, for FFN channels in place of tokens")
     parser.add_argument("--speed", action="store_true", help="measure decoding at batch size 1 too")
     parser.add_argument("--json")
     args = parser.parse_args(argv)
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    known, texts = evidence(args, model, tokenizer), passages(args, tokenizer)
+    known, texts = {} if args.channels else evidence(args, model, tokenizer), passages(args, tokenizer)
     dense, rows = losses(model, tokenizer, texts), []
     print("tokens | parameters | held-out | unseen | seconds | decoding")
     for number in args.sizes:
-        rows.append(of := row(args, model, tokenizer, number, known, texts, dense))
+        if args.channels:
+            gone = model.get_input_embeddings().weight[number:].numel()
+            of = channels_row(args, model, tokenizer, model.num_parameters() - gone, texts, dense)
+        else:
+            of = row(args, model, tokenizer, number, known, texts, dense)
+        rows.append(of)
         figures = f"{of['parameters']:+.1%} | {of['heldout']:.3f} | {of['unseen']:.3f} | {of['seconds']:.0f}"
-        print(f"{number:,} | {figures} | {of.get('speed', float('nan')):.2f}", flush=True)
+        print(f"{of.get('tokens', len(tokenizer)):,} | {figures} | {of.get('speed', float('nan')):.2f}", flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps({"expected in": known["seconds"], "rows": rows}, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps({"expected in": known.get("seconds"), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

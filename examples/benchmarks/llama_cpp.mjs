@@ -5,13 +5,13 @@
 //
 // A request is {"texts": [...], "ids": [[...], ...], "prompt": [...], "write": n}; each part may be left out.
 
-import {readFileSync} from "node:fs";
 import {join, resolve} from "node:path";
+import {json} from "node:stream/consumers";
 import {pathToFileURL} from "node:url";
 
 const [modules, file] = process.argv.slice(2);
 const {getLlama} = await import(pathToFileURL(join(resolve(modules), "node-llama-cpp", "dist", "index.js")));
-const request = JSON.parse(readFileSync(0, "utf8"));
+const request = await json(process.stdin);
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error", maxThreads: 1});
 const model = await llama.loadModel({modelPath: file});
 const longest = Math.max(8, ...(request.ids ?? []).map((ids) => ids.length),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf
 
 import torch
@@ -26,8 +27,8 @@ from .search import MEASURED_LOSSES, Search
 from .trials import Losses, Probe, Trials
 
 
-# So many numbers of tokens are compared, in equal ratios.
-NUMBERS = 8
+# So many numbers of tokens are compared, in equal ratios, and then so many halfway from the best to its neighbours.
+NUMBERS, FINER = 6, 2
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,38 @@ def best_number(
         layers = _Layers(config, arch, model, evidence)
         dense = [row_losses(model, [*domain.trial]).sum() for domain in evidence.domains]
         balances: list[Balance] = []
-        for number in _numbers(config, arch, model, may):
+        legal, numbers = _numbers(config, arch, model, may)
+        for _ in range(NUMBERS + FINER):
+            number = numbers.pop() if numbers else _between(balances, legal)
             tokens_loss = evidence.total_loss(
                 token_losses(model, vocabulary, evidence.domains, keep_of(number)[:number], dense)
             )
             # What goes beside other tokens costs nothing less than these alone; anything else is noise.
-            tokens_loss = max([0.0, tokens_loss, *(balance.tokens_loss for balance in balances)])
-            balances.append(Balance(number, tokens_loss, layers.least_loss(number)))
-    best = min(balances, key=lambda balance: balance.tokens_loss + balance.layers_loss)
+            more = (balance.tokens_loss for balance in balances if balance.tokens > number)
+            balances.append(Balance(number, max([0.0, tokens_loss, *more]), layers.least_loss(number)))
+    best = _best(balances)
     if best.layers_loss == inf:
         raise StructPruneError(
             f"budget={config.budget} is not met with {may.start:,} tokens and all that may go from the other targets, "
             f"{list(config.shrinking)}; allow more, or add targets."
         )
+    balances.sort(key=lambda balance: -balance.tokens)
     report.balances = [{**vars(balance), "chosen": balance is best} for balance in balances]
     return best.tokens
+
+
+def _best(balances: Sequence[Balance]) -> Balance:
+    return min(balances, key=lambda balance: balance.tokens_loss + balance.layers_loss)
+
+
+def _between(balances: Sequence[Balance], legal: Sequence[int]) -> int:
+    """The number of tokens in the middle of the wider gap beside the best one."""
+    tried = sorted(balance.tokens for balance in balances)
+    at = tried.index(_best(balances).tokens)
+    low, high = max(
+        pairwise(tried[max(at - 1, 0) : at + 2]), key=lambda gap: gap[1] - gap[0], default=(tried[at],) * 2
+    )
+    return min(legal, key=lambda number: abs(number - (low + high) / 2))
 
 
 class _Layers:
@@ -104,8 +122,12 @@ class _Layers:
         return self.trials.curves(self.losses)
 
 
-def _numbers(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, may: range) -> list[int]:
-    """The numbers of tokens that are compared, descending; the largest that meets the budget alone is one of them."""
+def _numbers(
+    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, may: range
+) -> tuple[list[int], list[int]]:
+    """The numbers of tokens that may be, and those that are compared first, ascending; the largest that meets the
+    budget alone is one of these.
+    """
     space, legal = arch.of(VOCAB)[0], legal_widths(config, arch, model.config)
     numbers = [number for number in choices(config, arch, VOCAB, legal[VOCAB]) if number in may] or [space.size]
     try:
@@ -115,7 +137,7 @@ def _numbers(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, 
         enough = numbers[0]
     # The first units of the layers cost next to nothing, so that the best number is often little above the least.
     steps = (enough * (space.size / enough) ** (step / (NUMBERS - 1)) for step in range(NUMBERS))
-    return sorted({enough, space.size, *(min(numbers, key=lambda of: abs(of - step)) for step in steps)}, reverse=True)
+    return numbers, sorted({enough, space.size, *(min(numbers, key=lambda of: abs(of - step)) for step in steps)})
 
 
 def token_losses(
