@@ -211,9 +211,6 @@ def test_a_checkpoint_without_its_tensors_is_refused(tmp_path, kill):
             pruned(build("llama-tied"), tokenizer(), settings)
 
 
-# --- how far a limit on perplexity lets pruning go, and what counts as held
-
-
 @pytest.mark.parametrize("narrowest", [25, 30, 33, 39])
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_the_narrowest_that_holds_is_reached_in_few_tries(narrowest, rounds, monkeypatch):
@@ -238,9 +235,6 @@ def test_only_multiples_and_legal_widths_lie_on_the_way(monkeypatch):
     evidence = evidence_of(config(max_perplexity_ratio=1.2, round_to=8, rounds=2))
     with pytest.raises(StructPruneError, match="max_perplexity_ratio=1.2 is not held.*'mlp': 32, 'attention': 4"):
         pruned_on(evidence, build("llama-tied"), {"mlp": 16, "attention": 1})
-
-
-# --- what counts as held
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A smaller vocabulary: what its model computes, what it is chosen by, and what is saved with it."""
+"""A smaller vocabulary: what its model computes, what it is chosen by, what is saved, and layers beside it."""
 
 from copy import deepcopy
 from functools import cache
@@ -10,15 +10,7 @@ from helpers import recovery_config
 from models import GROUPED, PLAIN, T5, TOKENS, build, config, documents, random_model, real_text_model, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from optimum_structprune import (
-    DomainConfig,
-    StructPruneError,
-    StructPruner,
-    dry_run,
-    perplexity,
-    prune_model,
-    recover,
-)
+from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run, perplexity, prune_model, recover
 from optimum_structprune.domains.builtin import builtin_documents
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import COUNTED
@@ -154,7 +146,7 @@ def test_users_keep_tokens_of_their_own(tmp_path):
     words = [reader().decode(token).strip() for token in gone]
     (tmp_path / "words.txt").write_text("\n".join([reader().convert_ids_to_tokens(gone[0]), words[1], ""]))
     expression = f"^ ?({'|'.join(words)})$"
-    for given in (expression, "|".join([expression] * 20), str(tmp_path / "words.txt")):
+    for given in ("|".join([expression] * 20), str(tmp_path / "words.txt")):  # too long for the name of a file
         assert set(gone[:1]) <= set(pruned(keep_tokens=given)[0].plan.keep[-1, "vocab"])
     with pytest.raises(StructPruneError, match="is no file, and as a regular expression fits no token"):
         pruned(keep_tokens="qqqqqqq")
@@ -212,3 +204,24 @@ def test_both_models_are_measured_on_the_same_text_per_dense_token():
     assert report.perplexity["math"]["before"] == pytest.approx(perplexity(model, heldout), rel=1e-6)
     assert report.perplexity["math"]["after"] == pytest.approx(exp(nats / heldout[:, 1:].numel()), rel=1e-6)
     assert report.bits_per_byte["math"]["after"] == pytest.approx(nats / log(2) / text.bytes, rel=1e-6)
+
+
+JOINT = {"widths": None, "targets": ("vocab", "mlp"), "allocation": "search_uniform", "round_to": 8}
+
+
+@pytest.mark.parametrize("share", [0.97, 0.75])
+def test_tokens_and_layers_compete_for_one_budget(share):
+    model, budget = text_model(), {"parameters": share}
+    pruner, small = pruned(model, **JOINT, budget=budget)
+    (chosen,) = (balance for balance in pruner.report.balances if balance["chosen"])
+    losses = [balance["tokens_loss"] + balance["layers_loss"] for balance in pruner.report.balances]
+    assert chosen["tokens_loss"] + chosen["layers_loss"] == min(losses)
+    assert small.config.vocab_size == len(pruner.tokenizer) == chosen["tokens"]
+    assert small.num_parameters() <= share * model.num_parameters()
+    assert (small.config.intermediate_size == model.config.intermediate_size) == (chosen["layers_loss"] == 0)
+    assert pruner.used_config.budget == budget and f"{chosen['tokens']:,} tokens" in str(pruner.report)
+
+
+def test_a_budget_that_neither_can_meet_is_refused():
+    with pytest.raises(StructPruneError, match="budget.*tokens.*targets"):
+        pruned(**JOINT, budget={"parameters": 0.05})
