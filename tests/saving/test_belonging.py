@@ -9,7 +9,15 @@ from shlex import split
 
 import pytest
 import torch
-from helpers import RECOVERY_TEXT, recovery_config, same_weights, save_with_tokenizer, without_refit
+from helpers import (
+    RECOVERY_TEXT,
+    recovery_config,
+    same_weights,
+    save_desk,
+    save_with_tokenizer,
+    without_refit,
+    write_texts,
+)
 from models import build, config, documents, tokenizer
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
@@ -78,15 +86,14 @@ def test_an_adapter_names_the_pruned_folder_or_nothing(tmp_path):
             torch.testing.assert_close(again(ids).logits, adapted(ids).logits)
 
 
-def text_file(path, count=200, seed=0):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(count, seed)))
-    return path
+def text_file(path, seed=0):
+    return write_texts(path, documents(200, seed))
 
 
 def prune_and_recover(folder, *flags):
     """`prune --recover`, on text of one file, trained on that of another."""
-    save_with_tokenizer(build("llama-tied"), folder / "model")
-    text_file(folder / "a.jsonl"), text_file(folder / "b.jsonl", seed=7)
+    save_desk(folder, count=200)
+    text_file(folder / "b.jsonl", seed=7)
     training = ["tokens=480", f"domains=[{{name: b, source: {folder / 'b.jsonl'}}}]"]
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--num-samples", "6", "--device", "cpu"]
     given = [part for value in training for part in ("--recovery", value)]

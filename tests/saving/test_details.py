@@ -79,9 +79,6 @@ def test_a_later_version_and_a_damaged_file_are_refused(details, tmp_path):
             Details.load(path)
 
 
-# --- the table that a run prints
-
-
 @given(shares=st.lists(st.floats(0, 1), min_size=1, max_size=100))
 def test_a_spark_line_has_a_bar_per_layer_or_the_most_there_may_be(shares):
     line = spark_line(shares)

@@ -1,15 +1,18 @@
-"""A non-uniform model in a form with one width for all layers."""
+"""A non-uniform model with one width for all layers, or as NVIDIA's DeciLM, which `test_vllm.py` runs in vLLM, MLX."""
 
 import json
 
 import pytest
 import torch
-from helpers import logits
-from models import build, config, tokenizer
+from helpers import logits, without_refit
+from models import GROUPED, build, config, random_model, tokenizer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import Plan, StructPruneConfig, StructPruneError, StructPruner, export_uniform
+from optimum_structprune import Plan, StructPruneConfig, StructPruner, export_nemotron_nas, export_uniform
+from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import Manifest
+from optimum_structprune.errors import StructPruneError
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,12 @@ def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
     assert not (tmp_path / "twice").exists() and not (tmp_path / "out" / "modeling_structprune.py").exists()
 
 
-def test_an_export_can_be_replaced_even_without_records(run, tmp_path):
+def test_an_export_can_be_replaced_even_without_records_or_with_those_of_another_program(run, pruned, tmp_path):
+    folder, model = pruned
+    for text in ("{}", '{"parameters": 5}', '{"parameters": {"before": "many"}}', "[]", "no JSON"):
+        (folder / "report.json").write_text(text)
+        padding = export_uniform(model, tmp_path / "out", overwrite=True)
+        assert padding.dense is None and "gives back" not in str(padding)
     model = run[1]
     for _ in range(2):
         assert export_uniform(model, tmp_path / "out", overwrite=True).dense is None
@@ -61,9 +69,83 @@ def test_an_export_can_be_replaced_even_without_records(run, tmp_path):
     assert not (tmp_path / "out" / "report.json").exists()
 
 
-def test_a_report_of_another_program_does_no_harm(pruned, tmp_path):
-    folder, model = pruned
-    for text in ("{}", '{"parameters": 5}', '{"parameters": {"before": "many"}}', "[]", "no JSON"):
-        (folder / "report.json").write_text(text)
-        padding = export_uniform(model, tmp_path / "out", overwrite=True)
-        assert padding.dense is None and "gives back" not in str(padding)
+WIDE = {**GROUPED, "hidden_size": 32, "intermediate_size": 512, "vocab_size": 96}
+
+
+def model(model_type="llama", ffn=(512, 256), groups=(4, 2), **fields):
+    """Two layers that keep their first units, of 4 KV groups with two query heads each."""
+    dense = random_model(AutoModelForCausalLM, model_type, {**WIDE, **fields})
+    keep = {(layer, "mlp"): tuple(range(width)) for layer, width in enumerate(ffn)}
+    keep |= {(layer, "attention"): tuple(range(count)) for layer, count in enumerate(groups)}
+    return without_refit(dense, Plan(model_type, keep)).eval()
+
+
+def blocks(folder):
+    """The query heads in a group and the width of the FFN of each layer, as the engines read them."""
+    fields = json.loads((folder / "config.json").read_text())
+    assert fields["model_type"] == "nemotron-nas" and fields["num_attention_heads"] == 8
+    ffn = [int(2 * block["ffn"]["ffn_mult"] * fields["hidden_size"] / 3) for block in fields["block_configs"]]
+    assert all(width % 256 in (0, 255) for width in ffn)  # rounded up to the next multiple
+    return [
+        (block["attention"]["n_heads_in_group"], -(-width // 256) * 256)
+        for block, width in zip(fields["block_configs"], ffn, strict=True)
+    ]
+
+
+# model type, fields, widths of FFN and numbers of KV groups, and then the query heads in a group and the FFN
+CASES = {
+    "uniform": ("llama", {}, (256, 256), (4, 4), [(2, 256), (2, 256)]),
+    "differing": ("llama", {}, (512, 256), (4, 4), [(2, 512), (2, 256)]),
+    "padded": ("mistral", {}, (300, 40), (2, 3), [(4, 512), (2, 256)]),  # 3 groups do not divide 8 heads
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, (300, 40), (1, 4), [(8, 512), (2, 256)]),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}, (512, 100), (4, 1), [(2, 512), (8, 256)]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_folder_has_the_sizes_of_the_layers(case, tmp_path):
+    model_type, fields, ffn, groups, expected = CASES[case]
+    small = model(model_type, ffn, groups, **fields)
+    for _ in range(2):  # the second time in place of the first
+        cost = export_nemotron_nas(small, tmp_path / "out", tokenizer(), overwrite=True, pad=True)
+    assert blocks(tmp_path / "out") == expected
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert [tensors[f"model.layers.{layer}.mlp.up_proj.weight"].shape[0] for layer in (0, 1)] == [
+        w for _, w in expected
+    ]
+    assert cost.after - cost.before == sum(map(torch.numel, tensors.values())) - small.num_parameters()
+    assert (cost.after == cost.before) == (case in ("uniform", "differing"))
+    assert {"configuration_nemotron_nas.py", "structprune_export.json"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+    assert not (tmp_path / "out" / "modeling_structprune.py").exists()
+
+
+REFUSED = {
+    "widths": (lambda: model(ffn=(512, 300)), "Layer 1 has 300 FFN channels .*.256 or 512.*--pad"),
+    "heads": (lambda: model(groups=(3, 4)), "Layer 0 .* 6 query heads in 3 KV groups.*and 8 query heads .in 4"),
+    "family": (lambda: build("qwen3"), "llama, mistral, qwen2 models are; the layers of this qwen3"),
+    "activation": (lambda: model(hidden_act="gelu", groups=(4, 4)), "hidden_act=silu only, found gelu"),
+    "channels": (lambda: model(head_dim=8, groups=(4, 4)), "has 32 / 8 query heads, and layer 0 has 8"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_form_cannot_say_is_refused(case, tmp_path):
+    make, words = REFUSED[case]
+    with pytest.raises(StructPruneError, match=words):
+        export_nemotron_nas(make(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path, capsys):
+    small = model(groups=(4, 4))
+    small.save_pretrained(tmp_path / "in")
+    tokenizer().save_pretrained(tmp_path / "in")
+    command = ["export", str(tmp_path / "in"), str(tmp_path / "out")]
+    assert main([*command, "--format", "nemotron-nas"]) == 0
+    assert "padding adds 0 parameters" in capsys.readouterr().out
+    assert torch.isfinite(logits(small)).all() and blocks(tmp_path / "out") == [(2, 512), (2, 256)]
+    for flags in ([], ["--pad"], ["--format", "nemotron-nas", "--pad-uniform"]):
+        assert main([*command, *flags]) == 2
+        assert "--format nemotron-nas [--pad]" in capsys.readouterr().err

@@ -5,22 +5,15 @@ from dataclasses import fields, replace
 from importlib.resources import files
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
 from models import build, config, tokenizer
 
-from optimum_structprune import (
-    DomainConfig,
-    Manifest,
-    Plan,
-    RecoveryConfig,
-    StructPruneConfig,
-    StructPruneError,
-    StructPruner,
-)
+from optimum_structprune import DomainConfig, Manifest, Plan, RecoveryConfig, StructPruneConfig, StructPruner
 from optimum_structprune.domains.manifest import Entry
 from optimum_structprune.dryrun import dry_run
+from optimum_structprune.errors import StructPruneError
 from optimum_structprune.evaluation.evaluate import Evaluation
 from optimum_structprune.plain_json import plain, to_json
 from optimum_structprune.record.report import RecoveryReport, Report
@@ -102,8 +95,6 @@ def test_files_of_a_later_version_are_refused(name, saved, tmp_path):
             LOADERS[name](tmp_path)
 
 
-# --- what is written as JSON is JSON to every reader, whatever numbers came of a run
-
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.frozensets(st.text())
 values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner))
 
@@ -117,6 +108,7 @@ def strict(text: str):
     return json.loads(text, parse_constant=refuse)
 
 
+@settings(max_examples=40)
 @given(values)
 def test_every_value_becomes_json_that_stays_as_it_is(value):
     document = to_json(value)

@@ -39,13 +39,8 @@ def reader(pieces: bool) -> PreTrainedTokenizerFast:
     else:
         backend.pre_tokenizer = steps.Sequence([steps.Digits(True), steps.ByteLevel(add_prefix_space=False)])
     backend.train_from_iterator(TEXTS, BpeTrainer(vocab_size=90, special_tokens=special))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template="{{ messages[0]['content'] }}",
-    )
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template="{{ messages[0]['content'] }}", **named)
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +213,6 @@ def test_on_the_command_line(differing, tmp_path, capsys):
     build("cohere2").save_pretrained(tmp_path / "cohere2")
     assert main(["export", str(tmp_path / "cohere2"), str(tmp_path / "c.gguf")]) == 2
     assert "this is a cohere2 model" in capsys.readouterr().err
-
-
-# --- which of llama.cpp's architectures holds a model, and in which order it expects rows
 
 
 def settings(model_type, **fields):

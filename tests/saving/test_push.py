@@ -1,9 +1,14 @@
 """What is pushed to the Hub: all of a finished result, in one commit, and nothing before."""
 
+import base64
 import json
+import re
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
+import huggingface_hub.constants as constants
 import pytest
-from hub import TOKEN, local_hub
+from helpers import save_desk, write_texts
 from models import build, config, documents, tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -12,10 +17,116 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.saving import push as pushing
 
 
+TOKEN = "hf_right"
+
+
+class Hub(ThreadingHTTPServer):
+    """Keeps repositories of `ann`, who owns `TOKEN`: `{repo_id: {"private": …, "files": …, "commits": number}}`."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repos: dict[str, dict] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *args) -> None:
+        """Nothing is written to the terminal."""
+
+    def answer(self, status: int, body=b"", **headers: str) -> None:
+        """Send a response; a body that is no bytes is sent as JSON."""
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        """Who am I, what is this repository, and give me a file."""
+        if self.path == "/api/whoami-v2":
+            right = self.headers["Authorization"] == f"Bearer {TOKEN}"
+            self.answer(*((200, {"name": "ann", "type": "user"}) if right else (401, {"error": "Invalid token"})))
+        elif found := re.fullmatch(r"/api/models/(\w+/[\w-]+)", self.path):
+            if (repo := self.server.repos.get(found[1])) is None:
+                return self.answer(404, X_Error_Code="RepoNotFound")
+            self.answer(200, {"id": found[1], "private": repo["private"], "sha": "0" * 40})
+        else:
+            found = re.fullmatch(r"/(ann/[\w-]+)/resolve/main/(.+)", self.path)
+            content = self.server.repos[found[1]]["files"].get(found[2])
+            if content is None:
+                return self.answer(404, X_Error_Code="EntryNotFound")
+            self.answer(200, content, ETag=f'"{hash(content)}"', X_Repo_Commit="0" * 40)
+
+    do_HEAD = do_GET
+
+    def do_PUT(self) -> None:
+        """A large file comes here."""
+        self.server.blobs[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(200)
+
+    def do_POST(self) -> None:
+        """Make a repository, say how files come, and take a commit."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif self.path == "/api/validate-yaml":
+            self.answer(200, {"warnings": [], "errors": []})
+        elif self.path.endswith("/preupload/main"):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = ("lfs" if name.endswith(".safetensors") else "regular" for name in names)
+            files = [{"path": n, "uploadMode": m, "shouldIgnore": False} for n, m in zip(names, modes, strict=True)]
+            self.answer(200, {"files": files})
+        elif self.path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for one in objects:
+                one["actions"] = {"upload": {"href": f"{self.server.url}/blob/{one['oid']}"}}
+            self.answer(200, {"transfer": "basic", "objects": objects})
+        else:
+            found = re.fullmatch(r"/api/models/(ann/[\w-]+)/commit/main", self.path)
+            self.commit(found[1], [json.loads(line) for line in body.splitlines()])
+
+    def create(self, asked: dict) -> None:
+        """A repository, unless it is somebody else's or there already."""
+        if asked.get("organization") not in (None, "ann"):
+            return self.answer(403, {"error": "You don't have the rights to create a model under this namespace"})
+        repo_id, status = f"ann/{asked['name']}", 200
+        if repo_id in self.server.repos:
+            status = 409
+        private = asked.get("visibility") == "private" or asked.get("private", False)
+        self.server.repos.setdefault(repo_id, {"private": private, "files": {}, "commits": 0})
+        self.answer(status, {"url": f"{self.server.url}/{repo_id}"})
+
+    def commit(self, repo_id: str, lines: list[dict]) -> None:
+        """All files of a commit at once."""
+        repo = self.server.repos[repo_id]
+        for key, value in ((line["key"], line["value"]) for line in lines):
+            if key == "file":
+                repo["files"][value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                repo["files"][value["path"]] = self.server.blobs[f"/blob/{value['oid']}"]
+        repo["commits"] += 1
+        self.answer(200, {"commitUrl": f"{self.server.url}/{repo_id}/commit/1", "commitOid": "1" * 40})
+
+
 @pytest.fixture
-def hub():
-    with local_hub() as hub:
+def hub(monkeypatch):
+    """A Hub on this machine that `huggingface_hub` talks to: the few routes that pushing a folder takes."""
+    with Hub() as hub:
+        thread = Thread(target=hub.serve_forever, daemon=True)
+        thread.start()
+        files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        settings = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_OFFLINE": False}
+        for name, value in {**settings, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
         yield hub
+        hub.shutdown()
+        thread.join()
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +203,10 @@ def test_what_the_hub_refuses_is_said_plainly(run, hub, tmp_path, monkeypatch):
 
 
 def test_the_command_asks_first_and_pushes_last(hub, tmp_path, capsys, monkeypatch):
-    build("llama-tied").save_pretrained(tmp_path / "dense")
-    tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(60)))
+    save_desk(tmp_path)
     flags = ["--width", "mlp=24", "--num-samples", "4", "--seq-length", "24"]
-    command = ["prune", str(tmp_path / "dense"), str(tmp_path / "out"), *flags]
-    text = ["--domain", f"a={tmp_path / 'text.jsonl'}"]
+    command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), *flags]
+    text = ["--domain", f"a={tmp_path / 'a.jsonl'}"]
     with monkeypatch.context() as patch:
         patch.setenv("HF_TOKEN", "hf_wrong")
         assert main([*command, *text, "--push-to-hub", "ann/out"]) == 2
@@ -113,9 +222,8 @@ def test_the_command_asks_first_and_pushes_last(hub, tmp_path, capsys, monkeypat
 
 def test_nothing_that_is_pushed_names_a_folder_of_this_machine(hub, tmp_path, monkeypatch):
     (tmp_path / "home" / "texts").mkdir(parents=True)
-    text = "".join(json.dumps({"text": text}) + "\n" for text in documents(60))
     for name in ("near.jsonl", "texts/far.jsonl"):
-        (tmp_path / "home" / name).write_text(text)
+        write_texts(tmp_path / "home" / name, documents(60))
     build("llama-tied").save_pretrained(tmp_path / "home" / "dense")
     monkeypatch.chdir(tmp_path / "home")
     far = str(tmp_path / "home" / "texts" / "far.jsonl")
