@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .domains.resolve import texts_of, with_written_text
 from .forward.generation import cached_values, flops_per_token, why_not_counted
-from .plain_json import replace_json
+from .plain_json import Record
 from .pruner import PRUNERS
 from .pruning.checks import DRY_RUN, check, check_config_kind
 from .pruning.room import Need, Text, Workload
@@ -79,7 +78,7 @@ class SpaceChoice:
 
 
 @dataclass(frozen=True)
-class DryRun:
+class DryRun(Record):
     """What pruning would give.
 
     Attributes:
@@ -123,11 +122,7 @@ class DryRun:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {**asdict(self), "widths": self.widths, "sparsity": self.sparsity}
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON."""
-        replace_json(path, self.to_dict())
+        return {**super().to_dict(), "widths": self.widths, "sparsity": self.sparsity}
 
     def __str__(self) -> str:
         """Widths, parameters, memory and cache, as a table."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .errors import StructPruneError
 
@@ -60,3 +61,15 @@ def replace_text(path: Path, text: str) -> None:
 def to_json(value: Any) -> str:
     """The JSON document of a value, see `plain`."""
     return json.dumps(plain(value), indent=2, allow_nan=False)
+
+
+class Record:
+    """A dataclass that is saved as a JSON document."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(cast("Any", self))
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON; a number that is not finite, which JSON does not have, is null."""
+        replace_json(path, versioned(self.to_dict()))

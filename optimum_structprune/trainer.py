@@ -138,10 +138,8 @@ class StructPruneCallback(TrainerCallback, ExportableState):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
     ) -> None:
-        """Put the number of parameters and the widths into what the Trainer logs.
-
-        The dict of an evaluation, or of a whole training, is what the Trainer returns as metrics, which an objective
-        may sum up: it is left alone, and only the history has the values.
+        """Put the number of parameters and the widths into what the Trainer logs; the metrics that an evaluation or a
+        whole training returns, which an objective may sum up, are left alone.
         """
         arch = describe(model, self.config.arch_file)
         names = next(iter(self.steps.values()), {})

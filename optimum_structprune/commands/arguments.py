@@ -1,8 +1,6 @@
-"""Flags, and the configs that they become: one flag for each field of a config, made from the field itself.
-
-A flag takes its name and its help from the field and the `Args` section of the config's docstring, and its value is
-read as YAML: the config judges it, as it judges the file of `--config`, which the given flags are laid over. The
-configs are imported inside the functions: `optimum-cli` imports this module on every call.
+"""Flags, and the configs that they become: a field of a config is a flag, with its help from the `Args` of the
+docstring, and a value in YAML that the config judges; configs are imported inside functions, since `optimum-cli`
+imports this on every call.
 """
 
 from __future__ import annotations
@@ -53,10 +51,9 @@ Flags = Mapping[str, str | Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the word that calls it, its help, the function here that does it, and what `add_argument` takes.
-
-    Every field of `config` is a flag too, but for those of `without`; where it `reads_text`, `datasets` may be
-    imported, and with `json_file`, `--json` can name a file.
+    """A command: its word, its help, the function that does it, and what `add_argument` takes; each field of `config`
+    is a flag too, but those of `without`. Where it `reads_text`, `datasets` may be imported; with `json_file`,
+    `--json` can name a file.
     """
 
     name: str

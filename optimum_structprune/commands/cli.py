@@ -24,10 +24,8 @@ DEBUG = "STRUCTPRUNE_DEBUG"
 
 
 class CommandParser(ArgumentParser):
-    """A parser of one command, whose arguments are declared when it is first used.
-
-    They are read from the configs, and these take longer to import than a call of `optimum-cli` that needs none of
-    them should wait.
+    """A parser of one command, whose arguments are declared when it is first used, because reading them off the
+    configs takes longer than other calls of `optimum-cli` should wait.
     """
 
     declare: Callable[[ArgumentParser], None] | None = None
@@ -67,10 +65,8 @@ def add_commands(parser: ArgumentParser) -> None:
 
 
 def execute(args: Namespace) -> int:
-    """Run the chosen command, show its result and return its exit code.
-
-    Every error is one line; `DEBUG` shows its traceback. Of several processes that a launcher has started, the first
-    one shows the result, and the others say no more than what goes wrong in them.
+    """Run the chosen command, show its result or its error in one line, and return its exit code; of several
+    processes, the first one shows the result.
     """
     number = int(os.environ.get("RANK", "0"))
     try:

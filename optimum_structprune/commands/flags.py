@@ -135,13 +135,7 @@ COMMANDS = (
         "prune.calibrate",
         "Store the statistics of a dense model, from which `prune --stats` prunes without running text. It takes the "
         "settings of `prune`; how much is removed plays no part.",
-        {
-            "model": "Model id or folder.",
-            "output": "Folder for the statistics.",
-            **OVERWRITE,
-            **LOADING,
-            **OFFLOAD,
-        },
+        {"model": "Model id or folder.", "output": "Folder for the statistics.", **OVERWRITE, **LOADING, **OFFLOAD},
         config="StructPruneConfig",
     ),
     Command(

@@ -10,23 +10,19 @@ from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import meta_model, model_class
 from ..arch.per_layer import enable_heterogeneous
+from ..config.pruning import StructPruneConfig
 from ..dryrun import dry_run
 from ..errors import StructPruneError, one_line, some_of
 from ..forward.placement import layer_device_map
 
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from ..config.pruning import StructPruneConfig
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +76,14 @@ class Loading:
         if self.offload is not None:
             _check_readable_by_layer(name)
         config = self.config(name)
+        places: str | dict[str, str] | None = self.device
+        if self.offload is not None:
+            places = layer_device_map(config, str(self.device), self.offload, self.arch_file, self.trust_remote_code)
         try:
             model, loaded = model_class(config, self.arch_file).from_pretrained(
                 name,
                 dtype=self.dtype,
-                device_map=self._device_map(config),
+                device_map=places,
                 offload_folder=scratch,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
@@ -96,11 +95,6 @@ class Loading:
             raise _cannot_load(name, error) from error
         _check_weights(name, loaded)
         return model.eval()
-
-    def _device_map(self, config: PretrainedConfig) -> str | dict[str, str] | None:
-        if self.offload is None:
-            return self.device
-        return layer_device_map(config, str(self.device), self.offload, self.arch_file, self.trust_remote_code)
 
     def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
         """A model's tokenizer."""

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from .. import __version__
 from ..arch.load import describe
@@ -166,26 +165,16 @@ def benchmark(args: Namespace) -> Result:
         repeats=args.repeats,
         threads=args.threads,
         clock=args.clock,
-        folders={name: folder for name, path in paths.items() if (folder := _folder(path))},
         arch_file=args.arch_file,
     )
     return Result(str(speed), speed.to_dict())
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
-    """A short name for each model: the last part of its path, or all of it, numbered where that is the same too.
-
-    The same model twice shows how far the measurement is from 1 where nothing differs.
-    """
+    """A short name for each model: the last part of its path, or all of it, numbered where that is the same too."""
     short = Counter(Path(path).name for path in paths)
     names = [Path(path).name if short[Path(path).name] == 1 else path for path in paths]
     return [
         f"{name} ({names[:number].count(name) + 1})" if names.count(name) > 1 else name
         for number, name in enumerate(names)
     ]
-
-
-def _folder(path: str) -> Path | None:
-    """The folder of a model's files; that of an id is where its config has been stored."""
-    config = cached_file(path, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
-    return None if config is None else Path(config).parent

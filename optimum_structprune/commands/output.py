@@ -1,6 +1,5 @@
 """Where the output of a command goes: the result to the standard output, and everything else to the standard error.
-
-Nothing here imports a library at the top: `optimum-cli` imports this module on every call.
+Libraries are imported inside functions, because `optimum-cli` imports this module on every call.
 """
 
 from __future__ import annotations
@@ -73,7 +72,10 @@ def show(result: Result, args: Namespace) -> None:
         except OSError as error:
             raise StructPruneError(f"--json {form} cannot be written: {error.strerror}.") from error
     try:
-        _print(document if form is True else result.text)
+        encoding = sys.stdout.encoding or "utf-8"
+        text = document if form is True else result.text
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        sys.stdout.flush()
     except BrokenPipeError:
         # The reader wants no more, as `head` does. Python would complain when it flushes the pipe at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,12 +89,9 @@ def note(args: Namespace, text: str) -> None:
 
 @contextmanager
 def working(args: Namespace, silent: bool = False) -> Iterator[None]:
-    """Keep the standard output free for the result while a command works, and leave out what is not wanted.
-
-    What other libraries print goes to the standard error, or nowhere with `--quiet`. Progress bars appear only on a
-    terminal and without `--quiet`; elsewhere each stage prints a line when it begins. What transformers warns of
-    whenever a config whose layers differ in width is read is left out. The switches of the libraries are afterwards as
-    they were.
+    """Keep the standard output free for the result while a command works: what libraries print goes to the standard
+    error, or nowhere with `--quiet`. Bars appear only on a terminal; elsewhere each stage prints a line when it
+    begins.
     """
     if not hasattr(args, "quiet"):
         yield
@@ -128,9 +127,8 @@ def _stages_announced() -> Iterator[None]:
 
 @contextmanager
 def _widths_by_layer() -> Iterator[None]:
-    """Leave out the warnings about a width that a config has once for the model and once for each layer.
-
-    transformers' own code reads it in loading, so there is nothing that a user could do about them.
+    """Leave out the warnings about a width that a config has once for the model and once for each layer: transformers'
+    own code reads it in loading.
     """
     source = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
 
@@ -170,9 +168,3 @@ def _no_bars(reads_text: bool) -> Iterator[None]:
                 stack.callback(enable)
                 disable()
         yield
-
-
-def _print(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-    sys.stdout.flush()

@@ -104,11 +104,14 @@ def _prune_and_save(
     args: Namespace, output: Output, loading: Loading, pruner: StructPruner, recovery: RecoveryConfig | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The smaller model, saved, and its tokenizer."""
+    config = pruner.config
     with output.beside(OFFLOAD) as scratch:
         model, tokenizer = loading.model_and_tokenizer(args.model, scratch)
         if recovery is not None:
-            check_recovery(recovery, pruner.config, model)  # before it is pruned in vain
-        check = ShortCheck(tokenizer, _tokens_read(args, pruner.config))
+            check_recovery(recovery, config, model)  # before it is pruned in vain
+        # None where no text is read, or where a pass takes much longer than elsewhere.
+        tokens = 0 if config.stats or args.offload else config.num_samples * config.seq_length
+        check = ShortCheck(tokenizer, tokens)
         check.ask("dense", model)
         pruned = pruner.prune_model(model, tokenizer, inplace=True)
         assert pruner.report is not None and pruner.tokenizer is not None
@@ -124,11 +127,6 @@ def _prune_and_save(
             with suppress(OSError):  # nothing was remembered; with the scratch folder it goes in one step
                 _progress_folder(args.output).rename(scratch / "progress")
     return pruned, tokenizer
-
-
-def _tokens_read(args: Namespace, config: StructPruneConfig) -> int:
-    """The tokens that a run reads; none where no text is read, or a pass takes much longer than elsewhere."""
-    return 0 if config.stats or args.offload else config.num_samples * config.seq_length
 
 
 def _where(config: PretrainedConfig, output: str, arch_file: str | None) -> str:

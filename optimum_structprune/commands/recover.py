@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..errors import StructPruneError
 from ..recovery.checks import check_recovery
-from ..system.disk import Output, check_apart, used_paths
+from ..system.disk import ADAPTER, Output, check_apart, used_paths
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes
 from .output import Result
@@ -17,11 +17,15 @@ from .recovering import check_push_arguments, pushed, recover_and_save, recovery
 
 def recover(args: Namespace) -> Result:
     """Train, save, and show what came of it."""
-    config = recovery_config(args)
-    _check_whole(args.model)
+    config, folder = recovery_config(args), Path(args.model)
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        raise StructPruneError(
+            f"{folder} holds an adapter and no model. In Python, load_adapter(pruned_model, {args.model!r}) puts it "
+            "on the pruned model that it was trained on; merge_and_unload() and save_pretrained(…) then give a folder "
+            "that this command takes."
+        )
     check_push_arguments(args)
-    has_config = (Path(args.model) / CONFIG_NAME).is_file()
-    pruning = StructPruneConfig.from_pretrained(args.model) if has_config else None
+    pruning = StructPruneConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
     # The recovered model may take the place of the pruned one; an adapter may not, since it needs that model.
     needed = None if config.merge else args.model
     used = [needed, args.teacher, args.arch_file, *used_paths(config, pruning)]
@@ -31,14 +35,3 @@ def recover(args: Namespace) -> Result:
     check_recovery(config, recovery.pruning, parts=1)
     model, tokenizer = Loading.of(args).model_and_tokenizer(args.model)
     return pushed(args, recover_and_save(args, recovery, model, tokenizer))
-
-
-def _check_whole(model: str) -> None:
-    """Refuse a folder that holds an adapter and no model."""
-    folder = Path(model)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise StructPruneError(
-            f"{model} holds an adapter and no model. In Python, load_adapter(pruned_model, {model!r}) puts it on the "
-            "pruned model that it was trained on; merge_and_unload() and save_pretrained(…) then give a folder that "
-            "this command takes."
-        )

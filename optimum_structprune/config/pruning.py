@@ -168,11 +168,7 @@ class StructPruneConfig(Serialisable):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
-        """Inverse of `to_dict`; domains and recovery may be mappings.
-
-        Raises:
-            StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
-        """
+        """Inverse of `to_dict`; domains and recovery may be mappings."""
         data = with_domains(data, cls.__name__)
         if isinstance(recovery := data.get("recovery"), Mapping):
             data = {**data, "recovery": RecoveryConfig.from_dict(recovery)}

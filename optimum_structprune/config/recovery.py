@@ -77,11 +77,7 @@ class RecoveryConfig(Serialisable):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RecoveryConfig":
-        """Build a config from what `to_dict` gave; domains may be mappings.
-
-        Raises:
-            StructPruneError: If a key is unknown or a value is not legal; the message names the field and the value.
-        """
+        """Inverse of `to_dict`; domains may be mappings."""
         return super().from_dict(with_domains(data, cls.__name__))
 
     @property

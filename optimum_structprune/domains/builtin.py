@@ -64,10 +64,8 @@ def _documents(kind: str, rng: Random) -> Iterator[str]:
 
 
 def sections(text: str, size: int = SECTION) -> Iterator[str]:
-    """Cut a text of more than `2 * size` characters into parts.
-
-    Each part has between `size / 2` and `size` characters, the last one up to `2 * size`. A cut falls on a blank line
-    where the second half of the part has one, else on the end of a line, else on a space.
+    """Cut a text of more than `2 * size` characters into parts of `size / 2` to `size` characters, the last one up to
+    `2 * size`: on a blank line where there is one, else on the end of a line, else on a space.
     """
     start = 0
     while len(text) - start > 2 * size:

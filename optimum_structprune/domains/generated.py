@@ -1,7 +1,5 @@
-"""Calibration text that the model writes itself, for when there is no data set (Williams et al., arXiv 2410.17170).
-
-Text of a certain kind answers a question or goes on from an opening. Text of any kind (`ANY`) begins with a word that
-is drawn from the vocabulary, so that it is spread over all that the model has learned (LLM-QAT, arXiv 2305.17888,
+"""Calibration text that the model writes itself (Williams et al., arXiv 2410.17170): answers and continuations, or
+text of any kind (`ANY`), which begins with a word that is drawn from the vocabulary (LLM-QAT, arXiv 2305.17888,
 section 3.1).
 """
 
@@ -27,13 +25,13 @@ from transformers.utils.logging import tqdm
 from ..config.domains import ANY, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
-from ..forward.generation import continued, end_tokens
+from ..forward.generation import continued, end_tokens, positions_of, predicts_next
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint
 from ..system.processes import alone, of_all, of_first, process_index
 from ..system.stages import stage
-from .packing import prefix_token
+from .packing import begun
 from .templates import Document
 
 
@@ -63,14 +61,13 @@ PATIENCE = 120
 
 
 def self_documents(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, seed: int) -> Iterator[str]:
-    """Documents that a model writes, without end; each batch is kept on the disk and read from there next time.
-
-    The same model and seed give the same documents, however many are taken at a time.
+    """Documents that a model writes, without end; each batch is kept on the disk and read from there next time. The
+    same model and seed give the same documents.
     """
     kinds = read_yaml(SEED_PROMPTS)
     if name not in (*kinds, ANY):
         raise StructPruneError(f"A model does not write {name!r} itself.{did_you_mean(name, [*kinds, ANY])}")
-    if not model.can_generate() or model.config.is_encoder_decoder:
+    if not predicts_next(model):
         raise StructPruneError(f"{SELF}{name} takes a causal language model, and {type(model).__name__} is none.")
     chats = bool(tokenizer.chat_template) and name != ANY
     if name == ANY:
@@ -135,11 +132,12 @@ class _Author:
             written = zip(prompts, self._continued(prompts, number), strict=True)
         of_use = [(prompt, ids, loss) for prompt, (ids, loss) in written if _varied(ids)]
         middle = median([loss for *_, loss in of_use] or [0.0])
-        return [
-            Document.joined([(prompt if self.keeps else "", False), (self._decoded(ids), True)])
-            for prompt, ids, loss in of_use
-            if abs(loss - middle) <= log(MAX_RATIO)
-        ]
+        documents = []
+        for prompt, ids, loss in of_use:
+            if abs(loss - middle) <= log(MAX_RATIO):
+                text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+                documents.append(Document.joined([(prompt if self.keeps else "", False), (text, True)]))
+        return documents
 
     def _framed(self, prompt: str) -> str:
         if not self.chats:
@@ -147,19 +145,13 @@ class _Author:
         messages = [{"role": "user", "content": prompt}]
         return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    def _begun(self, ids: list[int]) -> list[int]:
-        prefix = prefix_token(self.tokenizer)
-        return ids if prefix is None else [prefix, *ids]
-
-    def _decoded(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
     @torch.no_grad()
     def _continued(self, prompts: Sequence[str], number: int) -> list[tuple[list[int], float]]:
         """What the model writes behind prompts, as token ids up to the end of each text, with its loss per token."""
-        rows = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-        if not self.chats:  # a chat template puts the prefix itself
-            rows = [self._begun(row) for row in rows]
+        if self.chats:  # the template has put the prefix
+            rows = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        else:
+            rows = [begun(prompt, self.tokenizer) for prompt in prompts]
         room, device = self._room(max(map(len, rows))), self.model.device
         bar = tqdm(total=room, desc=f"writing {len(rows)} documents", unit="token")
         with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
@@ -169,11 +161,10 @@ class _Author:
         return [(text, listener.loss(row, len(text))) for row, text in enumerate(texts)]
 
     def _room(self, prompt: int) -> int:
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        room = MAX_TOKENS if positions is None else min(MAX_TOKENS, positions - prompt)
-        if room < 1:
+        positions = positions_of(self.model)
+        if positions <= prompt:
             raise StructPruneError(f"A prompt of {prompt} tokens leaves no room in the model's {positions} positions.")
-        return room
+        return int(min(MAX_TOKENS, positions - prompt))
 
 
 class _Listener:

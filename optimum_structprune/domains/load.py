@@ -102,9 +102,8 @@ def load_domains(
     seen: Manifest | None = None,
     writer: PreTrainedTokenizerBase | None = None,
 ) -> list[Domain]:
-    """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again.
-
-    The model writes with the `writer`, by default the tokenizer.
+    """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again, and
+    the model writes with the `writer`, by default the tokenizer.
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
@@ -238,14 +237,11 @@ class _Packer:
             probe_documents=probes[0].hashes if probes else (),
         )
 
-    def _counts(self, num_samples: int) -> list[int]:
-        return split_samples(num_samples, [domain.weight for domain in self.domains])
-
     def _needs(self, num_samples: int, index: int) -> list[int]:
         """The number of tokens to hold out, to calibrate on, to probe with where something is chosen, and, as far as
         there is text, beside: as many as a larger weight may come to ask for.
         """
-        count = self._counts(num_samples)[index]
+        count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, float(self.config.holdout))
         grows = self.config.reweights and not written_by_model(self.domains[index])
         spare = grows * (min(round(MOST * count), num_samples) - count)

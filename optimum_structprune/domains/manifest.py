@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..config.domains import DomainConfig
 from ..config.fields import Number, read_mapping
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, one_line
-from ..plain_json import replace_json, unversioned, versioned
+from ..plain_json import Record, unversioned
 from ..system.fingerprint import tensor_hash
 from .packing import HELDOUT, PROBE, USED
 
@@ -97,7 +97,7 @@ class Entry:
 
 @strict
 @dataclass
-class Manifest:
+class Manifest(Record):
     """What a model was calibrated on.
 
     Attributes:
@@ -164,10 +164,6 @@ class Manifest:
         for use, name in ((PROBE, "probe_documents"), (USED, "documents"), (HELDOUT, "heldout_documents")):
             uses |= {document: use for entry in self.domains for document in getattr(entry, name)}
         return uses
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON."""
-        replace_json(path, versioned(asdict(self)))
 
     @classmethod
     def load(cls, folder_or_file: str | Path) -> "Manifest":

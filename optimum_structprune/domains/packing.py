@@ -58,10 +58,7 @@ class Frame:
         return self.seq_length - (self.prefix is not None)
 
     def take(self, tokenised: Iterator[Tokens], need: int) -> list[Tokens]:
-        """Take documents until they have `need` tokens or more, or there are no others.
-
-        The rest of the last document is dropped later, so that no document serves twice.
-        """
+        """Take documents until they have `need` tokens or more, or there are no others."""
         taken: list[Tokens] = []
         have = 0
         while have < need and (document := next(tokenised, None)) is not None:
@@ -111,8 +108,7 @@ class Shelf:
 
     def take(self, frame: Frame, need: int, use: str, uses: dict[str, str]) -> list[Tokens]:
         """Documents with `need` tokens or more for one use, as far as there are any; `uses` is by hash, and grows.
-
-        What is set aside is so once, however often the text repeats it. What is for another use is left for that.
+        What is set aside is so once, however often the text repeats it.
         """
         passed: list[Tokens] = []
         taken = frame.take(self._fitting(use, uses, passed), need)
@@ -140,15 +136,20 @@ class Shelf:
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token at the head of a text: the one that the tokenizer puts there, else its BOS, else its EOS token.
-
-    None where the tokenizer has none of these.
+    """The token at the head of a text: the one that the tokenizer puts there, else its BOS, else its EOS token, if
+    any.
     """
     special = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     if special[:1] != plain[:1]:
         return special[0]
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def begun(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text behind that at its head."""
+    prefix, ids = prefix_token(tokenizer), tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if prefix is None else [prefix, *ids]
 
 
 def tokenised(

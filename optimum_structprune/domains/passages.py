@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import StructPruneError
+from ..forward.generation import positions_of
 from .load import check_vocabulary
 from .packing import prefix_token
 
@@ -64,10 +65,9 @@ class Passages:
         return (rows, [*shared]) if all((row >= 0).all() for row in rows) else None
 
     def _check(self, rows: Sequence[Tensor], model: PreTrainedModel) -> None:
-        config, most = model.config.get_text_config(), max(map(len, rows))
-        check_vocabulary(max(int(row.max()) for row in rows), config.vocab_size)
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and most > longest:
+        most, longest = max(map(len, rows)), positions_of(model)
+        check_vocabulary(max(int(row.max()) for row in rows), model.config.get_text_config().vocab_size)
+        if most > longest:
             raise StructPruneError(
                 f"A sample of seq_length={self.seq_length} takes {most} tokens of the model's own tokenizer, and the "
                 f"model has {longest} positions; try seq_length={self.seq_length * longest // most}."

@@ -16,6 +16,7 @@ from ..config.domains import ANY, BUILTIN, GENERAL, PRESET, SELF, DomainConfig, 
 from ..config.fields import read_yaml
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
+from ..forward.generation import predicts_next
 from ..registry import did_you_mean
 from ..system.offloading import is_offloaded
 
@@ -24,10 +25,8 @@ BUILTIN_PRESETS = Path(__file__).with_name("presets.yaml")
 
 
 def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
-    """Replace presets by what they stand for, which gives domains whose sources can be read.
-
-    A field that the domain sets to something else than its default goes before the preset's. A preset with `mix` gives
-    one domain for each of its parts, named `NAME-PART`, which share the weight equally.
+    """Replace presets by what they stand for, under the fields that a domain sets itself; a preset with `mix` gives
+    one domain `NAME-PART` for each of its parts, which share the weight equally.
     """
     resolved = [part for domain in domains for part in _resolved(domain)]
     names = [domain.name for domain in resolved]
@@ -116,7 +115,7 @@ def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
 def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Whether a model can write text: it is causal, and its weights are in memory and not quantized."""
     in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
-    return in_memory and model.can_generate() and not model.config.is_encoder_decoder
+    return in_memory and predicts_next(model)
 
 
 def _builtin_beside(domains: list[DomainConfig]) -> str:
@@ -137,10 +136,8 @@ HALVINGS = 100
 
 
 def reweighted(shares: Sequence[float], weights: Sequence[float], losses: Sequence[float]) -> tuple[float, ...]:
-    """The shares of the next round, in which domains that have lost more than the mean count more.
-
-    The share of domain k becomes α_k ∝ α_k · exp(loss_k / mean loss - 1), kept within a factor of 2 of its weight in
-    the config. The shares sum to 1.
+    """The shares of the next round, which sum to 1: domains that have lost more than the mean count more, by α_k ∝ α_k
+    · exp(loss_k / mean loss - 1), kept within a factor of 2 of their weight in the config.
     """
     sizes = [min(max(loss, LEAST_LOSS), MOST_LOSS) for loss in losses]
     mean = fmean(sizes)

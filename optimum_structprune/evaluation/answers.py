@@ -21,10 +21,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from ..domains.packing import prefix_token
+from ..domains.packing import begun
 from ..domains.passages import shared_tokens
 from ..errors import StructPruneError, one_line
-from ..forward.generation import continued
+from ..forward.generation import continued, positions_of, predicts_next
 from ..forward.metrics import divergence, evaluating, run_model, standard_error
 from ..record.answers import Items
 from ..system.stages import stage
@@ -68,9 +68,7 @@ class Question:
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens that a model answers."""
         if not tokenizer.chat_template:
-            prefix = prefix_token(tokenizer)
-            ids: list[int] = tokenizer(self.opening, add_special_tokens=False)["input_ids"]
-            return ids if prefix is None else [prefix, *ids]
+            return begun(self.opening, tokenizer)
         how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
         try:
             text = tokenizer.apply_chat_template([dict(message) for message in self.messages], **how)
@@ -122,8 +120,7 @@ def ask(
     """The greedy answers of a model, or a `TimeoutError` where they take longer than so many seconds."""
     prompts = [question.ids(tokenizer) for question in questions]
     longest = max(map(len, prompts))
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", inf)
-    if longest + max_new_tokens > positions:
+    if longest + max_new_tokens > (positions := positions_of(model)):
         raise StructPruneError(
             f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than the model's {positions} "
             f"positions; {max(positions - longest, 0)} is the most for it."
@@ -183,10 +180,8 @@ def answer_divergence(
     questions: Sequence[Question],
     answers: Sequence[Answer],
 ) -> float | None:
-    """The mean KL(dense‖model) per token of the dense model's answers in nats, over the tokens that both have; None
-    where the model has some that the dense one has not.
-
-    A text counts up to its first token that the model does not have.
+    """The mean KL(dense‖model) per token of the dense model's answers in nats, over the tokens that both have and up
+    to the first that the model has not; None where it has some that the dense one has not.
     """
     readers = [tokenizers["model"], tokenizers["dense"]]
     more = len(readers[0].get_vocab()) - len(readers[1].get_vocab())
@@ -225,9 +220,8 @@ def items_of(questions: Sequence[Question], answers: Mapping[str, Sequence[Answe
 
 
 class ShortCheck:
-    """Asks the models of one run the same few questions, where that takes little of its time.
-
-    `tokens` is how many tokens the run reads. A model that takes too long or cannot answer ends the check.
+    """Asks the models of one run, which reads so many tokens, the same few questions, where that takes little of its
+    time; a model that takes too long or cannot answer ends the check.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int):
@@ -238,7 +232,7 @@ class ShortCheck:
 
     def ask(self, name: str, model: PreTrainedModel) -> None:
         """Ask one more model; a failure only gives a warning."""
-        if not (self.tokens and self.questions) or not model.can_generate() or model.config.is_encoder_decoder:
+        if not (self.tokens and self.questions and predicts_next(model)):
             return
         try:
             if self._seconds is None:
@@ -263,8 +257,7 @@ class ShortCheck:
     def _allowance(self, model: PreTrainedModel) -> float:
         """The seconds that the answers of one model may take, by the time of a forward pass over a few questions."""
         prompts = [token for question in self.questions for token in question.ids(self.tokenizer)]
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", len(prompts))
-        ids = torch.tensor([prompts[: min(positions, 1 + self.tokens // 16)]])  # little of a short run
+        ids = torch.tensor([prompts[: int(min(positions_of(model), 1 + self.tokens // 16))]])  # little of a short run
         for _ in range(2):  # the first one warms up
             start = time.monotonic()
             float(run_model(model, ids).logits[0, -1, 0])

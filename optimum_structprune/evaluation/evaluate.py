@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -16,8 +16,9 @@ from ..domains.manifest import CALIBRATED, Manifest
 from ..domains.packing import prefix_token
 from ..domains.resolve import resolve
 from ..errors import StructPruneError
+from ..forward.generation import positions_of, predicts_next
 from ..forward.metrics import own_settings, perplexity_errors, perplexity_of
-from ..plain_json import replace_json, versioned
+from ..plain_json import Record
 from ..record.answers import SHOWN, outcome, telling
 from ..record.facts import UNKNOWN
 from ..record.text import plus_minus, table
@@ -32,7 +33,7 @@ ALL, ANSWERS = "all items", "answers"
 
 
 @dataclass
-class Evaluation:
+class Evaluation(Record):
     """The numbers that `evaluate` measured; `str` of it is a table.
 
     Attributes:
@@ -78,14 +79,6 @@ class Evaluation:
     shared: list[str] | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
     show: int = SHOWN
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers as plain values."""
-        return asdict(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write the numbers to a JSON file; one that is not finite is null."""
-        replace_json(path, versioned(self.to_dict()))
 
     def __str__(self) -> str:
         """A table of domains, one of tasks, some answers, and the warnings."""
@@ -295,10 +288,10 @@ def _check(
     if not domains and not tasks and answers is None:
         raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE), a task, or answers.")
     for model in models.values():
-        if model.config.is_encoder_decoder or not model.can_generate():
+        if not predicts_next(model):
             raise StructPruneError(f"{type(model).__name__} does not predict the next token: only such models count.")
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if domains and longest is not None and seq_length > longest:
+        if domains and seq_length > positions_of(model):
+            longest = positions_of(model)
             raise StructPruneError(f"seq_length={seq_length} is longer than the model's {longest} positions.")
     sizes = [model.config.get_text_config().vocab_size for model in models.values()]
     if len(set(sizes)) > 1 and dense_tokenizer is None:

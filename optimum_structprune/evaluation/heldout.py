@@ -26,15 +26,10 @@ class Heldout:
 
 
 def read_heldout(
-    domain: DomainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    seq_length: int,
-    num_samples: int | None = None,
+    domain: DomainConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int, num_samples: int | None = None
 ) -> Heldout:
-    """Read a domain in the order in which its source gives it: the same text for every model with this tokenizer.
-
-    Documents follow each other with an EOS token between them, and are cut into samples that each begin with the token
-    of `prefix_token`. What does not fill the last sample is left out.
+    """Read a domain in the order of its source, the same text for every model with this tokenizer, and cut it into
+    samples; what does not fill the last one is left out.
     """
     if num_samples is None and endless(domain):
         raise StructPruneError(

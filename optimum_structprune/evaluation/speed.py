@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,8 @@ from ..forward.generation import (
     cache_name,
     growing_layers,
     last_logits_only,
+    positions_of,
+    predicts_next,
     queries_per_key,
     read_parameters,
     read_prompt,
@@ -32,7 +34,7 @@ from ..forward.generation import (
     write_tokens,
 )
 from ..forward.metrics import evaluating, input_device
-from ..plain_json import replace_json, versioned
+from ..plain_json import Record
 from ..record.text import table
 
 
@@ -61,10 +63,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds of each repeat of one kind of work, the tokens of all sequences per second by their median, the
-    first model's time over this model's in pairs of the same repeat, and what their sizes promise: the ratio of
-    operations where a prompt is read, of bytes of weights and cache where tokens are written, None where these are not
-    known.
+    """The seconds of each repeat of one kind of work, the tokens of all sequences per second by their median, and how
+    many times as fast as the first model this one is, measured in pairs and by operations (to read) or bytes (to
+    write); None where these are not known.
     """
 
     seconds: tuple[float, ...]
@@ -75,22 +76,18 @@ class Timing:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The parameters of a model, the dtype and the bytes of its weights, the bytes of its safetensors files (None
-    where no folder is known), and of keys and values per token, over all layers.
-    """
+    """The parameters of a model, the dtype and bytes of its weights, and the bytes of keys and values per token."""
 
     parameters: int
     dtype: str
     weights: int
-    files: int | None
     cache_per_token: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, work: Work, folder: str | Path | None) -> ModelSize:
-        """The sizes of a model, whose files lie in a folder."""
-        files = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) if folder else 0
+    def of(cls, model: PreTrainedModel, work: Work) -> ModelSize:
+        """The sizes of a model."""
         dtype, weights = str(model.dtype).removeprefix("torch."), bytes_of(model.parameters())
-        return cls(model.num_parameters(), dtype, weights, files or None, work.cache_per_token)
+        return cls(model.num_parameters(), dtype, weights, work.cache_per_token)
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Speed:
+class Speed(Record):
     """The numbers that `measure_speed` measured; `str` of it is three tables.
 
     Attributes:
@@ -133,14 +130,6 @@ class Speed:
     memory_is: str
     notes: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers as plain values."""
-        return asdict(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write the numbers to a JSON file."""
-        replace_json(path, versioned(self.to_dict()))
-
     def __str__(self) -> str:
         """A table of sizes, one of prompts read, one of tokens written, and what the columns mean."""
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
@@ -155,11 +144,9 @@ class Speed:
         return "\n\n".join([self._sizes(), self._times("prefill"), self._times("decode"), "\n".join(lines)])
 
     def _sizes(self) -> str:
-        rows = [["", "parameters", "dtype", "bytes of weights", "of files", "of cache per token"]]
+        rows = [["", "parameters", "dtype", "bytes of weights", "of cache per token"]]
         for name, size in self.models.items():
-            files = "?" if size.files is None else f"{size.files:,}"
-            numbers = [f"{size.parameters:,}", size.dtype, f"{size.weights:,}", files, f"{size.cache_per_token:,}"]
-            rows.append([name, *numbers])
+            rows.append([name, f"{size.parameters:,}", size.dtype, f"{size.weights:,}", f"{size.cache_per_token:,}"])
         return table(rows)
 
     def _times(self, stage: str) -> str:
@@ -193,7 +180,6 @@ def measure_speed(
     repeats: int = 9,
     threads: int | None = None,
     clock: str = "wall",
-    folders: Mapping[str, str | Path] | None = None,
     arch_file: str | Path | None = None,
     seed: int = 0,
 ) -> Speed:
@@ -214,7 +200,6 @@ def measure_speed(
         threads: The number of threads; None takes what torch is set to.
         clock: What is timed: `wall` for time that passes, or `cpu` for time of the processor, over all threads, which
             other jobs on the machine disturb less.
-        folders: The folders of the models' files, by model, for the sizes of these files.
         arch_file: Descriptions of your own, see `families.yaml`.
         seed: The seed of the prompts.
 
@@ -247,7 +232,7 @@ def measure_speed(
             measurements += [run.measured(name, runs[first], ideal) for name, run in runs.items()]
     device = input_device(models[first])
     return Speed(
-        models={name: ModelSize.of(of, works[name], (folders or {}).get(name)) for name, of in models.items()},
+        models={name: ModelSize.of(model, works[name]) for name, model in models.items()},
         measurements=measurements,
         new_tokens=new_tokens,
         repeats=repeats,
@@ -288,7 +273,7 @@ def check_clock(clock: str, device: torch.device | str) -> None:
 
 
 def _check_model(name: str, model: PreTrainedModel, prompt: int, new_tokens: int) -> None:
-    if model.config.is_encoder_decoder or not model.can_generate():
+    if not predicts_next(model):
         raise StructPruneError(
             f"{name} is a {type(model).__name__}, which does not predict the next token: only such models count."
         )
@@ -298,9 +283,8 @@ def _check_model(name: str, model: PreTrainedModel, prompt: int, new_tokens: int
         )
     if len(set(getattr(model, "hf_device_map", None) or {"": ""}.values())) > 1:
         raise StructPruneError(f"{name} is spread over several devices, and the time of one is measured: name one.")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and prompt + new_tokens > longest:
-        legal = longest - new_tokens
+    longest = positions_of(model)
+    if (legal := longest - new_tokens) < prompt:
         nearest = f"the longest prompt is {legal}" if legal > 0 else f"new_tokens may be {longest - 1} at most"
         raise StructPruneError(
             f"prompt={prompt} and new_tokens={new_tokens} take {prompt + new_tokens} positions, and {name} has "

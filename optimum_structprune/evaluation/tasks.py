@@ -107,11 +107,8 @@ class Tasks:
 
 
 def local_task(path: Path) -> dict[str, Any]:
-    """A file of multiple-choice items as a task of lm_eval, named like the file.
-
-    A choice is judged by its log-likelihood after the query and a space: `acc` takes the likeliest, `acc_norm` the
-    likeliest per character. A query that begins with `Question:` and does not end with `Answer:` is given that line,
-    as in the tasks that lm_eval brings.
+    """A file of multiple-choice items as a task of lm_eval, named like the file: choices are judged by their
+    log-likelihood after the query and a space, `acc` takes the likeliest, `acc_norm` the likeliest per character.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..arch.spec import kind_of
 from ..config.fields import read_mapping
 from ..errors import StructPruneError, one_line
-from ..plain_json import plain, unversioned, versioned
+from ..plain_json import Record, unversioned
 
 
 DETAILS_NAME = "pruning_details.json"
@@ -71,10 +71,10 @@ def choices_of_list(rows: Sequence[Sequence[Any]]) -> dict[tuple[int, str], Choi
     return {(int(layer), str(name)): Choice.from_dict(values) for layer, name, values in rows}
 
 
-def choice_of(kept: Tensor, carried: Tensor | None = None, errors: Sequence[float] | None = None) -> Choice:
+def choice_of(kept: Tensor, carried: Tensor | None = None) -> Choice:
     """The summary of one choice. `kept` has the shape `(units,)`, `carried` `(domains, units)`."""
     agreement = () if carried is None else rank_correlations(carried)
-    return Choice(len(kept), int(kept.sum()), agreement, () if errors is None else relative_errors(errors))
+    return Choice(len(kept), int(kept.sum()), agreement)
 
 
 def relative_errors(errors: Sequence[float]) -> tuple[float, ...]:
@@ -102,7 +102,7 @@ def rank_correlations(values: Tensor) -> tuple[float, ...]:
 
 @strict
 @dataclass
-class Details:
+class Details(Record):
     """What a run saw while it pruned: the `name` and `dtype` of the dense model and the `bytes` of the weights
     "before" and "after", the domains in the order of `agreement`, how units were chosen by kind of space and layer of
     the dense model, the most bytes that this process had held when a stage ended, by kind of memory, and whether the
@@ -121,10 +121,6 @@ class Details:
         for (layer, name), choice in sorted(choices.items(), key=lambda pair: pair[0]):
             of_kind = self.choices.setdefault(kind_of(name), {})
             of_kind[layer] = of_kind[layer].merged(choice) if layer in of_kind else choice
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON."""
-        Path(path).write_text(json.dumps(plain(versioned(asdict(self))), allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Details":

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from statistics import fmean, geometric_mean
@@ -36,11 +36,9 @@ COUNTS = {
 
 @dataclass
 class Facts:
-    """What was measured of one model: the widths of the layers by kind of space, numbers of parameters, the bytes of
-    the weights and of the cache per token, the perplexity, its bits per byte of text and the error of the last hidden
-    states (relative to their variance) by domain, scores by task (`{"piqa": {"acc": …}}`), and the tokens that are
-    read and written per second. `stderr` and `ratio_stderr` are the standard errors of the perplexity and of its ratio
-    to that of the model that it is compared with; `tokens` is how many it was measured on.
+    """What was measured of one model: widths of the layers by kind of space; by domain the perplexity, its bits per
+    byte, the number of tokens, the standard errors of it and of its ratio to another model's, and the error of the
+    last hidden states; scores by task (`{"piqa": {"acc": …}}`); tokens read and written per second.
     """
 
     widths: dict[str, list[int]] = field(default_factory=dict)
@@ -63,9 +61,8 @@ class Facts:
 @dataclass(frozen=True)
 class Row:
     """One fact of several models: a value for each, None where it is not known, a list where it is one by layer.
-
-    `change` says how the last model is compared with the first: in `PERCENT`, as a `RATIO`, or not at all. `errors`
-    are the standard errors of the values, and behind them that of the ratio; `tokens` is what they were measured on.
+    `change` says how the last is compared with the first: in `PERCENT`, as a `RATIO`, or not at all; `errors` are the
+    standard errors of the values, and behind them that of the ratio.
     """
 
     label: str
@@ -144,7 +141,8 @@ def quality_rows(models: Sequence[Facts]) -> list[Row]:
     if len(rows) > 1:
         means = tuple(_mean([row.values[number] for row in rows]) for number in range(len(models)))
         rows.append(Row("  geometric mean", means, 2, RATIO))
-    rows += _known([Row("bits per byte", tuple(_mean_bits(facts) for facts in models), 3)])
+    bits = tuple(_mean([*facts.bits_per_byte.values()], fmean) for facts in models)
+    rows += _known([Row("bits per byte", bits, 3)])
     rows += [Row(f"output error {name}", of, 4) for name, of in _by_name([facts.output_error for facts in models])]
     scores = [
         {
@@ -158,19 +156,12 @@ def quality_rows(models: Sequence[Facts]) -> list[Row]:
     return [*rows, *(Row(label, of, 3) for label, of in _by_name(scores))]
 
 
-def speed_rows(models: Sequence[Facts]) -> list[Row]:
-    """Tokens per second, where they were measured."""
-    rows = [
-        Row(f"tokens {what} per second", tuple(getattr(facts, name) for facts in models), 1)
-        for name, what in (("read", "read"), ("write", "written"))
-    ]
-    return _known(rows)
-
-
 def rows(models: Mapping[str, Facts]) -> list[Row]:
     """All that is known of some of the models, which have the same order in each row."""
     every = list(models.values())
-    return [*size_rows(every), *quality_rows(every), *speed_rows(every)]
+    read = Row("tokens read per second", tuple(facts.read for facts in every), 1)
+    written = Row("tokens written per second", tuple(facts.write for facts in every), 1)
+    return [*size_rows(every), *quality_rows(every), *_known([read, written])]
 
 
 def cells(names: Sequence[str], of: Sequence[Row], compared: bool = True) -> list[list[str]]:
@@ -317,11 +308,6 @@ def _known(table_rows: Sequence[Row]) -> list[Row]:
     return [row for row in table_rows if any(value is not None for value in row.values)]
 
 
-def _mean(values: Sequence[Any]) -> float | None:
+def _mean(values: Sequence[Any], mean: Callable[[Sequence[Any]], float] = geometric_mean) -> float | None:
     usable = all(value is not None and value > 0 and isfinite(value) for value in values)
-    return geometric_mean(values) if usable else None
-
-
-def _mean_bits(facts: Facts) -> float | None:
-    bits = [value for value in facts.bits_per_byte.values() if value is not None]
-    return fmean(bits) if bits and len(bits) == len(facts.bits_per_byte) else None
+    return mean(values) if values and usable else None

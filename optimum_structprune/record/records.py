@@ -30,9 +30,9 @@ PLACES = ("stats", "losses_dir", "checkpoint_dir", "arch_file")
 
 @dataclass(frozen=True)
 class Records:
-    """The records of the result in the folder `output`, each empty where the folder does not have it. `recovery` holds
-    the numbers of the training, `training` its config if it is no part of the pruning, `evaluation` what was measured
-    by `structprune evaluate`, `speed` that of `structprune report --speed`, `dense` the dense model's name.
+    """The records of the result in the folder `output`, each empty where there is none: `recovery` has the numbers of
+    the training, `training` its config if it is no part of the pruning's, `evaluation` and `speed` what was measured
+    later.
     """
 
     output: str

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..arch.spec import LAYER, MODEL, ArchSpec
-from ..plain_json import replace_json, versioned
+from ..plain_json import Record
 from ..surgery.plan import Plan
 from ..system.memory import model_bytes, peak_memory
 from ..system.stages import stage
@@ -57,7 +56,7 @@ class RecoveryReport:
 
 
 @dataclass
-class Report:
+class Report(Record):
     """What was done and what it cost, with what the run saw as `details`, which are saved in a file of their own. Each
     other field has its sentence in `saving/schemas/report.schema.json`.
     """
@@ -123,10 +122,6 @@ class Report:
         values = asdict(replace(self, details=Details()))
         del values["details"]
         return {**values, "sparsity": self.sparsity}
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON; a number that is not finite, which JSON does not have, is null."""
-        replace_json(path, versioned(self.to_dict()))
 
     def __str__(self) -> str:
         """Widths, parameters and perplexity per domain, as a table, and what else there is to say."""

@@ -12,6 +12,7 @@ from ..config.recovery import RecoveryConfig
 from ..domains.resolve import texts_of
 from ..domains.sources import documents
 from ..errors import StructPruneError
+from ..forward.generation import positions_of, predicts_next
 from ..system.disk import check_folder
 from ..system.offloading import is_offloaded
 from ..system.processes import check_launch
@@ -25,13 +26,16 @@ SHARDING_DEVICES = ["cuda", "xpu", "npu", "hpu", "mlu", "musa"]
 
 
 def check_recovery(
-    config: RecoveryConfig,
-    pruning: StructPruneConfig,
-    model: PreTrainedModel | None = None,
-    parts: int | None = None,
+    config: RecoveryConfig, pruning: StructPruneConfig, model: PreTrainedModel | None = None, parts: int | None = None
 ) -> None:
     """Refuse a recovery that would fail later."""
-    _check_deepspeed(config)
+    check_launch()
+    if config.training.get("deepspeed"):  # before transformers sets up anything for it
+        raise StructPruneError(
+            "training's deepspeed is not supported, because DeepSpeed keeps the trained weights in a form of its own; "
+            "leave it out, and every process holds the whole model, or on GPUs set fsdp=True, which shards weights, "
+            "gradients and the optimizer over them."
+        )
     if parts is None:
         parts = pruning.rounds if config.every_round else 1
     text = text_config(config, pruning, parts)
@@ -48,17 +52,6 @@ def check_recovery(
         check_folder(str(arguments.output_dir))
     if model is not None:
         _check_model(model, config, text.seq_length)
-
-
-def _check_deepspeed(config: RecoveryConfig) -> None:
-    """Refuse DeepSpeed before transformers sets up anything for it."""
-    check_launch()
-    if config.training.get("deepspeed"):
-        raise StructPruneError(
-            "training's deepspeed is not supported, because DeepSpeed keeps the trained weights in a form of its own; "
-            "leave it out, and every process holds the whole model, or on GPUs set fsdp=True, which shards weights, "
-            "gradients and the optimizer over them."
-        )
 
 
 def check_sharding(arguments: TrainingArguments, device: str) -> None:
@@ -84,15 +77,14 @@ def check_sharding(arguments: TrainingArguments, device: str) -> None:
 
 def _check_model(model: PreTrainedModel, config: RecoveryConfig, seq_length: int) -> None:
     name = type(model).__name__
-    if model.config.is_encoder_decoder or not model.can_generate():
+    if not predicts_next(model):
         raise StructPruneError(f"Recovery trains causal language models, and {name} is none; leave recovery out.")
     if is_offloaded(model):
         raise StructPruneError(
             f"Recovery trains weights in memory, and {name} is offloaded; leave recovery out, save, and recover the "
             "smaller model."
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and seq_length > longest:
+    if seq_length > (longest := positions_of(model)):
         raise StructPruneError(
             f"The recovery's seq_length={seq_length} is longer than the model's {longest} positions."
         )

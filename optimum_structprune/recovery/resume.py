@@ -72,10 +72,8 @@ class TrainingInputs(TrainerCallback, ExportableState):
         )
 
     def last_checkpoint(self, folder: str) -> str:
-        """The last checkpoint of this training in a folder.
-
-        The Trainer writes its state last, so that a checkpoint without a readable one was cut short by a kill or a
-        full disk. The one before it is still there then.
+        """The last checkpoint of this training in a folder; one that a kill or a full disk has cut short has no state,
+        which the Trainer writes last, and is passed over.
         """
         reason = f"There is no checkpoint in {folder} to resume from; start without resuming."
         refusals = []
@@ -103,10 +101,8 @@ def model_of(folder: str | Path) -> str | None:
 
 @torch.no_grad()
 def weights_hash(model: PreTrainedModel) -> str:
-    """The SHA-256 of a model's type and of its weights as bfloat16, in hexadecimal digits.
-
-    A model therefore keeps its hash when it is saved and loaded again, in float32 or in bfloat16, and when accelerate
-    has put some of it on the disk.
+    """The SHA-256 of a model's type and of its weights as bfloat16, in hexadecimal digits: the same in float32 and in
+    bfloat16, and where accelerate has put some of them on the disk.
     """
     digest = sha256(str(model.config.model_type).encode())
     for name, tensor in model.state_dict().items():

@@ -20,10 +20,8 @@ from ..errors import StructPruneError
 
 
 def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int = 1) -> StructPruneConfig:
-    """What `load_domains` has to read for the training: samples of each domain by its weight, presets resolved.
-
-    The seed is the pruning's, whatever seed the training has. It decides the order of the documents, and with it which
-    of them are held out.
+    """What `load_domains` has to read for the training; the seed is the pruning's, which decides the order of the
+    documents and with it which of them are held out.
     """
     seq_length = config.seq_length or pruning.seq_length
     domains = resolve(config.domains or _domains_of(pruning))
@@ -50,9 +48,8 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
 
 
 def _domains_of(pruning: StructPruneConfig) -> list[DomainConfig]:
-    """The domains of a pruning, without what the model wrote beside them.
-
-    To write as much as training reads takes long, and it won nothing (docs/recovery.md).
+    """The domains of a pruning, without what the model wrote beside them, which takes long and won nothing
+    (docs/recovery.md).
     """
     if pruning.general_text == WRITTEN:
         pruning = replace(pruning, general_share=0.0, general_text=None)
@@ -60,10 +57,8 @@ def _domains_of(pruning: StructPruneConfig) -> list[DomainConfig]:
 
 
 def heldout_samples(pruning: StructPruneConfig, seq_length: int) -> int:
-    """Number of held-out samples per domain that covers every document that the pruning held out.
-
-    The held-out documents of a domain are the first ones in the order that the seed chooses. As many held-out tokens
-    as the pruning had, or more, therefore keep all of them out of the training text.
+    """The number of held-out samples per domain that has as many tokens as the pruning held out, or more: documents
+    come in the same order, so none of these is trained on.
     """
     counts = split_samples(pruning.num_samples, [domain.weight for domain in texts_of(pruning)])
     most_heldout = max(num_heldout(count, float(pruning.holdout)) for count in counts)
@@ -94,9 +89,8 @@ def samples_of(domains: Sequence[Domain]) -> Tensor:
 
 
 def part_rows(domains: Sequence[Domain], part: int = 1, parts: int = 1) -> list[int]:
-    """The rows of `samples_of` that one part of the training takes: one slice of each domain.
-
-    No sample is in two parts, and all parts together are the whole text.
+    """The rows of `samples_of` that one part of the training takes: one slice of each domain, and no sample in two
+    parts.
     """
     rows: list[int] = []
     first = 0

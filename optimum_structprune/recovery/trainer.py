@@ -209,9 +209,8 @@ class DistillTrainer(Trainer):
 
 @contextmanager
 def to_train(model: M, arguments: TrainingArguments) -> Iterator[M]:
-    """The model that the Trainer gets: the model itself, or with FSDP a copy, because what it shards stays in shards.
-
-    All processes have to come to the end of `with`, where the model takes over what was trained.
+    """The model that the Trainer gets: itself, or with FSDP, whose shards stay shards, a copy that it takes over at
+    the end of `with`, where all processes have to come.
     """
     if not arguments.fsdp:
         yield model

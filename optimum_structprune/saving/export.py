@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.llama_cpp import layer_configs
 from ..arch.load import describe
 from ..arch.meta import check_plain, dequantized, meta_model
-from ..arch.nemotron_nas import (
-    CODE,
-    FORM,
-    check_nemotron_nas,
-    llama_config,
-    nemotron_nas_fields,
-    padded,
-    sizes_of,
-)
+from ..arch.nemotron_nas import CODE, FORM, check_nemotron_nas, llama_config, nemotron_nas_fields, padded, sizes_of
 from ..arch.per_layer import MODULE
 from ..errors import StructPruneError
 from ..plain_json import replace_json
@@ -85,16 +78,16 @@ def export_uniform(
     Output(save_directory, overwrite, used).check()
     if not model.config.is_heterogeneous:
         raise StructPruneError(f"All layers of this {model.config.model_type} model have the same width already.")
-    padded = deepcopy(model)
-    pad_(padded, describe(padded, arch_file))
+    uniform = deepcopy(model)
+    pad_(uniform, describe(uniform, arch_file))
 
     def write(folder: Path) -> None:
         _copy_records(model, folder, "uniform", padding)
-        leave_card(folder, save_directory, padded.config, model.name_or_path, arch_file)
+        leave_card(folder, save_directory, uniform.config, model.name_or_path, arch_file)
 
-    padding = _padding(model, padded)
+    padding = _padding(model, uniform)
     save_checked(
-        padded, save_directory, tokenizer, overwrite, write, lambda _, folder: check_reload(model, folder), used
+        uniform, save_directory, tokenizer, overwrite, write, lambda _, folder: check_reload(model, folder), used
     )
     return padding
 
@@ -148,9 +141,9 @@ def export_nemotron_nas(
     return padding
 
 
-def _padding(model: PreTrainedModel, padded: PreTrainedModel) -> Padding:
-    dense, added = _dense_parameters(model.name_or_path), model_bytes(padded) - model_bytes(model)
-    return Padding(model.num_parameters(), padded.num_parameters(), dense, added)
+def _padding(model: PreTrainedModel, filled: PreTrainedModel) -> Padding:
+    dense, added = _dense_parameters(model.name_or_path), model_bytes(filled) - model_bytes(model)
+    return Padding(model.num_parameters(), filled.num_parameters(), dense, added)
 
 
 def _copy_records(model: PreTrainedModel, folder: Path, form: str, padding: Padding) -> None:
@@ -164,9 +157,6 @@ def _copy_records(model: PreTrainedModel, folder: Path, form: str, padding: Padd
 
 def _dense_parameters(folder: str | None) -> int | None:
     """The number of parameters before pruning, from the report beside a model; None where there is no such report."""
-    if not folder or not (path := Path(folder, REPORT_NAME)).is_file():
-        return None
-    try:
-        return int(json.loads(path.read_text())["parameters"]["before"])
-    except (OSError, ValueError, KeyError, TypeError):  # the file is of another program
-        return None
+    with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is of another program
+        return int(json.loads(Path(folder or "", REPORT_NAME).read_text())["parameters"]["before"])
+    return None

@@ -72,10 +72,7 @@ class GGUFFile:
 
 
 def export_gguf(
-    model: PreTrainedModel,
-    path: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-    overwrite: bool = False,
+    model: PreTrainedModel, path: str | Path, tokenizer: PreTrainedTokenizerBase | None, overwrite: bool = False
 ) -> GGUFFile:
     """Write a model and its tokenizer as one GGUF file, which llama.cpp runs as it is.
 
@@ -261,10 +258,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
 
 
 def pre_tokenizer(parts: Mapping[str, Any]) -> str:
-    """llama.cpp's name for what a byte-level tokenizer does before its merges.
-
-    llama.cpp's own converter knows a tokenizer by a hash of what it makes of one text, which a new vocabulary changes.
-    This compares the steps themselves.
+    """llama.cpp's name for what a byte-level tokenizer does before its merges, by the steps themselves: the hash by
+    which its own converter knows a tokenizer changes with the vocabulary.
     """
     step: Mapping[str, Any] = parts.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])
@@ -317,9 +312,8 @@ def _merges(model: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _scores(model: Mapping[str, Any], names: list[str]) -> list[float]:
-    """What llama.cpp goes by where it puts pieces together: it takes the pair whose whole scores highest.
-
-    That is the order of the merges, so a piece scores minus the number of the first merge that makes it.
+    """What llama.cpp goes by where it puts pieces together, the highest score first: minus the number of the first
+    merge that makes a piece.
     """
     rank: dict[str, int] = {}
     for number, pair in enumerate(_merges(model)):

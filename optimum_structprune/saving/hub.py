@@ -18,6 +18,7 @@ from ..arch.per_layer import heterogeneous
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
+from ..forward.generation import positions_of
 from ..forward.metrics import evaluating, outputs_of, run_model
 from ..plain_json import replace_json
 from ..record.details import DETAILS_NAME
@@ -50,9 +51,8 @@ def save_pruned(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a pruned model with its config, plan, report, details, manifest, page and tokenizer; see `save_checked`.
-
-    The folder that the dense model was loaded from is never replaced, and nor is what the config names.
+    """Save a pruned model with its records, page and tokenizer, see `save_checked`; neither the dense model's folder
+    nor what the config names is replaced.
     """
     from .card import leave_card  # with the page, only what saves pays for them
     from .page import leave_page
@@ -80,9 +80,8 @@ def save_checked(
     check: Callable[[Any, Path], Any],
     used: Iterable[str | Path | None] = (),
 ) -> None:
-    """Save a model, and make the folder appear only once it has been read back; see `Output`.
-
-    Of several processes, the first one saves, and the others wait for it and fail if it fails.
+    """Save a model, and make the folder appear only once it has been read back, see `Output`; of several processes the
+    first one saves, and the others wait for it and fail if it fails.
     """
     need_bytes = 0 if hasattr(model, "peft_config") else model_bytes(model)  # an adapter is small
     with Output(save_directory, overwrite, used).staged(need_bytes) as staging:
@@ -111,10 +110,8 @@ def _shards(model: Any) -> dict[str, Any]:
 
 
 def forget_code(path: Path) -> None:
-    """Take out of a saved config what names code in its own folder that is not there.
-
-    Such an `auto_map` comes from the folder that the model was loaded from, whose code is not copied where the model
-    was loaded with the classes of transformers. Code in a repository of the Hub, `owner/name--module.Class`, stays.
+    """Take out of a saved config what names code in its own folder that is not there, such as the dense folder's,
+    which is not copied where transformers' classes run; code on the Hub, `owner/name--module.Class`, stays.
     """
     config = json.loads(path.read_text()) if path.is_file() else {}
     named = config.get("auto_map")
@@ -174,6 +171,5 @@ def _probe(model: PreTrainedModel) -> Tensor:
     if model.main_input_name == "pixel_values" and hasattr(config, "image_size"):
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         return torch.randn(1, config.num_channels, size, size, generator=generator).to(model.dtype)
-    text = config.get_text_config()
-    length = min(16, getattr(text, "max_position_embeddings", None) or 16)
-    return torch.randint(text.vocab_size, (1, length), generator=generator)
+    length = int(min(16, positions_of(model)))
+    return torch.randint(config.get_text_config().vocab_size, (1, length), generator=generator)

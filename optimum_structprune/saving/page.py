@@ -54,6 +54,8 @@ class Chart:
 
 def page(records: Records) -> str:
     """The page of one result: HTML that needs nothing else. Its sentences are in the template."""
+    output, dense = records.output, records.dense or "DENSE"
+    measure = ["report", output, dense, "--domain", "NAME=SOURCE", "--speed"]
     try:
         return _template().render(
             records=records,
@@ -72,7 +74,7 @@ def page(records: Records) -> str:
             answers_line=remark(records.answers) if records.answers else "",
             remarks=list(remarks(records.report)),
             spent=_spent(records),
-            commands=_commands(records),
+            commands=[*records.commands(output, dense, f"{output}-again"), join(["structprune", *measure])],
             configs=records.configs,
             manifest=_manifest(records),
             version=__version__,
@@ -296,15 +298,6 @@ def _spent(records: Records) -> Table | None:
     head = ["stage", "time", *(f"peak {kind.upper()} memory so far" for kind in kinds)]
     top = max(spent.values()) or 1.0
     return Table("Time and memory by stage", head, rows, [seconds / top for seconds in spent.values()])
-
-
-def _commands(records: Records) -> list[str]:
-    """The commands that repeat the run and measure more; the pruning is not among them where its text cannot be read
-    again.
-    """
-    dense, output = records.dense or "DENSE", records.output
-    measure = ["report", output, dense, "--domain", "NAME=SOURCE", "--speed"]
-    return [*records.commands(output, dense, f"{output}-again"), join(["structprune", *measure])]
 
 
 def _manifest(records: Records) -> Table | None:

@@ -81,9 +81,8 @@ class Output:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs from the same output inside `with`, and clear away what those that were killed left there.
-
-        All processes that share the work have to come here.
+        """Keep other runs from the same output inside `with`, where all processes have to come, and clear away what
+        killed ones left there.
         """
         if is_first_rank():
             with self._locked():
@@ -95,9 +94,8 @@ class Output:
 
     @contextmanager
     def staged(self, need_bytes: int = 0) -> Iterator[Path]:
-        """Give a new folder, and move it into place if nothing inside `with` fails; otherwise nothing changes.
-
-        Only what the first process writes is kept; the others get a folder that is removed, and fail where it fails.
+        """Give a new folder, and move it into place if nothing inside `with` fails; only what the first process writes
+        is kept, and the others fail where it fails.
         """
         with first_decides(str(self.path)) as first:
             if not first:
@@ -291,9 +289,8 @@ def _nearest(shown: str | Path, places: Iterable[Path]) -> tuple[Path, int]:
 
 
 def is_write_error(error: BaseException) -> bool:
-    """Whether an error says that a file could not be written, whichever library raised it.
-
-    Torch raises a bare `RuntimeError` and tokenizers a bare `Exception`, which their words tell from others.
+    """Whether an error says that a file could not be written, whichever library raised it: torch and tokenizers raise
+    bare ones, which their words tell from others.
     """
     if isinstance(error, (OSError, SafetensorError)):
         return True
@@ -302,7 +299,11 @@ def is_write_error(error: BaseException) -> bool:
 
 def is_result(folder: Path) -> bool:
     """Whether this package wrote a folder: it holds one of `MARKERS` with the fields that belong there."""
-    return any(fields <= _fields(folder / name) for name, fields in MARKERS.items())
+    for name, fields in MARKERS.items():
+        with suppress(OSError, ValueError, TypeError, RecursionError):  # it is not there, or of another program
+            if fields <= set(json.loads((folder / name).read_text())):
+                return True
+    return False
 
 
 def foreign_entries(folder: Path) -> Iterator[str]:
@@ -389,14 +390,6 @@ def _owner(lock: Path) -> str:
     with suppress(OSError):
         return lock.read_text() or "?"
     return "?"
-
-
-def _fields(path: Path) -> set[str]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return set()
-    return set(data) if isinstance(data, dict) else set()
 
 
 def _relation(folder: Path, name: str | Path) -> str:

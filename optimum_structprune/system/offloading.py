@@ -17,12 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
-from accelerate.utils import (
-    OffloadedWeightsLoader,
-    PrefixedDataset,
-    named_module_tensors,
-    set_module_tensor_to_device,
-)
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, named_module_tensors, set_module_tensor_to_device
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -74,10 +69,8 @@ def compute_device(model: nn.Module) -> torch.device:
 
 
 def give_back_free_memory() -> None:
-    """Have the C library give memory that is free back to the system, as far as it can be asked to.
-
-    On most Linux systems it keeps freed blocks of up to 32 MB, such as matrices of a layer, so that the memory of many
-    layers would stay in use.
+    """Have the C library give memory that is free back to the system, where it would keep blocks of up to 32 MB, such
+    as matrices of a layer.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -54,9 +54,8 @@ def across_processes() -> Iterator[None]:
 
 
 def check_launch() -> None:
-    """Refuse a launch by which accelerate shards every model over the processes.
-
-    transformers then loads the weights in the first process alone, and leaves those of the others empty.
+    """Refuse a launch by which accelerate shards every model, because transformers then loads the weights in the first
+    process alone.
     """
     for variable, flag in LAUNCHES.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
@@ -94,9 +93,8 @@ def every_process_runs(samples: Sized) -> bool:
 
 
 def own_part(samples: T) -> T:
-    """The samples that this process runs: every N-th, or all of them where they are fewer than the processes.
-
-    A mean over processes that run the same samples is the mean of one of them.
+    """The samples that this process runs: every N-th, or all of them where they are fewer than the processes, whose
+    mean is then that of one of them.
     """
     return samples if every_process_runs(samples) else samples[process_index() :: process_count()]
 
@@ -146,11 +144,8 @@ def is_first_rank() -> bool:
 
 @contextmanager
 def first_decides(name: str) -> Iterator[bool]:
-    """Raise an error that the first process meets inside `with` in all others too, which wait for it.
-
-    The first one, which gets True, leaves its outcome in the store through which the processes found each other. It
-    never waits, so it may as well be the only one that comes here; a barrier would not let it go on, nor say why it
-    failed.
+    """Raise an error that the first process meets inside `with` in all others too, which wait for it; it gets True,
+    leaves its outcome in the store through which they found each other, and may as well come here alone.
     """
     rank, count = _rank_and_count()
     if count == 1:

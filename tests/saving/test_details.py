@@ -1,7 +1,7 @@
 """What a run notes of its choices: few numbers that say the truth about many."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -27,12 +27,10 @@ def test_rank_correlations_are_those_of_numpy_with_ties_in_the_mean_of_their_ran
 
 
 def test_the_experts_of_a_layer_become_one_entry():
-    few = {"carried": torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]), "errors": (1.0, 0.5, 2.0)}
-    kept = torch.tensor([True, False, True])
+    kept, carried = torch.tensor([True, False, True]), torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    expert = replace(choice_of(kept, carried), error=(0.5, 0.25))
     details = Details()
-    details.take(
-        {(5, "mlp/0"): choice_of(kept[1:]), **{(0, f"mlp/{expert}"): choice_of(kept, **few) for expert in (0, 1)}}
-    )
+    details.take({(5, "mlp/0"): choice_of(kept[1:]), (0, "mlp/0"): expert, (0, "mlp/1"): expert})
     both = details.choices["mlp"][0]
     assert (both.scored, both.kept, both.spaces) == (6, 4, 2)
     assert both.error == (0.5, 0.25) and both.agreement == pytest.approx((1.0,))
