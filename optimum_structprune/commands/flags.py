@@ -163,10 +163,6 @@ COMMANDS = (
             "output": "Folder for the recovered model.",
             "--teacher": named("MODEL", "The model to agree with, usually the dense one."),
             "--resume": switch("Go on from the last checkpoint of the same command."),
-            "--adapter": {
-                "help": "Save the adapter and do not merge it: the same as --no-merge.",
-                **{"dest": "merge", "action": "store_const", "const": False, "default": SUPPRESS},
-            },
             **RESULT,
             **ARCH,
             **LOADING,

@@ -190,7 +190,7 @@ def evaluate(
             each other, the tokenizer or the samples.
     """
     named = resolve(as_domain(domain, "evaluate") for domain in domains)
-    models = {"model": model} if dense is None else {"model": model, "dense": dense}
+    models = {"model": model} if dense is None else {"dense": dense, "model": model}
     readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
     _check(models, named, tasks, answers, seq_length, dense_tokenizer)
     _check_numbers(num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
@@ -239,9 +239,7 @@ def _answer(
 ) -> None:
     """Enter what the models answer, the dense one first; each reads and writes with its own tokenizer."""
     answers = {
-        which: ask(models[which], tokenizers[which], questions, max_new_tokens, batch_size)
-        for which in ("dense", "model")
-        if which in models
+        which: ask(model, tokenizers[which], questions, max_new_tokens, batch_size) for which, model in models.items()
     }
     evaluation.answers = items_of(questions, answers)
     figures = {which: figures_of(of) for which, of in answers.items()}
@@ -272,8 +270,7 @@ def _measure(evaluation: Evaluation, name: str, text: Judged, batch_size: int) -
         evaluation.divergence[name], evaluation.agreement[name] = close
     evaluation.tokens[name] = text.samples[:, 1:].numel()
     evaluation.perplexity[name] = {which: perplexity_of(loss) for which, loss in losses.items()}
-    # From the dense model to the other, whose ratio to it is measured.
-    evaluation.perplexity_stderr[name] = perplexity_errors(dict(reversed(losses.items())))
+    evaluation.perplexity_stderr[name] = perplexity_errors(losses)
     evaluation.bits_per_byte[name] = {which: text.bits_per_byte(loss) for which, loss in losses.items()}
 
 
@@ -290,13 +287,12 @@ def _check(
     for model in models.values():
         if not predicts_next(model):
             raise StructPruneError(f"{type(model).__name__} does not predict the next token: only such models count.")
-        if domains and seq_length > positions_of(model):
-            longest = positions_of(model)
+        if domains and seq_length > (longest := positions_of(model)):
             raise StructPruneError(f"seq_length={seq_length} is longer than the model's {longest} positions.")
     sizes = [model.config.get_text_config().vocab_size for model in models.values()]
     if len(set(sizes)) > 1 and dense_tokenizer is None:
         raise StructPruneError(
-            f"The model has a vocabulary of {sizes[0]}, the dense one of {sizes[1]}; name its tokenizer "
+            f"The model has a vocabulary of {sizes[1]}, the dense one of {sizes[0]}; name its tokenizer "
             "(dense_tokenizer)."
         )
 

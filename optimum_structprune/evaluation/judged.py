@@ -36,27 +36,28 @@ class Judged:
         apart: bool,
     ):
         self.samples, self.models, self.apart = samples, models, apart
+        self.pair = [which for which in ("model", "dense") if which in models]
         self.passages = Passages([*samples], readers["dense"])
         if not apart:
             check_vocabulary(int(samples.max()), models["model"].config.get_text_config().vocab_size)
         else:
             self.rows = {which: self.passages.rows(readers[which], model) for which, model in models.items()}
-            both = [readers[which] for which in models], list(models.values())
+            both = [readers[which] for which in self.pair], [models[which] for which in self.pair]
             self.shared = self.passages.shared_rows(*both) if "dense" in models else None
 
     def losses(self, batch_size: int) -> tuple[dict[str, Tensor], tuple[float, float] | None]:
         """The losses of each model per dense token in each sample, shape `(samples,)`, and beside a dense model the
         divergence and the agreement, as far as the vocabularies allow.
         """
-        models = [*self.models.values()]
+        models = [self.models[which] for which in self.pair]
         if self.apart:
             predicted = self.samples.shape[1] - 1
             losses = {which: row_losses(self.models[which], rows) / predicted for which, rows in self.rows.items()}
             return losses, closeness(models, *self.shared) if self.shared else None
         if len(models) == 1:
             return {"model": sample_losses(models[0], self.samples, batch_size)}, None
-        both = compare(models[0], models[1], self.samples, batch_size)
-        return {"model": both.losses, "dense": both.dense_losses}, (both.divergence, both.agreement)
+        both = compare(*models, self.samples, batch_size)
+        return {"dense": both.dense_losses, "model": both.losses}, (both.divergence, both.agreement)
 
     def bits_per_byte(self, losses: Tensor) -> float:
         """What `losses` gave, in bits per byte of the text."""

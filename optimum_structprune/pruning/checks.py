@@ -220,11 +220,6 @@ def _check_offloaded(
                 f"{space!r} changes weights all over {name} at once, which is offloaded; prune inside the layers, or "
                 f"{advice}."
             )
-    if use == PRUNE and config.recovery is not None:
-        raise StructPruneError(
-            f"Recovery trains weights in memory, and {name} is offloaded; leave recovery out, save, and recover the "
-            "smaller model."
-        )
     check_sequential(model, arch)
 
 

@@ -3,9 +3,10 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,19 +36,6 @@ class Choice:
     kept: int
     agreement: tuple[float, ...] = ()
     error: tuple[float, ...] = ()
-    spaces: int = 1
-
-    def merged(self, other: "Choice") -> "Choice":
-        """Both choices as one: units are summed, all else is averaged over spaces."""
-        share = other.spaces / (self.spaces + other.spaces)
-        return replace(
-            self,
-            scored=self.scored + other.scored,
-            kept=self.kept + other.kept,
-            agreement=_weighted(self.agreement, other.agreement, share),
-            error=_weighted(self.error, other.error, share),
-            spaces=self.spaces + other.spaces,
-        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Choice":
@@ -59,6 +47,15 @@ class Choice:
 
 
 Choices = Mapping[tuple[int, str], Choice]
+
+
+def merged(choices: Sequence[Choice]) -> Choice:
+    """Choices as one: units are summed, all else is averaged, and empty where one of them has none."""
+    means = []
+    for name in ("agreement", "error"):
+        values = [getattr(choice, name) for choice in choices]
+        means.append(tuple(map(fmean, zip(*values, strict=True))) if all(values) else ())
+    return Choice(sum(choice.scored for choice in choices), sum(choice.kept for choice in choices), *means)
 
 
 def choices_to_list(choices: Choices) -> list[list[Any]]:
@@ -117,10 +114,13 @@ class Details(Record):
 
     def take(self, choices: Choices) -> None:
         """Enter what was chosen, by layer and name of the space, the experts of a layer as one."""
-        self.choices = {}
+        of_kinds: dict[str, dict[int, list[Choice]]] = {}
         for (layer, name), choice in sorted(choices.items(), key=lambda pair: pair[0]):
-            of_kind = self.choices.setdefault(kind_of(name), {})
-            of_kind[layer] = of_kind[layer].merged(choice) if layer in of_kind else choice
+            of_kinds.setdefault(kind_of(name), {}).setdefault(layer, []).append(choice)
+        self.choices = {
+            kind: {layer: merged(of_layer) for layer, of_layer in by_layer.items()}
+            for kind, by_layer in of_kinds.items()
+        }
 
     @classmethod
     def load(cls, path: str | Path) -> "Details":
@@ -134,10 +134,3 @@ class Details(Record):
             return cls(**{**data, "choices": choices})
         except (ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
             raise StructPruneError(f"{path} is not the record of a pruning: {one_line(error)}") from error
-
-
-def _weighted(first: Sequence[float], second: Sequence[float], share: float) -> tuple[float, ...]:
-    """Means with the weights `1 - share` and `share`; empty where one of the two is."""
-    if not (first and second):
-        return ()
-    return tuple(a + share * (b - a) for a, b in zip(first, second, strict=True))

@@ -42,6 +42,8 @@ def check_recovery(
     for domain in texts_of(text):
         # Opening a source refuses a name that leads nowhere; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
+    if model is not None:
+        _check_model(model, config, text.seq_length)
     adapter = lora_config(config)
     if model is not None and config.train == "lora":
         check_fits(model, adapter, config.merge)
@@ -50,8 +52,6 @@ def check_recovery(
     check_sharding(arguments, device)
     if "output_dir" in config.training:
         check_folder(str(arguments.output_dir))
-    if model is not None:
-        _check_model(model, config, text.seq_length)
 
 
 def check_sharding(arguments: TrainingArguments, device: str) -> None:

@@ -90,6 +90,7 @@ def model_card(
     records = Records.read(folder) if (folder / REPORT_NAME).is_file() else Records(name, {})
     origin = Dense.of(records.dense or dense or "").said(records.details.model)
     kind = model_class(config, arch_file).__name__
+    training = records.training or records.config.get("recovery") or {}
     causal, qualities = kind == "AutoModelForCausalLM", quality_tables(records) if records.report else ()
     card = ModelCard.from_template(
         _fields(folder, records, origin, causal),
@@ -118,7 +119,7 @@ def model_card(
         trained_on=_domains(records, TRAINED),
         apart=records.apart,
         training=records.recovery,
-        learning_rate=_learning_rate(records.training),
+        learning_rate=(training.get("training") or {}).get("learning_rate") or RATES.get(training.get("train", "")),
         version=__version__,
         configs=records.configs,
         commands="\n".join(records.commands(".", origin.name or "DENSE", "again")),
@@ -137,11 +138,6 @@ def _fields(folder: Path, records: Records, origin: Dense, causal: bool) -> Mode
         pipeline_tag="text-generation" if causal else None,
         **origin.licence,
     )
-
-
-def _learning_rate(training: Mapping[str, Any]) -> float:
-    given = (training.get("training") or {}).get("learning_rate")
-    return RATES.get(training.get("train", ""), 0.0) if given is None else float(given)
 
 
 def renamed(card: str, repo_id: str) -> str:

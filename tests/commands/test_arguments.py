@@ -160,7 +160,7 @@ def test_flags_of_recovery_override_the_file(tmp_path):
     config = recovery_config(parsed("recover", "m", "o", *flags, "--kl-weight", "0"))
     assert (config.tokens, config.lora, config.training) == (7, {"r": 2, "lora_alpha": 8}, {"bf16": True})
     assert config.kl_weight == 0 and config.merge
-    assert not recovery_config(parsed("recover", "m", "o", "--adapter")).merge
+    assert not recovery_config(parsed("recover", "m", "o", "--no-merge")).merge
 
 
 def test_settings_have_types_and_a_domain_all_its_fields():

@@ -32,7 +32,7 @@ def test_the_experts_of_a_layer_become_one_entry():
     details = Details()
     details.take({(5, "mlp/0"): choice_of(kept[1:]), (0, "mlp/0"): expert, (0, "mlp/1"): expert})
     both = details.choices["mlp"][0]
-    assert (both.scored, both.kept, both.spaces) == (6, 4, 2)
+    assert (both.scored, both.kept) == (6, 4)
     assert both.error == (0.5, 0.25) and both.agreement == pytest.approx((1.0,))
     assert list(details.choices["mlp"]) == [0, 5]
 
