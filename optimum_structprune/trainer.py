@@ -205,9 +205,7 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         return any(arch.widths(name) != dense.widths(name) for name in dense.names)
 
     def prune_(self, model: PreTrainedModel, optimizer: optim.Optimizer, widths: Widths) -> bool:
-        """Bring a model down to widths, with its optimizer's state, and say whether anything was removed; the
-        parameters stay the same objects.
-        """
+        """Prune a model to widths with its optimizer's state, in place; whether anything was removed."""
         arch = describe(model, self.config.arch_file)
         smaller = {
             name: width

@@ -65,9 +65,7 @@ def add_commands(parser: ArgumentParser) -> None:
 
 
 def execute(args: Namespace) -> int:
-    """Run the chosen command, show its result or its error in one line, and return its exit code; of several
-    processes, the first one shows the result.
-    """
+    """Run the chosen command, show its result or its error, and return its exit code."""
     number = int(os.environ.get("RANK", "0"))
     try:
         check_output(args)

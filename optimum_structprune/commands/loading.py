@@ -35,9 +35,7 @@ SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 @dataclass
 class Loading:
-    """How models are loaded, checked when it is made; `device` is then the one that is used, and non-uniform models of
-    the file's families load.
-    """
+    """How models are loaded, checked when it is made; models of the file's families then load non-uniform too."""
 
     dtype: str = "auto"
     device: str | None = None

@@ -109,9 +109,7 @@ def compare(args: Namespace) -> Result:
 
 
 def _check_comparable(args: Namespace, loading: Loading) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
-    """Refuse what cannot be compared, before a model is loaded; the first model's tokenizer where text is read, and
-    what to know of the others.
-    """
+    """Refuse what cannot be compared; the first model's tokenizer where text is read, and notes on the others."""
     for path in args.models:
         loading.config(path)
     if args.csv is not None:
@@ -125,9 +123,7 @@ def _check_comparable(args: Namespace, loading: Loading) -> tuple[PreTrainedToke
 
 
 def _facts(path: str, args: Namespace, loading: Loading, first: PreTrainedTokenizerBase | None) -> Facts:
-    """The facts of one model; it is let go before the next is loaded. Perplexity is per token of the first model's
-    tokenizer.
-    """
+    """The facts of one model, which is let go; perplexity is per token of the first model's tokenizer."""
     model, tokenizer = loading.model_and_tokenizer(path)
     facts = Facts(parameters=model.num_parameters(), weights=bytes_of(model.parameters()))
     if cache_name(model) is not None:

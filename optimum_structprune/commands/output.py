@@ -127,9 +127,7 @@ def _stages_announced() -> Iterator[None]:
 
 @contextmanager
 def _widths_by_layer() -> Iterator[None]:
-    """Leave out the warnings about a width that a config has once for the model and once for each layer: transformers'
-    own code reads it in loading.
-    """
+    """Leave out warnings, which no user can do anything about, of widths that a config has for each layer too."""
     source = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
 
     def wanted(record: logging.LogRecord) -> bool:

@@ -59,9 +59,7 @@ def prune(args: Namespace) -> Result:
 
 
 def _configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | None]:
-    """How to prune, and how to train afterwards; the pruned model is saved in between, so that an interruption of the
-    training loses nothing.
-    """
+    """How to prune, and how to train afterwards: the pruned model is saved in between, in case of an interruption."""
     config = pruning_config(args)
     recovery = None if config.recovery is None or config.recovery.every_round else config.recovery
     config = config if recovery is None else replace(config, recovery=None)

@@ -1,7 +1,4 @@
-"""Calibration text that needs no download: from any Python installation, made by rule, or from files beside this one.
-
-`texts/README.md` says where the files come from, and under which licences.
-"""
+"""Calibration text that needs no download: from any Python installation, by rule, or in `texts` (see its README)."""
 
 from __future__ import annotations
 

@@ -61,9 +61,7 @@ PATIENCE = 120
 
 
 def self_documents(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, seed: int) -> Iterator[str]:
-    """Documents that a model writes, without end; each batch is kept on the disk and read from there next time. The
-    same model and seed give the same documents.
-    """
+    """Documents that a model writes, without end, the same for a seed; batches are kept on the disk for next time."""
     kinds = read_yaml(SEED_PROMPTS)
     if name not in (*kinds, ANY):
         raise StructPruneError(f"A model does not write {name!r} itself.{did_you_mean(name, [*kinds, ANY])}")

@@ -167,11 +167,7 @@ class Manifest(Record):
 
     @classmethod
     def load(cls, folder_or_file: str | Path) -> "Manifest":
-        """Read what `save` wrote, or the manifest in the folder of a pruned model.
-
-        Raises:
-            StructPruneError: If there is none, or it is not a manifest.
-        """
+        """Read what `save` wrote, or the manifest in the folder of a pruned model; anything else is refused."""
         path = Path(folder_or_file)
         path = path / MANIFEST_NAME if path.is_dir() else path
         data = unversioned(read_mapping(path, json.loads))

@@ -22,9 +22,7 @@ PATIENCE = 10_000
 
 @dataclass(frozen=True)
 class Tokens:
-    """A document as token ids, for each whether it belongs to an answer (None where nobody asks), and the SHA-256 of
-    its text.
-    """
+    """A document as token ids, which of them belong to an answer (None: nobody asks), and the SHA-256 of its text."""
 
     ids: list[int]
     answers: list[bool] | None
@@ -44,9 +42,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a sample of `seq_length` tokens holds apart from text: the token at its head, and the one between two
-    documents, if any.
-    """
+    """What a sample holds apart from text: the token at its head, and the one between two documents, if any."""
 
     seq_length: int
     prefix: int | None
@@ -136,9 +132,7 @@ class Shelf:
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token at the head of a text: the one that the tokenizer puts there, else its BOS, else its EOS token, if
-    any.
-    """
+    """The token at the head of a text: the one that the tokenizer puts there, else its BOS, else its EOS, if any."""
     special = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     if special[:1] != plain[:1]:

@@ -75,9 +75,7 @@ class Passages:
 
 
 def shared_tokens(tokenizers: Sequence[PreTrainedTokenizerBase], models: Sequence[PreTrainedModel]) -> Tensor | None:
-    """The ids, in each of two vocabularies, of the tokens that both models have, shape `(2, shared)`; None where one
-    vocabulary is not within the other.
-    """
+    """The ids of the tokens that both have, shape `(2, shared)`; None where one vocabulary is not within the other."""
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
     small, large = sorted(vocabularies, key=len)
     if not small.keys() <= large.keys():

@@ -37,9 +37,7 @@ def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
 
 
 def presets(file: str = "") -> dict[str, Mapping[str, Any]]:
-    """All presets by name, those of a file over the built-in ones: each has the fields of `DomainConfig` and a
-    `licence`, or a `mix` of others.
-    """
+    """All presets by name, those of a file over the built-in ones: fields of a domain and a licence, or a `mix`."""
     table = {**read_yaml(BUILTIN_PRESETS), **(read_yaml(file) if file else {})}
     for name, entry in table.items():
         if not isinstance(entry, Mapping) or ("mix" in entry) == ("source" in entry):

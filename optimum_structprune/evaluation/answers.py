@@ -1,7 +1,4 @@
-"""What a model answers to questions: right by a pattern or not, whether it stops by itself, whether it repeats itself.
-
-A model with a chat template is asked; one without goes on from an opening. Both write greedily.
-"""
+"""What a model answers to questions, or says behind openings, greedily: whether it is right, ends, repeats itself."""
 
 from __future__ import annotations
 

@@ -16,9 +16,7 @@ from ..errors import StructPruneError
 
 @dataclass(frozen=True)
 class Heldout:
-    """The first samples of a domain as token ids, shape `(num_samples, seq_length)`, with the SHA-256 of each document
-    in them.
-    """
+    """The first samples of a domain, shape `(num_samples, seq_length)`, with the SHA-256 of each document in them."""
 
     domain: DomainConfig
     samples: Tensor
@@ -28,9 +26,7 @@ class Heldout:
 def read_heldout(
     domain: DomainConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int, num_samples: int | None = None
 ) -> Heldout:
-    """Read a domain in the order of its source, the same text for every model with this tokenizer, and cut it into
-    samples; what does not fill the last one is left out.
-    """
+    """Read a domain in the order of its source and cut it into samples; what does not fill the last is left out."""
     if num_samples is None and endless(domain):
         raise StructPruneError(
             f"The domain {domain.name!r} ({domain.source}) has no known end; say how many samples to read "

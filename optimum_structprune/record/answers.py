@@ -1,7 +1,5 @@
-"""Answers of models to the same questions: whether one errs or loops more than another, and a few to show.
-
-An item is one question, `{"kind": …, "prompt": …, "answers": {"dense": {"text": …, "right": …}, "pruned": …}}`, with
-the answers of the models in the order dense, pruned, recovered.
+"""Answers of models to the same questions. An item is one question, `{"kind": …, "prompt": …, "answers": {"dense":
+{"text": …, "right": …}, "pruned": …}}`, the models in the order dense, pruned, recovered.
 """
 
 from __future__ import annotations

@@ -75,17 +75,13 @@ def choice_of(kept: Tensor, carried: Tensor | None = None) -> Choice:
 
 
 def relative_errors(errors: Sequence[float]) -> tuple[float, ...]:
-    """The squared errors without a refit and with one, relative to the energy that stands third; empty where that is 0
-    or a number is not finite.
-    """
+    """The squared errors without and with a refit, relative to the energy behind them; empty if one is not finite."""
     removed, refitted, energy = errors
     return (removed / energy, refitted / energy) if energy > 0 and all(map(isfinite, errors)) else ()
 
 
 def rank_correlations(values: Tensor) -> tuple[float, ...]:
-    """Spearman's rank correlation of each pair of rows, in the order (0, 1), (0, 2), …; empty where there is one row,
-    or a row whose values are all alike.
-    """
+    """Spearman's rank correlation of each pair of rows, (0, 1), (0, 2), …; empty for one row, or one of equals."""
     from scipy.stats import spearmanr  # takes a second, and only what prunes needs it
 
     if len(values) < 2 or bool((values == values[:, :1]).all(1).any()):

@@ -1,6 +1,4 @@
-"""One table of facts of any result: what is known of one model or of several, as rows that text, Markdown and HTML
-show.
-"""
+"""One table of facts of any result: what is known of several models, as rows that text, Markdown and HTML show."""
 
 from __future__ import annotations
 
@@ -124,9 +122,7 @@ def size_rows(models: Sequence[Facts]) -> list[Row]:
 
 
 def quality_rows(models: Sequence[Facts]) -> list[Row]:
-    """Perplexity by domain with the geometric mean, bits per byte in the mean over domains, output errors, and scores
-    of tasks.
-    """
+    """Perplexity by domain and its geometric mean, mean bits per byte, output errors, and scores of tasks."""
     rows = [
         Row(
             f"perplexity {name}",
@@ -165,9 +161,7 @@ def rows(models: Mapping[str, Facts]) -> list[Row]:
 
 
 def cells(names: Sequence[str], of: Sequence[Row], compared: bool = True) -> list[list[str]]:
-    """Rows as text, under a head with the names of the models, with the change and bars of the layers as the last
-    columns.
-    """
+    """Rows as text under the names of the models; the last columns are the change and bars of the layers."""
     more = [Row.compared, *([Row.spark] if any(row.spark() for row in of) else [])] if compared else []
     head = ["", *names, *("" for _ in more)]
     titles = [f"{row.label} ({row.tokens:,} tokens)" if row.tokens else row.label for row in of]
@@ -249,9 +243,7 @@ def far_off(asked: float, removed: float) -> bool:
 
 
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
-    """What a report says beside its table: time by domain, what was compared and tried, shares, and what a limit has
-    stopped.
-    """
+    """What a report says beside its table: time by domain, what was compared and tried, what a limit has stopped."""
     if report.get("asked") is not None:
         yield given_by(report)
     if report.get("perplexity_stderr"):

@@ -52,9 +52,7 @@ class Records:
         return [entry for entry in self.manifest.get("domains", ()) if entry.get("use", CALIBRATED) == use]
 
     def commands(self, folder: str, dense: str, again: str) -> list[str]:
-        """What makes the model once more, in the folder `again`, from the configs in a folder; nothing where it read
-        text that only the program had which called it.
-        """
+        """What makes the model again from the configs in a folder; nothing where a program gave it text."""
         domains = [domain for of in (self.config, self.training) for domain in of.get("domains") or []]
         named = all(entry.get("origin") for entry in self.manifest.get("domains", ()))
         if not self.config or not named or any(str(of.get("source", "")).startswith(IN_MEMORY) for of in domains):
@@ -81,9 +79,7 @@ class Records:
 
     @property
     def speedup(self) -> dict[str, Any]:
-        """How many times as fast as the dense model the result reads (`prefill`) and writes (`decode`), and `where`;
-        empty where it was not measured.
-        """
+        """How many times as fast as the dense model the result reads and writes, and `where`; empty if unknown."""
         for measured in (self.speed.get("measurements") or [])[1:2]:
             shape = f"batch {measured['batch_size']}, a prompt of {measured['prompt']:,} tokens"
             times = {stage: measured[stage]["speedup"]["median"] for stage in ("prefill", "decode")}

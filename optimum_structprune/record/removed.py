@@ -19,9 +19,7 @@ NAMES = {
 
 
 def removed(report: Mapping[str, Any]) -> Iterator[str]:
-    """What went of each kind of space, such as "384 of 1,536 FFN channels (25 %) in each of 30 layers", from the
-    fields of a report.
-    """
+    """What went of each kind of space, such as "384 of 1,536 FFN channels (25 %) in each of 30 layers"."""
     for kind, by_layer in sorted(report["widths"].items()):
         full, name = report["dense_widths"][kind], NAMES.get(kind, f"units of {kind}")
         gone = [full - width for width in by_layer.values()]

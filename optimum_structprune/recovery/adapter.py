@@ -94,9 +94,7 @@ def fresh_adapter(model: PreTrainedModel, kind: PeftConfig, seed: int, merge: bo
 
 @contextmanager
 def every_weight(model: PreTrainedModel, seed: int) -> Iterator[PreTrainedModel]:
-    """The model with all weights trainable, which a failure inside `with` gives their old values from a copy on the
-    CPU; random numbers follow the seed.
-    """
+    """The model with all weights trainable; a failure gives them their old values; random numbers follow a seed."""
     training, trainable = model.training, trainable_of(model)
     before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
     try:
@@ -116,9 +114,7 @@ def every_weight(model: PreTrainedModel, seed: int) -> Iterator[PreTrainedModel]
 
 
 def check_fits(model: PreTrainedModel, kind: LoraConfig, merge: bool = True) -> None:
-    """Refuse an adapter that cannot be put on a model of the same kind without weights, such as one for modules that
-    the model does not have.
-    """
+    """Refuse an adapter that cannot be put on a model of the same kind without weights."""
     kind = deepcopy(kind)
     kind.init_lora_weights = True  # others look at the weights
     try:
@@ -181,9 +177,7 @@ def set_trainable_(model: PreTrainedModel, trainable: Mapping[str, bool]) -> Non
 
 
 def _take_off_(model: PreTrainedModel, trainable: Mapping[str, bool]) -> None:
-    """Take off what peft has put on a model. Its own `unload` needs an adapter that stands, and it may have stopped
-    half-way.
-    """
+    """Take off what peft has put on a model; its own `unload` needs an adapter that stands."""
     _unwrap_(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
@@ -204,9 +198,7 @@ def _under(wrapper: Any) -> nn.Module:
 
 @torch.no_grad()
 def merge_adapter_(adapted: PeftModel, samples: Tensor) -> PreTrainedModel:
-    """The model under an adapter, with the adapter folded into its weights. `samples` has the shape `(samples,
-    seq_length)`.
-    """
+    """The model under an adapter, which is folded into its weights; samples have the shape `(samples, seq_length)`."""
     ids = samples[:1, :COMPARED_TOKENS]
     trained = _logits(adapted, ids)
     merged = adapted.merge_and_unload()

@@ -20,9 +20,7 @@ from ..errors import StructPruneError
 
 
 def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int = 1) -> StructPruneConfig:
-    """What `load_domains` has to read for the training; the seed is the pruning's, which decides the order of the
-    documents and with it which of them are held out.
-    """
+    """What to read for the training; the seed is the pruning's, which decides which documents are held out."""
     seq_length = config.seq_length or pruning.seq_length
     domains = resolve(config.domains or _domains_of(pruning))
     samples, weights = config.tokens // seq_length, [domain.weight for domain in domains]
@@ -48,9 +46,7 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int =
 
 
 def _domains_of(pruning: StructPruneConfig) -> list[DomainConfig]:
-    """The domains of a pruning, without what the model wrote beside them, which takes long and won nothing
-    (docs/recovery.md).
-    """
+    """The domains of a pruning; what the model wrote beside them takes long and won nothing (docs/recovery.md)."""
     if pruning.general_text == WRITTEN:
         pruning = replace(pruning, general_share=0.0, general_text=None)
     return texts_of(pruning)
@@ -75,9 +71,7 @@ def training_text(
     parts: int = 1,
     seen: Manifest | None = None,
 ) -> list[Domain]:
-    """Read the text of the whole training, and the held-out text that it is judged by; nothing of either has had the
-    other's use before.
-    """
+    """Read the text that is trained on and the held-out text; neither has had the other's use before."""
     text = text_config(config, pruning, parts)
     vocab_size = model.config.get_text_config().vocab_size
     return load_domains(text, tokenizer, vocab_size, heldout_samples(pruning, text.seq_length), model, seen)
@@ -89,9 +83,7 @@ def samples_of(domains: Sequence[Domain]) -> Tensor:
 
 
 def part_rows(domains: Sequence[Domain], part: int = 1, parts: int = 1) -> list[int]:
-    """The rows of `samples_of` that one part of the training takes: one slice of each domain, and no sample in two
-    parts.
-    """
+    """The rows of `samples_of` that one part of the training takes: a slice of each domain, none in two parts."""
     rows: list[int] = []
     first = 0
     for domain in domains:

@@ -334,9 +334,7 @@ class WorseModelWarning(UserWarning):
 
 @dataclass
 class RecoveryOutcome(RecoveryReport):
-    """What a training did, its highest learning rate, the name of its teacher, and whether the model is `worse` for
-    it, by the mean log perplexity on held-out text.
-    """
+    """What a training did, and whether it made the model worse by the mean log perplexity on held-out text."""
 
     worse: bool = False
     learning_rate: float = 0.0

@@ -312,9 +312,7 @@ def _merges(model: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _scores(model: Mapping[str, Any], names: list[str]) -> list[float]:
-    """What llama.cpp goes by where it puts pieces together, the highest score first: minus the number of the first
-    merge that makes a piece.
-    """
+    """What llama.cpp joins pieces by, the highest first: minus the number of the first merge that makes a piece."""
     rank: dict[str, int] = {}
     for number, pair in enumerate(_merges(model)):
         rank.setdefault("".join(pair), number)

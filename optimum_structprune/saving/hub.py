@@ -51,9 +51,7 @@ def save_pruned(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a pruned model with its records, page and tokenizer, see `save_checked`; neither the dense model's folder
-    nor what the config names is replaced.
-    """
+    """Save a pruned model with its records, page and tokenizer; what it comes from and goes by is never replaced."""
     from .card import leave_card  # with the page, only what saves pays for them
     from .page import leave_page
 
@@ -131,9 +129,7 @@ def forget_code(path: Path) -> None:
 
 @torch.no_grad()
 def check_reload(model: PreTrainedModel, folder: str | Path, reader: Any = None) -> None:
-    """Load a saved model with plain `from_pretrained`, of its own class or of `reader`, and compare logits, or hidden
-    states where it has no head.
-    """
+    """Load a saved model, by default as one of its own class, and compare logits, or hidden states without a head."""
     # A config on disk does not say which kernels ran, and those of another attention round differently.
     names = ("attn_implementation", "experts_implementation")
     kernels: dict[str, Any] = {name: _kernels(model.config, name) for name in names}

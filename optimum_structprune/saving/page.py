@@ -42,9 +42,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """Columns over the layers: shares from 0 to 1 of the height `top`, by series, each in front of the one before;
-    and the same in numbers.
-    """
+    """Columns over the layers by series, shares of the height `top`, each in front of the one before; and numbers."""
 
     caption: str
     series: Mapping[str, Sequence[float]]

@@ -1,7 +1,5 @@
-"""Writes an output in one step, from one run at a time, and never over files of the user.
-
-While a run lasts, a lock and working folders lie beside its output. The kernel releases a lock when its process ends,
-however it ends, and the next run clears away what it has left.
+"""Writes an output in one step, from one run at a time, and never over files of the user; a lock and working folders
+lie beside it, and the next run clears away what a killed one left.
 """
 
 from __future__ import annotations
@@ -62,11 +60,9 @@ PATIENCE = 0.2  # seconds, in which a run that is just ending may give its lock 
 
 
 class Output:
-    """A folder that a run makes. A link is followed to its target, so that it keeps pointing to the result.
-
-    A folder that holds something is replaced only with `overwrite`, and only if this package wrote it: one of its own
-    records is in it, and nothing that the package does not write. It is never replaced if it is, holds or lies in one
-    of `used`, the files and folders that the run reads. Of several processes, the first one decides for all.
+    """A folder that a run makes; a link is followed to its target. What it holds is replaced only with `overwrite`, if
+    nothing else than this package wrote it, and if it is not, does not hold and does not lie in one of `used`, which
+    the run reads. Of several processes, the first one decides for all.
     """
 
     def __init__(self, target: str | Path, overwrite: bool = False, used: Iterable[str | Path | None] = ()):
@@ -81,9 +77,7 @@ class Output:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs from the same output inside `with`, where all processes have to come, and clear away what
-        killed ones left there.
-        """
+        """Keep other runs from the same output, for all processes, and clear away what killed ones left."""
         if is_first_rank():
             with self._locked():
                 wait_for_all()
@@ -94,9 +88,7 @@ class Output:
 
     @contextmanager
     def staged(self, need_bytes: int = 0) -> Iterator[Path]:
-        """Give a new folder, and move it into place if nothing inside `with` fails; only what the first process writes
-        is kept, and the others fail where it fails.
-        """
+        """Give a new folder, which the first process moves into place if nothing inside `with` fails."""
         with first_decides(str(self.path)) as first:
             if not first:
                 with tempfile.TemporaryDirectory() as scratch:
@@ -289,9 +281,7 @@ def _nearest(shown: str | Path, places: Iterable[Path]) -> tuple[Path, int]:
 
 
 def is_write_error(error: BaseException) -> bool:
-    """Whether an error says that a file could not be written, whichever library raised it: torch and tokenizers raise
-    bare ones, which their words tell from others.
-    """
+    """Whether an error says that a file could not be written; torch and tokenizers raise bare ones, told by words."""
     if isinstance(error, (OSError, SafetensorError)):
         return True
     return type(error) in (RuntimeError, Exception) and any(words in str(error) for words in WRITING)

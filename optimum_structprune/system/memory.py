@@ -17,9 +17,7 @@ UNITS = ("bytes", "kB", "MB", "GB")
 
 
 def peak_memory() -> dict[str, int]:
-    """The most bytes that this process has held at a time since it began, by kind of memory: `cpu`, and `cuda` where
-    that is in use; without what cannot be known here.
-    """
+    """The most bytes that this process has held at a time, on the `cpu` and on `cuda`, as far as it can be known."""
     peaks = {}
     if resource is not None:
         # Linux counts in kB, macOS in bytes.

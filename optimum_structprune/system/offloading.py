@@ -1,7 +1,4 @@
-"""Weights that accelerate has offloaded to the CPU's memory or to the disk: where they are, and how they come and go.
-
-Accelerate loads the weights of a module at every call and drops them after it.
-"""
+"""Weights that accelerate has offloaded to the CPU's memory or the disk, and loads at every call of their module."""
 
 from __future__ import annotations
 
@@ -31,9 +28,7 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def places(model: nn.Module) -> dict[str, str]:
-    """Where the tensors of each module are, as a `device_map` for `from_pretrained`: its device, or the disk for
-    everything that is offloaded.
-    """
+    """Where the tensors of each module are, as a `device_map`: its device, or the disk for all that is offloaded."""
     devices: dict[str, str] = {}
     for name, module in model.named_modules():
         if (tensor := next((tensor for _, tensor in named_module_tensors(module)), None)) is not None:
@@ -69,9 +64,7 @@ def compute_device(model: nn.Module) -> torch.device:
 
 
 def give_back_free_memory() -> None:
-    """Have the C library give memory that is free back to the system, where it would keep blocks of up to 32 MB, such
-    as matrices of a layer.
-    """
+    """Have the C library give free memory back to the system, where it would keep blocks of up to 32 MB."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -175,9 +168,7 @@ def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], 
 
 
 def _store(weights: Any, name: str, tensor: Tensor, on_disk: dict[str, Tensor]) -> dict[str, OffloadedWeightsLoader]:
-    """Put a tensor where the former one of that name is held: into memory, or among those that go to the disk, whose
-    readers are returned by full name.
-    """
+    """Put a tensor where the former one is held: in memory, or among those for the disk, and return their readers."""
     if isinstance(weights, PrefixedDataset):
         return _store(weights.dataset, f"{weights.prefix}{name}", tensor, on_disk)
     if not isinstance(weights, OffloadedWeightsLoader):

@@ -1,7 +1,5 @@
 """Several processes that share one pruning: each runs a part of the samples, and sums are taken over all of them.
-
-Nothing is shared unless the program says so with `across_processes`, since a program may as well prune in one of its
-processes alone.
+Nothing is shared unless the program says so with `across_processes`.
 """
 
 from __future__ import annotations
@@ -54,9 +52,7 @@ def across_processes() -> Iterator[None]:
 
 
 def check_launch() -> None:
-    """Refuse a launch by which accelerate shards every model, because transformers then loads the weights in the first
-    process alone.
-    """
+    """Refuse a launch by which accelerate shards models: transformers then loads weights in one process alone."""
     for variable, flag in LAUNCHES.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise StructPruneError(
@@ -93,9 +89,7 @@ def every_process_runs(samples: Sized) -> bool:
 
 
 def own_part(samples: T) -> T:
-    """The samples that this process runs: every N-th, or all of them where they are fewer than the processes, whose
-    mean is then that of one of them.
-    """
+    """The samples that this process runs: every N-th, or all of them where they are fewer than the processes."""
     return samples if every_process_runs(samples) else samples[process_index() :: process_count()]
 
 

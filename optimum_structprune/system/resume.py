@@ -32,11 +32,9 @@ class Saved:
 
 @dataclass(frozen=True)
 class Resume:
-    """A folder that remembers how far one run has come with one kind of work.
-
-    The state names its files and replaces the former state in one step, after they are written. So a kill at any
-    moment leaves what was saved before. `key` identifies the run: what another run has saved is refused. `kind` is
-    what is counted, such as `round` or `layer`, and `every` says whether tensors of all numbers are needed again.
+    """A folder that remembers how far one run has come with one kind of work, such as `round` or `layer`: the state,
+    which names its files, replaces the former one in one step. `key` tells runs apart, and `every` says whether
+    tensors of all numbers are needed again.
     """
 
     folder: Path

@@ -17,9 +17,7 @@ _around: ContextVar[dict[str, float] | None] = ContextVar("around", default=None
 
 @contextmanager
 def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
-    """Announce a stage that begins for the first time, and add its time to `seconds`: those of the stage around it by
-    default, whose own time this is not.
-    """
+    """Announce a stage that begins for the first time, and add its own time to `seconds`, or to those around it."""
     outer = _around.get()
     times = seconds if seconds is not None else {} if outer is None else outer
     if name not in times:
