@@ -56,7 +56,7 @@ class Judged:
             return losses, closeness(models, *self.shared) if self.shared else None
         if len(models) == 1:
             return {"model": sample_losses(models[0], self.samples, batch_size)}, None
-        both = compare(*models, self.samples, batch_size)
+        both = compare(models[0], models[1], self.samples, batch_size)
         return {"dense": both.dense_losses, "model": both.losses}, (both.divergence, both.agreement)
 
     def bits_per_byte(self, losses: Tensor) -> float:
