@@ -28,8 +28,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner, measure_speed
+from optimum_structprune.arch.load import describe
 from optimum_structprune.commands.loading import Loading
-from optimum_structprune.evaluation.speed import work_of
+from optimum_structprune.forward.generation import prompt_flops
 
 
 QWEN_7B = {
@@ -157,8 +158,8 @@ def in_memory(args: Namespace, model: Path, shape: dict, ids: torch.Tensor, rows
     models = {"dense": dense, "pruned": small}
     speed = measure_speed(models, batch_sizes=(4,), prompts=(prompt,), new_tokens=8 if args.tiny else 32, repeats=5)
     for one in speed.measurements:
-        work = work_of(models[one.model])
-        share = 4 * work.prompt_flops(prompt) / median(one.prefill.seconds) / rate
+        flops = prompt_flops(models[one.model], describe(models[one.model]), prompt)
+        share = 4 * flops / median(one.prefill.seconds) / rate
         read, write = one.prefill, one.decode
         text = f"reads {read.tokens_per_second:,.0f} tokens/s ({share:.0%} of that rate), "
         text += f"writes {write.tokens_per_second:,.0f} tokens/s"

@@ -24,10 +24,9 @@ from ..forward.generation import (
     bytes_of,
     cache_name,
     growing_layers,
-    last_logits_only,
     positions_of,
     predicts_next,
-    queries_per_key,
+    prompt_flops,
     read_parameters,
     read_prompt,
     why_not_counted,
@@ -223,12 +222,15 @@ def measure_speed(
     with evaluating(*models.values()):
         works = {name: work_of(model) for name, model in models.items()}
         reasons = {name: why_not_ideal(model, arch_file) for name, model in models.items()}
+        ideal = not any(reasons.values())
         for batch_size, prompt in product(batch_sizes, prompts):
             ids = torch.randint(vocabulary, (batch_size, prompt), generator=generator)
             runs = {name: _Runs(model, ids, new_tokens, how, works[name]) for name, model in models.items()}
+            for name, run in runs.items() if ideal else ():
+                flops = prompt_flops(models[name], describe(models[name], arch_file), prompt)
+                run.work["prefill"] = batch_size * flops
             for _, run in product(range(repeats), runs.values()):
                 run.repeat()
-            ideal = not any(reasons.values())
             measurements += [run.measured(name, runs[first], ideal) for name, run in runs.items()]
     device = input_device(models[first])
     return Speed(
@@ -294,9 +296,8 @@ def _check_model(name: str, model: PreTrainedModel, prompt: int, new_tokens: int
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """What one layer keeps of a token: a number of keys and values, their bytes, and how many tokens it looks back."""
+    """What one layer keeps of a token: the bytes of keys and values, and how many tokens it looks back."""
 
-    values: int
     bytes: int
     window: int | None
 
@@ -307,17 +308,10 @@ class CachedLayer:
 
 @dataclass(frozen=True)
 class Work:
-    """What a causal language model has to compute and to read, whatever runs it: parameters in matrices, without
-    embeddings that are looked up, and in the head, the bytes that each token reads, what each layer caches, and
-    whether a prompt costs the logits of its last position only.
-    """
+    """The bytes of parameters that a model reads for each token, and what each of its layers caches."""
 
-    matrices: int
-    head: int
     read: int
     layers: tuple[CachedLayer, ...]
-    queries_per_key: int
-    last_only: bool
 
     @property
     def cache_per_token(self) -> int:
@@ -328,15 +322,6 @@ class Work:
         """The bytes of keys and values of a sequence of so many tokens."""
         return sum(layer.bytes * min(tokens, layer.window or tokens) for layer in self.layers)
 
-    def prompt_flops(self, prompt: int) -> int:
-        """The floating-point operations for one prompt: two per parameter of a matrix and token, two per parameter of
-        the head and position whose logits are computed, and in each layer two per cached value, query head of its
-        group and token that a token looks at.
-        """
-        head = self.head * (1 if self.last_only else prompt)
-        attention = self.queries_per_key * sum(layer.values * layer.seen(1, prompt + 1) for layer in self.layers)
-        return 2 * (self.matrices * prompt + head + attention)
-
     def decode_bytes(self, batch_size: int, prompt: int, count: int) -> int:
         """The bytes read to write `count` tokens after prompts: all parameters once per step, and the cache."""
         seen = sum(layer.bytes * layer.seen(prompt + 1, prompt + count + 1) for layer in self.layers)
@@ -345,17 +330,9 @@ class Work:
 
 def work_of(model: PreTrainedModel) -> Work:
     """Count the work of a causal language model from its parameters, and from the cache of one token."""
-    head, parameters = model.get_output_embeddings().weight.numel(), read_parameters(model)
     _, cache = read_prompt(model, torch.zeros(1, 1, dtype=torch.long, device=input_device(model)))
-    kept = [(layer.keys, layer.values, getattr(layer, "sliding_window", None)) for layer in growing_layers(cache)]
-    return Work(
-        matrices=sum(parameter.numel() for parameter in parameters if parameter.ndim > 1) - head,
-        head=head,
-        read=bytes_of(parameters),
-        layers=tuple(CachedLayer(k.numel() + v.numel(), bytes_of([k, v]), window) for k, v, window in kept),
-        queries_per_key=queries_per_key(model),
-        last_only=last_logits_only(model),
-    )
+    kept = [(bytes_of([of.keys, of.values]), getattr(of, "sliding_window", None)) for of in growing_layers(cache)]
+    return Work(bytes_of(read_parameters(model)), tuple(CachedLayer(*layer) for layer in kept))
 
 
 def why_not_ideal(model: PreTrainedModel, arch_file: str | Path | None = None) -> str | None:
@@ -383,10 +360,7 @@ class _Runs:
         self.seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
         self.tokens = {"prefill": self.ids.numel(), "decode": len(self.ids) * new_tokens}
         batch_size, prompt = self.ids.shape
-        self.work = {
-            "prefill": batch_size * work.prompt_flops(prompt),
-            "decode": work.decode_bytes(batch_size, prompt, new_tokens),
-        }
+        self.work = {"decode": work.decode_bytes(batch_size, prompt, new_tokens)}
 
     def repeat(self) -> None:
         """Time each kind of work once; a short prompt is read several times, and the median of these counts."""

@@ -125,6 +125,12 @@ def flops_per_token(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
     return 2 * matrices + queries_per_key(model) * (cached_values(model, arch) or 0) * (tokens + 1)
 
 
+def prompt_flops(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
+    """The floating-point operations to read a prompt: of its logits the last alone, where a model can do so."""
+    head = model.get_output_embeddings().get_parameter("weight").numel() if last_logits_only(model) else 0
+    return flops_per_token(model, arch, tokens) * tokens - 2 * head * (tokens - 1)
+
+
 def queries_per_key(model: PreTrainedModel) -> int:
     """The number of query heads to a KV head, by transformers' own name for it, which pruning of KV groups keeps."""
     groups = (getattr(module, "num_key_value_groups", None) for module in model.modules())

@@ -11,8 +11,9 @@ from models import GROUPED, build, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import Plan, Speed, StructPruneError, measure_speed
+from optimum_structprune.arch.load import describe
 from optimum_structprune.evaluation.speed import CachedLayer, Spread, why_not_ideal, work_of
-from optimum_structprune.forward.generation import read_prompt, write_tokens
+from optimum_structprune.forward.generation import prompt_flops, read_prompt, write_tokens
 
 
 SHORT = {"prompts": (8,), "new_tokens": 3, "repeats": 2}
@@ -46,17 +47,17 @@ def test_writing_with_the_cache_gives_the_likeliest_tokens(case):
 def test_work_is_counted_from_the_parameters():
     hidden, ffn, vocabulary, layers, prompt = 32, 40, 96, 2, 8
     queries, keys = 8 * 4, 4 * 4
-    work = work_of(build("llama-tied"))
+    model = build("llama-tied")
+    work = work_of(model)
     matrices = layers * (hidden * (2 * queries + 2 * keys) + 3 * hidden * ffn)
-    assert (work.matrices, work.head) == (matrices, hidden * vocabulary)
     assert work.read == 4 * (matrices + hidden * vocabulary + (2 * layers + 1) * hidden)
     pairs = sum(range(1, prompt + 1))  # of a token with itself and each before it
     attention = layers * pairs * 2 * queries  # a product with the keys and one with the values
-    assert work.prompt_flops(prompt) == 2 * (matrices * prompt + hidden * vocabulary + attention)
+    assert prompt_flops(model, describe(model), prompt) == 2 * (matrices * prompt + hidden * vocabulary + attention)
     assert work.cache_per_token == layers * 2 * keys * 4 and work.cache(10) == 10 * work.cache_per_token
     assert work.decode_bytes(3, prompt, 2) == 2 * work.read + 3 * (9 + 10) * work.cache_per_token
     # A window bounds what a token looks at.
-    windowed, free = CachedLayer(1, 4, 3), CachedLayer(1, 4, None)
+    windowed, free = CachedLayer(4, 3), CachedLayer(4, None)
     assert windowed.seen(1, 6) == 1 + 2 + 3 + 3 + 3 and free.seen(1, 6) == 15
     work = replace(work, layers=(windowed, free))
     assert work.cache(5) == 4 * (3 + 5)
@@ -95,9 +96,10 @@ def test_every_model_is_measured_in_every_shape_and_speed_ups_are_ratios_of_pair
 
 def test_the_ideal_is_a_ratio_of_work(speed):
     dense = build("llama-tied")
-    works = work_of(dense), work_of(half(dense))
+    models = dense, half(dense)
     *_, one = speed.measurements
-    flops, read = ([work.prompt_flops(8) for work in works], [work.decode_bytes(2, 8, 3) for work in works])
+    flops = [prompt_flops(model, describe(model), 8) for model in models]
+    read = [work_of(model).decode_bytes(2, 8, 3) for model in models]
     assert one.prefill.ideal == pytest.approx(flops[0] / flops[1])
     assert one.decode.ideal == pytest.approx(read[0] / read[1])
 
