@@ -153,7 +153,7 @@ class StructPruner:
     @own_settings()
     def prune_to_(self, model: PreTrainedModel, domains: Sequence[Domain], widths: Widths) -> Plan:
         """Prune a model in place to legal widths, without measuring it and without recovery; the units that stay."""
-        evidence = Evidence.of(self.config, domains, model.device)
+        evidence = Evidence.of(self.config, domains)
         evidence = with_batch_size(evidence, describe(model, self.config.arch_file), model, widths)
         with Run(model, evidence) as run:
             for step in self.steps(run.arch, model, widths):

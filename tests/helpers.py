@@ -24,6 +24,7 @@ from optimum_structprune import DomainConfig, RecoveryConfig
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
+from optimum_structprune.calibration.moments import Blend, Moments
 from optimum_structprune.calibration.passes import ModelPasses, batches_of
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.forward.metrics import outputs_of, run_model
@@ -106,15 +107,15 @@ def same_weights(left, right) -> bool:
     )
 
 
-def whole_passes(model, arch, batches, clock=None, error_feedback=0.0, fixed=False) -> ModelPasses:
+def whole_passes(model, arch, batches, error_feedback=0.0, fixed=False) -> ModelPasses:
     """In the place of `passes_over`: the fallback, whatever the model allows."""
-    return ModelPasses(model, arch, batches, clock)
+    return ModelPasses(model, arch, batches)
 
 
 def evidence_of(settings, domains=None, run_passes=None) -> Evidence:
     """What a run on the CPU knows of `domains`, by default those of a config in tokens of the tests' own tokenizer."""
     domains = load_domains(settings, tokenizer()) if domains is None else domains
-    evidence = Evidence.of(settings, domains, torch.device("cpu"))
+    evidence = Evidence.of(settings, domains)
     return evidence if run_passes is None else replace(evidence, run_passes=run_passes)
 
 
@@ -127,6 +128,14 @@ def pruned_on(evidence, model, widths) -> Run:
         run.compare()
         run.finish()
     return run
+
+
+def mix(moments, weights) -> Moments:
+    """The weighted average of several moments."""
+    blend = Blend()
+    for part, weight in zip(moments, weights, strict=True):
+        blend.add(part, weight)
+    return blend.moments()
 
 
 def assert_same_choices(ours: Details, theirs: Details) -> None:

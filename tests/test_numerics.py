@@ -4,6 +4,7 @@ KV group of SmolLM2 192 columns and one of Llama 3 512. `obs` on such groups is 
 
 import pytest
 import torch
+from helpers import mix
 from models import config
 
 from optimum_structprune.calibration.linalg import solve_damped, with_damped_factor
@@ -115,7 +116,7 @@ def test_moments_are_those_of_all_tokens_however_they_come():
     halves = [Moments.empty(FFN, gram=True, out=16).update(x[part], error[part])
               for part in (slice(0, 700), slice(700, None))]  # fmt: skip
     precise = x.double()
-    for moments in (running, halves[0].merge(halves[1])):
+    for moments in (running, mix(halves, [half.count for half in halves])):
         assert moments.count == TOKENS
         close(moments.mean, precise.mean(0), 1e-9)
         close(moments.square, precise.square().mean(0), 1e-9)

@@ -34,7 +34,8 @@ from optimum_structprune.domains.load import Domain, load_domains
 from optimum_structprune.domains.resolve import WRITTEN
 from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.pruning.evidence import Evidence
-from optimum_structprune.record.report import Report
+from optimum_structprune.pruning.run import Run
+from optimum_structprune.widths.budget import widths_of
 
 
 # The time that passes, or that the processor spends in all threads.
@@ -156,9 +157,9 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
     first = forward_seconds(model, samples, settings.batch_size, clock)
 
     reset_high_water_mark()
-    report = Report(arch.model_type, settings.scored_by)
     start = clock()
-    chosen = choose_shape(settings, arch, model, Evidence.of(settings, domains, model.device), report).after_removal()
+    run = Run(model, Evidence.of(settings, domains))
+    chosen = choose_shape(run, widths_of(settings, arch, model)).after_removal()
     choosing = clock() - start
     StructPruner(settings).prune_to_(model, domains, chosen)
     spent = clock() - start - choosing

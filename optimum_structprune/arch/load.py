@@ -43,9 +43,7 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
 
 def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:
     """The layers of a model, over all lists that hold them."""
-    return [
-        layer for path in dict.fromkeys([arch.layer_path, *dict(arch.stacks)]) for layer in _layers_at(model, path)
-    ]
+    return [layer for path, _ in arch.stacks for layer in _layers_at(model, path)]
 
 
 def put_layers_(model: nn.Module, arch: ArchSpec, layers: Iterable[nn.Module]) -> None:
@@ -93,11 +91,10 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
     whole_layers = _depth(family.layer, config, layer_params, places, shapes)
     return ArchSpec(
         model_type=config.model_type,
-        layer_path=stacks[0][0],
+        stacks=tuple(stacks),
         layer_params=tuple(layer_params),
         spaces=tuple(spaces),
         missing=(*family.missing.items(), *_refused(family, config)),
-        stacks=tuple(stacks),
         causal=family.causal,
         model_spaces=(*whole_layers, *([residual.space] if residual else [])),
         residual=residual,

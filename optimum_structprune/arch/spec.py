@@ -27,17 +27,9 @@ def kind_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """Where a space appears in one parameter.
-
-    Unit `i` owns the indices `[offset + i * per_unit, offset + (i + 1) * per_unit)` of dimension `dim` of `param`.
-
-    Attributes:
-        param: The full name of the parameter in the model's state dict.
-        dim: The dimension, counted from the front.
-        per_unit: The number of indices per unit (1 for a channel, the head dimension for a KV head).
-        offset: The first index of unit 0; it is not 0 for the later parts of a packed weight.
-        part: The only index of dimension 0 that the axis lies in: one expert of a parameter that stacks the matrices
-            of all experts. None for a parameter that is one matrix or vector.
+    """Where a space appears in one parameter: unit `i` owns the indices `[offset + i * per_unit, offset + (i + 1) *
+    per_unit)` of dimension `dim` of `param`; of one that stacks the matrices of experts, only at index `part` of
+    dimension 0.
     """
 
     param: str
@@ -61,8 +53,7 @@ class Space:
     """One removable dimension of one layer, or of the whole model.
 
     Attributes:
-        name: The kind of space, such as `mlp` or `attention`. Where a layer has several spaces of a kind that share
-            their width and choose their own units, such as the experts' channels, a slash and a label follow.
+        name: The kind of space, such as `mlp`; a slash and a label follow where a layer has several, as for experts.
         layer: The index of the layer; `MODEL` where the space belongs to all of them.
         size: The number of units.
         out: The axes of the producers (rows).
@@ -72,8 +63,7 @@ class Space:
         unit_params: The number of parameters that go with one unit, over all axes.
         bias_flag: The config key that gives the consumers of this space a bias, where the architecture has one.
         biased: Whether the consumers have a bias.
-        scale: The number of units per unit of the width in the config. It is 1 unless the module's width is a multiple
-            of the one in the config, as that of several shared experts in one module is.
+        scale: The number of units per unit of the width in the config: more than 1 for several experts in one module.
         least: The smallest width that the config allows.
         experts: The full name of the module that holds the experts, where its routed input is what is observed.
         unit: What one unit is: `CHANNEL`, `GROUP`, `EXPERT`, `LAYER` or `TOKEN`.
@@ -134,14 +124,8 @@ class Space:
 
 @dataclass(frozen=True)
 class Read:
-    """A place where the residual stream is read.
-
-    Attributes:
-        layer: The index of the layer; `MODEL` for the head.
-        tap: The full name of the module whose input is the residual stream itself: a norm, or where there is none,
-            one of the readers.
-        readers: The consumers of what comes from there.
-        norm: Whether the tap is a norm.
+    """A place where the residual stream is read: the layer, `MODEL` for the head, the module `tap` whose input is the
+    residual stream itself, a norm or else one of the readers, and the consumers of what comes from there.
     """
 
     layer: int
@@ -177,11 +161,10 @@ class ArchSpec:
 
     Attributes:
         model_type: The Hugging Face model type.
-        layer_path: The dotted path of the list of layers; the first one where there are several.
+        stacks: The paths of the lists of layers and how many each holds; layers count through several.
         layer_params: The number of parameters of each layer.
         spaces: Every space of every layer, in the order in which a layer is pruned.
         missing: Pairs of a space that users ask for and the reason why it is not offered.
-        stacks: The paths of the lists of layers and how many each holds, where layers count through several.
         causal: Whether the model predicts the next token, and perplexity measures it.
         model_spaces: The spaces of the whole model, which are pruned before those of the layers.
         residual: The residual stream, where its channels are one of these spaces.
@@ -189,15 +172,19 @@ class ArchSpec:
     """
 
     model_type: str
-    layer_path: str
+    stacks: tuple[tuple[str, int], ...]
     layer_params: tuple[int, ...]
     spaces: tuple[Space, ...]
     missing: tuple[tuple[str, str], ...] = ()
-    stacks: tuple[tuple[str, int], ...] = ()
     causal: bool = True
     model_spaces: tuple[Space, ...] = ()
     residual: ResidualStream | None = None
     uniform: str = ""
+
+    @property
+    def layer_path(self) -> str:
+        """The dotted path of the list of layers; of the first one where there are several."""
+        return self.stacks[0][0]
 
     @property
     def num_layers(self) -> int:
@@ -237,4 +224,4 @@ class ArchSpec:
             if layer < count:
                 return path, layer
             layer -= count
-        return self.layer_path, layer
+        raise IndexError(layer)

@@ -38,16 +38,6 @@ def listen(experts: nn.Module, batches: Sequence[Batch], run: Callable[[int], ob
     return tuple(calls)
 
 
-def finite(space: Space, moments: Moments, domain: int) -> Moments:
-    """The moments of a consumer in a domain as they are."""
-    if not moments.finite:
-        raise StructPruneError(
-            f"NaN or infinite activations at {space.into[0].module} in domain {domain}; "
-            "load the model in float32 or bfloat16, or check its weights."
-        )
-    return moments
-
-
 class Accumulator:
     """Sums up the inputs of consumers in one domain by module, while `batch` says which samples are running."""
 
@@ -89,10 +79,11 @@ class Accumulator:
 
     def of(self, space: Space) -> list[Moments]:
         """The moments of a space's consumers."""
-        by_consumer = [finite(space, self.moments[axis.module].add_up_(), self.domain) for axis in space.into]
-        for axis, moments in zip(space.into, by_consumer, strict=True):
+        modules = [axis.module for axis in space.into]
+        by_consumer = [self.moments[module].add_up_().checked(module, self.domain) for module in modules]
+        for module, moments in zip(modules, by_consumer, strict=True):
             if moments.count == 0:
-                raise StructPruneError(f"{axis.module} never ran during calibration in domain {self.domain}.")
+                raise StructPruneError(f"{module} never ran during calibration in domain {self.domain}.")
         return by_consumer
 
     def _counted(self, x: Tensor) -> Tensor:

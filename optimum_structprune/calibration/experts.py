@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,8 @@ from .moments import Moments
 
 @dataclass(frozen=True)
 class Routed:
-    """One call of an experts module.
-
-    Attributes:
-        domain: The number of the domain that was running.
-        hidden: The tokens that enter, shape `(tokens, hidden)`.
-        index: The experts that each token chose, shape `(tokens, top_k)`.
-        gates: The weights of these experts, shape `(tokens, top_k)`.
+    """One call of an experts module in a domain: the tokens that enter, shape `(tokens, hidden)`, and the experts that
+    each of them chose with their weights, shape `(tokens, top_k)`.
     """
 
     domain: int
@@ -52,7 +48,7 @@ def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tenso
 
 def inner_moments(
     experts: nn.Module, space: Space, calls: Sequence[Routed], gram: bool, num_domains: int
-) -> Iterator[Moments]:
+) -> Iterator[list[Moments]]:
     """Moments of one expert's inner activations over the tokens that chose it, of one domain after the other.
 
     An expert that no token of any domain chose is scored by its weights alone, as if its inner activations were
@@ -71,7 +67,7 @@ def inner_moments(
             moments.square.fill_(1)
             if moments.gram is not None:
                 moments.gram.fill_diagonal_(1)
-        yield moments
+        yield [moments.checked(space.into[0].module, domain)]
 
 
 @torch.no_grad()
@@ -81,18 +77,12 @@ def contributions(experts: nn.Module, size: int, calls: Sequence[Routed], num_do
     """
     total = torch.zeros(num_domains, size, dtype=torch.float64)
     count = torch.zeros_like(total)
-    for domain, expert, value in _contributions(experts, size, calls):
-        total[domain, expert] += float(value.double().sum())
-        count[domain, expert] += len(value)
+    for call, expert in product(calls, range(size)):
+        hidden, gates = call.of(expert)
+        if len(hidden):
+            index = torch.full((len(hidden), 1), expert, device=hidden.device)
+            output = experts(hidden, index, torch.ones_like(gates)[:, None])
+            total[call.domain, expert] += float((output.norm(dim=-1) * gates).double().sum())
+            count[call.domain, expert] += len(hidden)
     add_up_([total, count])
     return total / count.clamp(min=1)
-
-
-def _contributions(experts: nn.Module, size: int, calls: Sequence[Routed]) -> Iterator[tuple[int, int, Tensor]]:
-    for call in calls:
-        for expert in range(size):
-            hidden, gates = call.of(expert)
-            if len(hidden):
-                index = torch.full((len(hidden), 1), expert, device=hidden.device)
-                output = experts(hidden, index, torch.ones_like(gates)[:, None])
-                yield call.domain, expert, output.norm(dim=-1) * gates

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from .linalg import add_product_, operand, submatrix, update_gram_
 
 
 # The fields of Moments that not every run gathers and that files may hold.
-OPTIONAL = ("gram", "saliency", "energy")
+OPTIONAL = ("gram", "energy")
 # The fields of ErrorMoments.
 ERROR = ("mean", "cross", "energy")
 # So many tokens are in memory in fp64 at a time.
@@ -26,12 +27,8 @@ PRECISE_TOKENS = 256
 
 @dataclass
 class ErrorMoments:
-    """The error that error feedback asks a consumer to make up for, and its cross-moment with the input x.
-
-    Attributes:
-        mean: The mean E[e] of the error e, shape `(out,)`, fp32.
-        cross: The cross-moment E[e xᵀ], shape `(out, n)`, fp32.
-        energy: The energy E‖e‖², shape `()`, fp64.
+    """Of the error e that error feedback asks a consumer with the input x to make up for: the mean E[e], shape
+    `(out,)`, and the cross-moment E[e xᵀ], `(out, n)`, in fp32, and the energy E‖e‖², `()`, in fp64.
     """
 
     mean: Tensor
@@ -67,7 +64,7 @@ class Moments:
         mean: The mean E[x], shape `(n,)`, fp64.
         square: The second moment E[x²] of each component, shape `(n,)`, fp64.
         gram: The Gram matrix E[x xᵀ], shape `(n, n)`, fp32; None where only the diagonal is kept.
-        saliency: What a criterion that watches the whole model says of each component, shape `(n,)`, fp64; None where
+        saliency: What else a criterion goes by for each component, shape `(n,)`, fp64, see `Criterion`; None where
             none does.
         energy: The output energy E‖W x‖² with the dense weight W of the consumer, shape `()`, fp64; None where no
             output was seen.
@@ -133,10 +130,6 @@ class Moments:
         add_up_(tensors)
         return self
 
-    def merge(self, other: Moments) -> Moments:
-        """The moments of both sets of tokens together; neither operand changes."""
-        return mix([self, other], [float(self.count), float(other.count)])
-
     def select(self, columns: Sequence[int] | Tensor) -> Moments:
         """The moments of some components only."""
         index = torch.as_tensor(columns, device=self.mean.device)
@@ -156,10 +149,14 @@ class Moments:
             raise ValueError("these moments were gathered without a Gram matrix")
         return self.gram
 
-    @property
-    def finite(self) -> bool:
-        """Whether no NaN or infinity has come in."""
-        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.square).all())
+    def checked(self, module: str, domain: int) -> Moments:
+        """These moments of the input of a module in a domain; NaN and infinity are refused."""
+        if not (torch.isfinite(self.mean).all() and torch.isfinite(self.square).all()):
+            raise StructPruneError(
+                f"NaN or infinite activations at {module} in domain {domain}; load the model in float32 or bfloat16, "
+                "or check its weights."
+            )
+        return self
 
 
 def _precise_means(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,47 +170,28 @@ def _precise_means(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, square
 
 
-def mix(moments: Sequence[Moments], weights: Sequence[float]) -> Moments:
-    """The weighted average of several moments: those of the mixture distribution."""
-    blend = Blend()
-    for part, weight in zip(moments, weights, strict=True):
-        blend.add(part, weight)
-    return blend.moments()
-
-
 class Blend:
-    """The weighted average of moments that come one after the other.
-
-    Memory: the moments of the average, whatever the number of parts.
-    """
+    """The weighted average of moments that come one after the other; in memory is the average alone."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._total = self._seen_total = 0.0
-        self._count = 0
+        self._total, self._count = 0.0, 0
 
     @torch.no_grad()
-    def add(self, part: Moments, weight: float, share: float | None = None, take: bool = False) -> None:
-        """Take in one part."""
-        share = weight if share is None else share
-        self._total, self._seen_total = self._total + weight, self._seen_total + share
-        self._count += part.count
+    def add(self, part: Moments, weight: float, take: bool = False) -> None:
+        """Take in one part; with `take` its matrices are let go."""
+        self._total, self._count = self._total + weight, self._count + part.count
         for name, tensor in _tensors_of(part).items():
-            scale = share if name == "saliency" else weight
             if name in self._sums:
-                self._sums[name].add_(tensor, alpha=scale)
+                self._sums[name].add_(tensor, alpha=weight)
             else:
-                self._sums[name] = tensor.mul_(scale) if take and name == "gram" else tensor * scale
+                self._sums[name] = tensor.mul_(weight) if take and name == "gram" else tensor * weight
         if take:
             part.gram = part.error = None
 
     def moments(self) -> Moments:
         """The average."""
-        if self._total <= 0:
-            raise StructPruneError("There is nothing to mix: every weight is 0.")
-        for name, tensor in self._sums.items():
-            tensor.div_(self._seen_total if name == "saliency" else self._total)
-        means = dict(self._sums)
+        means = {name: tensor.div_(self._total) for name, tensor in self._sums.items()}
         self._sums = {}
         seen = {name: means.pop(f"error.{name}") for name in ERROR} if "error.mean" in means else {}
         error = ErrorMoments(**seen) if seen else None
@@ -230,38 +208,18 @@ def _tensors_of(moments: Moments) -> dict[str, Tensor]:
 
 def save_moments(moments_by_name: Mapping[str, Moments], path: str | Path) -> None:
     """Write moments, by name, to one safetensors file."""
-    tensors = {}
+    tensors = {f"{name}/count": torch.tensor(moments.count) for name, moments in moments_by_name.items()}
     for name, moments in moments_by_name.items():
-        tensors[f"{name}/count"] = torch.tensor(moments.count)
-        tensors[f"{name}/mean"] = moments.mean
-        tensors[f"{name}/square"] = moments.square
-        for part in OPTIONAL:
-            if (tensor := getattr(moments, part)) is not None:
-                tensors[f"{name}/{part}"] = tensor
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        tensors |= {f"{name}/{part}": tensor.contiguous() for part, tensor in _tensors_of(moments).items()}
+    save_file(tensors, path)
 
 
-def load_moments(
-    path: str | Path, device: torch.device | str = "cpu", names: Collection[str] | None = None
-) -> dict[str, Moments]:
-    """Read what `save_moments` wrote."""
-    try:
-        with safe_open(path, "pt", str(device)) as file:
-            fields = {key: key.rpartition("/") for key in file.keys()}  # noqa: SIM118  # it is no mapping
-            names = [name for name, _, field in fields.values() if field == "count"] if names is None else names
-            if not names:
-                raise KeyError("count")
-            tensors = {key: file.get_tensor(key) for key, (name, _, _) in fields.items() if name in names}
-        return {
-            name: Moments(
-                count=int(tensors[f"{name}/count"]),
-                mean=tensors[f"{name}/mean"],
-                square=tensors[f"{name}/square"],
-                gram=tensors.get(f"{name}/gram"),
-                saliency=tensors.get(f"{name}/saliency"),
-                energy=tensors.get(f"{name}/energy"),
-            )
-            for name in names
-        }
-    except (OSError, SafetensorError, KeyError) as error:
-        raise StructPruneError(f"{path} is not a readable statistics file ({error}); calibrate again.") from error
+def load_moments(path: str | Path, names: Collection[str], device: torch.device | str = "cpu") -> dict[str, Moments]:
+    """The moments of these names that `save_moments` wrote."""
+    with safe_open(path, "pt", str(device)) as file:
+        fields: dict[str, dict[str, Any]] = {name: {} for name in names}
+        for key in file.keys():  # noqa: SIM118  # it is no mapping
+            name, _, part = key.rpartition("/")
+            if name in fields:
+                fields[name][part] = file.get_tensor(key)
+    return {name: Moments(int(of_name.pop("count")), **of_name) for name, of_name in fields.items()}

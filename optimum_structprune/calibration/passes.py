@@ -16,11 +16,11 @@ from ..arch.spec import ArchSpec, Space
 from ..domains.load import Domain
 from ..errors import StructPruneError
 from ..forward.hooks import adding, observe_products
-from ..forward.layers import Batch, Clock, LayerRunner, NotSequentialError
+from ..forward.layers import Batch, LayerRunner, NotSequentialError
 from ..forward.metrics import evaluating, run_model
 from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import as_first_has_
-from .accumulator import Accumulator, finite, listen
+from .accumulator import Accumulator, listen
 from .cached import CachedOutputs
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
@@ -28,12 +28,7 @@ from .moments import Moments
 
 @dataclass(frozen=True)
 class PassesState:
-    """What passes over the samples have reached.
-
-    Attributes:
-        tensors: Hidden states, by name.
-        values: Numbers that were measured in earlier layers, as JSON takes them.
-    """
+    """What passes have reached: hidden states by name, and numbers from earlier layers, as JSON takes them."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
@@ -42,8 +37,11 @@ class PassesState:
 class Passes(ABC):
     """Forward passes over the calibration samples, asked for by one layer of the model after the other.
 
-    A subclass that runs nothing between layers leaves `advance`, `advance_dense`, `state` and `resume_` as they are.
+    `saliency` is what a criterion that watches the whole model says of each component, by module, shape `(n,)`. A
+    subclass that runs nothing between layers leaves `advance`, `advance_dense`, `state` and `resume_` as they are.
     """
+
+    saliency: Mapping[str, Tensor] | None = None
 
     @abstractmethod
     def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
@@ -53,9 +51,9 @@ class Passes(ABC):
         for.
         """
 
-    @abstractmethod
     def contributions(self, layer: int, space: Space) -> Tensor:
         """How much each expert of a space of whole experts contributes, shape `(domains, experts)`."""
+        raise NotImplementedError
 
     def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
         """Take the dense residual stream through a layer that has its dense weights."""
@@ -90,11 +88,10 @@ class LayerPasses(LayerRunner, Passes):
         model: PreTrainedModel,
         arch: ArchSpec,
         batches: Sequence[Batch],
-        clock: Clock | None = None,
         error_feedback: float = 0.0,
         fixed: bool = False,
     ):
-        super().__init__(model, arch, batches, clock)
+        super().__init__(model, arch, batches)
         self.error_feedback, self.fixed = error_feedback, fixed
         self.given: dict[int, Tensor] = {}
         self.gains: dict[str, float | None] = {}
@@ -109,8 +106,7 @@ class LayerPasses(LayerRunner, Passes):
             experts = self._module(layer, space.experts)
             # The experts of a layer read the same tokens, whichever of them is pruned first.
             self.routed = self.routed or self._route(layer, experts)
-            for domain, moments in enumerate(inner_moments(experts, space, self.routed, gram, self.num_domains)):
-                yield [finite(space, moments, domain)]
+            yield from inner_moments(experts, space, self.routed, gram, self.num_domains)
             return
         self.routed = ()
         for domain in range(self.num_domains):
@@ -209,17 +205,10 @@ class LayerPasses(LayerRunner, Passes):
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
     """The samples of every domain, cut into batches; no batch holds two domains."""
     return [
-        Batch(index, ids, mask)
+        Batch(index, domain.samples[part], None if domain.mask is None else domain.mask[part])
         for index, domain in enumerate(domains)
-        for ids, mask in zip(domain.samples.split(batch_size), _masks(domain, batch_size), strict=True)
-        if len(ids)
+        for part in (slice(start, start + batch_size) for start in range(0, len(domain.samples), batch_size))
     ]
-
-
-def _masks(domain: Domain, batch_size: int) -> Sequence[Tensor | None]:
-    if domain.mask is None:
-        return [None] * len(domain.samples.split(batch_size))
-    return domain.mask.split(batch_size)
 
 
 class ModelPasses(Passes):
@@ -229,9 +218,8 @@ class ModelPasses(Passes):
     their own for each layer.
     """
 
-    def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
         self.model, self.arch, self.batches = model, arch, batches
-        self.clock = clock or Clock(compute_device(model))
         self.num_domains = 1 + max(batch.domain for batch in batches)
         self.accumulators: list[Accumulator] = []
         self.routed: tuple[str, tuple[Routed, ...]] = ("", ())
@@ -242,8 +230,7 @@ class ModelPasses(Passes):
             experts = self.model.get_submodule(space.experts)
             if self.routed[0] != space.experts:
                 self.routed = space.experts, self._route(experts)
-            for domain, moments in enumerate(inner_moments(experts, space, self.routed[1], gram, self.num_domains)):
-                yield [finite(space, moments, domain)]
+            yield from inner_moments(experts, space, self.routed[1], gram, self.num_domains)
             return
         if not self.accumulators:
             self.accumulators = self._accumulated(gram)
@@ -273,61 +260,23 @@ class ModelPasses(Passes):
     @torch.no_grad()
     def _run(self, index: int) -> None:
         base: Any = self.model.base_model
-        with self.clock.running(self.batches[index].domain):
-            run_model(base, self.batches[index].ids)
-
-
-class SaliencyPasses(Passes):
-    """Passes whose moments also hold what passes through the whole model have said of every component. `saliency` has
-    the shape `(domains, n)`.
-    """
-
-    def __init__(self, passes: Passes, saliency: Mapping[str, Tensor]):
-        self.passes, self.saliency = passes, saliency
-
-    def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
-        """See `Passes.gather`."""
-        for domain, by_consumer in enumerate(self.passes.gather(layer, space, gram)):
-            for axis, moments in zip(space.into, by_consumer, strict=True):
-                moments.saliency = self.saliency[axis.module][domain]
-            yield by_consumer
-
-    def contributions(self, layer: int, space: Space) -> Tensor:
-        """See `Passes.contributions`."""
-        return self.passes.contributions(layer, space)
-
-    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
-        """See `Passes.advance_dense`."""
-        self.passes.advance_dense(layer, kinds)
-
-    def advance(self, layer: int) -> None:
-        """See `Passes.advance`."""
-        self.passes.advance(layer)
-
-    def state(self) -> PassesState | None:
-        """See `Passes.state`."""
-        return self.passes.state()
-
-    def resume_(self, state: PassesState) -> None:
-        """See `Passes.resume_`."""
-        self.passes.resume_(state)
+        run_model(base, self.batches[index].ids)
 
 
 def passes_over(
     model: PreTrainedModel,
     arch: ArchSpec,
     batches: Sequence[Batch],
-    clock: Clock | None = None,
     error_feedback: float = 0.0,
     fixed: bool = False,
 ) -> Passes:
     """Passes layer by layer where the model allows it, over the whole model otherwise; see `LayerPasses`."""
     try:
-        return LayerPasses(model, arch, batches, clock, error_feedback, fixed)
+        return LayerPasses(model, arch, batches, error_feedback, fixed)
     except NotSequentialError as error:
         if is_offloaded(model):
             raise _must_be_whole(arch, error) from error
-        return ModelPasses(model, arch, batches, clock)
+        return ModelPasses(model, arch, batches)
 
 
 def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:

@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import Space
@@ -45,13 +43,7 @@ def _sizes(value: int | list[int]) -> None:
 @strict
 @dataclass
 class StoredDomain:
-    """A domain whose moments are stored.
-
-    Attributes:
-        name: The name of the domain.
-        weight: Its share when it was calibrated on; the weights of all domains sum to 1.
-        shape: The shape of its calibration samples.
-    """
+    """A domain whose moments are stored: its weight then, of a sum of 1, and the shape of its calibration samples."""
 
     name: str
     weight: Number = validated_field(not_negative)
@@ -61,12 +53,7 @@ class StoredDomain:
 @strict
 @dataclass
 class StoredFile:
-    """The size and the hash by which a damaged file is recognised.
-
-    Attributes:
-        sha256: The SHA-256 of the content.
-        size: The size in bytes.
-    """
+    """The hash and the size in bytes by which a damaged file is recognised."""
 
     sha256: str
     size: int = validated_field(_sizes)
@@ -81,15 +68,8 @@ class StoredFile:
 @strict
 @dataclass
 class Statistics:
-    """Moments of the inputs of a dense model's consumers, by domain, with their Gram matrices.
-
-    Attributes:
-        folder: The folder that holds them.
-        model_type: The model type.
-        model: The `fingerprint` of the model.
-        tokenizer: The `vocabulary_hash` of its tokenizer; None where there was no tokenizer.
-        domains: The domains, in the order of the moments.
-        files: Size and hash of every other file, by name.
+    """The moments in a folder of the inputs of a dense model's consumers, by domain, with their Gram matrices: the
+    `fingerprint` of the model, the `vocabulary_hash` of its tokenizer if there was one, and every other file by name.
     """
 
     folder: Path
@@ -153,9 +133,8 @@ class Statistics:
             )
 
     def chosen(self, config: StructPruneConfig) -> list[Domain]:
-        """The domains that a config names, with its weights; all of them, with their own, where it names none.
-
-        Their calibration samples are shapes without content (on the meta device): nothing is to be run on them.
+        """The domains that a config names, with its weights; all of them, with their own, where it names none. Their
+        samples are shapes without content.
         """
         weights = {domain.name: domain.weight for domain in self.domains}
         if config.domains is not None:
@@ -168,7 +147,7 @@ class Statistics:
                     f"{did_you_mean(name, names)}"
                 )
         self._check_sources(config)
-        heldout = _tensors(self._checked(HELDOUT))
+        heldout = load_file(self._checked(HELDOUT))
         total = sum(weights.values())
         domains = []
         for index, domain in enumerate(self.domains):
@@ -232,17 +211,10 @@ class StoredPasses(Passes):
         for index in self.indices:
             if (layer, index) not in self.files:
                 self.files[layer, index] = self.statistics.moments_file(layer, index)
-            moments = load_moments(self.files[layer, index], self.device, [axis.module for axis in space.into])
+            moments = load_moments(self.files[layer, index], [axis.module for axis in space.into], self.device)
             of_consumers = [moments[axis.module] for axis in space.into]
             # A run over text would not have gathered what is not asked for.
             yield of_consumers if gram else [replace(part, gram=None) for part in of_consumers]
-
-    def contributions(self, layer: int, space: Space) -> Tensor:
-        """Raises a StructPruneError: what an expert contributes is not stored."""
-        raise StructPruneError(
-            f"How much the experts of {space.name!r} contribute follows from running them, and is not stored; prune "
-            "without stats."
-        )
 
     def state(self) -> PassesState:
         """See `Passes.state`; nothing is reached that is not in the folder."""
@@ -252,10 +224,3 @@ class StoredPasses(Passes):
 def moments_name(layer: int, domain: int) -> str:
     """The name of the file that holds the moments of a layer in a domain."""
     return f"layer-{layer:03d}.domain-{domain}.safetensors"
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise StructPruneError(f"{path} cannot be read ({error}); calibrate again.") from error

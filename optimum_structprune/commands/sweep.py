@@ -77,9 +77,8 @@ def _store(args: Namespace, config: StructPruneConfig) -> Resume:
     """What remembers the sizes of a sweep; one of another model or text, or with other settings, is refused."""
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
     checked(config, model, tokenizer, None)
-    text = Evidence.read(config, model, tokenizer).entries()
-    any_size = replace(config, sparsity=0.5, losses_dir=None)
-    return Resume(Path(args.output), run_key(any_size, model, text, {}), "size")
+    any_size = replace(Evidence.read(config, model, tokenizer), config=replace(config, sparsity=0.5, losses_dir=None))
+    return Resume(Path(args.output), run_key(any_size, model, {}), "size")
 
 
 def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> tuple[Facts, Facts]:

@@ -16,7 +16,8 @@ from ..registry import Registry
 
 
 # What gives `Moments.saliency`: a function of a model, its description and the evidence of the run (see
-# `pruning.evidence.Evidence`). It returns one tensor per consumer, by module, shape `(domains, n)`, fp64.
+# `pruning.evidence.Evidence`). It returns one tensor per consumer, by module, shape `(domains, n)`, fp64, of which the
+# mean by the weights of the domains counts.
 Saliencies = Callable[..., "dict[str, Tensor]"]
 
 

@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec
 from ..calibration.accumulator import unmasked
-from ..errors import StructPruneError
-from ..forward.hooks import bypass, first_of, hidden_states_of, intercept
+from ..forward.hooks import first_of, hidden_states_of, intercept
 from ..forward.layers import Batch
-from ..forward.metrics import run_model, sample_losses
+from ..forward.metrics import run_model
 from ..registry import Registry
 from ..system.processes import add_up_
 
@@ -75,28 +74,3 @@ class BlockInfluence(LayerCriterion):
         tokens = torch.tensor(float(count), dtype=torch.float64)
         add_up_([total, tokens])
         return total / tokens
-
-
-@LAYER_CRITERIA.register("loss_increase")
-class LossIncrease(LayerCriterion):
-    """The score is the perplexity without the layer over the perplexity with it: e to the increase of the loss.
-
-    It takes one pass over the text for every layer, where `BlockInfluence` takes one for all of them. The loss is the
-    mean over all tokens, whatever the mask of a batch says.
-    """
-
-    def score(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> Tensor:
-        """See `LayerCriterion.score`."""
-        if not arch.causal:
-            raise StructPruneError(
-                f"'loss_increase' measures how well the next token is predicted, which a {arch.model_type} model does "
-                f"not do; use {BLOCK_INFLUENCE!r}."
-            )
-        text = torch.cat([batch.ids for batch in batches])
-        losses = [sample_losses(model, text).sum()]
-        for layer in layer_list(model, arch):
-            with bypass(layer):
-                losses.append(sample_losses(model, text).sum())
-        total, samples = torch.stack(losses), torch.tensor(float(len(text)), dtype=torch.float64)
-        add_up_([total, samples])
-        return ((total[1:] - total[0]) / samples).exp()

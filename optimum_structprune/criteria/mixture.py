@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arch.spec import Space
 from ..calibration.moments import Blend, Moments
+from ..calibration.passes import Passes
 from .base import per_unit
 
 
@@ -34,16 +36,17 @@ class Mixture:
         each domain is divided by its mean, so that one with large activations does not outweigh the others.
         """
         size = contributions.abs().mean(1, keepdim=True).clamp(min=torch.finfo(contributions.dtype).tiny)
-        return torch.tensor(self.shares).to(contributions) @ (contributions / size)
+        return self.mean(contributions / size)
+
+    def mean(self, by_domain: Tensor) -> Tensor:
+        """The mean over the domains by their weights, shape `(...)`, of values of shape `(domains, ...)`."""
+        return torch.tensordot(by_domain.new_tensor(self.shares), by_domain, 1)
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """The moments of one consumer over all domains.
-
-    Attributes:
-        moments: The moments of the mixture.
-        squares: The second moments in each domain, shape `(domains, n)`, fp64; None where a domain has no tokens.
+    """The moments of one consumer over all domains, and its second moments in each, shape `(domains, n)`, fp64; None
+    where a domain has no tokens.
     """
 
     moments: Moments
@@ -61,11 +64,9 @@ class Pooled:
 
 
 class Pool:
-    """Brings the moments of one consumer together, of one domain after the other.
-
-    Each domain is divided by its output energy, so that one with large activations does not outweigh the others. In
-    memory are the moments of the mixture, and those of the present domain, however many domains there are. `weight`
-    has the shape `(out, n)`.
+    """Brings the moments of one consumer together, of one domain after the other; in memory are those of the mixture
+    and of the present domain. Each domain is divided by its output energy, so that one with large activations does not
+    outweigh the others. `weight` has the shape `(out, n)`.
     """
 
     def __init__(self, mixture: Mixture, weight: Tensor):
@@ -87,7 +88,7 @@ class Pool:
         if evidence > self._evidence:
             self._blend, self._energy, self._evidence = Blend(), energy, evidence
         if evidence == self._evidence:
-            self._blend.add(moments, share * self._energy / energy if energy > 0 else share, share, take)
+            self._blend.add(moments, share * self._energy / energy if energy > 0 else share, take)
 
     def result(self) -> Pooled:
         """The moments over all domains, to be called once, after the last `add`."""
@@ -95,12 +96,16 @@ class Pool:
         return Pooled(self._blend.moments(), torch.stack(self._squares) if complete else None)
 
 
-def pooled(by_domain: Iterable[list[Moments]], pools: Sequence[Pool]) -> list[Pooled]:
-    """The moments of several consumers over all domains."""
-    for by_consumer in by_domain:
+def pooled(passes: Passes, space: Space, gram: bool, pools: Sequence[Pool]) -> list[Pooled]:
+    """The moments of the consumers of a space over all domains."""
+    for by_consumer in passes.gather(space.layer, space, gram):
         for pool, moments in zip(pools, by_consumer, strict=True):
             pool.add(moments, take=True)
-    return [pool.result() for pool in pools]
+    gathered = [pool.result() for pool in pools]
+    if passes.saliency is not None:
+        for axis, of_consumer in zip(space.into, gathered, strict=True):
+            of_consumer.moments.saliency = passes.saliency[axis.module]
+    return gathered
 
 
 def output_energy(weight: Tensor, moments: Moments) -> float:

@@ -28,13 +28,8 @@ def first_of(output: Any) -> Tensor:
 @contextmanager
 def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `see(name, input)` whenever a module runs."""
-    with ExitStack() as stack:
-        for name in names:
-
-            def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                see(name, args[0])
-
-            stack.enter_context(model.get_submodule(name).register_forward_pre_hook(hook))
+    names = list(names)
+    with intercept(map(model.get_submodule, names), lambda index, args, _: see(names[index], args[0])):
         yield
 
 
@@ -63,18 +58,6 @@ def adding(module: nn.Module, noise: Tensor) -> Iterator[None]:
         return output + noise.reshape(output.shape).to(output) if output.numel() == noise.numel() else None
 
     with module.register_forward_hook(hook):
-        yield
-
-
-@contextmanager
-def bypass(layer: nn.Module) -> Iterator[None]:
-    """Make a layer return the hidden states that it is called with; its other outputs stay as they are."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = hidden_states_of(args, kwargs)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    with layer.register_forward_hook(hook, with_kwargs=True):
         yield
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,43 +18,6 @@ from ..errors import StructPruneError
 from ..system.offloading import compute_device, is_offloaded
 from .hooks import StopForward, first_of, hidden_states_of, intercept, replaying
 from .metrics import run_model
-
-
-class Clock:
-    """Measures the seconds that are spent on each domain."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._seconds: dict[int, float] = {}
-        self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
-
-    @property
-    def seconds(self) -> dict[int, float]:
-        """The seconds by number of the domain."""
-        if self._events:
-            torch.cuda.synchronize(self.device)
-        for domain, start, end in self._events:
-            self._add(domain, start.elapsed_time(end) / 1000)
-        self._events.clear()
-        return self._seconds
-
-    @contextmanager
-    def running(self, domain: int) -> Iterator[None]:
-        """Add the time that is spent inside `with` to a domain."""
-        if self.device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            stream = torch.cuda.current_stream(self.device)
-            begin.record(stream)
-            yield
-            end.record(stream)
-            self._events.append((domain, begin, end))
-            return
-        start = perf_counter()
-        yield
-        self._add(domain, perf_counter() - start)
-
-    def _add(self, domain: int, seconds: float) -> None:
-        self._seconds[domain] = self._seconds.get(domain, 0.0) + seconds
 
 
 @dataclass(frozen=True)
@@ -145,12 +107,11 @@ class LayerRunner:
     channels)`; `device` is the one that computes the first layer.
     """
 
-    def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None):
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
         self.model, self.arch = model, arch
         self.device = compute_device(model)
         # The hidden states of all samples may take more memory than the layers that a GPU has room for.
         stored = torch.device("cpu") if is_offloaded(model) else None
-        self.clock = clock or Clock(self.device)
         self.batches = list(batches)
         self.hidden: list[Tensor] = []
         self.calls: dict[int, list[Call]] = {}
@@ -158,8 +119,7 @@ class LayerRunner:
         self.extras: dict[int, tuple[Any, ...] | None] = {}
         for batch in batches:
             size = len(batch.ids)
-            with self.clock.running(batch.domain):
-                hidden, calls = capture(model, arch, batch.ids, size not in self.calls)
+            hidden, calls = capture(model, arch, batch.ids, size not in self.calls)
             if not same_call(self.calls.setdefault(size, calls)[0], calls[0]):
                 raise NotSequentialError(f"the layers of {arch.model_type!r} are called with more than hidden states")
             self.hidden.append(hidden if stored is None else hidden.to(stored))
@@ -189,8 +149,7 @@ class LayerRunner:
         hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
         if like.dtype == torch.float32:
             hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
-        with self.clock.running(self.batches[index].domain):
-            output = module(hidden_states=hidden, **kwargs) if call.by_name else module(hidden, *args, **kwargs)
+        output = module(hidden_states=hidden, **kwargs) if call.by_name else module(hidden, *args, **kwargs)
         self.extras[layer] = output[1:] if isinstance(output, tuple) else None
         return first_of(output)
 

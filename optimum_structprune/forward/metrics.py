@@ -24,10 +24,7 @@ HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
 
 
 def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
-    """The device that a model takes its inputs on.
-
-    Weights that accelerate has offloaded lie on the meta device, and their model takes its inputs on the CPU.
-    """
+    """The device that a model takes its inputs on: the CPU where accelerate has put weights on the meta device."""
     device = torch.device(model.device)
     return torch.device("cpu") if device.type == "meta" else device
 
@@ -170,16 +167,6 @@ class Comparison:
     divergence: float
     agreement: float
 
-    @property
-    def perplexity(self) -> float:
-        """The perplexity of the model."""
-        return perplexity_of(self.losses)
-
-    @property
-    def dense_perplexity(self) -> float:
-        """The perplexity of the dense model."""
-        return perplexity_of(self.dense_losses)
-
 
 @torch.no_grad()
 def compare(model: PreTrainedModel, dense: PreTrainedModel, samples: Tensor, batch_size: int = 1) -> Comparison:
@@ -240,28 +227,18 @@ def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
     A module that has taken the place of another inside `with` is put in the mode of that one, and a module at a new
     place in the mode of the model.
     """
-    modes = [_Modes(model) for model in models]
+    by_name = [{name: module.training for name, module in model.named_modules()} for model in models]
+    # Without keeping a module alive.
+    by_module = WeakKeyDictionary({module: module.training for model in models for module in model.modules()})
     try:
         for model in models:
             model.eval()
         yield
     finally:
-        for model, before in zip(models, modes, strict=True):
-            before.restore(model)
-
-
-class _Modes:
-    """The training modes of a model's modules, by module and by name, without keeping a module alive."""
-
-    def __init__(self, model: Any):
-        self.root: bool = model.training
-        self.by_name = {name: module.training for name, module in model.named_modules()}
-        self.by_module = WeakKeyDictionary({module: module.training for module in model.modules()})
-
-    def restore(self, model: Any) -> None:
-        model.train(self.root)
-        for name, module in model.named_modules():
-            module.training = self.by_module.get(module, self.by_name.get(name, self.root))
+        for model, modes in zip(models, by_name, strict=True):
+            model.train(modes[""])
+            for name, module in model.named_modules():
+                module.training = by_module.get(module, modes.get(name, modes[""]))
 
 
 def _predictions(models: Sequence[Any], batches: Sequence[Sequence[Tensor]]) -> Iterator[list[Tensor]]:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..arch.load import describe, layer_list
 from ..arch.meta import meta_model
 from ..arch.spec import ArchSpec
-from ..system.offloading import bring_in, check_reachable, give_back_free_memory, is_offloaded, put_back
+from ..system.offloading import bring_in, check_reachable, give_back_free_memory, put_back
 
 
 def layer_device_map(
@@ -61,11 +61,6 @@ class Placement:
     def __init__(self, model: PreTrainedModel, arch: ArchSpec):
         self.model, self.arch = model, arch
         check_reachable(model)
-
-    @property
-    def offloaded(self) -> bool:
-        """Whether layers are brought in."""
-        return is_offloaded(self.model)
 
     @contextmanager
     def at(self, layer: int, changes: bool = False) -> Iterator[None]:

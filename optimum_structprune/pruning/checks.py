@@ -63,8 +63,12 @@ def check(
     if use != DRY_RUN:
         _check_offloaded(config, arch, model, use, widths)
     _check_criterion(config, arch, widths, use)
-    if use == TRAINER:
-        _check_trainer_spaces(arch, widths)
+    of_model = [space.name for space in arch.model_spaces if space.name in widths]
+    if use == TRAINER and of_model:
+        raise StructPruneError(
+            f"{of_model[0]!r} belongs to the whole model, and a Trainer prunes inside the layers only; prune it first "
+            "(`structprune prune`), then train."
+        )
     _check_spaces(config, arch, widths)
     if use == PRUNE:
         _check_text(config, has_tokenizer, has_inputs, VOCAB in widths)
@@ -246,21 +250,10 @@ def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, 
         )
 
 
-def _check_trainer_spaces(arch: ArchSpec, widths: Widths) -> None:
-    """The spaces that a Trainer cannot prune."""
-    if of_model := [space.name for space in arch.model_spaces if space.name in widths]:
-        raise StructPruneError(
-            f"{of_model[0]!r} belongs to the whole model, and a Trainer prunes inside the layers only; prune it first "
-            "(`structprune prune`), then train."
-        )
-
-
 def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
     """Spaces that do not go with an option."""
-    widest, before = (
-        max((space.size for space in arch.spaces), default=1),
-        [name for name in WHOLE_MODEL if name in widths],
-    )
+    widest = max((space.size for space in arch.spaces), default=1)
+    before = [name for name in WHOLE_MODEL if name in widths]
     if config.rounds > widest:
         raise StructPruneError(
             f"rounds={config.rounds} is more than the {widest} units of the widest space, and each round has to "
@@ -269,10 +262,6 @@ def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> 
     if config.max_perplexity_ratio is not None and before:
         raise StructPruneError(
             f"max_perplexity_ratio is held by rounds, and {before[0]!r} goes before them; leave either out."
-        )
-    if HIDDEN in widths and config.refit == "bias":
-        raise StructPruneError(
-            f"refit='bias' needs a bias in all that reads {HIDDEN!r}; use refit='least_squares' or 'none'."
         )
     if HIDDEN in widths and config.refit not in ("none", "least_squares"):
         raise StructPruneError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from math import log
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import ArchSpec
-from ..calibration.passes import Passes, SaliencyPasses, batches_of, passes_over
+from ..calibration.passes import Passes, batches_of, passes_over
 from ..calibration.stored import Statistics, StoredPasses
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
@@ -21,7 +23,8 @@ from ..criteria.mixture import Mixture
 from ..domains.load import Domain, calibration_domains, given_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.resolve import reweighted
-from ..forward.layers import Batch, Clock
+from ..forward.layers import Batch
+from ..system.fingerprint import fingerprint
 from ..system.processes import every_process_runs, own_part, process_index
 
 
@@ -30,11 +33,8 @@ class Evidence:
     """The samples of a run by domain, or stored moments in their place, and the weights of the domains.
 
     Attributes:
-        config: How to prune.
         domains: The domains with their samples; with stored moments, shapes without content.
         shares: The present weight of each domain; they sum to 1.
-        clock: Takes the time that each domain costs.
-        batch_size: The number of samples in a forward pass.
         statistics: Stored moments of the dense model; None where the samples are run.
         memory: What registered criteria and allocations remember during the run, by a name of their own.
         run_passes: Makes passes over samples; see `calibration.passes.passes_over`.
@@ -43,7 +43,6 @@ class Evidence:
     config: StructPruneConfig
     domains: Sequence[Domain]
     shares: tuple[float, ...]
-    clock: Clock
     batch_size: int
     statistics: Statistics | None = None
     run_passes: Callable[..., Passes] = passes_over
@@ -67,22 +66,18 @@ class Evidence:
                 domains = given_domains(inputs, float(config.holdout), config.chooses)
             else:
                 config, domains = calibration_domains(config, model, tokenizer, reader, seen)
-            return cls.of(config, domains, model.device)
+            return cls.of(config, domains)
         statistics = Statistics.load(config.stats)
         statistics.check(model, tokenizer)
-        return cls.of(config, statistics.chosen(config), model.device, statistics)
+        return cls.of(config, statistics.chosen(config), statistics)
 
     @classmethod
     def of(
-        cls,
-        config: StructPruneConfig,
-        domains: Sequence[Domain],
-        device: torch.device,
-        statistics: Statistics | None = None,
+        cls, config: StructPruneConfig, domains: Sequence[Domain], statistics: Statistics | None = None
     ) -> Evidence:
         """The evidence in domains that are read already."""
         shares = tuple(domain.weight for domain in domains)
-        return cls(config, domains, shares, Clock(device), config.samples_at_once, statistics)
+        return cls(config, domains, shares, config.samples_at_once, statistics)
 
     @property
     def names(self) -> list[str]:
@@ -99,7 +94,7 @@ class Evidence:
         and their weighted mean otherwise.
         """
         worst = self.config.objective == "worst"
-        return float(by_domain.max() if worst else by_domain @ torch.tensor(self.shares, dtype=by_domain.dtype))
+        return float(by_domain.max() if worst else self.mixture.mean(by_domain))
 
     @property
     def own_batches(self) -> list[Batch]:
@@ -116,10 +111,12 @@ class Evidence:
         watch = CRITERIA.get(config.scored_by).watches
         if self.statistics is not None:
             return StoredPasses(self.statistics, self.domains, next(model.parameters()).device)
-        saliency = None if watch is None else watch(model, arch, self)
+        by_domain = None if watch is None else watch(model, arch, self)
         feedback = config.error_feedback if config.fits and not fixed else 0.0
-        passes = self.run_passes(model, arch, self.own_batches, self.clock, feedback, fixed)
-        return passes if saliency is None else SaliencyPasses(passes, saliency)
+        passes = self.run_passes(model, arch, self.own_batches, feedback, fixed)
+        if by_domain is not None:
+            passes.saliency = {module: self.mixture.mean(values) for module, values in by_domain.items()}
+        return passes
 
     def reweighted(self, ratios: Mapping[str, float]) -> Evidence:
         """The evidence of the next round, in which a domain counts more that has lost more."""
@@ -132,6 +129,11 @@ class Evidence:
         if self.statistics is not None:
             return self.statistics.manifest(self.domains).domains
         return [Entry.of(domain) for domain in self.domains]
+
+    def key(self, model: PreTrainedModel, *more: Any) -> str:
+        """The SHA-256 of a dense model, of the text, and of what else a result depends on, as JSON takes it."""
+        parts = [fingerprint(model), [{**asdict(entry), "origin": None} for entry in self.entries()], *more]
+        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def manifest(self, tokenizer: PreTrainedTokenizerBase | None, rounds: Iterable[Sequence[float]] = ()) -> Manifest:
         """The record of what was calibrated on, in rounds with these shares of the domains."""

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import ArchSpec, Widths
-from ..calibration.linalg import MAX_PANELS, PANEL
 from ..config.pruning import AUTO, StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.obs import COLUMNS
@@ -74,39 +73,30 @@ class Need:
 
 
 class Text(NamedTuple):
-    """How much text runs: the calibration tokens, those of a sample, the samples of a batch, the domains, and the
-    held-out tokens that every trial runs (0 without trials).
-    """
+    """How much text runs: the calibration tokens, those of a sample, the samples of a batch, and the domains."""
 
     tokens: int
     length: int
     batch: int
     domains: int
-    probe: int
 
     @classmethod
     def of(cls, config: StructPruneConfig, inputs: Mapping[str, Tensor] | None = None) -> Text:
         """The samples that a config asks for, or those that are given; none where stored moments stand in for them."""
-        if inputs is None:
-            domains, count, length = len(texts_of(config)), config.num_samples, config.seq_length
-            heldout = num_heldout(ceil(count / domains), config.holdout)
-        else:
-            domains, parts = len(inputs), [num_heldout(len(samples), config.holdout) for samples in inputs.values()]
+        if config.stats is not None:
+            return cls(0, config.seq_length, 0, 0)
+        domains, count, length = len(texts_of(config)), config.num_samples, config.seq_length
+        if inputs is not None:
+            apart = sum(num_heldout(len(samples), config.holdout) for samples in inputs.values())
+            domains, count = len(inputs), sum(map(len, inputs.values())) - apart * (2 if config.chooses else 1)
             # What is no text has as many tokens as the model makes of it, which shapes do not say.
             length = max(samples.shape[1] if samples.ndim == 2 else 1 for samples in inputs.values())
-            count = max(sum(map(len, inputs.values())) - sum(parts) * (2 if config.chooses else 1), 0)
-            heldout = min(parts)
-        if config.stats is not None:
-            return cls(0, length, 0, 0, 0)
-        trial = min(ceil(PROBE_TOKENS / length / domains), heldout) if config.searches else 0
-        batch = min(config.samples_at_once, ceil(count / domains))
-        return cls(count * length, length, batch, domains, trial * domains * length)
+        return cls(max(count, 0) * length, length, min(config.samples_at_once, ceil(count / domains)), domains)
 
 
 class Matrix(NamedTuple):
     """A matrix of `out` rows and `size` columns of which `kept` stay; it may be one of several experts."""
 
-    layer: int
     size: int
     kept: int
     out: int
@@ -139,7 +129,7 @@ class Workload:
         # The residual streams, and what the attention gives, which does not run again.
         streams = self._hidden * self.itemsize * self.text.tokens * (3 if self._feedback else 2) // processes
         vocabulary = self.model.config.get_text_config().vocab_size if self.arch.causal else 0
-        predictions = self.itemsize * vocabulary * self.text.probe // STRIDE
+        predictions = self.itemsize * vocabulary * PROBE_TOKENS // STRIDE if self.config.searches else 0
         # A loss takes logits in the model's dtype and twice in fp32, for few tokens at a time; where layers are
         # offloaded, the head runs on a whole sample.
         part = min(TOKENS_AT_ONCE, self.text.length)
@@ -151,17 +141,28 @@ class Workload:
         return Need(stage, weights, predictions, working + BESIDE, host)
 
     def _stages(self) -> Iterator[tuple[int, str]]:
-        """The working memory of each stage of each layer, in bytes, with its name."""
+        """The working memory of each stage, in bytes, with its name."""
+        batch, name = self._activations(), self.config.scored_by
+        yield batch, "forward pass"
         for layer, parameters in enumerate(self.arch.layer_params):
-            yield self._activations(layer), "forward pass"
             spaces = [(space, space.width - space.width_in(self.widths)) for space in self.arch.at(layer)]
             removed = sum(units * space.scale * space.unit_params for space, units in spaces)
             yield self.itemsize * max(parameters - removed, 0), "removal"
-        for matrix in self._matrices:
-            yield self._gathering(matrix), "gathering"
-            yield self._scoring(matrix), "scoring"
-            if self.config.fits:
-                yield self._refitting(matrix), "refit"
+        criterion = CRITERIA.get(name) if name in CRITERIA.names() else None
+        reads_gram = self.config.correlates or criterion is not None and criterion.needs_gram
+        for size, kept, out, expert in self._matrices:
+            gram, weight = FP32 * size**2 if reads_gram else 0, FP32 * out * size
+            # The cross-moment with the error; of experts, the tokens that enter them, kept until all are done.
+            error = weight if self._feedback and not expert else 0
+            moments = gram + (self.itemsize * self.text.tokens * self._hidden if expert else error)
+            of_domain = gram + error if self.text.domains > 1 else 0
+            yield moments + of_domain + 2 * weight + batch, "gathering"
+            # Later a factor takes the place of a domain's moments, with some columns of its inverse, also in fp64; in
+            # the refit it is that of the kept submatrix.
+            columns = 2 * (FP32 + FP64) * min(COLUMNS, size) * size
+            factor = gram + columns if criterion is not None and criterion.damped else 0
+            fitted = FP32 * kept * (kept + 4 * out + min(ROWS, size)) - weight if self.config.fits else 0
+            yield moments + 2 * weight + max(factor, fitted), "scoring and refit"
 
     @cached_property
     def _matrices(self) -> list[Matrix]:
@@ -169,7 +170,6 @@ class Workload:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.named_parameters()}
         return [
             Matrix(
-                space.layer,
                 space.size * axis.per_unit,
                 space.width_in(self.widths) * space.scale * axis.per_unit,
                 shapes[axis.param][1 - axis.dim if axis.part is None else 3 - axis.dim],
@@ -191,59 +191,15 @@ class Workload:
         named = getattr(self.model.config.get_text_config(), "hidden_size", 0)
         return named or max((matrix.out for matrix in self._matrices), default=0)
 
-    @cached_property
-    def _scores(self) -> tuple[bool, bool]:
-        """Whether scores read the Gram matrix, and whether they take a factor of it."""
-        is_criterion = self.config.scored_by in CRITERIA.names()
-        criterion = CRITERIA.get(self.config.scored_by) if is_criterion else None
-        return criterion is not None and criterion.needs_gram, criterion is not None and criterion.damped
-
-    def _activations(self, layer: int) -> int:
-        """A token has activations in each expert that it goes to."""
+    def _activations(self) -> int:
+        """The bytes of what a batch is in the widest layer; a token is in each expert that it goes to."""
         text = self.model.config.get_text_config()
         counts = (getattr(text, key, None) for key in ("num_experts_per_tok", "top_k"))
         active = next((count for count in counts if isinstance(count, int)), 1)
-        wide = (
-            space.size * axis.per_unit * (1 if axis.part is None else active)
-            for space in self.arch.at(layer)
-            for axis in space.into
-        )
+        axes = [(space.size, axis) for space in self.arch.spaces for axis in space.into]
+        wide = (size * axis.per_unit * (1 if axis.part is None else active) for size, axis in axes)
         channels = WIDE * max([self._hidden, *wide]) + 2 * self._hidden
         return self.itemsize * self.text.batch * self.text.length * channels
-
-    def _gram(self, matrix: Matrix) -> int:
-        return FP32 * matrix.size**2 if self.config.correlates or self._scores[0] else 0
-
-    def _beside(self, matrix: Matrix) -> int:
-        """The cross-moment with the error; of experts, the tokens that enter them, kept until all are done."""
-        if matrix.expert:
-            return self.itemsize * self.text.tokens * self._hidden
-        return FP32 * matrix.out * matrix.size if self._feedback else 0
-
-    def _gathering(self, matrix: Matrix) -> int:
-        """Moments of the mixture and of one domain, beside the activations of a batch and two copies of the weight."""
-        gram, size, tokens = self._gram(matrix), matrix.size, self.text.batch * self.text.length
-        moments = gram + self._beside(matrix)
-        if self.text.domains > 1:
-            moments += gram if matrix.expert else moments
-        # Products are computed in panels. What is 16 bits wide is copied to fp32, except for bf16 on CUDA.
-        panel = FP32 * min(max(PANEL, -(-size // MAX_PANELS)), size) * size if gram else 0
-        inputs = tokens * size * (self.itemsize + (FP32 if self.itemsize < FP32 else 0))
-        batch = max(self._activations(matrix.layer), inputs + panel + 2 * FP32 * tokens * matrix.out)
-        return moments + batch + 2 * FP32 * matrix.out * size
-
-    def _scoring(self, matrix: Matrix) -> int:
-        """Moments and two copies of the weight; where scores take a factor, that and some columns of its inverse."""
-        moments = self._gram(matrix) + self._beside(matrix) + 2 * FP32 * matrix.out * matrix.size
-        # Those columns and those of the block before, and two copies in fp64.
-        columns = min(COLUMNS, matrix.size) * matrix.size * (2 * FP32 + 2 * FP64)
-        return moments + (self._gram(matrix) + columns if self._scores[1] else 0)
-
-    def _refitting(self, matrix: Matrix) -> int:
-        """The moments, and the kept submatrix, which becomes its own factor."""
-        size, kept, out = matrix.size, matrix.kept, matrix.out
-        moments = self._gram(matrix) + self._beside(matrix) + FP32 * out * size
-        return moments + FP32 * (kept * kept + 4 * out * kept + min(ROWS, size) * kept)
 
 
 def free_bytes(device: torch.device) -> int | None:

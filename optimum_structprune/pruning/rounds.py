@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from hashlib import sha256
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,12 @@ from transformers import PreTrainedModel
 from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
-from ..config.pruning import StructPruneConfig
-from ..domains.manifest import Entry
 from ..record.details import choices_of_list, choices_to_list
 from ..surgery.cut import adopt_config_, shrink_
 from ..surgery.plan import Plan
-from ..system.fingerprint import fingerprint
 from ..system.resume import Resume, Saved
 from ..widths.budget import biased_spaces
+from .evidence import Evidence
 from .run import Run, Step
 from .sweep import Snapshot, Sweep
 
@@ -51,20 +47,14 @@ def prune_units_(run: Run, step: Step) -> Plan:
     return rounds.sweep.plan
 
 
-def run_key(config: StructPruneConfig, model: PreTrainedModel, text: Sequence[Entry], target: Widths) -> str:
-    """SHA-256 of the config, of the dense model, of the calibration tokens and of the widths that are aimed at."""
-    settings = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    parts = [settings, [{**asdict(entry), "origin": None} for entry in text], fingerprint(model), target]
-    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def run_key(evidence: Evidence, model: PreTrainedModel, target: Widths) -> str:
+    """What tells a run from others: its config, the dense model, the text and the widths that are aimed at."""
+    settings = {name: value for name, value in evidence.config.to_dict().items() if name not in FREE}
+    return evidence.key(model, settings, target)
 
 
 class Rounds:
-    """The rounds of one pruning inside the layers, from the first to the one that shrinks the model.
-
-    Attributes:
-        sweep: Goes through the layers in each of them.
-        done: The number of finished rounds.
-    """
+    """The rounds of one pruning inside the layers, of which `done` are finished, to the one that shrinks the model."""
 
     def __init__(self, run: Run, step: Step):
         self.run, self.arch, config = run, run.arch, run.config
@@ -75,7 +65,7 @@ class Rounds:
         self.finished_rounds: Resume | None = None
         self.finished_layers: Resume | None = None
         if config.checkpoint_dir is not None:
-            key = run_key(config, run.model, run.evidence.entries(), step.target)
+            key = run_key(run.evidence, run.model, step.target)
             folder = Path(config.checkpoint_dir)
             self.finished_rounds = Resume(folder, key, "round")
             self.finished_layers = Resume(folder, f"{key}/{step.count}", "layer", every=True)
@@ -148,7 +138,7 @@ class Rounds:
             shares = tuple(map(float, saved.values["shares"]))
         self.run.report.details.resumed, self.run.report.rounds = True, measured
         self.run.evidence = replace(self.run.evidence, shares=shares)
-        self.sweep.resume_(replace(snapshot, choices=choices))
+        self.sweep.restore_(replace(snapshot, choices=choices))
         self.done = saved.number
 
     def _note_choices(self) -> None:

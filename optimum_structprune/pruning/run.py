@@ -30,16 +30,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """One pass of calibrate → score → remove.
-
-    Attributes:
-        kind: What is removed; see `pruning.steps`.
-        widths: The widths that the step reaches.
-        target: The widths that the last step of this kind reaches.
-        number: The number of this step among those of its kind that belong together, from 1.
-        count: How many of them there are; where units go, all but the last only mask them.
-        part: The number of the training that follows this step, from 1; 0 where none follows.
-        parts: The number of trainings.
+    """One pass of calibrate → score → remove, the `number`-th of `count` of one kind, from 1, and the widths that it
+    and the last of them reach; training `part` of `parts` follows it, or none where that is 0.
     """
 
     kind: str
@@ -63,23 +55,12 @@ class Run:
     undone; a model that has begun to shrink in place refuses to be saved, and the error is an `InPlaceError`.
 
     Attributes:
-        model: The model that shrinks.
-        arch: Its description as it is now.
-        dense: Its description before anything was removed.
-        evidence: What is known of the text; the weights of the domains may change from round to round.
-        config: How to prune.
+        arch, dense: The description of the model that shrinks as it is now, and before anything was removed.
         tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
-        dense_tokenizer: The tokenizer of the dense model.
         inplace: Whether the caller holds the model that shrinks.
-        report: The numbers of the run.
-        plan: The kept units of the dense model so far.
-        measure: The figures of the dense model on held-out text; None until `start`.
-        teacher: The model that recovery learns from; None where there is none.
         layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
         rounds: The `Rounds` that have begun and have not ended; None between them.
-        counted: What the tokens that stay were chosen by.
-        trained: What was trained on.
-        seen: What the dense model has seen before; None where nothing says it.
+        counted, trained, seen: The text that chose the tokens, that was trained on, and that the dense model has seen.
         choices: How the units inside the layers were chosen, in summary, by layer of the dense model and space.
         changed: Whether the model has lost something that cannot be put back.
     """
@@ -173,9 +154,6 @@ class Run:
         self.report.details.take({key: choice for key, choice in self.choices.items() if key[0] in layers})
         calibrated = self.manifest().of_use(CALIBRATED)
         self.report.calibration_tokens = {entry.name: entry.calibration_tokens for entry in calibrated}
-        self.report.domain_seconds = {
-            self.evidence.names[number]: spent for number, spent in sorted(self.evidence.clock.seconds.items())
-        }
 
     def __enter__(self) -> Run:
         return self

@@ -37,13 +37,7 @@ MEASURED_LOSSES = "measured losses"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape that may be taken.
-
-    Attributes:
-        name: What has proposed it.
-        shape: The shape.
-        predicted: The loss that measured losses of single layers add up to; None where nothing predicts it.
-    """
+    """A shape that may be taken, what has proposed it, and the loss that those of single layers add up to."""
 
     name: str
     shape: Shape
@@ -81,12 +75,7 @@ def search(run: Run) -> Shape:
 
 
 class Search:
-    """The shapes of one model that keep to one config.
-
-    Attributes:
-        plain: The widths of `allocation="uniform"`.
-        legal: The legal widths by kind of space, ascending.
-    """
+    """The shapes of one model that keep to one config; `plain` are the widths of `allocation="uniform"`."""
 
     def __init__(self, run: Run):
         self.model, self.arch, self.config, self.evidence = run.model, run.arch, run.config, run.evidence
@@ -112,7 +101,6 @@ class Search:
             probe,
             spaces,
             offers_layers(self.config, self.arch, self.model),
-            self.config.error_feedback if self.config.fits else 0.0,
         )
 
     def candidates(self, curves: Curves) -> list[Candidate]:

@@ -34,12 +34,8 @@ Keep = Mapping[tuple[int, str], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a sweep has reached.
-
-    Attributes:
-        keep: The kept units, by layer and space.
-        consumers: The values of the consumers of these spaces.
-        choices: How these units were chosen, in summary, by layer and space.
+    """What a sweep has reached: the kept units and how they were chosen, by layer and space, and the values of the
+    consumers of these spaces.
     """
 
     keep: Keep
@@ -54,13 +50,8 @@ class Sweep:
     layer's output on the present residual stream, so no error of an earlier pass is fitted again. Scores, in contrast,
     are those of the refitted weights, in which a kept unit already makes up for units removed before.
 
-    Attributes:
-        refit: The registered refit; the config's own unless another one is given.
-        keep: The kept units so far, by layer and space.
-        choices: How they were chosen, in summary, by layer and space.
-        placement: Brings in the layers that are offloaded, one at a time.
-        consumers: The consumers, with the dense values of those that have been changed.
-        shrunk: Whether a layer has lost its removed units for good.
+    `keep` and `choices` hold the kept units so far and how they were chosen, by layer and space; `shrunk` says whether
+    a layer has lost its removed units for good.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig, refit: str | None = None):
@@ -133,7 +124,7 @@ class Sweep:
         gram = CRITERIA.get(self.config.scored_by).needs_gram or self.config.correlates
         # A refit starts from the dense weights, so error feedback has to see the error that these leave.
         with self.consumers.as_dense(space.into):
-            return pooled(passes.gather(space.layer, space, gram), pools)
+            return pooled(passes, space, gram, pools)
 
     def score(self, space: Space, gathered: Sequence[Pooled]) -> Tensor:
         """The scores of the units that are left by the present weights, the sum over the consumers of the space, shape
@@ -217,14 +208,9 @@ class Sweep:
         return Snapshot(dict(self.keep), values, dict(self.choices))
 
     def restore_(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of this run."""
+        """Go back to a snapshot of this run, or take one of an earlier run of the same rounds into the dense model."""
         self.keep, self.choices = dict(snapshot.keep), dict(snapshot.choices)
         self.consumers.restore_(snapshot.consumers)
-
-    def resume_(self, snapshot: Snapshot) -> None:
-        """Take a snapshot of an earlier run of the same rounds into the dense model."""
-        self.keep, self.choices = dict(snapshot.keep), dict(snapshot.choices)
-        self.consumers.resume_(snapshot.consumers)
 
     def undo_(self) -> None:
         """Make the model dense again, unless units have been removed for good."""
@@ -284,7 +270,7 @@ class Sweep:
         """Scores of the units of a space that compare over layers, shape `(units,)`."""
         criterion, by_consumer = self._criterion(space.layer), []
         pools = [Pool(mixture, self.consumers.present(axis)[0]) for axis in space.into]
-        gathered = pooled(passes.gather(space.layer, space, criterion.needs_gram), pools)
+        gathered = pooled(passes, space, criterion.needs_gram, pools)
         for axis, of_consumer in zip(space.into, gathered, strict=True):
             weight, moments = self._present(criterion, space, axis, of_consumer)
             columns = criterion.score(weight, moments, 1)

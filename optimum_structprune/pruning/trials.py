@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
-from inspect import signature
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,11 +17,10 @@ from transformers.utils.logging import tqdm
 from ..arch.spec import LAYER, ArchSpec, Axis, Space
 from ..calibration.passes import LayerPasses, Passes, batches_of, passes_over
 from ..criteria.mixture import Mixture
-from ..domains.load import Domain
+from ..forward.generation import last_logits_only
 from ..forward.layers import Batch
 from ..forward.metrics import TOKENS_AT_ONCE, divergence, run_model
 from ..surgery.consumers import Values
-from ..system.fingerprint import fingerprint
 from ..system.processes import add_up_, of_all, process_count, process_index
 from ..system.resume import Resume
 from ..widths.shapes import Curves, Key
@@ -39,8 +35,6 @@ PROBE_TOKENS = 2048
 STRIDE = 4
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-9
-# What of a config a trial depends on, beside the model and the text.
-OF_TRIALS = ("damping", "seed")
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
 Losses = dict[Key, dict[int, Tensor]]
 # Gives the values of the consumers of one kind of space in one layer, by the number of units removed.
@@ -59,15 +53,18 @@ class Probe:
         self.model, self.batches, self.layer = model, batches, 0
         self.passes = passes or passes_over(model, arch, batches)
         self.options: dict[str, Any] = {}
-        if "logits_to_keep" in signature(model.forward).parameters:
+        if last_logits_only(model):
             self.options["logits_to_keep"] = torch.arange(0, batches[0].ids.shape[1], STRIDE)
         self.dense = [self._logits(index) for index in range(len(batches))]
 
     @classmethod
     def of(cls, model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> Probe:
-        """The probe of the text that a run makes its choices on."""
-        samples = probe_batches(evidence.domains, evidence.batch_size)
-        return cls(model, arch, samples, evidence.run_passes(model, arch, samples))
+        """The probe of the text that a run makes its choices on: as many samples of every domain."""
+        domains = evidence.domains
+        count = max(1, ceil(PROBE_TOKENS / domains[0].trial.shape[1] / len(domains)))
+        samples = [replace(domain, samples=domain.trial[:count], mask=None) for domain in domains]
+        batches = batches_of(samples, evidence.batch_size)
+        return cls(model, arch, batches, evidence.run_passes(model, arch, batches))
 
     def advance(self) -> None:
         """Go on to the next layer."""
@@ -111,13 +108,8 @@ class Probe:
 class Trials:
     """What the model loses when one layer alone gives up a part of its units, or is passed over.
 
-    Attributes:
-        sweep: Prunes, without error feedback.
-        evidence: What is known of the text, with the config of `sweep`.
-        probe: The text that losses are measured on.
-        spaces: The spaces that are tried, by layer and kind; experts of one layer share their width.
-        layers: Whether each layer is passed over, too.
-        feedback: The error feedback of the run, which the trials leave out.
+    `sweep` prunes without the error feedback of the run, and `probe` holds the text that losses are measured on.
+    `spaces` are tried by layer and kind, as experts of one layer share their width; with `layers` so is each layer.
     """
 
     sweep: Sweep
@@ -125,7 +117,6 @@ class Trials:
     probe: Probe
     spaces: Mapping[Key, Sequence[Space]]
     layers: bool = False
-    feedback: float = 0.0
 
     def losses(self) -> Losses:
         """The losses of all trials, those of whole layers as `(layer, LAYER)`; none that an earlier run has kept in
@@ -148,19 +139,8 @@ class Trials:
         folder = config.losses_dir or config.stats or config.checkpoint_dir
         if folder is None:
             return None
-        way = {"refit": self.sweep.refit, **{name: getattr(config, name) for name in OF_TRIALS}}
-        measure = {"shares": SHARES, "tokens": PROBE_TOKENS, "stride": STRIDE}
-        text = [{**asdict(entry), "origin": None} for entry in self.evidence.entries()]
-        parts = [
-            config.scored_by,
-            self.sweep.refit,
-            way,
-            measure,
-            text,
-            list(self.evidence.shares),
-            fingerprint(self.sweep.model),
-        ]
-        key = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        way = (config.scored_by, self.sweep.refit, config.damping, config.seed, SHARES, PROBE_TOKENS, STRIDE)
+        key = self.evidence.key(self.sweep.model, way, self.evidence.shares)
         return Resume(Path(folder), key, f"losses-{key[:12]}")
 
     def _measure_(self, losses: Losses, store: Resume | None) -> None:
@@ -209,9 +189,14 @@ class Trials:
         if config.objective == "worst":
             totals = torch.stack([of_one for by_units in losses.values() for of_one in by_units.values()]).sum(0)
             shares = torch.zeros(len(shares)).scatter_(0, totals.argmax(), 1.0)
-        remaining = remaining_error(self.sweep.arch.num_layers, self.feedback)
+        # A trial prunes one layer alone, and does not see how error feedback in later layers makes up for it: more for
+        # the first ones. No correction and twice the slope were both measured to be worse (docs/log.md).
+        feedback, last = config.error_feedback if config.fits else 0.0, max(self.sweep.arch.num_layers - 1, 1)
         totals_by_key = {
-            key: {units: remaining[key[0]] * float(by_domain @ shares) for units, by_domain in by_units.items()}
+            key: {
+                units: (1 - feedback * (1 - key[0] / last)) * float(by_domain @ shares)
+                for units, by_domain in by_units.items()
+            }
             for key, by_units in losses.items()
         }
         price = {key: sum(space.unit_params * space.scale for space in spaces) for key, spaces in self.spaces.items()}
@@ -231,22 +216,6 @@ class Trials:
 def _is_own(layer: int) -> bool:
     """Whether this process tries a layer."""
     return layer % process_count() == process_index()
-
-
-def remaining_error(num_layers: int, error_feedback: float) -> list[float]:
-    """The share of each layer's error that is left at the end of the model, by layer.
-
-    A trial prunes one layer alone, so it does not see how error feedback in later layers makes up for it. The share
-    rises linearly from `1 - error_feedback` in the first layer to 1 in the last; no correction and twice the slope
-    were both measured to be worse (docs/benchmarks.md).
-    """
-    return [1 - error_feedback * (1 - layer / max(num_layers - 1, 1)) for layer in range(num_layers)]
-
-
-def probe_batches(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
-    """Samples to choose by: as many of every domain, of about `PROBE_TOKENS` tokens in all."""
-    count = max(1, ceil(PROBE_TOKENS / domains[0].trial.shape[1] / len(domains)))
-    return batches_of([replace(domain, samples=domain.trial[:count], mask=None) for domain in domains], batch_size)
 
 
 def refits_of(sweep: Sweep, spaces: Sequence[Space], passes: Passes, mixture: Mixture, own: bool = True) -> Refits:

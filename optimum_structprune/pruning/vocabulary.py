@@ -25,7 +25,7 @@ from ..surgery.plan import Plan
 from ..surgery.resize import drop_tokens_
 from ..vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares, unread
 from ..vocabulary.languages import scripts_of, tokens_per_word
-from ..vocabulary.tokens import Vocabulary
+from ..vocabulary.tokens import Vocabulary, with_needs
 from ..widths.budget import beside_tokens
 from .evidence import Evidence
 from .joint import best_number
@@ -90,7 +90,9 @@ def read_text(
 
     if competing:
         number = best_number(config, arch, model, dense, vocabulary, keep_of, range(len(always), most + 1), report)
-        again, others = _beside(again, arch, model, number, others)
+        rest = beside_tokens(again, arch, model, number)
+        again = again if rest is None else replace(again, targets=rest.targets, budget=rest.budget)
+        others = {} if rest is None else others
         if number == rows:
             return replace(dense, config=again), None, others
     keep = keep_of(number)
@@ -102,14 +104,6 @@ def read_text(
     evidence = Evidence.read(again, model, tokenizer, reader=smaller, seen=seen)
     evidence.memory.update(dense.memory)
     return evidence, SmallerVocabulary(keep[:number], smaller, tuple(dense.domains), gone), others
-
-
-def _beside(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, number: int, others: Widths
-) -> tuple[StructPruneConfig, Widths]:
-    """The config for a model with so many tokens, and the widths of the other spaces, none if these may stay whole."""
-    rest = beside_tokens(config, arch, model, number)
-    return (config, {}) if rest is None else (replace(config, targets=rest.targets, budget=rest.budget), others)
 
 
 def remove_tokens_(run: Run, vocabulary: SmallerVocabulary) -> None:
@@ -163,13 +157,15 @@ def _for_two_readings(config: StructPruneConfig) -> list[StructPruneConfig]:
 def _always(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
 ) -> set[int]:
-    """The tokens that stay whatever the text is: those of the tokenizer, of the configs, and of `keep_tokens`."""
+    """The tokens that stay whatever the text is, those of the tokenizer, of the configs and of `keep_tokens`, with all
+    that they are formed from.
+    """
     always = {*vocabulary.always, *named_ids(model.config), *named_ids(text_config(model.config))}
     if model.can_generate() and model.generation_config is not None:
         always |= named_ids(model.generation_config)
     if config.keep_tokens is not None:
         always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
-    return {token for token in always if 0 <= token < vocabulary.size}
+    return with_needs((token for token in always if 0 <= token < vocabulary.size), vocabulary.needs)
 
 
 def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:

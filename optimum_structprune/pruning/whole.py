@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..arch.meta import skeleton
 from ..arch.shrink import shrunk_config
 from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Axis, ResidualStream
 from ..calibration.accumulator import Accumulator
@@ -25,7 +24,7 @@ from ..forward.layers import Batch
 from ..forward.metrics import run_model
 from ..forward.placement import Placement
 from ..surgery.consumers import read_consumer, write_consumer_
-from ..surgery.cut import adopt_config_, drop_layers_, shrink_layer_
+from ..surgery.cut import drop_layers_, rebuilding_, shrink_layer_
 from ..surgery.plan import Plan, best_units
 from ..surgery.refit import REFITS
 from ..surgery.resize import narrow_
@@ -64,20 +63,18 @@ def remove_experts_(run: Run, step: Step) -> Plan:
     """
     with run.report.timed("experts"):
         model, arch, evidence = run.model, run.arch, run.evidence
-        new_config = shrunk_config(model.config, arch, step.widths)
-        smaller = skeleton(model, new_config)
-        passes = evidence.run_passes(model, arch, evidence.own_batches, evidence.clock)
+        passes = evidence.run_passes(model, arch, evidence.own_batches)
         placement, keep = Placement(model, arch), dict[tuple[int, str], tuple[int, ...]]()
-        for layer in tqdm(range(arch.num_layers), desc="experts", unit="layer"):
-            with placement.at(layer, changes=True):
-                for space in arch.at(layer):
-                    if space.kind in step.widths:
-                        scores = evidence.mixture.combined(passes.contributions(layer, space))
-                        keep[space.key] = best_units(scores, space.width_in(step.widths))
-                run.changed = True
-                shrink_layer_(model, arch, layer, Plan(arch.model_type, keep), smaller)
-                passes.advance(layer)
-        adopt_config_(model, new_config, smaller)
+        with rebuilding_(model, shrunk_config(model.config, arch, step.widths)) as smaller:
+            for layer in tqdm(range(arch.num_layers), desc="experts", unit="layer"):
+                with placement.at(layer, changes=True):
+                    for space in arch.at(layer):
+                        if space.kind in step.widths:
+                            scores = evidence.mixture.combined(passes.contributions(layer, space))
+                            keep[space.key] = best_units(scores, space.width_in(step.widths))
+                    run.changed = True
+                    shrink_layer_(model, arch, layer, Plan(arch.model_type, keep), smaller)
+                    passes.advance(layer)
     return Plan(arch.model_type, keep)
 
 
@@ -97,8 +94,8 @@ def remove_channels_(run: Run, step: Step) -> Plan:
         kept_energy = torch.ones(len(arch.residual.reads))
         run.changed = True
         if config.fits:
-            mixed = torch.tensor(mixture.shares, dtype=energies.dtype) @ energies.movedim(1, 0).flatten(1)
-            kept_energy = mixed.view(len(kept_energy), -1)[:, list(keep)].mean(1) * width / arch.residual.space.size
+            mixed = mixture.mean(energies.movedim(1, 0))
+            kept_energy = mixed[:, list(keep)].mean(1) * width / arch.residual.space.size
             refit_readers_(model, arch, config, batches, mixture, keep)
         factors = {
             read.tap: float(energy) ** 0.5 for read, energy in zip(arch.residual.reads, kept_energy, strict=True)

@@ -243,13 +243,11 @@ def far_off(asked: float, removed: float) -> bool:
 
 
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
-    """What a report says beside its table: time by domain, what was compared and tried, what a limit has stopped."""
+    """What a report says beside its table: what was compared and tried, what a limit has stopped."""
     if report.get("asked") is not None:
         yield given_by(report)
     if report.get("perplexity_stderr"):
         yield f"± is the standard error over samples; rough: on fewer than {ENOUGH:,} tokens"
-    if spent := report.get("domain_seconds"):
-        yield "calibration: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent.items())
     for of in report.get("balances") or ():
         losses = f"loss {of['tokens_loss']:.4f} for the others, {of['layers_loss']:.4f} in the layers"
         yield f"{'taken' if of['chosen'] else 'compared'}: {of['tokens']:,} tokens, {losses}"

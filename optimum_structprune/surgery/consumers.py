@@ -65,8 +65,7 @@ class Consumers:
 
     def mask_(self, axis: Axis, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Give the kept columns new values and mask all others; see `write_consumer_`."""
-        if axis not in self._dense:
-            self._dense[axis] = self._read(axis)
+        self._remember([axis])
         with self.placement.of(axis.module, changes=True):
             write_consumer_(self.model, axis, columns, weight, bias)
 
@@ -90,12 +89,8 @@ class Consumers:
 
     def restore_(self, values: Mapping[Axis, Values]) -> None:
         """Go back to what `copies` gave; consumers that it does not name become dense again."""
+        self._remember(values)
         self._put_({**self._dense, **values})
-
-    def resume_(self, values: Mapping[Axis, Values]) -> None:
-        """Take what `copies` gave in an earlier run into the dense model."""
-        self._dense = self.copies(values)
-        self._put_(values)
 
     def undo_(self) -> None:
         """Make every consumer dense again."""
@@ -106,6 +101,9 @@ class Consumers:
         """Drop the dense values of consumers whose removed columns have left the model."""
         for axis in axes:
             self._dense.pop(axis, None)
+
+    def _remember(self, axes: Iterable[Axis]) -> None:
+        self._dense |= self.copies(axis for axis in axes if axis not in self._dense)
 
     @torch.no_grad()
     def _put_(self, values: Mapping[Axis, Values]) -> None:

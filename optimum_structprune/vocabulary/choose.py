@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from heapq import heapify, heappop, heappush
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..domains.load import Domain
-from ..errors import StructPruneError
 from ..forward.metrics import mean_probabilities
 from .languages import script
+from .tokens import Vocabulary, with_needs
 
 
 # The weight of what is expected of other text against what was counted: one reading decides between rare tokens.
@@ -25,25 +24,6 @@ ALIKE = 1000
 NEVER = 1e-4
 # The number of tokens that the model reads to tell what it expects, in all domains together.
 ENOUGH = 8192
-
-
-class Tokens(Protocol):
-    """What choosing needs to know of a vocabulary."""
-
-    size: int
-
-    @property
-    def always(self) -> Collection[int]:
-        """The tokens that stay whatever the text is."""
-
-    def parts(self, token: int) -> Sequence[int]:
-        """The tokens that take the place of a token; none where no text yields it."""
-
-    def needs(self, token: int) -> Sequence[int]:
-        """The tokens without which a token cannot be formed."""
-
-    def surface(self, token: int) -> str:
-        """The text of a token."""
 
 
 def token_shares(domains: Sequence[Domain], size: int) -> Tensor:
@@ -68,20 +48,15 @@ def predicted_shares(model: PreTrainedModel, domains: Sequence[Domain], size: in
 
 
 def removal_order(
-    vocabulary: Tokens, shares: Tensor, always: Collection[int] = (), predicted: Tensor | None = None
+    vocabulary: Vocabulary, shares: Tensor, always: Collection[int] = (), predicted: Tensor | None = None
 ) -> list[int]:
     """The ids of all tokens that may go, those first whose absence costs least, so that what stays can still be formed
-    wherever the removal ends.
-
-    Args:
-        vocabulary: The tokens, and how each is spelled by others.
-        shares: The share of each token in text, shape `(size,)`.
-        always: Tokens that stay whatever the text is, beside those of the vocabulary.
-        predicted: The share that the model expects each token to have, of the same shape, where it is causal.
+    wherever the removal ends. `shares` are those of the tokens in text, and `predicted` those that a causal model
+    expects, shape `(size,)`; `always` stay, beside those of the vocabulary.
     """
     tokens = range(vocabulary.size)
     needs = [vocabulary.needs(token) for token in tokens]
-    fixed = _with_needs({*vocabulary.always, *always}, needs)
+    fixed = with_needs({*vocabulary.always, *always}, needs.__getitem__)
     parts, read = [vocabulary.parts(token) for token in tokens], _expected(vocabulary, shares, predicted).tolist()
     wholes = Counter(part for of in needs for part in set(of))
 
@@ -111,10 +86,6 @@ def removal_order(
 
 def keep_tokens(size: int, order: Sequence[int], number: int) -> tuple[int, ...]:
     """The ascending ids of `number` of `size` tokens, once the others have gone in an order; see `removal_order`."""
-    if not size - len(order) <= number <= size:
-        raise StructPruneError(
-            f"vocab={number:,} is no number of tokens that can stay: {size - len(order):,} of {size:,} always do."
-        )
     return tuple(sorted({*range(size)} - {*order[: size - number]}))
 
 
@@ -123,18 +94,7 @@ def _spelled(waiting: Sequence[int], parts: Sequence[Sequence[int]], kept: Colle
     return [end for part in waiting for end in ([part] if part in kept else _spelled(parts[part], parts, kept))]
 
 
-def _with_needs(tokens: Collection[int], needs: Sequence[Collection[int]]) -> set[int]:
-    """Tokens with all that they are formed from."""
-    closed: set[int] = set()
-    waiting = list(tokens)
-    while waiting:
-        if (token := waiting.pop()) not in closed:
-            closed.add(token)
-            waiting += needs[token]
-    return closed
-
-
-def _expected(vocabulary: Tokens, shares: Tensor, predicted: Tensor | None) -> Tensor:
+def _expected(vocabulary: Vocabulary, shares: Tensor, predicted: Tensor | None) -> Tensor:
     """The share that each token is expected to have in text of all kinds, shape `(size,)`: what was counted, and a
     guess at the rest, which weighs what the model expects, the token's number, and the share of its script.
     """
@@ -145,13 +105,13 @@ def _expected(vocabulary: Tokens, shares: Tensor, predicted: Tensor | None) -> T
     return shares.double() + GUESSED * guess / guess.sum()
 
 
-def unread(vocabulary: Tokens, shares: Tensor) -> int:
+def unread(vocabulary: Vocabulary, shares: Tensor) -> int:
     """How many tokens are of scripts that text next to never shows. `shares` are those of the tokens in it."""
     rare = (_by_script(vocabulary, shares.double()) < NEVER).nonzero().flatten().tolist()
     return len(set(rare) - set(vocabulary.always))
 
 
-def _by_script(vocabulary: Tokens, shares: Tensor) -> Tensor:
+def _by_script(vocabulary: Vocabulary, shares: Tensor) -> Tensor:
     """The share of the script of each token; digits, spaces and punctuation are of all scripts."""
     scripts = [script(vocabulary.surface(token)) for token in range(vocabulary.size)]
     names = {name: index for index, name in enumerate(dict.fromkeys(["", *scripts]))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain, pairwise, product
@@ -184,11 +184,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-        """The vocabulary of a tokenizer.
-
-        Raises:
-            StructPruneError: If the tokenizer is slow, or of a kind whose tokens are not spelled by others.
-        """
+        """The vocabulary of a tokenizer."""
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise StructPruneError(
                 f"The tokenizer is a {type(tokenizer).__name__}, which is slow: it has no tokenizer.json to take "
@@ -213,12 +209,7 @@ class Vocabulary:
                 always.add(token)
         for text in chats(self._tokenizer):
             always.update(self._tokenizer(text, verbose=False).input_ids)
-        todo = [*always]
-        while todo:
-            needed = {*self._spelling.needs(todo.pop())} - always
-            always |= needed
-            todo += needed
-        return frozenset(always)
+        return frozenset(with_needs(always, self._spelling.needs))
 
     def parts(self, token: int, kept: Container[int] | None = None) -> tuple[int, ...]:
         """The tokens, of `kept` if given, that take the place of one that is gone; none if it is never read."""
@@ -244,13 +235,7 @@ class Vocabulary:
         return name.removesuffix(spelling.suffix) + " " if spelling.suffix and name.endswith(spelling.suffix) else name
 
     def smaller(self, keep: Sequence[int]) -> PreTrainedTokenizerFast:
-        """The tokenizer with only some tokens, which are numbered by their positions in `keep`.
-
-        Raises:
-            StructPruneError: If `keep` is not ascending, lacks a token that has to stay or that another is formed
-                from, or the class of the tokenizer does not read what its file says.
-        """
-        self._refuse(keep)
+        """The tokenizer with only some tokens, ascending, which are numbered by their positions in `keep`."""
         new = {old: number for number, old in enumerate(keep)}
         with TemporaryDirectory() as folder:
             self._tokenizer.save_pretrained(folder, legacy_format=False)
@@ -269,12 +254,7 @@ class Vocabulary:
         return smaller
 
     def check(self, smaller: PreTrainedTokenizerFast, keep: Sequence[int], texts: Iterable[str]) -> None:
-        """Prove on texts, and on what the chat template writes, that a smaller tokenizer reads as this one does.
-
-        Raises:
-            StructPruneError: If a text is decoded to something else, if one whose tokens all stay has other tokens, or
-                if the chat template has changed. The message holds the text.
-        """
+        """Prove on texts, and on what the chat template writes, that a smaller tokenizer reads as this one does."""
         if [*chats(smaller)] != (written := [*chats(self._tokenizer)]):
             raise StructPruneError("The chat template of the smaller tokenizer writes something else.")
         new = {old: number for number, old in enumerate(keep)}
@@ -288,23 +268,16 @@ class Vocabulary:
             if smaller.decode(ids) != self._tokenizer.decode(dense):
                 raise StructPruneError(f"The smaller tokenizer decodes another text than the dense one: {text!r:.200}")
 
-    def _refuse(self, keep: Sequence[int]) -> None:
-        kept = set(keep)
-        if len(kept) < len(keep) or any(a > b for a, b in pairwise(keep)):
-            raise StructPruneError("The ids to keep have to be ascending, each once; sort them.")
-        if strange := sorted(kept - self._names.keys()):
-            raise StructPruneError(f"No token has the id {strange[0]:,}; the ids end at {self.size - 1:,}.")
-        if missing := sorted(self.always - kept):
-            raise StructPruneError(
-                f"{len(missing):,} tokens that have to stay are not kept, the first is {missing[0]:,}, "
-                f"{self.surface(missing[0])!r}; keep all of Vocabulary.always."
-            )
-        for token in kept:
-            if lost := [part for part in self._spelling.needs(token) if part not in kept]:
-                raise StructPruneError(
-                    f"The token {token:,}, {self.surface(token)!r}, is formed from {lost[0]:,}, "
-                    f"{self.surface(lost[0])!r}, which is not kept; keep both or neither."
-                )
+
+def with_needs(tokens: Iterable[int], needs: Callable[[int], Iterable[int]]) -> set[int]:
+    """Tokens with all that they are formed from."""
+    closed: set[int] = set()
+    waiting = [*tokens]
+    while waiting:
+        if (token := waiting.pop()) not in closed:
+            closed.add(token)
+            waiting += needs(token)
+    return closed
 
 
 def rewritten(described: dict[str, Any], spelling: Spelling, new: Mapping[int, int]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
 from typing import cast
 
@@ -231,38 +232,25 @@ def widths_for_sparsity(
 
 @dataclass
 class LayerWidth:
-    """The width of one kind of space in one layer, which shrinks step by step: the widths that it may take from the
-    widest on, the index `at` of the present one, the scores of the units, ascending, and the parameters of one unit.
+    """The width of one kind of space in one layer: the widths that it may take, descending, the index `at` of the
+    present one, the parameters of one unit, and the mean score of the units that go with each step.
     """
 
-    name: str
     layer: int
     widths: Sequence[int]
-    scores: Sequence[float]
     unit_params: int
-    at: int = field(default=0)
-
-    @property
-    def width(self) -> int:
-        """The present width."""
-        return self.widths[self.at]
+    scores: Sequence[float]
+    at: int = 0
 
     @property
     def is_narrowest(self) -> bool:
         """Whether the layer cannot shrink further."""
-        return self.at + 1 == len(self.widths)
+        return self.at == len(self.scores)
 
     @property
     def cost(self) -> int:
         """The number of parameters that go with the next step."""
-        return self.unit_params * (self.width - self.widths[self.at + 1])
-
-    @property
-    def score(self) -> float:
-        """The mean score of the units that go with the next step, which are the lowest of those kept so far."""
-        size = len(self.scores)
-        going = self.scores[size - self.width : size - self.widths[self.at + 1]]
-        return sum(going) / len(going)
+        return self.unit_params * (self.widths[self.at] - self.widths[self.at + 1])
 
 
 def ranked_widths(
@@ -289,16 +277,15 @@ def ranked_widths(
     else:
         for name, width in config.widths.items():
             assert isinstance(width, int)  # `contradictions` has refused numbers for single layers here
-            goal = sum(layer.unit_params * max(len(layer.scores) - width, 0) for layer in by_kind[name])
+            goal = sum(layer.unit_params * max(layer.widths[0] - width, 0) for layer in by_kind[name])
             _remove_(config, by_kind[name], goal)
-    return {name: {layer.layer: layer.width for layer in layers} for name, layers in by_kind.items()}
+    return {name: {layer.layer: layer.widths[layer.at] for layer in layers} for name, layers in by_kind.items()}
 
 
 def _layer_width(
     spaces: Sequence[Space], widths: Sequence[int], scores: Mapping[tuple[int, str], Tensor]
 ) -> LayerWidth:
     """The width of the spaces of one kind in one layer, which share it."""
-    first = spaces[0]
     scores_by_space = [
         scores[space.key].sort().values.reshape(space.width, space.scale).mean(1)
         if scores
@@ -306,8 +293,9 @@ def _layer_width(
         for space in spaces
     ]
     params = sum(space.unit_params * space.scale for space in spaces)
-    unit_scores = torch.stack(scores_by_space).mean(0).tolist()
-    return LayerWidth(first.kind, first.layer, widths, unit_scores, params)
+    unit_scores, size = torch.stack(scores_by_space).mean(0).tolist(), spaces[0].width
+    going = [unit_scores[size - wide : size - narrow] for wide, narrow in pairwise(widths)]
+    return LayerWidth(spaces[0].layer, widths, params, [sum(scores) / len(scores) for scores in going])
 
 
 def step(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
@@ -355,7 +343,7 @@ def _remove_(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: floa
             f"{amount} asks for {goal:,.0f} parameters to go, but with min_width={config.min_width} of their units "
             f"kept the layers give at most {removable:,}; change either."
         )
-    heap = [(layer.score, number) for number, layer in enumerate(layers) if not layer.is_narrowest]
+    heap = [(layer.scores[0], number) for number, layer in enumerate(layers) if not layer.is_narrowest]
     heapq.heapify(heap)
     while heap:
         _, number = heapq.heappop(heap)
@@ -364,7 +352,7 @@ def _remove_(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: floa
             goal -= layer.cost
             layer.at += 1
             if not layer.is_narrowest:
-                heapq.heappush(heap, (layer.score, number))
+                heapq.heappush(heap, (layer.scores[layer.at], number))
     unfinished = [layer for layer in layers if not layer.is_narrowest]
     cheapest = min(unfinished, key=lambda layer: layer.cost, default=None)
     if cheapest is not None and cheapest.cost < 2 * goal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -36,26 +36,22 @@ def widths_of(
     if config.budget is None:
         return _given_widths(config, arch, model, scores)
     legal = legal_widths(config, arch, model.config)
-    cost = _cost_of(config, arch, model, legal, itemsize or model.dtype.itemsize)
-    dense = cost({})
-    name, limit = _limit(config, dense)
-    if name == CACHE:
+    budget = budget_of(config, arch, model, legal, itemsize)
+    cost, dense, limit = budget.cost, budget.dense, budget.limit
+    if budget.name == CACHE:
         saves = [kind for kind in legal if cost(smallest_widths(config, arch, {kind: legal[kind]})) < dense]
         legal = {kind: legal[kind] for kind in saves}
     check_may_differ(config, arch, list(legal))
     smallest = smallest_widths(config, arch, legal)
-    _check_reach(config, dense, cost(smallest), list(legal))
-
-    def widths_at(removed: float) -> Widths:
-        sparsity = removed / sum(arch.layer_params)
-        by_sparsity = replace(config, budget=None, targets=tuple(legal), sparsity=sparsity)
-        return target_widths(by_sparsity, arch, model.config, scores, legal)
+    _check_reach(config, budget, cost(smallest), list(legal))
 
     def fits(widths: Widths) -> bool:
         return cost(widths) <= limit
 
-    if VOCAB in legal and len(legal) > 1:
-        return _beside_all_tokens(config, arch, model, smallest, fits)
+    if VOCAB in legal and len(legal) > 1:  # measured losses are to say how many tokens go: none yet
+        rest = {name: width for name, width in smallest.items() if name != VOCAB}
+        others = widths_of(replace(config, targets=tuple(rest)), arch, model) if fits(rest) else rest
+        return {VOCAB: arch.of(VOCAB)[0].size, **others}
     best = _filled_up(smallest, config, arch, legal, fits)
     if VOCAB in legal:
         return best
@@ -66,23 +62,14 @@ def widths_of(
     cheapest = min(space.unit_params * space.scale for name in legal for space in arch.of(name))
     trial = enough * (dense - limit) / (dense - cost(smallest))
     while enough - too_little > cheapest / 2:
-        widths = widths_at(trial)
+        by_sparsity = replace(config, budget=None, targets=tuple(legal), sparsity=trial / sum(arch.layer_params))
+        widths = target_widths(by_sparsity, arch, model.config, scores, legal)
         if fits(widths):
             enough, best = trial, max(_filled_up(widths, config, arch, legal, fits), best, key=cost)
         else:
             too_little = trial
         trial = (too_little + enough) / 2
     return best
-
-
-def _beside_all_tokens(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, smallest: Widths, fits: Callable[[Widths], bool]
-) -> Widths:
-    """The widths where measured losses are to say how many tokens go beside other units: none go yet."""
-    rest = {name: width for name, width in smallest.items() if name != VOCAB}
-    if fits(rest):
-        rest = dict(widths_of(replace(config, targets=tuple(rest)), arch, model))
-    return {VOCAB: arch.of(VOCAB)[0].size, **rest}
 
 
 def _given_widths(
@@ -115,8 +102,31 @@ def _filled_up(
     return filled
 
 
-def _check_reach(config: StructPruneConfig, dense: float, least: float, names: list[str]) -> None:
-    name, limit = _limit(config, dense)
+class Budget(NamedTuple):
+    """What a config limits, how much of it there may be and is in the dense model, and how much with given widths."""
+
+    name: str
+    limit: float
+    dense: float
+    cost: Callable[[Widths], float]
+
+
+def budget_of(
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    model: PreTrainedModel,
+    names: Collection[str],
+    itemsize: int | None = None,
+) -> Budget:
+    """The budget of a config whose spaces `names` may shrink; a number below 1 is a share of what is there."""
+    ((name, limit),) = (config.budget or {}).items()
+    cost = _cost_of(config, arch, model, names, itemsize or model.dtype.itemsize)
+    dense = cost({})
+    return Budget(name, limit if limit >= 1 else int(limit * dense), dense, cost)
+
+
+def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names: list[str]) -> None:
+    name, limit, dense, _ = budget
     if limit >= dense:
         raise StructPruneError(
             f"budget {name}={limit:,} is met by the dense model, which has {dense:,}; ask for less."
@@ -183,19 +193,11 @@ def resources(
     if config.budget is None:
         return [Resource((config.sparsity or 0.0) * sum(arch.layer_params), params, whole)]
     legal = legal_widths(config, arch, model.config)
-    cost = _cost_of(config, arch, model, list(names), model.dtype.itemsize)
-    name, limit = _limit(config, cost({}))
+    name, limit, dense, cost = budget_of(config, arch, model, names)
     need = cost({kind: arch.widths(kind) for kind in names}) - limit
     if name in ("parameters", "bytes"):
-        size = model.dtype.itemsize if name == "bytes" else 1
-        return [
-            Resource(
-                need,
-                {key: size * count for key, count in params.items()},
-                {layer: size * count for layer, count in whole.items()},
-            )
-        ]
-    dense, units = cost({}), {}
+        return [Resource(need / (model.dtype.itemsize if name == "bytes" else 1), params, whole)]
+    units = {}
     for kind in names:
         least = min(legal[kind])
         removed = sum(size - min(least, size) for size in arch.widths(kind).values())
@@ -208,8 +210,8 @@ def keeps_to(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, 
     """Whether a model of given widths keeps to the budget of a config, if it has one."""
     if config.budget is None:
         return True
-    cost = _cost_of(config, arch, model, list(widths), model.dtype.itemsize)
-    return cost(widths) <= _limit(config, cost({}))[1]
+    budget = budget_of(config, arch, model, widths)
+    return budget.cost(widths) <= budget.limit
 
 
 def beside_tokens(
@@ -219,18 +221,11 @@ def beside_tokens(
     where that is nothing. It is for the model without the others, or where `cut` is false, for the one that has them.
     """
     others = tuple(name for name in config.shrinking if name != VOCAB)
-    cost = _cost_of(config, arch, model, list(config.shrinking), model.dtype.itemsize)
-    dense, smaller = cost({}), cost({VOCAB: number})
-    name, limit = _limit(config, dense)
+    name, limit, dense, cost = budget_of(config, arch, model, config.shrinking)
+    smaller = cost({VOCAB: number})
     if smaller <= limit or not others:
         return None
     return replace(config, targets=others, budget={name: limit if cut else limit + dense - smaller})
-
-
-def _limit(config: StructPruneConfig, dense: float) -> tuple[str, float]:
-    """What the budget of a config limits, and how much of it there may be; a number below 1 is a share of `dense`."""
-    ((name, limit),) = (config.budget or {}).items()
-    return name, limit if limit >= 1 else int(limit * dense)
 
 
 def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, params: Mapping[Key, float]) -> Resource:

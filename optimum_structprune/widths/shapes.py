@@ -29,12 +29,7 @@ TIE = 1e-7
 
 @dataclass(frozen=True)
 class Shape:
-    """The widths of a smaller model.
-
-    Attributes:
-        widths: The widths by kind of space: one number, or one per layer of the dense model.
-        layers: The layers that stay, ascending; None where all of them do.
-    """
+    """The widths of a smaller model, and the layers of the dense one that stay, ascending; None where all do."""
 
     widths: Widths
     layers: tuple[int, ...] | None = None

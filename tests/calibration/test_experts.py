@@ -120,7 +120,7 @@ def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
     space = describe(model).of("mlp")[1]
     experts = model.get_submodule(space.experts)
     calls = [call for call in routed(model, space) if not (call.index == 1).any()]
-    moments = list(inner_moments(experts, space, calls, True, 2))
+    moments = [of_domain for (of_domain,) in inner_moments(experts, space, calls, True, 2)]
     weight, _ = read_consumer(model, space.into[0])
     assert [part.count for part in moments] == [0, 0]
     assert torch.equal(Mixture((0.5, 0.5)).pool(weight, moments).full_gram(), torch.eye(space.size))

@@ -13,7 +13,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, calibrate, perplexity, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.passes import passes_over
 from optimum_structprune.calibration.stored import StoredPasses
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.load import load_domains
@@ -228,13 +227,3 @@ def test_through_the_command_line(tmp_path, capsys):
     assert main(["prune", model, str(tmp_path / "out"), "--width", "mlp=9", "--stats", stats]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 9
     assert Manifest.load(tmp_path / "out").domains == Manifest.load(stats).domains
-
-
-def test_the_report_says_what_each_domain_costs():
-    for passes, fields in ((passes_over, {"rounds": 2}), (whole_passes, {"criterion": "flap"})):
-        evidence = evidence_of(uneven(num_samples=9, **fields), run_passes=passes)
-        report = pruned_on(evidence, build("llama-tied"), {"mlp": 24}).report
-        assert list(report.domain_seconds) == ["a", "few"] and min(report.domain_seconds.values()) > 0
-        rounds = sum(seconds for stage, seconds in report.seconds.items() if stage.startswith("round"))
-        assert sum(report.domain_seconds.values()) < rounds
-        assert f"calibration: a {report.domain_seconds['a']:.1f} s, few" in str(report)

@@ -6,12 +6,13 @@ from itertools import product
 
 import pytest
 import torch
+from helpers import mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build, config
 
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.moments import Moments, mix
+from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.criteria.mixture import Mixture, output_energy
 from optimum_structprune.criteria.obs import producer_norms

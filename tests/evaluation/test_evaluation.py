@@ -3,7 +3,6 @@
 import json
 import sys
 import warnings
-from math import exp
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,7 @@ from optimum_structprune import DomainConfig, StructPruneError, StructPruner, ev
 from optimum_structprune.commands.cli import main
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.evaluation.tasks import local_task
-from optimum_structprune.forward.metrics import compare
+from optimum_structprune.forward.metrics import compare, perplexity_of
 
 
 ITEM = {"query": "Question: Lily saw a big", "choices": ["dog", "red ball", "tree and was happy"], "gold": 0}
@@ -48,18 +47,18 @@ def test_comparison_equals_its_definition(pair, batch_size):
         mine, theirs = (log_softmax(one(samples).logits[:, :-1], dim=-1) for one in pair)
     targets = samples[:, 1:].flatten()
     found = compare(model, dense, samples, batch_size)
-    assert found.perplexity == pytest.approx(exp(cross_entropy(mine.flatten(0, 1), targets)), rel=1e-5)
-    assert found.dense_perplexity == pytest.approx(exp(cross_entropy(theirs.flatten(0, 1), targets)), rel=1e-5)
+    for losses, predicted in ((found.losses, mine), (found.dense_losses, theirs)):
+        assert float(losses.mean()) == pytest.approx(float(cross_entropy(predicted.flatten(0, 1), targets)), rel=1e-5)
     assert found.divergence == pytest.approx(float((theirs.exp() * (theirs - mine)).sum(-1).mean()), rel=1e-4)
     assert found.agreement == pytest.approx(float((mine.argmax(-1) == theirs.argmax(-1)).float().mean()))
-    assert found.perplexity == pytest.approx(perplexity(model, samples), rel=1e-6)
+    assert perplexity_of(found.losses) == pytest.approx(perplexity(model, samples), rel=1e-6)
     assert found.divergence > 0 and found.agreement < 1
 
 
 def test_a_model_is_its_own_equal_and_the_training_mode_stays(pair):
     model, dense = pair[0].train(), pair[1].eval()
     found = compare(model, model, token_ids(batch=3, length=30))
-    assert (found.divergence, found.agreement, found.perplexity) == (0, 1, found.dense_perplexity)
+    assert (found.divergence, found.agreement) == (0, 1) and torch.equal(found.losses, found.dense_losses)
     with pytest.raises(IndexError):
         compare(model, dense, torch.full((1, 8), 10_000))
     assert model.training and not dense.training
@@ -97,10 +96,11 @@ def test_evaluate(pair, folder):
     found = evaluate(*pair[:1], tokenizer(), [domain], dense=pair[1], seq_length=24, num_samples=4)
     expected = compare(*pair, read_heldout(domain, tokenizer(), 24, 4).samples)
     assert found.tokens == {"a": 4 * 23} and found.prefix == "<s>"
-    assert found.perplexity == {"a": {"model": expected.perplexity, "dense": expected.dense_perplexity}}
+    both = {"model": perplexity_of(expected.losses), "dense": perplexity_of(expected.dense_losses)}
+    assert found.perplexity == {"a": both}
     assert (found.divergence["a"], found.agreement["a"]) == (expected.divergence, expected.agreement)
     alone = evaluate(pair[0], tokenizer(), [{"name": "a", "source": domain.source}], seq_length=24, num_samples=4)
-    assert alone.perplexity == {"a": {"model": pytest.approx(expected.perplexity, rel=1e-9)}}
+    assert alone.perplexity == {"a": {"model": pytest.approx(both["model"], rel=1e-9)}}
     assert alone.divergence == {} and "KL" not in str(alone) and "KL" in str(found)
     assert str(alone).endswith("samples of 24 tokens, each begun with '<s>'")
 

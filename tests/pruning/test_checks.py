@@ -83,14 +83,14 @@ REFUSED = [
     ("t5", {"widths": {"layer": 1}}, "no space 'layer' to prune: encoder and decoder count"),
     # the criterion
     ("llama-tied", {"criterion": "wnada"}, "no criterion 'wnada'. Did you mean 'wanda'"),
-    ("llama-tied", {"criterion": "loss_increase"}, ONLY_LAYERS),
+    ("llama-tied", {"criterion": "block_influence"}, ONLY_LAYERS),
     ("llama-tied", {"widths": {"layer": 1, "mlp": 24}, "criterion": "block_influence"}, ONLY_LAYERS),
-    ("mixtral", {"widths": {"expert": 3, "layer": 1}, "criterion": "loss_increase"}, ONLY_LAYERS),
+    ("mixtral", {"widths": {"expert": 3, "layer": 1}, "criterion": "block_influence"}, ONLY_LAYERS),
     # the spaces
     ("mixtral", {"max_perplexity_ratio": 2, "widths": {"expert": 3}}, "held by rounds, and 'expert' goes before them"),
     ("llama-tied", {"max_perplexity_ratio": 2, "widths": {"layer": 1}}, "and 'layer' goes before them"),
     ("llama-tied", {"max_perplexity_ratio": 2, "widths": {"hidden": 24, "mlp": 8}}, "and 'hidden' goes before them"),
-    ("llama-tied", {"refit": "bias", "widths": {"hidden": 24}}, "needs a bias in all that reads 'hidden'"),
+    ("llama-tied", {"refit": "bias", "widths": {"hidden": 24}}, "refit='bias' is for consumers inside the layers"),
     ("qwen2", {"refit": "bias"}, "refit='bias' needs a bias in the projections of 'mlp'"),
     ("mixtral", {"refit": "bias", "sparsity": 0.2, "round_to": 8, "targets": ("mlp",)}, "in the projections of 'mlp'"),
     ("bert", {"rounds": 2, "objective": "worst"}, PERPLEXITY),

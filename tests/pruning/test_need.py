@@ -115,7 +115,7 @@ def evidence_on(device, text, monkeypatch):
     """Evidence that says `auto`, of a model whose compute device is said to be another one."""
     model, settings = build("llama-tied"), config(domains=text, num_samples=40, batch_size="auto")
     monkeypatch.setattr(room, "compute_device", lambda model: torch.device(device))
-    return Evidence.of(settings, load_domains(settings, tokenizer()), model.device), describe(model), model
+    return Evidence.of(settings, load_domains(settings, tokenizer())), describe(model), model
 
 
 def test_a_run_keeps_to_it_and_gives_the_same_model(text, tmp_path):

@@ -27,7 +27,7 @@ RUNS = {
     "three layers": {"widths": None, "sparsity": 0.25, "allocation": "search", "round_to": 4},
     "granite": {"widths": {"layer": 1, "hidden": 24, "mlp": 24}},
     "olmoe": {"widths": None, "sparsity": 0.1, "allocation": "sensitivity", "round_to": 1, "targets": ("mlp",)},
-    "olmo2": {"criterion": "loss_increase", "widths": {"layer": 1}},
+    "olmo2": {"criterion": "block_influence", "widths": {"layer": 1}},
     "t5": {},
     "writes itself": {},
 }

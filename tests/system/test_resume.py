@@ -1,5 +1,6 @@
 """What is on disk is whole at any moment, whatever is killed, and the same as what was in memory."""
 
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -159,12 +160,16 @@ def test_a_full_disk_names_the_layer_and_leaves_those_before(tmp_path):
 
 def test_the_key_names_all_that_makes_a_run():
     model, evidence = build("llama-tied"), evidence_of(config(rounds=2))
-    entries = evidence.entries()
 
-    def key(settings=evidence.config, of=model, text=entries, target=24):
-        return run_key(settings, of, text, {"mlp": target})
+    def key(settings=evidence.config, of=model, domains=evidence.domains, target=24):
+        return run_key(replace(evidence, config=settings, domains=domains), of, {"mlp": target})
 
     same = key()
     assert key(config(rounds=2, batch_size=1, checkpoint_dir="elsewhere")) == same
-    others = [key(config(rounds=3)), key(of=build("llama-tied", seed=1)), key(text=entries[:1]), key(target=20)]
+    others = [
+        key(config(rounds=3)),
+        key(of=build("llama-tied", seed=1)),
+        key(domains=evidence.domains[:1]),
+        key(target=20),
+    ]
     assert len({same, *others}) == 5

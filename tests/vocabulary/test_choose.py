@@ -7,7 +7,6 @@ import torch
 from models import real_text_model, token_ids
 
 from optimum_structprune.domains.load import given_domains
-from optimum_structprune.errors import StructPruneError
 from optimum_structprune.vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares, unread
 from optimum_structprune.vocabulary.languages import SENTENCES, script, scripts_of, tokens_per_word
 from optimum_structprune.vocabulary.tokens import Vocabulary
@@ -67,13 +66,6 @@ def test_what_a_token_is_built_from_stays_and_takes_over_what_it_was_read_for():
     assert kept(Words("a b c ab abc abca ca", (0, 1, 2)), [9, 9, 9, 1, 1, 2, 2.5], 5) == "a b c ab abc"
     # Tokens of the user stay with their parts.
     assert kept(WORDS, [9, 9, 9, 0, 0, 0, 0, 5, 5], 7, always=[6]) == "a b c д ab abc abca"
-
-
-def test_a_number_that_does_not_hold_what_always_stays_is_refused():
-    with pytest.raises(StructPruneError, match=r"vocab=6 .* 7 of 9 always do"):
-        chosen(WORDS, torch.ones(9), 6, always=[6])
-    with pytest.raises(StructPruneError, match=r"vocab=10 "):
-        chosen(WORDS, torch.ones(9), 10)
 
 
 def test_domains_count_by_their_weights_and_not_by_their_length():

@@ -253,21 +253,6 @@ def test_named_chat_templates_and_what_they_write_stay():
     vocabulary.check(less, sorted(vocabulary.always), TEXT)
 
 
-def test_wrong_tokens_to_keep_are_refused():
-    vocabulary, reader = dense("byte level")
-    every, digit = list(range(vocabulary.size)), reader.convert_tokens_to_ids("0")
-    needed = next(part for token in every for part in vocabulary.parts(token) if part not in vocabulary.always)
-    for keep, message in (
-        (every[::-1], "ascending, each once"),
-        ([*every, every[-1]], "ascending, each once"),
-        ([*every, vocabulary.size], f"No token has the id {vocabulary.size}; the ids end at {every[-1]}"),
-        ({*every} - {digit}, f"1 tokens that have to stay are not kept, the first is {digit}, '0'"),
-        ({*every} - {needed}, f"is formed from {needed}, .* not kept; keep both or neither"),
-    ):
-        with pytest.raises(StructPruneError, match=message):
-            vocabulary.smaller(sorted(keep) if isinstance(keep, set) else keep)
-
-
 def test_what_reads_otherwise_is_not_proved():
     vocabulary, reader = dense("byte level")
     keep, every = some(vocabulary, 0, 0.5), list(range(vocabulary.size))

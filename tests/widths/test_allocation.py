@@ -28,7 +28,7 @@ def arch_of(layers: int, groups: int, group_cost: int, channels: int, channel_co
         spaces.append(Space("attention", layer, groups, (), (), heads, (), group_cost, unit=GROUP))
         spaces.append(Space("mlp", layer, channels, (), (), (("ffn", 1),), (), channel_cost))
     params = groups * group_cost + channels * channel_cost + 7
-    return ArchSpec("toy", "layers", (params,) * layers, tuple(spaces))
+    return ArchSpec("toy", (("layers", layers),), (params,) * layers, tuple(spaces))
 
 
 archs = st.builds(
@@ -164,7 +164,7 @@ def test_global_allocation_is_that_of_flap():
             expected[space.name][space.layer] -= 1
 
     fields = config(criterion="flap", sparsity=0.4, allocation="global", round_to=1, min_width=0.01)
-    evidence = Evidence.of(fields, [Domain("a", 1.0, samples, samples[:0])], model.device)
+    evidence = Evidence.of(fields, [Domain("a", 1.0, samples, samples[:0])])
     scores = dense_scores(model, arch, evidence, arch.names)
     every = {name: list(range(1, arch.of(name)[0].size + 1)) for name in arch.names}
     found = ranked_widths(fields, arch, every, scores)

@@ -16,7 +16,7 @@ from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
 from optimum_structprune.forward.hooks import observe
-from optimum_structprune.forward.layers import Batch, Clock
+from optimum_structprune.forward.layers import Batch
 from optimum_structprune.system.processes import add_up_
 
 from .watching import of_samples
@@ -30,9 +30,7 @@ IGNORED = -100
 NOISE = 0.1
 
 
-def saliencies(
-    model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
-) -> dict[str, Tensor]:
+def saliencies(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Σ|x ∂L/∂x| of every consumer's input x, per predicted token, by module, shape `(domains, n)`, fp64.
 
     L is the sum of the next-token losses, so that the scale does not depend on the batch size; where a
@@ -43,12 +41,10 @@ def saliencies(
     def of_batch(batch: Batch, backward: Backward) -> dict[str, Tensor]:
         return backward(_embedded(model, batch), lambda product: product.abs().flatten(0, -2).sum(0))
 
-    return _per_token(model, arch, batches, clock or Clock(model.device), of_batch)
+    return _per_token(model, arch, batches, of_batch)
 
 
-def contrasts(
-    model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
-) -> dict[str, Tensor]:
+def contrasts(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """How much the gradient of a gate on every consumer's input differs between two views of a sample.
 
     A gate multiplies one component x of the input at all tokens of a sample, so the gradient of the loss by it is
@@ -70,7 +66,7 @@ def contrasts(
         first, second = (backward(view, gates) for view in views)
         return {name: (first[name] - second[name]).abs().sum(0) for name in first}
 
-    return _per_token(model, arch, batches, clock or Clock(model.device), of_batch)
+    return _per_token(model, arch, batches, of_batch)
 
 
 @torch.no_grad()
@@ -82,7 +78,6 @@ def _per_token(
     model: PreTrainedModel,
     arch: ArchSpec,
     batches: Sequence[Batch],
-    clock: Clock,
     of_batch: Callable[[Batch, Backward], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """What `of_batch` gives by module, added up for each domain and divided by its number of predicted tokens."""
@@ -98,9 +93,7 @@ def _per_token(
             if not predicted:
                 continue
             counts[batch.domain] += predicted
-
-            with clock.running(batch.domain):
-                found = of_batch(batch, partial(_backward, model, modules, labels, predicted))
+            found = of_batch(batch, partial(_backward, model, modules, labels, predicted))
             for name, sum_of_batch in found.items():
                 total = sums.setdefault(name, torch.zeros(domains, len(sum_of_batch), dtype=torch.float64))
                 total[batch.domain] += sum_of_batch.cpu()

@@ -15,15 +15,13 @@ from optimum_structprune.calibration.accumulator import unmasked
 from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
-from optimum_structprune.forward.layers import Batch, Clock
+from optimum_structprune.forward.layers import Batch
 from optimum_structprune.system.processes import add_up_, process_count
 
 from .watching import check_dense, of_samples, run_watched
 
 
-def removal_orders(
-    model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
-) -> dict[str, Tensor]:
+def removal_orders(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """In which order the units of every consumer go if those with the least effect on its output go first.
 
     The samples are read one after the other, of one domain in turn. The effect of a unit u on a sample is the mean of
@@ -47,7 +45,7 @@ def removal_orders(
         for row, sample in enumerate(x.reshape(len(batch.ids), -1, x.shape[-1])):
             orders[name].remove_(unmasked(sample, None if batch.mask is None else batch.mask[row]))
 
-    run_watched(model, axes, mixed, see, clock)
+    run_watched(model, axes, mixed, see)
     places = {name: order.places() for name, order in orders.items()}
     add_up_(places[name] for name in sorted(places))
     domains = 1 + max(by_domain)

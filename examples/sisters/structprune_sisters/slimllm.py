@@ -18,7 +18,7 @@ from optimum_structprune.criteria import Criterion
 from optimum_structprune.criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from optimum_structprune.criteria.obs import matrices, norms_by_unit
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.forward.layers import Batch, Clock
+from optimum_structprune.forward.layers import Batch
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.system.processes import add_up_
 
@@ -29,9 +29,7 @@ from .watching import check_dense, of_samples, run_watched
 SHARPNESS = 10.0
 
 
-def inflows(
-    model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], clock: Clock | None = None
-) -> dict[str, Tensor]:
+def inflows(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """How strongly each channel is driven by what produces it: √Σ_i W_ji² E[x_i²], summed over its producers W.
 
     Returns:
@@ -50,7 +48,7 @@ def inflows(
     producers = sorted({axis.module for space in channels for axis in matrices(model, space.out)})
     for batch in batches:
         counts[batch.domain] += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
-    run_watched(model, producers, batches, see, clock)
+    run_watched(model, producers, batches, see)
     add_up_([counts, *(squares[name] for name in producers)])
     means = {name: sums / counts.clamp(min=1)[:, None] for name, sums in squares.items()}
     found = {

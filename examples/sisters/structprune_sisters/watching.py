@@ -12,17 +12,17 @@ from transformers import PreTrainedModel
 from optimum_structprune import StructPruneError
 from optimum_structprune.arch.spec import ArchSpec
 from optimum_structprune.forward.hooks import observe
-from optimum_structprune.forward.layers import Batch, Clock
+from optimum_structprune.forward.layers import Batch
 from optimum_structprune.forward.metrics import run_model
 from optimum_structprune.pruning.evidence import Evidence
 
 
 def of_samples(watch: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    """A function of a model, its description, batches and a clock as `Criterion.watches` takes it."""
+    """A function of a model, its description and batches as `Criterion.watches` takes it."""
 
     @wraps(watch)
     def watches(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> dict[str, Tensor]:
-        return watch(model, arch, evidence.own_batches, evidence.clock)
+        return watch(model, arch, evidence.own_batches)
 
     return watches
 
@@ -42,11 +42,8 @@ def run_watched(
     names: Iterable[str],
     batches: Sequence[Batch],
     see: Callable[[Batch, str, Tensor], None],
-    clock: Clock | None,
 ) -> None:
-    clock = clock or Clock(model.device)
     present = batches[0]
     with observe(model, names, lambda name, x: see(present, name, x.detach())):
         for present in batches:
-            with clock.running(present.domain):
-                run_model(model, present.ids)
+            run_model(model, present.ids)
