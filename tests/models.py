@@ -319,6 +319,12 @@ def config(**fields) -> StructPruneConfig:
     return StructPruneConfig(**{**defaults, **fields})
 
 
+CHATML = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
 def real_text_model() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A random Llama with SmolLM2's proportions and a byte-level tokenizer that reads any text."""
     backend = Tokenizer(BPE(unk_token=None))

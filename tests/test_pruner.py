@@ -48,13 +48,6 @@ def test_rounds_end_where_one_round_does(fields):
     assert same_weights(once, thrice) and once.config.is_heterogeneous == bool(fields)
 
 
-def test_same_seed_same_plan_other_seed_other_text():
-    pruners = [StructPruner(config(seed=seed)) for seed in (0, 0, 1)]
-    models = [pruner.prune_model(build("llama-tied"), tokenizer()) for pruner in pruners]
-    assert pruners[0].plan == pruners[1].plan and same_weights(models[0], models[1])
-    assert not same_weights(models[0], models[2])
-
-
 @pytest.mark.parametrize(("case", "fields", "inplace"), [
     ("llama-tied", {"allocation": "sensitivity", "rounds": 2}, False),
     ("mixtral", {"widths": {"layer": 1, "expert": 3, "hidden": 24, "mlp": 24}}, True),

@@ -8,7 +8,7 @@ from unittest.mock import MagicMock, Mock
 import pytest
 import torch
 import yaml
-from models import build, real_text_model
+from models import CHATML, build, real_text_model
 from trained import needs_shared, stories_model
 from transformers import GenerationConfig
 
@@ -17,12 +17,6 @@ from optimum_structprune.domains import generated
 from optimum_structprune.domains.generated import self_documents
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.system.fingerprint import fingerprint
-
-
-CHATML = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from models import build, real_text_model
+from models import CHATML, build, real_text_model
 from torch.nn.functional import log_softmax
 from transformers import GenerationConfig
 
@@ -15,12 +15,6 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.evaluation import answers
 from optimum_structprune.evaluation.answers import ShortCheck, answer_divergence, ask, read_questions
 from optimum_structprune.record.answers import mcnemar, outcome, remark, telling
-
-
-CHATML = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from models import build, config, documents, full_disk, token_ids, tokenizer
 from trained import needs_shared, stories_config, stories_model
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from optimum_structprune import Recovery, RecoveryConfig, StructPruneConfig, StructPruner, prune_model, recover
+from optimum_structprune import Recovery, RecoveryConfig, StructPruner, prune_model, recover
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.domains.resolve import texts_of
 from optimum_structprune.errors import StructPruneError
@@ -108,17 +108,6 @@ def test_the_seed_orders_the_training_and_not_the_text(pruned, trained_on):
     results = [recover(deepcopy(pruned), tokenizer(), recovery_config(**few, seed=seed)) for seed in (0, 0, 3)]
     assert same_weights(results[0], results[1]) and not same_weights(results[0], results[2])
     assert trained_on[0] == trained_on[1] == trained_on[2]
-
-
-def test_prune_and_recover_in_one_call(tmp_path):
-    pruner = StructPruner(config(recovery=recovery_config()))
-    small = pruner.prune_model(build("llama-tied"), tokenizer())
-    assert set(pruner.report.recovery.perplexity["a"]) == {"dense", "pruned", "recovered"}
-    assert "recovered" in str(pruner.report) and "recovery" in pruner.report.seconds
-    pruner.save(small, tmp_path / "out", tokenizer())
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["recovery"]["tokens"] == 480
-    saved = StructPruneConfig.from_pretrained(tmp_path / "out")
-    assert saved.recovery.tokens == 480 and saved.recovery.lora == {"r": 2}
 
 
 def test_every_round_of_a_pruning_trains_on_other_text(tmp_path, trained_on, pruned):
