@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-from helpers import save_with_tokenizer
-from models import build, config, documents, tokenizer
+from helpers import error_line, save_desk
+from models import build, config, tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import Recovery, StructPruner
@@ -14,17 +14,14 @@ from optimum_structprune.commands.cli import main
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    text = folder / "a.jsonl"
-    text.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(200)))
-    save_with_tokenizer(build("llama-tied"), folder / "model")
+    folder = save_desk(tmp_path_factory.mktemp("cli"), count=200)
     pruner = StructPruner(config())
     pruner.save(pruner.prune_model(build("llama-tied"), tokenizer()), folder / "pruned", tokenizer=tokenizer())
     return folder
 
 
 def command(folder, *extra, output="out"):
-    flags = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--tokens", "480", "--device", "cpu"]
+    flags = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--tokens", "96", "--device", "cpu"]
     training = ["--training", "disable_tqdm=true", "--training", "learning_rate=1e-2", "--lora", "r=2"]
     # Random words teach little, and what most tests look at does not depend on it.
     return ["recover", str(folder / "pruned"), str(folder / output), *flags, *training, "--accept-worse", *extra]
@@ -76,9 +73,9 @@ def test_every_round_of_the_pruning_is_no_matter_afterwards_and_an_adapter_may_s
     config_path = folder / "rounds" / "structprune_config.json"
     config_path.write_text(json.dumps({**json.loads(config_path.read_text()), "rounds": 6}))
     # 96 tokens are 4 samples, too few for each of 6 rounds.
-    line = command(folder, "--tokens", "96", "--every-round", "--teacher", str(folder / "model"), output="parts")
+    line = command(folder, "--every-round", "--teacher", str(folder / "model"), output="parts")
     assert main([line[0], str(folder / "rounds"), *line[2:]]) == 0
-    assert main(command(folder, "--tokens", "96", "--no-merge", output="adapter")) == 0
+    assert main(command(folder, "--no-merge", output="adapter")) == 0
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert not (folder / "adapter" / "model.safetensors").exists()
 
@@ -86,7 +83,7 @@ def test_every_round_of_the_pruning_is_no_matter_afterwards_and_an_adapter_may_s
 def test_recover(folder, capsys):
     assert main(command(folder, "--teacher", str(folder / "model"), "--overwrite")) == 0
     shown = capsys.readouterr().out
-    assert "perplexity a" in shown and "recovered" in shown and "recovery: 480 tokens" in shown
+    assert "perplexity a" in shown and "recovered" in shown and "recovery: 96 tokens" in shown
     again = AutoModelForCausalLM.from_pretrained(folder / "out")
     assert again.config.intermediate_size == 24
     names = {path.name for path in (folder / "out").iterdir()}
@@ -128,12 +125,8 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     for arguments, message in (
         ([line[0], str(tmp_path), *line[2:]], "holds an adapter and no model. In Python, load_adapter(pruned_model"),
         ([*line, "--tokens", "3"], "24 is enough"),
-        ([*line, "--training", "learning_rat=1"], "Did you mean 'learning_rate'"),
         ([*line, "--teacher", "no/where"], "'no/where' cannot be loaded"),
-        ([*line, "--kl-weight", "2"], "between 0 and 1"),
-        ([*line, "--domain", "b=./gone.txt"], "gone.txt"),
     ):
         assert main(arguments) == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("structprune: error:")]
-        assert len(lines) == 1 and message in lines[0]
+        assert message in error_line(capsys)
     assert not (folder / "wrong").exists()
