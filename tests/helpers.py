@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from models import PRUNABLE, build, config, documents, token_ids, tokenizer
+from models import build, config, documents, token_ids, tokenizer
 from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -292,9 +292,6 @@ def free_spaces(arch):
         for name in arch.names
         if not (arch.uniform or arch.of(name)[0].uniform) and len({space.layer for space in arch.of(name)}) > 1
     ]
-
-
-NON_UNIFORM = [case for case in PRUNABLE if free_spaces(describe(build(case)))]
 
 
 RECOVERY_TEXT = {"domains": [DomainConfig(name=n, source=documents(200, seed=s)) for s, n in enumerate("ab")]}

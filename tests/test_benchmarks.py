@@ -8,6 +8,7 @@ import re
 import sys
 from importlib import import_module
 from pathlib import Path
+from shlex import split
 from xml.etree import ElementTree
 
 import pytest
@@ -72,54 +73,44 @@ def test_the_picture_of_the_readme_is_that_of_the_figures_in_the_docs(tmp_path):
     assert other_texts != texts and other_marks != marks
 
 
+# The arguments of a script, and words of what it prints.
 SMALL = {
     "benchmark_recovery": (
-        [
-            TINY,
-            str(DATA),
-            *"--mlp 96 --seq-length 128 --eval-samples 2 --bf16 --domains stories --tokens 2000".split(),
-        ],
+        f"{TINY} {DATA} --mlp 96 --seq-length 128 --eval-samples 2 --bf16 --domains stories --tokens 2000",
         ["pruned", "LoRA, ", "distilled, "],
     ),
     "benchmark_scale": (
-        ["tiny", *"--shape tiny --layers 2 --domains 2 --tokens 512 --seq-length 64".split()],
+        "tiny --shape tiny --layers 2 --domains 2 --tokens 512 --seq-length 64",
         ["tiny, 2 of 4 layers", "| in memory | 2", "| on the disk | 2"],
     ),
     "benchmark_cost": (
-        [TINY, *"--width mlp=96 --seq-length 64 --clock cpu --num-samples 6 12 --layers 2 --domains 1 3".split()],
+        f"{TINY} --width mlp=96 --seq-length 64 --clock cpu --num-samples 6 12 --layers 2 --domains 1 3",
         ["| 6 | 384 | 2 | 1", "| 12 | 768 | 2 | 3", "seconds = layers x "],
     ),
     "benchmark_gpu": (
-        ["--device", "cpu", "--tiny", "--folder", "."],
+        "--device cpu --tiny --folder .",
         ["float32: cpu against the CPU | 0.0% other units", "--offload disk", "TFLOP/s", "(ideal "],
     ),
-    "benchmark_speed": (
-        ["model", *"--widths 24 16 --prompts 8 --new-tokens 2 --repeats 1".split()],
-        ["mlp=24", "mlp=16"],
-    ),
+    "benchmark_speed": ("model --widths 24 16 --prompts 8 --new-tokens 2 --repeats 1", ["mlp=24", "mlp=16"]),
     "benchmark_vocabulary": (
-        ["model", str(DATA), *"--sizes 384 320 --calibration 8 --samples 1 --seq-length 16 --speed".split()],
+        f"model {DATA} --sizes 384 320 --calibration 8 --samples 1 --seq-length 16 --speed",
         ["384 | -", "320 | -"],
     ),
     "benchmark_domains": (
-        ["run", TINY, str(DATA), "grid.json", *"--domains stories --removed 50 --seeds 0 --samples 4".split()]
-        + ["--eval-samples", "1", "--cells", "mix, one-shot, wanda", "mix, one-shot, obs by search_uniform + refit"],
+        f"run {TINY} {DATA} grid.json --domains stories --removed 50 --seeds 0 --samples 4 --eval-samples 1 --cells "
+        "'mix, one-shot, wanda' 'mix, one-shot, obs by search_uniform + refit'",
         [],
     ),
     "benchmark_tasks": (
-        ["run", TINY, str(DATA), "answers", *"--domains stories --removed 50 --samples 4 --cells mix".split()]
-        + ["--recovery-tokens", "2048", "--tasks", "quiz.jsonl"],
+        f"run {TINY} {DATA} answers --domains stories --removed 50 --samples 4 --cells mix --recovery-tokens 2048 "
+        "--tasks quiz.jsonl",
         [],
     ),
     "benchmark_peers": (
-        [TINY, str(DATA), "peers.json", *"--domains stories --samples 4 --eval-samples 1 --rows dense".split()]
-        + ["*, defaults"],
+        f"{TINY} {DATA} peers.json --domains stories --samples 4 --eval-samples 1 --rows dense '*, defaults'",
         [],
     ),
-    "train_tiny": (
-        [str(DATA), "trained", *"--tokens 5120 --vocabulary 400 --seq-length 64 --batch-size 4".split()],
-        [],
-    ),
+    "train_tiny": (f"{DATA} trained --tokens 5120 --vocabulary 400 --seq-length 64 --batch-size 4", []),
 }
 
 
@@ -136,6 +127,6 @@ def test_it_runs_small(name, tmp_path, capsys, monkeypatch):
         for saved in real_text_model():
             saved.save_pretrained("model")
     arguments, words = SMALL[name]
-    assert not main(name)(arguments)
+    assert not main(name)(split(arguments))
     shown = capsys.readouterr().out
     assert [word for word in words if word not in shown] == [], shown

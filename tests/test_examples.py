@@ -74,7 +74,7 @@ def accuracies(shown: str) -> dict[str, float]:
     return {name: float(rest.partition(",")[0]) for name, _, rest in lines}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(None, marks=pytest.mark.nightly), "csv", "jsonl"])
+@pytest.mark.parametrize("kind", ["csv", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in (None, "jsonl"))])
 def test_prune_bert_classifier(desk, bert, kind, capsys):
     out = desk / f"classifier-{kind}"
     flags = ["--model", str(bert), "--output", str(out), "--learning_rate", "5e-3", "--sparsity", "0.4"]

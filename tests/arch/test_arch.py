@@ -11,6 +11,7 @@ from optimum_structprune import StructPruneError
 from optimum_structprune.arch.families import builtin_families, family_of, read_families
 from optimum_structprune.arch.load import describe, resolve
 from optimum_structprune.arch.meta import meta_model
+from optimum_structprune.arch.spec import HIDDEN, LAYER
 from optimum_structprune.arch.stub import stub
 
 
@@ -56,11 +57,17 @@ def test_a_config_needs_only_the_numbers_that_the_description_names(tmp_path):
         resolve(family, bare, shapes_of(8, 8))
 
 
-def test_every_family_has_a_case():
+def test_every_family_has_a_case_and_says_which_spaces_it_lacks_and_whether_layers_may_differ():
     plain = {model_type for model_type, _ in CASES.values()} | {model_type for _, model_type, _ in OTHERS.values()}
     inside = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}  # only ever inside their multimodal models
     around = {"qwen3_5_moe"}  # like qwen3_5 around a text model that has a case
     assert plain | inside | around == set(builtin_families())
+    for model_type, family in builtin_families().items():
+        assert family.text or (family.layer is None) == (LAYER in family.missing), model_type
+        assert family.text or (family.hidden is None) == (HIDDEN in family.missing), model_type
+        assert not (family.layer_class and family.uniform), model_type
+        if family.text is None and family.spaces:
+            assert set(family.layer_class) == set(family.model_types) or family.uniform, model_type
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -106,8 +113,6 @@ def test_a_wrong_file_is_refused(tmp_path):
     with pytest.raises(StructPruneError, match=r"'qwen22' is not described.* Did you mean 'qwen2'\?"):
         family_of("qwen22")
 
-
-# --- stubs of architectures that are not described: with a tensor-parallel plan, and without
 
 # What a stub finds in mixtures of experts, and in models without a tensor-parallel plan.
 UNKNOWN = {

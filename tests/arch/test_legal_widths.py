@@ -61,8 +61,6 @@ def test_legal_widths_follow_the_config_class():
         assert legal_sizes(model.config, describe(model), name) == legal
 
 
-# --- holds `families.yaml` and its page against transformers as installed
-
 # How many of the 196 causal model types of transformers 5.24 are described: the number may not fall.
 DESCRIBED = 94
 ROOT = Path(__file__).parents[2]

@@ -8,24 +8,17 @@ from copy import deepcopy
 import pytest
 import torch
 import transformers
-from helpers import KEEP, NON_UNIFORM, free_spaces, logits, masked
-from models import GROUPED, build, config, token_ids, tokenizer
+from helpers import KEEP, free_spaces, logits, masked
+from models import GROUPED, PRUNABLE, build, config, token_ids, tokenizer
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
-from optimum_structprune import (
-    Plan,
-    StructPruneError,
-    StructPruner,
-    disable_heterogeneous,
-    enable_heterogeneous,
-    prune_model,
-)
+from optimum_structprune import Plan, StructPruner, disable_heterogeneous, enable_heterogeneous, prune_model
 from optimum_structprune.arch import per_layer
-from optimum_structprune.arch.families import BUILTIN, read_families
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
+from optimum_structprune.errors import StructPruneError
 from optimum_structprune.surgery.cut import shrink_
 from optimum_structprune.surgery.resize import pad_, resize_
 
@@ -56,7 +49,7 @@ def widths_of(model):
     return {name: {space.layer: space.width for space in arch.of(name)} for name in free_spaces(arch)}
 
 
-@pytest.mark.parametrize("case", NON_UNIFORM)
+@pytest.mark.parametrize("case", [case for case in PRUNABLE if free_spaces(describe(build(case)))])
 def test_pruned_equals_masked_reloads_and_pads(case, tmp_path):
     model = build(case)
     arch, plan = differing(model)
@@ -82,13 +75,6 @@ def test_pruned_equals_masked_reloads_and_pads(case, tmp_path):
     torch.testing.assert_close(logits(again), logits(small), atol=1e-5, rtol=0)
 
 
-def test_every_family_says_whether_layers_may_differ():
-    for family in read_families(BUILTIN):
-        assert not (family.layer_class and family.uniform), family
-        if family.text is None and family.spaces:
-            assert set(family.layer_class) == set(family.model_types) or family.uniform, family
-
-
 # What the tests below load in other processes.
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
@@ -109,18 +95,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-expected = load_file("expected.safetensors")
-
 @torch.no_grad()
-def check(model):
+def check(model, name="expected"):
+    expected = load_file(f"{name}.safetensors")
     torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], atol=1e-6, rtol=0)
 
-try:
-    AutoModelForCausalLM.from_pretrained("out")
-except RuntimeError as error:
-    assert "ignore_mismatched_sizes" in str(error), error
-else:
-    raise AssertionError("transformers builds such models by itself: say so in the docs")
+def check_that_it_does_not_load(name, words):
+    try:
+        AutoModelForCausalLM.from_pretrained(name)
+    except RuntimeError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError("transformers builds such models by itself: say so in the docs")
+
+check_that_it_does_not_load("out", "ignore_mismatched_sizes")
 model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
 check(model)
 model.save_pretrained("again")
@@ -130,7 +118,7 @@ for folder in (Path("out"), Path("again"), cache):
     assert (folder / name).read_bytes() == (Path("out") / name).read_bytes(), folder
 check(AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True))
 base = AutoModel.from_pretrained("out", trust_remote_code=True)
-assert base(expected["ids"]).last_hidden_state.shape == (2, 12, 32)
+assert base(load_file("expected.safetensors")["ids"]).last_hidden_state.shape == (2, 12, 32)
 assert not [name for name, module in sys.modules.items() if module and "optimum_structprune" in name]
 
 del sys.modules["optimum_structprune"]
@@ -139,17 +127,33 @@ import optimum_structprune
 model = AutoModelForCausalLM.from_pretrained("out")
 assert type(model).__module__ == "transformers.models.llama.modeling_llama"
 check(model)
+check_that_it_does_not_load("own", "per-layer attribute")
+check(AutoModelForCausalLM.from_pretrained("own", trust_remote_code=True), "own")
+optimum_structprune.enable_heterogeneous("own.yaml")
+check(AutoModelForCausalLM.from_pretrained("own"), "own")
+"""
+OWN = """
+- model_types: [diffllama]
+  layer_path: layers
+  layer_class: {diffllama: DiffLlamaDecoderLayer}
+  spaces:
+    mlp:
+      size: intermediate_size
+      out: {mlp.gate_proj: unit, mlp.up_proj: unit}
+      in: {mlp.down_proj: unit}
 """
 
 
-def in_another_process(code, folder):
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+def test_it_loads_in_another_process_without_the_plugin_and_then_with_it_and_with_a_family_of_ones_own(saved):
+    folder = saved[0]
+    (folder / "own.yaml").write_text(OWN)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("diffllama", **GROUPED))
+    pruner = StructPruner(config(widths={"mlp": 24}, skip_layers=(0,), arch_file=str(folder / "own.yaml")))
+    small = pruner.prune_model(model, tokenizer())
+    pruner.save(small, folder / "own")
+    save_file({"logits": logits(small), "ids": token_ids()}, folder / "own.safetensors")
+    done = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_it_loads_in_another_process_without_the_plugin_and_then_with_it(saved):
-    in_another_process(IN_ANOTHER_PROCESS, saved[0])
 
 
 def test_the_import_is_cheap_and_the_environment_has_a_say():
@@ -191,49 +195,6 @@ def test_the_patch_comes_off(saved, monkeypatch):
     finally:
         enable_heterogeneous()
     LlamaForCausalLM(fields)
-
-
-WITHOUT_THE_FILE_AND_WITH_IT = """
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-from optimum_structprune import enable_heterogeneous
-
-expected = load_file("expected.safetensors")
-try:
-    AutoModelForCausalLM.from_pretrained("out")
-except RuntimeError:
-    remote = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
-    enable_heterogeneous("own.yaml")
-    for model in (remote, AutoModelForCausalLM.from_pretrained("out")):
-        with torch.no_grad():
-            logits = model(expected["ids"]).logits
-        torch.testing.assert_close(logits, expected["logits"], atol=1e-6, rtol=0)
-else:
-    raise AssertionError("built without a description")
-"""
-
-
-def test_an_architecture_of_ones_own(tmp_path):
-    own = tmp_path / "own.yaml"
-    own.write_text(
-        """
-- model_types: [diffllama]
-  layer_path: layers
-  layer_class: {diffllama: DiffLlamaDecoderLayer}
-  spaces:
-    mlp:
-      size: intermediate_size
-      out: {mlp.gate_proj: unit, mlp.up_proj: unit}
-      in: {mlp.down_proj: unit}
-"""
-    )
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("diffllama", **GROUPED))
-    pruner = StructPruner(config(widths={"mlp": 24}, skip_layers=(0,), arch_file=str(own)))
-    small = pruner.prune_model(model, tokenizer())
-    pruner.save(small, tmp_path / "out")
-    save_file({"logits": logits(small), "ids": token_ids()}, tmp_path / "expected.safetensors")
-    in_another_process(WITHOUT_THE_FILE_AND_WITH_IT, tmp_path)
 
 
 def test_it_can_be_pruned_again(saved):

@@ -54,9 +54,7 @@ def test_what_transformers_can_undo_is_undone():
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_it_cannot_undo_is_refused_with_the_reason(inplace):
     model = quantized(Quantizer())
-    with pytest.raises(
-        StructPruneError, match="quantized with gptq, which transformers cannot undo.*no implementation"
-    ):
+    with pytest.raises(StructPruneError, match="with gptq, which transformers cannot undo.*no implementation"):
         StructPruner(config()).prune_model(model, tokenizer(), inplace=inplace)
     assert model.is_quantized and type(model.model.layers[0].mlp.up_proj) is Packed
     model.hf_quantizer = None
@@ -110,8 +108,6 @@ def test_a_model_that_half_matches_its_family_is_refused(module, spoilt, message
     assert not isinstance(refused.value, InPlaceError)
 
 
-# --- the recipe of docs/serving.md that quantises a pruned model with torchao, which `make torchao` installs
-
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "torchao"
 CHECK = """
@@ -128,7 +124,7 @@ assert 0 < error < 0.05, error
 
 @pytest.mark.nightly
 @pytest.mark.skipif(not (FOLDER / "torchao").is_dir(), reason=f"no torchao in {FOLDER}; `make torchao` installs it")
-def test_the_recipe_prunes_quantises_saves_and_loads(tmp_path):
+def test_the_recipe_of_torchao_prunes_quantises_saves_and_loads(tmp_path):
     for saved in real_text_model():
         saved.save_pretrained(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     (recipe,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(), re.M | re.S)

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruneError, StructPruner, prune_model
-from optimum_structprune.arch.families import builtin_families
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.shrink import cut_depth_
 from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
@@ -82,12 +81,6 @@ def test_pruned_equals_skipped_and_reloads_and_generates(case, tmp_path):
             for use in (True, False)
         )
         assert torch.equal(cached, plain) and cached.shape == (1, 14)
-
-
-def test_every_family_has_depth_and_channels_or_a_reason():
-    for model_type, family in builtin_families().items():
-        assert family.text or (family.layer is None) == (LAYER in family.missing), model_type
-        assert family.text or (family.hidden is None) == (HIDDEN in family.missing), model_type
 
 
 def test_layers_of_different_widths_keep_theirs(tmp_path):
