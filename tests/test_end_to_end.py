@@ -31,7 +31,7 @@ def halves(arch):
 def test_every_family_end_to_end(case, rounds, tmp_path):
     model, before = build(case), build(case)
     arch = describe(model)
-    wish = config(widths=halves(arch), rounds=rounds)
+    wish = config(widths=halves(arch), rounds=rounds, num_samples=4)
     outcome, pruner = dry_run(config_of(model), wish), StructPruner(wish)
     small = pruner.prune_model(model, tokenizer())
     assert type(small) is type(model) and same_weights(model, before)
