@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo smoke test docs-test test-all style quality docs llama-cpp torchao vllm llm-compressor lowest dist venv clean
+.PHONY: help demo smoke test docs-test test-all style quality docs llama-cpp torchao vllm llm-compressor dist lowest venv clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 11
