@@ -37,15 +37,12 @@ def test_general_text_adds_a_domain_and_leaves_the_others_as_they_are():
     assert texts_of(quarter)[-1] == DomainConfig("general", "self:any", 1.0)
 
 
-def test_no_text_of_every_kind_stands_beside_such_text():
+def test_general_text_is_left_out_where_it_has_no_place_or_something_is_said_of_it():
     for domain in [("general", "a.txt"), ("a", "self:any"), ("a", "builtin:general-code"), ("a", "preset:general")]:
         alone = pruning_of(domain)
         assert with_written_text(alone) is alone
         with pytest.raises(StructPruneError, match="general_share=0.1 adds a domain 'general'"):
             pruning_of(domain, general_share=0.1)
-
-
-def test_general_text_has_no_place_beside_few_samples_stored_moments_nor_where_something_is_said():
     pair = [("a", "a.txt"), ("b", "b.txt")]
     for fields in ({"num_samples": 2}, {"stats": "folder"}, {"general_share": 0}, {"general_text": "builtin:general"}):
         said = pruning_of(*pair, **fields)

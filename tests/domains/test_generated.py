@@ -53,9 +53,7 @@ def test_text_of_any_kind_begins_with_a_word_of_the_vocabulary(writer):
     beginnings = [text[: text.answers[0][0]] for text in texts]
     assert set(beginnings) <= set(words) and len(set(beginnings)) > len(words) / 2
     assert first(writer, 8, "any", seed=1) != texts
-
-
-def test_a_vocabulary_without_capitals_gives_what_it_has():
+    # A vocabulary without capitals gives what it has.
     reader = MagicMock(all_special_ids=(0,), decode=lambda ids: ["<s>", "a", " ", "ing", "1"][ids[0]])
     reader.__len__.return_value = 5
     assert generated.vocabulary_words(reader) == ["1", "a", "ing"]

@@ -65,9 +65,7 @@ def test_what_is_right_passes_and_every_round_needs_tokens_of_its_own():
         check_recovery(settings, config(rounds=3))
     check_recovery(settings, config(rounds=3), parts=1)
     check_recovery(recovery_config(tokens=96), config(rounds=3))
-
-
-def test_no_is_a_text_where_a_text_is_wanted():
+    # `no` is a text where a text is wanted.
     for value in (False, "no"):
         settings = recovery_config(training={"save_strategy": value, "learning_rate": 1, "logging_first_step": False})
         arguments = training_arguments(settings, 0, True, "nowhere")

@@ -44,7 +44,7 @@ def details():
     return pruner.report.details
 
 
-def test_a_run_notes_what_it_saw(details):
+def test_a_run_notes_what_it_saw_and_reads_it_back(details, tmp_path):
     assert details.choices and details.memory
     assert details.model["bytes"]["after"] < details.model["bytes"]["before"] and details.domains
     for choices in details.choices.values():
@@ -52,9 +52,6 @@ def test_a_run_notes_what_it_saw(details):
             without, with_refit = one.error
             assert 0 <= with_refit <= without * (1 + 1e-4)
             assert all(-1 - 1e-9 <= value <= 1 + 1e-9 for value in one.agreement)
-
-
-def test_what_is_saved_is_read_back(details, tmp_path):
     details.save(tmp_path / "details.json")
     assert Details.load(tmp_path / "details.json") == details
     for choices in details.choices.values():
