@@ -153,6 +153,8 @@ class StructPruner:
     @own_settings()
     def prune_to_(self, model: PreTrainedModel, domains: Sequence[Domain], widths: Widths) -> Plan:
         """Prune a model in place to legal widths, without measuring it and without recovery; the units that stay."""
+        if VOCAB in widths:
+            raise StructPruneError(f"{VOCAB!r} takes text and its tokenizer, not samples; use prune_model.")
         evidence = Evidence.of(self.config, domains)
         evidence = with_batch_size(evidence, describe(model, self.config.arch_file), model, widths)
         with Run(model, evidence) as run:

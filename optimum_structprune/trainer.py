@@ -103,7 +103,13 @@ class StructPruneCallback(TrainerCallback, ExportableState):
             )
         earlier = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and isinstance(earlier, dict):
-            self.progress = earlier["attributes"]["progress"]
+            try:
+                self.progress = earlier["attributes"]["progress"]
+            except (LookupError, TypeError) as error:
+                raise StructPruneError(
+                    f"The checkpoint of step {state.global_step} does not say what has been removed ({error!r} in its "
+                    "trainer_state.json); resume from another one."
+                ) from error
         if self._dense is not None:
             arch, widths = self._dense
             numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)

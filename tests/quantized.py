@@ -34,8 +34,8 @@ class Reversible(Quantizer):
         return model.to(dtype)
 
 
-def quantized(quantizer):
-    model = build("llama-tied")
+def quantized(quantizer, model=None):
+    model = build("llama-tied") if model is None else model
     for layer in model.model.layers:
         layer.mlp.up_proj.__class__ = Packed
     model.hf_quantizer, model.is_quantized = quantizer, True

@@ -12,6 +12,7 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneErro
 from optimum_structprune.config.domains import check_names
 from optimum_structprune.config.fields import parse_yaml, to_yaml
 from optimum_structprune.criteria import CRITERIA, Criterion, register_criterion
+from optimum_structprune.criteria.layers import LAYER_CRITERIA, LayerCriterion
 from optimum_structprune.domains.sources import documents as read
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import perplexity
@@ -61,6 +62,14 @@ def test_odd_criteria(give, allocation, monkeypatch):
     fields = {} if allocation == "uniform" else {"sparsity": 0.2, "allocation": "global", "round_to": 1}
     with pytest.raises(StructPruneError, match="'odd' has to give"):
         pruned({"a": token_ids(8, 8)}, criterion="odd", **fields)
+
+
+@pytest.mark.parametrize("scores", [None, torch.ones(3), torch.tensor([1.0, torch.nan])])
+def test_odd_criteria_of_layers(scores, monkeypatch):
+    monkeypatch.setattr(LAYER_CRITERIA, "_entries", dict(LAYER_CRITERIA._entries))
+    LAYER_CRITERIA.register("odd")(type("Odd", (LayerCriterion,), {"score": lambda *_: scores}))
+    with pytest.raises(StructPruneError, match="'odd' has to give 2 finite scores, one per unit, at model.layers"):
+        pruned({"a": token_ids(8, 8)}, criterion="odd", widths={"layer": 1})
 
 
 def test_odd_texts(tmp_path):

@@ -226,6 +226,19 @@ def test_callbacks_that_a_checkpoint_restores_go_on(step, attached, tmp_path):
         assert same_weights(resumed, whole) and callback.plan == expected.plan
 
 
+def test_a_checkpoint_that_does_not_say_what_it_has_removed(tmp_path):
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        run = trainer(tmp_path, save_strategy="steps", save_steps=4)
+        attach_pruner(run, config())
+        if resume is None:
+            run.train()
+            state = tmp_path / "checkpoint-4" / "trainer_state.json"
+            state.write_text(state.read_text().replace('"progress"', '"lost"'))
+            continue
+        with pytest.raises(StructPruneError, match="step 4 does not say what has been removed.*from another one"):
+            run.train(resume_from_checkpoint=resume)
+
+
 def test_a_second_training_prunes_no_further(tmp_path):
     run = trainer(tmp_path)
     callback = attach_pruner(run, config(sparsity=0.4, targets=("mlp",), round_to=1), start=2)

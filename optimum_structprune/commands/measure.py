@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from ..system.fingerprint import vocabulary_hash
 from .loading import SPREAD, Loading
 from .output import MARK, Result, check_file
 
+
+logger = logging.getLogger(__name__)
 
 # Where the flags of `benchmark` name none; a default of argparse would stay beside what is given. `compare --speed`
 # takes them too.
@@ -70,9 +73,11 @@ def _measured(args: Namespace, loading: Loading, model_name: str, dense_name: st
     model, tokenizer = loading.model_and_tokenizer(model_name)
     if not dense_name:
         return _of_loaded(args, model, tokenizer)
-    dense, reader = loading.model(dense_name), tokenizer
-    with suppress(StructPruneError):  # a dense folder of weights alone is read with the model's tokenizer
+    dense, reader = loading.model(dense_name), None
+    try:
         reader = loading.tokenizer(dense_name)
+    except StructPruneError as error:
+        logger.warning("%s Both models read with that of %s.", error, model_name)
     return _of_loaded(args, model, tokenizer, dense, reader)
 
 

@@ -115,9 +115,10 @@ class StructPruneConfig(Serialisable):
             twice as strong where there are 20 tokens per column, and so on; see `calibration.linalg.ridge_strength`.
         error_feedback: The share of the error of the residual stream so far that a refit makes up for, at the cost of
             one more forward pass. 0 fits every layer to its own dense function, 1 to the dense model's stream.
-        holdout: The share of each domain's samples that is set aside, from other documents, to measure perplexity. As
-            many more are set aside where widths, weights of domains or a limit follow from measurements, which are
-            made on these instead.
+        holdout: The share of each domain's samples that is set aside, from other documents, to measure perplexity.
+            Where that is under 4,000 tokens, it grows as far as there is text, to half of what calibrates at most. The
+            share is set aside once more where widths, weights of domains or a limit follow from measurements, which
+            are made on that instead.
         skip_layers: The layers that are not pruned; the others give up as much more.
         recovery: Training after the last round, or after each; None leaves it out.
         seed: The seed of everything random.

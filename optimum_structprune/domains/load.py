@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
+from ..forward.metrics import ENOUGH
 from .generated import self_documents
 from .manifest import Manifest
 from .packing import DOCUMENTS_PER_CALL, HELDOUT, PROBE, USED, Frame, Packed, Shelf, Tokens, prefix_token, tokenised
@@ -202,10 +204,10 @@ class _Packer:
         self, shelves: Mapping[int, Shelf], num_samples: int, uses: dict[str, str]
     ) -> dict[int, list[list[Tokens]]]:
         # Held-out samples come first, so that they are the same text whatever num_samples is. The probe comes last, so
-        # that all others are the same text whether something is chosen or not.
+        # that all others are the same text whether something is chosen or not, then what else is held out.
         needs = {index: self._needs(num_samples, index) for index in shelves}
         texts: dict[int, list[list[Tokens]]] = {index: [] for index in shelves}
-        for step, use in enumerate((HELDOUT, USED, PROBE, USED)):
+        for step, use in enumerate((HELDOUT, USED, PROBE, USED, HELDOUT)):
             for index, shelf in shelves.items():
                 texts[index].append(shelf.take(self.frame, needs[index][step], use, uses))
         return texts
@@ -216,8 +218,8 @@ class _Packer:
         heldout, packed, *others = (
             frame.pack(text, need // frame.body) for text, need in zip(texts, needs, strict=True)
         )
-        probes, spares = ([part] if len(part.samples) else [] for part in others)
-        largest = max(int(part.samples.max()) for part in (heldout, packed, *probes, *spares))
+        probes, spares, more = ([part] if len(part.samples) else [] for part in others)
+        largest = max(int(part.samples.max()) for part in (heldout, packed, *probes, *spares, *more))
         check_vocabulary(largest, vocab_size)
         if packed.mask is not None and not packed.mask.any():
             raise StructPruneError(
@@ -227,11 +229,11 @@ class _Packer:
             name=domain.name,
             weight=domain.weight / sum(domain.weight for domain in self.domains),
             samples=packed.samples,
-            heldout=heldout.samples,
+            heldout=torch.cat([part.samples for part in (heldout, *more)]),
             mask=packed.mask,
             origin=domain,
             documents=(*packed.hashes, *(name for part in spares for name in part.hashes)),
-            heldout_documents=heldout.hashes,
+            heldout_documents=tuple(name for part in (heldout, *more) for name in part.hashes),
             spare=spares[0] if spares else None,
             probe=probes[0].samples if probes else None,
             probe_documents=probes[0].hashes if probes else (),
@@ -239,16 +241,19 @@ class _Packer:
 
     def _needs(self, num_samples: int, index: int) -> list[int]:
         """The number of tokens to hold out, to calibrate on, to probe with where something is chosen, and, as far as
-        there is text, beside: as many as a larger weight may come to ask for.
+        there is text, beside: as many as a larger weight may come to ask for, and what a perplexity needs in all to be
+        more than rough, of half as many samples as calibrate at most.
         """
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, float(self.config.holdout))
         grows = self.config.reweights and not written_by_model(self.domains[index])
         spare = grows * (min(round(MOST * count), num_samples) - count)
-        return [self.frame.body * number for number in (aside, count, aside * self.config.chooses, spare)]
+        enough = 0 if written_by_model(self.domains[index]) else min(ceil(ENOUGH / self.frame.body), count // 2)
+        numbers = (aside, count, aside * self.config.chooses, spare, max(0, enough - aside))
+        return [self.frame.body * number for number in numbers]
 
     def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:
-        needs = self._needs(num_samples, index)[:-1]
+        needs = self._needs(num_samples, index)[:3]
         if self.num_heldout is not None:  # an earlier run may have used the rest
             needs[0] = self.frame.body
         return all(self.frame.length(text) >= need for text, need in zip(texts, needs, strict=False) if need)
@@ -268,7 +273,7 @@ class _Packer:
         # The text suffices for the first so many of these numbers of samples.
         if enough := bisect_left(numbers, True, key=lambda few: not suffices(few)):
             advice = f"num_samples={numbers[enough - 1]} would do."
-        tokens, need = sum(len(text.ids) for text in texts), sum(self._needs(config.num_samples, index)[:-1])
+        tokens, need = sum(len(text.ids) for text in texts), sum(self._needs(config.num_samples, index)[:3])
         kinds = len({text.hash for text in texts})
         differ = f", of which {kinds} differ" if kinds < len(texts) else ""
         return (

@@ -100,6 +100,7 @@ class Shelf:
 
     def __init__(self, stream: Iterable[Tokens]):
         self.read: list[Tokens] = []
+        self._aside: set[str] = set()
         self._rest = self._noted(stream)
 
     def take(self, frame: Frame, need: int, use: str, uses: dict[str, str]) -> list[Tokens]:
@@ -112,12 +113,11 @@ class Shelf:
         return taken
 
     def _fitting(self, use: str, uses: dict[str, str], passed: list[Tokens]) -> Iterator[Tokens]:
-        aside: set[str] = set()
         missed = 0
         for document in self._rest:
-            if uses.setdefault(document.hash, use) == use and document.hash not in aside:
+            if uses.setdefault(document.hash, use) == use and document.hash not in self._aside:
                 missed = 0
-                aside |= {document.hash} if use != USED else set()
+                self._aside |= {document.hash} if use != USED else set()
                 yield document
             else:
                 missed += 1

@@ -20,6 +20,8 @@ from ..errors import StructPruneError
 
 # The loss copies the logits that it gets, so it gets those of few tokens at a time.
 TOKENS_AT_ONCE = 128
+# A ratio of perplexities on fewer tokens is rough.
+ENOUGH = 4000
 HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
 
 

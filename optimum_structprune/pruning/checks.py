@@ -303,13 +303,13 @@ def _check_statistics(config: StructPruneConfig, arch: ArchSpec, widths: Widths)
     """What stored moments know nothing of; what is no folder of them is refused too."""
     if config.stats is None:
         return
-    Statistics.load(config.stats)
     for name in widths:
         if any(space.experts is not None or space.layer == MODEL for space in arch.of(name)):
             raise StructPruneError(
                 f"Stored statistics are moments of what consumers read, and {name!r} is judged by something else; "
                 "prune without stats."
             )
+    Statistics.load(config.stats)
     _check_not_watching(config)
 
 

@@ -17,6 +17,7 @@ from ..calibration.accumulator import Accumulator
 from ..calibration.linalg import ridge_strength
 from ..calibration.passes import LayerPasses
 from ..config.pruning import StructPruneConfig
+from ..criteria.base import check_scores
 from ..criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
 from ..criteria.mixture import Mixture
 from ..forward.hooks import observe
@@ -46,11 +47,10 @@ def remove_layers_(run: Run, step: Step) -> Plan:
 
 
 def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
-    criterion = LAYER_CRITERIA.get(run.config.scored_by if judges_layers(run.config) else BLOCK_INFLUENCE)()
-    scores_by_domain = [
-        criterion.score(run.model, run.arch, list(batches))
-        for _, batches in groupby(run.evidence.own_batches, lambda batch: batch.domain)
-    ]
+    name, scores_by_domain = run.config.scored_by if judges_layers(run.config) else BLOCK_INFLUENCE, []
+    for _, batches in groupby(run.evidence.own_batches, lambda batch: batch.domain):
+        scores_by_domain.append(LAYER_CRITERIA.get(name)().score(run.model, run.arch, list(batches)))
+        check_scores(scores_by_domain[-1], run.arch.num_layers, name, run.arch.layer_path)
     scores = as_first_has_(run.evidence.mixture.combined(torch.stack(scores_by_domain)))
     return best_units(scores, run.arch.of(LAYER)[0].width_in(step.widths))
 

@@ -10,13 +10,13 @@ from math import inf, isfinite
 from statistics import fmean, geometric_mean
 from typing import Any
 
+from ..forward.metrics import ENOUGH
 from .text import plus_minus, spark_line, table, worst_ratio
 
 
 UNKNOWN = "–"
 PERCENT, RATIO = "percent", "ratio"
-# A ratio of perplexities that fewer tokens were measured for is marked, and called so.
-ENOUGH, ROUGH = 4000, " rough"
+ROUGH = " rough"
 # A share that was removed is warned of where it is off by more than this part of what was asked for.
 MOST_OFF = 0.1
 # So many scripts and languages are named, those first that lose most; a language loses where words take so much more.

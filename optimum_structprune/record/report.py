@@ -32,6 +32,8 @@ class RecoveryReport:
     steps: int = 0
     seconds: float = 0.0
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    perplexity_stderr: dict[str, dict[str, float]] = field(default_factory=dict)
+    perplexity_tokens: dict[str, int] = field(default_factory=dict)
     stopped: str = ""
     answers: Items = field(default_factory=list)
 

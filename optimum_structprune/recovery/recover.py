@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..config.domains import DomainConfig
@@ -17,7 +18,7 @@ from ..config.recovery import RecoveryConfig
 from ..domains.load import Domain
 from ..domains.manifest import CALIBRATED, MANIFEST_NAME, TRAINED, Entry, Manifest
 from ..errors import StructPruneError
-from ..forward.metrics import own_settings, perplexity
+from ..forward.metrics import own_settings, perplexity_errors, perplexity_of, sample_losses
 from ..plain_json import replace_json
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 from ..saving.hub import RECORDS, check_reload, save_checked
@@ -97,13 +98,17 @@ class Recovery:
         self._base, seen = source_of(model), Manifest.seen_by(model)
         with stage("domains", {}):
             domains = training_text(config, self.pruning, tokenizer, taught_by or model, self.parts, seen)
-        ppl = {} if taught_by is None else {"dense": _perplexities(taught_by, domains)}
-        ppl["pruned"] = _perplexities(model, domains)
+        losses = {} if taught_by is None else {"dense": _losses(taught_by, domains)}
+        losses["pruned"] = _losses(model, domains)
         recovered, outcome = self._train(model, domains, taught_by, resume)
         if config.merge and isinstance(recovered, PeftModel):
             recovered = merge_adapter_(recovered, domains[0].heldout)
-        ppl["recovered"] = _perplexities(recovered, domains)
-        outcome.perplexity = {domain.name: {when: ppl[when][domain.name] for when in ppl} for domain in domains}
+        losses["recovered"] = _losses(recovered, domains)
+        for number, domain in enumerate(domains):
+            of_domain = {when: of[number] for when, of in losses.items()}
+            outcome.perplexity[domain.name] = {when: perplexity_of(of) for when, of in of_domain.items()}
+            outcome.perplexity_stderr[domain.name] = perplexity_errors(of_domain)
+            outcome.perplexity_tokens[domain.name] = domain.heldout[:, 1:].numel()
         outcome.teacher = "" if taught_by is None else taught_by.name_or_path or ""
         self.report, self.domains = outcome, domains
         trained = [Entry.of(domain, TRAINED) for domain in domains]
@@ -236,7 +241,7 @@ def recover(
     return Recovery(config).recover_model(pruned, tokenizer, teacher, resume, trust_remote_code)
 
 
-def _perplexities(model: PreTrainedModel | PeftModel, domains: Sequence[Domain]) -> dict[str, float]:
+def _losses(model: PreTrainedModel | PeftModel, domains: Sequence[Domain]) -> list[Tensor]:
     # Of short samples, as many at once as have the tokens of one of the default length.
     batch_size = max(1, 512 // domains[0].heldout.shape[1])
-    return {domain.name: perplexity(model, domain.heldout, batch_size) for domain in domains}
+    return [sample_losses(model, domain.heldout, batch_size) for domain in domains]

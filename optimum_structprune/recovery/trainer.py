@@ -257,6 +257,11 @@ def train_(
         raise
     except Exception as error:
         where, reason = f"Training stopped at step {trainer.state.global_step}", one_line(error)
+        if checkpoint is not None and trainer._finite is None:  # no step was taken
+            raise StructPruneError(
+                f"{checkpoint} cannot be resumed from: {type(error).__name__}: {reason or 'a file is cut off'}. "
+                "Remove it, so that the one before is taken, or start without resuming."
+            ) from error
         if is_write_error(error):
             raise StructPruneError(
                 f"{where} because a checkpoint could not be written: {reason}. The model is as it was; resuming goes "

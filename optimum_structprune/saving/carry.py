@@ -31,6 +31,8 @@ TOKENIZER = re.compile(r"(special_tokens_map|added_tokens|tokenizer(_config)?)\.
 # A vocabulary in other forms, which hold tokens that a smaller one has not, and what tells that it is smaller.
 VOCABULARY = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\.txt|tekken\.json")
 SIZE = re.compile(r'"vocab_size": *\d+')
+# What the config of a module says that it reads of the model.
+CHANNELS = re.compile(r'("(?:word_)?embedding_dimension": *)\d+')
 # What is fetched of a model on the Hub, where weights lie in more formats than can be told.
 SMALL = ["*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "[0-9]_*"]
 
@@ -54,7 +56,19 @@ def carry(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBa
         for name in carried:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
+        _fit_modules(model, folder, [name for name in carried if "/" in name])
         replace_json(folder / CARRIED_NAME, {"files": carried})
+
+
+def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str]) -> None:
+    """Write into the configs of modules how many channels the model has now, and name the weights that do not fit."""
+    narrower = False
+    for path in (folder / name for name in names if name.endswith(".json")):
+        text = path.read_text()
+        path.write_text(fitted := CHANNELS.sub(rf"\g<1>{model.config.get_text_config().hidden_size}", text))
+        narrower |= fitted != text
+    if narrower and (weights := [name for name in names if name.endswith((".safetensors", ".bin"))]):
+        logger.warning("Made for more channels than the model has now, so fit them again: %s.", some_of(weights))
 
 
 def _sizes(folder: Path) -> set[str]:

@@ -102,11 +102,20 @@ class Plan:
 
         Args:
             later: The plan for the model that this plan leaves.
+
+        Raises:
+            StructPruneError: If the later one keeps units that this plan has removed.
         """
         keep = dict(self.keep)
-        for (layer, name), units in later.keep.items():
-            key = self._dense_key(layer, name)
-            keep[key] = tuple(keep[key][unit] for unit in units) if key in keep else units
+        try:
+            for (layer, name), units in later.keep.items():
+                key = self._dense_key(layer, name)
+                keep[key] = tuple(keep[key][unit] for unit in units) if key in keep else units
+        except IndexError:
+            raise StructPruneError(
+                f"The later plan keeps units of {name!r} that this plan has removed; it is for another model, such as "
+                "the dense one, than this plan leaves."
+            ) from None
         layers = keep.get((MODEL, LAYER))
         removed = {key for key in keep if layers is not None and key[0] not in (MODEL, *layers)}
         return replace(self, keep={key: units for key, units in keep.items() if key not in removed})

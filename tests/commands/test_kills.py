@@ -13,7 +13,7 @@ import torch
 from helpers import save_with_tokenizer, write_texts
 from models import GROUPED, documents
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from optimum_structprune.commands.cli import main
 
@@ -162,6 +162,17 @@ def same_result(out, expected) -> None:
     found, wanted = (load_file(folder / "model.safetensors") for folder in (out, expected))
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_that_is_asked_to_end_leaves_nothing(dense, tmp_path, monkeypatch):
+    save, before = PreTrainedModel.save_pretrained, signal.getsignal(signal.SIGTERM)
+    ended = lambda *args, **fields: (save(*args, **fields), os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", ended)
+    try:
+        assert main([*map(str, pruning(dense, tmp_path / "out", "--offload", "disk"))]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.nightly

@@ -55,6 +55,13 @@ def test_models_side_by_side(folder, capsys):
     assert float(rows["dense"]["perplexity a"]) == pytest.approx(perplexity(build("llama-tied"), samples), rel=1e-4)
 
 
+def test_a_dense_folder_without_a_tokenizer_is_read_with_that_of_the_model(folder, caplog):
+    build("llama-tied").save_pretrained(folder / "bare")
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]
+    assert main(["evaluate", str(folder / "small"), "--against", str(folder / "bare"), *text]) == 0
+    assert "bare' cannot be loaded" in caplog.text and "Both models read with that of" in caplog.text
+
+
 def test_speed_is_measured_where_it_is_asked_for(folder, capsys, monkeypatch):
     monkeypatch.setattr(measure, "PROMPTS", [8])
     assert main(["compare", str(folder / "dense"), "--speed", "--json", "--quiet", "--device", "cpu"]) == 0

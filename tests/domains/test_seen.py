@@ -183,3 +183,12 @@ def test_the_manifest_tells_text_that_decided_something(tmp_path):
     assert entry.probe_sha256 and not set(entry.probe_documents) & {*entry.documents, *entry.heldout_documents}
     (said,) = pruner.manifest.overlaps("elsewhere", entry.probe_documents)
     assert said.startswith(f"{len(entry.probe_documents)} of {len(entry.probe_documents)} documents decided")
+
+
+def test_more_is_held_out_as_far_as_there_is_text_until_a_ratio_is_no_longer_rough():
+    for texts, least, most in ((40, 5, 19), (400, 20, 20)):
+        asked = config(domains=[DomainConfig("a", documents(texts))], num_samples=40)
+        (loaded,) = load_domains(asked, READER)
+        assert_apart([loaded])
+        assert len(loaded.samples) == 40 and least <= len(loaded.heldout) <= most
+        assert len(set(loaded.heldout_documents)) == len(loaded.heldout_documents)

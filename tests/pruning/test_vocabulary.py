@@ -6,17 +6,29 @@ from math import exp, log
 
 import pytest
 import torch
-from helpers import recovery_config
+from accelerate import cpu_offload
+from helpers import recovery_config, same_weights
 from models import GROUPED, PLAIN, T5, TOKENS, build, config, documents, random_model, real_text_model, tokenizer
+from quantized import Reversible, quantized
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run, perplexity, prune_model, recover
+from optimum_structprune import (
+    DomainConfig,
+    StructPruneCallback,
+    StructPruneError,
+    StructPruner,
+    dry_run,
+    perplexity,
+    prune_model,
+    recover,
+)
 from optimum_structprune.domains.builtin import builtin_documents
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.passages import Passages
 from optimum_structprune.forward.metrics import row_losses
 from optimum_structprune.recovery.trainer import load_teacher
+from optimum_structprune.system.resume import Resume
 
 
 @cache
@@ -164,6 +176,8 @@ def unread():
     ({"widths": None, "budget": {"bytes": 0.9}, "targets": ("vocab", "mlp")}, "target 'vocab' with a budget, alone"),
     ({"allocation": "search"}, "chooses widths inside the layers, and 'vocab' is none"),
     ({"max_perplexity_ratio": 1.2, "widths": {"vocab": 320, "mlp": 9}}, "held by rounds, and 'vocab' goes before"),
+    ({"stats": "anywhere"}, "of what consumers read, and 'vocab' is judged by something else; prune without stats"),
+    ({"model": cpu_offload(build("llama-tied")), "widths": {"vocab": 64}}, "'vocab' changes weights all over"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_before_text_is_read(fields, message):
     with pytest.raises(StructPruneError, match=message):
@@ -175,6 +189,21 @@ def test_ids_and_other_kinds_of_tokenizers_are_refused():
         pruned(inputs={"a": torch.randint(400, (8, 12))})
     with pytest.raises(StructPruneError, match="of the kind WordLevel"):
         StructPruner(config(widths={"vocab": 64})).prune_model(build("llama-tied"), tokenizer())
+    with pytest.raises(StructPruneError, match="'vocab' takes text and its tokenizer, not samples; use prune_model"):
+        StructPruner(asking()).prune_to_(text_model(), [], {"vocab": 320})
+    with pytest.raises(StructPruneError, match="'vocab' belongs to the whole model, and a Trainer prunes inside"):
+        StructPruneCallback(asking()).begin(text_model())
+
+
+def test_a_packed_model_and_a_run_that_goes_on_lose_the_same_tokens(tmp_path, monkeypatch):
+    fields = {"widths": {"vocab": 320, "mlp": 24}, "rounds": 2}
+    expected, whole = pruned(**fields)
+    runs = [pruned(quantized(Reversible(), text_model()), **fields), pruned(checkpoint_dir=str(tmp_path), **fields)]
+    monkeypatch.setattr(Resume, "save", None)  # nothing is made again
+    runs.append(pruned(checkpoint_dir=str(tmp_path), **fields))
+    for pruner, small in runs:
+        assert pruner.plan.keep == expected.plan.keep and same_weights(small, whole)
+        assert pruner.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
 
 
 def test_recovery_learns_from_the_model_without_tokens_and_later_from_the_dense_one(tmp_path):

@@ -64,6 +64,15 @@ def test_training_goes_on_from_the_one_before_a_damaged_checkpoint(pruned, run, 
     assert json.loads(state.read_text())["global_step"] == 8
 
 
+@pytest.mark.parametrize("content", [b"", b"half"])
+def test_another_damaged_file_is_told_with_its_checkpoint(pruned, run, tmp_path, content):
+    folder, model = shutil.copytree(run[0], tmp_path / "run"), deepcopy(pruned)
+    (folder / "checkpoint-8" / "optimizer.pt").write_bytes(content)
+    with pytest.raises(StructPruneError, match="checkpoint-8 cannot be resumed from: .* Remove it"):
+        recover(model, tokenizer(), settings(folder), resume=True)
+    assert same_weights(model, pruned)
+
+
 def test_a_checkpoint_of_another_training_is_refused(pruned, run):
     model, refused = deepcopy(pruned), "checkpoint-8 belongs to another training: .*"
     for fields, message in (

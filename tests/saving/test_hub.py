@@ -196,6 +196,25 @@ def test_other_forms_of_the_vocabulary_stay_with_a_dense_one(tmp_path):
         assert names & forms == there and "LICENSE" in names
 
 
+def test_modules_around_a_narrower_model_are_told_or_named(tmp_path, caplog):
+    source, out = tmp_path / "dense", tmp_path / "out"
+    files = {
+        "modules.json": SIDE["modules.json"],
+        "1_Pooling/config.json": '{"word_embedding_dimension": 32, "pooling_mode_cls_token": true}',
+        "2_Dense/config.json": '{"in_features": 32, "out_features": 8}',
+        "2_Dense/model.safetensors": "32 x 8",
+    }
+    for name, text in files.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    for hidden in (32, 24):
+        carry(SimpleNamespace(name_or_path=source, config=ViTConfig(hidden_size=hidden)), out / str(hidden), None)
+        assert ("fit them again: 2_Dense/model.safetensors" in caplog.text) is (hidden == 24)
+        for name, text in files.items():
+            changed = text.replace("32", str(hidden)) if "Pooling" in name else text
+            assert (out / str(hidden) / name).read_text() == changed
+
+
 def test_a_model_of_pictures_on_the_command_line(tmp_path, capsys):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit")

@@ -44,6 +44,9 @@ def test_a_later_plan_is_in_the_numbers_of_the_model_that_the_first_one_leaves()
 
 
 def test_a_plan_for_another_model_is_refused():
+    first = Plan("llama", {(0, "mlp"): (0, 2)})
+    with pytest.raises(StructPruneError, match="later plan keeps units of 'mlp' that this plan has removed"):
+        first.then(first)
     for plan, message in (
         (Plan("opt", {}), "for a 'opt' model, this is a 'llama' model"),
         (Plan("llama", {(7, "mlp"): (0,)}), "'mlp' in layer 7, which this model does not have"),

@@ -30,6 +30,7 @@ RUNS = {
     "olmo2": {"criterion": "block_influence", "widths": {"layer": 1}},
     "t5": {},
     "writes itself": {},
+    "fewer tokens": {"widths": {"vocab": 320, "mlp": 24}},
 }
 SCRIPT = """
 import json, os, sys
@@ -150,6 +151,10 @@ dist.destroy_process_group()
 def pruned(case):
     if case == "writes itself":
         return on_text_of_its_own()
+    if case == "fewer tokens":
+        model, reader = real_text_model()
+        pruner = StructPruner(config(domains=[DomainConfig(name="a", source="builtin:math")], **RUNS[case]))
+        return pruner, pruner.prune_model(model, reader)
     few = [" ".join(f"w{3 + (i * j) % 5}" for j in range(30)) for i in range(60)]
     domains = [DomainConfig(name="a", source=documents()), DomainConfig(name="few", source=few, weight=0.2)]
     pruner = StructPruner(config(**{"domains": domains, **RUNS[case]}))
