@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..arch.load import layer_list
 from ..arch.spec import ArchSpec, Space
 from ..domains.load import Domain
 from ..errors import StructPruneError
-from ..forward.hooks import adding, observe_products
-from ..forward.layers import Batch, LayerRunner, NotSequentialError
+from ..forward.hooks import adding, observe, observe_products, replaying
+from ..forward.layers import Batch, LayerRunner, NotSequentialError, equal
 from ..forward.metrics import evaluating, run_model
 from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import as_first_has_
-from .accumulator import Accumulator, listen
+from .accumulator import Accumulator, Norm, listen, normalised
 from .cached import CachedOutputs
 from .experts import Routed, contributions, inner_moments
 from .moments import Moments
@@ -95,6 +96,9 @@ class LayerPasses(LayerRunner, Passes):
         self.error_feedback, self.fixed = error_feedback, fixed
         self.given: dict[int, Tensor] = {}
         self.gains: dict[str, float | None] = {}
+        # Whether error feedback goes through norms; for units inside the layers that brought next to nothing.
+        self.through_norms = False
+        self.norms: dict[tuple[int, str], Norm | None] = {}
         self.routed: tuple[Routed, ...] = ()
         self.num_domains = 1 + max(batch.domain for batch in batches)
         self.unchanged = CachedOutputs(torch.device("cpu") if is_offloaded(model) else None)
@@ -114,8 +118,8 @@ class LayerPasses(LayerRunner, Passes):
 
     def _accumulated(self, layer: int, space: Space, gram: bool, domain: int) -> list[Moments]:
         local = {self._local(layer, axis.module): axis.module for axis in space.into}
-        gains = {local[name]: gain for name in local if self.error_feedback and (gain := self.gain(layer, name))}
-        accumulator = Accumulator([space], gram, domain, self.device, gains, self.hidden[0].shape[-1])
+        ways = {local[name]: way for name in local if self.error_feedback and (way := self.way(layer, name))}
+        accumulator = Accumulator([space], gram, domain, self.device, ways, self.hidden[0].shape[-1])
         module, index = self._layer(layer), 0
         pruned = [self._local(layer, axis.param) for axis in space.axes]
         with (
@@ -129,7 +133,7 @@ class LayerPasses(LayerRunner, Passes):
                 output = self.output(layer, index)
                 if self.fixed:
                     self.given[index] = output.to(self.hidden[index].device)
-                if gains:
+                if ways:
                     dense = self.dense[index].to(output.device)
                     accumulator.add_error(self.error_feedback * (dense.float() - output.float()))
         return accumulator.of(space)
@@ -140,10 +144,10 @@ class LayerPasses(LayerRunner, Passes):
         return contributions(experts, space.size, self._route(layer, experts), self.num_domains)
 
     def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
-        """See `Passes.advance_dense`; where no consumer of the first layer has a gain, error feedback is off."""
+        """See `Passes.advance_dense`; where no consumer of the first layer has a `way`, error feedback is off."""
         if self.error_feedback and layer == 0:
             spaces = [space for space in self.arch.at(0) if space.kind in kinds and space.experts is None]
-            if not any(self.gain(0, self._local(0, axis.module)) for space in spaces for axis in space.into):
+            if not any(self.way(0, self._local(0, axis.module)) for space in spaces for axis in space.into):
                 self.error_feedback = 0.0
         if self.error_feedback:
             for index, hidden in enumerate(self.dense):
@@ -179,6 +183,15 @@ class LayerPasses(LayerRunner, Passes):
                 stored[index] = state.tensors.get(f"{name}.{index}", before).to(before.device)
         self.gains, self.error_feedback = dict(state.values["gains"]), state.values["error_feedback"]
 
+    def way(self, layer: int, name: str) -> float | Norm | None:
+        """How a module's output comes into the layer's output: times a `gain`, through a norm, or otherwise (None)."""
+        gain = self.gain(layer, name)
+        if gain is not None or not self.through_norms:
+            return gain
+        if (layer, name) not in self.norms:
+            self.norms[layer, name] = _norm_behind(self, layer, name)
+        return self.norms[layer, name]
+
     @torch.no_grad()
     def gain(self, layer: int, name: str) -> float | None:
         """How much a module's output is multiplied by on its way into the layer's output: with noise n added to the
@@ -188,8 +201,7 @@ class LayerPasses(LayerRunner, Passes):
         if name not in self.gains:
             # Of the first sample alone, so that neither the batch size nor the number of processes changes the gain.
             hidden = self.hidden[0]
-            noise = torch.randn(hidden[:1].shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
-            noise *= hidden[:1].float().std()  # as large as the residual stream, so that rounding does not hide it
+            noise = _noise(hidden)
             plain = self.output(layer, 0)[:1].float()
             with adding(self._layer(layer).get_submodule(name), noise.expand(hidden.shape)):
                 change = (self.output(layer, 0)[:1].float() - plain).to(noise.device)
@@ -200,6 +212,41 @@ class LayerPasses(LayerRunner, Passes):
 
     def _route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
         return listen(experts, self.batches, lambda index: self.output(layer, index))
+
+
+def _noise(hidden: Tensor) -> Tensor:
+    """Noise for the first sample, as large as the residual stream, so that rounding does not hide it."""
+    noise = torch.randn(hidden[:1].shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
+    return noise * hidden[:1].float().std()
+
+
+@torch.no_grad()
+def _norm_behind(runner: LayerRunner, layer: int, name: str) -> Norm | None:
+    """The norm that makes w · y / rms(y) of a module's output y and adds it to the residual stream, if there is one.
+
+    What it makes of noise in the place of y is half of the difference to what it makes of its negative.
+    """
+    hidden, module = runner.hidden[0], layer_list(runner.model, runner.arch)[layer]
+    vectors = [vector for vector, of in module.named_parameters() if of.shape == hidden.shape[-1:]]
+    may = [vector.removesuffix(".weight") for vector in vectors if vector.endswith(".weight")]
+    like = next(module.parameters())
+    noise = _noise(hidden).expand(hidden.shape).to(like)
+    outputs: list[Tensor] = []
+    behind: list[str] = []
+
+    def see(norm: str, x: Tensor) -> None:
+        if equal(x, given):
+            behind.append(norm)
+
+    for given in (noise, -noise):
+        with replaying([module.get_submodule(name)], [given]), observe(module, may, see):
+            outputs.append(runner.output(layer, 0)[:1].float())
+    change, unit = (outputs[0] - outputs[1]) / 2, normalised(noise[:1])
+    weight = as_first_has_((change * unit).mean((0, 1)) / unit.square().mean((0, 1)))
+    deviation = float(as_first_has_((change - weight * unit).norm() / change.norm()))
+    if len(behind) != 2 or deviation > MAX_DEVIATION:
+        return None
+    return Norm(f"{runner.arch.layer_prefix(layer)}{behind[0]}", weight)
 
 
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:

@@ -16,7 +16,7 @@ from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.spec import ArchSpec, Widths
+from ..arch.spec import LAYER, ArchSpec, Widths
 from ..config.pruning import AUTO, StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.obs import COLUMNS
@@ -166,7 +166,8 @@ class Workload:
 
     @cached_property
     def _matrices(self) -> list[Matrix]:
-        """The matrices that lose columns."""
+        """The matrices that lose columns, and where layers go, those that may make up for it."""
+        shorter = LAYER in self.widths and self._feedback
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.named_parameters()}
         return [
             Matrix(
@@ -176,7 +177,7 @@ class Workload:
                 axis.part is not None,
             )
             for space in self.arch.spaces
-            if space.inside and space.width_in(self.widths) < space.width
+            if space.inside and (space.width_in(self.widths) < space.width or (shorter and space.experts is None))
             for axis in space.into
         ]
 

@@ -17,7 +17,6 @@ from ..arch.spec import LAYER, ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating
-from ..surgery.cut import drop_layers_
 from ..system.offloading import is_offloaded
 from ..widths.allocation import alike, candidate_widths, choices, legal_widths, spaces_by_layer
 from ..widths.budget import keeps_to, resources, widths_of
@@ -26,6 +25,7 @@ from .evidence import Evidence
 from .run import Run
 from .sweep import Sweep
 from .trials import Probe, Trials
+from .whole import take_out_layers_
 
 
 # So many uniform shapes are pruned on trial, on so many calibration tokens at most.
@@ -183,7 +183,7 @@ class Search:
         model, arch = self.model, self.arch
         if shape.layers is not None:
             model = deepcopy(model)
-            drop_layers_(model, arch, shape.layers)
+            take_out_layers_(model, arch, evidence, shape.layers)
             arch = describe(model, self.config.arch_file)
         widths = {name: width for name, width in shape.after_removal().items() if name != LAYER}
         sweep = Sweep(model, arch, self.config)

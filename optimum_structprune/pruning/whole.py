@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,15 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..arch.shrink import shrunk_config
-from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Axis, ResidualStream
-from ..calibration.accumulator import Accumulator
+from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Axis, ResidualStream, Space
+from ..calibration.accumulator import Accumulator, Norm
 from ..calibration.linalg import ridge_strength
+from ..calibration.moments import Moments
 from ..calibration.passes import LayerPasses
 from ..config.pruning import StructPruneConfig
 from ..criteria.base import check_scores
 from ..criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
-from ..criteria.mixture import Mixture
+from ..criteria.mixture import Mixture, Pool, output_energy, pooled
 from ..forward.hooks import observe
 from ..forward.layers import Batch
 from ..forward.metrics import run_model
@@ -30,7 +31,7 @@ from ..surgery.plan import Plan, best_units
 from ..surgery.refit import REFITS
 from ..surgery.resize import narrow_
 from ..system.processes import as_first_has_
-from .evidence import judges_layers
+from .evidence import Evidence, judges_layers
 from .run import Run, Step
 
 
@@ -42,7 +43,7 @@ def remove_layers_(run: Run, step: Step) -> Plan:
     with run.report.timed("layers"):
         keep = _layers_to_keep(run, step) if run.layers is None else run.layers
         run.changed = True
-        drop_layers_(run.model, run.arch, keep)
+        take_out_layers_(run.model, run.arch, run.evidence, keep)
     return Plan(run.arch.model_type, {(MODEL, LAYER): keep})
 
 
@@ -53,6 +54,64 @@ def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
         check_scores(scores_by_domain[-1], run.arch.num_layers, name, run.arch.layer_path)
     scores = as_first_has_(run.evidence.mixture.combined(torch.stack(scores_by_domain)))
     return best_units(scores, run.arch.of(LAYER)[0].width_in(step.widths))
+
+
+def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, keep: Sequence[int]) -> None:
+    """Remove layers; with error feedback, the layer in front of each gap makes up for it.
+
+    The last matrix of that layer that writes to the residual stream is refitted to the dense stream behind the gap, as
+    in ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819), which fits a map of what the matrix gives.
+    """
+    config = evidence.config
+    if config.fits and config.error_feedback:
+        feedback = float(config.error_feedback)
+        passes = evidence.run_passes(model, arch, evidence.own_batches, feedback)
+        if isinstance(passes, LayerPasses):
+            passes.through_norms = True
+            _refit_before_gaps_(model, arch, evidence, keep, passes)
+    drop_layers_(model, arch, keep)
+
+
+def _refit_before_gaps_(
+    model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, keep: Sequence[int], passes: LayerPasses
+) -> None:
+    placement, reached = Placement(model, arch), 0
+    for layer, behind in pairwise((*keep, arch.num_layers)):
+        for other in range(reached, behind):
+            with placement.at(other):
+                passes.advance_dense(other, arch.names)
+        reached = behind
+        with placement.at(layer, changes=True):
+            space, way = _last_writer(arch, layer, passes) if behind > layer + 1 else (None, None)
+            if space is not None:
+                (axis,), weight = space.into, read_consumer(model, space.into[0])[0]
+                moments = pooled(passes, space, True, [Pool(evidence.mixture, weight)])[0].moments
+                refitted = _refit_(model, evidence.config, axis, moments, torch.arange(weight.shape[1]))
+                if isinstance(way, Norm):  # which would make the outputs as large as they were
+                    energy = output_energy(refitted, replace(moments, energy=None))
+                    size = (energy / output_energy(weight, moments)) ** 0.5
+                    model.get_parameter(f"{way.module}.weight").data.add_(way.weight, alpha=size - 1)
+            passes.advance(layer)
+
+
+def _last_writer(arch: ArchSpec, layer: int, passes: LayerPasses) -> tuple[Space | None, float | Norm | None]:
+    """The last space of a layer whose only consumer writes to the residual stream, and by which `way`, if any does."""
+    for space in reversed([*arch.at(layer)]):
+        if space.experts is None and len(space.into) == 1:
+            way = passes.way(layer, space.into[0].module.removeprefix(arch.layer_prefix(layer)))
+            if way:
+                return space, way
+    return None, None
+
+
+def _refit_(model: nn.Module, config: StructPruneConfig, axis: Axis, moments: Moments, columns: Tensor) -> Tensor:
+    """Give a consumer refitted columns and zeros elsewhere, and return the columns, shape `(out, columns)`."""
+    weight, bias = read_consumer(model, axis)
+    columns = columns.to(weight.device)
+    ridge = ridge_strength(config.damping, len(columns), moments.count)
+    refitted = REFITS.get(config.refit)(weight, bias, moments, columns, ridge)
+    write_consumer_(model, axis, columns, *refitted)
+    return refitted[0]
 
 
 def remove_experts_(run: Run, step: Step) -> Plan:
@@ -151,13 +210,10 @@ def refit_readers_(
         passes.advance(layer)
         for read, moments_by_domain in zip(reads, moments_by_read, strict=True):
             for axis in _matrices(model, read.readers):
-                weight, bias = read_consumer(model, axis)
-                columns = torch.tensor(keep, device=weight.device)
                 # What was seen are the outputs of the first reader alone.
-                moments = mixture.pool(weight, (replace(moments, energy=None) for moments in moments_by_domain))
-                damping = ridge_strength(config.damping, len(columns), moments.count)
-                refitted = REFITS.get(config.refit)(weight, bias, moments, columns, damping)
-                write_consumer_(model, axis, columns, *refitted)
+                unseen = (replace(moments, energy=None) for moments in moments_by_domain)
+                moments = mixture.pool(read_consumer(model, axis)[0], unseen)
+                _refit_(model, config, axis, moments, torch.tensor(keep))
 
 
 def _matrices(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Axis]:

@@ -193,6 +193,30 @@ def test_what_goes_straight_into_the_residual_stream_is_found_by_trying(case, ml
     assert gain == (mlp and pytest.approx(mlp, rel=1e-3)) and count_hooks(model) == 0
 
 
+@pytest.mark.parametrize(("case", "plus"), [("gemma2", 1), ("olmo2", 0)])
+def test_the_norm_behind_a_module_is_found_by_trying(case, plus):
+    model = build(case)
+    arch = describe(model)
+    norm = layer_list(model, arch)[0].post_feedforward_layernorm
+    nn.init.normal_(norm.weight, 1.0, 0.3)
+    passes = LayerPasses(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
+    passes.through_norms, passes.hidden = True, [hidden + 0.5 for hidden in passes.hidden]
+    passes.advance_dense(0, ["mlp"])
+    space = next(space for space in arch.at(0) if space.kind == "mlp")
+    way = passes.way(0, space.into[0].module.removeprefix(arch.layer_prefix(0)))
+    assert model.get_submodule(way.module) is norm and count_hooks(model) == 0
+    torch.testing.assert_close(way.weight, norm.weight.detach() + plus, rtol=1e-2, atol=1e-2)
+    ((moments,),) = passes.gather(0, space, True)
+    error, inputs, products = 0.25 * (passes.dense[0] - passes.output(0, 0)).flatten(0, 1), [], []
+    with observe(model, [space.into[0].module], lambda _, x: inputs.append(x)), torch.no_grad():
+        with observe(norm, [""], lambda _, y: products.append(y)):
+            passes.output(0, 0)
+    # The refit is told of what is in front of the norm, relative to the size by which the norm divides.
+    x, size = inputs[0].flatten(0, 1), products[0].flatten(0, 1).square().mean(-1, keepdim=True).sqrt()
+    expected = way.before(error).T @ (x / size) / len(x)
+    torch.testing.assert_close(moments.error.cross, expected.detach(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(("case", "share"), [("llama-tied", 0.5), ("gemma2", 0.0), ("mixtral", 0.0)])
 def test_it_is_off_where_nothing_can_make_up_for_an_error(case, share):
     model = build(case)

@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import count_hooks, logits, outputs
+from helpers import count_hooks, logits, outputs, same_weights
 from models import OTHER_STRUCTURES, STRUCTURES, config, described, random_model, token_ids, tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -14,9 +14,13 @@ from optimum_structprune import StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.shrink import cut_depth_
 from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
+from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.criteria.layers import BlockInfluence
+from optimum_structprune.domains.load import given_domains
 from optimum_structprune.forward.hooks import hidden_states_of
-from optimum_structprune.forward.layers import Batch
+from optimum_structprune.forward.layers import Batch, LayerRunner
+from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.pruning.whole import take_out_layers_
 from optimum_structprune.surgery.cut import drop_layers_
 
 
@@ -146,3 +150,29 @@ def test_block_influence_is_the_mean_angle():
     for index in range(4):  # transformers puts the last one through the final norm
         cosine = nn.functional.cosine_similarity(states[index], states[index + 1], dim=-1)[counts]
         assert float(found[index]) == pytest.approx(float((1 - cosine).mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gpt2-tied", "gpt_neox", "gemma2"])
+def test_the_layer_in_front_of_a_gap_makes_up_for_it(case):
+    model = deep(case)
+    domains = given_domains({"a": token_ids(24, 24)}, 0.1)
+    batches = batches_of(domains, 4)
+
+    @torch.no_grad()
+    def stream(model):
+        runner = LayerRunner(model, describe(model), batches)
+        for layer in range(describe(model).num_layers):
+            runner.pass_through(layer)
+        return torch.cat(runner.hidden)
+
+    def lost(keep, **fields):
+        small = deepcopy(model)
+        take_out_layers_(small, describe(small), Evidence.of(config(**fields), domains, model.device), keep)
+        return small, float((stream(small) - stream(model)).square().mean())
+
+    plain = lost((0, 1, 2), refit="none")[1]
+    assert lost((0, 1, 2), error_feedback=0.0)[1] == plain
+    assert lost((0, 1, 2), error_feedback=1.0)[1] < lost((0, 1, 2), error_feedback=0.5)[1] < plain
+    # A gap in front of all layers has none that could make up for it.
+    small, without = lost((2, 3, 4)), lost((2, 3, 4), refit="none")
+    assert small[1] == without[1] and same_weights(small[0], without[0])
