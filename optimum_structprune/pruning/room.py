@@ -20,7 +20,7 @@ from ..arch.spec import LAYER, ArchSpec, Widths
 from ..config.pruning import AUTO, StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.obs import COLUMNS
-from ..domains.load import num_heldout
+from ..domains.load import given_domains
 from ..domains.resolve import texts_of
 from ..errors import StructPruneError
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
@@ -87,11 +87,11 @@ class Text(NamedTuple):
             return cls(0, config.seq_length, 0, 0)
         domains, count, length = len(texts_of(config)), config.num_samples, config.seq_length
         if inputs is not None:
-            apart = sum(num_heldout(len(samples), config.holdout) for samples in inputs.values())
-            domains, count = len(inputs), sum(map(len, inputs.values())) - apart * (2 if config.chooses else 1)
+            given = given_domains(inputs, float(config.holdout), config.chooses)
+            domains, count = len(given), sum(len(domain.samples) for domain in given)
             # What is no text has as many tokens as the model makes of it, which shapes do not say.
             length = max(samples.shape[1] if samples.ndim == 2 else 1 for samples in inputs.values())
-        return cls(max(count, 0) * length, length, min(config.samples_at_once, ceil(count / domains)), domains)
+        return cls(count * length, length, min(config.samples_at_once, ceil(count / domains)), domains)
 
 
 class Matrix(NamedTuple):
