@@ -99,7 +99,9 @@ class Evidence:
     @property
     def own_batches(self) -> list[Batch]:
         """The samples of all domains that this process runs in the next round, one domain after the other."""
-        return batches_of([_own(domain) for domain in self._in_proportion()], self.batch_size)
+        counts = self._counts(self.shares)
+        parts = [domain.portion(count) for domain, count in zip(self.domains, counts, strict=True)]
+        return batches_of(list(map(_own, parts)), self.batch_size)
 
     def passes(self, model: PreTrainedModel, arch: ArchSpec, fixed: bool = False) -> Passes:
         """Passes over the samples with the model as it is now, or the stored moments.
@@ -150,9 +152,6 @@ class Evidence:
         """The number of samples that a round with these shares runs, by domain."""
         counts = [len(domain.samples) for domain in self.domains]
         return split_samples(sum(counts), shares) if self.config.reweights else counts
-
-    def _in_proportion(self) -> list[Domain]:
-        return [domain.portion(count) for domain, count in zip(self.domains, self._counts(self.shares), strict=True)]
 
 
 def judges_layers(config: StructPruneConfig) -> bool:

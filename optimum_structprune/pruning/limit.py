@@ -50,7 +50,12 @@ def prune_within_limit_(run: Run, step: Step) -> Plan:
         held = _halved(run, held, missed, holds)
     rounds.sweep.restore_(state[0])
     if held == dense:
-        raise StructPruneError(_out_of_reach(run))
+        last = run.report.rounds[-1]
+        name, ratio = worst_ratio(last["perplexity_ratio"])
+        raise StructPruneError(
+            f"max_perplexity_ratio={limit} is not held by domain {name!r} even with widths {last['widths']}, the "
+            f"nearest to the dense ones, which give {ratio:.4f}; allow that, or name a smaller round_to."
+        )
     plan = rounds.remove_masked_(held)
     run.rounds = None
     return plan
@@ -90,13 +95,3 @@ def _between(run: Run, wide: Mapping[str, Any], narrow: Mapping[str, Any], share
         by_layer = isinstance(least, Mapping)
         widths[name] = {i: between(most[i], least[i]) for i in least} if by_layer else between(most, least)
     return next_legal(run.model.config, run.arch, widths)
-
-
-def _out_of_reach(run: Run) -> str:
-    last = run.report.rounds[-1]
-    name, ratio = worst_ratio(last["perplexity_ratio"])
-    return (
-        f"max_perplexity_ratio={run.config.max_perplexity_ratio} is not held by domain {name!r} even with widths "
-        f"{last['widths']}, the nearest to the dense ones, which give {ratio:.4f}; allow that, or name a smaller "
-        "round_to."
-    )
