@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from .errors import StructPruneError
@@ -69,7 +70,7 @@ class Registry(Generic[T]):
             StructPruneError: If nothing is; the message proposes the nearest name.
         """
         if name not in self._entries:
-            points = {point.name: point for point in entry_points(group=self.group)}
+            points = {point.name: point for point in _declared(self.group)}
             if name not in points:
                 raise StructPruneError(f"There is no {self.kind} {name!r}.{did_you_mean(name, self.names())}")
             self.register(name)(points[name].load())
@@ -77,8 +78,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """All names in order, the built-in ones and those that installed packages declare."""
-        declared = (point.name for point in entry_points(group=self.group))
-        return sorted({*self.built_in, *self._entries, *declared})
+        return sorted({*self.built_in, *self._entries, *(point.name for point in _declared(self.group))})
 
     def check(self, name: str) -> None:
         """Refuse a name that nothing is registered under, without importing anything.
@@ -86,9 +86,14 @@ class Registry(Generic[T]):
         Raises:
             ValueError: If there is no such name; the message proposes the nearest one.
         """
-        here = name in self.built_in or name in self._entries  # all packages are searched for any other name
-        if not here and name not in self.names():
+        if name not in self.names():
             raise ValueError(f"there is no {self.kind} {name!r}.{did_you_mean(name, self.names())}")
+
+
+@cache
+def _declared(group: str) -> tuple[EntryPoint, ...]:
+    """What installed packages declare in a group: to search all of them takes long, and a run asks dozens of times."""
+    return tuple(entry_points(group=group))
 
 
 def _path(entry: Any) -> str:
