@@ -13,8 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .offloading import weight_of
 
 
-# The fields of a config that say where a model comes from, and not what it computes.
-ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype")
+# The fields of a config that do not say what a model computes, but where it comes from, and what a Trainer sets.
+ORIGIN = (
+    *("_name_or_path", "transformers_version", "architectures", "dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
