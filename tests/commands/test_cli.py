@@ -99,7 +99,10 @@ def test_bad_input(folder, tmp_path, capsys, monkeypatch):
         (["plan", model, "--width", "mlp=24", "--cost", "--offload", "moon"], "moon is not known; choose one of cpu"),
         (["plan", model, "--sparsity", "0.2", "--rounds", "two"], "'rounds' expected int, got str (value: 'two')"),
         (["prune", model, out, "--sparsity", "0.2", "--recovery", "token=9"], "Did you mean 'tokens'"),
-        (["prune", model, out, "--sparsity", "0.2", "--recovery", "lora={rank: 4}"], "LoraConfig has no field 'rank'"),
+        (
+            ["prune", model, out, "--sparsity", "0.2", "--recovery", "seq_length=32", "--recovery", "lora={rank: 4}"],
+            "LoraConfig has no field 'rank'",
+        ),
         (["inspect", str(tmp_path / "missing")], "missing"),
         (["inspect", str(tmp_path / "xglm")], "'xglm' is not described"),
         (["inspect", model, "--arch", str(tmp_path / "none.yaml")], "none.yaml cannot be read"),

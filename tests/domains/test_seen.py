@@ -97,8 +97,9 @@ def test_report_and_manifest_count_the_samples_that_ran_with_the_shares_of_the_l
     batches = Evidence.own_batches.fget
 
     def noted(evidence: Evidence):
-        counts.append([len(domain.samples) for domain in evidence._in_proportion()])
-        return batches(evidence)
+        ran = batches(evidence)
+        counts.append([sum(len(batch.ids) for batch in ran if batch.domain == domain) for domain in range(2)])
+        return ran
 
     with patch.object(Evidence, "own_batches", property(noted)):
         small = pruner.prune_model(build("llama-tied"), READER)
