@@ -84,7 +84,8 @@ SMALL = {
         ["tiny, 2 of 4 layers", "| in memory | 2", "| on the disk | 2"],
     ),
     "benchmark_cost": (
-        f"{TINY} --width mlp=96 --seq-length 64 --clock cpu --num-samples 6 12 --layers 2 --domains 1 3",
+        f"{TINY} --width mlp=96 --seq-length 64 --clock cpu "
+        "--num-samples 6 12 --layers 2 --domains 1 3 --general-share 0",
         ["| 6 | 384 | 2 | 1", "| 12 | 768 | 2 | 3", "seconds = layers x "],
     ),
     "benchmark_gpu": (
