@@ -249,14 +249,17 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     if report.get("perplexity_stderr"):
         yield f"± is the standard error over samples; rough: on fewer than {ENOUGH:,} tokens"
     for of in report.get("balances") or ():
-        losses = f"loss {of['tokens_loss']:.4f} for the others, {of['layers_loss']:.4f} in the layers"
+        layers = of["layers_loss"]  # null in JSON where it is infinite
+        in_layers = "too much for the layers" if layers in (None, inf) else f"{layers:.4f} in the layers"
+        losses = f"loss {of['tokens_loss']:.4f} for the others, {in_layers}"
         yield f"{'taken' if of['chosen'] else 'compared'}: {of['tokens']:,} tokens, {losses}"
     yield from languages(report)
     shapes = report.get("shapes") or []
     for shape in shapes if len(shapes) > 1 else ():
         numbers = {name: [of] if isinstance(of, int) else [*of.values()] for name, of in shape["widths"].items()}
         widths = ", ".join(f"{name} {_shown(of, 0)}" for name, of in numbers.items())
-        yield f"{'taken' if shape['chosen'] else 'tried'}: {shape['proposed_by']} ({widths}), KL {shape['loss']:.4f}"
+        loss = "not finite" if shape["loss"] in (None, inf) else f"{shape['loss']:.4f}"
+        yield f"{'taken' if shape['chosen'] else 'tried'}: {shape['proposed_by']} ({widths}), KL {loss}"
     rounds = report.get("rounds") or []
     held = [of_round for of_round in rounds if of_round.get("holds", True)]
     if held and held[-1]["shares"] != rounds[0]["shares"]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from math import inf
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from models import build, config, tokenizer
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.plain_json import plain
 from optimum_structprune.record.details import Details, choice_of, choices_of_list, choices_to_list, rank_correlations
+from optimum_structprune.record.facts import remarks
 from optimum_structprune.record.report import Report
 from optimum_structprune.record.text import BARS, LONGEST_SPARK, spark_line
 
@@ -88,3 +90,12 @@ def test_the_table_has_one_where_layers_differ():
         report = Report("llama", "obs", sizes, sizes, {"mlp": widths}, {"mlp": 8})
         row = next(line for line in str(report).splitlines() if line.startswith("width mlp"))
         assert row.endswith(bars) and "%" in row
+
+
+@pytest.mark.parametrize("nothing", [inf, None])
+def test_a_loss_that_is_not_finite_is_said_in_words_before_and_after_json(nothing):
+    balance = {"tokens": 64, "tokens_loss": 0.0, "layers_loss": nothing, "chosen": False}
+    shape = {"proposed_by": "one width", "widths": {}, "loss": nothing, "chosen": False}
+    compared, *tried = remarks({"balances": [balance], "shapes": [shape, shape]})
+    assert compared == "compared: 64 tokens, loss 0.0000 for the others, too much for the layers"
+    assert len(tried) == 2 and tried[0].endswith("KL not finite")
