@@ -9,7 +9,7 @@ NAMED = 3  # so many names in a message
 
 
 class StructPruneError(ValueError):
-    """A mistake in the input. The message names the thing, what was found and the nearest legal choice. Nothing has
+    """A mistake in the input. The message names the thing, what it was and the nearest legal choice. Nothing has
     changed, unless it is an `InPlaceError`.
     """
 

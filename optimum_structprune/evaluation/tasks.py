@@ -173,13 +173,13 @@ def _lengths(samples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenize
 
 def _by_item(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
     """The scores of each item by metric, from what lm_eval logs; the name of a filter stays as in `_metrics`."""
-    found: dict[str, dict[int, float]] = {}
+    by_metric: dict[str, dict[int, float]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
             if isinstance(value := sample[metric], (bool, int, float)):
                 name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
-                found.setdefault(name, {})[sample["doc_id"]] = float(value)
-    return found
+                by_metric.setdefault(name, {})[sample["doc_id"]] = float(value)
+    return by_metric
 
 
 @contextmanager

@@ -64,6 +64,8 @@ def best_number(
         legal, numbers = _numbers(config, arch, model, may)
         for _ in range(NUMBERS + FINER):
             number = numbers.pop() if numbers else _between(balances, legal)
+            if any(balance.tokens == number for balance in balances):  # nothing legal lies in between
+                break
             tokens_loss = evidence.total_loss(
                 token_losses(model, vocabulary, evidence.domains, keep_of(number)[:number], dense)
             )

@@ -49,8 +49,9 @@ def remove_layers_(run: Run, step: Step) -> Plan:
 
 def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
     name, scores_by_domain = run.config.scored_by if judges_layers(run.config) else BLOCK_INFLUENCE, []
+    criterion = LAYER_CRITERIA.get(name)()
     for _, batches in groupby(run.evidence.own_batches, lambda batch: batch.domain):
-        scores_by_domain.append(LAYER_CRITERIA.get(name)().score(run.model, run.arch, list(batches)))
+        scores_by_domain.append(criterion.score(run.model, run.arch, list(batches)))
         check_scores(scores_by_domain[-1], run.arch.num_layers, name, run.arch.layer_path)
     scores = as_first_has_(run.evidence.mixture.combined(torch.stack(scores_by_domain)))
     return best_units(scores, run.arch.of(LAYER)[0].width_in(step.widths))

@@ -245,6 +245,7 @@ def test_tokens_and_layers_compete_for_one_budget(share):
     (chosen,) = (balance for balance in pruner.report.balances if balance["chosen"])
     losses = [balance["tokens_loss"] + balance["layers_loss"] for balance in pruner.report.balances]
     assert chosen["tokens_loss"] + chosen["layers_loss"] == min(losses)
+    assert len({balance["tokens"] for balance in pruner.report.balances}) == len(losses)
     assert small.config.vocab_size == len(pruner.tokenizer) == chosen["tokens"]
     assert small.num_parameters() <= share * model.num_parameters()
     assert (small.config.intermediate_size == model.config.intermediate_size) == (chosen["layers_loss"] == 0)
