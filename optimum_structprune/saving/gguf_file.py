@@ -229,13 +229,13 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
     """Write a tokenizer into a GGUF file; one that llama.cpp does not have is refused."""
     if not tokenizer.is_fast:
         raise StructPruneError(
-            f"A GGUF file holds a BPE tokenizer of the tokenizers library, got a {type(tokenizer).__name__}."
+            f"A GGUF file holds a BPE tokenizer of the tokenizers library, found a {type(tokenizer).__name__}."
         )
     parts, tokens = json.loads(tokenizer.backend_tokenizer.to_str()), len(tokenizer)
     model = parts["model"]
     if model["type"] != "BPE":
         raise StructPruneError(
-            f"A GGUF file holds a BPE tokenizer, on bytes or on SentencePiece's pieces, got {model['type']}."
+            f"A GGUF file holds a BPE tokenizer, on bytes or on SentencePiece's pieces, found {model['type']}."
         )
     if tokens > size:
         raise StructPruneError(
