@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 
 import torch
@@ -109,8 +110,8 @@ class Statistics:
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Number of calibration tokens, by domain."""
-        return {domain.name: torch.Size(domain.shape).numel() for domain in self.domains}
+        """Number of calibration tokens, or of images, by domain."""
+        return {domain.name: prod(domain.shape[: 1 if domain.shape[2:] else 2]) for domain in self.domains}
 
     def __str__(self) -> str:
         """Tokens by domain, and what the folder holds."""

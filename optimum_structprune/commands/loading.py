@@ -14,13 +14,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..arch.meta import meta_model, model_class
 from ..arch.per_layer import enable_heterogeneous
 from ..config.pruning import StructPruneConfig
 from ..dryrun import dry_run
 from ..errors import StructPruneError, one_line, some_of
+from ..forward.generation import reads_images
 from ..forward.placement import layer_device_map
 
 
@@ -95,17 +103,22 @@ class Loading:
         return model.eval()
 
     def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        """A model's tokenizer."""
+        """A model's tokenizer, or the image processor of a model that reads images."""
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # tokenizers raises a bare one
-            config = self.config(name)  # says more where the config is at fault
-            if getattr(config.get_text_config(), "vocab_size", None) is None:
-                raise StructPruneError(
-                    f"{name!r} has no tokenizer, for it reads no text, and the commands read nothing else; prune it "
-                    "from Python: StructPruner(config).prune_model(model, inputs={'images': pixel_values}), then save."
-                ) from error
+            if reads_images(self.shapes(name)):  # says more where the config is at fault
+                return self._processor(name)
             raise StructPruneError(f"The tokenizer of {name!r} cannot be loaded: {_line(error)}") from error
+
+    def _processor(self, name: str) -> Any:
+        """The image processor of a model that reads no text."""
+        try:
+            return AutoImageProcessor.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+        except Exception as error:
+            raise StructPruneError(
+                f"{name!r} reads images, and its image processor cannot be loaded: {_line(error)}"
+            ) from error
 
     def config(self, name: str) -> PretrainedConfig:
         """A model's config."""

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedTokenizerBase
 
@@ -69,9 +70,9 @@ class Entry:
             origin={} if domain.origin is None else domain.origin.to_dict(),
             place_sha256="" if domain.origin is None else _place(domain.origin.source),
             weight=domain.weight,
-            calibration_tokens=pool.samples.numel(),
-            evidence_tokens=pool.samples.numel() if pool.mask is None else int(pool.mask.sum()),
-            heldout_tokens=domain.heldout.numel(),
+            calibration_tokens=_count(pool.samples),
+            evidence_tokens=_count(pool.samples) if pool.mask is None else int(pool.mask.sum()),
+            heldout_tokens=_count(domain.heldout),
             samples_sha256=tensor_hash(pool.samples),
             heldout_sha256=tensor_hash(domain.heldout),
             documents=list(domain.documents),
@@ -122,7 +123,7 @@ class Manifest(Record):
         return cls(
             seed=config.seed,
             seq_length=config.seq_length,
-            tokenizer="" if tokenizer is None else tokenizer.name_or_path,
+            tokenizer=getattr(tokenizer, "name_or_path", ""),  # an image processor has no name
             versions={
                 "optimum-structprune": __version__,
                 "python": platform.python_version(),
@@ -198,6 +199,11 @@ class Manifest(Record):
             elif entry.uses(domain_name_or_source):
                 sentences.append(f"the text has the name or the source of {where}")
         return sentences
+
+
+def _count(samples: Tensor) -> int:
+    """The number of tokens, shape `(samples, seq_length)`, or of what is no text, as images are."""
+    return samples.numel() if samples.dim() == 2 else len(samples)
 
 
 def _place(source: Any) -> str:

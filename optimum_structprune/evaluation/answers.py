@@ -223,7 +223,7 @@ class ShortCheck:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int):
         self.tokenizer, self.tokens = tokenizer, tokens
-        self.questions = read_questions(tokenizers=[tokenizer])[:ASKED]
+        self.questions = read_questions(tokenizers=[tokenizer])[:ASKED] if tokens else []
         self._answers: dict[str, list[Answer]] = {}
         self._seconds: float | None = None
 

@@ -35,7 +35,7 @@ def run_model(model: PreTrainedModel, ids: Tensor, **more: Any) -> Any:
     """The output object of a forward pass over a batch, shape `(batch, seq_length)`, which an encoder-decoder model
     reads on both sides.
     """
-    ids = ids.to(input_device(model))
+    ids = ids.to(input_device(model), model.dtype if ids.is_floating_point() else None)
     if model.config.is_encoder_decoder:
         return model(ids, decoder_input_ids=ids, use_cache=False, **more)
     if hasattr(model.config.get_text_config(), "use_cache"):

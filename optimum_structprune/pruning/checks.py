@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import layer_list
 from ..arch.meta import is_quantized
@@ -23,6 +23,7 @@ from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError, one_line
+from ..forward.generation import reads_images
 from ..system.disk import check_folder
 from ..system.offloading import is_offloaded
 from ..widths.allocation import alike, is_bounded
@@ -102,6 +103,9 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any) -> None:
         raise StructPruneError(
             f"tokenizer takes a tokenizer, got {type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained."
         )
+    if tokenizer is not None and isinstance(tokenizer, PreTrainedTokenizerBase) == reads_images(model):
+        what = "images, so pass its image processor" if reads_images(model) else "text, so pass its tokenizer"
+        raise StructPruneError(f"{type(model).__name__} reads {what}, not a {type(tokenizer).__name__}.")
     if inputs is None:
         return
     if not isinstance(inputs, Mapping):
@@ -236,7 +240,10 @@ def _check_text(config: StructPruneConfig, has_tokenizer: bool, has_inputs: bool
     if has_inputs and config.stats is not None:
         raise StructPruneError(f"inputs are calibration data, and stats={config.stats!r} stands in for them.")
     if not (has_tokenizer or has_inputs or config.stats is not None):
-        raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
+        raise StructPruneError(
+            "The domains are text or images, and reading them takes a tokenizer or an image processor; pass the "
+            "model's own."
+        )
 
 
 def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:

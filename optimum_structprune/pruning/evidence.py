@@ -20,9 +20,11 @@ from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import LAYER_CRITERIA
 from ..criteria.mixture import Mixture
+from ..domains.images import image_domains
 from ..domains.load import Domain, calibration_domains, given_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.resolve import reweighted
+from ..forward.generation import reads_images
 from ..forward.layers import Batch
 from ..system.fingerprint import fingerprint
 from ..system.processes import every_process_runs, own_part, process_index
@@ -64,6 +66,8 @@ class Evidence:
         if config.stats is None:
             if inputs is not None:
                 domains = given_domains(inputs, float(config.holdout), config.chooses)
+            elif reads_images(model):
+                domains = image_domains(config, tokenizer, Manifest.seen_by(model))
             else:
                 config, domains = calibration_domains(config, model, tokenizer, reader, seen)
             return cls.of(config, domains)

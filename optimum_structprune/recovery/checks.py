@@ -39,11 +39,11 @@ def check_recovery(
     if parts is None:
         parts = pruning.rounds if config.every_round else 1
     text = text_config(config, pruning, parts)
+    if model is not None:
+        _check_model(model, config, text.seq_length)
     for domain in texts_of(text):
         # Opening a source refuses a name that leads nowhere; nothing is read before the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
-    if model is not None:
-        _check_model(model, config, text.seq_length)
     adapter = lora_config(config)
     if model is not None and config.train == "lora":
         check_fits(model, adapter, config.merge)

@@ -44,9 +44,9 @@ def carry(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBa
         with suppress(Exception):  # of the network or of the Hub, which the model may not need any more
             commit = getattr(model.config, "_commit_hash", None)
             source = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL))
-    files = [] if tokenizer is None else tokenizer.vocab_files_names.values()
-    beside = [name for name in _beside(source) if tokenizer is None or not TOKENIZER.fullmatch(name)]
-    new = [name for name in beside if name not in files and not (folder / name).exists()]
+    files = tokenizer.vocab_files_names.values() if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+    beside = [name for name in _beside(source) if files is None or not TOKENIZER.fullmatch(name)]
+    new = [name for name in beside if name not in (files or ()) and not (folder / name).exists()]
     if _sizes(source) != _sizes(folder):
         new = [name for name in new if not VOCABULARY.fullmatch(name)]
     # Code is copied by transformers, where it is used.

@@ -187,8 +187,9 @@ def _gone_layers(records: Records) -> list[int]:
 
 def quality_tables(records: Records) -> Iterator[Table]:
     """Perplexity by domain and scores of tasks, dense, pruned and recovered: held-out and other text apart."""
+    what = "Outputs on the kinds of input" if records.report.get("output_error") else "Perplexity on the kinds of text"
     models = {
-        "Perplexity on the kinds of text that it was calibrated on": _run(records),
+        f"{what} that it was calibrated on": _run(records),
         "Perplexity on the kinds of text that it was trained on": _training(records),
     }
     last = "recovered" if records.recovery else "pruned"

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import build, config, documents, token_ids, tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTForImageClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig
 
 from optimum_structprune import DomainConfig, Plan, StructPruneConfig, StructPruneError, StructPruner
-from optimum_structprune.commands.cli import main
 from optimum_structprune.saving.carry import carry
 from optimum_structprune.saving.hub import check_reload, forget_code
 from optimum_structprune.saving.push import _result_files
@@ -213,10 +212,3 @@ def test_modules_around_a_narrower_model_are_told_or_named(tmp_path, caplog):
         for name, text in files.items():
             changed = text.replace("32", str(hidden)) if "Pooling" in name else text
             assert (out / str(hidden) / name).read_text() == changed
-
-
-def test_a_model_of_pictures_on_the_command_line(tmp_path, capsys):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit")
-    assert main(["prune", str(tmp_path / "vit"), str(tmp_path / "out"), "--sparsity", "0.2", "--device", "cpu"]) == 2
-    assert "reads no text" in (shown := capsys.readouterr().err) and "inputs={'images': pixel_values}" in shown
