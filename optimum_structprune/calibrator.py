@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from .arch.load import describe
-from .arch.meta import check_plain, dequantized
+from .arch.load import Described
+from .arch.meta import dequantized
 from .arch.spec import ArchSpec
 from .calibration.moments import save_moments
 from .calibration.stored import HELDOUT, Statistics, StoredDomain, StoredFile, moments_name
@@ -60,10 +60,9 @@ def calibrate(
     output.check()
     # One pass over the dense model: there are no rounds in which weights could move, and no error to feed back.
     config = replace(config, stats=None, objective="mean", error_feedback=0.0)
-    check_plain(model)
-    model = dequantized(model, inplace=False)
-    arch = describe(model, config.arch_file)
-    check(config, arch, model, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
+    described = Described.of(model, config.arch_file)
+    check(config, described, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
+    model, arch = dequantized(model, inplace=False), described.arch
     with stage("domains", {}):
         evidence = Evidence.read(config, model, tokenizer, inputs)
     evidence = with_batch_size(evidence, arch, model, dict.fromkeys(arch.names, 1))  # the moments of every space

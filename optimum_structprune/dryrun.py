@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .arch.load import describe
+from .arch.load import Described, describe
 from .arch.meta import meta_model, model_class
 from .arch.shrink import legal_sizes, shrunk_config, text_config
 from .arch.spec import VOCAB, ArchSpec, Widths
@@ -171,16 +171,14 @@ def dry_run(
     PRUNERS.get(config.method)  # refuses a method that is not registered
 
     def build(model_config: PretrainedConfig) -> PreTrainedModel:
-        # In any precision but this, the product that runs experts refuses tensors without memory.
-        return meta_model(model_config, config.arch_file, torch.bfloat16, trust_remote_code)
+        return meta_model(model_config, config.arch_file, trust_remote_code=trust_remote_code)
 
     dense = build(model_config)
     arch = describe(dense, config.arch_file)
     saved_dtype = dtype or model_config.dtype or torch.float32
     dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
-    widths = check(config, arch, dense, DRY_RUN, itemsize=dtype.itemsize)
-    biased = biased_spaces(config, arch, [name for name in widths if arch.of(name)[0].inside])
-    small = build(shrunk_config(model_config, arch, widths, biased))
+    widths = check(config, Described(arch, dense, dense.device), DRY_RUN, itemsize=dtype.itemsize)
+    small = build(shrunk_config(model_config, arch, widths, biased_spaces(config, arch, widths)))
 
     def change(count: Callable[[PreTrainedModel], int | None]) -> Any:
         before, after = count(dense), count(small)

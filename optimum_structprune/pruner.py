@@ -13,14 +13,12 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .arch.load import describe
-from .arch.meta import check_plain, dequantized, is_quantized, skeleton
+from .arch.load import Described, describe
+from .arch.meta import dequantized, is_quantized
 from .arch.spec import VOCAB, ArchSpec, Widths
-from .config.domains import written_by_model
 from .config.pruning import StructPruneConfig
 from .domains.load import Domain
 from .domains.manifest import Manifest
-from .domains.resolve import texts_of
 from .errors import StructPruneError
 from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
@@ -107,15 +105,15 @@ class StructPruner:
                 free; nothing has changed then.
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
-        arch, widths = checked(self.config, model, tokenizer, inputs)
-        check_room(self.config, arch, model, _shapes(model), widths, inplace, inputs)
+        described, widths = checked(self.config, model, tokenizer, inputs)
+        arch = described.arch
+        check_room(self.config, described, widths, inplace, inputs)
         report = Report(arch.model_type, self.config.scored_by)
         with report.timed("domains"):
-            readable = _to_read(model, self.config)
-            evidence, vocabulary, widths = read_text(self.config, arch, readable, tokenizer, inputs, widths, report)
+            evidence, vocabulary, widths = read_text(self.config, arch, model, tokenizer, inputs, widths, report)
         model, dense = _to_change(model, inplace)
         evidence = with_batch_size(evidence, arch, model, widths)
-        with Run(model, evidence, tokenizer, inplace, report) as run:
+        with Run(model, arch, evidence, tokenizer, inplace, report) as run:
             run.start(dense, None if vocabulary is None else vocabulary.dense_domains)
             if vocabulary is not None:
                 remove_tokens_(run, vocabulary)
@@ -156,10 +154,10 @@ class StructPruner:
         """Prune a model in place to legal widths, without measuring it and without recovery; the units that stay."""
         if VOCAB in widths:
             raise StructPruneError(f"{VOCAB!r} takes text and its tokenizer, not samples; use prune_model.")
-        evidence = Evidence.of(self.config, domains)
-        evidence = with_batch_size(evidence, describe(model, self.config.arch_file), model, widths)
-        with Run(model, evidence) as run:
-            for step in self.steps(run.arch, model, widths):
+        arch = describe(model, self.config.arch_file)
+        evidence = with_batch_size(Evidence.of(self.config, domains), arch, model, widths)
+        with Run(model, arch, evidence) as run:
+            for step in self.steps(arch, model, widths):
                 self.take_(run, step)
         return run.plan
 
@@ -254,32 +252,12 @@ def checked(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     inputs: Mapping[str, Tensor] | None,
-) -> tuple[ArchSpec, Widths]:
-    """The description of a model that can be pruned as a config says, and its final widths; see `check`.
-
-    A quantized model is not unpacked for it: its shapes are those of an unpacked model without weights.
-    """
+) -> tuple[Described, Widths]:
+    """What a model is that can be pruned as a config says, and its final widths; see `check`."""
     check_arguments(model, tokenizer, inputs)
-    check_plain(model)
-    shapes = _shapes(model)
-    arch = describe(shapes, config.arch_file)
-    widths = check(config, arch, shapes, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
-    return arch, widths
-
-
-def _shapes(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with the shapes of the unpacked one: itself where it is not quantized."""
-    return skeleton(model, model.config) if is_quantized(model) else model
-
-
-def _to_read(model: PreTrainedModel, config: StructPruneConfig) -> PreTrainedModel:
-    """The model that writes text and that stored moments are compared with.
-
-    A quantized model is unpacked for that, in a copy: it stays packed where its text is not enough.
-    """
-    tried = config.searches and VOCAB in config.shrinking
-    asked = tried or config.stats is not None or any(map(written_by_model, texts_of(config)))
-    return dequantized(model, inplace=False) if asked else model
+    described = Described.of(model, config.arch_file)
+    widths = check(config, described, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
+    return described, widths
 
 
 def _to_change(model: PreTrainedModel, inplace: bool) -> tuple[PreTrainedModel, PreTrainedModel | None]:

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
-from .arch.load import describe
-from .arch.meta import check_plain
+from .arch.load import Described, describe
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.load import Domain, RecentText, load_domains
@@ -198,10 +197,9 @@ class StructPruneCallback(TrainerCallback, ExportableState):
 
     def begin(self, model: PreTrainedModel) -> None:
         """Remember a dense model's widths, once it can be pruned as the config says."""
-        check_plain(model)
-        arch = describe(model, self.config.arch_file)
-        self._dense = arch, check(self.config, arch, model, TRAINER)
-        self.plan = Plan.of(model, arch)
+        described = Described.of(model, self.config.arch_file)
+        self._dense = described.arch, check(self.config, described, TRAINER)
+        self.plan = Plan.of(model, described.arch)
 
     def _is_pruned(self, model: PreTrainedModel) -> bool:
         """Whether a model is narrower somewhere than the dense one."""

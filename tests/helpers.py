@@ -121,7 +121,7 @@ def evidence_of(settings, domains=None, run_passes=None) -> Evidence:
 
 def pruned_on(evidence, model, widths) -> Run:
     """The finished run that brings a copy of a model to `widths` on given evidence."""
-    with Run(deepcopy(model), evidence) as run:
+    with Run(deepcopy(model), describe(model), evidence) as run:
         run.start()
         for step in steps(evidence.config, run.arch, run.model.config, widths):
             StructPruner(evidence.config).take_(run, step)

@@ -11,7 +11,8 @@ from optimum_structprune.arch.spec import GROUP
 from optimum_structprune.calibration.passes import LayerPasses
 from optimum_structprune.forward.layers import NotSequentialError
 from optimum_structprune.forward.metrics import model_outputs, output_error
-from optimum_structprune.widths.allocation import choices, legal_widths, target_widths
+from optimum_structprune.widths.allocation import choices, legal_widths
+from optimum_structprune.widths.budget import widths_of
 
 
 TEXT = [case for case in OTHERS if case != "vit"]  # pixels are given as inputs
@@ -72,8 +73,7 @@ def test_heads_of_a_vision_model_are_not_rounded():
     assert {space.unit for space in arch.of("attention")} == {GROUP}
     legal = legal_widths(config(widths={"attention": 3}), arch, model.config)
     assert choices(config(round_to=8), arch, "attention", legal["attention"]) == [1, 2, 3, 4]
-    widths = target_widths(config(sparsity=0.3, round_to=8, targets=("attention",)), arch, model.config)
-    assert widths == {"attention": 2}
+    assert widths_of(config(sparsity=0.3, round_to=8, targets=("attention",)), arch, model) == {"attention": 2}
     assert choices(config(round_to=8), arch, "mlp", range(1, 25)) == [8, 16, 24]
 
 

@@ -158,7 +158,7 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
 
     reset_high_water_mark()
     start = clock()
-    run = Run(model, Evidence.of(settings, domains))
+    run = Run(model, arch, Evidence.of(settings, domains))
     chosen = choose_shape(run, widths_of(settings, arch, model)).after_removal()
     choosing = clock() - start
     StructPruner(settings).prune_to_(model, domains, chosen)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
+from ..system.offloading import compute_device, is_offloaded
 from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, family_of
+from .meta import check_plain, is_quantized, skeleton
 from .shrink import text_config
 from .spaces import Shapes, meets, residual_of, spaces_of
 from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, ArchSpec, Space
@@ -39,6 +42,61 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
     if config is model.config:
         return arch
     return replace(arch, model_type=model.config.model_type, uniform=TEXT_ONLY)
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is asked of a model alone, once, before it is used: `arch` is what may shrink in it, and `device` computes
+    its first weights.
+
+    `shapes` is a model of the shapes that the unpacked one has: itself, or where it is quantized, one without weights.
+    """
+
+    arch: ArchSpec
+    shapes: PreTrainedModel
+    device: torch.device
+    quantized: bool = False
+    offloaded: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the model's class."""
+        return type(self.shapes).__name__
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, arch_file: str | Path | None = None) -> Described:
+        """Describe a model, and refuse what cannot be pruned whatever is asked for."""
+        check_plain(model)
+        quantized = is_quantized(model)
+        shapes = skeleton(model, model.config) if quantized else model
+        arch = describe(shapes, arch_file)
+        _check_whole(shapes, arch)
+        return cls(arch, shapes, compute_device(model), quantized, is_offloaded(model))
+
+
+def _check_whole(model: PreTrainedModel, arch: ArchSpec) -> None:
+    """Refuse a model that lacks its head, could not be saved, or whose layers share weights."""
+    name = type(model).__name__
+    if arch.causal and model.get_output_embeddings() is None:
+        raise StructPruneError(f"{name} has no language-model head; load it with AutoModelForCausalLM.")
+    layer_of: dict[int, int] = {}
+    for layer, module in enumerate(layer_list(model, arch)):
+        for parameter_name, parameter in module.named_parameters():
+            if (first := layer_of.setdefault(id(parameter), layer)) != layer:
+                raise StructPruneError(
+                    f"The layers {first} and {layer} share {parameter_name}, and layers are pruned apart; give each "
+                    "its own with copy.deepcopy."
+                )
+    try:
+        if model.can_generate() and model.generation_config is not None:
+            # As transformers does at save: what is as it was loaded is only warned of.
+            loaded = getattr(model.generation_config, "_original_object_hash", None)
+            model.generation_config.validate(strict=loaded != hash(model.generation_config))
+    except ValueError as error:
+        raise StructPruneError(
+            f"The generation config of this {name} could not be saved, so correct `model.generation_config` first: "
+            f"{one_line(error)}"
+        ) from error
 
 
 def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ..errors import StructPruneError, one_line
 from ..system.offloading import check_reachable
 from .families import family_of
 from .per_layer import heterogeneous
+from .shrink import shrunk_config
+from .spec import ArchSpec, Widths
 
 
 def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -> Any:
@@ -57,6 +60,13 @@ def skeleton(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = F
     device = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
     with device, heterogeneous():
         return type(model)(config)
+
+
+def shrunk_skeleton(
+    model: PreTrainedModel, arch: ArchSpec, widths: Widths, biased: Collection[str] = ()
+) -> PreTrainedModel:
+    """The skeleton of a model with other widths; see `shrunk_config`."""
+    return skeleton(model, shrunk_config(model.config, arch, widths, biased))
 
 
 MERGE_INJECTED = (

@@ -58,9 +58,9 @@ def shrunk_config(
     text.per_layer_config = None
     if LAYER in sizes:
         space = arch.of(LAYER)[0]
-        stay = stay or range(space.width_in(sizes))
-        cut_depth_(text, stay, space.size)
-        per_layer = {place: per_layer[layer] for place, layer in enumerate(stay) if layer in per_layer}
+        layers = stay or range(space.width_in(sizes))
+        cut_depth_(text, layers, space.size)
+        per_layer = {place: per_layer[layer] for place, layer in enumerate(layers) if layer in per_layer}
     if VOCAB in sizes:
         space = arch.of(VOCAB)[0]
         for part in {id(part): part for part in (new, text)}.values():
@@ -70,8 +70,8 @@ def shrunk_config(
         for key, value in space.pins:
             setattr(text, key, value)
         _set_sizes_(text, per_layer, arch, name, sizes)
-        if name in biased and space.bias_flag is not None:
-            setattr(text, space.bias_flag, True)
+    for flag in filter(None, (arch.of(name)[0].bias_flag for name in biased)):
+        setattr(text, flag, True)
     _set_per_layer_(text, per_layer, arch)
     try:
         type(new).from_dict(new.to_dict())

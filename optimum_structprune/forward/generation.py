@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import ArchSpec
+from ..errors import StructPruneError
 from .metrics import input_device
 
 
@@ -162,15 +163,37 @@ def cached_values(model: PreTrainedModel, arch: ArchSpec) -> int | None:
     if not (arch.causal or model.config.is_encoder_decoder):
         return 0
     embedding = model.get_input_embeddings().get_parameter("weight")
-    token = torch.zeros(1, 1, embedding.shape[1], dtype=model.dtype, device=embedding.device)
     if embedding.device.type == "meta":
-        # The attention masks of other implementations depend on values, which tensors without memory do not have.
+        # The attention masks of other implementations depend on values, which tensors without memory do not have, and
+        # the matrix product that runs experts takes these in this precision only.
         model.set_attn_implementation("eager")
+        model.eval().to(torch.bfloat16)  # type: ignore[arg-type]
+    token = torch.zeros(1, 1, embedding.shape[1], dtype=model.dtype, device=embedding.device)
     try:
         output = model.get_decoder()(inputs_embeds=token, use_cache=True)
     except (RuntimeError, TypeError):
         return None
     return sum(layer.keys.numel() + layer.values.numel() for layer in growing_layers(cache_of(output)))
+
+
+def checked_cache(model: PreTrainedModel, arch: ArchSpec) -> int:
+    """The number of values that generation keeps per token; a model of which it cannot be told is refused."""
+    if not (values := cached_values(model, arch)):
+        raise StructPruneError(
+            f"How much a {arch.model_type} model keeps per token cannot be told without running it; give the budget "
+            "in parameters or bytes."
+        )
+    return values
+
+
+def checked_flops(model: PreTrainedModel, arch: ArchSpec, tokens: int) -> int:
+    """The operations of `flops_per_token`; a model of which they are not known is refused."""
+    if reason := why_not_counted(model, arch):
+        raise StructPruneError(
+            f"The operations of this {arch.model_type} model are not known: {reason}; give the budget in parameters "
+            "or bytes."
+        )
+    return flops_per_token(model, arch, tokens)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

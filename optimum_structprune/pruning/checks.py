@@ -14,32 +14,30 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.load import layer_list
-from ..arch.meta import is_quantized
+from ..arch.load import Described
 from ..arch.spec import HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..calibration.passes import check_sequential
 from ..calibration.stored import Statistics
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
-from ..errors import StructPruneError, one_line
+from ..errors import StructPruneError
 from ..forward.generation import reads_images
 from ..system.disk import check_folder
-from ..system.offloading import is_offloaded
-from ..widths.allocation import alike, is_bounded
-from ..widths.budget import biased_spaces, widths_of
+from ..widths.allocation import is_bounded
+from ..widths.budget import widths_of
 from .evidence import judges_layers
 from .steps import WHOLE_MODEL
 
 
 # What the model is to be used for: pruned, only looked at, pruned by a Trainer, or run to store its moments.
 PRUNE, DRY_RUN, TRAINER, CALIBRATE = "prune", "dry run", "trainer", "calibrate"
+IN_MEMORY = "load the model in memory, or over several devices"
 
 
 def check(
     config: StructPruneConfig,
-    arch: ArchSpec,
-    model: PreTrainedModel,
+    dense: Described,
     use: str = PRUNE,
     *,
     has_tokenizer: bool = True,
@@ -51,18 +49,20 @@ def check(
     The result are the final widths, or others of the same total where they follow from calibration; nothing where
     moments are only stored. `itemsize` is the number of bytes per parameter, by default that of the model's dtype.
     """
+    arch = dense.arch
     if use == TRAINER:
         check_trainer(config)
     if use != DRY_RUN:
-        _check_model(config, arch, model, use)
+        _check_model(config, dense, use)
+    widths = {} if use == CALIBRATE else widths_of(config, arch, dense.shapes, itemsize=itemsize)
+    own_widths = is_bounded(config, arch, widths)
+    if dense.offloaded:
+        _check_offloaded(config, dense, widths)
+        check_sequential(dense.shapes, arch)
     if use == CALIBRATE:
-        _check_offloaded(config, arch, model, use, {})
         _check_stored(config, arch)
         _check_text(config, has_tokenizer, has_inputs)
         return {}
-    widths = widths_of(config, arch, model, itemsize=itemsize)
-    if use != DRY_RUN:
-        _check_offloaded(config, arch, model, use, widths)
     _check_criterion(config, arch, widths, use)
     of_model = [space.name for space in arch.model_spaces if space.name in widths]
     if use == TRAINER and of_model:
@@ -76,8 +76,8 @@ def check(
         _check_statistics(config, arch, widths)
         for folder in filter(None, (config.checkpoint_dir, config.losses_dir)):
             check_folder(folder)
-        _check_recovery(config, arch, model)
-    if unused := [] if use == TRAINER else list(without_effect(config, arch, list(widths))):
+        _check_recovery(config, arch, dense.shapes)
+    if unused := [] if use == TRAINER else list(without_effect(config, widths, own_widths)):
         warnings.warn(f"These options have no effect here: {'; '.join(unused)}.", stacklevel=3)
     return widths
 
@@ -172,50 +172,23 @@ def check_trainer(config: StructPruneConfig) -> None:
         raise StructPruneError("recovery is training after a pruning, and a Trainer trains already; leave it out.")
 
 
-def _check_model(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, use: str) -> None:
+def _check_model(config: StructPruneConfig, dense: Described, use: str) -> None:
     """The model as it is."""
-    name, longest = type(model).__name__, getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if use == TRAINER and is_quantized(model):
-        raise StructPruneError(f"{name} is quantized; prune `model.dequantize()`, or load it without quantization.")
+    if use == TRAINER and dense.quantized:
+        raise StructPruneError(
+            f"{dense.name} is quantized; prune `model.dequantize()`, or load it without quantization."
+        )
+    if use == TRAINER and dense.offloaded:
+        raise StructPruneError(f"{dense.name} is offloaded, and a Trainer trains weights in memory; {IN_MEMORY}.")
+    longest = getattr(dense.shapes.config.get_text_config(), "max_position_embeddings", None)
     if config.stats is None and longest is not None and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
-    if arch.causal and model.get_output_embeddings() is None:
-        raise StructPruneError(f"{name} has no language-model head; load it with AutoModelForCausalLM.")
-    _check_own_layers(arch, model)
-    try:
-        if model.can_generate() and model.generation_config is not None:
-            # As transformers does at save: what is as it was loaded is only warned of.
-            loaded = getattr(model.generation_config, "_original_object_hash", None)
-            model.generation_config.validate(strict=loaded != hash(model.generation_config))
-    except ValueError as error:
-        raise StructPruneError(
-            f"The generation config of this {name} could not be saved, so correct `model.generation_config` first: "
-            f"{one_line(error)}"
-        ) from error
 
 
-def _check_own_layers(arch: ArchSpec, model: PreTrainedModel) -> None:
-    """Refuse layers that share weights, which could not be pruned apart."""
-    layer_of: dict[int, int] = {}
-    for layer, module in enumerate(layer_list(model, arch)):
-        for name, parameter in module.named_parameters():
-            if (first := layer_of.setdefault(id(parameter), layer)) != layer:
-                raise StructPruneError(
-                    f"The layers {first} and {layer} share {name}, and layers are pruned apart; give each its own "
-                    "with copy.deepcopy."
-                )
-
-
-def _check_offloaded(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, use: str, widths: Widths
-) -> None:
+def _check_offloaded(config: StructPruneConfig, dense: Described, widths: Widths) -> None:
     """What takes all weights of a model at once, where accelerate has offloaded some."""
-    if not is_offloaded(model):
-        return
-    name, advice = type(model).__name__, "load the model in memory, or over several devices"
-    if use == TRAINER:
-        raise StructPruneError(f"{name} is offloaded, and a Trainer trains weights in memory; {advice}.")
-    if is_quantized(model):
+    name, advice = dense.name, IN_MEMORY
+    if dense.quantized:
         raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
     if CRITERIA.get(config.scored_by).watches is not None:
         raise StructPruneError(
@@ -228,7 +201,6 @@ def _check_offloaded(
                 f"{space!r} changes weights all over {name} at once, which is offloaded; prune inside the layers, or "
                 f"{advice}."
             )
-    check_sequential(model, arch)
 
 
 def _check_text(config: StructPruneConfig, has_tokenizer: bool, has_inputs: bool, fewer_tokens: bool = False) -> None:
@@ -275,7 +247,6 @@ def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> 
             f"refit={config.refit!r} is for consumers inside the layers, and {HIDDEN!r} is read all over the model; "
             "use refit='least_squares' or 'none'."
         )
-    biased_spaces(config, arch, [name for name in widths if arch.of(name)[0].inside])
     if config.searches:
         _check_search(config, arch, widths)
     if not arch.causal and (config.reweights or config.max_perplexity_ratio is not None):
@@ -298,11 +269,6 @@ def _check_search(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> 
         raise StructPruneError(
             f"allocation={config.allocation!r} chooses widths inside the layers, and {outside[0]!r} is none of them; "
             "leave it out of targets and widths."
-        )
-    if config.allocation == "search_uniform" and not alike(arch, list(widths)):
-        raise StructPruneError(
-            f"The layers of this {arch.model_type} model differ in width, and allocation='search_uniform' looks for "
-            "one shape of all layers; choose allocation='search'."
         )
 
 
@@ -354,8 +320,10 @@ def _check_recovery(config: StructPruneConfig, arch: ArchSpec, model: PreTrained
     check_recovery(config.recovery, config, model)
 
 
-def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> Iterator[str]:
-    """The options that are set and have no effect beside the others, each with the reason."""
+def without_effect(config: StructPruneConfig, names: Collection[str], own_widths: bool) -> Iterator[str]:
+    """The options that are set and have no effect beside the others, each with the reason; `own_widths` says whether
+    each layer gets a width of its own.
+    """
     default = {field.name: field.default for field in fields(config)}
     recovery = config.recovery
     explicit, gram, uniform = config.widths is not None, config.fits, config.allocation == "uniform"
@@ -369,7 +337,7 @@ def without_effect(config: StructPruneConfig, arch: ArchSpec, names: Collection[
             explicit and uniform and config.max_perplexity_ratio is None,
             "widths are taken as they are",
         ),
-        "min_width": (not is_bounded(config, arch, names) and config.allocation != "search_uniform", same),
+        "min_width": (not own_widths and config.allocation != "search_uniform", same),
         "damping": (not gram and not damped, f"refit={config.refit!r} solves nothing"),
         "error_feedback": (not gram, f"refit={config.refit!r} makes up for no error"),
         "general_share": (stored, "stats were gathered already; name the domain 'general' if they hold it"),

@@ -22,7 +22,6 @@ from ..widths.allocation import choices, legal_widths
 from ..widths.budget import beside_tokens, widths_of
 from ..widths.shapes import Curves
 from .evidence import Evidence
-from .run import Run
 from .search import MEASURED_LOSSES, Search
 from .trials import Losses, Probe, Trials
 
@@ -57,11 +56,11 @@ def best_number(
     The loss of tokens is measured on held-out text, which the dense model reads and predicts in the tokens that
     `keep_of` leaves; that of the layers follows from the trials of the search, which are made once.
     """
+    layers = _Layers(config, arch, model, evidence)
+    legal, numbers = _numbers(config, arch, model, may)
     with evaluating(model), report.timed("search"):
-        layers = _Layers(config, arch, model, evidence)
         dense = [row_losses(model, [*domain.trial]).sum() for domain in evidence.domains]
         balances: list[Balance] = []
-        legal, numbers = _numbers(config, arch, model, may)
         for _ in range(NUMBERS + FINER):
             number = numbers.pop() if numbers else _between(balances, legal)
             if any(balance.tokens == number for balance in balances):  # nothing legal lies in between
@@ -111,7 +110,7 @@ class _Layers:
         if rest is None:
             return 0.0
         try:
-            search = Search(Run(self.model, replace(self.evidence, config=rest)))
+            search = Search(self.model, self.arch, replace(self.evidence, config=rest))
             candidates = search.candidates(self._curves(search))
         except StructPruneError:
             return inf

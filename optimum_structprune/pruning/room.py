@@ -16,6 +16,7 @@ from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..arch.load import Described
 from ..arch.spec import LAYER, ArchSpec, Widths
 from ..config.pruning import AUTO, StructPruneConfig
 from ..criteria import CRITERIA
@@ -214,9 +215,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def check_room(
     config: StructPruneConfig,
-    arch: ArchSpec,
-    model: PreTrainedModel,
-    shapes: PreTrainedModel,
+    dense: Described,
     widths: Widths,
     inplace: bool,
     inputs: Mapping[str, Tensor] | None = None,
@@ -225,16 +224,14 @@ def check_room(
 
     What is estimated is taken at the lower end of its error, so that nothing is refused that fits.
     """
-    device = compute_device(model)
-    free = free_bytes(device)
-    work = Workload(config, arch, shapes, widths, shapes.dtype.itemsize, Text.of(config, inputs))
-    offloaded = is_offloaded(model)
-    need = work.need("disk" if offloaded else None, process_count())
-    copy = 0 if inplace or offloaded else work.weights
+    device, shapes, free = dense.device, dense.shapes, free_bytes(dense.device)
+    work = Workload(config, dense.arch, shapes, widths, shapes.dtype.itemsize, Text.of(config, inputs))
+    need = work.need("disk" if dense.offloaded else None, process_count())
+    copy = 0 if inplace or dense.offloaded else work.weights
     lower_bound = int(need.above * (1 - ERROR)) + copy
     of_copy = f", beside a copy of the model, {readable_size(copy)}" if copy else ""
     if free is not None and lower_bound > free:
-        advice = " or ".join(_advice(config, need, device, copy, offloaded))
+        advice = " or ".join(_advice(config, need, device, copy, dense.offloaded))
         raise StructPruneError(
             f"Pruning takes at least {readable_size(lower_bound)} on {device} above the model "
             f"({readable_size(need.hidden)} of hidden states and {readable_size(need.working)} for {need.stage}"
@@ -263,11 +260,12 @@ def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, 
     if config.batch_size != AUTO:
         return evidence
     device = compute_device(model)
+    free = free_bytes(device)
     base: Any = model.base_model
     samples = max((domain.samples for domain in evidence.domains), key=len)
     work = Workload(config, arch, model, widths, model.dtype.itemsize, Text.of(config))
     limit = min(len(samples), MOST_ON_CPU if device.type == "cpu" else MOST)
-    start = largest_estimated(work, limit, free_bytes(device), is_offloaded(model))
+    start = largest_estimated(work, limit, free, is_offloaded(model))
 
     @torch.no_grad()
     def attempt(batch_size: int) -> int:
@@ -279,7 +277,6 @@ def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, 
         silent = device.type == "cpu" or evidence.statistics is not None  # no error says that a batch is too large
         size = start if silent else find_executable_batch_size(attempt, starting_batch_size=start)()
     except RuntimeError as error:
-        free = free_bytes(device)
         raise StructPruneError(
             f"batch_size='auto' found no batch that {device} has room for"
             f"{'' if free is None else f' in {readable_size(free)}'}: one sample of {samples.shape[1]} tokens is too "

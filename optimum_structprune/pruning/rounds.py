@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.meta import skeleton
-from ..arch.shrink import shrunk_config
+from ..arch.meta import shrunk_skeleton
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
 from ..record.details import choices_of_list, choices_to_list
 from ..surgery.cut import adopt_config_, shrink_
@@ -75,7 +74,7 @@ class Rounds:
 
     def smaller(self, widths: Widths) -> PreTrainedModel:
         """The smaller model, without weights."""
-        return skeleton(self.run.model, shrunk_config(self.run.model.config, self.arch, widths, self.biased))
+        return shrunk_skeleton(self.run.model, self.arch, widths, self.biased)
 
     def run_(self, widths: Widths, smaller: PreTrainedModel | None = None) -> None:
         """A round, which only masks units, or brings the layers to the sizes that they have in a smaller model."""

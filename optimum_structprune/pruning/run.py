@@ -68,6 +68,7 @@ class Run:
     def __init__(
         self,
         model: PreTrainedModel,
+        arch: ArchSpec,
         evidence: Evidence,
         tokenizer: PreTrainedTokenizerBase | None = None,
         inplace: bool = True,
@@ -76,7 +77,7 @@ class Run:
         self.model, self.evidence, self.config = model, evidence, evidence.config
         self.tokenizer = self.dense_tokenizer = tokenizer
         self.inplace = inplace
-        self.arch = self.dense = self.described()
+        self.arch = self.dense = arch
         self.report = report or Report(self.arch.model_type, self.config.scored_by)
         self.plan = Plan(self.arch.model_type, {})
         self.measure: Measure | None = None

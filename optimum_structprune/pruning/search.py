@@ -55,7 +55,7 @@ def search(run: Run) -> Shape:
     report = run.report
     with evaluating(run.model), report.timed("search"):
         probe = Probe.of(run.model, run.arch, run.evidence)
-        shapes = Search(run)
+        shapes = Search(run.model, run.arch, run.evidence)
         trials = shapes.trials(probe)
         losses = run.evidence.memory.get(MEASURED_LOSSES) or trials.losses()
         tried = shapes.tried(shapes.candidates(trials.curves(losses)), probe)
@@ -77,13 +77,13 @@ def search(run: Run) -> Shape:
 class Search:
     """The shapes of one model that keep to one config; `plain` are the widths of `allocation="uniform"`."""
 
-    def __init__(self, run: Run):
-        self.model, self.arch, self.config, self.evidence = run.model, run.arch, run.config, run.evidence
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, evidence: Evidence):
+        self.model, self.arch, self.config, self.evidence = model, arch, evidence.config, evidence
         # What shrinks by default depends on the allocation.
-        named = replace(run.config, targets=run.config.shrinking)
+        named = replace(self.config, targets=self.config.shrinking)
         uniform = replace(named, allocation="uniform", objective="mean", losses_dir=None)
-        self.plain = widths_of(uniform, run.arch, run.model)
-        self.legal = legal_widths(run.config, run.arch, run.model.config)
+        self.plain = widths_of(uniform, arch, model)
+        self.legal = legal_widths(self.config, arch, model.config)
 
     def trials(self, probe: Probe) -> Trials:
         """The trials that the choice takes."""

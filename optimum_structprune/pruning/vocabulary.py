@@ -13,12 +13,15 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.meta import dequantized
 from ..arch.shrink import text_config
 from ..arch.spec import MODEL, VOCAB, ArchSpec, Space, Widths
 from ..arch.vocabulary import named_ids
+from ..config.domains import written_by_model
 from ..config.pruning import StructPruneConfig
 from ..domains.load import Domain
 from ..domains.manifest import COUNTED, Entry, Manifest
+from ..domains.resolve import texts_of
 from ..errors import StructPruneError
 from ..record.report import Report
 from ..surgery.plan import Plan
@@ -65,6 +68,7 @@ def read_text(
     others, and its config no longer asks for fewer. What the first reading held out is neither counted nor, in the
     second, calibrated on.
     """
+    model = _readable(model, config)
     if tokenizer is None or VOCAB not in widths:
         return Evidence.read(config, model, tokenizer, inputs), None, widths
     vocabulary, rows = Vocabulary.of(tokenizer), arch.of(VOCAB)[0].size
@@ -104,6 +108,16 @@ def read_text(
     evidence = Evidence.read(again, model, tokenizer, reader=smaller, seen=seen)
     evidence.memory.update(dense.memory)
     return evidence, SmallerVocabulary(keep[:number], smaller, tuple(dense.domains), gone), others
+
+
+def _readable(model: PreTrainedModel, config: StructPruneConfig) -> PreTrainedModel:
+    """The model that writes text and that stored moments are compared with.
+
+    A quantized model is unpacked for that, in a copy: it stays packed where its text is not enough.
+    """
+    tried = config.searches and VOCAB in config.shrinking
+    asked = tried or config.stats is not None or any(map(written_by_model, texts_of(config)))
+    return dequantized(model, inplace=False) if asked else model
 
 
 def remove_tokens_(run: Run, vocabulary: SmallerVocabulary) -> None:

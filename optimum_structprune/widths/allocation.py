@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..arch.shrink import legal_sizes, shrunk_config
+from ..arch.shrink import legal_sizes
 from ..arch.spec import GROUP, LAYER, VOCAB, ArchSpec, Space, Width, Widths
 from ..config.pruning import AUTO, ONE_WIDTH, StructPruneConfig
 from ..errors import StructPruneError
@@ -29,30 +29,29 @@ OF_TOKENS = 64
 def target_widths(
     config: StructPruneConfig,
     arch: ArchSpec,
-    model_config: PretrainedConfig,
+    legal: Mapping[str, Sequence[int]],
     scores: Mapping[tuple[int, str], Tensor] | None = None,
-    legal: Mapping[str, Sequence[int]] | None = None,
 ) -> Widths:
-    """The final width of each space: one number, or one per layer where layers may differ."""
-    legal = legal_widths(config, arch, model_config) if legal is None else legal
+    """The final width of each space, among legal ones: one number, or one per layer where layers may differ."""
     same = alike(arch, legal)
     if not same and LAYER in legal and len(legal) > 1:
         raise StructPruneError(
             f"The layers of this {arch.model_type} model differ in width, and {LAYER!r} would number them anew; prune "
             f"{LAYER!r} in a run of its own."
         )
+    if not same and config.allocation == "search_uniform":
+        raise StructPruneError(
+            f"The layers of this {arch.model_type} model differ in width, and allocation='search_uniform' looks for "
+            "one shape of all layers; choose allocation='search'."
+        )
     check_may_differ(config, arch, list(legal))
     pruned = _without(arch, config.skip_layers)
-    widths: Widths
     if is_bounded(config, arch, list(legal)):
-        widths = ranked_widths(config, pruned, legal, scores or {})
-    else:
-        asked = asked_widths(config, arch)
-        steps = {name: step(config, pruned, name) for name in legal}
-        widths = asked or widths_for_sparsity(pruned, config.sparsity or 0.0, legal, steps)
-        if config.skip_layers or not same:
-            widths = {name: _at_most(width, pruned.of(name)) for name, width in widths.items()}
-    shrunk_config(model_config, arch, widths)
+        return ranked_widths(config, pruned, legal, scores or {})
+    steps = {name: step(config, pruned, name) for name in legal}
+    widths = asked_widths(config, arch) or widths_for_sparsity(pruned, config.sparsity or 0.0, legal, steps)
+    if config.skip_layers or not same:
+        return {name: _at_most(width, pruned.of(name)) for name, width in widths.items()}
     return widths
 
 

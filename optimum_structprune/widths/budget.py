@@ -5,18 +5,17 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.meta import skeleton
+from ..arch.meta import shrunk_skeleton
 from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Width, Widths
 from ..config.pruning import CACHE, StructPruneConfig
 from ..errors import StructPruneError
-from ..forward.generation import cached_values, flops_per_token, why_not_counted
+from ..forward.generation import checked_cache, checked_flops
 from .allocation import check_may_differ, choices, legal_widths, smallest_widths, spaces_by_layer, target_widths
 from .shapes import Key, Resource
 
@@ -28,14 +27,28 @@ def widths_of(
     scores: Mapping[tuple[int, str], Tensor] | None = None,
     itemsize: int | None = None,
 ) -> Widths:
-    """The final widths, in whichever way a config says how much is removed; see `target_widths`.
-
-    With `budget` they are the largest that keep to it: one unit more would exceed it, where `round_to` is 1 (with
-    other allocations than `uniform`, to within the cheapest step of one layer).
-    """
-    if config.budget is None:
-        return _given_widths(config, arch, model, scores)
+    """The final widths, in whichever way a config says how much is removed; see `target_widths`."""
     legal = legal_widths(config, arch, model.config)
+    if config.budget is None:
+        widths = _given_widths(config, arch, legal, scores)
+    else:
+        widths = _within_budget(config, arch, model, legal, scores, itemsize)
+    biased = biased_spaces(config, arch, widths)
+    shrunk_config(model.config, arch, widths, biased)  # which may refuse together what it accepts one by one
+    return widths
+
+
+def _within_budget(
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    model: PreTrainedModel,
+    legal: Mapping[str, Sequence[int]],
+    scores: Mapping[tuple[int, str], Tensor] | None,
+    itemsize: int | None,
+) -> Widths:
+    """The largest widths that keep to a budget: one unit more would exceed it, where `round_to` is 1 (with other
+    allocations than `uniform`, to within the cheapest step of one layer).
+    """
     budget = budget_of(config, arch, model, legal, itemsize)
     cost, dense, limit = budget.cost, budget.dense, budget.limit
     if budget.name == CACHE:
@@ -63,7 +76,7 @@ def widths_of(
     trial = enough * (dense - limit) / (dense - cost(smallest))
     while enough - too_little > cheapest / 2:
         by_sparsity = replace(config, budget=None, targets=tuple(legal), sparsity=trial / sum(arch.layer_params))
-        widths = target_widths(by_sparsity, arch, model.config, scores, legal)
+        widths = target_widths(by_sparsity, arch, legal, scores)
         if fits(widths):
             enough, best = trial, max(_filled_up(widths, config, arch, legal, fits), best, key=cost)
         else:
@@ -73,15 +86,18 @@ def widths_of(
 
 
 def _given_widths(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, scores: Mapping[tuple[int, str], Tensor] | None
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    legal: Mapping[str, Sequence[int]],
+    scores: Mapping[tuple[int, str], Tensor] | None,
 ) -> Widths:
     """The widths without a budget. Tokens go first, and all others are the widths of a model without them."""
     if config.widths is None or VOCAB not in config.widths:
-        return target_widths(config, arch, model.config, scores)
-    legal_widths(config, arch, model.config)
+        return target_widths(config, arch, legal, scores)
     tokens = {VOCAB: cast("Width", config.widths[VOCAB])}
     others = {name: width for name, width in config.widths.items() if name != VOCAB}
-    return {**tokens, **(_given_widths(replace(config, widths=others), arch, model, scores) if others else {})}
+    rest = {name: sizes for name, sizes in legal.items() if name != VOCAB}
+    return {**tokens, **(target_widths(replace(config, widths=others), arch, rest, scores) if others else {})}
 
 
 def _filled_up(
@@ -147,32 +163,16 @@ def _cost_of(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], itemsize: int
 ) -> Callable[[Widths], float]:
     """A function of the widths: what the budget limits, of a model that has them."""
-    if CACHE in (config.budget or {}):
-
-        def cached(widths: Widths) -> int:
-            values = cached_values(_small(model, arch, widths), arch)
-            if not values:
-                raise StructPruneError(
-                    f"How much a {arch.model_type} model keeps per token cannot be told without running it; give the "
-                    "budget in parameters or bytes."
-                )
-            return values * itemsize
-
-        return cached
     if "flops_per_token" in (config.budget or {}):
-        if reason := why_not_counted(_small(model, arch, {}), arch):
-            raise StructPruneError(
-                f"The operations of this {arch.model_type} model are not known: {reason}; give the budget in "
-                "parameters or bytes."
-            )
-        return lambda widths: flops_per_token(_small(model, arch, widths), arch, config.seq_length)
-    biased = biased_spaces(config, arch, [name for name in names if arch.of(name)[0].inside])
-    full = {name: arch.widths(name) for name in biased}
-    dense = _small(model, arch, full, biased).num_parameters() if biased else model.num_parameters()
+        return lambda widths: checked_flops(shrunk_skeleton(model, arch, widths), arch, config.seq_length)
+    if CACHE in (config.budget or {}):
+        return lambda widths: itemsize * checked_cache(shrunk_skeleton(model, arch, widths), arch)
+    biased = biased_spaces(config, arch, names)
+    dense = shrunk_skeleton(model, arch, {}, biased).num_parameters() if biased else model.num_parameters()
     size = itemsize if "bytes" in (config.budget or {}) else 1
     if any(space.layer == MODEL for name in names if name != VOCAB for space in arch.of(name)):
         # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
-        return lambda widths: size * _small(model, arch, widths, biased).num_parameters()
+        return lambda widths: size * shrunk_skeleton(model, arch, widths, biased).num_parameters()
     return lambda widths: size * (dense - _removed(arch, widths))
 
 
@@ -238,26 +238,21 @@ def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, params: Ma
     return Resource(need, of_space, {})
 
 
-def _small(model: PreTrainedModel, arch: ArchSpec, widths: Widths, biased: Collection[str] = ()) -> PreTrainedModel:
-    # The matrix product that runs experts takes tensors without memory in this precision only.
-    small: Any = skeleton(model, shrunk_config(model.config, arch, widths, biased))
-    return small.to(torch.bfloat16).eval()
-
-
 def _removed(arch: ArchSpec, widths: Widths) -> int:
     """The number of parameters that the layers lose."""
     spaces = (*arch.model_spaces, *arch.spaces)
     return sum((space.width - space.width_in(widths)) * space.scale * space.unit_params for space in spaces)
 
 
-def biased_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Collection[str]) -> tuple[str, ...]:
-    """The spaces whose consumers get a bias: all that are pruned with `refit="bias"`, and none otherwise."""
+def biased_spaces(config: StructPruneConfig, arch: ArchSpec, names: Collection[str]) -> tuple[str, ...]:
+    """The spaces whose consumers get a bias: those inside the layers with `refit="bias"`, and none otherwise."""
     if config.refit != "bias":
         return ()
-    for name in widths:
+    inside = tuple(name for name in names if arch.of(name)[0].inside and arch.of(name)[0].layer != MODEL)
+    for name in inside:
         if any(space.bias_flag is None and not space.biased for space in arch.of(name)):
             raise StructPruneError(
                 f"refit='bias' needs a bias in the projections of {name!r}, which a {arch.model_type} config cannot "
                 "express; use refit='least_squares' or 'none'."
             )
-    return tuple(widths)
+    return inside

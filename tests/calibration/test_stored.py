@@ -113,7 +113,8 @@ def test_one_ranking_of_all_units(stats):
     fields = {"allocation": "global", "sparsity": 0.3, "round_to": 1}
     found, _ = pruned(stats, **fields)
     model, evidence = build("llama-tied"), evidence_of(uneven(**fields), run_passes=whole_passes)
-    widths = choose_shape(Run(model, evidence), widths_of(evidence.config, describe(model), model)).widths
+    arch = describe(model)
+    widths = choose_shape(Run(model, arch, evidence), widths_of(evidence.config, arch, model)).widths
     assert len({*widths["mlp"].values()}) == 2 and found.plan == pruned_on(evidence, model, widths).plan
 
 

@@ -136,7 +136,7 @@ def run_on(settings, domains):
     """The finished run of a tiny model, with the widths chosen on the same evidence."""
     model, evidence = build("llama-tied"), evidence_of(settings, domains)
     arch = describe(model)
-    widths = choose_shape(Run(model, evidence), widths_of(settings, arch, model)).widths
+    widths = choose_shape(Run(model, arch, evidence), widths_of(settings, arch, model)).widths
     return pruned_on(evidence, model, widths)
 
 

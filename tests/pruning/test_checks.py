@@ -11,10 +11,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import RecoveryConfig, StructPruneCallback, StructPruneConfig, calibrate, dry_run, prune_model
-from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.load import Described, describe
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.errors import InPlaceError, StructPruneError
 from optimum_structprune.pruning.checks import DRY_RUN, TRAINER, check, without_effect
+from optimum_structprune.widths.allocation import is_bounded
 from optimum_structprune.widths.budget import widths_of
 
 
@@ -170,13 +171,13 @@ def test_what_stored_moments_cannot_give(stats, tmp_path):
 def test_what_a_trainer_cannot_do(fields, message):
     model, settings = build("llama-tied"), blind(**fields)
     with pytest.raises(StructPruneError, match=message):
-        check(settings, describe(model), model, TRAINER)
+        check(settings, Described.of(model), TRAINER)
     takes_the_model = {"widths", "seq_length", "criterion"} & set(fields)
     with nullcontext() if takes_the_model else pytest.raises(StructPruneError, match=message):
         StructPruneCallback(settings)
     model.is_quantized = True
     with pytest.raises(StructPruneError, match=r"quantized; prune `model.dequantize\(\)`"):
-        check(blind(), describe(model), model, TRAINER)
+        check(blind(), Described.of(model), TRAINER)
 
 
 def test_what_calibration_refuses(tmp_path):
@@ -208,7 +209,7 @@ def test_options_without_effect_are_named():
 
     def named(fields, name, value):
         settings = StructPruneConfig.from_dict({"domains": [DomainConfig("a", "b")], **AMOUNT, **fields, name: value})
-        return [entry for entry in without_effect(settings, arch, names_of(settings)) if entry.startswith(f"{name}=")]
+        return [entry for entry in idle_options(settings, arch) if entry.startswith(f"{name}=")]
 
     for name, value, idle, effective in IDLE:
         (entry,) = named(idle, name, value)
@@ -218,10 +219,10 @@ def test_options_without_effect_are_named():
 
 
 def test_check_warns_once_of_all_of_them():
-    model, use = build("llama-tied"), DRY_RUN
+    dense = Described.of(build("llama-tied"))
     settings = blind(round_to=8, min_width=0.2, damping=0.5)
     with pytest.warns(UserWarning) as caught:
-        check(settings, describe(model), model, use)
+        check(settings, dense, DRY_RUN)
     (warning,) = caught
     assert str(warning.message) == (
         "These options have no effect here: round_to=8, because widths are taken as they are; min_width=0.2, "
@@ -229,12 +230,13 @@ def test_check_warns_once_of_all_of_them():
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check(blind(damping=0.5), describe(model), model, use)
-        check(blind(sparsity=0.2, round_to=8, rounds=2), describe(model), model, use)
+        check(blind(damping=0.5), dense, DRY_RUN)
+        check(blind(sparsity=0.2, round_to=8, rounds=2), dense, DRY_RUN)
 
 
-def names_of(settings):
-    return list(settings.widths or settings.shrinking)
+def idle_options(settings, arch):
+    names = list(settings.widths or settings.shrinking)
+    return [*without_effect(settings, names, is_bounded(settings, arch, names))]
 
 
 # For each option: with what else it is tried, and whether the pruned model is another one then.
@@ -262,8 +264,7 @@ def test_what_is_said_to_have_no_effect_has_none(name, value, fields, matters):
     changed = StructPruneConfig.from_dict({**settings.to_dict(), "domains": settings.domains, name: value})
     left, right = (prune_model(model, one, tokenizer()) for one in (settings, changed))
     assert same_weights(left, right) != matters
-    entries = without_effect(changed, describe(model), names_of(changed))
-    assert any(entry.startswith(f"{name}=") for entry in entries) != matters
+    assert any(entry.startswith(f"{name}=") for entry in idle_options(changed, describe(model))) != matters
 
 
 def test_the_least_width_matters_where_the_layers_of_a_model_differ_already():
@@ -273,7 +274,7 @@ def test_the_least_width_matters_where_the_layers_of_a_model_differ_already():
     assert widths_of(plain, arch, model)
     with pytest.raises(StructPruneError, match="with min_width=0.8"):
         widths_of(bounded, arch, model)
-    assert not any(entry.startswith("min_width=") for entry in without_effect(bounded, arch, ["mlp", "attention"]))
+    assert not any(entry.startswith("min_width=") for entry in idle_options(bounded, arch))
 
 
 # --- what is of another kind than a parameter takes is refused by name, and nothing has changed then

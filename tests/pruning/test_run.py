@@ -71,7 +71,7 @@ def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit
 
     def prune(model):
         evidence = evidence_of(config(refit=refit, rounds=2))
-        with Run(model, evidence) as run:
+        with Run(model, describe(model), evidence) as run:
             for step in steps(evidence.config, run.arch, model.config, {"mlp": 24}):
                 try:
                     StructPruner(evidence.config).take_(run, step)

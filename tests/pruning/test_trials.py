@@ -49,7 +49,7 @@ def assert_untouched(model, before):
 def curves_on(model, evidence):
     """The measured losses of the FFN alone."""
     arch = describe(model)
-    trials = Search(Run(model, evidence)).trials(Probe.of(model, arch, evidence))
+    trials = Search(model, arch, evidence).trials(Probe.of(model, arch, evidence))
     trials = replace(trials, spaces={key: spaces for key, spaces in trials.spaces.items() if key[1] == "mlp"})
     return trials.curves(trials.losses())
 
@@ -155,7 +155,7 @@ def test_a_layer_that_does_little_gives_up_more():
     settings, arch = config(allocation="sensitivity", round_to=1, error_feedback=0.0), describe(model)
     for run_passes in (whole_passes, None):
         evidence = evidence_of(settings, run_passes=run_passes)
-        assert choose_shape(Run(model, evidence), widths_of(settings, arch, model)).widths == found
+        assert choose_shape(Run(model, arch, evidence), widths_of(settings, arch, model)).widths == found
 
 
 def test_the_worst_domain_alone_counts_where_the_objective_is_the_worst():

@@ -106,7 +106,7 @@ def test_biases_that_a_refit_adds_count(case, refit, target):
 def test_the_cache_shrinks_by_attention_alone(case):
     model = build(case)
     arch = describe(model)
-    dense = cached_values(skeleton(model, model.config).to(torch.bfloat16).eval(), arch) * 4
+    dense = cached_values(skeleton(model, model.config), arch) * 4
     wish = asking("cache_bytes_per_token", 0.6 * dense, targets=targets_of(arch))
     widths = widths_of(wish, arch, model)
     assert set(widths) == {"attention"}
