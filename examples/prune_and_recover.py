@@ -2,8 +2,7 @@
 
     python examples/prune_and_recover.py MODEL OUTPUT [--sparsity 0.2] [--tokens 200000] [--domain NAME=SOURCE ...]
 
-With `--rounds 3 --every-round` the model is pruned a little and trained a little, three times. On several processes,
-start it with `examples/distributed.sh`.
+On several processes, start it with `examples/distributed.sh`.
 """
 
 from argparse import ArgumentParser
@@ -21,7 +20,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--num-samples", type=int, default=128, help="calibration samples")
-    parser.add_argument("--every-round", action="store_true", help="train after every round of pruning")
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--batch-size", type=int, default=4, help="training samples per step and process")
     parser.add_argument("--domain", action="append", default=[], help="NAME=SOURCE; by default the built-in texts")
@@ -37,7 +35,6 @@ def main(argv: list[str] | None = None) -> None:
         num_samples=args.num_samples,
         recovery=RecoveryConfig(
             tokens=args.tokens,
-            every_round=args.every_round,
             lora={"r": 16},
             training={"per_device_train_batch_size": args.batch_size},
         ),

@@ -140,7 +140,7 @@ class StructPruner:
             model: The dense model.
             widths: The final widths.
         """
-        return steps(self.config, arch, model.config, widths)
+        return list(steps(self.config, arch, widths))
 
     def take_(self, run: Run, step: Step) -> None:
         """Prune the model of a run by one step, and add to its plan what is kept."""
@@ -236,15 +236,10 @@ def _prune_(pruner: StructPruner, run: Run, widths: Widths, dense: PreTrainedMod
     shape = choose_shape(run, widths) if widths else Shape({})
     run.find_teacher(dense)
     run.layers = shape.layers
-    taken = pruner.steps(run.arch, run.model, shape.after_removal()) if widths else ()
-    for step in taken:
+    for step in pruner.steps(run.arch, run.model, shape.after_removal()) if widths else ():  # or only tokens go
         pruner.take_(run, step)
-        if step.part:
-            run.compare()
-            run.recover(step.part, step.parts)
-    if not taken:  # nothing but tokens goes
-        run.compare()
-        run.recover(1, 1)
+    run.compare()
+    run.recover()
 
 
 def checked(

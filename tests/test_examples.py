@@ -53,7 +53,7 @@ def test_prune_with_flags_and_with_a_file(desk, capsys):
 
 
 def test_prune_and_recover(desk, capsys):
-    out, small = desk / "recovered", ["--every-round", "--num-samples", "6"]
+    out, small = desk / "recovered", ["--num-samples", "6"]
     main("prune_and_recover")([str(desk / "model"), str(out), "--tokens", "6144", "--rounds", "2", *small])
     assert width(out) < 1536 and "recovered" in capsys.readouterr().out
 

@@ -62,7 +62,7 @@ def prune(args: Namespace) -> Result:
 def _configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | None]:
     """How to prune, and how to train afterwards: the pruned model is saved in between, in case of an interruption."""
     config = pruning_config(args)
-    recovery = None if config.recovery is None or config.recovery.every_round else config.recovery
+    recovery = config.recovery
     config = config if recovery is None else replace(config, recovery=None)
     if args.resume:
         if config.checkpoint_dir is not None:

@@ -32,6 +32,6 @@ def recover(args: Namespace) -> Result:
     Output(args.output, args.overwrite, used).check(weights_bytes(args.model) if config.merge else 0)
     check_apart(args.output, config)
     recovery = recovery_for(config, args.output, pruning)
-    check_recovery(config, recovery.pruning, parts=1)
+    check_recovery(config, recovery.pruning)
     model, tokenizer = Loading.of(args).model_and_tokenizer(args.model)
     return pushed(args, recover_and_save(args, recovery, model, tokenizer))

@@ -295,7 +295,7 @@ def _check_amount(config: StructPruneConfig) -> None:
 
 def _check_together(config: StructPruneConfig) -> None:
     """Refuse two fields that cannot both be met, whatever the model; what depends on one is in `pruning/checks.py`."""
-    recovery, every_round = config.recovery, config.recovery is not None and config.recovery.every_round
+    recovery = config.recovery
     if config.objective == "worst" and not config.searches and config.rounds < 2:
         raise ValueError(
             f"objective='worst' weighs the domains anew between rounds, and rounds={config.rounds} leaves none; "
@@ -337,16 +337,6 @@ def _check_together(config: StructPruneConfig) -> None:
         raise ValueError(
             "recovery with merge=False leaves an adapter beside the model; prune and save without recovery, then "
             "call recover"
-        )
-    if every_round and config.spans_rounds:
-        raise ValueError(
-            "recovery with every_round=True makes each round a pruning of its own, and objective, "
-            "max_perplexity_ratio and checkpoint_dir span rounds; leave out either"
-        )
-    if every_round and config.stats is not None:
-        raise ValueError(
-            "recovery with every_round=True calibrates on a trained model after each round, but "
-            f"stats={config.stats!r} holds moments of the dense model; leave out one of the two"
         )
     if config.stats is not None and recovery is not None and recovery.domains is None and config.domains is None:
         raise ValueError(

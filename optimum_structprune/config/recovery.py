@@ -53,8 +53,6 @@ class RecoveryConfig(Serialisable):
         temperature: The number that the logits of both models are divided by before they are compared.
         merge: Whether the adapter is folded into the weights at the end; otherwise the result is the pruned model and
             an adapter.
-        every_round: Whether the model is trained after every round of pruning, each time on another part of the text,
-            instead of once at the end.
         seed: The seed of the adapter's values and of the order of the samples. Which documents are read, and which of
             them are held out, follows the seed of the pruning.
 
@@ -72,7 +70,6 @@ class RecoveryConfig(Serialisable):
     kl_weight: Number = validated_field(_proportion, default=0.25)
     temperature: Number = validated_field(positive, default=1.0)
     merge: bool = True
-    every_round: bool = False
     seed: int | None = None
 
     @classmethod
@@ -99,8 +96,3 @@ class RecoveryConfig(Serialisable):
                 "merge=False keeps an adapter apart, and train='full' trains the weights themselves; leave merge out, "
                 "or use train='lora'"
             )
-
-    def validate_rounds(self) -> None:
-        """Refuse to leave an adapter beside a model that is pruned further."""
-        if self.every_round and not self.merge:
-            raise ValueError("every_round=True trains models that are pruned again, so it needs merge=True, got False")

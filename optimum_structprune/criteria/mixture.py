@@ -11,7 +11,6 @@ from torch import Tensor
 from ..arch.spec import Space
 from ..calibration.moments import Blend, Moments
 from ..calibration.passes import Passes
-from .base import per_unit
 
 
 # The number of rows of a matrix product that are in memory at a time.
@@ -29,7 +28,7 @@ class Mixture:
         pool = Pool(self, weight)
         for moments in moments_by_domain:
             pool.add(moments)
-        return pool.result().moments
+        return pool.result()
 
     def combined(self, contributions: Tensor) -> Tensor:
         """One score per unit, shape `(units,)`, from what it contributes in each domain, shape `(domains, units)`:
@@ -43,26 +42,6 @@ class Mixture:
         return torch.tensordot(by_domain.new_tensor(self.shares), by_domain, 1)
 
 
-@dataclass(frozen=True)
-class Pooled:
-    """The moments of one consumer over all domains, and its second moments in each, shape `(domains, n)`, fp64; None
-    where a domain has no tokens.
-    """
-
-    moments: Moments
-    squares: Tensor | None
-
-    def carried(self, weight: Tensor, columns: Tensor, columns_per_unit: int) -> Tensor | None:
-        """How much output each unit carries in each domain, Σ_j ‖W_:j‖² E[x_j²] over its columns j, shape `(domains,
-        units)`, over the kept columns of a weight, shape `(out, n)`.
-        """
-        if self.squares is None:
-            return None
-        energy = weight.square().sum(0)
-        by_domain = (squares[columns.to(squares.device)].to(weight) * energy for squares in self.squares)
-        return torch.stack([per_unit(of_domain, columns_per_unit) for of_domain in by_domain])
-
-
 class Pool:
     """Brings the moments of one consumer together, of one domain after the other; in memory are those of the mixture
     and of the present domain. Each domain is divided by its output energy, so that one with large activations does not
@@ -71,7 +50,6 @@ class Pool:
 
     def __init__(self, mixture: Mixture, weight: Tensor):
         self.mixture, self.weight = mixture, weight
-        self._squares: list[Tensor] = []
         self._shares = iter(mixture.shares)
         self._blend, self._energy = Blend(), 0.0
         # Whether any domain had tokens, and outputs other than zero.
@@ -80,8 +58,6 @@ class Pool:
     def add(self, moments: Moments, take: bool = False) -> None:
         """Take in the next domain."""
         share, energy = next(self._shares), output_energy(self.weight, moments)
-        if moments.count:
-            self._squares.append(moments.square.clone())
         # Not every expert gets tokens of every domain, and a domain without output needs no unit: such a domain counts
         # only where no other domain gives more evidence.
         evidence = (moments.count > 0, energy > 0)
@@ -90,21 +66,20 @@ class Pool:
         if evidence == self._evidence:
             self._blend.add(moments, share * self._energy / energy if energy > 0 else share, take)
 
-    def result(self) -> Pooled:
+    def result(self) -> Moments:
         """The moments over all domains, to be called once, after the last `add`."""
-        complete = len(self._squares) == len(self.mixture.shares)
-        return Pooled(self._blend.moments(), torch.stack(self._squares) if complete else None)
+        return self._blend.moments()
 
 
-def pooled(passes: Passes, space: Space, gram: bool, pools: Sequence[Pool]) -> list[Pooled]:
+def pooled(passes: Passes, space: Space, gram: bool, pools: Sequence[Pool]) -> list[Moments]:
     """The moments of the consumers of a space over all domains."""
     for by_consumer in passes.gather(space.layer, space, gram):
         for pool, moments in zip(pools, by_consumer, strict=True):
             pool.add(moments, take=True)
     gathered = [pool.result() for pool in pools]
     if passes.saliency is not None:
-        for axis, of_consumer in zip(space.into, gathered, strict=True):
-            of_consumer.moments.saliency = passes.saliency[axis.module]
+        for axis, moments in zip(space.into, gathered, strict=True):
+            moments.saliency = passes.saliency[axis.module]
     return gathered
 
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Step:
     """One pass of calibrate → score → remove, the `number`-th of `count` of one kind, from 1, and the widths that it
-    and the last of them reach; training `part` of `parts` follows it, or none where that is 0.
+    and the last of them reach.
     """
 
     kind: str
@@ -39,8 +39,6 @@ class Step:
     target: Widths
     number: int = 1
     count: int = 1
-    part: int = 0
-    parts: int = 1
 
     @property
     def last(self) -> bool:
@@ -116,8 +114,8 @@ class Run:
             with self.report.timed("perplexity"):
                 self.measure.after(self.model, self.arch, self.report)
 
-    def recover(self, part: int, parts: int) -> None:
-        """Train the model, if the config says so; this is training `part` of `parts`, which share the tokens."""
+    def recover(self) -> None:
+        """Train the model, if the config says so."""
         if self.config.recovery is None:
             return
         # Training libraries take seconds to import, and most runs do without.
@@ -125,10 +123,10 @@ class Run:
 
         with self.report.timed("recovery"), alone():
             self.manifest().note(self.model)
-            recovery = Recovery(self.config.recovery, self.config, part=part, parts=parts)
+            recovery = Recovery(self.config.recovery, self.config)
             recovery.recover_model(self.model, self.tokenizer, self.teacher)
             assert recovery.report is not None
-            self.report.recovery = recovery.report.after(self.report.recovery)
+            self.report.recovery = recovery.report
             self.trained = [Entry.of(domain, TRAINED) for domain in recovery.domains]
 
     def manifest(self) -> Manifest:
@@ -151,7 +149,6 @@ class Run:
                 *(limit, some_of(above)),
             )
         layers = self.plan.keep.get((MODEL, LAYER), range(self.dense.num_layers))
-        self.report.details.domains = self.evidence.names
         self.report.details.take({key: choice for key, choice in self.choices.items() if key[0] in layers})
         calibrated = self.manifest().of_use(CALIBRATED)
         self.report.calibration_tokens = {entry.name: entry.calibration_tokens for entry in calibrated}

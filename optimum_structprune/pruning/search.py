@@ -205,7 +205,6 @@ def offers_layers(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedMo
         and config.stats is None
         and config.rounds == 1
         and config.max_perplexity_ratio is None
-        and (config.recovery is None or not config.recovery.every_round)
         and not is_offloaded(model)
     )
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-
-from transformers import PretrainedConfig
 
 from ..arch.spec import EXPERT, HIDDEN, LAYER, VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..surgery.plan import Plan
-from ..widths.schedule import legal_round_widths, round_widths
+from ..widths.schedule import round_widths
 from .limit import prune_within_limit_
 from .rounds import prune_units_
 from .run import Run, Step
@@ -29,24 +26,12 @@ REMOVERS: dict[str, Callable[[Run, Step], Plan]] = {
 WHOLE_MODEL = (VOCAB, LAYER, EXPERT, HIDDEN)  # tokens go before any step, see `pruning.vocabulary`
 
 
-def steps(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig, widths: Widths) -> list[Step]:
+def steps(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> Iterator[Step]:
     """The steps that bring a model to its final widths.
 
     Layers go first, then experts, then channels of the residual stream, then units inside the layers, in
-    `config.rounds` rounds. Where training follows every round, each round is such a sequence of its own.
+    `config.rounds` rounds.
     """
-    if config.recovery is None or not config.recovery.every_round:
-        return _with_training(list(_sequence(config, arch, widths)), 1, 1)
-    single = replace(config, rounds=1)
-    goals = legal_round_widths(config, arch, model_config, widths)
-    return [
-        step
-        for part, goal in enumerate(goals, start=1)
-        for step in _with_training(list(_sequence(single, arch, goal)), part, len(goals))
-    ]
-
-
-def _sequence(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> Iterator[Step]:
     for kind in WHOLE_MODEL:
         if kind in widths:
             target = {kind: widths[kind]}
@@ -61,7 +46,3 @@ def _sequence(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> Iter
 def _numbered(kind: str, course: list[Widths]) -> Iterator[Step]:
     for number, widths in enumerate(course, start=1):
         yield Step(kind, widths, course[-1], number, len(course))
-
-
-def _with_training(sequence: list[Step], part: int, parts: int) -> list[Step]:
-    return [*sequence[:-1], replace(sequence[-1], part=part, parts=parts)]

@@ -18,10 +18,10 @@ from ..calibration.passes import Passes, PassesState
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, Criterion
 from ..criteria.base import check_scores
-from ..criteria.mixture import Mixture, Pool, Pooled, output_energy, pooled, standardised
+from ..criteria.mixture import Mixture, Pool, output_energy, pooled, standardised
 from ..criteria.obs import producer_norms
 from ..forward.placement import Placement
-from ..record.details import Choice, Choices, choice_of, choices_of_list, choices_to_list, relative_errors
+from ..record.details import Choice, Choices, choices_of_list, choices_to_list, relative_errors
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.cut import fill_layer_, shrink_layer_
 from ..surgery.plan import Plan, best_units
@@ -118,7 +118,7 @@ class Sweep:
             shrink_layer_(self.model, self.arch, layer, self.plan, smaller)
             self.consumers.forget(axes)
 
-    def gather(self, passes: Passes, space: Space, mixture: Mixture) -> list[Pooled]:
+    def gather(self, passes: Passes, space: Space, mixture: Mixture) -> list[Moments]:
         """What the samples say of a space: the moments of the domain mixture, by consumer."""
         pools = [Pool(mixture, self.consumers.dense(axis)[0]) for axis in space.into]
         gram = CRITERIA.get(self.config.scored_by).needs_gram or self.config.correlates
@@ -126,7 +126,7 @@ class Sweep:
         with self.consumers.as_dense(space.into):
             return pooled(passes, space, gram, pools)
 
-    def score(self, space: Space, gathered: Sequence[Pooled]) -> Tensor:
+    def score(self, space: Space, gathered: Sequence[Moments]) -> Tensor:
         """The scores of the units that are left by the present weights, the sum over the consumers of the space, shape
         `(units,)`.
         """
@@ -139,7 +139,7 @@ class Sweep:
         return torch.stack(total).sum(0)
 
     def choose_(
-        self, space: Space, gathered: Sequence[Pooled], scores: Tensor, width: int, note: bool = False
+        self, space: Space, gathered: Sequence[Moments], scores: Tensor, width: int, note: bool = False
     ) -> None:
         """Keep the units with the highest scores, or those that the criterion takes in their place; `note` says how
         they were chosen.
@@ -147,23 +147,21 @@ class Sweep:
         before = self._before(space)
         keep = tuple(before[unit] for unit in best_units(scores, width))
         if len(space.into) == 1:
-            (axis,), (of_consumer,) = space.into, gathered
+            (axis,), (moments,) = space.into, gathered
             others, dense = sorted({*before} - {*keep}), self.consumers.dense(axis)[0]
             criterion = self._criterion(space.layer)
-            keep = criterion.exchanged(keep, others, dense, of_consumer.moments, axis.per_unit)
+            keep = criterion.exchanged(keep, others, dense, moments, axis.per_unit)
         # A pass that removes nothing here says no more of the units.
         if note and width < len(before):
-            chosen = torch.isin(torch.tensor(before), torch.tensor(keep))
-            self.choices[space.key] = choice_of(chosen, self._carried(space, gathered))
+            self.choices[space.key] = Choice(len(before), len(keep))
         self.keep[space.key] = keep
 
-    def refit_(self, space: Space, gathered: Sequence[Pooled], note: bool = False) -> None:
+    def refit_(self, space: Space, gathered: Sequence[Moments], note: bool = False) -> None:
         """Give each consumer of a space its refitted columns and mask the others; `note` says how much of its output
         that loses.
         """
         criterion, keep, errors = self._criterion(space.layer), self.keep[space.key], []
-        for axis, of_consumer in zip(space.into, gathered, strict=True):
-            moments = of_consumer.moments
+        for axis, moments in zip(space.into, gathered, strict=True):
             weight, bias = self.consumers.dense(axis)
             columns = units_to_columns(keep, axis, weight.device)
             start = criterion.unfitted(weight, moments) if self.refit == "none" else weight
@@ -177,7 +175,7 @@ class Sweep:
             error = relative_errors([sum(of_all) for of_all in zip(*errors, strict=True)])
             self.choices[space.key] = replace(self.choices[space.key], error=error)
 
-    def trial(self, space: Space, gathered: Sequence[Pooled], scores: Tensor, width: int) -> dict[Axis, Values]:
+    def trial(self, space: Space, gathered: Sequence[Moments], scores: Tensor, width: int) -> dict[Axis, Values]:
         """The values of the consumers of one space if it kept so many units; the model is left as it is."""
         keep = dict(self.keep)
         with self.consumers.holding(self.consumers.copies(space.into)):
@@ -244,27 +242,15 @@ class Sweep:
     def _before(self, space: Space) -> tuple[int, ...]:
         return self.keep.get(space.key, tuple(range(space.size)))
 
-    def _present(self, criterion: Criterion, space: Space, axis: Axis, of_consumer: Pooled) -> tuple[Tensor, Moments]:
+    def _present(self, criterion: Criterion, space: Space, axis: Axis, moments: Moments) -> tuple[Tensor, Moments]:
         """What a criterion scores: the present weight of the units that are left, and their moments."""
-        weight, moments = self.consumers.present(axis)[0], of_consumer.moments
+        weight = self.consumers.present(axis)[0]
         if criterion.needs_producer_norms:
             moments = replace(moments, saliency=producer_norms(self.model, self.arch, space))
         if (before := self._before(space)) and len(before) < space.size:
             columns = units_to_columns(before, axis, weight.device)
             weight, moments = weight[:, columns], moments.select(columns)
         return weight, moments
-
-    def _carried(self, space: Space, gathered: Sequence[Pooled]) -> Tensor | None:
-        """How much output each unit that is left carries in each domain, summed over the consumers of the space, shape
-        `(domains, units)`; None where a domain has no tokens.
-        """
-        carried = []
-        for axis, of_consumer in zip(space.into, gathered, strict=True):
-            weight = self.consumers.present(axis)[0]
-            columns = units_to_columns(self._before(space), axis, weight.device)
-            carried.append(of_consumer.carried(weight[:, columns], columns, axis.per_unit))
-        known = [of_consumer for of_consumer in carried if of_consumer is not None]
-        return torch.stack(known).sum(0) if len(known) == len(carried) else None
 
     def _comparable(self, space: Space, passes: Passes, mixture: Mixture) -> Tensor:
         """Scores of the units of a space that compare over layers, shape `(units,)`."""

@@ -86,7 +86,7 @@ def _refit_before_gaps_(
             space, way = _last_writer(arch, layer, passes) if behind > layer + 1 else (None, None)
             if space is not None:
                 (axis,), weight = space.into, read_consumer(model, space.into[0])[0]
-                moments = pooled(passes, space, True, [Pool(evidence.mixture, weight)])[0].moments
+                moments = pooled(passes, space, True, [Pool(evidence.mixture, weight)])[0]
                 refitted = _refit_(model, evidence.config, axis, moments, torch.arange(weight.shape[1]))
                 if isinstance(way, Norm):  # which would make the outputs as large as they were
                     energy = output_energy(refitted, replace(moments, energy=None))

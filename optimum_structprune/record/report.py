@@ -37,13 +37,6 @@ class RecoveryReport:
     stopped: str = ""
     answers: Items = field(default_factory=list)
 
-    def after(self, earlier: RecoveryReport | None) -> RecoveryReport:
-        """A report with the outcome of this training and the cost of this and an earlier one."""
-        if earlier is None:
-            return self
-        total = {name: getattr(self, name) + getattr(earlier, name) for name in ("tokens", "steps", "seconds")}
-        return replace(self, **total, stopped=" ".join(filter(None, [earlier.stopped, self.stopped])))
-
     def __str__(self) -> str:
         """Perplexity per domain and in the mean, as a table, and the cost."""
         cost = f"recovery: {self.tokens:,} tokens, {self.steps} steps, {self.seconds:.0f} s"

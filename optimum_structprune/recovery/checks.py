@@ -25,9 +25,7 @@ from .trainer import training_arguments
 SHARDING_DEVICES = ["cuda", "xpu", "npu", "hpu", "mlu", "musa"]
 
 
-def check_recovery(
-    config: RecoveryConfig, pruning: StructPruneConfig, model: PreTrainedModel | None = None, parts: int | None = None
-) -> None:
+def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: PreTrainedModel | None = None) -> None:
     """Refuse a recovery that would fail later."""
     check_launch()
     if config.training.get("deepspeed"):  # before transformers sets up anything for it
@@ -36,9 +34,7 @@ def check_recovery(
             "leave it out, and every process holds the whole model, or on GPUs set fsdp=True, which shards weights, "
             "gradients and the optimizer over them."
         )
-    if parts is None:
-        parts = pruning.rounds if config.every_round else 1
-    text = text_config(config, pruning, parts)
+    text = text_config(config, pruning)
     if model is not None:
         _check_model(model, config, text.seq_length)
     for domain in texts_of(text):
@@ -48,7 +44,7 @@ def check_recovery(
     if model is not None and config.train == "lora":
         check_fits(model, adapter, config.merge)
     device = model.device.type if model is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    arguments = training_arguments(config, text.seed, device == "cpu", tempfile.gettempdir(), parts=parts)
+    arguments = training_arguments(config, text.seed, device == "cpu", tempfile.gettempdir())
     check_sharding(arguments, device)
     if "output_dir" in config.training:
         check_folder(str(arguments.output_dir))

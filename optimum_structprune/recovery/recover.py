@@ -27,7 +27,7 @@ from ..system.stages import stage
 from .adapter import based_on, check_adapter, every_weight, fresh_adapter, lora_config, merge_adapter_, source_of
 from .checks import check_recovery
 from .resume import TrainingInputs
-from .text import part_rows, samples_of, training_text
+from .text import samples_of, training_text
 from .trainer import (
     DistillTrainer,
     RecoveryOutcome,
@@ -50,9 +50,6 @@ class Recovery:
         pruning: How the model was pruned. It gives the domains, the sample length and the seed that `config` leaves
             open, and says which documents were held out.
         callbacks: Further callbacks for the Trainer.
-        part: The part of the text, from 1, that is trained on where the training is divided over rounds of pruning.
-        parts: The number of these parts; no sample is in two of them. With more than one, the checkpoints of each part
-            go into a folder `round-PART` of their own.
 
     Raises:
         StructPruneError: If `config` is no `RecoveryConfig`.
@@ -63,15 +60,12 @@ class Recovery:
         config: RecoveryConfig,
         pruning: StructPruneConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
-        part: int = 1,
-        parts: int = 1,
     ):
         if not isinstance(config, RecoveryConfig):
             raise StructPruneError(f"A recovery takes a RecoveryConfig, got {type(config).__name__}.")
         self.config = config
         self.callbacks = callbacks
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # its amount is not used
-        self.part, self.parts = part, parts
         self.domains: list[Domain] = []
         self._manifest: Manifest | None = None
         self._base = ""
@@ -89,7 +83,7 @@ class Recovery:
     ) -> PreTrainedModel | PeftModel:
         """Train a model; see `recover`."""
         config = self.config
-        check_recovery(config, self.pruning, model, self.parts)
+        check_recovery(config, self.pruning, model)
         taught_by = None
         if teacher is not None and config.distils:
             taught_by = load_teacher(teacher, model, tokenizer, trust_remote_code, self.pruning.arch_file)
@@ -97,7 +91,7 @@ class Recovery:
         # pruning has kept it.
         self._base, seen = source_of(model), Manifest.seen_by(model)
         with stage("domains", {}):
-            domains = training_text(config, self.pruning, tokenizer, taught_by or model, self.parts, seen)
+            domains = training_text(config, self.pruning, tokenizer, taught_by or model, seen)
         losses = {} if taught_by is None else {"dense": _losses(taught_by, domains)}
         losses["pruned"] = _losses(model, domains)
         recovered, outcome = self._train(model, domains, taught_by, resume)
@@ -122,10 +116,10 @@ class Recovery:
         """The trained model, with its adapter if it has one, and what was done."""
         config = self.config
         seed = self.pruning.seed if config.seed is None else config.seed
-        ids = samples_of(domains)[part_rows(domains, self.part, self.parts)]
+        ids = samples_of(domains)
         with tempfile.TemporaryDirectory() as scratch:
             on_cpu = model.device.type == "cpu"
-            arguments = training_arguments(config, seed, on_cpu, scratch, self.part, self.parts)
+            arguments = training_arguments(config, seed, on_cpu, scratch)
             checkpoint, callbacks = None, [*self.callbacks]
             if resume or "output_dir" in config.training or not config.merge:
                 self._inputs = TrainingInputs.of(config, arguments, model, ids, teacher)

@@ -1,10 +1,9 @@
-"""The text that a pruned model is trained on, and the part of it that each round of training takes."""
+"""The text that a pruned model is trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -19,17 +18,15 @@ from ..domains.resolve import WRITTEN, resolve, texts_of
 from ..errors import StructPruneError
 
 
-def text_config(config: RecoveryConfig, pruning: StructPruneConfig, parts: int = 1) -> StructPruneConfig:
+def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPruneConfig:
     """What to read for the training; the seed is the pruning's, which decides which documents are held out."""
     seq_length = config.seq_length or pruning.seq_length
     domains = resolve(config.domains or _domains_of(pruning))
-    samples, weights = config.tokens // seq_length, [domain.weight for domain in domains]
-    if samples < len(domains) or min(split_samples(samples, weights)) < parts:
-        rounds = f" in each of {parts} rounds" if parts > 1 else ""
-        enough = len(domains) if parts == 1 else ceil(parts * sum(weights) / min(weights))
+    samples = config.tokens // seq_length
+    if samples < len(domains):
         raise StructPruneError(
             f"tokens={config.tokens} does not give each of the {len(domains)} domains a sample of {seq_length} "
-            f"tokens{rounds}; {seq_length * enough} is enough."
+            f"tokens; {seq_length * len(domains)} is enough."
         )
     return replace(
         pruning,
@@ -68,11 +65,10 @@ def training_text(
     pruning: StructPruneConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,
-    parts: int = 1,
     seen: Manifest | None = None,
 ) -> list[Domain]:
     """Read the text that is trained on and the held-out text; neither has had the other's use before."""
-    text = text_config(config, pruning, parts)
+    text = text_config(config, pruning)
     vocab_size = model.config.get_text_config().vocab_size
     return load_domains(text, tokenizer, vocab_size, heldout_samples(pruning, text.seq_length), model, seen)
 
@@ -80,14 +76,3 @@ def training_text(
 def samples_of(domains: Sequence[Domain]) -> Tensor:
     """The training samples of all domains, one domain after the other, shape `(samples, seq_length)`."""
     return torch.cat([domain.samples for domain in domains])
-
-
-def part_rows(domains: Sequence[Domain], part: int = 1, parts: int = 1) -> list[int]:
-    """The rows of `samples_of` that one part of the training takes: a slice of each domain, none in two parts."""
-    rows: list[int] = []
-    first = 0
-    for domain in domains:
-        count = len(domain.samples)
-        rows += range(first + (part - 1) * count // parts, first + part * count // parts)
-        first += count
-    return rows

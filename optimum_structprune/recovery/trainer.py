@@ -55,17 +55,13 @@ class NotFiniteError(StructPruneError):
     """The loss is NaN or infinite."""
 
 
-def training_arguments(
-    config: RecoveryConfig, seed: int, on_cpu: bool, scratch: str, part: int = 1, parts: int = 1
-) -> TrainingArguments:
+def training_arguments(config: RecoveryConfig, seed: int, on_cpu: bool, scratch: str) -> TrainingArguments:
     """The arguments of the Trainer: `config.training` laid over the defaults."""
     with _readable("TrainingArguments: "):
         given = _typed(config.training)
         saving: dict[str, Any] = {"save_strategy": "no", "output_dir": scratch}
         if "output_dir" in given:
             saving = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}
-            if parts > 1:
-                given["output_dir"] = f"{given['output_dir']}/round-{part}"
         # All columns are the model's arguments, whatever the signature of an adapter around it says.
         fixed = {"seed": seed, "use_cpu": on_cpu, "remove_unused_columns": False}
         rate = {"learning_rate": RATES[config.train]}

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
 from pathlib import Path
 from shlex import join
-from statistics import fmean, geometric_mean
+from statistics import geometric_mean
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template, UndefinedError
 
@@ -67,7 +66,6 @@ def page(records: Records) -> str:
             qualities=list(quality_tables(records)),
             widths=list(_width_charts(records)),
             charts=list(_error_charts(records)),
-            agreements=list(_agreements(records)),
             answers=telling(records.answers),
             answers_line=remark(records.answers) if records.answers else "",
             remarks=list(remarks(records.report)),
@@ -261,23 +259,6 @@ def _error_charts(records: Records) -> Iterator[Chart]:
         series = {head: [error[place] / top for error in errors.values()] for place, head in enumerate(heads)}
         table = Table(f"{name}, error by layer", ["layer", *heads, "change"], rows)
         yield Chart(f"{name}: error of each layer's output", series, f"{top:.4f} of the output", table)
-
-
-def _agreements(records: Records) -> Iterator[Table]:
-    """Pairs of domains by kind of space, those first that agree least."""
-    for kind, choices in sorted(records.details.choices.items()):
-        by_layer = {layer: choice.agreement for layer, choice in choices.items() if choice.agreement}
-        if not by_layer:
-            continue
-        pairs = []
-        for place, (a, b) in enumerate(combinations(records.details.domains, 2)):
-            layer = min(by_layer, key=lambda layer: by_layer[layer][place])
-            mean = fmean(agreement[place] for agreement in by_layer.values())
-            pairs.append((mean, f"{a} – {b}", by_layer[layer][place], layer))
-        rows = [[pair, f"{mean:.2f}", f"{lowest:.2f}", str(layer)] for mean, pair, lowest, layer in sorted(pairs)]
-        bars = [max(mean, 0.0) for mean, *_ in sorted(pairs)]
-        caption = f"{NAMES.get(kind, kind)} that two kinds of text need"
-        yield Table(caption, ["kinds of text", "agreement", "least", "in layer"], rows, bars)
 
 
 def _spent(records: Records) -> Table | None:

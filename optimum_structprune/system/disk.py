@@ -368,12 +368,11 @@ def _folders(config: Any) -> dict[str, Any]:
 
 def remove_checkpoints(folder: str | Path) -> None:
     """Remove the checkpoints that a training left in a folder, and the folder if nothing else is in it."""
-    for path in [*Path(folder).glob("checkpoint-*"), *Path(folder).glob("round-*/checkpoint-*")]:
+    for path in Path(folder).glob("checkpoint-*"):
         if (path / "trainer_state.json").is_file() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-    for path in [*Path(folder).glob("round-*"), Path(folder)]:
-        with suppress(OSError):  # it is not there, or not empty
-            path.rmdir()
+    with suppress(OSError):  # it is not there, or not empty
+        Path(folder).rmdir()
 
 
 def _owner(lock: Path) -> str:

@@ -165,12 +165,8 @@ def test_another_model_or_tokenizer_is_refused(stats):
         with pytest.raises(StructPruneError, match=message):
             prune_model(model, uneven(stats=str(stats)), reader, inplace=True)
         assert model.config.intermediate_size == 40
-    for fields, message in (
-        ({"recovery": {"every_round": True}}, "every_round=True calibrates on a trained model"),
-        ({"recovery": {"tokens": 9}}, "recovery trains on text, stats=.* holds none, and no domain is named"),
-    ):
-        with pytest.raises(StructPruneError, match=message):
-            StructPruneConfig.from_dict({"sparsity": 0.2, "stats": str(stats), **fields})
+    with pytest.raises(StructPruneError, match="recovery trains on text, stats=.* holds none, and no domain is named"):
+        StructPruneConfig.from_dict({"sparsity": 0.2, "stats": str(stats), "recovery": {"tokens": 9}})
 
 
 def cut(path):

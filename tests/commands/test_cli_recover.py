@@ -1,7 +1,6 @@
 """`structprune recover` and `structprune prune --recover`."""
 
 import json
-import shutil
 
 import pytest
 from helpers import error_line, save_desk
@@ -68,13 +67,7 @@ def test_prune_and_recover_keeps_the_pruned_model_where_training_makes_it_worse(
     assert json.loads((folder / "kept" / "recovery_report.json").read_text())["tokens"] == 240
 
 
-def test_every_round_of_the_pruning_is_no_matter_afterwards_and_an_adapter_may_stand_alone(folder):
-    shutil.copytree(folder / "pruned", folder / "rounds")
-    config_path = folder / "rounds" / "structprune_config.json"
-    config_path.write_text(json.dumps({**json.loads(config_path.read_text()), "rounds": 6}))
-    # 96 tokens are 4 samples, too few for each of 6 rounds.
-    line = command(folder, "--every-round", "--teacher", str(folder / "model"), output="parts")
-    assert main([line[0], str(folder / "rounds"), *line[2:]]) == 0
+def test_an_adapter_may_stand_alone(folder):
     assert main(command(folder, "--no-merge", output="adapter")) == 0
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert not (folder / "adapter" / "model.safetensors").exists()

@@ -71,7 +71,6 @@ def test_a_damaged_shard_is_named(desk, copy, tmp_path, capsys, monkeypatch, dam
     ("tape", (), ("--offload tape is not known", "cpu, disk")),
     ("cpu", (), ("--offload cpu", "--offload disk")),
     ("disk", ("--recover",), ("recovery trains it in memory", "structprune recover")),
-    ("disk", ("--recovery", "every_round=true"), ("Recovery trains weights in memory",)),
     ("disk", ("--resume", "--checkpoint-dir", "there"), ("--resume", "leave out either")),
 ])  # fmt: skip
 def test_what_offload_does_not_go_with(desk, tmp_path, capsys, monkeypatch, offload, flags, words):

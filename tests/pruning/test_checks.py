@@ -101,7 +101,6 @@ REFUSED = [
     # the recovery, of which `recovery/test_checks.py` has the other rules
     ("bert", {"recovery": training()}, "recovery trains models that predict the next token"),
     ("llama-tied", {"recovery": training(lora={"rr": 1})}, "LoraConfig has no field 'rr'"),
-    ("llama-tied", {"recovery": training(tokens=47, every_round=True), "rounds": 2}, "in each of 2 rounds; 48 is"),
 ]
 
 

@@ -72,7 +72,7 @@ def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit
     def prune(model):
         evidence = evidence_of(config(refit=refit, rounds=2))
         with Run(model, describe(model), evidence) as run:
-            for step in steps(evidence.config, run.arch, model.config, {"mlp": 24}):
+            for step in steps(evidence.config, run.arch, {"mlp": 24}):
                 try:
                     StructPruner(evidence.config).take_(run, step)
                 finally:

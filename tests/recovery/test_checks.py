@@ -55,15 +55,10 @@ def test_mistakes(fields, message):
         check_recovery(recovery_config(**fields), config(), build("llama-tied"))
 
 
-def test_what_is_right_passes_and_every_round_needs_tokens_of_its_own():
+def test_what_is_right_passes():
     for model in (None, build("llama-tied")):
         check_recovery(recovery_config(**domain(source=unread())), config(), model)
     check_recovery(recovery_config(**domain(source="self:prose")), config())
-    settings = recovery_config(tokens=96, every_round=True)
-    check_recovery(settings, config(rounds=2))
-    with pytest.raises(StructPruneError, match="in each of 3 rounds; 144 is enough"):
-        check_recovery(settings, config(rounds=3))
-    check_recovery(settings, config(rounds=3), parts=1)
     check_recovery(recovery_config(tokens=96), config(rounds=3))
     # `no` is a text where a text is wanted.
     for value in (False, "no"):

@@ -17,11 +17,11 @@ from models import build, config, documents, full_disk, token_ids, tokenizer
 from trained import needs_shared, stories_config, stories_model
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from optimum_structprune import Recovery, RecoveryConfig, StructPruner, prune_model, recover
+from optimum_structprune import Recovery, RecoveryConfig, prune_model, recover
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.domains.resolve import texts_of
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.recovery.text import part_rows, samples_of, text_config, training_text
+from optimum_structprune.recovery.text import text_config, training_text
 from optimum_structprune.recovery.trainer import DistillTrainer, RecoveryOutcome, TrainingSamples, WorseModelWarning
 
 
@@ -108,22 +108,6 @@ def test_the_seed_orders_the_training_and_not_the_text(pruned, trained_on):
     results = [recover(deepcopy(pruned), tokenizer(), recovery_config(**few, seed=seed)) for seed in (0, 0, 3)]
     assert same_weights(results[0], results[1]) and not same_weights(results[0], results[2])
     assert trained_on[0] == trained_on[1] == trained_on[2]
-
-
-def test_every_round_of_a_pruning_trains_on_other_text(tmp_path, trained_on, pruned):
-    few = {"tokens": 192}
-    Recovery(recovery_config(**few), config()).recover_model(pruned, tokenizer())
-    settings = recovery_config(every_round=True, **few, training={"output_dir": str(tmp_path)})
-    pruner = StructPruner(config(rounds=2, widths={"mlp": 24, "attention": 2}, recovery=settings))
-    model = build("llama-tied")
-    small = pruner.prune_model(model, tokenizer(), inplace=True)
-    assert small is model and pruner.report.recovery.tokens == 2 * 96
-    assert (small.config.intermediate_size, small.config.num_key_value_heads) == (24, 2)
-    assert all(len(keep) == {"mlp": 24, "attention": 2}[name] for (_, name), keep in pruner.plan.keep.items())
-    whole, *rounds = trained_on
-    assert [len(samples) for samples in rounds] == [4, 4] and not rounds[0] & rounds[1]
-    assert rounds[0] | rounds[1] == whole
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-1", "round-2"]
 
 
 class Spoiler(TrainerCallback):
@@ -235,7 +219,6 @@ def test_bad_text_bad_teachers_and_nothing_to_resume(pruned, tmp_path):
     ({"kl_weight": 1.5}, "between 0 and 1, got 1.5"),
     ({"tokens": 0}, "greater than 0"),
     ({"domains": []}, "at least one domain"),
-    ({"every_round": True, "merge": False}, "needs merge=True"),
     ({"token": 5}, "Did you mean 'tokens'"),
     ({"train": "full", "lora": {"r": 4}}, "belongs to train='lora', got train='full'"),
     ({"train": "full", "merge": False}, "merge=False keeps an adapter apart, and train='full' trains"),
@@ -317,31 +300,19 @@ def test_tokens_are_those_of_the_text():
         assert DistillTrainer.tokens_seen(trainer) == tokens
 
 
-# --- the training text: shares by weight, nothing that was held out, and parts that share no sample
+# --- the training text: shares by weight and nothing that was held out
 
 
 def test_the_domains_give_tokens_by_their_weights():
     uneven = [DomainConfig(name="a", source=documents(200), weight=3.0), DomainConfig(name="b", source=documents(200))]
     text = training_text(recovery_config(domains=uneven), config(), tokenizer(), build("llama-tied"))
     assert [len(domain.samples) for domain in text] == [15, 5]
-    with pytest.raises(StructPruneError, match="each of 6 rounds; 576 is enough"):
-        text_config(recovery_config(domains=uneven), config(), parts=6)
-    assert text_config(recovery_config(domains=uneven, tokens=576), config(), parts=6).num_samples == 24
     follows, settings = recovery_config(domains=None), config(general_share=None, general_text="builtin:general")
     assert [domain.name for domain in text_config(follows, settings).domains] == ["a", "b", "general"]
     written = config(general_share=None, general_text="self:any")
     assert [domain.name for domain in texts_of(written)] == ["a", "b", "general"]
     # What the model wrote beside the domains is not trained on.
     assert [domain.name for domain in text_config(follows, written).domains] == ["a", "b"]
-
-
-def test_parts_share_no_sample_and_are_the_whole_together():
-    for parts in (1, 2, 3, 10):
-        domains = training_text(recovery_config(), config(), tokenizer(), build("llama-tied"), parts)
-        rows = [part_rows(domains, part, parts) for part in range(1, parts + 1)]
-        assert sorted(row for part in rows for row in part) == [*range(len(samples_of(domains)))] == [*range(20)]
-        # Each part has as much of one domain as of the other.
-        assert all(sum(row < 10 for row in part) * 2 == len(part) > 0 for part in rows)
 
 
 # --- training all weights: what it changes, and that the result is an ordinary model

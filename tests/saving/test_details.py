@@ -1,41 +1,28 @@
 """What a run notes of its choices: few numbers that say the truth about many."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import inf
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import build, config, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.plain_json import plain
-from optimum_structprune.record.details import Details, choice_of, choices_of_list, choices_to_list, rank_correlations
+from optimum_structprune.record.details import Choice, Details, choices_of_list, choices_to_list
 from optimum_structprune.record.facts import remarks
 from optimum_structprune.record.report import Report
 from optimum_structprune.record.text import BARS, LONGEST_SPARK, spark_line
 
 
-def test_rank_correlations_are_those_of_numpy_with_ties_in_the_mean_of_their_ranks():
-    values = torch.tensor([[3.0, 1.0, 2.0, 2.0], [1.0, 2.0, 3.0, 4.0], [3.0, 1.0, 2.0, 2.0]])
-    ranks = [[4, 1, 2.5, 2.5], [1, 2, 3, 4], [4, 1, 2.5, 2.5]]
-    expected = np.corrcoef(ranks)[np.triu_indices(3, 1)]
-    np.testing.assert_allclose(rank_correlations(values), expected, atol=1e-12)
-    for alone in ([[1.0, 2.0]], [[1.0, 2.0], [5.0, 5.0]]):  # one domain, and scores that are all alike
-        assert rank_correlations(torch.tensor(alone)) == ()
-
-
 def test_the_experts_of_a_layer_become_one_entry():
-    kept, carried = torch.tensor([True, False, True]), torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
-    expert = replace(choice_of(kept, carried), error=(0.5, 0.25))
-    details = Details()
-    details.take({(5, "mlp/0"): choice_of(kept[1:]), (0, "mlp/0"): expert, (0, "mlp/1"): expert})
+    expert, details = Choice(3, 2, error=(0.5, 0.25)), Details()
+    details.take({(5, "mlp/0"): Choice(2, 1), (0, "mlp/0"): expert, (0, "mlp/1"): expert})
     both = details.choices["mlp"][0]
     assert (both.scored, both.kept) == (6, 4)
-    assert both.error == (0.5, 0.25) and both.agreement == pytest.approx((1.0,))
+    assert both.error == (0.5, 0.25)
     assert list(details.choices["mlp"]) == [0, 5]
 
 
@@ -48,12 +35,11 @@ def details():
 
 def test_a_run_notes_what_it_saw_and_reads_it_back(details, tmp_path):
     assert details.choices and details.memory
-    assert details.model["bytes"]["after"] < details.model["bytes"]["before"] and details.domains
+    assert details.model["bytes"]["after"] < details.model["bytes"]["before"]
     for choices in details.choices.values():
         for one in choices.values():
             without, with_refit = one.error
             assert 0 <= with_refit <= without * (1 + 1e-4)
-            assert all(-1 - 1e-9 <= value <= 1 + 1e-9 for value in one.agreement)
     details.save(tmp_path / "details.json")
     assert Details.load(tmp_path / "details.json") == details
     for choices in details.choices.values():
@@ -63,7 +49,7 @@ def test_a_run_notes_what_it_saw_and_reads_it_back(details, tmp_path):
 
 def test_a_later_version_and_a_damaged_file_are_refused(details, tmp_path):
     path = tmp_path / "details.json"
-    names, other = ("model", "domains", "choices", "memory", "resumed"), (None, 3, "x")
+    names, other = ("model", "choices", "memory", "resumed"), (None, 3, "x")
     fields = [{**plain(asdict(details)), name: value} for name in names for value in other]
     fields.append({"format_version": 1, "choices": {"mlp": 3}})
     for text, message in (

@@ -373,11 +373,6 @@ class LearnedGates(Criterion):
                 f"criterion='ddp' learns gates of the dense model once, and rounds={config.rounds} with "
                 "checkpoint_dir goes on with a model that is dense no more; leave out either."
             )
-        if config.recovery is not None and config.recovery.every_round:
-            raise StructPruneError(
-                "criterion='ddp' learns gates of the dense model once, and recovery with every_round=True makes each "
-                "round a pruning of its own; leave out either."
-            )
         check_learnable(config, arch)
 
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
