@@ -23,8 +23,7 @@ from ..record.answers import SHOWN, outcome, telling
 from ..record.facts import UNKNOWN
 from ..record.text import plus_minus, table
 from .answers import AT_ONCE, Question, answer_divergence, ask, figures_of, items_of, paired_answers, read_questions
-from .heldout import read_heldout
-from .judged import Judged, judge
+from .heldout import Judged, judge, read_heldout
 from .paired import Paired, paired
 from .tasks import Scores, Tasks, TaskScores
 

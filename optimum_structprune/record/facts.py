@@ -10,6 +10,7 @@ from math import inf, isfinite
 from statistics import fmean, geometric_mean
 from typing import Any
 
+from ..arch.spec import LAYER, MODEL, VOCAB
 from ..forward.metrics import ENOUGH
 from .text import plus_minus, spark_line, table, worst_ratio
 
@@ -29,6 +30,16 @@ COUNTS = {
     "layer_parameters": "  in the layers",
     "weights": "bytes",
     "cache_per_token": "cache bytes per token",
+}
+
+# What the units of each kind of space are called.
+NAMES = {
+    "mlp": "FFN channels",
+    "attention": "KV groups",
+    "expert": "experts",
+    "hidden": "channels of the residual stream",
+    LAYER: "layers",
+    VOCAB: "tokens of the vocabulary",
 }
 
 
@@ -304,3 +315,19 @@ def _known(table_rows: Sequence[Row]) -> list[Row]:
 def _mean(values: Sequence[Any], mean: Callable[[Sequence[Any]], float] = geometric_mean) -> float | None:
     usable = all(value is not None and value > 0 and isfinite(value) for value in values)
     return mean(values) if values and usable else None
+
+
+def removed(report: Mapping[str, Any]) -> Iterator[str]:
+    """What went of each kind of space, such as "384 of 1,536 FFN channels (25 %) in each of 30 layers"."""
+    for kind, by_layer in sorted(report["widths"].items()):
+        full, name = report["dense_widths"][kind], NAMES.get(kind, f"units of {kind}")
+        gone = [full - width for width in by_layer.values()]
+        if not any(gone):
+            continue
+        share = sum(gone) / (full * len(gone))
+        if len({*gone}) > 1:
+            count = f"{min(gone):,} to {max(gone):,} of {full:,} {name} ({share:.0%} in the mean)"
+        else:
+            count = f"{gone[0]:,} of {full:,} {name} ({share:.0%})"
+        where = "" if int(next(iter(by_layer))) == MODEL else f" in each of {len(gone)} layers"
+        yield f"{count}{where}".replace("%", " %")

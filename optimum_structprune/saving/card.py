@@ -23,9 +23,8 @@ from ..config.fields import read_mapping
 from ..config.recovery import RATES
 from ..domains.manifest import CALIBRATED, TRAINED
 from ..record.answers import telling
-from ..record.facts import cells, facts_of, languages, size_rows
+from ..record.facts import cells, facts_of, languages, removed, size_rows
 from ..record.records import HUB_CACHE, TEXT_FILES, Records, short_name
-from ..record.removed import removed
 from ..record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
 from ..record.text import markdown
 from ..system.disk import CARD, is_result, is_signed, resolved, signed

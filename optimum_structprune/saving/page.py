@@ -19,9 +19,20 @@ from ..domains.manifest import CALIBRATED
 from ..errors import StructPruneError, one_line
 from ..plain_json import replace_text
 from ..record.answers import outcome, remark, telling
-from ..record.facts import UNKNOWN, Facts, Row, cells, facts_of, perplexity_facts, quality_rows, remarks, size_rows
+from ..record.facts import (
+    NAMES,
+    UNKNOWN,
+    Facts,
+    Row,
+    cells,
+    facts_of,
+    perplexity_facts,
+    quality_rows,
+    remarks,
+    removed,
+    size_rows,
+)
 from ..record.records import Records, short_name
-from ..record.removed import NAMES, removed
 from ..record.text import plus_minus, readable_time
 from ..system.memory import readable_size
 
