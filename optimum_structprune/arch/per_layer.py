@@ -263,7 +263,7 @@ def add_modeling_file(config: PretrainedConfig, folder: str | Path) -> None:
     names = {"language_model": language_model.__name__, "base": base.__name__, "layer": layer}
     Path(folder).mkdir(parents=True, exist_ok=True)
     text = TEMPLATE.format(package=package, module=module, functions=functions, **names)
-    (Path(folder) / f"{MODULE}.py").write_text(text)
+    (Path(folder) / f"{MODULE}.py").write_text(text, encoding="utf-8")
     entries = {"AutoModelForCausalLM": f"{MODULE}.{names['language_model']}", "AutoModel": f"{MODULE}.{names['base']}"}
     config.auto_map = {**(getattr(config, "auto_map", None) or {}), **entries}
 

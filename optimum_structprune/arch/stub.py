@@ -46,7 +46,7 @@ def stub(model: PreTrainedModel) -> str:
             "from its entry in families.yaml."
         )
     roles = _roles(getattr(config, "base_model_tp_plan", None) or {}, tensors)
-    entries = [entry for entry in parse_yaml(BUILTIN.read_text()) if near in entry["model_types"]]
+    entries = [entry for entry in parse_yaml(BUILTIN.read_text(encoding="utf-8")) if near in entry["model_types"]]
     spaces = dict(_spaces(roles, tensors, config)) or (entries[0].get("spaces", {}) if entries else {})
     head = [
         f"# A stub for {config.model_type}: check every line, then pass the file as --arch.",

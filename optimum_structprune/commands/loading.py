@@ -229,7 +229,7 @@ def _damaged_files(name: str) -> Iterator[Path]:
     """The safetensors files of a folder that cannot be read, and their index."""
     for path in Path(name).glob("*.safetensors.index.json"):
         try:
-            json.loads(path.read_text())["weight_map"].values()
+            json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             yield path
     for path in _weight_files(name):

@@ -108,7 +108,7 @@ def compare(args: Namespace) -> Result:
         shape = f"batch {BATCH_SIZES[0]}, a prompt of {PROMPTS[0]} tokens, {speed.new_tokens} written"
         notes += [f"speed: {shape}, {speed.device}, threads: {speed.threads}."]
     if args.csv is not None:
-        Path(args.csv).write_text(as_csv(models))
+        Path(args.csv).write_text(as_csv(models), encoding="utf-8")
     values = {"models": {name: asdict(facts) for name, facts in models.items()}, "notes": notes}
     return Result("\n".join([as_text(models, compared=len(models) == 2), *notes]), values)
 

@@ -68,7 +68,7 @@ def show(result: Result, args: Namespace) -> None:
     document = to_json({MARK: __version__, **result.values})
     if isinstance(form, str):
         try:
-            Path(form).write_text(document + "\n")
+            Path(form).write_text(document + "\n", encoding="utf-8")
         except OSError as error:
             raise StructPruneError(f"--json {form} cannot be written: {error.strerror}.") from error
     try:

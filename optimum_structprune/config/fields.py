@@ -144,7 +144,7 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
     """The mapping in a file that `parse` reads."""
     try:
-        data = parse(path.read_text())
+        data = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise StructPruneError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, Mapping):

@@ -254,7 +254,7 @@ class StructPruneConfig(Serialisable):
 
     def to_yaml(self, path: str | Path) -> None:
         """Write a YAML file."""
-        Path(path).write_text(to_yaml(self.to_dict()))
+        Path(path).write_text(to_yaml(self.to_dict()), encoding="utf-8")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "StructPruneConfig":

@@ -64,14 +64,12 @@ def _pixels(domain: DomainConfig, seed: int, processor: Any) -> Iterator[Tensor]
     """What the processor makes of each image, all of one shape."""
     shape = None
     for image in images(domain, seed):
+        colours = image.convert("RGB") if hasattr(image, "convert") else image
         try:
-            pixels = processor(image.convert("RGB") if hasattr(image, "convert") else image, return_tensors="pt")[
-                "pixel_values"
-            ][0]
+            pixels = processor(colours, return_tensors="pt")["pixel_values"][0]
         except Exception as error:  # whatever code of many authors makes of an odd image
-            raise StructPruneError(
-                f"The domain {domain.name!r}: an image cannot be read: {one_line(error)}"
-            ) from error
+            reason = one_line(error)
+            raise StructPruneError(f"The domain {domain.name!r}: an image cannot be read: {reason}") from error
         shape = shape or pixels.shape
         if pixels.shape != shape:
             raise StructPruneError(

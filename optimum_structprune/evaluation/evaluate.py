@@ -17,7 +17,7 @@ from ..domains.packing import prefix_token
 from ..domains.resolve import resolve
 from ..errors import StructPruneError
 from ..forward.generation import positions_of, predicts_next
-from ..forward.metrics import own_settings, perplexity_errors, perplexity_of
+from ..forward.metrics import FEWEST, own_settings, perplexity_errors, perplexity_of
 from ..plain_json import Record
 from ..record.answers import SHOWN, outcome, telling
 from ..record.facts import UNKNOWN
@@ -104,7 +104,7 @@ class Evaluation(Record):
             rows += [self._domain(name) for name in names]
             rows += [self._mean(names)] if len(names) > 1 else []
         head = f", each begun with {self.prefix!r}" if self.prefix else ""
-        return f"{table(rows)}\n± the standard error over samples of {self.seq_length} tokens{head}"
+        return f"{table(rows)}\n± the standard error over {FEWEST} samples or more of {self.seq_length} tokens{head}"
 
     def _kinds(self) -> list[tuple[str, list[str]]]:
         """The domains whose mean says something, under a title: those of calibrated kinds, and all others."""

@@ -22,6 +22,7 @@ from ..errors import StructPruneError
 TOKENS_AT_ONCE = 128
 # A ratio of perplexities on fewer tokens is rough.
 ENOUGH = 4000
+FEWEST = 5  # samples; a standard error over so many is itself known to a third of it, and over two to nothing
 HEAD_TOKENS = 8  # on which it is tried whether the head alone gives the logits
 
 
@@ -146,8 +147,8 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
 
 
 def standard_error(values: Tensor) -> float:
-    """The standard error of the mean of independent values, shape `(values,)`; NaN where there is only one."""
-    return float(values.double().std()) / len(values) ** 0.5 if len(values) > 1 else nan
+    """The standard error of the mean of independent values, shape `(values,)`; NaN where there are too few."""
+    return float(values.double().std()) / len(values) ** 0.5 if len(values) >= FEWEST else nan
 
 
 @torch.no_grad()

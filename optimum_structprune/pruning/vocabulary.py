@@ -182,10 +182,20 @@ def _always(
     return with_needs((token for token in always if 0 <= token < vocabulary.size), vocabulary.needs)
 
 
+def _lines(path: str) -> list[str]:
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line]
+    except (OSError, ValueError) as error:
+        raise StructPruneError(f"keep_tokens={path!r} cannot be read as UTF-8: {error}") from error
+    if not lines:
+        raise StructPruneError(f"keep_tokens={path!r} is empty; write a token or a text in each line.")
+    return lines
+
+
 def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
     path = os.path.expanduser(named)
     if os.path.isfile(path):  # an expression may be longer than a file system allows a name to be
-        ids, lines = tokenizer.get_vocab(), [line for line in Path(path).read_text().splitlines() if line]
+        ids, lines = tokenizer.get_vocab(), _lines(path)
         # Within a text, a word begins with its space.
         spelled = tokenizer([form for line in lines for form in (line, f" {line}")], add_special_tokens=False)
         return {token for of in spelled["input_ids"] for token in of} | {ids[line] for line in lines if line in ids}

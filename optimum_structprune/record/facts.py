@@ -11,7 +11,7 @@ from statistics import fmean, geometric_mean
 from typing import Any
 
 from ..arch.spec import LAYER, MODEL, VOCAB
-from ..forward.metrics import ENOUGH
+from ..forward.metrics import ENOUGH, FEWEST
 from .text import plus_minus, spark_line, table, worst_ratio
 
 
@@ -258,7 +258,7 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     if report.get("asked") is not None:
         yield given_by(report)
     if report.get("perplexity_stderr"):
-        yield f"± is the standard error over samples; rough: on fewer than {ENOUGH:,} tokens"
+        yield f"± is the standard error over {FEWEST} samples or more; rough: on fewer than {ENOUGH:,} tokens"
     for of in report.get("balances") or ():
         layers = of["layers_loss"]  # null in JSON where it is infinite
         in_layers = "too much for the layers" if layers in (None, inf) else f"{layers:.4f} in the layers"

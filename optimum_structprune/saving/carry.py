@@ -64,8 +64,9 @@ def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str]) -> None
     """Write into the configs of modules how many channels the model has now, and name the weights that do not fit."""
     narrower = False
     for path in (folder / name for name in names if name.endswith(".json")):
-        text = path.read_text()
-        path.write_text(fitted := CHANNELS.sub(rf"\g<1>{model.config.get_text_config().hidden_size}", text))
+        text = path.read_text(encoding="utf-8")
+        fitted = CHANNELS.sub(rf"\g<1>{model.config.get_text_config().hidden_size}", text)
+        path.write_text(fitted, encoding="utf-8")
         narrower |= fitted != text
     if narrower and (weights := [name for name in names if name.endswith((".safetensors", ".bin"))]):
         logger.warning("Made for more channels than the model has now, so fit them again: %s.", some_of(weights))
@@ -74,7 +75,7 @@ def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str]) -> None
 def _sizes(folder: Path) -> set[str]:
     """What the config in a folder says of vocabularies, as it is written there."""
     with suppress(OSError, UnicodeDecodeError):
-        return set(SIZE.findall((folder / "config.json").read_text()))
+        return set(SIZE.findall((folder / "config.json").read_text(encoding="utf-8")))
     return set()
 
 
@@ -82,7 +83,7 @@ def _beside(source: Path) -> Iterator[str]:
     """The files that may come along, with those of modules around the model; other folders end in a slash."""
     modules: set[str] = set()
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # only sentence-transformers has any
-        listed = json.loads((source / "modules.json").read_text())
+        listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
         modules = {str(module["path"]).partition("/")[0] for module in listed}
     for path in sorted(source.iterdir()) if source.is_dir() else []:
         if path.is_dir() and path.name in modules:

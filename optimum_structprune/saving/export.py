@@ -158,5 +158,5 @@ def _copy_records(model: PreTrainedModel, folder: Path, form: str, padding: Padd
 def _dense_parameters(folder: str | None) -> int | None:
     """The number of parameters before pruning, from the report beside a model; None where there is no such report."""
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is of another program
-        return int(json.loads(Path(folder or "", REPORT_NAME).read_text())["parameters"]["before"])
+        return int(json.loads(Path(folder or "", REPORT_NAME).read_text(encoding="utf-8"))["parameters"]["before"])
     return None

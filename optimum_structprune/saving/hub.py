@@ -111,7 +111,7 @@ def forget_code(path: Path) -> None:
     """Take out of a saved config what names code in its own folder that is not there, such as the dense folder's,
     which is not copied where transformers' classes run; code on the Hub, `owner/name--module.Class`, stays.
     """
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     named = config.get("auto_map")
     if not isinstance(named, dict):
         return

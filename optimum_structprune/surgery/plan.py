@@ -166,7 +166,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(versioned(self.to_dict())) + "\n")
+        Path(path).write_text(json.dumps(versioned(self.to_dict())) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

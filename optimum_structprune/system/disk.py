@@ -291,7 +291,7 @@ def is_result(folder: Path) -> bool:
     """Whether this package wrote a folder: it holds one of `MARKERS` with the fields that belong there."""
     for name, fields in MARKERS.items():
         with suppress(OSError, ValueError, TypeError, RecursionError):  # it is not there, or of another program
-            if fields <= set(json.loads((folder / name).read_text())):
+            if fields <= set(json.loads((folder / name).read_text(encoding="utf-8"))):
                 return True
     return False
 
@@ -315,7 +315,7 @@ def foreign_entries(folder: Path) -> Iterator[str]:
 def carried_files(folder: Path) -> list[str]:
     """The files of a result that lay beside its dense model, as paths inside the folder."""
     try:
-        names = map(str, json.loads((folder / CARRIED_NAME).read_text())["files"])
+        names = map(str, json.loads((folder / CARRIED_NAME).read_text(encoding="utf-8"))["files"])
         return [name for name in names if not {"/", ".."} & set(Path(name).parts)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
@@ -377,7 +377,7 @@ def remove_checkpoints(folder: str | Path) -> None:
 
 def _owner(lock: Path) -> str:
     with suppress(OSError):
-        return lock.read_text() or "?"
+        return lock.read_text(encoding="utf-8") or "?"
     return "?"
 
 

@@ -88,7 +88,7 @@ class Resume:
         if not self.state.exists():
             return None
         with self.readable():
-            state = json.loads(self.state.read_text())
+            state = json.loads(self.state.read_text(encoding="utf-8"))
             key, number, processes = state["key"], int(state["number"]), state["processes"]
         holds = f"{self.folder} holds {self.kind} {number} of a run with"
         if key != self.key:

@@ -53,10 +53,12 @@ def _within_budget(
     cost, dense, limit = budget.cost, budget.dense, budget.limit
     if budget.name == CACHE:
         saves = [kind for kind in legal if cost(smallest_widths(config, arch, {kind: legal[kind]})) < dense]
+        if VOCAB in legal and VOCAB not in saves:
+            raise StructPruneError(f"Tokens take no part of the {CACHE}; leave {VOCAB!r} out of targets.")
         legal = {kind: legal[kind] for kind in saves}
     check_may_differ(config, arch, list(legal))
     smallest = smallest_widths(config, arch, legal)
-    _check_reach(config, budget, cost(smallest), list(legal))
+    _check_reach(config, budget, cost(smallest), list(legal), arch)
 
     def fits(widths: Widths) -> bool:
         return cost(widths) <= limit
@@ -141,16 +143,17 @@ def budget_of(
     return Budget(name, limit if limit >= 1 else int(limit * dense), dense, cost)
 
 
-def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names: list[str]) -> None:
+def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names: list[str], arch: ArchSpec) -> None:
     name, limit, dense, _ = budget
     if limit >= dense:
         raise StructPruneError(
             f"budget {name}={limit:,} is met by the dense model, which has {dense:,}; ask for less."
         )
     if not names:
+        others = [kind for kind in ("attention", LAYER) if kind in arch.offered and kind not in config.shrinking]
         raise StructPruneError(
             f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
-            f"{list(config.shrinking)} leave that as it is; target 'attention'."
+            f"{list(config.shrinking)} leave that as it is; target {' or '.join(map(repr, others))}."
         )
     if limit < least:
         raise StructPruneError(

@@ -160,8 +160,15 @@ def test_users_keep_tokens_of_their_own(tmp_path):
     expression = f"^ ?({'|'.join(words)})$"
     for given in ("|".join([expression] * 20), str(tmp_path / "words.txt")):  # too long for the name of a file
         assert set(gone[:1]) <= set(pruned(keep_tokens=given)[0].plan.keep[-1, "vocab"])
-    with pytest.raises(StructPruneError, match="is no file, and as a regular expression fits no token"):
-        pruned(keep_tokens="qqqqqqq")
+    (tmp_path / "words.txt").write_text("\ufeff" + words[0], encoding="utf-8")
+    assert gone[0] in pruned(keep_tokens=str(tmp_path / "words.txt"))[0].plan.keep[-1, "vocab"]
+    wrong = {"is no file, and as a regular expression fits no token": "qqqqqqq", "no regular expression": "["}
+    for number, (content, message) in enumerate(((b"", "is empty"), (b"Gr\xf6\xdfe", "cannot be read as UTF-8"))):
+        (tmp_path / str(number)).write_bytes(content)
+        wrong[message] = str(tmp_path / str(number))
+    for message, given in wrong.items():
+        with pytest.raises(StructPruneError, match=message):
+            pruned(keep_tokens=given)
 
 
 def unread():
@@ -174,6 +181,10 @@ def unread():
     ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400; the nearest legal choice is 400"),
     ({"widths": None, "sparsity": 0.2, "targets": ("vocab",)}, r"no share of those .* give widths=\{'vocab': 192\}"),
     ({"widths": None, "budget": {"bytes": 0.9}, "targets": ("vocab", "mlp")}, "target 'vocab' with a budget, alone"),
+    (
+        {"widths": None, "budget": {"cache_bytes_per_token": 9}, "targets": ("vocab", "mlp"), "allocation": "search"},
+        "Tokens take no part of the cache_bytes_per_token; leave 'vocab' out of targets",
+    ),
     ({"allocation": "search"}, "chooses widths inside the layers, and 'vocab' is none"),
     ({"max_perplexity_ratio": 1.2, "widths": {"vocab": 320, "mlp": 9}}, "held by rounds, and 'vocab' goes before"),
     ({"stats": "anywhere"}, "of what consumers read, and 'vocab' is judged by something else; prune without stats"),

@@ -34,7 +34,7 @@ def desk(tmp_path_factory):
     (folder / "dense" / "README.md").write_text("---\nlicense: other\nlicense_name: artistic\n---\nA model.\n")
     domains = [DomainConfig("a", documents(60)), DomainConfig("b", documents(60, seed=1), weight=3.0)]
     for name, fields in (("slim", {}), ("uneven", {"sparsity": 0.3, "allocation": "global", "round_to": 1})):
-        pruner = StructPruner(config(domains=domains, **fields))
+        pruner = StructPruner(config(domains=domains, num_samples=40, **fields))
         pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(folder / "dense"), tokenizer())
         pruner.save(pruned, folder / name, tokenizer())
     return folder

@@ -113,8 +113,14 @@ def test_the_cache_shrinks_by_attention_alone(case):
     small = prune_model(model, wish, tokenizer())
     cached = {space.width for space in describe(small).of("attention")}
     assert cached == {2}, "of 4 groups, 2 take half of the cache"
-    with pytest.raises(StructPruneError, match="targets=.'mlp'.* leave that as it is; target 'attention'"):
+    with pytest.raises(StructPruneError, match="targets=.'mlp'.* leave that as it is; target 'attention' or 'layer'"):
         widths_of(asking("cache_bytes_per_token", 0.6 * dense, targets=("mlp",)), arch, model)
+
+
+def test_where_heads_share_their_cache_only_fewer_layers_shrink_it():
+    latent = build("deepseek_v3")
+    with pytest.raises(StructPruneError, match="leave that as it is; target 'layer'"):
+        widths_of(asking("cache_bytes_per_token", 0.8), describe(latent), latent)
 
 
 def test_operations_are_those_that_torch_counts():
