@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import wraps
@@ -12,17 +11,18 @@ from typing import Any, Literal, cast
 
 from torch import optim
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
 from .arch.load import Described, describe
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
+from .domains.images import image_domains
 from .domains.load import Domain, RecentText, load_domains
 from .errors import StructPruneError
+from .forward.generation import reads_images
 from .forward.hooks import before_load, before_next_call
 from .pruner import AutoStructPruner
-from .pruning.checks import TRAINER, check, check_trainer
+from .pruning.checks import TRAINER, check, check_config_kind, check_trainer
 from .surgery.cut import check_state, slice_state_
 from .surgery.plan import Plan
 from .surgery.resize import resize_
@@ -33,7 +33,12 @@ from .widths.schedule import legal_round_widths, removal_steps
 ELEMENTWISE = (optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam)
 
 
-class StructPruneCallback(TrainerCallback, ExportableState):
+# Under which name checkpoints hold the plan. It is no name of a callback, in whose place transformers would put a new
+# one, without the text in memory; it says of names that it does not know that it ignores them.
+PLAN = "plan of structprune, which its callback reads itself"
+
+
+class StructPruneCallback(TrainerCallback):
     """Prunes the model that a Trainer trains, at some of its steps, with its optimizer's state.
 
     Every checkpoint is an ordinary one of the width of its step. Where a run is resumed from one, the model takes the
@@ -57,14 +62,13 @@ class StructPruneCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        config: StructPruneConfig | Mapping[str, Any],
+        config: StructPruneConfig,
         start: int | float = 0.1,
         end: int | float | None = None,
         every: int | None = None,
         calibration: Literal["batches", "domains"] = "batches",
     ):
-        if isinstance(config, Mapping):
-            config = StructPruneConfig.from_dict(config)
+        check_config_kind(config)
         if calibration not in ("batches", "domains"):
             raise StructPruneError(f"calibration is 'batches' or 'domains', got {calibration!r}.")
         check_trainer(config)
@@ -92,32 +96,36 @@ class StructPruneCallback(TrainerCallback, ExportableState):
         """Check what the run is made of, and lay out its steps. A checkpoint has been loaded by now."""
         self.hooks.close()
         _check_run(args, model, _inner(optimizer))
-        # What is trained a second time goes on from its dense widths; a checkpoint may have restored the steps alone.
-        if (self._dense is None and not self.steps) or (state.global_step == 0 and not self._is_pruned(model)):
+        # What is trained a second time goes on from its dense widths.
+        if self._dense is None or (state.global_step == 0 and not self._is_pruned(model)):
             self.begin(model)
         if self.calibration == "batches" and model.main_input_name != "input_ids":
             raise StructPruneError(
                 f"calibration='batches' reads the token ids of the training, and {type(model).__name__} reads "
-                f"{model.main_input_name}; prune it first (`prune_model` with inputs), then train it."
+                f"{model.main_input_name}; use calibration='domains', or prune it first."
             )
-        earlier = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step and isinstance(earlier, dict):
+        if state.global_step and PLAN in state.stateful_callbacks:
             try:
-                self.progress = earlier["attributes"]["progress"]
-            except (LookupError, TypeError) as error:
+                self.plan = Plan.from_dict(state.stateful_callbacks[PLAN])
+            except StructPruneError as error:
                 raise StructPruneError(
-                    f"The checkpoint of step {state.global_step} does not say what has been removed ({error!r} in its "
-                    "trainer_state.json); resume from another one."
+                    f"The checkpoint of step {state.global_step} does not say what has been removed ({error} It is in "
+                    "its trainer_state.json); resume from another one."
                 ) from error
-        if self._dense is not None:
-            arch, widths = self._dense
-            numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
-            in_rounds = replace(self.config, rounds=len(numbers))
-            self.steps = dict(zip(numbers, legal_round_widths(in_rounds, arch, model.config, widths), strict=True))
+        assert self._dense is not None and self.plan is not None
+        arch, widths = self._dense
+        numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
+        in_rounds = replace(self.config, rounds=len(numbers))
+        self.steps = dict(zip(numbers, legal_round_widths(in_rounds, arch, model.config, widths), strict=True))
         self._due = dict(self.steps)
+        state.stateful_callbacks[PLAN] = self.plan.to_dict()
         if self.calibration == "domains":
-            vocab_size = model.config.get_text_config().vocab_size
-            self._domains = load_domains(self.config, kwargs["processing_class"], vocab_size, model=model)
+            reader = kwargs["processing_class"]
+            if reads_images(model):
+                self._domains = image_domains(self.config, reader)
+            else:
+                vocab_size = model.config.get_text_config().vocab_size
+                self._domains = load_domains(self.config, reader, vocab_size, model=model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Watch the next batch, if it may be calibrated on."""
@@ -137,6 +145,8 @@ class StructPruneCallback(TrainerCallback, ExportableState):
                     warnings.warn(f"The removal at step {step} is put off: {self.text.shortage()}", stacklevel=2)
                 return
             if self.prune_(model, _inner(optimizer), self._due.pop(step)):
+                assert self.plan is not None
+                state.stateful_callbacks[PLAN] = self.plan.to_dict()
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
                 control.should_log = True
 
@@ -165,29 +175,6 @@ class StructPruneCallback(TrainerCallback, ExportableState):
                 f"{', '.join(map(str, self._due))}: the model is wider than asked for.",
                 stacklevel=2,
             )
-
-    @property
-    def progress(self) -> dict[str, Any]:
-        """The plan so far, and the widths after each removal by its step, as plain values for a checkpoint."""
-        plan = None if self.plan is None else self.plan.to_dict()
-        return {"plan": plan, "steps": {str(step): dict(widths) for step, widths in self.steps.items()}}
-
-    @progress.setter
-    def progress(self, values: Mapping[str, Any]) -> None:
-        """Take what a checkpoint holds, where JSON has made text of numbers."""
-        self.plan = None if values["plan"] is None else Plan.from_dict(values["plan"])
-        self.steps = {
-            int(step): {
-                name: width if isinstance(width, int) else {int(layer): units for layer, units in width.items()}
-                for name, width in widths.items()
-            }
-            for step, widths in values["steps"].items()
-        }
-
-    def state(self) -> dict[str, Any]:
-        """What checkpoints keep of the callback, see `ExportableState`: what made it, and what it did."""
-        schedule = {"start": self.start, "end": self.end, "every": self.every, "calibration": self.calibration}
-        return {"args": {"config": self.config.to_dict(), **schedule}, "attributes": {"progress": self.progress}}
 
     def resizing(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """Inside `with`, a model takes the widths of every state dict that is loaded into it."""
@@ -261,11 +248,7 @@ def attach_pruner(
 
                 trainer.model_init = init
                 stack.callback(setattr, trainer, "model_init", model_init)
-            result = train(*args, **kwargs)
-            for present in trainer.callback_handler.callbacks:
-                if isinstance(present, StructPruneCallback):  # a checkpoint may have restored another in its place
-                    callback.plan, callback.steps = present.plan, present.steps
-            return result
+            return train(*args, **kwargs)
 
     trainer.train = resizing_train  # type: ignore[method-assign]
     return callback
