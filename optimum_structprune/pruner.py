@@ -118,19 +118,29 @@ class StructPruner:
             if vocabulary is not None:
                 remove_tokens_(run, vocabulary)
                 dense = None
-            _prune_(self, run, widths, dense)
+            note_unread(run)
+            shape = choose_shape(run, widths) if widths else Shape({})
+            run.find_teacher(dense)
+            run.layers = shape.layers
+            for step in self.steps(run.arch, run.model, shape.after_removal()) if widths else ():  # or only tokens go
+                self.take_(run, step)
+            run.compare()
+            run.recover()
             run.finish()
         if self.config.max_perplexity_ratio is None:  # which may stop it, and the report says so
             report.asked = self.config.sparsity
         if report.asked is not None and far_off(report.asked, report.sparsity):
             warnings.warn(given_by(report.to_dict()).removeprefix("warning: "), stacklevel=2)
+        self._remember(run, None if vocabulary is None else vocabulary.tokenizer)
+        return model
+
+    def _remember(self, run: Run, smaller: PreTrainedTokenizerBase | None) -> None:
+        """Keep the records of a run, and those that belong to its model, with the tokenizer that it needs."""
         amount = {name: getattr(self.config, name) for name in ("widths", "budget", "targets", "domains")}
         self.used_config = replace(run.config, **amount)
+        self.plan, self.report, self.manifest = run.plan, run.report, run.manifest().note(run.model)
         self.tokenizer = run.tokenizer
-        self.plan, self.report, self.manifest = run.plan, report, run.manifest().note(model)
-        own = None if vocabulary is None else vocabulary.tokenizer
-        RECORDS[model] = Known(self.used_config, self.plan, self.report, self.manifest, own)
-        return model
+        RECORDS[run.model] = Known(self.used_config, self.plan, self.report, self.manifest, smaller)
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
         """The steps that bring a model to its final widths.
@@ -228,18 +238,6 @@ def prune_model(
             stacklevel=2,
         )
     return pruned
-
-
-def _prune_(pruner: StructPruner, run: Run, widths: Widths, dense: PreTrainedModel | None) -> None:
-    """Bring the model of a run to its final widths, and train it."""
-    note_unread(run)
-    shape = choose_shape(run, widths) if widths else Shape({})
-    run.find_teacher(dense)
-    run.layers = shape.layers
-    for step in pruner.steps(run.arch, run.model, shape.after_removal()) if widths else ():  # or only tokens go
-        pruner.take_(run, step)
-    run.compare()
-    run.recover()
 
 
 def checked(
