@@ -138,15 +138,13 @@ def mix(moments, weights) -> Moments:
     return blend.moments()
 
 
-def assert_same_choices(ours: Details, theirs: Details) -> None:
-    """Two runs have noted the same of what they chose, within rounding."""
-    assert ours.choices.keys() == theirs.choices.keys()
-    for kind, choices in theirs.choices.items():
-        assert ours.choices[kind].keys() == choices.keys()
-        for layer, one in choices.items():
-            other = ours.choices[kind][layer]
-            assert (other.scored, other.kept) == (one.scored, one.kept)
-            assert other.error == pytest.approx(one.error, rel=1e-3, abs=1e-5)
+def assert_same_errors(ours: Details, theirs: Details) -> None:
+    """Two runs have noted the same errors, within rounding."""
+    assert ours.errors.keys() == theirs.errors.keys()
+    for kind, errors in theirs.errors.items():
+        assert ours.errors[kind].keys() == errors.keys()
+        for layer, error in errors.items():
+            assert ours.errors[kind][layer] == pytest.approx(error, rel=1e-3, abs=1e-5)
 
 
 def config_of(model):

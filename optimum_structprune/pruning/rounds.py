@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..arch.meta import shrunk_skeleton
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
-from ..record.details import choices_of_list, choices_to_list
+from ..record.details import errors_of_list, errors_to_list
 from ..surgery.cut import adopt_config_, shrink_
 from ..surgery.plan import Plan
 from ..system.resume import Resume, Saved
@@ -87,12 +87,12 @@ class Rounds:
         finally:
             run.changed = run.changed or self.sweep.shrunk
         if smaller is not None:
-            self._note_choices()
+            self._note_errors()
 
     def remove_masked_(self, widths: Widths) -> Plan:
         """Take what is masked out of the model, without another round."""
         self.run.changed = self.sweep.shrunk = True
-        self._note_choices()
+        self._note_errors()
         shrink_(self.run.model, self.arch, self.sweep.plan, widths, self.biased)
         return self.sweep.plan
 
@@ -122,7 +122,7 @@ class Rounds:
             values = {
                 "shares": self.run.evidence.shares,
                 "plan": self.sweep.plan.to_dict(),
-                "choices": choices_to_list(snapshot.choices),
+                "errors": errors_to_list(snapshot.errors),
                 "measured": self.run.report.rounds,
             }
             self.finished_rounds.save(self.done, values, _tensors(snapshot))
@@ -132,19 +132,19 @@ class Rounds:
         with store.readable():
             keep = Plan.from_dict(saved.values["plan"]).keep
             snapshot = _snapshot(self.arch, keep, saved.tensors)
-            choices = choices_of_list(saved.values["choices"])
+            errors = errors_of_list(saved.values["errors"])
             measured = [_measured(entry) for entry in saved.values["measured"]]
             shares = tuple(map(float, saved.values["shares"]))
         self.run.report.details.resumed, self.run.report.rounds = True, measured
         self.run.evidence = replace(self.run.evidence, shares=shares)
-        self.sweep.restore_(replace(snapshot, choices=choices))
+        self.sweep.restore_(replace(snapshot, errors=errors))
         self.done = saved.number
 
-    def _note_choices(self) -> None:
-        """Hand the run what was noted of the choices, under the numbers that the layers have in the dense model."""
+    def _note_errors(self) -> None:
+        """Hand the run the errors that were noted, under the numbers that the layers have in the dense model."""
         layers = self.run.plan.keep.get((MODEL, LAYER))
-        for (layer, name), choice in self.sweep.choices.items():
-            self.run.choices[layer if layers is None else layers[layer], name] = choice
+        for (layer, name), error in self.sweep.errors.items():
+            self.run.errors[layer if layers is None else layers[layer], name] = error
 
 
 def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:
 def _snapshot(
     arch: ArchSpec, keep: Mapping[tuple[int, str], tuple[int, ...]], tensors: Mapping[str, Tensor]
 ) -> Snapshot:
-    """Inverse of `_tensors`, without the choices."""
+    """Inverse of `_tensors`, without the errors."""
     axes = [axis for space in arch.spaces if space.key in keep for axis in space.into]
     return Snapshot(keep, {axis: (tensors[f"{i}.weight"], tensors.get(f"{i}.bias")) for i, axis in enumerate(axes)})
 

@@ -17,7 +17,6 @@ from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
 from ..domains.load import Domain
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
 from ..errors import InPlaceError, some_of
-from ..record.details import Choice
 from ..record.report import Report
 from ..surgery.plan import Plan
 from ..system.processes import alone
@@ -59,7 +58,7 @@ class Run:
         layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
         rounds: The `Rounds` that have begun and have not ended; None between them.
         counted, trained, seen: The text that chose the tokens, that was trained on, and that the dense model has seen.
-        choices: How the units inside the layers were chosen, in summary, by layer of the dense model and space.
+        errors: What the removal inside the layers cost their outputs, by layer of the dense model and space.
         changed: Whether the model has lost something that cannot be put back.
     """
 
@@ -85,7 +84,7 @@ class Run:
         self.counted: list[Entry] = []
         self.trained: list[Entry] = []
         self.seen: Manifest | None = None
-        self.choices: dict[tuple[int, str], Choice] = {}
+        self.errors: dict[tuple[int, str], tuple[float, ...]] = {}
         self.changed = False
 
     def described(self) -> ArchSpec:
@@ -149,7 +148,7 @@ class Run:
                 *(limit, some_of(above)),
             )
         layers = self.plan.keep.get((MODEL, LAYER), range(self.dense.num_layers))
-        self.report.details.take({key: choice for key, choice in self.choices.items() if key[0] in layers})
+        self.report.details.take({key: error for key, error in self.errors.items() if key[0] in layers})
         calibrated = self.manifest().of_use(CALIBRATED)
         self.report.calibration_tokens = {entry.name: entry.calibration_tokens for entry in calibrated}
 

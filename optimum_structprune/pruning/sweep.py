@@ -21,7 +21,7 @@ from ..criteria.base import check_scores
 from ..criteria.mixture import Mixture, Pool, output_energy, pooled, standardised
 from ..criteria.obs import producer_norms
 from ..forward.placement import Placement
-from ..record.details import Choice, Choices, choices_of_list, choices_to_list, relative_errors
+from ..record.details import Errors, errors_of_list, errors_to_list, relative_errors
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.cut import fill_layer_, shrink_layer_
 from ..surgery.plan import Plan, best_units
@@ -34,13 +34,13 @@ Keep = Mapping[tuple[int, str], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a sweep has reached: the kept units and how they were chosen, by layer and space, and the values of the
-    consumers of these spaces.
+    """What a sweep has reached: the kept units and the errors, by layer and space, and the values of the consumers of
+    these spaces.
     """
 
     keep: Keep
     consumers: Mapping[Axis, Values]
-    choices: Choices = field(default_factory=dict)
+    errors: Errors = field(default_factory=dict)
 
 
 class Sweep:
@@ -50,15 +50,15 @@ class Sweep:
     layer's output on the present residual stream, so no error of an earlier pass is fitted again. Scores, in contrast,
     are those of the refitted weights, in which a kept unit already makes up for units removed before.
 
-    `keep` and `choices` hold the kept units so far and how they were chosen, by layer and space; `shrunk` says whether
-    a layer has lost its removed units for good.
+    `keep` and `errors` hold the kept units so far and what their choice cost, by layer and space; `shrunk` says
+    whether a layer has lost its removed units for good.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig, refit: str | None = None):
         self.model, self.arch, self.config = model, arch, config
         self.refit = refit or config.refit
         self.keep: dict[tuple[int, str], tuple[int, ...]] = {}
-        self.choices: dict[tuple[int, str], Choice] = {}
+        self.errors: dict[tuple[int, str], tuple[float, ...]] = {}
         self.placement = Placement(model, arch)
         self.consumers = Consumers(model, self.placement)
         self.shrunk = False
@@ -94,8 +94,8 @@ class Sweep:
                 self.prune_layer_(layer, passes, mixture, widths, smaller)
                 passes.advance(layer)
                 if store is not None and (state := passes.state()) is not None:
-                    choices = choices_to_list(self.choices)
-                    values = {"plan": self.plan.to_dict(), "passes": state.values, "choices": choices}
+                    errors = errors_to_list(self.errors)
+                    values = {"plan": self.plan.to_dict(), "passes": state.values, "errors": errors}
                     store.save(layer + 1, values, layer_list(self.model, self.arch)[layer].state_dict(), state.tensors)
 
     def prune_layer_(
@@ -110,7 +110,7 @@ class Sweep:
             if width < space.size:
                 gathered = self.gather(passes, space, mixture)
                 scores = self.score(space, gathered)
-                self.choose_(space, gathered, scores, width, note=True)
+                self.choose_(space, gathered, scores, width)
                 self.refit_(space, gathered, note=True)
                 del gathered  # before those of the next space: a Gram matrix takes gigabytes
         if smaller is not None:
@@ -138,12 +138,8 @@ class Sweep:
             total.append(scores)
         return torch.stack(total).sum(0)
 
-    def choose_(
-        self, space: Space, gathered: Sequence[Moments], scores: Tensor, width: int, note: bool = False
-    ) -> None:
-        """Keep the units with the highest scores, or those that the criterion takes in their place; `note` says how
-        they were chosen.
-        """
+    def choose_(self, space: Space, gathered: Sequence[Moments], scores: Tensor, width: int) -> None:
+        """Keep the units with the highest scores, or those that the criterion takes in their place."""
         before = self._before(space)
         keep = tuple(before[unit] for unit in best_units(scores, width))
         if len(space.into) == 1:
@@ -151,9 +147,6 @@ class Sweep:
             others, dense = sorted({*before} - {*keep}), self.consumers.dense(axis)[0]
             criterion = self._criterion(space.layer)
             keep = criterion.exchanged(keep, others, dense, moments, axis.per_unit)
-        # A pass that removes nothing here says no more of the units.
-        if note and width < len(before):
-            self.choices[space.key] = Choice(len(before), len(keep))
         self.keep[space.key] = keep
 
     def refit_(self, space: Space, gathered: Sequence[Moments], note: bool = False) -> None:
@@ -171,9 +164,8 @@ class Sweep:
                 squared = squared_errors(weight, bias, moments, columns, *refitted)
                 errors.append((*squared, output_energy(weight, moments)))
             self.consumers.mask_(axis, columns, *refitted)
-        if len(errors) == len(space.into) and space.key in self.choices:
-            error = relative_errors([sum(of_all) for of_all in zip(*errors, strict=True)])
-            self.choices[space.key] = replace(self.choices[space.key], error=error)
+        if len(errors) == len(space.into):
+            self.errors[space.key] = relative_errors([sum(of_all) for of_all in zip(*errors, strict=True)])
 
     def trial(self, space: Space, gathered: Sequence[Moments], scores: Tensor, width: int) -> dict[Axis, Values]:
         """The values of the consumers of one space if it kept so many units; the model is left as it is."""
@@ -203,11 +195,11 @@ class Sweep:
         """Copies of what has changed so far."""
         spaces = [space for space in self.arch.spaces if space.key in self.keep]
         values = self.consumers.copies(axis for space in spaces for axis in space.into)
-        return Snapshot(dict(self.keep), values, dict(self.choices))
+        return Snapshot(dict(self.keep), values, dict(self.errors))
 
     def restore_(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this run, or take one of an earlier run of the same rounds into the dense model."""
-        self.keep, self.choices = dict(snapshot.keep), dict(snapshot.choices)
+        self.keep, self.errors = dict(snapshot.keep), dict(snapshot.errors)
         self.consumers.restore_(snapshot.consumers)
 
     def undo_(self) -> None:
@@ -222,7 +214,7 @@ class Sweep:
             return 0
         with store.readable():
             self.keep = dict(Plan.from_dict(saved.values["plan"]).keep)
-            self.choices = choices_of_list(saved.values["choices"])
+            self.errors = errors_of_list(saved.values["errors"])
             state = PassesState(saved.local, dict(saved.values["passes"]))
         for layer in range(saved.number):
             with self.placement.at(layer, changes=True):

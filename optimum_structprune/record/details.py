@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
@@ -21,45 +21,19 @@ from ..plain_json import Record, unversioned
 DETAILS_NAME = "pruning_details.json"
 
 
-@strict  # it checks no fields of a frozen class
-@dataclass
-class Choice:
-    """How the units of one space in one layer, or of its experts, were chosen: the numbers of those that were scored
-    and kept; and `error`, the squared error of the consumers' output without a refit and with one, relative to the
-    output itself, empty where it is not known.
-    """
-
-    scored: int
-    kept: int
-    error: tuple[float, ...] = ()
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Choice":
-        """A choice from its fields as JSON gives them."""
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
-        }
-        return cls(**values)
+# By layer and name of a space, the squared error of what its consumers give, without a refit and with one, relative to
+# the output itself; empty where it is no number.
+Errors = Mapping[tuple[int, str], tuple[float, ...]]
 
 
-Choices = Mapping[tuple[int, str], Choice]
+def errors_to_list(errors: Errors) -> list[list[Any]]:
+    """Errors as JSON takes them: the layer, the name of the space, and both numbers."""
+    return [[*key, list(error)] for key, error in errors.items()]
 
 
-def merged(choices: Sequence[Choice]) -> Choice:
-    """Choices as one: units are summed, errors are averaged, and empty where one of them has none."""
-    errors = [choice.error for choice in choices]
-    error = tuple(map(fmean, zip(*errors, strict=True))) if all(errors) else ()
-    return Choice(sum(choice.scored for choice in choices), sum(choice.kept for choice in choices), error)
-
-
-def choices_to_list(choices: Choices) -> list[list[Any]]:
-    """Choices as JSON takes them: the layer, the name of the space, and the values of each."""
-    return [[layer, name, asdict(choice)] for (layer, name), choice in choices.items()]
-
-
-def choices_of_list(rows: Sequence[Sequence[Any]]) -> dict[tuple[int, str], Choice]:
-    """Inverse of `choices_to_list`."""
-    return {(int(layer), str(name)): Choice.from_dict(values) for layer, name, values in rows}
+def errors_of_list(rows: Sequence[Sequence[Any]]) -> dict[tuple[int, str], tuple[float, ...]]:
+    """Inverse of `errors_to_list`."""
+    return {(int(layer), str(name)): tuple(map(float, error)) for layer, name, error in rows}
 
 
 def relative_errors(errors: Sequence[float]) -> tuple[float, ...]:
@@ -72,23 +46,23 @@ def relative_errors(errors: Sequence[float]) -> tuple[float, ...]:
 @dataclass
 class Details(Record):
     """What a run saw while it pruned: the `name` and `dtype` of the dense model and the `bytes` of the weights
-    "before" and "after", how units were chosen by kind of space and layer of
-    the dense model, the most bytes that this process had held when a stage ended, by kind of memory, and whether the
-    run went on where another was stopped, so that its times are those of the rest.
+    "before" and "after", the `Errors` by kind of space and layer of the dense model, the most bytes that this process
+    had held when a stage ended, by kind of memory, and whether the run went on where another was stopped, so that its
+    times are those of the rest.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
-    choices: dict[str, dict[int, Choice]] = field(default_factory=dict)
+    errors: dict[str, dict[int, tuple[float, ...]]] = field(default_factory=dict)
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     resumed: bool = False
 
-    def take(self, choices: Choices) -> None:
-        """Enter what was chosen, by layer and name of the space, the experts of a layer as one."""
-        of_kinds: dict[str, dict[int, list[Choice]]] = {}
-        for (layer, name), choice in sorted(choices.items(), key=lambda pair: pair[0]):
-            of_kinds.setdefault(kind_of(name), {}).setdefault(layer, []).append(choice)
-        self.choices = {
-            kind: {layer: merged(of_layer) for layer, of_layer in by_layer.items()}
+    def take(self, errors: Errors) -> None:
+        """Enter errors by layer and name of the space; of the experts of a layer the mean, if each has one."""
+        of_kinds: dict[str, dict[int, list[tuple[float, ...]]]] = {}
+        for (layer, name), error in sorted(errors.items()):
+            of_kinds.setdefault(kind_of(name), {}).setdefault(layer, []).append(error)
+        self.errors = {
+            kind: {layer: tuple(map(fmean, zip(*of, strict=True))) for layer, of in by_layer.items() if all(of)}
             for kind, by_layer in of_kinds.items()
         }
 
@@ -97,10 +71,10 @@ class Details(Record):
         """Read what `save` wrote."""
         data = unversioned(read_mapping(Path(path), json.loads))
         try:
-            choices = {
-                kind: {int(layer): Choice.from_dict(choice) for layer, choice in by_layer.items()}
-                for kind, by_layer in data["choices"].items()
+            errors = {
+                kind: {int(layer): tuple(error) for layer, error in by_layer.items()}
+                for kind, by_layer in data["errors"].items()
             }
-            return cls(**{**data, "choices": choices})
+            return cls(**{**data, "errors": errors})
         except (ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
             raise StructPruneError(f"{path} is not the record of a pruning: {one_line(error)}") from error

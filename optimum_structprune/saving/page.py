@@ -257,8 +257,8 @@ def _width_charts(records: Records) -> Iterator[Chart]:
 
 def _error_charts(records: Records) -> Iterator[Chart]:
     """The errors that pruning left in each layer, by kind of space, where they were measured."""
-    for kind, choices in sorted(records.details.choices.items()):
-        errors = {layer: choice.error for layer, choice in choices.items() if any(choice.error)}
+    for kind, by_layer in sorted(records.details.errors.items()):
+        errors = {layer: error for layer, error in by_layer.items() if any(error)}
         if not errors:
             continue
         top, name = max(max(error) for error in errors.values()), NAMES.get(kind, kind)

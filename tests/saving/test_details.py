@@ -1,4 +1,4 @@
-"""What a run notes of its choices: few numbers that say the truth about many."""
+"""What a run notes of its errors: few numbers that say the truth about many."""
 
 import json
 from dataclasses import asdict
@@ -11,19 +11,16 @@ from models import build, config, tokenizer
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.plain_json import plain
-from optimum_structprune.record.details import Choice, Details, choices_of_list, choices_to_list
+from optimum_structprune.record.details import Details, errors_of_list, errors_to_list
 from optimum_structprune.record.facts import remarks
 from optimum_structprune.record.report import Report
 from optimum_structprune.record.text import BARS, LONGEST_SPARK, spark_line
 
 
 def test_the_experts_of_a_layer_become_one_entry():
-    expert, details = Choice(3, 2, error=(0.5, 0.25)), Details()
-    details.take({(5, "mlp/0"): Choice(2, 1), (0, "mlp/0"): expert, (0, "mlp/1"): expert})
-    both = details.choices["mlp"][0]
-    assert (both.scored, both.kept) == (6, 4)
-    assert both.error == (0.5, 0.25)
-    assert list(details.choices["mlp"]) == [0, 5]
+    details = Details()
+    details.take({(5, "mlp/0"): (), (5, "mlp/1"): (0.5, 0.5), (0, "mlp/0"): (0.5, 0.25), (0, "mlp/1"): (0.25, 0.25)})
+    assert details.errors == {"mlp": {0: (0.375, 0.25)}}
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +31,23 @@ def details():
 
 
 def test_a_run_notes_what_it_saw_and_reads_it_back(details, tmp_path):
-    assert details.choices and details.memory
+    assert details.errors and details.memory
     assert details.model["bytes"]["after"] < details.model["bytes"]["before"]
-    for choices in details.choices.values():
-        for one in choices.values():
-            without, with_refit = one.error
+    for errors in details.errors.values():
+        for without, with_refit in errors.values():
             assert 0 <= with_refit <= without * (1 + 1e-4)
     details.save(tmp_path / "details.json")
     assert Details.load(tmp_path / "details.json") == details
-    for choices in details.choices.values():
-        named = {(layer, "mlp"): one for layer, one in choices.items()}
-        assert choices_of_list(json.loads(json.dumps(choices_to_list(named)))) == named
+    for errors in details.errors.values():
+        named = {(layer, "mlp"): error for layer, error in errors.items()}
+        assert errors_of_list(json.loads(json.dumps(errors_to_list(named)))) == named
 
 
 def test_a_later_version_and_a_damaged_file_are_refused(details, tmp_path):
     path = tmp_path / "details.json"
-    names, other = ("model", "choices", "memory", "resumed"), (None, 3, "x")
+    names, other = ("model", "errors", "memory", "resumed"), (None, 3, "x")
     fields = [{**plain(asdict(details)), name: value} for name in names for value in other]
-    fields.append({"format_version": 1, "choices": {"mlp": 3}})
+    fields.append({"format_version": 1, "errors": {"mlp": 3}})
     for text, message in (
         ("{", "cannot be read"),
         ('{"format_version": 2}', "format_version 2 is not known here"),

@@ -74,7 +74,7 @@ def test_every_part_is_there_with_its_pictures(folder):
     assert [name for name in PARTS if name not in outline.ids] == []
     details, report = Details.load(folder / "pruning_details.json"), json.loads((folder / "report.json").read_text())
     uneven = [kind for kind, of in report["widths"].items() if len({*of.values()}) > 1]
-    assert text.count("<svg") == len(uneven) + len(details.choices)
+    assert text.count("<svg") == len(uneven) + len(details.errors)
     share = 1 - report["parameters"]["after"] / report["parameters"]["before"]
     for shown in ("18.00", "12.00", "× 1.33", "x 1.333", "x 1.500", "0.750", f"{share:.1%}".replace("%", " %")):
         assert shown in text
