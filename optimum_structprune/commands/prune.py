@@ -18,7 +18,7 @@ from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
 from ..evaluation.answers import ShortCheck
 from ..forward.generation import reads_images
-from ..pruner import AutoStructPruner, StructPruner
+from ..pruner import RECORDS, AutoStructPruner, StructPruner
 from ..recovery.checks import check_recovery
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
 from ..system.processes import across_processes, alone, process_index
@@ -120,7 +120,7 @@ def _prune_and_save(
         said = {"base_model": args.base_model, "license": args.license}
         pruner.report.details.model |= {name: value for name, value in said.items() if value}
         if args.resume:  # who repeats the run does not go on with this one
-            pruner.used_config = replace(pruner.used_config, checkpoint_dir=None)
+            RECORDS[pruned] = RECORDS[pruned]._replace(config=replace(pruner.used_config, checkpoint_dir=None))
         pruner.save(pruned, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
         if args.resume and process_index() == 0:
             with suppress(OSError):  # nothing was remembered; with the scratch folder it goes in one step

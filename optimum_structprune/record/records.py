@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from .report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 EVALUATION_NAME, SPEED_NAME = "evaluation.json", "speed.json"
 HUB_CACHE = re.compile(r"models--(.+?)--([^/]+)/snapshots")
 TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
-PLACES = ("stats", "losses_dir", "checkpoint_dir", "arch_file")
+PLACES = ("stats", "losses_dir", "checkpoint_dir", "arch_file", "keep_tokens")
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,14 @@ def short_name(source: str) -> str:
     return path.resolve().name if source and local else source
 
 
+def _is_place(name: str, value: Any) -> bool:
+    return bool(value) and (name != "keep_tokens" or os.path.isfile(os.path.expanduser(value)))
+
+
 def _changed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that differ from the defaults of a config and of those inside it, with names in place of paths."""
     shown = changed(config, values)
-    shown |= {name: short_name(str(shown[name])) for name in PLACES if shown.get(name)}
+    shown |= {name: short_name(str(shown[name])) for name in PLACES if _is_place(name, shown.get(name))}
     if domains := shown.get("domains"):
         shown["domains"] = [{**changed(DomainConfig, of), "source": short_name(of["source"])} for of in domains]
     if recovery := shown.get("recovery"):

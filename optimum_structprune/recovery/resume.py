@@ -73,7 +73,7 @@ class TrainingInputs(TrainerCallback, ExportableState):
 
     def last_checkpoint(self, folder: str) -> str:
         """The last checkpoint of this training in a folder; one that a kill or a full disk has cut short has no state,
-        which the Trainer writes last, and is passed over.
+        which the Trainer writes last, and is passed over, as is one that lacks another part.
         """
         reason = f"There is no checkpoint in {folder} to resume from; start without resuming."
         refusals = []
@@ -81,6 +81,9 @@ class TrainingInputs(TrainerCallback, ExportableState):
             try:
                 state = read_mapping(Path(checkpoint, TRAINER_STATE_NAME), json.loads)
                 stored = state["stateful_callbacks"][type(self).__name__]["args"]["inputs"]
+                for part in ("optimizer", "scheduler"):  # without them the Trainer begins these anew
+                    if not any(Path(checkpoint).glob(f"{part}*")):
+                        raise StructPruneError(f"it has no {part}")
             except (StructPruneError, LookupError, TypeError) as error:
                 warnings.warn(f"{checkpoint} is passed over: {error}.", stacklevel=2)
                 continue

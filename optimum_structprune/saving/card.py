@@ -121,7 +121,7 @@ def model_card(
         learning_rate=(training.get("training") or {}).get("learning_rate") or RATES.get(training.get("train", "")),
         version=__version__,
         configs=records.configs,
-        commands="\n".join(records.commands(".", origin.name or "DENSE", "again")),
+        commands="\n".join(records.commands(".", origin.base_model or "DENSE", "again")),
     )
     return signed(re.sub(r"\n{3,}", "\n\n", str(card)))
 

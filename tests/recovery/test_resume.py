@@ -40,7 +40,7 @@ def other_weights(model):
     return model
 
 
-@pytest.mark.parametrize("how", ["half", "gone", "empty object"])
+@pytest.mark.parametrize("how", ["half", "gone", "empty object", "optimizer.pt", "scheduler.pt"])
 def test_training_goes_on_from_the_one_before_a_damaged_checkpoint(pruned, run, tmp_path, how, monkeypatch):
     folder = shutil.copytree(run[0], tmp_path / "run")
     (folder / "checkpoint-best").mkdir()
@@ -48,6 +48,8 @@ def test_training_goes_on_from_the_one_before_a_damaged_checkpoint(pruned, run, 
     if how == "gone":
         state.unlink()
         (folder / "checkpoint-8" / "adapter_model.safetensors").write_bytes(b"half")
+    elif how.endswith(".pt"):
+        (folder / "checkpoint-8" / how).unlink()
     else:
         state.write_bytes(b"{}" if how == "empty object" else state.read_bytes()[:200])
     steps, original = [], DistillTrainer.compute_loss

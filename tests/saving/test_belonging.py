@@ -122,7 +122,7 @@ def test_text_that_was_trained_on_is_not_unseen_and_what_the_page_says_repeats_a
     assert len(commands) == 2 and str(tmp_path) not in "".join(commands)
     monkeypatch.chdir(tmp_path / "out")
     for line in commands:
-        assert main([str(tmp_path / "model") if word == "model" else word for word in split(line)[1:]]) == 0
+        assert main([str(tmp_path / "model") if word == "DENSE" else word for word in split(line)[1:]]) == 0
     assert same_weights(first, AutoModelForCausalLM.from_pretrained("again"))
 
 
