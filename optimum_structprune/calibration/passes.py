@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec, Space
 from ..domains.load import Domain
-from ..errors import StructPruneError
 from ..forward.hooks import adding, observe, observe_products, replaying
-from ..forward.layers import Batch, LayerRunner, NotSequentialError, equal
-from ..forward.metrics import evaluating, run_model
+from ..forward.layers import Batch, LayerRunner, NotSequentialError, equal, must_be_whole
+from ..forward.metrics import run_model
 from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import as_first_has_
 from .accumulator import Accumulator, Norm, listen, normalised
@@ -322,24 +321,5 @@ def passes_over(
         return LayerPasses(model, arch, batches, error_feedback, fixed)
     except NotSequentialError as error:
         if is_offloaded(model):
-            raise _must_be_whole(arch, error) from error
+            raise must_be_whole(arch, error) from error
         return ModelPasses(model, arch, batches)
-
-
-def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:
-    """Refuse a model whose layers cannot run one by one, which an offloaded one has to."""
-    if model.main_input_name != "input_ids":
-        return
-    texts = [torch.tensor([row]) for row in ((0, 1, 2, 3), (3, 2, 1, 0))]
-    try:
-        with evaluating(model):
-            LayerRunner(model, arch, [Batch(0, ids) for ids in texts])
-    except NotSequentialError as error:
-        raise _must_be_whole(arch, error) from error
-
-
-def _must_be_whole(arch: ArchSpec, error: NotSequentialError) -> StructPruneError:
-    return StructPruneError(
-        f"{error}, so the layers cannot be brought in one by one; load the {arch.model_type} model in memory, or over "
-        "several devices."
-    )

@@ -17,7 +17,7 @@ from ..arch.spec import ArchSpec
 from ..errors import StructPruneError
 from ..system.offloading import compute_device, is_offloaded
 from .hooks import StopForward, first_of, hidden_states_of, intercept, replaying
-from .metrics import run_model
+from .metrics import evaluating, run_model
 
 
 @dataclass(frozen=True)
@@ -165,3 +165,23 @@ class LayerRunner:
 
     def _module(self, layer: int, name: str) -> nn.Module:
         return self._layer(layer).get_submodule(self._local(layer, name))
+
+
+def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:
+    """Refuse a model whose layers cannot run one by one, which an offloaded one has to."""
+    if model.main_input_name != "input_ids":
+        return
+    texts = [torch.tensor([row]) for row in ((0, 1, 2, 3), (3, 2, 1, 0))]
+    try:
+        with evaluating(model):
+            LayerRunner(model, arch, [Batch(0, ids) for ids in texts])
+    except NotSequentialError as error:
+        raise must_be_whole(arch, error) from error
+
+
+def must_be_whole(arch: ArchSpec, error: NotSequentialError) -> StructPruneError:
+    """The refusal of an offloaded model whose layers cannot be run one by one."""
+    return StructPruneError(
+        f"{error}, so the layers cannot be brought in one by one; load the {arch.model_type} model in memory, or over "
+        "several devices."
+    )

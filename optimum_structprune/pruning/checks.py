@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import Described
 from ..arch.spec import HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
-from ..calibration.passes import check_sequential
 from ..calibration.stored import Statistics
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError
 from ..forward.generation import reads_images
+from ..forward.layers import check_sequential
 from ..system.disk import check_folder
 from ..widths.allocation import is_bounded
 from ..widths.budget import widths_of
