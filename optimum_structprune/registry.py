@@ -15,12 +15,16 @@ T = TypeVar("T")
 Entry = TypeVar("Entry")
 
 
+MOST_NAMED = 100  # more names hide the message; lm_eval has thousands of tasks
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """The end of an error message about an unknown name: `" Did you mean 'wanda'? Known: flap, wanda."`."""
     legal = sorted(names)
     close = get_close_matches(name, legal, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(legal) or 'none'}."
+    known = f"{len(legal):,} names" if len(legal) > MOST_NAMED else ", ".join(legal) or "none"
+    return f"{hint} Known: {known}."
 
 
 class Registry(Generic[T]):

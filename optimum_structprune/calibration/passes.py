@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec, Space
 from ..domains.load import Domain
-from ..forward.hooks import adding, observe, observe_products, replaying
+from ..forward.hooks import adding, observe, observe_products
 from ..forward.layers import Batch, LayerRunner, NotSequentialError, equal, must_be_whole
 from ..forward.metrics import run_model
 from ..system.offloading import compute_device, is_offloaded
@@ -234,11 +234,11 @@ def _norm_behind(runner: LayerRunner, layer: int, name: str) -> Norm | None:
     behind: list[str] = []
 
     def see(norm: str, x: Tensor) -> None:
-        if equal(x, given):
+        if x.numel() == given.numel() and equal(x.reshape(given.shape), given):
             behind.append(norm)
 
     for given in (noise, -noise):
-        with replaying([module.get_submodule(name)], [given]), observe(module, may, see):
+        with adding(module.get_submodule(name), given, alone=True), observe(module, may, see):
             outputs.append(runner.output(layer, 0)[:1].float())
     change, unit = (outputs[0] - outputs[1]) / 2, normalised(noise[:1])
     weight = as_first_has_((change * unit).mean((0, 1)) / unit.square().mean((0, 1)))

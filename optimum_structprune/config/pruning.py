@@ -69,7 +69,7 @@ class StructPruneConfig(Serialisable):
             is a share of what the dense model has. The widths are the largest that keep to it.
         targets: The spaces that may shrink where `sparsity` or `budget` chooses the widths; None stands for `mlp`.
             That loses least where nothing is measured. With an allocation that measures losses None stands for `mlp`
-            and `attention`, and with a budget of the cache for `attention`.
+            and `attention` as far as the model has them, and with a budget of the cache for `attention`.
         keep_tokens: What stays of a vocabulary that gets smaller (`vocab`): a file with a token or a text in each
             line, or a regular expression that fits the text of tokens.
         criterion: The registered criterion that scores the units. None stands for `obs_drive` with a least-squares

@@ -78,7 +78,7 @@ def read_questions(source: str | Path = BUILTIN, tokenizers: Iterable[PreTrained
     """The questions of a file or the built-in ones; those with an opening, where a tokenizer has no chat template."""
     path = QUESTIONS if source == BUILTIN else Path(source)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise StructPruneError(f"The questions {path} cannot be read: {error}; name a file or {BUILTIN}.") from error
     questions = [_question(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
@@ -94,6 +94,7 @@ def _question(line: str, place: str) -> Question:
         row = json.loads(line)
         messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
         messages = tuple({"role": str(message["role"]), "content": str(message["content"])} for message in messages)
+        "".join(message["content"] for message in messages).encode()  # half a character, which no tokenizer reads
         right = re.compile(row["right"], re.IGNORECASE)
         continues = re.compile(row.get("continues", row["right"]), re.IGNORECASE)
         # A question of the user's is its own opening, where it gives no other.

@@ -192,7 +192,9 @@ def evaluate(
     models = {"model": model} if dense is None else {"dense": dense, "model": model}
     readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
     _check(models, named, tasks, answers, seq_length, dense_tokenizer)
-    _check_numbers(num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
+    _check_numbers(
+        num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens, show=show or None
+    )
     # Everything is read before anything is computed, so that a mistake shows at once.
     texts = [read_heldout(domain, readers["dense"], seq_length, num_samples) for domain in named]
     judged = judge(texts, models, readers)

@@ -111,7 +111,7 @@ def local_task(path: Path) -> dict[str, Any]:
     log-likelihood after the query and a space, `acc` takes the likeliest, `acc_norm` the likeliest per character.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise StructPruneError(f"The task {path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -146,6 +146,7 @@ def _is_item(line: str) -> bool:
     try:
         item = json.loads(line)
         query, choices, gold = item["query"], item["choices"], item["gold"]
+        json.dumps(item, ensure_ascii=False).encode()  # half a character, which no tokenizer reads
     except (ValueError, KeyError, TypeError):
         return False
     if not (isinstance(query, str) and isinstance(choices, list) and type(gold) is int):

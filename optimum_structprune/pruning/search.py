@@ -79,11 +79,11 @@ class Search:
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, evidence: Evidence):
         self.model, self.arch, self.config, self.evidence = model, arch, evidence.config, evidence
+        self.legal = legal_widths(self.config, arch, model.config)
         # What shrinks by default depends on the allocation.
-        named = replace(self.config, targets=self.config.shrinking)
+        named = self.config if self.config.widths else replace(self.config, targets=tuple(self.legal))
         uniform = replace(named, allocation="uniform", objective="mean", losses_dir=None)
         self.plain = widths_of(uniform, arch, model)
-        self.legal = legal_widths(self.config, arch, model.config)
 
     def trials(self, probe: Probe) -> Trials:
         """The trials that the choice takes."""

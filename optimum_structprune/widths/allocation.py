@@ -58,8 +58,11 @@ def target_widths(
 def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
     """The legal widths of the spaces that a config names, ascending, by kind of space."""
     legal = {}
+    by_default = config.shrinking if config.targets is None and any(map(arch.of, config.shrinking)) else ()
     for name in config.shrinking if config.widths is None else config.widths:
         if name not in arch.offered:
+            if name in by_default:  # the others may go
+                continue
             reason = dict(arch.missing).get(name)
             raise StructPruneError(
                 f"A {arch.model_type} model has no space {name!r} to prune"

@@ -92,9 +92,10 @@ def test_right_answers_may_be_phrased_otherwise(words, right, wrong):
     ('{"prompt": "Hi", "right": "("}', "no question.*unterminated"),
     ('{"messages": "Hi", "right": ""}', "no question"),
     ("[1", "no question"),
+    ('{"prompt": "\\ud800", "right": ""}', "no question.*surrogates not allowed"),
 ])  # fmt: skip
 def test_a_line_that_is_no_question(line, message, tmp_path):
-    (tmp_path / "mine.jsonl").write_text('{"prompt": "Hi", "right": ""}\n' + line)
+    (tmp_path / "mine.jsonl").write_text('\ufeff{"prompt": "Hi", "right": ""}\n' + line, encoding="utf-8")
     with pytest.raises(StructPruneError, match=message):
         read_questions(tmp_path / "mine.jsonl")
 

@@ -152,6 +152,11 @@ def test_block_influence_is_the_mean_angle():
         assert float(found[index]) == pytest.approx(float((1 - cosine).mean()), abs=1e-6)
 
 
+def test_what_a_gate_weighs_token_by_token_makes_up_for_nothing():
+    small = StructPruner(config(widths={"layer": 3})).prune_model(deep("qwen2_moe"), tokenizer())
+    assert small.config.num_hidden_layers == 3
+
+
 @pytest.mark.parametrize("case", ["llama-tied", "gpt2-tied", "gpt_neox", "gemma2"])
 def test_the_layer_in_front_of_a_gap_makes_up_for_it(case):
     model = deep(case)

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from helpers import count_hooks, same_weights
-from models import config, documents, three_layers, tokenizer
+from models import build, config, documents, three_layers, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
@@ -38,6 +38,13 @@ def test_a_layer_that_does_next_to_nothing_goes(model, tmp_path):
     # Where layers get widths of their own, all of them stay.
     without = pruned(model, sparsity=0.3, round_to=4, allocation="search")
     assert without[1].config.num_hidden_layers == 3 and all(one["layers"] is None for one in without[0].report.shapes)
+
+
+def test_what_shrinks_by_default_is_what_the_model_has():
+    pruner, _ = pruned(build("olmoe"), sparsity=0.3, allocation="search")
+    assert set(pruner.plan.widths()) == {"mlp"}
+    with pytest.raises(StructPruneError, match="has no space 'attention' to prune"):
+        pruned(build("olmoe"), sparsity=0.3, allocation="search", targets=("mlp", "attention"))
 
 
 @pytest.mark.parametrize("better", [0, 2])
