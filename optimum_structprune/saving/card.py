@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from .. import __version__
 from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 from ..arch.meta import model_class
+from ..arch.nemotron_nas import CODE
 from ..config.fields import read_mapping
 from ..config.recovery import RATES
 from ..domains.manifest import CALIBRATED, TRAINED
@@ -103,6 +104,7 @@ def model_card(
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
         chats=(folder / "chat_template.jinja").is_file(),
         heterogeneous=config.get_text_config().is_heterogeneous,
+        nemotron_nas=(folder / CODE.name).is_file(),
         has_code="auto_map" in read_mapping(folder / "config.json", json.loads),
         architecture=gguf_architecture(config),
         by_layer=gguf_architecture(config) in BY_LAYER.values(),

@@ -136,6 +136,7 @@ def export_nemotron_nas(
         replace_json(folder / "config.json", nemotron_nas_fields(config))
         (folder / f"{MODULE}.py").unlink(missing_ok=True)
         shutil.copyfile(CODE, folder / CODE.name)
+        leave_card(folder, save_directory, config, model.name_or_path, None)
 
     save_checked(llama, save_directory, tokenizer, overwrite, write, lambda *_: None, used)
     return padding
