@@ -54,8 +54,12 @@ def replace_json(path: str | Path, value: Any) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a text to a file, which replaces a former one in one step."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError as error:  # of a full disk, it does not say which file
+        new.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def to_json(value: Any) -> str:

@@ -6,8 +6,8 @@ import re
 import shlex
 
 import pytest
-from helpers import save_desk, write_texts
-from models import documents
+from helpers import error_line, save_desk, write_texts
+from models import documents, full_disk
 
 from optimum_structprune import Plan
 from optimum_structprune.commands.cli import main
@@ -45,6 +45,14 @@ def test_further_text_is_measured_and_told_from_what_was_calibrated_on(folder, c
     text = page(folder)
     unseen, shared = text.index("Perplexity on other text"), text.index("text that was calibrated or trained on")
     assert unseen < text.index('<th scope="row">b<', unseen) < shared < text.index('<th scope="row">a<', shared)
+
+
+def test_a_full_disk_is_said_with_the_file_and_leaves_the_page_as_it_was(folder, capsys):
+    before = page(folder)
+    with full_disk(300):
+        assert main(["report", str(folder / "small")]) == 2
+    assert "small/report.html: File too large." in error_line(capsys) and page(folder) == before
+    assert not [*(folder / "small").glob(".*.new")]
 
 
 def test_a_folder_without_a_result_is_a_mistake_in_one_line(folder, capsys):

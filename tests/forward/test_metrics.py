@@ -120,11 +120,8 @@ def usual():
     return pruner.prune_model(build("llama-tied"), tokenizer()), pruner
 
 
-@pytest.mark.parametrize(
-    ("dtype", "mode"),
-    [(torch.bfloat16, "autocast"), (torch.float16, "no_grad"), (torch.float64, "inference")],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_pruning_is_the_same(dtype, mode, usual):
     model, pruner = build("llama-tied"), StructPruner(settings())
     torch.set_default_dtype(dtype)
