@@ -107,6 +107,12 @@ class Evidence:
         parts = [domain.portion(count) for domain, count in zip(self.domains, counts, strict=True)]
         return batches_of(list(map(_own, parts)), self.batch_size)
 
+    def portion(self, tokens: int) -> Evidence:
+        """The evidence in at most so many calibration tokens, as many samples of each domain; stored moments stay."""
+        most = max(1, tokens // len(self.domains) // self.domains[0].samples.shape[1])
+        domains = self.domains if self.statistics is not None else [domain.portion(most) for domain in self.domains]
+        return replace(self, domains=domains)
+
     def passes(self, model: PreTrainedModel, arch: ArchSpec, fixed: bool = False) -> Passes:
         """Passes over the samples with the model as it is now, or the stored moments.
 

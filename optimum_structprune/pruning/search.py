@@ -24,13 +24,12 @@ from ..widths.shapes import Curves, Key, Resource, Shape, searched_widths, unifo
 from .evidence import Evidence
 from .run import Run
 from .sweep import Sweep
-from .trials import Probe, Trials
+from .trials import TRIAL_TOKENS, Probe, Trials
 from .whole import take_out_layers_
 
 
-# So many uniform shapes are pruned on trial, on so many calibration tokens at most.
+# So many uniform shapes are pruned on trial.
 FINALISTS = 4
-TRIAL_TOKENS = 8192
 # The name under which a run remembers the losses of its trials.
 MEASURED_LOSSES = "measured losses"
 
@@ -169,10 +168,7 @@ class Search:
         """The loss of the model in each shape, after a pruning on a part of the samples."""
         if len(candidates) == 1:
             return [(0.0, candidates[0])]
-        evidence = self.evidence
-        most = max(1, TRIAL_TOKENS // len(evidence.domains) // evidence.domains[0].samples.shape[1])
-        if evidence.statistics is None:
-            evidence = replace(evidence, domains=[domain.portion(most) for domain in evidence.domains])
+        evidence = self.evidence.portion(TRIAL_TOKENS)
         totals = [evidence.total_loss(self._losses_in(candidate.shape, evidence, probe)) for candidate in candidates]
         return [
             (inf if isnan(total) else total, candidate) for total, candidate in zip(totals, candidates, strict=True)

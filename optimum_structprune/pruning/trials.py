@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
+from ..arch.load import layer_list
 from ..arch.spec import LAYER, ArchSpec, Axis, Space
 from ..calibration.passes import LayerPasses, Passes, batches_of, passes_over
 from ..criteria.mixture import Mixture
@@ -26,6 +27,7 @@ from ..system.resume import Resume
 from ..widths.shapes import Curves, Key
 from .evidence import Evidence
 from .sweep import Sweep
+from .whole import gap_passes, refit_before_gap_
 
 
 # The shares of a space that are removed in the trials. A third trial, at a half, changes the predicted loss by 2 %.
@@ -33,10 +35,14 @@ SHARES = (0.25, 0.75)
 # A trial runs about so many held-out tokens, over all domains, and compares the predictions of every fourth one.
 PROBE_TOKENS = 2048
 STRIDE = 4
+# What is pruned on trial in more than one layer is so on so many calibration tokens at most.
+TRIAL_TOKENS = 8192
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-9
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
 Losses = dict[Key, dict[int, Tensor]]
+# The tensors of one layer by name.
+LayerValues = Mapping[str, Tensor]
 # Gives the values of the consumers of one kind of space in one layer, by the number of units removed.
 Refits = Callable[[], Mapping[int, Mapping[Axis, Values]]]
 
@@ -52,6 +58,8 @@ class Probe:
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], passes: Passes | None = None):
         self.model, self.batches, self.layer = model, batches, 0
         self.passes = passes or passes_over(model, arch, batches)
+        # What has entered the layer in front of the present one.
+        self.before: list[Tensor] = []
         self.options: dict[str, Any] = {}
         if last_logits_only(model):
             self.options["logits_to_keep"] = torch.arange(0, batches[0].ids.shape[1], STRIDE)
@@ -68,6 +76,8 @@ class Probe:
 
     def advance(self) -> None:
         """Go on to the next layer."""
+        if isinstance(self.passes, LayerPasses):
+            self.before = list(self.passes.hidden)
         self.passes.advance(self.layer)
         self.layer += 1
 
@@ -84,16 +94,23 @@ class Probe:
             add_up_([total, count])
         return total / count
 
-    def losses_without_layer(self) -> Tensor | None:
-        """What `losses` gives where the present layer hands on its input; None where it cannot be passed over."""
+    def losses_without_layer(self, in_front: LayerValues | None = None) -> Tensor | None:
+        """What `losses` gives where the present layer hands on its input, and the one in front of it has other values;
+        None where the layer cannot be passed over.
+        """
         if not isinstance(self.passes, LayerPasses):
             return None
         self.passes.output(self.layer, 0)  # tells what the layer hands on beside hidden states
+        hidden, front = self.passes.hidden, self.layer - 1
+        if in_front is not None:
+            with holding_layer(layer_list(self.model, self.passes.arch)[front], in_front):
+                self.passes.hidden = [self.passes.output(front, *batch) for batch in enumerate(self.before)]
         self.layer += 1
         try:
             return self.losses()
         finally:
             self.layer -= 1
+            self.passes.hidden = hidden
 
     @torch.no_grad()
     def _logits(self, index: int, model: PreTrainedModel | None = None) -> Tensor:
@@ -102,6 +119,40 @@ class Probe:
         with passes.skipping(self.layer, index) if skips else nullcontext():  # type: ignore[attr-defined]
             logits = run_model(model or self.model, self.batches[index].ids, **self.options).logits
         return (logits if self.options else logits[:, ::STRIDE]).flatten(0, 1)
+
+
+def layers_in_front(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> Iterator[LayerValues | None]:
+    """The values of the layer in front of each layer where that goes and this one makes up for it, see
+    `refit_before_gap_`; None where nothing does.
+    """
+    evidence = evidence.portion(TRIAL_TOKENS)
+    passes = gap_passes(model, arch, evidence)
+    for layer, module in enumerate([None, *layer_list(model, arch)[:-1]]):
+        values = None
+        if passes is not None:
+            passes.advance_dense(layer, arch.names)
+        if passes is not None and module is not None:
+            with holding_layer(module, {}):
+                refit_before_gap_(model, arch, evidence, layer - 1, passes)
+                values = copies_of(module)
+            passes.advance(layer - 1)
+        yield values
+
+
+@contextmanager
+def holding_layer(module: nn.Module, values: LayerValues) -> Iterator[None]:
+    """A layer that has other values inside `with`."""
+    present = copies_of(module)
+    module.load_state_dict(values, strict=False)
+    try:
+        yield
+    finally:
+        module.load_state_dict(present)
+
+
+def copies_of(module: nn.Module) -> LayerValues:
+    """Copies of the tensors of a module by name."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 @dataclass(frozen=True)
@@ -139,7 +190,8 @@ class Trials:
         folder = config.losses_dir or config.stats or config.checkpoint_dir
         if folder is None:
             return None
-        way = (config.scored_by, self.sweep.refit, config.damping, config.seed, SHARES, PROBE_TOKENS, STRIDE)
+        refit = (self.sweep.refit, config.damping, config.error_feedback)
+        way = (config.scored_by, refit, config.seed, SHARES, PROBE_TOKENS, STRIDE, TRIAL_TOKENS)
         key = self.evidence.key(self.sweep.model, way, self.evidence.shares)
         return Resume(Path(folder), key, f"losses-{key[:12]}")
 
@@ -150,9 +202,11 @@ class Trials:
         """
         sweep = self.sweep
         passes, num_layers = self.evidence.passes(sweep.model, sweep.arch, fixed=True), sweep.arch.num_layers
+        every_front = layers_in_front(sweep.model, sweep.arch, self.evidence)
         for first in tqdm(range(0, num_layers, process_count()), desc="measuring losses"):
             layers = range(first, min(first + process_count(), num_layers))
             refits: dict[Key, Refits] = {}
+            fronts = {layer: next(every_front) for layer in layers if self.layers}
             for layer in layers:
                 with sweep.placement.at(layer):
                     for key in [key for key in self.spaces if key[0] == layer and key not in losses]:
@@ -167,7 +221,7 @@ class Trials:
                         # Popped, because the moments of a space are let go with its trials.
                         measured |= {key: trial_losses(sweep, refits.pop(key), self.probe) for key in [*refits]}
                         if self.layers and (layer, LAYER) not in losses:
-                            without = self.probe.losses_without_layer()
+                            without = self.probe.losses_without_layer(fronts[layer])
                             measured[layer, LAYER] = {} if without is None else {1: without}
                     self.probe.advance()
             for of_process in of_all(measured):

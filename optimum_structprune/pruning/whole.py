@@ -58,41 +58,48 @@ def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
 
 
 def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, keep: Sequence[int]) -> None:
-    """Remove layers; with error feedback, the layer in front of each gap makes up for it.
-
-    The last matrix of that layer that writes to the residual stream is refitted to the dense stream behind the gap, as
-    in ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819), which fits a map of what the matrix gives.
-    """
-    config = evidence.config
-    if config.fits and config.error_feedback:
-        feedback = float(config.error_feedback)
-        passes = evidence.run_passes(model, arch, evidence.own_batches, feedback)
-        if isinstance(passes, LayerPasses):
-            passes.through_norms = True
-            _refit_before_gaps_(model, arch, evidence, keep, passes)
+    """Remove layers; with error feedback, the layer in front of each gap makes up for it."""
+    passes, placement, reached = gap_passes(model, arch, evidence), Placement(model, arch), 0
+    if passes is not None:
+        for layer, behind in pairwise((*keep, arch.num_layers)):
+            for other in range(reached, behind):
+                with placement.at(other):
+                    passes.advance_dense(other, arch.names)
+            reached = behind
+            with placement.at(layer, changes=True):
+                if behind > layer + 1:
+                    refit_before_gap_(model, arch, evidence, layer, passes)
+                passes.advance(layer)
     drop_layers_(model, arch, keep)
 
 
-def _refit_before_gaps_(
-    model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, keep: Sequence[int], passes: LayerPasses
+def gap_passes(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> LayerPasses | None:
+    """Passes for `refit_before_gap_`; None where nothing makes up for a removed layer."""
+    feedback = float(evidence.config.error_feedback) if evidence.config.fits else 0.0
+    passes = evidence.run_passes(model, arch, evidence.own_batches, feedback) if feedback else None
+    if not isinstance(passes, LayerPasses):
+        return None
+    passes.through_norms = True
+    return passes
+
+
+def refit_before_gap_(
+    model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, layer: int, passes: LayerPasses
 ) -> None:
-    placement, reached = Placement(model, arch), 0
-    for layer, behind in pairwise((*keep, arch.num_layers)):
-        for other in range(reached, behind):
-            with placement.at(other):
-                passes.advance_dense(other, arch.names)
-        reached = behind
-        with placement.at(layer, changes=True):
-            space, way = _last_writer(arch, layer, passes) if behind > layer + 1 else (None, None)
-            if space is not None:
-                (axis,), weight = space.into, read_consumer(model, space.into[0])[0]
-                moments = pooled(passes, space, True, [Pool(evidence.mixture, weight)])[0]
-                refitted = _refit_(model, evidence.config, axis, moments, torch.arange(weight.shape[1]))
-                if isinstance(way, Norm):  # which would make the outputs as large as they were
-                    energy = output_energy(refitted, replace(moments, energy=None))
-                    size = (energy / output_energy(weight, moments)) ** 0.5
-                    model.get_parameter(f"{way.module}.weight").data.add_(way.weight, alpha=size - 1)
-            passes.advance(layer)
+    """Refit the last matrix of a layer that writes to the residual stream to the dense stream that the passes have
+    reached, behind the gap, as in ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819), which fits a map of what the
+    matrix gives.
+    """
+    space, way = _last_writer(arch, layer, passes)
+    if space is None:
+        return
+    (axis,), weight = space.into, read_consumer(model, space.into[0])[0]
+    moments = pooled(passes, space, True, [Pool(evidence.mixture, weight)])[0]
+    refitted = _refit_(model, evidence.config, axis, moments, torch.arange(weight.shape[1]))
+    if isinstance(way, Norm):  # which would make the outputs as large as they were
+        energy = output_energy(refitted, replace(moments, energy=None))
+        size = (energy / output_energy(weight, moments)) ** 0.5
+        model.get_parameter(f"{way.module}.weight").data.add_(way.weight, alpha=size - 1)
 
 
 def _last_writer(arch: ArchSpec, layer: int, passes: LayerPasses) -> tuple[Space | None, float | Norm | None]:

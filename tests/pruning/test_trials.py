@@ -1,5 +1,6 @@
 """Widths by measured loss: what is measured, that the model comes back, and that it helps."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.functional import kl_div
 
 from optimum_structprune import StructPruner
 from optimum_structprune.arch.load import describe, layer_list
+from optimum_structprune.arch.spec import LAYER
 from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.domains.load import Domain
 from optimum_structprune.forward.layers import Batch
@@ -18,6 +20,7 @@ from optimum_structprune.pruning.run import Run
 from optimum_structprune.pruning.search import Search
 from optimum_structprune.pruning.sweep import Sweep
 from optimum_structprune.pruning.trials import STRIDE, Probe, refits_of, trial_losses, unit_losses
+from optimum_structprune.pruning.whole import take_out_layers_
 from optimum_structprune.surgery.consumers import read_consumer
 from optimum_structprune.widths.budget import widths_of
 
@@ -131,6 +134,23 @@ def test_units_that_no_trial_has_removed_go_last(case):
     each = torch.tensor([*curves.units.values()]).diff()
     assert each.shape == (arch.num_layers, width) and (each.diff() >= 0).all()
     assert float(each[:, removed:].min()) > float(each[:, :removed].max())
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gemma2"])
+def test_a_layer_is_missed_as_much_as_it_will_be(case):
+    """With the layer in front of it refitted, as it is where the layer is taken out."""
+    model = build(case)
+    arch, before = describe(model), snapshot(model)
+    evidence = evidence_of(config(allocation="search_uniform", sparsity=0.3, error_feedback=1.0), domains())
+    probe = Probe.of(model, arch, evidence)
+    losses = Search(model, arch, evidence).trials(probe).losses()
+    assert_untouched(model, before)
+    for layer in range(arch.num_layers):
+        small = deepcopy(model)
+        take_out_layers_(
+            small, describe(small), evidence, [other for other in range(arch.num_layers) if other != layer]
+        )
+        torch.testing.assert_close(losses[layer, LAYER][1], probe.losses(small), atol=1e-6, rtol=1e-3)
 
 
 def widths(model, **fields):
