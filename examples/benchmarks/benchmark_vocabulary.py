@@ -51,7 +51,8 @@ def text(args: Namespace, samples: int) -> dict:
 def evidence(args: Namespace, model, tokenizer) -> dict:
     """What the choice goes by."""
     size = len(tokenizer)
-    config = StructPruneConfig(sparsity=0.1, **text(args, args.calibration))  # nothing is pruned: this names the text
+    # Nothing is pruned by it: it names the text.
+    config = StructPruneConfig(targets=("vocab",), budget={"parameters": 0.9}, **text(args, args.calibration))
     domains = load_domains(config, tokenizer, heldout_samples=2)
     start = perf_counter()
     predicted = predicted_shares(model, domains, size)
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--sizes", nargs="+", type=int, required=True)
-    parser.add_argument("--calibration", type=int, default=256, help="samples that are counted")
+    parser.add_argument("--calibration", type=int, default=256, help="samples; 20 times as many are counted")
     parser.add_argument("--samples", type=int, default=4, help="samples of each evaluation file")
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--channels", type=int, help="calibration samples, for FFN channels in place of tokens")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.spec import VOCAB
 from ..config.domains import DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
@@ -29,6 +30,8 @@ from .sources import documents
 
 
 logger = logging.getLogger(__name__)
+# How often tokens occur is counted in so many times the text that calibrates: that is cheap, since no model reads it.
+COUNTED = 20
 
 
 @dataclass(frozen=True)
@@ -203,11 +206,11 @@ class _Packer:
     def _divided(
         self, shelves: Mapping[int, Shelf], num_samples: int, uses: dict[str, str]
     ) -> dict[int, list[list[Tokens]]]:
-        # Held-out samples come first, so that they are the same text whatever num_samples is. The probe comes last, so
-        # that all others are the same text whether something is chosen or not, then what else is held out.
+        # Held-out samples come first, so that they are the same text whatever num_samples is. The probe comes third,
+        # so that these are the same text whether something is chosen or not; what there may be much of comes last.
         needs = {index: self._needs(num_samples, index) for index in shelves}
         texts: dict[int, list[list[Tokens]]] = {index: [] for index in shelves}
-        for step, use in enumerate((HELDOUT, USED, PROBE, USED, HELDOUT)):
+        for step, use in enumerate((HELDOUT, USED, PROBE, HELDOUT, USED)):
             for index, shelf in shelves.items():
                 texts[index].append(shelf.take(self.frame, needs[index][step], use, uses))
         return texts
@@ -218,7 +221,7 @@ class _Packer:
         heldout, packed, *others = (
             frame.pack(text, need // frame.body) for text, need in zip(texts, needs, strict=True)
         )
-        probes, spares, more = ([part] if len(part.samples) else [] for part in others)
+        probes, more, spares = ([part] if len(part.samples) else [] for part in others)
         largest = max(int(part.samples.max()) for part in (heldout, packed, *probes, *spares, *more))
         check_vocabulary(largest, vocab_size)
         if packed.mask is not None and not packed.mask.any():
@@ -241,15 +244,17 @@ class _Packer:
 
     def _needs(self, num_samples: int, index: int) -> list[int]:
         """The number of tokens to hold out, to calibrate on, to probe with where something is chosen, and, as far as
-        there is text, beside: as many as a larger weight may come to ask for, and what a perplexity needs in all to be
-        more than rough, of half as many samples as calibrate at most.
+        there is text, beside: what a perplexity needs in all to be more than rough, of half as many samples as
+        calibrate at most; and as many as a larger weight may come to ask for, or, where tokens go, are counted.
         """
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, float(self.config.holdout))
-        grows = self.config.reweights and not written_by_model(self.domains[index])
-        spare = grows * (min(round(MOST * count), num_samples) - count)
-        enough = 0 if written_by_model(self.domains[index]) else min(ceil(ENOUGH / self.frame.body), count // 2)
-        numbers = (aside, count, aside * self.config.chooses, spare, max(0, enough - aside))
+        spare = self.config.reweights * (min(round(MOST * count), num_samples) - count)
+        if VOCAB in (self.config.widths or self.config.shrinking):
+            spare = (COUNTED - 1) * count
+        enough = min(ceil(ENOUGH / self.frame.body), count // 2)
+        beside = (0, 0) if written_by_model(self.domains[index]) else (max(0, enough - aside), spare)
+        numbers = (aside, count, aside * self.config.chooses, *beside)
         return [self.frame.body * number for number in numbers]
 
     def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:

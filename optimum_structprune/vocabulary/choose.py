@@ -16,8 +16,8 @@ from .languages import script
 from .tokens import Vocabulary, with_needs
 
 
-# The weight of what is expected of other text against what was counted: one reading decides between rare tokens.
-GUESSED = 0.1
+# The weight of what is expected of other text against what was counted: of rare tokens a count tells little.
+GUESSED = 3.0
 # A token's number in its vocabulary tells how often it was needed where that was made; the first are needed alike.
 ALIKE = 1000
 # Of a script with a smaller share the text shows no more than a name.
