@@ -21,12 +21,13 @@ from .fields import (
     config_class,
     filled,
     finite,
-    not_negative,
     positive,
     proportion,
     read_mapping,
     read_yaml,
+    seed_of_all,
     share,
+    strength,
     to_yaml,
 )
 from .recovery import RecoveryConfig
@@ -153,12 +154,12 @@ class StructPruneConfig(Serialisable):
     num_samples: int = validated_field(positive, default=128)
     seq_length: int = validated_field(positive, default=512)
     batch_size: int | Literal["auto"] = validated_field(positive, default=4)
-    damping: Number = validated_field(not_negative, default=0.08)
+    damping: Number = validated_field(strength, default=0.08)
     error_feedback: Number = validated_field(proportion, default=0.5)
     holdout: Number = validated_field(share, default=0.125)
     skip_layers: tuple[int, ...] | list[int] = ()
     recovery: RecoveryConfig | None = None
-    seed: int = 0
+    seed: int = validated_field(seed_of_all, default=0)
     arch_file: str | None = None
 
     def __post_init__(self) -> None:

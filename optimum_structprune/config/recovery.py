@@ -8,7 +8,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict, validated_field
 
 from .domains import DomainConfig, check_names, with_domains
-from .fields import Number, Serialisable, config_class, finite_inside, positive
+from .fields import Number, Serialisable, config_class, finite_inside, positive, seed_of_all
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -70,7 +70,7 @@ class RecoveryConfig(Serialisable):
     kl_weight: Number = validated_field(_proportion, default=0.25)
     temperature: Number = validated_field(positive, default=1.0)
     merge: bool = True
-    seed: int | None = None
+    seed: int | None = validated_field(seed_of_all, default=None)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RecoveryConfig":

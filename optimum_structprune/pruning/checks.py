@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +77,10 @@ def check(
         _check_statistics(config, arch, widths)
         for folder in filter(None, (config.checkpoint_dir, config.losses_dir)):
             check_folder(folder)
+            if Path(folder, "config.json").is_file():
+                raise StructPruneError(
+                    f"{folder} holds a model, and what a run remembers takes a folder of its own; name another."
+                )
         _check_recovery(config, arch, dense.shapes)
     if unused := [] if use == TRAINER else list(without_effect(config, widths, own_widths)):
         warnings.warn(f"These options have no effect here: {'; '.join(unused)}.", stacklevel=3)

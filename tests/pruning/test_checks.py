@@ -179,6 +179,16 @@ def test_what_a_trainer_cannot_do(fields, message):
         check(blind(), Described.of(model), TRAINER)
 
 
+@pytest.mark.parametrize("fields", [{"checkpoint_dir": "model"}, {"losses_dir": "model", "allocation": "search"}])
+def test_what_a_run_remembers_is_not_put_beside_a_model(fields, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build("llama-tied").save_pretrained("model")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StructPruneError, match="model holds a model.*takes a folder of its own"):
+        prune_model(build("llama-tied"), blind(**fields), tokenizer())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_what_calibration_refuses(tmp_path):
     for model, reader, settings, message in (
         (build("mixtral"), tokenizer(), blind(), "only the moments of dense models are stored"),
