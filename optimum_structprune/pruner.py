@@ -106,6 +106,11 @@ class StructPruner:
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
         described, widths = checked(self.config, model, tokenizer, inputs)
+        if inplace and any(parameter.is_inference() for parameter in model.parameters()):
+            raise StructPruneError(
+                "model was made inside torch.inference_mode, so its weights cannot change; load it outside, or "
+                "leave out inplace=True."
+            )
         arch = described.arch
         check_room(self.config, described, widths, inplace, inputs)
         report = Report(arch.model_type, self.config.scored_by)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from models import build, config, token_ids, tokenizer
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.config.domains import check_names
@@ -43,6 +43,11 @@ def test_odd_tensors_and_models(tmp_path):
     for model, message in ((shared, "layers 0 and 1 share mlp"), (odd, "temperature"), (compiled, "_orig_mod")):
         with pytest.raises(StructPruneError, match=message):
             pruned({"a": token_ids(8, 8)}, model)
+    with torch.inference_mode():
+        fixed = LlamaForCausalLM(build("llama-tied").config)
+    with pytest.raises(StructPruneError, match="inside torch.inference_mode.*leave out inplace=True"):
+        StructPruner(config()).prune_model(fixed, tokenizer(), inplace=True)
+    StructPruner(config()).prune_model(fixed, tokenizer())
     with pytest.raises(StructPruneError, match="pass the model's own"):
         export_gguf(build("llama-tied"), tmp_path / "m.gguf", None)
     with pytest.raises(StructPruneError, match="nothing to predict"):

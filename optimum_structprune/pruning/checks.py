@@ -100,7 +100,7 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any) -> None:
     """Refuse a model, a tokenizer or inputs of another kind than a pruning takes."""
     if hasattr(model, "_orig_mod"):
         raise StructPruneError("model is compiled; pass `model._orig_mod`, and compile what comes out.")
-    if not (isinstance(model, nn.Module) and hasattr(model, "config")):
+    if not (isinstance(model, nn.Module) and getattr(model, "config", None) is not None):
         raise StructPruneError(
             f"model takes a model of transformers, got {type(model).__name__}; load it with from_pretrained first."
         )
