@@ -17,13 +17,17 @@ from typing import Any
 
 SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
 # Numbers of llama.cpp's enum `llama_ftype`.
-FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q3_K_M": 12, "Q4_K_M": 15, "Q6_K": 18}
+FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "Q6_K": 18}
 
 
 class QuantizeParams(ctypes.Structure):
-    """The first two fields of llama.cpp's `llama_model_quantize_params`, and room for those that follow."""
+    """The first fields of llama.cpp's `llama_model_quantize_params`, and room for those that follow."""
 
-    _fields_ = [("threads", ctypes.c_int32), ("file_type", ctypes.c_int32), ("rest", ctypes.c_byte * 504)]
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("threads", "file_type", "head_type", "embedding_type")),
+        *((name, ctypes.c_bool) for name in ("requantize", "head", "copy", "pure")),
+        ("rest", ctypes.c_byte * 492),
+    ]
 
 
 def modules() -> Path:
@@ -64,12 +68,12 @@ def ask(file: str | Path, **request: Any) -> dict[str, Any]:
 
 
 def quantize(source: str | Path, target: str | Path, kind: str) -> None:
-    """Quantise a file, as `llama-quantize SOURCE TARGET KIND` does.
+    """Quantise a file, as `llama-quantize SOURCE TARGET KIND` does; "KIND pure" is its option `--pure`.
 
     Args:
         source: A GGUF file with 16 or 32 bits.
         target: The file to write.
-        kind: One of `FILE_TYPES`.
+        kind: One of `FILE_TYPES`, with " pure" behind it for all matrices in that form.
     """
     library = ctypes.CDLL(str(_binaries()[0]))
     silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
@@ -77,6 +81,6 @@ def quantize(source: str | Path, target: str | Path, kind: str) -> None:
     library.llama_model_quantize_default_params.restype = QuantizeParams
     library.ggml_backend_load_all_from_path(str(_binaries()[0].parent).encode())
     params = library.llama_model_quantize_default_params()
-    params.threads, params.file_type = 1, FILE_TYPES[kind]
+    params.threads, params.file_type, params.pure = 1, FILE_TYPES[kind.split()[0]], kind.endswith(" pure")
     if library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
         raise RuntimeError(f"llama.cpp could not quantise {source}")

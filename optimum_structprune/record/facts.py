@@ -261,9 +261,9 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"± is the standard error over {FEWEST} samples or more; rough: on fewer than {ENOUGH:,} tokens"
     for of in report.get("balances") or ():
         layers = of["layers_loss"]  # null in JSON where it is infinite
-        in_layers = "too much for the layers" if layers in (None, inf) else f"{layers:.4f} in the layers"
-        losses = f"loss {of['tokens_loss']:.4f} for the others, {in_layers}"
-        yield f"{'taken' if of['chosen'] else 'compared'}: {of['tokens']:,} tokens, {losses}"
+        rest = "asks more of the layers than they have" if layers in (None, inf) else f"{layers:.4f} in the layers"
+        kept = f"{of['tokens']:,} tokens kept loses {of['tokens_loss']:.4f} nats, and {rest}"
+        yield f"{'taken' if of['chosen'] else 'compared'}: {kept}"
     yield from languages(report)
     shapes = report.get("shapes") or []
     for shape in shapes if len(shapes) > 1 else ():

@@ -79,5 +79,5 @@ def test_a_loss_that_is_not_finite_is_said_in_words_before_and_after_json(nothin
     balance = {"tokens": 64, "tokens_loss": 0.0, "layers_loss": nothing, "chosen": False}
     shape = {"proposed_by": "one width", "widths": {}, "loss": nothing, "chosen": False}
     compared, *tried = remarks({"balances": [balance], "shapes": [shape, shape]})
-    assert compared == "compared: 64 tokens, loss 0.0000 for the others, too much for the layers"
+    assert compared == "compared: 64 tokens kept loses 0.0000 nats, and asks more of the layers than they have"
     assert len(tried) == 2 and tried[0].endswith("KL not finite")
