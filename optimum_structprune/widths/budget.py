@@ -138,7 +138,15 @@ def budget_of(
 ) -> Budget:
     """The budget of a config whose spaces `names` may shrink; a number below 1 is a share of what is there."""
     ((name, limit),) = (config.budget or {}).items()
-    cost = _cost_of(config, arch, model, names, itemsize or model.dtype.itemsize)
+    cost_of = _cost_of(config, arch, model, names, itemsize or model.dtype.itemsize)
+    costs: dict[str, float] = {}
+
+    def cost(widths: Widths) -> float:  # a search asks for few widths many times, each at the price of a skeleton
+        asked = repr(sorted(widths.items()))
+        if asked not in costs:
+            costs[asked] = cost_of(widths)
+        return costs[asked]
+
     dense = cost({})
     return Budget(name, limit if limit >= 1 else int(limit * dense), dense, cost)
 
