@@ -263,14 +263,14 @@ class StructPruneConfig(Serialisable):
         return cls.from_dict(read_yaml(path))
 
 
-def _by_layer(name: str, width: Any) -> int | dict[int, int]:
-    """One number for all layers as it is, numbers for single layers by layer."""
-    if isinstance(width, Mapping):
-        try:
-            return {int(layer): units for layer, units in width.items()}
-        except (TypeError, ValueError) as error:
-            raise StructPruneError(f"widths[{name!r}] names layers by their numbers, got {list(width)}.") from error
-    return dict(enumerate(width)) if isinstance(width, list) else width
+def _by_layer(name: str, width: Any) -> int | list[int] | dict[int, int]:
+    """A mapping by numbers of layers, which JSON makes strings of, and all others as they are."""
+    if not isinstance(width, Mapping):
+        return width
+    try:
+        return {int(layer): units for layer, units in width.items()}
+    except (TypeError, ValueError) as error:
+        raise StructPruneError(f"widths[{name!r}] names layers by their numbers, got {list(width)}.") from error
 
 
 def _check_amount(config: StructPruneConfig) -> None:

@@ -73,7 +73,13 @@ def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: Pretra
         _check_disjoint(config, arch, list(legal))
     else:
         for name, width in config.widths.items():
-            _check_width(arch, name, cast("Width", width), legal[name])
+            if isinstance(width, list) and len(width) != arch.num_layers:
+                raise StructPruneError(
+                    f"widths[{name!r}] has a list of length {len(width)}, and the model has {arch.num_layers} layers; "
+                    f"list one width for each, or name layers: {dict(enumerate(width))}."
+                )
+        for name, width in (asked_widths(config, arch) or {}).items():
+            _check_width(arch, name, width, legal[name])
     return legal
 
 
@@ -82,11 +88,11 @@ def asked_widths(config: StructPruneConfig, arch: ArchSpec) -> Widths | None:
     if config.widths is None:
         return None
     widths: dict[str, Width] = {}
-    for name, width in config.widths.items():
+    for name, given in config.widths.items():
+        width = cast("Width", dict(enumerate(given)) if isinstance(given, list) else given)
         if isinstance(width, dict) and len({*width.values()}) == 1 and width.keys() == arch.widths(name).keys():
-            widths[name] = next(iter(width.values()))
-        else:
-            widths[name] = cast("Width", width)
+            width = next(iter(width.values()))
+        widths[name] = width
     return widths
 
 

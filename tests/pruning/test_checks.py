@@ -66,7 +66,9 @@ REFUSED = [
     ("llava", {"widths": {"hidden": 24}}, "what is not text writes to the residual stream too"),
     # of single layers
     ("llama-tied", {"widths": {"mlp": [24, 41]}}, r"\['mlp'\]\[1\] = 41 is not legal.*nearest legal choice is 40"),
-    ("llama-tied", {"widths": {"mlp": [24] * 3}}, "names layer 2, which has no 'mlp'; the layers that have it are 0"),
+    ("llama-tied", {"widths": {"mlp": [24]}}, r"list of length 1, and the model has 2 layers; .*: \{0: 24\}"),
+    ("llama-tied", {"widths": {"mlp": [24] * 3}}, "list of length 3, and the model has 2 layers"),
+    ("llama-tied", {"widths": {"mlp": {2: 24}}}, "names layer 2, which has no 'mlp'; the layers that have it are 0"),
     ("llama-tied", {"widths": {"attention": {0: 3}}}, r"\[0\] = 3 is not legal.*nearest legal choice is 2 or 4"),
     ("bert", {"widths": {"mlp": [24, 32]}}, "layers of different widths, which 'mlp' of a bert model cannot"),
     (
