@@ -47,7 +47,7 @@ class Known(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
 
 
-# What is known of each model that a pruning returned, as long as there is the model.
+# What is known of each model that a pruning returned, as long as that model exists.
 RECORDS: WeakKeyDictionary[PreTrainedModel, Known] = WeakKeyDictionary()
 PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
 register_pruner = PRUNERS.register
@@ -132,7 +132,7 @@ class StructPruner:
             run.compare()
             run.recover()
             run.finish()
-        if self.config.max_perplexity_ratio is None:  # which may stop it, and the report says so
+        if self.config.max_perplexity_ratio is None:  # a limit may stop the run early, and the report says so
             report.asked = self.config.sparsity
         if report.asked is not None and far_off(report.asked, report.sparsity):
             warnings.warn(given_by(report.to_dict()).removeprefix("warning: "), stacklevel=2)
@@ -140,7 +140,7 @@ class StructPruner:
         return model
 
     def _remember(self, run: Run, smaller: PreTrainedTokenizerBase | None) -> None:
-        """Keep the records of a run, and those that belong to its model, with the tokenizer that it needs."""
+        """Keep the records of a run here and, with the tokenizer of a smaller vocabulary, those that `save` needs."""
         amount = {name: getattr(self.config, name) for name in ("widths", "budget", "targets", "domains")}
         self.used_config = replace(run.config, **amount)
         self.plan, self.report, self.manifest = run.plan, run.report, run.manifest().note(run.model)
@@ -166,7 +166,7 @@ class StructPruner:
 
     @own_settings()
     def prune_to_(self, model: PreTrainedModel, domains: Sequence[Domain], widths: Widths) -> Plan:
-        """Prune a model in place to legal widths, without measuring it and without recovery; the units that stay."""
+        """Prune a model in place to legal widths, unmeasured and without recovery; it returns the plan."""
         if VOCAB in widths:
             raise StructPruneError(f"{VOCAB!r} takes text and its tokenizer, not samples; use prune_model.")
         arch = describe(model, self.config.arch_file)
@@ -251,7 +251,7 @@ def checked(
     tokenizer: PreTrainedTokenizerBase | None,
     inputs: Mapping[str, Tensor] | None,
 ) -> tuple[Described, Widths]:
-    """What a model is that can be pruned as a config says, and its final widths; see `check`."""
+    """Check that a config can be met for a model, and return its description and final widths; see `check`."""
     check_arguments(model, tokenizer, inputs)
     described = Described.of(model, config.arch_file)
     widths = check(config, described, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
@@ -259,7 +259,7 @@ def checked(
 
 
 def _to_change(model: PreTrainedModel, inplace: bool) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-    """The model that may be changed; and the dense one, where that stays as it is."""
+    """The model to change, and the dense model where that is another object that stays as it is, else None."""
     if is_quantized(model):
         return dequantized(model, inplace), None
     if is_offloaded(model) and not inplace:

@@ -46,8 +46,8 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
 
 @dataclass(frozen=True)
 class Described:
-    """What is asked of a model alone, once, before it is used: `arch` is what may shrink in it, and `device` computes
-    its first weights.
+    """The facts that are asked of a model alone, once, before it is used: `arch` is what may shrink in it, and
+    `device` computes its first weights.
 
     `shapes` is a model of the shapes that the unpacked one has: itself, or where it is quantized, one without weights.
     """

@@ -89,7 +89,7 @@ class StructPruneConfig(Serialisable):
             the layers' parameters to any goal: 64 in models of usual size, and less in small ones.
         tensor_parallel: How many devices will share each matrix of the result, as with vLLM's option of that name.
             Numbers of KV groups that `sparsity` or `budget` chooses are multiples of it, and so are widths with
-            `round_to="auto"`, in models that are large enough of 128 times as much.
+            `round_to="auto"`; in models that are large enough, these are multiples of 128 times as much.
         domains: The calibration text. More than one kind of text makes the result general. None stands for built-in
             prose, code and math in equal shares, and with `stats` for all domains that are stored.
         general_share: The share of the calibration tokens that is general text, of every kind, beside the domains: it
@@ -121,7 +121,7 @@ class StructPruneConfig(Serialisable):
             share is set aside once more where widths, weights of domains or a limit follow from measurements, which
             are made on that instead.
         skip_layers: The layers that are not pruned; the others give up as much more.
-        recovery: Training after the last round, or after each; None leaves it out.
+        recovery: Training after the pruning; None leaves it out.
         seed: The seed of everything random.
         arch_file: A YAML file that describes architectures of your own, in the form of the built-in `families.yaml`.
 
@@ -178,7 +178,7 @@ class StructPruneConfig(Serialisable):
 
     @property
     def samples_at_once(self) -> int:
-        """The number of samples in a forward pass; the least where the device has not been asked yet."""
+        """The number of samples in a forward pass; 1 where `auto` has not asked the device yet."""
         return 1 if self.batch_size == AUTO else int(self.batch_size)
 
     @property
@@ -230,16 +230,16 @@ class StructPruneConfig(Serialisable):
         return self.measures or self.checkpoint_dir is not None
 
     def validate_amount(self) -> None:
-        """Exactly one of `sparsity`, `widths` and `budget`, and numbers that are positive."""
+        """Check that exactly one of `sparsity`, `widths` and `budget` is given, and that numbers are positive."""
         _check_amount(self)
 
     def validate_domains(self) -> None:
-        """At least one domain, and no two of the same name."""
+        """Check that there is at least one domain, and that no two have the same name."""
         if self.domains is not None:
             check_names(self.domains)
 
     def validate_together(self) -> None:
-        """No two fields that contradict each other."""
+        """Check that no two fields contradict each other."""
         _check_together(self)
 
     def save_pretrained(self, save_directory: str | Path) -> None:

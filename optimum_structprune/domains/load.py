@@ -243,9 +243,9 @@ class _Packer:
         )
 
     def _needs(self, num_samples: int, index: int) -> list[int]:
-        """The number of tokens to hold out, to calibrate on, to probe with where something is chosen, and, as far as
-        there is text, beside: what a perplexity needs in all to be more than rough, of half as many samples as
-        calibrate at most; and as many as a larger weight may come to ask for, or, where tokens go, are counted.
+        """Five numbers of tokens: to hold out, to calibrate on, to probe with where something is chosen, and then, as
+        far as there is text, how many more to hold out for a perplexity that is not rough (half as many samples as
+        calibrate at most), and how many more for a larger weight, or to count where tokens go.
         """
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, float(self.config.holdout))

@@ -1,4 +1,4 @@
-"""Every wish that cannot be met, refused before any text is read or a weight is touched.
+"""Refuses what cannot be done, before any text is read or any weight is touched.
 
 A config that contradicts itself, whatever the model, is refused when it is made: see `config.pruning`.
 """
@@ -47,8 +47,8 @@ def check(
 ) -> Widths:
     """Refuse whatever cannot be met, and warn of options that have no effect.
 
-    The result are the final widths, or others of the same total where they follow from calibration; nothing where
-    moments are only stored. `itemsize` is the number of bytes per parameter, by default that of the model's dtype.
+    It returns the final widths; where calibration will choose them, others of the same total; where moments are only
+    stored, none. `itemsize` is the number of bytes per parameter, by default that of the model's dtype.
     """
     arch = dense.arch
     if use == TRAINER:
@@ -178,7 +178,7 @@ def check_trainer(config: StructPruneConfig) -> None:
 
 
 def _check_model(config: StructPruneConfig, dense: Described, use: str) -> None:
-    """The model as it is."""
+    """Refuse a Trainer on weights that are packed or offloaded, and samples that are too long for the model."""
     if use == TRAINER and dense.quantized:
         raise StructPruneError(
             f"{dense.name} is quantized; prune `model.dequantize()`, or load it without quantization."
@@ -191,7 +191,7 @@ def _check_model(config: StructPruneConfig, dense: Described, use: str) -> None:
 
 
 def _check_offloaded(config: StructPruneConfig, dense: Described, widths: Widths) -> None:
-    """What takes all weights of a model at once, where accelerate has offloaded some."""
+    """Refuse what takes all weights of a model at once, where accelerate has offloaded some."""
     name, advice = dense.name, IN_MEMORY
     if dense.quantized:
         raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
@@ -209,7 +209,7 @@ def _check_offloaded(config: StructPruneConfig, dense: Described, widths: Widths
 
 
 def _check_text(config: StructPruneConfig, has_tokenizer: bool, has_inputs: bool, fewer_tokens: bool = False) -> None:
-    """What the text is read with."""
+    """Refuse text that nothing was passed to read it with, and `inputs` that do not fit the rest of the config."""
     if has_inputs and fewer_tokens:
         raise StructPruneError(
             f"{VOCAB!r} numbers the tokens anew, and inputs holds ids as they were; name the text in domains."
@@ -224,7 +224,7 @@ def _check_text(config: StructPruneConfig, has_tokenizer: bool, has_inputs: bool
 
 
 def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:
-    """The criterion, for the spaces that shrink; an unknown name is refused too."""
+    """Refuse an unknown criterion, and one that cannot judge the spaces that shrink."""
     if not judges_layers(config):
         CRITERIA.get(config.scored_by).check(config, arch, use)
     elif others := [name for name in widths if name not in (LAYER, VOCAB)]:
@@ -235,7 +235,7 @@ def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, 
 
 
 def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
-    """Spaces that do not go with an option."""
+    """Refuse options that do not go with the spaces that shrink, or with the type of the model."""
     widest = max((space.size for space in arch.spaces), default=1)
     before = [name for name in WHOLE_MODEL if name in widths]
     if config.rounds > widest:
@@ -262,7 +262,7 @@ def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> 
 
 
 def _check_search(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
-    """Spaces and models whose losses are not measured."""
+    """Refuse spaces and models whose losses are not measured."""
     others = {name: width for name, width in widths.items() if name != VOCAB} or widths
     outside = [name for name in others if not arch.of(name)[0].inside or arch.of(name)[0].layer == MODEL]
     if not arch.causal:
@@ -278,7 +278,7 @@ def _check_search(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> 
 
 
 def _check_statistics(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
-    """What stored moments know nothing of; what is no folder of them is refused too."""
+    """Refuse `stats` that are no folder of stored moments, or that say nothing of what shrinks."""
     if config.stats is None:
         return
     for name in widths:
@@ -292,7 +292,7 @@ def _check_statistics(config: StructPruneConfig, arch: ArchSpec, widths: Widths)
 
 
 def _check_stored(config: StructPruneConfig, arch: ArchSpec) -> None:
-    """Models whose moments are not stored."""
+    """Refuse models whose moments are not stored."""
     inside = next((space for space in arch.spaces if space.experts is not None), None)
     if inside is not None:
         raise StructPruneError(
@@ -311,7 +311,7 @@ def _check_not_watching(config: StructPruneConfig) -> None:
 
 
 def _check_recovery(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> None:
-    """The training that follows."""
+    """Refuse a recovery that the model or the config does not allow."""
     if config.recovery is None:
         return
     # Training libraries take seconds to import, and most runs do without.

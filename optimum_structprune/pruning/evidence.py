@@ -60,8 +60,8 @@ class Evidence:
         reader: PreTrainedTokenizerBase | None = None,
         seen: Manifest | None = None,
     ) -> Evidence:
-        """The evidence that a config names; its own config says which general text has been read. For `reader` and
-        `seen`, see `calibration_domains`.
+        """Read the evidence that a config names; its own config says which general text was read. Samples are tokens
+        of the `reader`, by default the tokenizer, and text that an earlier run has `seen` is for the same use again.
         """
         if config.stats is None:
             if inputs is not None:
@@ -94,8 +94,8 @@ class Evidence:
         return Mixture(self.shares)
 
     def total_loss(self, by_domain: Tensor) -> float:
-        """The loss that choices go by, of those by domain, shape `(domains,)`: with the objective `worst` the highest,
-        and their weighted mean otherwise.
+        """The one loss that choices go by, of the losses by domain, shape `(domains,)`: the highest with the objective
+        `worst`, and the weighted mean otherwise.
         """
         worst = self.config.objective == "worst"
         return float(by_domain.max() if worst else self.mixture.mean(by_domain))
@@ -108,7 +108,7 @@ class Evidence:
         return batches_of(list(map(_own, parts)), self.batch_size)
 
     def portion(self, tokens: int) -> Evidence:
-        """The evidence in at most so many calibration tokens, as many samples of each domain; stored moments stay."""
+        """The evidence cut to at most `tokens` tokens, as many samples in each domain; stored moments stay."""
         most = max(1, tokens // len(self.domains) // self.domains[0].samples.shape[1])
         domains = self.domains if self.statistics is not None else [domain.portion(most) for domain in self.domains]
         return replace(self, domains=domains)
@@ -131,7 +131,7 @@ class Evidence:
         return passes
 
     def reweighted(self, ratios: Mapping[str, float]) -> Evidence:
-        """The evidence of the next round, in which a domain counts more that has lost more."""
+        """The evidence of the next round, in which a domain that has lost more counts more."""
         asked = [domain.weight for domain in self.domains]
         losses = [log(ratio) for ratio in ratios.values()]
         return replace(self, shares=reweighted(self.shares, asked, losses))

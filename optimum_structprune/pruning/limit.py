@@ -17,8 +17,8 @@ from .run import Run, Step
 
 
 def prune_within_limit_(run: Run, step: Step) -> Plan:
-    """Rounds as long as the perplexity of every domain stays below `max_perplexity_ratio` times the dense one; then
-    halvings between the last widths that hold it and the first that do not.
+    """Run rounds while the perplexity of every domain is at most `max_perplexity_ratio` times the dense one; then
+    halve the distance between the last widths that hold this limit and the first that do not.
     """
     rounds = run.rounds = Rounds(run, step)
     limit = run.config.max_perplexity_ratio or 0.0

@@ -63,7 +63,7 @@ class Measure:
         self.dense_probes = self._losses(model, arch, chosen_by) if chosen_by else self.dense
 
     def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        """Measure on the same text as a model reads it that has another tokenizer from now on."""
+        """Measure from now on in the tokens of another tokenizer, which `model` reads, on the same text."""
         self.heldout, self.probes = (
             {name: passages.rows(tokenizer, model) for name, passages in of.items()} for of in self.texts
         )

@@ -22,7 +22,7 @@ from .run import Run, Step
 from .sweep import Snapshot, Sweep
 
 
-# What may change without making a half-finished run another one; the text itself is held against the checkpoint.
+# Fields that may differ between a run that was stopped and the one that goes on; the text is compared by its hashes.
 FREE = ("checkpoint_dir", "losses_dir", "batch_size", "domains")
 
 
@@ -53,7 +53,7 @@ def run_key(evidence: Evidence, model: PreTrainedModel, target: Widths) -> str:
 
 
 class Rounds:
-    """The rounds of one pruning inside the layers, of which `done` are finished, to the one that shrinks the model."""
+    """The rounds of one pruning inside the layers, up to the one that shrinks the model; `done` are finished."""
 
     def __init__(self, run: Run, step: Step):
         self.run, self.arch, config = run, run.arch, run.config
@@ -77,7 +77,7 @@ class Rounds:
         return shrunk_skeleton(self.run.model, self.arch, widths, self.biased)
 
     def run_(self, widths: Widths, smaller: PreTrainedModel | None = None) -> None:
-        """A round, which only masks units, or brings the layers to the sizes that they have in a smaller model."""
+        """Run a round: it only masks units, or with `smaller` brings the layers to the sizes that they have there."""
         run, number = self.run, self.done + 1
         title = f"round {number}/{max(number, self.total)}"
         try:
@@ -166,7 +166,7 @@ def _snapshot(
 
 
 def _measured(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry of the report; JSON has made text of the numbers of layers."""
+    """An entry of the report whose layer numbers, of which JSON has made strings, are numbers again."""
     widths = {
         name: {int(layer): units for layer, units in width.items()} if isinstance(width, dict) else width
         for name, width in entry["widths"].items()

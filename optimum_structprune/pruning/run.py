@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """One pass of calibrate → score → remove, the `number`-th of `count` of one kind, from 1, and the widths that it
-    and the last of them reach.
+    """One step of calibrate → score → remove, the `number`-th (from 1) of `count` steps of the same `kind`. It ends
+    at `widths`, and the last of them at `target`.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Step:
 
     @property
     def last(self) -> bool:
-        """Whether it is the last of those that belong together."""
+        """Whether it is the last step of its kind."""
         return self.number == self.count
 
 
@@ -52,7 +52,7 @@ class Run:
     undone; a model that has begun to shrink in place refuses to be saved, and the error is an `InPlaceError`.
 
     Attributes:
-        arch, dense: The description of the model that shrinks as it is now, and before anything was removed.
+        arch, dense: The `ArchSpec` of the model that shrinks: as it is now, and before anything was removed.
         tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
         inplace: Whether the caller holds the model that shrinks.
         layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
@@ -92,8 +92,8 @@ class Run:
         return describe(self.model, self.config.arch_file)
 
     def start(self, dense: PreTrainedModel | None = None, domains: Sequence[Domain] | None = None) -> None:
-        """Measure the model while it is dense, on `domains` where those of the evidence are not in its tokens; `dense`
-        is given where that is another object than the model that shrinks.
+        """Measure the dense model and begin the records. `domains` stand in for those of the evidence where these are
+        in fewer tokens; `dense` is the dense model where it is another object than the model that shrinks.
         """
         self.plan = Plan.of(self.model, self.arch)
         self.seen = Manifest.seen_by(dense or self.model)
@@ -129,7 +129,7 @@ class Run:
             self.trained = [Entry.of(domain, TRAINED) for domain in recovery.domains]
 
     def manifest(self) -> Manifest:
-        """The record of all text that was used, by the runs before that the dense model comes from as well."""
+        """The record of all text that this run used, and earlier runs that the dense model comes from."""
         rounds = [tuple(entry["shares"].values()) for entry in self.report.rounds]
         return (
             self.evidence.manifest(self.tokenizer, rounds)

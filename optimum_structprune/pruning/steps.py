@@ -1,4 +1,4 @@
-"""The steps of a run, in order, and what takes each kind of them."""
+"""The steps of a run in order, and the function that takes each kind of step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .run import Run, Step
 from .whole import remove_channels_, remove_experts_, remove_layers_
 
 
-# Three kinds of step remove something from the whole model or before all else, the others prune inside the layers.
+# Whole layers, experts and channels of the residual stream go first; `UNITS` and `LIMIT` prune inside the layers.
 UNITS, LIMIT = "units", "limit"
 REMOVERS: dict[str, Callable[[Run, Step], Plan]] = {
     LAYER: remove_layers_,

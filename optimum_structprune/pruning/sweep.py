@@ -101,7 +101,7 @@ class Sweep:
     def prune_layer_(
         self, layer: int, passes: Passes, mixture: Mixture, widths: Widths, smaller: PreTrainedModel | None
     ) -> None:
-        """Bring one layer to its widths, and where there is a smaller model, to the size that it has there."""
+        """Bring one layer to its widths by masks, and with a `smaller` model to the size that it has there."""
         axes = [axis for space in self.arch.at(layer) for axis in space.into]
         with self.consumers.as_dense(axes):
             passes.advance_dense(layer, widths)
@@ -127,7 +127,7 @@ class Sweep:
             return pooled(passes, space, gram, pools)
 
     def score(self, space: Space, gathered: Sequence[Moments]) -> Tensor:
-        """The scores of the units that are left by the present weights, the sum over the consumers of the space, shape
+        """The scores of the units that are left, by the present weights, summed over the consumers of the space, shape
         `(units,)`.
         """
         criterion, units, total = self._criterion(space.layer), len(self._before(space)), []
@@ -150,8 +150,8 @@ class Sweep:
         self.keep[space.key] = keep
 
     def refit_(self, space: Space, gathered: Sequence[Moments], note: bool = False) -> None:
-        """Give each consumer of a space its refitted columns and mask the others; `note` says how much of its output
-        that loses.
+        """Give each consumer of a space its refitted columns and mask the others; with `note`, record how much of its
+        output is lost.
         """
         criterion, keep, errors = self._criterion(space.layer), self.keep[space.key], []
         for axis, moments in zip(space.into, gathered, strict=True):
@@ -168,7 +168,7 @@ class Sweep:
             self.errors[space.key] = relative_errors([sum(of_all) for of_all in zip(*errors, strict=True)])
 
     def trial(self, space: Space, gathered: Sequence[Moments], scores: Tensor, width: int) -> dict[Axis, Values]:
-        """The values of the consumers of one space if it kept so many units; the model is left as it is."""
+        """The values of the consumers of one space if it kept `width` units; the model is left as it is."""
         keep = dict(self.keep)
         with self.consumers.holding(self.consumers.copies(space.into)):
             self.choose_(space, gathered, scores, width)
@@ -226,8 +226,8 @@ class Sweep:
         return saved.number
 
     def _criterion(self, layer: int) -> Criterion:
-        # Made anew for each layer, so that what it draws at random does not depend on the layers before, which a run
-        # that goes on where another was killed does not score again.
+        # It is made anew for each layer, so that its random draws do not depend on the layers before: a run that goes
+        # on where another was killed does not score those again.
         config = replace(self.config, seed=self.config.seed + layer)
         return CRITERIA.get(config.scored_by)(config)
 

@@ -1,4 +1,4 @@
-"""The smaller vocabulary of a run: chosen by the text before anything else, which then is read in its tokens."""
+"""The smaller vocabulary of a run: the text chooses it before anything else, and is then read again in its tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .measure import Measure
 from .run import Run
 
 
-# The part of a model that rows of tokens have before a report says how many of them the text never shows.
+# A report counts the tokens that the text never shows where the rows of tokens are more than this share of a model.
 MUCH = 0.2
 
 
@@ -61,12 +61,12 @@ def read_text(
     widths: Widths,
     report: Report,
 ) -> tuple[Evidence, SmallerVocabulary | None, Widths]:
-    """The evidence that a config names; where the vocabulary gets smaller, the tokens that stay; and the widths of all
-    other spaces.
+    """Read the text that a config names, and choose the tokens that stay where the vocabulary gets smaller; the widths
+    that are returned are those of all other spaces.
 
-    They are chosen by the calibration text, which is then read again in them. That evidence is for a model without the
-    others, and its config no longer asks for fewer. What the first reading held out is neither counted nor, in the
-    second, calibrated on.
+    The calibration text chooses the tokens, and is then read again in those that stay. The second evidence is for a
+    model without the other tokens, and its config no longer asks for fewer. What the first reading held out is neither
+    counted nor, in the second, calibrated on.
     """
     model = _readable(model, config)
     if tokenizer is None or VOCAB not in widths:
@@ -74,7 +74,7 @@ def read_text(
     vocabulary, rows = Vocabulary.of(tokenizer), arch.of(VOCAB)[0].size
     number = arch.of(VOCAB)[0].width_in(widths)
     others: Widths = {name: width for name, width in widths.items() if name != VOCAB}
-    # A tokenizer may name tokens that the model has no rows for; they stay behind all others.
+    # A tokenizer may name tokens that the model has no rows for; they are kept, with ids after all others.
     most, beyond = min(rows, vocabulary.size), range(rows, vocabulary.size)
     always = _always(config, model, tokenizer, vocabulary) - {*beyond}
     competing = config.searches and config.widths is None and bool(others)  # else the number is given
@@ -113,7 +113,7 @@ def read_text(
 def _readable(model: PreTrainedModel, config: StructPruneConfig) -> PreTrainedModel:
     """The model that writes text and that stored moments are compared with.
 
-    A quantized model is unpacked for that, in a copy: it stays packed where its text is not enough.
+    A quantized model is unpacked for that in a copy, so that it is still packed where a run ends for lack of text.
     """
     tried = config.searches and VOCAB in config.shrinking
     asked = tried or config.stats is not None or any(map(written_by_model, texts_of(config)))
@@ -121,7 +121,7 @@ def _readable(model: PreTrainedModel, config: StructPruneConfig) -> PreTrainedMo
 
 
 def remove_tokens_(run: Run, vocabulary: SmallerVocabulary) -> None:
-    """Leave the model of a run the tokens of a smaller vocabulary; what follows takes it for the dense model."""
+    """Leave the model of a run the tokens of a smaller vocabulary; later steps take the result as dense."""
     if run.measure is not None and run.arch.causal:
         run.measure.read_by(vocabulary.tokenizer, run.model)  # refuses samples that are too long for it
     with run.report.timed("vocabulary"):
@@ -139,17 +139,17 @@ def remove_tokens_(run: Run, vocabulary: SmallerVocabulary) -> None:
 
 
 def large_vocabulary(arch: ArchSpec, model: PreTrainedModel) -> Space | None:
-    """The space of the tokens, where their rows are much of a model."""
+    """The space of the tokens where their rows are a large part of a model, else None."""
     much = MUCH * model.num_parameters()
     return next((space for space in arch.of(VOCAB) if space.unit_params * space.size > much), None)
 
 
 def note_unread(run: Run) -> None:
-    """Note in the report how many tokens of a large vocabulary are of scripts that the text next to never shows."""
+    """Note in the report how many tokens of a large vocabulary are of scripts that the text hardly ever shows."""
     space = large_vocabulary(run.arch, run.model)
     if run.counted or run.tokenizer is None or space is None or run.evidence.statistics is not None:
         return
-    with suppress(StructPruneError):  # of a kind that no token can be taken out of, as slow ones are
+    with suppress(StructPruneError):  # a kind of tokenizer that cannot lose tokens, such as a slow one
         vocabulary = Vocabulary.of(run.tokenizer)
         tokens = unread(vocabulary, token_shares(run.evidence.domains, vocabulary.size))
         run.report.unread = {"tokens": tokens, "parameters": tokens * space.unit_params}

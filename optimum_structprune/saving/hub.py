@@ -51,8 +51,8 @@ def save_pruned(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a pruned model with its records, page and tokenizer; what it comes from and goes by is never replaced."""
-    from .card import leave_card  # with the page, only what saves pays for them
+    """Save a pruned model with its records, page and tokenizer; folders that the run has read are never replaced."""
+    from .card import leave_card  # imported here, as the page is, since only a save needs them
     from .page import leave_page
 
     used = [model.name_or_path, *used_paths(config)]
@@ -78,7 +78,7 @@ def save_checked(
     check: Callable[[Any, Path], Any],
     used: Iterable[str | Path | None] = (),
 ) -> None:
-    """Save a model, and make the folder appear only once it has been read back, see `Output`; of several processes the
+    """Save a model; the folder appears only once the model has been read back, see `Output`. Of several processes the
     first one saves, and the others wait for it and fail if it fails.
     """
     need_bytes = 0 if hasattr(model, "peft_config") else model_bytes(model)  # an adapter is small
@@ -99,7 +99,7 @@ def save_checked(
 
 
 def _shards(model: Any) -> dict[str, Any]:
-    """Offloaded weights are read into memory one shard after the other, and none of them twice."""
+    """The options with which offloaded weights are read into memory shard by shard, and none of them twice."""
     if not is_offloaded(model):
         return {}
     tied = getattr(model, "all_tied_weights_keys", {})
@@ -108,8 +108,8 @@ def _shards(model: Any) -> dict[str, Any]:
 
 
 def forget_code(path: Path) -> None:
-    """Take out of a saved config what names code in its own folder that is not there, such as the dense folder's,
-    which is not copied where transformers' classes run; code on the Hub, `owner/name--module.Class`, stays.
+    """Take out of a saved config the code files that it names and its folder lacks, such as those of the dense folder,
+    which are not copied where the classes of transformers run; code on the Hub, `owner/name--module.Class`, stays.
     """
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     named = config.get("auto_map")
@@ -143,7 +143,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path, reader: Any = None)
         probe = _probe(model)
         with evaluating(model, again):
             outputs, reloaded = (outputs_of(run_model(loaded, probe)) for loaded in (model, again))
-        del again  # before what it reads is gone
+        del again  # before the folder that it may read from is gone
     difference = float((outputs.float() - reloaded.float()).abs().max())
     # Every result is rounded by half a step of the dtype, eps times its size. Kernels that sum in another order take
     # the logits of SmolLM2 (30 layers) apart by 2 to 3 steps of the largest one, in bf16 and in fp16; one matrix that

@@ -65,7 +65,7 @@ def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]]) -> Tensor:
 
 @contextmanager
 def rebuilding_(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = False) -> Iterator[PreTrainedModel]:
-    """Give a model another config; the modules of its skeleton, which `with` gives, are put into the model inside."""
+    """Give a model another config; inside `with`, modules of the skeleton that it gives are put into the model."""
     new = skeleton(model, config, buffers)
     yield new
     adopt_config_(model, config, new)

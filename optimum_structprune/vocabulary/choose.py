@@ -18,9 +18,9 @@ from .tokens import Vocabulary, with_needs
 
 # The weight of what is expected of other text against what was counted: of rare tokens a count tells little.
 GUESSED = 3.0
-# A token's number in its vocabulary tells how often it was needed where that was made; the first are needed alike.
+# A token's number tells how often it occurred when the vocabulary was made; the first so many count alike.
 ALIKE = 1000
-# Of a script with a smaller share the text shows no more than a name.
+# Of a script with a smaller share than this, the text shows no more than a name.
 NEVER = 1e-4
 # The number of tokens that the model reads to tell what it expects, in all domains together.
 ENOUGH = 8192
@@ -106,7 +106,7 @@ def _expected(vocabulary: Vocabulary, shares: Tensor, predicted: Tensor | None) 
 
 
 def unread(vocabulary: Vocabulary, shares: Tensor) -> int:
-    """How many tokens are of scripts that text next to never shows. `shares` are those of the tokens in it."""
+    """The number of tokens of scripts that a text hardly ever shows; `shares` holds the share of each token in it."""
     rare = (_by_script(vocabulary, shares.double()) < NEVER).nonzero().flatten().tolist()
     return len(set(rare) - set(vocabulary.always))
 
