@@ -188,6 +188,7 @@ def dry_run(
         values = cached_values(model, arch)
         return None if values is None else values * dtype.itemsize
 
+    work = Workload(config, arch, dense, widths, dtype.itemsize, Text.of(config, dense))
     counts_operations = cost and not why_not_counted(dense, arch)
     return DryRun(
         model_type=arch.model_type,
@@ -199,7 +200,7 @@ def dry_run(
         cache_per_token=change(cached_bytes),
         reload=_reload(small, model_class(model_config, config.arch_file).__name__),
         notes=(*_notes(model_config, config, dense, arch), *lost_kernels(config, arch, widths)),
-        need=Workload(config, arch, dense, widths, dtype.itemsize, Text.of(config)).need(offload) if cost else None,
+        need=work.need(offload) if cost else None,
         flops_per_token=change(
             lambda model: flops_per_token(model, arch, config.seq_length) if counts_operations else None
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ def image_domains(config: StructPruneConfig, processor: Any, seen: Manifest | No
     """The domains of a config as pixels, shape `(samples, channels, height, width)`; each image has one use, also over
     all domains and what an earlier run has `seen`.
     """
+    if processor is None:
+        raise StructPruneError("The domains are images, and reading them takes an image processor; pass the model's.")
     domains, uses = resolve(texts_of(config)), {} if seen is None else seen.uses()
     weights = [domain.weight for domain in domains]
 
@@ -33,31 +36,41 @@ def image_domains(config: StructPruneConfig, processor: Any, seen: Manifest | No
     loaded = []
     for index, domain in enumerate(domains):
         asked, pixels = needs(index, config.num_samples), _pixels(domain, config.seed, processor)
-        parts: list[dict[str, Tensor]] = [{}, {}]
-        for use, need, part in zip((HELDOUT, USED), asked, parts, strict=True):
-            while len(part) < need and (sample := next(pixels, None)) is not None:
-                if uses.setdefault(name := tensor_hash(sample), use) == use:
-                    part[name] = sample
-        if (have := sum(map(len, parts))) < sum(asked):
+        heldout, pixels = _taken(pixels, asked[0], HELDOUT, uses)
+        used, _ = _taken(pixels, asked[1], USED, uses)
+        if (have := len(heldout) + len(used)) < sum(asked):
             fewer = range(config.num_samples, len(domains) - 1, -1)
             enough = next((f"num_samples={few} would do." for few in fewer if sum(needs(index, few)) <= have), "")
             raise StructPruneError(
                 f"The domain {domain.name!r} has {have} images that differ and serve nothing else, and calibration "
                 f"and held-out samples take {sum(asked)}. {enough or 'Give it more.'}"
             )
-        heldout, samples = (torch.stack([*part.values()]) for part in parts)
         loaded.append(
             Domain(
                 domain.name,
                 domain.weight / sum(weights),
-                samples,
-                heldout,
+                torch.stack([*used.values()]),
+                torch.stack([*heldout.values()]),
                 origin=domain,
-                documents=tuple(parts[1]),
-                heldout_documents=tuple(parts[0]),
+                documents=tuple(used),
+                heldout_documents=tuple(heldout),
             )
         )
     return loaded
+
+
+def _taken(
+    pixels: Iterator[Tensor], need: int, use: str, uses: dict[str, str]
+) -> tuple[dict[str, Tensor], Iterator[Tensor]]:
+    """The first images for one use by hash, `need` of them as far as there are, and all others; `uses` grows."""
+    taken: dict[str, Tensor] = {}
+    passed: list[Tensor] = []
+    while len(taken) < need and (sample := next(pixels, None)) is not None:
+        if uses.setdefault(name := tensor_hash(sample), use) == use:
+            taken[name] = sample
+        else:
+            passed.append(sample)
+    return taken, chain(passed, pixels)
 
 
 def _pixels(domain: DomainConfig, seed: int, processor: Any) -> Iterator[Tensor]:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.spec import VOCAB
 from ..config.domains import DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
@@ -78,6 +77,7 @@ def calibration_domains(
     tokenizer: PreTrainedTokenizerBase | None,
     reader: PreTrainedTokenizerBase | None = None,
     seen: Manifest | None = None,
+    counts: bool = False,
 ) -> tuple[StructPruneConfig, list[Domain]]:
     """The domains of a config, with general text beside them that the model writes, where it can; and the config that
     says so. The samples are tokens of the `reader`, which need not be the `tokenizer` that the model writes with.
@@ -85,7 +85,7 @@ def calibration_domains(
     written = with_written_text(config) if can_write(model, tokenizer) else config
     vocab_size = model.config.get_text_config().vocab_size
     seen = seen or Manifest.seen_by(model)
-    load = partial(load_domains, vocab_size=vocab_size, model=model, seen=seen, writer=tokenizer)
+    load = partial(load_domains, vocab_size=vocab_size, model=model, seen=seen, writer=tokenizer, counts=counts)
     try:
         return written, load(written, reader or tokenizer)
     except StructPruneError as error:
@@ -106,6 +106,7 @@ def load_domains(
     model: PreTrainedModel | None = None,
     seen: Manifest | None = None,
     writer: PreTrainedTokenizerBase | None = None,
+    counts: bool = False,
 ) -> list[Domain]:
     """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again, and
     the model writes with the `writer`, by default the tokenizer.
@@ -121,7 +122,7 @@ def load_domains(
     uses = {} if seen is None else seen.uses()
     if not config.chooses:  # what choices were made on may be trained on, but tells nothing new
         uses = {name: USED if use == PROBE else use for name, use in uses.items()}
-    packer = _Packer(config, domains, frame, heldout_samples, uses)
+    packer = _Packer(config, domains, frame, heldout_samples, uses, counts)
     write = partial(self_documents, model, writer or tokenizer) if model is not None else None
     loaded: dict[int, Domain] = {}
     # A model takes long to write, and a generator gives its text only once: what fails before has not used it up.
@@ -193,6 +194,7 @@ class _Packer:
     frame: Frame
     num_heldout: int | None
     uses: dict[str, str] = field(default_factory=dict)
+    counts: bool = False
 
     def load(self, shelves: Mapping[int, Shelf], vocab_size: int | None) -> dict[int, Domain]:
         """Divide the text of some domains, which may be the same, so that none uses what another one holds out."""
@@ -245,12 +247,12 @@ class _Packer:
     def _needs(self, num_samples: int, index: int) -> list[int]:
         """Five numbers of tokens: to hold out, to calibrate on, to probe with where something is chosen, and then, as
         far as there is text, how many more to hold out for a perplexity that is not rough (half as many samples as
-        calibrate at most), and how many more for a larger weight, or to count where tokens go.
+        calibrate at most), and how many more for a larger weight, or to count tokens in.
         """
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         aside = self.num_heldout or num_heldout(count, float(self.config.holdout))
         spare = self.config.reweights * (min(round(MOST * count), num_samples) - count)
-        if VOCAB in (self.config.widths or self.config.shrinking):
+        if self.counts:
             spare = (COUNTED - 1) * count
         enough = min(ceil(ENOUGH / self.frame.body), count // 2)
         beside = (0, 0) if written_by_model(self.domains[index]) else (max(0, enough - aside), spare)

@@ -44,6 +44,11 @@ class _Reader:
     tokenizer: PreTrainedTokenizerBase | None = None
     images: bool = False
 
+    @property
+    def buffer(self) -> int:
+        """How many rows of a stream are shuffled at once."""
+        return IMAGE_BUFFER if self.images else HUB_BUFFER
+
 
 def documents(
     domain: DomainConfig,
@@ -116,8 +121,8 @@ def _from_memory(reader: _Reader) -> Iterator[str]:
     if datasets is not None and isinstance(source, datasets.Dataset):
         return _from_dataset(source, reader)
     if datasets is not None and isinstance(source, datasets.IterableDataset):
-        return _rows(source if seed is None else source.shuffle(seed=seed, buffer_size=HUB_BUFFER), reader)
-    return _shuffled(_items(source, reader), seed)
+        return _rows(source if seed is None else source.shuffle(seed=seed, buffer_size=reader.buffer), reader)
+    return _shuffled(_items(source, reader), seed, IMAGE_BUFFER if reader.images else LOCAL_BUFFER)
 
 
 def _from_dataset(dataset: Dataset, reader: _Reader) -> Iterator[str]:
@@ -214,11 +219,7 @@ def _hub_rows(reader: _Reader) -> Iterable[Row]:
     domain = reader.domain
     revision = {} if domain.revision is None else {"revision": domain.revision}
     rows = load_dataset(domain.source, domain.dataset_config, split=domain.split, streaming=True, **revision)
-    return (
-        rows
-        if reader.seed is None
-        else rows.shuffle(seed=reader.seed, buffer_size=IMAGE_BUFFER if reader.images else HUB_BUFFER)
-    )
+    return rows if reader.seed is None else rows.shuffle(seed=reader.seed, buffer_size=reader.buffer)
 
 
 def _guarded(domain: DomainConfig, what: str, read: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
@@ -263,13 +264,13 @@ def _reordered(items: Iterable[T], seed: int | None) -> list[T]:
     return order
 
 
-def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
+def _shuffled(texts: Iterable[str], seed: int | None, most: int = LOCAL_BUFFER) -> Iterator[str]:
     # What fits into the buffer is shuffled as a whole. Beyond that a text moves less far, and memory stays bounded.
     stream = iter(texts)
     if seed is not None:
-        rng, buffer = Random(seed), list(islice(stream, LOCAL_BUFFER))
+        rng, buffer = Random(seed), list(islice(stream, most))
         for text in stream:
-            place = rng.randrange(LOCAL_BUFFER)
+            place = rng.randrange(most)
             yield buffer[place]
             buffer[place] = text
         rng.shuffle(buffer)

@@ -317,4 +317,4 @@ def _verdict(pair: Paired | None) -> list[str]:
 def _with_error(scores: Mapping[str, float], metric: str) -> str:
     name, comma, filtered = metric.partition(",")
     error = scores.get(f"{name}_stderr{comma}{filtered}")
-    return f"{scores[metric]:.{0 if metric == 'tokens' else 3}f}" + ("" if error is None else f" ± {error:.3f}")
+    return f"{scores[metric]:.{0 if metric == 'tokens' else 3}f}" + plus_minus(error, 3)

@@ -59,9 +59,11 @@ class Evidence:
         inputs: Mapping[str, Tensor] | None = None,
         reader: PreTrainedTokenizerBase | None = None,
         seen: Manifest | None = None,
+        counts: bool = False,
     ) -> Evidence:
         """Read the evidence that a config names; its own config says which general text was read. Samples are tokens
         of the `reader`, by default the tokenizer, and text that an earlier run has `seen` is for the same use again.
+        With `counts` the pools hold more text, in which tokens are counted.
         """
         if config.stats is None:
             if inputs is not None:
@@ -69,7 +71,7 @@ class Evidence:
             elif reads_images(model):
                 domains = image_domains(config, tokenizer, Manifest.seen_by(model))
             else:
-                config, domains = calibration_domains(config, model, tokenizer, reader, seen)
+                config, domains = calibration_domains(config, model, tokenizer, reader, seen, counts)
             return cls.of(config, domains)
         statistics = Statistics.load(config.stats)
         statistics.check(model, tokenizer)

@@ -24,6 +24,7 @@ from ..criteria.obs import COLUMNS
 from ..domains.load import given_domains
 from ..domains.resolve import texts_of
 from ..errors import StructPruneError
+from ..forward.generation import reads_images
 from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
 from ..record.text import table
 from ..surgery.refit import ROWS
@@ -82,15 +83,16 @@ class Text(NamedTuple):
     domains: int
 
     @classmethod
-    def of(cls, config: StructPruneConfig, inputs: Mapping[str, Tensor] | None = None) -> Text:
+    def of(cls, config: StructPruneConfig, model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = None) -> Text:
         """The samples that a config asks for, or those that are given; none where stored moments stand in for them."""
         if config.stats is not None:
             return cls(0, config.seq_length, 0, 0)
-        domains, count, length = len(texts_of(config)), config.num_samples, config.seq_length
+        # What is no text has as many tokens as the model makes of it, which shapes do not say.
+        domains, count = len(texts_of(config)), config.num_samples
+        length = 1 if reads_images(model) else config.seq_length
         if inputs is not None:
             given = given_domains(inputs, float(config.holdout), config.chooses)
             domains, count = len(given), sum(len(domain.samples) for domain in given)
-            # What is no text has as many tokens as the model makes of it, which shapes do not say.
             length = max(samples.shape[1] if samples.ndim == 2 else 1 for samples in inputs.values())
         return cls(count * length, length, min(config.samples_at_once, ceil(count / domains)), domains)
 
@@ -225,7 +227,7 @@ def check_room(
     What is estimated is taken at the lower end of its error, so that nothing is refused that fits.
     """
     device, shapes, free = dense.device, dense.shapes, free_bytes(dense.device)
-    work = Workload(config, dense.arch, shapes, widths, shapes.dtype.itemsize, Text.of(config, inputs))
+    work = Workload(config, dense.arch, shapes, widths, shapes.dtype.itemsize, Text.of(config, shapes, inputs))
     need = work.need("disk" if dense.offloaded else None, process_count())
     copy = 0 if inplace or dense.offloaded else work.weights
     lower_bound = int(need.above * (1 - ERROR)) + copy
@@ -263,7 +265,7 @@ def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, 
     free = free_bytes(device)
     base: Any = model.base_model
     samples = max((domain.samples for domain in evidence.domains), key=len)
-    work = Workload(config, arch, model, widths, model.dtype.itemsize, Text.of(config))
+    work = Workload(config, arch, model, widths, model.dtype.itemsize, Text.of(config, model))
     limit = min(len(samples), MOST_ON_CPU if device.type == "cpu" else MOST)
     start = largest_estimated(work, limit, free, is_offloaded(model))
 

@@ -228,7 +228,7 @@ class Sweep:
     def _criterion(self, layer: int) -> Criterion:
         # It is made anew for each layer, so that its random draws do not depend on the layers before: a run that goes
         # on where another was killed does not score those again.
-        config = replace(self.config, seed=self.config.seed + layer)
+        config = replace(self.config, seed=(self.config.seed + layer) % 2**32)
         return CRITERIA.get(config.scored_by)(config)
 
     def _before(self, space: Space) -> tuple[int, ...]:

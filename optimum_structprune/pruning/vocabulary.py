@@ -84,7 +84,7 @@ def read_text(
             "stay."
         )
     first, again = _for_two_readings(config)
-    dense = Evidence.read(first, model, tokenizer)
+    dense = Evidence.read(first, model, tokenizer, counts=True)
     shares = token_shares(dense.domains, vocabulary.size)
     predicted = predicted_shares(model, dense.domains, vocabulary.size) if arch.causal else None
     order = removal_order(vocabulary, shares, {*always, *beyond}, predicted)

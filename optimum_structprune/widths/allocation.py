@@ -78,8 +78,8 @@ def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: Pretra
                     f"widths[{name!r}] has a list of length {len(width)}, and the model has {arch.num_layers} layers; "
                     f"list one width for each, or name layers: {dict(enumerate(width))}."
                 )
-        for name, width in (asked_widths(config, arch) or {}).items():
-            _check_width(arch, name, width, legal[name])
+        for name, asked in (asked_widths(config, arch) or {}).items():
+            _check_width(arch, name, asked, legal[name])
     return legal
 
 

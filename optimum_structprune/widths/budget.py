@@ -159,9 +159,10 @@ def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names:
         )
     if not names:
         others = [kind for kind in ("attention", LAYER) if kind in arch.offered and kind not in config.shrinking]
+        advice = f"target {' or '.join(map(repr, others))}" if others else "budget something else"
         raise StructPruneError(
             f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
-            f"{list(config.shrinking)} leave that as it is; target {' or '.join(map(repr, others))}."
+            f"{list(config.shrinking)} leave that as it is; {advice}."
         )
     if limit < least:
         raise StructPruneError(

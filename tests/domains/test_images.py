@@ -65,6 +65,8 @@ def test_each_image_has_one_use():
     domains = image_domains(asked(twice, rows, num_samples=8), processor())
     used, held = ([name for of in domains for name in getattr(of, f"{use}documents")] for use in ("", "heldout_"))
     assert len(used) == 8 and len(held) == 4 and not {*used} & {*held}
+    full = image_domains(asked(PICTURES[:14], PICTURES[13::-1], num_samples=24), processor())
+    assert [len(domain.samples) for domain in full] == [12, 12]  # each is found, in whichever order they come
     again = image_domains(asked(twice, rows, num_samples=8), processor())
     assert all(torch.equal(one.samples, two.samples) for one, two in zip(domains, again, strict=True))
     with pytest.raises(StructPruneError, match="has 12 images that differ"):
@@ -75,6 +77,8 @@ def test_what_is_no_image_or_no_reader_of_them():
     for source, text in (([{"text": "w3"}], "no image and has none, got the columns text"), (["w3"] * 9, "got str")):
         with pytest.raises(StructPruneError, match=text):
             image_domains(asked(source), processor())
+    with pytest.raises(StructPruneError, match="takes an image processor"):
+        image_domains(asked(PICTURES), None)
     with pytest.raises(StructPruneError, match="shapes"):
         image_domains(asked([PICTURES[0], PICTURES[1].rotate(90, expand=True)]), ViTImageProcessor(do_resize=False))
     for model, reader, text in (("vit", tokenizer(), "reads images"), ("llama-tied", processor(), "reads text")):

@@ -29,7 +29,7 @@ def llama(wide=3072):
 
 def work_of(config, model_config, inputs=None, itemsize=4):
     model = meta_model(model_config)
-    return Workload(config, describe(model), model, config.widths, itemsize, Text.of(config, inputs))
+    return Workload(config, describe(model), model, config.widths, itemsize, Text.of(config, model, inputs))
 
 
 def half(wide=3072, **fields):
@@ -153,7 +153,7 @@ def test_a_device_without_room_gets_smaller_batches(text, monkeypatch):
 def test_the_estimate_fits_and_twice_as_much_would_not(share, text):
     model, settings = build("llama-tied"), config(domains=text, num_samples=64, seq_length=512, batch_size="auto")
     arch = describe(model)
-    work = Workload(settings, arch, model, widths_of(settings, arch, model), 4, Text.of(settings))
+    work = Workload(settings, arch, model, widths_of(settings, arch, model), 4, Text.of(settings, model))
 
     def above(size):
         return replace(work, text=work.text._replace(batch=size)).need().above * (1 + ERROR)

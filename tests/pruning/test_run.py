@@ -204,3 +204,7 @@ def test_consumers_are_undone_exactly(case, dtype, biased):
     consumers.undo_()
     consumers.restore_({})
     assert same_weights(model, dense)
+
+
+def test_the_largest_seed_is_one_for_all_layers():
+    assert prune_model(build("llama-tied"), config(seed=2**32 - 1, criterion="random"), tokenizer()).num_parameters()
