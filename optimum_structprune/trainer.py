@@ -22,7 +22,7 @@ from .errors import StructPruneError
 from .forward.generation import reads_images
 from .forward.hooks import before_load, before_next_call
 from .pruner import AutoStructPruner
-from .pruning.checks import TRAINER, check, check_config_kind, check_trainer
+from .pruning.checks import TRAINER, check, check_config_kind, check_reader, check_trainer
 from .surgery.cut import check_state, slice_state_
 from .surgery.plan import Plan
 from .surgery.resize import resize_
@@ -120,7 +120,7 @@ class StructPruneCallback(TrainerCallback):
         self._due = dict(self.steps)
         state.stateful_callbacks[PLAN] = self.plan.to_dict()
         if self.calibration == "domains":
-            reader = kwargs["processing_class"]
+            check_reader(reader := kwargs["processing_class"], model)
             if reads_images(model):
                 self._domains = image_domains(self.config, reader)
             else:

@@ -114,10 +114,11 @@ class Statistics:
         return {domain.name: prod(domain.shape[: 1 if domain.shape[2:] else 2]) for domain in self.domains}
 
     def __str__(self) -> str:
-        """Tokens by domain, and what the folder holds."""
+        """Tokens or images by domain, and what the folder holds."""
         size = sum(file.size for file in self.files.values())
-        tokens = ", ".join(f"{name} {count:,} tokens" for name, count in self.tokens.items())
-        return f"{self.model_type}: {tokens}; {size / 1e6:,.1f} MB"
+        kinds = {domain.name: "images" if domain.shape[2:] else "tokens" for domain in self.domains}
+        counts = ", ".join(f"{name} {count:,} {kinds[name]}" for name, count in self.tokens.items())
+        return f"{self.model_type}: {counts}; {size / 1e6:,.1f} MB"
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Refuse another model than the one that was calibrated, and another tokenizer."""

@@ -108,9 +108,7 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any) -> None:
         raise StructPruneError(
             f"tokenizer takes a tokenizer, got {type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained."
         )
-    if tokenizer is not None and isinstance(tokenizer, PreTrainedTokenizerBase) == reads_images(model):
-        what = "images, so pass its image processor" if reads_images(model) else "text, so pass its tokenizer"
-        raise StructPruneError(f"{type(model).__name__} reads {what}, not a {type(tokenizer).__name__}.")
+    check_reader(tokenizer, model)
     if inputs is None:
         return
     if not isinstance(inputs, Mapping):
@@ -121,6 +119,13 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any) -> None:
         raise StructPruneError("inputs has to name at least one domain, got {}.")
     for name, samples in inputs.items():
         _check_samples(name, samples, model)
+
+
+def check_reader(reader: Any, model: nn.Module) -> None:
+    """Refuse the tokenizer of a model that reads images, and the image processor of one that reads text."""
+    if reader is not None and isinstance(reader, PreTrainedTokenizerBase) == reads_images(model):
+        what = "images, so pass its image processor" if reads_images(model) else "text, so pass its tokenizer"
+        raise StructPruneError(f"{type(model).__name__} reads {what}, not a {type(reader).__name__}.")
 
 
 def _check_samples(name: str, samples: Any, model: Any) -> None:

@@ -279,10 +279,11 @@ def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, 
         silent = device.type == "cpu" or evidence.statistics is not None  # no error says that a batch is too large
         size = start if silent else find_executable_batch_size(attempt, starting_batch_size=start)()
     except RuntimeError as error:
+        room, text = "" if free is None else f" in {readable_size(free)}", samples.ndim == 2
         raise StructPruneError(
-            f"batch_size='auto' found no batch that {device} has room for"
-            f"{'' if free is None else f' in {readable_size(free)}'}: one sample of {samples.shape[1]} tokens is too "
-            "much already. Choose a smaller seq_length, or --offload cpu or disk."
+            f"batch_size='auto' found no batch that {device} has room for{room}: one "
+            f"{f'sample of {samples.shape[1]} tokens' if text else 'image'} is too much already. Choose "
+            f"{'a smaller seq_length, or ' * text}--offload cpu or disk."
         ) from error
     return replace(evidence, batch_size=size)
 
