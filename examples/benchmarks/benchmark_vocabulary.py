@@ -51,9 +51,8 @@ def text(args: Namespace, samples: int) -> dict:
 def evidence(args: Namespace, model, tokenizer) -> dict:
     """What the choice goes by."""
     size = len(tokenizer)
-    # Nothing is pruned by it: it names the text.
-    config = StructPruneConfig(targets=("vocab",), budget={"parameters": 0.9}, **text(args, args.calibration))
-    domains = load_domains(config, tokenizer, heldout_samples=2)
+    config = StructPruneConfig(sparsity=0.1, **text(args, args.calibration))  # nothing is pruned: this names the text
+    domains = load_domains(config, tokenizer, heldout_samples=2, counts=True)
     start = perf_counter()
     predicted = predicted_shares(model, domains, size)
     return {"shares": token_shares(domains, size), "predicted": predicted, "seconds": perf_counter() - start}
