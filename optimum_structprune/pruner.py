@@ -105,12 +105,7 @@ class StructPruner:
                 free; nothing has changed then.
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
-        described, widths = checked(self.config, model, tokenizer, inputs)
-        if inplace and any(parameter.is_inference() for parameter in model.parameters()):
-            raise StructPruneError(
-                "model was made inside torch.inference_mode, so its weights cannot change; load it outside, or "
-                "leave out inplace=True."
-            )
+        described, widths = checked(self.config, model, tokenizer, inputs, inplace)
         arch = described.arch
         check_room(self.config, described, widths, inplace, inputs)
         report = Report(arch.model_type, self.config.scored_by)
@@ -250,9 +245,10 @@ def checked(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     inputs: Mapping[str, Tensor] | None,
+    inplace: bool = False,
 ) -> tuple[Described, Widths]:
     """Check that a config can be met for a model, and return its description and final widths; see `check`."""
-    check_arguments(model, tokenizer, inputs)
+    check_arguments(model, tokenizer, inputs, inplace)
     described = Described.of(model, config.arch_file)
     widths = check(config, described, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
     return described, widths

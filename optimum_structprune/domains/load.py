@@ -30,7 +30,7 @@ from .sources import documents
 
 logger = logging.getLogger(__name__)
 # How often tokens occur is counted in so many times the text that calibrates: that is cheap, since no model reads it.
-COUNTED = 20
+COUNT_TIMES = 20
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def load_domains(
     writer: PreTrainedTokenizerBase | None = None,
     counts: bool = False,
 ) -> list[Domain]:
-    """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again, and
-    the model writes with the `writer`, by default the tokenizer.
+    """Read, tokenise and pack the domains of a config; what an earlier run has `seen` is for the same use again, the
+    model writes with the `writer`, by default the tokenizer, and with `counts` there is spare text to count tokens in.
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
@@ -253,7 +253,7 @@ class _Packer:
         aside = self.num_heldout or num_heldout(count, float(self.config.holdout))
         spare = self.config.reweights * (min(round(MOST * count), num_samples) - count)
         if self.counts:
-            spare = (COUNTED - 1) * count
+            spare = (COUNT_TIMES - 1) * count
         enough = min(ceil(ENOUGH / self.frame.body), count // 2)
         beside = (0, 0) if written_by_model(self.domains[index]) else (max(0, enough - aside), spare)
         numbers = (aside, count, aside * self.config.chooses, *beside)

@@ -96,7 +96,7 @@ def check_config_kind(config: Any) -> None:
         )
 
 
-def check_arguments(model: Any, tokenizer: Any, inputs: Any) -> None:
+def check_arguments(model: Any, tokenizer: Any, inputs: Any, inplace: bool = False) -> None:
     """Refuse a model, a tokenizer or inputs of another kind than a pruning takes."""
     if hasattr(model, "_orig_mod"):
         raise StructPruneError("model is compiled; pass `model._orig_mod`, and compile what comes out.")
@@ -107,6 +107,11 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any) -> None:
     if not (tokenizer is None or callable(tokenizer)):
         raise StructPruneError(
             f"tokenizer takes a tokenizer, got {type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained."
+        )
+    if inplace and any(parameter.is_inference() for parameter in model.parameters()):
+        raise StructPruneError(
+            "model was made inside torch.inference_mode, so its weights cannot change; load it outside, or leave out "
+            "inplace=True."
         )
     check_reader(tokenizer, model)
     if inputs is None:

@@ -23,8 +23,7 @@ from optimum_structprune import (
     recover,
 )
 from optimum_structprune.domains.builtin import builtin_documents
-from optimum_structprune.domains.load import COUNTED as COUNTS
-from optimum_structprune.domains.load import load_domains
+from optimum_structprune.domains.load import COUNT_TIMES, load_domains
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.passages import Passages
 from optimum_structprune.forward.metrics import row_losses
@@ -135,7 +134,7 @@ def test_text_is_the_same_in_other_tokens_and_what_is_held_out_is_not_counted():
     pruner, _ = pruned(domains=[DomainConfig(name="math", source=generated())], widths={"vocab": 320, "mlp": 24})
     counted, calibrated = (pruner.manifest.of_use(use)[0] for use in (COUNTED, "calibrated on"))
     assert calibrated.documents == counted.documents[: len(calibrated.documents)]
-    assert counted.calibration_tokens == COUNTS * calibrated.calibration_tokens
+    assert counted.calibration_tokens == COUNT_TIMES * calibrated.calibration_tokens
     assert set(calibrated.heldout_documents) <= set(counted.heldout_documents)
     assert not {*counted.documents} & {*counted.heldout_documents, *calibrated.heldout_documents}
     assert pruner.used_config.domains == pruner.config.domains
