@@ -21,8 +21,8 @@ from .forward.generation import cached_values, flops_per_token, why_not_counted
 from .plain_json import Record
 from .pruner import PRUNERS
 from .pruning.checks import DRY_RUN, check, check_config_kind
+from .pruning.fewer_tokens import large_vocabulary
 from .pruning.room import Need, Text, Workload
-from .pruning.vocabulary import large_vocabulary
 from .record.facts import PERCENT, Row, cells
 from .record.text import table
 from .widths.budget import biased_spaces

@@ -24,10 +24,10 @@ from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
 from .pruning.choose import choose_shape
 from .pruning.evidence import Evidence
+from .pruning.fewer_tokens import Tokens, note_unread, remove_tokens_
 from .pruning.room import check_room, with_batch_size
 from .pruning.run import Run, Step
 from .pruning.steps import REMOVERS, steps
-from .pruning.vocabulary import note_unread, read_text, remove_tokens_
 from .record.facts import far_off, given_by
 from .record.report import Report
 from .registry import Registry
@@ -107,20 +107,20 @@ class StructPruner:
         """
         described, widths = checked(self.config, model, tokenizer, inputs, inplace)
         arch = described.arch
+        tokens = Tokens.of(self.config, arch, model, tokenizer, widths) if VOCAB in widths else None
         check_room(self.config, described, widths, inplace, inputs)
         report = Report(arch.model_type, self.config.scored_by)
         with report.timed("domains"):
-            evidence, vocabulary, widths = read_text(self.config, arch, model, tokenizer, inputs, widths, report)
+            evidence = Evidence.read(self.config, model, tokenizer, inputs, counts=tokens is not None)
         model, dense = _to_change(model, inplace)
         evidence = with_batch_size(evidence, arch, model, widths)
-        with Run(model, arch, evidence, tokenizer, inplace, report) as run:
-            run.start(dense, None if vocabulary is None else vocabulary.dense_domains)
-            if vocabulary is not None:
-                remove_tokens_(run, vocabulary)
-                dense = None
+        with Run(model, arch, evidence, tokenizer, inplace, report, dense) as run:
+            run.start(fewer_tokens=tokens is not None)
+            if tokens is not None:
+                widths = remove_tokens_(run, tokens, widths)
             note_unread(run)
             shape = choose_shape(run, widths) if widths else Shape({})
-            run.find_teacher(dense)
+            run.find_teacher()
             run.layers = shape.layers
             for step in self.steps(run.arch, run.model, shape.after_removal()) if widths else ():  # or only tokens go
                 self.take_(run, step)
@@ -131,16 +131,17 @@ class StructPruner:
             report.asked = self.config.sparsity
         if report.asked is not None and far_off(report.asked, report.sparsity):
             warnings.warn(given_by(report.to_dict()).removeprefix("warning: "), stacklevel=2)
-        self._remember(run, None if vocabulary is None else vocabulary.tokenizer)
+        self._remember(run)
         return model
 
-    def _remember(self, run: Run, smaller: PreTrainedTokenizerBase | None) -> None:
-        """Keep the records of a run here and, with the tokenizer of a smaller vocabulary, those that `save` needs."""
+    def _remember(self, run: Run) -> None:
+        """Keep the records of a run here and, with the tokenizer where it is a new one, those that `save` needs."""
         amount = {name: getattr(self.config, name) for name in ("widths", "budget", "targets", "domains")}
         self.used_config = replace(run.config, **amount)
         self.plan, self.report, self.manifest = run.plan, run.report, run.manifest().note(run.model)
         self.tokenizer = run.tokenizer
-        RECORDS[run.model] = Known(self.used_config, self.plan, self.report, self.manifest, smaller)
+        tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer
+        RECORDS[run.model] = Known(self.used_config, self.plan, self.report, self.manifest, tokenizer)
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
         """The steps that bring a model to its final widths.

@@ -75,25 +75,23 @@ def calibration_domains(
     config: StructPruneConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    reader: PreTrainedTokenizerBase | None = None,
-    seen: Manifest | None = None,
     counts: bool = False,
 ) -> tuple[StructPruneConfig, list[Domain]]:
     """The domains of a config, with general text beside them that the model writes, where it can; and the config that
-    says so. The samples are tokens of the `reader`, which need not be the `tokenizer` that the model writes with.
+    says so. With `counts` there is spare text to count tokens in.
     """
     written = with_written_text(config) if can_write(model, tokenizer) else config
     vocab_size = model.config.get_text_config().vocab_size
-    seen = seen or Manifest.seen_by(model)
-    load = partial(load_domains, vocab_size=vocab_size, model=model, seen=seen, writer=tokenizer, counts=counts)
+    seen = Manifest.seen_by(model)
+    load = partial(load_domains, tokenizer=tokenizer, vocab_size=vocab_size, model=model, seen=seen, counts=counts)
     try:
-        return written, load(written, reader or tokenizer)
+        return written, load(written)
     except StructPruneError as error:
         if written is config:
             raise
         reason = error
     # Some models write nothing that is of use. A mistake in the domains themselves is found again.
-    domains = load(config, reader or tokenizer)
+    domains = load(config)
     logger.warning("No text of every kind is written: %s", reason)
     return config, domains
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
+from itertools import tee
 from math import log
 from typing import Any
 
@@ -13,17 +14,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.meta import dequantized
 from ..arch.spec import ArchSpec
 from ..calibration.passes import Passes, batches_of, passes_over
 from ..calibration.stored import Statistics, StoredPasses
+from ..config.domains import DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import LAYER_CRITERIA
 from ..criteria.mixture import Mixture
 from ..domains.images import image_domains
-from ..domains.load import Domain, calibration_domains, given_domains, split_samples
+from ..domains.load import Domain, calibration_domains, given_domains, load_domains, split_samples
 from ..domains.manifest import Entry, Manifest
-from ..domains.resolve import reweighted
+from ..domains.resolve import reweighted, texts_of
 from ..forward.generation import reads_images
 from ..forward.layers import Batch
 from ..system.fingerprint import fingerprint
@@ -57,25 +60,43 @@ class Evidence:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         inputs: Mapping[str, Tensor] | None = None,
-        reader: PreTrainedTokenizerBase | None = None,
-        seen: Manifest | None = None,
         counts: bool = False,
     ) -> Evidence:
-        """Read the evidence that a config names; its own config says which general text was read. Samples are tokens
-        of the `reader`, by default the tokenizer, and text that an earlier run has `seen` is for the same use again.
-        With `counts` the pools hold more text, in which tokens are counted.
+        """Read the evidence that a config names; its own config says which general text was read. With `counts` the
+        pools hold more text, in which tokens are counted, and generators give all of it once more, see `read_again`.
+
+        A quantized model that writes text, or is compared with a stored one, is unpacked for that in a copy, so that
+        it is still packed where a run ends for lack of text.
         """
-        if config.stats is None:
-            if inputs is not None:
-                domains = given_domains(inputs, float(config.holdout), config.chooses)
-            elif reads_images(model):
-                domains = image_domains(config, tokenizer, Manifest.seen_by(model))
-            else:
-                config, domains = calibration_domains(config, model, tokenizer, reader, seen, counts)
-            return cls.of(config, domains)
-        statistics = Statistics.load(config.stats)
-        statistics.check(model, tokenizer)
-        return cls.of(config, statistics.chosen(config), statistics)
+        if config.stats is not None or any(map(written_by_model, texts_of(config))):
+            model = dequantized(model, inplace=False)
+        if config.stats is not None:
+            statistics = Statistics.load(config.stats)
+            statistics.check(model, tokenizer)
+            return cls.of(config, statistics.chosen(config), statistics)
+        if inputs is not None:
+            return cls.of(config, given_domains(inputs, float(config.holdout), config.chooses))
+        if reads_images(model):
+            return cls.of(config, image_domains(config, tokenizer, Manifest.seen_by(model)))
+        if not (counts and config.domains):
+            return cls.of(*calibration_domains(config, model, tokenizer, counts))
+        first, again = map(list, zip(*map(_twice, config.domains), strict=True))
+        read, domains = calibration_domains(replace(config, domains=first), model, tokenizer, counts)
+        return cls.of(replace(read, domains=again), domains)
+
+    def read_again(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        reader: PreTrainedTokenizerBase,
+        seen: Manifest | None,
+    ) -> Evidence:
+        """The evidence of the same text in tokens of the `reader`, without what is held out here; the model writes
+        with the `tokenizer` that has read it first, and has `seen` the text of earlier runs.
+        """
+        seen = self.manifest(tokenizer).after(seen)
+        vocab_size = model.config.get_text_config().vocab_size
+        return replace(self, domains=load_domains(self.config, reader, vocab_size, None, model, seen, tokenizer))
 
     @classmethod
     def of(
@@ -169,6 +190,12 @@ class Evidence:
 def judges_layers(config: StructPruneConfig) -> bool:
     """Whether the criterion of a config scores whole layers, and nothing inside them."""
     return config.scored_by in LAYER_CRITERIA.names()
+
+
+def _twice(domain: DomainConfig) -> Iterator[DomainConfig]:
+    """A domain for each of two readings; a generator gives both the same text."""
+    again = isinstance(domain.source, Iterator)
+    return (replace(domain, source=source) for source in (tee(domain.source) if again else [domain.source] * 2))
 
 
 def _own(domain: Domain) -> Domain:

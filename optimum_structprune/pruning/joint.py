@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arch.spec import VOCAB, ArchSpec
-from ..config.pruning import StructPruneConfig
+from ..arch.spec import VOCAB
 from ..domains.load import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, row_losses
-from ..record.report import Report
 from ..vocabulary.tokens import Vocabulary
 from ..widths.allocation import choices, legal_widths
 from ..widths.budget import beside_tokens, widths_of
 from ..widths.shapes import Curves
-from .evidence import Evidence
+from .run import Run
 from .search import MEASURED_LOSSES, Search
 from .trials import Losses, Probe, Trials
 
@@ -41,23 +39,14 @@ class Balance:
     layers_loss: float
 
 
-def best_number(
-    config: StructPruneConfig,
-    arch: ArchSpec,
-    model: PreTrainedModel,
-    evidence: Evidence,
-    vocabulary: Vocabulary,
-    keep_of: Callable[[int], Sequence[int]],
-    may: range,
-    report: Report,
-) -> int:
+def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Sequence[int]], may: range) -> int:
     """The number of tokens that stay, in `may` or all of them, for the least total loss within a budget.
 
     The loss of tokens is measured on held-out text, which the dense model reads and predicts in the tokens that
     `keep_of` leaves; that of the layers follows from the trials of the search, which are made once.
     """
-    layers = _Layers(config, arch, model, evidence)
-    legal, numbers = _numbers(config, arch, model, may)
+    model, evidence, report, layers = run.model, run.evidence, run.report, _Layers(run)
+    legal, numbers = _numbers(run, may)
     with evaluating(model), report.timed("search"):
         dense = [row_losses(model, [*domain.trial]).sum() for domain in evidence.domains]
         balances: list[Balance] = []
@@ -74,8 +63,8 @@ def best_number(
     best = _best(balances)
     if best.layers_loss == inf:
         raise StructPruneError(
-            f"budget={config.budget} is not met with {may.start:,} tokens and all that may go from the other targets, "
-            f"{list(config.shrinking)}; allow more, or add targets."
+            f"budget={run.config.budget} is not met with {may.start:,} tokens and all that may go from the other "
+            f"targets, {list(run.config.shrinking)}; allow more, or add targets."
         )
     balances.sort(key=lambda balance: -balance.tokens)
     report.balances = [{**vars(balance), "chosen": balance is best} for balance in balances]
@@ -99,18 +88,19 @@ def _between(balances: Sequence[Balance], legal: Sequence[int]) -> int:
 class _Layers:
     """What the layers lose for the sake of one budget, by how many tokens go; the trials are made once."""
 
-    def __init__(self, config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, evidence: Evidence):
-        self.config, self.arch, self.model, self.evidence = config, arch, model, evidence
+    def __init__(self, run: Run):
+        self.run = run
         self.trials: Trials | None = None
         self.losses: Losses = {}
 
     def least_loss(self, number: int) -> float:
         """The predicted loss of the best shape with so many tokens; infinity where no shape keeps to the budget."""
-        rest = beside_tokens(self.config, self.arch, self.model, number, cut=False)
+        run = self.run
+        rest = beside_tokens(run.config, run.arch, run.model, number, cut=False)
         if rest is None:
             return 0.0
         try:
-            search = Search(self.model, self.arch, replace(self.evidence, config=rest))
+            search = Search(run.model, run.arch, replace(run.evidence, config=rest))
             candidates = search.candidates(self._curves(search))
         except StructPruneError:
             return inf
@@ -118,17 +108,16 @@ class _Layers:
 
     def _curves(self, search: Search) -> Curves:
         if self.trials is None:
-            self.trials = search.trials(Probe.of(self.model, self.arch, self.evidence))
-            self.losses = self.evidence.memory[MEASURED_LOSSES] = self.trials.losses()
+            self.trials = search.trials(Probe.of(self.run.model, self.run.arch, self.run.evidence))
+            self.losses = self.run.evidence.memory[MEASURED_LOSSES] = self.trials.losses()
         return self.trials.curves(self.losses)
 
 
-def _numbers(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, may: range
-) -> tuple[list[int], list[int]]:
+def _numbers(run: Run, may: range) -> tuple[list[int], list[int]]:
     """The numbers of tokens that may be, and those that are compared first, ascending; the largest that meets the
     budget alone is one of these.
     """
+    config, arch, model = run.config, run.arch, run.model
     space, legal = arch.of(VOCAB)[0], legal_widths(config, arch, model.config)
     numbers = [number for number in choices(config, arch, VOCAB, legal[VOCAB]) if number in may] or [space.size]
     try:

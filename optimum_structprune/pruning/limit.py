@@ -87,7 +87,7 @@ def _between(run: Run, wide: Mapping[str, Any], narrow: Mapping[str, Any], share
     """The legal widths after a share of the way from wide ones to narrow ones of the same form."""
     widths: dict[str, Any] = {}
     for name, least in narrow.items():
-        multiple, most = step_of(run.config, run.dense, name), wide[name]
+        multiple, most = step_of(run.config, run.dense_arch, name), wide[name]
 
         def between(most: int, least: int, multiple: int = multiple) -> int:
             return min(most, ceil((most - share * (most - least)) / multiple) * multiple)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import inf
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
-from ..domains.load import Domain
+from ..config.pruning import StructPruneConfig
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
 from ..errors import InPlaceError, some_of
 from ..record.report import Report
@@ -52,7 +51,8 @@ class Run:
     undone; a model that has begun to shrink in place refuses to be saved, and the error is an `InPlaceError`.
 
     Attributes:
-        arch, dense: The `ArchSpec` of the model that shrinks: as it is now, and before anything was removed.
+        arch, dense_arch: The `ArchSpec` of the model that shrinks: as it is now, and before anything was removed.
+        dense_model: The dense model, where it is another object than the model that shrinks.
         tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
         inplace: Whether the caller holds the model that shrinks.
         layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
@@ -70,11 +70,12 @@ class Run:
         tokenizer: PreTrainedTokenizerBase | None = None,
         inplace: bool = True,
         report: Report | None = None,
+        dense_model: PreTrainedModel | None = None,
     ):
-        self.model, self.evidence, self.config = model, evidence, evidence.config
+        self.model, self.dense_model, self.evidence = model, dense_model, evidence
         self.tokenizer = self.dense_tokenizer = tokenizer
         self.inplace = inplace
-        self.arch = self.dense = arch
+        self.arch = self.dense_arch = arch
         self.report = report or Report(self.arch.model_type, self.config.scored_by)
         self.plan = Plan(self.arch.model_type, {})
         self.measure: Measure | None = None
@@ -87,24 +88,28 @@ class Run:
         self.errors: dict[tuple[int, str], tuple[float, ...]] = {}
         self.changed = False
 
+    @property
+    def config(self) -> StructPruneConfig:
+        """The config of the evidence."""
+        return self.evidence.config
+
     def described(self) -> ArchSpec:
         """The description of the model as it is now."""
         return describe(self.model, self.config.arch_file)
 
-    def start(self, dense: PreTrainedModel | None = None, domains: Sequence[Domain] | None = None) -> None:
-        """Measure the dense model and begin the records. `domains` stand in for those of the evidence where these are
-        in fewer tokens; `dense` is the dense model where it is another object than the model that shrinks.
-        """
+    def start(self, fewer_tokens: bool = False) -> None:
+        """Measure the dense model and begin the records; `fewer_tokens` says that other tokens follow."""
         self.plan = Plan.of(self.model, self.arch)
-        self.seen = Manifest.seen_by(dense or self.model)
+        self.seen = Manifest.seen_by(self.dense_model or self.model)
         with self.report.timed("perplexity"):
-            text, apart = domains or self.evidence.domains, domains is not None
-            self.measure = Measure(self.model, text, self.arch, self.dense_tokenizer, apart)
+            domains, tokenizer = self.evidence.domains, self.dense_tokenizer
+            self.measure = Measure(self.model, domains, self.arch, tokenizer, apart=fewer_tokens)
         self.report.start(self.model, self.arch)
 
-    def find_teacher(self, dense: PreTrainedModel | None = None) -> None:
-        """Keep what recovery learns from while the model is dense: `dense` if given, and a copy otherwise."""
+    def find_teacher(self) -> None:
+        """Keep what recovery learns from before units go: the dense model where it is the same, else a copy."""
         if self.config.recovery is not None and self.config.recovery.distils:
+            dense = None if self.changed else self.dense_model
             self.teacher = deepcopy(self.model) if dense is None else dense
 
     def compare(self) -> None:
@@ -139,7 +144,7 @@ class Run:
 
     def finish(self) -> None:
         """Complete the report."""
-        self.report.finish(self.model, self.arch, self.dense, self.plan)
+        self.report.finish(self.model, self.arch, self.dense_arch, self.plan)
         limit, measured = self.config.max_perplexity_ratio or inf, self.report.perplexity
         if above := [name for name, pair in measured.items() if pair.get("after", 0.0) > limit * pair["before"]]:
             logger.warning(
@@ -147,7 +152,7 @@ class Run:
                 "above it.",
                 *(limit, some_of(above)),
             )
-        layers = self.plan.keep.get((MODEL, LAYER), range(self.dense.num_layers))
+        layers = self.plan.keep.get((MODEL, LAYER), range(self.dense_arch.num_layers))
         self.report.details.take({key: error for key, error in self.errors.items() if key[0] in layers})
         calibrated = self.manifest().of_use(CALIBRATED)
         self.report.calibration_tokens = {entry.name: entry.calibration_tokens for entry in calibrated}
