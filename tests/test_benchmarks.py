@@ -15,6 +15,8 @@ import pytest
 from models import real_text_model
 from trained import SHARED, needs_shared
 
+from optimum_structprune import StructPruneError
+
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples" / "benchmarks").glob("*.py"))
@@ -32,7 +34,7 @@ def main(name: str):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_says_how_to_call_it(path, capsys):
-    if path.stem not in ("llama_cpp", "benchmark_peers_worker"):  # others call these
+    if path.stem not in ("llama_cpp", "benchmark_peers_worker", "quality"):  # others call these
         assert f"    python {path.relative_to(ROOT)}" in path.read_text()
         with pytest.raises(SystemExit) as end:
             main(path.stem)(["--help"])
@@ -67,10 +69,45 @@ def test_the_picture_of_the_readme_is_that_of_the_figures_in_the_docs(tmp_path):
     assert texts == texts_now and len(marks) > 20
     assert marks == pytest.approx(marks_now, abs=0.5), "python examples/benchmarks/draw_quality.py draws it anew"
     page = (ROOT / "docs" / "benchmarks.md").read_text()
-    (tmp_path / "page.md").write_text(re.sub(r"\| (\d) \| 1\.", r"| \1 | 2.", page))
+    (tmp_path / "page.md").write_text(re.sub(r"\| 1(\.\d+ ±)", r"| 2\1", page))
     main("draw_quality")(["--page", str(tmp_path / "page.md"), "--output", str(pictures[1])])
     other_texts, other_marks = drawn(pictures[1].read_text())
     assert other_texts != texts and other_marks != marks
+
+
+@needs_shared
+def test_the_whole_table_is_stopped_and_goes_on(tmp_path, monkeypatch):
+    script, page, out = import_module("benchmark_table"), tmp_path / "README.md", tmp_path / "out"
+    page.write_text(before := "Before\n<!-- table: begin -->\nold\n<!-- table: end -->\nAfter\n")
+    small = "--domains stories --removed 50 --samples 4 --eval-samples 1 --seeds 0 --cells *dense,?seed* *FLAP*"
+    words = f"{DATA} {out} --models stories={TINY} --write {page} --rows *FLAP* {small}".split()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, "pruned_by", killed)
+        script.main(words)
+    (dense,) = out.glob("*seed 0.json")
+    written = dense.stat().st_mtime_ns
+    assert "dense" in dense.stem and page.read_text() == before
+    script.main(words)
+    assert len([*out.glob("*seed 0.json")]) == 2 and dense.stat().st_mtime_ns == written
+    table = page.read_text()
+    assert table.startswith("Before\n") and table.endswith("After\n") and "old" not in table
+    (row,) = re.findall(r"^\| stories, 50 %, FLAP \|(.*)\|$", table, re.MULTILINE)
+    gone, size, same, _, share, _, seeds = (cell.strip() for cell in row.split("|"))
+    assert gone.startswith("-") and float(size) > 0 and float(same) > 1
+    assert (share, seeds) == ("1.00 / 1.00", "1") and "answers" not in table  # nothing was asked
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "load", killed)
+        script.main(words)  # nothing is left to run
+    assert page.read_text() == table
+    with pytest.raises(StructPruneError, match="samples"):
+        script.main([*words, "--samples", "5"])
+    page.write_text("no table here")
+    with pytest.raises(StructPruneError, match="table: begin"):
+        script.main(words)
 
 
 # The arguments of a script, and words of what it prints.

@@ -4,7 +4,7 @@
     python examples/benchmarks/benchmark_domains.py run MODEL DATA left.json --leave-one-out [--cells "mix*, *" ...]
     python examples/benchmarks/benchmark_domains.py table out.json [more.json ...]
 
-DATA is as for `benchmark_quality.py`, with multiple-choice items in `tasks/`. A cell is a calibration text, a number
+DATA is as for `benchmark_table.py`, with multiple-choice items in `tasks/`. A cell is a calibration text, a number
 of rounds and a method, such as `mix, one-shot, wanda + refit`; `run … --list` names them all. Every cell gets the same
 number of calibration tokens. `run` leaves out what `out.json` already holds, so it can be interrupted and go on, and
 `table` shows what is there so far: means ± standard deviations over seeds. Several files of the same settings, such as
@@ -28,9 +28,11 @@ from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
 from typing import Any
 
-from benchmark_quality import (
+from quality import (
+    DOMAINS,
     SEQ_LENGTH,
     add_arguments,
+    begin,
     calibration,
     evaluation_texts,
     load,
@@ -57,7 +59,6 @@ import structprune_sisters  # noqa: E402, F401, I001  # registers the methods of
 
 
 SELF = ("self:prose", "self:code", "self:math", "self:dialogue", "self:reasoning")
-DOMAINS = ("wiki", "code", "math", "dialogue", "web")
 # What each part of a cell's name adds to the config. `domains` are names in DATA/calibration, or sources of their own.
 MIXES: dict[str, dict[str, Any]] = {
     "mix": {},
@@ -122,8 +123,6 @@ NEAR = {
     "web": ("web", "news", "self:prose"),
     "stories": ("fiction", "self:prose"),
 }
-# Settings that files of earlier versions of this script leave out.
-SETTINGS = {"seq_length": SEQ_LENGTH, "leave_one_out": False}
 # What re-weights domains between rounds needs some; the widths by measured loss follow the worst domain without any.
 ITERATIVE = ("worst-case",)
 
@@ -211,7 +210,8 @@ def run(args: Namespace) -> None:
         return
     for cell in names.values():
         config_of(args, cell, 1, 0)  # an illegal cell shows before hours have gone by
-    results = begin(args)
+    same = ("model", "data", "dtype", "domains", "samples", "eval_samples", "tasks", "limit", "seq_length")
+    results = begin(args.out, args, (*same, "leave_one_out"), runs=[])
     model, tokenizer = load(args)
     size = describe(model).of("mlp")[0].size
     texts, unseen = (
@@ -251,19 +251,6 @@ def run(args: Namespace) -> None:
         write_json(args.out, results)
         kind = "" if left is None else f" without {left}"
         print(f"{name}{kind}, {removed} %, seed {seed}: {summary(results, row)}", flush=True)
-
-
-def begin(args: Namespace) -> dict[str, Any]:
-    """The results so far, which have to come from the same settings."""
-    same = ("model", "data", "dtype", "domains", "samples", "eval_samples", "tasks", "limit", *SETTINGS)
-    setting = {name: getattr(args, name) for name in same}
-    if not Path(args.out).exists():
-        return {"setting": setting, "runs": []}
-    results = json.loads(Path(args.out).read_text())
-    found = {**SETTINGS, **results["setting"]}
-    if differing := [name for name in setting if found.get(name) != setting[name]]:
-        raise StructPruneError(f"{args.out} was made with other settings: {', '.join(differing)}; name another file.")
-    return results
 
 
 def columns(results: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
@@ -311,7 +298,7 @@ def table(args: Namespace) -> None:
     accuracies = {f"{name} acc": score["acc"] for name, score in results["dense"].get("tasks", {}).items()}
     for removed in sorted({row["removed"] for row in results["runs"]}):
         print(f"\n{removed} % of the FFN channels removed\n")
-        if results["setting"].get("leave_one_out"):
+        if results["setting"]["leave_one_out"]:
             left_out_table(results, removed, args.against)
             continue
         rows = list(groups(results, removed))
@@ -389,7 +376,6 @@ def add_grid_arguments(parser: ArgumentParser, patterns: str, samples: int) -> N
     parser.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of files in DATA/calibration")
     parser.add_argument("--removed", nargs="+", type=int, default=[20, 35, 50], help="FFN channels, in percent")
     parser.add_argument("--samples", type=int, default=samples, help="calibration samples in all")
-    parser.add_argument("--limit", type=int, help="items per task; by default all of them")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -399,6 +385,7 @@ def main(argv: list[str] | None = None) -> None:
     running, showing = modes.add_parser("run"), modes.add_parser("table")
     running.set_defaults(mode=run)
     showing.set_defaults(mode=table)
+    running.add_argument("model")
     add_arguments(running)
     running.add_argument("out", help="JSON file with the results")
     showing.add_argument("out", nargs="+", help="JSON files with the results")
@@ -407,6 +394,7 @@ def main(argv: list[str] | None = None) -> None:
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     running.add_argument("--seq-length", type=int, default=SEQ_LENGTH, help="tokens in a calibration sample")
     running.add_argument("--leave-one-out", action="store_true", help="look at the kind that is not calibrated on")
+    running.add_argument("--limit", type=int, help="items per task; by default all of them")
     running.add_argument("--tasks", action="store_true", help="score DATA/tasks/*.jsonl as well")
     args = parser.parse_args(argv)
     disable_progress_bar()

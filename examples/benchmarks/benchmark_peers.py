@@ -2,7 +2,7 @@
 
     python examples/benchmarks/benchmark_peers.py MODEL DATA out.json [--rows "optipfair*" ...] [--folder DIR] [--list]
 
-DATA is as for `benchmark_quality.py`. Every tool but this package gets a virtual environment of its own under
+DATA is as for `benchmark_table.py`. Every tool but this package gets a virtual environment of its own under
 `--folder` (a temporary one otherwise), into which pip installs it; the environment that runs this script stays as it
 is. Each row is pruned in a process of its tool's environment, and measured in a second one, which has transformers
 and not the tool, and loads the result by plain `from_pretrained`. Where that fails, the tool prunes once more, and its
@@ -24,7 +24,7 @@ from statistics import geometric_mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmark_quality import FIVE, SEQ_LENGTH, calibration, evaluation_texts, show, write_json
+from quality import DOMAINS, SEQ_LENGTH, begin, calibration, evaluation_texts, show, write_json
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
@@ -141,18 +141,6 @@ def row_of(name: str, args: Namespace, width: int, scratch: Path, folder: Path) 
     return {**row, **measured}
 
 
-def begin(args: Namespace) -> dict[str, Any]:
-    """The rows so far, which have to come from the same settings."""
-    same = ("model", "data", "domains", "samples", "eval_samples", "removed", "seed")
-    setting = {name: getattr(args, name) for name in same}
-    if not Path(args.out).exists():
-        return {"setting": setting, "rows": {}}
-    results = json.loads(Path(args.out).read_text())
-    if differing := [name for name in same if results["setting"].get(name) != setting[name]]:
-        raise StructPruneError(f"{args.out} was made with other settings: {', '.join(differing)}; name another file.")
-    return results
-
-
 def write_texts(args: Namespace, path: Path) -> list[str]:
     """Tokenise all text once, for every row, and return the names of what nobody calibrates on."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -171,7 +159,8 @@ def write_texts(args: Namespace, path: Path) -> list[str]:
 
 def run(args: Namespace) -> None:
     """Measure the rows that are missing and print the table."""
-    results = begin(args)
+    same = ("model", "data", "domains", "samples", "eval_samples", "removed", "seed")
+    results = begin(args.out, args, same, rows={})
     chosen = [name for name in ROWS if any(fnmatchcase(name, pattern) for pattern in args.rows)]
     with TemporaryDirectory() as scratch:
         folder = Path(args.folder or scratch).resolve()
@@ -231,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     parser.add_argument("--folder", help="where the environments of the tools are made, and stay")
     parser.add_argument("--removed", type=float, default=35, help="FFN channels, in percent")
-    parser.add_argument("--domains", nargs="+", default=list(FIVE), help="names of files in DATA/calibration")
+    parser.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of files in DATA/calibration")
     parser.add_argument("--samples", type=int, default=60, help="calibration samples of 512 tokens in all")
     parser.add_argument("--eval-samples", type=int, default=8, help="samples of 512 tokens per evaluation file")
     parser.add_argument("--seed", type=int, default=0)

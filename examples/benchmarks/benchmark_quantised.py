@@ -34,11 +34,15 @@ from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import row_losses, standard_error
 
 
+def read(file: Path) -> PreTrainedModel:
+    """The quantised model, which computes in fp32."""
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+
+
 def losses(file: Path, rows: list[Tensor], in_torch: bool) -> Tensor:
     """The loss of each sample in nats."""
     if in_torch:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        return row_losses(model, rows)
+        return row_losses(read(file), rows)
     answers = llama_cpp.ask(file, ids=[row.tolist() for row in rows])["logprobs"]
     return torch.tensor([-sum(token["logprob"] for token in row) for row in answers], dtype=torch.float64)
 

@@ -14,7 +14,6 @@ without the evaluation text.
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from copy import deepcopy
@@ -25,7 +24,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from benchmark_quality import calibration
+from quality import DOMAINS, calibration, show, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -33,7 +32,6 @@ from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPr
 from optimum_structprune.domains.load import load_domains
 
 
-DOMAINS = ["wiki", "code", "math", "dialogue", "web"]
 # What the rows train, and by what.
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {"kl_weight": 0.0},
@@ -105,7 +103,7 @@ def run(args: Namespace) -> dict[str, dict]:
         closed = {part: closed_gap(results, part, means[part]) for part in means}
         show(name, [*means.values(), *closed.values(), *ppl.values(), f"{seconds:.0f}"])
         if args.json:
-            Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+            write_json(args.json, results)
 
     parts = {part: names for part, names in (("heldout", seen), ("unseen", unseen)) if names}
     heads = ["held-out" if part == "heldout" else part for part in parts]
@@ -141,12 +139,6 @@ def closed_gap(results: dict[str, dict], part: str, value: float) -> float:
     return (pruned - log(value)) / (pruned - dense)
 
 
-def show(name: str, values: list) -> None:
-    """One row of a Markdown table."""
-    cells = [value if isinstance(value, str) else f"{value:.3f}" for value in values]
-    print(f"| {name} | {' | '.join(cells)} |", flush=True)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Read the arguments and run."""
     parser = ArgumentParser(description=__doc__)
@@ -154,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data")
     parser.add_argument("--mlp", type=int, default=1152, help="FFN width to keep")
     parser.add_argument(
-        "--domains", nargs="+", default=DOMAINS, help="files of DATA/calibration, or sources such as self:any"
+        "--domains", nargs="+", default=list(DOMAINS), help="files of DATA/calibration, or sources such as self:any"
     )
     parser.add_argument("--left-out", nargs="+", default=[], help="files of DATA/calibration that are only measured")
     parser.add_argument("--tokens", nargs="+", type=int, default=[25_000, 50_000, 100_000, 200_000], help="rows")

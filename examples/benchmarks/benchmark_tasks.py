@@ -3,7 +3,7 @@
     python examples/benchmarks/benchmark_tasks.py run MODEL DATA OUT [--cells "mix*" ...] [--removed 20 35 50]
     python examples/benchmarks/benchmark_tasks.py table OUT [--metric acc_norm]
 
-DATA is as for `benchmark_quality.py`, with multiple-choice items in `tasks/`. A cell is a calibration text and a
+DATA is as for `benchmark_table.py`, with multiple-choice items in `tasks/`. A cell is a calibration text and a
 method: our defaults on the mix and on each single domain, published methods on the mix, and the mix with recovery.
 Every cell is calibrated on the same number of tokens, and asked all items of all tasks. `run` keeps in the folder OUT
 what each model scores in each item, so it can be interrupted, go on at the next cell, and be called again with other
@@ -21,10 +21,10 @@ from time import perf_counter
 from typing import Any
 
 from benchmark_domains import METHODS, add_grid_arguments
-from benchmark_quality import SEQ_LENGTH, add_arguments, calibration, load, pruned_by, show, write_json
+from quality import SEQ_LENGTH, add_arguments, begin, calibration, load, pruned_by, show, write_json
 from transformers.utils.logging import disable_progress_bar
 
-from optimum_structprune import RecoveryConfig, StructPruneConfig, StructPruneError, recover
+from optimum_structprune import RecoveryConfig, StructPruneConfig, recover
 from optimum_structprune.arch.load import describe
 from optimum_structprune.evaluation.evaluate import ALL, paired_tasks
 from optimum_structprune.evaluation.paired import Paired
@@ -62,14 +62,17 @@ def run(args: Namespace) -> None:
         return
     for name in names:
         config_of(args, every[name], 1)  # an illegal cell shows before hours have gone by
-    folder = begin(args)
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    same = ("model", "data", "dtype", "domains", "samples", "seed", "recovery_tokens", "limit", "tasks")
+    write_json(folder / "setting.json", begin(folder / "setting.json", args, same))
     model, tokenizer = load(args)
     tasks = Tasks(args.tasks or sorted((Path(args.data) / "tasks").glob("*.jsonl")))
 
     def keep(path: Path, asked, **row: Any) -> None:
         start = perf_counter()
         answers = tasks.score(asked, tokenizer, limit=args.limit)
-        write_json(str(path), {**row, **asdict(answers), "task_seconds": perf_counter() - start})
+        write_json(path, {**row, **asdict(answers), "task_seconds": perf_counter() - start})
         print(f"{path.stem}: {summary(answers)}", flush=True)
 
     if not (folder / "dense.json").exists():
@@ -86,21 +89,6 @@ def run(args: Namespace) -> None:
                 training = RecoveryConfig(tokens=args.recovery_tokens, domains=config.domains, seq_length=SEQ_LENGTH)
                 pruned = recover(pruned, tokenizer, training, teacher=model)
             keep(path, pruned, cell=name, removed=removed, widths=config.widths, seconds=seconds)
-
-
-def begin(args: Namespace) -> Path:
-    """The folder of the results, which have to come from the same settings."""
-    folder = Path(args.out)
-    same = ("model", "data", "dtype", "domains", "samples", "seed", "recovery_tokens", "limit", "tasks")
-    setting = {name: getattr(args, name) for name in same}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "setting.json"
-    if not path.exists():
-        write_json(str(path), setting)
-    found = json.loads(path.read_text())
-    if differing := [name for name in same if found.get(name) != setting[name]]:
-        raise StructPruneError(f"{folder} was made with other settings: {', '.join(differing)}; name another folder.")
-    return folder
 
 
 def answers_of(path: Path) -> tuple[dict[str, Any], TaskScores]:
@@ -164,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     running, showing = modes.add_parser("run"), modes.add_parser("table")
     running.set_defaults(mode=run)
     showing.set_defaults(mode=table)
+    running.add_argument("model")
     add_arguments(running)
     for one in (running, showing):
         one.add_argument("out", help="folder with the results")
@@ -171,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     add_grid_arguments(running, '"mix*" or "* only"', samples=128)
     running.add_argument("--seed", type=int, default=0)
     running.add_argument("--recovery-tokens", type=int, default=200_000, help="for the cell with recovery")
+    running.add_argument("--limit", type=int, help="items per task; by default all of them")
     running.add_argument("--tasks", nargs="+", help="files or names of tasks, in place of DATA/tasks/*.jsonl")
     args = parser.parse_args(argv)
     disable_progress_bar()

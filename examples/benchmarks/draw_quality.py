@@ -28,14 +28,10 @@ COLOURS = {
     "#060606": ("card", "#ffffff", "#161b22"),
 }
 INK, LINE, OURS, FLAP, TAYLOR, CARD = COLOURS
-# The tables under this heading are for these shares of the FFN channels, in percent.
-SIZES, SHARES = "## The present defaults", (35, 20, 50)
+SIZES = "## The present defaults"
 # What each share of the FFN channels of SmolLM2-135M is of all its parameters, in percent.
 OF_ALL = {0: 0, 20: 12, 35: 21, 50: 30}
-CURVES = {
-    "mix + a fifth self:any, one-shot, obs_drive + refit": ("this package", OURS, "o-"),
-    "mix, one-shot, flap global + bias": ("FLAP", FLAP, "s--"),
-}
+CURVES = {"defaults": ("this package", OURS, "o-"), "FLAP": ("FLAP", FLAP, "s--")}
 TOOLS = "## Beside other tools"
 BARS = {
     "optimum-structprune, defaults": "this package",
@@ -60,17 +56,12 @@ def tables(page: str, heading: str) -> list[dict[str, dict[str, str]]]:
 
 def curves(page: str) -> dict[str, dict[int, float]]:
     """The multiples of the dense perplexity on held-out text, by label and share of the channels."""
-    sizes = dict(zip(SHARES, tables(page, SIZES), strict=False))
+    (table,) = tables(page, SIZES)
+    names = {share: f"SmolLM2-135M, {share} %" for share in OF_ALL}
+    rows = {method: {share: table.get(f"{name}, {method}") for share, name in names.items()} for method in CURVES}
     return {
-        label: {
-            0: 1.0,
-            **{
-                share: float(sizes[share][row]["held-out"].partition(" ")[0])
-                for share in sorted(sizes)
-                if row in sizes[share]
-            },
-        }
-        for row, (label, *_) in CURVES.items()
+        label: {0: 1.0, **{share: float(row["same kinds"].split()[0]) for share, row in rows[method].items() if row}}
+        for method, (label, *_) in CURVES.items()
     }
 
 
