@@ -61,7 +61,7 @@ def calibrate(
     # One pass over the dense model: there are no rounds in which weights could move, and no error to feed back.
     config = replace(config, stats=None, objective="mean", error_feedback=0.0)
     described = Described.of(model, config.arch_file)
-    check(config, described, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
+    check(config, described, {}, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
     model, arch = dequantized(model, inplace=False), described.arch
     with stage("domains", {}):
         evidence = Evidence.read(config, model, tokenizer, inputs)

@@ -25,7 +25,7 @@ from .pruning.fewer_tokens import large_vocabulary
 from .pruning.room import Need, Text, Workload
 from .record.facts import PERCENT, Row, cells
 from .record.text import table
-from .widths.budget import biased_spaces
+from .widths.budget import biased_spaces, widths_of
 from .widths.kernels import lost_kernels
 
 
@@ -177,7 +177,8 @@ def dry_run(
     arch = describe(dense, config.arch_file)
     saved_dtype = dtype or model_config.dtype or torch.float32
     dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
-    widths = check(config, Described(arch, dense, dense.device), DRY_RUN, itemsize=dtype.itemsize)
+    widths = widths_of(config, arch, dense, itemsize=dtype.itemsize)
+    check(config, Described(arch, dense, dense.device), widths, DRY_RUN)
     small = build(shrunk_config(model_config, arch, widths, biased_spaces(config, arch, widths)))
 
     def change(count: Callable[[PreTrainedModel], int | None]) -> Any:

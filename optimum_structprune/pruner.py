@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,27 +13,29 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import Described, describe
-from .arch.meta import dequantized, is_quantized
-from .arch.spec import VOCAB, ArchSpec, Widths
+from .arch.spec import EXPERT, HIDDEN, LAYER, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.load import Domain
 from .domains.manifest import Manifest
 from .errors import StructPruneError
 from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
-from .pruning.choose import choose_shape
 from .pruning.evidence import Evidence
-from .pruning.fewer_tokens import Tokens, note_unread, remove_tokens_
+from .pruning.fewer_tokens import note_unread, remove_tokens_
+from .pruning.limit import prune_within_limit_
 from .pruning.room import check_room, with_batch_size
-from .pruning.run import Run, Step
-from .pruning.steps import REMOVERS, steps
+from .pruning.rounds import prune_units_
+from .pruning.run import LIMIT, UNITS, Run, Step
+from .pruning.search import choose_shape
+from .pruning.whole import remove_channels_, remove_experts_, remove_layers_
 from .record.facts import far_off, given_by
 from .record.report import Report
 from .registry import Registry
 from .saving.hub import save_pruned
 from .surgery.plan import Plan
-from .system.offloading import is_offloaded
-from .widths.shapes import Shape
+from .vocabulary.choose import Tokens
+from .widths.budget import widths_of
+from .widths.schedule import round_widths
 
 
 class Known(NamedTuple):
@@ -49,6 +50,14 @@ class Known(NamedTuple):
 
 # What is known of each model that a pruning returned, as long as that model exists.
 RECORDS: WeakKeyDictionary[PreTrainedModel, Known] = WeakKeyDictionary()
+# The function that takes each kind of step; tokens go before any step, see `pruning.fewer_tokens`.
+REMOVERS: dict[str, Callable[[Run, Step], Plan]] = {
+    LAYER: remove_layers_,
+    EXPERT: remove_experts_,
+    HIDDEN: remove_channels_,
+    UNITS: prune_units_,
+    LIMIT: prune_within_limit_,
+}
 PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
 register_pruner = PRUNERS.register
 
@@ -112,14 +121,12 @@ class StructPruner:
         report = Report(arch.model_type, self.config.scored_by)
         with report.timed("domains"):
             evidence = Evidence.read(self.config, model, tokenizer, inputs, counts=tokens is not None)
-        model, dense = _to_change(model, inplace)
-        evidence = with_batch_size(evidence, arch, model, widths)
-        with Run(model, arch, evidence, tokenizer, inplace, report, dense) as run:
-            run.start(fewer_tokens=tokens is not None)
-            if tokens is not None:
-                widths = remove_tokens_(run, tokens, widths)
+        with Run(model, arch, evidence, tokenizer, inplace, report, tokens) as run:
+            run.evidence = with_batch_size(run.evidence, run.arch, run.model, widths)
+            run.start()
+            widths = remove_tokens_(run, widths)
             note_unread(run)
-            shape = choose_shape(run, widths) if widths else Shape({})
+            shape = choose_shape(run, widths)
             run.find_teacher()
             run.layers = shape.layers
             for step in self.steps(run.arch, run.model, shape.after_removal()) if widths else ():  # or only tokens go
@@ -132,7 +139,7 @@ class StructPruner:
         if report.asked is not None and far_off(report.asked, report.sparsity):
             warnings.warn(given_by(report.to_dict()).removeprefix("warning: "), stacklevel=2)
         self._remember(run)
-        return model
+        return run.model
 
     def _remember(self, run: Run) -> None:
         """Keep the records of a run here and, with the tokenizer where it is a new one, those that `save` needs."""
@@ -144,14 +151,26 @@ class StructPruner:
         RECORDS[run.model] = Known(self.used_config, self.plan, self.report, self.manifest, tokenizer)
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
-        """The steps that bring a model to its final widths.
+        """The steps that bring a model to its final widths: layers go first, then experts, then channels of the
+        residual stream, then units inside the layers, in `config.rounds` rounds.
 
         Args:
             arch: The description of the dense model.
             model: The dense model.
             widths: The final widths.
         """
-        return list(steps(self.config, arch, widths))
+        steps: list[Step] = []
+        for kind in WHOLE_MODEL:
+            if kind in widths:
+                target = {kind: widths[kind]}
+                course = round_widths(self.config, arch, target) if kind == LAYER else [target]
+                steps += Step.toward(kind, course)
+        inside = {name: width for name, width in widths.items() if name not in WHOLE_MODEL}
+        if inside and self.config.max_perplexity_ratio is not None:
+            steps += Step.toward(LIMIT, [inside])
+        elif inside:
+            steps += Step.toward(UNITS, round_widths(self.config, arch, inside))
+        return steps
 
     def take_(self, run: Run, step: Step) -> None:
         """Prune the model of a run by one step, and add to its plan what is kept."""
@@ -166,8 +185,8 @@ class StructPruner:
         if VOCAB in widths:
             raise StructPruneError(f"{VOCAB!r} takes text and its tokenizer, not samples; use prune_model.")
         arch = describe(model, self.config.arch_file)
-        evidence = with_batch_size(Evidence.of(self.config, domains), arch, model, widths)
-        with Run(model, arch, evidence) as run:
+        with Run(model, arch, Evidence.of(self.config, domains)) as run:
+            run.evidence = with_batch_size(run.evidence, arch, model, widths)
             for step in self.steps(arch, model, widths):
                 self.take_(run, step)
         return run.plan
@@ -251,16 +270,6 @@ def checked(
     """Check that a config can be met for a model, and return its description and final widths; see `check`."""
     check_arguments(model, tokenizer, inputs, inplace)
     described = Described.of(model, config.arch_file)
-    widths = check(config, described, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
+    widths = widths_of(config, described.arch, described.shapes)
+    check(config, described, widths, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
     return described, widths
-
-
-def _to_change(model: PreTrainedModel, inplace: bool) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-    """The model to change, and the dense model where that is another object that stays as it is, else None."""
-    if is_quantized(model):
-        return dequantized(model, inplace), None
-    if is_offloaded(model) and not inplace:
-        raise StructPruneError(
-            f"{type(model).__name__} is offloaded, and a copy of it would need as much room again; pass inplace=True."
-        )
-    return (model, None) if inplace else (deepcopy(model), model)

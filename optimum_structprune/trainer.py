@@ -26,6 +26,7 @@ from .pruning.checks import TRAINER, check, check_config_kind, check_reader, che
 from .surgery.cut import check_state, slice_state_
 from .surgery.plan import Plan
 from .surgery.resize import resize_
+from .widths.budget import widths_of
 from .widths.schedule import legal_round_widths, removal_steps
 
 
@@ -185,7 +186,9 @@ class StructPruneCallback(TrainerCallback):
     def begin(self, model: PreTrainedModel) -> None:
         """Remember a dense model's widths, once it can be pruned as the config says."""
         described = Described.of(model, self.config.arch_file)
-        self._dense = described.arch, check(self.config, described, TRAINER)
+        widths = widths_of(self.config, described.arch, described.shapes)
+        check(self.config, described, widths, TRAINER)
+        self._dense = described.arch, widths
         self.plan = Plan.of(model, described.arch)
 
     def _is_pruned(self, model: PreTrainedModel) -> bool:

@@ -31,7 +31,6 @@ from optimum_structprune.forward.metrics import outputs_of, run_model
 from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.pruning.steps import steps
 from optimum_structprune.record.details import Details
 from optimum_structprune.surgery.consumers import read_consumer, units_to_columns, write_consumer_
 from optimum_structprune.surgery.cut import adopt_config_, shrink_, shrink_layer_
@@ -123,7 +122,7 @@ def pruned_on(evidence, model, widths) -> Run:
     """The finished run that brings a copy of a model to `widths` on given evidence."""
     with Run(deepcopy(model), describe(model), evidence) as run:
         run.start()
-        for step in steps(evidence.config, run.arch, widths):
+        for step in StructPruner(evidence.config).steps(run.arch, run.model, widths):
             StructPruner(evidence.config).take_(run, step)
         run.compare()
         run.finish()

@@ -32,9 +32,9 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.domains import generated
 from optimum_structprune.domains.load import Domain, load_domains
 from optimum_structprune.domains.resolve import WRITTEN
-from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.pruning.run import Run
+from optimum_structprune.pruning.search import choose_shape
 from optimum_structprune.widths.budget import widths_of
 
 

@@ -12,6 +12,7 @@ LAYER = "layer"  # the space whose units are whole layers
 HIDDEN = "hidden"  # the space whose units are channels of the residual stream
 VOCAB = "vocab"  # the space whose units are tokens
 EXPERT = "expert"  # the space whose units are whole experts
+WHOLE_MODEL = (VOCAB, LAYER, EXPERT, HIDDEN)  # what goes before the units inside the layers, in this order
 CHANNEL, GROUP = "channel", "group"  # units inside a layer: single channels, and KV heads with their query heads
 TOKEN = "token"
 ONE_PER_MODEL = "it belongs to the whole model"

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import Described
-from ..arch.spec import HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
+from ..arch.spec import HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from ..calibration.stored import Statistics
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
@@ -26,9 +26,7 @@ from ..forward.generation import reads_images
 from ..forward.layers import check_sequential
 from ..system.disk import check_folder
 from ..widths.allocation import is_bounded
-from ..widths.budget import widths_of
 from .evidence import judges_layers
-from .steps import WHOLE_MODEL
 
 
 # What the model is to be used for: pruned, only looked at, pruned by a Trainer, or run to store its moments.
@@ -39,52 +37,38 @@ IN_MEMORY = "load the model in memory, or over several devices"
 def check(
     config: StructPruneConfig,
     dense: Described,
+    widths: Widths,
     use: str = PRUNE,
     *,
     has_tokenizer: bool = True,
     has_inputs: bool = False,
-    itemsize: int | None = None,
-) -> Widths:
-    """Refuse whatever cannot be met, and warn of options that have no effect.
+) -> None:
+    """Refuse whatever cannot be met with the final widths, and warn of options that have no effect.
 
-    It returns the final widths; where calibration will choose them, others of the same total; where moments are only
-    stored, none. `itemsize` is the number of bytes per parameter, by default that of the model's dtype.
+    Where calibration will choose the widths, others of the same total stand for them; where moments are only stored,
+    there are none.
     """
     arch = dense.arch
-    if use == TRAINER:
-        check_trainer(config)
     if use != DRY_RUN:
         _check_model(config, dense, use)
-    widths = {} if use == CALIBRATE else widths_of(config, arch, dense.shapes, itemsize=itemsize)
-    own_widths = is_bounded(config, arch, widths)
     if dense.offloaded:
         _check_offloaded(config, dense, widths)
-        check_sequential(dense.shapes, arch)
     if use == CALIBRATE:
         _check_stored(config, arch)
-        _check_text(config, has_tokenizer, has_inputs)
-        return {}
-    _check_criterion(config, arch, widths, use)
-    of_model = [space.name for space in arch.model_spaces if space.name in widths]
-    if use == TRAINER and of_model:
-        raise StructPruneError(
-            f"{of_model[0]!r} belongs to the whole model, and a Trainer prunes inside the layers only; prune it first "
-            "(`structprune prune`), then train."
-        )
-    _check_spaces(config, arch, widths)
-    if use == PRUNE:
+    else:
+        _check_criterion(config, arch, widths, use)
+        _check_spaces(config, arch, widths, use)
+    if use in (PRUNE, CALIBRATE):
         _check_text(config, has_tokenizer, has_inputs, VOCAB in widths)
+    if use == PRUNE:
         _check_statistics(config, arch, widths)
-        for folder in filter(None, (config.checkpoint_dir, config.losses_dir)):
-            check_folder(folder)
-            if Path(folder, "config.json").is_file():
-                raise StructPruneError(
-                    f"{folder} holds a model, and what a run remembers takes a folder of its own; name another."
-                )
+        _check_folders(config)
         _check_recovery(config, arch, dense.shapes)
-    if unused := [] if use == TRAINER else list(without_effect(config, widths, own_widths)):
+    unused = [*without_effect(config, widths, is_bounded(config, arch, widths))] if use in (PRUNE, DRY_RUN) else []
+    if unused:
         warnings.warn(f"These options have no effect here: {'; '.join(unused)}.", stacklevel=3)
-    return widths
+    if dense.offloaded:  # last, as it runs the model on a few tokens
+        check_sequential(dense.shapes, arch)
 
 
 def check_config_kind(config: Any) -> None:
@@ -244,8 +228,16 @@ def _check_criterion(config: StructPruneConfig, arch: ArchSpec, widths: Widths, 
         )
 
 
-def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> None:
-    """Refuse options that do not go with the spaces that shrink, or with the type of the model."""
+def _check_spaces(config: StructPruneConfig, arch: ArchSpec, widths: Widths, use: str) -> None:
+    """Refuse spaces that a Trainer does not prune, and options that do not go with those that shrink, or with the type
+    of the model.
+    """
+    of_model = [space.name for space in arch.model_spaces if space.name in widths]
+    if use == TRAINER and of_model:
+        raise StructPruneError(
+            f"{of_model[0]!r} belongs to the whole model, and a Trainer prunes inside the layers only; prune it first "
+            "(`structprune prune`), then train."
+        )
     widest = max((space.size for space in arch.spaces), default=1)
     before = [name for name in WHOLE_MODEL if name in widths]
     if config.rounds > widest:
@@ -318,6 +310,16 @@ def _check_not_watching(config: StructPruneConfig) -> None:
             f"criterion={config.criterion!r} goes by passes through the whole model, of which nothing is stored; "
             "prune without stats, or choose criterion='obs', 'wanda' or 'flap'."
         )
+
+
+def _check_folders(config: StructPruneConfig) -> None:
+    """Refuse to put what a run remembers beside a model, or where nothing can be written."""
+    for folder in filter(None, (config.checkpoint_dir, config.losses_dir)):
+        check_folder(folder)
+        if Path(folder, "config.json").is_file():
+            raise StructPruneError(
+                f"{folder} holds a model, and what a run remembers takes a folder of its own; name another."
+            )
 
 
 def _check_recovery(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> None:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..arch.shrink import text_config
 from ..arch.spec import MODEL, VOCAB, ArchSpec, Space, Widths
-from ..arch.vocabulary import named_ids
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import COUNTED, Entry
 from ..errors import StructPruneError
 from ..surgery.plan import Plan
 from ..surgery.resize import drop_tokens_
-from ..vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares, unread
+from ..vocabulary.choose import Tokens, predicted_shares, removal_order, token_shares, unread
 from ..vocabulary.languages import scripts_of, tokens_per_word
-from ..vocabulary.tokens import Vocabulary, with_needs
+from ..vocabulary.tokens import Vocabulary
 from ..widths.budget import beside_tokens
 from .joint import best_number
 from .measure import Measure
@@ -33,59 +28,13 @@ from .run import Run
 MUCH = 0.2
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens of a model that is to have fewer: `rows` of them have weights, and `always` stay, among them those
-    that only the tokenizer knows. `number` of them with weights are to stay; None where measured losses choose it.
+def remove_tokens_(run: Run, widths: Widths) -> Widths:
+    """Leave the model of a run the tokens that its text needs most, if any are to go; later steps take that as dense,
+    and bring the other spaces to the widths that are returned.
     """
-
-    vocabulary: Vocabulary
-    rows: int
-    always: frozenset[int]
-    number: int | None
-
-    @classmethod
-    def of(
-        cls,
-        config: StructPruneConfig,
-        arch: ArchSpec,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        widths: Widths,
-    ) -> Tokens:
-        """The tokens of a dense model; a number that it cannot keep is refused."""
-        assert tokenizer is not None  # `check` has refused that
-        vocabulary, space = Vocabulary.of(tokenizer), arch.of(VOCAB)[0]
-        competes = config.searches and config.widths is None and len(widths) > 1
-        always = _always(config, model, tokenizer, vocabulary) | {*range(space.size, vocabulary.size)}
-        tokens = cls(vocabulary, space.size, frozenset(always), None if competes else space.width_in(widths))
-        may = tokens.may
-        if tokens.number is not None and tokens.number not in may:
-            raise StructPruneError(
-                f"vocab={tokens.number:,} is no number of tokens that this model can keep: {may.start:,} of "
-                f"{may.stop - 1:,} always stay."
-            )
-        return tokens
-
-    @property
-    def beyond(self) -> int:
-        """The number of tokens that the tokenizer names and that have no weights; their ids come after all others."""
-        return max(self.vocabulary.size - self.rows, 0)
-
-    @property
-    def may(self) -> range:
-        """The numbers of tokens with weights that the model can keep."""
-        return range(len(self.always) - self.beyond, min(self.rows, self.vocabulary.size) + 1)
-
-    def keep(self, order: Sequence[int], number: int) -> tuple[int, ...]:
-        """The ascending ids of the tokens of which `number` have weights, once others have gone in an order."""
-        return keep_tokens(self.vocabulary.size, order, number + self.beyond)
-
-
-def remove_tokens_(run: Run, tokens: Tokens, widths: Widths) -> Widths:
-    """Leave the model of a run the tokens that its text needs most; later steps take it as dense, and bring the other
-    spaces to the widths that are returned.
-    """
+    tokens = run.tokens
+    if tokens is None:
+        return widths
     with run.report.timed("vocabulary"):
         keep_of = partial(tokens.keep, _removal_order(run, tokens))
         number = best_number(run, tokens.vocabulary, keep_of, tokens.may) if tokens.number is None else tokens.number
@@ -154,43 +103,3 @@ def note_unread(run: Run) -> None:
         vocabulary = Vocabulary.of(run.tokenizer)
         tokens = unread(vocabulary, token_shares(run.evidence.domains, vocabulary.size))
         run.report.unread = {"tokens": tokens, "parameters": tokens * space.unit_params}
-
-
-def _always(
-    config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
-) -> set[int]:
-    """The tokens that stay whatever the text is, those of the tokenizer, of the configs and of `keep_tokens`, with all
-    that they are formed from.
-    """
-    always = {*vocabulary.always, *named_ids(model.config), *named_ids(text_config(model.config))}
-    if model.can_generate() and model.generation_config is not None:
-        always |= named_ids(model.generation_config)
-    if config.keep_tokens is not None:
-        always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
-    return with_needs((token for token in always if 0 <= token < vocabulary.size), vocabulary.needs)
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise StructPruneError(f"keep_tokens={path!r} cannot be read as UTF-8: {error}") from error
-    if not lines:
-        raise StructPruneError(f"keep_tokens={path!r} is empty; write a token or a text in each line.")
-    return lines
-
-
-def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
-    path = os.path.expanduser(named)
-    if os.path.isfile(path):  # an expression may be longer than a file system allows a name to be
-        ids, lines = tokenizer.get_vocab(), _lines(path)
-        # Within a text, a word begins with its space.
-        spelled = tokenizer([form for line in lines for form in (line, f" {line}")], add_special_tokens=False)
-        return {token for of in spelled["input_ids"] for token in of} | {ids[line] for line in lines if line in ids}
-    try:
-        kept = {token for token in range(vocabulary.size) if re.search(named, vocabulary.surface(token))}
-    except re.error as error:
-        raise StructPruneError(f"keep_tokens={named!r} is no file and no regular expression: {error}") from error
-    if not kept:
-        raise StructPruneError(f"keep_tokens={named!r} is no file, and as a regular expression fits no token.")
-    return kept

@@ -226,6 +226,10 @@ def check_room(
 
     What is estimated is taken at the lower end of its error, so that nothing is refused that fits.
     """
+    if dense.offloaded and not inplace:
+        raise StructPruneError(
+            f"{dense.name} is offloaded, and a copy of it would need as much room again; pass inplace=True."
+        )
     device, shapes, free = dense.device, dense.shapes, free_bytes(dense.device)
     work = Workload(config, dense.arch, shapes, widths, shapes.dtype.itemsize, Text.of(config, shapes, inputs))
     need = work.need("disk" if dense.offloaded else None, process_count())

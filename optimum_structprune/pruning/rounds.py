@@ -9,9 +9,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
+from ..arch.load import layer_list
 from ..arch.meta import shrunk_skeleton
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
+from ..calibration.passes import Passes, PassesState
 from ..record.details import errors_of_list, errors_to_list
 from ..surgery.cut import adopt_config_, shrink_
 from ..surgery.plan import Plan
@@ -34,14 +37,14 @@ def prune_units_(run: Run, step: Step) -> Plan:
     run.rounds = rounds
     if step.number <= rounds.done:
         return Plan(run.arch.model_type, {})
-    smaller = rounds.smaller(step.widths) if step.last else None
-    rounds.run_(step.widths, smaller)
-    if smaller is None:
+    skeleton = shrunk_skeleton(run.model, run.arch, step.widths, rounds.biased) if step.last else None
+    rounds.run_(step.widths, skeleton)
+    if skeleton is None:
         rounds.record(step.widths, rounds.ratios())
         rounds.finish()
         return Plan(run.arch.model_type, {})
     rounds.record(step.widths, {})
-    adopt_config_(run.model, smaller.config, smaller)
+    adopt_config_(run.model, skeleton.config, skeleton)
     run.rounds = None
     return rounds.sweep.plan
 
@@ -70,23 +73,30 @@ class Rounds:
             self.finished_layers = Resume(folder, f"{key}/{step.count}", "layer", every=True)
             run.report.details.resumed = self.finished_layers.check() is not None
             if (saved := self.finished_rounds.load()) is not None:
-                self._go_on_(self.finished_rounds, saved)
+                self._take_over_rounds_(self.finished_rounds, saved)
 
-    def smaller(self, widths: Widths) -> PreTrainedModel:
-        """The smaller model, without weights."""
-        return shrunk_skeleton(self.run.model, self.arch, widths, self.biased)
-
-    def run_(self, widths: Widths, smaller: PreTrainedModel | None = None) -> None:
-        """Run a round: it only masks units, or with `smaller` brings the layers to the sizes that they have there."""
-        run, number = self.run, self.done + 1
-        title = f"round {number}/{max(number, self.total)}"
+    def run_(self, widths: Widths, skeleton: PreTrainedModel | None = None) -> None:
+        """Run a round: it only masks units, or with the `skeleton` of the smaller model lets each layer lose them as
+        soon as it is finished, and remembers it.
+        """
+        run, sweep, number, count = self.run, self.sweep, self.done + 1, self.arch.num_layers
+        total, done = max(number, self.total), 0
         try:
             with run.report.timed(f"round {number}"):
                 passes, mixture = run.evidence.passes(run.model, self.arch), run.evidence.mixture
-                self.sweep.run_(passes, mixture, widths, smaller, title, self.finished_layers, number, self.total)
+                store = None if skeleton is None else self.finished_layers
+                if store is not None and skeleton is not None:
+                    done = self._take_over_layers_(store, passes, skeleton)
+                # The bar counts the layers of all rounds, for the time that is left.
+                bar = {"initial": (number - 1) * count + done, "total": total * count, "unit": "layer"}
+                for layer in tqdm(range(done, count), desc=f"round {number}/{total}", **bar):
+                    with sweep.placement.at(layer, changes=True):
+                        sweep.prune_layer_(layer, passes, mixture, widths, skeleton)
+                        if store is not None:
+                            self._remember_layer(store, layer, passes.state())
         finally:
-            run.changed = run.changed or self.sweep.shrunk
-        if smaller is not None:
+            run.changed = run.changed or sweep.shrunk
+        if skeleton is not None:
             self._note_errors()
 
     def remove_masked_(self, widths: Widths) -> Plan:
@@ -127,7 +137,7 @@ class Rounds:
             }
             self.finished_rounds.save(self.done, values, _tensors(snapshot))
 
-    def _go_on_(self, store: Resume, saved: Saved) -> None:
+    def _take_over_rounds_(self, store: Resume, saved: Saved) -> None:
         """Take over the rounds that an earlier run has finished."""
         with store.readable():
             keep = Plan.from_dict(saved.values["plan"]).keep
@@ -139,6 +149,28 @@ class Rounds:
         self.run.evidence = replace(self.run.evidence, shares=shares)
         self.sweep.restore_(replace(snapshot, errors=errors))
         self.done = saved.number
+
+    def _remember_layer(self, store: Resume, layer: int, state: PassesState | None) -> None:
+        """Put on disk what a layer has become, and where the passes are behind it, if they say so."""
+        if state is not None:
+            errors = errors_to_list(self.sweep.errors)
+            values = {"plan": self.sweep.plan.to_dict(), "passes": state.values, "errors": errors}
+            store.save(layer + 1, values, layer_list(self.run.model, self.arch)[layer].state_dict(), state.tensors)
+
+    def _take_over_layers_(self, store: Resume, passes: Passes, skeleton: PreTrainedModel) -> int:
+        """Take over the layers that an earlier run has finished, and return their number."""
+        saved, sweep = store.load(), self.sweep
+        if saved is None:
+            return 0
+        with store.readable():
+            sweep.keep = dict(Plan.from_dict(saved.values["plan"]).keep)
+            sweep.errors = errors_of_list(saved.values["errors"])
+            state = PassesState(saved.local, dict(saved.values["passes"]))
+        for layer in range(saved.number):
+            with sweep.placement.at(layer, changes=True):
+                sweep.fill_layer_(layer, store.tensors(layer + 1), skeleton)
+        passes.resume_(state)
+        return saved.number
 
     def _note_errors(self) -> None:
         """Hand the run the errors that were noted, under the numbers that the layers have in the dense model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import inf
@@ -12,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
+from ..arch.meta import dequantized, is_quantized
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
@@ -19,11 +21,15 @@ from ..errors import InPlaceError, some_of
 from ..record.report import Report
 from ..surgery.plan import Plan
 from ..system.processes import alone
+from ..vocabulary.choose import Tokens
 from .evidence import Evidence
 from .measure import Measure
 
 
 logger = logging.getLogger(__name__)
+# The kinds of step inside the layers: rounds, and rounds within a limit. Those before are named as the spaces.
+UNITS = "units"
+LIMIT = "limit"
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,11 @@ class Step:
         """Whether it is the last step of its kind."""
         return self.number == self.count
 
+    @classmethod
+    def toward(cls, kind: str, course: Sequence[Widths]) -> list[Step]:
+        """The steps of a kind that end at these widths, one after the other."""
+        return [cls(kind, widths, course[-1], number, len(course)) for number, widths in enumerate(course, start=1)]
+
 
 class Run:
     """What the steps of one pruning share.
@@ -53,6 +64,7 @@ class Run:
     Attributes:
         arch, dense_arch: The `ArchSpec` of the model that shrinks: as it is now, and before anything was removed.
         dense_model: The dense model, where it is another object than the model that shrinks.
+        tokens: The tokens of a model that is to have fewer; None where none are to go.
         tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
         inplace: Whether the caller holds the model that shrinks.
         layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
@@ -70,9 +82,10 @@ class Run:
         tokenizer: PreTrainedTokenizerBase | None = None,
         inplace: bool = True,
         report: Report | None = None,
-        dense_model: PreTrainedModel | None = None,
+        tokens: Tokens | None = None,
     ):
-        self.model, self.dense_model, self.evidence = model, dense_model, evidence
+        self.model, self.dense_model = _to_change(model, inplace)
+        self.evidence, self.tokens = evidence, tokens
         self.tokenizer = self.dense_tokenizer = tokenizer
         self.inplace = inplace
         self.arch = self.dense_arch = arch
@@ -97,13 +110,13 @@ class Run:
         """The description of the model as it is now."""
         return describe(self.model, self.config.arch_file)
 
-    def start(self, fewer_tokens: bool = False) -> None:
-        """Measure the dense model and begin the records; `fewer_tokens` says that other tokens follow."""
+    def start(self) -> None:
+        """Measure the dense model and begin the records."""
         self.plan = Plan.of(self.model, self.arch)
         self.seen = Manifest.seen_by(self.dense_model or self.model)
         with self.report.timed("perplexity"):
             domains, tokenizer = self.evidence.domains, self.dense_tokenizer
-            self.measure = Measure(self.model, domains, self.arch, tokenizer, apart=fewer_tokens)
+            self.measure = Measure(self.model, domains, self.arch, tokenizer, apart=self.tokens is not None)
         self.report.start(self.model, self.arch)
 
     def find_teacher(self) -> None:
@@ -174,6 +187,13 @@ class Run:
         refuse_saving_(self.model, text)
         if isinstance(error, Exception):
             raise InPlaceError(text) from error
+
+
+def _to_change(model: PreTrainedModel, inplace: bool) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """The model to change, and the dense model where that is another object that stays as it is, else None."""
+    if is_quantized(model):
+        return dequantized(model, inplace), None
+    return (model, None) if inplace else (deepcopy(model), model)
 
 
 def refuse_saving_(model: PreTrainedModel, reason: str) -> None:

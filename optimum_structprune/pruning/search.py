@@ -1,8 +1,10 @@
-"""The widths that lose least: from measured losses to a few shapes, which short prunings on trial decide between."""
+"""The final shape of a run: as its config says, by scores of all units, or by measured losses, which propose a few
+shapes that short prunings on trial decide between.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -13,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.load import describe
-from ..arch.spec import LAYER, ArchSpec
-from ..config.pruning import StructPruneConfig
+from ..arch.spec import LAYER, ArchSpec, Widths
+from ..config.pruning import ALLOCATIONS, StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating
 from ..system.offloading import is_offloaded
@@ -32,6 +34,7 @@ from .whole import take_out_layers_
 FINALISTS = 4
 # The name under which a run remembers the losses of its trials.
 MEASURED_LOSSES = "measured losses"
+Scores = dict[tuple[int, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,37 @@ class Candidate:
     name: str
     shape: Shape
     predicted: float | None = None
+
+
+def choose_shape(run: Run, widths: Widths) -> Shape:
+    """The shape that a run brings its model to: the widths of its config, or where that says so, others of the same
+    total from scores of all units or from measured losses.
+    """
+    if not widths or run.config.allocation == "uniform":
+        return Shape(widths)
+    if run.config.searches:
+        return search(run)
+    rank = ALLOCATIONS.get(run.config.allocation)
+    with evaluating(run.model), run.report.timed("ranking"):
+        scores = rank(run.model, run.arch, run.evidence, list(widths))
+    return Shape(widths_of(run.config, run.arch, run.model, scores))
+
+
+@ALLOCATIONS.register("global")
+def dense_scores(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, names: Collection[str]) -> Scores:
+    """Scores of all units that compare over layers and spaces, from one pass over the dense model.
+
+    Args:
+        model: The dense model, in eval mode, which stays as it is.
+        arch: The description of the model.
+        evidence: The samples of the run and its config.
+        names: The kinds of space that shrink.
+
+    Returns:
+        By layer and name of the space, shape `(units,)`; the units with the lowest scores go first.
+    """
+    passes = evidence.passes(model, arch, fixed=True)
+    return Sweep(model, arch, evidence.config).scores(passes, evidence.mixture, names)
 
 
 def search(run: Run) -> Shape:
@@ -184,7 +218,7 @@ class Search:
         widths = {name: width for name, width in shape.after_removal().items() if name != LAYER}
         sweep = Sweep(model, arch, self.config)
         try:
-            sweep.run_(evidence.passes(model, arch), evidence.mixture, widths, None, "trial")
+            sweep.run_(evidence.passes(model, arch), evidence.mixture, widths)
             return probe.losses(model)
         finally:
             sweep.consumers.undo_()

@@ -10,23 +10,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..arch.load import layer_list
 from ..arch.spec import ArchSpec, Axis, Space, Widths
 from ..calibration.linalg import ridge_strength
 from ..calibration.moments import Moments
-from ..calibration.passes import Passes, PassesState
+from ..calibration.passes import Passes
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, Criterion
 from ..criteria.base import check_scores
 from ..criteria.mixture import Mixture, Pool, output_energy, pooled, standardised
 from ..criteria.obs import producer_norms
 from ..forward.placement import Placement
-from ..record.details import Errors, errors_of_list, errors_to_list, relative_errors
+from ..record.details import Errors, relative_errors
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.cut import fill_layer_, shrink_layer_
 from ..surgery.plan import Plan, best_units
 from ..surgery.refit import REFITS, squared_errors
-from ..system.resume import Resume
 
 
 Keep = Mapping[tuple[int, str], tuple[int, ...]]
@@ -68,40 +66,18 @@ class Sweep:
         """The kept units, as a value."""
         return Plan(self.arch.model_type, dict(self.keep))
 
-    def run_(
-        self,
-        passes: Passes,
-        mixture: Mixture,
-        widths: Widths,
-        smaller: PreTrainedModel | None,
-        title: str,
-        store: Resume | None = None,
-        number: int = 1,
-        rounds: int = 1,
-    ) -> None:
-        """One pass over the layers, the `number`-th of `rounds`.
-
-        With `smaller`, the `skeleton` of the smaller model, each layer loses its removed units as soon as it is
-        finished, and `store` remembers it; without it they are only masked.
-        """
-        every = range(self.arch.num_layers)
-        store = None if smaller is None else store
-        done = self._go_on_(store, passes, smaller) if store is not None and smaller is not None else 0
-        before = (number - 1) * len(every)  # the bar counts the layers of all rounds, for the time that is left
-        total = max(rounds, number) * len(every)
-        for layer in tqdm(every[done:], desc=title, unit="layer", initial=before + done, total=total):
+    def run_(self, passes: Passes, mixture: Mixture, widths: Widths, skeleton: PreTrainedModel | None = None) -> None:
+        """Bring all layers to their widths, one after the other; see `prune_layer_`."""
+        for layer in tqdm(range(self.arch.num_layers), desc="trial", unit="layer"):
             with self.placement.at(layer, changes=True):
-                self.prune_layer_(layer, passes, mixture, widths, smaller)
-                passes.advance(layer)
-                if store is not None and (state := passes.state()) is not None:
-                    errors = errors_to_list(self.errors)
-                    values = {"plan": self.plan.to_dict(), "passes": state.values, "errors": errors}
-                    store.save(layer + 1, values, layer_list(self.model, self.arch)[layer].state_dict(), state.tensors)
+                self.prune_layer_(layer, passes, mixture, widths, skeleton)
 
     def prune_layer_(
-        self, layer: int, passes: Passes, mixture: Mixture, widths: Widths, smaller: PreTrainedModel | None
+        self, layer: int, passes: Passes, mixture: Mixture, widths: Widths, skeleton: PreTrainedModel | None
     ) -> None:
-        """Bring one layer to its widths by masks, and with a `smaller` model to the size that it has there."""
+        """Bring one layer to its widths, and the samples behind it: by masks, or with the `skeleton` of the smaller
+        model to the size that the layer has there.
+        """
         axes = [axis for space in self.arch.at(layer) for axis in space.into]
         with self.consumers.as_dense(axes):
             passes.advance_dense(layer, widths)
@@ -113,10 +89,11 @@ class Sweep:
                 self.choose_(space, gathered, scores, width)
                 self.refit_(space, gathered, note=True)
                 del gathered  # before those of the next space: a Gram matrix takes gigabytes
-        if smaller is not None:
+        if skeleton is not None:
             self.shrunk = True
-            shrink_layer_(self.model, self.arch, layer, self.plan, smaller)
+            shrink_layer_(self.model, self.arch, layer, self.plan, skeleton)
             self.consumers.forget(axes)
+        passes.advance(layer)
 
     def gather(self, passes: Passes, space: Space, mixture: Mixture) -> list[Moments]:
         """What the samples say of a space: the moments of the domain mixture, by consumer."""
@@ -207,23 +184,11 @@ class Sweep:
         if not self.shrunk:
             self.consumers.undo_()
 
-    def _go_on_(self, store: Resume, passes: Passes, smaller: PreTrainedModel) -> int:
-        """Take over the layers that an earlier run has finished, and return their number."""
-        saved = store.load()
-        if saved is None:
-            return 0
-        with store.readable():
-            self.keep = dict(Plan.from_dict(saved.values["plan"]).keep)
-            self.errors = errors_of_list(saved.values["errors"])
-            state = PassesState(saved.local, dict(saved.values["passes"]))
-        for layer in range(saved.number):
-            with self.placement.at(layer, changes=True):
-                tensors = store.tensors(layer + 1)
-                self.shrunk = True
-                fill_layer_(self.model, self.arch, layer, tensors, smaller)
-            self.consumers.forget(axis for space in self.arch.at(layer) for axis in space.into)
-        passes.resume_(state)
-        return saved.number
+    def fill_layer_(self, layer: int, tensors: Mapping[str, Tensor], skeleton: PreTrainedModel) -> None:
+        """Give a layer what an earlier run has made of it."""
+        self.shrunk = True
+        fill_layer_(self.model, self.arch, layer, tensors, skeleton)
+        self.consumers.forget(axis for space in self.arch.at(layer) for axis in space.into)
 
     def _criterion(self, layer: int) -> Criterion:
         # It is made anew for each layer, so that its random draws do not depend on the layers before: a run that goes

@@ -21,7 +21,7 @@ from ..errors import StructPruneError
 from ..forward.metrics import own_settings, perplexity_errors, perplexity_of, sample_losses
 from ..plain_json import replace_json
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
-from ..saving.hub import RECORDS, check_reload, save_checked
+from ..saving.hub import RECORD_NAMES, check_reload, save_checked
 from ..system.disk import used_paths
 from ..system.stages import stage
 from .adapter import based_on, check_adapter, every_weight, fresh_adapter, lora_config, merge_adapter_, source_of
@@ -158,7 +158,7 @@ class Recovery:
         if report is None:
             raise StructPruneError("There is nothing to save: call recover_model first.")
         carried = {
-            name: Path(pruned, name).read_bytes() for name in RECORDS if pruned and Path(pruned, name).is_file()
+            name: Path(pruned, name).read_bytes() for name in RECORD_NAMES if pruned and Path(pruned, name).is_file()
         }
         manifest = self._manifest
         if manifest and MANIFEST_NAME in carried and not manifest.of_use(CALIBRATED):

@@ -24,7 +24,7 @@ from ..surgery.resize import pad_
 from ..system.disk import EXPORT_NAME, Output
 from ..system.memory import model_bytes
 from .card import leave_card
-from .hub import RECORDS, check_reload, save_checked
+from .hub import RECORD_NAMES, check_reload, save_checked
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _padding(model: PreTrainedModel, filled: PreTrainedModel) -> Padding:
 
 
 def _copy_records(model: PreTrainedModel, folder: Path, form: str, padding: Padding) -> None:
-    for name in RECORDS:
+    for name in RECORD_NAMES:
         if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
             shutil.copyfile(record, folder / name)
     # By this record the folder is known as a result, and may be replaced.

@@ -32,7 +32,7 @@ from .carry import carry
 
 
 # What a pruning leaves beside its model.
-RECORDS = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, DETAILS_NAME, MANIFEST_NAME)
+RECORD_NAMES = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, DETAILS_NAME, MANIFEST_NAME)
 # The files that may name code, see `forget_code`.
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 # How far the outputs of the reloaded model may be off: by so much, or by so many steps of the dtype.

@@ -1,16 +1,25 @@
-"""Which tokens of a vocabulary stay: those whose absence would cost most."""
+"""Which tokens of a vocabulary stay: those that have to, and those whose absence would cost most."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.shrink import text_config
+from ..arch.spec import VOCAB, ArchSpec, Widths
+from ..arch.vocabulary import named_ids
+from ..config.pruning import StructPruneConfig
 from ..domains.load import Domain
+from ..errors import StructPruneError
 from ..forward.metrics import mean_probabilities
 from .languages import script
 from .tokens import Vocabulary, with_needs
@@ -24,6 +33,95 @@ ALIKE = 1000
 NEVER = 1e-4
 # The number of tokens that the model reads to tell what it expects, in all domains together.
 ENOUGH = 8192
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a model that is to have fewer: `rows` of them have weights, and `always` stay, among them those
+    that only the tokenizer knows. `number` of them with weights are to stay; None where measured losses choose it.
+    """
+
+    vocabulary: Vocabulary
+    rows: int
+    always: frozenset[int]
+    number: int | None
+
+    @classmethod
+    def of(
+        cls,
+        config: StructPruneConfig,
+        arch: ArchSpec,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        widths: Widths,
+    ) -> Tokens:
+        """The tokens of a dense model; a number that it cannot keep is refused."""
+        assert tokenizer is not None  # `check` has refused that
+        vocabulary, space = Vocabulary.of(tokenizer), arch.of(VOCAB)[0]
+        competes = config.searches and config.widths is None and len(widths) > 1
+        always = _always(config, model, tokenizer, vocabulary) | {*range(space.size, vocabulary.size)}
+        tokens = cls(vocabulary, space.size, frozenset(always), None if competes else space.width_in(widths))
+        may = tokens.may
+        if tokens.number is not None and tokens.number not in may:
+            raise StructPruneError(
+                f"vocab={tokens.number:,} is no number of tokens that this model can keep: {may.start:,} of "
+                f"{may.stop - 1:,} always stay."
+            )
+        return tokens
+
+    @property
+    def beyond(self) -> int:
+        """The number of tokens that the tokenizer names and that have no weights; their ids come after all others."""
+        return max(self.vocabulary.size - self.rows, 0)
+
+    @property
+    def may(self) -> range:
+        """The numbers of tokens with weights that the model can keep."""
+        return range(len(self.always) - self.beyond, min(self.rows, self.vocabulary.size) + 1)
+
+    def keep(self, order: Sequence[int], number: int) -> tuple[int, ...]:
+        """The ascending ids of the tokens of which `number` have weights, once others have gone in an order."""
+        return keep_tokens(self.vocabulary.size, order, number + self.beyond)
+
+
+def _always(
+    config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
+) -> set[int]:
+    """The tokens that stay whatever the text is, those of the tokenizer, of the configs and of `keep_tokens`, with all
+    that they are formed from.
+    """
+    always = {*vocabulary.always, *named_ids(model.config), *named_ids(text_config(model.config))}
+    if model.can_generate() and model.generation_config is not None:
+        always |= named_ids(model.generation_config)
+    if config.keep_tokens is not None:
+        always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
+    return with_needs((token for token in always if 0 <= token < vocabulary.size), vocabulary.needs)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line]
+    except (OSError, ValueError) as error:
+        raise StructPruneError(f"keep_tokens={path!r} cannot be read as UTF-8: {error}") from error
+    if not lines:
+        raise StructPruneError(f"keep_tokens={path!r} is empty; write a token or a text in each line.")
+    return lines
+
+
+def _kept_by_user(named: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
+    path = os.path.expanduser(named)
+    if os.path.isfile(path):  # an expression may be longer than a file system allows a name to be
+        ids, lines = tokenizer.get_vocab(), _lines(path)
+        # Within a text, a word begins with its space.
+        spelled = tokenizer([form for line in lines for form in (line, f" {line}")], add_special_tokens=False)
+        return {token for of in spelled["input_ids"] for token in of} | {ids[line] for line in lines if line in ids}
+    try:
+        kept = {token for token in range(vocabulary.size) if re.search(named, vocabulary.surface(token))}
+    except re.error as error:
+        raise StructPruneError(f"keep_tokens={named!r} is no file and no regular expression: {error}") from error
+    if not kept:
+        raise StructPruneError(f"keep_tokens={named!r} is no file, and as a regular expression fits no token.")
+    return kept
 
 
 def token_shares(domains: Sequence[Domain], size: int) -> Tensor:

@@ -56,31 +56,35 @@ def target_widths(
 
 
 def legal_widths(config: StructPruneConfig, arch: ArchSpec, model_config: PretrainedConfig) -> dict[str, list[int]]:
-    """The legal widths of the spaces that a config names, ascending, by kind of space."""
-    legal = {}
+    """The legal widths of the spaces that a config names, ascending, by kind of space; another width is refused."""
+    names, asked = _named(config, arch), asked_widths(config, arch) or {}
+    legal = {name: legal_sizes(model_config, arch, name) for name in names}
+    for name, width in asked.items():
+        _check_width(arch, name, width, legal[name])
+    return legal
+
+
+def _named(config: StructPruneConfig, arch: ArchSpec) -> list[str]:
+    """The spaces that a config names, or those of the default that a model has."""
     by_default = config.shrinking if config.targets is None and any(map(arch.of, config.shrinking)) else ()
-    for name in config.shrinking if config.widths is None else config.widths:
-        if name not in arch.offered:
-            if name in by_default:  # the others may go
-                continue
+    names = list(config.shrinking if config.widths is None else config.widths)
+    for name in names:
+        if name not in (*arch.offered, *by_default):
             reason = dict(arch.missing).get(name)
             raise StructPruneError(
                 f"A {arch.model_type} model has no space {name!r} to prune"
                 + (f": {reason}." if reason else f".{did_you_mean(name, arch.offered)}")
             )
-        legal[name] = legal_sizes(model_config, arch, name)
+    for name, width in (config.widths or {}).items():
+        if isinstance(width, list) and len(width) != arch.num_layers:
+            raise StructPruneError(
+                f"widths[{name!r}] has a list of length {len(width)}, and the model has {arch.num_layers} layers; "
+                f"list one width for each, or name layers: {dict(enumerate(width))}."
+            )
+    names = [name for name in names if name in arch.offered]
     if config.widths is None:
-        _check_disjoint(config, arch, list(legal))
-    else:
-        for name, width in config.widths.items():
-            if isinstance(width, list) and len(width) != arch.num_layers:
-                raise StructPruneError(
-                    f"widths[{name!r}] has a list of length {len(width)}, and the model has {arch.num_layers} layers; "
-                    f"list one width for each, or name layers: {dict(enumerate(width))}."
-                )
-        for name, asked in (asked_widths(config, arch) or {}).items():
-            _check_width(arch, name, asked, legal[name])
-    return legal
+        _check_disjoint(config, arch, names)
+    return names
 
 
 def asked_widths(config: StructPruneConfig, arch: ArchSpec) -> Widths | None:

@@ -175,17 +175,19 @@ def _cost_of(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str], itemsize: int
 ) -> Callable[[Widths], float]:
     """A function of the widths: what the budget limits, of a model that has them."""
-    if "flops_per_token" in (config.budget or {}):
-        return lambda widths: checked_flops(shrunk_skeleton(model, arch, widths), arch, config.seq_length)
-    if CACHE in (config.budget or {}):
-        return lambda widths: itemsize * checked_cache(shrunk_skeleton(model, arch, widths), arch)
-    biased = biased_spaces(config, arch, names)
-    dense = shrunk_skeleton(model, arch, {}, biased).num_parameters() if biased else model.num_parameters()
-    size = itemsize if "bytes" in (config.budget or {}) else 1
-    if any(space.layer == MODEL for name in names if name != VOCAB for space in arch.of(name)):
-        # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
-        return lambda widths: size * shrunk_skeleton(model, arch, widths, biased).num_parameters()
-    return lambda widths: size * (dense - _removed(arch, widths))
+    ((name, _),) = (config.budget or {}).items()
+    if name in ("parameters", "bytes"):
+        size, biased = itemsize if name == "bytes" else 1, biased_spaces(config, arch, names)
+        if any(space.layer == MODEL for kind in names if kind != VOCAB for space in arch.of(kind)):
+            # Such a space also has parameters outside of the layers, which its `unit_params` leave out.
+            return lambda widths: size * shrunk_skeleton(model, arch, widths, biased).num_parameters()
+        dense = shrunk_skeleton(model, arch, {}, biased).num_parameters() if biased else model.num_parameters()
+        return lambda widths: size * (dense - _removed(arch, widths))
+    count: Callable[[PreTrainedModel], float] = {
+        CACHE: lambda smaller: itemsize * checked_cache(smaller, arch),
+        "flops_per_token": lambda smaller: checked_flops(smaller, arch, config.seq_length),
+    }[name]
+    return lambda widths: count(shrunk_skeleton(model, arch, widths))
 
 
 def resources(

@@ -132,7 +132,7 @@ def test_the_next_layer_gets_what_the_smaller_model_gives(case, kind):
     arch = describe(model)
     widths = {kind: arch.of(kind)[0].width // 2}
     sweep, passes = Sweep(model, arch, evidence.config), evidence.passes(model, arch)
-    sweep.run_(passes, evidence.mixture, widths, skeleton(model, shrunk_config(model.config, arch, widths)), "round")
+    sweep.run_(passes, evidence.mixture, widths, skeleton(model, shrunk_config(model.config, arch, widths)))
     entering = []
     last = layer_list(model, arch)[-1]
     with intercept([last], lambda _, args, kwargs: entering.append(hidden_states_of(args, kwargs))), torch.no_grad():

@@ -19,8 +19,8 @@ from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.domains.resolve import builtin_domains
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.pruning.run import Run
+from optimum_structprune.pruning.search import choose_shape
 from optimum_structprune.widths.budget import widths_of
 
 

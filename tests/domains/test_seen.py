@@ -16,9 +16,9 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import Domain, given_domains, load_domains
 from optimum_structprune.domains.manifest import EARLIER, TRAINED, Entry
 from optimum_structprune.domains.packing import PATIENCE
-from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.pruning.run import Run
+from optimum_structprune.pruning.search import choose_shape
 from optimum_structprune.recovery.text import training_text
 from optimum_structprune.widths.budget import widths_of
 

@@ -14,7 +14,7 @@ from optimum_structprune import RecoveryConfig, StructPruneCallback, StructPrune
 from optimum_structprune.arch.load import Described, describe
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.errors import InPlaceError, StructPruneError
-from optimum_structprune.pruning.checks import DRY_RUN, TRAINER, check, without_effect
+from optimum_structprune.pruning.checks import DRY_RUN, check, without_effect
 from optimum_structprune.widths.allocation import is_bounded
 from optimum_structprune.widths.budget import widths_of
 
@@ -172,13 +172,13 @@ def test_what_stored_moments_cannot_give(stats, tmp_path):
 def test_what_a_trainer_cannot_do(fields, message):
     model, settings = build("llama-tied"), blind(**fields)
     with pytest.raises(StructPruneError, match=message):
-        check(settings, Described.of(model), TRAINER)
+        StructPruneCallback(settings).begin(model)
     takes_the_model = {"widths", "seq_length", "criterion"} & set(fields)
     with nullcontext() if takes_the_model else pytest.raises(StructPruneError, match=message):
         StructPruneCallback(settings)
     model.is_quantized = True
     with pytest.raises(StructPruneError, match=r"quantized; prune `model.dequantize\(\)`"):
-        check(blind(), Described.of(model), TRAINER)
+        StructPruneCallback(blind()).begin(model)
 
 
 @pytest.mark.parametrize("fields", [{"checkpoint_dir": "model"}, {"losses_dir": "model", "allocation": "search"}])
@@ -233,7 +233,7 @@ def test_check_warns_once_of_all_of_them():
     dense = Described.of(build("llama-tied"))
     settings = blind(round_to=8, min_width=0.2, damping=0.5)
     with pytest.warns(UserWarning) as caught:
-        check(settings, dense, DRY_RUN)
+        check(settings, dense, settings.widths, DRY_RUN)
     (warning,) = caught
     assert str(warning.message) == (
         "These options have no effect here: round_to=8, because widths are taken as they are; min_width=0.2, "
@@ -241,8 +241,8 @@ def test_check_warns_once_of_all_of_them():
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check(blind(damping=0.5), dense, DRY_RUN)
-        check(blind(sparsity=0.2, round_to=8, rounds=2), dense, DRY_RUN)
+        check(blind(damping=0.5), dense, {"mlp": 24}, DRY_RUN)
+        check(blind(sparsity=0.2, round_to=8, rounds=2), dense, {"mlp": 32}, DRY_RUN)
 
 
 def idle_options(settings, arch):

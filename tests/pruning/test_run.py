@@ -18,7 +18,6 @@ from optimum_structprune.forward.placement import Placement
 from optimum_structprune.pruning import sweep, whole
 from optimum_structprune.pruning.measure import Measure
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.pruning.steps import steps
 from optimum_structprune.surgery import cut
 from optimum_structprune.surgery.consumers import Consumers, read_consumer
 from optimum_structprune.system import resume
@@ -72,7 +71,7 @@ def test_nan_weights_in_a_later_layer_undo_the_masks_of_those_before(case, refit
     def prune(model):
         evidence = evidence_of(config(refit=refit, rounds=2))
         with Run(model, describe(model), evidence) as run:
-            for step in steps(evidence.config, run.arch, {"mlp": 24}):
+            for step in StructPruner(evidence.config).steps(run.arch, run.model, {"mlp": 24}):
                 try:
                     StructPruner(evidence.config).take_(run, step)
                 finally:

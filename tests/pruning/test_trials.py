@@ -15,9 +15,8 @@ from optimum_structprune.arch.spec import LAYER
 from optimum_structprune.calibration.passes import batches_of
 from optimum_structprune.domains.load import Domain
 from optimum_structprune.forward.layers import Batch
-from optimum_structprune.pruning.choose import choose_shape
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.pruning.search import Search
+from optimum_structprune.pruning.search import Search, choose_shape
 from optimum_structprune.pruning.sweep import Sweep
 from optimum_structprune.pruning.trials import STRIDE, Probe, refits_of, trial_losses, unit_losses
 from optimum_structprune.pruning.whole import take_out_layers_
@@ -103,7 +102,7 @@ def test_trials_prune_as_the_sweep_does_and_lose_more_with_more_gone():
     consumers = tried(sweep, space, passes, mixture, 20)
     assert_untouched(model, before)
     assert sweep.keep == {}
-    sweep.run_(evidence.passes(model, arch), mixture, {"mlp": 20}, None, "round")
+    sweep.run_(evidence.passes(model, arch), mixture, {"mlp": 20})
     ((axis, (weight, _)),) = consumers.items()
     assert torch.equal(weight, read_consumer(model, axis)[0]) and weight.count_nonzero(0).bool().sum() == 20
 

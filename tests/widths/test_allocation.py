@@ -14,8 +14,8 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP, ArchSpec, Space
 from optimum_structprune.domains.load import Domain
 from optimum_structprune.dryrun import dry_run
-from optimum_structprune.pruning.choose import dense_scores
 from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.pruning.search import dense_scores
 from optimum_structprune.widths.allocation import ranked_widths, step, widths_for_sparsity
 from optimum_structprune.widths.kernels import lost_kernels
 from optimum_structprune.widths.schedule import removal_steps, round_widths
