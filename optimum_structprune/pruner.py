@@ -124,7 +124,8 @@ class StructPruner:
         with Run(model, arch, evidence, tokenizer, inplace, report, tokens) as run:
             run.evidence = with_batch_size(run.evidence, run.arch, run.model, widths)
             run.start()
-            widths = remove_tokens_(run, widths)
+            if tokens is not None:
+                widths = remove_tokens_(run, widths)
             note_unread(run)
             shape = choose_shape(run, widths)
             run.find_teacher()

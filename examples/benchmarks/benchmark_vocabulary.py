@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, measure_speed
 from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.vocabulary import named_ids
+from optimum_structprune.arch.token_space import named_ids
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.passages import Passages
 from optimum_structprune.evaluation.heldout import read_heldout

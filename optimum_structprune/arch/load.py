@@ -19,7 +19,7 @@ from .meta import check_plain, is_quantized, skeleton
 from .shrink import text_config
 from .spaces import Shapes, meets, residual_of, spaces_of
 from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, ArchSpec, Space
-from .vocabulary import vocabulary_of
+from .token_space import vocabulary_of
 
 
 NOT_ONLY_TEXT = "what is not text writes to the residual stream too"

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from ..errors import StructPruneError
 from .per_layer import forget_modeling_file
 from .spec import GROUP, HIDDEN, LAYER, VOCAB, ArchSpec, Widths
-from .vocabulary import renumber_
+from .token_space import renumber_
 
 
 # The grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes: 4 numbers in fp32,

@@ -36,7 +36,7 @@ IN_MEMORY = "load the model in memory, or over several devices"
 
 def check(
     config: StructPruneConfig,
-    dense: Described,
+    described: Described,
     widths: Widths,
     use: str = PRUNE,
     *,
@@ -48,11 +48,11 @@ def check(
     Where calibration will choose the widths, others of the same total stand for them; where moments are only stored,
     there are none.
     """
-    arch = dense.arch
+    arch = described.arch
     if use != DRY_RUN:
-        _check_model(config, dense, use)
-    if dense.offloaded:
-        _check_offloaded(config, dense, widths)
+        _check_model(config, described, use)
+    if described.offloaded:
+        _check_offloaded(config, described, widths)
     if use == CALIBRATE:
         _check_stored(config, arch)
     else:
@@ -63,12 +63,12 @@ def check(
     if use == PRUNE:
         _check_statistics(config, arch, widths)
         _check_folders(config)
-        _check_recovery(config, arch, dense.shapes)
+        _check_recovery(config, arch, described.shapes)
     unused = [*without_effect(config, widths, is_bounded(config, arch, widths))] if use in (PRUNE, DRY_RUN) else []
     if unused:
         warnings.warn(f"These options have no effect here: {'; '.join(unused)}.", stacklevel=3)
-    if dense.offloaded:  # last, as it runs the model on a few tokens
-        check_sequential(dense.shapes, arch)
+    if described.offloaded:  # last, as it runs the model on a few tokens
+        check_sequential(described.shapes, arch)
 
 
 def check_config_kind(config: Any) -> None:
@@ -171,23 +171,23 @@ def check_trainer(config: StructPruneConfig) -> None:
         raise StructPruneError("recovery is training after a pruning, and a Trainer trains already; leave it out.")
 
 
-def _check_model(config: StructPruneConfig, dense: Described, use: str) -> None:
+def _check_model(config: StructPruneConfig, described: Described, use: str) -> None:
     """Refuse a Trainer on weights that are packed or offloaded, and samples that are too long for the model."""
-    if use == TRAINER and dense.quantized:
+    if use == TRAINER and described.quantized:
         raise StructPruneError(
-            f"{dense.name} is quantized; prune `model.dequantize()`, or load it without quantization."
+            f"{described.name} is quantized; prune `model.dequantize()`, or load it without quantization."
         )
-    if use == TRAINER and dense.offloaded:
-        raise StructPruneError(f"{dense.name} is offloaded, and a Trainer trains weights in memory; {IN_MEMORY}.")
-    longest = getattr(dense.shapes.config.get_text_config(), "max_position_embeddings", None)
+    if use == TRAINER and described.offloaded:
+        raise StructPruneError(f"{described.name} is offloaded, and a Trainer trains weights in memory; {IN_MEMORY}.")
+    longest = getattr(described.shapes.config.get_text_config(), "max_position_embeddings", None)
     if config.stats is None and longest is not None and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
 
 
-def _check_offloaded(config: StructPruneConfig, dense: Described, widths: Widths) -> None:
+def _check_offloaded(config: StructPruneConfig, described: Described, widths: Widths) -> None:
     """Refuse what takes all weights of a model at once, where accelerate has offloaded some."""
-    name, advice = dense.name, IN_MEMORY
-    if dense.quantized:
+    name, advice = described.name, IN_MEMORY
+    if described.quantized:
         raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
     if CRITERIA.get(config.scored_by).watches is not None:
         raise StructPruneError(

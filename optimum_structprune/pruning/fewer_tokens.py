@@ -29,12 +29,11 @@ MUCH = 0.2
 
 
 def remove_tokens_(run: Run, widths: Widths) -> Widths:
-    """Leave the model of a run the tokens that its text needs most, if any are to go; later steps take that as dense,
-    and bring the other spaces to the widths that are returned.
+    """Leave the model of a run the tokens that its text needs most; later steps take that as dense, and bring the
+    other spaces to the widths that are returned.
     """
     tokens = run.tokens
-    if tokens is None:
-        return widths
+    assert tokens is not None
     with run.report.timed("vocabulary"):
         keep_of = partial(tokens.keep, _removal_order(run, tokens))
         number = best_number(run, tokens.vocabulary, keep_of, tokens.may) if tokens.number is None else tokens.number

@@ -217,7 +217,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def check_room(
     config: StructPruneConfig,
-    dense: Described,
+    described: Described,
     widths: Widths,
     inplace: bool,
     inputs: Mapping[str, Tensor] | None = None,
@@ -226,18 +226,18 @@ def check_room(
 
     What is estimated is taken at the lower end of its error, so that nothing is refused that fits.
     """
-    if dense.offloaded and not inplace:
+    if described.offloaded and not inplace:
         raise StructPruneError(
-            f"{dense.name} is offloaded, and a copy of it would need as much room again; pass inplace=True."
+            f"{described.name} is offloaded, and a copy of it would need as much room again; pass inplace=True."
         )
-    device, shapes, free = dense.device, dense.shapes, free_bytes(dense.device)
-    work = Workload(config, dense.arch, shapes, widths, shapes.dtype.itemsize, Text.of(config, shapes, inputs))
-    need = work.need("disk" if dense.offloaded else None, process_count())
-    copy = 0 if inplace or dense.offloaded else work.weights
+    device, shapes, free = described.device, described.shapes, free_bytes(described.device)
+    work = Workload(config, described.arch, shapes, widths, shapes.dtype.itemsize, Text.of(config, shapes, inputs))
+    need = work.need("disk" if described.offloaded else None, process_count())
+    copy = 0 if inplace or described.offloaded else work.weights
     lower_bound = int(need.above * (1 - ERROR)) + copy
     of_copy = f", beside a copy of the model, {readable_size(copy)}" if copy else ""
     if free is not None and lower_bound > free:
-        advice = " or ".join(_advice(config, need, device, copy, dense.offloaded))
+        advice = " or ".join(_advice(config, need, device, copy, described.offloaded))
         raise StructPruneError(
             f"Pruning takes at least {readable_size(lower_bound)} on {device} above the model "
             f"({readable_size(need.hidden)} of hidden states and {readable_size(need.working)} for {need.stage}"

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..arch.shrink import shrunk_config
 from ..arch.spec import HIDDEN, MODEL, VOCAB, ArchSpec, ResidualStream, Width
-from ..arch.vocabulary import renumber_
+from ..arch.token_space import renumber_
 from ..errors import StructPruneError
 from .cut import rebuilding_, replace_, replace_layers_, slice_tensors, tensors_under
 from .plan import Plan

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.shrink import text_config
 from ..arch.spec import VOCAB, ArchSpec, Widths
-from ..arch.vocabulary import named_ids
+from ..arch.token_space import named_ids
 from ..config.pruning import StructPruneConfig
 from ..domains.load import Domain
 from ..errors import StructPruneError

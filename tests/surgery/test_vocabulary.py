@@ -6,7 +6,7 @@ from models import CASES, OTHER_STRUCTURES, OTHERS, STRUCTURES, VOCAB, build
 from transformers import GenerationConfig
 
 from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.vocabulary import named_ids, renumber_
+from optimum_structprune.arch.token_space import named_ids, renumber_
 from optimum_structprune.forward.metrics import outputs_of, run_model
 from optimum_structprune.surgery.resize import drop_tokens_
 
