@@ -21,10 +21,10 @@ from .forward.generation import cached_values, flops_per_token, why_not_counted
 from .plain_json import Record
 from .pruner import PRUNERS
 from .pruning.checks import DRY_RUN, check, check_config_kind
-from .pruning.fewer_tokens import large_vocabulary
 from .pruning.room import Need, Text, Workload
 from .record.facts import PERCENT, Row, cells
 from .record.text import table
+from .vocabulary.choose import large_vocabulary
 from .widths.budget import biased_spaces, widths_of
 from .widths.kernels import lost_kernels
 
@@ -211,7 +211,7 @@ def dry_run(
 def _notes(
     model_config: PretrainedConfig, config: StructPruneConfig, dense: PreTrainedModel, arch: ArchSpec
 ) -> Iterator[str]:
-    if (tokens := large_vocabulary(arch, dense)) and VOCAB not in (config.widths or config.shrinking):
+    if (tokens := large_vocabulary(arch, dense.num_parameters())) and VOCAB not in (config.widths or config.shrinking):
         part = tokens.size * tokens.unit_params / dense.num_parameters()
         yield f"{tokens.size:,} tokens have {part:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
     if config.allocation != "uniform":

@@ -21,7 +21,7 @@ from .errors import StructPruneError
 from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
 from .pruning.evidence import Evidence
-from .pruning.fewer_tokens import note_unread, remove_tokens_
+from .pruning.fewer_tokens import remove_tokens_
 from .pruning.limit import prune_within_limit_
 from .pruning.room import check_room, with_batch_size
 from .pruning.rounds import prune_units_
@@ -114,19 +114,21 @@ class StructPruner:
                 free; nothing has changed then.
             InPlaceError: If pruning failed after a model that was to be changed in place had begun to change.
         """
-        described, widths = checked(self.config, model, tokenizer, inputs, inplace)
+        check_arguments(model, tokenizer, inputs, inplace)
+        described = Described.of(model, self.config.arch_file)
         arch = described.arch
-        tokens = Tokens.of(self.config, arch, model, tokenizer, widths) if VOCAB in widths else None
+        widths = widths_of(self.config, arch, described.unpacked)
+        check(self.config, described, widths, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
+        tokens = Tokens.of(self.config, described, model, tokenizer, widths) if VOCAB in widths else None
         check_room(self.config, described, widths, inplace, inputs)
         report = Report(arch.model_type, self.config.scored_by)
         with report.timed("domains"):
             evidence = Evidence.read(self.config, model, tokenizer, inputs, counts=tokens is not None)
-        with Run(model, arch, evidence, tokenizer, inplace, report, tokens) as run:
+        with Run(model, arch, evidence, tokenizer, inplace, report) as run:
             run.evidence = with_batch_size(run.evidence, run.arch, run.model, widths)
-            run.start()
+            run.start(apart=tokens is not None)
             if tokens is not None:
-                widths = remove_tokens_(run, widths)
-            note_unread(run)
+                widths = remove_tokens_(run, tokens, widths)
             shape = choose_shape(run, widths)
             run.find_teacher()
             run.layers = shape.layers
@@ -135,8 +137,6 @@ class StructPruner:
             run.compare()
             run.recover()
             run.finish()
-        if self.config.max_perplexity_ratio is None:  # a limit may stop the run early, and the report says so
-            report.asked = self.config.sparsity
         if report.asked is not None and far_off(report.asked, report.sparsity):
             warnings.warn(given_by(report.to_dict()).removeprefix("warning: "), stacklevel=2)
         self._remember(run)
@@ -144,10 +144,12 @@ class StructPruner:
 
     def _remember(self, run: Run) -> None:
         """Keep the records of a run here and, with the tokenizer where it is a new one, those that `save` needs."""
-        amount = {name: getattr(self.config, name) for name in ("widths", "budget", "targets", "domains")}
-        self.used_config = replace(run.config, **amount)
-        self.plan, self.report, self.manifest = run.plan, run.report, run.manifest().note(run.model)
+        # Once tokens are gone, the run's config says only what is left to do, with copies of texts that are read once.
+        as_asked = {name: getattr(self.config, name) for name in ("widths", "budget", "targets", "domains")}
+        self.used_config = replace(run.config, **as_asked)
+        self.plan, self.report, self.manifest = run.plan, run.report, run.manifest()
         self.tokenizer = run.tokenizer
+        self.manifest.note(run.model)  # for what reads text for this model later: evaluations and further runs
         tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer
         RECORDS[run.model] = Known(self.used_config, self.plan, self.report, self.manifest, tokenizer)
 
@@ -156,8 +158,8 @@ class StructPruner:
         residual stream, then units inside the layers, in `config.rounds` rounds.
 
         Args:
-            arch: The description of the dense model.
-            model: The dense model.
+            arch: The description of the dense model, or once tokens have gone, of the model without them.
+            model: That model, for subclasses whose steps depend on it; here none does.
             widths: The final widths.
         """
         steps: list[Step] = []
@@ -177,7 +179,7 @@ class StructPruner:
         """Prune the model of a run by one step, and add to its plan what is kept."""
         with evaluating(run.model):
             run.plan = run.plan.then(REMOVERS[step.kind](run, step))
-        if run.rounds is None:
+        if not run.is_masked:
             run.arch = run.described()
 
     @own_settings()
@@ -219,14 +221,13 @@ class StructPruner:
                 f"This {type(model).__name__} is not what prune_model returned, so there is nothing to save with it; "
                 "pass the model that it returned, or the model itself after inplace=True."
             )
-        known = RECORDS[model]
-        own = known.tokenizer
+        config, plan, report, manifest, own = RECORDS[model]
         if own is not None and tokenizer is not None and not own.get_vocab().keys() <= tokenizer.get_vocab().keys():
             raise StructPruneError(
                 f"The tokenizer has {len(tokenizer):,} tokens, which are not those of this model, {len(own):,}; pass "
                 "pruner.tokenizer, or none."
             )
-        save_pruned(model, save_directory, *known[:4], own or tokenizer, overwrite)
+        save_pruned(model, save_directory, config, plan, report, manifest, own or tokenizer, overwrite)
 
 
 class AutoStructPruner:
@@ -259,18 +260,3 @@ def prune_model(
             stacklevel=2,
         )
     return pruned
-
-
-def checked(
-    config: StructPruneConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    inputs: Mapping[str, Tensor] | None,
-    inplace: bool = False,
-) -> tuple[Described, Widths]:
-    """Check that a config can be met for a model, and return its description and final widths; see `check`."""
-    check_arguments(model, tokenizer, inputs, inplace)
-    described = Described.of(model, config.arch_file)
-    widths = widths_of(config, described.arch, described.shapes)
-    check(config, described, widths, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
-    return described, widths

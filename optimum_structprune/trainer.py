@@ -186,7 +186,7 @@ class StructPruneCallback(TrainerCallback):
     def begin(self, model: PreTrainedModel) -> None:
         """Remember a dense model's widths, once it can be pruned as the config says."""
         described = Described.of(model, self.config.arch_file)
-        widths = widths_of(self.config, described.arch, described.shapes)
+        widths = widths_of(self.config, described.arch, described.unpacked)
         check(self.config, described, widths, TRAINER)
         self._dense = described.arch, widths
         self.plan = Plan.of(model, described.arch)

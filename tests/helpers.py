@@ -24,7 +24,7 @@ from optimum_structprune import DomainConfig, RecoveryConfig
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
-from optimum_structprune.calibration.moments import Blend, Moments
+from optimum_structprune.calibration.moments import Moments, WeightedMean
 from optimum_structprune.calibration.passes import ModelPasses, batches_of
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.forward.metrics import outputs_of, run_model
@@ -131,10 +131,10 @@ def pruned_on(evidence, model, widths) -> Run:
 
 def mix(moments, weights) -> Moments:
     """The weighted average of several moments."""
-    blend = Blend()
+    mean = WeightedMean()
     for part, weight in zip(moments, weights, strict=True):
-        blend.add(part, weight)
-    return blend.moments()
+        mean.add(part, weight)
+    return mean.moments()
 
 
 def assert_same_errors(ours: Details, theirs: Details) -> None:
@@ -238,7 +238,7 @@ def shrunk(model, arch, plan):
     smaller = skeleton(small, new_config)
     for layer in range(arch.num_layers):
         shrink_layer_(small, arch, layer, plan, smaller)
-    adopt_config_(small, new_config, smaller)
+    adopt_config_(small, smaller)
     return small
 
 

@@ -8,9 +8,10 @@ from helpers import mix
 from models import config
 
 from optimum_structprune.calibration.linalg import solve_damped, with_damped_factor
+from optimum_structprune.calibration.mixture import output_energy
 from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.criteria import CRITERIA
-from optimum_structprune.criteria.mixture import output_energy, standardised
+from optimum_structprune.criteria.base import standardised
 from optimum_structprune.surgery.refit import least_squares
 
 

@@ -17,7 +17,7 @@ from ..system.offloading import compute_device, is_offloaded
 from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, family_of
 from .meta import check_plain, is_quantized, skeleton
 from .shrink import text_config
-from .spaces import Shapes, meets, residual_of, spaces_of
+from .spaces import TensorShapes, meets, residual_of, spaces_of
 from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, ArchSpec, Space
 from .token_space import vocabulary_of
 
@@ -49,11 +49,11 @@ class Described:
     """The facts that are asked of a model alone, once, before it is used: `arch` is what may shrink in it, and
     `device` computes its first weights.
 
-    `shapes` is a model of the shapes that the unpacked one has: itself, or where it is quantized, one without weights.
+    `unpacked` is the model itself, or where it is quantized, one of the shapes that it has unpacked, without weights.
     """
 
     arch: ArchSpec
-    shapes: PreTrainedModel
+    unpacked: PreTrainedModel
     device: torch.device
     quantized: bool = False
     offloaded: bool = False
@@ -61,17 +61,17 @@ class Described:
     @property
     def name(self) -> str:
         """The name of the model's class."""
-        return type(self.shapes).__name__
+        return type(self.unpacked).__name__
 
     @classmethod
     def of(cls, model: PreTrainedModel, arch_file: str | Path | None = None) -> Described:
         """Describe a model, and refuse what cannot be pruned whatever is asked for."""
         check_plain(model)
         quantized = is_quantized(model)
-        shapes = skeleton(model, model.config) if quantized else model
-        arch = describe(shapes, arch_file)
-        _check_whole(shapes, arch)
-        return cls(arch, shapes, compute_device(model), quantized, is_offloaded(model))
+        unpacked = skeleton(model, model.config) if quantized else model
+        arch = describe(unpacked, arch_file)
+        _check_whole(unpacked, arch)
+        return cls(arch, unpacked, compute_device(model), quantized, is_offloaded(model))
 
 
 def _check_whole(model: PreTrainedModel, arch: ArchSpec) -> None:
@@ -124,7 +124,7 @@ def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
     return layers
 
 
-def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: str = "") -> ArchSpec:
+def resolve(family: Family, config: PretrainedConfig, shapes: TensorShapes, prefix: str = "") -> ArchSpec:
     """Fill in a family's templates for one model."""
     stacks: list[tuple[str, int]] = []
     layer_params: list[int] = []
@@ -161,18 +161,18 @@ def resolve(family: Family, config: PretrainedConfig, shapes: Shapes, prefix: st
 
 
 def _depth(
-    template: Template | None, config: PretrainedConfig, layer_params: list[int], layers: Sequence[str], shapes: Shapes
+    template: Template | None, config: PretrainedConfig, params: list[int], layers: Sequence[str], shapes: TensorShapes
 ) -> Iterator[Space]:
     if template is None or not meets(config, template):
         return
     # A model needs a layer with each of the modules in `kinds`: among `least` layers, one always has it.
     having = [sum(f"{layer}{module}.weight" in shapes for layer in layers) for module in template.kinds]
     least = max((len(layers) - count + 1 for count in having if count), default=1)
-    mean, keys = round(sum(layer_params) / len(layers)), ((template.size, 1),)
+    mean, keys = round(sum(params) / len(layers)), ((template.size, 1),)
     yield Space(LAYER, MODEL, len(layers), (), (), keys, (), mean, least=least, unit=LAYER, uniform=ONE_PER_MODEL)
 
 
-def _layer_params(layer_path: str, shapes: Shapes) -> list[int]:
+def _layer_params(layer_path: str, shapes: TensorShapes) -> list[int]:
     sizes: Counter[int] = Counter()
     for name, shape in shapes.items():
         index = name.removeprefix(f"{layer_path}.").partition(".")[0]

@@ -14,7 +14,7 @@ from .families import ResidualTemplate, Template
 from .spec import CHANNEL, EXPERT, GROUP, HIDDEN, MODEL, ONE_PER_MODEL, Axis, Read, ResidualStream, Space
 
 
-Shapes = Mapping[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 
 
 class Heads(NamedTuple):
@@ -52,7 +52,7 @@ class Projections(NamedTuple):
 
 
 def spaces_of(
-    name: str, template: Template, layer: int, prefix: str, shapes: Shapes, config: PretrainedConfig
+    name: str, template: Template, layer: int, prefix: str, shapes: TensorShapes, config: PretrainedConfig
 ) -> Iterator[Space]:
     """The spaces that a template makes of one layer: none, one, or one per expert."""
     if not meets(config, template):
@@ -122,7 +122,7 @@ def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int
 
 
 def _inside_layer(
-    base: Space, template: Template, prefix: str, shapes: Shapes, units: Mapping[str, int]
+    base: Space, template: Template, prefix: str, shapes: TensorShapes, units: Mapping[str, int]
 ) -> Iterator[Space]:
     names = f"{prefix}{{}}.weight", f"{prefix}{{}}.bias"
     projections = _projections(template, names, TRANSPOSED if template.transposed else LINEAR, shapes, units)
@@ -135,7 +135,7 @@ def _inside_layer(
     yield _with_axes(replace(base, size=projections.size, biased=projections.biased), out, projections.into, shapes)
 
 
-def _whole_experts(base: Space, template: Template, prefix: str, shapes: Shapes) -> Iterator[Space]:
+def _whole_experts(base: Space, template: Template, prefix: str, shapes: TensorShapes) -> Iterator[Space]:
     """One unit per expert: index 0 of every tensor of the router and of the experts, index 1 of a single row."""
     router = f"{prefix}{template.router}"
     if f"{router}.weight" not in shapes:
@@ -148,7 +148,7 @@ def _whole_experts(base: Space, template: Template, prefix: str, shapes: Shapes)
     yield _with_axes(replace(base, size=size, unit=EXPERT), out, [], shapes)
 
 
-def _inside_experts(base: Space, template: Template, shapes: Shapes, units: Mapping[str, int]) -> Iterator[Space]:
+def _inside_experts(base: Space, template: Template, shapes: TensorShapes, units: dict[str, int]) -> Iterator[Space]:
     """One space per expert, in parameters that stack the experts' matrices."""
     names = f"{base.experts}.{{}}", f"{base.experts}.{{}}_bias"
     dims = STACKED_TRANSPOSED if template.transposed else STACKED
@@ -162,7 +162,7 @@ def _inside_experts(base: Space, template: Template, shapes: Shapes, units: Mapp
 
 
 def _projections(
-    template: Template, names: tuple[str, str], dims: Dims, shapes: Shapes, units: Mapping[str, int]
+    template: Template, names: tuple[str, str], dims: Dims, shapes: TensorShapes, units: Mapping[str, int]
 ) -> Projections | None:
     """The producers and consumers of a template; None where the first producer is not there."""
     weight, bias = (name.format for name in names)
@@ -180,7 +180,7 @@ def _projections(
     return Projections(size, out, into, all(bias(name) in shapes for name in template.into))
 
 
-def _with_axes(space: Space, out: list[Axis], into: list[Axis], shapes: Shapes) -> Space:
+def _with_axes(space: Space, out: list[Axis], into: list[Axis], shapes: TensorShapes) -> Space:
     unit_params = 0
     for axis in out + into:
         shape = shapes[axis.param]
@@ -188,7 +188,9 @@ def _with_axes(space: Space, out: list[Axis], into: list[Axis], shapes: Shapes) 
     return replace(space, out=tuple(out), into=tuple(into), unit_params=unit_params)
 
 
-def _axes(param: str, dim: int, parts: list[str], size: int, shapes: Shapes, units: Mapping[str, int]) -> list[Axis]:
+def _axes(
+    param: str, dim: int, parts: list[str], size: int, shapes: TensorShapes, units: Mapping[str, int]
+) -> list[Axis]:
     if param not in shapes:
         raise StructPruneError(f"{param} is missing; the description of this family expects it.")
     rows = [units[part] for part in parts]
@@ -202,7 +204,7 @@ def _axes(param: str, dim: int, parts: list[str], size: int, shapes: Shapes, uni
 
 
 def residual_of(
-    template: ResidualTemplate, shapes: Shapes, config: PretrainedConfig, prefix: str, layers: Sequence[str]
+    template: ResidualTemplate, shapes: TensorShapes, config: PretrainedConfig, prefix: str, layers: Sequence[str]
 ) -> ResidualStream:
     """The residual stream of a model."""
     size = number(config, template.size)
@@ -244,21 +246,21 @@ def residual_of(
     return ResidualStream(space, embed, written, tuple(reads), template.plus, template.scaled)
 
 
-def _reads(template: ResidualTemplate, layer: int, prefix: str, shapes: Shapes) -> Iterator[Read]:
+def _reads(template: ResidualTemplate, layer: int, prefix: str, shapes: TensorShapes) -> Iterator[Read]:
     for tap, modules in template.into.items():
         axes = [axis for module in modules for axis in _matrix(prefix + module, -1, template, shapes)]
         if axes:
             yield Read(layer, prefix + tap, tuple(axes), norm=tap in template.norms)
 
 
-def _writers(module: str, template: ResidualTemplate, shapes: Shapes) -> Iterator[Axis]:
+def _writers(module: str, template: ResidualTemplate, shapes: TensorShapes) -> Iterator[Axis]:
     yield from _matrix(module, -2, template, shapes)
     for bias, dim in ((f"{module}.bias", 0), (f"{module}_bias", 1)):
         if bias in shapes:
             yield Axis(bias, dim)
 
 
-def _matrix(module: str, dim: int, template: ResidualTemplate, shapes: Shapes) -> Iterator[Axis]:
+def _matrix(module: str, dim: int, template: ResidualTemplate, shapes: TensorShapes) -> Iterator[Axis]:
     """The axis of a module's weight, or of a parameter that stacks the matrices of all experts; nothing where there is
     neither.
     """

@@ -98,11 +98,6 @@ class Space:
         return self.layer, self.name
 
     @property
-    def rounds(self) -> bool:
-        """Whether widths are rounded to multiples that suit the hardware: those of channels and tokens are."""
-        return self.unit in (CHANNEL, TOKEN)
-
-    @property
     def inside(self) -> bool:
         """Whether the units lie inside a layer or an expert: they are neither whole layers nor whole experts."""
         return self.unit in (CHANNEL, GROUP)

@@ -16,7 +16,7 @@ from ..errors import StructPruneError
 from .families import BUILTIN, builtin_families
 from .load import resolve
 from .shrink import text_config
-from .spaces import Shapes, heads_of
+from .spaces import TensorShapes, heads_of
 
 
 Roles = dict[str, dict[str, list[str]]]
@@ -70,7 +70,7 @@ def _names(space: Mapping[str, Any]) -> list[str]:
     return [f"{prefix}{name}" for name in (*space.get("out", ()), *space.get("in", ()))]
 
 
-def nearest(config: PretrainedConfig, shapes: Shapes) -> str | None:
+def nearest(config: PretrainedConfig, shapes: TensorShapes) -> str | None:
     """The described model type most of whose tensors are there in the right shape; None where none fits."""
     best: tuple[int, str | None] = (0, None)
     for model_type, family in builtin_families().items():
@@ -82,7 +82,7 @@ def nearest(config: PretrainedConfig, shapes: Shapes) -> str | None:
     return best[1]
 
 
-def _layer_tensors(shapes: Shapes) -> tuple[str, dict[str, tuple[int, ...]]]:
+def _layer_tensors(shapes: TensorShapes) -> tuple[str, dict[str, tuple[int, ...]]]:
     """The path of the list of layers with the most parameters, and the shape of every tensor that some layer has."""
     params: Counter[str] = Counter()
     tensors: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -97,7 +97,7 @@ def _layer_tensors(shapes: Shapes) -> tuple[str, dict[str, tuple[int, ...]]]:
     return path, tensors[path]
 
 
-def _roles(plan: Mapping[str, str], tensors: Shapes) -> Roles:
+def _roles(plan: Mapping[str, str], tensors: TensorShapes) -> Roles:
     """For each module, the names of its projections that split by rows (producers) and by columns (consumers); modules
     that lack one of the two are left out.
     """
@@ -110,7 +110,7 @@ def _roles(plan: Mapping[str, str], tensors: Shapes) -> Roles:
     return {owner: role for owner, role in roles.items() if role["out"] and role["in"]}
 
 
-def _spaces(roles: Roles, tensors: Shapes, config: PretrainedConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _spaces(roles: Roles, tensors: TensorShapes, config: PretrainedConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     for owner, role in roles.items():
         if role["in"][0] in tensors:
             yield f"{owner.replace('.', '_')}_mlp", _inside_experts(owner, role, tensors, config)
@@ -122,7 +122,7 @@ def _spaces(roles: Roles, tensors: Shapes, config: PretrainedConfig) -> Iterator
             yield owner.rpartition(".")[2] or "mlp", _channels(config, size, rows, role["in"])
 
 
-def _heads(role: Mapping[str, list[str]], tensors: Shapes, config: PretrainedConfig) -> dict[str, Any]:
+def _heads(role: Mapping[str, list[str]], tensors: TensorShapes, config: PretrainedConfig) -> dict[str, Any]:
     try:
         heads, groups, head_dim = heads_of(config.per_layer_config[0] if config.is_heterogeneous else config)
     except (AttributeError, TypeError, ZeroDivisionError):
@@ -147,7 +147,7 @@ def _heads(role: Mapping[str, list[str]], tensors: Shapes, config: PretrainedCon
 
 
 def _inside_experts(
-    owner: str, role: Mapping[str, list[str]], tensors: Shapes, config: PretrainedConfig
+    owner: str, role: Mapping[str, list[str]], tensors: TensorShapes, config: PretrainedConfig
 ) -> dict[str, Any]:
     """The space of the channels inside the experts that the parameters of a module stack."""
     first, into = tensors[role["out"][0]], tensors[role["in"][0]]

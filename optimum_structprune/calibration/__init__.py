@@ -1,1 +1,1 @@
-"""Moments of activations: how they are gathered, summed up and stored."""
+"""Moments of activations: how they are gathered, brought together over the domains, and stored."""

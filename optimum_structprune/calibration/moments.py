@@ -64,8 +64,9 @@ class Moments:
         mean: The mean E[x], shape `(n,)`, fp64.
         square: The second moment E[x²] of each component, shape `(n,)`, fp64.
         gram: The Gram matrix E[x xᵀ], shape `(n, n)`, fp32; None where only the diagonal is kept.
-        saliency: What else a criterion goes by for each component, shape `(n,)`, fp64, see `Criterion`; None where
-            none does.
+        saliency: What `Criterion.watches` says of each component, shape `(n,)`, fp64; None where it is None.
+        producer_norms: The norms of the weights that give each component, shape `(n,)`; None where no criterion needs
+            them, or units are no single channels.
         energy: The output energy E‖W x‖² with the dense weight W of the consumer, shape `()`, fp64; None where no
             output was seen.
         error: The error that error feedback asks the consumer to make up for; None where there is none.
@@ -76,6 +77,7 @@ class Moments:
     square: Tensor
     gram: Tensor | None = None
     saliency: Tensor | None = None
+    producer_norms: Tensor | None = None
     energy: Tensor | None = None
     error: ErrorMoments | None = None
 
@@ -134,9 +136,9 @@ class Moments:
         """The moments of some components only."""
         index = torch.as_tensor(columns, device=self.mean.device)
         gram = None if self.gram is None else submatrix(self.gram, index, index)
-        saliency = None if self.saliency is None else self.saliency[index]
+        saliency, norms = (None if of is None else of[index] for of in (self.saliency, self.producer_norms))
         error = None if self.error is None else replace(self.error, cross=self.error.cross[:, index])
-        return Moments(self.count, self.mean[index], self.square[index], gram, saliency, error=error)
+        return Moments(self.count, self.mean[index], self.square[index], gram, saliency, norms, error=error)
 
     @property
     def variance(self) -> Tensor:
@@ -170,7 +172,7 @@ def _precise_means(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, square
 
 
-class Blend:
+class WeightedMean:
     """The weighted average of moments that come one after the other; in memory is the average alone."""
 
     def __init__(self) -> None:

@@ -101,7 +101,7 @@ class LayerPasses(LayerRunner, Passes):
         self.routed: tuple[Routed, ...] = ()
         self.num_domains = 1 + max(batch.domain for batch in batches)
         self.unchanged = CachedOutputs(torch.device("cpu") if is_offloaded(model) else None)
-        self.dense = list(self.hidden)
+        self.dense_hidden = list(self.hidden)
 
     def gather(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
         """See `Passes.gather`."""
@@ -133,7 +133,7 @@ class LayerPasses(LayerRunner, Passes):
                 if self.fixed:
                     self.given[index] = output.to(self.hidden[index].device)
                 if ways:
-                    dense = self.dense[index].to(output.device)
+                    dense = self.dense_hidden[index].to(output.device)
                     accumulator.add_error(self.error_feedback * (dense.float() - output.float()))
         return accumulator.of(space)
 
@@ -149,8 +149,8 @@ class LayerPasses(LayerRunner, Passes):
             if not any(self.way(0, self._local(0, axis.module)) for space in spaces for axis in space.into):
                 self.error_feedback = 0.0
         if self.error_feedback:
-            for index, hidden in enumerate(self.dense):
-                self.dense[index] = self.output(layer, index, hidden).to(hidden.device)
+            for index, hidden in enumerate(self.dense_hidden):
+                self.dense_hidden[index] = self.output(layer, index, hidden).to(hidden.device)
 
     def advance(self, layer: int) -> None:
         """See `Passes.advance`."""
@@ -172,12 +172,12 @@ class LayerPasses(LayerRunner, Passes):
         """See `Passes.state`."""
         tensors = {f"hidden.{index}": hidden for index, hidden in enumerate(self.hidden)}
         if self.error_feedback:
-            tensors |= {f"dense.{index}": hidden for index, hidden in enumerate(self.dense)}
+            tensors |= {f"dense.{index}": hidden for index, hidden in enumerate(self.dense_hidden)}
         return PassesState(tensors, {"gains": self.gains, "error_feedback": self.error_feedback})
 
     def resume_(self, state: PassesState) -> None:
         """See `Passes.resume_`."""
-        for name, stored in (("hidden", self.hidden), ("dense", self.dense)):
+        for name, stored in (("hidden", self.hidden), ("dense", self.dense_hidden)):
             for index, before in enumerate(stored):
                 stored[index] = state.tensors.get(f"{name}.{index}", before).to(before.device)
         self.gains, self.error_feedback = dict(state.values["gains"]), state.values["error_feedback"]

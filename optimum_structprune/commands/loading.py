@@ -107,7 +107,7 @@ class Loading:
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # tokenizers raises a bare one
-            if reads_images(self.shapes(name)):  # says more where the config is at fault
+            if reads_images(self.without_weights(name)):  # says more where the config is at fault
                 return self._processor(name)
             raise StructPruneError(f"The tokenizer of {name!r} cannot be loaded: {_line(error)}") from error
 
@@ -127,8 +127,8 @@ class Loading:
         except Exception as error:  # whatever an odd value makes of the code that reads it
             raise _cannot_load(name, error) from error
 
-    def shapes(self, name: str) -> PreTrainedModel:
-        """A model without weights, on the meta device, from its config alone."""
+    def without_weights(self, name: str) -> PreTrainedModel:
+        """A model on the meta device, from its config alone."""
         return meta_model(self.config(name), self.arch_file, trust_remote_code=self.trust_remote_code)
 
     def bytes_after(self, name: str, config: StructPruneConfig) -> int:

@@ -156,8 +156,8 @@ def benchmark(args: Namespace) -> Result:
     models = [args.dense, *args.models]
     paths = dict(zip(names_of(models), models, strict=True))
     batch_sizes, prompts = args.batch_size or BATCH_SIZES, args.prompt or PROMPTS
-    shapes = {name: loading.shapes(path) for name, path in paths.items()}
-    check_speed(shapes, batch_sizes, prompts, args.new_tokens, args.repeats, args.threads)
+    without_weights = {name: loading.without_weights(path) for name, path in paths.items()}
+    check_speed(without_weights, batch_sizes, prompts, args.new_tokens, args.repeats, args.threads)
     speed = measure_speed(
         {name: loading.model(path) for name, path in paths.items()},
         batch_sizes=batch_sizes,

@@ -20,7 +20,7 @@ from .output import Result
 
 def inspect(args: Namespace) -> Result:
     """Build the model on the meta device and describe it."""
-    model = Loading.of(args).shapes(args.model)
+    model = Loading.of(args).without_weights(args.model)
     if args.stub:
         description = stub(model)
         return Result(description, {"stub": description})

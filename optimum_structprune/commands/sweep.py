@@ -8,16 +8,19 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
+from ..arch.load import Described
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..plain_json import replace_text
-from ..pruner import AutoStructPruner, checked
+from ..pruner import AutoStructPruner
+from ..pruning.checks import check
 from ..pruning.evidence import Evidence
 from ..pruning.rounds import run_key
 from ..record.facts import Facts, as_csv, as_text, facts_of
 from ..system.disk import Output
 from ..system.processes import across_processes, process_index
 from ..system.resume import Resume
+from ..widths.budget import widths_of
 from .arguments import pruning_config
 from .loading import Loading
 from .output import Result, note
@@ -76,7 +79,8 @@ def _check(args: Namespace, configs: Mapping[float, StructPruneConfig]) -> None:
 def _store(args: Namespace, config: StructPruneConfig) -> Resume:
     """What remembers the sizes of a sweep; one of another model or text, or with other settings, is refused."""
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
-    checked(config, model, tokenizer, None)
+    described = Described.of(model, config.arch_file)
+    check(config, described, widths_of(config, described.arch, described.unpacked))
     any_size = replace(Evidence.read(config, model, tokenizer), config=replace(config, sparsity=0.5, losses_dir=None))
     return Resume(Path(args.output), run_key(any_size, model, {}), "size")
 

@@ -194,7 +194,7 @@ class StructPruneConfig(Serialisable):
 
     @property
     def fits(self) -> bool:
-        """Whether every kept weight is fitted to the dense outputs."""
+        """Whether every kept weight is fitted to the dense outputs; of a registered refit that is not known."""
         return self.refit == "least_squares"
 
     @property
@@ -203,7 +203,7 @@ class StructPruneConfig(Serialisable):
         return self.allocation in MEASURED
 
     @property
-    def correlates(self) -> bool:
+    def refit_reads_gram(self) -> bool:
         """Whether the refit may read Gram matrices, as registered ones may."""
         return self.refit not in ("none", "bias")
 
@@ -213,7 +213,7 @@ class StructPruneConfig(Serialisable):
         return self.rounds > 1 and self.objective == "worst"
 
     @property
-    def measures(self) -> bool:
+    def measures_rounds(self) -> bool:
         """Whether a round that is not the last is measured on held-out text."""
         return self.reweights or self.max_perplexity_ratio is not None
 
@@ -222,12 +222,7 @@ class StructPruneConfig(Serialisable):
         """Whether widths, weights of domains or the end of the rounds follow from a measurement of the model on text,
         which may not be the text that the report measures it on.
         """
-        return self.searches or self.reweights or self.max_perplexity_ratio is not None
-
-    @property
-    def spans_rounds(self) -> bool:
-        """Whether something besides the model goes from one round to the next."""
-        return self.measures or self.checkpoint_dir is not None
+        return self.searches or self.measures_rounds
 
     def validate_amount(self) -> None:
         """Check that exactly one of `sparsity`, `widths` and `budget` is given, and that numbers are positive."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from torch import Tensor, isfinite
+from torch import Tensor, finfo, isfinite
 
 from ..arch.spec import ArchSpec
 from ..calibration.moments import Moments
@@ -29,8 +29,8 @@ class Criterion(ABC):
 
     Attributes:
         needs_gram: Whether `score` reads `moments.gram`; without it only mean and second moment are gathered.
-        needs_producer_norms: Whether `moments.saliency` holds the norms of the weights that give each channel, see
-            `criteria.obs.producer_norms`; it stays None where the units are no single channels.
+        needs_producer_norms: Whether `score` reads `moments.producer_norms`, see `criteria.obs.producer_norms`; it is
+            None where the units are no single channels.
         watches: What runs the whole model before each round and gives `moments.saliency`; None where nothing does.
         damped: Whether `score` damps a Gram matrix by `config.damping`.
     """
@@ -113,6 +113,17 @@ def check_scores(scores: object, count: int, name: str, where: str) -> None:
 def per_unit(columns: Tensor, columns_per_unit: int) -> Tensor:
     """The sum over the columns of each unit, shape `(units,)`, of values of shape `(units * columns_per_unit,)`."""
     return columns.reshape(-1, columns_per_unit).sum(1)
+
+
+def standardised(columns: Tensor, columns_per_unit: int) -> Tensor:
+    """Scores that can be compared over layers and spaces, shape `(units,)`: the mean z-score of a unit's columns.
+
+    As in FLAP (An et al. 2023, section 3.3), the score of every column, shape `(units * columns_per_unit,)`, is
+    standardised over the columns of its layer. It is a mean and not a sum, so that it is a score per column, and
+    thereby per parameter.
+    """
+    spread = columns.std(correction=0).clamp(min=finfo(columns.dtype).tiny)
+    return ((columns - columns.mean()) / spread).reshape(-1, columns_per_unit).mean(1)
 
 
 CRITERIA: Registry[type[Criterion]] = Registry("criterion", "optimum_structprune.criteria")

@@ -50,9 +50,9 @@ class ProducerBrainSurgeon(OptimalBrainSurgeon):
     """The score is that of `obs` and the producer norm of a channel, each relative to its mean over the channels.
 
     With o_j the score of `obs`, d_j the norm of `producer_norms`, and means over the channels, it is
-    (√o_j + d_j · mean(√o) / mean(d))² / 4. That a channel has done little on the calibration text says less of other
-    text where its producers are large. SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689) adds a similar term to its
-    score. Units of several columns are scored as by `obs`.
+    (√o_j + d_j · mean(√o) / mean(d))² / 4. The norm says how strongly its producers drive a channel: where
+    they do, it says less of other text that the channel has done little on the calibration text. SlimLLM (Guo et al.,
+    ICML 2025, arXiv 2505.22689) adds a similar term to its score. Units of several columns are scored as by `obs`.
     """
 
     needs_producer_norms = True
@@ -60,9 +60,9 @@ class ProducerBrainSurgeon(OptimalBrainSurgeon):
     def score(self, weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
         """See `Criterion.score`."""
         losses = super().score(weight, moments, columns_per_unit)
-        if moments.saliency is None or columns_per_unit > 1:
+        if moments.producer_norms is None or columns_per_unit > 1:
             return losses
-        norms, roots = moments.saliency.to(losses), losses.clamp(min=0).sqrt()
+        norms, roots = moments.producer_norms.to(losses), losses.clamp(min=0).sqrt()
         scale = roots.mean() / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
         return (roots + norms * scale).square() / 4
 

@@ -132,10 +132,9 @@ class Manifest(Record):
             domains=[Entry.of(domain) for domain in domains],
         )
 
-    def note(self, model: Module) -> "Manifest":
+    def note(self, model: Module) -> None:
         """Remember that a model in memory has seen this."""
         _SEEN[model] = self
-        return self
 
     @classmethod
     def seen_by(cls, model: Module) -> "Manifest | None":

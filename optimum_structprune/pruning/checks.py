@@ -63,12 +63,12 @@ def check(
     if use == PRUNE:
         _check_statistics(config, arch, widths)
         _check_folders(config)
-        _check_recovery(config, arch, described.shapes)
+        _check_recovery(config, arch, described.unpacked)
     unused = [*without_effect(config, widths, is_bounded(config, arch, widths))] if use in (PRUNE, DRY_RUN) else []
     if unused:
         warnings.warn(f"These options have no effect here: {'; '.join(unused)}.", stacklevel=3)
     if described.offloaded:  # last, as it runs the model on a few tokens
-        check_sequential(described.shapes, arch)
+        check_sequential(described.unpacked, arch)
 
 
 def check_config_kind(config: Any) -> None:
@@ -152,7 +152,7 @@ def check_trainer(config: StructPruneConfig) -> None:
         raise StructPruneError(
             "refit='bias' adds parameters that the optimizer does not hold; use refit='least_squares' or 'none'."
         )
-    if config.spans_rounds or config.objective == "worst":
+    if config.measures_rounds or config.checkpoint_dir is not None or config.objective == "worst":
         raise StructPruneError(
             "objective, max_perplexity_ratio and checkpoint_dir span the rounds of one pruning, and a Trainer prunes "
             "in steps of its own; leave these out."
@@ -179,7 +179,7 @@ def _check_model(config: StructPruneConfig, described: Described, use: str) -> N
         )
     if use == TRAINER and described.offloaded:
         raise StructPruneError(f"{described.name} is offloaded, and a Trainer trains weights in memory; {IN_MEMORY}.")
-    longest = getattr(described.shapes.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(described.unpacked.config.get_text_config(), "max_position_embeddings", None)
     if config.stats is None and longest is not None and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
 

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import dequantized
 from ..arch.spec import ArchSpec
+from ..calibration.mixture import Mixture
 from ..calibration.passes import Passes, batches_of, passes_over
 from ..calibration.stored import Statistics, StoredPasses
 from ..config.domains import DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import LAYER_CRITERIA
-from ..criteria.mixture import Mixture
 from ..domains.images import image_domains
 from ..domains.load import Domain, calibration_domains, given_domains, load_domains, split_samples
 from ..domains.manifest import Entry, Manifest

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from transformers import PreTrainedModel
-
-from ..arch.spec import MODEL, VOCAB, ArchSpec, Space, Widths
+from ..arch.spec import MODEL, VOCAB, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import COUNTED, Entry
-from ..errors import StructPruneError
 from ..surgery.plan import Plan
 from ..surgery.resize import drop_tokens_
-from ..vocabulary.choose import Tokens, predicted_shares, removal_order, token_shares, unread
+from ..vocabulary.choose import Tokens, predicted_shares, removal_order, token_shares
 from ..vocabulary.languages import scripts_of, tokens_per_word
 from ..vocabulary.tokens import Vocabulary
 from ..widths.budget import beside_tokens
@@ -24,16 +20,10 @@ from .measure import Measure
 from .run import Run
 
 
-# A report counts the tokens that the text never shows where the rows of tokens are more than this share of a model.
-MUCH = 0.2
-
-
-def remove_tokens_(run: Run, widths: Widths) -> Widths:
+def remove_tokens_(run: Run, tokens: Tokens, widths: Widths) -> Widths:
     """Leave the model of a run the tokens that its text needs most; later steps take that as dense, and bring the
     other spaces to the widths that are returned.
     """
-    tokens = run.tokens
-    assert tokens is not None
     with run.report.timed("vocabulary"):
         keep_of = partial(tokens.keep, _removal_order(run, tokens))
         number = best_number(run, tokens.vocabulary, keep_of, tokens.may) if tokens.number is None else tokens.number
@@ -85,20 +75,3 @@ def _keep_tokens_(run: Run, vocabulary: Vocabulary, keep: Sequence[int], number:
     run.counted = [Entry.of(domain, COUNTED) for domain in evidence.domains]
     if not run.arch.causal:  # hidden states of other tokens do not compare
         run.measure = Measure(run.model, run.evidence.domains, run.arch)
-
-
-def large_vocabulary(arch: ArchSpec, model: PreTrainedModel) -> Space | None:
-    """The space of the tokens where their rows are a large part of a model, else None."""
-    much = MUCH * model.num_parameters()
-    return next((space for space in arch.of(VOCAB) if space.unit_params * space.size > much), None)
-
-
-def note_unread(run: Run) -> None:
-    """Note in the report how many tokens of a large vocabulary are of scripts that the text hardly ever shows."""
-    space = large_vocabulary(run.arch, run.model)
-    if run.counted or run.tokenizer is None or space is None or run.evidence.statistics is not None:
-        return
-    with suppress(StructPruneError):  # a kind of tokenizer that cannot lose tokens, such as a slow one
-        vocabulary = Vocabulary.of(run.tokenizer)
-        tokens = unread(vocabulary, token_shares(run.evidence.domains, vocabulary.size))
-        run.report.unread = {"tokens": tokens, "parameters": tokens * space.unit_params}

@@ -48,14 +48,14 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
     model, evidence, report, layers = run.model, run.evidence, run.report, _Layers(run)
     legal, numbers = _numbers(run, may)
     with evaluating(model), report.timed("search"):
-        dense = [row_losses(model, [*domain.trial]).sum() for domain in evidence.domains]
+        dense_losses = [row_losses(model, [*domain.trial]).sum() for domain in evidence.domains]
         balances: list[Balance] = []
         for _ in range(NUMBERS + FINER):
             number = numbers.pop() if numbers else _between(balances, legal)
             if any(balance.tokens == number for balance in balances):  # nothing legal lies in between
                 break
             tokens_loss = evidence.total_loss(
-                token_losses(model, vocabulary, evidence.domains, keep_of(number)[:number], dense)
+                token_losses(model, vocabulary, evidence.domains, keep_of(number)[:number], dense_losses)
             )
             # What goes beside other tokens costs nothing less than these alone; anything else is noise.
             more = (balance.tokens_loss for balance in balances if balance.tokens > number)
@@ -63,8 +63,7 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
     best = _best(balances)
     if best.layers_loss == inf:
         raise StructPruneError(
-            f"budget={run.config.budget} is not met with {may.start:,} tokens and all that may go from the other "
-            f"targets, {list(run.config.shrinking)}; allow more, or add targets."
+            f"budget={run.config.budget} is met by no widths of {run.config.shrinking}; allow more, or add targets."
         )
     balances.sort(key=lambda balance: -balance.tokens)
     report.balances = [{**vars(balance), "chosen": balance is best} for balance in balances]
@@ -135,15 +134,15 @@ def token_losses(
     vocabulary: Vocabulary,
     domains: Sequence[Domain],
     keep: Sequence[int],
-    dense: Sequence[Tensor],
+    dense_losses: Sequence[Tensor],
 ) -> Tensor:
     """What a causal model loses in nats per token of its own vocabulary where it reads and predicts only those of
-    `keep`, on the text of each domain that choices are made on; shape `(domains,)`, fp64. `dense` holds its total loss
-    on the text of each domain.
+    `keep`, on the text of each domain that choices are made on; shape `(domains,)`, fp64. `dense_losses` are its
+    total losses on these texts.
     """
     kept, among = set(keep), torch.tensor(keep)
     losses = []
-    for domain, before in zip(domains, dense, strict=True):
+    for domain, before in zip(domains, dense_losses, strict=True):
         rows = [spelled(row.tolist(), vocabulary, kept) for row in domain.trial]
         losses.append((row_losses(model, rows, among).sum() - before) / domain.trial[:, 1:].numel())
     return torch.stack(losses)

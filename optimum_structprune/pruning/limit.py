@@ -10,7 +10,7 @@ from ..arch.spec import Widths
 from ..errors import StructPruneError
 from ..record.text import worst_ratio
 from ..surgery.plan import Plan
-from ..widths.allocation import step as step_of
+from ..widths.allocation import multiple_of
 from ..widths.schedule import legal_round_widths, next_legal
 from .rounds import Rounds
 from .run import Run, Step
@@ -87,7 +87,7 @@ def _between(run: Run, wide: Mapping[str, Any], narrow: Mapping[str, Any], share
     """The legal widths after a share of the way from wide ones to narrow ones of the same form."""
     widths: dict[str, Any] = {}
     for name, least in narrow.items():
-        multiple, most = step_of(run.config, run.dense_arch, name), wide[name]
+        multiple, most = multiple_of(run.config, run.dense_arch, name), wide[name]
 
         def between(most: int, least: int, multiple: int = multiple) -> int:
             return min(most, ceil((most - share * (most - least)) / multiple) * multiple)

@@ -51,16 +51,16 @@ class Measure:
     ):
         self.heldout: Rows = {domain.name: [*domain.heldout] for domain in domains}
         self.probes: Rows = {domain.name: [*domain.probe] for domain in domains if domain.probe is not None}
-        self.predicted = {name: rows[0][1:].numel() for name, rows in self.heldout.items()}
+        self.tokens_predicted = {name: rows[0][1:].numel() for name, rows in self.heldout.items()}
         self.texts: list[dict[str, Passages]] = [{}, {}]
         if tokenizer is not None and arch.causal:
             for texts, of in zip(self.texts, (self.heldout, self.probes), strict=True):
                 texts |= {name: Passages(rows, tokenizer) for name, rows in of.items()}
             if apart:
                 self.read_by(tokenizer, model)
-        self.dense = self._of_all(model, arch)
+        self.dense_figures = self._of_all(model, arch)
         chosen_by = self.probes if arch.causal else {}
-        self.dense_probes = self._losses(model, arch, chosen_by) if chosen_by else self.dense
+        self.dense_on_probes = self._losses(model, arch, chosen_by) if chosen_by else self.dense_figures
 
     def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Measure from now on in the tokens of another tokenizer, which `model` reads, on the same text."""
@@ -71,21 +71,21 @@ class Measure:
     def ratios(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, float]:
         """Perplexity as a multiple of the dense model's, by domain; infinity where it is not a number."""
         losses = self._losses(model, arch, self.probes or self.heldout)
-        ratios = {name: perplexity_of(of) / perplexity_of(self.dense_probes[name]) for name, of in losses.items()}
+        ratios = {name: perplexity_of(of) / perplexity_of(self.dense_on_probes[name]) for name, of in losses.items()}
         return {name: inf if isnan(ratio) else ratio for name, ratio in ratios.items()}
 
     def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
         """Put the figures of the smaller model into the report, beside those of the dense one."""
         figures = self._of_all(model, arch)
-        for name, before in self.dense.items():
+        for name, before in self.dense_figures.items():
             if arch.causal:
                 losses = {"before": before, "after": figures[name]}
                 report.perplexity[name] = {when: perplexity_of(of) for when, of in losses.items()}
                 report.perplexity_stderr[name] = perplexity_errors(losses)
-                report.perplexity_tokens[name] = self.predicted[name] * len(self.heldout[name])
+                report.perplexity_tokens[name] = self.tokens_predicted[name] * len(self.heldout[name])
                 if passages := self.texts[0].get(name):
                     report.bits_per_byte[name] = {
-                        when: passages.bits_per_byte(of * self.predicted[name]) for when, of in losses.items()
+                        when: passages.bits_per_byte(of * self.tokens_predicted[name]) for when, of in losses.items()
                     }
             else:
                 report.output_error[name] = output_error(figures[name], before)
@@ -111,7 +111,7 @@ class Measure:
             values = [row_losses(model, text) for text in texts]
         by_process = zip(*of_all(values), strict=True)
         return {
-            name: (parts[0] if every_process_runs(rows) else torch.cat(parts)) / self.predicted[name]
+            name: (parts[0] if every_process_runs(rows) else torch.cat(parts)) / self.tokens_predicted[name]
             for (name, rows), parts in zip(by_domain.items(), by_process, strict=True)
         }
 

@@ -152,7 +152,7 @@ class Workload:
             removed = sum(units * space.scale * space.unit_params for space, units in spaces)
             yield self.itemsize * max(parameters - removed, 0), "removal"
         criterion = CRITERIA.get(name) if name in CRITERIA.names() else None
-        reads_gram = self.config.correlates or criterion is not None and criterion.needs_gram
+        reads_gram = self.config.refit_reads_gram or criterion is not None and criterion.needs_gram
         for size, kept, out, expert in self._matrices:
             gram, weight = FP32 * size**2 if reads_gram else 0, FP32 * out * size
             # The cross-moment with the error; of experts, the tokens that enter them, kept until all are done.
@@ -230,8 +230,8 @@ def check_room(
         raise StructPruneError(
             f"{described.name} is offloaded, and a copy of it would need as much room again; pass inplace=True."
         )
-    device, shapes, free = described.device, described.shapes, free_bytes(described.device)
-    work = Workload(config, described.arch, shapes, widths, shapes.dtype.itemsize, Text.of(config, shapes, inputs))
+    device, model, free = described.device, described.unpacked, free_bytes(described.device)
+    work = Workload(config, described.arch, model, widths, model.dtype.itemsize, Text.of(config, model, inputs))
     need = work.need("disk" if described.offloaded else None, process_count())
     copy = 0 if inplace or described.offloaded else work.weights
     lower_bound = int(need.above * (1 - ERROR)) + copy

@@ -33,8 +33,7 @@ def prune_units_(run: Run, step: Step) -> Plan:
     """One round: mask units, or in the last one remove all that are masked. A round that an earlier run of the same
     checkpoint has finished is passed over.
     """
-    rounds: Rounds = run.rounds or Rounds(run, step)
-    run.rounds = rounds
+    rounds = run.rounds = run.rounds or Rounds(run, step)
     if step.number <= rounds.done:
         return Plan(run.arch.model_type, {})
     skeleton = shrunk_skeleton(run.model, run.arch, step.widths, rounds.biased) if step.last else None
@@ -44,7 +43,7 @@ def prune_units_(run: Run, step: Step) -> Plan:
         rounds.finish()
         return Plan(run.arch.model_type, {})
     rounds.record(step.widths, {})
-    adopt_config_(run.model, skeleton.config, skeleton)
+    adopt_config_(run.model, skeleton)
     run.rounds = None
     return rounds.sweep.plan
 
@@ -106,10 +105,14 @@ class Rounds:
         shrink_(self.run.model, self.arch, self.sweep.plan, widths, self.biased)
         return self.sweep.plan
 
+    def undo_(self) -> None:
+        """Make the model dense again, unless it has lost units for good."""
+        self.sweep.undo_()
+
     def ratios(self) -> dict[str, float]:
         """Perplexity over the dense model's, by domain; nothing where no setting asks for it."""
         measure = self.run.measure
-        if measure is None or not (self.run.config.measures and self.arch.causal):
+        if measure is None or not (self.run.config.measures_rounds and self.arch.causal):
             return {}
         with self.run.report.timed("perplexity"):
             return measure.ratios(self.run.model, self.arch)
@@ -117,7 +120,7 @@ class Rounds:
     def record(self, widths: Widths, ratios: Mapping[str, float], **more: bool) -> None:
         """Enter a round into the report, and weigh the domains anew for the next."""
         config, evidence = self.run.config, self.run.evidence
-        if config.measures:
+        if config.measures_rounds:
             shares = dict(zip(evidence.names, evidence.shares, strict=True))
             entry = {"widths": dict(widths), "shares": shares, "perplexity_ratio": dict(ratios), **more}
             self.run.report.rounds.append(entry)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from math import inf
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,14 +18,18 @@ from ..arch.meta import dequantized, is_quantized
 from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
-from ..errors import InPlaceError, some_of
+from ..errors import InPlaceError, StructPruneError, some_of
 from ..record.report import Report
 from ..surgery.plan import Plan
 from ..system.processes import alone
-from ..vocabulary.choose import Tokens
+from ..vocabulary.choose import large_vocabulary, token_shares, unread
+from ..vocabulary.tokens import Vocabulary
 from .evidence import Evidence
 from .measure import Measure
 
+
+if TYPE_CHECKING:
+    from .rounds import Rounds
 
 logger = logging.getLogger(__name__)
 # The kinds of step inside the layers: rounds, and rounds within a limit. Those before are named as the spaces.
@@ -64,7 +69,6 @@ class Run:
     Attributes:
         arch, dense_arch: The `ArchSpec` of the model that shrinks: as it is now, and before anything was removed.
         dense_model: The dense model, where it is another object than the model that shrinks.
-        tokens: The tokens of a model that is to have fewer; None where none are to go.
         tokenizer: The tokenizer that reads text for the model; after the vocabulary has become smaller, the new one.
         inplace: Whether the caller holds the model that shrinks.
         layers: The layers that stay, where measured losses have chosen them; None where a criterion does.
@@ -82,10 +86,9 @@ class Run:
         tokenizer: PreTrainedTokenizerBase | None = None,
         inplace: bool = True,
         report: Report | None = None,
-        tokens: Tokens | None = None,
     ):
         self.model, self.dense_model = _to_change(model, inplace)
-        self.evidence, self.tokens = evidence, tokens
+        self.evidence = evidence
         self.tokenizer = self.dense_tokenizer = tokenizer
         self.inplace = inplace
         self.arch = self.dense_arch = arch
@@ -94,7 +97,7 @@ class Run:
         self.measure: Measure | None = None
         self.teacher: PreTrainedModel | None = None
         self.layers: tuple[int, ...] | None = None
-        self.rounds: Any = None
+        self.rounds: Rounds | None = None
         self.counted: list[Entry] = []
         self.trained: list[Entry] = []
         self.seen: Manifest | None = None
@@ -106,17 +109,22 @@ class Run:
         """The config of the evidence."""
         return self.evidence.config
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether units may be masked that have not been removed: between the first of several rounds and the last."""
+        return self.rounds is not None
+
     def described(self) -> ArchSpec:
         """The description of the model as it is now."""
         return describe(self.model, self.config.arch_file)
 
-    def start(self) -> None:
-        """Measure the dense model and begin the records."""
+    def start(self, apart: bool = False) -> None:
+        """Measure the dense model, `apart` where tokens are to go (see `Measure`), and begin the records."""
         self.plan = Plan.of(self.model, self.arch)
         self.seen = Manifest.seen_by(self.dense_model or self.model)
         with self.report.timed("perplexity"):
             domains, tokenizer = self.evidence.domains, self.dense_tokenizer
-            self.measure = Measure(self.model, domains, self.arch, tokenizer, apart=self.tokens is not None)
+            self.measure = Measure(self.model, domains, self.arch, tokenizer, apart)
         self.report.start(self.model, self.arch)
 
     def find_teacher(self) -> None:
@@ -169,6 +177,19 @@ class Run:
         self.report.details.take({key: error for key, error in self.errors.items() if key[0] in layers})
         calibrated = self.manifest().of_use(CALIBRATED)
         self.report.calibration_tokens = {entry.name: entry.calibration_tokens for entry in calibrated}
+        if self.config.max_perplexity_ratio is None:  # a limit may stop the run early, and the report says so
+            self.report.asked = self.config.sparsity
+        self._note_unread()
+
+    def _note_unread(self) -> None:
+        """Note how many tokens of a large vocabulary are of scripts that the text hardly ever shows."""
+        space = large_vocabulary(self.dense_arch, self.report.parameters["before"])
+        if self.counted or self.tokenizer is None or space is None or self.evidence.statistics is not None:
+            return
+        with suppress(StructPruneError):  # a kind of tokenizer that cannot lose tokens, such as a slow one
+            vocabulary = Vocabulary.of(self.tokenizer)
+            tokens = unread(vocabulary, token_shares(self.evidence.domains, vocabulary.size))
+            self.report.unread = {"tokens": tokens, "parameters": tokens * space.unit_params}
 
     def __enter__(self) -> Run:
         return self
@@ -179,7 +200,7 @@ class Run:
         if error is None:
             return
         if self.rounds is not None:
-            self.rounds.sweep.undo_()
+            self.rounds.undo_()
         if not (self.inplace and self.changed):
             return
         reason = str(error) or type(error).__name__

@@ -53,7 +53,7 @@ def choose_shape(run: Run, widths: Widths) -> Shape:
     if not widths or run.config.allocation == "uniform":
         return Shape(widths)
     if run.config.searches:
-        return search(run)
+        return searched_shape(run)
     rank = ALLOCATIONS.get(run.config.allocation)
     with evaluating(run.model), run.report.timed("ranking"):
         scores = rank(run.model, run.arch, run.evidence, list(widths))
@@ -77,7 +77,7 @@ def dense_scores(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, nam
     return Sweep(model, arch, evidence.config).scores(passes, evidence.mixture, names)
 
 
-def search(run: Run) -> Shape:
+def searched_shape(run: Run) -> Shape:
     """The shape that loses least of those that remove as much as a config says.
 
     Every layer in turn gives up a quarter and three quarters of each space, with the refit of the config, and for
@@ -88,10 +88,10 @@ def search(run: Run) -> Shape:
     report = run.report
     with evaluating(run.model), report.timed("search"):
         probe = Probe.of(run.model, run.arch, run.evidence)
-        shapes = Search(run.model, run.arch, run.evidence)
-        trials = shapes.trials(probe)
+        search = Search(run.model, run.arch, run.evidence)
+        trials = search.trials(probe)
         losses = run.evidence.memory.get(MEASURED_LOSSES) or trials.losses()
-        tried = shapes.tried(shapes.candidates(trials.curves(losses)), probe)
+        tried = search.tried(search.candidates(trials.curves(losses)), probe)
     best = min(tried, key=lambda pair: pair[0])[1]
     report.shapes = [
         {

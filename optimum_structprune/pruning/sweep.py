@@ -12,12 +12,12 @@ from transformers.utils.logging import tqdm
 
 from ..arch.spec import ArchSpec, Axis, Space, Widths
 from ..calibration.linalg import ridge_strength
+from ..calibration.mixture import Mixture, Pool, output_energy, pooled
 from ..calibration.moments import Moments
 from ..calibration.passes import Passes
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA, Criterion
-from ..criteria.base import check_scores
-from ..criteria.mixture import Mixture, Pool, output_energy, pooled, standardised
+from ..criteria.base import check_scores, standardised
 from ..criteria.obs import producer_norms
 from ..forward.placement import Placement
 from ..record.details import Errors, relative_errors
@@ -80,7 +80,7 @@ class Sweep:
         """
         axes = [axis for space in self.arch.at(layer) for axis in space.into]
         with self.consumers.as_dense(axes):
-            passes.advance_dense(layer, widths)
+            passes.advance_dense(layer, widths.keys())
         for space in self.arch.at(layer):
             width = space.width_in(widths) * space.scale
             if width < space.size:
@@ -98,7 +98,7 @@ class Sweep:
     def gather(self, passes: Passes, space: Space, mixture: Mixture) -> list[Moments]:
         """What the samples say of a space: the moments of the domain mixture, by consumer."""
         pools = [Pool(mixture, self.consumers.dense(axis)[0]) for axis in space.into]
-        gram = CRITERIA.get(self.config.scored_by).needs_gram or self.config.correlates
+        gram = CRITERIA.get(self.config.scored_by).needs_gram or self.config.refit_reads_gram
         # A refit starts from the dense weights, so error feedback has to see the error that these leave.
         with self.consumers.as_dense(space.into):
             return pooled(passes, space, gram, pools)
@@ -119,7 +119,7 @@ class Sweep:
         """Keep the units with the highest scores, or those that the criterion takes in their place."""
         before = self._before(space)
         keep = tuple(before[unit] for unit in best_units(scores, width))
-        if len(space.into) == 1:
+        if len(space.into) == 1:  # what a set of units is worth is known of one consumer, not of several
             (axis,), (moments,) = space.into, gathered
             others, dense = sorted({*before} - {*keep}), self.consumers.dense(axis)[0]
             criterion = self._criterion(space.layer)
@@ -203,7 +203,7 @@ class Sweep:
         """What a criterion scores: the present weight of the units that are left, and their moments."""
         weight = self.consumers.present(axis)[0]
         if criterion.needs_producer_norms:
-            moments = replace(moments, saliency=producer_norms(self.model, self.arch, space))
+            moments = replace(moments, producer_norms=producer_norms(self.model, self.arch, space))
         if (before := self._before(space)) and len(before) < space.size:
             columns = units_to_columns(before, axis, weight.device)
             weight, moments = weight[:, columns], moments.select(columns)

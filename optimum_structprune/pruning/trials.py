@@ -16,8 +16,8 @@ from transformers.utils.logging import tqdm
 
 from ..arch.load import layer_list
 from ..arch.spec import LAYER, ArchSpec, Axis, Space
+from ..calibration.mixture import Mixture
 from ..calibration.passes import LayerPasses, Passes, batches_of, passes_over
-from ..criteria.mixture import Mixture
 from ..forward.generation import last_logits_only
 from ..forward.layers import Batch
 from ..forward.metrics import TOKENS_AT_ONCE, divergence, run_model
@@ -63,7 +63,7 @@ class Probe:
         self.options: dict[str, Any] = {}
         if last_logits_only(model):
             self.options["logits_to_keep"] = torch.arange(0, batches[0].ids.shape[1], STRIDE)
-        self.dense = [self._logits(index) for index in range(len(batches))]
+        self.dense_logits = [self._logits(index) for index in range(len(batches))]
 
     @classmethod
     def of(cls, model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> Probe:
@@ -86,7 +86,7 @@ class Probe:
         total, count = (torch.zeros(1 + max(batch.domain for batch in self.batches)) for _ in range(2))
         first, step = (0, 1) if model is None else (process_index(), process_count())
         for index, batch in [*enumerate(self.batches)][first::step]:
-            pairs = (values.split(TOKENS_AT_ONCE) for values in (self._logits(index, model), self.dense[index]))
+            pairs = (values.split(TOKENS_AT_ONCE) for values in (self._logits(index, model), self.dense_logits[index]))
             for logits, dense in zip(*pairs, strict=True):
                 total[batch.domain] += float(divergence(logits, dense)) * len(dense)
                 count[batch.domain] += len(dense)

@@ -15,12 +15,12 @@ from ..arch.shrink import shrunk_config
 from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Axis, ResidualStream, Space
 from ..calibration.accumulator import Accumulator, Norm
 from ..calibration.linalg import ridge_strength
+from ..calibration.mixture import Mixture, Pool, output_energy, pooled
 from ..calibration.moments import Moments
 from ..calibration.passes import LayerPasses
 from ..config.pruning import StructPruneConfig
 from ..criteria.base import check_scores
 from ..criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
-from ..criteria.mixture import Mixture, Pool, output_energy, pooled
 from ..forward.hooks import observe
 from ..forward.layers import Batch
 from ..forward.metrics import run_model
@@ -79,7 +79,7 @@ def gap_passes(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> La
     passes = evidence.run_passes(model, arch, evidence.own_batches, feedback) if feedback else None
     if not isinstance(passes, LayerPasses):
         return None
-    passes.through_norms = True
+    passes.through_norms = True  # else a layer that normalises its outputs could make up for nothing
     return passes
 
 

@@ -89,13 +89,13 @@ class Report(Record):
             "bytes": {"before": model_bytes(model)},
         }
 
-    def finish(self, model: PreTrainedModel, arch: ArchSpec, dense: ArchSpec, plan: Plan) -> None:
+    def finish(self, model: PreTrainedModel, arch: ArchSpec, dense_arch: ArchSpec, plan: Plan) -> None:
         """Enter the sizes and widths of the smaller model."""
         self.parameters["after"], self.layer_parameters["after"] = model.num_parameters(), sum(arch.layer_params)
         self.details.model["bytes"]["after"] = model_bytes(model)
-        kept = {MODEL, *plan.keep.get((MODEL, LAYER), range(dense.num_layers))}
+        kept = {MODEL, *plan.keep.get((MODEL, LAYER), range(dense_arch.num_layers))}
         for name, widths in plan.widths().items():
-            full = dense.widths(name)
+            full = dense_arch.widths(name)
             self.widths[name] = {**{layer: width for layer, width in full.items() if layer in kept}, **widths}
             self.dense_widths[name] = max(full.values())
 

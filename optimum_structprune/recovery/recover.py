@@ -106,7 +106,8 @@ class Recovery:
         outcome.teacher = "" if taught_by is None else taught_by.name_or_path or ""
         self.report, self.domains = outcome, domains
         trained = [Entry.of(domain, TRAINED) for domain in domains]
-        self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(trained).note(recovered)
+        self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(trained)
+        self._manifest.note(recovered)
         outcome.judge()
         return recovered
 

@@ -68,7 +68,7 @@ def rebuilding_(model: PreTrainedModel, config: PretrainedConfig, buffers: bool 
     """Give a model another config; inside `with`, modules of the skeleton that it gives are put into the model."""
     new = skeleton(model, config, buffers)
     yield new
-    adopt_config_(model, config, new)
+    adopt_config_(model, new)
 
 
 @torch.no_grad()
@@ -163,15 +163,15 @@ def _move_settings(old: nn.Module, new: nn.Module) -> None:
         add_hook_to_module(new, dispatch)
 
 
-def adopt_config_(model: PreTrainedModel, config: PretrainedConfig, smaller: PreTrainedModel) -> None:
-    """Make `config` the model's own, and compare every tensor with the model that it describes."""
+def adopt_config_(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
+    """Give a model the config of a skeleton, once every tensor has been compared with those of the skeleton."""
     expected = {name: tuple(tensor.shape) for name, tensor in smaller.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted({*expected, *shapes}):
         if expected.get(name) != shapes.get(name):
             raise StructPruneError(
                 f"{name} has shape {shapes.get(name)}, but the shrunk config makes it {expected.get(name)}; "
-                f"the description of {config.model_type!r} is incomplete."
+                f"the description of {smaller.config.model_type!r} is incomplete."
             )
     # Some models give a part of theirs a config of its own: a copy, or that of the text model of a multimodal one.
     twins = dict(smaller.named_modules())

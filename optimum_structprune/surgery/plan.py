@@ -1,4 +1,4 @@
-"""The plan: which units are kept. A value; nothing has changed yet."""
+"""The plan: which units of the dense model are kept, as a value that changes no model."""
 
 from __future__ import annotations
 

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.load import Described
 from ..arch.shrink import text_config
-from ..arch.spec import VOCAB, ArchSpec, Widths
+from ..arch.spec import VOCAB, ArchSpec, Space, Widths
 from ..arch.token_space import named_ids
 from ..config.pruning import StructPruneConfig
 from ..domains.load import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import mean_probabilities
+from ..widths.budget import check_fewest_tokens
 from .languages import script
 from .tokens import Vocabulary, with_needs
 
@@ -31,6 +33,8 @@ GUESSED = 3.0
 ALIKE = 1000
 # Of a script with a smaller share than this, the text shows no more than a name.
 NEVER = 1e-4
+# A vocabulary is large where its rows are more than this share of a model.
+MUCH = 0.2
 # The number of tokens that the model reads to tell what it expects, in all domains together.
 ENOUGH = 8192
 
@@ -50,19 +54,21 @@ class Tokens:
     def of(
         cls,
         config: StructPruneConfig,
-        arch: ArchSpec,
+        described: Described,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         widths: Widths,
     ) -> Tokens:
-        """The tokens of a dense model; a number that it cannot keep is refused."""
+        """The tokens of a dense model; a number that it cannot keep, or a budget that takes fewer, is refused."""
         assert tokenizer is not None  # `check` has refused that
-        vocabulary, space = Vocabulary.of(tokenizer), arch.of(VOCAB)[0]
+        vocabulary, space = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0]
         competes = config.searches and config.widths is None and len(widths) > 1
         always = _always(config, model, tokenizer, vocabulary) | {*range(space.size, vocabulary.size)}
         tokens = cls(vocabulary, space.size, frozenset(always), None if competes else space.width_in(widths))
         may = tokens.may
-        if tokens.number is not None and tokens.number not in may:
+        if tokens.number is None:
+            check_fewest_tokens(config, described.arch, described.unpacked, may)
+        elif tokens.number not in may:
             raise StructPruneError(
                 f"vocab={tokens.number:,} is no number of tokens that this model can keep: {may.start:,} of "
                 f"{may.stop - 1:,} always stay."
@@ -201,6 +207,11 @@ def _expected(vocabulary: Vocabulary, shares: Tensor, predicted: Tensor | None) 
     guess = number**-1 if predicted is None else evidence**0.6 * number**-0.5
     guess = guess * _by_script(vocabulary, evidence) ** 0.5
     return shares.double() + GUESSED * guess / guess.sum()
+
+
+def large_vocabulary(arch: ArchSpec, parameters: int) -> Space | None:
+    """The space of the tokens where their rows are a large part of the `parameters` of a model, else None."""
+    return next((space for space in arch.of(VOCAB) if space.unit_params * space.size > MUCH * parameters), None)
 
 
 def unread(vocabulary: Vocabulary, shares: Tensor) -> int:

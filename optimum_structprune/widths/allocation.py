@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..arch.shrink import legal_sizes
-from ..arch.spec import GROUP, LAYER, VOCAB, ArchSpec, Space, Width, Widths
+from ..arch.spec import CHANNEL, GROUP, LAYER, TOKEN, VOCAB, ArchSpec, Space, Width, Widths
 from ..config.pruning import AUTO, ONE_WIDTH, StructPruneConfig
 from ..errors import StructPruneError
 from ..registry import did_you_mean
@@ -48,8 +48,8 @@ def target_widths(
     pruned = _without(arch, config.skip_layers)
     if is_bounded(config, arch, list(legal)):
         return ranked_widths(config, pruned, legal, scores or {})
-    steps = {name: step(config, pruned, name) for name in legal}
-    widths = asked_widths(config, arch) or widths_for_sparsity(pruned, config.sparsity or 0.0, legal, steps)
+    round_to = {name: multiple_of(config, pruned, name) for name in legal}
+    widths = asked_widths(config, arch) or widths_for_sparsity(pruned, config.sparsity or 0.0, legal, round_to)
     if config.skip_layers or not same:
         return {name: _at_most(width, pruned.of(name)) for name, width in widths.items()}
     return widths
@@ -103,7 +103,7 @@ def asked_widths(config: StructPruneConfig, arch: ArchSpec) -> Widths | None:
 def choices(config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequence[int]) -> list[int]:
     """The widths of a space that `sparsity` may choose, ascending: legal ones, of channels multiples of `round_to`."""
     space = arch.of(name)[0]
-    return multiples(legal, space.width, step(config, arch, name))
+    return multiples(legal, space.width, multiple_of(config, arch, name))
 
 
 def smallest_widths(config: StructPruneConfig, arch: ArchSpec, legal: Mapping[str, Sequence[int]]) -> Widths:
@@ -208,19 +208,19 @@ def _check_width(arch: ArchSpec, name: str, width: Width, legal: Sequence[int]) 
 
 
 def widths_for_sparsity(
-    arch: ArchSpec, sparsity: float, legal: Mapping[str, Sequence[int]], steps: Mapping[str, int]
+    arch: ArchSpec, sparsity: float, legal: Mapping[str, Sequence[int]], round_to: Mapping[str, int]
 ) -> dict[str, int]:
     """Widths that remove a share of the layers' parameters.
 
     Spaces are taken in the order of the cost of their units, the largest first. Each gets the smallest legal width
     that is not below its proportional share, unless the later ones could not make up for it. The last one absorbs what
-    is then still to be removed, to the nearest multiple of its step, see `step`.
+    is then still to be removed, to the nearest multiple of its number in `round_to`.
     """
     goal = sparsity * sum(arch.layer_params)
     size = {name: arch.of(name)[0].size for name in legal}
     cost = {name: sum(space.unit_params * space.scale for space in arch.of(name)) for name in legal}
-    choices = {name: multiples(legal[name], size[name], steps[name]) for name in legal}
-    removable = {name: cost[name] * (size[name] - choices[name][0]) for name in legal}
+    may = {name: multiples(legal[name], size[name], round_to[name]) for name in legal}
+    removable = {name: cost[name] * (size[name] - may[name][0]) for name in legal}
     if goal > sum(removable.values()):
         share = sum(removable.values()) / sum(arch.layer_params)
         raise StructPruneError(
@@ -234,10 +234,10 @@ def widths_for_sparsity(
         ideal = size[name] * (1 - goal / sum(cost[other] * size[other] for other in [name, *rest]))
         if rest:
             room = sum(removable[other] for other in rest)
-            fitting = [width for width in choices[name] if goal - cost[name] * (size[name] - width) <= room]
+            fitting = [width for width in may[name] if goal - cost[name] * (size[name] - width) <= room]
             widths[name] = next((width for width in fitting if width >= ideal), fitting[-1])
         else:
-            widths[name] = min(choices[name], key=lambda width: abs(width - ideal))
+            widths[name] = min(may[name], key=lambda width: abs(width - ideal))
         goal -= cost[name] * (size[name] - widths[name])
     return widths
 
@@ -288,7 +288,7 @@ def ranked_widths(
         _remove_(config, every, (config.sparsity or 0.0) * sum(arch.layer_params))
     else:
         for name, width in config.widths.items():
-            assert isinstance(width, int)  # `contradictions` has refused numbers for single layers here
+            assert isinstance(width, int)  # the config refuses numbers for single layers here
             goal = sum(layer.unit_params * max(layer.widths[0] - width, 0) for layer in by_kind[name])
             _remove_(config, by_kind[name], goal)
     return {name: {layer.layer: layer.widths[layer.at] for layer in layers} for name, layers in by_kind.items()}
@@ -310,14 +310,14 @@ def _layer_width(
     return LayerWidth(spaces[0].layer, widths, params, [sum(scores) / len(scores) for scores in going])
 
 
-def step(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
+def multiple_of(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
     """What the widths of a space are multiples of where they are chosen: `round_to` for channels and tokens,
     `tensor_parallel` for KV groups, and 1 for what is neither.
 
-    Half a step of `auto` is at most `MOST_OFF` of the layers' parameters, so that the widths come that near to a goal.
+    Half of what `auto` gives is at most `MOST_OFF` of the layers' parameters, so that widths come that near to a goal.
     """
     spaces, parts = arch.of(name), config.tensor_parallel
-    if not spaces[0].rounds:
+    if spaces[0].unit not in (CHANNEL, TOKEN):
         return parts if spaces[0].unit == GROUP else 1
     if config.round_to != AUTO:
         return int(config.round_to)
@@ -332,7 +332,7 @@ def step(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
 def candidate_widths(config: StructPruneConfig, arch: ArchSpec, space: Space, legal: Sequence[int]) -> list[int]:
     """The widths that a layer may take from `min_width` on where layers get widths of their own, descending."""
     widths = sorted({*(width for width in legal if width < space.width), space.width})
-    rounded = multiples(widths, space.width, step(config, arch, space.kind))
+    rounded = multiples(widths, space.width, multiple_of(config, arch, space.kind))
     return [width for width in rounded if width >= ceil(config.min_width * space.width)][::-1]
 
 

@@ -1,4 +1,4 @@
-"""From a budget for the model as a whole to the largest widths that keep to it."""
+"""From the amount in a config to the final widths: those of a share or as given, or the largest within a budget."""
 
 from __future__ import annotations
 
@@ -151,6 +151,15 @@ def budget_of(
     return Budget(name, limit if limit >= 1 else int(limit * dense), dense, cost)
 
 
+def check_fewest_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, may: range) -> None:
+    """Refuse a budget that is not met with the fewest tokens of `may` and all that may go from the other spaces."""
+    legal = legal_widths(config, arch, model.config)
+    budget, tokens = budget_of(config, arch, model, legal), choices(config, arch, VOCAB, legal[VOCAB])
+    fewest = next((number for number in tokens if number in may), arch.of(VOCAB)[0].size)
+    least = budget.cost({**smallest_widths(config, arch, legal), VOCAB: fewest})
+    _check_reach(config, budget, least, list(legal), arch)
+
+
 def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names: list[str], arch: ArchSpec) -> None:
     name, limit, dense, _ = budget
     if limit >= dense:
@@ -245,7 +254,7 @@ def beside_tokens(
 def _mean_width(config: StructPruneConfig, arch: ArchSpec, name: str, params: Mapping[Key, float]) -> Resource:
     """The parameters that go where a space has so many units in the mean over the layers."""
     width = (config.widths or {})[name]
-    assert isinstance(width, int)  # `contradictions` has refused numbers for single layers here
+    assert isinstance(width, int)  # the config refuses numbers for single layers here
     of_space = {key: count for key, count in params.items() if key[1] == name and key[0] not in config.skip_layers}
     sizes = arch.widths(name)
     need = sum(count * max(sizes[layer] - width, 0) for (layer, _), count in of_space.items())

@@ -9,7 +9,7 @@ from optimum_structprune import StructPruner, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.accumulator import listen
 from optimum_structprune.calibration.experts import contributions, inner_activations, inner_moments
-from optimum_structprune.criteria.mixture import Mixture
+from optimum_structprune.calibration.mixture import Mixture
 from optimum_structprune.forward.metrics import run_model
 from optimum_structprune.surgery.consumers import read_consumer
 

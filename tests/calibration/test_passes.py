@@ -207,7 +207,7 @@ def test_the_norm_behind_a_module_is_found_by_trying(case, plus):
     assert model.get_submodule(way.module) is norm and count_hooks(model) == 0
     torch.testing.assert_close(way.weight, norm.weight.detach() + plus, rtol=1e-2, atol=1e-2)
     ((moments,),) = passes.gather(0, space, True)
-    error, inputs, products = 0.25 * (passes.dense[0] - passes.output(0, 0)).flatten(0, 1), [], []
+    error, inputs, products = 0.25 * (passes.dense_hidden[0] - passes.output(0, 0)).flatten(0, 1), [], []
     with observe(model, [space.into[0].module], lambda _, x: inputs.append(x)), torch.no_grad():
         with observe(norm, [""], lambda _, y: products.append(y)):
             passes.output(0, 0)
@@ -222,7 +222,7 @@ def test_it_is_off_where_nothing_can_make_up_for_an_error(case, share):
     model = build(case)
     passes = LayerPasses(model, describe(model), [Batch(0, token_ids())], error_feedback=0.5)
     passes.advance_dense(0, ["mlp"])
-    assert passes.error_feedback == share and (passes.dense[0] is passes.hidden[0]) == (share == 0)
+    assert passes.error_feedback == share and (passes.dense_hidden[0] is passes.hidden[0]) == (share == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,12 +1,9 @@
 """Criteria against their definitions."""
 
-from copy import deepcopy
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
-from helpers import mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build, config
@@ -14,7 +11,6 @@ from models import build, config
 from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.moments import Moments
 from optimum_structprune.criteria import CRITERIA
-from optimum_structprune.criteria.mixture import Mixture, output_energy
 from optimum_structprune.criteria.obs import producer_norms
 from optimum_structprune.domains.resolve import MOST, reweighted
 
@@ -58,15 +54,15 @@ def test_a_channel_with_larger_producers_scores_higher(case):
     """And the scores stay in the units of a loss, so that they compare over layers."""
     weight, x, moments = case
     losses = score("obs", case)
-    even = score("obs_drive", (weight, x, replace(moments, saliency=torch.ones(6))))
+    even = score("obs_drive", (weight, x, replace(moments, producer_norms=torch.ones(6))))
     torch.testing.assert_close(even, (losses.sqrt() + losses.sqrt().mean()).square() / 4)
     norms = torch.tensor([1.0, 1.0, 5.0, 1.0, 1.0, 1.0])
-    larger = score("obs_drive", (weight, x, replace(moments, saliency=norms)))
+    larger = score("obs_drive", (weight, x, replace(moments, producer_norms=norms)))
     assert int((larger / even).argmax()) == 2
-    scaled = score("obs_drive", (weight, x, replace(moments, saliency=100 * norms)))
+    scaled = score("obs_drive", (weight, x, replace(moments, producer_norms=100 * norms)))
     torch.testing.assert_close(scaled, larger)
     # Groups of columns, and units without producer norms, are scored as by `obs`.
-    pairs = score("obs_drive", (weight, x, replace(moments, saliency=norms)), 2)
+    pairs = score("obs_drive", (weight, x, replace(moments, producer_norms=norms)), 2)
     torch.testing.assert_close(pairs, score("obs", case, 2))
     torch.testing.assert_close(score("obs_drive", case), losses)
 
@@ -87,54 +83,6 @@ def test_obs_judges_groups_as_large_as_those_of_real_models(columns, threads):
         fitted = x[:, others].double() @ torch.linalg.lstsq(x[:, others].double(), target).solution
         expected = 0.5 * float((target - fitted).square().sum(1).mean())
         assert float(scores[unit]) == pytest.approx(expected, rel=1e-3)
-
-
-matrices = st.tuples(st.integers(1, 4), st.integers(2, 8), st.integers(0, 2**31)).map(
-    lambda case: torch.rand(case[:2], generator=torch.Generator().manual_seed(case[2])) ** 3 + 1e-3
-)
-
-
-@settings(deadline=None, max_examples=40)
-@given(contributions=matrices, scale=st.floats(1e-3, 1e3))
-def test_domains_that_agree_are_one_domain_whatever_their_scale(contributions, scale):
-    alone = Mixture((1.0,)).combined(contributions[:1])
-    same = contributions[:1].expand(3, -1) * torch.tensor([[1.0], [scale], [1.0]])
-    torch.testing.assert_close(Mixture((0.2, 0.3, 0.5)).combined(same), alone, rtol=1e-3, atol=1e-5)
-
-
-def scores_of(mixture, criterion, weight, moments, columns_per_unit=1):
-    return criterion.score(weight, mixture.pool(weight, map(deepcopy, moments)), columns_per_unit)
-
-
-@pytest.fixture
-def parts():
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(5, 6, generator=generator)
-    streams = [scale * torch.randn(40, 6, generator=generator) for scale in (1.0, 7.0)]
-    return weight, [Moments.empty(6, gram=True).update(stream) for stream in streams]
-
-
-@pytest.mark.parametrize("name", ["wanda", "flap", "obs", "magnitude"])
-def test_the_mean_of_energies_is_taken_over_moments(parts, name):
-    weight, moments = parts
-    criterion = CRITERIA.get(name)(config(criterion=name))
-    shares = zip((0.3, 0.7), moments, strict=True)
-    expected = mix(moments, [share / output_energy(weight, part) for share, part in shares])
-    mixture = Mixture((0.3, 0.7))
-    torch.testing.assert_close(mixture.pool(weight, moments).gram, expected.gram)
-    torch.testing.assert_close(scores_of(mixture, criterion, weight, moments, 2), criterion.score(weight, expected, 2))
-
-
-def test_a_domain_that_never_came_here_has_no_say(parts):
-    weight, moments = parts
-    wanda, shares = CRITERIA.get("wanda")(config()), [2 / 7, 5 / 7]
-    two = scores_of(Mixture(tuple(shares)), wanda, weight, moments)
-    silent = Moments.empty(6, gram=True), Moments.empty(6, gram=True).update(torch.zeros(9, 6))
-    for place, part in product(range(3), silent):
-        of_three, shares_of_three = [*moments], [0.7 * share for share in shares]
-        of_three.insert(place, part)
-        shares_of_three.insert(place, 0.3)
-        torch.testing.assert_close(scores_of(Mixture(tuple(shares_of_three)), wanda, weight, of_three), two)
 
 
 shares_and_losses = st.integers(1, 5).flatmap(

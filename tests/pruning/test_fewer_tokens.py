@@ -264,6 +264,10 @@ def test_tokens_and_layers_compete_for_one_budget(share):
     assert pruner.used_config.budget == budget and f"{chosen['tokens']:,} tokens" in str(pruner.report)
 
 
-def test_a_budget_that_neither_can_meet_is_refused():
-    with pytest.raises(StructPruneError, match="budget.*tokens.*targets"):
-        pruned(**JOINT, budget={"parameters": 0.4})
+def test_a_budget_that_neither_can_meet_is_refused_before_a_model_is_unpacked():
+    """It could be met if all tokens might go; more than half of them have to stay."""
+    model, fields = quantized(Reversible(), text_model()), {**JOINT, "budget": {"parameters": 0.4}}
+    pruner = StructPruner(asking(**fields, domains=[DomainConfig(name="a", source=unread())]))
+    with pytest.raises(StructPruneError, match="with all that may go from vocab, mlp the model still has"):
+        pruner.prune_model(model, reader(), inplace=True)
+    assert model.is_quantized and "cannot be met" not in str(dry_run(text_model().config, asking(**fields)))

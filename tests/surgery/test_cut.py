@@ -58,7 +58,7 @@ def test_a_forgotten_tensor_is_named():
         shrink_layer_(deepcopy(model), arch, 1, plan, smaller)
     shrink_layer_(model, arch, 0, plan, smaller)
     with pytest.raises(StructPruneError, match=r"model.layers.1.mlp.*the description of 'llama' is incomplete"):
-        adopt_config_(model, fields, smaller)
+        adopt_config_(model, smaller)
 
 
 def test_tensors_that_stack_matrices_lose_experts_and_their_channels_at_once():

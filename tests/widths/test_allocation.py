@@ -16,7 +16,7 @@ from optimum_structprune.domains.load import Domain
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.pruning.evidence import Evidence
 from optimum_structprune.pruning.search import dense_scores
-from optimum_structprune.widths.allocation import ranked_widths, step, widths_for_sparsity
+from optimum_structprune.widths.allocation import multiple_of, ranked_widths, widths_for_sparsity
 from optimum_structprune.widths.kernels import lost_kernels
 from optimum_structprune.widths.schedule import removal_steps, round_widths
 
@@ -65,9 +65,9 @@ def test_auto_is_64_in_models_of_usual_size():
             fields = LlamaConfig(vocab_size=64, num_key_value_heads=4, num_hidden_layers=5, **sizes)
             arch = describe(LlamaForCausalLM(fields))
         plain, two = (config(sparsity=0.2, **more) for more in ({}, {"tensor_parallel": 2}))
-        assert (step(plain, arch, "mlp"), step(plain, arch, "attention")) == (expected, 1)
-        assert (step(two, arch, "mlp"), step(two, arch, "attention")) == (shared, 2)
-        assert step(config(sparsity=0.2, round_to=6), arch, "mlp") == 6
+        assert (multiple_of(plain, arch, "mlp"), multiple_of(plain, arch, "attention")) == (expected, 1)
+        assert (multiple_of(two, arch, "mlp"), multiple_of(two, arch, "attention")) == (shared, 2)
+        assert multiple_of(config(sparsity=0.2, round_to=6), arch, "mlp") == 6
 
 
 @settings(deadline=None, max_examples=30)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..arch.spec import Space
-from ..calibration.moments import Blend, Moments
-from ..calibration.passes import Passes
+from .moments import Moments, WeightedMean
+from .passes import Passes
 
 
 # The number of rows of a matrix product that are in memory at a time.
@@ -51,7 +51,7 @@ class Pool:
     def __init__(self, mixture: Mixture, weight: Tensor):
         self.mixture, self.weight = mixture, weight
         self._shares = iter(mixture.shares)
-        self._blend, self._energy = Blend(), 0.0
+        self._mean, self._energy = WeightedMean(), 0.0
         # Whether any domain had tokens, and outputs other than zero.
         self._evidence = (False, False)
 
@@ -62,13 +62,13 @@ class Pool:
         # only where no other domain gives more evidence.
         evidence = (moments.count > 0, energy > 0)
         if evidence > self._evidence:
-            self._blend, self._energy, self._evidence = Blend(), energy, evidence
+            self._mean, self._energy, self._evidence = WeightedMean(), energy, evidence
         if evidence == self._evidence:
-            self._blend.add(moments, share * self._energy / energy if energy > 0 else share, take)
+            self._mean.add(moments, share * self._energy / energy if energy > 0 else share, take)
 
     def result(self) -> Moments:
         """The moments over all domains, to be called once, after the last `add`."""
-        return self._blend.moments()
+        return self._mean.moments()
 
 
 def pooled(passes: Passes, space: Space, gram: bool, pools: Sequence[Pool]) -> list[Moments]:
@@ -94,14 +94,3 @@ def output_energy(weight: Tensor, moments: Moments) -> float:
     # tr(W H Wᵀ) = ⟨W H, W⟩, a few rows of W at a time.
     parts = [((rows @ moments.gram.to(rows)) * rows).sum(dtype=torch.float64) for rows in weight.split(ROWS)]
     return float(torch.stack(parts).sum())
-
-
-def standardised(columns: Tensor, columns_per_unit: int) -> Tensor:
-    """Scores that can be compared over layers and spaces, shape `(units,)`: the mean z-score of a unit's columns.
-
-    As in FLAP (An et al. 2023, section 3.3), the score of every column, shape `(units * columns_per_unit,)`, is
-    standardised over the columns of its layer. It is a mean and not a sum, so that it is a score per column, and
-    thereby per parameter.
-    """
-    spread = columns.std(correction=0).clamp(min=torch.finfo(columns.dtype).tiny)
-    return ((columns - columns.mean()) / spread).reshape(-1, columns_per_unit).mean(1)
