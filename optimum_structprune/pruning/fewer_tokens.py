@@ -56,21 +56,21 @@ def _keep_tokens_(run: Run, vocabulary: Vocabulary, keep: Sequence[int], number:
     """Read the text of a run again in the tokens of `keep`, and leave its model those that have weights: the first
     `number`. What the first reading held out is neither counted nor, in the second, calibrated on.
     """
-    report, dense, evidence = run.report, run.dense_tokenizer, run.evidence
-    assert dense is not None
+    report, evidence, dense_tokenizer = run.report, run.evidence, run.dense_tokenizer
+    assert dense_tokenizer is not None
     tokenizer, kept = vocabulary.smaller(keep), tuple(keep[:number])
-    texts = (str(dense.decode(ids)) for domain in evidence.domains for ids in domain.pool)
+    texts = (str(dense_tokenizer.decode(ids)) for domain in evidence.domains for ids in domain.pool)
     vocabulary.check(tokenizer, keep, texts)
     with report.timed("domains"):
-        run.evidence = evidence.read_again(run.model, dense, tokenizer, run.seen)
+        run.evidence = evidence.read_again(run.model, dense_tokenizer, tokenizer, run.seen)
     if run.measure is not None and run.arch.causal:
         run.measure.read_by(tokenizer, run.model)  # refuses samples that are too long for it
     run.changed = True
     drop_tokens_(run.model, run.arch, kept)
     run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): kept}))
     run.arch, run.tokenizer = run.described(), tokenizer
-    after = tokens_per_word(tokenizer)
-    report.words = {code: {"before": of, "after": after[code]} for code, of in tokens_per_word(dense).items()}
+    before, after = tokens_per_word(dense_tokenizer), tokens_per_word(tokenizer)
+    report.words = {code: {"before": of, "after": after[code]} for code, of in before.items()}
     report.scripts = dict(scripts_of(vocabulary, {*range(vocabulary.size)} - {*keep}))
     run.counted = [Entry.of(domain, COUNTED) for domain in evidence.domains]
     if not run.arch.causal:  # hidden states of other tokens do not compare
