@@ -18,7 +18,7 @@ from ..forward.metrics import evaluating, row_losses
 from ..vocabulary.tokens import Vocabulary
 from ..widths.allocation import choices, legal_widths
 from ..widths.budget import beside_tokens, widths_of
-from ..widths.shapes import Curves
+from ..widths.shapes import Curves, Shape
 from .run import Run
 from .search import MEASURED_LOSSES, Search
 from .trials import Losses, Probe, Trials
@@ -43,7 +43,8 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
     """The number of tokens that stay, in `may` or all of them, for the least total loss within a budget.
 
     The loss of tokens is measured on held-out text, which the dense model reads and predicts in the tokens that
-    `keep_of` leaves; that of the layers follows from the trials of the search, which are made once.
+    `keep_of` leaves; that of the layers follows from the trials of the search, which are made once. What layers lose
+    one at a time adds up to less than they lose together, so a short pruning corrects it where the total is least.
     """
     model, evidence, report, layers = run.model, run.evidence, run.report, _Layers(run)
     legal, numbers = _numbers(run, may)
@@ -51,6 +52,8 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
         dense_losses = [row_losses(model, [*domain.trial]).sum() for domain in evidence.domains]
         balances: list[Balance] = []
         for _ in range(NUMBERS + FINER):
+            if not numbers:
+                layers.correct_(balances)
             number = numbers.pop() if numbers else _between(balances, legal)
             if any(balance.tokens == number for balance in balances):  # nothing legal lies in between
                 break
@@ -60,6 +63,7 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
             # What goes beside other tokens costs nothing less than these alone; anything else is noise.
             more = (balance.tokens_loss for balance in balances if balance.tokens > number)
             balances.append(Balance(number, max([0.0, tokens_loss, *more]), layers.least_loss(number)))
+        layers.correct_(balances)
     best = _best(balances)
     if best.layers_loss == inf:
         raise StructPruneError(
@@ -85,12 +89,17 @@ def _between(balances: Sequence[Balance], legal: Sequence[int]) -> int:
 
 
 class _Layers:
-    """What the layers lose for the sake of one budget, by how many tokens go; the trials are made once."""
+    """What the layers lose for the sake of one budget, by how many tokens go; the trials are made once. `measured` are
+    the numbers of tokens whose loss in the layers is not predicted, and predictions are multiplied by `factor`.
+    """
 
     def __init__(self, run: Run):
         self.run = run
         self.trials: Trials | None = None
         self.losses: Losses = {}
+        self.shapes: dict[int, tuple[Search, Shape]] = {}
+        self.measured: set[int] = set()
+        self.factor = 1.0
 
     def least_loss(self, number: int) -> float:
         """The predicted loss of the best shape with so many tokens; infinity where no shape keeps to the budget."""
@@ -103,7 +112,29 @@ class _Layers:
             candidates = search.candidates(self._curves(search))
         except StructPruneError:
             return inf
-        return min((of.predicted for of in candidates if of.predicted is not None), default=inf)
+        predicted = [(of.predicted, of.shape) for of in candidates if of.predicted is not None]
+        if not predicted:
+            return inf
+        loss, shape = min(predicted, key=lambda pair: pair[0])
+        self.shapes[number] = search, shape
+        return self.factor * loss
+
+    def correct_(self, balances: list[Balance]) -> None:
+        """Measure the loss in the layers where the total is least, until that is measured; all predictions change by
+        as much.
+        """
+        while (best := _best(balances)).tokens not in self.measured:
+            growth = self._loss_together(best.tokens) / best.layers_loss if 0 < best.layers_loss < inf else 1.0
+            for at, of in enumerate(balances):
+                if of.layers_loss and of.tokens not in self.measured:
+                    balances[at] = replace(of, layers_loss=growth * of.layers_loss)
+            self.factor *= growth
+            self.measured.add(best.tokens)
+
+    def _loss_together(self, number: int) -> float:
+        assert self.trials is not None
+        search, shape = self.shapes[number]
+        return search.loss(shape, self.trials.probe)
 
     def _curves(self, search: Search) -> Curves:
         if self.trials is None:

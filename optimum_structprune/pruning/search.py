@@ -202,11 +202,13 @@ class Search:
         """The loss of the model in each shape, after a pruning on a part of the samples."""
         if len(candidates) == 1:
             return [(0.0, candidates[0])]
+        return [(self.loss(candidate.shape, probe), candidate) for candidate in candidates]
+
+    def loss(self, shape: Shape, probe: Probe) -> float:
+        """The loss of the model in one shape, after a pruning on a part of the samples; infinite where it is NaN."""
         evidence = self.evidence.portion(TRIAL_TOKENS)
-        totals = [evidence.total_loss(self._losses_in(candidate.shape, evidence, probe)) for candidate in candidates]
-        return [
-            (inf if isnan(total) else total, candidate) for total, candidate in zip(totals, candidates, strict=True)
-        ]
+        total = evidence.total_loss(self._losses_in(shape, evidence, probe))
+        return inf if isnan(total) else total
 
     def _losses_in(self, shape: Shape, evidence: Evidence, probe: Probe) -> Tensor:
         """The losses by domain of the model in a shape; the model itself is only masked, and comes back as it was."""

@@ -27,6 +27,7 @@ from optimum_structprune.domains.load import COUNT_TIMES, load_domains
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.passages import Passages
 from optimum_structprune.forward.metrics import row_losses
+from optimum_structprune.pruning.search import Search
 from optimum_structprune.recovery.trainer import load_teacher
 from optimum_structprune.system.resume import Resume
 
@@ -262,6 +263,22 @@ def test_tokens_and_layers_compete_for_one_budget(share):
     assert small.num_parameters() <= share * model.num_parameters()
     assert (small.config.intermediate_size == model.config.intermediate_size) == (chosen["layers_loss"] == 0)
     assert pruner.used_config.budget == budget and f"{chosen['tokens']:,} tokens" in str(pruner.report)
+
+
+@pytest.mark.parametrize("times", [1.0, 1000.0])
+def test_layers_that_lose_more_together_than_one_at_a_time_leave_more_to_the_tokens(times, monkeypatch):
+    taken = []
+
+    def loss(search, shape, probe):
+        taken.append(search.plain)
+        return times * 0.01
+
+    monkeypatch.setattr(Search, "loss", loss)
+    pruner, _ = pruned(text_model(), **JOINT, budget={"parameters": 0.9})
+    (chosen,) = (balance for balance in pruner.report.balances if balance["chosen"])
+    assert taken and chosen["layers_loss"] in (0.0, times * 0.01)
+    fewest = min(balance["tokens"] for balance in pruner.report.balances)
+    assert times == 1 or chosen["tokens"] == fewest
 
 
 def test_a_budget_that_neither_can_meet_is_refused_before_a_model_is_unpacked():
