@@ -138,7 +138,7 @@ class StructPruner:
             run.recover()
             run.finish()
         if report.asked is not None and far_off(report.asked, report.sparsity):
-            warnings.warn(given_by(report.to_dict()).removeprefix("warning: "), stacklevel=2)
+            warnings.warn(given_by(report.to_dict()).removeprefix("warning: "), stacklevel=3)
         self._remember(run)
         return run.model
 

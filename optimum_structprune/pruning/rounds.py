@@ -33,7 +33,8 @@ def prune_units_(run: Run, step: Step) -> Plan:
     """One round: mask units, or in the last one remove all that are masked. A round that an earlier run of the same
     checkpoint has finished is passed over.
     """
-    rounds = run.rounds = run.rounds or Rounds(run, step)
+    rounds: Rounds = run.rounds or Rounds(run, step)
+    run.rounds = rounds
     if step.number <= rounds.done:
         return Plan(run.arch.model_type, {})
     skeleton = shrunk_skeleton(run.model, run.arch, step.widths, rounds.biased) if step.last else None

@@ -9,7 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from math import inf
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,9 +27,6 @@ from ..vocabulary.tokens import Vocabulary
 from .evidence import Evidence
 from .measure import Measure
 
-
-if TYPE_CHECKING:
-    from .rounds import Rounds
 
 logger = logging.getLogger(__name__)
 # The kinds of step inside the layers: rounds, and rounds within a limit. Those before are named as the spaces.
@@ -97,7 +94,7 @@ class Run:
         self.measure: Measure | None = None
         self.teacher: PreTrainedModel | None = None
         self.layers: tuple[int, ...] | None = None
-        self.rounds: Rounds | None = None
+        self.rounds: Any = None  # the file of `Rounds` imports this one
         self.counted: list[Entry] = []
         self.trained: list[Entry] = []
         self.seen: Manifest | None = None
