@@ -2,11 +2,13 @@
 
     python examples/benchmarks/benchmark_vocabulary.py MODEL DATA --sizes 156928 131072 94592 [--samples 4] [--speed]
         [--channels 48]
+    python examples/benchmarks/benchmark_vocabulary.py MODEL DATA --folders PRUNED ... [--domains wiki code math]
 
 DATA holds `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain. Tokens are chosen on the
 calibration text alone. Perplexity is per token of the dense tokenizer, on the same text, as a multiple of the dense
 model's: held-out text is of the kinds that were counted, unseen text is not. With `--channels N` FFN channels alone go
-instead, for as many parameters: by the defaults, on N samples of the same text.
+instead, for as many parameters: by the defaults, on N samples of the same text. With `--folders` pruned models
+are measured on the same text; `--domains` names the kinds that they were calibrated on.
 """
 
 from __future__ import annotations
@@ -37,9 +39,10 @@ from optimum_structprune.vocabulary.tokens import Vocabulary
 
 
 def files(args: Namespace, folder: str) -> list[DomainConfig]:
-    """The domains of a folder of DATA."""
+    """The domains of a folder of DATA; in `calibration` those that `--domains` names."""
     paths = sorted(Path(args.data, folder).glob("*.jsonl"))
-    return [DomainConfig(name=path.stem, source=str(path)) for path in paths]
+    named = args.domains if args.domains and folder == "calibration" else [path.stem for path in paths]
+    return [DomainConfig(name=path.stem, source=str(path)) for path in paths if path.stem in named]
 
 
 def text(args: Namespace, samples: int) -> dict:
@@ -114,12 +117,24 @@ def row(args: Namespace, model, tokenizer, number: int, known: dict, texts, dens
     return figures
 
 
+def folder_row(args: Namespace, model, folder: str, texts, dense) -> dict:
+    """The figures of a model that is pruned already."""
+    start, tokenizer = perf_counter(), AutoTokenizer.from_pretrained(folder)
+    small = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    figures = {"tokens": len(tokenizer), "parameters": small.num_parameters() / model.num_parameters() - 1}
+    figures |= ratios(args, dense, losses(small, tokenizer, texts))
+    return figures | {"seconds": perf_counter() - start}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the arguments and print a row for each number of tokens."""
+    """Read the arguments and print a row for each number of tokens or each folder."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("data")
-    parser.add_argument("--sizes", nargs="+", type=int, required=True)
+    of_what = parser.add_mutually_exclusive_group(required=True)
+    of_what.add_argument("--sizes", nargs="+", type=int)
+    of_what.add_argument("--folders", nargs="+", help="models that are pruned already")
+    parser.add_argument("--domains", nargs="+", help="names of calibration files; the default is all")
     parser.add_argument("--calibration", type=int, default=256, help="samples; 20 times as many are counted")
     parser.add_argument("--samples", type=int, default=4, help="samples of each evaluation file")
     parser.add_argument("--seq-length", type=int, default=256)
@@ -130,11 +145,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    known, texts = {} if args.channels else evidence(args, model, tokenizer), passages(args, tokenizer)
+    known, texts = {} if args.channels or args.folders else evidence(args, model, tokenizer), passages(args, tokenizer)
     dense, rows = losses(model, tokenizer, texts), []
     print("tokens | parameters | held-out | unseen | seconds | decoding")
-    for number in args.sizes:
-        if args.channels:
+    for number in args.folders or args.sizes:
+        if args.folders:
+            of = folder_row(args, model, number, texts, dense)
+        elif args.channels:
             gone = model.get_input_embeddings().weight[number:].numel()
             of = channels_row(args, model, tokenizer, model.num_parameters() - gone, texts, dense)
         else:
