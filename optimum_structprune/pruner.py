@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arch.load import Described, describe
 from .arch.spec import EXPERT, HIDDEN, LAYER, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from .config.pruning import StructPruneConfig
-from .domains.load import Domain
+from .domains.domain import Domain
 from .domains.manifest import Manifest
 from .errors import StructPruneError
 from .forward.metrics import evaluating, own_settings

@@ -16,8 +16,9 @@ from transformers.training_args import ParallelMode
 from .arch.load import Described, describe
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
+from .domains.domain import Domain
 from .domains.images import image_domains
-from .domains.load import Domain, RecentText, load_domains
+from .domains.load import RecentText, load_domains
 from .errors import StructPruneError
 from .forward.generation import reads_images
 from .forward.hooks import before_load, before_next_call

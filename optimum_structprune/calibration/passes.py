@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..arch.load import layer_list
 from ..arch.spec import ArchSpec, Space
-from ..domains.load import Domain
+from ..domains.domain import Domain
 from ..forward.hooks import adding, observe, observe_products
 from ..forward.layers import Batch, LayerRunner, NotSequentialError, equal, must_be_whole
 from ..forward.metrics import run_model

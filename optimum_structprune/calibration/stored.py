@@ -19,7 +19,7 @@ from ..arch.spec import Space
 from ..config.domains import IN_MEMORY
 from ..config.fields import Number, not_negative, read_mapping
 from ..config.pruning import StructPruneConfig
-from ..domains.load import Domain
+from ..domains.domain import Domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..domains.resolve import resolve
 from ..errors import StructPruneError, one_line

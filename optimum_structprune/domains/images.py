@@ -13,7 +13,8 @@ from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, one_line
 from ..system.fingerprint import tensor_hash
-from .load import Domain, num_heldout, split_samples
+from .domain import Domain
+from .load import num_heldout, split_samples
 from .manifest import Manifest
 from .packing import HELDOUT, USED
 from .resolve import resolve, texts_of

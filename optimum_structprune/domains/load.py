@@ -21,9 +21,10 @@ from ..config.domains import DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.metrics import ENOUGH
+from .domain import Domain
 from .generated import self_documents
 from .manifest import Manifest
-from .packing import DOCUMENTS_PER_CALL, HELDOUT, PROBE, USED, Frame, Packed, Shelf, Tokens, prefix_token, tokenised
+from .packing import DOCUMENTS_PER_CALL, HELDOUT, PROBE, USED, Frame, Shelf, Tokens, prefix_token, tokenised
 from .resolve import MOST, can_write, resolve, texts_of, with_written_text
 from .sources import documents
 
@@ -31,44 +32,6 @@ from .sources import documents
 logger = logging.getLogger(__name__)
 # How often tokens occur is counted in so many times the text that calibrates: that is cheap, since no model reads it.
 COUNT_TIMES = 20
-
-
-@dataclass(frozen=True)
-class Domain:
-    """A calibration domain as token ids, shape `(samples, seq_length)`: those that calibrate, with a `mask` of the
-    tokens that give evidence, those that are held out for the report, `spare` ones for rounds in which the domain
-    counts more, and the `probe`, which choices are made on. Documents are hashes, and each has one use, in all
-    domains. The weights of all domains sum to 1, and `origin` is None for inputs that were given.
-    """
-
-    name: str
-    weight: float
-    samples: Tensor
-    heldout: Tensor
-    mask: Tensor | None = None
-    origin: DomainConfig | None = None
-    documents: tuple[str, ...] = ()
-    heldout_documents: tuple[str, ...] = ()
-    spare: Packed | None = None
-    probe: Tensor | None = None
-    probe_documents: tuple[str, ...] = ()
-
-    @property
-    def trial(self) -> Tensor:
-        """The samples that a choice is made on, or a round is watched by, shape `(samples, seq_length)`."""
-        return self.heldout if self.probe is None else self.probe
-
-    @property
-    def pool(self) -> Tensor:
-        """All samples that a round may use, the spare ones included, shape `(samples, seq_length)`."""
-        return self.samples if self.spare is None else torch.cat([self.samples, self.spare.samples])
-
-    def portion(self, count: int) -> Domain:
-        """The same domain with the first `count` samples of the pool, or all of them where there are fewer."""
-        mask = self.mask
-        if self.spare is not None and mask is not None and self.spare.mask is not None:
-            mask = torch.cat([mask, self.spare.mask])
-        return replace(self, samples=self.pool[:count], mask=None if mask is None else mask[:count])
 
 
 def calibration_domains(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from huggingface_hub.dataclasses import strict
@@ -25,11 +25,9 @@ from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, one_line
 from ..plain_json import Record, unversioned
 from ..system.fingerprint import tensor_hash
+from .domain import Domain
 from .packing import HELDOUT, PROBE, USED
 
-
-if TYPE_CHECKING:
-    from .load import Domain
 
 MANIFEST_NAME = "calibration_manifest.json"
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers")
@@ -62,7 +60,7 @@ class Entry:
     use: str = CALIBRATED
 
     @classmethod
-    def of(cls, domain: "Domain", use: str = CALIBRATED) -> "Entry":
+    def of(cls, domain: Domain, use: str = CALIBRATED) -> "Entry":
         """The entry of a domain that was loaded, with all samples that it may come to use."""
         pool = domain.portion(len(domain.pool))
         return cls(
@@ -117,7 +115,7 @@ class Manifest(Record):
 
     @classmethod
     def of(
-        cls, config: StructPruneConfig, domains: Sequence["Domain"], tokenizer: PreTrainedTokenizerBase | None
+        cls, config: StructPruneConfig, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None
     ) -> "Manifest":
         """The manifest of domains that were loaded."""
         return cls(

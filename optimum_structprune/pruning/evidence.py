@@ -23,8 +23,9 @@ from ..config.domains import DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import LAYER_CRITERIA
+from ..domains.domain import Domain
 from ..domains.images import image_domains
-from ..domains.load import Domain, calibration_domains, given_domains, load_domains, split_samples
+from ..domains.load import calibration_domains, given_domains, load_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.resolve import reweighted, texts_of
 from ..forward.generation import reads_images

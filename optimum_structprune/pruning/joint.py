@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import VOCAB
-from ..domains.load import Domain
+from ..domains.domain import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, row_losses
 from ..vocabulary.tokens import Vocabulary

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import ArchSpec
-from ..domains.load import Domain
+from ..domains.domain import Domain
 from ..domains.passages import Passages
 from ..errors import StructPruneError
 from ..forward.layers import Batch, LayerRunner

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.load import Domain
+from ..domains.domain import Domain
 from ..domains.manifest import CALIBRATED, MANIFEST_NAME, TRAINED, Entry, Manifest
 from ..errors import StructPruneError
 from ..forward.metrics import own_settings, perplexity_errors, perplexity_of, sample_losses

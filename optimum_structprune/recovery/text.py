@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import DomainConfig
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.load import Domain, load_domains, num_heldout, split_samples
+from ..domains.domain import Domain
+from ..domains.load import load_domains, num_heldout, split_samples
 from ..domains.manifest import Manifest
 from ..domains.resolve import WRITTEN, resolve, texts_of
 from ..errors import StructPruneError

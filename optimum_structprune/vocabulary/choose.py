@@ -19,7 +19,7 @@ from ..arch.shrink import text_config
 from ..arch.spec import VOCAB, ArchSpec, Space, Widths
 from ..arch.token_space import named_ids
 from ..config.pruning import StructPruneConfig
-from ..domains.load import Domain
+from ..domains.domain import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import mean_probabilities
 from ..widths.budget import check_fewest_tokens

@@ -15,7 +15,8 @@ from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneErro
 from optimum_structprune.arch.load import describe
 from optimum_structprune.calibration.passes import LayerPasses, ModelPasses, batches_of
 from optimum_structprune.config.domains import PRESET
-from optimum_structprune.domains.load import Domain, RecentText, load_domains
+from optimum_structprune.domains.domain import Domain
+from optimum_structprune.domains.load import RecentText, load_domains
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.domains.packing import Frame, tokenised
 from optimum_structprune.domains.resolve import presets, resolve

@@ -13,7 +13,7 @@ from optimum_structprune import StructPruner
 from optimum_structprune.arch.load import describe, layer_list
 from optimum_structprune.arch.spec import LAYER
 from optimum_structprune.calibration.passes import batches_of
-from optimum_structprune.domains.load import Domain
+from optimum_structprune.domains.domain import Domain
 from optimum_structprune.forward.layers import Batch
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.pruning.search import Search, choose_shape
