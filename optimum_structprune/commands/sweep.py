@@ -13,7 +13,7 @@ from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 from ..plain_json import replace_text
 from ..pruner import AutoStructPruner
-from ..pruning.checks import check
+from ..pruning.checks import check, check_arguments
 from ..pruning.evidence import Evidence
 from ..pruning.rounds import run_key
 from ..record.facts import Facts, as_csv, as_text, facts_of
@@ -79,6 +79,7 @@ def _check(args: Namespace, configs: Mapping[float, StructPruneConfig]) -> None:
 def _store(args: Namespace, config: StructPruneConfig) -> Resume:
     """What remembers the sizes of a sweep; one of another model or text, or with other settings, is refused."""
     model, tokenizer = Loading.of(args, arch_file=config.arch_file).model_and_tokenizer(args.model)
+    check_arguments(model, tokenizer, None)
     described = Described.of(model, config.arch_file)
     check(config, described, widths_of(config, described.arch, described.unpacked))
     any_size = replace(Evidence.read(config, model, tokenizer), config=replace(config, sparsity=0.5, losses_dir=None))

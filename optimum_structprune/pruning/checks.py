@@ -66,7 +66,7 @@ def check(
         _check_recovery(config, arch, described.unpacked)
     unused = [*without_effect(config, widths, is_bounded(config, arch, widths))] if use in (PRUNE, DRY_RUN) else []
     if unused:
-        warnings.warn(f"These options have no effect here: {'; '.join(unused)}.", stacklevel=4)
+        warnings.warn(f"These options have no effect here: {'; '.join(unused)}.", stacklevel=4 if use == PRUNE else 3)
     if described.offloaded:  # last, as it runs the model on a few tokens
         check_sequential(described.unpacked, arch)
 

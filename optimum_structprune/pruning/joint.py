@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import inf
+from math import inf, isnan
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..arch.spec import VOCAB
 from ..domains.domain import Domain
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating, row_losses
+from ..system.processes import of_first
 from ..vocabulary.tokens import Vocabulary
 from ..widths.allocation import choices, legal_widths
 from ..widths.budget import beside_tokens, widths_of
@@ -26,6 +27,8 @@ from .trials import Losses, Probe, Trials
 
 # So many numbers of tokens are compared, in equal ratios, and then so many halfway from the best to its neighbours.
 NUMBERS, FINER = 6, 2
+# What layers lose together is up to so many times what it was predicted to be; more says little of other widths.
+MOST_GROWTH = 4.0
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,12 @@ def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Seque
             number = numbers.pop() if numbers else _between(balances, legal)
             if any(balance.tokens == number for balance in balances):  # nothing legal lies in between
                 break
-            tokens_loss = evidence.total_loss(
-                token_losses(model, vocabulary, evidence.domains, keep_of(number)[:number], dense_losses)
-            )
+            losses = token_losses(model, vocabulary, evidence.domains, keep_of(number)[:number], dense_losses)
+            tokens_loss = of_first(evidence.total_loss(losses))
             # What goes beside other tokens costs nothing less than these alone; anything else is noise.
             more = (balance.tokens_loss for balance in balances if balance.tokens > number)
-            balances.append(Balance(number, max([0.0, tokens_loss, *more]), layers.least_loss(number)))
+            tokens_loss = inf if isnan(tokens_loss) else max([0.0, tokens_loss, *more])
+            balances.append(Balance(number, tokens_loss, layers.least_loss(number)))
         layers.correct_(balances)
     best = _best(balances)
     if best.layers_loss == inf:
@@ -115,21 +118,24 @@ class _Layers:
         predicted = [(of.predicted, of.shape) for of in candidates if of.predicted is not None]
         if not predicted:
             return inf
-        loss, shape = min(predicted, key=lambda pair: pair[0])
+        # Processes could part ways here, in the last digit of a loss or at a time limit, and would then wait for ever.
+        loss, shape = of_first(min(predicted, key=lambda pair: pair[0]))
         self.shapes[number] = search, shape
-        return self.factor * loss
+        return inf if isnan(loss) else self.factor * loss
 
     def correct_(self, balances: list[Balance]) -> None:
-        """Measure the loss in the layers where the total is least, until that is measured; all predictions change by
-        as much.
+        """Measure the loss in the layers where the total is least, until that is measured; predictions change by as
+        much.
         """
         while (best := _best(balances)).tokens not in self.measured:
-            growth = self._loss_together(best.tokens) / best.layers_loss if 0 < best.layers_loss < inf else 1.0
-            for at, of in enumerate(balances):
-                if of.layers_loss and of.tokens not in self.measured:
-                    balances[at] = replace(of, layers_loss=growth * of.layers_loss)
-            self.factor *= growth
             self.measured.add(best.tokens)
+            if best.tokens in self.shapes:
+                loss = self._loss_together(best.tokens)
+                growth = min(loss / best.layers_loss, MOST_GROWTH) if best.layers_loss and loss < inf else 1.0
+                self.factor *= growth
+                for at, of in enumerate(balances):
+                    predicted = of.layers_loss if of.tokens in self.measured else growth * of.layers_loss
+                    balances[at] = replace(of, layers_loss=loss if of is best else predicted)
 
     def _loss_together(self, number: int) -> float:
         assert self.trials is not None
@@ -152,7 +158,7 @@ def _numbers(run: Run, may: range) -> tuple[list[int], list[int]]:
     numbers = [number for number in choices(config, arch, VOCAB, legal[VOCAB]) if number in may] or [space.size]
     try:
         alone = widths_of(replace(config, targets=(VOCAB,), allocation="uniform", losses_dir=None), arch, model)
-        enough = max(space.width_in(alone), numbers[0])
+        enough = max((number for number in numbers if number <= space.width_in(alone)), default=numbers[0])
     except StructPruneError:
         enough = numbers[0]
     # The first units of the layers cost next to nothing, so that the best number is often little above the least.

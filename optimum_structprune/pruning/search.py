@@ -20,6 +20,7 @@ from ..config.pruning import ALLOCATIONS, StructPruneConfig
 from ..errors import StructPruneError
 from ..forward.metrics import evaluating
 from ..system.offloading import is_offloaded
+from ..system.processes import of_first
 from ..widths.allocation import alike, candidate_widths, choices, legal_widths, spaces_by_layer
 from ..widths.budget import keeps_to, resources, widths_of
 from ..widths.shapes import Curves, Key, Resource, Shape, searched_widths, uniform_shapes
@@ -91,7 +92,7 @@ def searched_shape(run: Run) -> Shape:
         search = Search(run.model, run.arch, run.evidence)
         trials = search.trials(probe)
         losses = run.evidence.memory.get(MEASURED_LOSSES) or trials.losses()
-        tried = search.tried(search.candidates(trials.curves(losses)), probe)
+        tried = search.tried(of_first(search.candidates(trials.curves(losses))), probe)
     best = min(tried, key=lambda pair: pair[0])[1]
     report.shapes = [
         {

@@ -189,8 +189,10 @@ def removal_order(
 
 
 def keep_tokens(size: int, order: Sequence[int], number: int) -> tuple[int, ...]:
-    """The ascending ids of `number` of `size` tokens, once the others have gone in an order; see `removal_order`."""
-    return tuple(sorted({*range(size)} - {*order[: size - number]}))
+    """The ascending ids of `number` of `size` tokens, or of all if there are fewer, once the others have gone in an
+    order; see `removal_order`.
+    """
+    return tuple(sorted({*range(size)} - {*order[: max(size - number, 0)]}))
 
 
 def _spelled(waiting: Sequence[int], parts: Sequence[Sequence[int]], kept: Collection[int]) -> list[int]:

@@ -281,6 +281,16 @@ def test_layers_that_lose_more_together_than_one_at_a_time_leave_more_to_the_tok
     assert times == 1 or chosen["tokens"] == fewest
 
 
+def test_rows_that_no_token_has_are_no_tokens_to_compare():
+    model = text_model()
+    model.resize_token_embeddings(464)  # as embeddings are padded for kernels
+    pruner, small = pruned(model, **JOINT, budget={"parameters": 0.97})
+    (chosen,) = (balance for balance in pruner.report.balances if balance["chosen"])
+    whole = next(balance for balance in pruner.report.balances if balance["tokens"] == 464)
+    assert whole["tokens_loss"] == 0
+    assert chosen["tokens"] == len(pruner.tokenizer) == small.config.vocab_size or chosen["tokens"] == 464
+
+
 def test_a_budget_that_neither_can_meet_is_refused_before_a_model_is_unpacked():
     """It could be met if all tokens might go; more than half of them have to stay."""
     model, fields = quantized(Reversible(), text_model()), {**JOINT, "budget": {"parameters": 0.4}}
