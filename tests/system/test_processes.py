@@ -31,6 +31,12 @@ RUNS = {
     "t5": {},
     "writes itself": {},
     "fewer tokens": {"widths": {"vocab": 320, "mlp": 24}},
+    "fewer tokens or channels": {
+        "widths": None,
+        "budget": {"parameters": 0.9},
+        "targets": ("vocab", "mlp"),
+        "allocation": "sensitivity",
+    },
 }
 SCRIPT = """
 import json, os, sys
@@ -151,7 +157,7 @@ dist.destroy_process_group()
 def pruned(case):
     if case == "writes itself":
         return on_text_of_its_own()
-    if case == "fewer tokens":
+    if case.startswith("fewer tokens"):
         model, reader = real_text_model()
         pruner = StructPruner(config(domains=[DomainConfig(name="a", source="builtin:math")], **RUNS[case]))
         return pruner, pruner.prune_model(model, reader)
