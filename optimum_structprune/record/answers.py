@@ -14,7 +14,7 @@ Items = Sequence[Mapping[str, Any]]
 SHOWN = 3
 # A difference that chance alone gives less often than this is one.
 LEVEL = 0.05
-HELPS = "name chat text as a domain (--domain chat=self:dialogue), train the model (--recover), or remove less"
+HELPS = "train the model (--recover), remove tokens in place of channels (--target vocab), or remove less"
 
 
 def mcnemar(better: int, worse: int) -> float:

@@ -235,7 +235,7 @@ def test_a_few_answers_show_all_outcomes():
 def test_one_line_and_a_warning_where_the_difference_is_no_chance():
     line = remark([item(True, False)] * 5 + [item(True, True)])
     assert line == "answers to 6 short questions (dense → pruned): 6 → 1 right, 0 → 0 loop, 6 → 6 stop by themselves"
-    assert "the model errs clearly more; name chat text" in remark([item(True, False)] * 6)
+    assert "the model errs clearly more; train the model" in remark([item(True, False)] * 6)
     assert "errs and loops clearly more" in remark([item(True, False, loops=(False, True))] * 6)
     assert "warning" not in remark([item(False, True)] * 9) and mcnemar(0, 0) == 1
     assert outcome({"right": False, "loops": True, "stopped": False}) == "wrong, loops, cut off"
