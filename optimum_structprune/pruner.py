@@ -159,7 +159,7 @@ class StructPruner:
 
         Args:
             arch: The description of the dense model, or once tokens have gone, of the model without them.
-            model: That model, for subclasses whose steps depend on it; here none does.
+            model: The model that `arch` describes; only steps of subclasses may depend on it.
             widths: The final widths.
         """
         steps: list[Step] = []

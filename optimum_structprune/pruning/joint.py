@@ -17,12 +17,12 @@ from ..errors import StructPruneError
 from ..forward.metrics import evaluating, row_losses
 from ..system.processes import of_first
 from ..vocabulary.tokens import Vocabulary
-from ..widths.allocation import choices, legal_widths
-from ..widths.budget import beside_tokens, widths_of
+from ..widths.allocation import legal_widths
+from ..widths.budget import beside_tokens, token_numbers, widths_of
 from ..widths.shapes import Curves, Shape
 from .run import Run
 from .search import MEASURED_LOSSES, Search
-from .trials import Losses, Probe, Trials
+from .trials import Probe, Trials
 
 
 # So many numbers of tokens are compared, in equal ratios, and then so many halfway from the best to its neighbours.
@@ -99,7 +99,6 @@ class _Layers:
     def __init__(self, run: Run):
         self.run = run
         self.trials: Trials | None = None
-        self.losses: Losses = {}
         self.shapes: dict[int, tuple[Search, Shape]] = {}
         self.measured: set[int] = set()
         self.factor = 1.0
@@ -145,8 +144,8 @@ class _Layers:
     def _curves(self, search: Search) -> Curves:
         if self.trials is None:
             self.trials = search.trials(Probe.of(self.run.model, self.run.arch, self.run.evidence))
-            self.losses = self.run.evidence.memory[MEASURED_LOSSES] = self.trials.losses()
-        return self.trials.curves(self.losses)
+            self.run.evidence.memory[MEASURED_LOSSES] = self.trials.losses()
+        return self.trials.curves(self.run.evidence.memory[MEASURED_LOSSES])
 
 
 def _numbers(run: Run, may: range) -> tuple[list[int], list[int]]:
@@ -154,11 +153,11 @@ def _numbers(run: Run, may: range) -> tuple[list[int], list[int]]:
     budget alone is one of these.
     """
     config, arch, model = run.config, run.arch, run.model
-    space, legal = arch.of(VOCAB)[0], legal_widths(config, arch, model.config)
-    numbers = [number for number in choices(config, arch, VOCAB, legal[VOCAB]) if number in may] or [space.size]
+    space, numbers = arch.of(VOCAB)[0], token_numbers(config, arch, legal_widths(config, arch, model.config), may)
     try:
         alone = widths_of(replace(config, targets=(VOCAB,), allocation="uniform", losses_dir=None), arch, model)
-        enough = max((number for number in numbers if number <= space.width_in(alone)), default=numbers[0])
+        most = space.width_in(alone)
+        enough = max((number for number in numbers if number <= most), default=numbers[0])
     except StructPruneError:
         enough = numbers[0]
     # The first units of the layers cost next to nothing, so that the best number is often little above the least.

@@ -1,5 +1,5 @@
 """How much memory a pruning takes, from shapes alone, and what the machine has free: a pruning that does not fit is
-refused before any text is read, and a batch is found that fits.
+refused before any text is read, and the batch size is chosen that fits.
 """
 
 from __future__ import annotations

@@ -154,10 +154,18 @@ def budget_of(
 def check_fewest_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, may: range) -> None:
     """Refuse a budget that is not met with the fewest tokens of `may` and all that may go from the other spaces."""
     legal = legal_widths(config, arch, model.config)
-    budget, tokens = budget_of(config, arch, model, legal), choices(config, arch, VOCAB, legal[VOCAB])
-    fewest = next((number for number in tokens if number in may), arch.of(VOCAB)[0].size)
+    budget, fewest = budget_of(config, arch, model, legal), token_numbers(config, arch, legal, may)[0]
     least = budget.cost({**smallest_widths(config, arch, legal), VOCAB: fewest})
     _check_reach(config, budget, least, list(legal), arch)
+
+
+def token_numbers(
+    config: StructPruneConfig, arch: ArchSpec, legal: Mapping[str, Sequence[int]], may: range
+) -> list[int]:
+    """The numbers of tokens in `may` that a budget may choose, ascending; where there are none, that of all tokens."""
+    return [number for number in choices(config, arch, VOCAB, legal[VOCAB]) if number in may] or [
+        arch.of(VOCAB)[0].size
+    ]
 
 
 def _check_reach(config: StructPruneConfig, budget: Budget, least: float, names: list[str], arch: ArchSpec) -> None:
