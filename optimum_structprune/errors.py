@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Collection
+from traceback import walk_stack
 
 
 NAMED = 3  # so many names in a message
@@ -16,6 +19,16 @@ class StructPruneError(ValueError):
 
 class InPlaceError(StructPruneError, RuntimeError):
     """Pruning stopped after a model that was to be changed in place had begun to change: load the model again."""
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line outside of this package that has led here, whatever lies between."""
+    package = __name__.partition(".")[0]
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_stack(sys._getframe())]
+    outside = 1 + max(level for level, module in enumerate(modules) if module.partition(".")[0] == package)
+    while outside < len(modules) and modules[outside].endswith("contextlib"):  # of a decorator
+        outside += 1
+    warnings.warn(message, category, stacklevel=outside + 1)
 
 
 def one_line(message: object) -> str:

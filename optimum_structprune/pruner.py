@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from .arch.spec import EXPERT, HIDDEN, LAYER, VOCAB, WHOLE_MODEL, ArchSpec, Widt
 from .config.pruning import StructPruneConfig
 from .domains.domain import Domain
 from .domains.manifest import Manifest
-from .errors import StructPruneError
+from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
 from .pruning.evidence import Evidence
@@ -138,7 +137,7 @@ class StructPruner:
             run.recover()
             run.finish()
         if report.asked is not None and far_off(report.asked, report.sparsity):
-            warnings.warn(given_by(report.to_dict()).removeprefix("warning: "), stacklevel=3)
+            warn(given_by(report.to_dict()).removeprefix("warning: "))
         self._remember(run)
         return run.model
 
@@ -254,9 +253,8 @@ def prune_model(
     """Prune a model in one call; see `StructPruner.prune_model`."""
     pruned = AutoStructPruner.from_config(config).prune_model(model, tokenizer, inplace=inplace, inputs=inputs)
     if RECORDS[pruned].tokenizer is not None:
-        warnings.warn(
+        warn(
             "The model has a smaller vocabulary, and so another tokenizer: it is `tokenizer` of "
-            "`optimum_structprune.pruner.RECORDS[model]`, and of a pruner, `pruner.tokenizer`.",
-            stacklevel=2,
+            "`optimum_structprune.pruner.RECORDS[model]`, and of a pruner, `pruner.tokenizer`."
         )
     return pruned

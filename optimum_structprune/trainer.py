@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import wraps
@@ -19,7 +18,7 @@ from .config.pruning import StructPruneConfig
 from .domains.domain import Domain
 from .domains.images import image_domains
 from .domains.load import RecentText, load_domains
-from .errors import StructPruneError
+from .errors import StructPruneError, warn
 from .forward.generation import reads_images
 from .forward.hooks import before_load, before_next_call
 from .pruner import AutoStructPruner
@@ -144,7 +143,7 @@ class StructPruneCallback(TrainerCallback):
         for step in [step for step in self._due if step <= state.global_step]:
             if not self._domains and len(self.text) < self.config.seq_length:
                 if step == state.global_step:
-                    warnings.warn(f"The removal at step {step} is put off: {self.text.shortage()}", stacklevel=2)
+                    warn(f"The removal at step {step} is put off: {self.text.shortage()}")
                 return
             if self.prune_(model, _inner(optimizer), self._due.pop(step)):
                 assert self.plan is not None
@@ -172,10 +171,9 @@ class StructPruneCallback(TrainerCallback):
         self.hooks.close()
         self.text = RecentText(self.config.num_samples, self.config.seq_length)
         if self._due:
-            warnings.warn(
+            warn(
                 f"Training ended after step {state.global_step} without the removals at step "
-                f"{', '.join(map(str, self._due))}: the model is wider than asked for.",
-                stacklevel=2,
+                f"{', '.join(map(str, self._due))}: the model is wider than asked for."
             )
 
     def resizing(self, model: PreTrainedModel) -> AbstractContextManager[None]:

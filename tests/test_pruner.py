@@ -134,8 +134,10 @@ def test_what_was_asked_and_what_was_removed_are_said(recwarn):
     assert f"asked 20.0%, removed {near.report.sparsity:.1%} of the layers' parameters" in str(near.report)
     assert near.report.sparsity == pytest.approx(0.2, abs=0.01) and "warning: asked" not in str(near.report)
     far = StructPruner(config(sparsity=0.1, round_to=32, targets=("mlp",)))
-    with pytest.warns(UserWarning, match=r"asked 10\.0%, removed .*% of the layers' parameters.*; a smaller round_to"):
+    said = r"asked 10\.0%, removed .*% of the layers' parameters.*; a smaller round_to"
+    with pytest.warns(UserWarning, match=said) as warned:
         far.prune_model(build("llama-untied"), tokenizer())
+    assert {warning.filename for warning in warned} == {__file__}, "at the line that has called the package"
     assert "warning: asked 10.0%" in str(far.report) and far.report.to_dict()["asked"] == 0.1
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
-from ..errors import StructPruneError
+from ..errors import StructPruneError, warn
 from ..forward.metrics import ENOUGH
 from .domain import Domain
 from .generated import self_documents
@@ -283,11 +282,10 @@ class RecentText:
         if not len(samples):
             raise StructPruneError(self.shortage())
         if len(samples) < self.num_samples:
-            warnings.warn(
+            warn(
                 f"Units are scored and refitted on {len(samples)} samples of {self.seq_length} tokens, all that "
                 f"training has shown, where num_samples={self.num_samples} were asked for; start later, or use "
-                "calibration='domains'.",
-                stacklevel=2,
+                "calibration='domains'."
             )
         return Domain("training", 1.0, samples, samples[:0])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from transformers.utils.logging import tqdm
 
 from ..domains.packing import begun
 from ..domains.passages import shared_tokens
-from ..errors import StructPruneError, one_line
+from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continued, positions_of, predicts_next
 from ..forward.metrics import divergence, evaluating, run_model, standard_error
 from ..record.answers import Items
@@ -239,7 +238,7 @@ class ShortCheck:
         except Exception as error:  # hours of work are not given up for a few answers
             self.questions = []
             if not isinstance(error, (StructPruneError, TimeoutError)):  # it has too few positions, or takes too long
-                warnings.warn(f"There are no answers of the {name} model: {one_line(error)}", stacklevel=2)
+                warn(f"There are no answers of the {name} model: {one_line(error)}")
 
     def items(self, earlier: Items = ()) -> Items:
         """The questions with the answers of all models, behind those of an earlier run to the same questions."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest
 from ..domains.packing import prefix_token
 from ..domains.resolve import resolve
-from ..errors import StructPruneError
+from ..errors import StructPruneError, warn
 from ..forward.generation import positions_of, predicts_next
 from ..forward.metrics import FEWEST, own_settings, perplexity_errors, perplexity_of
 from ..plain_json import Record
@@ -217,7 +216,7 @@ def evaluate(
             evaluation.shared = [name for name, sentences in overlaps.items() if sentences]
         evaluation.warnings = [f"The domain {name!r}: {shared}." for name in overlaps for shared in overlaps[name]]
     for warning in evaluation.warnings:
-        warnings.warn(warning, stacklevel=2)
+        warn(warning)
     for name, text in judged.items():
         _measure(evaluation, name, text, batch_size)
     if loaded_tasks is not None:

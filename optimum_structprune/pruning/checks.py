@@ -5,7 +5,6 @@ A config that contradicts itself, whatever the model, is refused when it is made
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..calibration.stored import Statistics
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
-from ..errors import StructPruneError
+from ..errors import StructPruneError, warn
 from ..forward.generation import reads_images
 from ..forward.layers import check_sequential
 from ..system.disk import check_folder
@@ -66,7 +65,7 @@ def check(
         _check_recovery(config, arch, described.unpacked)
     unused = [*without_effect(config, widths, is_bounded(config, arch, widths))] if use in (PRUNE, DRY_RUN) else []
     if unused:
-        warnings.warn(f"These options have no effect here: {'; '.join(unused)}.", stacklevel=4 if use == PRUNE else 3)
+        warn(f"These options have no effect here: {'; '.join(unused)}.")
     if described.offloaded:  # last, as it runs the model on a few tokens
         check_sequential(described.unpacked, arch)
 

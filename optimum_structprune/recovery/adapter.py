@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, set_seed
 from ..arch.meta import skeleton
 from ..config.fields import build
 from ..config.recovery import LORA, RecoveryConfig
-from ..errors import InPlaceError, StructPruneError
+from ..errors import InPlaceError, StructPruneError, warn
 from ..forward.metrics import evaluating, input_device
 from ..system.fingerprint import computing
 from .resume import DIGITS, model_of, weights_hash
@@ -277,10 +277,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
 def _check_base(folder: str | Path, base: str) -> None:
     trained_on = model_of(folder)
     if trained_on is None:
-        warnings.warn(
+        warn(
             f"{folder} does not say which model its adapter was trained on; only the shapes of its tensors could be "
-            "compared.",
-            stacklevel=3,
+            "compared."
         )
     elif trained_on != base:
         raise StructPruneError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from ..config.fields import read_mapping
 from ..config.recovery import LORA, TRAINING, RecoveryConfig
-from ..errors import StructPruneError
+from ..errors import StructPruneError, warn
 from ..plain_json import plain, replace_json
 from ..system.fingerprint import raw_bytes, tensor_hash
 from ..system.offloading import weight_of
@@ -85,7 +84,7 @@ class TrainingInputs(TrainerCallback, ExportableState):
                     if not any(Path(checkpoint).glob(f"{part}*")):
                         raise StructPruneError(f"it has no {part}")
             except (StructPruneError, LookupError, TypeError) as error:
-                warnings.warn(f"{checkpoint} is passed over: {error}.", stacklevel=2)
+                warn(f"{checkpoint} is passed over: {error}.")
                 continue
             if not (differences := self.differences(stored)):
                 return checkpoint

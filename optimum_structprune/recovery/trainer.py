@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -36,7 +35,7 @@ from ..arch.load import describe
 from ..config.fields import build
 from ..config.recovery import RATES, TRAINING, RecoveryConfig
 from ..domains.passages import shared_tokens
-from ..errors import StructPruneError, one_line
+from ..errors import StructPruneError, one_line, warn
 from ..forward.metrics import divergence, evaluating, input_device
 from ..record.report import RecoveryReport
 from ..surgery.resize import drop_tokens_
@@ -347,9 +346,9 @@ class RecoveryOutcome(RecoveryReport):
         worse = after > before + ROUNDING or not isfinite(after) and isfinite(before) or isnan(after)
         self.worse = broadcast_object_list([worse])[0]
         if self.worse:
-            warnings.warn(self.verdict(), WorseModelWarning, stacklevel=3)
+            warn(self.verdict(), WorseModelWarning)
         elif self.stopped:
-            warnings.warn(self.stopped, WorseModelWarning, stacklevel=3)
+            warn(self.stopped, WorseModelWarning)
 
     def mean_log_perplexity(self, when: str) -> float:
         """The logarithm of the perplexity on held-out text, in the mean over the domains."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template, Undefi
 from .. import __version__
 from ..arch.spec import LAYER, MODEL
 from ..domains.manifest import CALIBRATED
-from ..errors import StructPruneError, one_line
+from ..errors import StructPruneError, one_line, warn
 from ..plain_json import replace_text
 from ..record.answers import outcome, remark, telling
 from ..record.facts import (
@@ -134,7 +133,7 @@ def only_warning(output: str | Path, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # hours of work are not given up for a page about them
-        warnings.warn(f"{output} gets no {name}: {one_line(error)}", stacklevel=4)
+        warn(f"{output} gets no {name}: {one_line(error)}")
 
 
 def _tiles(records: Records) -> Iterator[tuple[str, str, str]]:
