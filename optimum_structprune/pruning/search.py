@@ -176,11 +176,10 @@ class Search:
         for key, of_key in widths.items():
             plain, searched = spaces[key].width_in(self.plain), spaces[key].width_in(best)
             ends = sorted((2 * plain, searched + plain))
-            between[key] = [width for width in of_key if ends[0] <= 2 * width <= ends[1]]
-        if all(between.values()):
-            with suppress(StructPruneError):  # the widths in between may be too few to save enough
-                halfway = searched_widths(between, curves, needed)
-                proposed.append(Candidate("halfway", Shape(halfway), _predicted(curves, halfway)))
+            between[key] = [width for width in of_key if ends[0] <= 2 * width <= ends[1]] or [searched]
+        with suppress(StructPruneError):  # the widths in between may be too few to save enough
+            halfway = searched_widths(between, curves, needed)
+            proposed.append(Candidate("halfway", Shape(halfway), _predicted(curves, halfway)))
         return proposed
 
     def _uniform(self, curves: Curves, needed: Resource) -> list[Candidate]:

@@ -6,12 +6,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import count_hooks, same_weights
+from helpers import count_hooks, evidence_of, same_weights
 from models import build, config, documents, three_layers, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
 from optimum_structprune.pruning import search, trials
+from optimum_structprune.widths.shapes import Curves
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,16 @@ def test_measured_widths_are_taken_only_where_they_are_better(model, better, mon
     pruner, small = pruned(model, widths={"mlp": 24}, allocation="sensitivity", round_to=1)
     assert [one["proposed_by"] for one in pruner.report.shapes] == ["each layer", "halfway", "one width"]
     assert small.config.is_heterogeneous == (not better) and pruner.report.shapes[better]["chosen"]
+
+
+def test_a_layer_that_is_next_to_one_width_stays_there_halfway(model):
+    """Where that width is no multiple of `round_to`, none may lie between it and a layer's own."""
+    asked = config(widths={"mlp": 20}, allocation="sensitivity", round_to=8)
+    dear, middle, cheap = [100.0] * 40, [1.0] * 24 + [100.0] * 16, [0.1] * 32 + [100.0] * 8
+    curves = {(layer, "mlp"): [sum(each[:n]) for n in range(41)] for layer, each in enumerate([dear, middle, cheap])}
+    shapes = search.Search(model, describe(model), evidence_of(asked)).candidates(Curves(curves, {}))
+    widths = {candidate.name: candidate.shape.widths["mlp"] for candidate in shapes}
+    assert widths["each layer"] == {0: 40, 1: 16, 2: 8} and widths["halfway"] == {0: 24, 1: 16, 2: 16}
 
 
 def losses_of(measure, fake):
