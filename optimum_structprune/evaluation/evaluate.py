@@ -22,7 +22,7 @@ from ..record.answers import SHOWN, outcome, telling
 from ..record.facts import UNKNOWN
 from ..record.text import plus_minus, table
 from .answers import AT_ONCE, Question, answer_divergence, ask, figures_of, items_of, paired_answers, read_questions
-from .heldout import Judged, judge, read_heldout
+from .heldout import Heldout, Judged, judge, read_heldout
 from .paired import Paired, paired
 from .tasks import Scores, Tasks, TaskScores
 
@@ -208,15 +208,7 @@ def evaluate(
         show=show,
     )
     if (manifest := manifest or Manifest.seen_by(model)) is not None:
-        # Those that have the name of one that was calibrated on, or were read from the same place.
-        same = [[entry.name == domain.name or entry.uses(domain) for entry in manifest.domains] for domain in named]
-        evaluation.calibrated = [domain.name for domain, alike in zip(named, same, strict=True) if any(alike)]
-        overlaps = {text.domain.name: manifest.overlaps(text.domain, text.documents) for text in texts}
-        if manifest.of_use(CALIBRATED):  # otherwise some of what was seen has no record
-            evaluation.shared = [name for name, sentences in overlaps.items() if sentences]
-        evaluation.warnings = [f"The domain {name!r}: {shared}." for name in overlaps for shared in overlaps[name]]
-    for warning in evaluation.warnings:
-        warn(warning)
+        _compare_with(evaluation, manifest, texts)
     for name, text in judged.items():
         _measure(evaluation, name, text, batch_size)
     if loaded_tasks is not None:
@@ -227,6 +219,20 @@ def evaluate(
     if answers is not None:
         _answer(evaluation, models, readers, questions, max_new_tokens, max(batch_size, AT_ONCE))
     return evaluation
+
+
+def _compare_with(evaluation: Evaluation, manifest: Manifest, texts: Sequence[Heldout]) -> None:
+    """Enter which texts are of kinds that were calibrated on, and warn of those that share sentences with these."""
+    named = [text.domain for text in texts]
+    # Those that have the name of one that was calibrated on, or were read from the same place.
+    same = [[entry.name == domain.name or entry.uses(domain) for entry in manifest.domains] for domain in named]
+    evaluation.calibrated = [domain.name for domain, alike in zip(named, same, strict=True) if any(alike)]
+    overlaps = {text.domain.name: manifest.overlaps(text.domain, text.documents) for text in texts}
+    if manifest.of_use(CALIBRATED):  # otherwise some of what was seen has no record
+        evaluation.shared = [name for name, sentences in overlaps.items() if sentences]
+    evaluation.warnings = [f"The domain {name!r}: {shared}." for name in overlaps for shared in overlaps[name]]
+    for warning in evaluation.warnings:
+        warn(warning)
 
 
 def _answer(
