@@ -34,12 +34,14 @@ MOST_GROWTH = 4.0
 @dataclass(frozen=True)
 class Balance:
     """A number of tokens, and what the model loses in nats per token of the dense vocabulary: because the others are
-    gone, and because of what the layers still have to give up then.
+    gone, and because of what the layers still have to give up then, which a short pruning has `measured` or single
+    layers predict.
     """
 
     tokens: int
     tokens_loss: float
     layers_loss: float
+    measured: bool = False
 
 
 def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Sequence[int]], may: range) -> int:
@@ -92,15 +94,14 @@ def _between(balances: Sequence[Balance], legal: Sequence[int]) -> int:
 
 
 class _Layers:
-    """What the layers lose for the sake of one budget, by how many tokens go; the trials are made once. `measured` are
-    the numbers of tokens whose loss in the layers is not predicted, and predictions are multiplied by `factor`.
+    """What the layers lose for the sake of one budget, by how many tokens go; the trials are made once, and what they
+    predict is multiplied by `factor`.
     """
 
     def __init__(self, run: Run):
         self.run = run
         self.trials: Trials | None = None
         self.shapes: dict[int, tuple[Search, Shape]] = {}
-        self.measured: set[int] = set()
         self.factor = 1.0
 
     def least_loss(self, number: int) -> float:
@@ -126,15 +127,15 @@ class _Layers:
         """Measure the loss in the layers where the total is least, until that is measured; predictions change by as
         much.
         """
-        while (best := _best(balances)).tokens not in self.measured:
-            self.measured.add(best.tokens)
-            if best.tokens in self.shapes:
-                loss = self._loss_together(best.tokens)
-                growth = min(loss / best.layers_loss, MOST_GROWTH) if best.layers_loss and loss < inf else 1.0
-                self.factor *= growth
-                for at, of in enumerate(balances):
-                    predicted = of.layers_loss if of.tokens in self.measured else growth * of.layers_loss
-                    balances[at] = replace(of, layers_loss=loss if of is best else predicted)
+        while not (best := _best(balances)).measured:
+            loss = self._loss_together(best.tokens) if best.tokens in self.shapes else best.layers_loss
+            growth = min(loss / best.layers_loss, MOST_GROWTH) if best.layers_loss and loss < inf else 1.0
+            self.factor *= growth
+            for at, of in enumerate(balances):
+                if of is best:
+                    balances[at] = replace(of, layers_loss=loss, measured=True)
+                elif not of.measured:
+                    balances[at] = replace(of, layers_loss=growth * of.layers_loss)
 
     def _loss_together(self, number: int) -> float:
         assert self.trials is not None

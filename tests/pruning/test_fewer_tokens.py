@@ -277,6 +277,8 @@ def test_layers_that_lose_more_together_than_one_at_a_time_leave_more_to_the_tok
     pruner, _ = pruned(text_model(), **JOINT, budget={"parameters": 0.9})
     (chosen,) = (balance for balance in pruner.report.balances if balance["chosen"])
     assert taken and chosen["layers_loss"] in (0.0, times * 0.01)
+    measured = {balance["layers_loss"] for balance in pruner.report.balances if balance["measured"]}
+    assert chosen["measured"] and times * 0.01 in measured <= {0.0, times * 0.01}
     fewest = min(balance["tokens"] for balance in pruner.report.balances)
     assert times == 1 or chosen["tokens"] == fewest
 
