@@ -223,10 +223,12 @@ def evaluate(
 
 def _compare_with(evaluation: Evaluation, manifest: Manifest, texts: Sequence[Heldout]) -> None:
     """Enter which texts are of kinds that were calibrated on, and warn of those that share sentences with these."""
-    named = [text.domain for text in texts]
-    # Those that have the name of one that was calibrated on, or were read from the same place.
-    same = [[entry.name == domain.name or entry.uses(domain) for entry in manifest.domains] for domain in named]
-    evaluation.calibrated = [domain.name for domain, alike in zip(named, same, strict=True) if any(alike)]
+    # They have the name of one that was calibrated on, or were read from the same place.
+    evaluation.calibrated = [
+        domain.name
+        for domain in (text.domain for text in texts)
+        if any(entry.name == domain.name or entry.uses(domain) for entry in manifest.domains)
+    ]
     overlaps = {text.domain.name: manifest.overlaps(text.domain, text.documents) for text in texts}
     if manifest.of_use(CALIBRATED):  # otherwise some of what was seen has no record
         evaluation.shared = [name for name, sentences in overlaps.items() if sentences]

@@ -176,6 +176,7 @@ class Search:
         for key, of_key in widths.items():
             plain, searched = spaces[key].width_in(self.plain), spaces[key].width_in(best)
             ends = sorted((2 * plain, searched + plain))
+            # Where one width is no multiple of `round_to`, none may lie between it and a width that is next to it.
             between[key] = [width for width in of_key if ends[0] <= 2 * width <= ends[1]] or [searched]
         with suppress(StructPruneError):  # the widths in between may be too few to save enough
             halfway = searched_widths(between, curves, needed)

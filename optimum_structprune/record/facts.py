@@ -261,8 +261,9 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"± is the standard error over {FEWEST} samples or more; rough: on fewer than {ENOUGH:,} tokens"
     for of in report.get("balances") or ():
         layers = of["layers_loss"]  # null in JSON where it is infinite
-        rest = "asks more of the layers than they have" if layers in (None, inf) else f"{layers:.4f} in the layers"
-        rest += "" if layers in (None, inf, 0.0) or of.get("measured", True) else ", as predicted"
+        known = "" if layers == 0 or of.get("measured", True) else ", as predicted"
+        too_much = layers in (None, inf)
+        rest = "asks more of the layers than they have" if too_much else f"{layers:.4f} in the layers{known}"
         kept = f"{of['tokens']:,} tokens kept loses {of['tokens_loss']:.4f} nats, and {rest}"
         yield f"{'taken' if of['chosen'] else 'compared'}: {kept}"
     yield from languages(report)

@@ -85,10 +85,6 @@ def test_a_loss_that_is_not_finite_is_said_in_words_before_and_after_json(nothin
 
 def test_what_layers_lose_beside_fewer_tokens_is_said_to_be_predicted_where_it_is():
     balance = {"tokens": 64, "tokens_loss": 0.0, "layers_loss": 0.5, "chosen": False}
-    every = [
-        {**balance, "measured": True},
-        {**balance, "measured": False},
-        balance,
-    ]  # the last as older reports have it
+    every = [{**balance, "measured": True}, {**balance, "measured": False}, balance]  # older reports do not say
     said = [remark.endswith("0.5000 in the layers, as predicted") for remark in remarks({"balances": every})]
     assert said == [False, True, False]
