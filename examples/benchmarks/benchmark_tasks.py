@@ -1,13 +1,14 @@
 """Is a model that was calibrated on a mix of domains better at tasks than one calibrated on a single domain?
 
     python examples/benchmarks/benchmark_tasks.py run MODEL DATA OUT [--cells "mix*" ...] [--removed 20 35 50]
-    python examples/benchmarks/benchmark_tasks.py table OUT [--metric acc_norm]
+    python examples/benchmarks/benchmark_tasks.py table OUT [--metric logprob]
 
 DATA is as for `benchmark_table.py`, with multiple-choice items in `tasks/`. A cell is a calibration text and a
 method: our defaults on the mix and on each single domain, published methods on the mix, and the mix with recovery.
 Every cell is calibrated on the same number of tokens, and asked all items of all tasks. `run` keeps in the folder OUT
 what each model scores in each item, so it can be interrupted, go on at the next cell, and be called again with other
-cells. `table` compares every cell with the dense model and with the mix on the same items, by McNemar's exact test.
+cells. `table` compares every cell with the dense model and with the mix on the same items: by McNemar's exact test of
+accuracies, by a t test of log-probabilities.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(running)
     for one in (running, showing):
         one.add_argument("out", help="folder with the results")
-    showing.add_argument("--metric", default="acc_norm", choices=("acc", "acc_norm"))
+    showing.add_argument("--metric", default="logprob", choices=("acc", "acc_norm", "logprob"))
     add_grid_arguments(running, '"mix*" or "* only"', samples=128)
     running.add_argument("--seed", type=int, default=0)
     running.add_argument("--recovery-tokens", type=int, default=200_000, help="for the cell with recovery")

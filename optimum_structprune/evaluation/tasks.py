@@ -14,12 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import is_progress_bar_enabled
 
 from ..errors import StructPruneError, one_line
 from ..forward.generation import end_tokens, generating
-from ..forward.metrics import evaluating
+from ..forward.metrics import evaluating, standard_error
 from ..registry import did_you_mean
 
 
@@ -103,7 +104,12 @@ class Tasks:
         }
         for name in writes & results["samples"].keys():
             scores[name] |= _lengths(results["samples"][name], tokenizer)
-        return TaskScores(scores, {name: _by_item(samples) for name, samples in results["samples"].items()})
+        items = {name: _by_item(samples) for name, samples in results["samples"].items()}
+        for name, samples in results["samples"].items():
+            if of_items := _log_probabilities(self.loaded["tasks"][name], samples):
+                items[name]["logprob"], values = of_items, torch.tensor([*of_items.values()])
+                scores[name] |= {"logprob": float(values.mean()), "logprob_stderr": standard_error(values)}
+        return TaskScores(scores, items)
 
 
 def local_task(path: Path) -> dict[str, Any]:
@@ -170,6 +176,24 @@ def _lengths(samples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenize
     lengths = [(len(tokenizer(text, add_special_tokens=False)["input_ids"]), most) for text, most in texts]
     cut = sum(length >= most for length, most in lengths) / len(lengths)
     return {"tokens": float(median(length for length, _ in lengths)), "cut": cut}
+
+
+def _log_probabilities(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """The log-probability of the right choice of each item, given that it is one of the choices: two models that take
+    the same ones may differ in it. Empty for what is no multiple choice, or is scored by code of the task's own.
+    """
+    found: dict[int, float] = {}
+    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):
+        return found
+    for sample in samples:
+        choices = task.doc_to_choice(sample["doc"])
+        gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+        right = [choices.index(of) if of in choices else of for of in (gold if isinstance(gold, list) else [gold])]
+        # What lm_eval asks without the query as well, for `acc_mutual_info`, stands behind.
+        likelihoods = torch.tensor([likelihood for likelihood, _ in sample["filtered_resps"][: len(choices)]])
+        if all(isinstance(of, int) and 0 <= of < len(choices) for of in right):
+            found[sample["doc_id"]] = float(likelihoods.double().log_softmax(-1)[right].logsumexp(-1))
+    return found
 
 
 def _by_item(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:

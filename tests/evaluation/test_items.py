@@ -42,7 +42,7 @@ def test_items_score_as_the_likelihoods_of_their_choices_say(case, tmp_path):
     answers = Tasks([path]).score(model, reader)
     assert model.training and reader.pad_token is None
     model.eval()
-    expected = {"acc": {}, "acc_norm": {}}
+    expected, shares = {"acc": {}, "acc_norm": {}}, {}
     for number, item in enumerate(items):
         start, likelihoods = len(reader(item["query"])["input_ids"]), []
         for choice in item["choices"]:
@@ -53,14 +53,35 @@ def test_items_score_as_the_likelihoods_of_their_choices_say(case, tmp_path):
         expected["acc"][number] = float(likelihoods[0] > likelihoods[1])
         first, second = (of / len(choice) for of, choice in zip(likelihoods, item["choices"], strict=True))
         expected["acc_norm"][number] = float(first > second)
+        shares[number] = likelihoods[0] - float(torch.tensor(likelihoods).logsumexp(-1))
+    assert answers.items["quiz"].pop("logprob") == pytest.approx(shares, abs=1e-4)
     assert answers.items["quiz"] == expected and expected["acc"] != expected["acc_norm"]
     scores = answers.scores["quiz"]
-    for metric, of_items in expected.items():
+    assert 0 < scores["acc"] < 1 and 0 < scores["acc_norm"] < 1
+    for metric, of_items in {**expected, "logprob": shares}.items():
         values = torch.tensor([*of_items.values()])
-        assert 0 < scores[metric] < 1 and scores[metric] == pytest.approx(float(values.mean()))
+        assert scores[metric] == pytest.approx(float(values.mean()), abs=1e-4)
         assert scores[f"{metric}_stderr"] == pytest.approx(float(values.std() / len(items) ** 0.5), rel=1e-4)
     assert scores["items"] == len(items)
     assert len(Tasks([path]).score(model, reader, limit=3).items["quiz"]["acc"]) == 3
+
+
+# A task may name its right choice by text, have several right ones, or hide which it is (test sets do).
+@pytest.mark.parametrize("case", ["text", "several", "hidden"])
+def test_the_share_of_the_right_choice_whatever_names_it(case, tmp_path, monkeypatch):
+    items, path = quiz(tmp_path / "quiz.jsonl", 6)
+    model, reader = build("llama-tied"), tokenizer()
+    plain = Tasks([path]).score(model, reader)
+    named = {"text": lambda item: item["choices"][0], "several": lambda item: [0, 1], "hidden": lambda item: -1}
+    local = tasks.local_task
+    monkeypatch.setattr(tasks, "local_task", lambda path: {**local(path), "doc_to_target": named[case]})
+    found = Tasks([path]).score(model, reader)
+    if case == "hidden":
+        assert "logprob" not in found.items["quiz"] and "logprob" not in found.scores["quiz"]
+    else:
+        expected = plain.items["quiz"]["logprob"] if case == "text" else dict.fromkeys(range(6), 0.0)
+        assert found.items["quiz"]["logprob"] == pytest.approx(expected, abs=1e-6)
+        assert len(items) == len(expected)
 
 
 def test_what_a_task_has_written_is_measured(tmp_path, monkeypatch):
