@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 
-settings.register_profile("nightly")
+# A busy machine is slow at everything, drawing examples included, which says nothing of the code.
+for profile in ("default", "nightly"):
+    settings.register_profile(profile, settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("default")
 sys.path.insert(0, str(Path(__file__).parent))
 
 

@@ -35,7 +35,6 @@ WORDS = [*NAMES, "mlp", "attention", "parameters", "bytes", "obs", "least_square
 def examples(number):
     return settings(
         max_examples=number if settings.get_current_profile_name() == "nightly" else number // 10,
-        deadline=None,
         derandomize="CI" in os.environ,
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

@@ -20,7 +20,7 @@ matrices = st.tuples(st.integers(1, 4), st.integers(2, 8), st.integers(0, 2**31)
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(contributions=matrices, scale=st.floats(1e-3, 1e3))
 def test_domains_that_agree_are_one_domain_whatever_their_scale(contributions, scale):
     alone = Mixture((1.0,)).combined(contributions[:1])

@@ -48,7 +48,7 @@ def test_the_ffn_shrinks_unless_losses_or_the_cache_decide(fields, expected):
     assert StructPruneConfig(**fields).shrinking == expected
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(config=configs)
 def test_round_trips(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("config")

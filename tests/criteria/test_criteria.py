@@ -92,7 +92,7 @@ shares_and_losses = st.integers(1, 5).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(case=shares_and_losses)
 def test_shares_sum_to_one_and_stay_near_what_was_asked_for(case):
     asked, losses = [value / sum(case[0]) for value in case[0]], case[2]

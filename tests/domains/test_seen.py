@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from helpers import evidence_of, pruned_on, recovery_config, same_weights
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build, config, documents, tokenizer
 
@@ -29,7 +29,7 @@ READER, MODEL = tokenizer(), build("llama-tied")
 # Rows of one pool of texts, repeated and in any order, so that domains overlap in all ways.
 rows = st.lists(st.integers(0, len(TEXTS) - 1), min_size=20, max_size=150)
 choices = st.sampled_from([{}, {"objective": "worst", "rounds": 2}, {"allocation": "sensitivity"}])
-often = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+often = settings(max_examples=25)
 
 
 def domain(name: str, numbers: list[int], weight: float = 1.0) -> DomainConfig:

@@ -35,7 +35,7 @@ def error(weight, bias, x, keep, new_weight, new_bias) -> float:
     return float((dense - small).square().mean())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 999), kept=st.integers(1, 11), damping=st.sampled_from([0.0, 1e-4, 1e-2, 1.0]))
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_least_squares_lowers_the_error(with_bias, seed, kept, damping):

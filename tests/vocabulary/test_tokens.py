@@ -145,7 +145,7 @@ texts = st.one_of(st.text(), st.text(LETTERS), st.lists(st.sampled_from(" ".join
 
 
 @kinds
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 3), text=texts)
 def test_a_smaller_tokenizer_reads_what_the_dense_one_reads(kind, seed, text):
     reader, (keep, less) = dense(kind)[1], smaller(kind, seed)
