@@ -104,10 +104,12 @@ class Tasks:
         }
         for name in writes & results["samples"].keys():
             scores[name] |= _lengths(results["samples"][name], tokenizer)
-        items = {name: _by_item(samples) for name, samples in results["samples"].items()}
+        items = {}
         for name, samples in results["samples"].items():
-            if of_items := _log_probabilities(self.loaded["tasks"][name], samples):
-                items[name]["logprob"], values = of_items, torch.tensor([*of_items.values()])
+            items[name] = _by_item(samples)
+            if by_item := _log_probabilities(self.loaded["tasks"][name], samples):
+                items[name]["logprob"] = by_item
+                values = torch.tensor([*by_item.values()])
                 scores[name] |= {"logprob": float(values.mean()), "logprob_stderr": standard_error(values)}
         return TaskScores(scores, items)
 
@@ -182,9 +184,9 @@ def _log_probabilities(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[
     """The log-probability of the right choice of each item, given that it is one of the choices: two models that take
     the same ones may differ in it. Empty for what is no multiple choice, or is scored by code of the task's own.
     """
-    found: dict[int, float] = {}
     if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):
-        return found
+        return {}
+    by_item = {}
     for sample in samples:
         choices = task.doc_to_choice(sample["doc"])
         gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
@@ -192,8 +194,8 @@ def _log_probabilities(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[
         # What lm_eval asks without the query as well, for `acc_mutual_info`, stands behind.
         likelihoods = torch.tensor([likelihood for likelihood, _ in sample["filtered_resps"][: len(choices)]])
         if all(isinstance(of, int) and 0 <= of < len(choices) for of in right):
-            found[sample["doc_id"]] = float(likelihoods.double().log_softmax(-1)[right].logsumexp(-1))
-    return found
+            by_item[sample["doc_id"]] = float(likelihoods.double().log_softmax(-1)[right].logsumexp(-1))
+    return by_item
 
 
 def _by_item(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
