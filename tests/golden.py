@@ -1,7 +1,7 @@
 """Prunings whose plans and weights are known to the bit: `python tests/golden.py` prints their hashes as JSON.
 
-The arithmetic is held to the instructions that all x86 processors with AVX2 have. `--write` puts the hashes into `golden.json`, for a
-change that is meant to give other results, which its commit then names.
+The arithmetic is held to the instructions that all x86 processors with AVX2 have. `--write` puts the hashes into
+`golden.json`, for a change that is meant to give other results, which its commit then names.
 """
 
 import json
