@@ -16,11 +16,11 @@ from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.speed import Speed as Speed
 from .evaluation.speed import measure_speed as measure_speed
 from .forward.metrics import perplexity as perplexity
-from .forward.placement import layer_device_map as layer_device_map
 from .pruner import AutoStructPruner as AutoStructPruner
 from .pruner import StructPruner as StructPruner
 from .pruner import prune_model as prune_model
 from .pruner import register_pruner as register_pruner
+from .record.plan import Plan as Plan
 from .recovery.adapter import load_adapter as load_adapter
 from .recovery.recover import Recovery as Recovery
 from .recovery.recover import recover as recover
@@ -29,7 +29,7 @@ from .saving.export import export_uniform as export_uniform
 from .saving.gguf_file import export_gguf as export_gguf
 from .saving.page import write_report as write_report
 from .saving.push import push_to_hub as push_to_hub
-from .surgery.plan import Plan as Plan
+from .sources.offloaded import layer_device_map as layer_device_map
 from .system.processes import across_processes as across_processes
 from .trainer import StructPruneCallback as StructPruneCallback
 from .trainer import attach_pruner as attach_pruner

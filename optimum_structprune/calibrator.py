@@ -14,15 +14,13 @@ from transformers.utils.logging import tqdm
 from .arch.load import Described
 from .arch.meta import dequantized
 from .arch.spec import ArchSpec
-from .calibration.moments import save_moments
-from .calibration.stored import HELDOUT, Statistics, StoredDomain, StoredFile, moments_name
 from .config.pruning import StructPruneConfig
 from .domains.manifest import MANIFEST_NAME
 from .forward.metrics import evaluating, own_settings
-from .forward.placement import Placement
 from .pruning.checks import CALIBRATE, check, check_arguments, check_config_kind
-from .pruning.evidence import Evidence
 from .pruning.room import with_batch_size
+from .sources.data import CalibrationData
+from .sources.stored import HELDOUT, Statistics, StoredDomain, StoredFile, moments_name, save_moments
 from .system.disk import Output, used_paths
 from .system.fingerprint import fingerprint, vocabulary_hash
 from .system.stages import stage
@@ -64,33 +62,33 @@ def calibrate(
     check(config, described, {}, CALIBRATE, has_tokenizer=tokenizer is not None, has_inputs=inputs is not None)
     model, arch = dequantized(model, inplace=False), described.arch
     with stage("domains", {}):
-        evidence = Evidence.read(config, model, tokenizer, inputs)
-    evidence = with_batch_size(evidence, arch, model, dict.fromkeys(arch.names, 1))  # the moments of every space
-    need_bytes = len(evidence.domains) * _moments_bytes(arch)
+        data = CalibrationData.read(config, model, tokenizer, inputs)
+    data = with_batch_size(data, arch, model, dict.fromkeys(arch.names, 1))  # the moments of every space
+    need_bytes = len(data.domains) * _moments_bytes(arch)
     with evaluating(model), output.staged(need_bytes) as staging:
-        _write_moments(model, arch, evidence, staging)
-        heldout = {str(index): domain.heldout.contiguous() for index, domain in enumerate(evidence.domains)}
+        _write_moments(model, arch, data, staging)
+        heldout = {str(index): domain.heldout.contiguous() for index, domain in enumerate(data.domains)}
         save_file(heldout, staging / HELDOUT)
-        evidence.manifest(tokenizer).save(staging / MANIFEST_NAME)
+        data.manifest(tokenizer).save(staging / MANIFEST_NAME)
         written = Statistics(
             staging,
             model.config.model_type,
             fingerprint(model),
             None if tokenizer is None else vocabulary_hash(tokenizer),
-            [StoredDomain(domain.name, domain.weight, list(domain.samples.shape)) for domain in evidence.domains],
+            [StoredDomain(domain.name, domain.weight, list(domain.samples.shape)) for domain in data.domains],
             {path.name: StoredFile.of(path) for path in sorted(staging.iterdir())},
         )
         written.save()
     return replace(written, folder=Path(folder))
 
 
-def _write_moments(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, folder: Path) -> None:
+def _write_moments(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, folder: Path) -> None:
     """One file for each layer and domain."""
-    passes, placement = evidence.passes(model, arch, fixed=True), Placement(model, arch)
+    source = data.source(model, arch, fixed=True)
     for layer in tqdm(range(arch.num_layers), desc="calibration", unit="layer"):
         spaces = list(arch.at(layer))
-        with placement.at(layer):
-            streams = [passes.gather(layer, space, gram=True) for space in spaces]
+        with source.at(layer):
+            streams = [source.moments(layer, space, gram=True) for space in spaces]
             for domain, by_space in enumerate(zip(*streams, strict=True)):
                 by_module = {
                     axis.module: moments
@@ -98,7 +96,7 @@ def _write_moments(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, f
                     for axis, moments in zip(space.into, by_consumer, strict=True)
                 }
                 save_moments(by_module, folder / moments_name(layer, domain))
-            passes.advance(layer)
+            source.advance(layer)
 
 
 def _moments_bytes(arch: ArchSpec) -> int:

@@ -19,19 +19,23 @@ from .domains.manifest import Manifest
 from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
-from .pruning.evidence import Evidence
-from .pruning.fewer_tokens import remove_tokens_
-from .pruning.limit import prune_within_limit_
 from .pruning.room import check_room, with_batch_size
-from .pruning.rounds import prune_units_
-from .pruning.run import LIMIT, UNITS, Run, Step
-from .pruning.search import choose_shape
-from .pruning.whole import remove_channels_, remove_experts_, remove_layers_
+from .pruning.run import LIMIT, ROUNDS, UNITS, Run, Step
+from .pruning.units import prune_units_
 from .record.facts import far_off, given_by
+from .record.plan import Plan
 from .record.report import Report
 from .registry import Registry
+from .removals.channels import remove_channels_
+from .removals.experts import remove_experts_
+from .removals.layers import remove_layers_
+from .removals.vocabulary import remove_tokens_
 from .saving.hub import save_pruned
-from .surgery.plan import Plan
+from .search.limit import prune_within_limit_
+from .search.rounds import prune_in_rounds_
+from .search.search import choose_shape
+from .search.tokens_or_layers import best_number
+from .sources.data import CalibrationData
 from .vocabulary.choose import Tokens
 from .widths.budget import widths_of
 from .widths.schedule import round_widths
@@ -55,6 +59,7 @@ REMOVERS: dict[str, Callable[[Run, Step], Plan]] = {
     EXPERT: remove_experts_,
     HIDDEN: remove_channels_,
     UNITS: prune_units_,
+    ROUNDS: prune_in_rounds_,
     LIMIT: prune_within_limit_,
 }
 PRUNERS: Registry = Registry("pruner", "optimum_structprune.pruners")
@@ -122,12 +127,12 @@ class StructPruner:
         check_room(self.config, described, widths, inplace, inputs)
         report = Report(arch.model_type, self.config.scored_by)
         with report.timed("domains"):
-            evidence = Evidence.read(self.config, model, tokenizer, inputs, counts=tokens is not None)
-        with Run(model, arch, evidence, tokenizer, inplace, report) as run:
-            run.evidence = with_batch_size(run.evidence, run.arch, run.model, widths)
+            data = CalibrationData.read(self.config, model, tokenizer, inputs, counts=tokens is not None)
+        with Run(model, arch, data, tokenizer, inplace, report) as run:
+            run.data = with_batch_size(run.data, run.arch, run.model, widths)
             run.start(apart=tokens is not None)
             if tokens is not None:
-                widths = remove_tokens_(run, tokens, widths)
+                widths = remove_tokens_(run, tokens, widths, best_number)
             shape = choose_shape(run, widths)
             run.find_teacher()
             run.layers = shape.layers
@@ -171,7 +176,8 @@ class StructPruner:
         if inside and self.config.max_perplexity_ratio is not None:
             steps += Step.toward(LIMIT, [inside])
         elif inside:
-            steps += Step.toward(UNITS, round_widths(self.config, arch, inside))
+            course = round_widths(self.config, arch, inside)
+            steps += Step.toward(UNITS if len(course) == 1 else ROUNDS, course)
         return steps
 
     def take_(self, run: Run, step: Step) -> None:
@@ -187,8 +193,8 @@ class StructPruner:
         if VOCAB in widths:
             raise StructPruneError(f"{VOCAB!r} takes text and its tokenizer, not samples; use prune_model.")
         arch = describe(model, self.config.arch_file)
-        with Run(model, arch, Evidence.of(self.config, domains)) as run:
-            run.evidence = with_batch_size(run.evidence, arch, model, widths)
+        with Run(model, arch, CalibrationData.of(self.config, domains)) as run:
+            run.data = with_batch_size(run.data, arch, model, widths)
             for step in self.steps(arch, model, widths):
                 self.take_(run, step)
         return run.plan

@@ -12,6 +12,7 @@ from torch import optim
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
+from .arch.hooks import before_load, before_next_call
 from .arch.load import Described, describe
 from .arch.spec import ArchSpec, Widths
 from .config.pruning import StructPruneConfig
@@ -20,12 +21,11 @@ from .domains.images import image_domains
 from .domains.load import RecentText, load_domains
 from .errors import StructPruneError, warn
 from .forward.generation import reads_images
-from .forward.hooks import before_load, before_next_call
 from .pruner import AutoStructPruner
 from .pruning.checks import TRAINER, check, check_config_kind, check_reader, check_trainer
-from .surgery.cut import check_state, slice_state_
-from .surgery.plan import Plan
-from .surgery.resize import resize_
+from .record.plan import Plan
+from .removals.cut import check_state, slice_state_
+from .removals.resize import resize_
 from .widths.budget import widths_of
 from .widths.schedule import legal_round_widths, removal_steps
 

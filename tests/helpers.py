@@ -24,17 +24,21 @@ from optimum_structprune import DomainConfig, RecoveryConfig
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
-from optimum_structprune.calibration.moments import Moments, WeightedMean
-from optimum_structprune.calibration.passes import ModelPasses, batches_of
+from optimum_structprune.method.calibrate import Mixer, Moments
+from optimum_structprune.sources.whole_model import WholeModel
+from optimum_structprune.sources.data import batches_of
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.forward.metrics import outputs_of, run_model
+from optimum_structprune.forward.metrics import outputs_of
+from optimum_structprune.method.layers import run_model
 from optimum_structprune.pruner import StructPruner
-from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.pruning.run import Run
 from optimum_structprune.record.details import Details
-from optimum_structprune.surgery.consumers import read_consumer, units_to_columns, write_consumer_
-from optimum_structprune.surgery.cut import adopt_config_, shrink_, shrink_layer_
-from optimum_structprune.surgery.plan import Plan
+from optimum_structprune.method.shrink import read_consumer, units_to_columns, write_consumer_
+from optimum_structprune.arch.modules import adopt_config_
+from optimum_structprune.removals.cut import shrink_
+from optimum_structprune.method.shrink import shrink_layer_
+from optimum_structprune.record.plan import Plan
 
 
 @torch.no_grad()
@@ -106,15 +110,15 @@ def same_weights(left, right) -> bool:
     )
 
 
-def whole_passes(model, arch, batches, error_feedback=0.0, fixed=False) -> ModelPasses:
+def whole_passes(model, arch, batches, error_feedback=0.0, fixed=False) -> WholeModel:
     """In the place of `passes_over`: the fallback, whatever the model allows."""
-    return ModelPasses(model, arch, batches)
+    return WholeModel(model, arch, batches)
 
 
-def evidence_of(settings, domains=None, run_passes=None) -> Evidence:
+def evidence_of(settings, domains=None, run_passes=None) -> CalibrationData:
     """What a run on the CPU knows of `domains`, by default those of a config in tokens of the tests' own tokenizer."""
     domains = load_domains(settings, tokenizer()) if domains is None else domains
-    evidence = Evidence.of(settings, domains)
+    evidence = CalibrationData.of(settings, domains)
     return evidence if run_passes is None else replace(evidence, run_passes=run_passes)
 
 
@@ -131,7 +135,7 @@ def pruned_on(evidence, model, widths) -> Run:
 
 def mix(moments, weights) -> Moments:
     """The weighted average of several moments."""
-    mean = WeightedMean()
+    mean = Mixer()
     for part, weight in zip(moments, weights, strict=True):
         mean.add(part, weight)
     return mean.moments()

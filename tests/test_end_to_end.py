@@ -8,8 +8,8 @@ from models import NOT_SEQUENTIAL, OTHERS, PRUNABLE, build, config, described, t
 from optimum_structprune import StructPruneError, StructPruner, dry_run, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP
-from optimum_structprune.calibration.passes import LayerPasses
-from optimum_structprune.forward.layers import NotSequentialError
+from optimum_structprune.method.layers import InMemory
+from optimum_structprune.method.layers import NotSequentialError
 from optimum_structprune.forward.metrics import model_outputs, output_error
 from optimum_structprune.widths.allocation import choices, legal_widths
 from optimum_structprune.widths.budget import widths_of
@@ -84,7 +84,7 @@ def test_two_stacks_take_passes_over_the_whole_model():
         assert [count for _, count in arch.stacks] == counts
         assert arch.layer_prefix(2).endswith(("decoder.block.0.", "decoder.layers.0."))
         with pytest.raises(NotSequentialError):
-            LayerPasses(model, arch, batches())
+            InMemory(model, arch, batches())
 
 
 @pytest.mark.parametrize("case", MULTIMODAL)

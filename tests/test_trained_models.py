@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.pruning import search, trials
+from optimum_structprune.search import search, trials
 
 
 pytestmark = pytest.mark.nightly

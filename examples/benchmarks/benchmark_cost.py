@@ -33,9 +33,9 @@ from optimum_structprune.domains import generated
 from optimum_structprune.domains.domain import Domain
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.resolve import WRITTEN
-from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.pruning.search import choose_shape
+from optimum_structprune.search.search import choose_shape
 from optimum_structprune.widths.budget import widths_of
 
 
@@ -159,7 +159,7 @@ def measure(args: Namespace, settings: StructPruneConfig, layers: int | None, co
 
     reset_high_water_mark()
     start = clock()
-    run = Run(model, arch, Evidence.of(settings, domains))
+    run = Run(model, arch, CalibrationData.of(settings, domains))
     chosen = choose_shape(run, widths_of(settings, arch, model)).after_removal()
     choosing = clock() - start
     StructPruner(settings).prune_to_(model, domains, chosen)

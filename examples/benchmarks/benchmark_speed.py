@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import Plan, measure_speed
 from optimum_structprune.arch.load import describe
-from optimum_structprune.surgery.cut import shrink_
+from optimum_structprune.removals.cut import shrink_
 
 
 def narrowed(model, width: int):

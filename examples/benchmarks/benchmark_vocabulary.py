@@ -33,7 +33,7 @@ from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.passages import Passages
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import row_losses
-from optimum_structprune.surgery.resize import drop_tokens_
+from optimum_structprune.removals.resize import drop_tokens_
 from optimum_structprune.vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares
 from optimum_structprune.vocabulary.tokens import Vocabulary
 

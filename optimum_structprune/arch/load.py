@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import compute_device, is_offloaded
 from .families import TEXT_ONLY, UNDESCRIBED, Family, Template, family_of
 from .meta import check_plain, is_quantized, skeleton
+from .modules import layer_list
 from .shrink import text_config
 from .spaces import TensorShapes, meets, residual_of, spaces_of
 from .spec import HIDDEN, LAYER, MODEL, ONE_PER_MODEL, ArchSpec, Space
@@ -97,31 +97,6 @@ def _check_whole(model: PreTrainedModel, arch: ArchSpec) -> None:
             f"The generation config of this {name} could not be saved, so correct `model.generation_config` first: "
             f"{one_line(error)}"
         ) from error
-
-
-def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:
-    """The layers of a model, over all lists that hold them."""
-    return [layer for path, _ in arch.stacks for layer in _layers_at(model, path)]
-
-
-def put_layers_(model: nn.Module, arch: ArchSpec, layers: Iterable[nn.Module]) -> None:
-    """Replace the layers of a model that has a single list of layers; the new list may be shorter."""
-    modules = _layers_at(model, arch.layer_path)
-    del modules[:]
-    modules.extend(layers)
-
-
-def put_layer_(model: nn.Module, arch: ArchSpec, layer: int, module: nn.Module) -> None:
-    """Replace a layer of a model by a module."""
-    path, index = arch.place(layer)
-    _layers_at(model, path)[index] = module
-
-
-def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
-    layers = model.get_submodule(path)
-    if not isinstance(layers, nn.ModuleList):
-        raise StructPruneError(f"{path} should be a list of layers, found {type(layers).__name__}.")
-    return layers
 
 
 def resolve(family: Family, config: PretrainedConfig, shapes: TensorShapes, prefix: str = "") -> ArchSpec:

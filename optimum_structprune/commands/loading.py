@@ -29,7 +29,7 @@ from ..config.pruning import StructPruneConfig
 from ..dryrun import dry_run
 from ..errors import StructPruneError, one_line, some_of
 from ..forward.generation import reads_images
-from ..forward.placement import layer_device_map
+from ..sources.offloaded import layer_device_map
 
 
 logger = logging.getLogger(__name__)

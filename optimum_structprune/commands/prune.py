@@ -11,7 +11,6 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import model_class
-from ..calibration.stored import Statistics
 from ..calibrator import calibrate as stored_statistics
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
@@ -20,6 +19,7 @@ from ..evaluation.answers import ShortCheck
 from ..forward.generation import reads_images
 from ..pruner import RECORDS, AutoStructPruner, StructPruner
 from ..recovery.checks import check_recovery
+from ..sources.stored import Statistics
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
 from ..system.processes import across_processes, alone, process_index
 from .arguments import pruning_config

@@ -14,9 +14,9 @@ from ..errors import StructPruneError
 from ..plain_json import replace_text
 from ..pruner import AutoStructPruner
 from ..pruning.checks import check, check_arguments
-from ..pruning.evidence import Evidence
-from ..pruning.rounds import run_key
+from ..pruning.units import run_key
 from ..record.facts import Facts, as_csv, as_text, facts_of
+from ..sources.data import CalibrationData
 from ..system.disk import Output
 from ..system.processes import across_processes, process_index
 from ..system.resume import Resume
@@ -82,7 +82,9 @@ def _store(args: Namespace, config: StructPruneConfig) -> Resume:
     check_arguments(model, tokenizer, None)
     described = Described.of(model, config.arch_file)
     check(config, described, widths_of(config, described.arch, described.unpacked))
-    any_size = replace(Evidence.read(config, model, tokenizer), config=replace(config, sparsity=0.5, losses_dir=None))
+    any_size = replace(
+        CalibrationData.read(config, model, tokenizer), config=replace(config, sparsity=0.5, losses_dir=None)
+    )
     return Resume(Path(args.output), run_key(any_size, model, {}), "size")
 
 

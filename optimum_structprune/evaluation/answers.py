@@ -21,7 +21,8 @@ from ..domains.packing import begun
 from ..domains.passages import shared_tokens
 from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continued, positions_of, predicts_next
-from ..forward.metrics import divergence, evaluating, run_model, standard_error
+from ..forward.metrics import divergence, evaluating, standard_error
+from ..method.layers import run_model
 from ..record.answers import Items
 from ..system.stages import stage
 from .paired import Paired, paired

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..errors import StructPruneError
+from ..method.layers import run_model
 
 
 # The loss copies the logits that it gets, so it gets those of few tokens at a time.
@@ -30,18 +31,6 @@ def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
     """The device that a model takes its inputs on: the CPU where accelerate has put weights on the meta device."""
     device = torch.device(model.device)
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def run_model(model: PreTrainedModel, ids: Tensor, **more: Any) -> Any:
-    """The output object of a forward pass over a batch, shape `(batch, seq_length)`, which an encoder-decoder model
-    reads on both sides.
-    """
-    ids = ids.to(input_device(model), model.dtype if ids.is_floating_point() else None)
-    if model.config.is_encoder_decoder:
-        return model(ids, decoder_input_ids=ids, use_cache=False, **more)
-    if hasattr(model.config.get_text_config(), "use_cache"):
-        return model(ids, use_cache=False, **more)
-    return model(ids, **more)
 
 
 def outputs_of(output: Any) -> Tensor:

@@ -16,16 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import Described
 from ..arch.spec import HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
-from ..calibration.stored import Statistics
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
-from ..criteria.layers import BLOCK_INFLUENCE
 from ..errors import StructPruneError, warn
 from ..forward.generation import reads_images
-from ..forward.layers import check_sequential
+from ..removals.layer_criteria import BLOCK_INFLUENCE, judges_layers
+from ..sources.offloaded import check_sequential
+from ..sources.stored import Statistics
 from ..system.disk import check_folder
 from ..widths.allocation import is_bounded
-from .evidence import judges_layers
 
 
 # What the model is to be used for: pruned, only looked at, pruned by a Trainer, or run to store its moments.
@@ -188,7 +187,7 @@ def _check_offloaded(config: StructPruneConfig, described: Described, widths: Wi
     name, advice = described.name, IN_MEMORY
     if described.quantized:
         raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
-    if CRITERIA.get(config.scored_by).watches is not None:
+    if CRITERIA.get(config.scored_by).whole_model_statistics is not None:
         raise StructPruneError(
             f"criterion={config.scored_by!r} takes passes through all layers of {name} at once, which is offloaded; "
             f"choose criterion='obs' or 'wanda', or {advice}."
@@ -304,7 +303,7 @@ def _check_stored(config: StructPruneConfig, arch: ArchSpec) -> None:
 
 
 def _check_not_watching(config: StructPruneConfig) -> None:
-    if CRITERIA.get(config.scored_by).watches is not None:
+    if CRITERIA.get(config.scored_by).whole_model_statistics is not None:
         raise StructPruneError(
             f"criterion={config.criterion!r} goes by passes through the whole model, of which nothing is stored; "
             "prune without stats, or choose criterion='obs', 'wanda' or 'flap'."

@@ -13,7 +13,6 @@ from ..arch.spec import ArchSpec
 from ..domains.domain import Domain
 from ..domains.passages import Passages
 from ..errors import StructPruneError
-from ..forward.layers import Batch, LayerRunner
 from ..forward.metrics import (
     evaluating,
     model_outputs,
@@ -23,8 +22,9 @@ from ..forward.metrics import (
     row_losses,
     total_loss,
 )
-from ..forward.placement import Placement
+from ..method.layers import Batch
 from ..record.report import Report
+from ..sources.offloaded import Offloaded
 from ..system.offloading import is_offloaded
 from ..system.processes import every_process_runs, of_all, own_part
 
@@ -123,12 +123,12 @@ def layerwise_losses(model: PreTrainedModel, arch: ArchSpec, texts: Sequence[Seq
     """
     batches = [Batch(number, row[None]) for number, text in enumerate(texts) for row in text]
     with evaluating(model):
-        runner, placement = LayerRunner(model, arch, batches), Placement(model, arch)
+        source = Offloaded(model, arch, batches)
         for layer in range(arch.num_layers):
-            with placement.at(layer):
-                runner.pass_through(layer)
+            with source.at(layer):
+                source.pass_through(layer)
         losses = []
         for index, batch in enumerate(batches):
-            with runner.skipping(arch.num_layers, index):
+            with source.skipping(arch.num_layers, index):
                 losses.append(total_loss(model, batch.ids))
     return list(torch.tensor(losses, dtype=torch.float64).split([len(text) for text in texts]))

@@ -20,19 +20,20 @@ from ..arch.load import Described
 from ..arch.spec import LAYER, ArchSpec, Widths
 from ..config.pruning import AUTO, StructPruneConfig
 from ..criteria import CRITERIA
-from ..criteria.obs import COLUMNS
 from ..domains.load import given_domains
 from ..domains.resolve import texts_of
 from ..errors import StructPruneError
 from ..forward.generation import reads_images
-from ..forward.metrics import TOKENS_AT_ONCE, evaluating, run_model
+from ..forward.metrics import TOKENS_AT_ONCE, evaluating
+from ..method.layers import run_model
+from ..method.refit import ROWS
+from ..method.score import COLUMNS
 from ..record.text import table
-from ..surgery.refit import ROWS
+from ..search.trials import PROBE_TOKENS, STRIDE
+from ..sources.data import CalibrationData
 from ..system.memory import readable_size
 from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import process_count
-from .evidence import Evidence
-from .trials import PROBE_TOKENS, STRIDE
 
 
 FP32, FP64 = 4, 8  # bytes
@@ -256,19 +257,19 @@ def _advice(config: StructPruneConfig, need: Need, device: torch.device, copy: i
     return [text for text, helps in advice.items() if helps] or ["a device with more memory"]
 
 
-def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Evidence:
-    """The evidence with a batch size that fits, where the config says `batch_size="auto"`.
+def with_batch_size(data: CalibrationData, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> CalibrationData:
+    """The data with a batch size that fits, where the config says `batch_size="auto"`.
 
     The estimate of the memory chooses where to begin, and a forward pass on the device says whether it fits; where it
     does not, accelerate's `find_executable_batch_size` tries smaller ones.
     """
-    config = evidence.config
+    config = data.config
     if config.batch_size != AUTO:
-        return evidence
+        return data
     device = compute_device(model)
     free = free_bytes(device)
     base: Any = model.base_model
-    samples = max((domain.samples for domain in evidence.domains), key=len)
+    samples = max((domain.samples for domain in data.domains), key=len)
     work = Workload(config, arch, model, widths, model.dtype.itemsize, Text.of(config, model))
     limit = min(len(samples), MOST_ON_CPU if device.type == "cpu" else MOST)
     start = largest_estimated(work, limit, free, is_offloaded(model))
@@ -280,7 +281,7 @@ def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, 
         return batch_size
 
     try:
-        silent = device.type == "cpu" or evidence.statistics is not None  # no error says that a batch is too large
+        silent = device.type == "cpu" or data.statistics is not None  # no error says that a batch is too large
         size = start if silent else find_executable_batch_size(attempt, starting_batch_size=start)()
     except RuntimeError as error:
         room, text = "" if free is None else f" in {readable_size(free)}", samples.ndim == 2
@@ -289,7 +290,7 @@ def with_batch_size(evidence: Evidence, arch: ArchSpec, model: PreTrainedModel, 
             f"{f'sample of {samples.shape[1]} tokens' if text else 'image'} is too much already. Choose "
             f"{'a smaller seq_length, or ' * text}--offload cpu or disk."
         ) from error
-    return replace(evidence, batch_size=size)
+    return replace(data, batch_size=size)
 
 
 def largest_estimated(work: Workload, limit: int, free: int | None, offloaded: bool) -> int:

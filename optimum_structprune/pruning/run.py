@@ -19,18 +19,20 @@ from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
 from ..errors import InPlaceError, StructPruneError, some_of
+from ..record.plan import Plan
 from ..record.report import Report
-from ..surgery.plan import Plan
+from ..sources.data import CalibrationData
 from ..system.processes import alone
 from ..vocabulary.choose import large_vocabulary, token_shares, unread
 from ..vocabulary.tokens import Vocabulary
-from .evidence import Evidence
 from .measure import Measure
 
 
 logger = logging.getLogger(__name__)
-# The kinds of step inside the layers: rounds, and rounds within a limit. Those before are named as the spaces.
+# The kinds of step inside the layers: all at once, in rounds, and in rounds within a limit. Those before are named as
+# the spaces.
 UNITS = "units"
+ROUNDS = "rounds"
 LIMIT = "limit"
 
 
@@ -79,13 +81,13 @@ class Run:
         self,
         model: PreTrainedModel,
         arch: ArchSpec,
-        evidence: Evidence,
+        data: CalibrationData,
         tokenizer: PreTrainedTokenizerBase | None = None,
         inplace: bool = True,
         report: Report | None = None,
     ):
         self.model, self.dense_model = _to_change(model, inplace)
-        self.evidence = evidence
+        self.data = data
         self.tokenizer = self.dense_tokenizer = tokenizer
         self.inplace = inplace
         self.arch = self.dense_arch = arch
@@ -103,8 +105,8 @@ class Run:
 
     @property
     def config(self) -> StructPruneConfig:
-        """The config of the evidence."""
-        return self.evidence.config
+        """The config of the calibration data."""
+        return self.data.config
 
     @property
     def is_masked(self) -> bool:
@@ -120,7 +122,7 @@ class Run:
         self.plan = Plan.of(self.model, self.arch)
         self.seen = Manifest.seen_by(self.dense_model or self.model)
         with self.report.timed("perplexity"):
-            domains, tokenizer = self.evidence.domains, self.dense_tokenizer
+            domains, tokenizer = self.data.domains, self.dense_tokenizer
             self.measure = Measure(self.model, domains, self.arch, tokenizer, apart)
         self.report.start(self.model, self.arch)
 
@@ -154,11 +156,7 @@ class Run:
     def manifest(self) -> Manifest:
         """The record of all text that this run used, and earlier runs that the dense model comes from."""
         rounds = [tuple(entry["shares"].values()) for entry in self.report.rounds]
-        return (
-            self.evidence.manifest(self.tokenizer, rounds)
-            .with_entries([*self.counted, *self.trained])
-            .after(self.seen)
-        )
+        return self.data.manifest(self.tokenizer, rounds).with_entries([*self.counted, *self.trained]).after(self.seen)
 
     def finish(self) -> None:
         """Complete the report."""
@@ -181,11 +179,11 @@ class Run:
     def _note_unread(self) -> None:
         """Note how many tokens of a large vocabulary are of scripts that the text hardly ever shows."""
         space = large_vocabulary(self.dense_arch, self.report.parameters["before"])
-        if self.counted or self.tokenizer is None or space is None or self.evidence.statistics is not None:
+        if self.counted or self.tokenizer is None or space is None or self.data.statistics is not None:
             return
         with suppress(StructPruneError):  # a kind of tokenizer that cannot lose tokens, such as a slow one
             vocabulary = Vocabulary.of(self.tokenizer)
-            tokens = unread(vocabulary, token_shares(self.evidence.domains, vocabulary.size))
+            tokens = unread(vocabulary, token_shares(self.data.domains, vocabulary.size))
             self.report.unread = {"tokens": tokens, "parameters": tokens * space.unit_params}
 
     def __enter__(self) -> Run:

@@ -17,9 +17,9 @@ from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.manifest import CALIBRATED, MANIFEST_NAME
 from ..errors import StructPruneError
-from ..surgery.plan import PLAN_NAME, Plan
 from .answers import Items
 from .details import DETAILS_NAME, Details
+from .plan import PLAN_NAME, Plan
 from .report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME
 
 

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from ..arch.spec import LAYER, MODEL, ArchSpec
 from ..plain_json import Record
-from ..surgery.plan import Plan
 from ..system.memory import model_bytes, peak_memory
 from ..system.stages import stage
 from .answers import Items, remark
 from .details import Details
 from .facts import as_text, facts_of, perplexity_facts, remarks
+from .plan import Plan
 
 
 REPORT_NAME = "report.json"

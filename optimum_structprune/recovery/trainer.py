@@ -38,7 +38,7 @@ from ..domains.passages import shared_tokens
 from ..errors import StructPruneError, one_line, warn
 from ..forward.metrics import divergence, evaluating, input_device
 from ..record.report import RecoveryReport
-from ..surgery.resize import drop_tokens_
+from ..removals.resize import drop_tokens_
 from ..system.disk import is_write_error
 from .adapter import check_adapter
 

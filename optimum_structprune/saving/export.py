@@ -20,7 +20,7 @@ from ..arch.per_layer import MODULE
 from ..errors import StructPruneError
 from ..plain_json import replace_json
 from ..record.report import REPORT_NAME
-from ..surgery.resize import pad_
+from ..removals.resize import pad_
 from ..system.disk import EXPORT_NAME, Output
 from ..system.memory import model_bytes
 from .card import leave_card

@@ -19,11 +19,12 @@ from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
 from ..forward.generation import positions_of, reads_images
-from ..forward.metrics import evaluating, outputs_of, run_model
+from ..forward.metrics import evaluating, outputs_of
+from ..method.layers import run_model
 from ..plain_json import replace_json
 from ..record.details import DETAILS_NAME
+from ..record.plan import PLAN_NAME, Plan
 from ..record.report import REPORT_NAME, Report
-from ..surgery.plan import PLAN_NAME, Plan
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.memory import model_bytes
 from ..system.offloading import declared, is_offloaded, places

@@ -16,11 +16,12 @@ from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttri
 
 from optimum_structprune import Plan, StructPruner, disable_heterogeneous, enable_heterogeneous, prune_model
 from optimum_structprune.arch import per_layer
-from optimum_structprune.arch.load import describe, layer_list
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.surgery.cut import shrink_
-from optimum_structprune.surgery.resize import pad_, resize_
+from optimum_structprune.removals.cut import shrink_
+from optimum_structprune.removals.resize import pad_, resize_
 
 
 def differing(model):

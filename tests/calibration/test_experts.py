@@ -7,11 +7,11 @@ from models import STRUCTURES, build, config, token_ids, tokenizer
 
 from optimum_structprune import StructPruner, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.accumulator import listen
-from optimum_structprune.calibration.experts import contributions, inner_activations, inner_moments
-from optimum_structprune.calibration.mixture import Mixture
-from optimum_structprune.forward.metrics import run_model
-from optimum_structprune.surgery.consumers import read_consumer
+from optimum_structprune.sources.experts import listen
+from optimum_structprune.sources.experts import contributions, inner_activations, inner_moments
+from optimum_structprune.sources.data import CalibrationData
+from optimum_structprune.method.layers import run_model
+from optimum_structprune.method.shrink import read_consumer
 
 
 MIXTURES = [case for case in ("mixtral", *STRUCTURES) if describe(build(case)).of("expert")]
@@ -66,8 +66,8 @@ def test_an_experts_contribution_is_the_mean_of_gate_times_norm():
                         values.append(float(call.gates[token, chosen] * output.norm()))
             assert float(found[domain, expert]) == pytest.approx(sum(values) / len(values), rel=1e-4)
     both = torch.tensor([[10.0, 30.0], [3.0, 1.0]]).double()
-    assert Mixture((0.5, 0.5)).combined(both).tolist() == [1.0, 1.0]
-    assert Mixture((0.9, 0.1)).combined(both).argmax() == 1
+    assert CalibrationData((0.5, 0.5)).combined(both).tolist() == [1.0, 1.0]
+    assert CalibrationData((0.9, 0.1)).combined(both).argmax() == 1
 
 
 @pytest.mark.parametrize("case", MIXTURES)
@@ -123,4 +123,4 @@ def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
     moments = [of_domain for (of_domain,) in inner_moments(experts, space, calls, True, 2)]
     weight, _ = read_consumer(model, space.into[0])
     assert [part.count for part in moments] == [0, 0]
-    assert torch.equal(Mixture((0.5, 0.5)).pool(weight, moments).full_gram(), torch.eye(space.size))
+    assert torch.equal(CalibrationData((0.5, 0.5)).pool(weight, moments).full_gram(), torch.eye(space.size))

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import config
 
-from optimum_structprune.calibration.mixture import Mixture, output_energy
-from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.sources.data import CalibrationData
+from optimum_structprune.method.calibrate import output_energy
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.criteria import CRITERIA
 
 
@@ -23,9 +24,9 @@ matrices = st.tuples(st.integers(1, 4), st.integers(2, 8), st.integers(0, 2**31)
 @settings(max_examples=40)
 @given(contributions=matrices, scale=st.floats(1e-3, 1e3))
 def test_domains_that_agree_are_one_domain_whatever_their_scale(contributions, scale):
-    alone = Mixture((1.0,)).combined(contributions[:1])
+    alone = CalibrationData((1.0,)).combined(contributions[:1])
     same = contributions[:1].expand(3, -1) * torch.tensor([[1.0], [scale], [1.0]])
-    torch.testing.assert_close(Mixture((0.2, 0.3, 0.5)).combined(same), alone, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(CalibrationData((0.2, 0.3, 0.5)).combined(same), alone, rtol=1e-3, atol=1e-5)
 
 
 def scores_of(mixture, criterion, weight, moments, columns_per_unit=1):
@@ -46,7 +47,7 @@ def test_the_mean_of_energies_is_taken_over_moments(parts, name):
     criterion = CRITERIA.get(name)(config(criterion=name))
     shares = zip((0.3, 0.7), moments, strict=True)
     expected = mix(moments, [share / output_energy(weight, part) for share, part in shares])
-    mixture = Mixture((0.3, 0.7))
+    mixture = CalibrationData((0.3, 0.7))
     torch.testing.assert_close(mixture.pool(weight, moments).gram, expected.gram)
     torch.testing.assert_close(scores_of(mixture, criterion, weight, moments, 2), criterion.score(weight, expected, 2))
 
@@ -54,10 +55,10 @@ def test_the_mean_of_energies_is_taken_over_moments(parts, name):
 def test_a_domain_that_never_came_here_has_no_say(parts):
     weight, moments = parts
     wanda, shares = CRITERIA.get("wanda")(config()), [2 / 7, 5 / 7]
-    two = scores_of(Mixture(tuple(shares)), wanda, weight, moments)
+    two = scores_of(CalibrationData(tuple(shares)), wanda, weight, moments)
     silent = Moments.empty(6, gram=True), Moments.empty(6, gram=True).update(torch.zeros(9, 6))
     for place, part in product(range(3), silent):
         of_three, shares_of_three = [*moments], [0.7 * share for share in shares]
         of_three.insert(place, part)
         shares_of_three.insert(place, 0.3)
-        torch.testing.assert_close(scores_of(Mixture(tuple(shares_of_three)), wanda, weight, of_three), two)
+        torch.testing.assert_close(scores_of(CalibrationData(tuple(shares_of_three)), wanda, weight, of_three), two)

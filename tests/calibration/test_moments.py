@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_structprune import StructPruneError
-from optimum_structprune.calibration.moments import Moments, load_moments, save_moments
+from optimum_structprune.method.calibrate import Moments
+from optimum_structprune.sources.stored import load_moments, save_moments
 
 
 def streamed(x: torch.Tensor, sizes: list[int], gram: bool = True) -> Moments:

@@ -8,15 +8,18 @@ from torch import nn
 from trained import loss_ratio, needs_shared, stories_model
 
 from optimum_structprune import StructPruneError, prune_model
-from optimum_structprune.arch.load import describe, layer_list
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
 from optimum_structprune.calibration.cached import CachedOutputs
-from optimum_structprune.calibration.passes import LayerPasses, ModelPasses, passes_over
-from optimum_structprune.forward.hooks import hidden_states_of, intercept, observe
-from optimum_structprune.forward.layers import Batch, NotSequentialError, capture
-from optimum_structprune.forward.metrics import run_model
-from optimum_structprune.pruning.sweep import Sweep
+from optimum_structprune.method.layers import InMemory
+from optimum_structprune.sources.whole_model import WholeModel
+from optimum_structprune.sources.data import source_of
+from optimum_structprune.arch.hooks import hidden_states_of, intercept, observe
+from optimum_structprune.method.layers import Batch, NotSequentialError, capture
+from optimum_structprune.method.layers import run_model
+from optimum_structprune.search.masked import MaskedPruning
 
 
 SEQUENTIAL = [*STRUCTURES, "bert", "modernbert", "llava"]
@@ -28,7 +31,7 @@ SEQUENTIAL = [*STRUCTURES, "bert", "modernbert", "llava"]
 def test_layer_by_layer_equals_whole_model(case, fixed):
     model = build(case)
     arch = describe(model)
-    layers, whole = LayerPasses(model, arch, batches(), fixed=fixed), ModelPasses(model, arch, batches())
+    layers, whole = InMemory(model, arch, batches(), fixed=fixed), WholeModel(model, arch, batches())
     for layer in range(arch.num_layers):
         for space in arch.at(layer):
             if not space.inside:
@@ -47,7 +50,7 @@ def test_layer_by_layer_equals_whole_model(case, fixed):
 def test_a_fixed_layer_runs_for_its_spaces_alone(fixed, passes_of_a_layer):
     model, ran = build("llama-tied"), []
     arch = describe(model)
-    passes = LayerPasses(model, arch, batches(), fixed=fixed)
+    passes = InMemory(model, arch, batches(), fixed=fixed)
     with intercept([layer_list(model, arch)[0]], lambda *_: ran.append(1)):
         for space in arch.at(0):
             list(passes.gather(0, space, True))
@@ -62,7 +65,7 @@ def test_nan_activations_name_the_consumer_and_leave_no_hook():
     assert count_hooks(model) == 0
     model.model.layers[1].mlp.up_proj.weight.data[3] = float("nan")
     arch = describe(model)
-    passes = LayerPasses(model, arch, batches())
+    passes = InMemory(model, arch, batches())
     passes.advance(0)
     with pytest.raises(StructPruneError, match=r"NaN or infinite activations at model.layers.1.mlp.down_proj"):
         list(passes.gather(1, arch.of("mlp")[1], False))
@@ -89,9 +92,9 @@ def test_a_family_whose_layers_get_more_than_hidden_states_falls_back(case):
     model = build(case)
     arch = describe(model)
     with pytest.raises(NotSequentialError, match="called with more than hidden states"):
-        LayerPasses(model, arch, batches())
-    passes = passes_over(model, arch, batches())
-    assert isinstance(passes, ModelPasses) and count_hooks(model) == 0
+        InMemory(model, arch, batches())
+    passes = source_of(model, arch, batches())
+    assert isinstance(passes, WholeModel) and count_hooks(model) == 0
     for space in arch.spaces:
         if space.inside:
             counts = [
@@ -109,11 +112,11 @@ def test_a_model_that_works_between_its_layers_is_pruned():
     assert count_hooks(model) == 0
 
     def recorded(*args):
-        made.append(passes_over(*args))
+        made.append(source_of(*args))
         return made[-1]
 
     small = pruned_on(evidence_of(config(rounds=2), run_passes=recorded), model, {"mlp": 24}).model
-    assert [type(passes) for passes in made] == 2 * [ModelPasses]
+    assert [type(passes) for passes in made] == 2 * [WholeModel]
     assert small.config.intermediate_size == 24 and count_hooks(small) == 0
     refitted, plain = (
         (logits(pruned_on(evidence_of(config(refit=refit)), model, {"mlp": 24}).model) - logits(model)).norm()
@@ -131,7 +134,7 @@ def test_the_next_layer_gets_what_the_smaller_model_gives(case, kind):
     model, evidence = build(case), evidence_of(config())
     arch = describe(model)
     widths = {kind: arch.of(kind)[0].width // 2}
-    sweep, passes = Sweep(model, arch, evidence.config), evidence.passes(model, arch)
+    sweep, passes = MaskedPruning(model, arch, evidence.config), evidence.passes(model, arch)
     sweep.run_(passes, evidence.mixture, widths, skeleton(model, shrunk_config(model.config, arch, widths)))
     entering = []
     last = layer_list(model, arch)[-1]
@@ -187,7 +190,7 @@ def test_parts_before_the_first_pruned_one_do_not_run(pruned, again):
 def test_what_goes_straight_into_the_residual_stream_is_found_by_trying(case, mlp):
     model = build(case)
     arch = describe(model)
-    passes = LayerPasses(model, arch, [Batch(0, token_ids())], error_feedback=1.0)
+    passes = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=1.0)
     name = arch.of("mlp")[0].into[0].module.removeprefix(arch.layer_prefix(0))
     gain = passes.gain(0, name)
     assert gain == (mlp and pytest.approx(mlp, rel=1e-3)) and count_hooks(model) == 0
@@ -199,7 +202,7 @@ def test_the_norm_behind_a_module_is_found_by_trying(case, plus):
     arch = describe(model)
     norm = layer_list(model, arch)[0].post_feedforward_layernorm
     nn.init.normal_(norm.weight, 1.0, 0.3)
-    passes = LayerPasses(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
+    passes = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
     passes.through_norms, passes.hidden = True, [hidden + 0.5 for hidden in passes.hidden]
     passes.advance_dense(0, ["mlp"])
     space = next(space for space in arch.at(0) if space.kind == "mlp")
@@ -220,7 +223,7 @@ def test_the_norm_behind_a_module_is_found_by_trying(case, plus):
 @pytest.mark.parametrize(("case", "share"), [("llama-tied", 0.5), ("gemma2", 0.0), ("mixtral", 0.0)])
 def test_it_is_off_where_nothing_can_make_up_for_an_error(case, share):
     model = build(case)
-    passes = LayerPasses(model, describe(model), [Batch(0, token_ids())], error_feedback=0.5)
+    passes = InMemory(model, describe(model), [Batch(0, token_ids())], error_feedback=0.5)
     passes.advance_dense(0, ["mlp"])
     assert passes.error_feedback == share and (passes.dense_hidden[0] is passes.hidden[0]) == (share == 0)
 
@@ -229,7 +232,7 @@ def test_it_is_off_where_nothing_can_make_up_for_an_error(case, share):
 def test_moments_hold_the_error_of_the_residual_stream(dtype):
     model = build("granite").to(dtype)
     arch = describe(model)
-    passes = LayerPasses(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
+    passes = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
     dense = passes.output(0, 0)
     passes.hidden = [hidden + 0.5 for hidden in passes.hidden]
     passes.advance_dense(0, ["mlp"])
@@ -240,7 +243,7 @@ def test_moments_hold_the_error_of_the_residual_stream(dtype):
         error = 0.25 * (dense - passes.output(0, 0)).float().flatten(0, 1) / 0.7
     torch.testing.assert_close(moments.error.mean, error.mean(0), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(moments.error.cross, error.T @ inputs[0] / len(error), rtol=1e-2, atol=1e-2)
-    ((plain,),) = LayerPasses(model, arch, [Batch(0, token_ids())]).gather(0, space, True)
+    ((plain,),) = InMemory(model, arch, [Batch(0, token_ids())]).gather(0, space, True)
     assert plain.error is None
 
 
@@ -253,7 +256,7 @@ def test_the_gain_does_not_depend_on_the_size_of_a_batch():
     name = arch.of("attention")[0].into[0].module.removeprefix(arch.layer_prefix(0))
     gains = []
     for size in (1, 2, len(ids)):
-        passes = LayerPasses(model, arch, [Batch(0, part) for part in ids.split(size)], error_feedback=1.0)
+        passes = InMemory(model, arch, [Batch(0, part) for part in ids.split(size)], error_feedback=1.0)
         gains.append(passes.gain(0, name))
     assert gains[0] is not None and gains[0] != 1
     assert gains == [pytest.approx(gains[0], rel=1e-6)] * 3

@@ -13,14 +13,14 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, calibrate, perplexity, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.stored import StoredPasses
+from optimum_structprune.sources.stored import Stored
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.domains.resolve import builtin_domains
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.pruning.search import choose_shape
+from optimum_structprune.search.search import choose_shape
 from optimum_structprune.widths.budget import widths_of
 
 
@@ -93,7 +93,7 @@ def test_rounds_refit_from_the_dense_weights(stats):
 def test_a_run_from_statistics_goes_on_where_it_was_killed(stats, tmp_path, monkeypatch):
     fields = {"rounds": 3, "widths": {"mlp": 9}, "checkpoint_dir": str(tmp_path / "rounds")}
     expected, model = pruned(stats, **{**fields, "checkpoint_dir": None})
-    gather, calls = StoredPasses.gather, []
+    gather, calls = Stored.gather, []
 
     def killed(self, layer, space, gram):
         calls.append(layer)
@@ -101,7 +101,7 @@ def test_a_run_from_statistics_goes_on_where_it_was_killed(stats, tmp_path, monk
             raise KeyboardInterrupt
         return gather(self, layer, space, gram)
 
-    monkeypatch.setattr(StoredPasses, "gather", killed)
+    monkeypatch.setattr(Stored, "gather", killed)
     with pytest.raises(KeyboardInterrupt):
         pruned(stats, **fields)
     found, again = pruned(stats, **fields)

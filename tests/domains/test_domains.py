@@ -13,7 +13,9 @@ from models import build, config, real_text_model, token_ids, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.passes import LayerPasses, ModelPasses, batches_of
+from optimum_structprune.method.layers import InMemory
+from optimum_structprune.sources.whole_model import WholeModel
+from optimum_structprune.sources.data import batches_of
 from optimum_structprune.config.domains import PRESET
 from optimum_structprune.domains.domain import Domain
 from optimum_structprune.domains.load import RecentText, load_domains
@@ -22,8 +24,8 @@ from optimum_structprune.domains.packing import Frame, tokenised
 from optimum_structprune.domains.resolve import presets, resolve
 from optimum_structprune.domains.sources import documents
 from optimum_structprune.domains.templates import Document, chat_document, document_hash
-from optimum_structprune.forward.hooks import observe
-from optimum_structprune.forward.metrics import run_model
+from optimum_structprune.arch.hooks import observe
+from optimum_structprune.method.layers import run_model
 
 
 CHATML = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
@@ -222,7 +224,7 @@ def masked_domain(mask: torch.Tensor | None) -> list[Domain]:
     return [Domain("a", 1.0, samples, samples[:2], mask)]
 
 
-@pytest.mark.parametrize("passes", [LayerPasses, ModelPasses])
+@pytest.mark.parametrize("passes", [InMemory, WholeModel])
 @pytest.mark.parametrize("case", ["llama-tied", "opt", "mixtral"])
 def test_moments_are_of_the_masked_tokens_only(case, passes):
     model = build(case)

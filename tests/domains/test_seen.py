@@ -17,9 +17,9 @@ from optimum_structprune.domains.domain import Domain
 from optimum_structprune.domains.load import given_domains, load_domains
 from optimum_structprune.domains.manifest import EARLIER, TRAINED, Entry
 from optimum_structprune.domains.packing import PATIENCE
-from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.pruning.search import choose_shape
+from optimum_structprune.search.search import choose_shape
 from optimum_structprune.recovery.text import training_text
 from optimum_structprune.widths.budget import widths_of
 
@@ -95,14 +95,14 @@ def test_report_and_manifest_count_the_samples_that_ran_with_the_shares_of_the_l
     asked = config(widths={"mlp": 20}, rounds=3, objective="worst", num_samples=12)
     pruner = StructPruner(asked)
     counts: list[list[int]] = []
-    batches = Evidence.own_batches.fget
+    batches = CalibrationData.own_batches.fget
 
-    def noted(evidence: Evidence):
+    def noted(evidence: CalibrationData):
         ran = batches(evidence)
         counts.append([sum(len(batch.ids) for batch in ran if batch.domain == domain) for domain in range(2)])
         return ran
 
-    with patch.object(Evidence, "own_batches", property(noted)):
+    with patch.object(CalibrationData, "own_batches", property(noted)):
         small = pruner.prune_model(build("llama-tied"), READER)
     ran = {entry.name: entry.calibration_tokens for entry in pruner.manifest.domains}
     assert list(ran.values()) == [24 * max(of) for of in zip(*counts, strict=True)]

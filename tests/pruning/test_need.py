@@ -14,7 +14,7 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.pruning import room
-from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.pruning.room import ERROR, Text, Workload, largest_estimated, with_batch_size
 from optimum_structprune.widths.budget import widths_of
 
@@ -115,7 +115,7 @@ def evidence_on(device, text, monkeypatch):
     """Evidence that says `auto`, of a model whose compute device is said to be another one."""
     model, settings = build("llama-tied"), config(domains=text, num_samples=40, batch_size="auto")
     monkeypatch.setattr(room, "compute_device", lambda model: torch.device(device))
-    return Evidence.of(settings, load_domains(settings, tokenizer())), describe(model), model
+    return CalibrationData.of(settings, load_domains(settings, tokenizer())), describe(model), model
 
 
 def test_a_run_keeps_to_it_and_gives_the_same_model(text, tmp_path):

@@ -12,9 +12,10 @@ from models import build, config, tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import InPlaceError, StructPruneError, StructPruner, layer_device_map
-from optimum_structprune.arch.load import describe, layer_list
-from optimum_structprune.forward.placement import Placement
-from optimum_structprune.pruning.sweep import Sweep
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.modules import layer_list
+from optimum_structprune.sources.offloaded import Placement
+from optimum_structprune.search.masked import MaskedPruning
 from optimum_structprune.system.offloading import is_offloaded, weight_of
 
 
@@ -147,7 +148,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_an_interruption_leaves_a_model_that_refuses_to_be_saved(tmp_path, monkeypatch):
     model = offloaded("llama-untied", "disk", tmp_path)
-    monkeypatch.setattr(Sweep, "gather", failing(Sweep.gather, 2, KeyboardInterrupt()))
+    monkeypatch.setattr(MaskedPruning, "gather", failing(MaskedPruning.gather, 2, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         pruned(model, widths={"mlp": 24})
     with pytest.raises(InPlaceError, match="KeyboardInterrupt.*already begun to change: load it again"):

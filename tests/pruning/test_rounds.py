@@ -16,8 +16,8 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.shrink import legal_sizes
 from optimum_structprune.domains.load import load_domains, split_samples
 from optimum_structprune.domains.manifest import Entry
-from optimum_structprune.pruning import rounds
-from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.search import rounds
+from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.pruning.measure import Measure
 
 
@@ -37,7 +37,7 @@ def kill(monkeypatch):
     """`kill(n)`: the process dies in the n-th round from now on, between two layers."""
 
     def arm(count):
-        original = Evidence.passes
+        original = CalibrationData.passes
 
         def dying(self, model, arch, fixed=False):
             nonlocal count
@@ -47,7 +47,7 @@ def kill(monkeypatch):
                 passes.advance = die
             return passes
 
-        monkeypatch.setattr(Evidence, "passes", dying)
+        monkeypatch.setattr(CalibrationData, "passes", dying)
 
     def die(layer):
         raise Killed
@@ -70,14 +70,14 @@ def titles(monkeypatch):
 
 @needs_shared
 def test_shares_move_to_the_domain_that_loses_more_and_their_samples_are_run(monkeypatch):
-    used, passes = [], Evidence.passes
+    used, passes = [], CalibrationData.passes
 
     def watched(self, model, arch):
         made = passes(self, model, arch)
         used.append([sum(len(b.ids) for b in made.batches if b.domain == number) for number in (0, 1)])
         return made
 
-    monkeypatch.setattr(Evidence, "passes", watched)
+    monkeypatch.setattr(CalibrationData, "passes", watched)
     model, reader = stories_model()
     _, pruner = pruned(model, reader, two_domains(rounds=3, objective="worst", num_samples=12))
     rounds = pruner.report.rounds

@@ -12,14 +12,16 @@ from torch import nn
 
 from optimum_structprune import DomainConfig, InPlaceError, StructPruneError, StructPruner, prune_model
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.passes import LayerPasses
+from optimum_structprune.method.layers import InMemory
 from optimum_structprune.criteria import Wanda
-from optimum_structprune.forward.placement import Placement
-from optimum_structprune.pruning import sweep, whole
+from optimum_structprune.sources.offloaded import Placement
+from optimum_structprune.pruning import sweep
+from optimum_structprune.removals import layers
 from optimum_structprune.pruning.measure import Measure
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.surgery import cut
-from optimum_structprune.surgery.consumers import Consumers, read_consumer
+from optimum_structprune.removals import cut
+from optimum_structprune.search.masked import Consumers
+from optimum_structprune.method.shrink import read_consumer
 from optimum_structprune.system import resume
 
 
@@ -100,7 +102,7 @@ def test_a_criterion_that_fails_in_a_later_layer_and_a_checkpoint_that_cannot_be
 def test_other_errors_undo_masks_too(kind, monkeypatch, tmp_path):
     model = build("llama-tied")
     before = deepcopy(model)
-    monkeypatch.setattr(LayerPasses, "gather", failing(LayerPasses.gather, 2, kind("stop")))
+    monkeypatch.setattr(InMemory, "gather", failing(InMemory.gather, 2, kind("stop")))
     with pytest.raises(kind, match="stop"):
         in_place(rounds=2, refit="bias")(model)
     assert same_weights(model, before)
@@ -112,9 +114,9 @@ SHRUNK = {
     "rounds": (sweep, "shrink_layer_", 1, {"rounds": 2}),
     "last layer": (sweep, "shrink_layer_", 2, {"refit": "none"}),
     "limit": (cut, "shrink_layer_", 1, {"max_perplexity_ratio": 50.0}),
-    "experts": (whole, "shrink_layer_", 1, {"widths": {"expert": 3}}),
-    "layers": (whole, "drop_layers_", 1, {"widths": {"layer": 1}}),
-    "channels": (whole, "narrow_", 1, {"widths": {"hidden": 24}}),
+    "experts": (layers, "shrink_layer_", 1, {"widths": {"expert": 3}}),
+    "layers": (layers, "drop_layers_", 1, {"widths": {"layer": 1}}),
+    "channels": (layers, "narrow_", 1, {"widths": {"hidden": 24}}),
 }
 
 
@@ -151,7 +153,7 @@ def test_a_model_that_has_begun_to_shrink_cannot_be_saved(where, kind, inplace, 
 
 def test_an_error_in_a_later_step_counts_too(monkeypatch, tmp_path):
     """Experts have gone by then, and masks of units are undone: not enough to go on with this model."""
-    monkeypatch.setattr(LayerPasses, "advance_dense", failing(LayerPasses.advance_dense, 2, RuntimeError("stop")))
+    monkeypatch.setattr(InMemory, "advance_dense", failing(InMemory.advance_dense, 2, RuntimeError("stop")))
     model = build("mixtral")
     with pytest.raises(InPlaceError, match="load it again"):
         in_place(widths={"expert": 3, "mlp": 24}, rounds=2)(model)

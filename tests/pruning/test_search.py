@@ -11,7 +11,7 @@ from models import build, config, documents, three_layers, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
-from optimum_structprune.pruning import search, trials
+from optimum_structprune.search import search, trials
 from optimum_structprune.widths.shapes import Curves
 
 

@@ -10,17 +10,18 @@ from models import build, config, token_ids, tokenizer
 from torch.nn.functional import kl_div
 
 from optimum_structprune import StructPruner
-from optimum_structprune.arch.load import describe, layer_list
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.spec import LAYER
-from optimum_structprune.calibration.passes import batches_of
+from optimum_structprune.sources.data import batches_of
 from optimum_structprune.domains.domain import Domain
-from optimum_structprune.forward.layers import Batch
+from optimum_structprune.method.layers import Batch
 from optimum_structprune.pruning.run import Run
-from optimum_structprune.pruning.search import Search, choose_shape
-from optimum_structprune.pruning.sweep import Sweep
-from optimum_structprune.pruning.trials import STRIDE, Probe, refits_of, trial_losses, unit_losses
-from optimum_structprune.pruning.whole import take_out_layers_
-from optimum_structprune.surgery.consumers import read_consumer
+from optimum_structprune.search.search import Search, choose_shape
+from optimum_structprune.search.masked import MaskedPruning
+from optimum_structprune.search.trials import Probe, STRIDE, refits_of, trial_losses, unit_losses
+from optimum_structprune.removals.layers import take_out_layers_
+from optimum_structprune.method.shrink import read_consumer
 from optimum_structprune.widths.budget import widths_of
 
 
@@ -74,7 +75,7 @@ def test_a_probe_from_the_middle_sees_what_whole_passes_see(case):
     batches = [Batch(0, token_ids(3, 12, 1)), Batch(1, token_ids(2, 12, 2)), Batch(1, token_ids(1, 12, 3))]
     dense = [model(batch.ids).logits for batch in batches]
     evidence = evidence_of(config(error_feedback=0.0), domains())
-    sweep = Sweep(model, arch, evidence.config)
+    sweep = MaskedPruning(model, arch, evidence.config)
     passes, probe = evidence.passes(model, arch), Probe(model, arch, batches)
     for layer in range(arch.num_layers):
         torch.testing.assert_close(probe.losses(), torch.zeros(2), atol=1e-5, rtol=0)
@@ -93,7 +94,7 @@ def test_trials_prune_as_the_sweep_does_and_lose_more_with_more_gone():
     model = build("llama-tied")
     arch, before = describe(model), snapshot(model)
     evidence = evidence_of(config(error_feedback=0.0), domains())
-    sweep, mixture = Sweep(model, arch, evidence.config), evidence.mixture
+    sweep, mixture = MaskedPruning(model, arch, evidence.config), evidence.mixture
     passes, space = evidence.passes(model, arch), arch.of("mlp")[0]
     probe = Probe(model, arch, batches_of(domains(), 3))
     losses = trial_losses(sweep, refits_of(sweep, [space], passes, mixture), probe)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, Plan, Recovery, StructPruneError, StructPruner, calibrate, evaluate
 from optimum_structprune.commands.cli import main
-from optimum_structprune.surgery.plan import PLAN_NAME
+from optimum_structprune.record.plan import PLAN_NAME
 
 
 CONFIGS = (config(refit="none"), config(refit="none", domains=[DomainConfig("c", documents(seed=5))]))

@@ -10,10 +10,12 @@ from helpers import logits, masked, outputs, random_plan, shrunk
 from models import OTHER_STRUCTURES, OTHERS, PRUNABLE, STRUCTURES, build, config, tokenizer
 
 from optimum_structprune import Plan, StructPruneError, prune_model
-from optimum_structprune.arch.load import describe, layer_list
+from optimum_structprune.arch.load import describe
+from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
-from optimum_structprune.surgery.cut import adopt_config_, shrink_layer_, slice_tensors
+from optimum_structprune.arch.modules import adopt_config_
+from optimum_structprune.method.shrink import shrink_layer_, slice_tensors
 
 
 SPACES = [(case, name) for case in (*STRUCTURES, *OTHER_STRUCTURES) for name in describe(build(case)).names]

@@ -6,7 +6,7 @@ from models import build
 
 from optimum_structprune import Plan, StructPruneError
 from optimum_structprune.arch.spec import MODEL
-from optimum_structprune.surgery.plan import best_units
+from optimum_structprune.method.score import best_units
 
 
 def test_round_trip(tmp_path):

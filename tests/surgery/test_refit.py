@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_structprune.calibration.linalg import ridge_strength, solve_damped
-from optimum_structprune.calibration.moments import Moments
-from optimum_structprune.surgery.refit import bias_refit, least_squares, no_refit, squared_errors
+from optimum_structprune.method.linalg import ridge_strength, solve_damped
+from optimum_structprune.method.calibrate import Moments
+from optimum_structprune.method.refit import bias_refit, least_squares, no_refit, squared_errors
 
 
 def problem(seed: int, n: int = 12, out: int = 5, count: int = 200):

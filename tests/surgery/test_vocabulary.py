@@ -7,8 +7,9 @@ from transformers import GenerationConfig
 
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.token_space import named_ids, renumber_
-from optimum_structprune.forward.metrics import outputs_of, run_model
-from optimum_structprune.surgery.resize import drop_tokens_
+from optimum_structprune.forward.metrics import outputs_of
+from optimum_structprune.method.layers import run_model
+from optimum_structprune.removals.resize import drop_tokens_
 
 
 KEEP = (0, 1, 2, *range(5, 60, 2), 70, 71, 95)

@@ -22,11 +22,12 @@ from transformers.utils.logging import tqdm
 
 from optimum_structprune import StructPruneError, register_criterion
 from optimum_structprune.arch.spec import MODEL, ArchSpec, Space
-from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.config.pruning import ALLOCATIONS, StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
-from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, divergence, evaluating, run_model
-from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, divergence, evaluating
+from optimum_structprune.method.layers import run_model
+from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.offloading import compute_device, is_offloaded
 from optimum_structprune.system.processes import add_up_, own_part
 from optimum_structprune.widths.budget import widths_of
@@ -94,7 +95,7 @@ class Budget:
     kept: float
 
 
-def gates_of(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> dict[tuple[int, str], Tensor]:
+def gates_of(model: PreTrainedModel, arch: ArchSpec, evidence: CalibrationData) -> dict[tuple[int, str], Tensor]:
     """The gates of the dense model, by layer and space; all rounds of a run go by those that were learned first."""
     if DDP not in evidence.memory:
         check_learnable(evidence.config, arch)
@@ -153,7 +154,7 @@ def _together(spaces: Sequence[Space], widths: Mapping) -> Budget:
 
 
 def learned_gates(
-    model: PreTrainedModel, evidence: Evidence, budgets: Sequence[Budget]
+    model: PreTrainedModel, evidence: CalibrationData, budgets: Sequence[Budget]
 ) -> dict[tuple[int, str], Tensor]:
     """The gate of every unit after training: the lower, the sooner a unit goes.
 
@@ -264,7 +265,7 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(WARM_UP * steps, 1)) * (1 + cos(pi * step / steps)) / 2
 
 
-def _descend(model: PreTrainedModel, gates: Gates, evidence: Evidence, step: int) -> None:
+def _descend(model: PreTrainedModel, gates: Gates, evidence: CalibrationData, step: int) -> None:
     """Give the gates the gradient of KL(dense‖gated), in the mean over the predicted tokens of a step."""
     tokens = 0
     for ids, mask in _batches(evidence, step):
@@ -296,7 +297,7 @@ def _backward(mine: Tensor, theirs: Tensor, step: int) -> None:
     mine.backward(torch.cat(slopes))
 
 
-def _batches(evidence: Evidence, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(evidence: CalibrationData, step: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The samples of a step that this process runs, each with one value per token, true where it is calibrated on."""
     config, domains = evidence.config, evidence.domains
     rows = [(domain, row) for domain, one in enumerate(domains) for row in range(len(one.samples))]
@@ -345,7 +346,7 @@ class LearnedGates(Criterion):
     """
 
     @staticmethod
-    def watches(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> dict[str, Tensor]:
+    def watches(model: PreTrainedModel, arch: ArchSpec, evidence: CalibrationData) -> dict[str, Tensor]:
         """The gate of every column of the consumers, by module, the same for all domains, shape `(domains, n)`."""
         gates, domains = gates_of(model, arch, evidence), len(evidence.domains)
         return {
@@ -388,7 +389,7 @@ class LearnedGates(Criterion):
 
 @ALLOCATIONS.register(LEARNED)
 def learned_scores(
-    model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, names: Collection[str]
+    model: PreTrainedModel, arch: ArchSpec, evidence: CalibrationData, names: Collection[str]
 ) -> dict[tuple[int, str], Tensor]:
     """The gates of one budget over all layers."""
     return dict(gates_of(model, arch, evidence))

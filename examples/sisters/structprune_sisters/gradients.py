@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from optimum_structprune import StructPruneError, register_criterion
 from optimum_structprune.arch.spec import ArchSpec
-from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
-from optimum_structprune.forward.hooks import observe
-from optimum_structprune.forward.layers import Batch
+from optimum_structprune.arch.hooks import observe
+from optimum_structprune.method.layers import Batch
 from optimum_structprune.system.processes import add_up_
 
 from .watching import of_samples

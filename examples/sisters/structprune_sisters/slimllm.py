@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 from optimum_structprune import register_criterion
 from optimum_structprune.arch.spec import CHANNEL, ArchSpec
 from optimum_structprune.calibration.accumulator import unmasked
-from optimum_structprune.calibration.linalg import submatrix
-from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.method.linalg import submatrix
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.config.pruning import ALLOCATIONS, REFITS, StructPruneConfig
 from optimum_structprune.criteria import Criterion
-from optimum_structprune.criteria.layers import BLOCK_INFLUENCE, LAYER_CRITERIA
-from optimum_structprune.criteria.obs import matrices, norms_by_unit
+from optimum_structprune.removals.layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA
+from optimum_structprune.method.score import matrices, norms_by_unit
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.forward.layers import Batch
-from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.method.layers import Batch
+from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.processes import add_up_
 
 from .watching import check_dense, of_samples, run_watched
@@ -150,7 +150,7 @@ def _similarity(products: Tensor, squares: Tensor, total: Tensor) -> Tensor:
 
 @ALLOCATIONS.register("cosine")
 def cosine_scores(
-    model: PreTrainedModel, arch: ArchSpec, evidence: Evidence, names: Collection[str]
+    model: PreTrainedModel, arch: ArchSpec, evidence: CalibrationData, names: Collection[str]
 ) -> dict[tuple[int, str], Tensor]:
     """Scores by which every layer gives up units in proportion to softmax(`SHARPNESS` · cos(input, output)).
 
@@ -183,7 +183,7 @@ def slope_refit(
 
     This is the regression of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689). Where the consumer has a bias, it
     takes the intercept; without one the line goes through zero, as the model has no place for an intercept. See
-    `optimum_structprune.surgery.refit.least_squares` for the arguments.
+    `optimum_structprune.method.refit.least_squares` for the arguments.
     """
     gram, mean, kept = moments.full_gram().to(weight), moments.mean.to(weight), weight[:, keep]
     products = ((weight @ gram)[:, keep] * kept).sum(1)

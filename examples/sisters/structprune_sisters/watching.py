@@ -11,17 +11,17 @@ from transformers import PreTrainedModel
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.arch.spec import ArchSpec
-from optimum_structprune.forward.hooks import observe
-from optimum_structprune.forward.layers import Batch
-from optimum_structprune.forward.metrics import run_model
-from optimum_structprune.pruning.evidence import Evidence
+from optimum_structprune.arch.hooks import observe
+from optimum_structprune.method.layers import Batch
+from optimum_structprune.method.layers import run_model
+from optimum_structprune.sources.data import CalibrationData
 
 
 def of_samples(watch: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
     """A function of a model, its description and batches as `Criterion.watches` takes it."""
 
     @wraps(watch)
-    def watches(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> dict[str, Tensor]:
+    def watches(model: PreTrainedModel, arch: ArchSpec, evidence: CalibrationData) -> dict[str, Tensor]:
         return watch(model, arch, evidence.own_batches)
 
     return watches

@@ -15,7 +15,7 @@ from trained import loss_ratio, needs_shared, stories_model
 
 from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, calibrate, dry_run
 from optimum_structprune.arch.load import describe
-from optimum_structprune.surgery.consumers import read_consumer, units_to_columns
+from optimum_structprune.method.shrink import read_consumer, units_to_columns
 
 
 QUICK = Settings(steps=12, tokens_per_step=48)

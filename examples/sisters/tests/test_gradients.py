@@ -8,7 +8,7 @@ from structprune_sisters.gradients import saliencies
 
 from optimum_structprune import StructPruneError, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.forward.layers import Batch
+from optimum_structprune.method.layers import Batch
 
 
 pytestmark = pytest.mark.nightly

@@ -10,9 +10,9 @@ from structprune_sisters.slimllm import inflows
 
 from optimum_structprune import StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
-from optimum_structprune.calibration.moments import Moments
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.criteria import CRITERIA
-from optimum_structprune.forward.layers import Batch
+from optimum_structprune.method.layers import Batch
 
 
 pytestmark = pytest.mark.nightly

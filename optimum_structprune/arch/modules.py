@@ -1,0 +1,111 @@
+"""The modules of a model: its lists of layers, and how one module takes the place of another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import StructPruneError, one_line
+from .spec import ArchSpec
+
+
+# What transformers sets on modules when activation checkpointing is switched on.
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+FORWARD_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+
+
+def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:
+    """The layers of a model, over all lists that hold them."""
+    return [layer for path, _ in arch.stacks for layer in _layers_at(model, path)]
+
+
+def put_layers_(model: nn.Module, arch: ArchSpec, layers: Iterable[nn.Module]) -> None:
+    """Replace the layers of a model that has a single list of layers; the new list may be shorter."""
+    modules = _layers_at(model, arch.layer_path)
+    del modules[:]
+    modules.extend(layers)
+
+
+def put_layer_(model: nn.Module, arch: ArchSpec, layer: int, module: nn.Module) -> None:
+    """Replace a layer of a model by a module."""
+    path, index = arch.place(layer)
+    _layers_at(model, path)[index] = module
+
+
+def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
+    layers = model.get_submodule(path)
+    if not isinstance(layers, nn.ModuleList):
+        raise StructPruneError(f"{path} should be a list of layers, found {type(layers).__name__}.")
+    return layers
+
+
+def replace_(old: nn.Module, new: nn.Module, state: Mapping[str, Tensor], arch: ArchSpec) -> None:
+    """Fill a module without weights, and make it take over everything else from the module that it replaces."""
+    # The strict load proves that no coupled tensor was forgotten.
+    try:
+        new.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise StructPruneError(
+            f"The description of {arch.model_type!r} does not fit this model: {one_line(error)}"
+        ) from error
+    new.train(old.training)
+    _move_tensors(old, new)
+    modules = dict(new.named_modules())
+    for name, module in old.named_modules():
+        _move_settings(module, modules[name])
+
+
+def _move_tensors(old: nn.Module, new: nn.Module) -> None:
+    """Move the parameter objects, and the buffers that no state dict holds."""
+    for name, parameter in old.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        parameter.data, parameter.grad = new.get_parameter(name).data, None
+        setattr(new.get_submodule(owner), leaf, parameter)
+    saved = set(old.state_dict())
+    for name, buffer in old.named_buffers():
+        if name not in saved:
+            owner, _, leaf = name.rpartition(".")
+            new.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+
+
+def _move_settings(old: nn.Module, new: nn.Module) -> None:
+    """Move activation checkpointing, the hooks, and the hook with which accelerate moves inputs between devices.
+
+    Transformers marks a model as hooked once it has been asked for hidden states, and does not look again; without
+    their hooks, the new layers would be missing in the hidden states from then on.
+    """
+    for key in CHECKPOINTING:
+        if key in vars(old):
+            setattr(new, key, vars(old)[key])
+    for kind in FORWARD_HOOKS:
+        getattr(new, kind).update(getattr(old, kind))
+    dispatch: Any = getattr(old, "_hf_hook", None)
+    if dispatch is not None:
+        remove_hook_from_module(old)
+        # What accelerate leaves there holds the module, and so its weights until the next garbage collection.
+        vars(old).pop("forward", None)
+        add_hook_to_module(new, dispatch)
+
+
+def adopt_config_(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
+    """Give a model the config of a smaller one without weights, once the shape of every tensor has been compared."""
+    expected = {name: tuple(tensor.shape) for name, tensor in smaller.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted({*expected, *shapes}):
+        if expected.get(name) != shapes.get(name):
+            raise StructPruneError(
+                f"{name} has shape {shapes.get(name)}, but the shrunk config makes it {expected.get(name)}; "
+                f"the description of {smaller.config.model_type!r} is incomplete."
+            )
+    # Some models give a part of theirs a config of its own: a copy, or that of the text model of a multimodal one.
+    twins = dict(smaller.named_modules())
+    for name, module in model.named_modules():
+        if hasattr(module, "config") and hasattr(twins[name], "config"):
+            setattr(module, "config", twins[name].config)  # noqa: B010  # a plain assignment is typed as Tensor | Module

@@ -1,0 +1,219 @@
+"""Calibration: running statistics of the inputs of one consumer, and the mixture of the domains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import StructPruneError
+from .linalg import add_product_, operand, submatrix, update_gram_
+
+
+# The number of tokens that are in memory in fp64 at a time.
+PRECISE_TOKENS = 256
+# The number of rows of a matrix product that are in memory at a time.
+ROWS = 256
+
+
+@dataclass
+class ErrorMoments:
+    """Of the error e that error feedback asks a consumer with the input x to make up for: the mean E[e], shape
+    `(out,)`, and the cross-moment E[e xᵀ], `(out, n)`, in fp32, and the energy E‖e‖², `()`, in fp64.
+    """
+
+    mean: Tensor
+    cross: Tensor
+    energy: Tensor
+
+    @classmethod
+    def empty(cls, out: int, size: int, device: torch.device | str = "cpu") -> ErrorMoments:
+        """Moments of no errors, shape `(out,)` each, beside inputs of shape `(size,)`."""
+        return cls(
+            mean=torch.zeros(out, device=device),
+            cross=torch.zeros(out, size, device=device),
+            energy=torch.zeros((), dtype=torch.float64, device=device),
+        )
+
+    @torch.no_grad()
+    def update(self, error: Tensor, x: Tensor, share: float) -> None:
+        """Take in errors, shape `(tokens, out)`, with inputs, shape `(tokens, n)`."""
+        error, x = (tensor.to(self.cross.device) for tensor in (error, x))
+        self.mean.lerp_(error.float().mean(0), share)
+        self.energy.lerp_(error.float().square().sum(-1).double().mean(), share)
+        add_product_(self.cross, error, x, share)
+
+
+@dataclass
+class Moments:
+    """Count, mean and second moment of the inputs of a consumer, in one domain or in the mixture of several.
+
+    Kept as running *means*, not sums, so that fp32 does not lose digits however many tokens there are.
+
+    Attributes:
+        count: The number of tokens seen.
+        mean: The mean E[x], shape `(n,)`, fp64.
+        square: The second moment E[x²] of each component, shape `(n,)`, fp64.
+        gram: The Gram matrix E[x xᵀ], shape `(n, n)`, fp32; None where only the diagonal is kept.
+        prior: What the criterion knows of each component from elsewhere, shape `(n,)`; see `Criterion.prior`.
+        energy: The output energy E‖W x‖² with the dense weight W of the consumer, shape `()`, fp64; None where no
+            output was seen.
+        error: The error that error feedback asks the consumer to make up for; None where there is none.
+    """
+
+    count: int
+    mean: Tensor
+    square: Tensor
+    gram: Tensor | None = None
+    prior: Tensor | None = None
+    energy: Tensor | None = None
+    error: ErrorMoments | None = None
+
+    @classmethod
+    def empty(
+        cls, size: int, gram: bool = False, device: torch.device | str = "cpu", out: int | None = None
+    ) -> Moments:
+        """Moments of no tokens; of the error too where there are `out` outputs."""
+        return cls(
+            count=0,
+            mean=torch.zeros(size, dtype=torch.float64, device=device),
+            square=torch.zeros(size, dtype=torch.float64, device=device),
+            gram=torch.zeros(size, size, device=device) if gram else None,
+            error=None if out is None else ErrorMoments.empty(out, size, device),
+        )
+
+    @torch.no_grad()
+    def update(self, x: Tensor, error: Tensor | None = None, output: Tensor | None = None) -> Moments:
+        """Take in inputs, and return these moments. `x` has the shape `(..., n)`, the others `(..., out)`."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        if len(x) == 0:
+            return self
+        self.count += len(x)
+        share = len(x) / self.count
+        x = operand(x.to(self.mean.device))
+        mean, square = _precise_means(x)
+        self.mean.lerp_(mean, share)
+        self.square.lerp_(square, share)
+        if self.gram is not None:
+            update_gram_(self.gram, x, share)
+        if self.error is not None and error is not None:
+            self.error.update(error.reshape(-1, error.shape[-1]), x, share)
+        if output is not None:
+            energy = output.detach().float().square().sum(-1).double().mean().to(self.mean.device)
+            self.energy = energy if self.energy is None else self.energy.lerp_(energy, share)
+        return self
+
+    def select(self, columns: Sequence[int] | Tensor) -> Moments:
+        """The moments of some components only."""
+        index = torch.as_tensor(columns, device=self.mean.device)
+        gram = None if self.gram is None else submatrix(self.gram, index, index)
+        prior = None if self.prior is None else self.prior[index]
+        error = None if self.error is None else replace(self.error, cross=self.error.cross[:, index])
+        return Moments(self.count, self.mean[index], self.square[index], gram, prior, error=error)
+
+    @property
+    def variance(self) -> Tensor:
+        """Var[x], shape `(n,)`, fp64."""
+        return (self.square - self.mean.square()).clamp(min=0)
+
+    def full_gram(self) -> Tensor:
+        """The Gram matrix, where it was gathered; a ValueError otherwise."""
+        if self.gram is None:
+            raise ValueError("these moments were gathered without a Gram matrix")
+        return self.gram
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that were gathered, by the name of their field; those of the error as `error.mean` and so on."""
+        tensors = {name: getattr(self, name) for name in ("mean", "square", "gram", "energy")}
+        if self.error is not None:
+            tensors |= {f"error.{name}": tensor for name, tensor in vars(self.error).items()}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def checked(self, module: str, domain: int) -> Moments:
+        """These moments of the input of a module in a domain; NaN and infinity are refused."""
+        if not (torch.isfinite(self.mean).all() and torch.isfinite(self.square).all()):
+            raise StructPruneError(
+                f"NaN or infinite activations at {module} in domain {domain}; load the model in float32 or bfloat16, "
+                "or check its weights."
+            )
+        return self
+
+
+def _precise_means(x: Tensor) -> tuple[Tensor, Tensor]:
+    """E[x] and E[x²] over tokens in fp64, shape `(n,)` each."""
+    mean, square = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
+    for part in x.split(PRECISE_TOKENS):
+        precise = part.double()
+        share = precise.new_full((len(part),), 1 / len(x))
+        mean.add_(share @ precise)
+        square.add_(share @ precise.square_())
+    return mean, square
+
+
+def output_energy(weight: Tensor, moments: Moments) -> float:
+    """E‖W x‖² of a consumer: what was seen of its outputs; else from the Gram matrix, or without one from the second
+    moments alone (as if components were uncorrelated). `weight` has the shape `(out, n)`.
+    """
+    if moments.energy is not None:
+        return float(moments.energy)
+    if moments.gram is None:
+        return float(weight.square().sum(0) @ moments.square.to(weight))
+    # tr(W H Wᵀ) = ⟨W H, W⟩, a few rows of W at a time.
+    parts = [((rows @ moments.gram.to(rows)) * rows).sum(dtype=torch.float64) for rows in weight.split(ROWS)]
+    return float(torch.stack(parts).sum())
+
+
+class Mixer:
+    """Mixes the moments of one consumer, of one domain after the other; in memory are those of the mixture and of the
+    present domain. Each domain is divided by its output energy, so that one with large activations does not outweigh
+    the others. `weight` has the shape `(out, n)`.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        self._sums: dict[str, Tensor] = {}
+        self._total, self._count, self._energy = 0.0, 0, 0.0
+        # Whether any domain had tokens, and outputs other than zero.
+        self._evidence = (False, False)
+
+    @torch.no_grad()
+    def add(self, moments: Moments, share: float) -> None:
+        """Take in a domain with its share of the mixture; its matrices are let go."""
+        energy = output_energy(self.weight, moments)
+        # Not every expert gets tokens of every domain, and a domain without output needs no unit: such a domain counts
+        # only where no other domain gives more evidence.
+        evidence = (moments.count > 0, energy > 0)
+        if evidence > self._evidence:
+            self._sums, self._total, self._count = {}, 0.0, 0
+            self._energy, self._evidence = energy, evidence
+        if evidence != self._evidence:
+            return
+        weight = share * self._energy / energy if energy > 0 else share
+        self._total, self._count = self._total + weight, self._count + moments.count
+        for name, tensor in moments.tensors().items():
+            if name in self._sums:
+                self._sums[name].add_(tensor, alpha=weight)
+            else:  # the largest tensor is not copied
+                self._sums[name] = tensor.mul_(weight) if name == "gram" else tensor * weight
+        moments.gram = moments.error = None
+
+    def moments(self) -> Moments:
+        """The moments of the mixture, to be called once, after the last `add`."""
+        means = {name: tensor.div_(self._total) for name, tensor in self._sums.items()}
+        self._sums = {}
+        names = ("mean", "cross", "energy") if "error.mean" in means else ()
+        error = ErrorMoments(*(means.pop(f"error.{name}") for name in names)) if names else None
+        return Moments(self._count, means.pop("mean"), means.pop("square"), error=error, **means)
+
+
+def mixed(by_domain: Iterable[Sequence[Moments]], shares: Sequence[float], weights: Sequence[Tensor]) -> list[Moments]:
+    """The moments of the mixture of the domains for each consumer, whose dense weights have the shape `(out, n)`;
+    `by_domain` gives those of one domain after the other.
+    """
+    mixers = [Mixer(weight) for weight in weights]
+    for share, of_domain in zip(shares, by_domain, strict=True):
+        for mixer, moments in zip(mixers, of_domain, strict=True):
+            mixer.add(moments, share)
+    return [mixer.moments() for mixer in mixers]

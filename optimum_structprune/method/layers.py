@@ -1,0 +1,385 @@
+"""The source of activations: the layers of a model, run one at a time on the stored outputs of those in front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import convert_to_fp32, send_to_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..arch.hooks import (
+    StopForward,
+    adding,
+    cached_outputs,
+    first_of,
+    hidden_states_of,
+    intercept,
+    observe_products,
+    replaying,
+)
+from ..arch.modules import layer_list
+from ..arch.spec import ArchSpec, Space
+from ..errors import StructPruneError
+from .calibrate import Moments
+
+
+# The largest share of a module's output that may reach the layer's output in another direction than its own.
+MAX_DEVIATION = 0.1
+# A part of a layer is worth keeping its output if it has this share of the layer's parameters; a norm has far less.
+CACHED_SHARE = 0.02
+
+
+class NotSequentialError(StructPruneError):
+    """The model's layers cannot be run one by one."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of the domain with a number that go through the model together: token ids, shape `(batch, seq_length)`,
+    and a mask of that shape, which says what tokens are calibrated on; None stands for all.
+    """
+
+    domain: int
+    ids: Tensor
+    mask: Tensor | None = None
+
+    def counted(self, x: Tensor) -> Tensor:
+        """The tokens of an activation that are calibrated on, shape `(tokens, n)`. `x` has the shape `(..., n)`."""
+        x = x.reshape(-1, x.shape[-1])
+        return x if self.mask is None else x[self.mask.flatten().to(x.device)]
+
+
+class OneProcess:
+    """The process runs all samples itself."""
+
+    def sum_(self, moments: Moments) -> Moments:
+        """Make moments those of the samples of all processes, and return them."""
+        return moments
+
+    def agreed(self, tensor: Tensor) -> Tensor:
+        """The values that the first process has."""
+        return tensor
+
+
+class Gain(NamedTuple):
+    """The output of a consumer comes into the output of its layer times a factor."""
+
+    factor: float
+
+    def to_fit(self, x: Tensor, error: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The inputs, the error to make up for and the product of a consumer, for an error of the layer's output."""
+        return x, error / self.factor, product
+
+
+class Call(NamedTuple):
+    """The arguments that the model calls one layer with, without the hidden states, which are given `by_name`, as
+    `hidden_states`, or as the first argument.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return [*_tensors((self.args, self.kwargs))]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same shape and values; they may be on different devices."""
+    return first is second or (first.shape == second.shape and torch.equal(first, second.to(first.device)))
+
+
+def run_model(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
+    """The output object of a forward pass over a batch, shape `(batch, seq_length)`, which an encoder-decoder model
+    reads on both sides.
+    """
+    device, config = torch.device(model.device), model.config
+    # Accelerate takes inputs on the CPU where it has put weights on the meta device.
+    ids = ids.to("cpu" if device.type == "meta" else device, model.dtype if ids.is_floating_point() else None)
+    if config.is_encoder_decoder:
+        return model(ids, decoder_input_ids=ids, use_cache=False, **options)
+    return model(ids, **({"use_cache": False} if hasattr(config.get_text_config(), "use_cache") else {}), **options)
+
+
+@torch.no_grad()
+def capture(model: PreTrainedModel, arch: ArchSpec, ids: Tensor, whole: bool) -> tuple[Tensor, list[Call]]:
+    """The hidden states that enter the first layer, and how the model calls its layers, all of them if `whole`.
+
+    The calls carry masks and rotary embeddings, which may differ by layer type. `ids` has the shape `(batch,
+    seq_length)`, the hidden states `(batch, seq_length, channels)`; there is one call per layer that was recorded.
+    """
+    first: list[Tensor] = []
+    calls: list[Call] = []
+    outputs: list[Tensor] = []
+
+    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        by_name, hidden = "hidden_states" in kwargs, hidden_states_of(args, kwargs)
+        options = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        if index and not equal(hidden, outputs[-1]):
+            raise NotSequentialError(f"the model changes hidden states between layers {index - 1} and {index}")
+        if not index:
+            first.append(hidden)
+        calls.append(Call(args if by_name else args[1:], options, by_name))
+        # What follows the last layer, such as the logits of a large vocabulary, may take more memory than all layers.
+        if not whole or len(calls) == arch.num_layers:
+            raise StopForward
+
+    def after(index: int, output: Any) -> None:
+        outputs[:] = [first_of(output)]
+
+    with intercept(layer_list(model, arch), before, after):
+        try:
+            run_model(model, ids)
+        except StopForward:
+            pass
+    return first[0], calls
+
+
+class InMemory:
+    """Runs one layer at a time on the stored outputs of the pruned layers in front of it.
+
+    In memory are the hidden states of the samples, shape `(batch, seq_length, channels)` per batch (twice with error
+    feedback, or where layers are `fixed`), what the parts of one layer give that run in front of the pruned ones, and
+    the moments of one layer.
+
+    Args:
+        model: The model, in eval mode.
+        arch: Its description.
+        batches: The samples; no batch holds two domains.
+        error_feedback: The share of the error of the residual stream that consumers make up for.
+        fixed: Whether the layers stay as they are, so that what they give is kept in place of a second pass.
+        ranks: What brings the moments of several processes together.
+
+    Raises:
+        NotSequentialError: If the layers hand on more than hidden states.
+    """
+
+    keep_on: torch.device | None = None  # where the hidden states are kept, if not where the layers run
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arch: ArchSpec,
+        batches: Sequence[Batch],
+        error_feedback: float = 0.0,
+        fixed: bool = False,
+        ranks: OneProcess | None = None,
+    ):
+        self.model, self.arch, self.batches, self.ranks = model, arch, list(batches), ranks or OneProcess()
+        self.num_domains = 1 + max(batch.domain for batch in batches)
+        self.error_feedback, self.fixed = error_feedback, fixed
+        self.hidden: list[Tensor] = []
+        self.calls: dict[int, list[Call]] = {}
+        # What a layer returns beside hidden states; None where it returns them alone.
+        self.extras: dict[int, tuple[Any, ...] | None] = {}
+        self.gains: dict[str, float | None] = {}
+        # What finds a path of another kind than a gain.
+        self.other_path: Callable[[InMemory, int, str], Any] | None = None
+        self.other_paths: dict[tuple[int, str], Any] = {}
+        # The outputs of the present layer by batch, where it is fixed, and those of its parts.
+        self.outputs: dict[int, Tensor] = {}
+        self.changed: set[str] = set()
+        self.cache: dict[str, dict[int, Any]] = {}
+        for batch in batches:
+            size = len(batch.ids)
+            hidden, calls = capture(model, arch, batch.ids, size not in self.calls)
+            recorded, present = self.calls.setdefault(size, calls)[0].tensors(), calls[0].tensors()
+            if len(recorded) != len(present) or not all(map(equal, recorded, present)):
+                raise NotSequentialError(f"the layers of {arch.model_type!r} are called with more than hidden states")
+            self.hidden.append(self._kept(hidden))
+        self.dense = list(self.hidden)
+
+    def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
+        """Have the weights of a layer in memory inside `with`, and keep the changes that are made to them."""
+        return nullcontext()
+
+    @torch.no_grad()
+    def output(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
+        """What a layer gives for one batch, in the layer's own precision; `hidden` takes the place of its inputs."""
+        hidden = self.hidden[index] if hidden is None else hidden
+        call, module = self.calls[len(hidden)][layer], self.module(layer)
+        like = next(module.parameters())
+        hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
+        if like.dtype == torch.float32:
+            hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
+        output = module(hidden_states=hidden, **kwargs) if call.by_name else module(hidden, *args, **kwargs)
+        self.extras[layer] = output[1:] if isinstance(output, tuple) else None
+        return first_of(output)
+
+    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
+        """Take the dense residual stream through a layer that has its dense weights; error feedback goes off where no
+        consumer of these kinds of space writes straight to the residual stream.
+        """
+        if self.error_feedback and layer == 0:
+            spaces = [space for space in self.arch.at(0) if space.kind in kinds and space.experts is None]
+            if not any(self.residual_path(0, axis.module) for space in spaces for axis in space.into):
+                self.error_feedback = 0.0
+        if self.error_feedback:
+            self.dense = [self._kept(self.output(layer, index, dense)) for index, dense in enumerate(self.dense)]
+
+    def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
+        """Moments of the inputs of the space's consumers: one per consumer, of one domain after the other.
+
+        A Gram matrix of a large model takes gigabytes, so those of a domain are let go before the next is asked for.
+        """
+        axes = {self._local(layer, axis.module): axis for axis in space.into}
+        paths = {name: self.residual_path(layer, axis.module) for name, axis in axes.items() if self.error_feedback}
+        self.changed |= {self._local(layer, axis.param).partition(".")[0] for axis in space.axes}
+        for domain in range(self.num_domains):
+            moments = {
+                name: Moments.empty(
+                    space.size * axis.per_unit,
+                    gram,
+                    self.device,
+                    self.hidden[0].shape[-1] if paths.get(name) else None,
+                )
+                for name, axis in axes.items()
+            }
+            for index, batch in enumerate(self.batches):
+                if batch.domain == domain:
+                    self._observe(layer, index, moments, paths)
+            for name, axis in axes.items():
+                if not self.ranks.sum_(moments[name]).count:
+                    raise StructPruneError(f"{axis.module} never ran during calibration in domain {domain}.")
+            yield [moments[name].checked(axis.module, domain) for name, axis in axes.items()]
+
+    def _observe(self, layer: int, index: int, moments: Mapping[str, Moments], paths: Mapping[str, Any]) -> None:
+        """Run a layer on one batch, and take what its consumers read into their moments."""
+        batch = self.batches[index]
+        # Those whose error is known only once the layer has run to its end.
+        waiting: list[tuple[str, Tensor, Tensor | None]] = []
+
+        def see(name: str, x: Tensor, product: Tensor | None) -> None:
+            x, product = batch.counted(x), None if product is None else batch.counted(product)
+            if paths.get(name) is None:
+                moments[name].update(x, output=product)
+            else:
+                waiting.append((name, x, product))
+
+        with observe_products(self.module(layer), moments, see), self._caching(layer, index):
+            output = self.output(layer, index)
+        if self.fixed:
+            self.outputs[index] = self._kept(output)
+        if waiting:
+            dense = self.dense[index].to(output.device)
+            error = batch.counted(self.error_feedback * (dense.float() - output.float()))
+        for name, x, product in waiting:
+            moments[name].update(*paths[name].to_fit(x, error, product))
+
+    def advance(self, layer: int) -> None:
+        """Go on to the next layer; `layer` has its final weights."""
+        if len(self.outputs) == len(self.hidden):
+            self.hidden = [self.outputs[index] for index in range(len(self.hidden))]
+        elif layer + 1 < self.arch.num_layers:  # nothing that prunes reads what the last layer gives
+            self.pass_through(layer)
+        self.outputs, self.changed, self.cache = {}, set(), {}
+
+    def pass_through(self, layer: int) -> None:
+        """Take the hidden states of all samples through a layer; parts whose outputs are kept do not run again."""
+        module = self.module(layer)
+        for index in range(len(self.hidden)):
+            cached = {name: outputs[index] for name, outputs in self.cache.items() if index in outputs}
+            device = next(module.parameters()).device
+            outputs = [send_to_device(output, device) for output in cached.values()]
+            with replaying([module.get_submodule(name) for name in cached], outputs):
+                self.hidden[index] = self._kept(self.output(layer, index))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What has been reached: hidden states by name, and numbers as JSON takes them."""
+        tensors = {f"hidden.{index}": hidden for index, hidden in enumerate(self.hidden)}
+        if self.error_feedback:
+            tensors |= {f"dense.{index}": hidden for index, hidden in enumerate(self.dense)}
+        return tensors, {"gains": self.gains, "error_feedback": self.error_feedback}
+
+    def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from what another source over the same samples has reached."""
+        for name, stored in (("hidden", self.hidden), ("dense", self.dense)):
+            for index, before in enumerate(stored):
+                stored[index] = tensors.get(f"{name}.{index}", before).to(before.device)
+        self.gains, self.error_feedback = dict(values["gains"]), values["error_feedback"]
+
+    @contextmanager
+    def skipping(self, count: int, index: int) -> Iterator[None]:
+        """The first layers do not run inside `with`: they give the stored hidden states of one batch."""
+        hidden = self.hidden[index]
+        outputs = [hidden if (extras := self.extras[layer]) is None else (hidden, *extras) for layer in range(count)]
+        with replaying(layer_list(self.model, self.arch)[:count], outputs):
+            yield
+
+    def residual_path(self, layer: int, module: str) -> Any:
+        """How the output of a module comes into the output of its layer; None where it does not do so straight."""
+        gain = self.gain(layer, name := self._local(layer, module))
+        if gain is not None or self.other_path is None:
+            return None if gain is None else Gain(gain)
+        if (layer, name) not in self.other_paths:
+            self.other_paths[layer, name] = self.other_path(self, layer, name)
+        return self.other_paths[layer, name]
+
+    @torch.no_grad()
+    def gain(self, layer: int, name: str) -> float | None:
+        """How much a module's output is multiplied by on its way into the layer's output: with noise n added to the
+        module's output, the layer's output changes by g · n + r, and g is the gain where ‖r‖ is small beside ‖g · n‖.
+        None where the output does not go straight into the residual stream. It is the same in all layers.
+        """
+        if name not in self.gains:
+            # Of the first sample alone, so that neither the batch size nor the number of processes changes the gain.
+            hidden, noise = self.hidden[0], self.noise()
+            plain = self.output(layer, 0)[:1].float()
+            with adding(self.module(layer).get_submodule(name), noise.expand(hidden.shape)):
+                change = (self.output(layer, 0)[:1].float() - plain).to(noise.device)
+            gain = float(self.ranks.agreed((change * noise).sum() / noise.square().sum()))
+            deviation = float(self.ranks.agreed((change - gain * noise).norm() / noise.norm()))
+            self.gains[name] = gain if deviation < MAX_DEVIATION * abs(gain) else None
+        return self.gains[name]
+
+    def noise(self) -> Tensor:
+        """Noise for the first sample, as large as the residual stream, so that rounding does not hide it."""
+        hidden = self.hidden[0][:1]
+        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
+        return noise * hidden.float().std()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes the first layer."""
+        return next(self.model.parameters()).device
+
+    def module(self, layer: int) -> nn.Module:
+        """The module of a layer, looked up anew each time, since a layer is replaced when it shrinks."""
+        return layer_list(self.model, self.arch)[layer]
+
+    def _caching(self, layer: int, index: int) -> AbstractContextManager[None]:
+        """Keep what the parts of a layer give for one batch in front of the pruned parts."""
+        module = self.module(layer)
+        parts, total = dict(module.named_children()), sum(each.numel() for each in module.parameters())
+        self.cache = {name: outputs for name, outputs in self.cache.items() if name not in self.changed}
+        # A hook cannot see when the layer uses a parameter of no part.
+        if self.fixed or not self.changed <= set(parts):
+            self.cache = {}
+            return nullcontext()
+        sizes = {name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()}
+        large = [name for name in parts if name in self.changed or sizes[name] >= CACHED_SHARE * total]
+
+        def keep(name: str, output: Any) -> None:
+            self.cache.setdefault(name, {})[index] = output
+
+        return cached_outputs(module, large, self.changed, keep, self.keep_on)
+
+    def _kept(self, hidden: Tensor) -> Tensor:
+        return hidden if self.keep_on is None else hidden.to(self.keep_on)
+
+    def _local(self, layer: int, name: str) -> str:
+        return name.removeprefix(self.arch.layer_prefix(layer))

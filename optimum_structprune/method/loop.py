@@ -1,0 +1,196 @@
+"""The method: calibrate, score, choose, refit and shrink, one layer after the other.
+
+Lifecycle of `prune_layers_`, for each layer in turn:
+
+- `source.advance_dense` takes the dense residual stream through the layer (layers.py), for error feedback.
+- For each space of the layer that gets smaller, in the order of the description:
+    - calibrate: `source.moments` runs the layer on every batch; `mixed` makes one set of moments of the domains
+      (calibrate.py).
+    - score: the criterion scores the units by the weights that read them and by the moments (score.py).
+    - choose: the units with the highest scores stay.
+    - refit: the columns of the kept units make up for the removed ones and for the error of the layers in front
+      (refit.py, linalg.py); the columns of the others become zero.
+- `shrink_layer_` replaces the layer by a smaller one (shrink.py).
+- `source.advance` takes the hidden states of the samples through it, to the next layer.
+- `on_layer` is told; that is where progress, records and checkpoints hang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..arch.spec import ArchSpec, Axis, Space, Widths
+from .calibrate import Moments, mixed, output_energy
+from .linalg import ridge_strength
+from .refit import squared_errors
+from .score import best_units, check_scores
+from .shrink import Values, read_consumer, shrink_layer_, units_to_columns, write_consumer_
+
+
+@dataclass(frozen=True)
+class Method:
+    """How units are scored, and what makes up for those that are removed.
+
+    Attributes:
+        criterion: Gives the `Criterion` of a layer, by its index.
+        refit: A function such as `refit.least_squares`.
+        shares: The weights of the domains, which sum to 1.
+        damping: The ridge of the refit; see `linalg.ridge_strength`.
+        gram: Whether Gram matrices are gathered.
+        unfitted: Whether the kept columns stay as the criterion's `unfitted_weight` has them.
+        name: The name of the criterion, for messages.
+        statistics: What the criterion made of passes through the whole model, by module, shape `(n,)`.
+    """
+
+    criterion: Callable[[int], Any]
+    refit: Callable[..., Values]
+    shares: tuple[float, ...]
+    damping: float
+    gram: bool
+    unfitted: bool = False
+    name: str = ""
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def prior(self, criterion: Any, model: PreTrainedModel, arch: ArchSpec, space: Space, axis: Axis) -> Tensor | None:
+        """What the criterion knows of each component that a consumer reads, beside its moments, shape `(n,)`."""
+        return self.statistics.get(axis.module, criterion.prior(model, arch, space))
+
+
+@dataclass
+class Pruned:
+    """What has been pruned so far, by layer and name of the space.
+
+    Attributes:
+        keep: The kept units, ascending.
+        errors: The squared error of what the consumers give, without a refit and with one, relative to the output
+            itself; empty where it is no number.
+    """
+
+    keep: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
+    errors: dict[tuple[int, str], tuple[float, ...]] = field(default_factory=dict)
+
+
+def prune_layers_(
+    model: PreTrainedModel,
+    arch: ArchSpec,
+    source: Any,
+    method: Method,
+    widths: Widths,
+    smaller: PreTrainedModel,
+    done: Pruned | None = None,
+    layers: Sequence[int] | None = None,
+    on_layer: Callable[[int, Pruned], None] = lambda layer, pruned: None,
+) -> Pruned:
+    """Bring every layer of a model to its widths; each is fitted to what it reads behind the smaller layers before it.
+
+    Args:
+        model: The model, in eval mode, which is changed.
+        arch: Its description.
+        source: Where activations come from: `layers.InMemory`, or what has its methods.
+        method: How units are scored and refitted.
+        widths: The final width of each kind of space; kinds that are not named keep theirs.
+        smaller: The smaller model, without weights, whose layers replace those of the model.
+        done: What was pruned in layers in front.
+        layers: The layers to prune; None stands for all.
+        on_layer: Is called with the index of a layer that is finished, and with all that is pruned so far.
+
+    Raises:
+        StructPruneError: If activations are NaN or infinite, or a criterion gives something else than scores.
+    """
+    pruned = done or Pruned()
+    for layer in range(arch.num_layers) if layers is None else layers:
+        with source.at(layer, changes=True):
+            source.advance_dense(layer, widths.keys())
+            for space in arch.at(layer):
+                if (width := space.width_in(widths) * space.scale) < space.size:
+                    prune_space_(model, arch, source, method, space, width, pruned)
+            shrink_layer_(model, arch, layer, pruned.keep, smaller)
+            source.advance(layer)
+            on_layer(layer, pruned)
+    return pruned
+
+
+def prune_space_(
+    model: PreTrainedModel, arch: ArchSpec, source: Any, method: Method, space: Space, width: int, pruned: Pruned
+) -> None:
+    """Choose the units of one space that stay, refit the columns that read them, and make all others zero."""
+    criterion, values = method.criterion(space.layer), [read_consumer(model, axis) for axis in space.into]
+    by_domain = source.moments(space.layer, space, method.gram)
+    moments = mixed(by_domain, method.shares, [weight for weight, _ in values])
+    for axis, of_consumer in zip(space.into, moments, strict=True):
+        of_consumer.prior = method.prior(criterion, model, arch, space, axis)
+    scores = score_units(criterion, space, [weight for weight, _ in values], moments, method.name)
+    keep = choose_units(criterion, space, scores, width, range(space.size), values, moments)
+    refitted, error = refit_consumers(criterion, space, keep, values, moments, method)
+    for axis, (columns, weight, bias) in zip(space.into, refitted, strict=True):
+        write_consumer_(model, axis, columns, weight, bias)
+    pruned.keep[space.key] = keep
+    if error is not None:
+        pruned.errors[space.key] = error
+
+
+def score_units(
+    criterion: Any, space: Space, weights: Sequence[Tensor], moments: Sequence[Moments], name: str
+) -> Tensor:
+    """The scores of the units of a space, summed over its consumers, shape `(units,)`."""
+    total = []
+    for axis, weight, of_consumer in zip(space.into, weights, moments, strict=True):
+        scores = criterion.score(weight, of_consumer, axis.per_unit)
+        check_scores(scores, weight.shape[1] // axis.per_unit, name, axis.module)
+        total.append(scores)
+    return torch.stack(total).sum(0)
+
+
+def choose_units(
+    criterion: Any,
+    space: Space,
+    scores: Tensor,
+    width: int,
+    present: Sequence[int],
+    values: Sequence[Values],
+    moments: Sequence[Moments],
+) -> tuple[int, ...]:
+    """The units with the highest scores of those that are `present`, or those that the criterion takes in their place.
+    `values` and `moments` are those of the dense consumers.
+    """
+    keep = tuple(present[unit] for unit in best_units(scores, width))
+    if len(space.into) > 1:  # what a set of units is worth is known of one consumer, not of several
+        return keep
+    removed = sorted({*present} - {*keep})
+    return criterion.refine_selection(keep, removed, values[0][0], moments[0], space.into[0].per_unit)
+
+
+def refit_consumers(
+    criterion: Any,
+    space: Space,
+    keep: Sequence[int],
+    values: Sequence[Values],
+    moments: Sequence[Moments],
+    method: Method,
+    measured: bool = True,
+) -> tuple[list[tuple[Tensor, Tensor, Tensor | None]], tuple[float, ...] | None]:
+    """The kept columns of each consumer of a space, their refitted weight, shape `(out, columns)`, and the bias; and if
+    it is `measured`, the relative squared errors without a refit and with one.
+    """
+    refitted, errors = [], []
+    for axis, (weight, bias), of_consumer in zip(space.into, values, moments, strict=True):
+        columns = units_to_columns(keep, axis, weight.device)
+        start = criterion.unfitted_weight(weight, of_consumer) if method.unfitted else weight
+        ridge = ridge_strength(method.damping, len(columns), of_consumer.count)
+        new = method.refit(start, bias, of_consumer, columns, ridge)
+        refitted.append((columns, *new))
+        if measured and of_consumer.gram is not None:
+            squared = squared_errors(weight, bias, of_consumer, columns, *new)
+            errors.append((*squared, output_energy(weight, of_consumer)))
+    if len(errors) < len(space.into):
+        return refitted, None
+    without, with_refit, energy = (sum(each) for each in zip(*errors, strict=True))
+    finite = energy > 0 and all(map(isfinite, (without, with_refit, energy)))
+    return refitted, (without / energy, with_refit / energy) if finite else ()

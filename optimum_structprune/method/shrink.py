@@ -1,0 +1,118 @@
+"""Weights: how consumers are read, written and masked, and how a layer is cut down to the kept units."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..arch.modules import layer_list, put_layer_, replace_
+from ..arch.spec import ArchSpec, Axis, Space
+
+
+# Weight `(out, n)` and bias `(out,)` of a consumer, whichever way round the model stores them.
+Values = tuple[Tensor, "Tensor | None"]
+# The kept units, ascending, by layer and name of the space.
+Keep = Mapping[tuple[int, str], Sequence[int]]
+
+
+def read_consumer(model: nn.Module, axis: Axis, dtype: torch.dtype | None = torch.float32) -> Values:
+    """Copies of the weight `(out, n)` and the bias `(out,)` of a consumer; in its own dtype where that is None."""
+    weight, bias = _views(model, axis)
+    dtype = dtype or weight.dtype
+    return weight.to(dtype, copy=True), None if bias is None else bias.to(dtype, copy=True)
+
+
+@torch.no_grad()
+def write_consumer_(model: nn.Module, axis: Axis, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a consumer new columns and zeros everywhere else: the layer then computes what the smaller layer will.
+    `weight` has the shape `(out, kept)`, `bias` `(out,)`.
+    """
+    present, old = _views(model, axis)
+    present.zero_()
+    present[:, columns] = weight.to(present)
+    if bias is None:
+        return
+    if old is not None:
+        old.copy_(bias)
+    else:
+        module = model.get_submodule(axis.module)
+        trained = module.get_parameter(axis.param.rpartition(".")[2]).requires_grad
+        module.bias = nn.Parameter(bias.to(present), requires_grad=trained)
+
+
+def units_to_columns(keep: Sequence[int], axis: Axis, device: torch.device) -> Tensor:
+    """Kept columns of a consumer, from kept units."""
+    return torch.tensor(axis.indices(keep), device=device)
+
+
+def _views(model: nn.Module, axis: Axis) -> Values:
+    """Views of a consumer's weight, `(out, n)`, and bias: those of one expert where the axis names one."""
+    module, leaf = model.get_submodule(axis.module), axis.param.rpartition(".")[2]
+    weight = module.get_parameter(leaf).detach()
+    bias = getattr(module, "bias" if axis.part is None else f"{leaf}_bias", None)
+    bias = None if bias is None else bias.detach()
+    if axis.part is None:
+        return weight.movedim(axis.dim, -1), bias
+    return weight[axis.part].movedim(axis.dim - 1, -1), None if bias is None else bias[axis.part]
+
+
+class Cut(NamedTuple):
+    """Where a parameter is cut: along a dimension, and where `part` is given, only at that index of dimension 0."""
+
+    dim: int
+    part: int | None = None
+
+
+def slice_tensors(tensors: Mapping[str, Tensor], spaces: Collection[Space], keep: Keep) -> dict[str, Tensor]:
+    """Cut tensors, by the names of parameters, down to the units that are kept."""
+    cuts: dict[str, dict[Cut, list[int]]] = {}
+    for space in spaces:
+        for axis in space.axes if space.key in keep else ():
+            cuts_of_param = cuts.setdefault(axis.param, {})
+            cuts_of_param.setdefault(Cut(axis.dim, axis.part), []).extend(axis.indices(keep[space.key]))
+    return {name: _sliced(tensor, cuts.get(name, {})) for name, tensor in tensors.items()}
+
+
+def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]]) -> Tensor:
+    """A tensor cut down to the given indices; stacked matrices are cut one by one, and only those that are kept."""
+    if any(cut.part is not None for cut in cuts):
+        kept = cuts.get(Cut(0), range(len(tensor)))
+        by_part: dict[int | None, dict[Cut, Sequence[int]]] = {}
+        for cut, indices in cuts.items():
+            by_part.setdefault(cut.part, {})[Cut(cut.dim - 1)] = indices
+        tensor = torch.stack([_sliced(tensor[part], by_part.get(part, {})) for part in kept])
+        cuts = {cut: indices for cut, indices in cuts.items() if cut.part is None and cut.dim}
+    for cut, indices in cuts.items():
+        tensor = tensor.index_select(cut.dim, torch.tensor(indices, device=tensor.device))
+    return tensor
+
+
+@torch.no_grad()
+def shrink_layer_(model: nn.Module, arch: ArchSpec, layer: int, keep: Keep, smaller: nn.Module) -> None:
+    """Replace one layer by that of a `smaller` model without weights, which gets the kept units; the parameters are the
+    same objects with less data in them, so that an optimizer still holds them.
+    """
+    prefix = arch.layer_prefix(layer)
+    full = {prefix + name: tensor for name, tensor in layer_list(model, arch)[layer].state_dict().items()}
+    state = tensors_under(slice_tensors(full, list(arch.at(layer)), keep), prefix)
+    for name, tensor in layer_list(smaller, arch)[layer].state_dict().items():
+        if name not in state and name.endswith(".bias"):
+            weight = state[name.removesuffix("bias") + "weight"]
+            state[name] = torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
+    fill_layer_(model, arch, layer, state, smaller)
+
+
+def fill_layer_(model: nn.Module, arch: ArchSpec, layer: int, state: Mapping[str, Tensor], smaller: nn.Module) -> None:
+    """Replace one layer by that of a `smaller` model, which gets the tensors of `state`; see `shrink_layer_`."""
+    old, new = layer_list(model, arch)[layer], layer_list(smaller, arch)[layer]
+    device = next(old.parameters()).device
+    replace_(old, new, {name: tensor.to(device) for name, tensor in state.items()}, arch)
+    put_layer_(model, arch, layer, new)
+
+
+def tensors_under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by their names without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

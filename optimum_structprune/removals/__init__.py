@@ -1,0 +1,1 @@
+"""What is removed from the whole model: layers, experts, channels of the residual stream, tokens."""

@@ -1,0 +1,106 @@
+"""The step that takes channels out of the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..arch.hooks import observe
+from ..arch.spec import HIDDEN, MODEL, ArchSpec, Axis, ResidualStream
+from ..method.calibrate import Moments, mixed
+from ..method.layers import Batch, run_model
+from ..method.score import best_units
+from ..method.shrink import read_consumer
+from ..pruning.run import Run, Step
+from ..record.plan import Plan
+from ..sources.data import CalibrationData, layers_of, ranks
+from .layers import refit_consumer_
+from .resize import narrow_
+
+
+def remove_channels_(run: Run, step: Step) -> Plan:
+    """Take channels out of the residual stream of the whole model.
+
+    Without refit, the result computes what the model would compute if these channels were zero wherever the residual
+    stream is read. With `least_squares`, the consumers inside the layers are refitted to what they gave on the dense
+    residual stream, and every norm is scaled by the share of the energy that is left.
+    """
+    with run.report.timed("channels"):
+        model, arch, config, data = run.model, run.arch, run.config, run.data
+        assert arch.residual is not None
+        width, batches = arch.of(HIDDEN)[0].width_in(step.widths), data.own_batches
+        energies = channel_energies(model, arch.residual, batches, len(data.domains))
+        keep = best_units(data.combined(energies.mean(0)), width)
+        kept_energy = torch.ones(len(arch.residual.reads))
+        run.changed = True
+        if config.fits:
+            mean_energies = data.mean(energies.movedim(1, 0))
+            kept_energy = mean_energies[:, list(keep)].mean(1) * width / arch.residual.space.size
+            refit_readers_(model, arch, data, keep)
+        factors = {
+            read.tap: float(energy) ** 0.5 for read, energy in zip(arch.residual.reads, kept_energy, strict=True)
+        }
+        narrow_(model, arch, keep, factors)
+    return Plan(arch.model_type, {(MODEL, HIDDEN): keep})
+
+
+@torch.no_grad()
+def channel_energies(
+    model: PreTrainedModel, residual: ResidualStream, batches: Sequence[Batch], num_domains: int
+) -> Tensor:
+    """Mean of x_j² over tokens wherever the residual stream is read, relative to the mean over the token's channels,
+    so that tokens and layers count alike whatever the size of their activations. The result has the shape `(reads,
+    domains, channels)`; the mean over channels is 1.
+    """
+    size, device = residual.space.size, next(model.parameters()).device
+    moments = [[Moments.empty(size, device=device) for _ in range(num_domains)] for _ in residual.reads]
+    taps = [read.tap for read in residual.reads]
+    batch = batches[0]
+
+    def see(tap: str, hidden: Tensor) -> None:
+        hidden = hidden.double()
+        norm = hidden.square().mean(-1, keepdim=True).sqrt()
+        relative = hidden / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        moments[taps.index(tap)][batch.domain].update(batch.counted(relative))
+
+    with observe(model, taps, see):
+        for batch in batches:  # noqa: B007  # `see` reads it
+            run_model(model, batch.ids)
+    by_read = [
+        torch.stack([ranks().sum_(of).checked(tap, domain).square for domain, of in enumerate(of_read)])
+        for tap, of_read in zip(taps, moments, strict=True)
+    ]
+    return torch.stack(by_read).cpu()
+
+
+def refit_readers_(
+    model: PreTrainedModel,
+    arch: ArchSpec,
+    data: CalibrationData,
+    keep: Sequence[int],
+) -> None:
+    """Refit whatever reads the residual stream inside the layers to what it gives on the dense residual stream."""
+    assert arch.residual is not None
+    source = layers_of(model, arch, data.own_batches, fixed=True)
+    for layer in range(arch.num_layers):
+        reads = [read for read in arch.residual.reads if read.layer == layer]
+        # All consumers at one place get the same input, so the moments of the first one are those of all.
+        spaces = [replace(arch.residual.space, layer=layer, into=read.readers[:1]) for read in reads]
+        moments_by_read = [[moments for (moments,) in source.moments(layer, space, True)] for space in spaces]
+        source.advance(layer)
+        for read, moments_by_domain in zip(reads, moments_by_read, strict=True):
+            for axis in _matrices(model, read.readers):
+                # What was seen are the outputs of the first reader alone. The moments serve all readers.
+                unseen = ([replace(of, energy=None, gram=of.full_gram().clone())] for of in moments_by_domain)
+                (moments,) = mixed(unseen, data.shares, [read_consumer(model, axis)[0]])
+                refit_consumer_(model, data.config, axis, moments, torch.tensor(keep))
+
+
+def _matrices(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Axis]:
+    for axis in axes:
+        weight = model.get_parameter(axis.param)
+        yield from [axis] if weight.ndim == 2 else (replace(axis, part=part) for part in range(len(weight)))

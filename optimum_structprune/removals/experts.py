@@ -1,0 +1,36 @@
+"""The step that takes out whole experts."""
+
+from __future__ import annotations
+
+from transformers.utils.logging import tqdm
+
+from ..arch.shrink import shrunk_config
+from ..method.score import best_units
+from ..method.shrink import shrink_layer_
+from ..pruning.run import Run, Step
+from ..record.plan import Plan
+from ..sources.experts import WithExperts
+from .cut import rebuilding_
+
+
+def remove_experts_(run: Run, step: Step) -> Plan:
+    """Take whole experts out of every layer, those first that contribute least (REAP, Lasby et al. 2025, eq. 8).
+
+    An expert cannot be masked: a router is a softmax over logits, and no weight makes one of them minus infinity. So
+    this is one step before the rounds, and the layers shrink at once.
+    """
+    with run.report.timed("experts"):
+        model, arch, keep = run.model, run.arch, dict[tuple[int, str], tuple[int, ...]]()
+        source = run.data.source(model, arch)
+        assert isinstance(source, WithExperts)
+        with rebuilding_(model, shrunk_config(model.config, arch, step.widths)) as smaller:
+            for layer in tqdm(range(arch.num_layers), desc="experts", unit="layer"):
+                with source.at(layer, changes=True):
+                    for space in arch.at(layer):
+                        if space.kind in step.widths:
+                            scores = run.data.combined(source.contributions(layer, space))
+                            keep[space.key] = best_units(scores, space.width_in(step.widths))
+                    run.changed = True
+                    shrink_layer_(model, arch, layer, keep, smaller)
+                    source.advance(layer)
+    return Plan(arch.model_type, keep)

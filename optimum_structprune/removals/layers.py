@@ -1,0 +1,174 @@
+"""The step that takes out whole layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..arch.hooks import adding, observe
+from ..arch.spec import LAYER, MODEL, ArchSpec, Axis, Space
+from ..config.pruning import REFITS, StructPruneConfig
+from ..method.calibrate import Moments, mixed, output_energy
+from ..method.layers import MAX_DEVIATION, InMemory, equal
+from ..method.linalg import ridge_strength
+from ..method.score import best_units, check_scores
+from ..method.shrink import read_consumer, write_consumer_
+from ..pruning.run import Run, Step
+from ..record.plan import Plan
+from ..sources.data import CalibrationData, layers_of
+from ..system.processes import as_first_has_
+from .cut import drop_layers_
+from .layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA, judges_layers
+
+
+# A channel whose factor has less than this share of the mean square comes through a norm too little to be fitted.
+LEAST_SHARE = 0.1
+
+
+def remove_layers_(run: Run, step: Step) -> Plan:
+    """Take out the layers that measured losses have chosen, or else those that matter least to the model as it is now.
+
+    The config's criterion counts where it scores whole layers; otherwise block influence does.
+    """
+    with run.report.timed("layers"):
+        keep = _layers_to_keep(run, step) if run.layers is None else run.layers
+        run.changed = True
+        take_out_layers_(run.model, run.arch, run.data, keep)
+    return Plan(run.arch.model_type, {(MODEL, LAYER): keep})
+
+
+def _layers_to_keep(run: Run, step: Step) -> tuple[int, ...]:
+    name, scores_by_domain = run.config.scored_by if judges_layers(run.config) else BLOCK_INFLUENCE, []
+    criterion = LAYER_CRITERIA.get(name)()
+    for _, batches in groupby(run.data.own_batches, lambda batch: batch.domain):
+        scores_by_domain.append(criterion.score(run.model, run.arch, list(batches)))
+        check_scores(scores_by_domain[-1], run.arch.num_layers, name, run.arch.layer_path)
+    scores = as_first_has_(run.data.combined(torch.stack(scores_by_domain)))
+    return best_units(scores, run.arch.of(LAYER)[0].width_in(step.widths))
+
+
+def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, keep: Sequence[int]) -> None:
+    """Remove layers; with error feedback, the layer in front of each gap makes up for it."""
+    source, reached = gap_source(model, arch, data), 0
+    if source is not None:
+        for layer, behind in pairwise((*keep, arch.num_layers)):
+            for other in range(reached, behind):
+                with source.at(other):
+                    source.advance_dense(other, arch.names)
+            reached = behind
+            with source.at(layer, changes=True):
+                if behind > layer + 1:
+                    refit_before_gap_(model, arch, data, layer, source)
+                source.advance(layer)
+    drop_layers_(model, arch, keep)
+
+
+def gap_source(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> InMemory | None:
+    """The source for `refit_before_gap_`; None where nothing makes up for a removed layer."""
+    source = layers_of(model, arch, data.own_batches, data.feedback) if data.feedback else None
+    if not isinstance(source, InMemory):
+        return None
+    source.other_path = Norm.behind  # else a layer that normalises its outputs could make up for nothing
+    return source
+
+
+def refit_before_gap_(
+    model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, layer: int, source: InMemory
+) -> None:
+    """Refit the last matrix of a layer that writes to the residual stream to the dense stream that the passes have
+    reached, behind the gap, as in ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819), which fits a map of what the
+    matrix gives.
+    """
+    space, path = _last_writer(arch, layer, source)
+    if space is None:
+        return
+    (axis,), weight = space.into, read_consumer(model, space.into[0])[0]
+    (moments,) = mixed(source.moments(layer, space, True), data.shares, [weight])
+    refitted = refit_consumer_(model, data.config, axis, moments, torch.arange(weight.shape[1]))
+    if isinstance(path, Norm):  # which would make the outputs as large as they were
+        energy = output_energy(refitted, replace(moments, energy=None))
+        size = (energy / output_energy(weight, moments)) ** 0.5
+        model.get_parameter(f"{path.module}.weight").data.add_(path.weight, alpha=size - 1)
+
+
+def _last_writer(arch: ArchSpec, layer: int, source: InMemory) -> tuple[Space | None, Any]:
+    """The last space of a layer whose only consumer writes to the residual stream, and its path there, if any does."""
+    for space in reversed([*arch.at(layer)]):
+        if space.experts is None and len(space.into) == 1:
+            if path := source.residual_path(layer, space.into[0].module):
+                return space, path
+    return None, None
+
+
+def size_of(x: Tensor) -> Tensor:
+    """The root of the mean square of each token, shape `(..., 1)`, fp32."""
+    return x.float().square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Tokens relative to their size, fp32. `x` has the shape `(..., channels)`."""
+    return x.float() / size_of(x)
+
+
+class Norm(NamedTuple):
+    """A norm between a consumer and the residual stream: its full name, and its factors, shape `(channels,)`. For units
+    inside the layers, error feedback through norms brings next to nothing.
+    """
+
+    module: str
+    weight: Tensor
+
+    def to_fit(self, x: Tensor, error: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `method.layers.Gain.to_fit`; what hardly comes through the norm is left out."""
+        assert product is not None
+        square = self.weight.square()
+        # The norm divides by the size of the product, so that is what an error of a token is relative to.
+        before = error * self.weight / (square + LEAST_SHARE * square.mean())
+        return x.float() / size_of(product), before, normalised(product)
+
+    @classmethod
+    @torch.no_grad()
+    def behind(cls, source: InMemory, layer: int, name: str) -> Norm | None:
+        """The norm that makes w · y / rms(y) of a module's output y and adds it to the residual stream, if there is
+        one.
+
+        What it makes of noise in the place of y is half of the difference to what it makes of its negative.
+        """
+        hidden, module = source.hidden[0], source.module(layer)
+        vectors = [vector for vector, of in module.named_parameters() if of.shape == hidden.shape[-1:]]
+        may = [vector.removesuffix(".weight") for vector in vectors if vector.endswith(".weight")]
+        noise = source.noise().expand(hidden.shape).to(next(module.parameters()))
+        outputs: list[Tensor] = []
+        behind: list[str] = []
+
+        def see(norm: str, x: Tensor) -> None:
+            if x.numel() == given.numel() and equal(x.reshape(given.shape), given):
+                behind.append(norm)
+
+        for given in (noise, -noise):
+            with adding(module.get_submodule(name), given, alone=True), observe(module, may, see):
+                outputs.append(source.output(layer, 0)[:1].float())
+        change, unit = (outputs[0] - outputs[1]) / 2, normalised(noise[:1])
+        weight = source.ranks.agreed((change * unit).mean((0, 1)) / unit.square().mean((0, 1)))
+        deviation = float(source.ranks.agreed((change - weight * unit).norm() / change.norm()))
+        if len(behind) != 2 or deviation > MAX_DEVIATION:
+            return None
+        return cls(f"{source.arch.layer_prefix(layer)}{behind[0]}", weight)
+
+
+def refit_consumer_(
+    model: nn.Module, config: StructPruneConfig, axis: Axis, moments: Moments, columns: Tensor
+) -> Tensor:
+    """Give a consumer refitted columns and zeros elsewhere, and return the columns, shape `(out, columns)`."""
+    weight, bias = read_consumer(model, axis)
+    columns = columns.to(weight.device)
+    ridge = ridge_strength(config.damping, len(columns), moments.count)
+    refitted = REFITS.get(config.refit)(weight, bias, moments, columns, ridge)
+    write_consumer_(model, axis, columns, *refitted)
+    return refitted[0]

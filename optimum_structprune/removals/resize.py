@@ -1,0 +1,158 @@
+"""Modules of other sizes in a whole model: layers of other widths, a narrower residual stream, fewer tokens."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..arch.modules import replace_
+from ..arch.shrink import shrunk_config
+from ..arch.spec import HIDDEN, MODEL, VOCAB, ArchSpec, ResidualStream, Width
+from ..arch.token_space import renumber_
+from ..errors import StructPruneError
+from ..method.shrink import slice_tensors, tensors_under
+from .cut import rebuilding_, replace_layers_
+
+
+@torch.no_grad()
+def resize_(model: PreTrainedModel, arch: ArchSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Give the layers the widths of a state dict that is about to be loaded; the values are zero until then."""
+    widths_by_kind: dict[str, dict[int, int]] = {}
+    for space in arch.spaces:
+        axis = space.out[0]
+        if axis.param in tensors:
+            present, loaded = (
+                holder.shape[axis.dim] for holder in (model.get_parameter(axis.param), tensors[axis.param])
+            )
+            widths_by_kind.setdefault(space.kind, {})[space.layer] = space.width * loaded // present
+    sizes: dict[str, Width] = {}
+    for name, widths in widths_by_kind.items():
+        narrowest, widest = min(widths.values()), max(widths.values())
+        if narrowest < widest and (reason := arch.uniform or arch.of(name)[0].uniform):
+            raise StructPruneError(
+                f"The state dict has {narrowest} units of {name!r} in one layer and {widest} in another; a plain "
+                f"{arch.model_type} config takes one width for all: {reason}."
+            )
+        sizes[name] = widest if narrowest == widest else widths
+    if all(space.width_in(sizes) == space.width for space in arch.spaces):
+        return
+    like = next(model.parameters())
+    _rebuild_(model, arch, shrunk_config(model.config, arch, sizes), lambda _, new: like.new_zeros(new.shape))
+
+
+@torch.no_grad()
+def pad_(model: PreTrainedModel, arch: ArchSpec) -> None:
+    """Give every layer the largest width of its kind; what is added is zero, and the outputs stay the same.
+
+    The added columns of the consumers are zero, so whatever the added units compute has no effect.
+    """
+    largest = {kind: max(space.width for space in arch.of(kind)) for kind in {space.kind for space in arch.spaces}}
+    state = model.state_dict()
+    places: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for space in arch.spaces:
+        size = largest[space.kind] * space.scale
+        # All experts of a layer get the same width, so the first one gives the places for all.
+        for axis in (axis for axis in space.axes if axis.part in (None, 0)):
+            # The parts of a packed weight follow each other, so a part begins where the padded ones before it end.
+            moved = replace(axis, offset=axis.offset // space.size * size)
+            places[axis.param][axis.dim] += moved.indices(range(space.size))
+
+    def padded(name: str, new: Tensor) -> Tensor:
+        tensor = state[name]
+        for dim, place in places[name].items():
+            shape = (*tensor.shape[:dim], new.shape[dim], *tensor.shape[dim + 1 :])
+            index = torch.tensor(place, device=tensor.device)
+            tensor = tensor.new_zeros(shape).index_copy_(dim, index, tensor)
+        return tensor
+
+    _rebuild_(model, arch, shrunk_config(model.config, arch, largest), padded)
+
+
+def _rebuild_(
+    model: PreTrainedModel, arch: ArchSpec, config: PretrainedConfig, values: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Replace the layers of a model by layers of other sizes."""
+    with rebuilding_(model, config) as resized:
+        prefixes = tuple(arch.layer_prefix(layer) for layer in range(arch.num_layers))
+        new = {name: tensor for name, tensor in resized.state_dict().items() if name.startswith(prefixes)}
+        replace_layers_(model, arch, resized, {name: values(name, tensor) for name, tensor in new.items()})
+
+
+@torch.no_grad()
+def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int], factors: Mapping[str, float]) -> None:
+    """Give a model a narrower residual stream, and its norms the weights that make up for it.
+
+    A norm divides by the root of a mean square. Once channels that are zero have been removed, the mean over the N'
+    others is N / N' times the mean over all N. So the residual stream is scaled by sqrt(N' / N), which restores the
+    mean and leaves the norms' epsilon right, and whatever reads it is scaled by the inverse: norms in their weights,
+    other readers in their own. A norm over what a layer writes needs nothing but the writers' scale.
+    """
+    assert arch.residual is not None
+    residual = arch.residual
+    config = shrunk_config(model.config, arch, {HIDDEN: len(keep)})
+    state = _scaled_state(model, residual, len(keep), factors)
+    state = slice_tensors(state, [residual.space], {(MODEL, HIDDEN): tuple(keep)})
+    # Buffers that depend on the width, such as the scale of embeddings, have to get their new values.
+    with rebuilding_(model, config, buffers=True) as narrower:
+        modules = dict.fromkeys(axis.module for axis in residual.space.axes)
+        for path in (path for path in modules if not path.startswith(f"{arch.layer_path}.")):
+            old, new = model.get_submodule(path), narrower.get_submodule(path)
+            fresh = {name: buffer for name, buffer in new.named_buffers() if name not in new.state_dict()}
+            replace_(old, new, tensors_under(state, f"{path}."), arch)
+            for name, buffer in fresh.items():
+                owner, _, leaf = name.rpartition(".")
+                setattr(new.get_submodule(owner), leaf, buffer.to(old.get_buffer(name).device))
+            model.set_submodule(path, new)
+        replace_layers_(model, arch, narrower, state)
+
+
+def _scaled_state(
+    model: PreTrainedModel, residual: ResidualStream, width: int, factors: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """The state dict with the scale that a residual stream of `width` channels needs."""
+    tensors = dict(model.state_dict())
+    scale = (width / residual.space.size) ** 0.5
+    address = tensors[residual.embed].data_ptr()
+    embeddings = [name for name, tensor in tensors.items() if tensor.data_ptr() == address]  # with a tied head
+    # Where transformers multiplies embeddings by the root of the width, the narrower config scales them already.
+    embedding = 1.0 if residual.scaled else scale
+    head = embedding if len(embeddings) > 1 else 1.0  # the norm before a tied head undoes the embedding's scale
+    norms = {read: f"{read.tap}.weight" for read in residual.reads if read.norm}
+    readers = {axis.param for read in residual.reads if not read.norm for axis in read.readers}
+    roles: list[tuple[Iterable[str], float]] = [
+        (embeddings, embedding),
+        (residual.writers, scale),
+        (readers, 1 / scale),
+        *(
+            ([name], factors.get(read.tap, 1.0) / scale / (head if read.layer == MODEL else 1.0))
+            for read, name in norms.items()
+        ),
+    ]
+    for names, factor in roles:
+        for name in names if factor != 1 else ():
+            plus = residual.plus if name in norms.values() else 0.0
+            tensors[name] = ((tensors[name].float() + plus) * factor - plus).to(tensors[name].dtype)
+    return tensors
+
+
+@torch.no_grad()
+def drop_tokens_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) -> None:
+    """Remove what a model has for all other tokens, and number the kept ones from 0; what is tied stays tied."""
+    space, tensors = arch.of(VOCAB)[0], model.state_dict(keep_vars=True)
+    with rebuilding_(model, shrunk_config(model.config, arch, {VOCAB: len(keep)}, stay=keep)) as smaller:
+        for tensor, dim in {id(tensors[axis.param]): (tensors[axis.param], axis.dim) for axis in space.axes}.values():
+            rows = torch.tensor([token for token in keep if token < tensor.shape[dim]], device=tensor.device)
+            tensor.data, tensor.grad = tensor.data.index_select(dim, rows), None
+        # Modules remember sizes and ids, such as that of the padding.
+        for name, module in smaller.named_modules():
+            old = model.get_submodule(name)
+            for key, value in vars(module).items():
+                if type(value) is int and key in vars(old):
+                    setattr(old, key, value)
+    if model.can_generate() and model.generation_config is not None:
+        renumber_(model.generation_config, keep, space.size)

@@ -1,0 +1,76 @@
+"""Fewer tokens: the text chooses them before anything else goes, and is then read again in those that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from ..arch.spec import MODEL, VOCAB, Widths
+from ..config.pruning import StructPruneConfig
+from ..domains.manifest import COUNTED, Entry
+from ..pruning.measure import Measure
+from ..pruning.run import Run
+from ..record.plan import Plan
+from ..vocabulary.choose import Tokens, predicted_shares, removal_order, token_shares
+from ..vocabulary.languages import scripts_of, tokens_per_word
+from ..vocabulary.tokens import Vocabulary
+from ..widths.budget import beside_tokens
+from .resize import drop_tokens_
+
+
+def remove_tokens_(run: Run, tokens: Tokens, widths: Widths, best_number: Callable[..., int]) -> Widths:
+    """Leave the model of a run the tokens that its text needs most; later steps take that as dense, and bring the
+    other spaces to the widths that are returned. `best_number` says how many stay where a budget leaves that open.
+    """
+    with run.report.timed("vocabulary"):
+        keep_of = partial(tokens.keep, _removal_order(run, tokens))
+        number = best_number(run, tokens.vocabulary, keep_of, tokens.may) if tokens.number is None else tokens.number
+        config, widths = _without_tokens(run, widths, number)
+        run.data = replace(run.data, config=config)
+        if number < tokens.rows:
+            _keep_tokens_(run, tokens.vocabulary, keep_of(number), number)
+    return widths
+
+
+def _removal_order(run: Run, tokens: Tokens) -> list[int]:
+    """The ids of the tokens that may go, those first that the text needs least."""
+    domains, size = run.data.domains, tokens.vocabulary.size
+    predicted = predicted_shares(run.model, domains, size) if run.arch.causal else None
+    return removal_order(tokens.vocabulary, token_shares(domains, size), tokens.always, predicted)
+
+
+def _without_tokens(run: Run, widths: Widths, number: int) -> tuple[StructPruneConfig, Widths]:
+    """The config and the final widths of the other spaces, once so many tokens are there."""
+    config = run.config
+    others = {name: width for name, width in widths.items() if name != VOCAB}
+    if config.widths is not None:
+        asked = {name: width for name, width in config.widths.items() if name != VOCAB}
+        return (replace(config, widths=asked) if asked else config), others
+    rest = beside_tokens(config, run.arch, run.model, number)
+    return (config, {}) if rest is None else (rest, others)
+
+
+def _keep_tokens_(run: Run, vocabulary: Vocabulary, keep: Sequence[int], number: int) -> None:
+    """Read the text of a run again in the tokens of `keep`, and leave its model those that have weights: the first
+    `number`. What the first reading held out is neither counted nor, in the second, calibrated on.
+    """
+    report, data, dense_tokenizer = run.report, run.data, run.dense_tokenizer
+    assert dense_tokenizer is not None
+    tokenizer, kept = vocabulary.smaller(keep), tuple(keep[:number])
+    texts = (str(dense_tokenizer.decode(ids)) for domain in data.domains for ids in domain.pool)
+    vocabulary.check(tokenizer, keep, texts)
+    with report.timed("domains"):
+        run.data = data.read_again(run.model, dense_tokenizer, tokenizer, run.seen)
+    if run.measure is not None and run.arch.causal:
+        run.measure.read_by(tokenizer, run.model)  # refuses samples that are too long for it
+    run.changed = True
+    drop_tokens_(run.model, run.arch, kept)
+    run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): kept}))
+    run.arch, run.tokenizer = run.described(), tokenizer
+    before, after = tokens_per_word(dense_tokenizer), tokens_per_word(tokenizer)
+    report.words = {code: {"before": of, "after": after[code]} for code, of in before.items()}
+    report.scripts = dict(scripts_of(vocabulary, {*range(vocabulary.size)} - {*keep}))
+    run.counted = [Entry.of(domain, COUNTED) for domain in data.domains]
+    if not run.arch.causal:  # hidden states of other tokens do not compare
+        run.measure = Measure(run.model, run.data.domains, run.arch)

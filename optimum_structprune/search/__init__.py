@@ -1,0 +1,1 @@
+"""Widths that follow from measurements: losses of single layers, shapes, rounds with masks, limits."""

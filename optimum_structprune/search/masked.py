@@ -1,0 +1,298 @@
+"""Pruning by masks, which can be taken back: for rounds, for limits, and for what is pruned on trial."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from ..arch.spec import ArchSpec, Axis, Space, Widths
+from ..config.pruning import StructPruneConfig
+from ..method.calibrate import Moments, mixed
+from ..method.loop import Method, Pruned, choose_units, refit_consumers, score_units
+from ..method.score import check_scores
+from ..method.shrink import Values, read_consumer, shrink_layer_, units_to_columns, write_consumer_
+from ..record.plan import Plan
+from ..sources.data import CalibrationData, Source, method_of
+from ..sources.offloaded import layer_in_memory
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What masks have reached: the kept units and the errors, by layer and space, and the values of the consumers of
+    these spaces.
+    """
+
+    keep: Mapping[tuple[int, str], tuple[int, ...]]
+    consumers: Mapping[Axis, Values]
+    errors: Mapping[tuple[int, str], tuple[float, ...]] = field(default_factory=dict)
+
+
+class Consumers:
+    """The consumers of a model that is being pruned, with the dense values of those that have been changed.
+
+    A removed unit is masked: its columns are zero. The dense values are remembered in the model's own dtype, so every
+    change can be undone exactly until `forget` is called.
+    """
+
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec):
+        self.model, self.arch = model, arch
+        self._dense: dict[Axis, Values] = {}
+
+    def present(self, axis: Axis) -> Values:
+        """The values as they are, as fp32 copies."""
+        return self._read(axis, torch.float32)
+
+    def dense(self, axis: Axis) -> Values:
+        """The values before any change, as fp32 copies."""
+        if axis not in self._dense:
+            return self.present(axis)
+        weight, bias = self._dense[axis]
+        return weight.to(torch.float32, copy=True), None if bias is None else bias.to(torch.float32, copy=True)
+
+    def mask_(self, axis: Axis, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Give the kept columns new values and mask all others; see `write_consumer_`."""
+        self._remember([axis])
+        with self._layer_of(axis, changes=True):
+            write_consumer_(self.model, axis, columns, weight, bias)
+
+    def copies(self, axes: Iterable[Axis]) -> dict[Axis, Values]:
+        """Copies of the present values of some consumers, in the model's dtype."""
+        return {axis: self._read(axis) for axis in axes}
+
+    @contextmanager
+    def holding(self, values: Mapping[Axis, Values]) -> Iterator[None]:
+        """Consumers that have other values inside `with`."""
+        present = self.copies(values)
+        self._put_(values)
+        try:
+            yield
+        finally:
+            self._put_(present)
+
+    def as_dense(self, axes: Iterable[Axis]) -> AbstractContextManager[None]:
+        """Consumers that have their dense values inside `with`."""
+        return self.holding({axis: self._dense[axis] for axis in axes if axis in self._dense})
+
+    def restore_(self, values: Mapping[Axis, Values]) -> None:
+        """Go back to what `copies` gave; consumers that it does not name become dense again."""
+        self._remember(values)
+        self._put_({**self._dense, **values})
+
+    def undo_(self) -> None:
+        """Make every consumer dense again."""
+        self._put_(self._dense)
+        self._dense = {}
+
+    def forget(self, axes: Iterable[Axis]) -> None:
+        """Drop the dense values of consumers whose removed columns have left the model."""
+        for axis in axes:
+            self._dense.pop(axis, None)
+
+    def _remember(self, axes: Iterable[Axis]) -> None:
+        self._dense |= self.copies(axis for axis in axes if axis not in self._dense)
+
+    @torch.no_grad()
+    def _put_(self, values: Mapping[Axis, Values]) -> None:
+        for axis, (weight, bias) in values.items():
+            with self._layer_of(axis, changes=True):
+                every = torch.arange(weight.shape[1], device=weight.device)
+                write_consumer_(self.model, axis, every, weight, bias)
+                module = self.model.get_submodule(axis.module)
+                if bias is None and axis.part is None and getattr(module, "bias", None) is not None:
+                    module.bias = None  # type: ignore[assignment]  # a refit added it
+
+    def _read(self, axis: Axis, dtype: torch.dtype | None = None) -> Values:
+        with self._layer_of(axis):
+            return read_consumer(self.model, axis, dtype)
+
+    def _layer_of(self, axis: Axis, changes: bool = False) -> AbstractContextManager[None]:
+        """Have the weights of the layer of a consumer in memory inside `with`."""
+        layers = range(self.arch.num_layers)
+        layer = next(layer for layer in layers if axis.module.startswith(self.arch.layer_prefix(layer)))
+        return layer_in_memory(self.model, self.arch, layer, changes)
+
+
+class MaskedPruning:
+    """Prunes the units inside the layers of a model by masks, in one pass over the layers or in several.
+
+    Every refit starts from the dense weights and aims at the dense layer's output on the present residual stream: no
+    error of an earlier pass is fitted again. Scores, in contrast, are those of the refitted weights, in which a kept
+    unit already makes up for units removed before.
+
+    Attributes:
+        pruned: The kept units so far and what their choice cost.
+        shrunk: Whether a layer has lost its removed units for good.
+    """
+
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig, refit: str | None = None):
+        self.model, self.arch, self.config = model, arch, config
+        self.refit = refit or config.refit
+        self.pruned = Pruned()
+        self.consumers = Consumers(model, arch)
+        self.shrunk = False
+
+    @property
+    def plan(self) -> Plan:
+        """The kept units, as a value."""
+        return Plan(self.arch.model_type, dict(self.pruned.keep))
+
+    def method(self, data: CalibrationData) -> Method:
+        """How units are scored and refitted, by this data."""
+        statistics = data.whole_model_statistics(self.model, self.arch)
+        return method_of(self.config, data.shares, self.refit, statistics)
+
+    def run_(self, source: Source, method: Method, widths: Widths) -> None:
+        """Bring all layers to their widths, one after the other; see `prune_layer_`."""
+        for layer in tqdm(range(self.arch.num_layers), desc="trial", unit="layer"):
+            with source.at(layer, changes=True):
+                self.prune_layer_(layer, source, method, widths)
+
+    def prune_layer_(
+        self, layer: int, source: Source, method: Method, widths: Widths, smaller: PreTrainedModel | None = None
+    ) -> None:
+        """Bring one layer to its widths, and the samples behind it: by masks, or with the `smaller` model, to the size
+        that the layer has there.
+        """
+        axes = [axis for space in self.arch.at(layer) for axis in space.into]
+        with self.consumers.as_dense(axes):
+            source.advance_dense(layer, widths.keys())
+        for space in self.arch.at(layer):
+            width = space.width_in(widths) * space.scale
+            if width < space.size:
+                moments = self.gather(source, method, space)
+                scores = self.score(method, space, moments)
+                self.choose_(method, space, moments, scores, width)
+                self.refit_(method, space, moments, measured=True)
+                del moments  # before those of the next space: a Gram matrix takes gigabytes
+        if smaller is not None:
+            self.shrunk = True
+            shrink_layer_(self.model, self.arch, layer, self.pruned.keep, smaller)
+            self.consumers.forget(axes)
+        source.advance(layer)
+
+    def gather(self, source: Source, method: Method, space: Space) -> list[Moments]:
+        """The moments of the domain mixture at each consumer of a space."""
+        weights = [self.consumers.dense(axis)[0] for axis in space.into]
+        # A refit starts from the dense weights, so error feedback has to see the error that these leave.
+        with self.consumers.as_dense(space.into):
+            return mixed(source.moments(space.layer, space, method.gram), method.shares, weights)
+
+    def score(self, method: Method, space: Space, moments: Sequence[Moments]) -> Tensor:
+        """The scores of the units that are left, by the present weights, shape `(units,)`."""
+        criterion = method.criterion(space.layer)
+        weights, present = self._present(method, criterion, space, moments)
+        return score_units(criterion, space, weights, present, method.name)
+
+    def choose_(self, method: Method, space: Space, moments: Sequence[Moments], scores: Tensor, width: int) -> None:
+        """Keep the units with the highest scores, or those that the criterion takes in their place."""
+        dense = [self.consumers.dense(axis) for axis in space.into]
+        present, criterion = self._units(space), method.criterion(space.layer)
+        self.pruned.keep[space.key] = choose_units(criterion, space, scores, width, present, dense, moments)
+
+    def refit_(self, method: Method, space: Space, moments: Sequence[Moments], measured: bool = False) -> None:
+        """Give each consumer of a space its refitted columns and mask the others; if it is `measured`, record how much
+        of its output is lost.
+        """
+        keep, dense = self.pruned.keep[space.key], [self.consumers.dense(axis) for axis in space.into]
+        refitted, error = refit_consumers(method.criterion(space.layer), space, keep, dense, moments, method, measured)
+        for axis, columns in zip(space.into, refitted, strict=True):
+            self.consumers.mask_(axis, *columns)
+        if error is not None:
+            self.pruned.errors[space.key] = error
+
+    def trial(
+        self, method: Method, space: Space, moments: Sequence[Moments], scores: Tensor, width: int
+    ) -> dict[Axis, Values]:
+        """The values of the consumers of one space if it kept `width` units; the model is left as it is."""
+        keep = dict(self.pruned.keep)
+        with self.consumers.holding(self.consumers.copies(space.into)):
+            self.choose_(method, space, moments, scores, width)
+            self.refit_(method, space, moments)
+            values = self.consumers.copies(space.into)
+        self.pruned.keep = keep
+        self.consumers.forget(space.into)
+        return values
+
+    def scores(self, source: Source, method: Method, names: Collection[str]) -> dict[tuple[int, str], Tensor]:
+        """Scores of the units of the dense model that compare over layers and spaces, by layer and name of the space,
+        shape `(units,)`; nothing is changed.
+        """
+        scores = {}
+        for layer in tqdm(range(self.arch.num_layers), desc="ranking", unit="layer"):
+            with source.at(layer):
+                for space in self.arch.at(layer):
+                    if space.kind in names:
+                        scores[space.key] = self._comparable(space, source, method)
+                source.advance(layer)
+        return scores
+
+    def snapshot(self) -> Snapshot:
+        """Copies of what has changed so far."""
+        spaces = [space for space in self.arch.spaces if space.key in self.pruned.keep]
+        values = self.consumers.copies(axis for space in spaces for axis in space.into)
+        return Snapshot(dict(self.pruned.keep), values, dict(self.pruned.errors))
+
+    def restore_(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this run, or take one of an earlier run of the same rounds into the dense model."""
+        self.pruned = Pruned(dict(snapshot.keep), dict(snapshot.errors))
+        self.consumers.restore_(snapshot.consumers)
+
+    def undo_(self) -> None:
+        """Make the model dense again, unless units have been removed for good."""
+        if not self.shrunk:
+            self.consumers.undo_()
+
+    def forget_(self, layers: Iterable[int]) -> None:
+        """Take note that layers have lost their removed units for good."""
+        for layer in layers:
+            self.shrunk = True
+            self.consumers.forget(axis for space in self.arch.at(layer) for axis in space.into)
+
+    def _units(self, space: Space) -> Sequence[int]:
+        """The units of a space that no earlier round has removed."""
+        return self.pruned.keep.get(space.key, range(space.size))
+
+    def _present(
+        self, method: Method, criterion: object, space: Space, moments: Sequence[Moments]
+    ) -> tuple[list[Tensor], list[Moments]]:
+        """What a criterion scores: the present weights of the units that are left, and their moments."""
+        weights, units, selected = [], self._units(space), []
+        for axis, of_consumer in zip(space.into, moments, strict=True):
+            weight = self.consumers.present(axis)[0]
+            of_consumer = replace(of_consumer, prior=method.prior(criterion, self.model, self.arch, space, axis))
+            if len(units) < space.size:
+                columns = units_to_columns(units, axis, weight.device)
+                weight, of_consumer = weight[:, columns], of_consumer.select(columns)
+            weights.append(weight)
+            selected.append(of_consumer)
+        return weights, selected
+
+    def _comparable(self, space: Space, source: Source, method: Method) -> Tensor:
+        """Scores of the units of a space that compare over layers, shape `(units,)`."""
+        criterion, by_consumer = method.criterion(space.layer), []
+        gram = criterion.needs_gram
+        weights = [self.consumers.present(axis)[0] for axis in space.into]
+        moments = mixed(source.moments(space.layer, space, gram), method.shares, weights)
+        weights, moments = self._present(method, criterion, space, moments)
+        for axis, weight, of_consumer in zip(space.into, weights, moments, strict=True):
+            columns = criterion.score(weight, of_consumer, 1)
+            check_scores(columns, weight.shape[1], method.name, axis.module)
+            by_consumer.append(standardised(columns, axis.per_unit).cpu())
+        return torch.stack(by_consumer).mean(0)
+
+
+def standardised(columns: Tensor, columns_per_unit: int) -> Tensor:
+    """Scores that can be compared over layers and spaces, shape `(units,)`: the mean z-score of a unit's columns.
+
+    As in FLAP (An et al. 2023, section 3.3), the score of every column, shape `(units * columns_per_unit,)`, is
+    standardised over the columns of its layer. It is a mean and not a sum, so that it is a score per column, and
+    thereby per parameter.
+    """
+    spread = columns.std(correction=0).clamp(min=torch.finfo(columns.dtype).tiny)
+    return ((columns - columns.mean()) / spread).reshape(-1, columns_per_unit).mean(1)

@@ -1,0 +1,262 @@
+"""The final shape of a run: as its config says, by scores of all units, or by measured losses, which propose a few
+shapes that short prunings on trial decide between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import inf, isnan
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..arch.load import describe
+from ..arch.spec import LAYER, ArchSpec, Widths
+from ..config.pruning import ALLOCATIONS, StructPruneConfig
+from ..errors import StructPruneError
+from ..forward.metrics import evaluating
+from ..pruning.run import Run
+from ..removals.layers import take_out_layers_
+from ..sources.data import CalibrationData
+from ..system.offloading import is_offloaded
+from ..system.processes import of_first
+from ..widths.allocation import alike, candidate_widths, choices, legal_widths, spaces_by_layer
+from ..widths.budget import keeps_to, resources, widths_of
+from ..widths.shapes import Curves, Key, Resource, Shape, searched_widths, uniform_shapes
+from .masked import MaskedPruning
+from .trials import TRIAL_TOKENS, Probe, Trials
+
+
+# So many uniform shapes are pruned on trial.
+FINALISTS = 4
+# The name under which a run remembers the losses of its trials.
+MEASURED_LOSSES = "measured losses"
+Scores = dict[tuple[int, str], Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A shape that may be taken, what has proposed it, and the loss that those of single layers add up to."""
+
+    name: str
+    shape: Shape
+    predicted: float | None = None
+
+
+def choose_shape(run: Run, widths: Widths) -> Shape:
+    """The shape that a run brings its model to: the widths of its config, or where that says so, others of the same
+    total from scores of all units or from measured losses.
+    """
+    if not widths or run.config.allocation == "uniform":
+        return Shape(widths)
+    if run.config.searches:
+        return searched_shape(run)
+    rank = ALLOCATIONS.get(run.config.allocation)
+    with evaluating(run.model), run.report.timed("ranking"):
+        scores = rank(run.model, run.arch, run.data, list(widths))
+    return Shape(widths_of(run.config, run.arch, run.model, scores))
+
+
+@ALLOCATIONS.register("global")
+def dense_scores(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, names: Collection[str]) -> Scores:
+    """Scores of all units that compare over layers and spaces, from one pass over the dense model.
+
+    Args:
+        model: The dense model, in eval mode, which stays as it is.
+        arch: The description of the model.
+        data: The samples of the run and its config.
+        names: The kinds of space that shrink.
+
+    Returns:
+        By layer and name of the space, shape `(units,)`; the units with the lowest scores go first.
+    """
+    pruning = MaskedPruning(model, arch, data.config)
+    return pruning.scores(data.source(model, arch, fixed=True), pruning.method(data), names)
+
+
+def searched_shape(run: Run) -> Shape:
+    """The shape that loses least of those that remove as much as a config says.
+
+    Every layer in turn gives up a quarter and three quarters of each space, with the refit of the config, and for
+    `search_uniform` itself as a whole, while all others are dense. The loss is KL(dense‖model) on held-out text. The
+    shapes of least total loss and the one without measured losses are then pruned on trial, all layers together, and
+    the best is taken.
+    """
+    report = run.report
+    with evaluating(run.model), report.timed("search"):
+        probe = Probe.of(run.model, run.arch, run.data)
+        search = Search(run.model, run.arch, run.data)
+        trials = search.trials(probe)
+        losses = run.data.cache.get(MEASURED_LOSSES) or trials.losses()
+        tried = search.tried(of_first(search.candidates(trials.curves(losses))), probe)
+    best = min(tried, key=lambda pair: pair[0])[1]
+    report.shapes = [
+        {
+            "proposed_by": candidate.name,
+            "widths": candidate.shape.after_removal(),
+            "layers": candidate.shape.layers,
+            "predicted_loss": candidate.predicted,
+            "loss": loss,
+            "chosen": candidate is best,
+        }
+        for loss, candidate in tried
+    ]
+    return best.shape
+
+
+class Search:
+    """The shapes of one model that keep to one config; `plain` are the widths of `allocation="uniform"`."""
+
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, data: CalibrationData):
+        self.model, self.arch, self.config, self.data = model, arch, data.config, data
+        self.legal = legal_widths(self.config, arch, model.config)
+        # What shrinks by default depends on the allocation.
+        named = self.config if self.config.widths else replace(self.config, targets=tuple(self.legal))
+        uniform = replace(named, allocation="uniform", objective="mean", losses_dir=None)
+        self.plain = widths_of(uniform, arch, model)
+
+    def trials(self, probe: Probe) -> Trials:
+        """The trials that the choice takes."""
+        # A trial has no errors of earlier layers that error feedback could see, and a bias would stay in the model.
+        refit = "none" if self.config.refit == "bias" else self.config.refit
+        spaces = {
+            (layer, name): of_kind
+            for name in self.plain
+            for layer, of_kind in spaces_by_layer(self.arch, name).items()
+            if layer not in self.config.skip_layers
+        }
+        return Trials(
+            MaskedPruning(self.model, self.arch, self.config, refit),
+            self.data,
+            probe,
+            spaces,
+            offers_layers(self.config, self.arch, self.model),
+        )
+
+    def candidates(self, curves: Curves) -> list[Candidate]:
+        """The shapes that are pruned on trial: those that measured losses speak for, and the one of `uniform`."""
+        config, plain = self.config, Candidate("one width", Shape(self.plain))
+        needed = resources(config, self.arch, self.model, list(self.plain), bool(curves.layers))
+        proposed = []
+        if config.allocation != "search_uniform":
+            proposed += self._layer_by_layer(curves, needed)
+        alike_now = alike(self.arch, list(self.plain)) and not config.skip_layers
+        if config.allocation != "sensitivity" and config.widths is None and alike_now:
+            proposed += self._uniform(curves, needed[0])
+        # A budget of cache is predicted from means over the layers, which differ where a layer keeps more than others.
+        kept = [
+            candidate
+            for candidate in proposed
+            if candidate.shape.layers or keeps_to(config, self.arch, self.model, candidate.shape.widths)
+        ]
+        distinct: dict[str, Candidate] = {}
+        for candidate in (*kept, plain):
+            shape = candidate.shape
+            distinct.setdefault(repr((shape.layers, sorted(shape.widths.items()))), candidate)
+        return list(distinct.values())
+
+    def _layer_by_layer(self, curves: Curves, needed: Sequence[Resource]) -> list[Candidate]:
+        """The best widths for each layer, and those halfway to one width, since layers that each give up much lose
+        more together than they do one at a time.
+        """
+        spaces = {(space.layer, name): space for name in self.plain for space in self.arch.of(name)}
+        widths = {
+            key: candidate_widths(self.config, self.arch, space, self.legal[key[1]])
+            for key, space in spaces.items()
+            if key[0] not in self.config.skip_layers
+        }
+        needed = [self._to_the_nearest(resource, _least_step(resource, widths)) for resource in needed]
+        best = searched_widths(widths, curves, needed)
+        proposed = [Candidate("each layer", Shape(best), _predicted(curves, best))]
+        between = {}
+        for key, of_key in widths.items():
+            plain, searched = spaces[key].width_in(self.plain), spaces[key].width_in(best)
+            ends = sorted((2 * plain, searched + plain))
+            # Where one width is no multiple of `round_to`, none may lie between it and a width that is next to it.
+            between[key] = [width for width in of_key if ends[0] <= 2 * width <= ends[1]] or [searched]
+        with suppress(StructPruneError):  # the widths in between may be too few to save enough
+            halfway = searched_widths(between, curves, needed)
+            proposed.append(Candidate("halfway", Shape(halfway), _predicted(curves, halfway)))
+        return proposed
+
+    def _uniform(self, curves: Curves, needed: Resource) -> list[Candidate]:
+        """The best few shapes of one width, the best of those that keep all layers among them."""
+        may = {name: choices(self.config, self.arch, name, self.legal[name]) for name in self.plain}
+        finest = max(may, key=lambda name: len(may[name]))
+        step = min((high - low for low, high in pairwise(may[finest])), default=0)
+        needed = self._to_the_nearest(needed, step * sum(needed.unit[key] for key in curves.units if key[1] == finest))
+        most_skipped = int((1 - self.config.min_width) * self.arch.num_layers) if curves.layers else 0
+        ranked = uniform_shapes(may, curves, needed, most_skipped)
+        whole = [pair for pair in ranked if pair[1].layers is None][:1]
+        most = FINALISTS if self.config.allocation == "search_uniform" else 1
+        return [Candidate("one shape", shape, loss) for loss, shape in [*ranked[:most], *whole]]
+
+    def _to_the_nearest(self, resource: Resource, step: float) -> Resource:
+        """What is needed, to within half of a step, where it is a share or a mean and not a budget that is kept."""
+        return resource if self.config.budget is not None else replace(resource, need=resource.need - step / 2)
+
+    def tried(self, candidates: Sequence[Candidate], probe: Probe) -> list[tuple[float, Candidate]]:
+        """The loss of the model in each shape, after a pruning on a part of the samples."""
+        if len(candidates) == 1:
+            return [(0.0, candidates[0])]
+        return [(self.loss(candidate.shape, probe), candidate) for candidate in candidates]
+
+    def loss(self, shape: Shape, probe: Probe) -> float:
+        """The loss of the model in one shape, after a pruning on a part of the samples; infinite where it is NaN."""
+        data = self.data.portion(TRIAL_TOKENS)
+        total = data.total_loss(self._losses_in(shape, data, probe))
+        return inf if isnan(total) else total
+
+    def _losses_in(self, shape: Shape, data: CalibrationData, probe: Probe) -> Tensor:
+        """The losses by domain of the model in a shape; the model itself is only masked, and comes back as it was."""
+        model, arch = self.model, self.arch
+        if shape.layers is not None:
+            model = deepcopy(model)
+            take_out_layers_(model, arch, data, shape.layers)
+            arch = describe(model, self.config.arch_file)
+        widths = {name: width for name, width in shape.after_removal().items() if name != LAYER}
+        pruning = MaskedPruning(model, arch, self.config)
+        try:
+            pruning.run_(data.source(model, arch, data.feedback), pruning.method(data), widths)
+            return probe.losses(model)
+        finally:
+            pruning.consumers.undo_()
+
+
+def offers_layers(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> bool:
+    """Whether whole layers may go: where `search_uniform` says how much in all, the layers are alike, and nothing else
+    in the config speaks of more than one round.
+    """
+    return (
+        config.allocation == "search_uniform"
+        and LAYER in arch.offered
+        and alike(arch, arch.names)
+        and config.stats is None
+        and config.rounds == 1
+        and config.max_perplexity_ratio is None
+        and not is_offloaded(model)
+    )
+
+
+def _least_step(resource: Resource, widths: Mapping[Key, Sequence[int]]) -> float:
+    """How much goes with the cheapest step from one width to the next."""
+    steps = [
+        resource.unit[key] * (high - low)
+        for key, of_key in widths.items()
+        for high, low in pairwise(of_key)
+        if key in resource.unit
+    ]
+    return min(steps, default=0.0)
+
+
+def _predicted(curves: Curves, widths: Mapping[str, Mapping[int, int]]) -> float:
+    """The total of the measured losses of what is removed."""
+    return sum(
+        curve[len(curve) - 1 - widths[name][layer]]
+        for (layer, name), curve in curves.units.items()
+        if layer in widths[name]
+    )

@@ -1,0 +1,191 @@
+"""How many tokens stay where they compete with the layers for one budget: the number of the least measured loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import inf, isnan
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..arch.spec import VOCAB
+from ..domains.domain import Domain
+from ..errors import StructPruneError
+from ..forward.metrics import evaluating, row_losses
+from ..pruning.run import Run
+from ..system.processes import of_first
+from ..vocabulary.tokens import Vocabulary
+from ..widths.allocation import legal_widths
+from ..widths.budget import beside_tokens, token_numbers, widths_of
+from ..widths.shapes import Curves, Shape
+from .search import MEASURED_LOSSES, Search
+from .trials import Probe, Trials
+
+
+# So many numbers of tokens are compared, in equal ratios, and then so many halfway from the best to its neighbours.
+NUMBERS, FINER = 6, 2
+# What layers lose together is up to so many times what it was predicted to be; more says little of other widths.
+MOST_GROWTH = 4.0
+
+
+@dataclass(frozen=True)
+class Balance:
+    """A number of tokens, and what the model loses in nats per token of the dense vocabulary: because the others are
+    gone, and because of what the layers still have to give up then, which a short pruning has `measured` or single
+    layers predict.
+    """
+
+    tokens: int
+    tokens_loss: float
+    layers_loss: float
+    measured: bool = False
+
+
+def best_number(run: Run, vocabulary: Vocabulary, keep_of: Callable[[int], Sequence[int]], may: range) -> int:
+    """The number of tokens that stay, in `may` or all of them, for the least total loss within a budget.
+
+    The loss of tokens is measured on held-out text, which the dense model reads and predicts in the tokens that
+    `keep_of` leaves; that of the layers follows from the trials of the search, which are made once. What layers lose
+    one at a time adds up to less than they lose together, so a short pruning corrects it where the total is least.
+    """
+    model, data, report, layers = run.model, run.data, run.report, _Layers(run)
+    legal, numbers = _numbers(run, may)
+    with evaluating(model), report.timed("search"):
+        dense_losses = [row_losses(model, [*domain.trial]).sum() for domain in data.domains]
+        balances: list[Balance] = []
+        for _ in range(NUMBERS + FINER):
+            if not numbers:
+                layers.correct_(balances)
+            number = numbers.pop() if numbers else _between(balances, legal)
+            if any(balance.tokens == number for balance in balances):  # nothing legal lies in between
+                break
+            losses = token_losses(model, vocabulary, data.domains, keep_of(number)[:number], dense_losses)
+            tokens_loss = of_first(data.total_loss(losses))
+            # What goes beside other tokens costs nothing less than these alone; anything else is noise.
+            more = (balance.tokens_loss for balance in balances if balance.tokens > number)
+            tokens_loss = inf if isnan(tokens_loss) else max([0.0, tokens_loss, *more])
+            balances.append(Balance(number, tokens_loss, layers.least_loss(number)))
+        layers.correct_(balances)
+    best = _best(balances)
+    if best.layers_loss == inf:
+        raise StructPruneError(
+            f"budget={run.config.budget} is met by no widths of {run.config.shrinking}; allow more, or add targets."
+        )
+    balances.sort(key=lambda balance: -balance.tokens)
+    report.balances = [{**vars(balance), "chosen": balance is best} for balance in balances]
+    return best.tokens
+
+
+def _best(balances: Sequence[Balance]) -> Balance:
+    return min(balances, key=lambda balance: balance.tokens_loss + balance.layers_loss)
+
+
+def _between(balances: Sequence[Balance], legal: Sequence[int]) -> int:
+    """The number of tokens in the middle of the wider gap beside the best one."""
+    tried = sorted(balance.tokens for balance in balances)
+    at = tried.index(_best(balances).tokens)
+    low, high = max(
+        pairwise(tried[max(at - 1, 0) : at + 2]), key=lambda gap: gap[1] - gap[0], default=(tried[at],) * 2
+    )
+    return min(legal, key=lambda number: abs(number - (low + high) / 2))
+
+
+class _Layers:
+    """What the layers lose for the sake of one budget, by how many tokens go; the trials are made once, and what they
+    predict is multiplied by `factor`.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.trials: Trials | None = None
+        self.shapes: dict[int, tuple[Search, Shape]] = {}
+        self.factor = 1.0
+
+    def least_loss(self, number: int) -> float:
+        """The predicted loss of the best shape with so many tokens; infinity where no shape keeps to the budget."""
+        run = self.run
+        rest = beside_tokens(run.config, run.arch, run.model, number, cut=False)
+        if rest is None:
+            return 0.0
+        try:
+            search = Search(run.model, run.arch, replace(run.data, config=rest))
+            candidates = search.candidates(self._curves(search))
+        except StructPruneError:
+            return inf
+        predicted = [(of.predicted, of.shape) for of in candidates if of.predicted is not None]
+        if not predicted:
+            return inf
+        # Processes could part ways here, in the last digit of a loss or at a time limit, and would then wait for ever.
+        loss, shape = of_first(min(predicted, key=lambda pair: pair[0]))
+        self.shapes[number] = search, shape
+        return inf if isnan(loss) else self.factor * loss
+
+    def correct_(self, balances: list[Balance]) -> None:
+        """Measure the loss in the layers where the total is least, until that is measured; predictions change by as
+        much.
+        """
+        while not (best := _best(balances)).measured:
+            loss = self._loss_together(best.tokens) if best.tokens in self.shapes else best.layers_loss
+            growth = min(loss / best.layers_loss, MOST_GROWTH) if best.layers_loss and loss < inf else 1.0
+            self.factor *= growth
+            for at, of in enumerate(balances):
+                if of is best:
+                    balances[at] = replace(of, layers_loss=loss, measured=True)
+                elif not of.measured:
+                    balances[at] = replace(of, layers_loss=growth * of.layers_loss)
+
+    def _loss_together(self, number: int) -> float:
+        assert self.trials is not None
+        search, shape = self.shapes[number]
+        return search.loss(shape, self.trials.probe)
+
+    def _curves(self, search: Search) -> Curves:
+        if self.trials is None:
+            self.trials = search.trials(Probe.of(self.run.model, self.run.arch, self.run.data))
+            self.run.data.cache[MEASURED_LOSSES] = self.trials.losses()
+        return self.trials.curves(self.run.data.cache[MEASURED_LOSSES])
+
+
+def _numbers(run: Run, may: range) -> tuple[list[int], list[int]]:
+    """The numbers of tokens that may be, and those that are compared first, ascending; the largest that meets the
+    budget alone is one of these.
+    """
+    config, arch, model = run.config, run.arch, run.model
+    space, numbers = arch.of(VOCAB)[0], token_numbers(config, arch, legal_widths(config, arch, model.config), may)
+    try:
+        alone = widths_of(replace(config, targets=(VOCAB,), allocation="uniform", losses_dir=None), arch, model)
+        most = space.width_in(alone)
+        enough = max((number for number in numbers if number <= most), default=numbers[0])
+    except StructPruneError:
+        enough = numbers[0]
+    # The first units of the layers cost next to nothing, so that the best number is often little above the least.
+    steps = (enough * (space.size / enough) ** (step / (NUMBERS - 1)) for step in range(NUMBERS))
+    return numbers, sorted({enough, space.size, *(min(numbers, key=lambda of: abs(of - step)) for step in steps)})
+
+
+def token_losses(
+    model: PreTrainedModel,
+    vocabulary: Vocabulary,
+    domains: Sequence[Domain],
+    keep: Sequence[int],
+    dense_losses: Sequence[Tensor],
+) -> Tensor:
+    """What a causal model loses in nats per token of its own vocabulary where it reads and predicts only those of
+    `keep`, on the text of each domain that choices are made on; shape `(domains,)`, fp64. `dense_losses` are its
+    total losses on these texts.
+    """
+    kept, among = set(keep), torch.tensor(keep)
+    losses = []
+    for domain, before in zip(domains, dense_losses, strict=True):
+        rows = [spelled(row.tolist(), vocabulary, kept) for row in domain.trial]
+        losses.append((row_losses(model, rows, among).sum() - before) / domain.trial[:, 1:].numel())
+    return torch.stack(losses)
+
+
+def spelled(row: Sequence[int], vocabulary: Vocabulary, kept: set[int]) -> Tensor:
+    """A row of dense tokens in those that stay, of the first token, which is context only, the last one."""
+    first, *rest = ([token] if token in kept else [*vocabulary.parts(token, kept)] or [token] for token in row)
+    return torch.tensor([*first[-1:], *(token for of in rest for token in of)])

@@ -1,0 +1,332 @@
+"""What the model loses when one layer alone gives up a part of its units, or goes: measured, not estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from ..arch.modules import layer_list
+from ..arch.spec import LAYER, ArchSpec, Axis, Space
+from ..forward.generation import last_logits_only
+from ..forward.metrics import TOKENS_AT_ONCE, divergence
+from ..method.layers import Batch, InMemory, run_model
+from ..method.loop import Method
+from ..method.shrink import Values
+from ..removals.layers import gap_source, refit_before_gap_
+from ..sources.data import CalibrationData, Source, batches_of, layers_of
+from ..system.processes import add_up_, of_all, process_count, process_index
+from ..system.resume import Resume
+from ..widths.shapes import Curves, Key
+from .masked import MaskedPruning
+
+
+# The shares of a space that are removed in the trials. A third trial, at a half, changes the predicted loss by 2 %.
+SHARES = (0.25, 0.75)
+# A trial runs about so many held-out tokens, over all domains, and compares the predictions of every fourth one.
+PROBE_TOKENS = 2048
+STRIDE = 4
+# What is pruned on trial in more than one layer is so on so many calibration tokens at most.
+TRIAL_TOKENS = 8192
+# Smaller losses, in nats per token, are noise.
+LEAST_LOSS = 1e-9
+# The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
+Losses = dict[Key, dict[int, Tensor]]
+# The tensors of one layer by name.
+LayerValues = Mapping[str, Tensor]
+# Gives the values of the consumers of one kind of space in one layer, by the number of units removed.
+Refits = Callable[[], Mapping[int, Mapping[Axis, Values]]]
+
+
+class Probe:
+    """Held-out text that runs through the model from one layer on, and the dense model's predictions for it.
+
+    Where layers hand on hidden states alone, the layers before the present one do not run again. In memory are the
+    hidden states of the text and the dense logits of one token in four. Each of several processes holds all of the
+    text.
+    """
+
+    def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
+        self.model, self.batches, self.layer = model, batches, 0
+        self.source = layers_of(model, arch, batches)
+        # What has entered the layer in front of the present one.
+        self.before: list[Tensor] = []
+        self.options: dict[str, Any] = {}
+        if last_logits_only(model):
+            self.options["logits_to_keep"] = torch.arange(0, batches[0].ids.shape[1], STRIDE)
+        self.dense_logits = [self._logits(index) for index in range(len(batches))]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> Probe:
+        """The probe of the text that a run makes its choices on: as many samples of every domain."""
+        domains = data.domains
+        count = max(1, ceil(PROBE_TOKENS / domains[0].trial.shape[1] / len(domains)))
+        samples = [replace(domain, samples=domain.trial[:count], mask=None) for domain in domains]
+        batches = batches_of(samples, data.batch_size)
+        return cls(model, arch, batches)
+
+    def advance(self) -> None:
+        """Go on to the next layer."""
+        if isinstance(self.source, InMemory):
+            self.before = list(self.source.hidden)
+        self.source.advance(self.layer)
+        self.layer += 1
+
+    def losses(self, model: PreTrainedModel | None = None) -> Tensor:
+        """KL(dense‖model) in nats per token, by domain, in the mean over its tokens; shape `(domains,)`."""
+        total, count = (torch.zeros(1 + max(batch.domain for batch in self.batches)) for _ in range(2))
+        first, step = (0, 1) if model is None else (process_index(), process_count())
+        for index, batch in [*enumerate(self.batches)][first::step]:
+            pairs = (values.split(TOKENS_AT_ONCE) for values in (self._logits(index, model), self.dense_logits[index]))
+            for logits, dense in zip(*pairs, strict=True):
+                total[batch.domain] += float(divergence(logits, dense)) * len(dense)
+                count[batch.domain] += len(dense)
+        if model is not None:
+            add_up_([total, count])
+        return total / count
+
+    def losses_without_layer(self, in_front: LayerValues | None = None) -> Tensor | None:
+        """What `losses` gives where the present layer hands on its input, and the one in front of it has other values;
+        None where the layer cannot be passed over.
+        """
+        if not isinstance(self.source, InMemory):
+            return None
+        self.source.output(self.layer, 0)  # tells what the layer hands on beside hidden states
+        hidden, front = self.source.hidden, self.layer - 1
+        if in_front is not None:
+            with holding_layer(layer_list(self.model, self.source.arch)[front], in_front):
+                self.source.hidden = [self.source.output(front, *batch) for batch in enumerate(self.before)]
+        self.layer += 1
+        try:
+            return self.losses()
+        finally:
+            self.layer -= 1
+            self.source.hidden = hidden
+
+    @torch.no_grad()
+    def _logits(self, index: int, model: PreTrainedModel | None = None) -> Tensor:
+        """The logits of every fourth token of a batch, shape `(tokens, vocab)`."""
+        source, skips = self.source, model is None and isinstance(self.source, InMemory)
+        with source.skipping(self.layer, index) if skips else nullcontext():  # type: ignore[union-attr]
+            logits = run_model(model or self.model, self.batches[index].ids, **self.options).logits
+        return (logits if self.options else logits[:, ::STRIDE]).flatten(0, 1)
+
+
+def layers_in_front(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> Iterator[LayerValues | None]:
+    """The values of the layer in front of each layer where that goes and this one makes up for it, see
+    `refit_before_gap_`; None where nothing does.
+    """
+    data = data.portion(TRIAL_TOKENS)
+    source = gap_source(model, arch, data)
+    for layer, module in enumerate([None, *layer_list(model, arch)[:-1]]):
+        values = None
+        if source is not None:
+            source.advance_dense(layer, arch.names)
+        if source is not None and module is not None:
+            with holding_layer(module, {}):
+                refit_before_gap_(model, arch, data, layer - 1, source)
+                values = copies_of(module)
+            source.advance(layer - 1)
+        yield values
+
+
+@contextmanager
+def holding_layer(module: nn.Module, values: LayerValues) -> Iterator[None]:
+    """A layer that has other values inside `with`."""
+    present = copies_of(module)
+    module.load_state_dict(values, strict=False)
+    try:
+        yield
+    finally:
+        module.load_state_dict(present)
+
+
+def copies_of(module: nn.Module) -> LayerValues:
+    """Copies of the tensors of a module by name."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What the model loses when one layer alone gives up a part of its units, or is passed over.
+
+    `pruning` prunes without the error feedback of the run, and `probe` holds the text that losses are measured on.
+    `spaces` are tried by layer and kind, as experts of one layer share their width; with `layers` so is each layer.
+    """
+
+    pruning: MaskedPruning
+    data: CalibrationData
+    probe: Probe
+    spaces: Mapping[Key, Sequence[Space]]
+    layers: bool = False
+
+    def losses(self) -> Losses:
+        """The losses of all trials, those of whole layers as `(layer, LAYER)`; none that an earlier run has kept in
+        the folder of the config is measured again.
+        """
+        store = self._store()
+        saved = None if store is None else store.load()
+        losses: Losses = {}
+        for layer, name, by_units in [] if saved is None else saved.values["losses"]:
+            losses[layer, name] = {int(units): torch.tensor(by_domain) for units, by_domain in by_units.items()}
+        every = range(self.pruning.arch.num_layers)
+        keys = [*self.spaces, *((layer, LAYER) for layer in every if self.layers)]
+        if not all(key in losses for key in keys):
+            self._measure_(losses, store)
+        return {key: losses[key] for key in keys}
+
+    def _store(self) -> Resume | None:
+        """What keeps losses for other targets of the same model and text."""
+        config = self.pruning.config
+        folder = config.losses_dir or config.stats or config.checkpoint_dir
+        if folder is None:
+            return None
+        refit = (self.pruning.refit, config.damping, config.error_feedback)
+        way = (config.scored_by, refit, config.seed, SHARES, PROBE_TOKENS, STRIDE, TRIAL_TOKENS)
+        key = self.data.key(self.pruning.model, way, self.data.shares)
+        return Resume(Path(folder), key, f"losses-{key[:12]}")
+
+    def _measure_(self, losses: Losses, store: Resume | None) -> None:
+        """Add the losses that are missing.
+
+        Of as many layers as there are processes, all processes gather the moments together; then each tries one.
+        """
+        pruning = self.pruning
+        method, num_layers = pruning.method(self.data), pruning.arch.num_layers
+        source = self.data.source(pruning.model, pruning.arch, fixed=True)
+        every_front = layers_in_front(pruning.model, pruning.arch, self.data)
+        for first in tqdm(range(0, num_layers, process_count()), desc="measuring losses"):
+            layers = range(first, min(first + process_count(), num_layers))
+            refits: dict[Key, Refits] = {}
+            fronts = {layer: next(every_front) for layer in layers if self.layers}
+            for layer in layers:
+                with source.at(layer):
+                    for key in [key for key in self.spaces if key[0] == layer and key not in losses]:
+                        made = refits_of(pruning, self.spaces[key], source, method, _is_own(layer))
+                        if _is_own(layer):
+                            refits[key] = made
+                    source.advance(layer)
+            measured: Losses = {}
+            for layer in layers:
+                with source.at(layer):
+                    if _is_own(layer):
+                        # Popped, because the moments of a space are let go with its trials.
+                        measured |= {key: trial_losses(pruning, refits.pop(key), self.probe) for key in [*refits]}
+                        if self.layers and (layer, LAYER) not in losses:
+                            without = self.probe.losses_without_layer(fronts[layer])
+                            measured[layer, LAYER] = {} if without is None else {1: without}
+                    self.probe.advance()
+            for of_process in of_all(measured):
+                losses |= of_process
+            if store is not None:
+                rows = [
+                    (layer, name, {units: by_domain.tolist() for units, by_domain in by_units.items()})
+                    for (layer, name), by_units in losses.items()
+                ]
+                store.save(layers[-1] + 1, {"losses": rows})
+
+    def curves(self, losses: Losses) -> Curves:
+        """The loss of the model by the number of units that a layer gives up, and without the layer.
+
+        With the objective `mean` the losses of the domains are weighted, with `worst` only the domain counts that
+        loses most in all trials.
+        """
+        config, shares = self.pruning.config, torch.tensor(self.data.shares)
+        if config.objective == "worst":
+            totals = torch.stack([of_one for by_units in losses.values() for of_one in by_units.values()]).sum(0)
+            shares = torch.zeros(len(shares)).scatter_(0, totals.argmax(), 1.0)
+        # A trial prunes one layer alone, and does not see how error feedback in later layers makes up for it: more for
+        # the first ones. No correction and twice the slope were both measured to be worse (docs/log.md).
+        feedback, last = config.error_feedback if config.fits else 0.0, max(self.pruning.arch.num_layers - 1, 1)
+        totals_by_key = {
+            key: {
+                units: (1 - feedback * (1 - key[0] / last)) * float(by_domain @ shares)
+                for units, by_domain in by_units.items()
+            }
+            for key, by_units in losses.items()
+        }
+        price = {key: sum(space.unit_params * space.scale for space in spaces) for key, spaces in self.spaces.items()}
+        each = {key: unit_losses(spaces[0].width, totals_by_key[key]) for key, spaces in self.spaces.items()}
+        # Units beyond the last trial go after all units that a trial has measured.
+        highest = max((float((each[key] / price[key]).max()) for key in each), default=0.0)
+        curves = {}
+        for key, of_units in each.items():
+            beyond = torch.arange(len(of_units)) >= max(losses[key], default=len(of_units))
+            late = highest * price[key] * beyond.float()
+            curves[key] = [0.0, *(of_units + late).double().cumsum(0).tolist()]
+        return Curves(
+            curves, {layer: loss[1] for (layer, name), loss in totals_by_key.items() if name == LAYER and loss}
+        )
+
+
+def _is_own(layer: int) -> bool:
+    """Whether this process tries a layer."""
+    return layer % process_count() == process_index()
+
+
+def refits_of(
+    pruning: MaskedPruning, spaces: Sequence[Space], source: Source, method: Method, own: bool = True
+) -> Refits:
+    """What gives the values of the consumers of one kind of space in one layer, by the number of units removed.
+
+    For one space it holds the moments, and scores and refits when it is called; for experts, whose moments together
+    may be too much for the memory, it holds the values, which are made where this process tries the layer.
+    """
+
+    def refits(space: Space, gathered: Any) -> dict[int, dict[Axis, Values]]:
+        width, scores = space.width, pruning.score(method, space, gathered)
+        removed = sorted({min(max(round(share * width), 1), width - 1) for share in SHARES} - {0})
+        return {
+            units: pruning.trial(method, space, gathered, scores, (width - units) * space.scale) for units in removed
+        }
+
+    if len(spaces) == 1:
+        gathered = pruning.gather(source, method, spaces[0])
+        return lambda: refits(spaces[0], gathered)
+    values: dict[int, dict[Axis, Values]] = {}
+    for space in spaces:
+        gathered = pruning.gather(source, method, space)
+        for units, of_expert in (refits(space, gathered) if own else {}).items():
+            values.setdefault(units, {}).update(of_expert)
+    return lambda: values
+
+
+def trial_losses(pruning: MaskedPruning, refits: Refits, probe: Probe) -> dict[int, Tensor]:
+    """The losses by domain, shape `(domains,)`, with some units removed from one kind of space in one layer, by their
+    number.
+    """
+    losses = {}
+    for units, values in refits().items():
+        with pruning.consumers.holding(values):
+            losses[units] = probe.losses()
+    return losses
+
+
+def unit_losses(width: int, losses: Mapping[int, float]) -> Tensor:
+    """The loss that each unit of a space adds: first the units that a trial has removed, then all others, each time
+    the cheapest first.
+
+    The loss as a function of the units removed is a power law between two trials (linear interpolation of its
+    logarithm over the logarithm of the units), and goes on with the last one's exponent beyond them. Up to the first
+    trial the exponent is at least 1, or else the first units would cost most. The result has the shape `(width,)`.
+    """
+    if not losses:
+        return torch.zeros(width)
+    x = torch.tensor([float(units) for units in losses]).log()
+    y = torch.tensor(list(losses.values())).clamp(min=LEAST_LOSS).cummax(0).values.log()
+    slopes = y.diff() / x.diff() if len(x) > 1 else torch.ones(1)
+    slopes = torch.cat([slopes[:1].clamp(min=1.0), slopes])
+    units = torch.arange(1, width + 1).log()
+    segment = torch.bucketize(units, x)  # the first trial with as many units or more
+    left = (segment - 1).clamp(min=0)
+    total = (y[left] + slopes[segment.clamp(max=len(slopes) - 1)] * (units - x[left])).exp()
+    each, measured = total.diff(prepend=torch.zeros(1)), max(losses)
+    return torch.cat([each[:measured].sort().values, each[measured:].sort().values])

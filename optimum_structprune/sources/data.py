@@ -1,0 +1,301 @@
+"""The calibration data of a run: made once, and handed down to everything that needs samples or moments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from itertools import tee
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arch.meta import dequantized
+from ..arch.spec import ArchSpec
+from ..config.domains import DomainConfig, written_by_model
+from ..config.pruning import REFITS, StructPruneConfig
+from ..criteria import CRITERIA
+from ..domains.domain import Domain
+from ..domains.images import image_domains
+from ..domains.load import calibration_domains, given_domains, load_domains, split_samples
+from ..domains.manifest import Entry, Manifest
+from ..domains.resolve import reweighted, texts_of
+from ..forward.generation import reads_images
+from ..method.calibrate import Moments
+from ..method.layers import Batch, InMemory, NotSequentialError, OneProcess
+from ..method.loop import Method
+from ..method.refit import bias_refit, least_squares, no_refit
+from ..system.fingerprint import fingerprint
+from ..system.offloading import is_offloaded
+from ..system.processes import add_up_, as_first_has_, every_process_runs, own_part, process_count, process_index
+from .experts import WithExperts
+from .offloaded import Offloaded, must_be_whole
+from .stored import Statistics, Stored
+from .whole_model import WholeModel
+
+
+for _name, _refit in (("none", no_refit), ("bias", bias_refit), ("least_squares", least_squares)):
+    REFITS.register(_name)(_refit)
+
+# What gives activations, layer by layer: `InMemory` names the methods that all of them have.
+Source = InMemory | WholeModel | WithExperts | Stored
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """The samples of a run by domain, or stored moments in their place, and the weights of the domains.
+
+    Attributes:
+        domains: The domains with their samples; with stored moments, shapes without content.
+        shares: The present weight of each domain; they sum to 1.
+        statistics: Stored moments of the dense model; None where the samples are run.
+        cache: What registered criteria and allocations remember during the run, by a name of their own.
+    """
+
+    config: StructPruneConfig
+    domains: Sequence[Domain]
+    shares: tuple[float, ...]
+    batch_size: int
+    statistics: Statistics | None = None
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls,
+        config: StructPruneConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+        counts: bool = False,
+    ) -> CalibrationData:
+        """Read the evidence that a config names; its own config says which general text was read. With `counts` the
+        pools hold more text, in which tokens are counted, and generators give all of it once more, see `read_again`.
+
+        A quantized model that writes text, or is compared with a stored one, is unpacked for that in a copy, so that
+        it is still packed where a run ends for lack of text.
+        """
+        if config.stats is not None or any(map(written_by_model, texts_of(config))):
+            model = dequantized(model, inplace=False)
+        if config.stats is not None:
+            statistics = Statistics.load(config.stats)
+            statistics.check(model, tokenizer)
+            return cls.of(config, statistics.chosen(config), statistics)
+        if inputs is not None:
+            return cls.of(config, given_domains(inputs, float(config.holdout), config.chooses))
+        if reads_images(model):
+            return cls.of(config, image_domains(config, tokenizer, Manifest.seen_by(model)))
+        if not (counts and config.domains):
+            return cls.of(*calibration_domains(config, model, tokenizer, counts))
+        first, again = map(list, zip(*map(_twice, config.domains), strict=True))
+        read, domains = calibration_domains(replace(config, domains=first), model, tokenizer, counts)
+        return cls.of(replace(read, domains=again), domains)
+
+    def read_again(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        reader: PreTrainedTokenizerBase,
+        seen: Manifest | None,
+    ) -> CalibrationData:
+        """The evidence of the same text in tokens of the `reader`, without what is held out here; the model writes
+        with the `tokenizer` that has read it first, and has `seen` the text of earlier runs.
+        """
+        seen = self.manifest(tokenizer).after(seen)
+        vocab_size = model.config.get_text_config().vocab_size
+        return replace(self, domains=load_domains(self.config, reader, vocab_size, None, model, seen, tokenizer))
+
+    @classmethod
+    def of(
+        cls, config: StructPruneConfig, domains: Sequence[Domain], statistics: Statistics | None = None
+    ) -> CalibrationData:
+        """The evidence in domains that are read already."""
+        shares = tuple(domain.weight for domain in domains)
+        return cls(config, domains, shares, config.samples_at_once, statistics)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the domains."""
+        return [domain.name for domain in self.domains]
+
+    def mean(self, by_domain: Tensor) -> Tensor:
+        """The mean over the domains by their weights, shape `(...)`, of values of shape `(domains, ...)`."""
+        return torch.tensordot(by_domain.new_tensor(self.shares), by_domain, 1)
+
+    def combined(self, contributions: Tensor) -> Tensor:
+        """One score per unit, shape `(units,)`, from what it contributes in each domain, shape `(domains, units)`:
+        each domain is divided by its mean, so that one with large activations does not outweigh the others.
+        """
+        size = contributions.abs().mean(1, keepdim=True).clamp(min=torch.finfo(contributions.dtype).tiny)
+        return self.mean(contributions / size)
+
+    def total_loss(self, by_domain: Tensor) -> float:
+        """The one loss that choices go by, of the losses by domain, shape `(domains,)`: the highest with the objective
+        `worst`, and the weighted mean otherwise.
+        """
+        worst = self.config.objective == "worst"
+        return float(by_domain.max() if worst else self.mean(by_domain))
+
+    @property
+    def own_batches(self) -> list[Batch]:
+        """The samples of all domains that this process runs in the next round, one domain after the other."""
+        counts = self._counts(self.shares)
+        parts = [domain.portion(count) for domain, count in zip(self.domains, counts, strict=True)]
+        return batches_of(list(map(_own, parts)), self.batch_size)
+
+    def portion(self, tokens: int) -> CalibrationData:
+        """The evidence cut to at most `tokens` tokens, as many samples in each domain; stored moments stay."""
+        most = max(1, tokens // len(self.domains) // self.domains[0].samples.shape[1])
+        domains = self.domains if self.statistics is not None else [domain.portion(most) for domain in self.domains]
+        return replace(self, domains=domains)
+
+    def source(self, model: PreTrainedModel, arch: ArchSpec, feedback: float = 0.0, fixed: bool = False) -> Source:
+        """The source of the activations of a model as it is now, or the stored moments.
+
+        Each domain has as many samples as its present weight is worth, so that what counts more is known better; their
+        number in all stays the same.
+        """
+        if self.statistics is not None:
+            return Stored(self.statistics, self.domains, next(model.parameters()).device)
+        return source_of(model, arch, self.own_batches, feedback, fixed)
+
+    @property
+    def feedback(self) -> float:
+        """The share of the error of the residual stream that a refit makes up for."""
+        return float(self.config.error_feedback) if self.config.fits else 0.0
+
+    def whole_model_statistics(self, model: PreTrainedModel, arch: ArchSpec) -> dict[str, Tensor]:
+        """What the criterion makes of passes through the whole model, by module, shape `(n,)`, if it does."""
+        watch = CRITERIA.get(self.config.scored_by).whole_model_statistics
+        by_domain = {} if watch is None or self.statistics is not None else watch(model, arch, self)
+        return {module: self.mean(values) for module, values in by_domain.items()}
+
+    def reweighted(self, ratios: Mapping[str, float]) -> CalibrationData:
+        """The evidence of the next round, in which a domain that has lost more counts more."""
+        asked = [domain.weight for domain in self.domains]
+        losses = [log(ratio) for ratio in ratios.values()]
+        return replace(self, shares=reweighted(self.shares, asked, losses))
+
+    def entries(self) -> Sequence[Entry]:
+        """What identifies the text."""
+        if self.statistics is not None:
+            return self.statistics.manifest(self.domains).domains
+        return [Entry.of(domain) for domain in self.domains]
+
+    def key(self, model: PreTrainedModel, *more: Any) -> str:
+        """The SHA-256 of a dense model, of the text, and of what else a result depends on, as JSON takes it."""
+        parts = [fingerprint(model), [{**asdict(entry), "origin": None} for entry in self.entries()], *more]
+        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def manifest(self, tokenizer: PreTrainedTokenizerBase | None, rounds: Iterable[Sequence[float]] = ()) -> Manifest:
+        """The record of what was calibrated on, in rounds with these shares of the domains."""
+        if self.statistics is not None:
+            return self.statistics.manifest(self.domains)
+        counts = [self._counts(shares) for shares in [*rounds] or [self.shares]]
+        used = [
+            replace(domain.portion(max(of)), spare=None, weight=share)
+            for domain, share, *of in zip(self.domains, self.shares, *counts, strict=True)
+        ]
+        return Manifest.of(self.config, used, tokenizer)
+
+    def _counts(self, shares: Sequence[float]) -> list[int]:
+        """The number of samples that a round with these shares runs, by domain."""
+        counts = [len(domain.samples) for domain in self.domains]
+        return split_samples(sum(counts), shares) if self.config.reweights else counts
+
+
+def method_of(
+    config: StructPruneConfig,
+    shares: tuple[float, ...],
+    refit: str | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> Method:
+    """The method that a config names, with these weights of the domains."""
+    refit, kind = refit or config.refit, CRITERIA.get(config.scored_by)
+    return Method(
+        # Made anew for each layer, so that its random draws do not depend on the layers in front: a run that goes on
+        # where another was killed does not score those again.
+        criterion=lambda layer: kind(replace(config, seed=(config.seed + layer) % 2**32)),
+        refit=REFITS.get(refit),
+        shares=shares,
+        damping=float(config.damping),
+        gram=kind.needs_gram or config.refit_reads_gram,
+        unfitted=refit == "none",
+        name=config.scored_by,
+        statistics=statistics or {},
+    )
+
+
+class AcrossProcesses(OneProcess):
+    """The moments of the samples of all processes, see `processes.across_processes`."""
+
+    @torch.no_grad()
+    def sum_(self, moments: Moments) -> Moments:
+        """See `OneProcess.sum_`."""
+        local_count = moments.count
+        totals = torch.tensor([local_count, moments.energy is not None], device=moments.mean.device)
+        add_up_([totals])
+        moments.count = int(totals[0])
+        if moments.energy is None and totals[1]:
+            moments.energy = moments.mean.new_zeros(())  # no token came here, and every process has to take part
+        tensors = list(moments.tensors().values())
+        for tensor in tensors:
+            tensor.mul_(local_count / max(moments.count, 1))
+        add_up_(tensors)
+        return moments
+
+    def agreed(self, tensor: Tensor) -> Tensor:
+        """See `OneProcess.agreed`."""
+        return as_first_has_(tensor)
+
+
+def ranks() -> OneProcess:
+    """What brings the moments of the processes that share the samples together."""
+    return AcrossProcesses() if process_count() > 1 else OneProcess()
+
+
+def layers_of(
+    model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], feedback: float = 0.0, fixed: bool = False
+) -> InMemory | WholeModel:
+    """The layers of a model one by one where it allows that, and the whole model otherwise; see `InMemory`."""
+    try:
+        return (Offloaded if is_offloaded(model) else InMemory)(model, arch, batches, feedback, fixed, ranks())
+    except NotSequentialError as error:
+        if is_offloaded(model):
+            raise must_be_whole(arch, error) from error
+        return WholeModel(model, arch, batches, ranks())
+
+
+def source_of(
+    model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], feedback: float = 0.0, fixed: bool = False
+) -> InMemory | WholeModel | WithExperts:
+    """The source of the activations of a model, those of single experts too where it has any."""
+    source = layers_of(model, arch, batches, feedback, fixed)
+    return WithExperts(source) if any(space.experts for space in (*arch.spaces, *arch.model_spaces)) else source
+
+
+def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
+    """The samples of every domain, cut into batches; no batch holds two domains."""
+    return [
+        Batch(index, domain.samples[part], None if domain.mask is None else domain.mask[part])
+        for index, domain in enumerate(domains)
+        for part in (slice(start, start + batch_size) for start in range(0, len(domain.samples), batch_size))
+    ]
+
+
+def _twice(domain: DomainConfig) -> Iterator[DomainConfig]:
+    """A domain for each of two readings; a generator gives both the same text."""
+    again = isinstance(domain.source, Iterator)
+    return (replace(domain, source=source) for source in (tee(domain.source) if again else [domain.source] * 2))
+
+
+def _own(domain: Domain) -> Domain:
+    """A domain with the samples that this process runs."""
+    mask = None if domain.mask is None else own_part(domain.mask)
+    if every_process_runs(domain.samples) and process_index() > 0:
+        # The tokens of these samples count once, in the first process.
+        mask = torch.zeros_like(domain.samples, dtype=torch.bool)
+    return replace(domain, samples=own_part(domain.samples), mask=mask)

@@ -1,0 +1,138 @@
+"""Experts: the tokens that are routed to them, their inner activations, and how much each of them contributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..arch.hooks import intercept
+from ..arch.spec import Space
+from ..method.calibrate import Moments
+from ..method.layers import InMemory
+from ..system.processes import add_up_
+from .whole_model import WholeModel
+
+
+class Routed(NamedTuple):
+    """One call of an experts module in a domain: the tokens that enter, shape `(tokens, hidden)`, and the experts that
+    each of them chose with their weights, shape `(tokens, top_k)`.
+    """
+
+    domain: int
+    hidden: Tensor
+    chosen: Tensor
+    gates: Tensor
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The tokens that chose an expert, and its weight for each."""
+        tokens, slot = torch.where(self.chosen == expert)
+        return self.hidden[tokens], self.gates[tokens, slot]
+
+
+class WithExperts:
+    """A source that also gives what single experts read, which their stacked forward hides; it asks another one for
+    everything else. In memory is what is routed to the experts of one layer, and the moments of only one expert.
+    """
+
+    def __init__(self, source: InMemory | WholeModel):
+        self.source = source
+        self.routed: tuple[int, tuple[Routed, ...]] = (-1, ())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
+        """See `InMemory.moments`."""
+        if space.experts is None:
+            self.routed = -1, ()
+            yield from self.source.moments(layer, space, gram)
+            return
+        experts = self.source.model.get_submodule(space.experts)
+        if self.routed[0] != layer:  # the experts of a layer read the same tokens, whichever is pruned first
+            self.routed = layer, self.route(layer, experts)
+        yield from inner_moments(experts, space, self.routed[1], gram, self.source)
+
+    def contributions(self, layer: int, space: Space) -> Tensor:
+        """How much each expert of a space of whole experts contributes, shape `(domains, experts)`."""
+        experts = self.source.model.get_submodule(str(space.experts))
+        return contributions(experts, space.size, self.route(layer, experts), self.source.num_domains)
+
+    def advance(self, layer: int) -> None:
+        """See `InMemory.advance`."""
+        self.routed = -1, ()
+        self.source.advance(layer)
+
+    def route(self, layer: int, experts: nn.Module) -> tuple[Routed, ...]:
+        """What an experts module is called with while each batch runs."""
+        calls: list[Routed] = []
+        batch = self.source.batches[0]
+
+        def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tokens = (batch.counted(x.detach()) for x in [*args, *kwargs.values()][:3])
+            calls.append(Routed(batch.domain, *tokens))
+
+        with intercept([experts], before):
+            for index, batch in enumerate(self.source.batches):  # noqa: B007  # `before` reads it
+                self.source.output(layer, index)
+        return tuple(calls)
+
+
+@torch.no_grad()
+def inner_activations(experts: nn.Module, space: Space, hidden: Tensor) -> Tensor:
+    """What one expert's consumer reads for these tokens; it is computed again, since the stacked forward hides it.
+    `hidden` has the shape `(tokens, hidden)`.
+    """
+    axis = space.out[0]
+    leaf = axis.param.rpartition(".")[2]
+    weight = experts.get_parameter(leaf)[axis.part].movedim(axis.dim - 1, 0)
+    rows = nn.functional.linear(hidden.to(weight.device), weight)
+    if f"{leaf}_bias" in dict(experts.named_parameters()):
+        rows = rows + experts.get_parameter(f"{leaf}_bias")[axis.part]
+    activate = experts._apply_gate if getattr(experts, "has_gate", True) else experts.act_fn
+    return activate(rows)  # type: ignore[operator]  # typed as Tensor | Module
+
+
+def inner_moments(
+    experts: nn.Module, space: Space, calls: Sequence[Routed], gram: bool, source: InMemory | WholeModel
+) -> Iterator[list[Moments]]:
+    """Moments of one expert's inner activations over the tokens that chose it, of one domain after the other.
+
+    An expert that no token of any domain chose is scored by its weights alone, as if its inner activations were
+    uncorrelated and had the second moment 1.
+    """
+    device, expert = next(experts.parameters()).device, space.into[0].part or 0
+    chosen = torch.tensor(sum(int((call.chosen == expert).sum()) for call in calls), device=device)
+    add_up_([chosen])
+    for domain in range(source.num_domains):
+        moments = Moments.empty(space.size, gram, device)
+        for call in calls:
+            if call.domain == domain and len(hidden := call.of(expert)[0]):
+                moments.update(inner_activations(experts, space, hidden))
+        source.ranks.sum_(moments)
+        if not chosen:
+            moments.square.fill_(1)
+            if moments.gram is not None:
+                moments.gram.fill_diagonal_(1)
+        yield [moments.checked(space.into[0].module, domain)]
+
+
+@torch.no_grad()
+def contributions(experts: nn.Module, size: int, calls: Sequence[Routed], num_domains: int) -> Tensor:
+    """Mean of gate × ‖output‖ over the tokens that chose an expert (REAP, Lasby et al. 2025, eq. 8), shape
+    `(domains, experts)`; 0 for an expert that none chose.
+    """
+    total = torch.zeros(num_domains, size, dtype=torch.float64)
+    count = torch.zeros_like(total)
+    for call, expert in product(calls, range(size)):
+        hidden, gates = call.of(expert)
+        if len(hidden):
+            index = torch.full((len(hidden), 1), expert, device=hidden.device)
+            output = experts(hidden, index, torch.ones_like(gates)[:, None])
+            total[call.domain, expert] += float((output.norm(dim=-1) * gates).double().sum())
+            count[call.domain, expert] += len(hidden)
+    add_up_([total, count])
+    return total / count.clamp(min=1)

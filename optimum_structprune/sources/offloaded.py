@@ -1,0 +1,108 @@
+"""The weights of one layer at a time, wherever accelerate keeps those of the others.
+
+Pruning calls a layer once for each batch, so an offloaded layer comes in once and stays until it is finished with;
+whatever shape it has by then goes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..arch.load import describe
+from ..arch.meta import meta_model
+from ..arch.modules import layer_list
+from ..arch.spec import ArchSpec
+from ..errors import StructPruneError
+from ..forward.metrics import evaluating
+from ..method.layers import Batch, InMemory, NotSequentialError
+from ..system.offloading import bring_in, compute_device, give_back_free_memory, put_back
+
+
+def layer_device_map(
+    config: PretrainedConfig,
+    device: str = "cpu",
+    layers: str = "disk",
+    arch_file: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, str]:
+    """A `device_map` for `from_pretrained` that puts the layers of a model elsewhere than everything around them.
+
+    Args:
+        config: The config of the model.
+        device: The device that computes, and that holds what is no layer: embeddings, the last norm, the head.
+        layers: Where the layers are while they do not run: `disk`, or `cpu` for its memory.
+        arch_file: A file with descriptions of your own, see `families.yaml`.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        StructPruneError: If the model type is unknown, or transformers cannot build the model.
+    """
+    model = meta_model(config, arch_file, trust_remote_code=trust_remote_code)
+    lists = {path for path, _ in describe(model, arch_file).stacks}
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+        if name in lists:
+            yield name, layers
+        elif not any(path.startswith(f"{name}." if name else "") for path in lists):
+            yield name, device
+        else:
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for leaf, child in [*tensors, *module.named_children()]:
+                path = f"{name}.{leaf}" if name else leaf
+                yield from walk(path, child) if isinstance(child, nn.Module) else [(path, device)]
+
+    return dict(walk("", model))
+
+
+@contextmanager
+def layer_in_memory(model: PreTrainedModel, arch: ArchSpec, layer: int, changes: bool = False) -> Iterator[None]:
+    """Have the weights of a layer on the device that computes it inside `with`; those that have changed go back."""
+    finished, hooks = False, []
+    try:
+        hooks = bring_in(layer_list(model, arch)[layer])
+        yield
+        finished = True
+    finally:
+        put_back(model, layer_list(model, arch)[layer], hooks, store=changes and finished)
+    give_back_free_memory()
+
+
+class Offloaded(InMemory):
+    """A source whose layers accelerate keeps elsewhere; the hidden states of the samples are in the CPU's memory."""
+
+    keep_on = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """See `InMemory.device`."""
+        return compute_device(self.model)
+
+    def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
+        """See `InMemory.at`."""
+        return layer_in_memory(self.model, self.arch, layer, changes)
+
+
+def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:
+    """Refuse a model whose layers cannot run one by one, which an offloaded one has to."""
+    if model.main_input_name != "input_ids":
+        return
+    texts = [torch.tensor([row]) for row in ((0, 1, 2, 3), (3, 2, 1, 0))]
+    try:
+        with evaluating(model):
+            Offloaded(model, arch, [Batch(0, ids) for ids in texts])
+    except NotSequentialError as error:
+        raise must_be_whole(arch, error) from error
+
+
+def must_be_whole(arch: ArchSpec, error: NotSequentialError) -> StructPruneError:
+    """The refusal of an offloaded model whose layers cannot be run one by one."""
+    return StructPruneError(
+        f"{error}, so the layers cannot be brought in one by one; load the {arch.model_type} model in memory, or over "
+        "several devices."
+    )

@@ -1,0 +1,92 @@
+"""The whole model at once, as a source of activations: for layers that hand on more than hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..arch.hooks import observe_products
+from ..arch.spec import ArchSpec, Space
+from ..errors import StructPruneError
+from ..method.calibrate import Moments
+from ..method.layers import Batch, OneProcess, run_model
+
+
+class Still:
+    """A source that reaches nothing new between layers; see `method.layers.InMemory` for its methods."""
+
+    error_feedback = 0.0
+
+    def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
+        """See `InMemory.at`."""
+        return nullcontext()
+
+    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
+        """See `InMemory.advance_dense`."""
+
+    def advance(self, layer: int) -> None:
+        """See `InMemory.advance`."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """See `InMemory.state`; None where the source cannot go on at a layer."""
+        return None
+
+    def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """See `InMemory.resume_`."""
+
+
+class WholeModel(Still):
+    """Observes every consumer in the same pass, on the model as it stands when the first moments are asked for; the
+    moments of all domains and layers are in memory.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch], ranks: OneProcess | None = None
+    ):
+        self.model, self.arch, self.batches, self.ranks = model, arch, list(batches), ranks or OneProcess()
+        self.num_domains = 1 + max(batch.domain for batch in batches)
+        self.gathered: list[dict[str, Moments]] = []
+
+    def moments(self, layer: int, space: Space, gram: bool) -> Iterator[list[Moments]]:
+        """See `InMemory.moments`."""
+        if not self.gathered:
+            self._gather(gram)
+        for domain, of_domain in enumerate(self.gathered):
+            by_consumer = [self.ranks.sum_(of_domain[axis.module]).checked(axis.module, domain) for axis in space.into]
+            for axis, moments in zip(space.into, by_consumer, strict=True):
+                if not moments.count:
+                    raise StructPruneError(f"{axis.module} never ran during calibration in domain {domain}.")
+            yield by_consumer
+
+    def _gather(self, gram: bool) -> None:
+        device = next(self.model.parameters()).device
+        sizes = {
+            axis.module: space.size * axis.per_unit
+            for space in self.arch.spaces
+            for axis in space.into
+            if space.experts is None
+        }
+        self.gathered = [
+            {module: Moments.empty(size, gram, device) for module, size in sizes.items()}
+            for _ in range(self.num_domains)
+        ]
+        batch = self.batches[0]
+
+        def see(module: str, x: Tensor, product: Tensor | None) -> None:
+            counted = None if product is None else batch.counted(product)
+            self.gathered[batch.domain][module].update(batch.counted(x), output=counted)
+
+        with observe_products(self.model, sizes, see):
+            for index, batch in enumerate(self.batches):  # noqa: B007  # `see` reads it
+                self.output(0, index)
+
+    @torch.no_grad()
+    def output(self, layer: int, index: int) -> None:
+        """Run one batch."""
+        base: Any = self.model.base_model
+        run_model(base, self.batches[index].ids)

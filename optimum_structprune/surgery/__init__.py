@@ -1,1 +1,0 @@
-"""Changing a model: the plan, the refit, and the only code that creates or cuts parameters."""
