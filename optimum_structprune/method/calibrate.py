@@ -31,11 +31,8 @@ class ErrorMoments:
     @classmethod
     def empty(cls, out: int, size: int, device: torch.device | str = "cpu") -> ErrorMoments:
         """Moments of no errors, shape `(out,)` each, beside inputs of shape `(size,)`."""
-        return cls(
-            mean=torch.zeros(out, device=device),
-            cross=torch.zeros(out, size, device=device),
-            energy=torch.zeros((), dtype=torch.float64, device=device),
-        )
+        energy = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(torch.zeros(out, device=device), torch.zeros(out, size, device=device), energy)
 
     @torch.no_grad()
     def update(self, error: Tensor, x: Tensor, share: float) -> None:
@@ -76,13 +73,9 @@ class Moments:
         cls, size: int, gram: bool = False, device: torch.device | str = "cpu", out: int | None = None
     ) -> Moments:
         """Moments of no tokens; of the error too where there are `out` outputs."""
-        return cls(
-            count=0,
-            mean=torch.zeros(size, dtype=torch.float64, device=device),
-            square=torch.zeros(size, dtype=torch.float64, device=device),
-            gram=torch.zeros(size, size, device=device) if gram else None,
-            error=None if out is None else ErrorMoments.empty(out, size, device),
-        )
+        mean, square = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
+        error = ErrorMoments.empty(out, size, device) if out else None
+        return cls(0, mean, square, torch.zeros(size, size, device=device) if gram else None, error=error)
 
     @torch.no_grad()
     def update(self, x: Tensor, error: Tensor | None = None, output: Tensor | None = None) -> Moments:

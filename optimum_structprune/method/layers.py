@@ -245,7 +245,7 @@ class InMemory:
                     space.size * axis.per_unit,
                     gram,
                     self.device,
-                    self.hidden[0].shape[-1] if paths.get(name) else None,
+                    self.hidden[0].shape[-1] if paths.get(name) else 0,
                 )
                 for name, axis in axes.items()
             }

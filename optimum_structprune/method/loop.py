@@ -176,8 +176,8 @@ def refit_consumers(
     method: Method,
     measured: bool = True,
 ) -> tuple[list[tuple[Tensor, Tensor, Tensor | None]], tuple[float, ...] | None]:
-    """The kept columns of each consumer of a space, their refitted weight, shape `(out, columns)`, and the bias; and if
-    it is `measured`, the relative squared errors without a refit and with one.
+    """The kept columns of each consumer of a space, their refitted weight, shape `(out, columns)`, and the bias; and
+    where that is `measured`, the relative squared errors without a refit and with one.
     """
     refitted, errors = [], []
     for axis, (weight, bias), of_consumer in zip(space.into, values, moments, strict=True):

@@ -92,8 +92,8 @@ def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]]) -> Tensor:
 
 @torch.no_grad()
 def shrink_layer_(model: nn.Module, arch: ArchSpec, layer: int, keep: Keep, smaller: nn.Module) -> None:
-    """Replace one layer by that of a `smaller` model without weights, which gets the kept units; the parameters are the
-    same objects with less data in them, so that an optimizer still holds them.
+    """Replace one layer by that of a `smaller` model without weights, which gets the kept units; the parameters are
+    the same objects with less data in them, so that an optimizer still holds them.
     """
     prefix = arch.layer_prefix(layer)
     full = {prefix + name: tensor for name, tensor in layer_list(model, arch)[layer].state_dict().items()}

@@ -117,8 +117,8 @@ def normalised(x: Tensor) -> Tensor:
 
 
 class Norm(NamedTuple):
-    """A norm between a consumer and the residual stream: its full name, and its factors, shape `(channels,)`. For units
-    inside the layers, error feedback through norms brings next to nothing.
+    """A norm between a consumer and the residual stream: its full name, and its factors, shape `(channels,)`. For
+    units inside the layers, error feedback through norms brings next to nothing.
     """
 
     module: str

@@ -16,7 +16,7 @@ from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.config.pruning import ALLOCATIONS, REFITS, StructPruneConfig
 from optimum_structprune.criteria import Criterion
 from optimum_structprune.removals.layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA
-from optimum_structprune.method.score import matrices, norms_by_unit
+from optimum_structprune.arch.producers import matrices, norms_by_unit
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.sources.data import CalibrationData
