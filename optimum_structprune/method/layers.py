@@ -26,10 +26,13 @@ from ..arch.modules import layer_list
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
 from .calibrate import Moments
+from .shrink import check_same
 
 
 # The largest share of a module's output that may reach the layer's output in another direction than its own.
 MAX_DEVIATION = 0.1
+# The number of tokens that a layer is compared on before and after it shrinks.
+FEW = 16
 # A part of a layer is worth keeping its output if it has this share of the layer's parameters; a norm has far less.
 CACHED_SHARE = 0.02
 
@@ -201,6 +204,7 @@ class InMemory:
             if len(recorded) != len(present) or not all(map(equal, recorded, present)):
                 raise NotSequentialError(f"the layers of {arch.model_type!r} are called with more than hidden states")
             self.hidden.append(self._kept(hidden))
+        self.few = capture(model, arch, batches[0].ids[:1, :FEW], True)
         self.dense = list(self.hidden)
 
     def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
@@ -211,8 +215,10 @@ class InMemory:
     def output(self, layer: int, index: int, hidden: Tensor | None = None) -> Tensor:
         """What a layer gives for one batch, in the layer's own precision; `hidden` takes the place of its inputs."""
         hidden = self.hidden[index] if hidden is None else hidden
-        call, module = self.calls[len(hidden)][layer], self.module(layer)
-        like = next(module.parameters())
+        return self._run(layer, hidden, self.calls[len(hidden)][layer])
+
+    def _run(self, layer: int, hidden: Tensor, call: Call) -> Tensor:
+        like = next((module := self.module(layer)).parameters())
         hidden, args, kwargs = send_to_device((hidden, call.args, call.kwargs), like.device)
         if like.dtype == torch.float32:
             hidden, args, kwargs = convert_to_fp32((hidden, args, kwargs))
@@ -319,6 +325,14 @@ class InMemory:
         outputs = [hidden if (extras := self.extras[layer]) is None else (hidden, *extras) for layer in range(count)]
         with replaying(layer_list(self.model, self.arch)[:count], outputs):
             yield
+
+    @contextmanager
+    def same_outputs(self, layer: int) -> Iterator[None]:
+        """Refuse what changes, inside `with`, the outputs of a layer for a few tokens."""
+        hidden, calls = self.few
+        before = self._run(layer, hidden, calls[layer])
+        yield
+        check_same(f"Layer {layer}", before, self._run(layer, hidden, calls[layer]))
 
     def residual_path(self, layer: int, module: str) -> Any:
         """How the output of a module comes into the output of its layer; None where it does not do so straight."""

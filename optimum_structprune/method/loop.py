@@ -10,7 +10,7 @@ Lifecycle of `prune_layers_`, for each layer in turn:
     - choose: the units with the highest scores stay.
     - refit: the columns of the kept units make up for the removed ones and for the error of the layers in front
       (refit.py, linalg.py); the columns of the others become zero.
-- `shrink_layer_` replaces the layer by a smaller one (shrink.py).
+- `shrink_layer_` replaces the layer by a smaller one (shrink.py), and `source.same_outputs` compares the two.
 - `source.advance` takes the hidden states of the samples through it, to the next layer.
 - `on_layer` is told; that is where progress, records and checkpoints hang.
 """
@@ -111,7 +111,8 @@ def prune_layers_(
             for space in arch.at(layer):
                 if (width := space.width_in(widths) * space.scale) < space.size:
                     prune_space_(model, arch, source, method, space, width, pruned)
-            shrink_layer_(model, arch, layer, pruned.keep, smaller)
+            with source.same_outputs(layer):
+                shrink_layer_(model, arch, layer, pruned.keep, smaller)
             source.advance(layer)
             on_layer(layer, pruned)
     return pruned
