@@ -8,9 +8,8 @@ from models import NOT_SEQUENTIAL, OTHERS, PRUNABLE, build, config, described, t
 from optimum_structprune import StructPruneError, StructPruner, dry_run, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP
-from optimum_structprune.method.layers import InMemory
-from optimum_structprune.method.layers import NotSequentialError
 from optimum_structprune.forward.metrics import model_outputs, output_error
+from optimum_structprune.method.layers import InMemory, NotSequentialError
 from optimum_structprune.widths.allocation import choices, legal_widths
 from optimum_structprune.widths.budget import widths_of
 

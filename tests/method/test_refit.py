@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_structprune.method.linalg import ridge_strength, solve_damped
 from optimum_structprune.method.calibrate import Moments
+from optimum_structprune.method.linalg import ridge_strength, solve_damped
 from optimum_structprune.method.refit import bias_refit, least_squares, no_refit, squared_errors
 
 

@@ -22,10 +22,10 @@ from transformers.utils.logging import tqdm
 
 from optimum_structprune import StructPruneError, register_criterion
 from optimum_structprune.arch.spec import MODEL, ArchSpec, Space
-from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.config.pruning import ALLOCATIONS, StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
 from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, divergence, evaluating
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import run_model
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.system.offloading import compute_device, is_offloaded

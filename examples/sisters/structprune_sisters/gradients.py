@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_structprune import StructPruneError, register_criterion
+from optimum_structprune.arch.hooks import observe
 from optimum_structprune.arch.spec import ArchSpec
-from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
-from optimum_structprune.arch.hooks import observe
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.system.processes import add_up_
 

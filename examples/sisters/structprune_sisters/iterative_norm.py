@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from optimum_structprune import register_criterion
 from optimum_structprune.arch.spec import ArchSpec, Axis
 from optimum_structprune.calibration.accumulator import unmasked
-from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.criteria import Criterion, per_unit
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.system.processes import add_up_, process_count
 

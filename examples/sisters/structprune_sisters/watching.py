@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_structprune import StructPruneError
-from optimum_structprune.arch.spec import ArchSpec
 from optimum_structprune.arch.hooks import observe
-from optimum_structprune.method.layers import Batch
-from optimum_structprune.method.layers import run_model
+from optimum_structprune.arch.spec import ArchSpec
+from optimum_structprune.method.layers import Batch, run_model
 from optimum_structprune.sources.data import CalibrationData
 
 

@@ -9,8 +9,8 @@ from structprune_sisters.slimllm import SHARPNESS, slope_refit
 from optimum_structprune import StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
 from optimum_structprune.method.calibrate import Moments
-from optimum_structprune.removals.layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA
 from optimum_structprune.pruning.run import Run
+from optimum_structprune.removals.layer_criteria import BLOCK_INFLUENCE, LAYER_CRITERIA
 from optimum_structprune.search.search import choose_shape
 from optimum_structprune.widths.budget import widths_of
 

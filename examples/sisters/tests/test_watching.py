@@ -10,8 +10,8 @@ from structprune_sisters.slimllm import inflows
 
 from optimum_structprune import StructPruneError, StructPruner, calibrate
 from optimum_structprune.arch.load import describe
-from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.criteria import CRITERIA
+from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import Batch
 
 
