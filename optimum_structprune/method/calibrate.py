@@ -28,12 +28,6 @@ class ErrorMoments:
     cross: Tensor
     energy: Tensor
 
-    @classmethod
-    def empty(cls, out: int, size: int, device: torch.device | str = "cpu") -> ErrorMoments:
-        """Moments of no errors, shape `(out,)` each, beside inputs of shape `(size,)`."""
-        energy = torch.zeros((), dtype=torch.float64, device=device)
-        return cls(torch.zeros(out, device=device), torch.zeros(out, size, device=device), energy)
-
     @torch.no_grad()
     def update(self, error: Tensor, x: Tensor, share: float) -> None:
         """Take in errors, shape `(tokens, out)`, with inputs, shape `(tokens, n)`."""
@@ -69,12 +63,11 @@ class Moments:
     error: ErrorMoments | None = None
 
     @classmethod
-    def empty(
-        cls, size: int, gram: bool = False, device: torch.device | str = "cpu", out: int | None = None
-    ) -> Moments:
+    def empty(cls, size: int, gram: bool = False, device: torch.device | str = "cpu", out: int = 0) -> Moments:
         """Moments of no tokens; of the error too where there are `out` outputs."""
         mean, square = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
-        error = ErrorMoments.empty(out, size, device) if out else None
+        of_error = (torch.zeros(out, device=device), torch.zeros(out, size, device=device), mean.new_zeros(()))
+        error = ErrorMoments(*of_error) if out else None
         return cls(0, mean, square, torch.zeros(size, size, device=device) if gram else None, error=error)
 
     @torch.no_grad()

@@ -245,14 +245,10 @@ class InMemory:
         axes = {self._local(layer, axis.module): axis for axis in space.into}
         paths = {name: self.residual_path(layer, axis.module) for name, axis in axes.items() if self.error_feedback}
         self.changed |= {self._local(layer, axis.param).partition(".")[0] for axis in space.axes}
+        out = self.hidden[0].shape[-1]
         for domain in range(self.num_domains):
             moments = {
-                name: Moments.empty(
-                    space.size * axis.per_unit,
-                    gram,
-                    self.device,
-                    self.hidden[0].shape[-1] if paths.get(name) else 0,
-                )
+                name: Moments.empty(space.size * axis.per_unit, gram, self.device, out if paths.get(name) else 0)
                 for name, axis in axes.items()
             }
             for index, batch in enumerate(self.batches):
@@ -317,14 +313,6 @@ class InMemory:
             for index, before in enumerate(stored):
                 stored[index] = tensors.get(f"{name}.{index}", before).to(before.device)
         self.gains, self.error_feedback = dict(values["gains"]), values["error_feedback"]
-
-    @contextmanager
-    def skipping(self, count: int, index: int) -> Iterator[None]:
-        """The first layers do not run inside `with`: they give the stored hidden states of one batch."""
-        hidden = self.hidden[index]
-        outputs = [hidden if (extras := self.extras[layer]) is None else (hidden, *extras) for layer in range(count)]
-        with replaying(layer_list(self.model, self.arch)[:count], outputs):
-            yield
 
     @contextmanager
     def same_outputs(self, layer: int) -> Iterator[None]:

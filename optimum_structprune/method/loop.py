@@ -102,7 +102,8 @@ def prune_layers_(
         on_layer: Is called with the index of a layer that is finished, and with all that is pruned so far.
 
     Raises:
-        StructPruneError: If activations are NaN or infinite, or a criterion gives something else than scores.
+        StructPruneError: If activations are NaN or infinite, a criterion gives something else than scores, or a
+            smaller layer gives other outputs than the masked one.
     """
     pruned = done or Pruned()
     for layer in range(arch.num_layers) if layers is None else layers:
@@ -130,23 +131,22 @@ def prune_space_(
     scores = score_units(criterion, space, [weight for weight, _ in values], moments, method.name)
     keep = choose_units(criterion, space, scores, width, range(space.size), values, moments)
     refitted, error = refit_consumers(criterion, space, keep, values, moments, method)
-    for axis, (columns, weight, bias) in zip(space.into, refitted, strict=True):
-        write_consumer_(model, axis, columns, weight, bias)
     pruned.keep[space.key] = keep
     if error is not None:
         pruned.errors[space.key] = error
+    for axis, columns in zip(space.into, refitted, strict=True):
+        write_consumer_(model, axis, *columns)
 
 
 def score_units(
     criterion: Any, space: Space, weights: Sequence[Tensor], moments: Sequence[Moments], name: str
 ) -> Tensor:
     """The scores of the units of a space, summed over its consumers, shape `(units,)`."""
-    total = []
+    scores = []
     for axis, weight, of_consumer in zip(space.into, weights, moments, strict=True):
-        scores = criterion.score(weight, of_consumer, axis.per_unit)
-        check_scores(scores, weight.shape[1] // axis.per_unit, name, axis.module)
-        total.append(scores)
-    return torch.stack(total).sum(0)
+        scores.append(criterion.score(weight, of_consumer, axis.per_unit))
+        check_scores(scores[-1], weight.shape[1] // axis.per_unit, name, axis.module)
+    return torch.stack(scores).sum(0)
 
 
 def choose_units(

@@ -13,9 +13,8 @@ from ..arch.spec import ArchSpec, Axis, Space
 from ..errors import StructPruneError
 
 
-# How far the outputs for the median token may be apart, relative to their norm: by so much, ten steps of TF32, or by
-# so many steps of the dtype. Tiny models of all families show 0 to 3 steps for one layer, and up to 4 for two layers
-# whose weights are rounded anew for a narrower residual stream. Rounding may send single tokens to another expert.
+# The largest relative distance of the outputs for the median token: ten steps of TF32, or so many steps of the dtype.
+# Tiny models of all families show at most 4. Rounding may send single tokens to another expert.
 TOLERANCE, STEPS = 1e-2, 16
 # Weight `(out, n)` and bias `(out,)` of a consumer, whichever way round the model stores them.
 Values = tuple[Tensor, "Tensor | None"]
@@ -131,6 +130,5 @@ def check_same(what: str, masked: Tensor, pruned: Tensor) -> None:
     if masked.isfinite().all() and not (error := float(errors.median())) <= limit:
         raise StructPruneError(
             f"{what} gives other outputs than with the removed units masked: they differ by {error:.2g} of their "
-            f"norm, and rounding explains {limit:.2g}. Either the description of the model type is wrong, or the "
-            "model was changed in a way that its config does not tell."
+            f"norm, and rounding explains {limit:.2g}. The description of the model type does not fit this model."
         )

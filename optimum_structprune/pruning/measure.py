@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import inf, isnan
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.hooks import replaying
+from ..arch.modules import layer_list
 from ..arch.spec import ArchSpec
 from ..domains.domain import Domain
 from ..domains.passages import Passages
@@ -22,7 +25,7 @@ from ..forward.metrics import (
     row_losses,
     total_loss,
 )
-from ..method.layers import Batch
+from ..method.layers import Batch, InMemory
 from ..record.report import Report
 from ..sources.offloaded import Offloaded
 from ..system.offloading import is_offloaded
@@ -129,6 +132,15 @@ def layerwise_losses(model: PreTrainedModel, arch: ArchSpec, texts: Sequence[Seq
                 source.pass_through(layer)
         losses = []
         for index, batch in enumerate(batches):
-            with source.skipping(arch.num_layers, index):
+            with skipping_layers(source, arch.num_layers, index):
                 losses.append(total_loss(model, batch.ids))
     return list(torch.tensor(losses, dtype=torch.float64).split([len(text) for text in texts]))
+
+
+@contextmanager
+def skipping_layers(source: InMemory, count: int, index: int) -> Iterator[None]:
+    """The first layers of a model do not run inside `with`: they give the stored hidden states of one batch."""
+    hidden, extras = source.hidden[index], source.extras
+    outputs = [hidden if (of := extras[layer]) is None else (hidden, *of) for layer in range(count)]
+    with replaying(layer_list(source.model, source.arch)[:count], outputs):
+        yield

@@ -21,6 +21,7 @@ from ..forward.metrics import TOKENS_AT_ONCE, divergence
 from ..method.layers import Batch, InMemory, run_model
 from ..method.loop import Method
 from ..method.shrink import Values
+from ..pruning.measure import skipping_layers
 from ..removals.layers import gap_source, refit_before_gap_
 from ..sources.data import CalibrationData, Source, batches_of, layers_of
 from ..system.processes import add_up_, of_all, process_count, process_index
@@ -114,8 +115,8 @@ class Probe:
     @torch.no_grad()
     def _logits(self, index: int, model: PreTrainedModel | None = None) -> Tensor:
         """The logits of every fourth token of a batch, shape `(tokens, vocab)`."""
-        source, skips = self.source, model is None and isinstance(self.source, InMemory)
-        with source.skipping(self.layer, index) if skips else nullcontext():  # type: ignore[union-attr]
+        skips = model is None and isinstance(self.source, InMemory)
+        with skipping_layers(self.source, self.layer, index) if skips else nullcontext():  # type: ignore[arg-type]
             logits = run_model(model or self.model, self.batches[index].ids, **self.options).logits
         return (logits if self.options else logits[:, ::STRIDE]).flatten(0, 1)
 
