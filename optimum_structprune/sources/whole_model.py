@@ -32,6 +32,10 @@ class Still:
     def advance(self, layer: int) -> None:
         """See `InMemory.advance`."""
 
+    def same_outputs(self, layer: int) -> AbstractContextManager[None]:
+        """See `InMemory.same_outputs`; a layer that does not run by itself is not compared."""
+        return nullcontext()
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """See `InMemory.state`; None where the source cannot go on at a layer."""
         return None
