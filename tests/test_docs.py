@@ -30,9 +30,7 @@ from optimum_structprune.domains.builtin import builtin_documents
 
 
 ROOT = Path(__file__).parents[1]
-# The commands of the log are those of the commits that it names.
-LOG = ROOT / "docs" / "log.md"
-DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page != LOG]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 # Pages that lead from one command to the next: each runs as a whole.
 TOURS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
