@@ -104,8 +104,8 @@ def inputs(tmp_path_factory):
     sizes = {**GROUPED, "vocab_size": len(tokenizer), "max_position_embeddings": 1024}
     for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model(UNKNOWN, **sizes)), tokenizer):
         saved.save_pretrained(folder / "other-model")
-    readme = (ROOT / "README.md").read_text()
-    (folder / "run.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", readme, re.M | re.S)[1])
+    ((_, settings),) = snippets(ROOT / "docs" / "api.md", "yaml")
+    (folder / "run.yaml").write_text(settings)
     return folder
 
 
