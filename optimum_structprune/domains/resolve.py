@@ -124,7 +124,7 @@ def _builtin_beside(domains: list[DomainConfig]) -> str:
 
 
 # The factor by which a domain's weight may differ from the config's. A factor of 8 brings the worst domain no further,
-# and costs the others four times as much (docs/benchmarks.md).
+# and costs the others four times as much (examples/benchmarks/LOG.md).
 MOST = 2.0
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-6
