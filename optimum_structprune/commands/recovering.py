@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from argparse import Namespace
@@ -15,7 +14,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.fields import read_mapping
+from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
@@ -91,7 +90,7 @@ def recover_and_save(
 def _earlier_answers(pruned: str) -> Items:
     """The answers that the record of a pruning holds."""
     with suppress(StructPruneError):  # it has no record, or one that cannot be read
-        return read_mapping(Path(pruned, REPORT_NAME), json.loads).get("answers") or []
+        return read_json(Path(pruned, REPORT_NAME)).get("answers") or []
     return []
 
 
