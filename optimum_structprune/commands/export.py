@@ -7,14 +7,10 @@ from dataclasses import asdict
 
 from ..errors import StructPruneError
 from ..saving.export import export_nemotron_nas, export_uniform
-from ..system.disk import GGUFOutput, Output
+from ..system.disk import GGUF, GGUFOutput, Output
+from .flags import GGUF_DTYPES
 from .loading import Loading, weights_bytes
 from .output import Result
-
-
-ENDING = ".gguf"
-# GGUF's own names for the dtypes that a file can have.
-GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
 def export(args: Namespace) -> Result:
@@ -22,12 +18,12 @@ def export(args: Namespace) -> Result:
     from ..arch.nemotron_nas import FORM, check_nemotron_nas
     from ..saving.gguf_file import check_gguf, export_gguf
 
-    if args.output.endswith(ENDING) + args.pad_uniform + (args.form is not None) != 1 or (args.pad and not args.form):
+    if args.output.endswith(GGUF) + args.pad_uniform + (args.form is not None) != 1 or (args.pad and not args.form):
         raise StructPruneError(
-            f"Name a file OUT{ENDING} for llama.cpp, or a folder with --format {FORM} [--pad], or with --pad-uniform "
-            f"for runtimes that take one width only. A padded folder can be written as OUT{ENDING} afterwards."
+            f"Name a file OUT{GGUF} for llama.cpp, or a folder with --format {FORM} [--pad], or with --pad-uniform "
+            f"for runtimes that take one width only. A padded folder can be written as OUT{GGUF} afterwards."
         )
-    if not args.output.endswith(ENDING):
+    if not args.output.endswith(GGUF):
         loading = Loading.of(args)
         Output(args.output, args.overwrite, [args.model, args.arch_file]).check(weights_bytes(args.model))
         if args.form:

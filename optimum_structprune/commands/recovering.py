@@ -34,8 +34,6 @@ def check_push_arguments(args: Namespace) -> None:
     """Refuse a push that could not succeed, before work is done."""
     if args.push_to_hub is not None:
         check_push(args.push_to_hub)
-    elif args.private:
-        raise StructPruneError("--private says what a repository is, and --push-to-hub names none; give both.")
 
 
 def pushed(args: Namespace, result: Result) -> Result:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 
 from ..errors import StructPruneError, one_line
 from ..plain_json import unversioned
@@ -116,6 +116,14 @@ def by_layer(values: Mapping[Any, Item], owner: str) -> dict[int, Item]:
     return dict(zip(numbers, values.values(), strict=True))
 
 
+class FieldError(StructPruneError):
+    """A value that a field does not take, with the name of the config's class, the field and the reason."""
+
+    def __init__(self, owner: str, field: str, reason: str):
+        super().__init__(f"{owner}: {field!r} {reason}")
+        self.owner, self.field, self.reason = owner, field, reason
+
+
 def config_class(cls: T) -> T:
     """A class decorator for configs, by which every mistake in the constructor is a `StructPruneError`."""
     init: Any = cls.__init__  # type: ignore[misc]
@@ -125,8 +133,13 @@ def config_class(cls: T) -> T:
         _check_names(cls, values)
         try:
             init(self, *args, **values)
+        except StrictDataclassFieldValidationError as error:
+            field = str(error).split("'")[1]  # which only the message says
+            reason = one_line(error.__cause__).removeprefix(f"Field {field!r} ").partition(". Errors: ")[0]
+            reason = re.sub(r"<class '(\w+)'>", r"\1", reason)
+            raise FieldError(cls.__name__, field, reason) from error
         except (StrictDataclassError, TypeError) as error:
-            raise StructPruneError(f"{cls.__name__}: {one_line(error)}") from error
+            raise StructPruneError(f"{cls.__name__}: {one_line(error.__cause__ or error)}") from error
 
     cls.__init__ = checked  # type: ignore[misc]
     return cls
