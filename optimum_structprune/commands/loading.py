@@ -144,7 +144,7 @@ class Loading:
             )
         if VOCAB in widths:
             Tokens.of(config, found, found.unpacked, self.tokenizer(name), widths)
-        if self.device not in SPREAD and (self.torch_dtype or model_config.dtype):
+        if widths and self.device not in SPREAD and (self.torch_dtype or model_config.dtype):
             placed = replace(found, device=torch.device(str(self.device)), offloaded=self.offload is not None)
             if placed.offloaded:
                 check_offloaded(config, placed, widths)
