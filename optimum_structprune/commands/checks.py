@@ -20,6 +20,7 @@ from ..domains.sources import check_source
 from ..errors import StructPruneError, one_line
 from ..system.disk import ADAPTER, GGUF, GGUFOutput, Output
 from .arguments import pruning_config, recovery_config
+from .flags import FORM
 from .output import check_file
 
 
@@ -50,9 +51,19 @@ def check_flags(args: Namespace) -> None:
     for name in ("json", "csv", "items"):
         if isinstance(file := given.get(name), str):
             check_file(file, f"--{name} {file}")
+    if "form" in given:
+        _check_form(args)
     if "overwrite" in given:
         kind = GGUFOutput if "form" in given and args.output.endswith(GGUF) else Output
         kind(args.output, args.overwrite).check()
+
+
+def _check_form(args: Namespace) -> None:
+    if args.output.endswith(GGUF) + args.pad_uniform + (args.form is not None) != 1 or (args.pad and not args.form):
+        raise StructPruneError(
+            f"Name a file OUT{GGUF} for llama.cpp, or a folder with --format {FORM} [--pad], or with --pad-uniform "
+            f"for runtimes that take one width only. A padded folder can be written as OUT{GGUF} afterwards."
+        )
 
 
 def _texts(config: Any) -> list[DomainConfig]:

@@ -40,7 +40,7 @@ LOADING: Flags = {
     "--device": "The device, such as cpu or cuda; by default cuda where there is one.",
     **TRUST,
 }
-OFFLOADS = ("cpu", "disk")
+OFFLOADS, FORM = ("cpu", "disk"), "nemotron-nas"
 OFFLOAD = {
     "--offload": choice(
         "Keep the layers in the CPU's memory or on the disk, and bring in one at a time: for models that are larger "
@@ -269,7 +269,7 @@ COMMANDS = (
             "output": "File for llama.cpp, which ends in .gguf; with --format or --pad-uniform, a folder.",
             "--format": choice(
                 "Write layers that differ as NVIDIA's DeciLM has them: for vLLM, SGLang, TensorRT-LLM and MLX.",
-                ["nemotron-nas"],
+                [FORM],
                 dest="form",
             ),
             "--pad": switch(

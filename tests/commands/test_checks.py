@@ -80,6 +80,7 @@ FLAGS = [
     (f"{SHARE} --private", "--push-to-hub names none; give both"),
     ("prune model full --sparsity 0.2", "exists and is not empty"),
     ("prune model full --sparsity 0.2 --overwrite", "is no result of structprune"),
+    ("export model out", "Name a file OUT.gguf for llama.cpp, or a folder with --format nemotron-nas [--pad]"),
     ("plan model --sparsity 0.2 --json no/such/file", "cannot be written"),
     ("sweep model out --sparsity 0.2 1.5", "error: --sparsity has to lie between 0 and 1"),
     (f"{CALIBRATE} --domain a=none.txt", "there is no file or folder none.txt"),
