@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from ..arch.meta import is_quantized
 from ..config.domains import ANY, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
@@ -29,6 +30,7 @@ from ..forward.generation import continued, end_tokens, positions_of, predicts_n
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint
+from ..system.offloading import is_offloaded
 from ..system.processes import alone, of_all, of_first, process_index
 from ..system.stages import stage
 from .packing import begun
@@ -90,6 +92,12 @@ def self_documents(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
                 "themselves or are unlikely; use other text for this model."
             )
         yield from documents
+
+
+def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether a model can write text: it is causal, and its weights are in memory and not quantized."""
+    in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
+    return in_memory and predicts_next(model)
 
 
 def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:

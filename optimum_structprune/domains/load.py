@@ -21,10 +21,10 @@ from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, warn
 from ..forward.metrics import ENOUGH
 from .domain import Domain
-from .generated import self_documents
+from .generated import can_write, self_documents
 from .manifest import Manifest
 from .packing import DOCUMENTS_PER_CALL, HELDOUT, PROBE, USED, Frame, Shelf, Tokens, prefix_token, tokenised
-from .resolve import MOST, can_write, resolve, texts_of, with_written_text
+from .resolve import MOST, resolve, texts_of, with_written_text
 from .sources import documents
 
 

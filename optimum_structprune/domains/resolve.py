@@ -9,16 +9,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from ..arch.meta import is_quantized
 from ..config.domains import ANY, BUILTIN, GENERAL, PRESET, SELF, DomainConfig, is_general
 from ..config.fields import read_yaml
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
-from ..forward.generation import predicts_next
 from ..registry import did_you_mean
-from ..system.offloading import is_offloaded
 
 
 BUILTIN_PRESETS = Path(__file__).with_name("presets.yaml")
@@ -108,12 +103,6 @@ def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
     if not placed or config.general_text is not None or config.general_share == 0:
         return config
     return replace(config, general_text=WRITTEN)
-
-
-def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether a model can write text: it is causal, and its weights are in memory and not quantized."""
-    in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
-    return in_memory and predicts_next(model)
 
 
 def _builtin_beside(domains: list[DomainConfig]) -> str:

@@ -51,7 +51,7 @@ def check(
     if use != DRY_RUN:
         _check_model(config, described, use)
     if described.offloaded:
-        _check_offloaded(config, described, widths)
+        check_offloaded(config, described, widths)
     if use == CALIBRATE:
         _check_stored(config, arch)
     else:
@@ -183,7 +183,7 @@ def _check_model(config: StructPruneConfig, described: Described, use: str) -> N
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
 
 
-def _check_offloaded(config: StructPruneConfig, described: Described, widths: Widths) -> None:
+def check_offloaded(config: StructPruneConfig, described: Described, widths: Widths) -> None:
     """Refuse what takes all weights of a model at once, where accelerate has offloaded some."""
     name, advice = described.name, IN_MEMORY
     if described.quantized:

@@ -7,10 +7,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +27,10 @@ from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.memory import model_bytes
 from ..system.offloading import declared, is_offloaded, places
 from ..system.processes import is_first_rank
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 from .carry import carry
 
 
@@ -82,6 +85,8 @@ def save_checked(
     first one saves, and the others wait for it and fail if it fails.
     """
     need_bytes = 0 if hasattr(model, "peft_config") else model_bytes(model)  # an adapter is small
+    from peft import PeftModel  # late, as it takes a second
+
     with Output(save_directory, overwrite, used).staged(need_bytes) as staging:
         if not is_first_rank():
             return
