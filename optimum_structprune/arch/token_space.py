@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from ..errors import StructPruneError
 from .spec import MODEL, ONE_PER_MODEL, TOKEN, VOCAB, Axis, Space
 
 
@@ -16,7 +18,11 @@ SIZE = "vocab_size"
 # A second embedding, of which every layer reads a part, may leave out the last tokens.
 SIZE_PER_LAYER = "vocab_size_per_layer_input"
 # The fields of a config, and of the config of generation, that hold ids of tokens.
-IDS = re.compile(r"\w*token_(ids?|index|indices)|(begin_)?suppress_tokens|bad_words_ids|force_words_ids|sequence_bias")
+IDS = re.compile(
+    r"\w*token_(ids?|index|indices)|(begin_)?suppress_tokens|(bad_words|force_words|forced_decoder)_ids|sequence_bias"
+)
+# Those that hold pairs, and which part of a pair is ids: the other is a bias, or a position.
+PAIRS = {"sequence_bias": 0, "forced_decoder_ids": 1}
 
 
 def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | None:
@@ -49,32 +55,60 @@ def _biases(head: nn.Module, model: nn.Module, tensors: dict[str, Tensor], size:
             yield Axis(name, tensor.ndim - 1)
 
 
-def renumber_(config: PretrainedConfig | GenerationConfig, keep: Sequence[int], size: int) -> None:
-    """Give the tokens that a config names the ids that they have once only `keep` of `size` tokens are left.
-
-    A token that is not kept becomes the last one: that is for models that are built for their shapes alone.
+def renumber_(
+    config: PretrainedConfig | GenerationConfig, keep: Sequence[int], size: int, only_shapes: bool = False
+) -> None:
+    """Give the tokens that a config names the ids that they have once only `keep`, ascending, of `size` rows is left;
+    an id beyond both is no token, and stays. A model of `only_shapes` may name rows that are gone: as the last one.
     """
-    new = {old: place for place, old in enumerate(keep)}
-    for key, value in list(vars(config).items()):
-        if IDS.fullmatch(key):
-            setattr(config, key, _mapped(value, lambda old: new.get(old, len(keep) - 1) if 0 <= old < size else old))
-        elif key == SIZE_PER_LAYER and value is not None:
-            setattr(config, key, sum(old < value for old in keep))
+    new = dict.fromkeys(range(size), len(keep) - 1) if only_shapes else {}
+    new |= {old: place for place, old in enumerate(keep)}
+    fields = [*_fields(config)]
+    for _, key, value in fields:
+        if gone := [old for old in _ids(key, value) if old not in new and 0 <= old < size]:
+            raise StructPruneError(
+                f"{key}={value} names the token {gone[0]}, which is none of the {len(keep):,} of {size:,} that stay; "
+                "leave it out of the config, or keep it."
+            )
+    for part, key, value in fields:
+        setattr(part, key, _mapped(value, lambda old: new.get(old, old), PAIRS.get(key)))
+    for part in _parts(config):
+        if (bound := vars(part).get(SIZE_PER_LAYER)) is not None:
+            setattr(part, SIZE_PER_LAYER, bisect_left(keep, bound))
 
 
-def named_ids(config: PretrainedConfig | GenerationConfig) -> set[int]:
-    """The ids of tokens that a config names."""
-    ids: set[int] = set()
+def named_ids(model: PreTrainedModel) -> set[int]:
+    """The ids of tokens that the config of a model names, and that of its generation."""
+    configs = filter(None, [model.config, getattr(model, "generation_config", None)])
+    return {old for config in configs for _, key, value in _fields(config) for old in _ids(key, value)}
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A config and those inside it, but for those that number tokens of their own."""
+    yield config
     for key, value in vars(config).items():
-        if IDS.fullmatch(key):
-            _mapped(value, lambda old: ids.add(old))
+        if isinstance(value, PretrainedConfig) and (key == "text_config" or not hasattr(value, SIZE)):
+            yield from _parts(value)
+
+
+def _fields(config: Any) -> Iterator[tuple[Any, str, Any]]:
+    """The fields that hold ids, each with the config that has it, its name and its value."""
+    return ((part, *field) for part in _parts(config) for field in vars(part).items() if IDS.fullmatch(field[0]))
+
+
+def _ids(key: str, value: Any) -> list[int]:
+    ids: list[int] = []
+    _mapped(value, ids.append, PAIRS.get(key))
     return ids
 
 
-def _mapped(value: Any, change: Any) -> Any:
-    """A value with every whole number in it changed."""
+def _mapped(value: Any, change: Any, place: int | None = None) -> Any:
+    """A value with every id in it changed: in a list of pairs the part at `place`, and in biases by ids the ids."""
     if isinstance(value, dict):
-        return {_mapped(key, change): _mapped(of, change) for key, of in value.items()}
-    if isinstance(value, (list, tuple)):
+        return {_mapped(ids, change): bias for ids, bias in value.items()}
+    if not isinstance(value, (list, tuple)):
+        return change(value) if type(value) is int else value
+    if place is None:
         return type(value)(_mapped(part, change) for part in value)
-    return change(value) if type(value) is int else value
+    pairs = ([_mapped(part, change) if at == place else part for at, part in enumerate(pair)] for pair in value)
+    return type(value)(pairs)
