@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from copy import deepcopy
 from math import lcm
@@ -13,7 +14,7 @@ from transformers import PretrainedConfig
 from ..errors import StructPruneError
 from .per_layer import forget_modeling_file
 from .spec import GROUP, HIDDEN, LAYER, VOCAB, ArchSpec, Widths
-from .token_space import IDS, renumber_
+from .token_space import IDS, SIZE_PER_LAYER, renumber_
 
 
 # The grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes: 4 numbers in fp32,
@@ -60,7 +61,10 @@ def shrunk_config(
         per_layer = {place: per_layer[layer] for place, layer in enumerate(layers) if layer in per_layer}
     if VOCAB in sizes:
         space = arch.of(VOCAB)[0]
-        renumber_(new, stay or range(space.width_in(sizes)), space.size, only_shapes=stay is None)
+        keep = stay or range(space.width_in(sizes))
+        renumber_(new, keep, space.size, only_shapes=stay is None)
+        if (bound := getattr(text, SIZE_PER_LAYER, None)) is not None:
+            setattr(text, SIZE_PER_LAYER, bisect_left(keep, bound))
     for name in sizes:
         space = arch.of(name)[0]
         for key, value in space.pins:

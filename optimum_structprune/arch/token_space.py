@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,52 +62,45 @@ def renumber_(
     """
     new = dict.fromkeys(range(size), len(keep) - 1) if only_shapes else {}
     new |= {old: place for place, old in enumerate(keep)}
-    fields = [*_fields(config)]
-    for _, key, value in fields:
-        if gone := [old for old in _ids(key, value) if old not in new and 0 <= old < size]:
+
+    def changed(old: int) -> int:
+        if old not in new and 0 <= old < size:
             raise StructPruneError(
-                f"{key}={value} names the token {gone[0]}, which is none of the {len(keep):,} of {size:,} that stay; "
-                "leave it out of the config, or keep it."
+                f"The {type(config).__name__} names the token {old}, which is none of the {len(keep):,} of {size:,} "
+                "that stay; leave it out of the config, or keep it."
             )
-    for part, key, value in fields:
-        setattr(part, key, _mapped(value, lambda old: new.get(old, old), PAIRS.get(key)))
-    for part in _parts(config):
-        if (bound := vars(part).get(SIZE_PER_LAYER)) is not None:
-            setattr(part, SIZE_PER_LAYER, bisect_left(keep, bound))
+        return new.get(old, old)
+
+    for field in [(part, key, _mapped(value, changed, PAIRS.get(key))) for part, key, value in _fields(config)]:
+        setattr(*field)
 
 
 def named_ids(model: PreTrainedModel) -> set[int]:
     """The ids of tokens that the config of a model names, and that of its generation."""
-    configs = filter(None, [model.config, getattr(model, "generation_config", None)])
-    return {old for config in configs for _, key, value in _fields(config) for old in _ids(key, value)}
-
-
-def _parts(config: Any) -> Iterator[Any]:
-    """A config and those inside it, but for those that number tokens of their own."""
-    yield config
-    for key, value in vars(config).items():
-        if isinstance(value, PretrainedConfig) and (key == "text_config" or not hasattr(value, SIZE)):
-            yield from _parts(value)
-
-
-def _fields(config: Any) -> Iterator[tuple[Any, str, Any]]:
-    """The fields that hold ids, each with the config that has it, its name and its value."""
-    return ((part, *field) for part in _parts(config) for field in vars(part).items() if IDS.fullmatch(field[0]))
-
-
-def _ids(key: str, value: Any) -> list[int]:
-    ids: list[int] = []
-    _mapped(value, ids.append, PAIRS.get(key))
+    ids: set[int] = set()
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+        for _, key, value in _fields(config):
+            _mapped(value, ids.add, PAIRS.get(key))
     return ids
+
+
+def _fields(config: PretrainedConfig | GenerationConfig) -> Iterator[tuple[Any, str, Any]]:
+    """The fields that hold ids, of a config and of those inside it that do not number tokens of their own: each with
+    its config, name and value.
+    """
+    for key, value in vars(config).items():
+        if IDS.fullmatch(key):
+            yield config, key, value
+        elif isinstance(value, PretrainedConfig) and (key == "text_config" or not hasattr(value, SIZE)):
+            yield from _fields(value)
 
 
 def _mapped(value: Any, change: Any, place: int | None = None) -> Any:
     """A value with every id in it changed: in a list of pairs the part at `place`, and in biases by ids the ids."""
     if isinstance(value, dict):
         return {_mapped(ids, change): bias for ids, bias in value.items()}
-    if not isinstance(value, (list, tuple)):
-        return change(value) if type(value) is int else value
-    if place is None:
+    if isinstance(value, (list, tuple)) and place is not None:
+        return [[_mapped(part, change) if at == place else part for at, part in enumerate(pair)] for pair in value]
+    if isinstance(value, (list, tuple)):
         return type(value)(_mapped(part, change) for part in value)
-    pairs = ([_mapped(part, change) if at == place else part for at, part in enumerate(pair)] for pair in value)
-    return type(value)(pairs)
+    return change(value) if type(value) is int else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -29,12 +28,6 @@ TRANSCRIPT = "{% for m in messages %}{{ m['role'].capitalize() }}: {{ m['content
 # A template may write the date, and what is read must not depend on the day. These have each month and each day of the
 # week; the numbers in other dates are spelled by digits.
 DATES = tuple(datetime(2024, month, 26) for month in range(1, 13))
-# In place of the clock, which transformers takes from nobody; it drops the line break behind a block.
-CLOCK = (
-    "{%- macro strftime_now(format) -%}{%- set date = namespace(text=format) -%}"
-    "{%- for code, value in CODES.items() -%}{%- set date.text = date.text.replace(code, value) -%}{%- endfor -%}"
-    "{{- date.text -}}{%- endmacro %}\n"
-)
 
 
 class Document(str):
@@ -126,9 +119,10 @@ def chat_text(
     chat = [dict(message) for message in messages]
     try:
         template = tokenizer.get_chat_template(template, options.get("tools"))
-        if "strftime_now" in template:
-            codes = {code: date.strftime(code) for code in re.findall("(?<!{)%-?[A-Za-z]", template)}
-            template = CLOCK.replace("CODES", json.dumps(codes)) + template
+        if "strftime_now" in template:  # a clock of the environment, in whose place no argument can stand
+            codes = sorted({*re.findall("(?<!{)%-?[A-Za-z]", template)})
+            written = "".join(f".replace({code!r}, {date.strftime(code)!r})" for code in codes)
+            template = "{% macro strftime_now(form) %}{{ form" + written + " }}{% endmacro %}\n" + template
         return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options))
     except Exception as error:  # a template raises whatever its author chose
         raise StructPruneError(

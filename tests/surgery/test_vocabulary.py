@@ -88,7 +88,7 @@ def test_ids_in_configs_are_numbered_anew():
 def test_a_token_that_a_config_names_is_never_taken_for_another():
     model = build("llama-tied")
     model.generation_config.suppress_tokens = [5, 94]
-    with pytest.raises(StructPruneError, match=r"suppress_tokens=\[5, 94\] names the token 94, which is none of"):
+    with pytest.raises(StructPruneError, match="GenerationConfig names the token 94, which is none of the 34"):
         drop_tokens_(model, describe(model), KEEP)
     assert model.config.vocab_size == VOCAB and model.generation_config.suppress_tokens == [5, 94]
     assert same_weights(model, build("llama-tied"))
