@@ -4,7 +4,7 @@ from datetime import datetime
 
 import pytest
 from helpers import today_is
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from models import real_text_model, tokenizer
 
@@ -47,6 +47,7 @@ def test_whatever_a_template_raises_is_one_line_that_names_it(template):
         assert "\n" not in str(caught.value) and "set tokenizer.chat_template" in str(caught.value)
 
 
+@example(before="\ue00099\ue001", said=["a", "b"])
 @given(before=st.text("\ue000\ue001019a"), said=st.lists(st.text("\ue000\ue0010a"), min_size=2, max_size=2))
 def test_marks_that_a_template_or_a_message_writes_itself_are_text(before, said):
     reader, chat = tokenizer(), [{**message, "content": text} for message, text in zip(CHAT, said, strict=True)]
