@@ -9,7 +9,9 @@ import sys
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -366,3 +368,8 @@ def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.Co
         ranks = "".join(file.read_text() for file in sorted(said.rglob(f"{stream}.log")))
         setattr(done, stream, getattr(done, stream) + ranks)
     return done
+
+
+def today_is(monkeypatch, date: datetime) -> None:
+    """Set the clock that chat templates read."""
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: date))

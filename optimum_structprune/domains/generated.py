@@ -34,7 +34,7 @@ from ..system.offloading import is_offloaded
 from ..system.processes import alone, of_all, of_first, process_index
 from ..system.stages import stage
 from .packing import begun
-from .templates import Document
+from .templates import Document, chat_text
 
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
@@ -148,8 +148,7 @@ class _Author:
     def _framed(self, prompt: str) -> str:
         if not self.chats:
             return prompt
-        messages = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return chat_text(self.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
 
     @torch.no_grad()
     def _continued(self, prompts: Sequence[str], number: int) -> list[tuple[list[int], float]]:

@@ -66,7 +66,7 @@ def _keep_tokens_(run: Run, vocabulary: Vocabulary, keep: Sequence[int], number:
     if run.measure is not None and run.arch.causal:
         run.measure.read_by(tokenizer, run.model)  # refuses samples that are too long for it
     run.changed = True
-    drop_tokens_(run.model, run.arch, kept)
+    drop_tokens_(run.model, run.arch, keep)
     run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): kept}))
     run.arch, run.tokenizer = run.described(), tokenizer
     before, after = tokens_per_word(dense_tokenizer), tokens_per_word(tokenizer)

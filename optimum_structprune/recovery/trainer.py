@@ -32,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from ..arch.load import describe
+from ..arch.token_space import named_ids
 from ..config.fields import build
 from ..config.recovery import RATES, TRAINING, RecoveryConfig
 from ..domains.passages import shared_tokens
@@ -295,12 +296,16 @@ def load_teacher(
     taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
     if taught == learnt:
         return teacher
-    shared = None
+    shared, padding = None, range(0)
     with suppress(Exception):  # whatever there is in the place of a tokenizer
         larger = AutoTokenizer.from_pretrained(teacher.name_or_path, trust_remote_code=trust_remote_code)
         shared = None if tokenizer is None else shared_tokens([tokenizer, larger], [model, teacher])
+        padding = range(1 + max(larger.get_vocab().values()), taught)
     # By their numbers in the model: of a vocabulary that is what is left of the teacher's, all are there and in order.
     keep = [] if shared is None else [theirs for _, theirs in sorted(shared.T.tolist())]
+    # Of rows without a token, those stay that the configs name, and then the first ones.
+    named = named_ids(teacher)
+    keep += sorted(sorted(padding, key=lambda row: row not in named)[: max(learnt - len(keep), 0)])
     if len(keep) < learnt or keep != sorted(keep):
         raise StructPruneError(
             f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}, so their predictions "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -141,9 +142,14 @@ def _scaled_state(
 
 @torch.no_grad()
 def drop_tokens_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) -> None:
-    """Remove what a model has for all other tokens, and number the kept ones from 0; what is tied stays tied."""
+    """Remove what a model has for all other tokens, and number the kept ones from 0; what is tied stays tied. Ids in
+    `keep` that have no rows come last.
+    """
     space, tensors = arch.of(VOCAB)[0], model.state_dict(keep_vars=True)
-    with rebuilding_(model, shrunk_config(model.config, arch, {VOCAB: len(keep)}, stay=keep)) as smaller:
+    config = shrunk_config(model.config, arch, {VOCAB: bisect_left(keep, space.size)}, stay=keep)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        renumber_(generation, keep, space.size)
+    with rebuilding_(model, config) as smaller:
         for tensor, dim in {id(tensors[axis.param]): (tensors[axis.param], axis.dim) for axis in space.axes}.values():
             rows = torch.tensor([token for token in keep if token < tensor.shape[dim]], device=tensor.device)
             tensor.data, tensor.grad = tensor.data.index_select(dim, rows), None
@@ -153,5 +159,3 @@ def drop_tokens_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) ->
             for key, value in vars(module).items():
                 if type(value) is int and key in vars(old):
                     setattr(old, key, value)
-    if model.can_generate() and model.generation_config is not None:
-        renumber_(model.generation_config, keep, space.size)
