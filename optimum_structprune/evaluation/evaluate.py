@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest
 from ..domains.packing import prefix_token
+from ..domains.readers import check_tokens
 from ..domains.resolve import resolve
 from ..errors import StructPruneError, warn
 from ..forward.generation import positions_of, predicts_next
@@ -190,7 +191,7 @@ def evaluate(
     named = resolve(as_domain(domain, "evaluate") for domain in domains)
     models = {"model": model} if dense is None else {"dense": dense, "model": model}
     readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
-    _check(models, named, tasks, answers, seq_length, dense_tokenizer)
+    _check(models, readers, named, tasks, answers, seq_length, dense_tokenizer)
     _check_numbers(
         num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens, show=show or None
     )
@@ -284,6 +285,7 @@ def _measure(evaluation: Evaluation, name: str, text: Judged, batch_size: int) -
 
 def _check(
     models: Mapping[str, PreTrainedModel],
+    readers: Mapping[str, PreTrainedTokenizerBase],
     domains: Sequence[DomainConfig],
     tasks: Sequence[str | Path],
     answers: str | Path | None,
@@ -303,6 +305,8 @@ def _check(
             f"The model has a vocabulary of {sizes[1]}, the dense one of {sizes[0]}; name its tokenizer "
             "(dense_tokenizer)."
         )
+    for which, model in models.items():
+        check_tokens(model, readers[which])
 
 
 def _check_numbers(**numbers: int | None) -> None:
