@@ -11,7 +11,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from optimum_structprune import DomainConfig, StructPruneError, StructPruner, calibrate, evaluate, prune_model, recover
+from optimum_structprune import (
+    DomainConfig,
+    StructPruneError,
+    StructPruner,
+    calibrate,
+    evaluate,
+    export_gguf,
+    prune_model,
+    recover,
+)
 from optimum_structprune.domains.readers import check_tokens, note_reader, reader_of
 
 
@@ -59,6 +68,7 @@ PLACES = {
     "calibrate": lambda model, reader: calibrate(model, reader, config(domains=TEXT), "nowhere"),
     "evaluate": lambda model, reader: evaluate(model, reader, TEXT, seq_length=24),
     "dense": dense_of,
+    "gguf": lambda model, reader: export_gguf(model, "nowhere.gguf", reader),
     "recover": lambda model, reader: recover(model, reader, recovery_config(domains=TEXT)),
 }
 
