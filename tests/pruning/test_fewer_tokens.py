@@ -238,6 +238,8 @@ def test_recovery_learns_from_the_model_without_tokens_and_later_from_the_dense_
     ):
         recover(deepcopy(small), pruner.tokenizer, training, teacher=unknown)
     same_as_dense(pruner, load_teacher(unknown, small, pruner.tokenizer, reader()), model)
+    # The model that the first run has left as it was, with its tokenizer, loses both in place.
+    assert same_weights(StructPruner(asking(recovery=training)).prune_model(model, reader(), inplace=True), small)
 
 
 def test_both_models_are_measured_on_the_same_text_per_dense_token():
