@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import Described, describe
-from .arch.spec import EXPERT, HIDDEN, LAYER, VOCAB, WHOLE_MODEL, ArchSpec, Widths
+from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.domain import Domain
 from .domains.manifest import Manifest
+from .domains.readers import ids_in
 from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
@@ -143,8 +144,8 @@ class StructPruner:
 
     def _remember(self, run: Run) -> None:
         """Keep the records of a run here and, with the tokenizer where it is a new one, those that `save` needs."""
-        # Once tokens are gone, the run's config says only what is left to do, with copies of texts that are read once.
-        as_asked = {name: getattr(self.config, name) for name in ("widths", "budget", "targets", "domains")}
+        # Once tokens are gone, the run's config says only what is left to do.
+        as_asked = {name: getattr(self.config, name) for name in ("widths", "budget", "targets")}
         self.used_config = replace(run.config, **as_asked)
         self.plan, self.report, self.manifest = run.plan, run.report, run.manifest()
         self.tokenizer = run.tokenizer
@@ -208,12 +209,13 @@ class StructPruner:
             model: What `prune_model` returned.
             save_directory: The folder to write to; it is made if need be.
             tokenizer: The tokenizer that is saved beside the model; where the vocabulary has become smaller, that of
-                the dense model and None stand for the new one.
+                the dense model and None stand for the new one. It may have tokens that the run's own has not, as long
+                as the model has rows for them.
             overwrite: Whether a folder that exists is replaced.
 
         Raises:
-            StructPruneError: If no pruning returned the model, the tokenizer is another model's, the folder exists, or
-                what is saved does not come back the same.
+            StructPruneError: If no pruning returned the model, the tokenizer has other tokens than the one of the run,
+                the folder exists, or what is saved does not come back the same.
         """
         if model not in RECORDS:
             raise StructPruneError(
@@ -221,12 +223,11 @@ class StructPruner:
                 "pass the model that it returned, or the model itself after inplace=True."
             )
         config, plan, report, manifest, own = RECORDS[model]
-        if own is not None and tokenizer is not None and not own.get_vocab().keys() <= tokenizer.get_vocab().keys():
-            raise StructPruneError(
-                f"The tokenizer has {len(tokenizer):,} tokens, which are not those of this model, {len(own):,}; pass "
-                "pruner.tokenizer, or none."
-            )
-        save_pruned(model, save_directory, config, plan, report, manifest, own or tokenizer, overwrite)
+        if own is not None:
+            kept = [*plan.keep[MODEL, VOCAB]]
+            if tokenizer is None or ids_in(tokenizer, own, len(kept)) == kept:
+                tokenizer = own
+        save_pruned(model, save_directory, config, plan, report, manifest, tokenizer, overwrite)
 
 
 class AutoStructPruner:

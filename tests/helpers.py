@@ -70,6 +70,12 @@ def save_desk(folder, case="llama-tied", count=80):
     return folder
 
 
+def unread():
+    """Text that nobody may read."""
+    pytest.fail("text was read")
+    yield
+
+
 def error_line(capsys) -> str:
     """The one line that a command has ended with, which refuses something."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("structprune: error:")]

@@ -20,6 +20,7 @@ from ..calibration.stored import Statistics
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
+from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
 from ..forward.generation import reads_images
 from ..forward.layers import check_sequential
@@ -110,10 +111,11 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any, inplace: bool = Fal
 
 
 def check_reader(reader: Any, model: nn.Module) -> None:
-    """Refuse the tokenizer of a model that reads images, and the image processor of one that reads text."""
+    """Refuse an image processor for a model that reads text, or the other way round, and another model's tokenizer."""
     if reader is not None and isinstance(reader, PreTrainedTokenizerBase) == reads_images(model):
         what = "images, so pass its image processor" if reads_images(model) else "text, so pass its tokenizer"
         raise StructPruneError(f"{type(model).__name__} reads {what}, not a {type(reader).__name__}.")
+    check_tokens(model, reader)
 
 
 def _check_samples(name: str, samples: Any, model: Any) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from ..arch.spec import MODEL, VOCAB, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import COUNTED, Entry
+from ..domains.readers import note_reader
 from ..surgery.plan import Plan
 from ..surgery.resize import drop_tokens_
 from ..vocabulary.choose import Tokens, predicted_shares, removal_order, token_shares
@@ -69,6 +70,7 @@ def _keep_tokens_(run: Run, vocabulary: Vocabulary, keep: Sequence[int], number:
     drop_tokens_(run.model, run.arch, keep)
     run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): kept}))
     run.arch, run.tokenizer = run.described(), tokenizer
+    note_reader(run.model, tokenizer)
     before, after = tokens_per_word(dense_tokenizer), tokens_per_word(tokenizer)
     report.words = {code: {"before": of, "after": after[code]} for code, of in before.items()}
     report.scripts = dict(scripts_of(vocabulary, {*range(vocabulary.size)} - {*keep}))

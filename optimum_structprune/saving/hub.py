@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..arch.per_layer import heterogeneous
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
+from ..domains.readers import check_tokens
 from ..errors import StructPruneError
 from ..forward.generation import positions_of, reads_images
 from ..forward.metrics import evaluating, outputs_of, run_model
@@ -84,6 +85,7 @@ def save_checked(
     """Save a model; the folder appears only once the model has been read back, see `Output`. Of several processes the
     first one saves, and the others wait for it and fail if it fails.
     """
+    check_tokens(model, tokenizer)
     need_bytes = 0 if hasattr(model, "peft_config") else model_bytes(model)  # an adapter is small
     from peft import PeftModel  # late, as it takes a second
 

@@ -1,6 +1,7 @@
 """Strictness and round trips of the config."""
 
 import json
+from itertools import islice
 
 import pytest
 import yaml
@@ -169,3 +170,15 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path):
             StructPruneConfig.from_yaml(path)
     with pytest.raises(StructPruneError, match="structprune_config.json"):
         StructPruneConfig.from_pretrained(tmp_path)
+
+
+@given(items=st.lists(st.integers()), order=st.lists(st.integers(0, 2)))
+def test_what_an_iterator_gives_is_read_again_and_no_further_than_it_is_needed(items, order):
+    taken = []
+    source = DomainConfig("a", (taken.append(item) or item for item in items)).source
+    readings = [(iter(source), []) for _ in range(3)]
+    for number in order:
+        reading, read = readings[number]
+        read += islice(reading, 1)
+        assert taken == items[: len(taken)] and len(taken) == max(len(read) for _, read in readings)
+    assert all([*read, *reading] == items for reading, read in readings) and [*source] == items
