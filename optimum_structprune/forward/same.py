@@ -14,6 +14,7 @@ from ..errors import StructPruneError
 from .generation import positions_of, reads_images
 from .layers import Batch, LayerRunner, NotSequentialError
 from .metrics import evaluating, outputs_of, run_model
+from .placement import Placement
 
 
 # How far the outputs for the median token may be apart, relative to their norm: by so much, ten steps of TF32, or by
@@ -46,14 +47,15 @@ def outputs_of_layers(model: PreTrainedModel, arch: ArchSpec) -> Callable[[Seque
     model makes of them.
     """
     try:
-        runner = LayerRunner(model, arch, [Batch(0, few_inputs(model))])
+        runner, placement = LayerRunner(model, arch, [Batch(0, few_inputs(model))]), Placement(model, arch)
     except NotSequentialError:
         return lambda layers: outputs_for(model)
 
     def outputs(layers: Sequence[int]) -> Tensor:
         hidden = runner.hidden[0]
         for layer in layers:
-            hidden = runner.output(layer, 0, hidden)
+            with placement.at(layer):
+                hidden = runner.output(layer, 0, hidden)
         return hidden
 
     return outputs
