@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -33,19 +33,23 @@ from .record.report import Report
 from .registry import Registry
 from .saving.hub import save_pruned
 from .surgery.plan import Plan
+from .system.fingerprint import checksums
 from .vocabulary.choose import Tokens
 from .widths.budget import widths_of
 from .widths.schedule import round_widths
 
 
 class Known(NamedTuple):
-    """What is known of a model that a pruning returned, with its tokenizer where its vocabulary has become smaller."""
+    """What is known of a model that a pruning returned, with its tokenizer where its vocabulary has become smaller,
+    and the `checksums` of the weights that were measured.
+    """
 
     config: StructPruneConfig
     plan: Plan
     report: Report
     manifest: Manifest
     tokenizer: PreTrainedTokenizerBase | None
+    measured: Mapping[str, Any]
 
 
 # What is known of each model that a pruning returned, as long as that model exists.
@@ -151,7 +155,8 @@ class StructPruner:
         self.tokenizer = run.tokenizer
         self.manifest.note(run.model)  # for what reads text for this model later: evaluations and further runs
         tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer
-        RECORDS[run.model] = Known(self.used_config, self.plan, self.report, self.manifest, tokenizer)
+        measured = checksums(run.model)
+        RECORDS[run.model] = Known(self.used_config, self.plan, self.report, self.manifest, tokenizer, measured)
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
         """The steps that bring a model to its final widths: layers go first, then experts, then channels of the
@@ -222,12 +227,12 @@ class StructPruner:
                 f"This {type(model).__name__} is not what prune_model returned, so there is nothing to save with it; "
                 "pass the model that it returned, or the model itself after inplace=True."
             )
-        config, plan, report, manifest, own = RECORDS[model]
+        config, plan, report, manifest, own, measured = RECORDS[model]
         if own is not None:
             kept = [*plan.keep[MODEL, VOCAB]]
             if tokenizer is None or ids_in(tokenizer, own, len(kept)) == kept:
                 tokenizer = own
-        save_pruned(model, save_directory, config, plan, report, manifest, tokenizer, overwrite)
+        save_pruned(model, save_directory, config, plan, report, manifest, measured, tokenizer, overwrite)
 
 
 class AutoStructPruner:

@@ -24,7 +24,7 @@ from ..config.fields import read_json
 from ..config.recovery import RATES
 from ..domains.manifest import CALIBRATED, TRAINED
 from ..record.answers import telling
-from ..record.facts import cells, facts_of, languages, removed, size_rows
+from ..record.facts import CHANGED, cells, facts_of, languages, removed, size_rows
 from ..record.records import HUB_CACHE, TEXT_FILES, Records, short_name
 from ..record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
 from ..record.text import markdown
@@ -113,7 +113,7 @@ def model_card(
         qualities={of.caption: markdown([of.head, *of.rows]) for of in qualities},
         removed=list(removed(records.report)) if records.report else [],
         measured=records.evaluation,
-        languages=list(languages(records.report)),
+        limits=[*([CHANGED] if records.report.get("changed") else []), *languages(records.report)],
         speedup=records.speedup,
         answers=_answers(records),
         calibration=_domains(records, CALIBRATED),

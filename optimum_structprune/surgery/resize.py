@@ -84,7 +84,25 @@ def _rebuild_(
 
 
 @torch.no_grad()
-def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int], factors: Mapping[str, float]) -> None:
+def mask_channels_(
+    model: PreTrainedModel, residual: ResidualStream, keep: Sequence[int], factors: Mapping[str, float]
+) -> None:
+    """Have a model write only to the channels of its residual stream that it keeps, and multiply the norms that read
+    it, by name, by factors.
+    """
+    gone = sorted({*range(residual.space.size)} - {*keep})
+    for axis in residual.space.out:
+        if axis.param in (residual.embed, *residual.writers):
+            weight = model.get_parameter(axis.param)
+            weight.index_fill_(axis.dim, torch.tensor(gone, device=weight.device), 0)
+    for read in residual.reads:
+        if read.norm and read.tap in factors:
+            weight = model.get_parameter(f"{read.tap}.weight")
+            weight.copy_((weight.float() + residual.plus) * factors[read.tap] - residual.plus)
+
+
+@torch.no_grad()
+def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) -> None:
     """Give a model a narrower residual stream, and its norms the weights that make up for it.
 
     A norm divides by the root of a mean square. Once channels that are zero have been removed, the mean over the N'
@@ -95,7 +113,7 @@ def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int], factors
     assert arch.residual is not None
     residual = arch.residual
     config = shrunk_config(model.config, arch, {HIDDEN: len(keep)})
-    state = _scaled_state(model, residual, len(keep), factors)
+    state = _scaled_state(model, residual, len(keep))
     state = slice_tensors(state, [residual.space], Plan(arch.model_type, {(MODEL, HIDDEN): tuple(keep)}))
     # Buffers that depend on the width, such as the scale of embeddings, have to get their new values.
     with rebuilding_(model, config, buffers=True) as narrower:
@@ -111,9 +129,7 @@ def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int], factors
         replace_layers_(model, arch, narrower, state)
 
 
-def _scaled_state(
-    model: PreTrainedModel, residual: ResidualStream, width: int, factors: Mapping[str, float]
-) -> dict[str, Tensor]:
+def _scaled_state(model: PreTrainedModel, residual: ResidualStream, width: int) -> dict[str, Tensor]:
     """The state dict with the scale that a residual stream of `width` channels needs."""
     tensors = dict(model.state_dict())
     scale = (width / residual.space.size) ** 0.5
@@ -128,10 +144,7 @@ def _scaled_state(
         (embeddings, embedding),
         (residual.writers, scale),
         (readers, 1 / scale),
-        *(
-            ([name], factors.get(read.tap, 1.0) / scale / (head if read.layer == MODEL else 1.0))
-            for read, name in norms.items()
-        ),
+        *(([name], 1 / scale / (head if read.layer == MODEL else 1.0)) for read, name in norms.items()),
     ]
     for names, factor in roles:
         for name in names if factor != 1 else ():
