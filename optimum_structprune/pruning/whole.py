@@ -26,12 +26,12 @@ from ..forward.hooks import observe
 from ..forward.layers import Batch
 from ..forward.metrics import run_model
 from ..forward.placement import Placement
-from ..forward.same import check_same, outputs_for, outputs_of_layers, same_outputs
+from ..forward.same import check_same, outputs_for, outputs_of_layers
 from ..surgery.consumers import read_consumer, write_consumer_
 from ..surgery.cut import drop_layers_, rebuilding_, shrink_layer_
 from ..surgery.plan import Plan, best_units
 from ..surgery.refit import REFITS
-from ..surgery.resize import mask_channels_, narrow_
+from ..surgery.resize import mask_channels_, narrow_, scaled_norms
 from ..system.processes import as_first_has_
 from .evidence import Evidence, judges_layers
 from .run import Run, Step
@@ -172,9 +172,11 @@ def remove_channels_(run: Run, step: Step) -> Plan:
         factors = {
             read.tap: float(energy) ** 0.5 for read, energy in zip(arch.residual.reads, kept_energy, strict=True)
         }
-        mask_channels_(model, arch.residual, keep, factors)
-        with same_outputs("The model", lambda: outputs_for(model)):
-            narrow_(model, arch, keep)
+        mask_channels_(model, arch.residual, keep)
+        with scaled_norms(model, arch.residual, factors):
+            outputs = outputs_for(model)
+        narrow_(model, arch, keep, factors)
+        check_same("The model", outputs, outputs_for(model))
     return Plan(arch.model_type, {(MODEL, HIDDEN): keep})
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -84,25 +85,33 @@ def _rebuild_(
 
 
 @torch.no_grad()
-def mask_channels_(
-    model: PreTrainedModel, residual: ResidualStream, keep: Sequence[int], factors: Mapping[str, float]
-) -> None:
-    """Have a model write only to the channels of its residual stream that it keeps, and multiply the norms that read
-    it, by name, by factors.
-    """
+def mask_channels_(model: PreTrainedModel, residual: ResidualStream, keep: Sequence[int]) -> None:
+    """Have a model write only to the channels of its residual stream that it keeps."""
     gone = sorted({*range(residual.space.size)} - {*keep})
     for axis in residual.space.out:
         if axis.param in (residual.embed, *residual.writers):
             weight = model.get_parameter(axis.param)
             weight.index_fill_(axis.dim, torch.tensor(gone, device=weight.device), 0)
-    for read in residual.reads:
-        if read.norm and read.tap in factors:
-            weight = model.get_parameter(f"{read.tap}.weight")
-            weight.copy_((weight.float() + residual.plus) * factors[read.tap] - residual.plus)
+
+
+@contextmanager
+def scaled_norms(model: PreTrainedModel, residual: ResidualStream, factors: Mapping[str, float]) -> Iterator[None]:
+    """Multiply the norms that read the residual stream, by name, by factors inside `with`."""
+    names = [f"{read.tap}.weight" for read in residual.reads if read.norm and read.tap in factors]
+    weights = {name: model.get_parameter(name).detach() for name in names}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        factor = factors[name.removesuffix(".weight")]
+        weight.copy_((weight.float() + residual.plus) * factor - residual.plus)
+    try:
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.copy_(before[name])
 
 
 @torch.no_grad()
-def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) -> None:
+def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int], factors: Mapping[str, float]) -> None:
     """Give a model a narrower residual stream, and its norms the weights that make up for it.
 
     A norm divides by the root of a mean square. Once channels that are zero have been removed, the mean over the N'
@@ -113,7 +122,7 @@ def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) -> None
     assert arch.residual is not None
     residual = arch.residual
     config = shrunk_config(model.config, arch, {HIDDEN: len(keep)})
-    state = _scaled_state(model, residual, len(keep))
+    state = _scaled_state(model, residual, len(keep), factors)
     state = slice_tensors(state, [residual.space], Plan(arch.model_type, {(MODEL, HIDDEN): tuple(keep)}))
     # Buffers that depend on the width, such as the scale of embeddings, have to get their new values.
     with rebuilding_(model, config, buffers=True) as narrower:
@@ -129,7 +138,9 @@ def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) -> None
         replace_layers_(model, arch, narrower, state)
 
 
-def _scaled_state(model: PreTrainedModel, residual: ResidualStream, width: int) -> dict[str, Tensor]:
+def _scaled_state(
+    model: PreTrainedModel, residual: ResidualStream, width: int, factors: Mapping[str, float]
+) -> dict[str, Tensor]:
     """The state dict with the scale that a residual stream of `width` channels needs."""
     tensors = dict(model.state_dict())
     scale = (width / residual.space.size) ** 0.5
@@ -144,7 +155,10 @@ def _scaled_state(model: PreTrainedModel, residual: ResidualStream, width: int) 
         (embeddings, embedding),
         (residual.writers, scale),
         (readers, 1 / scale),
-        *(([name], 1 / scale / (head if read.layer == MODEL else 1.0)) for read, name in norms.items()),
+        *(
+            ([name], factors.get(read.tap, 1.0) / scale / (head if read.layer == MODEL else 1.0))
+            for read, name in norms.items()
+        ),
     ]
     for names, factor in roles:
         for name in names if factor != 1 else ():

@@ -46,7 +46,7 @@ def test_pruned_equals_masked_and_reloads(case, tmp_path):
     model = build(case)
     dense, keep = logits(model), random_keep()
     small = deepcopy(model)
-    narrow_(small, describe(small), keep)
+    narrow_(small, describe(small), keep, {})
     torch.testing.assert_close(logits(small), logits(masked(model, others(keep))), atol=1e-5, rtol=0)
     assert not torch.allclose(logits(small), dense, atol=1e-3), "pruning changed nothing, so the test shows nothing"
     tied = [one.get_input_embeddings().weight is one.get_output_embeddings().weight for one in (model, small)]
