@@ -11,15 +11,16 @@ from transformers import PreTrainedModel
 
 from ..arch.hooks import observe
 from ..arch.spec import HIDDEN, MODEL, ArchSpec, Axis, ResidualStream
+from ..forward.same import outputs_for
 from ..method.calibrate import Moments, mixed
 from ..method.layers import Batch, run_model
 from ..method.score import best_units
-from ..method.shrink import read_consumer
+from ..method.shrink import check_same, read_consumer
 from ..pruning.run import Run, Step
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, layers_of, ranks
 from .layers import refit_consumer_
-from .resize import narrow_
+from .resize import mask_channels_, narrow_, scaled_norms
 
 
 def remove_channels_(run: Run, step: Step) -> Plan:
@@ -44,7 +45,11 @@ def remove_channels_(run: Run, step: Step) -> Plan:
         factors = {
             read.tap: float(energy) ** 0.5 for read, energy in zip(arch.residual.reads, kept_energy, strict=True)
         }
+        mask_channels_(model, arch.residual, keep)
+        with scaled_norms(model, arch.residual, factors):
+            outputs = outputs_for(model)
         narrow_(model, arch, keep, factors)
+        check_same("The model", outputs, outputs_for(model))
     return Plan(arch.model_type, {(MODEL, HIDDEN): keep})
 
 

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..arch.hooks import adding, observe
+from ..arch.load import describe
 from ..arch.spec import LAYER, MODEL, ArchSpec, Axis, Space
 from ..config.pruning import REFITS, StructPruneConfig
+from ..forward.same import few_inputs, outputs_for
 from ..method.calibrate import Moments, mixed, output_energy
-from ..method.layers import MAX_DEVIATION, InMemory, equal
+from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal
 from ..method.linalg import ridge_strength
 from ..method.score import best_units, check_scores
-from ..method.shrink import read_consumer, write_consumer_
+from ..method.shrink import check_same, read_consumer, write_consumer_
 from ..pruning.run import Run, Step
 from ..record.plan import Plan
 from ..sources.data import CalibrationData, layers_of
@@ -66,7 +68,24 @@ def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationDa
                 if behind > layer + 1:
                     refit_before_gap_(model, arch, data, layer, source)
                 source.advance(layer)
+    before = _few_outputs(model, arch, keep)
     drop_layers_(model, arch, keep)
+    shorter = describe(model, data.config.arch_file)
+    check_same("The model", before, _few_outputs(model, shorter, range(len(keep))))
+
+
+def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) -> Tensor:
+    """What some layers, one after the other, make of a few tokens; where they cannot run one by one, what the whole
+    model makes of them.
+    """
+    source = layers_of(model, arch, [Batch(0, few_inputs(model))])
+    if not isinstance(source, InMemory):
+        return outputs_for(model)
+    hidden = source.hidden[0]
+    for layer in layers:
+        with source.at(layer):
+            hidden = source.output(layer, 0, hidden)
+    return hidden
 
 
 def gap_source(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData) -> InMemory | None:

@@ -172,7 +172,8 @@ class MaskedPruning:
                 del moments  # before those of the next space: a Gram matrix takes gigabytes
         if smaller is not None:
             self.shrunk = True
-            shrink_layer_(self.model, self.arch, layer, self.pruned.keep, smaller)
+            with source.same_outputs(layer):
+                shrink_layer_(self.model, self.arch, layer, self.pruned.keep, smaller)
             self.consumers.forget(axes)
         source.advance(layer)
 

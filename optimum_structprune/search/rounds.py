@@ -14,6 +14,7 @@ from transformers.utils.logging import tqdm
 from ..arch.meta import shrunk_skeleton
 from ..arch.modules import adopt_config_
 from ..arch.spec import ArchSpec, Widths
+from ..forward.same import same_outputs
 from ..pruning.run import Run, Step
 from ..pruning.units import LayerCheckpoint, note_errors, run_key
 from ..record.details import errors_of_list, errors_to_list
@@ -90,7 +91,8 @@ class Rounds:
         """Take what is masked out of the model, without another round."""
         self.run.changed = self.pruning.shrunk = True
         note_errors(self.run, self.pruning.pruned)
-        shrink_(self.run.model, self.arch, self.pruning.plan, widths, self.biased)
+        with same_outputs("The model", self.run.model):
+            shrink_(self.run.model, self.arch, self.pruning.plan, widths, self.biased)
         return self.pruning.plan
 
     def undo_(self) -> None:

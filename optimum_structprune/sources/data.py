@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from itertools import tee
 from math import log
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import dequantized
 from ..arch.spec import ArchSpec
-from ..config.domains import DomainConfig, written_by_model
+from ..config.domains import written_by_model
 from ..config.pruning import REFITS, StructPruneConfig
 from ..criteria import CRITERIA
 from ..domains.domain import Domain
@@ -73,7 +72,7 @@ class CalibrationData:
         counts: bool = False,
     ) -> CalibrationData:
         """Read the evidence that a config names; its own config says which general text was read. With `counts` the
-        pools hold more text, in which tokens are counted, and generators give all of it once more, see `read_again`.
+        pools hold more text, in which tokens are counted.
 
         A quantized model that writes text, or is compared with a stored one, is unpacked for that in a copy, so that
         it is still packed where a run ends for lack of text.
@@ -88,11 +87,7 @@ class CalibrationData:
             return cls.of(config, given_domains(inputs, float(config.holdout), config.chooses))
         if reads_images(model):
             return cls.of(config, image_domains(config, tokenizer, Manifest.seen_by(model)))
-        if not (counts and config.domains):
-            return cls.of(*calibration_domains(config, model, tokenizer, counts))
-        first, again = map(list, zip(*map(_twice, config.domains), strict=True))
-        read, domains = calibration_domains(replace(config, domains=first), model, tokenizer, counts)
-        return cls.of(replace(read, domains=again), domains)
+        return cls.of(*calibration_domains(config, model, tokenizer, counts))
 
     def read_again(
         self,
@@ -159,7 +154,7 @@ class CalibrationData:
         number in all stays the same.
         """
         if self.statistics is not None:
-            return Stored(self.statistics, self.domains, next(model.parameters()).device)
+            return Stored(self.statistics, self.domains, model)
         return source_of(model, arch, self.own_batches, feedback, fixed)
 
     @property
@@ -284,12 +279,6 @@ def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
         for index, domain in enumerate(domains)
         for part in (slice(start, start + batch_size) for start in range(0, len(domain.samples), batch_size))
     ]
-
-
-def _twice(domain: DomainConfig) -> Iterator[DomainConfig]:
-    """A domain for each of two readings; a generator gives both the same text."""
-    again = isinstance(domain.source, Iterator)
-    return (replace(domain, source=source) for source in (tee(domain.source) if again else [domain.source] * 2))
 
 
 def _own(domain: Domain) -> Domain:

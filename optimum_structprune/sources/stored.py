@@ -1,7 +1,6 @@
 """Statistics of a dense model in a folder, from which it can be pruned many times without running the text again."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-import json
 import mmap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import Space
 from ..config.domains import IN_MEMORY
-from ..config.fields import Number, not_negative, read_mapping
+from ..config.fields import Number, not_negative, read_json
 from ..config.pruning import StructPruneConfig
 from ..domains.domain import Domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
@@ -91,7 +90,7 @@ class Statistics:
             raise StructPruneError(
                 f"{folder} holds no statistics ({STATISTICS}); write some with `structprune calibrate MODEL {folder}`."
             )
-        data = read_mapping(path, json.loads)
+        data = read_json(path)
         try:
             domains = [StoredDomain(**domain) for domain in data["domains"]]
             files = {name: StoredFile(**file) for name, file in data["files"].items()}
@@ -204,9 +203,9 @@ class Stored(Still):
     Nothing runs, so a layer is fitted to the dense model's activations, not to those of the pruned layers before it.
     """
 
-    def __init__(self, statistics: Statistics, domains: Sequence[Domain], device: torch.device):
+    def __init__(self, statistics: Statistics, domains: Sequence[Domain], model: PreTrainedModel):
         names = [domain.name for domain in statistics.domains]
-        self.statistics, self.device = statistics, device
+        self.statistics, self.model, self.device = statistics, model, next(model.parameters()).device
         self.indices = [names.index(domain.name) for domain in domains]
         # Files whose hash is right, by layer and domain: each is asked for once for every space.
         self.files: dict[tuple[int, int], Path] = {}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..arch.hooks import observe_products
 from ..arch.spec import ArchSpec, Space
 from ..errors import StructPruneError
+from ..forward.same import same_outputs
 from ..method.calibrate import Moments
 from ..method.layers import Batch, OneProcess, run_model
 
@@ -21,6 +22,7 @@ class Still:
     """A source that reaches nothing new between layers; see `method.layers.InMemory` for its methods."""
 
     error_feedback = 0.0
+    model: PreTrainedModel
 
     def at(self, layer: int, changes: bool = False) -> AbstractContextManager[None]:
         """See `InMemory.at`."""
@@ -33,8 +35,8 @@ class Still:
         """See `InMemory.advance`."""
 
     def same_outputs(self, layer: int) -> AbstractContextManager[None]:
-        """See `InMemory.same_outputs`; a layer that does not run by itself is not compared."""
-        return nullcontext()
+        """See `InMemory.same_outputs`; here of the whole model."""
+        return same_outputs(f"The model with layer {layer} cut", self.model)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """See `InMemory.state`; None where the source cannot go on at a layer."""
