@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -182,13 +182,22 @@ class MaskedPruning:
         weights = [self.consumers.dense(axis)[0] for axis in space.into]
         # A refit starts from the dense weights, so error feedback has to see the error that these leave.
         with self.consumers.as_dense(space.into):
-            return mixed(source.moments(space.layer, space, method.gram), method.shares, weights)
+            return self._mixed(source, method, space, method.gram, weights)
+
+    def _mixed(
+        self, source: Source, method: Method, space: Space, gram: bool, weights: Sequence[Tensor]
+    ) -> list[Moments]:
+        """The moments of the domain mixture with what the criterion knows beside them, by consumer."""
+        criterion, moments = method.criterion(space.layer), source.moments(space.layer, space, gram)
+        mixtures = mixed(moments, method.shares, weights)
+        for axis, mixture in zip(space.into, mixtures, strict=True):
+            mixture.prior = method.prior(criterion, self.model, self.arch, space, axis)
+        return mixtures
 
     def score(self, method: Method, space: Space, moments: Sequence[Moments]) -> Tensor:
         """The scores of the units that are left, by the present weights, shape `(units,)`."""
-        criterion = method.criterion(space.layer)
-        weights, present = self._present(method, criterion, space, moments)
-        return score_units(criterion, space, weights, present, method.name)
+        weights, present = self._present(space, moments)
+        return score_units(method.criterion(space.layer), space, weights, present, method.name)
 
     def choose_(self, method: Method, space: Space, moments: Sequence[Moments], scores: Tensor, width: int) -> None:
         """Keep the units with the highest scores, or those that the criterion takes in their place."""
@@ -259,14 +268,11 @@ class MaskedPruning:
         """The units of a space that no earlier round has removed."""
         return self.pruned.keep.get(space.key, range(space.size))
 
-    def _present(
-        self, method: Method, criterion: object, space: Space, moments: Sequence[Moments]
-    ) -> tuple[list[Tensor], list[Moments]]:
+    def _present(self, space: Space, moments: Sequence[Moments]) -> tuple[list[Tensor], list[Moments]]:
         """What a criterion scores: the present weights of the units that are left, and their moments."""
         weights, units, selected = [], self._units(space), []
         for axis, of_consumer in zip(space.into, moments, strict=True):
             weight = self.consumers.present(axis)[0]
-            of_consumer = replace(of_consumer, prior=method.prior(criterion, self.model, self.arch, space, axis))
             if len(units) < space.size:
                 columns = units_to_columns(units, axis, weight.device)
                 weight, of_consumer = weight[:, columns], of_consumer.select(columns)
@@ -277,10 +283,9 @@ class MaskedPruning:
     def _comparable(self, space: Space, source: Source, method: Method) -> Tensor:
         """Scores of the units of a space that compare over layers, shape `(units,)`."""
         criterion, by_consumer = method.criterion(space.layer), []
-        gram = criterion.needs_gram
         weights = [self.consumers.present(axis)[0] for axis in space.into]
-        moments = mixed(source.moments(space.layer, space, gram), method.shares, weights)
-        weights, moments = self._present(method, criterion, space, moments)
+        moments = self._mixed(source, method, space, criterion.needs_gram, weights)
+        weights, moments = self._present(space, moments)
         for axis, weight, of_consumer in zip(space.into, weights, moments, strict=True):
             columns = criterion.score(weight, of_consumer, 1)
             check_scores(columns, weight.shape[1], method.name, axis.module)

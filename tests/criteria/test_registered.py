@@ -73,6 +73,33 @@ def test_all_three_are_used():
     assert SEEN == [0, 0], "once before each round, with the cache of the run"
 
 
+class Reversed(Watched):
+    """Everything that a criterion is asked goes by the prior, whose last components are worth most."""
+
+    def score(self, weight, moments, columns_per_unit):
+        return per_unit(-moments.prior.to(weight), columns_per_unit)
+
+    def refine_selection(self, keep, removed, weight, moments, columns_per_unit):
+        order = moments.prior.argsort().tolist()
+        return tuple(sorted(sorted({*keep, *removed}, key=order.index)[: len(keep)]))
+
+    def unfitted_weight(self, weight, moments):
+        return weight * moments.prior.to(weight)
+
+
+@pytest.mark.parametrize("more", [{}, {"rounds": 2}, {"allocation": "sensitivity", "round_to": 1}])
+def test_scores_choices_and_weights_go_by_the_same_prior(more):
+    CRITERIA.register("reversed")(Reversed)
+    model = build("llama-tied")
+    pruner = StructPruner(config(criterion="reversed", refit="none", **more))
+    small = pruner.prune_model(model, tokenizer())
+    for layer in (0, 1):
+        kept = pruner.plan.keep[layer, "mlp"]
+        assert kept == tuple(range(40 - len(kept), 40))
+        weight = model.model.layers[layer].mlp.down_proj.weight[:, kept] * -torch.tensor(kept)
+        torch.testing.assert_close(small.model.layers[layer].mlp.down_proj.weight, weight)
+
+
 def test_what_it_cannot_judge_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(StructPruneError, match="watched is for decoders"):
         StructPruner(config(criterion="watched")).prune_model(build("bert"), tokenizer())
