@@ -58,7 +58,7 @@ class Known(NamedTuple):
 
 # What is known of each model that a pruning returned, as long as that model exists.
 RECORDS: WeakKeyDictionary[PreTrainedModel, Known] = WeakKeyDictionary()
-# The function that takes each kind of step; tokens go before any step, see `pruning.fewer_tokens`.
+# The function that takes each kind of step; tokens go before any step, see `removals.vocabulary`.
 REMOVERS: dict[str, Callable[[Run, Step], Plan]] = {
     LAYER: remove_layers_,
     EXPERT: remove_experts_,

@@ -29,11 +29,11 @@ from ..method.layers import run_model
 from ..method.refit import ROWS
 from ..method.score import COLUMNS
 from ..record.text import table
-from ..search.trials import PROBE_TOKENS, STRIDE
 from ..sources.data import CalibrationData
 from ..system.memory import readable_size
 from ..system.offloading import compute_device, is_offloaded
 from ..system.processes import process_count
+from .measure import PROBE_TOKENS, STRIDE
 
 
 FP32, FP64 = 4, 8  # bytes

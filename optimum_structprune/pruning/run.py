@@ -127,6 +127,10 @@ class Run:
             self.measure = Measure(self.model, domains, self.arch, tokenizer, apart)
         self.report.start(self.model, self.arch)
 
+    def measure_anew(self) -> None:
+        """Measure the model as it is now in the place of the dense one."""
+        self.measure = Measure(self.model, self.data.domains, self.arch)
+
     def find_teacher(self) -> None:
         """Keep what recovery learns from before units go: the dense model where it is the same, else a copy."""
         if self.config.recovery is not None and self.config.recovery.distils:
