@@ -2,8 +2,8 @@
 
 The files here are what one can do. The folders are the stages that a model passes through, and each imports only from
 those before it: `system`, `config`, `arch`, `method`, `forward`, `widths`, `domains`, `vocabulary`, `criteria`,
-`record`, `sources`, `removals`, `saving`, `recovery`, `pruning`, `search`, `evaluation`, `commands`. To read them, begin
-with `method`.
+`record`, `sources`, `removals`, `saving`, `recovery`, `pruning`, `search`, `evaluation`, `commands`. Begin to
+read with `method`.
 """
 
 from __future__ import annotations

@@ -91,8 +91,7 @@ class StructPruner:
 
     def __init__(self, config: StructPruneConfig):
         check_config_kind(config)
-        self.config = config
-        self.used_config = config
+        self.config = self.used_config = config
         self.report: Report | None = None
         self.plan: Plan | None = None
         self.manifest: Manifest | None = None
