@@ -2,10 +2,8 @@
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
 import json
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from math import prod
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from ..errors import StructPruneError, one_line
 from ..plain_json import replace_json
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint, vocabulary_hash
+from ..written import hash_of
 from .moments import Moments, load_moments
 from .passes import Passes, PassesState
 
@@ -62,8 +61,7 @@ class StoredFile:
     @classmethod
     def of(cls, path: Path) -> "StoredFile":
         """The size and the hash of a file."""
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return cls(sha256(content).hexdigest(), len(content))
+        return cls(hash_of(path), path.stat().st_size)
 
 
 @strict

@@ -20,7 +20,7 @@ from ..errors import StructPruneError
 from ..plain_json import to_json
 
 
-# The first key of a result, by which a file of `--json` is known.
+# The first key of a result as JSON.
 MARK = "structprune"
 
 
@@ -35,31 +35,20 @@ class Result:
 
 def check_output(args: Namespace) -> None:
     """Refuse a file of `--json` that cannot be there, before work is done."""
-    file = getattr(args, "json", None)
-    if isinstance(file, str):
-        check_file(file, f"--json {file}")
+    check_file(args, "json")
 
 
-def check_file(file: str, label: str) -> None:
-    """Refuse a file whose folder does not exist, and one that no command wrote its result to."""
+def check_file(args: Namespace, flag: str) -> None:
+    """Refuse the file that a flag names, if any, where its folder does not exist, and one that exists unless
+    `--overwrite` is given: by its content, a file of the user's cannot be told from one of an earlier run.
+    """
+    if not isinstance(file := getattr(args, flag, None), str):
+        return
     path = Path(file)
     if not path.absolute().parent.is_dir():
-        raise StructPruneError(f"{label} cannot be written: there is no folder {path.parent}.")
-    if path.is_file() and path.stat().st_size and not _is_result(path):
-        raise StructPruneError(
-            f"{label} is no result of structprune, so it is not replaced; name another file, or remove this one."
-        )
-
-
-def _is_result(path: Path) -> bool:
-    """Whether a file is a result as JSON, answers as lines of it, or models as comma-separated values."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            first, second = file.readline(), file.readline()
-    except (OSError, ValueError):
-        return False
-    marked = second.startswith(f'  "{MARK}": ') or first.startswith(f'{{"{MARK}": ')
-    return marked or {"model", "parameters"} <= set(first.strip().split(","))
+        raise StructPruneError(f"--{flag} {file} cannot be written: there is no folder {path.parent}.")
+    if path.is_file() and path.stat().st_size and not args.overwrite:
+        raise StructPruneError(f"--{flag} {file} exists; name another file, or replace it with --overwrite.")
 
 
 def show(result: Result, args: Namespace) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import StructPruneError
-from ..plain_json import replace_text
+from ..written import replace_text
 from .processes import process_count, process_index, wait_for_all
 
 

@@ -2,18 +2,25 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from models import build, config, documents, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, export_uniform
 from optimum_structprune.saving.card import model_card
-from optimum_structprune.system.disk import is_signed
+from optimum_structprune.written import LIST_NAME, as_list, is_unchanged, replace_text
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:
@@ -112,7 +119,7 @@ def test_a_non_uniform_result_says_what_it_needs_and_a_padded_one_that_it_needs_
     assert "trust_remote_code" not in slim.partition("## Size")[0] and "optimum-structprune is not needed" in slim
     assert "`convert_hf_to_gguf.py` works" in slim
     export_uniform(AutoModelForCausalLM.from_pretrained(desk / "uneven"), tmp_path / "padded")
-    assert is_signed(tmp_path / "padded" / "README.md")
+    assert is_unchanged(tmp_path / "padded" / "README.md")
     assert ModelCard.load(tmp_path / "padded" / "README.md").data.license_name == "artistic"
     assert "trust_remote_code=True" not in (tmp_path / "padded" / "README.md").read_text().partition("## Size")[0]
 
@@ -125,9 +132,63 @@ def test_words_of_the_user_are_never_overwritten(tmp_path):
     card = tmp_path / "out" / "README.md"
     for words in ("my own", card.read_text().replace("## Limits", "## My limits")):
         card.write_text(words)
-        with pytest.raises(StructPruneError, match="did not write .README.md."):
+        with pytest.raises(StructPruneError, match="not as structprune wrote it .README.md."):
             pruner.save(pruned, tmp_path / "out", overwrite=True)
         assert card.read_text() == words
+
+
+ACTIVE = ("![t](https://e.vil/t.png)", "[win](javascript:alert(1))", "<b>bold</b>", "<https://e.vil>", "`` ` ```")
+ACTIVE += ("\n```\n![x](y)\n", "\n\n# Title\n\n", "**a** ~~b~~ _c_", "&lt;b>", "\\", "|", "[a]: https://e.vil")
+ACTIVE += ("www.e.vil", "me@e.vil", "ftp://e.vil")
+
+
+def card_of(result, place, words):
+    """The card of a result in which all that somebody else has named or said is these words."""
+    name = f"of {words}".replace("/", ":").replace("\0", "")
+    folder, dense = shutil.copytree(result, Path(place, name)), Path(place, f"dense {name}")
+    dense.mkdir()
+    licence = yaml.safe_dump({"license": "other", "license_name": words, "base_model": name})
+    (dense / "README.md").write_text(f"---\n{licence}---\n")
+    replace_text(dense / LIST_NAME, as_list({"README.md": ""}))
+    answer = {"text": words, "right": True, "loops": False, "stopped": True}
+    item = {"kind": words, "prompt": words, "answers": {"dense": answer, words: answer}}
+    time = {"speedup": {"median": 1.0}}
+    speeds = {"batch_size": 1, "prompt": 8, "prefill": time, "decode": time}
+    domain, ratio = {"name": words, "source": words, "weight": 1.0}, {"dense": 2.0, "model": 3.0}
+    for record, values in {
+        "report.json": {
+            "answers": [item],
+            "scripts": {words: 1},
+            "perplexity": {words: {"before": 2.0, "after": 3.0}},
+        },
+        "pruning_details.json": {"model": {"name": str(dense)}},
+        "structprune_config.json": {"domains": [domain]},
+        "calibration_manifest.json": {"domains": [{"calibration_tokens": 9, **domain, "origin": domain}]},
+        "evaluation.json": {"perplexity": {words: ratio}, "tasks": {words: {"model": {"acc": 0.5}}}},
+        "speed.json": {"device": words, "threads": 1, "measurements": [speeds, speeds]},
+    }.items():
+        path = folder / record
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
+    return model_card(folder, folder.name, AutoConfig.from_pretrained(folder))
+
+
+def parsed(card):
+    """How often each thing that Markdown knows stands in a card, and addresses that GitHub and the Hub link to."""
+    reader, tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).disable("text_join"), []
+    for block in reader.parse(re.split("^---$", card, maxsplit=2, flags=re.M)[2]):
+        tokens += [block, *(block.children or ())]
+    texts = [token.content for token in tokens if token.type == "text"]
+    bare = sum(len(re.findall(r"(?i)(https?|ftp)://|www\.|\w@\w", text)) for text in texts)
+    kinds = Counter(token.type for token in tokens if token.type not in ("text", "text_special", "softbreak"))
+    return kinds, bare
+
+
+@given(st.lists(st.sampled_from(ACTIVE) | st.text(max_size=6), min_size=1, max_size=4).map("".join).filter(str.strip))
+def test_what_others_have_named_and_said_is_nothing_but_text(desk, words):
+    with tempfile.TemporaryDirectory() as place:
+        kinds, bare = parsed(card_of(desk / "slim", place, words))
+        assert kinds == parsed(card_of(desk / "slim", place, "some words"))[0]
+        assert kinds["link_open"] == kinds["image"] == kinds["html_inline"] == kinds["html_block"] == bare == 0
 
 
 def test_odd_names_break_neither_tables_nor_the_snippet(desk, tmp_path):

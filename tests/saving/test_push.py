@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner, push_to_hub
 from optimum_structprune.commands.cli import main
 from optimum_structprune.saving import push as pushing
+from optimum_structprune.written import LIST_NAME
 
 
 TOKEN = "hf_right"
@@ -148,8 +150,10 @@ def test_a_result_arrives_whole_in_one_commit(run, hub):
     repo = hub.repos["ann/slim"]
     assert repo["private"] and repo["commits"] == 1
     assert set(repo["files"]) == {path.name for path in folder.iterdir()} >= {"README.md", "model.safetensors"}
+    listed = json.loads(repo["files"][LIST_NAME])["files"]
+    assert listed == {name: sha256(of).hexdigest() for name, of in repo["files"].items() if name != LIST_NAME}
     for name, content in repo["files"].items():
-        if name not in ("README.md", "report.html"):  # they name folders of this machine
+        if name not in ("README.md", "report.html", LIST_NAME):  # they name folders of this machine
             assert content == (folder / name).read_bytes(), name
     card = repo["files"]["README.md"].decode()
     assert 'name = "ann/slim"' in card and 'name = "slim"' in (folder / "README.md").read_text()
@@ -194,7 +198,7 @@ def test_what_the_hub_refuses_is_said_plainly(run, hub, tmp_path, monkeypatch):
             push_to_hub(folder, "ann/slim")
     assert hub.repos["ann/open"]["commits"] == 1 and [*hub.repos] == ["ann/open"]
     for name, value, message in (  # a Hub that is not there loses nothing
-        ("ENDPOINT", "http://127.0.0.1:9", "ann/slim could not be pushed.*hf upload ann/slim"),
+        ("ENDPOINT", "http://127.0.0.1:9", "ann/slim could not be pushed.*push_to_hub.*ann/slim"),
         ("HF_HUB_OFFLINE", True, "HF_HUB_OFFLINE is set"),
     ):
         with monkeypatch.context() as patch, pytest.raises(StructPruneError, match=message):
