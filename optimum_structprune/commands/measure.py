@@ -39,7 +39,8 @@ BATCH_SIZES, PROMPTS = [1], [128]
 
 def evaluate(args: Namespace) -> Result:
     """Measure the model, alone or against the dense one."""
-    check_file(args, "items")
+    if args.items is not None:
+        check_file(args.items, f"--items {args.items}", args.overwrite)
     evaluation = _measured(args, Loading.of(args), args.model, args.against)
     if args.items is not None:
         lines = [json.dumps({MARK: __version__, **item}, ensure_ascii=False) + "\n" for item in evaluation.answers]
@@ -120,7 +121,8 @@ def _check_comparable(args: Namespace, loading: Loading) -> tuple[PreTrainedToke
     """Refuse what cannot be compared; the first model's tokenizer where text is read, and notes on the others."""
     for path in args.models:
         loading.config(path)
-    check_file(args, "csv")
+    if args.csv is not None:
+        check_file(args.csv, f"--csv {args.csv}", args.overwrite)
     if not args.domain:
         return None, []
     tokenizers = [loading.tokenizer(path) for path in args.models]

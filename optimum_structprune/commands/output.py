@@ -35,20 +35,20 @@ class Result:
 
 def check_output(args: Namespace) -> None:
     """Refuse a file of `--json` that cannot be there, before work is done."""
-    check_file(args, "json")
+    file = getattr(args, "json", None)
+    if isinstance(file, str):
+        check_file(file, f"--json {file}", args.overwrite)
 
 
-def check_file(args: Namespace, flag: str) -> None:
-    """Refuse the file that a flag names, if any, where its folder does not exist, and one that exists unless
-    `--overwrite` is given: by its content, a file of the user's cannot be told from one of an earlier run.
+def check_file(file: str, label: str, overwrite: bool = False) -> None:
+    """Refuse a file whose folder does not exist, and one that exists and may not be replaced; whose it is, its content
+    cannot say.
     """
-    if not isinstance(file := getattr(args, flag, None), str):
-        return
     path = Path(file)
     if not path.absolute().parent.is_dir():
-        raise StructPruneError(f"--{flag} {file} cannot be written: there is no folder {path.parent}.")
-    if path.is_file() and path.stat().st_size and not args.overwrite:
-        raise StructPruneError(f"--{flag} {file} exists; name another file, or replace it with --overwrite.")
+        raise StructPruneError(f"{label} cannot be written: there is no folder {path.parent}.")
+    if path.is_file() and path.stat().st_size and not overwrite:
+        raise StructPruneError(f"{label} exists; name another file, or replace it with --overwrite.")
 
 
 def show(result: Result, args: Namespace) -> None:

@@ -107,14 +107,14 @@ def _without_places(folder: Path, files: Mapping[str, Path]) -> dict[str, bytes]
         r".+_(config|manifest|report|details)\.json|(report|evaluation|adapter_config).json|.+\.(html|md)"
     )
     ours = [name for name in files if kinds.fullmatch(name) and (name != CARD or is_unchanged(files[CARD]))]
-    texts = {name: files[name].read_text(encoding="utf-8") for name in ours}
+    texts = {name: files[name].read_bytes().decode(errors="surrogateescape") for name in ours}
     places = {str(Path.home()), str(Path.cwd()), str(folder.absolute().parent), str(folder.resolve().parent)}
     for text in texts.values():
         places |= {str(Path(path).parent) for path in re.findall(r'"(/[^"\n]+)"', text)}
     for name in texts:
         for place in sorted(places - {"/"}, key=len, reverse=True):
             texts[name] = texts[name].replace(f"{place}/", "")
-    return {name: text.encode() for name, text in texts.items()}
+    return {name: text.encode(errors="surrogateescape") for name, text in texts.items()}
 
 
 @contextmanager
