@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from models import build, config, documents, tokenizer
@@ -162,7 +162,7 @@ def card_of(result, place, words):
             "perplexity": {words: {"before": 2.0, "after": 3.0}},
         },
         "pruning_details.json": {"model": {"name": str(dense)}},
-        "structprune_config.json": {"domains": [domain]},
+        "structprune_config.json": {"domains": [domain], "general_text": words},
         "calibration_manifest.json": {"domains": [{"calibration_tokens": 9, **domain, "origin": domain}]},
         "evaluation.json": {"perplexity": {words: ratio}, "tasks": {words: {"model": {"acc": 0.5}}}},
         "speed.json": {"device": words, "threads": 1, "measurements": [speeds, speeds]},
@@ -188,8 +188,10 @@ def harmless(desk, tmp_path_factory):
     return parsed(card_of(desk / "slim", tmp_path_factory.mktemp("harmless"), "some words"))
 
 
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(ACTIVE) | st.text(max_size=6), min_size=1, max_size=4).map("".join).filter(str.strip))
+@example("\n```\n![x](y)\n")
+@example("".join(ACTIVE))
 def test_what_others_have_named_and_said_is_nothing_but_text(desk, harmless, words):
     with tempfile.TemporaryDirectory() as place:
         assert parsed(card_of(desk / "slim", place, words)) == harmless
