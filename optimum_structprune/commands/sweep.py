@@ -21,14 +21,14 @@ from ..system.processes import across_processes, process_index
 from ..system.resume import Resume
 from ..widths.budget import widths_of
 from ..written import replace_text
-from .arguments import pruning_config
+from .checks import sweep_configs
 from .loading import Loading
 from .output import Result, note
 
 
 def sweep(args: Namespace) -> Result:
     """Check all sizes, then prune to one after the other; each is on disk before the next begins."""
-    configs, output = _configs(args), Path(args.output)
+    configs, output = sweep_configs(args), Path(args.output)
     with across_processes(), Output(args.output).locked():
         _check(args, configs)
         finished = _store(args, configs[min(configs)])
@@ -52,25 +52,10 @@ def sweep(args: Namespace) -> Result:
     return Result("\n".join(lines), values)
 
 
-def _configs(args: Namespace) -> dict[float, StructPruneConfig]:
-    """How to prune to each size, from the largest model to the smallest."""
-    configs = {}
-    for sparsity in sorted(set(args.sizes)):
-        config = pruning_config(Namespace(**{**vars(args), "sparsity": sparsity}))
-        if config.checkpoint_dir is not None:
-            raise StructPruneError(
-                f"checkpoint_dir={config.checkpoint_dir!r} remembers one run, and a sweep is several; leave it out."
-            )
-        if config.searches and config.losses_dir is None and config.stats is None:
-            config = replace(config, losses_dir=str(Path(args.output) / "losses"))
-        configs[sparsity] = config
-    return configs
-
-
 def _check(args: Namespace, configs: Mapping[float, StructPruneConfig]) -> None:
     """Refuse a size that cannot be reached, and a folder of something else, before a model is loaded."""
     loading, output = Loading.of(args), Path(args.output)
-    sizes = [loading.bytes_after(args.model, config) for config in configs.values()]
+    sizes = [loading.check(args.model, config)[1] for config in configs.values()]
     Output(args.output).check_place(0 if args.no_save else sum(sizes))
     if output.exists() and not (output / "size.json").is_file() and (not output.is_dir() or any(output.iterdir())):
         raise StructPruneError(f"{output} holds something else than a sweep; name another output folder.")

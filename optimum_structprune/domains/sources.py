@@ -13,18 +13,16 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from transformers import PreTrainedTokenizerBase
-from transformers.image_utils import is_valid_image
-
 from ..config.domains import BUILTIN, IN_MEMORY, SELF, DomainConfig
 from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
-from .builtin import builtin_documents, sections
+from .builtin import builtin_documents, kinds, sections
 from .templates import Row, rendered, string
 
 
 if TYPE_CHECKING:
     from datasets import Dataset  # takes a second to import, which only data sets are worth
+    from transformers import PreTrainedTokenizerBase
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -63,6 +61,15 @@ def documents(
 def images(domain: DomainConfig, seed: int | None) -> Iterator[Any]:
     """The images of a domain in an order that the seed chooses: files, rows of a data set, or objects in memory."""
     return _texts(_Reader(domain, seed, images=True), None)
+
+
+def check_source(domain: DomainConfig) -> None:
+    """Refuse a source by which no text and no image is found, before anything is read."""
+    source = domain.source
+    if isinstance(source, str) and source.startswith(BUILTIN):
+        kinds(source.removeprefix(BUILTIN))
+    elif isinstance(source, str) and not source.startswith((IN_MEMORY, SELF)) and not _saved(domain):
+        _files(domain, (*READERS, *IMAGES))
 
 
 def _whole(text: str, domain: DomainConfig) -> str:
@@ -250,6 +257,8 @@ def _items(items: Iterable[Any], reader: _Reader) -> Iterator[Any]:
 
 def _image(item: Any, domain: DomainConfig, number: int) -> Any:
     """An image itself, or the one in a row."""
+    from transformers.image_utils import is_valid_image
+
     values = item.values() if isinstance(item, Mapping) else [item]
     if (image := next(filter(is_valid_image, values), None)) is None:
         what = f"the columns {', '.join(map(str, item))}" if isinstance(item, Mapping) else type(item).__name__

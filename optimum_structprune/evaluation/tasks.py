@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import is_progress_bar_enabled
 
+from ..domains.templates import chat_text
 from ..errors import StructPruneError, one_line
 from ..forward.generation import end_tokens, generating
 from ..forward.metrics import evaluating, standard_error
@@ -84,6 +85,8 @@ class Tasks:
             task.set_fewshot_seed(FEWSHOT_SEED)
         writes = {name for name, task in self.loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"}
         chats = bool(tokenizer.chat_template) and len(writes) == len(self.loaded["tasks"])
+        if chats:
+            chat_text(tokenizer, [{"role": "user", "content": "0"}], add_generation_prompt=True)  # which may refuse
         settings = {"eos_token_id": end_tokens(model, tokenizer) or None}
         with _quiet(), evaluating(model), generating(model, **settings):
             # Sums of bf16 log-probabilities would be too coarse. lm_eval sets a padding token on the tokenizer.

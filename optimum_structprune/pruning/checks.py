@@ -20,9 +20,11 @@ from ..calibration.stored import Statistics
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
+from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
-from ..forward.generation import reads_images
+from ..forward.generation import positions_of, reads_images
 from ..forward.layers import check_sequential
+from ..forward.same import few_inputs
 from ..system.disk import check_folder
 from ..widths.allocation import is_bounded
 from .evidence import judges_layers
@@ -49,9 +51,9 @@ def check(
     """
     arch = described.arch
     if use != DRY_RUN:
-        _check_model(config, described, use)
+        _check_model(config, described, use, has_inputs)
     if described.offloaded:
-        _check_offloaded(config, described, widths)
+        check_offloaded(config, described, widths)
     if use == CALIBRATE:
         _check_stored(config, arch)
     else:
@@ -110,34 +112,44 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any, inplace: bool = Fal
 
 
 def check_reader(reader: Any, model: nn.Module) -> None:
-    """Refuse the tokenizer of a model that reads images, and the image processor of one that reads text."""
+    """Refuse an image processor for a model that reads text, or the other way round, and another model's tokenizer."""
     if reader is not None and isinstance(reader, PreTrainedTokenizerBase) == reads_images(model):
         what = "images, so pass its image processor" if reads_images(model) else "text, so pass its tokenizer"
         raise StructPruneError(f"{type(model).__name__} reads {what}, not a {type(reader).__name__}.")
+    check_tokens(model, reader)
 
 
-def _check_samples(name: str, samples: Any, model: Any) -> None:
+def _check_samples(name: Any, samples: Any, model: Any) -> None:
+    if not isinstance(name, str):
+        raise StructPruneError(f"inputs takes names of domains as text, got {name!r}; write {str(name)!r}.")
     if not isinstance(samples, torch.Tensor):
         raise StructPruneError(f"inputs[{name!r}] takes a tensor, got {type(samples).__name__}.")
-    if samples.dim() < 2:
-        raise StructPruneError(
-            f"inputs[{name!r}] has the shape {tuple(samples.shape)}; (samples, …) is expected, with two dimensions "
-            "or more."
-        )
-    if len(samples) and not samples[0].numel():
-        raise StructPruneError(
-            f"inputs[{name!r}] has samples of the shape {tuple(samples.shape[1:])}, which are empty."
-        )
-    vocab_size = getattr(model.config.get_text_config(), "vocab_size", None)
-    if getattr(model, "main_input_name", "input_ids") != "input_ids" or vocab_size is None or not samples.numel():
+    if samples.layout != torch.strided or samples.is_meta:
+        kind = "on the meta device" if samples.is_meta else f"of layout {samples.layout}"
+        raise StructPruneError(f"inputs[{name!r}] is {kind}; pass a dense tensor with values.")
+    if reads_images(model):
+        expected = tuple(few_inputs(model).shape[1:])
+        if samples.shape[1:] != expected or not samples.is_floating_point():
+            raise StructPruneError(
+                f"inputs[{name!r}] holds images of shape {tuple(samples.shape[1:])} as {samples.dtype}; pass what the "
+                f"model's image processor gives, {expected} in floating point."
+            )
         return
+    if samples.dim() != 2:
+        raise StructPruneError(f"inputs[{name!r}] has the shape {tuple(samples.shape)}; pass (samples, tokens).")
     if samples.dtype != torch.int64:
         raise StructPruneError(f"inputs[{name!r}] holds token ids as {samples.dtype}; pass them as int64: ids.long().")
     if samples.shape[1] < 2:
         raise StructPruneError(
             f"inputs[{name!r}] has samples of one token, which leaves nothing to predict; 2 is the least."
         )
-    least, most = int(samples.min()), int(samples.max())
+    if samples.shape[1] > (longest := positions_of(model)):
+        raise StructPruneError(
+            f"inputs[{name!r}] has samples of {samples.shape[1]} tokens, and the model has {longest} positions; cut "
+            "them to as many."
+        )
+    vocab_size = model.config.get_text_config().vocab_size
+    least, most = (int(samples.min()), int(samples.max())) if len(samples) else (0, 0)
     if not 0 <= least <= most < vocab_size:
         raise StructPruneError(
             f"inputs[{name!r}] holds token ids from {least} to {most}, and those of this model lie between 0 and "
@@ -170,7 +182,7 @@ def check_trainer(config: StructPruneConfig) -> None:
         raise StructPruneError("recovery is training after a pruning, and a Trainer trains already; leave it out.")
 
 
-def _check_model(config: StructPruneConfig, described: Described, use: str) -> None:
+def _check_model(config: StructPruneConfig, described: Described, use: str, has_inputs: bool) -> None:
     """Refuse a Trainer on weights that are packed or offloaded, and samples that are too long for the model."""
     if use == TRAINER and described.quantized:
         raise StructPruneError(
@@ -178,12 +190,12 @@ def _check_model(config: StructPruneConfig, described: Described, use: str) -> N
         )
     if use == TRAINER and described.offloaded:
         raise StructPruneError(f"{described.name} is offloaded, and a Trainer trains weights in memory; {IN_MEMORY}.")
-    longest = getattr(described.unpacked.config.get_text_config(), "max_position_embeddings", None)
-    if config.stats is None and longest is not None and config.seq_length > longest:
+    longest = positions_of(described.unpacked)
+    if config.stats is None and not has_inputs and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
 
 
-def _check_offloaded(config: StructPruneConfig, described: Described, widths: Widths) -> None:
+def check_offloaded(config: StructPruneConfig, described: Described, widths: Widths) -> None:
     """Refuse what takes all weights of a model at once, where accelerate has offloaded some."""
     name, advice = described.name, IN_MEMORY
     if described.quantized:

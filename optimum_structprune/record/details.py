@@ -1,7 +1,6 @@
 """What a run saw while it pruned, in summary: counts and means, never whole tensors."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -13,9 +12,9 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from ..arch.spec import kind_of
-from ..config.fields import read_mapping
+from ..config.fields import by_layer, read_json
 from ..errors import StructPruneError, one_line
-from ..plain_json import Record, unversioned
+from ..plain_json import Record
 
 
 DETAILS_NAME = "pruning_details.json"
@@ -62,18 +61,18 @@ class Details(Record):
         for (layer, name), error in sorted(errors.items()):
             of_kinds.setdefault(kind_of(name), {}).setdefault(layer, []).append(error)
         self.errors = {
-            kind: {layer: tuple(map(fmean, zip(*of, strict=True))) for layer, of in by_layer.items() if all(of)}
-            for kind, by_layer in of_kinds.items()
+            kind: {layer: tuple(map(fmean, zip(*of, strict=True))) for layer, of in of_layers.items() if all(of)}
+            for kind, of_layers in of_kinds.items()
         }
 
     @classmethod
     def load(cls, path: str | Path) -> "Details":
         """Read what `save` wrote."""
-        data = unversioned(read_mapping(Path(path), json.loads))
+        data = read_json(path)
         try:
             errors = {
-                kind: {int(layer): tuple(error) for layer, error in by_layer.items()}
-                for kind, by_layer in data["errors"].items()
+                kind: {layer: tuple(error) for layer, error in by_layer(of_layers, kind).items()}
+                for kind, of_layers in data["errors"].items()
             }
             return cls(**{**data, "errors": errors})
         except (ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:

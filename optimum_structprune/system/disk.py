@@ -27,6 +27,7 @@ from .processes import first_decides, is_first_rank, wait_for_all
 
 logger = logging.getLogger(__name__)
 
+GGUF = ".gguf"
 ADAPTER, CARD = "adapter_config.json", "README.md"
 # The fields of configs that name files and folders, beside the sources of text: those that a run writes, and others.
 KEPT, READ = ("losses_dir", "checkpoint_dir"), ("stats", "arch_file", "keep_tokens")

@@ -1,0 +1,169 @@
+"""Prunings whose plans and weights are known to the bit: `python tests/golden.py` prints their hashes as JSON.
+
+The arithmetic is held to the instructions that all x86 processors with AVX2 have. `--write` puts the hashes into
+`golden.json`, for a change that is meant to give other results, which its commit then names.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+FILE = Path(__file__).with_suffix(".json")
+TINY = Path(__file__).with_name("tiny_llama")
+# MKL, ATen and oneDNN choose their kernels by processor unless they are told which.
+PORTABLE = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+PORTABLE |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+BOTH = {"mlp": 96, "attention": 2}
+# name -> what model, and the fields of its config
+RUNS = {
+    "uniform": ("trained", {"sparsity": 0.2}),
+    "attention": ("trained", {"widths": BOTH}),
+    "global": ("trained", {"sparsity": 0.3, "allocation": "global", "targets": ("mlp", "attention")}),
+    "sensitivity": ("trained", {"sparsity": 0.3, "allocation": "sensitivity"}),
+    "search": ("trained", {"sparsity": 0.3, "allocation": "search"}),
+    "search_uniform": ("trained", {"sparsity": 0.3, "allocation": "search_uniform"}),
+    "by_layer": ("trained", {"widths": {"mlp": {0: 64, 2: 100}}}),
+    "skipped": ("trained", {"sparsity": 0.2, "skip_layers": (0, 3)}),
+    "budget": ("trained", {"budget": {"parameters": 0.8}, "round_to": 8, "targets": ("mlp", "attention")}),
+    "hidden": ("trained", {"widths": {"hidden": 42, "mlp": 96}}),
+    "layer": ("trained", {"widths": {"layer": 3, "mlp": 96}}),
+    "layer_rounds": ("trained", {"widths": {"layer": 2}, "rounds": 2}),
+    "vocab": ("trained", {"widths": {"vocab": 300, "mlp": 96}}),
+    "vocab_against_mlp": (
+        "trained",
+        {"budget": {"parameters": 0.9}, "targets": ("vocab", "mlp"), "allocation": "search"},
+    ),
+    "rounds": ("trained", {"widths": BOTH, "rounds": 3}),
+    "worst": ("trained", {"sparsity": 0.3, "rounds": 3, "objective": "worst"}),
+    "limit": ("trained", {"sparsity": 0.5, "rounds": 4, "max_perplexity_ratio": 1.3}),
+    "no_feedback": ("trained", {"sparsity": 0.3, "error_feedback": 0.0}),
+    "wanda": ("trained", {"widths": BOTH, "criterion": "wanda", "refit": "none"}),
+    "flap": ("biased", {"widths": {"mlp": 24}, "criterion": "flap", "refit": "bias"}),
+    "random": ("trained", {"widths": BOTH, "criterion": "random"}),
+    "magnitude": ("trained", {"widths": BOTH, "criterion": "magnitude", "rounds": 2}),
+    "bfloat16": ("bfloat16", {"sparsity": 0.3}),
+    "offload": ("offloaded", {"widths": BOTH, "rounds": 2}),
+    "stats": ("stored", {"sparsity": 0.3}),
+    "stats_global": ("stored", {"sparsity": 0.3, "allocation": "global"}),
+    "transposed": ("gpt2-tied", {"widths": {"mlp": 24}}),
+    "experts": ("qwen3_moe", {"widths": {"expert": 3, "mlp": 24}}),
+    "stacked_experts": ("gpt_oss", {"widths": {"mlp": 24}}),
+    "shared_experts": ("deepseek_v2", {"widths": {"mlp": 24, "dense_mlp": 32, "expert": 3}}),
+    "whole_model": ("gemma4_text-experts", {"widths": {"mlp": 24}}),
+}
+
+
+def run(name: str, folder: Path) -> dict[str, str]:
+    """The hashes of plan and weights of one run, which writes to a folder."""
+    from models import tokenizer
+    from transformers import AutoTokenizer
+
+    from optimum_structprune import StructPruneConfig, StructPruner, calibrate
+
+    kind, fields = RUNS[name]
+    own = kind in ("trained", "bfloat16", "offloaded", "stored")
+    model = model_of(kind, folder)
+    reader = AutoTokenizer.from_pretrained(TINY) if own else tokenizer()
+    config = StructPruneConfig(**{**text_fields(own), **fields})
+    if kind == "stored":
+        calibrate(model, reader, config, folder / "stats")
+        config = StructPruneConfig(**fields, stats=str(folder / "stats"))
+    pruner = StructPruner(config)
+    pruned = pruner.prune_model(model, reader, inplace=kind == "offloaded")
+    return {"plan": hash_of_plan(pruner.plan), "weights": hash_of_weights(pruned)}
+
+
+def text_fields(trained: bool) -> dict:
+    """Fields of a config that name the text: two kinds of what the model was trained on, or words of random tests."""
+    from models import documents
+
+    from optimum_structprune import DomainConfig
+    from optimum_structprune.domains.builtin import TEXTS
+
+    def read(name: str) -> list[str]:
+        return (TEXTS / f"{name}.txt").read_text("utf-8").split("\n%\n")
+
+    texts = {"fiction": read("fiction"), "programs": read("programs")} if trained else {"a": documents(seed=0)}
+    domains = [DomainConfig(name=name, source=source) for name, source in texts.items()]
+    return {"domains": domains, "general_share": 0.0, "num_samples": 12, "seq_length": 48 if trained else 24}
+
+
+def model_of(kind: str, folder: Path):
+    """The trained model as it is, in bfloat16 or with its layers on the disk, or a random one of a family."""
+    import torch
+    from models import build
+    from transformers import AutoModelForCausalLM
+
+    from optimum_structprune import layer_device_map
+
+    if kind == "biased":
+        return build("llama-bias")
+    if kind not in ("trained", "bfloat16", "offloaded", "stored"):
+        return build(kind)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype)
+    if kind != "offloaded":
+        return model
+    places = layer_device_map(model.config, "cpu", "disk")
+    offload = folder / "offload"
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype, device_map=places, offload_folder=offload)
+
+
+def hash_of_plan(plan) -> str:
+    """The SHA-256 of the units that are kept; the hash of the dense model, which the plan holds too, plays no part."""
+    keep = [[layer, name, list(units)] for (layer, name), units in sorted(plan.keep.items())]
+    return sha256(json.dumps(keep).encode()).hexdigest()[:16]
+
+
+def hash_of_weights(model) -> str:
+    """The SHA-256 of the names, shapes and bits of all tensors of a model, wherever accelerate keeps them."""
+    import torch
+    from accelerate.utils import align_module_device
+
+    digest = sha256()
+    tensors = {}
+    for prefix, module in model.named_modules():
+        with align_module_device(module):
+            for leaf, tensor in module.state_dict().items() if not list(module.children()) else ():
+                tensors[f"{prefix}.{leaf}"] = tensor.detach().cpu().clone()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def main(names: list[str]) -> dict[str, dict[str, str]]:
+    """The hashes of some runs, or of all."""
+    import torch
+
+    torch.set_num_threads(1)
+    results = {}
+    for name in names or RUNS:
+        with TemporaryDirectory() as folder:
+            results[name] = run(name, Path(folder))
+            print(name, results[name], file=sys.stderr, flush=True)
+    return results
+
+
+def portable(arguments: list[str]) -> dict[str, dict[str, str]]:
+    """The hashes, from a process whose arithmetic does not depend on the processor."""
+    environment = {**os.environ, **PORTABLE}
+    command = [sys.executable, __file__, "--here", *arguments]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--here"]:
+        print(json.dumps(main(arguments[1:])))
+    elif arguments[:1] == ["--write"]:
+        known = json.loads(FILE.read_text()) if FILE.exists() else {}
+        FILE.write_text(json.dumps({**known, **portable(arguments[1:])}, indent=1) + "\n")
+    else:
+        print(json.dumps(portable(arguments), indent=1))

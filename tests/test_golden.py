@@ -1,0 +1,77 @@
+"""What a pruning gives, to the bit, and how much of the package a default one runs through."""
+
+import json
+import sys
+from pathlib import Path
+
+import golden
+import pytest
+from helpers import on_two_ranks
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import optimum_structprune
+from optimum_structprune import StructPruneConfig, StructPruner
+
+
+pytestmark = pytest.mark.slow
+KNOWN = json.loads(golden.FILE.read_text())
+# A default pruning that is saved runs through so many files and named functions at most; these numbers only fall.
+MOST_FILES, MOST_FUNCTIONS = 73, 579
+
+
+def test_plans_and_weights_are_known_to_the_bit():
+    assert golden.portable([]) == {name: KNOWN[name] for name in golden.RUNS}
+
+
+TWO = ("uniform", "sensitivity", "rounds", "experts", "vocab")
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import golden
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+PartialState(cpu=True)
+torch.set_num_threads(1)
+for name in sys.argv[2:]:
+    print("HASHES", name, json.dumps(golden.run(name, Path(sys.argv[1]))))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_same_bits(tmp_path, monkeypatch):
+    for variable, value in golden.PORTABLE.items():
+        monkeypatch.setenv(variable, value)
+    done = on_two_ranks(SCRIPT, tmp_path, tmp_path, *TWO)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(maxsplit=2)[1:] for line in done.stdout.splitlines() if line.startswith("HASHES")]
+    both = [(name, json.loads(hashes)) for name, hashes in lines]
+    assert sorted(name for name, _ in both) == sorted(TWO * 2)
+    for name, hashes in both:
+        assert hashes == KNOWN[name], name
+
+
+def executed(action) -> set[tuple[str, str]]:
+    """The named functions of the package that an action runs, each with its file."""
+    root, seen = str(Path(optimum_structprune.__file__).parent), set()
+
+    def see(frame, event, argument):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(root) and not code.co_name.startswith("<"):
+            seen.add((code.co_filename.removeprefix(root), code.co_qualname))
+
+    sys.setprofile(see)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+def test_a_default_pruning_runs_through_few_files(tmp_path):
+    model, reader = AutoModelForCausalLM.from_pretrained(golden.TINY), AutoTokenizer.from_pretrained(golden.TINY)
+    pruner = StructPruner(StructPruneConfig(sparsity=0.2, num_samples=8, seq_length=64))
+    seen = executed(lambda: pruner.save(pruner.prune_model(model, reader), tmp_path / "small", tokenizer=reader))
+    files = {file for file, _ in seen}
+    assert len(files) <= MOST_FILES and len(seen) <= MOST_FUNCTIONS, (len(files), len(seen))

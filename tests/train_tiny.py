@@ -1,0 +1,64 @@
+"""Makes the trained model in `tiny_llama`: `python tests/train_tiny.py FOLDER`, some minutes on one core.
+
+It reads the package's own texts (`optimum_structprune/domains/texts` and the word problems), so the weights have the
+licence of the project. Another processor or version of torch gives other bits, which is why the weights are kept.
+"""
+
+import sys
+from itertools import cycle
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from optimum_structprune.domains.builtin import TEXTS
+
+
+LENGTH, BATCH, STEPS, RATE = 128, 16, 1500, 4e-3
+SIZES = {
+    **{"vocab_size": 384, "hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 8},
+    **{"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512},
+    **{"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+}
+
+
+def train(folder: str) -> None:
+    """Write the model and its tokenizer."""
+    torch.manual_seed(0)
+    documents = [
+        document for path in sorted(TEXTS.glob("*.txt")) for document in path.read_text("utf-8").split("\n%\n")
+    ]
+    backend = Tokenizer(BPE(unk_token=None))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    special, alphabet = ["<pad>", "<s>", "</s>"], ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=SIZES["vocab_size"], special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator(documents, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
+    ids = torch.tensor([i for document in documents for i in [1, *tokenizer(document).input_ids, 2]])
+    samples = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    batches = cycle(samples[torch.randperm(len(samples))].split(BATCH))
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
+    for step in range(STEPS):
+        batch = next(batches)
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 100 == 0:
+            print(step, round(loss.item(), 3), flush=True)
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1])
