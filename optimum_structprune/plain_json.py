@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .errors import StructPruneError
+from .written import replace_text
 
 
 # The version of the form of every file that this package writes.
@@ -49,17 +50,6 @@ def plain(value: Any) -> Any:
 def replace_json(path: str | Path, value: Any) -> None:
     """Write the JSON document of a value to a file, which replaces a former one in one step."""
     replace_text(Path(path), to_json(value) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text to a file, which replaces a former one in one step."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
-    except OSError as error:  # of a full disk, it does not say which file
-        new.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def to_json(value: Any) -> str:

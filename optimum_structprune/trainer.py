@@ -106,13 +106,7 @@ class StructPruneCallback(TrainerCallback):
                 f"{model.main_input_name}; use calibration='domains', or prune it first."
             )
         if state.global_step and PLAN in state.stateful_callbacks:
-            try:
-                self.plan = Plan.from_dict(state.stateful_callbacks[PLAN])
-            except StructPruneError as error:
-                raise StructPruneError(
-                    f"The checkpoint of step {state.global_step} does not say what has been removed ({error} It is in "
-                    "its trainer_state.json); resume from another one."
-                ) from error
+            self.plan = self._resumed(state)
         assert self._dense is not None and self.plan is not None
         arch, widths = self._dense
         numbers = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
@@ -189,6 +183,25 @@ class StructPruneCallback(TrainerCallback):
         check(self.config, described, widths, TRAINER)
         self._dense = described.arch, widths
         self.plan = Plan.of(model, described.arch)
+
+    def _resumed(self, state: Any) -> Plan:
+        """The plan of a checkpoint, which says what is gone of the model that its run began with."""
+        here = f"The checkpoint of step {state.global_step}"
+        try:
+            plan = Plan.from_dict(state.stateful_callbacks[PLAN])
+        except StructPruneError as error:
+            raise StructPruneError(
+                f"{here} does not say what has been removed ({error} It is in its trainer_state.json); resume from "
+                "another one."
+            ) from error
+        if self.plan is not None and plan.sizes != self.plan.sizes:
+            raise StructPruneError(
+                f"{here} is of a run that began with a model of widths {dict(plan.sizes)}, and this model has "
+                f"{dict(self.plan.sizes)}; resume with the model that the run began with, not with a checkpoint's."
+            )
+        if self.calibration == "batches" and not len(self.text):
+            warn(f"{here} holds no text, so that removals are calibrated on what is trained on after it.")
+        return plan
 
     def _is_pruned(self, model: PreTrainedModel) -> bool:
         """Whether a model is narrower somewhere than the dense one."""

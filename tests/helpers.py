@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from models import build, config, documents, token_ids, tokenizer
 from tokenizers import Tokenizer
 from torch import nn
@@ -393,3 +394,28 @@ def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.Co
 def today_is(monkeypatch, date: datetime) -> None:
     """Set the clock that chat templates read."""
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: date))
+
+
+# Names that look like those of a result, and others; no file can have the name of one of the folders.
+OF_RESULTS = st.sampled_from("config model README report evaluation vocab".split())
+STEMS = OF_RESULTS | st.from_regex("[a-z_.]{1,9}x", fullmatch=True)
+SUFFIXES = [*".json .safetensors .jinja .model .py .gguf .html .txt .md .bin .gitattributes .index.json".split(), ""]
+FOLDERS = ["", "1_Pooling/", ".cache/hub/", "__pycache__/", "additional_chat_templates/", "my notes/"]
+
+
+def user_files():
+    """A strategy of up to three files that a user may put into a result, or replace there: contents by path."""
+    paths = st.tuples(st.sampled_from(FOLDERS), STEMS, st.sampled_from(SUFFIXES)).map("".join)
+    return st.dictionaries(paths, st.binary(max_size=3), max_size=3)
+
+
+def put_into(folder, files) -> None:
+    """Write files, by their paths, with the folders around them."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def contents(folder) -> dict[str, bytes]:
+    """All files in a folder, by their paths."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

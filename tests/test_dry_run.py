@@ -83,8 +83,8 @@ def test_dtype_and_choices(tmp_path, capsys):
     build("llama-tied").save_pretrained(tmp_path)
     for dtype, size in (("auto", 4), ("bfloat16", 2)):
         arguments = ["plan", str(tmp_path), "--width", "attention=2", "--dtype", dtype, "--json"]
-        assert main([*arguments, str(tmp_path / "out.json")]) == 0
-        found = json.loads((tmp_path / "out.json").read_text())
+        assert main([*arguments, str(tmp_path / f"{dtype}.json")]) == 0
+        found = json.loads((tmp_path / f"{dtype}.json").read_text())
         assert found["memory"]["after"] == size * found["parameters"]["after"]
         assert found["cache_per_token"] == {"before": size * 2 * 2 * 16, "after": size * 2 * 2 * 8}
     assert found["spaces"] == [{"before": 4, "after": 2, "name": "attention", "nearest": [1, 4], "legal": 3}]

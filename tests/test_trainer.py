@@ -170,6 +170,18 @@ def test_the_plan_speaks_of_the_dense_model_after_a_resume_too(tmp_path):
         assert run.model.config.intermediate_size == 24 and describes(callback.plan, run.model)
 
 
+def test_a_run_resumes_with_the_model_that_it_began_with(tmp_path):
+    """That of a checkpoint has lost what the run has removed so far, and would lose it a second time."""
+    run = saved(tmp_path)
+    attach_pruner(run, config(**SERIES), 2, end=6)
+    run.train()
+    checkpoint = str(tmp_path / "checkpoint-4")
+    run = saved(tmp_path, model=AutoModelForCausalLM.from_pretrained(checkpoint))
+    attach_pruner(run, config(**SERIES), 2, end=6)
+    with pytest.raises(StructPruneError, match="began with a model of widths .*resume with the model that"):
+        run.train(resume_from_checkpoint=checkpoint)
+
+
 def test_the_same_trainer_goes_on_after_an_interruption(tmp_path):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -89,6 +89,8 @@ class Command:
         if self.json_file:
             text += " With a FILE, write the document to it and print the text."
             group("--json").add_argument("--json", nargs="?", const=True, metavar="FILE", help=text)
+            text = "Replace a FILE that exists."
+            group("--overwrite").add_argument("--overwrite", action="store_true", help=text)
         else:
             group("--json").add_argument("--json", action="store_true", help=text)
         quiet = "No progress bars and no notes; warnings stay."

@@ -50,10 +50,10 @@ def check_flags(args: Namespace) -> None:
             raise StructPruneError(f"There is no file {file}.")
     for name in ("json", "csv", "items"):
         if isinstance(file := given.get(name), str):
-            check_file(file, f"--{name} {file}")
+            check_file(file, f"--{name} {file}", args.overwrite)
     if "form" in given:
         _check_form(args)
-    if "overwrite" in given:
+    if {"output", "overwrite"} <= given.keys():
         kind = GGUFOutput if "form" in given and args.output.endswith(GGUF) else Output
         kind(args.output, args.overwrite).check()
 

@@ -22,9 +22,10 @@ from ..evaluation.speed import check_clock, check_speed, measure_speed, work_of
 from ..forward.generation import bytes_of, cache_name
 from ..record.facts import Facts, as_csv, as_text
 from ..record.records import EVALUATION_NAME, SPEED_NAME, Records
-from ..saving.page import write_report
+from ..saving.page import PAGE_NAME, write_report
 from ..system.disk import check_folder
 from ..system.fingerprint import vocabulary_hash
+from ..written import check_unchanged
 from .loading import SPREAD, Loading
 from .output import MARK, Result
 
@@ -49,10 +50,13 @@ def report(args: Namespace) -> Result:
     """Measure what is asked for, write the page, and say where it is."""
     Records.read(args.output)  # before a model is loaded in vain
     check_folder(args.output)
+    measured = bool(args.domain or args.task or args.answers)
+    written = {PAGE_NAME: True, EVALUATION_NAME: measured, SPEED_NAME: args.speed}
+    check_unchanged(*(Path(args.output, name) for name, is_due in written.items() if is_due))
     if args.speed and not args.dense:
         raise StructPruneError("--speed compares with the dense model; name it behind the folder.")
     lines, values = [], {}
-    if args.domain or args.task or args.answers:
+    if measured:
         evaluation = _measured(args, Loading.of(args), args.output, args.dense)
         evaluation.save(Path(args.output, EVALUATION_NAME))
         lines, values = [str(evaluation)], {"evaluation": evaluation.to_dict()}

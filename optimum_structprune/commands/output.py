@@ -20,7 +20,7 @@ from ..errors import StructPruneError
 from ..plain_json import to_json
 
 
-# The first key of a result, by which a file of `--json` is known.
+# The first key of a result as JSON.
 MARK = "structprune"
 
 
@@ -33,26 +33,15 @@ class Result:
     code: int = 0
 
 
-def check_file(file: str, label: str) -> None:
-    """Refuse a file whose folder does not exist, and one that no command wrote its result to."""
+def check_file(file: str, label: str, overwrite: bool = False) -> None:
+    """Refuse a file whose folder does not exist, and one that exists and may not be replaced; whose it is, its content
+    cannot say.
+    """
     path = Path(file)
     if not path.absolute().parent.is_dir():
         raise StructPruneError(f"{label} cannot be written: there is no folder {path.parent}.")
-    if path.is_file() and path.stat().st_size and not _is_result(path):
-        raise StructPruneError(
-            f"{label} is no result of structprune, so it is not replaced; name another file, or remove this one."
-        )
-
-
-def _is_result(path: Path) -> bool:
-    """Whether a file is a result as JSON, answers as lines of it, or models as comma-separated values."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            first, second = file.readline(), file.readline()
-    except (OSError, ValueError):
-        return False
-    marked = second.startswith(f'  "{MARK}": ') or first.startswith(f'{{"{MARK}": ')
-    return marked or {"model", "parameters"} <= set(first.strip().split(","))
+    if path.is_file() and path.stat().st_size and not overwrite:
+        raise StructPruneError(f"{label} exists; name another file, or replace it with --overwrite.")
 
 
 def show(result: Result, args: Namespace) -> None:

@@ -24,7 +24,7 @@ from ..record.report import REPORT_NAME
 from ..recovery.recover import Recovery
 from ..recovery.trainer import WorseModelWarning
 from ..saving.push import check_push, push_to_hub
-from ..system.disk import Output, remove_checkpoints
+from ..system.disk import Output, remove_checkpoints, resolved
 from ..system.processes import is_first_rank
 from .flags import WORSE
 from .output import Result
@@ -46,7 +46,9 @@ def pushed(args: Namespace, result: Result) -> Result:
 
 def recovery_for(config: RecoveryConfig, output: str, pruning: StructPruneConfig | None) -> Recovery:
     """The training of a model that goes to `output`; its checkpoints lie beside that folder while it lasts."""
-    return Recovery(replace(config, training={"output_dir": _checkpoints(output), **config.training}), pruning)
+    return Recovery(
+        replace(config, training={"output_dir": _beside(output, "checkpoints"), **config.training}), pruning
+    )
 
 
 def recover_and_save(
@@ -55,7 +57,7 @@ def recover_and_save(
     """What came of a training with the arguments of `recover`, once it is saved; a model that it made worse is saved
     beside the output, with the exit code `WORSE`, unless `--accept-worse` is given.
     """
-    aside = f"{args.output.rstrip('/')}.worse"
+    aside = _beside(args.output, "worse")
     if not args.accept_worse:
         Output(aside, overwrite=True).check()  # before it is trained in vain
     try:
@@ -80,8 +82,8 @@ def recover_and_save(
     if worse:
         _say_worse(aside, args.output)
         return Result(text, values, WORSE)
-    if recovery.config.training["output_dir"] == _checkpoints(args.output):
-        remove_checkpoints(_checkpoints(args.output))
+    if recovery.config.training["output_dir"] == (checkpoints := _beside(args.output, "checkpoints")):
+        remove_checkpoints(checkpoints)
     return Result(text, values)
 
 
@@ -112,5 +114,6 @@ def _say_worse(aside: str, output: str) -> None:
         )
 
 
-def _checkpoints(output: str) -> str:
-    return f"{output.rstrip('/')}.checkpoints"
+def _beside(output: str, kind: str) -> str:
+    """A folder beside the output, which may be written in any way, such as `a/..`."""
+    return f"{resolved(output)}.{kind}"

@@ -11,7 +11,6 @@ from pathlib import Path
 from ..arch.load import Described
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
-from ..plain_json import replace_text
 from ..pruner import AutoStructPruner
 from ..pruning.checks import check, check_arguments
 from ..pruning.units import run_key
@@ -21,6 +20,7 @@ from ..system.disk import Output
 from ..system.processes import across_processes, process_index
 from ..system.resume import Resume
 from ..widths.budget import widths_of
+from ..written import replace_text
 from .checks import sweep_configs
 from .loading import Loading
 from .output import Result, note
@@ -37,7 +37,7 @@ def sweep(args: Namespace) -> Result:
             finished.save(0, {})  # so that a sweep which is killed at once goes on too
         models = {} if saved is None else {name: Facts(**facts) for name, facts in saved.values.items()}
         for sparsity, config in configs.items():
-            name, folder = f"{sparsity:g}", output / f"sparsity-{sparsity:g}"
+            name, folder = str(sparsity), output / f"sparsity-{sparsity}"
             if name in models and (args.no_save or folder.is_dir()):
                 note(args, f"sparsity {name} is there already")
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import ceil, inf, isfinite, isnan
@@ -11,6 +12,8 @@ from typing import Any
 
 BARS = "▁▂▃▄▅▆▇█"
 LONGEST_SPARK = 32
+# What is more than text in one line of Markdown, with the addresses that GitHub's and the Hub's make links of.
+ACTIVE = re.compile(r"[\\`*_~\[\]<&|$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
 def worst_ratio(ratios: Mapping[str, Any]) -> tuple[str, Any]:
@@ -41,10 +44,14 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def escaped(text: str) -> str:
+    """A text as Markdown that shows it, in one line, whatever is in it."""
+    return ACTIVE.sub(r"\\\g<0>", re.sub(r"\s+", " ", text))
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equally many cells as a Markdown table; the first row is its head."""
-    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
-    head, *body = [f"| {' | '.join(row)} |" for row in cells]
+    """Rows of equally many cells of text as a Markdown table; the first row is its head."""
+    head, *body = [f"| {' | '.join(map(escaped, row))} |" for row in rows]
     return "\n".join([head, f"|{'---|' * len(rows[0])}", *body])
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
+from shlex import quote
 from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, PackageLoader, Template
 from transformers import PretrainedConfig
 
 from .. import __version__
@@ -27,12 +27,12 @@ from ..record.answers import telling
 from ..record.facts import CHANGED, cells, facts_of, languages, removed, size_rows
 from ..record.records import HUB_CACHE, TEXT_FILES, Records, short_name
 from ..record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
-from ..record.text import markdown
-from ..system.disk import CARD, is_result, is_signed, resolved, signed
+from ..record.text import escaped, markdown
+from ..system.disk import CARD, resolved
+from ..written import replace_text, written_files
 from .page import only_warning, quality_tables
 
 
-TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TAGS = ("structured-pruning", "pruned", "optimum-structprune")
 MOST_SHOWN = 200  # characters of a question or an answer
 # The line of the snippet that names the model.
@@ -64,39 +64,37 @@ class Dense:
         fields: dict[str, Any] = {} if card is None else card.to_dict()
         names = ("license", "license_name", "license_link")
         licence = {name: fields[name] for name in names if fields.get(name)}
-        base: str | None = short_name(source) or None
+        base: Any = short_name(source)
         if folder.is_dir() and not HUB_CACHE.search(source):
             # A folder has no id. What this package has pruned before says in its card what it comes from.
-            base = fields.get("base_model") if is_result(folder) else None
-        name = base or short_name(source)
-        return cls(name, base if isinstance(base, str) else None, licence, fields.get("language"))
+            base = fields.get("base_model") if written_files(folder) else None
+        name = str(base or short_name(source))
+        return cls(name, base if _is_id(base) else None, licence, fields.get("language"))
 
 
 def leave_card(
     folder: Path, output: str | Path, config: PretrainedConfig, dense: str | None, arch_file: str | None
 ) -> None:
     """Write the card of a result that is being saved; one that cannot be made only gives a warning."""
-    path = folder / CARD
-    if path.exists() and not is_signed(path):
-        return
     with only_warning(output, CARD):
-        path.write_text(model_card(folder, resolved(output).name, config, dense, arch_file), encoding="utf-8")
+        replace_text(folder / CARD, model_card(folder, resolved(output).name, config, dense, arch_file))
 
 
 def model_card(
     folder: Path, name: str, config: PretrainedConfig, dense: str | None = None, arch_file: str | None = None
 ) -> str:
-    """The model card of a result, signed so that it is known again. Its sentences are in the template."""
+    """The model card of a result. Its sentences are in the template, which escapes all that it is handed as text."""
     records = Records.read(folder) if (folder / REPORT_NAME).is_file() else Records(name, {})
     origin = Dense.of(records.dense or dense or "").said(records.details.model)
     kind = model_class(config, arch_file).__name__
     training = records.training or records.config.get("recovery") or {}
     causal, qualities = kind == "AutoModelForCausalLM", quality_tables(records) if records.report else ()
-    card = ModelCard.from_template(
-        _fields(folder, records, origin, causal),
-        template_path=str(TEMPLATE),
+    commands = "\n".join(records.commands(".", origin.base_model or "DENSE", "again"))
+    card = _template().render(
+        card_data=_fields(folder, records, origin, causal).to_yaml(),
         title=name,
-        quoted_name=json.dumps(name),
+        shell_name=quote(name),
+        fence=_fence(name, commands, *records.configs.values()),
         dense=origin,
         counts=records.report.get("parameters"),
         kind=kind,
@@ -123,9 +121,24 @@ def model_card(
         learning_rate=(training.get("training") or {}).get("learning_rate") or RATES.get(training.get("train", "")),
         version=__version__,
         configs=records.configs,
-        commands="\n".join(records.commands(".", origin.base_model or "DENSE", "again")),
+        commands=commands,
     )
-    return signed(re.sub(r"\n{3,}", "\n\n", str(card)))
+    return re.sub(r"\n{3,}", "\n\n", card).strip() + "\n"
+
+
+def _template() -> Template:
+    """The template, in which text that it is handed is nothing but text, unless it says `safe`."""
+
+    def as_text(value: Any) -> str:
+        return str(value) if hasattr(value, "__html__") else escaped(str(value))
+
+    loader = PackageLoader("optimum_structprune.saving", ".")
+    return Environment(loader=loader, finalize=as_text).get_template("card.md.jinja")
+
+
+def _fence(*texts: str) -> str:
+    """What stands around blocks of code, such that none of the texts in them ends one."""
+    return "`" * max(3, *(len(run) + 1 for text in texts for run in re.findall("`+|$", text)))
 
 
 def _fields(folder: Path, records: Records, origin: Dense, causal: bool) -> ModelCardData:
@@ -142,8 +155,8 @@ def _fields(folder: Path, records: Records, origin: Dense, causal: bool) -> Mode
 
 
 def renamed(card: str, repo_id: str) -> str:
-    """A signed card whose snippet loads the model from the Hub."""
-    return signed(NAME_LINE.sub(f'name = "{repo_id}"', card))
+    """A card whose snippet loads the model from the Hub."""
+    return NAME_LINE.sub(f'name = "{repo_id}"', card)
 
 
 def _card(source: str) -> ModelCardData | None:
@@ -165,11 +178,16 @@ def _datasets(folder: Path, records: Records) -> list[str]:
 
 
 def _on_hub(source: str) -> bool:
+    return _is_id(source) and not os.path.exists(source) and Path(source).suffix not in TEXT_FILES
+
+
+def _is_id(name: Any) -> bool:
+    """Whether something can be the id of a repository, by its form."""
     try:
-        validate_repo_id(source)
+        validate_repo_id(name)
     except ValueError:
         return False
-    return not os.path.exists(source) and Path(source).suffix not in TEXT_FILES
+    return True
 
 
 def _sizes(report: Mapping[str, Any]) -> str:
@@ -182,7 +200,7 @@ def _answers(records: Records) -> str:
     items = telling(records.answers)
     names = list(items[0]["answers"]) if items else []
     rows = [[item["prompt"], *(item["answers"][name]["text"] for name in names)] for item in items]
-    short = [[escape(shorten(cell, MOST_SHOWN), quote=False) for cell in row] for row in rows]
+    short = [[shorten(cell, MOST_SHOWN) for cell in row] for row in rows]
     return markdown([["asked", *names], *short]) if rows else ""
 
 
@@ -191,6 +209,6 @@ def _domains(records: Records, use: str) -> str:
     for entry in records.entries(use):
         origin = entry["origin"]
         source = " ".join(str(origin[key]) for key in ("source", "dataset_config") if origin.get(key))
-        source = (short_name(source) or "given inputs").replace("`", "'")
-        rows.append([entry["name"], f"`{source}`", f"{entry['weight']:.2f}", f"{entry['calibration_tokens']:,}"])
+        source = short_name(source) or "given inputs"
+        rows.append([entry["name"], source, f"{entry['weight']:.2f}", f"{entry['calibration_tokens']:,}"])
     return markdown(rows) if len(rows) > 1 else ""

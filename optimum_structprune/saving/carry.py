@@ -14,15 +14,15 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import some_of
-from ..plain_json import replace_json
-from ..system.disk import CARRIED_NAME, WRITTEN_FOLDERS
+from ..written import written_files
 
 
 logger = logging.getLogger(__name__)
 
 # What a result has of its own: records, configs, a card, a page, weights of any format and their index.
 OWN = re.compile(
-    r"\..*|README\.md|report\.(html|json)|(config|generation_config|evaluation|carried_files|statistics)\.json|"
+    r"\..*|__pycache__|additional_chat_templates|README\.md|report\.(html|json)|"
+    r"(config|generation_config|evaluation|speed|written_files|statistics)\.json|"
     r"(structprune|pruning|recovery|calibration)_\w+\.json|"
     r".+\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|ot|tflite|index\.json)"
 )
@@ -49,15 +49,15 @@ def carry(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBa
     new = [name for name in beside if name not in (files or ()) and not (folder / name).exists()]
     if _sizes(source) != _sizes(folder):
         new = [name for name in new if not VOCABULARY.fullmatch(name)]
-    # Code is copied by transformers, where it is used.
-    if others := [name for name in new if name.endswith((".py", "/"))]:
+    # Code is copied by transformers, where it is used. What a user has put into a result is not part of it.
+    result = written_files(source)
+    if others := [name for name in new if name.endswith((".py", "/")) or (result and name not in result)]:
         logger.warning("Not copied from %s: %s.", source, some_of(others))
     if carried := [name for name in new if name not in others]:
         for name in carried:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
         _fit_modules(model, folder, [name for name in carried if "/" in name])
-        replace_json(folder / CARRIED_NAME, {"files": carried})
 
 
 def _fit_modules(model: PreTrainedModel, folder: Path, names: list[str]) -> None:
@@ -88,5 +88,5 @@ def _beside(source: Path) -> Iterator[str]:
     for path in sorted(source.iterdir()) if source.is_dir() else []:
         if path.is_dir() and path.name in modules:
             yield from (file.relative_to(source).as_posix() for file in sorted(path.rglob("*")) if file.is_file())
-        elif not (OWN.fullmatch(path.name) or path.name in WRITTEN_FOLDERS):
+        elif not OWN.fullmatch(path.name):
             yield path.name + "/" * path.is_dir()

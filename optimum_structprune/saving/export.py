@@ -21,10 +21,13 @@ from ..errors import StructPruneError
 from ..plain_json import replace_json
 from ..record.report import REPORT_NAME
 from ..removals.resize import pad_
-from ..system.disk import EXPORT_NAME, Output
+from ..system.disk import Output
 from ..system.memory import model_bytes
 from .card import leave_card
 from .hub import RECORD_NAMES, check_reload, save_checked
+
+
+EXPORT_NAME = "structprune_export.json"
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,6 @@ def _copy_records(model: PreTrainedModel, folder: Path, form: str, padding: Padd
     for name in RECORD_NAMES:
         if model.name_or_path and (record := Path(model.name_or_path, name)).is_file():
             shutil.copyfile(record, folder / name)
-    # By this record the folder is known as a result, and may be replaced.
     parameters = {"before": padding.before, "after": padding.after}
     replace_json(folder / EXPORT_NAME, {"form": form, "parameters": parameters})
 

@@ -29,7 +29,7 @@ from ..arch.meta import check_plain, is_quantized
 from ..arch.spaces import heads_of
 from ..domains.readers import check_tokens
 from ..errors import StructPruneError
-from ..system.disk import GGUF_MARK, GGUFOutput
+from ..system.disk import GGUFOutput
 
 
 try:
@@ -86,7 +86,7 @@ def export_gguf(
         model: A model of one of the types in `arch/llama_cpp.py`; it is left as it is.
         path: The file to write; folders above it are made if need be.
         tokenizer: The tokenizer of the model.
-        overwrite: Whether a file that exists is replaced, if this function wrote it.
+        overwrite: Whether a file that exists is replaced.
 
     Raises:
         StructPruneError: If llama.cpp cannot run such a model or cut text as its tokenizer does, the file exists and
@@ -187,7 +187,7 @@ def _frequency_factors(config: PretrainedConfig) -> torch.Tensor:
 
 def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, name: str, total: int) -> None:
     """Write what the model is called, and what the card beside it says of where it comes from."""
-    writer.add_string(GGUF_MARK, __version__)
+    writer.add_string("structprune.version", __version__)
     folder = Path(model.name_or_path) if model.name_or_path and Path(model.name_or_path).is_dir() else None
     metadata = gguf.Metadata.load(model_path=folder, total_params=total)
     metadata.name = metadata.name or name

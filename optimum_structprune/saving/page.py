@@ -16,7 +16,6 @@ from .. import __version__
 from ..arch.spec import LAYER, MODEL
 from ..domains.manifest import CALIBRATED
 from ..errors import StructPruneError, one_line, warn
-from ..plain_json import replace_text
 from ..record.answers import outcome, remark, telling
 from ..record.facts import (
     NAMES,
@@ -34,6 +33,7 @@ from ..record.facts import (
 from ..record.records import Records, short_name
 from ..record.text import plus_minus, readable_time
 from ..system.memory import readable_size
+from ..written import check_unchanged, replace_text
 
 
 PAGE_NAME = "report.html"
@@ -114,9 +114,11 @@ def write_report(folder: str | Path, output: str | Path | None = None, dense: st
         The path of the page.
 
     Raises:
-        StructPruneError: If the folder has no report, or a record cannot be read.
+        StructPruneError: If the folder has no report, a record cannot be read, or the page that is there is another
+            program's or has been changed.
     """
     path = Path(folder, PAGE_NAME)
+    check_unchanged(path)
     replace_text(path, page(Records.read(folder, output, dense)))
     return path
 

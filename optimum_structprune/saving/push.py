@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -18,19 +19,20 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import StructPruneError, one_line
-from ..system.disk import ADAPTER, CARD, WRITTEN, carried_files, is_result, is_signed
+from ..system.disk import ADAPTER, CARD
+from ..written import LIST_NAME, as_list, is_unchanged, written_files
 from .card import renamed
 
 
-TEMPLATES = "additional_chat_templates"
 HOW_TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
 def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
     """Upload a result of this package, in one commit, so that the repository never holds half of it.
 
-    What lies in the folder and was not written with the result stays where it is. The snippet of the model card names
-    the repository. A model card in the repository that somebody has written or changed is kept.
+    The files that were written with the result are uploaded, as they are by then; what else lies in the folder stays
+    where it is. The snippet of the model card names the repository, unless the card has been changed. A model card in
+    the repository that somebody has written or changed is kept.
 
     Args:
         folder: The folder of the result.
@@ -46,7 +48,8 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
             or the repository is public and should be private.
     """
     files = _result_files(folder)
-    with _refusals(repo_id, f"The result is complete in {folder}; `hf upload {repo_id} {folder}` pushes it later."):
+    later = f'push_to_hub("{folder}", "{repo_id}") in Python pushes it later'
+    with _refusals(repo_id, f"The result is complete in {folder}; {later}."):
         api = _api(repo_id, token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         if private and api.model_info(repo_id).private is False:
@@ -57,9 +60,11 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None, t
         if CARD in files and _has_card_of_its_own(api, repo_id):
             del files[CARD]
         texts = _without_places(Path(folder), files)
-        contents: dict[str, bytes | Path] = {**files, **texts}
-        if CARD in files and is_signed(files[CARD]):
-            contents[CARD] = renamed(texts[CARD].decode(), repo_id).encode()
+        if CARD in texts:
+            texts[CARD] = renamed(texts[CARD].decode(), repo_id).encode()
+        hashes = {name: of for name, of in written_files(Path(folder)).items() if name in files}
+        hashes |= {name: sha256(content).hexdigest() for name, content in texts.items()}
+        contents: dict[str, bytes | Path] = {**files, **texts, LIST_NAME: as_list(hashes).encode()}
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(repo_id, operations, commit_message="Upload a pruned model")
     return str(url)
@@ -86,15 +91,14 @@ def _api(repo_id: str, token: str | None = None) -> HfApi:
 
 def _result_files(folder: str | Path) -> dict[str, Path]:
     """The files that belong to a result, by their names in a repository."""
-    root = Path(folder)
-    if not is_result(root) or not any((root / name).is_file() for name in ("config.json", ADAPTER)):
+    names = sorted(written_files(Path(folder)))
+    files = {name: path for name in names if (path := Path(folder, name)).is_file()}
+    if not any(name in files for name in ("config.json", ADAPTER)):
         raise StructPruneError(
             f"{folder} holds no model that structprune has saved; name the folder that `structprune prune`, `recover` "
             "or `pruner.save` wrote."
         )
-    paths = [path for path in root.iterdir() if WRITTEN.fullmatch(path.name) or path.name == CARD]
-    paths += [*(root / TEMPLATES).glob("*"), *(root / name for name in carried_files(root))]
-    return {path.relative_to(root).as_posix(): path for path in sorted(paths) if path.is_file()}
+    return files
 
 
 def _without_places(folder: Path, files: Mapping[str, Path]) -> dict[str, bytes]:
@@ -102,15 +106,15 @@ def _without_places(folder: Path, files: Mapping[str, Path]) -> dict[str, bytes]
     kinds = re.compile(
         r".+_(config|manifest|report|details)\.json|(report|evaluation|adapter_config).json|.+\.(html|md)"
     )
-    ours = [name for name in files if kinds.fullmatch(name) and (name != CARD or is_signed(files[CARD]))]
-    texts = {name: files[name].read_text(encoding="utf-8") for name in ours}
+    ours = [name for name in files if kinds.fullmatch(name) and (name != CARD or is_unchanged(files[CARD]))]
+    texts = {name: files[name].read_bytes().decode(errors="surrogateescape") for name in ours}
     places = {str(Path.home()), str(Path.cwd()), str(folder.absolute().parent), str(folder.resolve().parent)}
     for text in texts.values():
         places |= {str(Path(path).parent) for path in re.findall(r'"(/[^"\n]+)"', text)}
     for name in texts:
         for place in sorted(places - {"/"}, key=len, reverse=True):
             texts[name] = texts[name].replace(f"{place}/", "")
-    return {name: text.encode() for name, text in texts.items()}
+    return {name: text.encode(errors="surrogateescape") for name, text in texts.items()}
 
 
 @contextmanager
@@ -137,6 +141,11 @@ def _refusals(repo_id: str, state: str) -> Iterator[None]:
 def _has_card_of_its_own(api: HfApi, repo_id: str) -> bool:
     """Whether the repository has a model card that this package did not write, or that somebody has changed."""
     try:
-        return not is_signed(Path(api.hf_hub_download(repo_id, CARD)))
+        card = Path(api.hf_hub_download(repo_id, CARD))
     except EntryNotFoundError:
         return False
+    try:
+        api.hf_hub_download(repo_id, LIST_NAME)  # to where the card is
+    except EntryNotFoundError:
+        return True
+    return not is_unchanged(card)

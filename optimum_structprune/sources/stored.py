@@ -1,10 +1,8 @@
 """Statistics of a dense model in a folder, from which it can be pruned many times without running the text again."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-import mmap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from ..method.calibrate import Moments
 from ..plain_json import replace_json
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint, vocabulary_hash
+from ..written import hash_of
 from .whole_model import Still
 
 
@@ -64,8 +63,7 @@ class StoredFile:
     @classmethod
     def of(cls, path: Path) -> "StoredFile":
         """The size and the hash of a file."""
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return cls(sha256(content).hexdigest(), len(content))
+        return cls(hash_of(path), path.stat().st_size)
 
 
 @strict

@@ -4,17 +4,15 @@ lie beside it, and the next run clears away what a killed one left.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from errno import ENOLCK, ENOSYS, ENOTSUP
 from glob import escape, glob
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +20,15 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..errors import StructPruneError, one_line, some_of
+from ..written import add_to_result, foreign_files, list_files, written_files
 from .memory import readable_size
 from .processes import first_decides, is_first_rank, wait_for_all
 
 
 logger = logging.getLogger(__name__)
 
-EXPORT_NAME = "structprune_export.json"
-CARRIED_NAME = "carried_files.json"
-# Files that only this package writes, and fields that each of them has.
-MARKERS: Mapping[str, frozenset[str]] = {
-    "structprune_config.json": frozenset({"criterion", "refit"}),
-    "pruning_plan.json": frozenset({"model_type", "keep"}),
-    "recovery_config.json": frozenset({"tokens", "lora"}),
-    "statistics.json": frozenset({"model_type", "domains", "files"}),
-    EXPORT_NAME: frozenset({"form"}),
-}
-# Files that this package, transformers and peft write into a result; whatever else lies there is the user's.
-WRITTEN = re.compile(
-    r".+\.(json|safetensors|jinja|model|py|gguf)|report\.html|(vocab|merges)\.txt|\.gitattributes|training_args\.bin"
-)
-WRITTEN_FOLDERS = ("additional_chat_templates", "__pycache__", ".cache")
-# The ending of a GGUF file, and the first entry of one that this package wrote, among the first bytes of the file.
-GGUF, GGUF_MARK, GGUF_HEAD = ".gguf", "structprune.version", 512
+GGUF = ".gguf"
 ADAPTER, CARD = "adapter_config.json", "README.md"
-SIGNATURE = "\n<!-- Written by optimum-structprune; the SHA-256 of all above is {}. -->\n"
-SIGNED = re.compile(re.escape(SIGNATURE).replace(r"\{\}", r"(\w{64})") + r"\Z")
 # The fields of configs that name files and folders, beside the sources of text: those that a run writes, and others.
 KEPT, READ = ("losses_dir", "checkpoint_dir"), ("stats", "arch_file", "keep_tokens")
 # Working folders beside an output: for what is being written, and for weights that do not fit into memory.
@@ -122,6 +103,7 @@ class Output:
         return folder / NEW
 
     def _swap(self, folder: Path) -> None:
+        list_files(self._staging(folder), self._staging(folder).rglob("*"))
         # Whatever stops the second move, `_clear` takes the first one back.
         if self.path.is_dir():
             self.path.rename(folder / FORMER)
@@ -169,6 +151,11 @@ class Output:
         folder = self.path
         if folder.exists() and not folder.is_dir():
             raise StructPruneError(f"{self.target} is a file; name a folder.")
+        if folder.exists() and _relation(folder, os.curdir) in ("is", "holds"):
+            raise StructPruneError(
+                f"{self.target} is or holds the working directory, {os.getcwd()}, and a result takes the place of its "
+                "whole folder; name another output folder, or run this from outside of it."
+            )
         if not folder.exists() or not any(folder.iterdir()):
             return
         if not self.overwrite:
@@ -181,42 +168,36 @@ class Output:
                     f"{folder} {relation} {name}, which this run reads, so it is not overwritten; {_lost(folder)}. "
                     "Name another output folder."
                 )
-        if not is_result(folder):
+        if not written_files(folder):
             raise StructPruneError(
                 f"{folder} is no result of structprune, so it is not overwritten; {_lost(folder)}. Name another "
                 "output folder, or remove this one yourself."
             )
-        if foreign := sorted(foreign_entries(folder)):
+        if foreign := foreign_files(folder):
             raise StructPruneError(
-                f"{folder} holds what structprune did not write ({some_of(foreign)}), so it is not overwritten; "
-                f"{_lost(folder)}. Move it elsewhere, or name another output folder."
+                f"{folder} holds what is not as structprune wrote it ({some_of(foreign)}), so it is not overwritten; "
+                f"{_lost(folder)}. Move that elsewhere, or name another output folder."
             )
 
 
 class GGUFOutput(Output):
-    """A GGUF file that a run makes; it replaces only one that this package wrote."""
+    """A GGUF file that a run makes; it becomes part of the result that it lies in, if any. With `overwrite` any
+    file is replaced: that one is named, and what lies in a folder is not.
+    """
 
     def _staging(self, folder: Path) -> Path:
         return super()._staging(folder) / self.path.name
 
     def _swap(self, folder: Path) -> None:
         self._staging(folder).replace(self.path)
+        add_to_result(self.path)
 
     def _check_replaceable(self) -> None:
         file, example = self.path, Path(self.target, "model.gguf")
         if file.is_dir():
             raise StructPruneError(f"{self.target} is a folder; name a file in it, such as {example}.")
-        if not file.exists():
-            return
-        if not self.overwrite:
+        if file.exists() and not self.overwrite:
             raise StructPruneError(f"The file {self.target} exists; choose another or allow overwriting.")
-        with open(file, "rb") as opened:
-            is_marked = GGUF_MARK.encode() in opened.read(GGUF_HEAD)
-        if not is_marked:
-            raise StructPruneError(
-                f"{file} is no GGUF file of structprune, so it is not overwritten "
-                f"({readable_size(file.stat().st_size)} would be lost). Name another file, or remove this one."
-            )
 
 
 @contextmanager
@@ -285,55 +266,6 @@ def is_write_error(error: BaseException) -> bool:
     if isinstance(error, (OSError, SafetensorError)):
         return True
     return type(error) in (RuntimeError, Exception) and any(words in str(error) for words in WRITING)
-
-
-def is_result(folder: Path) -> bool:
-    """Whether this package wrote a folder: it holds one of `MARKERS` with the fields that belong there."""
-    for name, fields in MARKERS.items():
-        with suppress(OSError, ValueError, TypeError, RecursionError):  # it is not there, or of another program
-            if fields <= set(json.loads((folder / name).read_text(encoding="utf-8"))):
-                return True
-    return False
-
-
-def foreign_entries(folder: Path) -> Iterator[str]:
-    """The names of what lies in a result and was not written with it."""
-    adapter, carried = (folder / ADAPTER).is_file(), {name.partition("/")[0] for name in carried_files(folder)}
-    for path in folder.iterdir():
-        if path.name in carried:
-            written = True
-        elif path.is_dir():
-            written = path.name in WRITTEN_FOLDERS and not path.is_symlink()
-        elif path.name == CARD:
-            written = adapter or is_signed(path)  # peft writes one beside an adapter
-        else:
-            written = WRITTEN.fullmatch(path.name) is not None
-        if not written:
-            yield path.name
-
-
-def carried_files(folder: Path) -> list[str]:
-    """The files of a result that lay beside its dense model, as paths inside the folder."""
-    try:
-        names = map(str, json.loads((folder / CARRIED_NAME).read_text(encoding="utf-8"))["files"])
-        return [name for name in names if not {"/", ".."} & set(Path(name).parts)]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-
-
-def signed(text: str) -> str:
-    """A text with a last line by which it is known as this package's, as long as nobody changes it."""
-    body = SIGNED.sub("", text)
-    return body + SIGNATURE.format(sha256(body.encode()).hexdigest())
-
-
-def is_signed(path: Path) -> bool:
-    """Whether a file holds what `signed` gave, unchanged."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return False
-    return SIGNED.search(text) is not None and signed(text) == text
 
 
 def used_paths(*configs: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import StructPruneError
-from ..plain_json import replace_text
+from ..written import replace_text
 from .processes import process_count, process_index, wait_for_all
 
 
@@ -129,11 +130,11 @@ class Resume:
         return self.folder / f"{self.kind}-{number}-{process_index()}-of-{process_count()}.safetensors"
 
     def _remove_older(self, number: int) -> None:
-        older = set(self.folder.glob(f"{self.kind}-*-{process_index()}-of-{process_count()}.safetensors"))
-        if process_index() == 0 and not self.every:
-            older |= {path for path in self.folder.glob(f"{self.kind}-*.safetensors") if "-of-" not in path.name}
-        for path in older - {self._local(number), self._shared(number)}:
-            path.unlink()
+        shared = "?" if process_index() == 0 and not self.every else ""
+        ours = re.compile(rf"{self.kind}-\d+(-{process_index()}-of-{process_count()}){shared}\.safetensors")
+        for path in [*self.folder.iterdir()]:
+            if ours.fullmatch(path.name) and path not in (self._local(number), self._shared(number)):
+                path.unlink()
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -30,6 +30,16 @@ def files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("spelling", ["spelt", "spelt/", "spelt/.", "other/../spelt"])
+def test_what_lies_beside_an_output_lies_there_however_it_is_written(folder, monkeypatch, spelling):
+    monkeypatch.setattr("optimum_structprune.recovery.trainer.ROUNDING", -10.0)  # a training never brings as much
+    monkeypatch.chdir(folder)
+    line = [flag for flag in command(folder, output="spelt") if flag != "--accept-worse"]
+    assert main([spelling if word == str(folder / "spelt") else word for word in line]) == 1
+    found = {path.name for path in folder.iterdir() if "spelt" in path.name}
+    assert found == {"spelt.worse", "spelt.checkpoints"} and not list(folder.rglob("..*"))
+
+
 def test_a_worse_model_does_not_take_the_place_of_a_better_one(folder, capsys, monkeypatch):
     monkeypatch.setattr("optimum_structprune.recovery.trainer.ROUNDING", -10.0)  # a training never brings as much
     strict = [flag for flag in command(folder, "--overwrite", output="bad") if flag != "--accept-worse"]

@@ -37,8 +37,8 @@ def test_models_side_by_side(folder, capsys):
     models = [str(folder / name) for name in ("dense", "small")]
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--task", str(folder / "task.jsonl")]
     files = ["--csv", str(folder / "c.csv"), "--json", str(folder / "c.json")]
-    for _ in range(2):  # a result replaces a result
-        assert main(["compare", *models, *text, *files, "--device", "cpu"]) == 0
+    for more in ([], ["--overwrite"]):
+        assert main(["compare", *models, *text, *files, "--device", "cpu", *more]) == 0
     shown = capsys.readouterr().out
     found = json.loads((folder / "c.json").read_text())["models"]
     rows = {row["model"]: row for row in csv.DictReader((folder / "c.csv").open())}
@@ -74,8 +74,8 @@ def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(folder, cap
     monkeypatch.chdir(folder)
     for line, message in (
         (["--csv", "/nowhere/x.csv"], "there is no folder /nowhere"),
-        (["--csv", "dense/config.json"], "config.json is no result of structprune, so it is not replaced"),
-        (["--json", "dense/config.json"], "config.json is no result of structprune, so it is not replaced"),
+        (["--csv", "dense/config.json"], "--csv dense/config.json exists; name another file, or replace it with"),
+        (["--json", "dense/config.json"], "--json dense/config.json exists; name another file, or replace it with"),
         (["/nowhere/model"], "/nowhere/model"),
     ):
         assert main(["compare", str(folder / "dense"), *line]) == 2

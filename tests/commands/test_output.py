@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import huggingface_hub.utils as hub
 import pytest
 import torch
 from helpers import save_desk
+from hypothesis import example, given
+from hypothesis import strategies as st
 from transformers.utils import logging
 
 from optimum_structprune import StructPruneError, __version__
@@ -19,7 +22,7 @@ from optimum_structprune.commands import output
 from optimum_structprune.commands.arguments import Command
 from optimum_structprune.commands.cli import execute, main
 from optimum_structprune.commands.flags import COMMANDS
-from optimum_structprune.commands.output import Result
+from optimum_structprune.commands.output import Result, check_file
 from optimum_structprune.system.stages import stage
 
 
@@ -68,14 +71,27 @@ def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder,
 def test_json_to_a_file_leaves_the_text(folder, tmp_path, capsys):
     plan = ["plan", str(folder / "model"), "--width", "mlp=24"]
     for line in (plan, ["evaluate", str(folder / "model"), *commands(folder)["calibrate"][3:]]):
-        for _ in range(2):  # its own file is replaced
-            assert main([*line, "--json", str(tmp_path / "out.json")]) == 0
+        for more in ([], ["--overwrite"]):
+            assert main([*line, *more, "--json", str(tmp_path / "out.json")]) == 0
             assert not capsys.readouterr().out.startswith("{")
         assert main([*line, "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out.json").read_text())
         (tmp_path / "out.json").unlink()
     assert main([*plan, "--json", str(tmp_path / "no" / "out.json")]) == 2
     assert "cannot be written: there is no folder" in capsys.readouterr().err
+
+
+@given(st.binary(min_size=1, max_size=40))
+@example(b"model,parameters,accuracy of my exam\nalpha,1,0.7\n")
+@example(b'{\n  "structprune": "what I tried by hand",\n  "hours": 40\n}\n')
+@example(b'{"structprune": "0.1.0"}')
+def test_a_file_that_exists_is_replaced_only_on_request_whatever_is_in_it(content):
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(content)
+        with pytest.raises(StructPruneError, match="--csv a exists; name another .*--overwrite"):
+            check_file(file.name, "--csv a")
+        check_file(file.name, "--csv a", overwrite=True)
+        assert Path(file.name).read_bytes() == content
 
 
 def test_the_signal_to_end_is_like_an_interruption(folder, monkeypatch):

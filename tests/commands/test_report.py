@@ -47,6 +47,22 @@ def test_further_text_is_measured_and_told_from_what_was_calibrated_on(folder, c
     assert unseen < text.index('<th scope="row">b<', unseen) < shared < text.index('<th scope="row">a<', shared)
 
 
+def test_what_is_measured_later_goes_with_the_result_and_what_was_changed_stays(folder, tmp_path, capsys):
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--num-samples", "4", "--quiet"]
+    small, model = str(tmp_path / "small"), str(folder / "model")
+    prune = ["prune", model, small, "--width", "mlp=24", *text]
+    assert main(prune) == 0
+    assert main(["report", small, model, *text]) == 0
+    assert main([*prune, "--overwrite"]) == 0 and not (tmp_path / "small" / "evaluation.json").exists()
+    for name, flags in (("report.html", []), ("evaluation.json", text), ("speed.json", ["--speed"])):
+        (tmp_path / "small" / name).write_text("{}")
+        assert main(["report", small, model, *flags]) == 2
+        assert f"{name} is not as structprune wrote it, so it is not replaced" in error_line(capsys)
+        assert main([*prune, "--overwrite"]) == 2 and f"wrote it ({name})" in error_line(capsys)
+        assert (tmp_path / "small" / name).read_text() == "{}"
+        (tmp_path / "small" / name).unlink()
+
+
 def test_a_full_disk_is_said_with_the_file_and_leaves_the_page_as_it_was(folder, capsys):
     before = page(folder)
     with full_disk(300):

@@ -295,15 +295,15 @@ def test_evaluate_and_report_ask_and_keep_the_answers(folder, tmp_path, capsys):
     mine.write_text("\n".join(map(json.dumps, rows)))
     model = str(folder / "model")
     flags = ["--answers", str(mine), "--max-new-tokens", "3", "--items", items, "--json"]
-    for _ in range(2):  # it replaces its own file
-        assert main(["evaluate", model, "--against", model, *flags, "--quiet"]) == 0
+    for more in ([], ["--overwrite"]):
+        assert main(["evaluate", model, "--against", model, *flags, "--quiet", *more]) == 0
     values = json.loads(capsys.readouterr().out.split("\n}\n")[0] + "\n}")
     kept = [json.loads(line) for line in open(items)]
     assert [line["prompt"] for line in kept] == ["One?", "Two?"]
     assert values["tasks"]["answers"]["model"]["right"] == 0.5
     assert [line["answers"]["model"]["right"] for line in kept] == [True, False]
     assert main(["evaluate", model, "--answers", str(mine), "--items", str(mine)]) == 2
-    assert "is no result of structprune" in capsys.readouterr().err
+    assert "exists; name another file" in capsys.readouterr().err
 
 
 def test_prune_ends_with_answers_and_shows_them(folder, tmp_path, capsys, monkeypatch):

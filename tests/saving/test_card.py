@@ -2,18 +2,25 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from models import build, config, documents, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner, export_uniform
 from optimum_structprune.saving.card import model_card
-from optimum_structprune.system.disk import is_signed
+from optimum_structprune.written import LIST_NAME, as_list, is_unchanged, replace_text
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:
@@ -70,7 +77,7 @@ def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, t
     folder = desk
     out = tmp_path / "out"
     out.mkdir()
-    settings = AutoConfig.from_pretrained(folder / "slim")
+    slim = AutoConfig.from_pretrained(folder / "slim")
     (out / "config.json").write_text((folder / "slim/config.json").read_text())
     origins = ["owner/data", "imdb", "builtin:prose", "notes.jsonl", "memory:list", str(tmp_path), "self:code"]
     manifest = json.loads((folder / "slim/calibration_manifest.json").read_text())
@@ -82,20 +89,20 @@ def test_licence_base_model_and_data_sets_come_from_where_they_are_known(desk, t
     (out / "report.json").write_text(json.dumps(report))
     mit = ModelCard("---\nlicense: mit\n---\n")
     monkeypatch.setattr(ModelCard, "load", lambda name: mit if "/" in name else 1 / 0)
-    card = ModelCard(model_card(out, "out", settings, "owner/model"))
+    card = ModelCard(model_card(out, "out", slim, "owner/model"))
     assert (card.data.base_model, card.data.license) == ("owner/model", "mit")
     assert card.data.datasets == ["imdb", "owner/data"]
     assert "[owner/model](https://huggingface.co/owner/model)" in card.text and "(-50.0%)" in card.text
     assert tables(card.text)["Size"][2][:3] == ["width mlp", "8", "3-4"]
-    unknown = ModelCard(model_card(out, "out", settings, "gone"))
+    unknown = ModelCard(model_card(out, "out", slim, "gone"))
     assert unknown.data.license is None and "Unknown: the card of gone names no licence" in unknown.text
     told = {"name": "owner/model", "base_model": "maker/model", "license": "mpl-2.0"}
     (out / "pruning_details.json").write_text(json.dumps({"model": told, "errors": {}}))
-    named = ModelCard(model_card(out, "out", settings))
+    named = ModelCard(model_card(out, "out", slim))
     assert (named.data.base_model, named.data.license) == ("maker/model", "mpl-2.0")
     (out / "pruning_details.json").unlink()
     cached = "/home/me/hub/models--owner--model/snapshots/0123"
-    assert ModelCard(model_card(out, "out", settings, cached)).data.base_model == "owner/model"
+    assert ModelCard(model_card(out, "out", slim, cached)).data.base_model == "owner/model"
 
 
 def test_the_snippets_run_without_this_package(desk):
@@ -112,7 +119,7 @@ def test_a_non_uniform_result_says_what_it_needs_and_a_padded_one_that_it_needs_
     assert "trust_remote_code" not in slim.partition("## Size")[0] and "optimum-structprune is not needed" in slim
     assert "`convert_hf_to_gguf.py` works" in slim
     export_uniform(AutoModelForCausalLM.from_pretrained(desk / "uneven"), tmp_path / "padded")
-    assert is_signed(tmp_path / "padded" / "README.md")
+    assert is_unchanged(tmp_path / "padded" / "README.md")
     assert ModelCard.load(tmp_path / "padded" / "README.md").data.license_name == "artistic"
     assert "trust_remote_code=True" not in (tmp_path / "padded" / "README.md").read_text().partition("## Size")[0]
 
@@ -125,9 +132,69 @@ def test_words_of_the_user_are_never_overwritten(tmp_path):
     card = tmp_path / "out" / "README.md"
     for words in ("my own", card.read_text().replace("## Limits", "## My limits")):
         card.write_text(words)
-        with pytest.raises(StructPruneError, match="did not write .README.md."):
+        with pytest.raises(StructPruneError, match="not as structprune wrote it .README.md."):
             pruner.save(pruned, tmp_path / "out", overwrite=True)
         assert card.read_text() == words
+
+
+ACTIVE = ("![t](https://e.vil/t.png)", "[win](javascript:alert(1))", "<b>bold</b>", "<https://e.vil>", "`` ` ```")
+ACTIVE += ("\n```\n![x](y)\n", "\n\n# Title\n\n", "**a** ~~b~~ _c_", "&lt;b>", "\\", "|", "[a]: https://e.vil")
+ACTIVE += ("www.e.vil", "me@e.vil", "ftp://e.vil")
+
+
+def card_of(result, place, words):
+    """The card of a result in which all that somebody else has named or said is these words."""
+    name = f"of {words}".replace("/", ":").replace("\0", "")
+    folder, dense = shutil.copytree(result, Path(place, name)), Path(place, f"dense {name}")
+    dense.mkdir()
+    licence = yaml.safe_dump({"license": "other", "license_name": words, "base_model": name})
+    (dense / "README.md").write_text(f"---\n{licence}---\n")
+    replace_text(dense / LIST_NAME, as_list({"README.md": ""}))
+    answer = {"text": words, "right": True, "loops": False, "stopped": True}
+    item = {"kind": words, "prompt": words, "answers": {"dense": answer, words: answer}}
+    time = {"speedup": {"median": 1.0}}
+    speeds = {"batch_size": 1, "prompt": 8, "prefill": time, "decode": time}
+    domain, ratio = {"name": words, "source": words, "weight": 1.0}, {"dense": 2.0, "model": 3.0}
+    for record, values in {
+        "report.json": {
+            "answers": [item],
+            "scripts": {words: 1},
+            "perplexity": {words: {"before": 2.0, "after": 3.0}},
+        },
+        "pruning_details.json": {"model": {"name": str(dense)}},
+        "structprune_config.json": {"domains": [domain], "general_text": words},
+        "calibration_manifest.json": {"domains": [{"calibration_tokens": 9, **domain, "origin": domain}]},
+        "evaluation.json": {"perplexity": {words: ratio}, "tasks": {words: {"model": {"acc": 0.5}}}},
+        "speed.json": {"device": words, "threads": 1, "measurements": [speeds, speeds]},
+    }.items():
+        path = folder / record
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
+    return model_card(folder, folder.name, AutoConfig.from_pretrained(folder))
+
+
+def parsed(card):
+    """How often each thing that Markdown knows stands in a card, and addresses that GitHub and the Hub link to."""
+    reader, tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).disable("text_join"), []
+    for block in reader.parse(re.split("^---$", card, maxsplit=2, flags=re.M)[2]):
+        tokens += [block, *(block.children or ())]
+    texts = [token.content for token in tokens if token.type == "text"]
+    bare = sum(len(re.findall(r"(?i)(https?|ftp)://|www\.|\w@\w", text)) for text in texts)
+    kinds = Counter(token.type for token in tokens if token.type not in ("text", "text_special", "softbreak"))
+    return {**kinds, "bare": bare}
+
+
+@pytest.fixture(scope="module")
+def harmless(desk, tmp_path_factory):
+    return parsed(card_of(desk / "slim", tmp_path_factory.mktemp("harmless"), "some words"))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.sampled_from(ACTIVE) | st.text(max_size=6), min_size=1, max_size=4).map("".join).filter(str.strip))
+@example("\n```\n![x](y)\n")
+@example("".join(ACTIVE))
+def test_what_others_have_named_and_said_is_nothing_but_text(desk, harmless, words):
+    with tempfile.TemporaryDirectory() as place:
+        assert parsed(card_of(desk / "slim", place, words)) == harmless
 
 
 def test_odd_names_break_neither_tables_nor_the_snippet(desk, tmp_path):

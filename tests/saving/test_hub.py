@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import contents
 from models import build, config, documents, token_ids, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig
 
 from optimum_structprune import DomainConfig, Plan, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.saving.carry import carry
 from optimum_structprune.saving.hub import check_reload, forget_code
-from optimum_structprune.saving.push import _result_files
+from optimum_structprune.written import written_files
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +73,11 @@ def test_an_existing_result_is_refused_and_overwritten_on_request_and_a_link_sta
     out.mkdir(parents=True)
     link.symlink_to(out)
     pruner.save(model, link, tokenizer())
-    (out / "old.json").write_text("{}")
     with pytest.raises(StructPruneError, match="link exists and is not empty"):
         pruner.save(model, link)
     assert (out / "tokenizer.json").exists()
     pruner.save(model, link, overwrite=True)
-    assert not (out / "tokenizer.json").exists() and not (out / "old.json").exists()
+    assert not (out / "tokenizer.json").exists()
     assert link.is_symlink() and (out / "config.json").is_file() and [*out.parent.iterdir()] == [out]
 
 
@@ -197,13 +197,17 @@ def test_every_kind_of_file_is_carried_or_named(result):
 
 def test_what_was_carried_is_part_of_the_result(result):
     pruner, pruned, out, _ = result
-    assert set(SIDE) <= set(_result_files(out))
+    assert set(SIDE) <= written_files(out).keys()
     pruner.save(pruned, out, tokenizer(), overwrite=True)
     assert (out / "LICENSE").is_file()
     again = AutoModelForCausalLM.from_pretrained(out)
     other = StructPruner(config(widths={"mlp": 16}, domains=[DomainConfig("a", documents(60))]))
     other.save(other.prune_model(again, tokenizer()), out.parent / "twice", tokenizer())
     assert (out.parent / "twice" / "1_Pooling" / "config.json").is_file(), "a result passes on what it was given"
+    (out / "credentials.json").write_text("{}")
+    (out / "speed.json").write_text("{}")
+    carry(again, out.parent / "carried", tokenizer())
+    assert not {"credentials.json", "speed.json"} & contents(out.parent / "carried").keys()
 
 
 def test_other_forms_of_the_vocabulary_stay_with_a_dense_one(tmp_path):

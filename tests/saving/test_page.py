@@ -130,6 +130,9 @@ def test_what_was_not_recorded_is_not_there(folder, tmp_path):
     assert '<dd class="value">infinite</dd>' in text and "a perplexity is infinite" in text
     with pytest.raises(StructPruneError, match=r"has no report.json, so it is not what `structprune prune`"):
         write_report(tmp_path)
+    (tmp_path / "few" / PAGE_NAME).write_text("my own words")
+    with pytest.raises(StructPruneError, match=r"report.html is not as structprune wrote it"):
+        write_report(tmp_path / "few")
 
 
 def test_a_page_that_cannot_be_made_does_not_take_the_model_with_it(tmp_path, monkeypatch):

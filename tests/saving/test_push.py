@@ -3,18 +3,24 @@
 import base64
 import json
 import re
+import shutil
+import tempfile
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import huggingface_hub.constants as constants
 import pytest
-from helpers import save_desk, write_texts
+from helpers import contents, put_into, save_desk, user_files, write_texts
+from hypothesis import HealthCheck, given, settings
 from models import build, config, documents, tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner, push_to_hub
 from optimum_structprune.commands.cli import main
 from optimum_structprune.saving import push as pushing
+from optimum_structprune.written import LIST_NAME, replace_text
 
 
 TOKEN = "hf_right"
@@ -148,8 +154,10 @@ def test_a_result_arrives_whole_in_one_commit(run, hub):
     repo = hub.repos["ann/slim"]
     assert repo["private"] and repo["commits"] == 1
     assert set(repo["files"]) == {path.name for path in folder.iterdir()} >= {"README.md", "model.safetensors"}
+    listed = json.loads(repo["files"][LIST_NAME])["files"]
+    assert listed == {name: sha256(of).hexdigest() for name, of in repo["files"].items() if name != LIST_NAME}
     for name, content in repo["files"].items():
-        if name not in ("README.md", "report.html"):  # they name folders of this machine
+        if name not in ("README.md", "report.html", LIST_NAME):  # they name folders of this machine
             assert content == (folder / name).read_bytes(), name
     card = repo["files"]["README.md"].decode()
     assert 'name = "ann/slim"' in card and 'name = "slim"' in (folder / "README.md").read_text()
@@ -170,6 +178,28 @@ def test_what_is_not_of_the_result_stays_at_home(run, hub, tmp_path):
     assert files["README.md"] == b"my own words"
     push_to_hub(folder, "ann/copy")  # the card there is not ours, so it stays
     assert files["README.md"] == b"my own words" and hub.repos["ann/copy"]["commits"] == 2
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(user_files())
+def test_a_push_uploads_what_was_written_with_the_result_and_nothing_else(run, hub, files):
+    with tempfile.TemporaryDirectory() as place:
+        copy = shutil.copytree(run[1], Path(place, "copy"))
+        put_into(copy, files)
+        hub.repos.clear()
+        push_to_hub(copy, "ann/copy")
+    uploaded, written = hub.repos["ann/copy"]["files"], contents(run[1])
+    assert uploaded.keys() == written.keys()
+    for name in files.keys() & written.keys():
+        assert uploaded[name] == files[name], "a file of the result that was changed is pushed as it is"
+
+
+def test_a_card_that_only_a_push_has_changed_is_replaced_by_the_next(run, hub, tmp_path):
+    push_to_hub(run[1], "ann/twice")
+    again = shutil.copytree(run[1], tmp_path / "again")
+    replace_text(again / "README.md", "a newer card of the package")
+    push_to_hub(again, "ann/twice")
+    assert hub.repos["ann/twice"]["files"]["README.md"] == b"a newer card of the package"
 
 
 def test_what_the_hub_refuses_is_said_plainly(run, hub, tmp_path, monkeypatch):
@@ -194,7 +224,7 @@ def test_what_the_hub_refuses_is_said_plainly(run, hub, tmp_path, monkeypatch):
             push_to_hub(folder, "ann/slim")
     assert hub.repos["ann/open"]["commits"] == 1 and [*hub.repos] == ["ann/open"]
     for name, value, message in (  # a Hub that is not there loses nothing
-        ("ENDPOINT", "http://127.0.0.1:9", "ann/slim could not be pushed.*hf upload ann/slim"),
+        ("ENDPOINT", "http://127.0.0.1:9", "ann/slim could not be pushed.*push_to_hub.*ann/slim"),
         ("HF_HUB_OFFLINE", True, "HF_HUB_OFFLINE is set"),
     ):
         with monkeypatch.context() as patch, pytest.raises(StructPruneError, match=message):

@@ -1,7 +1,7 @@
 """An output belongs to one run at a time, replaces nothing of the user's, and what a kill leaves beside it goes."""
 
-import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,25 +15,31 @@ import torch
 from helpers import recovery_config
 from models import build, config, full_disk, tokenizer
 
-from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneError, StructPruner, prune_model
+from optimum_structprune import (
+    DomainConfig,
+    RecoveryConfig,
+    StructPruneError,
+    StructPruner,
+    calibrate,
+    export_nemotron_nas,
+    prune_model,
+)
 from optimum_structprune.saving.hub import save_checked
 from optimum_structprune.system.disk import (
-    MARKERS,
     OFFLOAD,
     SAVING,
     Output,
     check_apart,
     check_folder,
-    is_result,
     remove_checkpoints,
     used_paths,
 )
+from optimum_structprune.written import LIST_NAME
 
 
-def result(folder, marker="pruning_plan.json"):
-    folder.mkdir(parents=True)
-    (folder / marker).write_text(json.dumps(dict.fromkeys(MARKERS[marker], 1)))
-    (folder / "model.safetensors").write_bytes(b"12345")
+def result(folder):
+    with Output(folder).staged() as staging:
+        (staging / "model.safetensors").write_bytes(b"12345")
     return folder
 
 
@@ -42,21 +48,15 @@ def test_what_may_be_written_to_and_is_left_as_it_was(tmp_path):
     assert not list(tmp_path.iterdir())
     Output(tmp_path / "new").check()
     Output(tmp_path, True, [tmp_path]).check()
-    for marker in MARKERS:
-        Output(result(tmp_path / marker, marker), True).check()
-    with_card = result(tmp_path / "out", "recovery_config.json")
-    (with_card / "README.md").write_text("")  # the card that peft writes
-    (with_card / "adapter_config.json").write_text("{}")
     elsewhere = ["", None, tmp_path / "gone", "x\0y", "out", tmp_path / "out2"]
-    Output(with_card, True, elsewhere).check()
+    Output(result(tmp_path / "out"), True, elsewhere).check()
 
 
 def test_a_folder_that_only_looks_like_a_result_stays(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "thesis.txt").write_text("x" * 2000)
-    for text in ("", "[]", "{}", '{"model_type": "llama"}', "5", "[" * 5000):
-        (tmp_path / "pruning_plan.json").write_text(text)
-        assert not is_result(tmp_path)
+    for text in ("", "[]", "{}", '{"files": 5}', '{"files": ["deep"]}', "5", "[" * 5000):
+        (tmp_path / LIST_NAME).write_text(text)
         with pytest.raises(StructPruneError, match=r"no result of structprune.*2 files \([27].0 kB\) would be lost"):
             Output(tmp_path, True).check()
     build("llama-tied").save_pretrained(tmp_path / "dense")
@@ -64,15 +64,26 @@ def test_a_folder_that_only_looks_like_a_result_stays(tmp_path):
         Output(tmp_path / "dense", True).check()
 
 
-def test_what_was_put_into_a_result_stays(tmp_path):
-    for number, name in enumerate(("thesis.txt", "notes/", "README.md", "data.csv", ".git/")):
-        out = result(tmp_path / str(number))
-        (out / "tokenizer.model").write_text("")
-        (out / "modeling_llama.py").write_text("")
-        Output(out, True).check()
-        (out / name).mkdir() if name.endswith("/") else (out / name).write_text("mine")
-        with pytest.raises(StructPruneError, match=f"did not write .{name.rstrip('/')}"):
-            Output(out, True).check()
+@pytest.mark.parametrize("spelling", [".", "", "..", "../out", "deep/..", "../link", "../../{}", "{}/./"])
+def test_a_folder_that_the_process_works_in_is_not_replaced_under_any_name(tmp_path, monkeypatch, spelling):
+    out = result(tmp_path / "out")
+    (tmp_path / "link").symlink_to(out)
+    shutil.copyfile(out / LIST_NAME, tmp_path / LIST_NAME)
+    (out / "deep").mkdir()
+    monkeypatch.chdir(out)
+    target = spelling.format(tmp_path.name if spelling.startswith("..") else out)
+    model = build("llama-tied")
+    for refused in (
+        Output(target, True).check,
+        Output(target, True).staged().__enter__,
+        lambda: calibrate(model, tokenizer(), config(), target, overwrite=True),
+        lambda: export_nemotron_nas(model, target, overwrite=True),
+    ):
+        with pytest.raises(StructPruneError, match=f"is or holds the working directory, {re.escape(str(out))}, "):
+            refused()
+    monkeypatch.chdir("deep")
+    Output(f"{tmp_path}/other", True).check()
+    assert names(tmp_path) == ["link", "out", LIST_NAME] and names(out) == ["deep", "model.safetensors", LIST_NAME]
 
 
 def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch):
@@ -121,7 +132,7 @@ def test_saving_never_replaces_the_dense_model(tmp_path):
     small = again.prune_model(once, tokenizer())
     with pytest.raises(StructPruneError, match="one is .*one, which this run reads"):
         again.save(small, tmp_path / "in" / "one", overwrite=True)
-    shutil.copyfile(tmp_path / "in" / "one" / "pruning_plan.json", tmp_path / "in" / "pruning_plan.json")
+    shutil.copyfile(tmp_path / "in" / "one" / LIST_NAME, tmp_path / "in" / LIST_NAME)
     with pytest.raises(StructPruneError, match="in holds .*one, which this run reads"):
         again.save(small, tmp_path / "in", overwrite=True)
     again.save(small, tmp_path / "two")
@@ -229,7 +240,7 @@ def test_one_run_saves_inside_its_own_lock_and_leaves_its_working_folders(tmp_pa
         with Output(tmp_path / "out").staged() as folder:
             (folder / "model").write_text("mine")
         assert names(tmp_path) == sorted([".out.lock", scratch.name, "out"])
-    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["model"]
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["model", LIST_NAME]
     output = Output(tmp_path / "new" / "deep" / "out")
     with pytest.raises(RuntimeError, match="mine"), output.locked(), output.beside(OFFLOAD):
         assert len(names(output.path.parent)) == 2
@@ -280,7 +291,7 @@ def test_what_stops_the_second_of_two_moves_leaves_the_former_result(tmp_path, m
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else StructPruneError
     with pytest.raises(expected, match="out could not be written.*busy|^$"), Output(out, True).staged() as folder:
         (folder / "new").write_text("")
-    assert names(tmp_path) == ["out"] and names(out) == ["model.safetensors", "pruning_plan.json"]
+    assert names(tmp_path) == ["out"] and names(out) == ["model.safetensors", LIST_NAME]
     other = tmp_path / "other"
     with pytest.raises(StructPruneError, match="other could not be written"), Output(other, True).staged():
         other.write_text("a file that appears in the way stays")

@@ -38,15 +38,18 @@ def assert_holds(folder, number, **how):
 
 def test_what_was_saved_last_is_what_is_loaded(tmp_path):
     assert store(tmp_path / "run").load() is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "round-notes.safetensors").write_text("of the user")
     for number in (1, 2, 3):
         save(tmp_path / "run", number)
         assert_holds(tmp_path / "run", number)
-        names = {path.name for path in (tmp_path / "run").iterdir()}
+        names = {path.name for path in (tmp_path / "run").iterdir()} - {"round-notes.safetensors"}
         assert names == {"round.json", f"round-{number}.safetensors", f"round-{number}-0-of-1.safetensors"}
         save(tmp_path / "all", number, every=True)
     for number in (1, 2, 3):
         assert torch.equal(store(tmp_path / "all", every=True).tensors(number)["weight"], tensors(number)["weight"])
     assert len(list((tmp_path / "all").glob("*-of-1.safetensors"))) == 1
+    assert (tmp_path / "run" / "round-notes.safetensors").read_text() == "of the user"
 
 
 @pytest.mark.parametrize("after", [False, True])
