@@ -17,10 +17,9 @@ from shutil import copytree
 
 import pytest
 import yaml
-from models import GROUPED, build, real_text_model
+from models import GROUPED, real_text_model
 from optimum.commands.optimum_cli import main as optimum_main
-from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, ViTImageProcessor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import optimum_structprune
 from optimum_structprune import StructPruneConfig
@@ -97,11 +96,6 @@ def inputs(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(part))
     items = ({"query": "Question: One and one?", "choices": ["two", "three"], "gold": i % 2} for i in range(4))
     (folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, items)))
-    for saved in (build("vit"), ViTImageProcessor(size={"height": 8, "width": 8})):
-        saved.save_pretrained(folder / "google" / "vit-base-patch16-224")
-    (folder / "photos").mkdir()
-    for number in range(80):
-        Image.new("RGB", (10, 12), (number, 90, 160)).save(folder / "photos" / f"{number}.png")
     assert UNKNOWN not in builtin_families(), "take another type that is not described"
     sizes = {**GROUPED, "vocab_size": len(tokenizer), "max_position_embeddings": 1024}
     for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model(UNKNOWN, **sizes)), tokenizer):

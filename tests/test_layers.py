@@ -138,7 +138,6 @@ def lines(node: ast.AST) -> int:
 
 # Longer than 40 lines (functions) or 150 (classes), each with its reason.
 LONG = {
-    "trainer.StructPruneCallback": "one method for each event of a Trainer, and what a checkpoint restores",
     "config.pruning._check_together": "one refusal for each pair of options that exclude each other",
     "pruning.sweep.Sweep": "all that is done to a layer stands together, and was hard to follow over three files",
 }

@@ -17,7 +17,6 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
 from ..evaluation.answers import ShortCheck
-from ..forward.generation import reads_images
 from ..pruner import RECORDS, AutoStructPruner, StructPruner
 from ..recovery.checks import check_recovery
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
@@ -109,7 +108,7 @@ def _prune_and_save(
         if recovery is not None:
             check_recovery(recovery, config, model)  # before it is pruned in vain
         # None where no text is read, or where a pass takes much longer than elsewhere.
-        tokens = 0 if config.stats or args.offload or reads_images(model) else config.num_samples * config.seq_length
+        tokens = 0 if config.stats or args.offload else config.num_samples * config.seq_length
         check = ShortCheck(tokenizer, tokens)
         check.ask("dense", model)
         pruned = pruner.prune_model(model, tokenizer, inplace=True)

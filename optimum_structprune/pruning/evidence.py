@@ -24,11 +24,9 @@ from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import LAYER_CRITERIA
 from ..domains.domain import Domain
-from ..domains.images import image_domains
 from ..domains.load import calibration_domains, given_domains, load_domains, split_samples
 from ..domains.manifest import Entry, Manifest
 from ..domains.resolve import reweighted, texts_of
-from ..forward.generation import reads_images
 from ..forward.layers import Batch
 from ..system.fingerprint import fingerprint
 from ..system.processes import every_process_runs, own_part, process_index
@@ -77,8 +75,6 @@ class Evidence:
             return cls.of(config, statistics.chosen(config), statistics)
         if inputs is not None:
             return cls.of(config, given_domains(inputs, float(config.holdout), config.chooses))
-        if reads_images(model):
-            return cls.of(config, image_domains(config, tokenizer, Manifest.seen_by(model)))
         if not (counts and config.domains):
             return cls.of(*calibration_domains(config, model, tokenizer, counts))
         first, again = map(list, zip(*map(_twice, config.domains), strict=True))

@@ -18,7 +18,7 @@ from ..arch.per_layer import heterogeneous
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
 from ..errors import StructPruneError
-from ..forward.generation import positions_of, reads_images
+from ..forward.generation import positions_of
 from ..forward.metrics import evaluating, outputs_of, run_model
 from ..plain_json import replace_json
 from ..record.details import DETAILS_NAME
@@ -164,7 +164,7 @@ def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
 def _probe(model: PreTrainedModel) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     config = model.config
-    if reads_images(model) and hasattr(config, "image_size"):
+    if model.main_input_name == "pixel_values" and hasattr(config, "image_size"):
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         return torch.randn(1, config.num_channels, size, size, generator=generator).to(model.dtype)
     length = int(min(16, positions_of(model)))
