@@ -179,7 +179,7 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
     if model_type not in families:
         raise StructPruneError(
             f"The model type {model_type!r} is not described in families.yaml.{did_you_mean(model_type, families)} "
-            "`structprune inspect MODEL --stub` prints a description to check and to pass as --arch."
+            "examples/tools/stub.py of the repository prints a description to check and to pass as --arch."
         )
     return families[model_type]
 

@@ -1,15 +1,15 @@
-"""`structprune sweep`: the curve, what lies beside it, and that it goes on."""
+"""`examples/tools/sweep.py`: the curve, what lies beside it, and that it goes on."""
 
 import csv
 import json
 
 import pytest
+import sweep
 from helpers import error_line, save_desk, save_with_tokenizer, write_texts
 from models import build, documents
+from sweep import main
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune.commands import sweep
-from optimum_structprune.commands.cli import main
 from optimum_structprune.pruner import StructPruner
 
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 def line(folder, out, *sizes, more=()):
     how = ["--num-samples", "6", "--seq-length", "24", "--round-to", "1", "--device", "cpu", "--quiet", "--json"]
     domain = ["--domain", f"a={folder / 'a.jsonl'}"]
-    return ["sweep", str(folder / "model"), str(folder / out), "--sparsity", *sizes, *domain, *how, *more]
+    return [str(folder / "model"), str(folder / out), "--sparsity", *sizes, *domain, *how, *more]
 
 
 def test_every_size_is_a_model_and_a_point(folder, capsys, monkeypatch):
