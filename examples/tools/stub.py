@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
-import yaml
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from optimum_structprune.arch.families import BUILTIN, builtin_families
@@ -22,7 +21,7 @@ from optimum_structprune.arch.load import resolve
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.arch.shrink import text_config
 from optimum_structprune.arch.spaces import TensorShapes, heads_of
-from optimum_structprune.config.fields import parse_yaml
+from optimum_structprune.config.fields import parse_yaml, to_yaml
 from optimum_structprune.errors import StructPruneError
 
 
@@ -53,7 +52,8 @@ def stub(model: PreTrainedModel) -> str:
             "from its entry in families.yaml."
         )
     roles = _roles(getattr(config, "base_model_tp_plan", None) or {}, tensors)
-    entries = [entry for entry in parse_yaml(BUILTIN.read_text(encoding="utf-8")) if near in entry["model_types"]]
+    described = parse_yaml(BUILTIN.read_text(encoding="utf-8"), aliases=True)
+    entries = [entry for entry in described if near in entry["model_types"]]
     spaces = dict(_spaces(roles, tensors, config)) or (entries[0].get("spaces", {}) if entries else {})
     head = [
         f"# A stub for {config.model_type}: check every line, then pass the file as --arch.",
@@ -68,7 +68,7 @@ def stub(model: PreTrainedModel) -> str:
         if len(shape) > 1 and name.removesuffix(".weight") not in taken
     ]
     entry = [{"model_types": [config.model_type], "layer_path": path, "spaces": spaces}]
-    return "\n".join([*head, yaml.safe_dump(entry, sort_keys=False).rstrip()])
+    return "\n".join([*head, to_yaml(entry).rstrip()])
 
 
 def _names(space: Mapping[str, Any]) -> list[str]:
