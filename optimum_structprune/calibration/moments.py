@@ -20,7 +20,7 @@ from .linalg import add_product_, operand, submatrix, update_gram_
 # The fields of Moments that not every run gathers and that files may hold.
 OPTIONAL = ("gram", "energy")
 # The fields of ErrorMoments.
-ERROR = ("mean", "cross", "energy")
+ERROR = ("mean", "cross")
 # So many tokens are in memory in fp64 at a time.
 PRECISE_TOKENS = 256
 
@@ -28,28 +28,22 @@ PRECISE_TOKENS = 256
 @dataclass
 class ErrorMoments:
     """Of the error e that error feedback asks a consumer with the input x to make up for: the mean E[e], shape
-    `(out,)`, and the cross-moment E[e xᵀ], `(out, n)`, in fp32, and the energy E‖e‖², `()`, in fp64.
+    `(out,)`, and the cross-moment E[e xᵀ], `(out, n)`, in fp32.
     """
 
     mean: Tensor
     cross: Tensor
-    energy: Tensor
 
     @classmethod
     def empty(cls, out: int, size: int, device: torch.device | str = "cpu") -> ErrorMoments:
         """Moments of no errors, shape `(out,)` each, beside inputs of shape `(size,)`."""
-        return cls(
-            mean=torch.zeros(out, device=device),
-            cross=torch.zeros(out, size, device=device),
-            energy=torch.zeros((), dtype=torch.float64, device=device),
-        )
+        return cls(mean=torch.zeros(out, device=device), cross=torch.zeros(out, size, device=device))
 
     @torch.no_grad()
     def update(self, error: Tensor, x: Tensor, share: float) -> None:
         """Take in errors, shape `(tokens, out)`, with inputs, shape `(tokens, n)`."""
         error, x = (tensor.to(self.cross.device) for tensor in (error, x))
         self.mean.lerp_(error.float().mean(0), share)
-        self.energy.lerp_(error.float().square().sum(-1).double().mean(), share)
         add_product_(self.cross, error, x, share)
 
 

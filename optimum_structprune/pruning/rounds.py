@@ -13,9 +13,8 @@ from transformers.utils.logging import tqdm
 
 from ..arch.load import layer_list
 from ..arch.meta import shrunk_skeleton
-from ..arch.spec import LAYER, MODEL, ArchSpec, Widths
+from ..arch.spec import ArchSpec, Widths
 from ..calibration.passes import Passes, PassesState
-from ..record.details import errors_of_list, errors_to_list
 from ..surgery.cut import adopt_config_, shrink_
 from ..surgery.plan import Plan
 from ..system.resume import Resume, Saved
@@ -96,13 +95,10 @@ class Rounds:
                             self._remember_layer(store, layer, passes.state())
         finally:
             run.changed = run.changed or sweep.shrunk
-        if skeleton is not None:
-            self._note_errors()
 
     def remove_masked_(self, widths: Widths) -> Plan:
         """Take what is masked out of the model, without another round."""
         self.run.changed = self.sweep.shrunk = True
-        self._note_errors()
         shrink_(self.run.model, self.arch, self.sweep.plan, widths, self.biased)
         return self.sweep.plan
 
@@ -136,7 +132,6 @@ class Rounds:
             values = {
                 "shares": self.run.evidence.shares,
                 "plan": self.sweep.plan.to_dict(),
-                "errors": errors_to_list(snapshot.errors),
                 "measured": self.run.report.rounds,
             }
             self.finished_rounds.save(self.done, values, _tensors(snapshot))
@@ -146,19 +141,17 @@ class Rounds:
         with store.readable():
             keep = Plan.from_dict(saved.values["plan"]).keep
             snapshot = _snapshot(self.arch, keep, saved.tensors)
-            errors = errors_of_list(saved.values["errors"])
             measured = [_measured(entry) for entry in saved.values["measured"]]
             shares = tuple(map(float, saved.values["shares"]))
         self.run.report.details.resumed, self.run.report.rounds = True, measured
         self.run.evidence = replace(self.run.evidence, shares=shares)
-        self.sweep.restore_(replace(snapshot, errors=errors))
+        self.sweep.restore_(snapshot)
         self.done = saved.number
 
     def _remember_layer(self, store: Resume, layer: int, state: PassesState | None) -> None:
         """Put on disk what a layer has become, and where the passes are behind it, if they say so."""
         if state is not None:
-            errors = errors_to_list(self.sweep.errors)
-            values = {"plan": self.sweep.plan.to_dict(), "passes": state.values, "errors": errors}
+            values = {"plan": self.sweep.plan.to_dict(), "passes": state.values}
             store.save(layer + 1, values, layer_list(self.run.model, self.arch)[layer].state_dict(), state.tensors)
 
     def _take_over_layers_(self, store: Resume, passes: Passes, skeleton: PreTrainedModel) -> int:
@@ -168,19 +161,12 @@ class Rounds:
             return 0
         with store.readable():
             sweep.keep = dict(Plan.from_dict(saved.values["plan"]).keep)
-            sweep.errors = errors_of_list(saved.values["errors"])
             state = PassesState(saved.local, dict(saved.values["passes"]))
         for layer in range(saved.number):
             with sweep.placement.at(layer, changes=True):
                 sweep.fill_layer_(layer, store.tensors(layer + 1), skeleton)
         passes.resume_(state)
         return saved.number
-
-    def _note_errors(self) -> None:
-        """Hand the run the errors that were noted, under the numbers that the layers have in the dense model."""
-        layers = self.run.plan.keep.get((MODEL, LAYER))
-        for (layer, name), error in self.sweep.errors.items():
-            self.run.errors[layer if layers is None else layers[layer], name] = error
 
 
 def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:
@@ -196,7 +182,7 @@ def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:
 def _snapshot(
     arch: ArchSpec, keep: Mapping[tuple[int, str], tuple[int, ...]], tensors: Mapping[str, Tensor]
 ) -> Snapshot:
-    """Inverse of `_tensors`, without the errors."""
+    """Inverse of `_tensors`."""
     axes = [axis for space in arch.spaces if space.key in keep for axis in space.into]
     return Snapshot(keep, {axis: (tensors[f"{i}.weight"], tensors.get(f"{i}.bias")) for i, axis in enumerate(axes)})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers.utils.logging import tqdm
 
 from ..arch.spec import ArchSpec, Axis, Space, Widths
 from ..calibration.linalg import ridge_strength
-from ..calibration.mixture import Mixture, Pool, output_energy, pooled
+from ..calibration.mixture import Mixture, Pool, pooled
 from ..calibration.moments import Moments
 from ..calibration.passes import Passes
 from ..config.pruning import StructPruneConfig
@@ -20,11 +20,10 @@ from ..criteria import CRITERIA, Criterion
 from ..criteria.base import check_scores, standardised
 from ..criteria.obs import producer_norms
 from ..forward.placement import Placement
-from ..record.details import Errors, relative_errors
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.cut import fill_layer_, shrink_layer_
 from ..surgery.plan import Plan, best_units
-from ..surgery.refit import REFITS, squared_errors
+from ..surgery.refit import REFITS
 
 
 Keep = Mapping[tuple[int, str], tuple[int, ...]]
@@ -32,13 +31,10 @@ Keep = Mapping[tuple[int, str], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a sweep has reached: the kept units and the errors, by layer and space, and the values of the consumers of
-    these spaces.
-    """
+    """What a sweep has reached: the kept units, by layer and space, and the values of their consumers."""
 
     keep: Keep
     consumers: Mapping[Axis, Values]
-    errors: Errors = field(default_factory=dict)
 
 
 class Sweep:
@@ -48,15 +44,14 @@ class Sweep:
     layer's output on the present residual stream, so no error of an earlier pass is fitted again. Scores, in contrast,
     are those of the refitted weights, in which a kept unit already makes up for units removed before.
 
-    `keep` and `errors` hold the kept units so far and what their choice cost, by layer and space; `shrunk` says
-    whether a layer has lost its removed units for good.
+    `keep` holds the kept units so far, by layer and space; `shrunk` says whether a layer has lost its removed units
+    for good.
     """
 
     def __init__(self, model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig, refit: str | None = None):
         self.model, self.arch, self.config = model, arch, config
         self.refit = refit or config.refit
         self.keep: dict[tuple[int, str], tuple[int, ...]] = {}
-        self.errors: dict[tuple[int, str], tuple[float, ...]] = {}
         self.placement = Placement(model, arch)
         self.consumers = Consumers(model, self.placement)
         self.shrunk = False
@@ -87,7 +82,7 @@ class Sweep:
                 gathered = self.gather(passes, space, mixture)
                 scores = self.score(space, gathered)
                 self.choose_(space, gathered, scores, width)
-                self.refit_(space, gathered, note=True)
+                self.refit_(space, gathered)
                 del gathered  # before those of the next space: a Gram matrix takes gigabytes
         if skeleton is not None:
             self.shrunk = True
@@ -126,23 +121,16 @@ class Sweep:
             keep = criterion.exchanged(keep, others, dense, moments, axis.per_unit)
         self.keep[space.key] = keep
 
-    def refit_(self, space: Space, gathered: Sequence[Moments], note: bool = False) -> None:
-        """Give each consumer of a space its refitted columns and mask the others; with `note`, record how much of its
-        output is lost.
-        """
-        criterion, keep, errors = self._criterion(space.layer), self.keep[space.key], []
+    def refit_(self, space: Space, gathered: Sequence[Moments]) -> None:
+        """Give each consumer of a space its refitted columns and mask the others."""
+        criterion, keep = self._criterion(space.layer), self.keep[space.key]
         for axis, moments in zip(space.into, gathered, strict=True):
             weight, bias = self.consumers.dense(axis)
             columns = units_to_columns(keep, axis, weight.device)
             start = criterion.unfitted(weight, moments) if self.refit == "none" else weight
             ridge = ridge_strength(self.config.damping, len(columns), moments.count)
             refitted = REFITS.get(self.refit)(start, bias, moments, columns, ridge)
-            if note and moments.gram is not None:
-                squared = squared_errors(weight, bias, moments, columns, *refitted)
-                errors.append((*squared, output_energy(weight, moments)))
             self.consumers.mask_(axis, columns, *refitted)
-        if len(errors) == len(space.into):
-            self.errors[space.key] = relative_errors([sum(of_all) for of_all in zip(*errors, strict=True)])
 
     def trial(self, space: Space, gathered: Sequence[Moments], scores: Tensor, width: int) -> dict[Axis, Values]:
         """The values of the consumers of one space if it kept `width` units; the model is left as it is."""
@@ -172,11 +160,11 @@ class Sweep:
         """Copies of what has changed so far."""
         spaces = [space for space in self.arch.spaces if space.key in self.keep]
         values = self.consumers.copies(axis for space in spaces for axis in space.into)
-        return Snapshot(dict(self.keep), values, dict(self.errors))
+        return Snapshot(dict(self.keep), values)
 
     def restore_(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this run, or take one of an earlier run of the same rounds into the dense model."""
-        self.keep, self.errors = dict(snapshot.keep), dict(snapshot.errors)
+        self.keep = dict(snapshot.keep)
         self.consumers.restore_(snapshot.consumers)
 
     def undo_(self) -> None:
