@@ -92,10 +92,9 @@ def test_a_task_in_which_the_model_writes(tmp_path, monkeypatch):
         for item, ids in zip(items, written, strict=True)
     }
     how = {"output_type": "generate_until", "generation_kwargs": {"until": ["w3"], "max_gen_toks": 6}}
-    how |= {
-        "doc_to_target": lambda item: texts[item["query"]],
-        "metric_list": [{"metric": "exact_match", "higher_is_better": True}],
-    }
+    assert len({*texts.values()}) > 1
+    how |= {"doc_to_target": lambda item: texts[item["query"]]}
+    how |= {"metric_list": [{"metric": "exact_match", "higher_is_better": True}]}
     local = tasks.local_task
     monkeypatch.setattr(
         tasks, "local_task", lambda path: {name: of for name, of in local(path).items() if "choice" not in name} | how
