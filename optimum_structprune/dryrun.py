@@ -20,7 +20,7 @@ from .domains.resolve import texts_of, with_written_text
 from .forward.generation import cached_values, flops_per_token, why_not_counted
 from .plain_json import Record
 from .pruner import PRUNERS
-from .pruning.checks import DRY_RUN, check, check_config_kind
+from .pruning.checks import CALIBRATE, DRY_RUN, check, check_config_kind
 from .pruning.room import Need, Text, Workload
 from .record.facts import PERCENT, Row, cells
 from .record.text import table
@@ -143,6 +143,25 @@ class DryRun(Record):
         )
 
 
+def checked_without_weights(
+    model_config: PretrainedConfig,
+    config: StructPruneConfig,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    use: str,
+) -> tuple[Described, Widths]:
+    """A model that has no weights, and the widths that `config` gives it, which are checked as with weights."""
+    check_config_kind(config)
+    PRUNERS.get(config.method)  # refuses a method that is not registered
+    saved_dtype = dtype or model_config.dtype or torch.float32
+    dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
+    dense = meta_model(model_config, config.arch_file, dtype, trust_remote_code)
+    described = Described(describe(dense, config.arch_file), dense, dense.device)
+    widths = {} if use == CALIBRATE else widths_of(config, described.arch, dense)
+    check(config, described, widths, use)
+    return described, widths
+
+
 def dry_run(
     model_config: PretrainedConfig,
     config: StructPruneConfig,
@@ -167,19 +186,10 @@ def dry_run(
     Raises:
         StructPruneError: If pruning would refuse the config; the message names the nearest legal choice.
     """
-    check_config_kind(config)
-    PRUNERS.get(config.method)  # refuses a method that is not registered
-
-    def build(model_config: PretrainedConfig) -> PreTrainedModel:
-        return meta_model(model_config, config.arch_file, trust_remote_code=trust_remote_code)
-
-    dense = build(model_config)
-    arch = describe(dense, config.arch_file)
-    saved_dtype = dtype or model_config.dtype or torch.float32
-    dtype = getattr(torch, saved_dtype) if isinstance(saved_dtype, str) else saved_dtype
-    widths = widths_of(config, arch, dense, itemsize=dtype.itemsize)
-    check(config, Described(arch, dense, dense.device), widths, DRY_RUN)
-    small = build(shrunk_config(model_config, arch, widths, biased_spaces(config, arch, widths)))
+    described, widths = checked_without_weights(model_config, config, dtype, trust_remote_code, DRY_RUN)
+    dense, arch, dtype = described.unpacked, described.arch, described.unpacked.dtype
+    new_config = shrunk_config(model_config, arch, widths, biased_spaces(config, arch, widths))
+    small = meta_model(new_config, config.arch_file, dtype, trust_remote_code)
 
     def change(count: Callable[[PreTrainedModel], int | None]) -> Any:
         before, after = count(dense), count(small)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import Described, describe
-from .arch.spec import EXPERT, HIDDEN, LAYER, VOCAB, WHOLE_MODEL, ArchSpec, Widths
+from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from .config.pruning import StructPruneConfig
 from .domains.domain import Domain
 from .domains.manifest import Manifest
+from .domains.readers import ids_in
 from .errors import StructPruneError, warn
 from .forward.metrics import evaluating, own_settings
 from .pruning.checks import check, check_arguments, check_config_kind
@@ -32,19 +33,23 @@ from .record.report import Report
 from .registry import Registry
 from .saving.hub import save_pruned
 from .surgery.plan import Plan
+from .system.fingerprint import checksums
 from .vocabulary.choose import Tokens
 from .widths.budget import widths_of
 from .widths.schedule import round_widths
 
 
 class Known(NamedTuple):
-    """What is known of a model that a pruning returned, with its tokenizer where its vocabulary has become smaller."""
+    """What is known of a model that a pruning returned, with its tokenizer where its vocabulary has become smaller,
+    and the `checksums` of the weights that were measured.
+    """
 
     config: StructPruneConfig
     plan: Plan
     report: Report
     manifest: Manifest
     tokenizer: PreTrainedTokenizerBase | None
+    measured: Mapping[str, Any]
 
 
 # What is known of each model that a pruning returned, as long as that model exists.
@@ -142,14 +147,15 @@ class StructPruner:
 
     def _remember(self, run: Run) -> None:
         """Keep the records of a run here and, with the tokenizer where it is a new one, those that `save` needs."""
-        # Once tokens are gone, the run's config says only what is left to do, with copies of texts that are read once.
-        as_asked = {name: getattr(self.config, name) for name in ("widths", "budget", "targets", "domains")}
+        # Once tokens are gone, the run's config says only what is left to do.
+        as_asked = {name: getattr(self.config, name) for name in ("widths", "budget", "targets")}
         self.used_config = replace(run.config, **as_asked)
         self.plan, self.report, self.manifest = run.plan, run.report, run.manifest()
         self.tokenizer = run.tokenizer
         self.manifest.note(run.model)  # for what reads text for this model later: evaluations and further runs
         tokenizer = None if run.tokenizer is run.dense_tokenizer else run.tokenizer
-        RECORDS[run.model] = Known(self.used_config, self.plan, self.report, self.manifest, tokenizer)
+        measured = checksums(run.model)
+        RECORDS[run.model] = Known(self.used_config, self.plan, self.report, self.manifest, tokenizer, measured)
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:
         """The steps that bring a model to its final widths: layers go first, then experts, then channels of the
@@ -207,25 +213,25 @@ class StructPruner:
             model: What `prune_model` returned.
             save_directory: The folder to write to; it is made if need be.
             tokenizer: The tokenizer that is saved beside the model; where the vocabulary has become smaller, that of
-                the dense model and None stand for the new one.
+                the dense model and None stand for the new one. It may have tokens that the run's own has not, as long
+                as the model has rows for them.
             overwrite: Whether a folder that exists is replaced.
 
         Raises:
-            StructPruneError: If no pruning returned the model, the tokenizer is another model's, the folder exists, or
-                what is saved does not come back the same.
+            StructPruneError: If no pruning returned the model, the tokenizer has other tokens than the one of the run,
+                the folder exists, or what is saved does not come back the same.
         """
         if model not in RECORDS:
             raise StructPruneError(
                 f"This {type(model).__name__} is not what prune_model returned, so there is nothing to save with it; "
                 "pass the model that it returned, or the model itself after inplace=True."
             )
-        config, plan, report, manifest, own = RECORDS[model]
-        if own is not None and tokenizer is not None and not own.get_vocab().keys() <= tokenizer.get_vocab().keys():
-            raise StructPruneError(
-                f"The tokenizer has {len(tokenizer):,} tokens, which are not those of this model, {len(own):,}; pass "
-                "pruner.tokenizer, or none."
-            )
-        save_pruned(model, save_directory, config, plan, report, manifest, own or tokenizer, overwrite)
+        config, plan, report, manifest, own, measured = RECORDS[model]
+        if own is not None:
+            kept = [*plan.keep[MODEL, VOCAB]]
+            if tokenizer is None or ids_in(tokenizer, own, len(kept)) == kept:
+                tokenizer = own
+        save_pruned(model, save_directory, config, plan, report, manifest, measured, tokenizer, overwrite)
 
 
 class AutoStructPruner:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 Entry = TypeVar("Entry")
 
 
-MOST_NAMED = 100  # more names hide the message; lm_eval has thousands of tasks
+MOST_NAMED = 40  # more names hide the message: `prune` has more flags, and lm_eval thousands of tasks
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -91,7 +91,7 @@ class Registry(Generic[T]):
             ValueError: If there is no such name; the message proposes the nearest one.
         """
         if name not in self.names():
-            raise ValueError(f"there is no {self.kind} {name!r}.{did_you_mean(name, self.names())}")
+            raise ValueError(f"has to name a registered {self.kind}, got {name!r}.{did_you_mean(name, self.names())}")
 
 
 @cache

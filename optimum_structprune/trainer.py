@@ -115,7 +115,7 @@ class StructPruneCallback(TrainerCallback):
         self._due = dict(self.steps)
         state.stateful_callbacks[PLAN] = self.plan.to_dict()
         if self.calibration == "domains":
-            check_tokenizer(tokenizer := kwargs["processing_class"])
+            check_tokenizer(tokenizer := kwargs["processing_class"], model)
             vocab_size = model.config.get_text_config().vocab_size
             self._domains = load_domains(self.config, tokenizer, vocab_size, model=model)
 

@@ -9,7 +9,9 @@ import sys
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -66,6 +68,12 @@ def save_desk(folder, case="llama-tied", count=80):
     save_with_tokenizer(build(case), folder / "model")
     write_texts(folder / "a.jsonl", documents(count))
     return folder
+
+
+def unread():
+    """Text that nobody may read."""
+    pytest.fail("text was read")
+    yield
 
 
 def error_line(capsys) -> str:
@@ -366,3 +374,8 @@ def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.Co
         ranks = "".join(file.read_text() for file in sorted(said.rglob(f"{stream}.log")))
         setattr(done, stream, getattr(done, stream) + ranks)
     return done
+
+
+def today_is(monkeypatch, date: datetime) -> None:
+    """Set the clock that chat templates read."""
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: date))

@@ -29,9 +29,7 @@ from optimum_structprune.domains.builtin import builtin_documents
 
 
 ROOT = Path(__file__).parents[1]
-# The commands of the log are those of the commits that it names.
-LOG = ROOT / "docs" / "log.md"
-DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page != LOG]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 # Pages that lead from one command to the next: each runs as a whole.
 TOURS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
@@ -100,8 +98,8 @@ def inputs(tmp_path_factory):
     sizes = {**GROUPED, "vocab_size": len(tokenizer), "max_position_embeddings": 1024}
     for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model(UNKNOWN, **sizes)), tokenizer):
         saved.save_pretrained(folder / "other-model")
-    readme = (ROOT / "README.md").read_text()
-    (folder / "run.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", readme, re.M | re.S)[1])
+    ((_, settings),) = snippets(ROOT / "docs" / "api.md", "yaml")
+    (folder / "run.yaml").write_text(settings)
     return folder
 
 

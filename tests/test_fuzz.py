@@ -14,11 +14,14 @@ from itertools import islice
 
 import datasets
 import pytest
+import torch
 import yaml
+from helpers import same_weights
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from models import build, config
 
-from optimum_structprune import DomainConfig, Plan, RecoveryConfig, StructPruneConfig, StructPruneError
+from optimum_structprune import DomainConfig, Plan, RecoveryConfig, StructPruneConfig, StructPruneError, prune_model
 from optimum_structprune.arch.families import read_families
 from optimum_structprune.calibration.stored import STATISTICS, Statistics
 from optimum_structprune.config.fields import parse_yaml, read_yaml
@@ -259,3 +262,17 @@ def test_sources(monkeypatch, tmp_path_factory, source, template, split):
         return  # the whole disk is no text
     for resolved in handled(resolve, [domain]) or []:
         handled(lambda domain: list(islice(documents(domain, 0), 1)), resolved)
+
+
+shapes = st.lists(st.sampled_from([0, 1, 2, 3, 6, 8, 12, 70]), max_size=4) | st.sampled_from([[8, 12], [8, 3, 8, 8]])
+dtypes = st.sampled_from([torch.int64, torch.int32, torch.bool, torch.float32, torch.bfloat16, torch.complex64])
+forms = st.sampled_from([*2 * [lambda ids: ids], torch.Tensor.to_sparse, lambda ids: ids.to("meta")])
+samples = st.builds(lambda shape, dtype, form: form(torch.ones(shape, dtype=dtype)), shapes, dtypes, forms)
+
+
+@examples(300)
+@given(st.sampled_from(["llama-tied", "gpt2-tied", "bert", "vit"]), st.dictionaries(st.text() | leaves, samples))
+def test_inputs(case, inputs):
+    model = build(case)
+    small = handled(prune_model, model, config(), inputs=inputs)
+    assert same_weights(model, build(case)) and (small is None or small.num_parameters() < model.num_parameters())

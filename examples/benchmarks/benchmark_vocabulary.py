@@ -103,7 +103,7 @@ def row(args: Namespace, model, tokenizer, number: int, known: dict, texts, dens
     """The figures of one number of tokens; the seconds are those of choosing and cutting."""
     start = perf_counter()
     vocabulary, small = Vocabulary.of(tokenizer), deepcopy(model)
-    always = {*vocabulary.always, *named_ids(model.config)}
+    always = {*vocabulary.always, *named_ids(model)}
     order = removal_order(vocabulary, known["shares"], always, known["predicted"])
     keep = keep_tokens(vocabulary.size, order, number)
     reader = vocabulary.smaller(keep)

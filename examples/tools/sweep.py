@@ -16,6 +16,7 @@ from pathlib import Path
 
 from optimum_structprune.arch.load import Described
 from optimum_structprune.commands.arguments import Command, pruning_config
+from optimum_structprune.commands.checks import CONFIGS
 from optimum_structprune.commands.cli import CommandParser, execute
 from optimum_structprune.commands.flags import LOADING, named, switch
 from optimum_structprune.commands.loading import Loading
@@ -78,7 +79,7 @@ def _configs(args: Namespace) -> dict[float, StructPruneConfig]:
 def _check(args: Namespace, configs: Mapping[float, StructPruneConfig]) -> None:
     """Refuse a size that cannot be reached, and a folder of something else, before a model is loaded."""
     loading, output = Loading.of(args), Path(args.output)
-    sizes = [loading.bytes_after(args.model, config) for config in configs.values()]
+    sizes = [loading.check(args.model, config)[1] for config in configs.values()]
     Output(args.output).check_place(0 if args.no_save else sum(sizes))
     if output.exists() and not (output / "size.json").is_file() and (not output.is_dir() or any(output.iterdir())):
         raise StructPruneError(f"{output} holds something else than a sweep; name another output folder.")
@@ -140,6 +141,7 @@ COMMAND = Command(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser("sweep.py", description=COMMAND.help)
     parser.declare = COMMAND.declare
+    CONFIGS[COMMAND.name] = lambda args: _configs(args).values()
     parser.set_defaults(run=sweep)
     return execute(parser.parse_args(argv))
 

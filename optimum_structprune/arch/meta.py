@@ -87,6 +87,31 @@ def check_plain(model: PreTrainedModel) -> None:
             "load it whole in every process, or with a device_map."
         )
     check_reachable(model)
+    _check_stock(model)
+
+
+def _check_stock(model: PreTrainedModel) -> None:
+    """Refuse modules of other classes than the model's own code builds, and any with a `forward` of its own: what is
+    pruned is built anew from those classes. Unpacking brings them back in a quantized model.
+    """
+    if is_quantized(model):
+        return
+    stock = dict(skeleton(model, model.config).named_modules())
+    for name, module in [*model.named_modules()][1:]:
+        kind, held = type(module), vars(module)
+        # A hook of accelerate keeps what it replaces; kernels of the Hub compute the same.
+        forward = held.get("_old_forward", held.get("forward"))
+        kernel = getattr(model, "use_kernels", False) and hasattr(kind, "kernel_layer_name")
+        if (expected := type(stock.get(name))) is not kind:
+            found = f"is a {kind.__name__} in place of a {expected.__name__}"
+        elif forward is not None and getattr(forward, "__func__", None) is not kind.forward and not kernel:
+            found = "has a `forward` of its own"
+        else:
+            continue
+        raise StructPruneError(
+            f"{name} {found}, and pruning builds this {type(model).__name__} anew from the classes of its type, which "
+            "would compute something else; undo that, and compile, parametrize or patch the pruned model."
+        )
 
 
 def check_no_adapter(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from copy import deepcopy
 from math import lcm
@@ -13,7 +14,7 @@ from transformers import PretrainedConfig
 from ..errors import StructPruneError
 from .per_layer import forget_modeling_file
 from .spec import GROUP, HIDDEN, LAYER, VOCAB, ArchSpec, Widths
-from .token_space import renumber_
+from .token_space import IDS, SIZE_PER_LAYER, renumber_
 
 
 # The grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes: 4 numbers in fp32,
@@ -27,13 +28,10 @@ INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices")
 # and lists that never have one entry per layer, even where they happen to be as long.
 OTHER_LISTS = (
     "architectures",
-    "bad_words_ids",
-    "eos_token_id",
     "mlp_multipliers",
     "mtp_layers_block_type",
     "pos_att_type",
     "ssm_multipliers",
-    "suppress_tokens",
     "time_step_limit",
 )
 
@@ -63,8 +61,10 @@ def shrunk_config(
         per_layer = {place: per_layer[layer] for place, layer in enumerate(layers) if layer in per_layer}
     if VOCAB in sizes:
         space = arch.of(VOCAB)[0]
-        for part in {id(part): part for part in (new, text)}.values():
-            renumber_(part, stay or range(space.width_in(sizes)), space.size)
+        keep = stay or range(space.width_in(sizes))
+        renumber_(new, keep, space.size, only_shapes=stay is None)
+        if (bound := getattr(text, SIZE_PER_LAYER, None)) is not None:
+            setattr(text, SIZE_PER_LAYER, bisect_left(keep, bound))
     for name in sizes:
         space = arch.of(name)[0]
         for key, value in space.pins:
@@ -155,5 +155,7 @@ def cut_depth_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None
             setattr(config, key, sum(layer < value for layer in keep))
         elif key in INDICES and value is not None:
             setattr(config, key, [place for place, layer in enumerate(keep) if layer in value])
-        elif isinstance(value, (list, tuple)) and len(value) == size and key not in OTHER_LISTS:
+        elif key in OTHER_LISTS or IDS.fullmatch(key):
+            continue
+        elif isinstance(value, (list, tuple)) and len(value) == size:
             setattr(config, key, type(value)(value[layer] for layer in keep))

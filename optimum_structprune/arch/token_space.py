@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from ..errors import StructPruneError
 from .spec import MODEL, ONE_PER_MODEL, TOKEN, VOCAB, Axis, Space
 
 
@@ -16,7 +17,11 @@ SIZE = "vocab_size"
 # A second embedding, of which every layer reads a part, may leave out the last tokens.
 SIZE_PER_LAYER = "vocab_size_per_layer_input"
 # The fields of a config, and of the config of generation, that hold ids of tokens.
-IDS = re.compile(r"\w*token_(ids?|index|indices)|(begin_)?suppress_tokens|bad_words_ids|force_words_ids|sequence_bias")
+IDS = re.compile(
+    r"\w*token_(ids?|index|indices)|(begin_)?suppress_tokens|(bad_words|force_words|forced_decoder)_ids|sequence_bias"
+)
+# Those that hold pairs, and which part of a pair is ids: the other is a bias, or a position.
+PAIRS = {"sequence_bias": 0, "forced_decoder_ids": 1}
 
 
 def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | None:
@@ -49,32 +54,53 @@ def _biases(head: nn.Module, model: nn.Module, tensors: dict[str, Tensor], size:
             yield Axis(name, tensor.ndim - 1)
 
 
-def renumber_(config: PretrainedConfig | GenerationConfig, keep: Sequence[int], size: int) -> None:
-    """Give the tokens that a config names the ids that they have once only `keep` of `size` tokens are left.
-
-    A token that is not kept becomes the last one: that is for models that are built for their shapes alone.
+def renumber_(
+    config: PretrainedConfig | GenerationConfig, keep: Sequence[int], size: int, only_shapes: bool = False
+) -> None:
+    """Give the tokens that a config names the ids that they have once only `keep`, ascending, of `size` rows is left;
+    an id beyond both is no token, and stays. A model of `only_shapes` may name rows that are gone: as the last one.
     """
-    new = {old: place for place, old in enumerate(keep)}
-    for key, value in list(vars(config).items()):
-        if IDS.fullmatch(key):
-            setattr(config, key, _mapped(value, lambda old: new.get(old, len(keep) - 1) if 0 <= old < size else old))
-        elif key == SIZE_PER_LAYER and value is not None:
-            setattr(config, key, sum(old < value for old in keep))
+    new = dict.fromkeys(range(size), len(keep) - 1) if only_shapes else {}
+    new |= {old: place for place, old in enumerate(keep)}
+
+    def changed(old: int) -> int:
+        if old not in new and 0 <= old < size:
+            raise StructPruneError(
+                f"The {type(config).__name__} names the token {old}, which is none of the {len(keep):,} of {size:,} "
+                "that stay; leave it out of the config, or keep it."
+            )
+        return new.get(old, old)
+
+    for field in [(part, key, _mapped(value, changed, PAIRS.get(key))) for part, key, value in _fields(config)]:
+        setattr(*field)
 
 
-def named_ids(config: PretrainedConfig | GenerationConfig) -> set[int]:
-    """The ids of tokens that a config names."""
+def named_ids(model: PreTrainedModel) -> set[int]:
+    """The ids of tokens that the config of a model names, and that of its generation."""
     ids: set[int] = set()
-    for key, value in vars(config).items():
-        if IDS.fullmatch(key):
-            _mapped(value, lambda old: ids.add(old))
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+        for _, key, value in _fields(config):
+            _mapped(value, ids.add, PAIRS.get(key))
     return ids
 
 
-def _mapped(value: Any, change: Any) -> Any:
-    """A value with every whole number in it changed."""
+def _fields(config: PretrainedConfig | GenerationConfig) -> Iterator[tuple[Any, str, Any]]:
+    """The fields that hold ids, of a config and of those inside it that do not number tokens of their own: each with
+    its config, name and value.
+    """
+    for key, value in vars(config).items():
+        if IDS.fullmatch(key):
+            yield config, key, value
+        elif isinstance(value, PretrainedConfig) and (key == "text_config" or not hasattr(value, SIZE)):
+            yield from _fields(value)
+
+
+def _mapped(value: Any, change: Any, place: int | None = None) -> Any:
+    """A value with every id in it changed: in a list of pairs the part at `place`, and in biases by ids the ids."""
     if isinstance(value, dict):
-        return {_mapped(key, change): _mapped(of, change) for key, of in value.items()}
+        return {_mapped(ids, change): bias for ids, bias in value.items()}
+    if isinstance(value, (list, tuple)) and place is not None:
+        return [[_mapped(part, change) if at == place else part for at, part in enumerate(pair)] for pair in value]
     if isinstance(value, (list, tuple)):
         return type(value)(_mapped(part, change) for part in value)
     return change(value) if type(value) is int else value

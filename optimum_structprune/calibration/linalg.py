@@ -70,7 +70,7 @@ def ridge_strength(damping: float, columns: int, tokens: int) -> float:
     """The λ of a refit or a score, which grows where there is little text: `damping (1 + 20 n / N)`.
 
     The noise of a Gram matrix of n columns from N tokens grows as n / N, and so does the λ that loses least on other
-    text. The 20 was chosen by leaving kinds of text out; docs/benchmarks.md has the figures.
+    text. The 20 was chosen by leaving kinds of text out; examples/benchmarks/LOG.md has the figures.
     """
     return damping * (1 + TOKENS_PER_COLUMN * columns / max(tokens, 1))
 

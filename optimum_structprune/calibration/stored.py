@@ -1,7 +1,6 @@
 """Statistics of a dense model in a folder, from which it can be pruned many times without running the text again."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-import json
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.spec import Space
 from ..config.domains import IN_MEMORY
-from ..config.fields import Number, not_negative, read_mapping
+from ..config.fields import Number, not_negative, read_json
 from ..config.pruning import StructPruneConfig
 from ..domains.domain import Domain
 from ..domains.manifest import MANIFEST_NAME, Manifest
@@ -88,7 +87,7 @@ class Statistics:
             raise StructPruneError(
                 f"{folder} holds no statistics ({STATISTICS}); write some with `structprune calibrate MODEL {folder}`."
             )
-        data = read_mapping(path, json.loads)
+        data = read_json(path)
         try:
             domains = [StoredDomain(**domain) for domain in data["domains"]]
             files = {name: StoredFile(**file) for name, file in data["files"].items()}

@@ -16,7 +16,7 @@ from textwrap import dedent
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import one_line
+from ..errors import StructPruneError, one_line
 
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ ALIASES = {
     "domains": "--domain",
     "arch_file": "--arch",
 }
+# The fields that hold configs of their own, by the class of these.
+PARTS = {"DomainConfig": "domains", "RecoveryConfig": "recovery"}
 # The groups of the help of what prunes, flags and fields: what most people need first. All others are for experts.
 MOST_USED = "--config sparsity widths targets domains num_samples --recover --dtype --device --overwrite"
 GROUPS = {
@@ -52,8 +54,8 @@ Flags = Mapping[str, str | Mapping[str, Any]]
 @dataclass(frozen=True)
 class Command:
     """A command: its word, its help, the function that does it, and what `add_argument` takes; each field of `config`
-    is a flag too, but those of `without`. Where it `reads_text`, `datasets` may be imported; with `json_file`,
-    `--json` can name a file.
+    is a flag too, but those of `without`, and `models` are the arguments that name models. Where it `reads_text`,
+    `datasets` may be imported; with `json_file`, `--json` can name a file.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Command:
     flags: Flags
     config: Literal["StructPruneConfig", "RecoveryConfig"] | None = None
     without: Collection[str] = ()
+    models: Collection[str] = ("model",)
     reads_text: bool = True
     json_file: bool = False
 
@@ -90,7 +93,7 @@ class Command:
             group("--json").add_argument("--json", action="store_true", help=text)
         quiet = "No progress bars and no notes; warnings stay."
         group("--quiet").add_argument("--quiet", action="store_true", help=quiet)
-        parser.set_defaults(reads_text=self.reads_text)
+        parser.set_defaults(command=self)
 
 
 def _groups(parser: ArgumentParser, grouped: bool) -> Callable[[str], Any]:
@@ -169,6 +172,17 @@ def setting(text: str) -> tuple[str, Any]:
     return name, yaml_value(value)
 
 
+def whole(least: int = 1) -> Callable[[str], int]:
+    """A function that reads a whole number, `least` or more."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and int(text) >= least):
+            raise ArgumentTypeError(f"expected a whole number, {least} or more, got {text!r}")
+        return int(text)
+
+    return read
+
+
 def yaml_value(text: str) -> Any:
     """The value of a YAML document, such as a number or a word."""
     import yaml
@@ -216,6 +230,19 @@ def recovery_config(args: Namespace) -> RecoveryConfig:
     from ..config.recovery import RecoveryConfig
 
     return RecoveryConfig.from_dict(_laid_over(_file(args), _given(args, RecoveryConfig)))
+
+
+def by_flag(error: StructPruneError, args: Namespace) -> str:
+    """The text of an error; of what a field does not take, with the flag or the file in the place of the class."""
+    from ..config.fields import FieldError
+
+    if not isinstance(error, FieldError):
+        return str(error).removeprefix(f"{args.command.config}: ")
+    name, reason = error.field, error.reason
+    if error.owner != args.command.config:  # it is a part of that
+        name, reason = PARTS[error.owner], f"{name} {reason}"
+    given = getattr(args, "config", None) is None or hasattr(args, name)
+    return f"{ALIASES.get(name, f'--{name}').replace('_', '-') if given else f'{args.config}: {name}'} {reason}"
 
 
 def _file(args: Namespace) -> dict[str, Any]:

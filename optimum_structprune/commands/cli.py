@@ -14,8 +14,9 @@ from typing import Any
 from .. import __version__
 from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
+from .arguments import by_flag
 from .flags import COMMANDS
-from .output import Result, check_output, show, working
+from .output import Result, show, working
 
 
 DESCRIPTION = "Structured pruning of Hugging Face models."
@@ -38,6 +39,12 @@ class CommandParser(ArgumentParser):
             self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
         return parsed, others
 
+    def format_usage(self) -> str:
+        """The arguments alone, since there are more flags than a mistake in one is worth."""
+        formatter = self._get_formatter()
+        formatter.add_usage(None, self._get_positional_actions(), [])
+        return f"{formatter.format_help().rstrip()} [flags]\n"
+
     def format_help(self) -> str:
         """See `ArgumentParser.format_help`."""
         self._declare()
@@ -59,7 +66,9 @@ def add_commands(parser: ArgumentParser) -> None:
     parser.set_defaults(run=help_)
     subparsers = parser.add_subparsers(title="commands", metavar="<command>", parser_class=CommandParser)
     for command in COMMANDS:
-        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        subparser = subparsers.add_parser(
+            command.name, help=command.help, description=command.help, allow_abbrev=False
+        )
         subparser.declare = command.declare
         subparser.set_defaults(run=command.run)
 
@@ -68,7 +77,10 @@ def execute(args: Namespace) -> int:
     """Run the chosen command, show its result or its error, and return its exit code."""
     number = int(os.environ.get("RANK", "0"))
     try:
-        check_output(args)
+        if "command" in args:
+            from .checks import check_flags  # late, as all that imports a config
+
+            check_flags(args)
         with working(args, silent=number > 0):
             result = args.run(args)
         if not isinstance(result, Result):
@@ -81,17 +93,17 @@ def execute(args: Namespace) -> int:
     except Exception as error:
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             traceback.print_exc()
-        code, text = explained(error)
+        code, text = explained(error, args)
         where = f" in process {number}" if number else ""
         sys.stderr.write(f"structprune: error{where}: {one_line(text)}\n")
         return code
 
 
-def explained(error: Exception) -> tuple[int, str]:
+def explained(error: Exception, args: Namespace) -> tuple[int, str]:
     """The exit code of an error, 2 for the input and the machine and 1 for a bug, and the error in words."""
     text = str(error)
     if isinstance(error, StructPruneError):
-        return 2, text
+        return 2, by_flag(error, args)
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text:
         return 2, f"There is not enough memory: {text or type(error).__name__}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS
+from collections.abc import Collection
 from typing import Any
 
-from .arguments import SOURCES, Command, Flags, domain, yaml_value
+from .arguments import SOURCES, Command, Flags, domain, whole, yaml_value
 
 
 def switch(text: str) -> dict[str, Any]:
@@ -13,9 +14,14 @@ def switch(text: str) -> dict[str, Any]:
     return {"action": "store_true", "help": text}
 
 
-def number(text: str, **more: Any) -> dict[str, Any]:
-    """A flag with a whole number."""
-    return {"help": text, "metavar": "N", "type": int, **more}
+def number(text: str, least: int = 1, **more: Any) -> dict[str, Any]:
+    """A flag with a whole number, `least` or more."""
+    return {"help": text, "metavar": "N", "type": whole(least), **more}
+
+
+def choice(text: str, among: Collection[str], **more: Any) -> dict[str, Any]:
+    """A flag whose value is one of some words."""
+    return {"help": text, "choices": among, **more}
 
 
 def named(metavar: str, text: str, **more: Any) -> dict[str, Any]:
@@ -26,17 +32,20 @@ def named(metavar: str, text: str, **more: Any) -> dict[str, Any]:
 # Flags of several commands; those of `Loading` first.
 TRUST = {"--trust-remote-code": switch("Run code that comes with the model.")}
 ARCH = {"--arch": named("FILE", "A YAML file that describes architectures of your own.", dest="arch_file")}
-DTYPES = "auto (as saved), float32, bfloat16 or float16."
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# GGUF's own names for the dtypes that a file can have.
+GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 LOADING: Flags = {
-    "--dtype": {"help": DTYPES, "default": "auto"},
+    "--dtype": choice("The dtype; auto is that of the files.", DTYPES, default="auto"),
     "--device": "The device, such as cpu or cuda; by default cuda where there is one.",
     **TRUST,
 }
+OFFLOADS, FORM = ("cpu", "disk"), "nemotron-nas"
 OFFLOAD = {
-    "--offload": named(
-        "{cpu,disk}",
+    "--offload": choice(
         "Keep the layers in the CPU's memory or on the disk, and bring in one at a time: for models that are larger "
         "than the memory of the device.",
+        OFFLOADS,
     )
 }
 OVERWRITE = {"--overwrite": switch("Replace the output.")}
@@ -81,7 +90,7 @@ ANSWERS: Flags = {
         **{"nargs": "?", "const": "builtin", "metavar": "builtin|FILE.jsonl"},
     },
     "--max-new-tokens": number("Tokens per answer at most (120).", default=120),
-    "--show": number("Answers to show (3).", default=3),
+    "--show": number("Answers to show (3).", least=0, default=3),
 }
 
 COMMANDS = (
@@ -126,9 +135,9 @@ COMMANDS = (
         "weights, and writes no model.",
         {
             "model": "Model id or folder; config.json is enough.",
-            "--dtype": {"help": f"The dtype in which memory is counted: {DTYPES}", "default": "auto"},
+            "--dtype": choice("The dtype in which memory is counted; auto is the model's.", DTYPES, default="auto"),
             "--cost": switch("Show the memory that the pruning takes, and the operations of both models, as well."),
-            "--offload": named("{cpu,disk}", "With --cost: where the layers are while they do not run."),
+            "--offload": choice("With --cost: where the layers are while they do not run.", OFFLOADS),
             **TRUST,
         },
         config="StructPruneConfig",
@@ -149,6 +158,7 @@ COMMANDS = (
             **LOADING,
         },
         config="RecoveryConfig",
+        models=("model", "teacher"),
     ),
     Command(
         "evaluate",
@@ -162,6 +172,7 @@ COMMANDS = (
             **QUALITY,
         },
         json_file=True,
+        models=("model", "against"),
     ),
     Command(
         "compare",
@@ -174,6 +185,7 @@ COMMANDS = (
             "--csv": named("FILE", "Write the table to a file of comma-separated values."),
         },
         json_file=True,
+        models=("models",),
     ),
     Command(
         "report",
@@ -190,6 +202,7 @@ COMMANDS = (
             **QUALITY,
             "--speed": SPEED,
         },
+        models=(),
     ),
     Command(
         "benchmark",
@@ -203,15 +216,17 @@ COMMANDS = (
             "--new-tokens": number("Tokens to write after it (32).", default=32),
             "--repeats": number("Timed runs of each model, in turns (9).", default=9),
             "--threads": number("Threads; by default what torch is set to."),
-            "--clock": {
-                "help": "wall (default), or cpu: time of the processor, where other jobs run too.",
-                "default": "wall",
-            },
+            "--clock": choice(
+                "wall (default), or cpu: time of the processor, where other jobs run too.",
+                ("wall", "cpu"),
+                default="wall",
+            ),
             **ARCH,
             **LOADING,
         },
         reads_text=False,
         json_file=True,
+        models=("dense", "models"),
     ),
     Command(
         "inspect",
@@ -232,11 +247,10 @@ COMMANDS = (
         {
             "model": "Folder or id of the pruned model.",
             "output": "File for llama.cpp, which ends in .gguf; with --format or --pad-uniform, a folder.",
-            "--format": named(
-                "nemotron-nas",
+            "--format": choice(
                 "Write layers that differ as NVIDIA's DeciLM has them: for vLLM, SGLang, TensorRT-LLM and MLX.",
+                [FORM],
                 dest="form",
-                choices=["nemotron-nas"],
             ),
             "--pad": switch(
                 "With --format: fill widths that it cannot say up with zeros, each layer to the next one."
@@ -245,6 +259,7 @@ COMMANDS = (
             **OVERWRITE,
             **ARCH,
             **LOADING,
+            "--dtype": choice("The dtype; auto is that of the files.", (*DTYPES, *GGUF_DTYPES), default="auto"),
         },
         reads_text=False,
     ),

@@ -8,7 +8,7 @@ import os
 import warnings
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..arch.meta import meta_model, model_class
+from ..arch.meta import meta_model, model_class, shrunk_skeleton
 from ..arch.per_layer import enable_heterogeneous
+from ..arch.spec import VOCAB
 from ..config.pruning import StructPruneConfig
-from ..dryrun import dry_run
+from ..dryrun import checked_without_weights
 from ..errors import StructPruneError, one_line, some_of
 from ..forward.placement import layer_device_map
-from ..pruning.checks import check_reads_text
+from ..pruning.checks import PRUNE, check_offloaded, check_reads_text
+from ..pruning.room import check_room
+from ..vocabulary.choose import Tokens
+from ..widths.budget import biased_spaces
 
 
 logger = logging.getLogger(__name__)
 
-# Where `--offload` keeps layers while they do not run: in the CPU's memory, or in the model's files on the disk.
-OFFLOADS = ("cpu", "disk")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What `--device` takes beside the names of devices: ways to spread a model over all of them.
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -57,7 +58,6 @@ class Loading:
         return cls(**{**given, **others})
 
     def __post_init__(self) -> None:
-        check_known("--dtype", self.dtype, DTYPES)
         self.device = usable_device(self.device)
         if self.offload is not None:
             _check_offload(self.offload, self.device)
@@ -118,19 +118,27 @@ class Loading:
 
     def without_weights(self, name: str) -> PreTrainedModel:
         """A model on the meta device, from its config alone."""
-        return meta_model(self.config(name), self.arch_file, trust_remote_code=self.trust_remote_code)
+        return meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
 
-    def bytes_after(self, name: str, config: StructPruneConfig) -> int:
-        """The size of a model's weights once it is pruned."""
+    def check(self, name: str, config: StructPruneConfig, use: str = PRUNE) -> tuple[PreTrainedModel, int]:
+        """Refuse what a pruning or a calibration would refuse, before weights are loaded; the model without weights,
+        and the size of its weights once it is pruned.
+        """
+        model_config = self.config(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself says them
-            return dry_run(self.config(name), config, self.torch_dtype, self.trust_remote_code).memory.after
-
-
-def check_known(flag: str, value: str | None, known: Collection[str]) -> None:
-    """Refuse a word that a flag does not take."""
-    if value is not None and value not in known:
-        raise StructPruneError(f"{flag} {value} is not known; choose one of {', '.join(known)}.")
+            found, widths = checked_without_weights(
+                model_config, config, self.torch_dtype, self.trust_remote_code, use
+            )
+        if VOCAB in widths:
+            Tokens.of(config, found, found.unpacked, self.tokenizer(name), widths)
+        if widths and self.device not in SPREAD and (self.torch_dtype or model_config.dtype):
+            placed = replace(found, device=torch.device(str(self.device)), offloaded=self.offload is not None)
+            if placed.offloaded:
+                check_offloaded(config, placed, widths)
+            check_room(config, placed, widths, inplace=True)
+        small = shrunk_skeleton(found.unpacked, found.arch, widths, biased_spaces(config, found.arch, widths))
+        return found.unpacked, small.num_parameters() * found.unpacked.dtype.itemsize
 
 
 def usable_device(name: str | None) -> str:
@@ -160,7 +168,6 @@ def weights_bytes(name: str) -> int:
 
 def _check_offload(offload: str, device: str) -> None:
     """Refuse a way to offload that is not known, or that has no effect."""
-    check_known("--offload", offload, OFFLOADS)
     if device in SPREAD:
         raise StructPruneError(
             f"--device {device} spreads the layers itself, over the disk too where it has to; leave out --offload."

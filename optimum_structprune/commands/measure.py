@@ -17,7 +17,7 @@ from .. import __version__
 from ..arch.load import describe
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
-from ..evaluation.evaluate import Evaluation
+from ..evaluation.evaluate import Evaluation, check_evaluation
 from ..evaluation.speed import cache_per_token, check_clock, check_speed, measure_speed
 from ..forward.generation import bytes_of, cache_name
 from ..record.facts import Facts, as_csv, as_text
@@ -26,7 +26,7 @@ from ..saving.page import write_report
 from ..system.disk import check_folder
 from ..system.fingerprint import vocabulary_hash
 from .loading import SPREAD, Loading
-from .output import MARK, Result, check_file
+from .output import MARK, Result
 
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,6 @@ BATCH_SIZES, PROMPTS = [1], [128]
 
 def evaluate(args: Namespace) -> Result:
     """Measure the model, alone or against the dense one."""
-    if args.items is not None:
-        check_file(args.items, f"--items {args.items}")
     evaluation = _measured(args, Loading.of(args), args.model, args.against)
     if args.items is not None:
         lines = [json.dumps({MARK: __version__, **item}, ensure_ascii=False) + "\n" for item in evaluation.answers]
@@ -70,15 +68,15 @@ def report(args: Namespace) -> Result:
 
 def _measured(args: Namespace, loading: Loading, model_name: str, dense_name: str | None) -> Evaluation:
     """What the flags of quality ask for, of a model by itself or against the dense one."""
-    model, tokenizer = loading.model_and_tokenizer(model_name)
-    if not dense_name:
-        return _of_loaded(args, model, tokenizer)
-    dense, reader = loading.model(dense_name), None
+    reader, names = None, {"dense": dense_name, "model": model_name} if dense_name else {"model": model_name}
     try:
-        reader = loading.tokenizer(dense_name)
+        reader = loading.tokenizer(dense_name) if dense_name else None
     except StructPruneError as error:
         logger.warning("%s Both models read with that of %s.", error, model_name)
-    return _of_loaded(args, model, tokenizer, dense, reader)
+    shapes = {which: loading.without_weights(name) for which, name in names.items()}
+    check_evaluation(shapes, args.domain, args.task, args.answers, args.seq_length, reader)
+    model, tokenizer = loading.model_and_tokenizer(model_name)
+    return _of_loaded(args, model, tokenizer, loading.model(dense_name) if dense_name else None, reader)
 
 
 def _of_loaded(
@@ -116,9 +114,9 @@ def compare(args: Namespace) -> Result:
 def _check_comparable(args: Namespace, loading: Loading) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
     """Refuse what cannot be compared; the first model's tokenizer where text is read, and notes on the others."""
     for path in args.models:
-        loading.config(path)
-    if args.csv is not None:
-        check_file(args.csv, f"--csv {args.csv}")
+        model = loading.without_weights(path)
+        if args.domain or args.task:
+            check_evaluation({"model": model}, args.domain, args.task, None, args.seq_length, None)
     if not args.domain:
         return None, []
     tokenizers = [loading.tokenizer(path) for path in args.models]

@@ -33,13 +33,6 @@ class Result:
     code: int = 0
 
 
-def check_output(args: Namespace) -> None:
-    """Refuse a file of `--json` that cannot be there, before work is done."""
-    file = getattr(args, "json", None)
-    if isinstance(file, str):
-        check_file(file, f"--json {file}")
-
-
 def check_file(file: str, label: str) -> None:
     """Refuse a file whose folder does not exist, and one that no command wrote its result to."""
     path = Path(file)
@@ -102,7 +95,7 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
         stack.enter_context(redirect_stdout(prints))
         stack.enter_context(_widths_by_layer())
         if args.quiet or not sys.stderr.isatty():
-            stack.enter_context(_no_bars(args.reads_text))
+            stack.enter_context(_no_bars(args.command.reads_text))
             if not args.quiet:
                 stack.enter_context(_stages_announced())
         if args.quiet:  # what libraries tell their own users

@@ -6,9 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
-from ..errors import StructPruneError
 from ..recovery.checks import check_recovery
-from ..system.disk import ADAPTER, Output, check_apart, used_paths
+from ..system.disk import Output, check_apart, used_paths
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes
 from .output import Result
@@ -18,12 +17,6 @@ from .recovering import check_push_arguments, pushed, recover_and_save, recovery
 def recover(args: Namespace) -> Result:
     """Train, save, and show what came of it."""
     config, folder = recovery_config(args), Path(args.model)
-    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
-        raise StructPruneError(
-            f"{folder} holds an adapter and no model. In Python, load_adapter(pruned_model, {args.model!r}) puts it "
-            "on the pruned model that it was trained on; merge_and_unload() and save_pretrained(…) then give a folder "
-            "that this command takes."
-        )
     check_push_arguments(args)
     pruning = StructPruneConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
     # The recovered model may take the place of the pruned one; an adapter may not, since it needs that model.
@@ -32,6 +25,7 @@ def recover(args: Namespace) -> Result:
     Output(args.output, args.overwrite, used).check(weights_bytes(args.model) if config.merge else 0)
     check_apart(args.output, config)
     recovery = recovery_for(config, args.output, pruning)
-    check_recovery(config, recovery.pruning)
-    model, tokenizer = Loading.of(args).model_and_tokenizer(args.model)
+    loading = Loading.of(args)
+    check_recovery(config, recovery.pruning, loading.without_weights(args.model))
+    model, tokenizer = loading.model_and_tokenizer(args.model)
     return pushed(args, recover_and_save(args, recovery, model, tokenizer))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from argparse import Namespace
@@ -15,7 +14,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.fields import read_mapping
+from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
@@ -35,8 +34,6 @@ def check_push_arguments(args: Namespace) -> None:
     """Refuse a push that could not succeed, before work is done."""
     if args.push_to_hub is not None:
         check_push(args.push_to_hub)
-    elif args.private:
-        raise StructPruneError("--private says what a repository is, and --push-to-hub names none; give both.")
 
 
 def pushed(args: Namespace, result: Result) -> Result:
@@ -91,7 +88,7 @@ def recover_and_save(
 def _earlier_answers(pruned: str) -> Items:
     """The answers that the record of a pruning holds."""
     with suppress(StructPruneError):  # it has no record, or one that cannot be read
-        return read_mapping(Path(pruned, REPORT_NAME), json.loads).get("answers") or []
+        return read_json(Path(pruned, REPORT_NAME)).get("answers") or []
     return []
 
 

@@ -13,7 +13,7 @@ from ..dryrun import dry_run
 from ..errors import StructPruneError
 from ..record.facts import given
 from .arguments import pruning_config
-from .loading import OFFLOADS, Loading, check_known
+from .loading import Loading
 from .output import Result
 
 
@@ -66,7 +66,6 @@ def plan(args: Namespace) -> Result:
     config = pruning_config(args)
     if args.offload is not None and not args.cost:
         raise StructPruneError("--offload says where a cost is counted for; add --cost.")
-    check_known("--offload", args.offload, OFFLOADS)
     loading = Loading.of(args, arch_file=config.arch_file, offload=None)  # no layer is moved here
     model_config = loading.config(args.model)
     outcome = dry_run(model_config, config, loading.torch_dtype, args.trust_remote_code, args.cost, args.offload)

@@ -1,7 +1,8 @@
 """The config of a calibration domain."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -22,6 +23,17 @@ BUILTIN = "builtin:"
 # The built-in text of all kinds, the text of any kind that a model writes, and the domain that is made of either.
 GENERAL, ANY = "general", "any"
 CHAT = "chat"
+
+
+class Reiterable:
+    """What an iterator gives, for any number of readings: it is kept as far as it has been read."""
+
+    def __init__(self, items: Iterator[Any]):
+        self._items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        self._items, again = tee(self._items)
+        return again
 
 
 def _source(value: Any) -> None:
@@ -59,7 +71,8 @@ class DomainConfig(Serialisable):
             `builtin:code`, `builtin:math`, a preset (`preset:code`, or of your own `preset:FILE.yaml#NAME`), text that
             the model writes itself (`self:code`, `self:math`, `self:prose`, `self:dialogue`, `self:reasoning`,
             `self:any`), a dataset id on the Hub, a folder that `save_to_disk` of `datasets` wrote, a `datasets`
-            object, or any iterable of strings, or with a template of rows. A `pathlib.Path` is kept as its text.
+            object, or any iterable of strings, or with a template of rows. A `pathlib.Path` is kept as its text, and
+            what a generator gives is kept as far as it is read, for later readings.
         weight: The domain's share of the calibration tokens, relative to the other domains.
         text_column: The column that holds the text, or with `template="chat"` the messages.
         dataset_config: The name of the configuration of a Hub dataset.
@@ -88,6 +101,8 @@ class DomainConfig(Serialisable):
     def __post_init__(self) -> None:
         if isinstance(self.source, Path):
             self.source = str(self.source)
+        elif isinstance(self.source, Iterator):
+            self.source = Reiterable(self.source)
 
     def validate_answers(self) -> None:
         """Refuse `answers_only` where nothing tells the answers from the rest."""

@@ -1,6 +1,7 @@
 """What every config is made of: strict fields, plain values in and out, and the domain that several of them name."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 
 from ..errors import StructPruneError, one_line
 from ..plain_json import unversioned
@@ -19,6 +20,7 @@ from ..registry import did_you_mean
 
 
 T = TypeVar("T", bound=type)
+Item = TypeVar("Item")
 Self = TypeVar("Self", bound="Serialisable")
 # `strict` would refuse 1 where 1.0 is meant; to a type checker an int is a float already.
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def changed(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {
         f.name: _plain(f.default if f.default_factory is MISSING else f.default_factory()) for f in fields(config)
     }
-    return {name: value for name, value in unversioned(values).items() if value != defaults.get(name, MISSING)}
+    return {name: value for name, value in values.items() if value != defaults.get(name, MISSING)}
 
 
 def _plain(value: Any) -> Any:
@@ -106,6 +108,22 @@ def mapping_of(data: Any, owner: str) -> Mapping[str, Any]:
     return data
 
 
+def by_layer(values: Mapping[Any, Item], owner: str) -> dict[int, Item]:
+    """A mapping by numbers of layers, of which JSON makes strings; each layer has to be there once."""
+    numbers = [int(key) for key in values if re.fullmatch("-?[0-9]{1,9}", str(key))]
+    if len({*numbers}) < len(values):
+        raise StructPruneError(f"{owner} names layers by their numbers, each once, got {list(values)}.")
+    return dict(zip(numbers, values.values(), strict=True))
+
+
+class FieldError(StructPruneError):
+    """A value that a field does not take, with the name of the config's class, the field and the reason."""
+
+    def __init__(self, owner: str, field: str, reason: str):
+        super().__init__(f"{owner}: {field!r} {reason}")
+        self.owner, self.field, self.reason = owner, field, reason
+
+
 def config_class(cls: T) -> T:
     """A class decorator for configs, by which every mistake in the constructor is a `StructPruneError`."""
     init: Any = cls.__init__  # type: ignore[misc]
@@ -115,8 +133,13 @@ def config_class(cls: T) -> T:
         _check_names(cls, values)
         try:
             init(self, *args, **values)
+        except StrictDataclassFieldValidationError as error:
+            field = str(error).split("'")[1]  # which only the message says
+            reason = one_line(error.__cause__).removeprefix(f"Field {field!r} ").partition(". Errors: ")[0]
+            reason = re.sub(r"<class '(\w+)'>", r"\1", reason)
+            raise FieldError(cls.__name__, field, reason) from error
         except (StrictDataclassError, TypeError) as error:
-            raise StructPruneError(f"{cls.__name__}: {one_line(error)}") from error
+            raise StructPruneError(f"{cls.__name__}: {one_line(error.__cause__ or error)}") from error
 
     cls.__init__ = checked  # type: ignore[misc]
     return cls
@@ -143,6 +166,15 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
     return read_mapping(Path(path), parse_yaml)
 
 
+def read_json(path: str | Path) -> Mapping[str, Any]:
+    """The fields in a JSON file, without the version of its form; a version that is not known is refused."""
+    values = read_mapping(Path(path), json.loads)
+    try:
+        return unversioned(values)
+    except StructPruneError as error:
+        raise StructPruneError(f"{path}: {error}") from error
+
+
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
     """The mapping in a file that `parse` reads."""
     try:
@@ -155,12 +187,18 @@ def read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Loads plain values only, and reads numbers as YAML 1.2 does: `1e-4` is a number, which PyYAML takes for text."""
+    """Loads plain values only, with the numbers of YAML 1.2, see `NUMBERS`; a date is text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """See `Composer.compose_mapping_node`; a key that stands twice is refused."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = Counter(key.value if key.value == "<<" else self.construct_object(key) for key in keys)
         for name, count in names.items():
             if count > 1:
                 raise yaml.MarkedYAMLError(
@@ -170,17 +208,25 @@ class PlainLoader(yaml.SafeLoader):
 
 
 class PlainDumper(yaml.SafeDumper):
-    """Writes what `PlainLoader` reads as the same values: text that looks like one of its numbers is quoted."""
+    """Writes what `PlainLoader` reads as the same values: text that looks like a number of any YAML is quoted."""
 
     def ignore_aliases(self, data: Any) -> bool:
         """See `Representer.ignore_aliases`; `parse_yaml` refuses them."""
         return True
 
 
+# The numbers of the core schema of YAML 1.2. To PyYAML, which reads 1.1, 0100 is 64, 1:30 is 90 and 1e-4 is text.
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
+    "tag:yaml.org,2002:float": r"([-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|"
+    r"\.(nan|NaN|NAN))$",
+}
 for form in (PlainLoader, PlainDumper):
-    form.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+    for tag, pattern in NUMBERS.items():
+        form.add_implicit_resolver(tag, re.compile(pattern), None)
+PlainLoader.add_constructor(
+    "tag:yaml.org,2002:int", lambda _, node: int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
+)
 
 
 def to_yaml(value: Any) -> str:

@@ -1,7 +1,6 @@
 """What to remove and how: one strict, serialisable dataclass."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
-from ..errors import StructPruneError
 from ..plain_json import replace_json, versioned
 from ..registry import Registry, did_you_mean
 from .domains import GENERAL, DomainConfig, check_names, is_general, with_domains
@@ -18,12 +16,13 @@ from .fields import (
     Serialisable,
     above_one,
     below_one,
+    by_layer,
     config_class,
     filled,
     finite,
     positive,
     proportion,
-    read_mapping,
+    read_json,
     read_yaml,
     seed_of_all,
     share,
@@ -166,7 +165,10 @@ class StructPruneConfig(Serialisable):
         self.targets = self.targets and tuple(self.targets)
         self.skip_layers = tuple(self.skip_layers)
         if self.widths is not None:
-            self.widths = {name: _by_layer(name, width) for name, width in self.widths.items()}
+            self.widths = {
+                name: by_layer(width, f"widths[{name!r}]") if isinstance(width, Mapping) else width
+                for name, width in self.widths.items()
+            }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StructPruneConfig":
@@ -246,7 +248,7 @@ class StructPruneConfig(Serialisable):
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> "StructPruneConfig":
         """Read `structprune_config.json` from a folder."""
-        return cls.from_dict(read_mapping(Path(save_directory) / CONFIG_NAME, json.loads))
+        return cls.from_dict(read_json(Path(save_directory) / CONFIG_NAME))
 
     def to_yaml(self, path: str | Path) -> None:
         """Write a YAML file."""
@@ -256,16 +258,6 @@ class StructPruneConfig(Serialisable):
     def from_yaml(cls, path: str | Path) -> "StructPruneConfig":
         """Read a YAML file."""
         return cls.from_dict(read_yaml(path))
-
-
-def _by_layer(name: str, width: Any) -> int | list[int] | dict[int, int]:
-    """A mapping by numbers of layers, which JSON makes strings of, and all others as they are."""
-    if not isinstance(width, Mapping):
-        return width
-    try:
-        return {int(layer): units for layer, units in width.items()}
-    except (TypeError, ValueError) as error:
-        raise StructPruneError(f"widths[{name!r}] names layers by their numbers, got {list(width)}.") from error
 
 
 def _check_amount(config: StructPruneConfig) -> None:

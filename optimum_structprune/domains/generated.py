@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from ..arch.meta import is_quantized
 from ..config.domains import ANY, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
@@ -29,10 +30,11 @@ from ..forward.generation import continued, end_tokens, positions_of, predicts_n
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from ..system.fingerprint import fingerprint
+from ..system.offloading import is_offloaded
 from ..system.processes import alone, of_all, of_first, process_index
 from ..system.stages import stage
 from .packing import begun
-from .templates import Document
+from .templates import Document, chat_text
 
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
@@ -92,6 +94,12 @@ def self_documents(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
         yield from documents
 
 
+def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether a model can write text: it is causal, and its weights are in memory and not quantized."""
+    in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
+    return in_memory and predicts_next(model)
+
+
 def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The tokens of a vocabulary that a text may begin with: words of two letters or more with a capital, or of a
     script that has none; where there are no such tokens, all that are not empty.
@@ -140,8 +148,7 @@ class _Author:
     def _framed(self, prompt: str) -> str:
         if not self.chats:
             return prompt
-        messages = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return chat_text(self.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
 
     @torch.no_grad()
     def _continued(self, prompts: Sequence[str], number: int) -> list[tuple[list[int], float]]:

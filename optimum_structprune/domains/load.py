@@ -6,7 +6,7 @@ import logging
 import sys
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.domains import DomainConfig, written_by_model
+from ..config.domains import DomainConfig, Reiterable, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, warn
 from ..forward.metrics import ENOUGH
 from .domain import Domain
-from .generated import self_documents
+from .generated import can_write, self_documents
 from .manifest import Manifest
 from .packing import DOCUMENTS_PER_CALL, HELDOUT, PROBE, USED, Frame, Shelf, Tokens, prefix_token, tokenised
-from .resolve import MOST, can_write, resolve, texts_of, with_written_text
+from .resolve import MOST, resolve, texts_of, with_written_text
 from .sources import documents
 
 
@@ -85,13 +85,12 @@ def load_domains(
     packer = _Packer(config, domains, frame, heldout_samples, uses, counts)
     write = partial(self_documents, model, writer or tokenizer) if model is not None else None
     loaded: dict[int, Domain] = {}
-    # A model takes long to write, and a generator gives its text only once: what fails before has not used it up.
-    for patience in range(3):
+    for written in (False, True):  # a model takes long to write, so what can fail before comes first
         shelves = {}
         for index, domain in enumerate(domains):
-            if patience == (2 if isinstance(domain.source, Iterator) else int(written_by_model(domain))):
+            if written_by_model(domain) == written:
                 texts = documents(domain, config.seed, tokenizer, write)
-                at_once = 1 if written_by_model(domain) else DOCUMENTS_PER_CALL
+                at_once = 1 if written else DOCUMENTS_PER_CALL
                 shelves[index] = Shelf(tokenised(texts, tokenizer, domain.answers_only, at_once))
         loaded |= packer.load(shelves, vocab_size)
     return [loaded[index] for index in range(len(domains))]
@@ -228,7 +227,7 @@ class _Packer:
     def _too_little(self, index: int, shelves: Mapping[int, Shelf], before: Mapping[str, str]) -> str:
         domain, config, texts = self.domains[index], self.config, shelves[index].read
         if not texts:
-            spent = "; a generator gives its text only once" if isinstance(domain.source, Iterator) else ""
+            spent = "; a generator gives its text only once" if isinstance(domain.source, Reiterable) else ""
             return f"The domain {domain.name!r} is empty{spent}."
 
         def suffices(few: int) -> bool:

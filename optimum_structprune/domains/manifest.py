@@ -1,7 +1,6 @@
 """What exactly a model was calibrated on: to repeat a run, and to warn an evaluation that uses the same text."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-import json
 import os
 import platform
 from collections.abc import Collection, Sequence
@@ -20,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..config.domains import DomainConfig
-from ..config.fields import Number, read_mapping
+from ..config.fields import Number, read_json
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError, one_line
-from ..plain_json import Record, unversioned
+from ..plain_json import Record
 from ..system.fingerprint import tensor_hash
 from .domain import Domain
 from .packing import HELDOUT, PROBE, USED
@@ -168,7 +167,7 @@ class Manifest(Record):
         """Read what `save` wrote, or the manifest in the folder of a pruned model; anything else is refused."""
         path = Path(folder_or_file)
         path = path / MANIFEST_NAME if path.is_dir() else path
-        data = unversioned(read_mapping(path, json.loads))
+        data = read_json(path)
         try:
             return cls(**{**data, "domains": [Entry(**entry) for entry in data["domains"]]})
         except (KeyError, TypeError, StrictDataclassError) as error:

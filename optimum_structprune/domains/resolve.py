@@ -9,16 +9,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from ..arch.meta import is_quantized
 from ..config.domains import ANY, BUILTIN, GENERAL, PRESET, SELF, DomainConfig, is_general
 from ..config.fields import read_yaml
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
-from ..forward.generation import predicts_next
 from ..registry import did_you_mean
-from ..system.offloading import is_offloaded
 
 
 BUILTIN_PRESETS = Path(__file__).with_name("presets.yaml")
@@ -110,12 +105,6 @@ def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
     return replace(config, general_text=WRITTEN)
 
 
-def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether a model can write text: it is causal, and its weights are in memory and not quantized."""
-    in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
-    return in_memory and predicts_next(model)
-
-
 def _builtin_beside(domains: list[DomainConfig]) -> str:
     """The built-in text of all kinds but those of the domains, so that no document is in two domains."""
     sources = [domain.source for domain in domains if isinstance(domain.source, str)]
@@ -124,7 +113,7 @@ def _builtin_beside(domains: list[DomainConfig]) -> str:
 
 
 # The factor by which a domain's weight may differ from the config's. A factor of 8 brings the worst domain no further,
-# and costs the others four times as much (docs/benchmarks.md).
+# and costs the others four times as much (examples/benchmarks/LOG.md).
 MOST = 2.0
 # Smaller losses, in nats per token, are noise.
 LEAST_LOSS = 1e-6

@@ -13,17 +13,16 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from transformers import PreTrainedTokenizerBase
-
 from ..config.domains import BUILTIN, IN_MEMORY, SELF, DomainConfig
 from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
-from .builtin import builtin_documents, sections
+from .builtin import builtin_documents, kinds, sections
 from .templates import Row, rendered, string
 
 
 if TYPE_CHECKING:
     from datasets import Dataset  # takes a second to import, which only data sets are worth
+    from transformers import PreTrainedTokenizerBase
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
@@ -49,6 +48,15 @@ def documents(
 ) -> Iterator[str]:
     """The texts of a domain in an order that the seed chooses, without the blank ones."""
     return (_whole(text, domain) for text in _texts(_Reader(domain, seed, tokenizer), write) if text.strip())
+
+
+def check_source(domain: DomainConfig) -> None:
+    """Refuse a source by which no text is found, before anything is read."""
+    source = domain.source
+    if isinstance(source, str) and source.startswith(BUILTIN):
+        kinds(source.removeprefix(BUILTIN))
+    elif isinstance(source, str) and not source.startswith((IN_MEMORY, SELF)) and not _saved(domain):
+        _files(domain)
 
 
 def _whole(text: str, domain: DomainConfig) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from hashlib import sha256
 from string import Formatter
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from ..config.domains import CHAT, DomainConfig, template_fields
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from ..registry import did_you_mean
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 Row = Mapping[str, Any]
@@ -24,6 +27,9 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
 CALLS = ("tool_calls", "tool_call_id", "name")
 # In place of the chat template of a model that has none.
 TRANSCRIPT = "{% for m in messages %}{{ m['role'].capitalize() }}: {{ m['content'] }}\n\n{% endfor %}"
+# A template may write the date, and what is read must not depend on the day. These have each month and each day of the
+# week; the numbers in other dates are spelled by digits.
+DATES = tuple(datetime(2024, month, 26) for month in range(1, 13))
 
 
 class Document(str):
@@ -82,14 +88,16 @@ def chat_document(
         raise StructPruneError(f"The domain {domain.name!r}: template='chat' takes a tokenizer.")
     if not messages:
         return Document()
-    text = _render(messages, domain, tokenizer)
-    for contents in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
-        # Marks in place of the messages show where the template puts them.
-        marked = _render([{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)], domain, tokenizer)
-        pieces = re.split("\ue000([0-9]+)\ue001", marked)
+    template, where = None if tokenizer.chat_template else TRANSCRIPT, f" in the domain {domain.name!r}"
+    text = chat_text(tokenizer, messages, template, where=where)
+    # Marks in place of the messages show where the template puts them.
+    marks = {f"\ue000{i}\ue001": message for i, message in enumerate(messages)}
+    marked = chat_text(tokenizer, [{**m, "content": mark} for mark, m in marks.items()], template, where=where)
+    pieces = re.split(f"({'|'.join(marks)})", marked)
+    for form in (str, str.strip):
         document = Document.joined(
-            (contents[int(piece)], messages[int(piece)]["role"] == "assistant") if i % 2 else (piece, False)
-            for i, piece in enumerate(pieces)
+            (form(marks[piece]["content"]), marks[piece]["role"] == "assistant") if piece in marks else (piece, False)
+            for piece in pieces
         )
         if document == text:
             return document
@@ -101,14 +109,28 @@ def chat_document(
     return Document(text)
 
 
-def _render(messages: Sequence[dict[str, Any]], domain: DomainConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    template = None if tokenizer.chat_template else TRANSCRIPT
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Iterable[Mapping[str, Any]],
+    template: str | None = None,
+    date: datetime = DATES[0],
+    where: str = "",
+    **options: Any,
+) -> str:
+    """What a chat template, by default that of the tokenizer, writes on a given date for a conversation."""
+    chat = [dict(message) for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False))
+        template = tokenizer.get_chat_template(template, options.get("tools"))
+        if "strftime_now" in template:  # a clock of the environment, in whose place no argument can stand
+            codes = sorted({*re.findall("(?<!{)%-?[A-Za-z]", template)})
+            written = "".join(f".replace({code!r}, {date.strftime(code)!r})" for code in codes)
+            template = "{% macro strftime_now(form) %}{{ form" + written + " }}{% endmacro %}\n" + template
+        return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options))
     except Exception as error:  # a template raises whatever its author chose
         raise StructPruneError(
-            f"The domain {domain.name!r}: the chat template refuses a conversation of the roles "
-            f"{', '.join(m['role'] for m in messages)}: {error}"
+            f"The chat template of {tokenizer.name_or_path or type(tokenizer).__name__!r} refuses a conversation of "
+            f"the roles {', '.join(message['role'] for message in chat)}{where}: {one_line(error)}; set "
+            "tokenizer.chat_template to one that takes it, or use other text."
         ) from error
 
 

@@ -19,6 +19,7 @@ from transformers.utils.logging import tqdm
 
 from ..domains.packing import begun
 from ..domains.passages import shared_tokens
+from ..domains.templates import chat_text
 from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continued, positions_of, predicts_next
 from ..forward.metrics import divergence, evaluating, run_model, standard_error
@@ -65,11 +66,7 @@ class Question:
         """The tokens that a model answers."""
         if not tokenizer.chat_template:
             return begun(self.opening, tokenizer)
-        how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
-        try:
-            text = tokenizer.apply_chat_template([dict(message) for message in self.messages], **how)
-        except Exception as error:  # a template raises whatever its author chose
-            raise StructPruneError(f"The chat template refuses {self.prompt[:60]!r}: {one_line(error)}") from error
+        text = chat_text(tokenizer, self.messages, add_generation_prompt=True, enable_thinking=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

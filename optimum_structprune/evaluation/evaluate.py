@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest
 from ..domains.packing import prefix_token
+from ..domains.readers import check_tokens
 from ..domains.resolve import resolve
 from ..errors import StructPruneError, warn
 from ..forward.generation import positions_of, predicts_next
@@ -190,7 +191,7 @@ def evaluate(
     named = resolve(as_domain(domain, "evaluate") for domain in domains)
     models = {"model": model} if dense is None else {"dense": dense, "model": model}
     readers = {"model": tokenizer, "dense": dense_tokenizer or tokenizer}
-    _check(models, named, tasks, answers, seq_length, dense_tokenizer)
+    check_evaluation(models, named, tasks, answers, seq_length, dense_tokenizer, readers)
     _check_numbers(
         num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens, show=show or None
     )
@@ -282,14 +283,16 @@ def _measure(evaluation: Evaluation, name: str, text: Judged, batch_size: int) -
     evaluation.bits_per_byte[name] = {which: text.bits_per_byte(loss) for which, loss in losses.items()}
 
 
-def _check(
+def check_evaluation(
     models: Mapping[str, PreTrainedModel],
-    domains: Sequence[DomainConfig],
+    domains: Sequence[DomainConfig | Mapping[str, Any]],
     tasks: Sequence[str | Path],
     answers: str | Path | None,
     seq_length: int,
     dense_tokenizer: PreTrainedTokenizerBase | None,
+    readers: Mapping[str, PreTrainedTokenizerBase] | None = None,
 ) -> None:
+    """Refuse what cannot be measured, with models that may be without weights."""
     if not domains and not tasks and answers is None:
         raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE), a task, or answers.")
     for model in models.values():
@@ -303,6 +306,9 @@ def _check(
             f"The model has a vocabulary of {sizes[1]}, the dense one of {sizes[0]}; name its tokenizer "
             "(dense_tokenizer)."
         )
+    for which, reader in (readers or {}).items():
+        if which in models:
+            check_tokens(models[which], reader)
 
 
 def _check_numbers(**numbers: int | None) -> None:

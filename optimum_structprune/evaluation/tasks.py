@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import is_progress_bar_enabled
 
+from ..domains.templates import chat_text
 from ..errors import StructPruneError, one_line
 from ..forward.generation import end_tokens, generating
 from ..forward.metrics import evaluating, standard_error
@@ -82,6 +83,8 @@ class Tasks:
             task.set_fewshot_seed(FEWSHOT_SEED)
         kinds = {task.OUTPUT_TYPE for task in self.loaded["tasks"].values()}
         chats = bool(tokenizer.chat_template) and kinds == {"generate_until"}
+        if chats:
+            chat_text(tokenizer, [{"role": "user", "content": "0"}], add_generation_prompt=True)  # which may refuse
         settings = {"eos_token_id": end_tokens(model, tokenizer) or None}
         with _quiet(), evaluating(model), generating(model, **settings):
             # Sums of bf16 log-probabilities would be too coarse. lm_eval sets a padding token on the tokenizer.

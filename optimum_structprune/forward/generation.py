@@ -31,6 +31,11 @@ def predicts_next(model: PreTrainedModel) -> bool:
     return model.can_generate() and not model.config.is_encoder_decoder
 
 
+def reads_images(model: nn.Module) -> bool:
+    """Whether a model reads images alone."""
+    return getattr(model, "main_input_name", "") == "pixel_values"
+
+
 def positions_of(model: PreTrainedModel) -> float:
     """The most tokens that a model reads; infinity where nothing says it."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or inf

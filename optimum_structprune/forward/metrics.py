@@ -6,17 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import nan
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..errors import StructPruneError
 
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # whose import takes as long as that of torch
 
 # The loss copies the logits that it gets, so it gets those of few tokens at a time.
 TOKENS_AT_ONCE = 128

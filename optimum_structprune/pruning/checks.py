@@ -20,8 +20,11 @@ from ..calibration.stored import Statistics
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import BLOCK_INFLUENCE
+from ..domains.readers import check_tokens
 from ..errors import StructPruneError, warn
+from ..forward.generation import positions_of, reads_images
 from ..forward.layers import check_sequential
+from ..forward.same import few_inputs
 from ..system.disk import check_folder
 from ..widths.allocation import is_bounded
 from .evidence import judges_layers
@@ -48,9 +51,9 @@ def check(
     """
     arch = described.arch
     if use != DRY_RUN:
-        _check_model(config, described, use)
+        _check_model(config, described, use, has_inputs)
     if described.offloaded:
-        _check_offloaded(config, described, widths)
+        check_offloaded(config, described, widths)
     if use == CALIBRATE:
         _check_stored(config, arch)
     else:
@@ -88,7 +91,7 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any, inplace: bool = Fal
         raise StructPruneError(
             f"model takes a model of transformers, got {type(model).__name__}; load it with from_pretrained first."
         )
-    check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer, model)
     if inplace and any(parameter.is_inference() for parameter in model.parameters()):
         raise StructPruneError(
             "model was made inside torch.inference_mode, so its weights cannot change; load it outside, or leave out "
@@ -106,12 +109,13 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any, inplace: bool = Fal
         _check_samples(name, samples, model)
 
 
-def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse what is no tokenizer, such as an image processor."""
+def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
+    """Refuse what is no tokenizer, such as an image processor, and another model's tokenizer."""
     if not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
         raise StructPruneError(
             f"tokenizer takes a tokenizer, got {type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained."
         )
+    check_tokens(model, tokenizer)
 
 
 def check_reads_text(model: PreTrainedModel) -> None:
@@ -123,28 +127,37 @@ def check_reads_text(model: PreTrainedModel) -> None:
         )
 
 
-def _check_samples(name: str, samples: Any, model: Any) -> None:
+def _check_samples(name: Any, samples: Any, model: Any) -> None:
+    if not isinstance(name, str):
+        raise StructPruneError(f"inputs takes names of domains as text, got {name!r}; write {str(name)!r}.")
     if not isinstance(samples, torch.Tensor):
         raise StructPruneError(f"inputs[{name!r}] takes a tensor, got {type(samples).__name__}.")
-    if samples.dim() < 2:
-        raise StructPruneError(
-            f"inputs[{name!r}] has the shape {tuple(samples.shape)}; (samples, …) is expected, with two dimensions "
-            "or more."
-        )
-    if len(samples) and not samples[0].numel():
-        raise StructPruneError(
-            f"inputs[{name!r}] has samples of the shape {tuple(samples.shape[1:])}, which are empty."
-        )
-    vocab_size = getattr(model.config.get_text_config(), "vocab_size", None)
-    if getattr(model, "main_input_name", "input_ids") != "input_ids" or vocab_size is None or not samples.numel():
+    if samples.layout != torch.strided or samples.is_meta:
+        kind = "on the meta device" if samples.is_meta else f"of layout {samples.layout}"
+        raise StructPruneError(f"inputs[{name!r}] is {kind}; pass a dense tensor with values.")
+    if reads_images(model):
+        expected = tuple(few_inputs(model).shape[1:])
+        if samples.shape[1:] != expected or not samples.is_floating_point():
+            raise StructPruneError(
+                f"inputs[{name!r}] holds images of shape {tuple(samples.shape[1:])} as {samples.dtype}; pass what the "
+                f"model's image processor gives, {expected} in floating point."
+            )
         return
+    if samples.dim() != 2:
+        raise StructPruneError(f"inputs[{name!r}] has the shape {tuple(samples.shape)}; pass (samples, tokens).")
     if samples.dtype != torch.int64:
         raise StructPruneError(f"inputs[{name!r}] holds token ids as {samples.dtype}; pass them as int64: ids.long().")
     if samples.shape[1] < 2:
         raise StructPruneError(
             f"inputs[{name!r}] has samples of one token, which leaves nothing to predict; 2 is the least."
         )
-    least, most = int(samples.min()), int(samples.max())
+    if samples.shape[1] > (longest := positions_of(model)):
+        raise StructPruneError(
+            f"inputs[{name!r}] has samples of {samples.shape[1]} tokens, and the model has {longest} positions; cut "
+            "them to as many."
+        )
+    vocab_size = model.config.get_text_config().vocab_size
+    least, most = (int(samples.min()), int(samples.max())) if len(samples) else (0, 0)
     if not 0 <= least <= most < vocab_size:
         raise StructPruneError(
             f"inputs[{name!r}] holds token ids from {least} to {most}, and those of this model lie between 0 and "
@@ -177,7 +190,7 @@ def check_trainer(config: StructPruneConfig) -> None:
         raise StructPruneError("recovery is training after a pruning, and a Trainer trains already; leave it out.")
 
 
-def _check_model(config: StructPruneConfig, described: Described, use: str) -> None:
+def _check_model(config: StructPruneConfig, described: Described, use: str, has_inputs: bool) -> None:
     """Refuse a Trainer on weights that are packed or offloaded, and samples that are too long for the model."""
     if use == TRAINER and described.quantized:
         raise StructPruneError(
@@ -185,12 +198,12 @@ def _check_model(config: StructPruneConfig, described: Described, use: str) -> N
         )
     if use == TRAINER and described.offloaded:
         raise StructPruneError(f"{described.name} is offloaded, and a Trainer trains weights in memory; {IN_MEMORY}.")
-    longest = getattr(described.unpacked.config.get_text_config(), "max_position_embeddings", None)
-    if config.stats is None and longest is not None and config.seq_length > longest:
+    longest = positions_of(described.unpacked)
+    if config.stats is None and not has_inputs and config.seq_length > longest:
         raise StructPruneError(f"seq_length={config.seq_length} is longer than the model's {longest} positions.")
 
 
-def _check_offloaded(config: StructPruneConfig, described: Described, widths: Widths) -> None:
+def check_offloaded(config: StructPruneConfig, described: Described, widths: Widths) -> None:
     """Refuse what takes all weights of a model at once, where accelerate has offloaded some."""
     name, advice = described.name, IN_MEMORY
     if described.quantized:

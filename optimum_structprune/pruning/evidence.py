@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from itertools import tee
 from math import log
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..arch.spec import ArchSpec
 from ..calibration.mixture import Mixture
 from ..calibration.passes import Passes, batches_of, passes_over
 from ..calibration.stored import Statistics, StoredPasses
-from ..config.domains import DomainConfig, written_by_model
+from ..config.domains import written_by_model
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..criteria.layers import LAYER_CRITERIA
@@ -62,7 +61,7 @@ class Evidence:
         counts: bool = False,
     ) -> Evidence:
         """Read the evidence that a config names; its own config says which general text was read. With `counts` the
-        pools hold more text, in which tokens are counted, and generators give all of it once more, see `read_again`.
+        pools hold more text, in which tokens are counted.
 
         A quantized model that writes text, or is compared with a stored one, is unpacked for that in a copy, so that
         it is still packed where a run ends for lack of text.
@@ -75,11 +74,7 @@ class Evidence:
             return cls.of(config, statistics.chosen(config), statistics)
         if inputs is not None:
             return cls.of(config, given_domains(inputs, float(config.holdout), config.chooses))
-        if not (counts and config.domains):
-            return cls.of(*calibration_domains(config, model, tokenizer, counts))
-        first, again = map(list, zip(*map(_twice, config.domains), strict=True))
-        read, domains = calibration_domains(replace(config, domains=first), model, tokenizer, counts)
-        return cls.of(replace(read, domains=again), domains)
+        return cls.of(*calibration_domains(config, model, tokenizer, counts))
 
     def read_again(
         self,
@@ -187,12 +182,6 @@ class Evidence:
 def judges_layers(config: StructPruneConfig) -> bool:
     """Whether the criterion of a config scores whole layers, and nothing inside them."""
     return config.scored_by in LAYER_CRITERIA.names()
-
-
-def _twice(domain: DomainConfig) -> Iterator[DomainConfig]:
-    """A domain for each of two readings; a generator gives both the same text."""
-    again = isinstance(domain.source, Iterator)
-    return (replace(domain, source=source) for source in (tee(domain.source) if again else [domain.source] * 2))
 
 
 def _own(domain: Domain) -> Domain:

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from ..arch.spec import MODEL, VOCAB, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import COUNTED, Entry
+from ..domains.readers import note_reader
+from ..forward.same import check_same, few_inputs, outputs_for
 from ..surgery.plan import Plan
 from ..surgery.resize import drop_tokens_
 from ..vocabulary.choose import Tokens, predicted_shares, removal_order, token_shares
@@ -66,9 +70,14 @@ def _keep_tokens_(run: Run, vocabulary: Vocabulary, keep: Sequence[int], number:
     if run.measure is not None and run.arch.causal:
         run.measure.read_by(tokenizer, run.model)  # refuses samples that are too long for it
     run.changed = True
-    drop_tokens_(run.model, run.arch, kept)
+    ids, tokens = few_inputs(run.model) % number, torch.tensor(kept)
+    outputs = outputs_for(run.model, tokens[ids])
+    drop_tokens_(run.model, run.arch, keep)
+    predicts = run.model.get_output_embeddings() is not None
+    check_same("The model", outputs[..., kept] if predicts else outputs, outputs_for(run.model, ids))
     run.plan = run.plan.then(Plan(run.arch.model_type, {(MODEL, VOCAB): kept}))
     run.arch, run.tokenizer = run.described(), tokenizer
+    note_reader(run.model, tokenizer)
     before, after = tokens_per_word(dense_tokenizer), tokens_per_word(tokenizer)
     report.words = {code: {"before": of, "after": after[code]} for code, of in before.items()}
     report.scripts = dict(scripts_of(vocabulary, {*range(vocabulary.size)} - {*keep}))

@@ -15,6 +15,7 @@ from ..arch.load import layer_list
 from ..arch.meta import shrunk_skeleton
 from ..arch.spec import ArchSpec, Widths
 from ..calibration.passes import Passes, PassesState
+from ..forward.same import outputs_for, same_outputs
 from ..surgery.cut import adopt_config_, shrink_
 from ..surgery.plan import Plan
 from ..system.resume import Resume, Saved
@@ -99,7 +100,8 @@ class Rounds:
     def remove_masked_(self, widths: Widths) -> Plan:
         """Take what is masked out of the model, without another round."""
         self.run.changed = self.sweep.shrunk = True
-        shrink_(self.run.model, self.arch, self.sweep.plan, widths, self.biased)
+        with same_outputs("The model", lambda: outputs_for(self.run.model)):
+            shrink_(self.run.model, self.arch, self.sweep.plan, widths, self.biased)
         return self.sweep.plan
 
     def undo_(self) -> None:

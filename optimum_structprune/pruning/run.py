@@ -18,6 +18,7 @@ from ..arch.meta import dequantized, is_quantized
 from ..arch.spec import ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import CALIBRATED, TRAINED, Entry, Manifest
+from ..domains.readers import note_reader
 from ..errors import InPlaceError, StructPruneError, some_of
 from ..record.report import Report
 from ..surgery.plan import Plan
@@ -159,7 +160,9 @@ class Run:
         )
 
     def finish(self) -> None:
-        """Complete the report."""
+        """Complete the report, and remember which tokenizers go with the models."""
+        note_reader(self.dense_model or self.model, self.dense_tokenizer)
+        note_reader(self.model, self.tokenizer)
         self.report.finish(self.model, self.arch, self.dense_arch, self.plan)
         limit, measured = self.config.max_perplexity_ratio or inf, self.report.perplexity
         if above := [name for name, pair in measured.items() if pair.get("after", 0.0) > limit * pair["before"]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..criteria import CRITERIA, Criterion
 from ..criteria.base import check_scores, standardised
 from ..criteria.obs import producer_norms
 from ..forward.placement import Placement
+from ..forward.same import outputs_of_layers, same_outputs
 from ..surgery.consumers import Consumers, Values, units_to_columns
 from ..surgery.cut import fill_layer_, shrink_layer_
 from ..surgery.plan import Plan, best_units
@@ -56,6 +58,11 @@ class Sweep:
         self.consumers = Consumers(model, self.placement)
         self.shrunk = False
 
+    @cached_property
+    def outputs(self) -> Callable[[Sequence[int]], Tensor]:
+        """What some of the layers make of a few inputs; see `outputs_of_layers`."""
+        return outputs_of_layers(self.model, self.arch)
+
     @property
     def plan(self) -> Plan:
         """The kept units, as a value."""
@@ -86,7 +93,8 @@ class Sweep:
                 del gathered  # before those of the next space: a Gram matrix takes gigabytes
         if skeleton is not None:
             self.shrunk = True
-            shrink_layer_(self.model, self.arch, layer, self.plan, skeleton)
+            with same_outputs(f"Layer {layer}", lambda: self.outputs([layer])):
+                shrink_layer_(self.model, self.arch, layer, self.plan, skeleton)
             self.consumers.forget(axes)
         passes.advance(layer)
 

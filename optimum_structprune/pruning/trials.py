@@ -244,7 +244,7 @@ class Trials:
             totals = torch.stack([of_one for by_units in losses.values() for of_one in by_units.values()]).sum(0)
             shares = torch.zeros(len(shares)).scatter_(0, totals.argmax(), 1.0)
         # A trial prunes one layer alone, and does not see how error feedback in later layers makes up for it: more for
-        # the first ones. No correction and twice the slope were both measured to be worse (docs/log.md).
+        # the first ones. No correction and twice the slope were both measured to be worse (benchmarks/LOG.md).
         feedback, last = config.error_feedback if config.fits else 0.0, max(self.sweep.arch.num_layers - 1, 1)
         totals_by_key = {
             key: {

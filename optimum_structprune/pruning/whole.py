@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
+from ..arch.load import describe
 from ..arch.shrink import shrunk_config
 from ..arch.spec import HIDDEN, LAYER, MODEL, ArchSpec, Axis, ResidualStream, Space
 from ..calibration.accumulator import Accumulator, Norm
@@ -25,11 +26,12 @@ from ..forward.hooks import observe
 from ..forward.layers import Batch
 from ..forward.metrics import run_model
 from ..forward.placement import Placement
+from ..forward.same import check_same, outputs_for, outputs_of_layers
 from ..surgery.consumers import read_consumer, write_consumer_
 from ..surgery.cut import drop_layers_, rebuilding_, shrink_layer_
 from ..surgery.plan import Plan, best_units
 from ..surgery.refit import REFITS
-from ..surgery.resize import narrow_
+from ..surgery.resize import mask_channels_, narrow_, scaled_norms
 from ..system.processes import as_first_has_
 from .evidence import Evidence, judges_layers
 from .run import Run, Step
@@ -70,7 +72,10 @@ def take_out_layers_(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence,
                 if behind > layer + 1:
                     refit_before_gap_(model, arch, evidence, layer, passes)
                 passes.advance(layer)
+    outputs = outputs_of_layers(model, arch)(keep)
     drop_layers_(model, arch, keep)
+    shorter = outputs_of_layers(model, describe(model, evidence.config.arch_file))(range(len(keep)))
+    check_same("The model", outputs, shorter)
 
 
 def gap_passes(model: PreTrainedModel, arch: ArchSpec, evidence: Evidence) -> LayerPasses | None:
@@ -167,7 +172,11 @@ def remove_channels_(run: Run, step: Step) -> Plan:
         factors = {
             read.tap: float(energy) ** 0.5 for read, energy in zip(arch.residual.reads, kept_energy, strict=True)
         }
+        mask_channels_(model, arch.residual, keep)
+        with scaled_norms(model, arch.residual, factors):
+            outputs = outputs_for(model)
         narrow_(model, arch, keep, factors)
+        check_same("The model", outputs, outputs_for(model))
     return Plan(arch.model_type, {(MODEL, HIDDEN): keep})
 
 

@@ -1,7 +1,6 @@
 """What a run saw while it pruned, in summary: counts and means, never whole tensors."""
 
 # No `from __future__ import annotations` here: `strict` checks types only where it sees them, not their names.
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from ..config.fields import read_mapping
+from ..config.fields import read_json
 from ..errors import StructPruneError, one_line
-from ..plain_json import Record, unversioned
+from ..plain_json import Record
 
 
 DETAILS_NAME = "pruning_details.json"
@@ -32,7 +31,7 @@ class Details(Record):
     @classmethod
     def load(cls, path: str | Path) -> "Details":
         """Read what `save` wrote."""
-        data = unversioned(read_mapping(Path(path), json.loads))
+        data = read_json(path)
         try:
             return cls(**data)
         except (TypeError, StrictDataclassError) as error:

@@ -32,6 +32,8 @@ COUNTS = {
     "cache_per_token": "cache bytes per token",
 }
 
+CHANGED = "the weights have changed since they were measured: quality is that of the weights before"
+
 # What the units of each kind of space are called.
 NAMES = {
     "mlp": "FFN channels",
@@ -255,6 +257,8 @@ def far_off(asked: float, removed: float) -> bool:
 
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     """What a report says beside its table: what was compared and tried, what a limit has stopped."""
+    if report.get("changed"):
+        yield f"warning: {CHANGED}"
     if report.get("asked") is not None:
         yield given_by(report)
     if report.get("perplexity_stderr"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from shlex import join
 from typing import Any
 
 from ..config.domains import IN_MEMORY, DomainConfig
-from ..config.fields import changed, read_mapping, to_yaml
+from ..config.fields import changed, read_json, to_yaml
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.manifest import CALIBRATED, MANIFEST_NAME
@@ -121,7 +120,7 @@ class Records:
             )
 
         def read(name: str) -> Mapping[str, Any]:
-            return read_mapping(folder / name, json.loads) if (folder / name).is_file() else {}
+            return read_json(folder / name) if (folder / name).is_file() else {}
 
         report = read(REPORT_NAME)
         details = Details.load(folder / DETAILS_NAME) if (folder / DETAILS_NAME).is_file() else Details()

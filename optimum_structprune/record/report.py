@@ -78,6 +78,7 @@ class Report(Record):
     words: dict[str, dict[str, float]] = field(default_factory=dict)
     scripts: dict[str, int] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
+    changed: bool = False
     details: Details = field(default_factory=Details, repr=False, compare=False)
 
     def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:

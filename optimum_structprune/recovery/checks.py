@@ -43,7 +43,9 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
     adapter = lora_config(config)
     if model is not None and config.train == "lora":
         check_fits(model, adapter, config.merge)
-    device = model.device.type if model is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if model is not None and not model.device.type == "meta":
+        device = model.device.type
     arguments = training_arguments(config, text.seed, device == "cpu", tempfile.gettempdir())
     check_sharding(arguments, device)
     if "output_dir" in config.training:

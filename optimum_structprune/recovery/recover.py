@@ -17,6 +17,7 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.domain import Domain
 from ..domains.manifest import CALIBRATED, MANIFEST_NAME, TRAINED, Entry, Manifest
+from ..domains.readers import check_tokens, note_reader
 from ..errors import StructPruneError
 from ..forward.metrics import own_settings, perplexity_errors, perplexity_of, sample_losses
 from ..plain_json import replace_json
@@ -80,19 +81,27 @@ class Recovery:
         teacher: PreTrainedModel | str | None = None,
         resume: bool = False,
         trust_remote_code: bool = False,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> PreTrainedModel | PeftModel:
         """Train a model; see `recover`."""
         config = self.config
         check_recovery(config, self.pruning, model)
+        check_tokens(model, tokenizer)
         taught_by = None
         if teacher is not None and config.distils:
-            taught_by = load_teacher(teacher, model, tokenizer, trust_remote_code, self.pruning.arch_file)
+            arch_file, readers = self.pruning.arch_file, (tokenizer, teacher_tokenizer)
+            taught_by = load_teacher(teacher, model, *readers, trust_remote_code, arch_file)
         # A domain that a model writes is written by the dense model where that is at hand: its text is better, and the
         # pruning has kept it.
         self._base, seen = source_of(model), Manifest.seen_by(model)
         with stage("domains", {}):
             domains = training_text(config, self.pruning, tokenizer, taught_by or model, seen)
         losses = {} if taught_by is None else {"dense": _losses(taught_by, domains)}
+        if any(not of.isfinite().all() for of in losses.get("dense", ())):
+            raise StructPruneError(
+                "The teacher's loss on held-out text is not finite, for a weight is not or its dtype is too narrow; "
+                "load it again, in float32 or bfloat16, or leave the teacher out."
+            )
         losses["pruned"] = _losses(model, domains)
         recovered, outcome = self._train(model, domains, taught_by, resume)
         if config.merge and isinstance(recovered, PeftModel):
@@ -108,6 +117,7 @@ class Recovery:
         trained = [Entry.of(domain, TRAINED) for domain in domains]
         self._manifest = (seen or Manifest.of(self.pruning, [], tokenizer)).with_entries(trained)
         self._manifest.note(recovered)
+        note_reader(recovered, tokenizer)
         outcome.judge()
         return recovered
 
@@ -153,7 +163,8 @@ class Recovery:
                 loaded from, if it had not changed since.
 
         Raises:
-            StructPruneError: If the folder exists, nothing was trained, or the result does not come back the same.
+            StructPruneError: If the folder exists, nothing was trained, the tokenizer has other tokens than the one
+                that read the text, or the result does not come back the same.
         """
         report = self.report
         if report is None:
@@ -203,6 +214,7 @@ def recover(
     domains: Iterable[DomainConfig] | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Train a pruned model in one call. `Recovery` does the same, keeps the numbers and saves.
 
@@ -215,6 +227,8 @@ def recover(
         resume: Whether training goes on from the last checkpoint in the `output_dir` of `config.training`. The model,
             the text, the teacher and the settings have to be those that it began with.
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
+        teacher_tokenizer: The tokenizer of the teacher, by default the one that it was pruned with or that lies where
+            it was loaded from. Where there is none, a teacher of as many tokens is taken to have the same ones.
 
     Returns:
         The model, with the adapter merged, or with `merge=False` the adapter on the pruned model, whose weights are
@@ -222,8 +236,8 @@ def recover(
 
     Raises:
         StructPruneError: If the config asks for what cannot be (see `check_recovery`), there is no text, the teacher
-            has another vocabulary, peft cannot place the adapter, the loss was never finite, or there is nothing to
-            resume.
+            has other tokens or is the model itself, peft cannot place the adapter, the loss was never finite, or there
+            is nothing to resume.
         InPlaceError: If the merged model gives other outputs than the one that was trained; the model has changed.
 
     Warns:
@@ -233,7 +247,8 @@ def recover(
     config = config or RecoveryConfig()
     if domains is not None and config.domains is None:
         config = replace(config, domains=list(domains))
-    return Recovery(config).recover_model(pruned, tokenizer, teacher, resume, trust_remote_code)
+    recovery = Recovery(config)
+    return recovery.recover_model(pruned, tokenizer, teacher, resume, trust_remote_code, teacher_tokenizer)
 
 
 def _losses(model: PreTrainedModel | PeftModel, domains: Sequence[Domain]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
 
-from ..config.fields import read_mapping
+from ..config.fields import read_json
 from ..config.recovery import LORA, TRAINING, RecoveryConfig
 from ..errors import StructPruneError, warn
 from ..plain_json import plain, replace_json
@@ -78,7 +77,7 @@ class TrainingInputs(TrainerCallback, ExportableState):
         refusals = []
         for checkpoint in reversed(sort_checkpoints(folder)):
             try:
-                state = read_mapping(Path(checkpoint, TRAINER_STATE_NAME), json.loads)
+                state = read_json(Path(checkpoint, TRAINER_STATE_NAME))
                 stored = state["stateful_callbacks"][type(self).__name__]["args"]["inputs"]
                 for part in ("optimizer", "scheduler"):  # without them the Trainer begins these anew
                     if not any(Path(checkpoint).glob(f"{part}*")):
@@ -98,7 +97,7 @@ class TrainingInputs(TrainerCallback, ExportableState):
 def model_of(folder: str | Path) -> str | None:
     """The `weights_hash` of the model that the adapter in a folder was trained on; None where nothing says it."""
     path = Path(folder, INPUTS_NAME)
-    return str(read_mapping(path, json.loads).get("model")) if path.is_file() else None
+    return str(read_json(path).get("model")) if path.is_file() else None
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig) -> StructPru
 
 
 def _domains_of(pruning: StructPruneConfig) -> list[DomainConfig]:
-    """The domains of a pruning; what the model wrote beside them takes long and won nothing (docs/recovery.md)."""
+    """The domains of a pruning; what the model wrote beside them takes long and won nothing (benchmarks/LOG.md)."""
     if pruning.general_text == WRITTEN:
         pruning = replace(pruning, general_share=0.0, general_text=None)
     return texts_of(pruning)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from math import ceil, exp, isfinite, isnan, log
@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -32,15 +31,19 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from ..arch.load import describe
+from ..arch.token_space import named_ids
 from ..config.fields import build
 from ..config.recovery import RATES, TRAINING, RecoveryConfig
-from ..domains.passages import shared_tokens
+from ..domains.readers import ids_in, reader_of
 from ..errors import StructPruneError, one_line, warn
+from ..forward.generation import predicts_next
 from ..forward.metrics import divergence, evaluating, input_device
 from ..record.report import RecoveryReport
 from ..surgery.resize import drop_tokens_
 from ..system.disk import is_write_error
+from ..system.fingerprint import computing
 from .adapter import check_adapter
+from .resume import weights_hash
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -278,11 +281,12 @@ def load_teacher(
     teacher: PreTrainedModel | str | Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
     arch_file: str | None = None,
 ) -> PreTrainedModel:
     """A teacher that a model can be compared with; from an id or folder, it is loaded as the model is. Where the model
-    has lost tokens, a teacher loses them too, or a copy of it.
+    has lost tokens, a teacher loses them too, or a copy of it. Teachers of unknown tokens are taken at their number.
     """
     given = teacher
     if isinstance(teacher, (str, Path)):
@@ -292,23 +296,44 @@ def load_teacher(
             )
         except (OSError, ValueError) as error:
             raise StructPruneError(f"The teacher {str(teacher)!r} cannot be loaded: {error}") from error
-    taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
-    if taught == learnt:
-        return teacher
-    shared = None
-    with suppress(Exception):  # whatever there is in the place of a tokenizer
-        larger = AutoTokenizer.from_pretrained(teacher.name_or_path, trust_remote_code=trust_remote_code)
-        shared = None if tokenizer is None else shared_tokens([tokenizer, larger], [model, teacher])
-    # By their numbers in the model: of a vocabulary that is what is left of the teacher's, all are there and in order.
-    keep = [] if shared is None else [theirs for _, theirs in sorted(shared.T.tolist())]
-    if len(keep) < learnt or keep != sorted(keep):
+    elif not (isinstance(teacher, nn.Module) and hasattr(teacher, "config") and predicts_next(teacher)):
         raise StructPruneError(
-            f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}, so their predictions "
-            "cannot be compared; take the model that was pruned as the teacher, or leave the teacher out."
+            f"teacher takes a causal language model, or its id or folder, got {type(teacher).__name__}."
         )
-    teacher = deepcopy(teacher) if teacher is given else teacher
-    drop_tokens_(teacher, describe(teacher, arch_file), keep)
+    if teacher is model or teacher is not given and _same(teacher, model):
+        raise StructPruneError(
+            "The teacher is the model that is trained, from which it learns nothing; take the model that was pruned, "
+            "or leave the teacher out."
+        )
+    taught, learnt = (each.config.get_text_config().vocab_size for each in (teacher, model))
+    reader = teacher_tokenizer or reader_of(teacher, trust_remote_code)
+    if taught == learnt and None in (reader, tokenizer):
+        return teacher
+    sizes = f"The teacher has a vocabulary of {taught} tokens and the model one of {learnt}"
+    if reader is None or tokenizer is None:
+        raise StructPruneError(
+            f"{sizes}, and nothing says which are the same; pass its tokenizer (teacher_tokenizer)."
+        )
+    keep = ids_in(reader, tokenizer, learnt)
+    if learnt < taught:  # of rows without a token, those stay that the configs name, and then the first ones
+        own, theirs = (1 + max(of.get_vocab().values()) for of in (tokenizer, reader))
+        padding, named = range(theirs, taught), named_ids(teacher)
+        keep[own:] = sorted(sorted(padding, key=lambda row: row not in named)[: max(learnt - own, 0)])
+    # What is left of a vocabulary is in the same order.
+    if -1 in keep or len(keep) < learnt or keep != sorted({*keep}) or keep[-1] >= taught:
+        raise StructPruneError(
+            f"{sizes}, and by the same ids they mean other tokens, so their predictions cannot be compared; take the "
+            "model that was pruned as the teacher, or leave the teacher out."
+        )
+    if learnt < taught:
+        teacher = deepcopy(teacher) if teacher is given else teacher
+        drop_tokens_(teacher, describe(teacher, arch_file), keep)
     return teacher
+
+
+def _same(teacher: PreTrainedModel, model: PreTrainedModel) -> bool:
+    """Whether two models are the same, down to the weights."""
+    return computing(teacher.config) == computing(model.config) and weights_hash(teacher) == weights_hash(model)
 
 
 class TrainingSamples(Dataset):

@@ -20,11 +20,11 @@ from .. import __version__
 from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
 from ..arch.meta import model_class
 from ..arch.nemotron_nas import CODE
-from ..config.fields import read_mapping
+from ..config.fields import read_json
 from ..config.recovery import RATES
 from ..domains.manifest import CALIBRATED, TRAINED
 from ..record.answers import telling
-from ..record.facts import cells, facts_of, languages, removed, size_rows
+from ..record.facts import CHANGED, cells, facts_of, languages, removed, size_rows
 from ..record.records import HUB_CACHE, TEXT_FILES, Records, short_name
 from ..record.report import RECOVERY_CONFIG_NAME, REPORT_NAME
 from ..record.text import markdown
@@ -105,7 +105,7 @@ def model_card(
         chats=(folder / "chat_template.jinja").is_file(),
         heterogeneous=config.get_text_config().is_heterogeneous,
         nemotron_nas=(folder / CODE.name).is_file(),
-        has_code="auto_map" in read_mapping(folder / "config.json", json.loads),
+        has_code="auto_map" in read_json(folder / "config.json"),
         architecture=gguf_architecture(config),
         by_layer=gguf_architecture(config) in BY_LAYER.values(),
         gguf_refusal=gguf_refusal(config),
@@ -113,7 +113,7 @@ def model_card(
         qualities={of.caption: markdown([of.head, *of.rows]) for of in qualities},
         removed=list(removed(records.report)) if records.report else [],
         measured=records.evaluation,
-        languages=list(languages(records.report)),
+        limits=[*([CHANGED] if records.report.get("changed") else []), *languages(records.report)],
         speedup=records.speedup,
         answers=_answers(records),
         calibration=_domains(records, CALIBRATED),
@@ -160,7 +160,7 @@ def _datasets(folder: Path, records: Records) -> list[str]:
     """The ids of the data sets on the Hub that the model was calibrated or trained on."""
     domains = [entry["origin"] for entry in records.manifest.get("domains", ()) if not entry.get("place_sha256")]
     if (path := folder / RECOVERY_CONFIG_NAME).is_file():
-        domains += read_mapping(path, json.loads).get("domains") or []
+        domains += read_json(path).get("domains") or []
     return sorted({source for origin in domains if _on_hub(source := str(origin.get("source", "")))})
 
 

@@ -27,6 +27,7 @@ from ..arch.llama_cpp import (
 )
 from ..arch.meta import check_plain, is_quantized
 from ..arch.spaces import heads_of
+from ..domains.readers import check_tokens
 from ..errors import StructPruneError
 from ..system.disk import GGUF_MARK, GGUFOutput
 
@@ -95,6 +96,7 @@ def export_gguf(
     output = GGUFOutput(path, overwrite)
     output.check()
     check_plain(model)
+    check_tokens(model, tokenizer)
     if tokenizer is None:
         raise StructPruneError("A GGUF file holds the tokenizer too, got None; pass the model's own.")
     if is_quantized(model):

@@ -5,29 +5,34 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.per_layer import heterogeneous
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..domains.manifest import MANIFEST_NAME, Manifest
-from ..errors import StructPruneError
-from ..forward.generation import positions_of
-from ..forward.metrics import evaluating, outputs_of, run_model
+from ..domains.readers import check_tokens
+from ..errors import StructPruneError, warn
+from ..forward.same import few_inputs, outputs_for
 from ..plain_json import replace_json
 from ..record.details import DETAILS_NAME
+from ..record.facts import CHANGED
 from ..record.report import REPORT_NAME, Report
 from ..surgery.plan import PLAN_NAME, Plan
 from ..system.disk import OFFLOAD, Output, used_paths
+from ..system.fingerprint import checksums
 from ..system.memory import model_bytes
 from ..system.offloading import declared, is_offloaded, places
 from ..system.processes import is_first_rank
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 from .carry import carry
 
 
@@ -48,20 +53,28 @@ def save_pruned(
     plan: Plan,
     report: Report,
     manifest: Manifest,
+    measured: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a pruned model with its records, page and tokenizer; folders that the run has read are never replaced."""
+    """Save a pruned model with its records, page and tokenizer; folders that the run has read are never replaced. The
+    records say so where the weights are not those of the `checksums` that were measured.
+    """
     from .card import leave_card  # imported here, as the page is, since only a save needs them
     from .page import leave_page
 
     used = [model.name_or_path, *used_paths(config)]
+    if checksums(model) != measured:
+        warn(f"{save_directory}: {CHANGED}; `structprune evaluate` measures those that are saved.")
+        report = replace(report, changed=True)
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
         plan.save(folder / PLAN_NAME)
         report.save(folder / REPORT_NAME)
-        report.details.save(folder / DETAILS_NAME)
+        details, size = report.details, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        sizes = {**details.model.get("bytes", {}), "after": size}
+        replace(details, model={**details.model, "bytes": sizes}).save(folder / DETAILS_NAME)
         manifest.save(folder / MANIFEST_NAME)
         leave_page(folder, save_directory)
         leave_card(folder, save_directory, model.config, model.name_or_path, config.arch_file)
@@ -81,7 +94,10 @@ def save_checked(
     """Save a model; the folder appears only once the model has been read back, see `Output`. Of several processes the
     first one saves, and the others wait for it and fail if it fails.
     """
+    check_tokens(model, tokenizer)
     need_bytes = 0 if hasattr(model, "peft_config") else model_bytes(model)  # an adapter is small
+    from peft import PeftModel  # late, as it takes a second
+
     with Output(save_directory, overwrite, used).staged(need_bytes) as staging:
         if not is_first_rank():
             return
@@ -140,9 +156,8 @@ def check_reload(model: PreTrainedModel, folder: str | Path, reader: Any = None)
             again = (reader or type(model)).from_pretrained(
                 folder, dtype=model.dtype, device_map=where, offload_folder=scratch, **kernels
             )
-        probe = _probe(model)
-        with evaluating(model, again):
-            outputs, reloaded = (outputs_of(run_model(loaded, probe)) for loaded in (model, again))
+        inputs = few_inputs(model)
+        outputs, reloaded = (outputs_for(loaded, inputs) for loaded in (model, again))
         del again  # before the folder that it may read from is gone
     difference = float((outputs.float() - reloaded.float()).abs().max())
     # Every result is rounded by half a step of the dtype, eps times its size. Kernels that sum in another order take
@@ -159,13 +174,3 @@ def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
         if (part := getattr(config, key, None)) is not None:
             kernels[key] = _kernels(part, name)
     return kernels
-
-
-def _probe(model: PreTrainedModel) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    config = model.config
-    if model.main_input_name == "pixel_values" and hasattr(config, "image_size"):
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        return torch.randn(1, config.num_channels, size, size, generator=generator).to(model.dtype)
-    length = int(min(16, positions_of(model)))
-    return torch.randint(config.get_text_config().vocab_size, (1, length), generator=generator)

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..arch.spec import EXPERT, LAYER, MODEL, ArchSpec, kind_of
-from ..config.fields import read_mapping
+from ..config.fields import by_layer, read_json
 from ..errors import StructPruneError
-from ..plain_json import unversioned, versioned
+from ..plain_json import versioned
 from ..system.fingerprint import fingerprint
 
 
@@ -146,14 +146,14 @@ class Plan:
             StructPruneError: If it is no plan, or what is kept is not a list of whole numbers.
         """
         try:
-            for name, by_layer in data["keep"].items():
-                for layer, units in by_layer.items():
+            for name, of_layers in data["keep"].items():
+                for layer, units in of_layers.items():
                     if not isinstance(units, (list, tuple)) or any(type(unit) is not int for unit in units):
                         raise ValueError(f"{name!r} in layer {layer} has to keep a list of whole numbers")
             keep = {
-                (int(layer), str(name)): tuple(units)
-                for name, by_layer in data["keep"].items()
-                for layer, units in by_layer.items()
+                (layer, str(name)): tuple(units)
+                for name, of_layers in data["keep"].items()
+                for layer, units in by_layer(of_layers, repr(name)).items()
             }
             model_type, dense, sizes = data["model_type"], data["dense"], dict(data["sizes"])
             if not isinstance(model_type, str) or not isinstance(dense, str):
@@ -175,7 +175,7 @@ class Plan:
         Raises:
             StructPruneError: If the file cannot be read or is not a plan.
         """
-        data = unversioned(read_mapping(Path(path), json.loads))
+        data = read_json(path)
         try:
             return cls.from_dict(data)
         except StructPruneError as error:

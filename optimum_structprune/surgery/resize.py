@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -83,6 +85,32 @@ def _rebuild_(
 
 
 @torch.no_grad()
+def mask_channels_(model: PreTrainedModel, residual: ResidualStream, keep: Sequence[int]) -> None:
+    """Have a model write only to the channels of its residual stream that it keeps."""
+    gone = sorted({*range(residual.space.size)} - {*keep})
+    for axis in residual.space.out:
+        if axis.param in (residual.embed, *residual.writers):
+            weight = model.get_parameter(axis.param)
+            weight.index_fill_(axis.dim, torch.tensor(gone, device=weight.device), 0)
+
+
+@contextmanager
+def scaled_norms(model: PreTrainedModel, residual: ResidualStream, factors: Mapping[str, float]) -> Iterator[None]:
+    """Multiply the norms that read the residual stream, by name, by factors inside `with`."""
+    names = [f"{read.tap}.weight" for read in residual.reads if read.norm and read.tap in factors]
+    weights = {name: model.get_parameter(name).detach() for name in names}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        factor = factors[name.removesuffix(".weight")]
+        weight.copy_((weight.float() + residual.plus) * factor - residual.plus)
+    try:
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.copy_(before[name])
+
+
+@torch.no_grad()
 def narrow_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int], factors: Mapping[str, float]) -> None:
     """Give a model a narrower residual stream, and its norms the weights that make up for it.
 
@@ -141,9 +169,14 @@ def _scaled_state(
 
 @torch.no_grad()
 def drop_tokens_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) -> None:
-    """Remove what a model has for all other tokens, and number the kept ones from 0; what is tied stays tied."""
+    """Remove what a model has for all other tokens, and number the kept ones from 0; what is tied stays tied. Ids in
+    `keep` that have no rows come last.
+    """
     space, tensors = arch.of(VOCAB)[0], model.state_dict(keep_vars=True)
-    with rebuilding_(model, shrunk_config(model.config, arch, {VOCAB: len(keep)}, stay=keep)) as smaller:
+    config = shrunk_config(model.config, arch, {VOCAB: bisect_left(keep, space.size)}, stay=keep)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        renumber_(generation, keep, space.size)
+    with rebuilding_(model, config) as smaller:
         for tensor, dim in {id(tensors[axis.param]): (tensors[axis.param], axis.dim) for axis in space.axes}.values():
             rows = torch.tensor([token for token in keep if token < tensor.shape[dim]], device=tensor.device)
             tensor.data, tensor.grad = tensor.data.index_select(dim, rows), None
@@ -153,5 +186,3 @@ def drop_tokens_(model: PreTrainedModel, arch: ArchSpec, keep: Sequence[int]) ->
             for key, value in vars(module).items():
                 if type(value) is int and key in vars(old):
                     setattr(old, key, value)
-    if model.can_generate() and model.generation_config is not None:
-        renumber_(model.generation_config, keep, space.size)

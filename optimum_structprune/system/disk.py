@@ -43,8 +43,8 @@ WRITTEN = re.compile(
     r".+\.(json|safetensors|jinja|model|py|gguf)|report\.html|(vocab|merges)\.txt|\.gitattributes|training_args\.bin"
 )
 WRITTEN_FOLDERS = ("additional_chat_templates", "__pycache__", ".cache")
-# The first entry of a GGUF file that this package wrote, among the first bytes of the file.
-GGUF_MARK, GGUF_HEAD = "structprune.version", 512
+# The ending of a GGUF file, and the first entry of one that this package wrote, among the first bytes of the file.
+GGUF, GGUF_MARK, GGUF_HEAD = ".gguf", "structprune.version", 512
 ADAPTER, CARD = "adapter_config.json", "README.md"
 SIGNATURE = "\n<!-- Written by optimum-structprune; the SHA-256 of all above is {}. -->\n"
 SIGNED = re.compile(re.escape(SIGNATURE).replace(r"\{\}", r"(\w{64})") + r"\Z")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -24,11 +26,20 @@ def fingerprint(model: PreTrainedModel) -> str:
     """The SHA-256 of a model's config and of every weight, in hexadecimal digits."""
     described = [type(model).__name__, computing(model.config)]
     digest = sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        tensor = weight_of(model, name) if tensor.is_meta else tensor
+    for name, tensor in _weights(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def checksums(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, torch.Size, int]]:
+    """The dtype, the shape and the CRC-32 of every weight by name, which take half the time of a `fingerprint`."""
+    return {name: (tensor.dtype, tensor.shape, crc32(raw_bytes(tensor))) for name, tensor in _weights(model)}
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        yield name, weight_of(model, name) if tensor.is_meta else tensor
 
 
 def computing(config: PretrainedConfig) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
 
+if TYPE_CHECKING:
+    from torch import nn
 
 try:
     import resource
@@ -18,6 +19,8 @@ UNITS = ("bytes", "kB", "MB", "GB")
 
 def peak_memory() -> dict[str, int]:
     """The most bytes that this process has held at a time, on the `cpu` and on `cuda`, as far as it can be known."""
+    import torch
+
     peaks = {}
     if resource is not None:
         # Linux counts in kB, macOS in bytes.

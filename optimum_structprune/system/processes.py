@@ -5,21 +5,21 @@ Nothing is shared unless the program says so with `across_processes`.
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
-
-import torch
-import torch.distributed as dist
-from accelerate import PartialState
-from torch import Tensor
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import StructPruneError
 
 
-T = TypeVar("T", Tensor, Sequence)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T", "Tensor", Sequence)
 V = TypeVar("V")
 # What `accelerate launch` sets where its flags or its config file name these.
 LAUNCHES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
@@ -43,8 +43,8 @@ def across_processes() -> Iterator[None]:
     global _together
     check_launch()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # a process that is alone may yet choose its device
-        PartialState(cpu=not torch.cuda.is_available())
-    before, _together = _together, dist.is_initialized() and dist.get_world_size() > 1
+        import_module("accelerate").PartialState(cpu=not import_module("torch").cuda.is_available())
+    before, _together = _together, _initialized() and _dist().get_world_size() > 1
     try:
         yield
     finally:
@@ -75,12 +75,12 @@ def alone() -> Iterator[None]:
 
 def process_count() -> int:
     """The number of processes that share the work."""
-    return dist.get_world_size() if _together else 1
+    return _dist().get_world_size() if _together else 1
 
 
 def process_index() -> int:
     """The number of this process among them, from 0."""
-    return dist.get_rank() if _together else 0
+    return _dist().get_rank() if _together else 0
 
 
 def every_process_runs(samples: Sized) -> bool:
@@ -93,19 +93,17 @@ def own_part(samples: T) -> T:
     return samples if every_process_runs(samples) else samples[process_index() :: process_count()]
 
 
-@torch.no_grad()
 def add_up_(tensors: Iterable[Tensor]) -> None:
     """Replace tensors by their sums over all processes. The processes wait for each other here."""
     if _together:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            _dist().all_reduce(tensor.detach())
 
 
-@torch.no_grad()
 def as_first_has_(tensor: Tensor) -> Tensor:
     """Overwrite a tensor with its values in the first process, and return it."""
     if _together:
-        dist.broadcast(tensor, 0)
+        _dist().broadcast(tensor.detach(), 0)
     return tensor
 
 
@@ -113,7 +111,7 @@ def of_first(value: V) -> V:
     """Return the value of the first process in every process."""
     values = [value]
     if _together:
-        dist.broadcast_object_list(values, 0)
+        _dist().broadcast_object_list(values, 0)
     return values[0]
 
 
@@ -121,14 +119,14 @@ def of_all(value: V) -> list[V]:
     """Return the values of all processes, in order, in every process."""
     values = [value] * process_count()
     if _together:
-        dist.all_gather_object(values, value)
+        _dist().all_gather_object(values, value)
     return values
 
 
 def wait_for_all() -> None:
     """Wait until every process has come here."""
     if _together:
-        dist.barrier()
+        _dist().barrier()
 
 
 def is_first_rank() -> bool:
@@ -165,16 +163,26 @@ def first_decides(name: str) -> Iterator[bool]:
         raise StructPruneError(outcome)
 
 
+def _dist() -> Any:
+    # Imported late: torch takes seconds, and the first checks of a command do without.
+    return import_module("torch.distributed")
+
+
+def _initialized() -> bool:
+    return "torch.distributed" in sys.modules and _dist().is_available() and _dist().is_initialized()
+
+
 def _rank_and_count() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
+    if _initialized():
+        return _dist().get_rank(), _dist().get_world_size()
     if os.environ.get(AGENT_STORE) == "True" and "RANK" in os.environ:
         return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
     return 0, 1
 
 
-def _store() -> dist.Store:
-    if dist.is_initialized():
+def _store() -> Any:
+    dist = _dist()
+    if _initialized():
         return dist.distributed_c10d._get_default_store()
     # Nothing in this run has needed the other processes so far, but `torchrun` has made a store for them.
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

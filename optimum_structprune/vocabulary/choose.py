@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import Described
-from ..arch.shrink import text_config
 from ..arch.spec import VOCAB, ArchSpec, Space, Widths
 from ..arch.token_space import named_ids
 from ..config.pruning import StructPruneConfig
@@ -41,8 +40,9 @@ ENOUGH = 8192
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a model that is to have fewer: `rows` of them have weights, and `always` stay, among them those
-    that only the tokenizer knows. `number` of them with weights are to stay; None where measured losses choose it.
+    """The tokens of a model that is to have fewer: it has `rows` of weights, and `always` stay, among them those that
+    only the tokenizer knows, and rows that only a config names. `number` of the rows are to stay; None where measured
+    losses choose it.
     """
 
     vocabulary: Vocabulary
@@ -63,7 +63,9 @@ class Tokens:
         assert tokenizer is not None  # `check` has refused that
         vocabulary, space = Vocabulary.of(tokenizer), described.arch.of(VOCAB)[0]
         competes = config.searches and config.widths is None and len(widths) > 1
-        always = _always(config, model, tokenizer, vocabulary) | {*range(space.size, vocabulary.size)}
+        ids = range(max(space.size, vocabulary.size))
+        always = {*ids[space.size :], *_always(config, model, tokenizer, vocabulary)}
+        always = with_needs(always, vocabulary.needs) & {*ids}
         tokens = cls(vocabulary, space.size, frozenset(always), None if competes else space.width_in(widths))
         may = tokens.may
         if tokens.number is None:
@@ -82,26 +84,25 @@ class Tokens:
 
     @property
     def may(self) -> range:
-        """The numbers of tokens with weights that the model can keep."""
-        return range(len(self.always) - self.beyond, min(self.rows, self.vocabulary.size) + 1)
+        """The numbers of rows that the model can keep."""
+        return range(len(self.always) - self.beyond, self.rows + 1)
 
     def keep(self, order: Sequence[int], number: int) -> tuple[int, ...]:
-        """The ascending ids of the tokens of which `number` have weights, once others have gone in an order."""
-        return keep_tokens(self.vocabulary.size, order, number + self.beyond)
+        """The ascending ids of the tokens of which `number` have weights, once others have gone in an order; rows
+        without a token go first.
+        """
+        padding = [row for row in range(self.vocabulary.size, self.rows) if row not in self.always]
+        return keep_tokens(self.rows + self.beyond, [*padding[::-1], *order], number + self.beyond)
 
 
 def _always(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
 ) -> set[int]:
-    """The tokens that stay whatever the text is, those of the tokenizer, of the configs and of `keep_tokens`, with all
-    that they are formed from.
-    """
-    always = {*vocabulary.always, *named_ids(model.config), *named_ids(text_config(model.config))}
-    if model.can_generate() and model.generation_config is not None:
-        always |= named_ids(model.generation_config)
+    """The tokens that stay whatever the text is: those of the tokenizer, of the configs and of `keep_tokens`."""
+    always = {*vocabulary.always, *named_ids(model)}
     if config.keep_tokens is not None:
         always |= _kept_by_user(config.keep_tokens, tokenizer, vocabulary)
-    return with_needs((token for token in always if 0 <= token < vocabulary.size), vocabulary.needs)
+    return always
 
 
 def _lines(path: str) -> list[str]:
@@ -160,7 +161,7 @@ def removal_order(
     """
     tokens = range(vocabulary.size)
     needs = [vocabulary.needs(token) for token in tokens]
-    fixed = with_needs({*vocabulary.always, *always}, needs.__getitem__)
+    fixed = with_needs({*vocabulary.always, *always}, vocabulary.needs)
     parts, read = [vocabulary.parts(token) for token in tokens], _expected(vocabulary, shares, predicted).tolist()
     wholes = Counter(part for of in needs for part in set(of))
 

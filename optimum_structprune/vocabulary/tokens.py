@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..domains.templates import DATES, chat_text
 from ..errors import StructPruneError
 
 
@@ -298,8 +299,7 @@ def rewritten(described: dict[str, Any], spelling: Spelling, new: Mapping[int, i
             if result in new and all(piece in model["vocab"] for piece in pair) and spelling.parts(result, None)
         ]
     renumber(described["post_processor"], new)
-    if described["padding"]:
-        described["padding"]["pad_id"] = new.get(described["padding"]["pad_id"], 0)
+    described["padding"] = None  # of the last call; transformers sets it for each
     return described
 
 
@@ -317,11 +317,11 @@ def renumber(step: Any, new: Mapping[int, int]) -> None:
 
 
 def chats(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """What the chat templates of a tokenizer write for conversations of the usual roles."""
+    """What the chat templates of a tokenizer write for conversations of the usual roles, in each month."""
     templates: Any = tokenizer.chat_template or {}
     templates = templates.values() if isinstance(templates, dict) else [templates]
     for template, roles, tools in product(templates, ROLES, TOOLS):
-        chat: Any = [{"role": role, "content": "0"} for role in roles]
-        options: Any = {"tools": tools, "chat_template": template, "add_generation_prompt": True, "tokenize": False}
-        with suppress(Exception):  # a template raises whatever its author chose
-            yield str(tokenizer.apply_chat_template(chat, **options))
+        chat = [{"role": role, "content": "0"} for role in roles]
+        for date in DATES if "strftime_now" in template else DATES[:1]:
+            with suppress(StructPruneError):  # of the conversations, a template may take a few
+                yield chat_text(tokenizer, chat, template, date, tools=tools, add_generation_prompt=True)

@@ -6,19 +6,22 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from helpers import logits
-from models import build, config, real_text_model, tokenizer
+from models import build, config, documents, real_text_model, tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from quantized import Packed, Quantizer, Reversible, quantized
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import InPlaceError, StructPruneError, StructPruner, export_gguf, prune_model
+from optimum_structprune import DomainConfig, InPlaceError, StructPruneError, StructPruner, export_gguf, prune_model
 from optimum_structprune.arch.meta import check_no_adapter, check_plain
 
 
@@ -96,7 +99,7 @@ def test_those_on_the_meta_device_are_no_weights_and_the_check_does_not_import_p
 
 
 @pytest.mark.parametrize(("module", "spoilt", "message"), [
-    ("1.mlp.down_proj", nn.Identity(), r"model.layers.1.mlp.down_proj.weight is missing"),
+    ("1.mlp.down_proj", nn.Identity(), r"model.layers.1.mlp.down_proj is a Identity in place of a Linear"),
     ("1.mlp.down_proj", nn.Linear(39, 32, bias=False), r"down_proj.weight: dimension 1 is 39, but 40 units of 1 make"),
     ("0.self_attn.k_proj", nn.Linear(32, 20, bias=False), r"k_proj.weight: dimension 0 is 20, but 4 units of 4 make"),
 ])  # fmt: skip
@@ -106,6 +109,68 @@ def test_a_model_that_half_matches_its_family_is_refused(module, spoilt, message
     with pytest.raises(StructPruneError, match=message) as refused:
         StructPruner(config()).prune_model(model, tokenizer(), inplace=True)
     assert not isinstance(refused.value, InPlaceError)
+
+
+def with_forward_of_mine(model, name):
+    module = model.get_submodule(name)
+    module.forward = MethodType(lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs), module)
+
+
+def with_class_of_mine(model, name):
+    module = model.get_submodule(name)
+    module.__class__ = type("Mine", (type(module),), {})
+
+
+def compiled(model, name):
+    model.set_submodule(name, torch.compile(model.get_submodule(name)))
+
+
+def parametrized(model, name):
+    module = model.get_submodule(name)
+    parametrize.register_parametrization(module, next(iter(module.named_parameters(recurse=False)))[0], nn.Identity())
+
+
+PARTS = [
+    (case, name)
+    for case, layer in (
+        ("llama-tied", "model.layers.1"),
+        ("gpt2-tied", "transformer.h.0"),
+        ("mixtral", "model.layers.0"),
+    )
+    for name, _ in build(case).named_modules()
+    if f"{name}.".startswith(f"{layer}.")
+]
+
+
+@pytest.mark.parametrize("change", [with_forward_of_mine, with_class_of_mine, compiled, parametrized])
+@pytest.mark.parametrize(("case", "name"), PARTS)
+def test_a_module_of_a_layer_that_is_not_the_stock_one_is_refused(case, name, change):
+    model, text = build(case), iter(documents())
+    if change is parametrized and not list(model.get_submodule(name).parameters(recurse=False)):
+        return
+    change(model, name)
+    before, settings = deepcopy(model.state_dict()), config(domains=[DomainConfig("a", text)])
+    with pytest.raises(StructPruneError, match=f"^{re.escape(name)} (is a|has a `forward`)") as refused:
+        prune_model(model, settings, tokenizer(), inplace=True)
+    assert not isinstance(refused.value, InPlaceError) and next(text) == documents()[0]
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_hooks_of_accelerate_present_or_gone_and_kernels_of_the_hub_are_no_forward_of_ones_own(monkeypatch):
+    model = build("llama-tied")
+    for module in model.model.layers[0].modules():
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
+    check_plain(model)
+    remove_hook_from_submodules(model)
+    assert "forward" in vars(model.model.layers[0])
+    check_plain(model)
+    norm = model.model.norm
+    monkeypatch.setattr(type(norm), "kernel_layer_name", "RMSNorm", raising=False)
+    norm.forward = MethodType(lambda self, hidden: type(self).forward(self, hidden), norm)
+    with pytest.raises(StructPruneError, match=r"model.norm has a `forward` of its own"):
+        check_plain(model)
+    model._use_kernels = True
+    check_plain(model)
 
 
 ROOT = Path(__file__).parents[2]

@@ -76,7 +76,6 @@ def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(folder, cap
         (["--csv", "/nowhere/x.csv"], "there is no folder /nowhere"),
         (["--csv", "dense/config.json"], "config.json is no result of structprune, so it is not replaced"),
         (["--json", "dense/config.json"], "config.json is no result of structprune, so it is not replaced"),
-        (["--dtype", "float8"], "--dtype float8 is not known"),
         (["/nowhere/model"], "/nowhere/model"),
     ):
         assert main(["compare", str(folder / "dense"), *line]) == 2
@@ -104,7 +103,6 @@ def test_mistakes_are_refused_before_a_model_is_loaded(folder, capsys, monkeypat
     for model, flags, message in (
         ("nowhere", [], "nowhere"),
         ("bert", [], "bert is a BertForMaskedLM, which does not predict the next token"),
-        ("small", ["--dtype", "int3"], "--dtype int3 is not known"),
         ("small", ["--prompt", "63"], "take 65 positions, and dense has 64: the longest prompt is 62"),
         ("small", ["--device", "auto"], "--device auto spreads a model"),
         ("small", ["--device", "nothing"], "--device nothing cannot be used"),

@@ -69,7 +69,6 @@ def test_a_damaged_shard_is_named(desk, copy, tmp_path, capsys, monkeypatch, dam
 
 
 @pytest.mark.parametrize(("offload", "flags", "words"), [
-    ("tape", (), ("--offload tape is not known", "cpu, disk")),
     ("cpu", (), ("--offload cpu", "--offload disk")),
     ("disk", ("--recover",), ("recovery trains it in memory", "structprune recover")),
     ("disk", ("--resume", "--checkpoint-dir", "there"), ("--resume", "leave out either")),

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from optimum_structprune import StructPruneError, __version__
 from optimum_structprune.commands import output
+from optimum_structprune.commands.arguments import Command
 from optimum_structprune.commands.cli import execute, main
 from optimum_structprune.commands.flags import COMMANDS
 from optimum_structprune.commands.output import Result
@@ -77,8 +78,8 @@ def test_json_to_a_file_leaves_the_text(folder, tmp_path, capsys):
 
 
 def test_the_signal_to_end_is_like_an_interruption(folder, monkeypatch):
-    script = "import os, signal, sys; from optimum_structprune.commands import cli, output\n"
-    script += "cli.check_output = lambda args: os.kill(os.getpid(), signal.SIGTERM)\n"
+    script = "import os, signal, sys; from optimum_structprune.commands import checks, cli\n"
+    script += "checks.check_flags = lambda args: os.kill(os.getpid(), signal.SIGTERM)\n"
     script += f"sys.exit(cli.main(['inspect', {str(folder / 'model')!r}]))"
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 130
 
@@ -93,7 +94,8 @@ class Terminal(io.StringIO):
 
 
 def parsed(run, quiet=False, json_=False):
-    return Namespace(run=run, quiet=quiet, json=json_, reads_text=True)
+    command = Command("work", "", "", {}, models=())
+    return Namespace(run=run, quiet=quiet, json=json_, command=command)
 
 
 def test_without_a_terminal_each_stage_is_a_line_when_it_begins(monkeypatch, capsys):

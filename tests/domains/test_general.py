@@ -8,8 +8,9 @@ import torch
 from models import build, config, real_text_model, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruneError, StructPruner
-from optimum_structprune.domains import generated, resolve
-from optimum_structprune.domains.resolve import can_write, texts_of, with_written_text
+from optimum_structprune.domains import generated
+from optimum_structprune.domains.generated import can_write
+from optimum_structprune.domains.resolve import texts_of, with_written_text
 
 
 TEXTS = [f"Tom gave {i} red apples to Ann, and {i + 1} green ones to her sister." for i in range(200)]
@@ -83,7 +84,7 @@ def test_who_cannot_write_reads_no_more(writer, monkeypatch):
     model, reader = writer
     assert can_write(model, reader) and not can_write(model, None)
     assert not can_write(build("bert"), reader) and not can_write(build("t5"), reader)
-    monkeypatch.setattr(resolve, "is_offloaded", lambda model: True)
+    monkeypatch.setattr(generated, "is_offloaded", lambda model: True)
     assert not can_write(model, reader)
 
 

@@ -9,7 +9,7 @@ from models import build, documents, tokenizer
 from torch.nn.functional import log_softmax
 from transformers import GenerationConfig
 
-from optimum_structprune import DomainConfig, Manifest, evaluate
+from optimum_structprune import DomainConfig, Manifest, StructPruneError, evaluate
 from optimum_structprune.domains.manifest import Entry
 from optimum_structprune.evaluation import tasks
 from optimum_structprune.evaluation.heldout import read_heldout
@@ -81,6 +81,18 @@ def test_the_share_of_the_right_choice_whatever_names_it(case, tmp_path, monkeyp
     else:
         expected = plain.items["quiz"]["logprob"] if case == "text" else dict.fromkeys(range(6), 0.0)
         assert found.items["quiz"]["logprob"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_template_that_refuses_is_named_before_a_task_is_asked(tmp_path, monkeypatch):
+    reader, local = tokenizer(), tasks.local_task
+    reader.chat_template = {"rag": "{{ messages }}"}
+    quiz(tmp_path / "quiz.jsonl", 2)
+    how = {"output_type": "generate_until", "doc_to_target": "query"}
+    monkeypatch.setattr(
+        tasks, "local_task", lambda path: {name: of for name, of in local(path).items() if "choice" not in name} | how
+    )
+    with pytest.raises(StructPruneError, match="chat template of .* refuses a conversation"):
+        Tasks([tmp_path / "quiz.jsonl"]).score(build("llama-tied"), reader)
 
 
 def test_a_task_in_which_the_model_writes(tmp_path, monkeypatch):

@@ -301,8 +301,13 @@ WRONG = [
     ({"inputs": IDS}, "inputs takes a mapping .*, got Tensor"),
     ({"inputs": {"a": IDS.numpy()}}, r"inputs\['a'\] takes a tensor, got ndarray"),
     ({"inputs": {"a": {"input_ids": IDS}}}, r"inputs\['a'\] takes a tensor, got dict"),
-    ({"inputs": {"a": IDS[0]}}, r"shape \(16,\); \(samples, …\) is expected"),
+    ({"inputs": {"a": IDS[0]}}, r"shape \(16,\); pass \(samples, tokens\)"),
     ({"inputs": {"a": IDS + 1000}}, "those of this model lie between 0 and"),
+    ({"inputs": {1: IDS}}, "names of domains as text, got 1"),
+    ({"inputs": {"a": IDS.to_sparse()}}, "layout torch.sparse_coo; pass a dense tensor"),
+    ({"inputs": {"a": IDS.to("meta")}}, "on the meta device; pass a dense tensor with values"),
+    ({"inputs": {"a": IDS.repeat(1, 5)}}, "samples of 80 tokens, and the model has 64 positions"),
+    ({"inputs": {"a": IDS[None]}}, r"shape \(1, 12, 16\); pass \(samples, tokens\)"),
     ({"inputs": {"a": IDS - 1000}}, "holds token ids from -"),
 ]
 
@@ -316,3 +321,10 @@ def test_another_kind_is_refused(tmp_path):
         with pytest.raises(StructPruneError, match=message):
             calibrate(folder=tmp_path / "stats", **arguments)
     assert same_weights(model, build("llama-tied")) and not list(tmp_path.iterdir())
+
+
+def test_the_length_of_samples_of_a_config_says_nothing_of_inputs():
+    too_long = config(seq_length=65)
+    assert prune_model(build("llama-tied"), too_long, inputs={"a": IDS}).config.intermediate_size == 24
+    with pytest.raises(StructPruneError, match="seq_length=65 is longer than the model's 64 positions"):
+        prune_model(build("llama-tied"), too_long, tokenizer())

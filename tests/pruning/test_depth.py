@@ -115,8 +115,9 @@ def test_what_the_config_says_of_single_layers_is_cut():
         assert {name: getattr(small.config, name) for name in fields} == fields
     settings = deep("llama-tied").config
     settings.eos_token_id, settings.elsewhere = [2, 3, 4, 5, 6], ["a", "b", "c", "d", "e"]
+    settings.stop_token_ids = [2, 3, 4, 5, 6]
     cut_depth_(settings, KEEP, 5)
-    assert settings.eos_token_id == [2, 3, 4, 5, 6], "a list that is only as long stays"
+    assert settings.eos_token_id == settings.stop_token_ids == [2, 3, 4, 5, 6], "a list that is only as long stays"
     assert settings.elsewhere == ["b", "d", "e"]
 
 

@@ -7,7 +7,7 @@ from math import exp, log
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import recovery_config, same_weights
+from helpers import recovery_config, same_weights, unread
 from models import GROUPED, PLAIN, T5, TOKENS, build, config, documents, random_model, real_text_model, tokenizer
 from quantized import Reversible, quantized
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -71,7 +71,9 @@ def test_only_the_tokens_go_and_their_tokenizer_is_saved_with_the_model(tmp_path
     assert len(pruner.plan.keep[-1, "vocab"]) == 320 == small.config.vocab_size == len(pruner.tokenizer)
     assert model.config.vocab_size == 400 == len(reader())
     ids = same_as_dense(pruner, small, model)
-    with pytest.raises(StructPruneError, match="96 tokens, which are not those of this model, 320; pass pruner"):
+    with pytest.raises(
+        StructPruneError, match="of 96 tokens, is not that of .*which has 320 tokens .*pruner.tokenizer"
+    ):
         pruner.save(small, tmp_path / "out", tokenizer())
     for number, given in enumerate((None, reader(), pruner.tokenizer)):
         pruner.save(small, tmp_path / str(number), given)
@@ -101,8 +103,40 @@ def test_a_tokenizer_may_name_tokens_that_the_model_has_no_rows_for():
     larger = deepcopy(reader())
     larger.add_tokens(["<image>"])
     pruner = StructPruner(asking())
-    small = pruner.prune_model(text_model(), larger)
+    model = text_model()
+    model.config.image_token_id = 400
+    small = pruner.prune_model(model, larger)
     assert small.config.vocab_size == 320 == pruner.tokenizer.convert_tokens_to_ids("<image>")
+    assert small.config.image_token_id == 320
+
+
+def test_rows_without_a_token_go_first_but_for_those_that_a_config_names(tmp_path):
+    model = text_model()
+    model.resize_token_embeddings(464)  # as embeddings are padded for kernels
+    model.config.pad_token_id, model.generation_config.eos_token_id = 463, [2, 450]
+    for part in (model, reader()):
+        part.save_pretrained(tmp_path / "dense")
+    for number in (448, 402, 330):
+        pruner, small = pruned(model, widths={"vocab": number})
+        keep = pruner.plan.keep[-1, "vocab"]
+        assert len(keep) == small.config.vocab_size == number and len(pruner.tokenizer) == min(number - 2, 400)
+        names = {keep[small.config.pad_token_id], *(keep[end] for end in small.generation_config.eos_token_id)}
+        assert names == {463, 2, 450}
+        same_as_dense(pruner, small, model)
+        same_as_dense(pruner, load_teacher(tmp_path / "dense", small, pruner.tokenizer), model)
+    pruner.save(small, tmp_path / "small")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert again.config.pad_token_id == small.config.pad_token_id
+    assert again.generation_config.eos_token_id == small.generation_config.eos_token_id
+
+
+def test_a_budget_that_rows_without_a_token_meet_takes_no_token():
+    model = text_model()
+    model.resize_token_embeddings(464)
+    limit = {"parameters": model.num_parameters() - 10 * 2 * 32}
+    pruner, small = pruned(model, targets=("vocab",), widths=None, budget=limit)
+    assert small.config.vocab_size == 448 and pruner.tokenizer.get_vocab() == reader().get_vocab()
+    assert dry_run(model.config, pruner.used_config).widths == {"vocab": 448}
 
 
 @pytest.mark.parametrize(("auto", "kind", "fields"), [
@@ -173,11 +207,6 @@ def test_users_keep_tokens_of_their_own(tmp_path):
             pruned(keep_tokens=given)
 
 
-def unread():
-    pytest.fail("text was read")
-    yield
-
-
 @pytest.mark.parametrize(("fields", "message"), [
     ({"widths": {"vocab": 100}}, r"vocab=100 is no number of tokens that this model can keep: \d+ of 400 always stay"),
     ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400; the nearest legal choice is 400"),
@@ -233,6 +262,16 @@ def test_recovery_learns_from_the_model_without_tokens_and_later_from_the_dense_
     assert again.config.vocab_size == len(keep) and model.config.vocab_size == 400
     with pytest.raises(StructPruneError, match="a vocabulary of 96 tokens and the model one of 320"):
         recover(small, pruner.tokenizer, training, teacher=build("llama-tied"))
+    # A model in memory comes from no place where its tokenizer lies; the run has seen that of this one.
+    same_as_dense(pruner, load_teacher(model, small, pruner.tokenizer), model)
+    unknown = deepcopy(model)
+    with pytest.raises(
+        StructPruneError, match=r"nothing says which are the same; pass its tokenizer \(teacher_tokenizer"
+    ):
+        recover(deepcopy(small), pruner.tokenizer, training, teacher=unknown)
+    same_as_dense(pruner, load_teacher(unknown, small, pruner.tokenizer, reader()), model)
+    # The model that the first run has left as it was, with its tokenizer, loses both in place.
+    assert same_weights(StructPruner(asking(recovery=training)).prune_model(model, reader(), inplace=True), small)
 
 
 def test_both_models_are_measured_on_the_same_text_per_dense_token():
@@ -285,12 +324,12 @@ def test_layers_that_lose_more_together_than_one_at_a_time_leave_more_to_the_tok
 
 def test_rows_that_no_token_has_are_no_tokens_to_compare():
     model = text_model()
-    model.resize_token_embeddings(464)  # as embeddings are padded for kernels
+    model.resize_token_embeddings(464)
     pruner, small = pruned(model, **JOINT, budget={"parameters": 0.97})
     (chosen,) = (balance for balance in pruner.report.balances if balance["chosen"])
     whole = next(balance for balance in pruner.report.balances if balance["tokens"] == 464)
     assert whole["tokens_loss"] == 0
-    assert chosen["tokens"] == len(pruner.tokenizer) == small.config.vocab_size or chosen["tokens"] == 464
+    assert chosen["tokens"] == small.config.vocab_size and len(pruner.tokenizer) == min(chosen["tokens"], 400)
 
 
 def test_a_budget_that_neither_can_meet_is_refused_before_a_model_is_unpacked():

@@ -17,7 +17,7 @@ from models import build, config, documents, full_disk, token_ids, tokenizer
 from trained import needs_shared, stories_config, stories_model
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from optimum_structprune import Recovery, RecoveryConfig, prune_model, recover
+from optimum_structprune import Recovery, RecoveryConfig, StructPruner, evaluate, prune_model, recover
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.domains.resolve import texts_of
 from optimum_structprune.errors import StructPruneError
@@ -176,6 +176,27 @@ def test_a_full_disk_while_saving_leaves_what_was_there(pruned, tmp_path, merge)
         recovery.save(recovered, tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == former
+
+
+@pytest.mark.filterwarnings("ignore")  # an evaluation on text that was calibrated on says so
+@pytest.mark.parametrize("fields", [{}, {"rounds": 2, "objective": "worst"}, {"allocation": "sensitivity"}])
+def test_a_generator_gives_what_the_list_of_its_texts_gives(fields):
+    """To the pruning, to its recovery, and to what comes later: another training, an evaluation, a run with it."""
+    results = []
+    for made in (list, iter):
+        domains = [DomainConfig(name, made(documents(80, seed))) for seed, name in enumerate("ab")]
+        training = recovery_config(domains=None, tokens=192)
+        pruner = StructPruner(config(domains=domains, recovery=training, **fields))
+        model = pruner.prune_model(build("llama-tied"), tokenizer())
+        again = Recovery(training, pruner.used_config).recover_model(deepcopy(model), tokenizer())
+        found = evaluate(model, tokenizer(), domains, seq_length=24)
+        results.append((model, again, pruner.prune_model(build("llama-tied"), tokenizer()), found, pruner.report))
+    (*models, found, report), (*same, again, same_report) = results
+    assert all(map(same_weights, models, same)) and same_weights(models[0], models[2])
+    assert found.perplexity == again.perplexity and found.tokens == again.tokens
+    assert (
+        report.perplexity == same_report.perplexity and report.recovery.perplexity == same_report.recovery.perplexity
+    )
 
 
 def test_code_of_a_teacher_runs_only_where_it_is_trusted(pruned, tmp_path):

@@ -19,6 +19,7 @@ from optimum_structprune.plain_json import plain, to_json
 from optimum_structprune.record.report import RecoveryReport, Report
 from optimum_structprune.recovery.resume import TrainingInputs
 from optimum_structprune.recovery.trainer import RecoveryOutcome
+from optimum_structprune.saving.page import write_report
 
 
 SCHEMAS = {
@@ -93,6 +94,20 @@ def test_files_of_a_later_version_are_refused(name, saved, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({**document, "format_version": version}))
         with pytest.raises(StructPruneError, match="format_version .* is not known here, where 1 is the latest"):
             LOADERS[name](tmp_path)
+
+
+RECORDS = (
+    "report pruning_details pruning_plan structprune_config calibration_manifest "
+    "recovery_report recovery_config evaluation speed"
+)
+
+
+@pytest.mark.parametrize("name", RECORDS.split())
+def test_a_page_says_which_record_is_of_a_later_version(name, tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / f"{name}.json").write_text('{"format_version": 99}')
+    with pytest.raises(StructPruneError, match=f"{name}.json: format_version 99 is not known here"):
+        write_report(tmp_path)
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.frozensets(st.text())

@@ -2,6 +2,7 @@
 
 import json
 import re
+from copy import deepcopy
 from itertools import pairwise
 
 import gguf
@@ -45,9 +46,9 @@ def reader(pieces: bool) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def differing():
-    """A model whose layers differ in the widths of FFN and attention."""
+    """A model whose layers differ in the widths of FFN and attention; no tokenizer is known of a copy."""
     widths = {"mlp": [24, 40], "attention": [4, 2]}
-    return StructPruner(config(widths=widths)).prune_model(build("llama-tied"), tokenizer())
+    return deepcopy(StructPruner(config(widths=widths)).prune_model(build("llama-tied"), tokenizer()))
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,31 @@ def test_everything_is_saved(run, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+def to_half(model):
+    model.to(torch.bfloat16)
+
+
+def to_zero(model):
+    for parameter in model.parameters():
+        parameter.data.zero_()
+
+
+@pytest.mark.parametrize("change", [None, to_half, to_zero])
+def test_what_is_saved_is_what_was_measured_or_the_records_say_so(change, tmp_path, recwarn):
+    pruner, out, said = StructPruner(config()), tmp_path / "out", "weights have changed since they were measured"
+    model = pruner.prune_model(build("llama-untied"), tokenizer())
+    if change is not None:
+        change(model)
+    pruner.save(model, out, tokenizer())
+    sizes = json.loads((out / "pruning_details.json").read_text())["model"]["bytes"]
+    assert sizes["after"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    report = json.loads((out / "report.json").read_text())
+    assert report["changed"] == (change is not None) and not pruner.report.changed
+    warned = " ".join(str(warning.message) for warning in recwarn)
+    for text in (warned, (out / "README.md").read_text(), (out / "report.html").read_text()):
+        assert (said in text.lower()) == (change is not None)
+
+
 def test_an_existing_result_is_refused_and_overwritten_on_request_and_a_link_stays_a_link(run, tmp_path):
     pruner, model = run
     out, link = tmp_path / "scratch" / "out", tmp_path / "link"

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from helpers import same_weights
 from models import CASES, OTHER_STRUCTURES, OTHERS, STRUCTURES, VOCAB, build
-from transformers import GenerationConfig
 
 from optimum_structprune.arch.load import describe
-from optimum_structprune.arch.token_space import named_ids, renumber_
+from optimum_structprune.arch.token_space import named_ids
+from optimum_structprune.errors import StructPruneError
 from optimum_structprune.forward.metrics import outputs_of, run_model
 from optimum_structprune.surgery.resize import drop_tokens_
 
@@ -26,40 +27,41 @@ PER_TOKEN = {"llama-untied": 2 * 32, "phi": 2 * 32 + 1, "bert": 32 + 1, "bart": 
 
 
 def fewer(case):
-    """The dense model, and the one without tokens."""
+    """The dense model, the one without tokens, and the ids that stay: `KEEP`, and what the configs name."""
     model, small = build(case), build(case)
-    drop_tokens_(small, describe(small), KEEP)
-    return model, small
+    keep = sorted({*KEEP} | named_ids(model) & {*range(VOCAB)})
+    drop_tokens_(small, describe(small), keep)
+    return model, small, keep
 
 
 @torch.no_grad()
-def same_outputs(model, small, atol=0.0):
+def same_outputs(model, small, keep, atol=0.0):
     """On text whose tokens all stay."""
-    new = torch.randint(len(KEEP), (2, 12), generator=torch.Generator().manual_seed(1))
-    dense = outputs_of(run_model(model, torch.tensor(KEEP)[new]))
-    dense = dense[..., list(KEEP)] if dense.shape[-1] == VOCAB else dense
+    new = torch.randint(len(keep), (2, 12), generator=torch.Generator().manual_seed(1))
+    dense = outputs_of(run_model(model, torch.tensor(keep)[new]))
+    dense = dense[..., keep] if dense.shape[-1] == VOCAB else dense
     torch.testing.assert_close(outputs_of(run_model(small, new)), dense, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("case", READ)
 def test_what_stays_is_computed_as_before_and_reloads(case, tmp_path):
-    model, small = fewer(case)
-    same_outputs(model, small)
+    model, small, keep = fewer(case)
+    same_outputs(model, small, keep)
     space, left = describe(model).of("vocab")[0], describe(small).of("vocab")[0]
-    assert (space.size, left.size) == (VOCAB, len(KEEP)) and left.unit_params == space.unit_params
-    assert model.num_parameters() - small.num_parameters() == space.unit_params * (VOCAB - len(KEEP))
+    assert (space.size, left.size) == (VOCAB, len(keep)) and left.unit_params == space.unit_params
+    assert model.num_parameters() - small.num_parameters() == space.unit_params * (VOCAB - len(keep))
     assert space.unit_params == PER_TOKEN.get(case, space.unit_params)
     small.save_pretrained(tmp_path)
-    same_outputs(model, type(model).from_pretrained(tmp_path), 1e-6)
+    same_outputs(model, type(model).from_pretrained(tmp_path), keep, 1e-6)
 
 
 def test_what_is_tied_stays_tied_and_a_larger_loss_can_be_taken():
-    model, small = fewer("llama-tied")
+    _, small, keep = fewer("llama-tied")
     assert small.get_input_embeddings().weight is small.get_output_embeddings().weight
-    ids = torch.arange(len(KEEP))[None]
+    ids = torch.arange(len(keep))[None]
     loss = small(ids, labels=ids).loss
     loss.backward()
-    assert loss.isfinite() and small.get_input_embeddings().num_embeddings == len(KEEP) == small.vocab_size
+    assert loss.isfinite() and small.get_input_embeddings().num_embeddings == len(keep) == small.vocab_size
 
 
 def test_ids_in_configs_are_numbered_anew():
@@ -67,7 +69,7 @@ def test_ids_in_configs_are_numbered_anew():
     model.config.forced_eos_token_id, model.config.pad_token_id = 70, 0
     model.generation_config.eos_token_id, model.generation_config.suppress_tokens = [2, 95], [71, 5]
     model.generation_config.bad_words_ids, model.generation_config.bos_token_id = [[70, 71]], None
-    assert {2, 95, 71, 5, 70} <= named_ids(model.generation_config)
+    assert {2, 95, 71, 5, 70} <= named_ids(model)
     assert not describe(build("vit")).of("vocab"), "a model without tokens has no vocabulary"
     drop_tokens_(model, describe(model), KEEP)
     new = {old: place for place, old in enumerate(KEEP)}
@@ -75,10 +77,18 @@ def test_ids_in_configs_are_numbered_anew():
     assert model.generation_config.eos_token_id == [2, new[95]]
     assert model.generation_config.suppress_tokens == [new[71], new[5]]
     assert model.generation_config.bad_words_ids == [[new[70], new[71]]]
-    biased = GenerationConfig(sequence_bias=[[[70, 71], 0.5]])
-    renumber_(biased, KEEP, VOCAB)
-    assert biased.sequence_bias == [[[new[70], new[71]], 0.5]]
     images = build("llava")
-    images.config.image_token_index = 71
+    images.config.image_token_index = images.config.text_config.pad_token_id = 71
+    images.config.vision_config.image_token_id = 70
     drop_tokens_(images, describe(images), KEEP)
-    assert images.config.image_token_index == new[71] and images.config.text_config.vocab_size == len(KEEP)
+    assert images.config.image_token_index == new[71] == images.config.text_config.pad_token_id
+    assert images.config.vision_config.image_token_id == new[70] and images.config.text_config.vocab_size == len(KEEP)
+
+
+def test_a_token_that_a_config_names_is_never_taken_for_another():
+    model = build("llama-tied")
+    model.generation_config.suppress_tokens = [5, 94]
+    with pytest.raises(StructPruneError, match="GenerationConfig names the token 94, which is none of the 34"):
+        drop_tokens_(model, describe(model), KEEP)
+    assert model.config.vocab_size == VOCAB and model.generation_config.suppress_tokens == [5, 94]
+    assert same_weights(model, build("llama-tied"))

@@ -1,13 +1,26 @@
 """Which tokens stay: those whose absence would cost most, and their parts; and what languages lose with the rest."""
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import pytest
 import torch
-from models import real_text_model, token_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import GROUPED, config, random_model, real_text_model, token_ids
+from transformers import AutoModelForCausalLM
 
+from optimum_structprune.arch.load import Described
 from optimum_structprune.domains.load import given_domains
-from optimum_structprune.vocabulary.choose import keep_tokens, predicted_shares, removal_order, token_shares, unread
+from optimum_structprune.surgery.resize import drop_tokens_
+from optimum_structprune.vocabulary.choose import (
+    Tokens,
+    keep_tokens,
+    predicted_shares,
+    removal_order,
+    token_shares,
+    unread,
+)
 from optimum_structprune.vocabulary.languages import SENTENCES, script, scripts_of, tokens_per_word
 from optimum_structprune.vocabulary.tokens import Vocabulary
 
@@ -121,3 +134,53 @@ def test_tokens_are_counted_by_their_script_that_of_the_first_letter():
     everything = scripts_of(vocabulary, range(vocabulary.size))
     assert everything["LATIN"] > 26 and "" not in everything
     assert scripts_of(vocabulary, [0]).total() <= 1
+
+
+# The value of a field of the config (the first two) or of the generation config, from two ids and another number.
+FIELDS = {
+    "pad_token_id": lambda a, b, n: a,
+    "image_token_index": lambda a, b, n: b,
+    "eos_token_id": lambda a, b, n: [a, b],
+    "decoder_start_token_id": lambda a, b, n: a,
+    "suppress_tokens": lambda a, b, n: [b, a],
+    "begin_suppress_tokens": lambda a, b, n: [a],
+    "bad_words_ids": lambda a, b, n: [[a, b], [b]],
+    "force_words_ids": lambda a, b, n: [[[a], [b]], [[b, a]]],
+    "forced_decoder_ids": lambda a, b, n: [[n, a], [n + 1, b]],
+    "sequence_bias": lambda a, b, n: [[[a, b], n], [[a], -n]],
+    "no_repeat_ngram_size": lambda a, b, n: n,
+    "max_length": lambda a, b, n: n,
+    "exponential_decay_length_penalty": lambda a, b, n: (n, 1.5),
+}
+OF_BIASES = {"sequence_bias": lambda a, b, n: {(a, b): n, (b,): n}}
+
+
+@cache
+def reader():
+    """A byte-level tokenizer of 400 tokens."""
+    return real_text_model()[1]
+
+
+@settings(max_examples=30)
+@given(data=st.data(), rows=st.sampled_from([390, 400, 464]), fields=st.sampled_from([FIELDS, FIELDS | OF_BIASES]))
+def test_every_id_that_a_config_names_keeps_its_row_and_its_name_and_no_other_number_changes(data, rows, fields):
+    ids = [st.integers(1, last) | st.integers(last - 20, last) for last in (500, rows - 1, max(rows, 400) - 1)]
+    number, a, b = map(data.draw, ids)
+    model = random_model(AutoModelForCausalLM, "llama", {**GROUPED, "vocab_size": rows})
+    dense = torch.randn(rows, model.config.hidden_size)
+    model.get_input_embeddings().weight.data = dense.clone()
+    for at, (name, form) in enumerate(fields.items()):
+        setattr(model.config if at < 2 else model.generation_config, name, form(a, b, number))
+    tokens = Tokens.of(config(widths={"vocab": rows}), Described.of(model), model, reader(), {"vocab": rows})
+    left = data.draw(st.sampled_from(tokens.may))
+    keep = tokens.keep(removal_order(tokens.vocabulary, torch.rand(400), tokens.always), left)
+    drop_tokens_(model, Described.of(model).arch, keep)
+    smaller, weights = tokens.vocabulary.smaller(keep), model.get_input_embeddings().weight
+    new = [getattr(model.config, name) for name in ("pad_token_id", "image_token_index")]
+    for old, now in zip((a, b), new, strict=True):
+        assert smaller.convert_ids_to_tokens(now) == reader().convert_ids_to_tokens(old)
+        assert now >= left if old >= rows else torch.equal(weights[now], dense[old])
+    for at, (name, form) in enumerate(fields.items()):
+        assert getattr(model.config if at < 2 else model.generation_config, name) == form(*new, number), name
+    assert model.config.vocab_size == len(weights) == left
+    assert len(smaller) >= min(left, 400) - 2

@@ -4,10 +4,12 @@ import copy
 import json
 import random
 from collections import Counter
+from datetime import datetime
 from functools import lru_cache
 
 import pytest
 import transformers
+from helpers import today_is
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -251,6 +253,34 @@ def test_named_chat_templates_and_what_they_write_stay():
     less = vocabulary.smaller(sorted(vocabulary.always))
     assert less.chat_template == reader.chat_template
     vocabulary.check(less, sorted(vocabulary.always), TEXT)
+
+
+def test_the_tokens_that_stay_do_not_depend_on_the_day(monkeypatch):
+    months = "January February March April May June July August September October November December".split()
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([f"on {month} in {month} 2031" for month in months] * 9, trainer)
+    template = "Today is {{ strftime_now('%d %B %Y at %H:%M') }}." + CHAT
+    reader = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+    always = []
+    for date in (datetime(2026, 1, 15, 8, 30), datetime(2031, 9, 28, 23, 59)):
+        today_is(monkeypatch, date)
+        vocabulary = Vocabulary.of(reader)
+        vocabulary.check(vocabulary.smaller(sorted(vocabulary.always)), sorted(vocabulary.always), [])
+        always.append(vocabulary.always)
+    assert always[0] == always[1] >= {token for month in months for token in reader(f" {month}").input_ids}
+    assert not always[0] >= {*reader(" 2031").input_ids}, "numbers are spelled by digits"
+
+
+def test_a_smaller_tokenizer_pads_with_its_own_token():
+    vocabulary, reader = copy.deepcopy(dense("byte level"))
+    keep = some(vocabulary, 0, 0.5)
+    reader(TEXT, padding=True)
+    less = vocabulary.smaller(keep)
+    assert less.backend_tokenizer.padding is None
+    assert keep[less(["the", "the cats sat there"], padding=True).input_ids[0][-1]] == reader.pad_token_id
 
 
 def test_what_reads_otherwise_is_not_proved():

@@ -1,0 +1,130 @@
+"""Refuses what flags alone show to be wrong, before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from ..arch.families import read_families
+from ..config.domains import GENERAL, DomainConfig, as_domain
+from ..config.pruning import StructPruneConfig
+from ..config.recovery import RecoveryConfig
+from ..domains.resolve import resolve
+from ..domains.sources import check_source
+from ..errors import StructPruneError, one_line
+from ..system.disk import ADAPTER, GGUF, GGUFOutput, Output
+from .arguments import pruning_config, recovery_config
+from .flags import FORM
+from .output import check_file
+
+
+ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_flags(args: Namespace) -> None:
+    """Refuse values that no field takes, models and files that are not there, and outputs that are there already."""
+    given = vars(args)
+    configs = [*filter(None, CONFIGS[args.command.name](args))] if args.command.config else []
+    if given.get("base_model") and not ID.fullmatch(args.base_model):
+        raise StructPruneError(f"--base-model {args.base_model!r} is no id on the Hub; give OWNER/NAME.")
+    if given.get("private") and args.push_to_hub is None:
+        raise StructPruneError("--private says what a repository is, and --push-to-hub names none; give both.")
+    for name in args.command.models:
+        for model in [given[name]] if isinstance(given[name], str) else given[name] or ():
+            _check_model(model)
+    for names in (args, *configs):
+        if arch_file := getattr(names, "arch_file", None):
+            read_families(arch_file)
+    for texts in [given.get("domain", ()), *map(_texts, configs)] if args.command.reads_text else ():
+        for domain in resolve(as_domain(text, args.command.name) for text in texts):
+            check_source(domain)
+    tasks = [task for task in given.get("task", ()) if task.endswith(".jsonl")]
+    for file in filter(None, [*tasks, given.get("answers")]):
+        if file != "builtin" and not Path(file).is_file():
+            raise StructPruneError(f"There is no file {file}.")
+    for name in ("json", "csv", "items"):
+        if isinstance(file := given.get(name), str):
+            check_file(file, f"--{name} {file}")
+    if "form" in given:
+        _check_form(args)
+    if "overwrite" in given:
+        kind = GGUFOutput if "form" in given and args.output.endswith(GGUF) else Output
+        kind(args.output, args.overwrite).check()
+
+
+def _check_form(args: Namespace) -> None:
+    if args.output.endswith(GGUF) + args.pad_uniform + (args.form is not None) != 1 or (args.pad and not args.form):
+        raise StructPruneError(
+            f"Name a file OUT{GGUF} for llama.cpp, or a folder with --format {FORM} [--pad], or with --pad-uniform "
+            f"for runtimes that take one width only. A padded folder can be written as OUT{GGUF} afterwards."
+        )
+
+
+def _texts(config: Any) -> list[DomainConfig]:
+    """The text that a config names; none where stored moments stand in for it."""
+    if getattr(config, "stats", None) is not None:
+        return []
+    general = getattr(config, "general_text", None)
+    return [*(config.domains or ()), *([DomainConfig(GENERAL, general)] if general else ())]
+
+
+def prune_configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | None]:
+    """How to prune, and how to train afterwards: the pruned model is saved in between, in case of an interruption."""
+    config = pruning_config(args)
+    recovery = config.recovery
+    config = config if recovery is None else replace(config, recovery=None)
+    if args.resume:
+        if config.checkpoint_dir is not None:
+            raise StructPruneError(
+                f"checkpoint_dir={config.checkpoint_dir!r} remembers a run, and --resume does the same in a folder "
+                "beside the output; leave out either."
+            )
+        config = replace(config, checkpoint_dir=str(progress_folder(args.output)))
+    if args.offload is not None and recovery is not None:
+        raise StructPruneError(
+            f"--offload {args.offload} prunes a model that does not fit, and recovery trains it in memory; leave out "
+            f"recovery, and afterwards run `structprune recover {args.output} OUT --teacher {args.model}`."
+        )
+    return config, recovery
+
+
+def progress_folder(output: str) -> Path:
+    """Where `--resume` remembers a run: a hidden folder beside the output."""
+    path = Path(output).resolve()
+    return path.with_name(f".{path.name}.progress")
+
+
+# How the flags of each command become configs.
+CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
+    "prune": prune_configs,
+    # How much a calibration would remove plays no part, but a config has to say it.
+    "calibrate": lambda args: [pruning_config(args, sparsity=0.5)],
+    "plan": lambda args: [pruning_config(args)],
+    "recover": lambda args: [recovery_config(args)],
+}
+
+
+def _check_model(name: str) -> None:
+    """Refuse what is no folder of a model, and no model that the Hub or its cache gives."""
+    if not Path(name).is_dir():
+        try:
+            hf_hub_download(name, "config.json")
+        except Exception as error:  # of the network, of the Hub, or of the name
+            raise StructPruneError(
+                f"{name!r} cannot be loaded: there is no such folder, and as a model of the Hub it gives no config: "
+                f"{one_line(error)[:300]}"
+            ) from error
+    elif not Path(name, "config.json").is_file():
+        if Path(name, ADAPTER).is_file():
+            raise StructPruneError(
+                f"{name} holds an adapter and no model. In Python, load_adapter(pruned_model, {name!r}) puts it on "
+                "the pruned model that it was trained on; merge_and_unload() and save_pretrained(…) then give a "
+                "folder that this command takes."
+            )
+        raise StructPruneError(f"{name!r} cannot be loaded: the folder holds no config.json.")

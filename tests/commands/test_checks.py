@@ -1,0 +1,162 @@
+"""What flags show to be wrong is refused before torch is imported, what a config shows, before weights are read."""
+
+import json
+import subprocess
+import sys
+from shlex import split
+
+import pytest
+from helpers import save_desk
+
+from optimum_structprune.commands.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A text, and a model of which all is there but the weights."""
+    folder = save_desk(tmp_path_factory.mktemp("checks"))
+    (folder / "model" / "model.safetensors").unlink()
+    (folder / "full").mkdir()
+    (folder / "full" / "mine.txt").write_text("mine")
+    (folder / "own.yaml").write_text("- model_types: 3\n")
+    (folder / "run.yaml").write_text("num_samples: 1:30\n")
+    return folder
+
+
+PRUNE, CALIBRATE, RECOVER = "prune model out", "calibrate model out", "recover model out"
+SHARE = f"{PRUNE} --sparsity 0.2"
+FLAGS = [
+    ("prune /no/where out --sparsity 0.2", "'/no/where' cannot be loaded: there is no such folder"),
+    ("prune no/where out --sparsity 0.2", "'no/where' cannot be loaded: there is no such folder"),
+    ("prune full out --sparsity 0.2", "the folder holds no config.json"),
+    ("inspect no/where", "'no/where' cannot be loaded"),
+    ("recover model out --teacher no/where", "'no/where' cannot be loaded"),
+    ("compare model no/where", "'no/where' cannot be loaded"),
+    (PRUNE, "exactly one of sparsity, widths and budget"),
+    (f"{SHARE} --rouns 2", "there is no flag --rouns. Did you mean '--rounds'?"),
+    (f"{SHARE} --overw", "there is no flag --overw. Did you mean '--overwrite'?"),
+    (f"{SHARE} --dtype int4", "argument --dtype: invalid choice: 'int4'"),
+    (f"{SHARE} --offload moon", "argument --offload: invalid choice: 'moon'"),
+    (f"{PRUNE} --sparsity 2", "error: --sparsity has to lie between 0 and 1"),
+    (f"{PRUNE} --sparsity x", "error: --sparsity with value 'x' doesn't match any type in (float, int, NoneType)"),
+    (f"{PRUNE} --width mlp=0", "widths['mlp'] has to be 1 or more, got 0"),
+    (f"{PRUNE} --width 'mlp={{0.5: 8}}'", "widths['mlp'] names layers by their numbers"),
+    (f"{PRUNE} --budget bites=8", "budget has no 'bites'. Did you mean 'bytes'?"),
+    (f"{SHARE} --refit ls", "error: --refit has to name a registered refit, got 'ls'"),
+    (f"{SHARE} --allocation globl", "error: --allocation has to name a registered allocation, got 'globl'"),
+    (f"{SHARE} --rounds 1:30", "error: --rounds expected int, got str (value: '1:30')"),
+    (f"{SHARE} --config run.yaml", "error: run.yaml: num_samples expected int, got str (value: '1:30')"),
+    (f"{SHARE} --config none.yaml", "none.yaml cannot be read"),
+    (f"{SHARE} --min-width 2", "error: --min-width has to lie between 0 and 1"),
+    (f"{SHARE} --round-to 0", "error: --round-to has to be greater than 0, got 0"),
+    (f"{SHARE} --tensor-parallel 0", "error: --tensor-parallel has to be greater than 0, got 0"),
+    (f"{SHARE} --general-share 1", "error: --general-share has to lie between 0 and 1"),
+    (f"{SHARE} --general-text builtin:prose --general-share 0", "general_text='builtin:prose' has no share"),
+    (f"{SHARE} --general-text builtin:poems", "There is no built-in text 'poems'"),
+    (f"{SHARE} --objective least", "error: --objective expected one of ('mean', 'worst'), got least"),
+    (f"{SHARE} --objective worst", "objective='worst' weighs the domains anew between rounds"),
+    (f"{SHARE} --max-perplexity-ratio 1", "error: --max-perplexity-ratio has to be greater than 1"),
+    (f"{SHARE} --losses-dir x", "allocation='uniform' measures none"),
+    (f"{SHARE} --num-samples 0", "error: --num-samples has to be greater than 0, got 0"),
+    (f"{SHARE} --seq-length 0", "error: --seq-length has to be greater than 0, got 0"),
+    (f"{SHARE} --batch-size 0", "error: --batch-size has to be greater than 0, got 0"),
+    (f"{SHARE} --damping -1", "error: --damping has to be 0 or more"),
+    (f"{SHARE} --error-feedback 2", "error: --error-feedback has to lie between 0 and 1"),
+    (f"{SHARE} --holdout 1", "error: --holdout has to lie between 0 and 1"),
+    (f"{SHARE} --seed -1", "error: --seed has to lie between 0 and"),
+    (f"{SHARE} --skip-layer one", "error: --skip-layer with value ['one'] doesn't match"),
+    (f"{SHARE} --recovery tokens=0", "error: --recovery tokens has to be greater than 0, got 0"),
+    (f"{SHARE} --recovery token=9", "Did you mean 'tokens'"),
+    (f"{SHARE} --recover --offload disk", "recovery trains it in memory; leave out recovery"),
+    (f"{SHARE} --resume --checkpoint-dir x", "--resume does the same"),
+    (f"{SHARE} --arch none.yaml", "none.yaml cannot be read"),
+    (f"{SHARE} --arch own.yaml", "own.yaml"),
+    (f"{SHARE} --domain a=none.txt", "The domain 'a': there is no file or folder none.txt"),
+    (f"{SHARE} --domain a=full/*.csv", "The domain 'a': the pattern 'full/*.csv' gives no file"),
+    (f"{SHARE} --domain a=preset:nothing", "There is no preset 'nothing'"),
+    (f"{SHARE} --domain a=a.jsonl@0", "error: --domain weight has to be greater than 0"),
+    (f"{SHARE} --recovery 'domains=[{{name: 1, source: a.jsonl}}]'", "error: --domain name expected str"),
+    (f"{SHARE} --base-model mine", "--base-model 'mine' is no id on the Hub"),
+    (f"{SHARE} --private", "--push-to-hub names none; give both"),
+    ("prune model full --sparsity 0.2", "exists and is not empty"),
+    ("prune model full --sparsity 0.2 --overwrite", "is no result of structprune"),
+    ("export model out", "Name a file OUT.gguf for llama.cpp, or a folder with --format nemotron-nas [--pad]"),
+    ("plan model --sparsity 0.2 --json no/such/file", "cannot be written"),
+    (f"{CALIBRATE} --domain a=none.txt", "there is no file or folder none.txt"),
+    (f"{RECOVER} --tokens 0", "error: --tokens has to be greater than 0"),
+    (f"{RECOVER} --domain a=none.txt", "there is no file or folder none.txt"),
+    ("evaluate model --domain a=none.txt", "there is no file or folder none.txt"),
+    ("evaluate model --answers none.jsonl", "There is no file none.jsonl"),
+    ("evaluate model --task none.jsonl", "There is no file none.jsonl"),
+    ("evaluate model --domain a=a.jsonl --limit 0", "argument --limit: expected a whole number, 1 or more, got '0'"),
+    ("evaluate model --answers --show -1", "argument --show: expected a whole number, 0 or more, got '-1'"),
+    ("benchmark model model --clock sun", "argument --clock: invalid choice: 'sun'"),
+]
+# What the model's config shows.
+MODEL = [
+    (f"{PRUNE} --width mpl=24", "has no space 'mpl' to prune. Did you mean 'mlp'?"),
+    (f"{SHARE} --target mpl", "has no space 'mpl' to prune. Did you mean 'mlp'?"),
+    (f"{PRUNE} --width mlp=4000", "4000"),
+    (f"{PRUNE} --width 'mlp={{99: 24}}'", "99"),
+    (f"{PRUNE} --width vocab=2", "The tokenizer is of the kind WordLevel"),
+    (f"{PRUNE} --budget bytes=1", "bytes"),
+    (f"{SHARE} --skip-layer 99", "skip_layers names layer 99"),
+    (f"{SHARE} --rounds 1000", "rounds=1000 is more than"),
+    (f"{SHARE} --criterion wanda2", "There is no criterion 'wanda2'"),
+    (f"{SHARE} --method itertive", "There is no pruner 'itertive'"),
+    (f"{SHARE} --seq-length 100000", "seq_length=100000 is longer than the model's"),
+    (f"{SHARE} --num-samples 1000000000 --seq-length 24", "num_samples below 1000000000"),
+    (f"{SHARE} --stats none", "none holds no statistics"),
+    (f"{SHARE} --losses-dir model --allocation search", "model holds a model"),
+    (f"{SHARE} --recovery seq_length=100000 --recovery-tokens 9000000", "The recovery's seq_length=100000 is longer"),
+    (f"{SHARE} --recovery 'lora={{rank: 4}}'", "LoraConfig has no field 'rank'"),
+    (f"{SHARE} --offload disk --target hidden", "changes weights all over"),
+    (f"{SHARE} --device warp", "--device warp cannot be used"),
+    (f"{CALIBRATE} --seq-length 100000", "seq_length=100000 is longer than the model's"),
+    (f"{RECOVER} --tokens 9000000 --seq-length 100000", "The recovery's seq_length=100000 is longer"),
+    ("evaluate model", "There is nothing to evaluate"),
+    ("evaluate model --domain a=a.jsonl --seq-length 100000", "seq_length=100000 is longer than the model's"),
+    ("compare model model --domain a=a.jsonl --seq-length 100000", "seq_length=100000 is longer than the model's"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MODEL)
+def test_what_a_config_refuses_is_refused_without_weights(folder, line, message, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(split(line) if "--seq-length" in line else [*split(line), "--seq-length", "24"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    errors = [text for text in said if text.startswith("structprune: error: ")]
+    assert len(errors) == 1 and message in errors[0], said
+    assert not (folder / "out").exists()
+
+
+SCRIPT = """
+import json, os, sys
+from contextlib import redirect_stderr
+from io import StringIO
+from shlex import split
+from optimum_structprune.commands.cli import main
+
+os.chdir(sys.argv[2])
+found = []
+for line in json.loads(sys.argv[1]):
+    said = StringIO()
+    with redirect_stderr(said):
+        try:
+            code = main(split(line))
+        except SystemExit as end:
+            code = end.code
+    found.append([code, said.getvalue(), sorted({"torch", "transformers", "datasets"} & {*sys.modules})])
+print(json.dumps(found))
+"""
+
+
+def test_what_flags_refuse_is_refused_without_torch(folder):
+    lines = json.dumps([line for line, _ in FLAGS])
+    done = subprocess.run([sys.executable, "-c", SCRIPT, lines, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for (line, message), (code, said, imported) in zip(FLAGS, json.loads(done.stdout), strict=True):
+        assert code == 2 and message in said, (line, said)
+        assert said.count("\n") <= 4 and "Validation error" not in said, said
+        assert not imported, line
+    assert not (folder / "out").exists()

@@ -1,0 +1,123 @@
+"""A model and a tokenizer of other tokens are never taken for a pair, wherever the two come together."""
+
+from copy import deepcopy
+
+import pytest
+from helpers import recovery_config, save_with_tokenizer, unread, with_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import VOCAB, build, config, tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from optimum_structprune import (
+    DomainConfig,
+    StructPruneError,
+    StructPruner,
+    calibrate,
+    evaluate,
+    export_gguf,
+    prune_model,
+    recover,
+)
+from optimum_structprune.domains.readers import check_tokens, note_reader, reader_of
+
+
+ORDER = [0, 1, 2, *range(VOCAB - 1, 2, -1)]
+OTHERS = (
+    "of 96 tokens, is not that of this LlamaForCausalLM, which has 96 tokens and 96 rows: w95, w94, w93 and 89 more"
+)
+
+
+def words(vocabulary):
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(dict(vocabulary), unk_token="t0")))
+
+
+NAMES, IDS = [f"t{number}" for number in range(8)], range(12)
+VOCABULARIES = st.lists(
+    st.tuples(st.sampled_from(NAMES), st.sampled_from(IDS)),
+    min_size=1,
+    unique_by=(lambda pair: pair[0], lambda pair: pair[1]),
+)
+
+
+@settings(max_examples=200)
+@given(own=VOCABULARIES, other=VOCABULARIES | st.just([]), change=st.sampled_from(["none", "less", "any"]))
+def test_a_tokenizer_is_refused_where_an_id_means_another_token_or_has_no_row(own, other, change):
+    model = build("llama-tied")
+    model.resize_token_embeddings(10)
+    other = own if change == "none" else own[: len(other)] or own if change == "less" else other or own
+    note_reader(model, words(own))
+    pairs = [(mine, theirs) for mine in own for theirs in other]
+    wrong = any((mine[0] == theirs[0]) != (mine[1] == theirs[1]) and theirs[1] < 10 for mine, theirs in pairs)
+    if wrong or {number for _, number in other if number >= 10} - {number for _, number in own}:
+        with pytest.raises(StructPruneError, match="is not that of this LlamaForCausalLM"):
+            check_tokens(model, words(other))
+    else:
+        check_tokens(model, words(other))
+
+
+def dense_of(model, reader):
+    evaluate(build("llama-tied"), reader, TEXT, dense=model, seq_length=24)
+
+
+TEXT = [DomainConfig("unread", unread())]
+PLACES = {
+    "prune": lambda model, reader: prune_model(model, config(domains=TEXT), reader),
+    "calibrate": lambda model, reader: calibrate(model, reader, config(domains=TEXT), "nowhere"),
+    "evaluate": lambda model, reader: evaluate(model, reader, TEXT, seq_length=24),
+    "dense": dense_of,
+    "gguf": lambda model, reader: export_gguf(model, "nowhere.gguf", reader),
+    "recover": lambda model, reader: recover(model, reader, recovery_config(domains=TEXT)),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_refuses_a_tokenizer_of_as_many_other_tokens_before_text_is_read(tmp_path, place):
+    other = with_tokens(build("llama-tied"), tokenizer(), ORDER)[1]
+    save_with_tokenizer(build("llama-tied"), tmp_path)
+    with pytest.raises(StructPruneError, match=OTHERS):
+        PLACES[place](AutoModelForCausalLM.from_pretrained(tmp_path), other)
+
+
+def test_what_a_run_has_returned_is_read_by_the_tokenizer_of_the_run():
+    model, other = build("llama-tied"), with_tokens(build("llama-tied"), tokenizer(), ORDER)[1]
+    pruned = prune_model(model, config(), tokenizer())
+    for known in (model, pruned, recover(pruned, tokenizer(), recovery_config(tokens=96))):
+        with pytest.raises(StructPruneError, match=OTHERS):
+            evaluate(known, other, TEXT, seq_length=24)
+
+
+def test_a_copy_of_the_tokenizer_is_the_same_and_nothing_is_known_without_files(tmp_path):
+    save_with_tokenizer(build("llama-tied"), tmp_path / "both")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    evaluate(model, AutoTokenizer.from_pretrained(tmp_path / "both"), config().domains, seq_length=24, num_samples=2)
+    model.resize_token_embeddings(100)  # with tokens that the saved tokenizer has not
+    assert reader_of(model) is None
+    # transformers makes up a tokenizer of one token for this type.
+    build("gpt2-tied").save_pretrained(tmp_path / "alone")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "alone")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "alone")) == 1 and reader_of(alone) is None
+    assert reader_of(deepcopy(model)) is None
+
+
+def test_save_refuses_a_tokenizer_of_other_tokens_and_writes_nothing(tmp_path):
+    model = build("llama-tied")
+    model.resize_token_embeddings(100)
+    pruner = StructPruner(config())
+    pruned = pruner.prune_model(model, tokenizer())
+    more, longer = tokenizer(), tokenizer()
+    more.add_tokens(["<a>", "<b>"])
+    longer.add_tokens([f"<{number}>" for number in range(5)])
+    for number, other in enumerate(
+        (with_tokens(build("llama-tied"), tokenizer(), ORDER)[1], longer, words({"t0": 5}))
+    ):
+        with pytest.raises(
+            StructPruneError, match="is not that of this LlamaForCausalLM, which has 96 tokens and 100"
+        ):
+            pruner.save(pruned, tmp_path / str(number), other)
+    assert not [*tmp_path.iterdir()]
+    for number, same in enumerate((tokenizer(), more, None)):
+        pruner.save(pruned, tmp_path / str(number), same)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "1")) == 98

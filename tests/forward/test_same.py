@@ -1,0 +1,72 @@
+"""A cut that does not compute what the masked model did stops the run; `tests/surgery` proves that right ones do."""
+
+import pytest
+import torch
+from models import build, config, real_text_model, token_ids, tokenizer
+
+from optimum_structprune import InPlaceError, StructPruneError, prune_model
+from optimum_structprune.forward.same import check_same
+from optimum_structprune.pruning import fewer_tokens, whole
+from optimum_structprune.surgery import cut, resize
+
+
+def mixed_up(slice_tensors):
+    """What is cut, in the opposite order."""
+
+    def sliced(tensors, spaces, plan):
+        smaller = slice_tensors(tensors, spaces, plan)
+        return {name: of if of.shape == tensors[name].shape else of.flip(0) for name, of in smaller.items()}
+
+    return sliced
+
+
+def of_others(remove):
+    """What removes as many layers or tokens, and other ones."""
+
+    def removed(model, arch, keep):
+        return remove(model, arch, [1 - layer for layer in keep] if len(keep) == 1 else keep[::-1])
+
+    return removed
+
+
+TIED, MIXED = "llama-tied", (cut, "slice_tensors", mixed_up)
+# The kind of space, the model, what is done wrong, and more of the config.
+WRONG = {
+    "mlp": (TIED, MIXED, {"widths": {"mlp": 24}}),
+    "attention": ("llama-bias", MIXED, {"widths": {"attention": 2}}),
+    "inside experts": ("mixtral", MIXED, {"widths": {"mlp": 24}}),
+    "called with more": ("gemma4_text", MIXED, {"widths": {"mlp": 24}}),
+    "without refit": (TIED, MIXED, {"widths": {"mlp": 24}, "refit": "none", "rounds": 2}),
+    "within a limit": (TIED, MIXED, {"widths": {"mlp": 24}, "max_perplexity_ratio": 50.0}),
+    "channels": (TIED, (resize, "slice_tensors", mixed_up), {"widths": {"hidden": 24}}),
+    "layers": (TIED, (whole, "drop_layers_", of_others), {"widths": {"layer": 1}}),
+    "tokens": ("real text", (fewer_tokens, "drop_tokens_", of_others), {"widths": {"vocab": 320}}),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_cut_is_found(kind, monkeypatch):
+    case, (module, name, spoil), fields = WRONG[kind]
+    monkeypatch.setattr(module, name, spoil(getattr(module, name)))
+    model, reader = real_text_model() if case == "real text" else (build(case), tokenizer())
+    with pytest.raises(InPlaceError, match=r"(Layer 0|The model) gives other outputs .* differ by .* explains 0.01"):
+        prune_model(model, config(**fields), reader, inplace=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_so_is_what_no_config_tells(dtype):
+    model = build("llama-tied").to(dtype)
+    model.model.layers[1].self_attn.scaling *= 8
+    with pytest.raises(StructPruneError, match="Layer 1 gives other outputs"):
+        prune_model(model, config(widths={"mlp": 39}), inputs={"a": token_ids(8)})
+
+
+def test_rounding_of_single_tokens_is_none_and_nan_is():
+    masked = torch.ones(1, 16, 8)
+    rounded, one_off, nan = masked * 1.005, masked.clone(), masked * float("nan")
+    one_off[0, 3] = 9.0
+    for same in (rounded, one_off):
+        check_same("It", masked, same)
+    check_same("It", nan, nan)  # weights that are no numbers are refused elsewhere
+    with pytest.raises(StructPruneError, match="It gives other outputs .* nan of"):
+        check_same("It", masked, nan)

@@ -1,0 +1,89 @@
+"""A teacher has the same tokens, is another model, and predicts something."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from helpers import recovery_config, same_weights, save_with_tokenizer, with_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import VOCAB, build, config, tokenizer
+from transformers import AutoModelForCausalLM
+
+from optimum_structprune import StructPruneError, StructPruner, prune_model, recover
+from optimum_structprune.recovery.trainer import load_teacher
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_teacher_is_refused_where_an_id_means_another_token(data):
+    """Both have some of 96 tokens; what is left of the teacher's in their order can be compared, and nothing else."""
+    dense, special = build("llama-tied"), [0, 1, 2]
+    taught = special + data.draw(st.lists(st.sampled_from(range(3, VOCAB)), min_size=2, unique=True))
+    left = [token for token in taught[3:] if data.draw(st.booleans())]
+    order = data.draw(st.just(left) | st.permutations(left))
+    more = data.draw(
+        st.just([]) | st.lists(st.sampled_from(sorted({*range(3, VOCAB)} - {*taught}) or [95]), max_size=1)
+    )
+    learnt = special + order + [token for token in more if token not in order]
+    teacher, theirs = with_tokens(dense, tokenizer(), taught)
+    model, own = with_tokens(dense, tokenizer(), learnt)
+    before = deepcopy(teacher)
+    if learnt == [token for token in taught if token in learnt]:
+        rows = load_teacher(teacher, model, own, theirs).get_input_embeddings().weight
+        torch.testing.assert_close(rows, dense.get_input_embeddings().weight[learnt])
+    else:
+        with pytest.raises(
+            StructPruneError, match=f"vocabulary of {len(taught)} tokens .* one of {len(learnt)}, and by"
+        ):
+            load_teacher(teacher, model, own, theirs)
+    assert same_weights(teacher, before)
+
+
+def test_rows_without_a_token_make_no_difference():
+    """As embeddings of several sizes are padded to several multiples, with the same tokenizer."""
+    wide, narrow = build("llama-tied"), build("llama-tied")
+    wide.resize_token_embeddings(128)
+    narrow.resize_token_embeddings(104)
+    assert load_teacher(wide, narrow, tokenizer(), tokenizer()).config.vocab_size == 104
+    with pytest.raises(StructPruneError, match="of 104 tokens and the model one of 128"):
+        load_teacher(narrow, wide, tokenizer(), tokenizer())
+
+
+def test_the_tokens_of_a_teacher_are_those_of_its_folder_or_its_run_unless_a_tokenizer_is_passed(tmp_path):
+    order = [0, 1, 2, *range(VOCAB - 1, 2, -1)]
+    other, renumbered = with_tokens(build("llama-tied"), tokenizer(), order)
+    save_with_tokenizer(other, tmp_path, renumbered)
+    student = prune_model(build("llama-tied"), config(), tokenizer())
+    by_run = build("llama-tied", seed=1)
+    StructPruner(config()).prune_model(by_run, renumbered)
+    for teacher in (str(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path), by_run):
+        with pytest.raises(StructPruneError, match="by the same ids they mean other tokens"):
+            recover(student, tokenizer(), recovery_config(), teacher=teacher)
+    with pytest.raises(StructPruneError, match="by the same ids they mean other tokens"):
+        recover(student, tokenizer(), recovery_config(), teacher=other, teacher_tokenizer=renumbered)
+    # Of a model in memory nothing is known; who passes it says that it has the same tokens.
+    assert load_teacher(other, student, tokenizer()) is other
+    assert load_teacher(by_run, student, tokenizer(), tokenizer()) is by_run
+
+
+def test_a_model_does_not_teach_itself(tmp_path):
+    save_with_tokenizer(build("llama-tied"), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for teacher in (model, str(tmp_path), tmp_path):
+        with pytest.raises(StructPruneError, match="The teacher is the model that is trained"):
+            recover(model, tokenizer(), recovery_config(), teacher=teacher)
+    model.model.norm.weight.data.mul_(1.1)  # the folder holds another model by then
+    assert load_teacher(str(tmp_path), model, tokenizer()).name_or_path == str(tmp_path)
+
+
+def test_what_is_no_model_or_predicts_nothing_is_no_teacher():
+    student, broken = prune_model(build("llama-tied"), config(), tokenizer()), build("llama-tied")
+    before = deepcopy(student)
+    for teacher in (3, build("bert"), torch.nn.Linear(2, 2), build("t5")):
+        with pytest.raises(StructPruneError, match=f"teacher takes a causal .* got {type(teacher).__name__}"):
+            recover(student, tokenizer(), recovery_config(), teacher=teacher)
+    broken.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(StructPruneError, match="The teacher's loss on held-out text is not finite"):
+        recover(student, tokenizer(), recovery_config(), teacher=broken)
+    assert same_weights(student, before)
